@@ -519,7 +519,7 @@ class ChunkedDecoder:
             self._pending = data[at:]
             return at
         self.done = end == at
-        self._trailer_left -= end - at
+        self._trailer_left = max(1, self._trailer_left - (end + 2 - at))
         return end + 2
 
 
@@ -1116,7 +1116,7 @@ def line_of(toml: str, path: Path) -> int:
     toml = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), toml)
     start, end = 0, len(toml)
     if path[0] == "servers" and len(path) > 1 and isinstance(path[1], int):
-        entry = re.compile(r"^\s*\[\[servers(?:\.servers)?\]\]|\{", re.MULTILINE)
+        entry = re.compile(r"^[ \t]*\[\[servers(?:\.servers)?\]\]|\{", re.MULTILINE)
         first = re.search(r"\[\[servers|\bservers\s*=\s*\[", toml)
         entries = [m.start() for m in entry.finditer(toml, first.start() if first else 0)]
         if path[1] < len(entries):
@@ -1268,7 +1268,7 @@ class FormPart(NamedTuple):
 
 
 PART_NAME = re.compile(rb'(?i)content-disposition:[^\r\n]*?;\s*name="([^"\r\n]*)"')
-BOUNDARY = re.compile(r'multipart/form-data\s*;.*?\bboundary=(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
+BOUNDARY = re.compile(r'(?i)multipart/form-data\s*;.*?\bboundary=(?:"([^"]+)"|([^\s;"]+))')
 
 
 def form_parts(content: Content, content_type: str) -> Iterator[FormPart]:
@@ -1924,7 +1924,8 @@ def may_retry(fault: Fault, s: Settings) -> bool:
 def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
     """The pause before the n-th retry, from 0: doubling, bounded, and somewhere between half and
     all of it, so that requests that failed together do not come back together."""
-    return min(s.retry_delay * 2**retry, s.retry_delay_max) * draw.uniform(0.5, 1.0)
+    longest: float = min(s.retry_delay * 2**retry, s.retry_delay_max)
+    return longest * draw.uniform(0.5, 1.0)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -3378,7 +3379,7 @@ class Balancer:
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._serving: dict[Wire, asyncio.Task[None]] = {}
-        self._exchanging: set[Wire] = set()  # clients that wait for an answer
+        self.exchanging: set[Wire] = set()  # clients that wait for an answer
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
@@ -3411,15 +3412,15 @@ class Balancer:
     async def drain(self) -> None:
         """End idle connections; let the others finish, for drain_timeout at most."""
         self.core.stopping = True
-        for wire in self._serving.keys() - self._exchanging:
+        for wire in self._serving.keys() - self.exchanging:
             wire.transport.close()
-        if self._exchanging:
-            log.info("stopping: %d answers are still running", len(self._exchanging))
+        if self.exchanging:
+            log.info("stopping: %d answers are still running", len(self.exchanging))
         if self._serving:
             timeout_s = self.core.settings.drain_timeout
             await asyncio.wait(self._serving.values(), timeout=timeout_s)
-        if self._exchanging:
-            log.warning("stopping: %d answers are cut short", len(self._exchanging))
+        if self.exchanging:
+            log.warning("stopping: %d answers are cut short", len(self.exchanging))
 
     # Clients.
 
@@ -3443,7 +3444,7 @@ class Balancer:
             self.core.ledger.errors.add()
         finally:
             wire.abort()
-            self._exchanging.discard(wire)
+            self.exchanging.discard(wire)
             self._serving.pop(wire, None)
             self.core.clients.discard(wire)
 
@@ -3451,7 +3452,7 @@ class Balancer:
         """One request; False if it was the connection's last."""
         while not wire.buffer and wire.gone is None:
             await wire.news(wire.loop.time() + CLIENT_IDLE_S)
-        self._exchanging.add(wire)
+        self.exchanging.add(wire)
         try:
             head = await self.read_head(wire)
             exchange = Exchange(self.core, wire, head) if head is not None else None
@@ -3463,7 +3464,7 @@ class Balancer:
         await self.dispatch(exchange)
         if exchange.unread:
             await wire.close(linger=True)
-        self._exchanging.discard(wire)
+        self.exchanging.discard(wire)
         return exchange.response.persists and wire.gone is None
 
     async def read_head(self, wire: Wire) -> RequestHead | None:
@@ -3760,8 +3761,8 @@ class Generation:
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
         limit = wanted.get("max_completion_tokens") or wanted.get("max_tokens")
-        limited = isinstance(limit, int) and limit > 0
-        self.tokens: int = limit if limited else server.draw.randint(40, 120)
+        self.tokens = limit if isinstance(limit, int) and limit > 0 else 0
+        self.tokens = self.tokens or server.draw.randint(40, 120)
         self.prompt_tokens = len(json.dumps(wanted)) // 4
         options = wanted.get("stream_options")
         self.usage_wanted = isinstance(options, dict) and options.get("include_usage") is True

@@ -1,0 +1,2612 @@
+"""Tests of mvllm_lite, numbered as its rooms.
+
+Pure rooms are tested by value, in tables whose rows say why they exist.  Rooms that do I/O are
+tested over real sockets on loopback, against servers that follow a script; tests wait for
+events, never for time to pass.  Run them with: python -m pytest -q
+"""
+
+import ast
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import gzip
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import symtable
+import sys
+import time
+import tomllib
+import urllib.parse
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mvllm_lite as lite
+from mvllm_lite import Blame, Fault, Retry, Settings, State
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "mvllm_lite.py").read_text()
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# ═+\n#  (\d+)  ([a-z ]+)\n# ═+$", re.MULTILINE)
+
+
+def table(*rows):
+    """Rows of (id, values …) for parametrize."""
+    return [pytest.param(*values, id=name) for name, *values in rows]
+
+
+def asynchronous(test):
+    """Run a coroutine test; one that hangs fails after 20 s."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 20))
+
+    return run
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  0  front matter: the house keeps its laws
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@functools.cache
+def rooms():
+    """(number, name, first line, last line) of each room."""
+    found = [(int(m[1]), m[2], SOURCE.count("\n", 0, m.start()) + 1) for m in BANNER.finditer(SOURCE)]
+    ends = [line - 1 for _, _, line in found[1:]] + [SOURCE.count("\n") + 1]
+    return [(*room, end) for room, end in zip(found, ends)]
+
+
+def room_at(line):
+    return next(number for number, _, first, last in rooms() if first <= line <= last)
+
+
+def test_the_map_in_the_docstring_lists_the_rooms_in_their_order():
+    listed = re.findall(r"^ +(\d+)  ([a-z ]+?)  ", lite.__doc__, re.MULTILINE)
+    assert [(int(n), name) for n, name in listed] == [(n, name) for n, name, _, _ in rooms()]
+    assert [n for n, *_ in rooms()] == list(range(len(rooms())))
+
+
+def names_used(scope):
+    """(line, name) of the module's names that each function and class uses."""
+    for inner in scope.get_children():
+        for symbol in inner.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                yield inner.get_lineno(), symbol.get_name()
+        yield from names_used(inner)
+
+
+def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
+    home = {}
+    for node in TREE.body:
+        names = [node.name] if hasattr(node, "name") else []
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
+        home |= {name: room_at(node.lineno) for name in names if name not in home}
+    for line, name in names_used(symtable.symtable(SOURCE, "mvllm_lite.py", "exec")):
+        assert home.get(name, 0) <= room_at(line), f"in line {line} ff.: {name}"
+
+
+def test_rooms_above_the_waterline_know_no_socket_clock_file_or_loop():
+    waterline = SOURCE.count("\n", 0, SOURCE.index("the waterline ~")) + 1
+    wet = {"asyncio", "socket", "ssl", "open", "os", "log", "logging", "signal", "queue", "print"}
+    clocks = {"time", "monotonic", "perf_counter", "time_ns", "urandom"}
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and room_at(node.lineno) and node.lineno < waterline:
+            assert node.id not in wet, f"line {node.lineno}: {node.id}"
+        if isinstance(node, ast.Attribute) and room_at(node.lineno) and node.lineno < waterline:
+            owner = getattr(node.value, "id", "")
+            assert not (owner == "time" and node.attr in clocks), f"line {node.lineno}: {node.attr}"
+            assert not (owner == "random" and node.attr != "Random"), f"line {node.lineno}"
+
+
+def test_only_the_standard_library_is_imported_and_nothing_is_global():
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global)
+        if isinstance(node, ast.Import):
+            assert {a.name.split(".")[0] for a in node.names} <= sys.stdlib_module_names
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in {*sys.stdlib_module_names, "__future__"}
+
+
+def test_no_function_is_longer_than_60_lines_and_most_are_short():
+    functions = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    sizes = sorted(n.end_lineno - n.lineno + 1 for n in functions)
+    assert sizes[-1] <= 60 and sizes[len(sizes) // 2] <= 10 and sizes[len(sizes) * 9 // 10] <= 30
+
+
+def test_importing_does_nothing():
+    code = """if True:
+        import sys, threading
+        seen = []
+        sys.addaudithook(lambda event, args: seen.append(event))
+        import mvllm_lite
+        doing = ("socket.", "subprocess.", "os.putenv", "signal.", "_thread.start")
+        print([e for e in seen if e.startswith(doing)], threading.active_count())"""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", code]
+    said = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30, check=True)
+    assert said.stdout.strip() == "[] 1" and said.stderr == ""
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  1  faults
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def test_every_fault_is_a_row_of_its_own():
+    assert len({fault.label for fault in Fault}) == len(Fault) == len(list(Fault))
+    for fault in Fault:
+        assert 400 <= fault.status < 600 and fault.type_name.endswith(("Error", "Request"))
+
+
+@pytest.mark.parametrize("fault", list(Fault), ids=lambda f: f.label)
+def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
+    if fault.status < 500 and fault is not Fault.SERVER_BUSY:
+        assert fault.blame is Blame.CLIENT and fault.retry is Retry.NEVER
+    if fault.blame is Blame.SERVER:
+        assert fault.status in (502, 504)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  2  messages
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def head_of(text):
+    return lite.parse_request_head(text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n")
+
+
+def answer_of(text):
+    return lite.parse_response_head(text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n")
+
+
+GOOD_HEADS = table(
+    ("plain", "GET /v1/models HTTP/1.1\nHost: a", ("GET", "/v1/models", None, 1)),
+    ("query", "GET /a?b=c&d HTTP/1.1\nHost: a:80", ("GET", "/a", "b=c&d", 1)),
+    ("empty query is kept", "GET /a? HTTP/1.1\nHost: a", ("GET", "/a", "", 1)),
+    ("absolute form, RFC 9112 3.2.2", "GET http://x/a?b HTTP/1.1\nHost: y", ("GET", "/a", "b", 1)),
+    ("absolute form without path", "GET http://x HTTP/1.1\nHost: y", ("GET", "/", None, 1)),
+    ("asterisk form, 3.2.4", "OPTIONS * HTTP/1.1\nHost: y", ("OPTIONS", "*", None, 1)),
+    ("1.0 needs no Host", "GET / HTTP/1.0", ("GET", "/", None, 0)),
+    ("1.2 is read as 1.1, RFC 9110 2.5", "GET / HTTP/1.2\nHost: a", ("GET", "/", None, 1)),
+    ("unknown method", "BREW /pot HTTP/1.1\nHost: a", ("BREW", "/pot", None, 1)),
+    ("encoded path stays", "GET /%2e%2e/x HTTP/1.1\nHost: a", ("GET", "/%2e%2e/x", None, 1)),
+    ("IPv6 host", "GET / HTTP/1.1\nHost: [::1]:80", ("GET", "/", None, 1)),
+    ("empty host, 3.2", "GET / HTTP/1.1\nHost:", ("GET", "/", None, 1)),
+)
+
+
+@pytest.mark.parametrize("text, expected", GOOD_HEADS)
+def test_good_request_heads(text, expected):
+    assert tuple(head_of(text))[:4] == expected
+
+
+BAD_HEADS = table(
+    ("no target", "GET HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "request line"),
+    ("two spaces, RFC 9112 3", "GET  / HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "request line"),
+    ("bad method", "G(T / HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "request line"),
+    ("control byte in target", "GET /\x01 HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "request line"),
+    ("bare CR, 2.2", "GET / HTTP/1.1\nHost: a\rX: b", Fault.BAD_REQUEST, "field line"),
+    ("HTTP/2 preface", "PRI * HTTP/2.0", Fault.BAD_VERSION, "HTTP/2.0"),
+    ("authority form", "CONNECT a:80 HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
+    ("other scheme", "GET ftp://a/ HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
+    ("no Host, 3.2", "GET / HTTP/1.1", Fault.BAD_REQUEST, "Host"),
+    ("two Hosts, 3.2", "GET / HTTP/1.1\nHost: a\nHost: b", Fault.BAD_REQUEST, "Host"),
+    ("bad Host", "GET / HTTP/1.1\nHost: a/b", Fault.BAD_REQUEST, "Host"),
+    ("space before colon, 5.1", "GET / HTTP/1.1\nHost : a", Fault.BAD_REQUEST, "field line"),
+    ("folding, 5.2", "GET / HTTP/1.1\nHost: a\n b", Fault.BAD_REQUEST, "field line"),
+    ("no colon", "GET / HTTP/1.1\nHost: a\nfoo", Fault.BAD_REQUEST, "'foo'"),
+    ("empty name", "GET / HTTP/1.1\nHost: a\n: b", Fault.BAD_REQUEST, "field line"),
+    ("NUL in value, 9110 5.5", "GET / HTTP/1.1\nHost: a\nX: \0", Fault.BAD_REQUEST, "field line"),
+)
+
+
+@pytest.mark.parametrize("text, fault, named", BAD_HEADS)
+def test_bad_request_heads_are_refused_and_the_error_names_the_place(text, fault, named):
+    with pytest.raises(lite.BadMessage, match=re.escape(named)) as caught:
+        head_of(text)
+    assert caught.value.fault is fault
+
+
+def test_a_bare_line_feed_ends_no_line():
+    with pytest.raises(lite.BadMessage):
+        lite.parse_request_head(b"GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n")
+
+
+def test_repeated_fields_are_kept_apart_and_found_together():
+    fields = head_of("GET / HTTP/1.1\nHost: a\nX-A: 1\nx-a:  2\t").fields
+    assert fields.lines[1:] == [("x-a", "X-A", "1"), ("x-a", "x-a", "2")]
+    assert fields.get("x-a") == "1, 2" and fields.tokens("x-a") == {"1", "2"}
+
+
+FRAMINGS = table(
+    ("nothing", "", lite.NO_CONTENT),
+    ("length", "Content-Length: 12", lite.Framing("length", 12)),
+    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED),
+    ("codings are case-insensitive, RFC 9112 7", "Transfer-Encoding: Chunked", lite.CHUNKED),
+    ("both, 6.1", "Content-Length: 1\nTransfer-Encoding: chunked", Fault.BAD_REQUEST),
+    ("two lengths, 6.3", "Content-Length: 1\nContent-Length: 1", Fault.BAD_REQUEST),
+    ("list of lengths", "Content-Length: 1, 1", Fault.BAD_REQUEST),
+    ("signed", "Content-Length: +1", Fault.BAD_REQUEST),
+    ("empty", "Content-Length:", Fault.BAD_REQUEST),
+    ("hex", "Content-Length: 0x1", Fault.BAD_REQUEST),
+    ("other digits", "Content-Length: \xb2", Fault.BAD_REQUEST),
+    ("too long", f"Content-Length: {10**18}", Fault.BAD_REQUEST),
+    ("other coding", "Transfer-Encoding: gzip", Fault.UNKNOWN_CODING),
+    ("chunked is not last", "Transfer-Encoding: chunked, gzip", Fault.UNKNOWN_CODING),
+    ("chunked twice", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked", Fault.UNKNOWN_CODING),
+)
+
+
+@pytest.mark.parametrize("fields, expected", FRAMINGS)
+def test_framing_of_requests(fields, expected):
+    head = head_of(f"POST / HTTP/1.1\nHost: a\n{fields}".rstrip("\n"))
+    if isinstance(expected, lite.Framing):
+        assert lite.request_framing(head) == expected
+        return
+    with pytest.raises(lite.BadMessage) as caught:
+        lite.request_framing(head)
+    assert caught.value.fault is expected
+
+
+def test_chunked_is_not_understood_from_http_1_0():
+    with pytest.raises(lite.BadMessage, match=r"HTTP/1\.0"):
+        lite.request_framing(head_of("POST / HTTP/1.0\nTransfer-Encoding: chunked"))
+
+
+RESPONSE_FRAMINGS = table(
+    ("HEAD has none, RFC 9112 6.3 rule 1", "200 OK", "Content-Length: 5", "HEAD", lite.NO_CONTENT),
+    ("204", "204 No Content", "Content-Length: 5", "GET", lite.NO_CONTENT),
+    ("304", "304 Not Modified", "Transfer-Encoding: chunked", "GET", lite.NO_CONTENT),
+    ("1xx", "103 Early Hints", "", "GET", lite.NO_CONTENT),
+    ("chunked", "200 OK", "Transfer-Encoding: chunked", "GET", lite.CHUNKED),
+    ("length", "200 OK", "Content-Length: 5", "GET", lite.Framing("length", 5)),
+    ("until close", "200 OK", "", "GET", lite.UNTIL_CLOSE),
+    ("both", "200 OK", "Content-Length: 5\nTransfer-Encoding: chunked", "GET", None),
+    ("other coding", "200 OK", "Transfer-Encoding: gzip", "GET", None),
+    ("two lengths", "200 OK", "Content-Length: 5\nContent-Length: 6", "GET", None),
+)
+
+
+@pytest.mark.parametrize("line, fields, method, expected", RESPONSE_FRAMINGS)
+def test_framing_of_responses(line, fields, method, expected):
+    head = answer_of(f"HTTP/1.1 {line}\n{fields}".rstrip("\n"))
+    if expected is not None:
+        assert lite.response_framing(head, method) == expected
+        return
+    with pytest.raises(lite.BadMessage) as caught:
+        lite.response_framing(head, method)
+    assert caught.value.fault is Fault.BAD_ANSWER
+
+
+@pytest.mark.parametrize("text", ["HTTP/1.1 20 OK", "HTTP/2.0 200 OK", "ICY 200 OK", "HTTP/1.1 099 X",
+                                  "HTTP/1.1 200 OK\nA b: c", "HTTP/1.1 200 OK\nA: b\n c"])  # fmt: skip
+def test_bad_answers_are_the_server_s_fault(text):
+    with pytest.raises(lite.BadMessage) as caught:
+        answer_of(text)
+    assert caught.value.fault is Fault.BAD_ANSWER
+
+
+def test_a_reason_phrase_may_be_missing():
+    assert answer_of("HTTP/1.1 200")[:3] == (200, "", 1)
+
+
+@pytest.mark.parametrize("text, persists", table(
+    ("1.1", "GET / HTTP/1.1\nHost: a", True),
+    ("1.1 close", "GET / HTTP/1.1\nHost: a\nConnection: x, Close", False),
+    ("1.0", "GET / HTTP/1.0", False),
+    ("1.0 keep-alive", "GET / HTTP/1.0\nConnection: Keep-Alive", True),
+))  # fmt: skip
+def test_persistence_of_connections(text, persists):
+    assert head_of(text).persists is persists
+
+
+def pieces_of(data, how):
+    """`data` whole, byte by byte, or cut at random places."""
+    if how == "whole":
+        return [data]
+    if how == "bytes":
+        return [data[i : i + 1] for i in range(len(data))]
+    draw = random.Random(how)
+    cuts = sorted(draw.sample(range(len(data)), min(len(data), draw.randint(1, 6))))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
+
+
+FEEDS = ["whole", "bytes", *range(12)]
+CHUNKED_MESSAGES = table(
+    ("one chunk", b"5\r\nhello\r\n0\r\n\r\n", b"hello", b""),
+    ("several", b"3\r\nfoo\r\n4\r\nbarb\r\n0\r\n\r\n", b"foobarb", b""),
+    ("empty", b"0\r\n\r\n", b"", b""),
+    ("hex in both cases", b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2, b""),
+    ("extension", b'5;a=1; b="c"\r\nhello\r\n0;x\r\n\r\n', b"hello", b""),
+    ("trailers are dropped", b"2\r\nhi\r\n0\r\nX: 1\r\nY: 2\r\n\r\n", b"hi", b""),
+    ("leading zeros", b"0005\r\nhello\r\n000\r\n\r\n", b"hello", b""),
+    ("content like framing", b"7\r\n0\r\n\r\n5\r\r\n0\r\n\r\n", b"0\r\n\r\n5\r", b""),
+    ("bytes behind the end", b"1\r\nx\r\n0\r\n\r\nGET /", b"x", b"GET /"),
+)
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("data, content, rest", CHUNKED_MESSAGES)
+def test_chunked_content_is_found_however_it_arrives(data, content, rest, how):
+    decoder, found, left = lite.ChunkedDecoder(), b"", b""
+    for piece in pieces_of(data, how):
+        if decoder.done:
+            left += piece
+        else:
+            found += decoder.feed(piece)
+    assert (found, decoder.done, decoder.rest + left) == (content, True, rest)
+
+
+@pytest.mark.parametrize("data", [
+    b"+5\r\nhello\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5_0\r\n", b" 5\r\nhello\r\n", b"5 \r\nhello\r\n",
+    b"\r\n", b"g\r\n", b"5\nhello\n", b"5\r\nhelloX\r\n", b"5\r\nhello\n0", b"1" * 16 + b"\r\n",
+    b"5;" + b"x" * 5000, b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n", b"5;\x00\r\nhello\r\n",
+])  # fmt: skip
+@pytest.mark.parametrize("how", ["whole", "bytes"])
+def test_broken_chunks_are_refused(data, how):
+    decoder = lite.ChunkedDecoder()
+    with pytest.raises(lite.BadMessage):
+        for piece in pieces_of(data, how):
+            decoder.feed(piece)
+
+
+def test_a_whole_plain_chunk_may_be_sent_on_as_it_came_and_nothing_else():
+    def verbatim(data, before=b""):
+        decoder = lite.ChunkedDecoder()
+        decoder.feed(before)
+        decoder.feed(data)
+        return decoder.verbatim
+
+    assert verbatim(b"5\r\nhello\r\n") and verbatim(b"05\r\nhello\r\n", before=b"1\r\nx\r\n")
+    assert not verbatim(b"5;a\r\nhello\r\n") and not verbatim(b"5\r\nhello\r\n1\r\nx\r\n")
+    assert not verbatim(b"5\r\nhel") and not verbatim(b"0\r\n\r\n")
+    assert not verbatim(b"5\r\nhello\r\n", before=b"b\r\nx")  # bytes in the middle of a chunk
+    assert not verbatim(b"5\r\nhello\r\n", before=b"0\r\nA: b\r\n")  # or among trailers
+
+
+@pytest.mark.parametrize("how", FEEDS)
+def test_content_of_a_known_length(how):
+    decoder, found = lite.LengthDecoder(10), b""
+    for piece in pieces_of(b"0123456789rest", how):
+        found += piece if decoder.done else decoder.feed(piece)
+    assert decoder.done and found[: 10 + len(decoder.rest)].startswith(b"0123456789")
+    assert lite.LengthDecoder(0).done
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  3  forwarding
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
+    head = head_of(
+        "POST /v1/x?q=1 HTTP/1.1\nHost: me\nConnection: keep-alive, X-Drop\nX-Drop: 1\nCookie: a\n"
+        "TE: trailers\nKeep-Alive: 5\nAuthorization: Bearer k\nCookie: b\nTransfer-Encoding: chunked\n"
+        "Expect: 100-continue\ntraceparent: 00-1\nX-Request-Id: old\nProxy-Authorization: secret"
+    )
+    fields = lite.forward_fields(head, [("X-Request-Id", "new")])
+    out = lite.forward_request(head, "/v1/x", "gpu:8000", fields, 5).decode()
+    assert out.split("\r\n") == [
+        "POST /v1/x?q=1 HTTP/1.1", "Host: gpu:8000", "Cookie: a", "Authorization: Bearer k",
+        "Cookie: b", "traceparent: 00-1", "X-Request-Id: new", "Content-Length: 5", "", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, length, framed", table(
+    ("GET without content", "GET", None, []),
+    ("POST says 0, RFC 9110 8.6", "POST", None, ["Content-Length: 0"]),
+    ("with content", "POST", 3, ["Content-Length: 3"]),
+))  # fmt: skip
+def test_a_forwarded_request_is_framed_by_its_length(method, length, framed):
+    head = head_of(f"{method} /a HTTP/1.1\nHost: a")
+    out = lite.forward_request(head, "/a", "b", "", length).decode()
+    assert out.split("\r\n")[2:-2] == framed
+
+
+def test_an_upgrade_is_asked_for_again():
+    head = head_of("GET /v1/realtime HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket")
+    out = lite.forward_request(head, "/v1/realtime", "b", lite.forward_fields(head, []), None)
+    assert b"Connection: upgrade\r\nUpgrade: websocket\r\n" in out
+
+
+RETURNED = table(
+    ("length", "Content-Length: 5", lite.Framing("length", 5), 1, True, ["Content-Length: 5"]),
+    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
+    ("until close", "", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
+    ("to 1.0", "", lite.UNTIL_CLOSE, 0, False, ["Connection: close"]),
+    ("1.0 that persists", "Content-Length: 5", lite.Framing("length", 5), 0, True,
+     ["Content-Length: 5", "Connection: keep-alive"]),
+    ("closing", "Content-Length: 5\nConnection: keep-alive", lite.Framing("length", 5), 1, False,
+     ["Content-Length: 5", "Connection: close"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, framing, minor, persists, expected", RETURNED)
+def test_a_returned_response_is_framed_for_the_client(fields, framing, minor, persists, expected):
+    request = head_of(f"GET / HTTP/1.{minor}\nHost: a")
+    head = answer_of(f"HTTP/1.1 200 OK\n{fields}".rstrip("\n"))
+    out = lite.return_response(head, request, framing, persists).decode()
+    assert out.split("\r\n")[1:-2] == expected
+
+
+def test_a_returned_response_keeps_repeated_fields_apart():
+    head = answer_of("HTTP/1.1 200 Fine\nSet-Cookie: a\nServer: uvicorn\nSet-Cookie: b\nX-Id: 1")
+    out = lite.return_response(head, head_of("GET / HTTP/1.1\nHost: a"), lite.CHUNKED, True, [("x-id", "2")])
+    assert out.decode().split("\r\n")[:5] == [
+        "HTTP/1.1 200 Fine", "Set-Cookie: a", "Server: uvicorn", "Set-Cookie: b", "x-id: 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("location, expected", table(
+    ("to itself", "http://gpu:1/base/v1/models", "/v1/models"),
+    ("with query", "http://gpu:1/base/x?a=b", "/x?a=b"),
+    ("elsewhere", "https://example.com/x", "https://example.com/x"),
+    ("relative", "/v1/x", "/v1/x"),
+))  # fmt: skip
+def test_redirects_of_a_server_to_itself_lead_back_to_us(location, expected):
+    assert lite.local_location(location, "gpu:1", "/base") == expected
+
+
+def test_cors():
+    page = "Host: a\nOrigin: https://page"
+    plain = head_of(f"POST /v1/x HTTP/1.1\n{page}")
+    flight = head_of(f"OPTIONS /v1/x HTTP/1.1\n{page}\nAccess-Control-Request-Method: POST\n"
+                     "Access-Control-Request-Headers: authorization")  # fmt: skip
+    assert dict(lite.cors_fields(plain, ["*"]))["Access-Control-Allow-Origin"] == "*"
+    assert dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"] == "https://page"
+    assert lite.cors_fields(plain, ["https://other"]) == [] == lite.cors_fields(plain, [])
+    assert lite.cors_fields(head_of("GET / HTTP/1.1\nHost: a"), ["*"]) == []
+    allowed = dict(lite.cors_fields(flight, ["*"]))
+    assert allowed["Access-Control-Allow-Methods"] == "POST"
+    assert allowed["Access-Control-Allow-Headers"] == "authorization"
+    assert lite.is_preflight(flight) and not lite.is_preflight(plain)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  4  exposition
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+SAMPLES = table(
+    ("plain", "up 1", [("up", {}, 1.0)]),
+    ("labels", 'a{x="1",y="b c"} 2.5', [("a", {"x": "1", "y": "b c"}, 2.5)]),
+    ("timestamp after the value", "a 3 1700000000000", [("a", {}, 3.0)]),
+    ("infinity", 'a{le="+Inf"} +Inf', [("a", {"le": "+Inf"}, math.inf)]),
+    ("exponent", "a 1e3", [("a", {}, 1000.0)]),
+    ("escapes", r'a{x="q\"b\\n\nl"} 1', [("a", {"x": 'q"b\\n\nl'}, 1.0)]),
+    ("brace in a label", 'a{x="}{"} 1', [("a", {"x": "}{"}, 1.0)]),
+    ("exemplar", 'a_bucket{le="1"} 4 # {trace="x"} 0.5', [("a_bucket", {"le": "1"}, 4.0)]),
+    ("trailing comma", 'a{x="1",} 1', [("a", {"x": "1"}, 1.0)]),
+    ("comments", "# HELP a b\n# TYPE a gauge\na 1", [("a", {}, 1.0)]),
+    ("carriage return", "a 1\r\n", [("a", {}, 1.0)]),
+    ("malformed lines are skipped", "a\na b\n{x} 1\na 1_0\nb 2", [("b", {}, 2.0)]),
+)
+
+
+@pytest.mark.parametrize("page, expected", SAMPLES)
+def test_samples_are_read(page, expected):
+    assert [tuple(sample) for sample in lite.parse_samples(page)] == expected
+
+
+def test_a_name_that_only_begins_alike_is_another_metric():
+    page = 'vllm:num_requests_waiting_by_reason{reason="capacity"} 9\nvllm:num_requests_waiting 4'
+    assert [s.value for s in lite.parse_samples(page, ["vllm:num_requests_waiting"])] == [4.0]
+
+
+def test_not_a_number_is_read_as_such():
+    assert math.isnan(next(lite.parse_samples("a NaN")).value)
+
+
+def test_what_is_exposed_reads_back_the_same():
+    counter = lite.Counter("c_total", "A counter.", ("model",))
+    counter.add('we"ird\\\n', amount=2)
+    counter.add('we"ird\\\n')
+    gauge = lite.Gauge("g", "A gauge.")
+    gauge.set(0.25)
+    histogram = lite.Histogram("h_seconds", "A histogram.", ("model",), (0.1, 1))
+    for value in (0.1, 0.5, 7):
+        histogram.observe(histogram.child("m"), value)
+    page = lite.expose([counter, gauge, histogram])
+    assert "# TYPE h_seconds histogram\n" in page and page.endswith("\n")
+    read = {(s.name, *s.labels.values()): s.value for s in lite.parse_samples(page)}
+    assert read == {
+        ("c_total", 'we"ird\\\n'): 3, ("g",): 0.25, ("h_seconds_bucket", "m", "0.1"): 1,
+        ("h_seconds_bucket", "m", "1"): 2, ("h_seconds_bucket", "m", "+Inf"): 3,
+        ("h_seconds_sum", "m"): 7.6, ("h_seconds_count", "m"): 3,
+    }  # fmt: skip
+
+
+def test_label_sets_are_bounded():
+    counter = lite.Counter("c_total", "A counter.", ("model",))
+    for n in range(lite.LABEL_SETS_LIMIT + 50):
+        counter.add(str(n))
+    assert len(counter.children) == lite.LABEL_SETS_LIMIT + 1
+    assert counter.children[("other",)] == 50
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  5  settings
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+MVLLM_FILE = """
+[servers]
+servers = [
+    { url = "http://localhost:8081", max_concurrent_requests = 3 },
+    { url = "http://localhost:8082", max_concurrent_requests = 5 },  # the larger one
+]
+
+[config]
+health_check_interval = 10
+config_reload_interval = 30
+request_timeout = 120
+health_check_timeout = 5
+max_retries = 3
+failure_threshold = 2
+auto_recovery_threshold = 60
+enable_active_health_check = true
+health_check_max_response_time = 10.0
+health_check_min_success_rate = 0.8
+health_check_window_size = 10
+health_check_consecutive_failures = 3
+"""
+
+
+def complaints(toml, **overrides):
+    with pytest.raises(lite.SettingsError) as caught:
+        lite.parse_settings(toml, "s.toml", overrides)
+    return str(caught.value).split("\n")
+
+
+def test_a_file_of_mvllm_s_means_the_same():
+    settings, warnings = lite.parse_settings(MVLLM_FILE)
+    assert [(s.url, s.max_concurrent_requests) for s in settings.servers] == [
+        ("http://localhost:8081", 3), ("http://localhost:8082", 5)]  # fmt: skip
+    assert (settings.request_timeout, settings.max_retries) == (120, 3) and not warnings
+
+
+def test_servers_may_stand_in_tables_of_their_own():
+    toml = '[[servers]]\nurl = "http://a"\n[[servers]]\nurl = "http://b"\nmax_concurrent_requests = 7'
+    settings, _ = lite.parse_settings(toml)
+    assert [s.max_concurrent_requests for s in settings.servers] == [3, 7]
+
+
+@pytest.mark.parametrize("given, url", table(
+    ("plain", "http://a:8000", "http://a:8000"),
+    ("trailing slash", "http://a:8000/", "http://a:8000"),
+    ("path prefix", "https://a/llm/", "https://a/llm"),
+    ("a client's base_url", "http://a:8000/v1/", "http://a:8000"),
+    ("upper case host", "HTTP://GPU:1", "http://gpu:1"),
+    ("IPv6", "http://[::1]:80", "http://[::1]:80"),
+))  # fmt: skip
+def test_forms_of_urls(given, url):
+    settings, _ = lite.parse_settings(f'servers = [{{ url = "{given}" }}]')
+    assert settings.servers[0].url == url
+
+
+@pytest.mark.parametrize("url", ["a:80", "ftp://a", "http://", "http://a:99999", "http://a b", "http://u:p@a",
+                                 "http://a?x", "http://a#x", "http://a\\n"])  # fmt: skip
+def test_bad_urls_are_refused(url):
+    (line,) = complaints(f'servers = [\n{{ url = "{url}" }}]')
+    assert line.startswith("s.toml:2: servers[1].url: found '") and "expected a URL like" in line
+
+
+COMPLAINTS = table(
+    ("range", "port = 70000", "s.toml:3: config.port: found 70000, expected a whole number, 0 to 65535"),
+    ("kind", "max_retries = [1]", "s.toml:3: config.max_retries: found [1], expected a whole number, 0 or more"),
+    ("fraction", "max_retries = 1.5", "s.toml:3: config.max_retries: found 1.5, expected a whole number, 0 or more"),
+    ("truth", "server_header = 3", "s.toml:3: config.server_header: found 3, expected true or false"),
+    ("word", 'policy = "best"', "s.toml:3: config.policy: found 'best', expected one of least, mvllm, vllm_router"),
+    ("list", "retry_statuses = [404]", "s.toml:3: config.retry_statuses: found [404], expected a whole number, 500 to 599"),
+    ("not finite", "request_timeout = inf", "s.toml:3: config.request_timeout: found inf, expected a number, 0.001 or more"),
+    ("truth is no number", "port = true", "s.toml:3: config.port: found True, expected a whole number, 0 to 65535"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line, expected", COMPLAINTS)
+def test_complaints_name_file_line_key_found_and_expected(line, expected):
+    assert complaints(f"servers = []\n[config]\n{line}\n") == [expected]
+
+
+def test_all_complaints_come_at_once():
+    toml = '[[servers]]\nurl = "x"\n\n[[servers]]\nmax_concurrent_requests = 0\n\n[config]\n# port = 1\nport = -1\n'
+    found = complaints(toml)
+    assert [line.split(": ")[:2] for line in found] == [
+        ["s.toml:9", "config.port"], ["s.toml:2", "servers[1].url"],
+        ["s.toml:5", "servers[2].max_concurrent_requests"], ["s.toml:4", "servers[2].url"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("toml, expected", table(
+    ("syntax", "a = 1\nb = = 2\n", "s.toml:2: not valid TOML: Invalid value"),
+    ("cut in the middle", '[servers]\nservers = [ { url = "http', "not valid TOML"),
+    ("empty, as while it is written", "", "s.toml: servers: found nothing, expected a list"),
+    ("the same server twice", 'servers = [{url="http://a"},\n{url="http://a/"}]', "s.toml:2: servers[2].url: found"),
+    ("an alias of an alias", 'servers=[]\n[aliases]\na="b"\nb="c"', "s.toml:3: aliases.a: found 'b'"),
+    ("a table that is none", "servers=[]\nconfig = 3", "s.toml:2: config: found 3, expected a table"),
+))  # fmt: skip
+def test_files_that_cannot_be_used(toml, expected):
+    assert expected in complaints(toml)[0]
+
+
+def test_unknown_keys_are_warned_about_with_the_nearest_known_one():
+    toml = 'servers = [{ url = "http://a", weight = 2 }]\n[config]\nmax_retrys = 1\n[advanced]\nx = 1\n'
+    _, warnings = lite.parse_settings(toml, "s.toml")
+    said = [str(w) for w in warnings]
+    assert said[0].startswith("s.toml:4: advanced: ignored: no version of mvllm")
+    assert said[1] == "s.toml:3: config.max_retrys: unknown key, ignored; did you mean max_retries?"
+    assert said[2].startswith("s.toml:1: servers[1].weight: ignored: ")
+
+
+def test_mvllm_s_leniency_with_numbers_is_kept():
+    settings, _ = lite.parse_settings('servers = []\n[config]\nport = "9000"\nmax_retries = 2.0')
+    assert (settings.port, settings.max_retries) == (9000, 2)
+
+
+def test_overrides_win_and_are_checked_alike():
+    given = {"port": ("9001", "--port"), "servers": ([{"url": "http://b"}], "--server")}
+    settings, _ = lite.parse_settings(MVLLM_FILE, "s.toml", given)
+    assert settings.port == 9001 and [s.url for s in settings.servers] == ["http://b"]
+    assert complaints(MVLLM_FILE, port=("x", "environment PORT")) == [
+        "environment PORT: port: found 'x', expected a whole number, 0 to 65535"]  # fmt: skip
+
+
+def test_the_example_file_shows_every_setting_with_its_default():
+    toml = (HERE / "servers.example.toml").read_text()
+    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = )", "", toml, flags=re.MULTILINE))
+    defaults = Settings()
+    assert list(shown["config"]) == list(lite.CONFIG_FIELDS)
+    for key, value in shown["config"].items():
+        assert lite.CONFIG_FIELDS[key].metadata["check"](value) == getattr(defaults, key), key
+    assert {key for entry in shown["servers"]["servers"] for key in entry} == set(lite.SERVER_FIELDS)
+    settings, warnings = lite.parse_settings(toml)
+    assert settings.servers and not warnings
+
+
+def test_settings_that_need_a_restart_are_named():
+    old = Settings()
+    new = dataclasses.replace(old, port=1, max_retries=9)
+    assert lite.restart_needed(old, new) == ["port"]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  6  dialect
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("path, asked", table(
+    ("chat", "/v1/chat/completions", "/v1/chat/completions"),
+    ("anything under /v1", "/v1/some/new/thing", "/v1/some/new/thing"),
+    ("said twice", "/v1/v1/embeddings", "/v1/embeddings"),
+    ("three times", "/v1/v1/v1/embeddings", "/v1/embeddings"),
+    ("v2", "/v2/rerank", "/v2/rerank"),
+    ("outside /v1", "/tokenize", "/tokenize"),
+    ("more than the path", "/tokenize/x", ""),
+    ("not inference", "/sleep", ""),
+    ("no traversal is followed", "/v1x/../v1/models", ""),
+))  # fmt: skip
+def test_inference_paths(path, asked):
+    assert lite.inference_path(path) == asked
+
+
+def members_by_scan(content, cuts, wanted=("model", "stream")):
+    scan, so_far = lite.MemberScan(wanted), bytearray()
+    for piece in cuts:
+        so_far += piece
+        scan.advance(so_far)
+    return lite.read_members(so_far, scan)
+
+
+DOCUMENTS = table(
+    ("first", b'{"model":"m","stream":true}', {"model": "m", "stream": True}),
+    ("spaced", b' \n{ "model" : "m" ,\t"stream" : false } ', {"model": "m", "stream": False}),
+    ("last of two wins, as in json.loads", b'{"model":"a","model":"b"}', {"model": "b"}),
+    ("nested is another", b'{"a":{"model":"x"},"b":[{"model":"y"}],"model":"m"}', {"model": "m"}),
+    ("only nested", b'{"tools":[{"model":"x"}]}', {}),
+    ("within text", rb'{"prompt":"\"model\":\"x\", {[","model":"m"}', {"model": "m"}),
+    ("text ending in a backslash", rb'{"a":"\\","model":"m"}', {"model": "m"}),
+    ("escaped name", b'{"mod\\u0065l":"m"}', {"model": "m"}),
+    ("value that looks like a name", b'{"a":"model","b":"x","model":"m"}', {"model": "m"}),
+    ("not a text", b'{"model":["m",{"a":1}],"stream":null}', {"model": ["m", {"a": 1}], "stream": None}),
+    ("unicode", '{"model":"größe 🙂"}'.encode(), {"model": "größe 🙂"}),
+    ("empty", b"{}", {}),
+    ("no object", b'["model","m"]', {}),
+    ("a list of objects", b'[{"model":"m"}]', {}),
+)
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("content, members", DOCUMENTS)
+def test_members_of_large_content_are_found_however_it_arrives(content, members, how):
+    assert members_by_scan(content, pieces_of(content, how)) == members
+
+
+def random_json(draw, depth=0):
+    kind = draw.randrange(7 if depth < 4 else 5)
+    if kind < 3:
+        letters = 'ab"\\{}[]:,/\n\u00e9🙂model'
+        return "".join(draw.choice(letters) for _ in range(draw.randrange(12)))
+    if kind == 3:
+        return draw.choice([0, -1.5e3, 12345678901234567890, True, False, None])
+    if kind == 4:
+        return draw.choice(["model", "stream", ""])
+    if kind == 5:
+        return [random_json(draw, depth + 1) for _ in range(draw.randrange(4))]
+    names = ["model", "stream", "a", 'q"', "\\", "model "]
+    return {draw.choice(names): random_json(draw, depth + 1) for _ in range(draw.randrange(5))}
+
+
+def test_the_scan_agrees_with_json_on_random_documents():
+    draw = random.Random(7)
+    for n in range(3000):
+        document = {draw.choice(["model", "stream", "a", "b\\"]): random_json(draw) for _ in range(4)}
+        content = json.dumps(document, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 1])).encode()
+        wanted = {k: v for k, v in document.items() if k in ("model", "stream")}
+        assert members_by_scan(content, pieces_of(content, n)) == wanted, content
+
+
+def call(body, fields="", query="", aliases=None, default=""):
+    head = head_of(f"POST /v1/x{query} HTTP/1.1\nHost: a\n{fields}".rstrip("\n"))
+    return lite.read_call(head, body, None, aliases or {}, default)
+
+
+FORM = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n\0\1--XX\r\n'
+        b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--XX--\r\n')  # fmt: skip
+FORM_TYPE = "Content-Type: multipart/form-data; boundary=XX"
+CALLS = table(
+    ("JSON", {"body": b'{"model":"m","stream":true}'}, ("m", True)),
+    ("no model", {"body": b'{"stream":false}'}, (None, False)),
+    ("not JSON", {"body": b"\xff\x00"}, (None, False)),
+    ("too deep", {"body": b"[" * 60000}, (None, False)),
+    ("no text", {"body": b'{"model":5}'}, (None, False)),
+    ("no content", {"body": b""}, (None, False)),
+    ("form", {"body": FORM, "fields": FORM_TYPE}, ("whisper", False)),
+    ("quoted boundary", {"body": FORM, "fields": FORM_TYPE.replace("XX", '"XX"')}, ("whisper", False)),
+    ("query", {"body": b"", "query": "?model=m"}, ("m", False)),
+    ("content before query", {"body": b'{"model":"m"}', "query": "?model=x"}, ("m", False)),
+    ("default", {"body": b"{}", "default": "d"}, ("d", False)),
+    ("alias", {"body": b'{"model":"a"}', "aliases": {"a": "real"}}, ("real", False)),
+    ("default may be an alias", {"body": b"{}", "default": "a", "aliases": {"a": "real"}}, ("real", False)),
+)
+
+
+@pytest.mark.parametrize("given, expected", CALLS)
+def test_calls_are_read(given, expected):
+    assert call(**given)[:2] == expected
+
+
+REWRITTEN = table(
+    ("only the value", {"body": b'{ "x":"a", "model" : "a" , "y":[1]}', "aliases": {"a": "r/1"}},
+     b'{ "x":"a", "model" :"r/1", "y":[1]}'),
+    ("default in front", {"body": b'{"x":1}', "default": "d"}, b'{"model":"d","x":1}'),
+    ("default alone", {"body": b" {  }", "default": "d"}, b' {"model":"d"  }'),
+    ("form", {"body": FORM, "fields": FORM_TYPE, "aliases": {"whisper": "w2"}}, FORM.replace(b"whisper", b"w2")),
+    ("nothing to replace", {"body": b'{"model":"m"}', "aliases": {"a": "r"}, "default": "d"}, b'{"model":"m"}'),
+    ("by query, content stays", {"body": b'{"x":1}', "query": "?model=m", "default": "d"}, b'{"x":1}'),
+    ("not an object", {"body": b"[1]", "default": "d"}, b"[1]"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("given, content", REWRITTEN)
+def test_only_the_model_s_value_is_rewritten(given, content):
+    assert call(**given).content == content
+
+
+def test_a_default_model_is_put_into_a_form_without_one():
+    form = FORM.replace(b'name="model"', b'name="other"')
+    out = call(form, FORM_TYPE, default="d").content
+    assert call(out, FORM_TYPE).model == "d" and out.endswith(form)
+
+
+BEGINNINGS = table(
+    ("nothing", b"", "NOT_YET"),
+    ("first event of a chat", b'data: {"id":"x","choices":[]}\n\n', "CONTENT"),
+    ("half an event", b'data: {"id"', "NOT_YET"),
+    ("keep-alive comments are no content", b": keep-alive\n\n: keep-alive\n\n", "NOT_YET"),
+    ("comment, then content", b": keep-alive\n\ndata: {}\n\n", "CONTENT"),
+    ("error first", b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n', "FAILED"),
+    ("error as text, as old vLLM", b'data: {"error":"x"}\n\n', "FAILED"),
+    ("only the end: a queued request of a server that stops", b"data: [DONE]\n\n", "FAILED"),
+    ("Anthropic's", b'event: message_start\ndata: {"type":"message_start"}\n\n', "CONTENT"),
+    ("Anthropic's error", b'event: error\ndata: {"type":"error"}\n\n', "FAILED"),
+    ("responses begin before the engine does", b'event: response.created\ndata: {"a":1}\n\n', "NOT_YET"),
+    ("responses, then content", b"event: response.created\ndata: {}\n\nevent: response.output_item.added\n"
+     b"data: {}\n\n", "CONTENT"),
+    ("responses, then failure", b"event: response.created\ndata: {}\n\nevent: response.failed\ndata: {}\n\n", "FAILED"),
+    ("CRLF lines", b"data: {}\r\n\r\n", "CONTENT"),
+    ("error: null is content", b'data: {"error":null,"choices":[]}\n\n', "CONTENT"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content, begun", BEGINNINGS)
+def test_when_a_stream_has_begun(content, begun):
+    assert lite.stream_begun(content) is lite.Begun[begun]
+
+
+LOADS = table(
+    ("today", 'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
+     'vllm:num_requests_waiting{engine="0"} 9.0\nvllm:num_requests_waiting_by_reason{reason="capacity"} 0\n'
+     'vllm:num_requests_waiting_by_reason{reason="deferred"} 9.0\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+     "process_max_fds 1024", (3, 9, 0.5, 1024)),
+    ("two engines", 'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 5\n'
+     'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75', (8, None, 0.75, None)),
+    ("v0: swapped requests wait", "vllm:num_requests_running 1\nvllm:num_requests_waiting 2\n"
+     "vllm:num_requests_swapped 3\nvllm:gpu_cache_usage_perc 0.1\nvllm:cpu_cache_usage_perc 0.9", (1, 5, 0.1, None)),
+    ("the newer name wins", "vllm:gpu_cache_usage_perc 0.1\nvllm:kv_cache_usage_perc 0.2", (None, None, 0.2, None)),
+    ("timestamps and NaN", "vllm:num_requests_running 2 1700000000000\nvllm:num_requests_waiting NaN", (2, None, None, None)),
+    ("another program's page", "go_goroutines 7", (None, None, None, None)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page, expected", LOADS)
+def test_load_is_read_from_pages_old_and_new(page, expected):
+    assert tuple(lite.engine_load(page)) == expected
+
+
+@pytest.mark.parametrize("content, names", table(
+    ("a list", b'{"object":"list","data":[{"id":"a","max_model_len":9},{"id":"b"}]}', ["a", "b"]),
+    ("empty list", b'{"data":[]}', []),
+    ("not JSON", b"<html>", None),
+    ("no list", b'{"data":null}', None),
+    ("entries without id", b'{"data":[{}]}', None),
+))  # fmt: skip
+def test_model_lists(content, names):
+    models = lite.model_list(content)
+    assert (models if models is None else list(models)) == names
+
+
+def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
+    body = json.loads(lite.error_body(Fault.UNKNOWN_MODEL, "text", "/v1/x", "model"))
+    assert body == {"error": {"message": "text", "type": "NotFoundError", "param": "model", "code": 404}}
+    assert json.loads(lite.error_body(Fault.NO_SERVER, "text", "/v1/messages"))["type"] == "error"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  7  fleet
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def health_after(script, **settings):
+    """The health after a script of one letter for each second: + and - are checks that passed
+    and failed, s one that passed slowly, f a failed request, . nothing."""
+    s, health = Settings(**settings), lite.Health(State.CHECKING, "", 0.0)
+    for now, letter in enumerate(script):
+        if letter in "+-s":
+            seconds = 11.0 if letter == "s" else 0.01
+            health = health.probed(letter != "-", seconds, "refused" * (letter == "-"), now, s)
+        elif letter == "f":
+            health = health.failed("refused", now, s)
+        elif not s.enable_active_health_check:
+            health = health.rested(now, s)
+    return health
+
+
+HEALTHS = table(
+    ("at first nothing is known", "", {}, "checking", ""),
+    ("one good check is enough", "+", {}, "healthy", "check passed"),
+    ("or as many as are wanted", "+", {"health_check_consecutive_successes": 2}, "checking", ""),
+    ("then it is", "++", {"health_check_consecutive_successes": 2}, "healthy", "check passed"),
+    ("a first check that fails", "-", {}, "unhealthy", "refused"),
+    ("two failures in a row are forgiven", "++++++++++--", {}, "healthy", "check passed"),
+    ("three are not", "++++++++---", {}, "unhealthy", "3 checks failed in a row: refused"),
+    ("a limit of its own", "+-", {"health_check_consecutive_failures": 1}, "unhealthy", "1 checks failed in a row: refused"),
+    ("the rate in the window", "+++-+-", {}, "unhealthy", "67% of the last 6 checks passed, the last problem: refused"),
+    ("a rate needs a few checks", "+-+", {}, "healthy", "check passed"),
+    ("a long good past is no excuse", "+" * 50 + "-+-+-", {}, "unhealthy", "70% of the last 10 checks passed, the last problem: refused"),
+    ("slow checks", "+s", {"health_check_max_response_time": 5}, "unhealthy", "the last 2 checks took 5.5 s on average"),
+    ("a slow check does not bring back", "s", {}, "unhealthy", "a check took 11.0 s"),
+    ("an hour down, one check up", "+" + "-" * 60 + "+", {}, "healthy", "check passed"),
+    ("the window starts anew with it", "+" + "-" * 60 + "+--", {}, "healthy", "check passed"),
+    ("failed requests in a row", "+ff", {}, "unhealthy", "2 requests failed in a row: refused"),
+    ("one is forgiven", "+f", {}, "healthy", "check passed"),
+    ("unless told otherwise", "+f", {"failure_threshold": 1}, "unhealthy", "refused"),
+    ("the next good check brings it back", "+ff+", {}, "healthy", "check passed"),
+    ("without checks it is trusted", ".", {"enable_active_health_check": False}, "healthy", "active checks are off"),
+    ("and out after failures", ".ff", {"enable_active_health_check": False}, "unhealthy", "2 requests failed in a row: refused"),
+    ("until time has passed", ".ff" + "." * 60, {"enable_active_health_check": False}, "healthy", "tried again after 60 s"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("script, settings, state, reason", HEALTHS)
+def test_health(script, settings, state, reason):
+    health = health_after(script, **settings)
+    assert (health.state.value, health.reason) == (state, reason)
+
+
+def test_failures_count_on_while_a_server_is_out():
+    assert health_after("----").failures == 4 and health_after("----").checks == 4
+    assert health_after("----").since == 0.0
+
+
+def fleet_of(*capacities, healthy=True, models=None):
+    """A fleet of servers s0, s1 …, known to be healthy."""
+    fleet, now = lite.Fleet(), 0.0
+    fleet.apply([lite.ServerSettings(f"s{i}", c) for i, c in enumerate(capacities)], now)
+    for view in fleet.views() if healthy else ():
+        fleet.judge(view.url, lite.Health.probed, True, 0.01, "", now, Settings())
+        fleet.learned(view.url, {name: {"id": name} for name in models or ["m"]}, now)
+    return fleet
+
+
+def test_a_lease_counts_whatever_ends_it():
+    fleet = fleet_of(1)
+    with pytest.raises(KeyError), fleet.lease("s0"):
+        assert fleet.in_flight("s0") == 1
+        raise KeyError
+    assert fleet.in_flight("s0") == 0
+
+
+def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
+    fleet = fleet_of(1, 2, 3)
+    with fleet.lease("s1"):
+        added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)], 5.0)
+        assert (added, draining) == (["new"], ["s0", "s1"])
+        s2, new, s1 = fleet.views()
+        assert (s2.capacity, s2.healthy, new.health.state, s1.draining) == (9, True, State.CHECKING, True)
+        assert "is draining" in {c.reason for c in ranking_of(fleet).candidates()}
+    assert [v.url for v in fleet.views()] == ["s2", "new"]
+
+
+def test_a_server_that_is_wanted_again_while_it_drains_stays():
+    fleet = fleet_of(1)
+    with fleet.lease("s0"):
+        fleet.apply([], 1.0)
+        assert fleet.apply([lite.ServerSettings("s0", 4)], 2.0) == (["s0"], [])
+    (view,) = fleet.views()
+    assert (view.draining, view.capacity, view.healthy, view.in_flight) == (False, 4, True, 0)
+
+
+def test_news_of_a_server_that_has_left_are_ignored():
+    fleet = fleet_of(1)
+    with fleet.lease("s0"):
+        fleet.apply([], 1.0)
+    fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
+    fleet.learned("s0", {}, 1.0)
+    fleet.succeeded("s0")
+    assert fleet.judge("s0", lite.Health.failed, "x", 1.0, Settings()) is None and fleet.views() == []
+
+
+FOREIGN = table(
+    ("ours are not counted twice", (3, 2), 5, 0.0, 0.0),
+    ("others are counted", (6, 2), 5, 0.0, 3.0),
+    ("a report older than our newest requests", (1, 0), 4, 0.0, 0.0),
+    ("within the interval it counts fully", (6, 0), 0, 0.5, 6.0),
+    ("late, it fades", (6, 0), 0, 1.5, 6 * math.exp(-1)),
+    ("unknown is none", (None, None), 0, 0.0, 0.0),
+)
+
+
+@pytest.mark.parametrize("load, own, age, expected", FOREIGN)
+def test_the_load_of_others(load, own, age, expected):
+    fleet = fleet_of(1)
+    fleet.scraped("s0", lite.EngineLoad(*load), own, 100.0)
+    assert fleet.views()[0].foreign(100.0 + age, 0.5) == pytest.approx(expected)
+
+
+def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
+    fleet, s = fleet_of(1), Settings(models_interval=30)
+    assert not fleet.models_due("s0", 29.0, s) and fleet.models_due("s0", 30.0, s)
+    for _ in range(3):
+        fleet.judge("s0", lite.Health.probed, False, 0.0, "x", 1.0, s)
+    assert fleet.models_due("s0", 1.0, s)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8  policies
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None):
+    by, moment = lite.POLICIES[policy], lite.Moment(now, 0.5)
+    return lite.rank(fleet.views(), model, frozenset(tried), by, moment, draw or random.Random(1))
+
+
+def picks(fleet, policy, count=2000, **more):
+    draw = random.Random(3)
+    return Counter(ranking_of(fleet, policy, draw=draw, **more).best for _ in range(count))
+
+
+def test_policies_are_those_the_settings_know():
+    assert tuple(lite.POLICIES) == lite.POLICY_NAMES
+    assert all(f"`{name}`" in (HERE / "README.md").read_text() for name in lite.POLICIES)
+
+
+def with_load(fleet, *loads, at=0.0):
+    for i, (running, waiting) in enumerate(loads):
+        fleet.scraped(f"s{i}", lite.EngineLoad(running, waiting, 0.0), 0, at)
+    return fleet
+
+
+# capacities, (running, waiting) …, and the share of 2,000 picks each server gets
+DISTRIBUTIONS = table(
+    ("mvllm: all below 0.5 alike, whatever their load", "mvllm", (10, 10, 10), [(0, 0), (4, 1), (5, 0)], [0.5, 0.5, 0]),
+    ("mvllm: waiting counts half", "mvllm", (10, 10), [(0, 9), (0, 10)], [1, 0]),
+    ("mvllm: else the lowest", "mvllm", (10, 10, 10), [(9, 0), (7, 0), (8, 0)], [0, 1, 0]),
+    ("mvllm: ties among the lowest", "mvllm", (10, 10, 10), [(7, 0), (7, 0), (8, 0)], [0.5, 0.5, 0]),
+    ("mvllm: full servers are still asked", "mvllm", (1, 1), [(5, 0), (9, 0)], [1, 0]),
+    ("vllm_router: running counts thrice", "vllm_router", (10, 10), [(1, 0), (0, 2)], [0, 1]),
+    ("vllm_router: ties", "vllm_router", (10, 10), [(1, 0), (0, 3)], [0.5, 0.5]),
+    ("least: by share of capacity", "least", (16, 4), [(3, 0), (1, 0)], [1, 0]),
+    ("least: ties", "least", (8, 8), [(0, 0), (0, 0)], [0.5, 0.5]),
+    ("least: waiting counts fully", "least", (8, 8), [(2, 0), (0, 3)], [1, 0]),
+)
+
+
+@pytest.mark.parametrize("policy, capacities, loads, shares", DISTRIBUTIONS)
+def test_distribution_of_picks(policy, capacities, loads, shares):
+    found = picks(with_load(fleet_of(*capacities), *loads), policy)
+    for i, share in enumerate(shares):
+        assert found[f"s{i}"] / 2000 == pytest.approx(share, abs=0.05)
+
+
+def test_a_burst_between_two_reports_spreads():
+    """Servers at 0.75 and 0.50, 20 requests at one instant: not all to the second."""
+    fleet, taken = with_load(fleet_of(20, 20), (15, 0), (10, 0)), Counter()
+    for _ in range(20):
+        best = ranking_of(fleet).best
+        taken[best] += 1
+        fleet.lease(best).__enter__()
+    assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
+
+
+def test_capacity_decides_how_a_burst_is_shared():
+    fleet, taken = fleet_of(16, 8, 4), Counter()
+    for _ in range(28):
+        best = ranking_of(fleet).best
+        taken[best] += 1
+        fleet.lease(best).__enter__()
+    assert taken == {"s0": 16, "s1": 8, "s2": 4}
+
+
+def test_every_candidate_has_a_reason_in_words_and_numbers():
+    fleet = with_load(fleet_of(4, 4, 4, 4), (1, 0), (2, 2), (0, 0), (0, 0))
+    fleet.learned("s2", {"other": {}}, 0.0)
+    for _ in range(3):
+        fleet.judge("s3", lite.Health.probed, False, 0.1, "refused", 0.0, Settings())
+    rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
+    assert [(row.url, row.reason) for row in rows] == [
+        ("s0", "cost 0.500 = (0 in flight + 1.0 foreign + 1) / 4"),
+        ("s1", "was tried already"),
+        ("s2", "does not serve 'm'"),
+        ("s3", "is unhealthy (3 checks failed in a row: refused)"),
+    ]
+
+
+REFUSALS = table(
+    ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "No server is configured."),
+    ("unknown model", lambda: fleet_of(1, models=["b", "a"]), "x", Fault.UNKNOWN_MODEL,
+     "The model `x` does not exist. Valid names: a, b."),
+    ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x", Fault.NO_SERVER,
+     "No server can serve the model `x` now: s0 is checking (not checked yet)."),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fleet, model, fault, text", REFUSALS)
+def test_refusals_say_why(fleet, model, fault, text):
+    assert ranking_of(fleet(), model=model).refusal() == (fault, text)
+
+
+def test_a_server_that_has_not_told_its_models_is_given_the_chance():
+    fleet = fleet_of(1)
+    assert ranking_of(fleet, model="x").best is None
+    fleet.learned("s0", None, 0.0)
+    assert ranking_of(fleet, model="x").best == "s0"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  9  plans
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def outcome(word):
+    """'refused', or 'busy!' for one whose answer was held back; 'cut' after the commit."""
+    if word == "ok":
+        return lite.WELL
+    faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
+              "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
+              "time": Fault.NO_SERVER}  # fmt: skip
+    held = lite.Held("s?", answer_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
+    return lite.Outcome(faults[word.rstrip("!")], word, word == "cut", held)
+
+
+def play(fleet, outcomes, **settings):
+    """The steps of a plan against these outcomes, in words."""
+    s, draw, steps = Settings(**settings), random.Random(5), []
+    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), s, draw)
+    told, outcomes = None, iter(outcomes)
+    with contextlib.suppress(StopIteration):
+        while True:
+            step = plan.send(told)
+            told = lite.WELL
+            if isinstance(step, lite.Relay):
+                steps.append(f"ask {step.url}")
+                told = outcome(next(outcomes))
+            elif isinstance(step, lite.Answer):
+                steps.append(f"answer {step.outcome.fault.label}" + " as held" * bool(step.outcome.held))
+            else:
+                steps.append(type(step).__name__.lower())
+                told = outcome("time") if isinstance(step, lite.Settle) else lite.WELL
+    return steps
+
+
+# capacities order the servers: s0 is the best
+PLANS = table(
+    ("a good answer", (3, 2, 1), ["ok"], {}, ["ask s0"]),
+    ("no connection: the next server at once", (3, 2, 1), ["refused", "ok"], {}, ["ask s0", "ask s1"]),
+    ("each server once, then again after a pause", (2, 1), ["refused", "refused", "refused", "ok"], {},
+     ["ask s0", "ask s1", "pause", "ask s0", "pause", "ask s0"]),
+    ("503: another server after a pause", (2, 1), ["503!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
+    ("the last error is shown as it came", (2, 1), ["503!", "503!"], {"max_retries": 1},
+     ["ask s0", "pause", "ask s1", "answer server_error as held"]),
+    ("429: elsewhere", (2, 1), ["busy!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
+    ("429 everywhere", (2, 1), ["busy!", "busy!"], {}, ["ask s0", "pause", "ask s1", "answer server_busy as held"]),
+    ("429 from the only server", (1,), ["busy!"], {}, ["ask s0", "answer server_busy as held"]),
+    ("silence is not run again", (2, 1), ["silent"], {}, ["ask s0", "answer server_silent"]),
+    ("unless allowed", (2, 1), ["silent", "ok"], {"retry_timed_out": True}, ["ask s0", "pause", "ask s1"]),
+    ("nothing after the commit", (2, 1), ["cut"], {}, ["ask s0"]),
+    ("no retries wanted", (2, 1), ["refused"], {"max_retries": 0}, ["ask s0", "answer connect_failed"]),
+    ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
+     ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
+    ("no server", (), [], {}, ["answer no_server"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("capacities, outcomes, settings, steps", PLANS)
+def test_plans(capacities, outcomes, settings, steps):
+    assert play(fleet_of(*capacities), outcomes, **settings) == steps
+
+
+def test_a_plan_waits_for_servers_that_were_not_checked_yet():
+    assert play(fleet_of(1, healthy=False), []) == ["settle", "answer no_server"]
+
+
+def test_when_the_fleet_dies_the_answer_says_so():
+    fleet = fleet_of(1)
+    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), Settings(), random.Random(1))
+    assert isinstance(next(plan), lite.Relay)
+    for _ in range(2):
+        fleet.judge("s0", lite.Health.failed, "refused", 0.0, Settings())
+    assert isinstance(plan.send(outcome("refused")), lite.Pause)
+    answer = plan.send(lite.WELL)
+    assert answer.outcome.fault is Fault.NO_SERVER and "refused" in answer.outcome.text
+
+
+def test_pauses_grow_within_bounds_and_differ():
+    s, draw = Settings(retry_delay=0.1, retry_delay_max=0.5), random.Random(1)
+    for retry, longest in enumerate((0.1, 0.2, 0.4, 0.5, 0.5)):
+        found = [lite.backoff_s(retry, s, draw) for _ in range(50)]
+        assert longest / 2 <= min(found) < max(found) <= longest
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  10  reports
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+CLOCK = lite.Clock(100.0, 1_700_000_100.0)
+
+
+def shape(value):
+    """The types in a document, for comparing with mvllm's."""
+    if isinstance(value, dict):
+        return {key: shape(one) for key, one in value.items()}
+    return [shape(one) for one in value[:1]] if isinstance(value, list) else type(value).__name__
+
+
+def test_health_has_all_of_mvllm_s_fields_with_their_types():
+    report = lite.health_report(fleet_of(1, 1).views(), Settings(), CLOCK)
+    server = {"url": "str", "healthy": "bool", "health_status": "str", "last_check": "str",
+              "consecutive_failures": "int", "success_rate": "float", "avg_response_time": "float",
+              "last_response_time": "float", "total_checks": "int", "supported_models": ["str"],
+              "models_last_updated": "str"}  # fmt: skip
+    top = {"status": "str", "health_score": "float", "total_servers": "int", "healthy_servers": "int",
+           "unhealthy_servers": "int"}  # fmt: skip
+    found = shape(report)
+    assert server.items() <= {k: v for k, v in found["servers"][0].items() if k != "servers"}.items() or all(
+        found["servers"][0][k] == v for k, v in server.items())  # fmt: skip
+    assert all(found[k] == v for k, v in top.items())
+    assert found["config"] == {"health_check_enabled": "bool", "health_check_interval": "float",
+                               "min_success_rate": "float", "max_response_time": "float"}  # fmt: skip
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", report["servers"][0]["last_check"])
+
+
+@pytest.mark.parametrize("healthy, total, status", [(4, 5, "healthy"), (3, 5, "degraded"), (1, 2, "degraded"),
+                                                    (2, 5, "unhealthy"), (0, 0, "no_servers")])  # fmt: skip
+def test_health_in_one_word(healthy, total, status):
+    fleet = fleet_of(*[1] * total)
+    for i in range(healthy, total):
+        for _ in range(3):
+            fleet.judge(f"s{i}", lite.Health.probed, False, 0.1, "x", 0.0, Settings())
+    report = lite.health_report(fleet.views(), Settings(), CLOCK)
+    assert (report["status"], report["healthy_servers"]) == (status, healthy)
+
+
+def test_load_counts_our_requests_and_those_of_others_once():
+    fleet = with_load(fleet_of(10, 5), (6, 2), (0, 0), at=100.0)
+    with fleet.lease("s1"):
+        report = lite.load_report(fleet.views(), Settings(), CLOCK)
+    first, second = report["servers"]
+    detailed = {"num_requests_running": 6, "num_requests_waiting": 2, "gpu_cache_usage_perc": 0.0,
+                "kv_cache_usage_perc": 0.0, "process_max_fds": 0}  # fmt: skip
+    assert first["detailed_metrics"] == detailed
+    assert (first["current_load"], first["available_capacity"], first["utilization_percent"]) == (8, 2, 80.0)
+    assert (second["current_load"], second["in_flight"], second["status"]) == (1, 1, True)
+    assert report["summary"] == {"total_servers": 2, "healthy_servers": 2, "total_active_load": 9,
+                                 "total_capacity": 15, "overall_utilization_percent": 60.0}  # fmt: skip
+
+
+def test_models_of_the_healthy_servers_are_merged():
+    fleet = fleet_of(1, 1, 1)
+    fleet.learned("s0", {"a": {"id": "a", "max_model_len": 10}}, 0.0)
+    fleet.learned("s1", {"lora": {"id": "lora", "parent": "a"}, "a": {"id": "a", "max_model_len": 20}}, 0.0)
+    fleet.learned("s2", {"gone": {"id": "gone"}}, 0.0)
+    for _ in range(3):
+        fleet.judge("s2", lite.Health.probed, False, 0.1, "x", 0.0, Settings())
+    report = lite.models_report(fleet.views(), {"gpt": "a", "nobody": "gone"})
+    assert report == {"object": "list", "data": [
+        {"id": "a", "max_model_len": 10}, {"id": "lora", "parent": "a"}, {"id": "gpt", "max_model_len": 10}]}  # fmt: skip
+
+
+def test_readiness():
+    assert lite.readiness_report(fleet_of(1, 1).views(), False) == (
+        200, {"status": "ready", "healthy_workers": 2, "total_workers": 2})  # fmt: skip
+    for views, stopping, reason in (
+        (fleet_of(1).views(), True, "stopping"),
+        (fleet_of(1, healthy=False).views(), False, "no healthy server"),
+        ([], False, "no server configured"),
+    ):
+        status, document = lite.readiness_report(views, stopping)
+        assert (status, document["status"], document["reason"]) == (503, "not_ready", reason)
+
+
+def test_the_metrics_page_is_well_formed():
+    families = [*lite.Ledger().families(), *lite.fleet_families(fleet_of(1).views()), *lite.process_families(1, 2.0, True)]
+    names = [family.name for family in families]
+    assert len(set(names)) == len(names)
+    for family in families:
+        assert re.fullmatch(r"mvllm_[a-z_]+", family.name) and family.meaning.endswith(".")
+        assert family.name.endswith("_total") == (family.kind == "counter")
+        assert all(re.fullmatch(r"[a-z_]+", label) and label != "le" for label in family.labels)
+    assert len(list(lite.parse_samples(lite.expose(families)))) >= 10
+
+
+def test_access_lines_are_key_value_pairs_that_cannot_be_forged():
+    line = lite.access_line({"id": "a b", "path": "/x\ny=1", "quote": 'a"b', "none": "", "s": 0.12345, "n": 3})
+    assert line == r'id="a b" path="/x\ny=1" quote="a\"b" none="" s=0.123 n=3'
+
+
+def test_transitions_may_name_models():
+    change = lite.Transition("http://a", State.CHECKING, State.HEALTHY, "check passed")
+    assert lite.transition_line(change, None) == "http://a is healthy (was checking): check passed"
+    assert lite.transition_line(change, {"m": {}}).endswith("; models: m")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  Servers that follow a script, and clients that look closely
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class Asked(NamedTuple):
+    """A request as a scripted server saw it."""
+
+    line: str
+    fields: list
+    body: bytes
+
+    def get(self, name):
+        return [value for key, value in self.fields if key.lower() == name]
+
+
+async def read_message(reader, bodyless=False):
+    """A message off the wire by a reader of its own: (first line, fields, body, kind of framing).
+    Raises IncompleteReadError when it is cut."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head[:-4].split("\r\n")
+    fields = [tuple(line.split(": ", 1)) for line in lines]
+    known = {name.lower(): value for name, value in fields}
+    if bodyless:
+        return first, fields, b"", "none"
+    if known.get("transfer-encoding") == "chunked":
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+        return first, fields, body, "chunked"
+    if "content-length" in known:
+        return first, fields, await reader.readexactly(int(known["content-length"])), "length"
+    if first.startswith("HTTP/") and first.split()[1] not in ("204", "304"):
+        return first, fields, await reader.read(), "close"
+    return first, fields, b"", "none"
+
+
+class Conn:
+    """A server's end of a connection, for scripts."""
+
+    def __init__(self, server, reader, writer):
+        self.server, self.reader, self.writer = server, reader, writer
+        self.asked = 0
+
+    async def send(self, *pieces):
+        for piece in pieces:
+            self.writer.write(piece)
+            await self.writer.drain()
+
+    async def json(self, document, status="200 OK", fields=""):
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{fields}content-length: {len(body)}\r\n\r\n"
+        await self.send(head.encode() + body)
+
+    async def events(self, *events, end=True):
+        """A stream as vLLM sends it: head, each event as a chunk in a segment of its own."""
+        await self.send(STREAM_HEAD, *(chunk(event) for event in events))
+        if end:
+            await self.send(b"0\r\n\r\n")
+
+    async def left(self):
+        """Until the other side has closed the connection."""
+        with contextlib.suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+
+    def reset(self):
+        self.writer.transport.abort()
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+               b"transfer-encoding: chunked\r\n\r\n")  # fmt: skip
+FIRST = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def token(n):
+    return b'data: {"choices":[{"delta":{"content":" %d"}}]}\n\n' % n
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def echo(asked, conn):
+    await conn.json({"line": asked.line, "body": asked.body.decode("latin-1")})
+
+
+class Server:
+    """A scripted vLLM.  `answer` is a coroutine function (asked, conn) for everything but the
+    pages that the balancer asks for itself."""
+
+    def __init__(self, answer=echo, models=("m",), **pages):
+        self.answer = answer
+        self.pages = {"/health": "", "/metrics": "", "/v1/models": {"data": [{"id": m} for m in models]}, **pages}
+        self.asked, self.probes, self.connections, self.open = [], Counter(), 0, 0
+        self.tasks, self.listener, self.port = set(), None, 0
+        self.came = asyncio.Event()  # a request has come
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.kill()
+
+    async def start(self):
+        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port, limit=1 << 26)
+        self.port = self.listener.sockets[0].getsockname()[1]
+
+    async def kill(self):
+        """As kill -9 does: connections reset, new ones refused."""
+        self.listener.close()
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    async def serve(self, reader, writer):
+        self.tasks.add(task := asyncio.current_task())
+        self.connections += 1
+        self.open += 1
+        conn = Conn(self, reader, writer)
+        try:
+            while True:
+                asked = Asked(*(await read_message(reader))[:3])
+                path = asked.line.split()[1]
+                if path in self.pages:
+                    self.probes[path] += 1
+                    await self.page(conn, self.pages[path])
+                    continue
+                self.asked.append(asked)
+                conn.asked += 1
+                self.came.set()
+                if await self.answer(asked, conn) == "close":
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self.open -= 1
+            self.tasks.discard(task)
+            writer.transport.abort()
+
+    async def page(self, conn, page):
+        if callable(page):
+            page = await page()
+        if isinstance(page, int):
+            await conn.json(b"{}", f"{page} X")
+        elif page is None:
+            await asyncio.Event().wait()  # hang
+        else:
+            await conn.json(page if isinstance(page, dict) else page.encode())
+
+
+class Got(NamedTuple):
+    """A response as a client saw it."""
+
+    status: int
+    fields: list
+    body: bytes
+    framing: str
+
+    def get(self, name):
+        return next((value for key, value in self.fields if key.lower() == name), None)
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        return self.json["error"]
+
+
+class Client:
+    """A client's end of one connection."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    async def send(self, data):
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def ask(self, method, path, body=b"", fields=(), version="1.1"):
+        """Send a request; `answer` reads what comes back."""
+        lines = [f"{method} {path} HTTP/{version}", "Host: front", *fields]
+        if body or method == "POST":
+            lines.append(f"Content-Length: {len(body)}")
+        await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    async def answer(self, method="GET"):
+        first, fields, body, kind = await read_message(self.reader, bodyless=method == "HEAD")
+        return Got(int(first.split()[1]), fields, body, kind)
+
+    async def post(self, path="/v1/chat/completions", body=b'{"model":"m"}', fields=()):
+        await self.ask("POST", path, body, fields)
+        return await self.answer()
+
+    async def get(self, path, fields=(), method="GET"):
+        await self.ask(method, path, b"", fields)
+        return await self.answer(method)
+
+    def close(self):
+        self.writer.transport.abort()
+
+
+class Running:
+    """A balancer that runs, and clients for it."""
+
+    def __init__(self, balancer, stack):
+        self.balancer, self.core, self.stack = balancer, balancer.core, stack
+
+    async def client(self):
+        pair = await asyncio.open_connection("127.0.0.1", self.balancer.port, limit=1 << 26)
+        client = Client(*pair)
+        self.stack.callback(client.close)
+        return client
+
+    async def until(self, condition):
+        """Wait for news of the fleet until the condition holds."""
+        while not condition():
+            await self.core.told()
+
+    def states(self):
+        return [view.health.state.value for view in self.core.fleet.views()]
+
+    def in_flight(self):
+        return sum(view.in_flight for view in self.core.fleet.views())
+
+    async def metric(self, name, **labels):
+        page = (await (await self.client()).get("/metrics")).body.decode()
+        found = [s.value for s in lite.parse_samples(page, [name]) if labels.items() <= s.labels.items()]
+        return sum(found)
+
+    async def quiet(self):
+        """Until no request is in flight."""
+        while self.in_flight() or self.balancer.exchanging:
+            await asyncio.sleep(0)
+
+
+QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001, "request_timeout": 10}
+
+
+@contextlib.asynccontextmanager
+async def balancing(*servers, wait=True, **settings):
+    """A balancer in front of these servers (scripted ones, or URLs), once all were checked."""
+    async with contextlib.AsyncExitStack() as stack:
+        listed = []
+        for server in servers:
+            if isinstance(server, Server) and server.listener is None:
+                await stack.enter_async_context(server)
+            listed.append(lite.ServerSettings(getattr(server, "url", server), 10))
+        balancer = lite.Balancer(Settings(tuple(listed), **{**QUICK, **settings}))
+        ready = asyncio.Event()
+        task = asyncio.create_task(balancer.run(ready.set))
+        await asyncio.wait((task, asyncio.create_task(ready.wait())), return_when=asyncio.FIRST_COMPLETED)
+        running = Running(balancer, stack)
+        try:
+            if wait:
+                await running.until(lambda: "checking" not in running.states())
+            yield running
+        finally:
+            balancer.stop()
+            balancer.stop()
+            await task
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  11 to 14  a request on its way
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank",
+    "/v2/rerank", "/tokenize", "/detokenize", "/score", "/v1/score", "/rerank", "/pooling", "/classify",
+    "/invocations", "/v1/audio/transcriptions",
+])  # fmt: skip
+@asynchronous
+async def test_every_inference_path_goes_to_a_server_that_has_the_model(path):
+    a, b = Server(models=["a"]), Server(models=["b"])
+    async with balancing(a, b) as running:
+        client = await running.client()
+        for _ in range(10):
+            got = await client.post(path, b'{"model":"b"}')
+            assert got.status == 200 and got.get("x-mvllm-server") == b.url
+    assert len(b.asked) == 10 and not a.asked
+
+
+@asynchronous
+async def test_a_request_arrives_as_it_was_sent():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        got = await client.post("/v1/v1/x?a=b&c=%20d", b'{ "model": "m" }', [
+            "Authorization: Bearer k", "Cookie: 1", "Cookie: 2", "X-Request-Id: my-id", "traceparent: 00-ab",
+            "X-Forwarded-For: 9.9.9.9", "Connection: close, X-Secret", "X-Secret: s"])  # fmt: skip
+    (asked,) = server.asked
+    assert asked.line == "POST /v1/x?a=b&c=%20d HTTP/1.1" and asked.body == b'{ "model": "m" }'
+    assert asked.get("host") == [server.url.removeprefix("http://")]
+    assert asked.get("cookie") == ["1", "2"] and asked.get("authorization") == ["Bearer k"]
+    assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
+    assert asked.get("x-forwarded-for") == ["9.9.9.9, 127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
+    assert asked.get("x-forwarded-host") == ["front"] and asked.get("via") == ["1.1 mvllm_lite"]
+    assert not asked.get("x-secret") and not asked.get("connection")
+    assert got.get("x-request-id") == "my-id" and got.get("connection") == "close"
+
+
+@pytest.mark.parametrize("field", ["X-Correlation-Id", "X-Trace-Id", "Request-Id"])
+@asynchronous
+async def test_other_names_for_a_request_s_id(field):
+    async with balancing(server := Server()) as running:
+        got = await (await running.client()).post(fields=[f"{field}: abc"])
+    assert got.get("x-request-id") == "abc" and server.asked[0].get("x-request-id") == ["abc"]
+
+
+@asynchronous
+async def test_a_request_without_an_id_gets_one():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        first, second = await client.post(), await client.post(fields=["X-Request-Id: " + "x" * 300])
+    ids = [first.get("x-request-id"), second.get("x-request-id")]
+    assert [one.get("x-request-id")[0] for one in server.asked] == ids
+    assert len(set(ids)) == 2 and all(re.fullmatch(r"[0-9a-f]{32}", one) for one in ids)
+
+
+BODIES = table(
+    ("compact JSON", "application/json", b'{"a":1}', ""),
+    ("spaced and escaped JSON", "application/json", b'{ "a" : "\\u00e9",\n "b": [ ] }', ""),
+    ("gzip", "application/json", gzip.compress(b'{"a":1}' * 99, mtime=0), "content-encoding: gzip\r\n"),
+    ("audio", "audio/wav", bytes(range(256)) * 300, ""),
+    ("plain text", "text/plain", b"WEBVTT\n\n1\n", ""),
+    ("empty", "application/json", b"", ""),
+)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("kind, body, fields", BODIES)
+@asynchronous
+async def test_answers_come_through_byte_for_byte(kind, body, fields, framing):
+    async def answer(asked, conn):
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{fields}set-cookie: a\r\nset-cookie: b\r\n"
+        if framing == "length":
+            await conn.send(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        elif framing == "close":
+            await conn.send(f"{head}\r\n".encode() + body)
+            return "close"
+        else:
+            halves = [half for half in (body[: len(body) // 2], body[len(body) // 2 :]) if half]
+            head += "transfer-encoding: chunked\r\n\r\n"
+            await conn.send(head.encode(), *map(chunk, halves), b"0\r\n\r\n")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        for _ in range(2):  # twice on one connection: its end was found
+            got = await client.post()
+            assert (got.status, got.body) == (200, body)
+            assert [v for k, v in got.fields if k == "set-cookie"] == ["a", "b"]
+            assert got.get("content-encoding") == ("gzip" if fields else None)
+            assert got.framing == ("length" if framing == "length" else "chunked")
+
+
+@asynchronous
+async def test_204_and_head_have_no_content():
+    async def answer(asked, conn):
+        if asked.line.startswith("HEAD"):
+            await conn.send(b"HTTP/1.1 405 Nope\r\ncontent-length: 31\r\n\r\n")
+        else:
+            await conn.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        assert (await client.post()).status == 204
+        got = await client.get("/v1/chat/completions", method="HEAD")
+        assert (got.status, got.get("content-length")) == (405, "31")
+        assert (await client.post()).status == 204
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY"])
+@asynchronous
+async def test_any_method_is_passed_on(method):
+    async with balancing(server := Server()) as running:
+        got = await (await running.client()).get("/v1/responses/abc", method=method)
+    assert got.status == 200 and server.asked[0].line == f"{method} /v1/responses/abc HTTP/1.1"
+
+
+@asynchronous
+async def test_chunked_requests_pipelined_requests_and_empty_lines_between_them():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        one = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+        await client.send(one + b"\r\n" + one + b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert [(await client.answer()).status for _ in range(3)] == [200] * 3
+    assert [asked.body for asked in server.asked] == [b"abcde"] * 2
+    assert server.asked[0].get("content-length") == ["5"] and not server.asked[0].get("transfer-encoding")
+
+
+@asynchronous
+async def test_expect_continue_is_answered_here():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(b"{}")
+        assert (await client.answer()).status == 200 and not server.asked[0].get("expect")
+        got = await client.post(fields=["Expect: miracles"])
+        assert got.status == 417 and got.get("connection") == "close"
+
+
+@asynchronous
+async def test_informational_responses_come_first():
+    async def answer(asked, conn):
+        hints = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+        await conn.send(b"HTTP/1.1 100 Continue\r\n\r\n" + hints)
+        await conn.json({})
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+        assert (await client.answer()).status == 200
+
+
+@asynchronous
+async def test_clients_of_http_1_0_get_no_chunks():
+    async def answer(asked, conn):
+        await conn.events(FIRST, token(1), DONE)
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}", ["Connection: keep-alive"], version="1.0")
+        got = await client.answer()
+        assert (got.framing, got.body, got.get("connection")) == ("close", FIRST + token(1) + DONE, "close")
+
+
+@asynchronous
+async def test_http_1_0_connections_may_persist():
+    async with balancing(Server()) as running:
+        client = await running.client()
+        for _ in range(2):
+            await client.ask("POST", "/v1/x", b"{}", ["Connection: keep-alive"], version="1.0")
+            got = await client.answer()
+            assert (got.status, got.get("connection")) == (200, "keep-alive")
+
+
+@asynchronous
+async def test_a_protocol_switch_becomes_a_tunnel():
+    async def answer(asked, conn):
+        await conn.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                        b"Sec-WebSocket-Accept: x\r\n\r\nhello")  # fmt: skip
+        while data := await conn.reader.read(100):
+            await conn.send(data.upper())
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        await client.ask("GET", "/v1/realtime?model=m", b"", ["Connection: Upgrade", "Upgrade: websocket"])
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert b"101 Switching" in head and b"Upgrade: websocket" in head and b"sec-websocket-accept: x" in head.lower()
+        assert await client.reader.readexactly(5) == b"hello"
+        await client.send(b"frame")
+        assert await client.reader.readexactly(5) == b"FRAME"
+        assert running.in_flight() == 1
+        client.close()
+        await running.quiet()
+    assert server.asked[0].get("upgrade") == ["websocket"]
+
+
+@asynchronous
+async def test_each_piece_of_a_stream_passes_at_once():
+    sent = asyncio.Queue()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        while (event := await sent.get()) is not None:
+            await conn.send(chunk(event))
+        await conn.send(b"0\r\n\r\n")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"model":"m","stream":true}')
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert b"X-Accel-Buffering: no" in head and b"transfer-encoding: chunked" in head.lower()
+        assert await client.reader.readexactly(len(chunk(FIRST))) == chunk(FIRST)
+        for n in range(5):  # the next one is sent only after this one has come
+            sent.put_nowait(token(n))
+            assert await client.reader.readexactly(len(chunk(token(n)))) == chunk(token(n))
+        sent.put_nowait(None)
+        assert await client.reader.readexactly(5) == b"0\r\n\r\n"
+        assert (await client.get("/liveness")).status == 200
+
+
+@pytest.mark.parametrize("how", range(6))
+@asynchronous
+async def test_a_stream_cut_anywhere_by_the_network_comes_out_the_same(how):
+    events = [FIRST, *map(token, range(20)), DONE]
+    raw = b"".join(map(chunk, events)) + b"0\r\n\r\n"
+
+    async def answer(asked, conn):
+        await conn.send(STREAM_HEAD)
+        for piece in pieces_of(raw, how):
+            await conn.send(piece)
+            await asyncio.sleep(0)
+
+    async with balancing(Server(answer)) as running:
+        got = await (await running.client()).post(body=b'{"stream":true}')
+        assert got.body == b"".join(events)
+
+
+@asynchronous
+async def test_nothing_of_a_stream_is_shown_before_its_first_event():
+    go = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.send(STREAM_HEAD, chunk(b": keep-alive\n\n"))
+        await go.wait()
+        await conn.send(chunk(FIRST), b"0\r\n\r\n")
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        await server.came.wait()
+        await (await running.client()).get("/health")  # time enough for a head to pass
+        reading = asyncio.ensure_future(client.answer())
+        await asyncio.sleep(0)
+        assert not reading.done()
+        go.set()
+        assert (await reading).body == b": keep-alive\n\n" + FIRST
+
+
+@asynchronous
+async def test_a_slow_client_slows_its_server_and_fills_no_memory():
+    block, sent, stuck = b"x" * 65536, 0, asyncio.Event()
+
+    async def answer(asked, conn):
+        nonlocal sent
+        await conn.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (len(block) * 2000))
+        for n in range(2000):
+            conn.writer.write(block)
+            if conn.writer.transport.get_write_buffer_size() > 1 << 20:
+                stuck.set()
+            await conn.writer.drain()
+            sent = n + 1
+
+    async with balancing(Server(answer)) as running:
+        pair = await asyncio.open_connection("127.0.0.1", running.balancer.port, limit=1 << 16)
+        client = Client(*pair)
+        await client.ask("POST", "/v1/x", b"{}")
+        await client.reader.readuntil(b"\r\n\r\n")
+        last = -1
+        while sent != last:  # until nothing moves any more
+            last = sent
+            await asyncio.sleep(0.1)
+        assert sent < 1000
+        (wire,) = [w for w in running.core.clients if w.blocked]
+        assert wire.transport.get_write_buffer_size() < 1 << 20
+        received = 0
+        while received < len(block) * 2000:
+            received += len(await client.reader.read(1 << 20))
+        assert received == len(block) * 2000 and sent == 2000
+        client.close()
+
+
+@asynchronous
+async def test_large_requests_arrive_whole():
+    digest = {}
+
+    async def answer(asked, conn):
+        digest["length"], digest["end"] = len(asked.body), asked.body[-40:]
+        await conn.json({})
+
+    body = b'{"prompt":"' + b"x" * 20_000_000 + b'","model":"b","stream":false}'
+    async with balancing(Server(models=["a"]), Server(answer, models=["b"])) as running:
+        assert (await (await running.client()).post(body=body)).status == 200
+    assert digest == {"length": len(body), "end": body[-40:]}
+
+
+@asynchronous
+async def test_content_beyond_the_limit_is_refused_with_the_limit_named():
+    async with balancing(server := Server(), max_body_bytes=1000) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"x" * 1001)
+        got = await client.answer()
+        assert (got.status, got.get("x-mvllm-error"), got.get("connection")) == (413, "content_too_large", "close")
+        assert "1001 bytes" in got.error["message"] and "max_body_bytes allows 1000" in got.error["message"]
+        client = await running.client()
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 1001))
+        assert (await client.answer()).status == 413
+    assert not server.asked and running.states() == ["healthy"]
+
+
+LEAVING = table(
+    ("before the answer's head", [], 0),
+    ("while the head is held back", [STREAM_HEAD], 0),
+    ("in the middle of a stream", [STREAM_HEAD, chunk(FIRST)], len(FIRST)),
+    ("in the middle of a plain answer", [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc"], 3),
+)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["gone", "half-closed"])
+@pytest.mark.parametrize("said, expected", LEAVING)
+@asynchronous
+async def test_when_the_client_leaves_the_server_s_connection_closes(said, expected, half):
+    closed = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.send(*said)
+        await conn.left()
+        closed.set()
+        return "close"
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}')
+        await server.came.wait()
+        if expected:
+            await client.reader.readuntil(b"\r\n\r\n")
+            await client.reader.readexactly(expected)
+        assert running.in_flight() == 1
+        client.writer.write_eof() if half else client.close()
+        await closed.wait()
+        await running.quiet()
+        assert running.states() == ["healthy"]
+        assert await running.metric("mvllm_attempts_total", result="abandoned") == 1
+
+
+@asynchronous
+async def test_a_client_that_leaves_while_it_sends_costs_nothing():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
+        client.close()
+        while running.core.clients:
+            await asyncio.sleep(0)
+        assert await running.metric("mvllm_requests_total", status="499") == 1
+    assert not server.asked
+
+
+@asynchronous
+async def test_connections_to_servers_are_reused():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        for _ in range(50):
+            assert (await client.post()).status == 200
+    assert server.connections <= 2  # one of them for probes
+
+
+@asynchronous
+async def test_a_connection_the_server_had_closed_is_replaced_without_a_mark():
+    async def answer(asked, conn):
+        if conn.asked == 2:  # the second request on each connection meets its close
+            return "close"
+        await conn.json({})
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        for _ in range(6):
+            assert (await client.post()).status == 200
+        assert running.states() == ["healthy"]
+        assert await running.metric("mvllm_attempts_total") == await running.metric("mvllm_attempts_total", result="ok")
+        assert running.core.fleet.views()[0].health.request_failures == 0
+
+
+@asynchronous
+async def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again():
+    async def answer(asked, conn):
+        await conn.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison")
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        assert [(await client.post()).body for _ in range(3)] == [b"{}"] * 3
+    assert server.connections >= 3
+
+
+@asynchronous
+async def test_an_answer_before_the_request_was_sent_whole_is_passed_on():
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 3\r\n\r\nno!")
+        await reader.read()
+        writer.close()
+
+    async with balancing(server := Server()) as running:
+        early = await asyncio.start_server(answer, "127.0.0.1", 0)
+        server.listener.close()
+        url = f"http://127.0.0.1:{early.sockets[0].getsockname()[1]}"
+        settings = dataclasses.replace(running.core.settings, servers=(lite.ServerSettings(url, 1),))
+        running.balancer.adopt(dataclasses.replace(settings, enable_active_health_check=False))
+        await running.until(lambda: running.states() == ["healthy"])
+        got = await (await running.client()).post(body=b"x" * 30_000_000)
+        assert (got.status, got.body) == (400, b"no!")
+        early.close()
+
+
+@asynchronous
+async def test_a_redirect_of_a_server_to_itself_leads_to_us():
+    async def answer(asked, conn):
+        await conn.send(f"HTTP/1.1 307 X\r\nlocation: {conn.server.url}/v1/y\r\ncontent-length: 0\r\n\r\n".encode())
+
+    async with balancing(Server(answer)) as running:
+        assert (await (await running.client()).get("/v1/x/")).get("location") == "/v1/y"
+
+
+@asynchronous
+async def test_a_server_s_path_prefix_is_put_in_front():
+    async def answer(asked, conn):
+        await conn.json({"data": [{"id": "m"}]} if "models" in asked.line else {})
+
+    async with Server(answer) as server, balancing(server.url + "/gpu1") as running:
+        assert (await (await running.client()).post("/v1/x")).status == 200
+    assert {asked.line for asked in server.asked} >= {"GET /gpu1/health HTTP/1.1", "POST /gpu1/v1/x HTTP/1.1"}
+
+
+@asynchronous
+async def test_cors_is_answered_here_and_servers_fields_give_way():
+    async def answer(asked, conn):
+        await conn.json({}, fields="access-control-allow-origin: http://wrong\r\naccess-control-allow-credentials: true\r\n")
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        await client.ask("OPTIONS", "/v1/chat/completions", b"", [
+            "Origin: https://page", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x"])  # fmt: skip
+        got = await client.answer()
+        assert (got.status, got.get("access-control-allow-headers")) == (204, "x") and not server.asked
+        got = await client.post(fields=["Origin: https://page"])
+        assert got.get("access-control-allow-origin") == "*" and not got.get("access-control-allow-credentials")
+        got = await client.get("/v1/models", ["Origin: https://page"])
+        assert got.get("access-control-allow-origin") == "*"
+    async with balancing(Server(answer), cors_allowed_origins=()) as running:
+        got = await (await running.client()).post(fields=["Origin: https://page"])
+        assert got.get("access-control-allow-origin") == "http://wrong"
+
+
+@asynchronous
+async def test_aliases_and_the_default_model():
+    async with balancing(server := Server(models=["real"]), aliases={"gpt": "real"}, default_model="gpt") as running:
+        client = await running.client()
+        for body in (b'{"model": "gpt", "n":1}', b'{"n":1}', b'{"model":"real"}'):
+            assert (await client.post(body=body)).status == 200
+        models = (await client.get("/v1/models")).json["data"]
+        assert [m["id"] for m in models] == ["real", "gpt"]
+        assert (await client.get("/v1/models/gpt")).json["id"] == "gpt"
+    assert [a.body for a in server.asked] == [b'{"model":"real", "n":1}', b'{"model":"real","n":1}', b'{"model":"real"}']
+
+
+@asynchronous
+async def test_the_server_s_name_can_be_kept_back():
+    async with balancing(Server(), server_header=False) as running:
+        assert (await (await running.client()).post()).get("x-mvllm-server") is None
+
+
+BAD_REQUESTS = table(
+    ("smuggling: two lengths", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+    ("smuggling: both framings", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("unknown coding", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    ("no request", b"hello\r\n\r\n", 400),
+    ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("huge head", b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000 + b"\r\n\r\n", 431),
+    ("bad chunks", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+)
+
+
+@pytest.mark.parametrize("data, status", BAD_REQUESTS)
+@asynchronous
+async def test_broken_requests_are_refused_and_never_forwarded(data, status):
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        await client.send(data)
+        got = await client.answer()
+        assert (got.status, got.get("connection")) == (status, "close") and got.get("x-mvllm-error")
+        assert set(got.error) == {"message", "type", "param", "code"} and got.error["code"] == status
+        assert await client.reader.read() == b""
+        assert running.states() == ["healthy"] and not server.asked
+
+
+@asynchronous
+async def test_an_unknown_model_is_404_in_vllm_s_form_and_no_server_is_asked():
+    async with balancing(a := Server(models=["a"]), b := Server(models=["b"])) as running:
+        got = await (await running.client()).post(body=b'{"model":"nope"}')
+        assert got.status == 404 and got.error == {
+            "message": "The model `nope` does not exist. Valid names: a, b.", "type": "NotFoundError",
+            "param": "model", "code": 404}  # fmt: skip
+        assert not a.asked and not b.asked and running.states() == ["healthy"] * 2
+        assert await running.metric("mvllm_requests_total", model="unknown", status="404") == 1
+
+
+@asynchronous
+async def test_with_no_server_left_the_answer_is_503_with_every_server_s_reason():
+    async with balancing("http://127.0.0.1:1", Server(models=["a"])) as running:
+        got = await (await running.client()).post(body=b'{"model":"b"}')
+        assert got.status == 503 and 1 <= int(got.get("retry-after")) <= 30
+        assert "http://127.0.0.1:1 is unhealthy (cannot connect: connection refused)" in got.error["message"]
+        assert "does not serve 'b'" in got.error["message"]
+
+
+@asynchronous
+async def test_a_request_that_comes_before_the_first_check_waits_for_it():
+    gate = asyncio.Event()
+
+    async def health():
+        await gate.wait()
+        return ""
+
+    async with balancing(Server(**{"/health": health}), wait=False) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"model":"m"}')
+        while not running.balancer.exchanging:
+            await asyncio.sleep(0)
+        gate.set()
+        assert (await client.answer()).status == 200
+
+
+# Failures of servers, and what becomes of the request.
+
+
+def failing(*said, how="close"):
+    """A server that says this to each request and then closes, resets or hangs."""
+
+    async def answer(asked, conn):
+        await conn.send(*said)
+        if how == "reset":
+            conn.reset()
+        elif how == "hang":
+            await conn.left()
+        return "close"
+
+    return Server(answer)
+
+
+RETRIED = table(
+    ("closes without a word", failing),
+    ("resets", lambda: failing(how="reset")),
+    ("closes inside its head", lambda: failing(b"HTTP/1.1 200 OK\r\ncont")),
+    ("says nonsense", lambda: failing(b"SSH-2.0-OpenSSH\r\n\r\n")),
+    ("answers in two framings", lambda: failing(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")),
+    ("503", lambda: failing(b"HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nbusy")),
+    ("502, chunked", lambda: failing(b"HTTP/1.1 502 X\r\ntransfer-encoding: chunked\r\n\r\n", chunk(b"x"), b"0\r\n\r\n")),
+    ("429", lambda: failing(b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n")),
+    ("closes while its stream is queued", lambda: failing(STREAM_HEAD)),
+    ("a stream that begins with an error", lambda: failing(STREAM_HEAD, chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(DONE), b"0\r\n\r\n")),
+    ("a queued stream that only ends", lambda: failing(STREAM_HEAD, chunk(DONE), b"0\r\n\r\n")),
+    ("an empty stream", lambda: failing(STREAM_HEAD, b"0\r\n\r\n")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", RETRIED)
+@asynchronous
+async def test_before_anything_was_shown_another_server_answers(bad):
+    async with balancing(bad := bad(), good := Server(), failure_threshold=99) as running:
+        client = await running.client()
+        for _ in range(8):
+            got = await client.post(body=b'{"model":"m","stream":true}')
+            assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+        assert bad.asked and len(good.asked) == 8
+        assert await running.metric("mvllm_attempts_total", server=bad.url, result="ok") == 0
+        assert 0 < await running.metric("mvllm_retries_total") <= len(bad.asked)
+        assert await running.metric("mvllm_requests_total", status="200", server=good.url, model="m") == 8
+
+
+@asynchronous
+async def test_a_dead_server_is_not_noticed_by_clients_and_goes_out():
+    async with balancing(dead := Server(), good := Server()) as running:
+        await dead.kill()
+        client = await running.client()
+        for _ in range(10):
+            assert (await client.post()).get("x-mvllm-server") == good.url
+        assert running.states() == ["unhealthy", "healthy"]
+        assert "cannot connect: connection refused" in running.core.fleet.views()[0].health.reason
+
+
+SHOWN = table(
+    ("400", b"HTTP/1.1 400 Bad\r\nx-own: 1\r\ncontent-length: 17\r\n\r\n{\"error\": \"mine\"}", 400),
+    ("404", b"HTTP/1.1 404 X\r\ncontent-length: 2\r\n\r\nno", 404),
+    ("422", b"HTTP/1.1 422 X\r\ncontent-length: 2\r\n\r\nno", 422),
+    ("500", b"HTTP/1.1 500 X\r\ncontent-length: 2\r\n\r\nno", 500),
+    ("429 with its wish", b"HTTP/1.1 429 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 429),
+    ("503 with its wish", b"HTTP/1.1 503 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 503),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("said, status", SHOWN)
+@asynchronous
+async def test_a_server_s_own_error_comes_through_unchanged(said, status):
+    async def answer(asked, conn):
+        await conn.send(said)
+
+    async with balancing(server := Server(answer), failure_threshold=99, max_retries=2) as running:
+        got = await (await running.client()).post()
+        body = said.partition(b"\r\n\r\n")[2]
+        assert (got.status, got.body, got.get("x-mvllm-error")) == (status, body, None)
+        assert got.get("retry-after") == ("42" if b"retry-after" in said else None)
+        assert len(server.asked) == (3 if status == 503 else 1)
+
+
+@asynchronous
+async def test_client_errors_never_mark_a_server_and_server_errors_do():
+    async def answer(asked, conn):
+        await conn.json({}, "500 X" if b"500" in asked.body else "400 X")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        for _ in range(20):
+            assert (await client.post(body=b"400")).status == 400
+        assert running.states() == ["healthy"]
+        assert (await client.post(body=b"500")).status == 500
+        assert (await client.post(body=b"400")).status == 400  # a good answer in between
+        assert (await client.post(body=b"500")).status == 500
+        assert running.states() == ["healthy"]
+        assert (await client.post(body=b"500")).status == 500
+        assert running.states() == ["unhealthy"]
+        assert (await client.post(body=b"400")).status == 503
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@asynchronous
+async def test_a_silent_server_is_504_and_the_request_is_run_again_only_if_allowed(allowed):
+    settings = {"request_timeout": 0.05, "retry_timed_out": allowed, "failure_threshold": 99}
+    async with balancing(silent := failing(how="hang"), **settings) as running:
+        running.core.fleet.apply([lite.ServerSettings(silent.url, 1000)], 0.0)
+        async with Server() as good:
+            added = (lite.ServerSettings(silent.url, 1000), lite.ServerSettings(good.url, 1))
+            running.balancer.adopt(dataclasses.replace(running.core.settings, servers=added))
+            await running.until(lambda: running.states() == ["healthy", "healthy"])
+            got = await (await running.client()).post()
+            assert got.status == (200 if allowed else 504)
+            if not allowed:
+                assert got.get("x-mvllm-error") == "server_silent" and "0.05 s" in got.error["message"]
+
+
+@asynchronous
+async def test_an_answer_that_moves_may_take_longer_than_the_timeout():
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        for n in range(8):
+            await asyncio.sleep(0.05)
+            await conn.send(chunk(token(n)))
+        await conn.send(b"0\r\n\r\n")
+
+    async with balancing(Server(answer), request_timeout=0.2) as running:
+        got = await (await running.client()).post(body=b'{"stream":true}')
+        assert got.body.count(b"data: ") == 9
+
+
+CUTS = table(
+    ("between events", [chunk(token(1))], "close"),
+    ("inside an event", [b"20\r\ndata: {\"ch"], "close"),
+    ("by reset", [], "reset"),
+    ("by silence", [], "hang"),
+    ("by nonsense", [b"nonsense\r\n"], "hang"),
+)
+
+
+@pytest.mark.parametrize("said, how", CUTS)
+@asynchronous
+async def test_a_stream_that_breaks_ends_with_an_error_event_and_is_seen_as_cut(said, how):
+    seen = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        await seen.wait()
+        return await failing(*said, how=how).answer(asked, conn)
+
+    async with balancing(Server(answer), request_timeout=0.2, failure_threshold=1) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"stream":true}')
+        await client.reader.readuntil(chunk(FIRST))
+        seen.set()
+        raw = await client.reader.read()
+        assert not raw.endswith(b"0\r\n\r\n") and b"[DONE]" not in raw
+        last = json.loads(re.findall(rb"data: (\{\"error\".*\})\n\n", raw)[-1])
+        assert last["error"]["code"] in (502, 504) and "broke off" in last["error"]["message"]
+        assert running.states() == ["unhealthy"]
+
+
+@asynchronous
+async def test_a_plain_answer_that_breaks_is_seen_as_cut():
+    async with balancing(failing(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc")) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await client.answer()
+
+
+@asynchronous
+async def test_many_streams_at_once_are_not_mixed_up():
+    async def answer(asked, conn):
+        name = json.loads(asked.body)["user"].encode()
+        events = [b"data: " + name + b"\n\n"] * 30
+        await conn.events(*events)
+
+    async with balancing(Server(answer), Server(answer), Server(answer)) as running:
+        async def one(n):
+            client = await running.client()
+            got = await client.post(body=json.dumps({"user": f"user-{n}", "stream": True}).encode())
+            return got.body == b"data: user-%d\n\n" % n * 30
+
+        assert all(await asyncio.gather(*(one(n) for n in range(60))))
+        await running.quiet()
+        assert await running.metric("mvllm_requests_in_flight") == 0
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  15  watch
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
+CHECKS = table(
+    ("good", {}, "healthy", "check passed", ["m"]),
+    ("no /health but models", {"/health": 404}, "healthy", "check passed", ["m"]),
+    ("neither", {"/health": 404, "/v1/models": 404}, "unhealthy", "/v1/models answered 404", None),
+    ("not well", {"/health": 503}, "unhealthy", "/health answered 503", None),
+    ("hangs", {"/health": None}, "unhealthy", "no answer to a check within 0.3 s", None),
+    ("models are not for us", {"/v1/models": 401}, "healthy", "check passed, but /v1/models answered 401", None),
+)
+
+
+@pytest.mark.parametrize("pages, state, reason, models", CHECKS)
+@asynchronous
+async def test_checks(pages, state, reason, models):
+    async with balancing(Server(**pages), **FAST) as running:
+        (view,) = running.core.fleet.views()
+        assert (view.health.state.value, view.health.reason) == (state, reason)
+        assert (view.models and list(view.models)) == models
+
+
+@asynchronous
+async def test_hanging_servers_delay_nobody():
+    hanging = [Server(**{"/health": None, "/metrics": None}) for _ in range(3)]
+    async with balancing(*hanging, good := Server(), wait=False) as running:
+        got = await (await running.client()).post()
+        assert got.get("x-mvllm-server") == good.url
+
+
+@asynchronous
+async def test_a_server_that_comes_later_is_used_with_its_models():
+    server = Server(models=["late"])
+    async with server:
+        await server.kill()
+        async with balancing(server.url, **FAST) as running:
+            assert running.states() == ["unhealthy"]
+            await server.start()
+            await running.until(lambda: running.states() == ["healthy"])
+            assert (await (await running.client()).post(body=b'{"model":"late"}')).status == 200
+
+
+@asynchronous
+async def test_load_reports_are_merged_with_our_own_counts():
+    gate, page = asyncio.Event(), "vllm:num_requests_running 4\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc 0.5"
+
+    async def answer(asked, conn):
+        await gate.wait()
+        await conn.json({})
+
+    async with balancing(server := Server(answer, **{"/metrics": page}), **FAST) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        await server.came.wait()
+        before = server.probes["/metrics"]
+        while server.probes["/metrics"] < before + 2:
+            await asyncio.sleep(0.01)
+        stats = (await (await running.client()).get("/load-stats")).json["servers"][0]
+        assert (stats["current_load"], stats["in_flight"]) == (6, 1)  # ours is one of the six
+        assert stats["detailed_metrics"]["num_requests_waiting"] == 2
+        gate.set()
+        assert (await client.answer()).status == 200
+
+
+@asynchronous
+async def test_a_hanging_metrics_page_makes_only_its_own_numbers_old():
+    async with balancing(Server(**{"/metrics": None}), good := Server(), **FAST) as running:
+        before = good.probes["/metrics"]
+        while good.probes["/metrics"] < before + 5:
+            await asyncio.sleep(0.01)
+        bad, fine = running.core.fleet.views()
+        assert bad.load_at == -math.inf and fine.load_at > 0
+        assert running.states() == ["healthy", "healthy"]
+
+
+@asynchronous
+async def test_without_active_checks_time_brings_a_server_back():
+    async with balancing(server := Server(), enable_active_health_check=False, auto_recovery_threshold=0.2,
+                         health_check_interval=0.05) as running:  # fmt: skip
+        assert running.states() == ["healthy"]
+        await server.kill()
+        client = await running.client()
+        assert (await client.post()).status == 503
+        assert running.states() == ["unhealthy"]
+        await server.start()
+        await running.until(lambda: running.states() == ["healthy"])
+        assert (await client.post()).status == 200
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  16  local
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@asynchronous
+async def test_local_paths_answer_while_every_server_hangs():
+    async with balancing(Server(), Server(models=["b"])) as running:
+        for server in running.core.pools:
+            running.core.judge(server, lite.Health.failed, "x", 0.0, running.core.settings)
+        client = await running.client()
+        assert (await client.get("/")).json == {"service": "mvllm_lite", "version": lite.__version__, "status": "running"}
+        assert (await client.get("/version")).json == {"version": lite.__version__}
+        assert (await client.get("/health")).json["total_servers"] == 2
+        assert (await client.get("/load-stats/")).json["summary"]["total_servers"] == 2
+        assert (await client.get("/server-models")).json["healthy_servers"] == 2
+        assert (await client.get("/readiness")).json["status"] == "ready"
+        assert (await client.get("/liveness")).body == b"OK" == (await client.get("/ping")).body
+        assert [m["id"] for m in (await client.get("/v1/models")).json["data"]] == ["m", "b"]
+        assert (await client.get("/v1/v1/models/b")).json == {"id": "b"}
+        got = await client.get("/metrics", method="HEAD")
+        assert got.status == 200 and int(got.get("content-length")) > 1000
+
+
+@asynchronous
+async def test_local_errors_have_the_same_form():
+    async with balancing(Server()) as running:
+        client = await running.client()
+        got = await client.get("/v1/models/a%2Fb")
+        assert (got.status, got.get("x-mvllm-error")) == (404, "unknown_model") and "`a/b`" in got.error["message"]
+        assert (await client.get("/nope")).status == 404
+        got = await client.get("/health", method="POST")
+        assert (got.status, got.get("allow")) == (405, "GET, HEAD")
+        assert (await client.get("/sleep", method="POST")).get("x-mvllm-error") == "not_served"
+
+
+@asynchronous
+async def test_readiness_is_503_when_nobody_can_serve():
+    async with balancing("http://127.0.0.1:1") as running:
+        got = await (await running.client()).get("/readiness")
+        assert (got.status, got.json["reason"]) == (503, "no healthy server")
+        assert (await (await running.client()).get("/liveness")).status == 200
+
+
+@asynchronous
+async def test_server_models_can_be_refreshed():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        server.pages["/v1/models"] = {"data": [{"id": "new"}]}
+        assert (await client.get("/server-models")).json["servers"][server.url]["supported_models"] == ["m"]
+        got = await client.get("/server-models?refresh=1")
+        assert got.json["servers"][server.url]["supported_models"] == ["new"]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  17  balancer: settings that change, and stopping
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@contextlib.asynccontextmanager
+async def following(path, *servers):
+    """A balancer that follows a settings file at `path`."""
+    path.write_text(settings_text(*servers))
+    settings, _ = lite.parse_settings(path.read_text(), str(path))
+    balancer, ready = lite.Balancer(settings, str(path)), asyncio.Event()
+    task = asyncio.create_task(balancer.run(ready.set))
+    await ready.wait()
+    async with contextlib.AsyncExitStack() as stack:
+        running = Running(balancer, stack)
+        await running.until(lambda: set(running.states()) == {"healthy"})
+        try:
+            yield running
+        finally:
+            balancer.stop()
+            balancer.stop()
+            await task
+
+
+def settings_text(*servers, **config):
+    config = {"host": '"127.0.0.1"', "port": 0, "config_reload_interval": 0.05, **config}
+    lines = [f'{{ url = "{server.url}", max_concurrent_requests = 5 }},' for server in servers]
+    return "\n".join(["servers = [", *lines, "]", "[config]", *(f"{k} = {v}" for k, v in config.items())])
+
+
+def in_place(path, text):
+    path.write_text(text)
+
+
+def by_rename(path, text):
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def with_an_older_time(path, text):
+    path.write_text(text)
+    os.utime(path, (1, 1))
+
+
+def by_swapped_symlink(path, text):
+    """As Kubernetes does it: the file is a link into a folder that is swapped."""
+    folder = path.parent / f"data-{text.count('url')}"
+    folder.mkdir()
+    (folder / path.name).write_text(text)
+    link = path.parent / "link"
+    link.symlink_to(folder / path.name)
+    link.replace(path)
+
+
+@pytest.mark.parametrize("write", [in_place, by_rename, with_an_older_time, by_swapped_symlink])
+@asynchronous
+async def test_a_changed_file_is_taken_over_and_state_survives(tmp_path, write):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, Server(models=["b"]) as b, following(path, a) as running:
+        checks = running.core.fleet.views()[0].health.checks
+        write(path, settings_text(a, b, max_retries=7))
+        await running.until(lambda: running.states() == ["healthy", "healthy"])
+        assert running.core.settings.max_retries == 7
+        assert running.core.fleet.views()[0].health.checks == checks  # not begun anew
+        assert (await (await running.client()).post(body=b'{"model":"b"}')).status == 200
+        assert await running.metric("mvllm_settings_reloads_total", result="applied") == 1
+
+
+@pytest.mark.parametrize("text", ["", "servers = [ { url = ", "servers = [ { url = 3 } ]", "servers = []\n[config]\nport = 0\nmax_retries = -1"])
+@asynchronous
+async def test_a_bad_file_changes_nothing_and_is_complained_about_once(tmp_path, text, caplog):
+    path = tmp_path / "servers.toml"
+    async with Server() as server, following(path, server) as running:
+        path.write_text(text)
+        while running.core.settings_valid:
+            await asyncio.sleep(0.01)
+        good = settings_text(server, max_retries=5)
+        assert (await (await running.client()).post()).status == 200
+        assert await running.metric("mvllm_settings_valid") == 0
+        path.write_text(good)
+        while running.core.settings.max_retries != 5:
+            await asyncio.sleep(0.01)
+        assert await running.metric("mvllm_settings_valid") == 1
+        assert await running.metric("mvllm_settings_reloads_total", result="refused") == 1
+
+
+@asynchronous
+async def test_a_removed_server_finishes_its_answers_and_leaves(tmp_path):
+    gate, path = asyncio.Event(), tmp_path / "servers.toml"
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        await gate.wait()
+        await conn.send(chunk(token(1)), b"0\r\n\r\n")
+
+    async with Server(answer) as a, Server() as b, following(path, a) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}')
+        await a.came.wait()
+        path.write_text(settings_text(b))
+        await running.until(lambda: running.states() == ["healthy", "healthy"] and len(a.asked) == 1)
+        assert [view.draining for view in running.core.fleet.views()] == [False, True]
+        assert (await (await running.client()).post()).get("x-mvllm-server") == b.url
+        gate.set()
+        assert (await client.answer()).body == FIRST + token(1)
+        assert [view.url for view in running.core.fleet.views()] == [b.url]
+
+
+@asynchronous
+async def test_reloads_under_traffic_lose_nothing(tmp_path):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, Server() as b, following(path, a) as running:
+        stop, failed = asyncio.Event(), []
+
+        async def traffic():
+            client = await running.client()
+            while not stop.is_set():
+                got = await client.post()
+                if got.status != 200:
+                    failed.append(got)
+
+        clients = [asyncio.create_task(traffic()) for _ in range(4)]
+        for n in range(20):
+            path.write_text(settings_text(*((a, b), (b,), (b, a), (a,))[n % 4], max_retries=n))
+            while running.core.settings.max_retries != n:
+                await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert not failed and len(a.asked) + len(b.asked) > 100
+
+
+@asynchronous
+async def test_stopping_lets_running_answers_finish():
+    gate = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        await gate.wait()
+        await conn.send(chunk(token(1)), b"0\r\n\r\n")
+
+    async with Server(answer) as server:
+        balancer, ready = lite.Balancer(Settings((lite.ServerSettings(server.url),), **QUICK)), asyncio.Event()
+        task = asyncio.create_task(balancer.run(ready.set))
+        await ready.wait()
+        async with contextlib.AsyncExitStack() as stack:
+            running = Running(balancer, stack)
+            await running.until(lambda: running.states() == ["healthy"])
+            idle, busy = await running.client(), await running.client()
+            assert (await idle.get("/liveness")).status == 200
+            await busy.ask("POST", "/v1/x", b'{"stream":true}')
+            await busy.reader.readuntil(FIRST)
+            balancer.stop()
+            assert await idle.reader.read() == b""  # idle connections are closed
+            with pytest.raises(OSError):
+                await asyncio.open_connection("127.0.0.1", balancer.port)
+            assert not task.done()
+            gate.set()
+            assert (await busy.reader.read()).endswith(chunk(token(1)) + b"0\r\n\r\n")
+            await task
+
+
+@asynchronous
+async def test_a_second_stop_does_not_wait():
+    async with balancing(server := failing(STREAM_HEAD, chunk(FIRST), how="hang")) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        await client.reader.readuntil(FIRST)
+        running.balancer.stop()
+        running.balancer.stop()
+        with contextlib.suppress(ConnectionError):
+            assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
+    assert server.asked
