@@ -3997,10 +3997,10 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
         def ready() -> None:
             host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
             url = f"http://{f'[{host}]' if ':' in host else host}:{balancer.port}"
-            log.info("mvllm_lite %s listens on %s for %d servers, policy %s",
-                     __version__, url, len(settings.servers), settings.policy)  # fmt: skip
             if hint:
                 print(hint.format(url=url, server=settings.servers[0].url), flush=True)
+            log.info("mvllm_lite %s listens on %s for %d servers, policy %s",
+                     __version__, url, len(settings.servers), settings.policy)  # fmt: skip
 
         await balancer.run(ready)
         log.info("stopped")

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import symtable
 import sys
@@ -46,9 +47,14 @@ def table(*rows):
 def asynchronous(test):
     """Run a coroutine test; one that hangs fails after 20 s."""
 
+    async def whole(*args, **kwargs):
+        await asyncio.wait_for(test(*args, **kwargs), 20)
+        for _ in range(5):  # turns of the loop in which aborted connections are closed
+            await asyncio.sleep(0)
+
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 20))
+        asyncio.run(whole(*args, **kwargs))
 
     return run
 
@@ -2610,3 +2616,282 @@ async def test_a_second_stop_does_not_wait():
         with contextlib.suppress(ConnectionError):
             assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
     assert server.asked
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  18  demo
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+TINY = lite.Simulated(2, 0.001, 1e6)
+
+
+def prompt(stream=True, **more):
+    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5, **more}).encode()
+
+
+@contextlib.asynccontextmanager
+async def in_front_of(*simulated, **settings):
+    async with contextlib.AsyncExitStack() as stack:
+        for one in simulated:
+            await stack.enter_async_context(one)
+        async with balancing(*[one.url for one in simulated], **settings) as running:
+            yield running
+
+
+@asynchronous
+async def test_a_simulated_server_speaks_as_vllm_does():
+    async with in_front_of(one := lite.SimulatedServer(TINY), **FAST) as running:
+        client = await running.client()
+        got = await client.post(body=prompt(stream_options={"include_usage": True}))
+        events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
+        assert got.body.endswith(DONE) and len(events) == 6 and got.get("content-type").startswith("text/event-stream")
+        assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
+        assert events[5]["usage"]["completion_tokens"] == 5 and events[0]["choices"][0]["delta"]["role"] == "assistant"
+        plain = (await client.post(body=prompt(stream=False))).json
+        assert plain["object"] == "chat.completion" and len(plain["choices"][0]["message"]["content"].split()) == 5
+        text = (await client.post("/v1/completions", prompt(stream=False))).json
+        assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
+        assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
+        page = (await lite.fetch(lite.Pool(one.url), "/metrics", 5))[1].decode()
+        assert lite.engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
+
+
+@asynchronous
+async def test_simulated_servers_queue_beyond_their_capacity_and_notice_who_leaves():
+    slow = lite.Simulated(1, 60.0, 1e6)
+    async with in_front_of(one := lite.SimulatedServer(slow)) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients:
+            await client.ask("POST", "/v1/chat/completions", prompt())
+        while (one.running, one.waiting) != (1, 2):
+            await asyncio.sleep(0.01)
+        for client in clients:
+            client.close()
+        while one.running or one.waiting:
+            await asyncio.sleep(0.01)
+        assert one.aborted == 3
+
+
+@asynchronous
+async def test_simulated_servers_can_be_told_to_fail_and_hang():
+    async with in_front_of(bad := lite.SimulatedServer(TINY), lite.SimulatedServer(TINY), request_timeout=0.1) as running:
+        control = Client(*await asyncio.open_connection("127.0.0.1", int(bad.url.rpartition(":")[2])))
+        assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
+        assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
+        statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
+        assert statuses[500] == 2 and statuses[200] == 8  # then it is out
+        assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
+        running.core.judge(bad.url, lite.Health.probed, True, 0.01, "", 0.0, running.core.settings)
+        statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
+        assert statuses[504] == 2 and statuses[200] == 8
+        control.close()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  19  command line
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+CLEAN = {key: value for key, value in os.environ.items()
+         if key not in {"CONFIG_PATH", *(f.metadata["env"] for f in lite.CONFIG_FIELDS.values())}}  # fmt: skip
+
+
+def command(*args):
+    return [sys.executable, "-I", "-S", "-X", "dev", "-W", "error", str(HERE / "mvllm_lite.py"), *args]
+
+
+def told(*args, cwd=None, **env):
+    """(exit code, stdout, stderr) of a command that ends by itself."""
+    done = subprocess.run(command(*args), cwd=cwd, env=CLEAN | env, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_version_and_help():
+    assert told("version") == (0, f"mvllm_lite {lite.__version__}\n", "")
+    code, out, _ = told("--help")
+    assert code == 0 and "mvllm_lite.py demo" in out and "HEALTH_CHECK_INTERVAL" in out
+    code, out, _ = told("run", "-h")
+    assert code == 0 and "--max-load" in out
+    assert told("run", "--nonsense")[0] == 2
+
+
+def test_what_cannot_be_started_says_why_in_one_place(tmp_path):
+    code, out, err = told(cwd=tmp_path)
+    assert code == 1 and out == "" and err.startswith("mvllm_lite: servers.toml: cannot be read: no such file")
+    assert "demo" in err
+    bad = tmp_path / "bad.toml"
+    bad.write_text("servers = [{ url = 'x' }]\n[config]\nport = 'a'\n")
+    code, out, err = told(str(bad))
+    assert code == 1 and out == "" and len(err.splitlines()) == 2 and f"{bad}:3: config.port" in err
+    assert told("--server", "http://a", "--max-load", "1", "2")[0] == 1
+    assert told("demo", "--servers", "0")[0] == 1
+    code, _, err = told("run", "--server", "http://a", LOG_LEVEL="loud")
+    assert code == 1 and err.startswith("mvllm_lite: environment LOG_LEVEL: log_level: found 'loud', expected one of")
+
+
+def test_a_busy_port_is_one_clear_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        args = ["--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", str(taken.getsockname()[1])]
+        code, _, err = told(*args)
+    assert code == 1 and err.startswith("mvllm_lite: cannot listen: ") and "address already in use" in err
+    assert len(err.splitlines()) == 1
+
+
+PRECEDENCE = table(
+    ("default", [], {}, "", 8888),
+    ("file over default", [], {}, "port = 1", 1),
+    ("environment over file", [], {"PORT": "2"}, "port = 1", 2),
+    ("flag over environment", ["--port", "3"], {"PORT": "2"}, "port = 1", 3),
+    ("an empty variable is none", [], {"PORT": ""}, "port = 1", 1),
+)
+
+
+@pytest.mark.parametrize("argv, environ, config, port", PRECEDENCE)
+def test_flag_environment_file_default(argv, environ, config, port):
+    args = lite.argument_parser().parse_args(["run", *argv])
+    settings, _ = lite.parse_settings(f"servers = []\n[config]\n{config}", "s", lite.overrides_from(args, environ))
+    assert settings.port == port
+
+
+def test_every_environment_variable_of_the_seeds_is_known():
+    known = {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} - {""}
+    assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS", "HEALTH_CHECK_INTERVAL",
+                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT"}  # fmt: skip
+    args = lite.argument_parser().parse_args(["run", "-h", "h", "-p", "1", "-c", "-m", "--log-level", "debug"])
+    settings, _ = lite.parse_settings("servers = []", "s", lite.overrides_from(args, {}))
+    assert (settings.host, settings.port, settings.log_to_console, settings.show_models, settings.log_level) == (
+        "h", 1, True, True, "DEBUG")  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def process(*args, **env):
+    """A command that runs, its lines of output as they come; ended with SIGTERM."""
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command(*args), env=CLEAN | env, stdout=pipe, stderr=pipe)
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.terminate()
+        out, err = await child.communicate()
+        assert (child.returncode, err) == (0, b""), err.decode()
+
+
+async def line_with(child, *words):
+    """The next line of output that has all these words."""
+    while True:
+        line = (await child.stdout.readline()).decode()
+        assert line, f"ended before {words}"
+        if all(word in line for word in words):
+            return line
+
+
+@asynchronous
+async def test_the_demo_streams_an_answer_and_prints_how_to_get_one():
+    async with process("demo", "--port", "0", "--servers", "2") as child:
+        hint = await line_with(child, "curl -N", "/v1/chat/completions")
+        host, port = re.search(r"http://([\d.]+):(\d+)", hint).groups()
+        assert f"http://{host}:{port} for 2 servers" in await line_with(child, "listens on")
+        client = Client(*await asyncio.open_connection(host, int(port)))
+        got = await client.post(body=prompt())
+        assert got.status == 200 and got.body.endswith(DONE)
+        line = await line_with(child, f"id={got.get('x-request-id')}")
+        assert all(word in line for word in ("status=200", "end=complete", "model=demo-model", "attempts=1"))
+        client.close()
+
+
+@asynchronous
+async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_path):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, Server(models=["b"]) as b:
+        path.write_text(settings_text(a, config_reload_interval=3600))
+        async with process(str(path), "--model") as child:
+            await line_with(child, "listens on")
+            assert "models: m" in await line_with(child, a.url, "is healthy")
+            path.write_text(settings_text(a, b, config_reload_interval=3600))
+            child.send_signal(signal.SIGHUP)
+            await line_with(child, "new settings: 2 servers, 1 added")
+            assert "models: b" in await line_with(child, b.url, "is healthy")
+
+
+@asynchronous
+async def test_no_prompt_and_no_key_is_ever_logged():
+    async with Server() as server:
+        async with process("run", "--server", server.url, "--host", "127.0.0.1", "--port", "0", "--log-level", "debug") as child:
+            port = int((await line_with(child, "listens on")).partition("http://127.0.0.1:")[2].split()[0])
+            client = Client(*await asyncio.open_connection("127.0.0.1", port))
+            for body in (b'{"model":"m","prompt":"SECRET"}', b"SECRET{"):
+                await client.post("/v1/completions?key=SECRET", body, ["Authorization: Bearer SECRET", "Cookie: SECRET"])
+            client.close()
+            child.terminate()
+            out, _ = await child.communicate()
+            assert b"POST" in out and b"SECRET" not in out
+
+
+@asynchronous
+async def test_check_config_asks_every_server(tmp_path):
+    async def check(*args):
+        pipe = asyncio.subprocess.PIPE
+        child = await asyncio.create_subprocess_exec(*command("check-config", *args), env=CLEAN, stdout=pipe, stderr=pipe)
+        out, err = await child.communicate()
+        return child.returncode, out.decode(), err.decode()
+
+    path = tmp_path / "servers.toml"
+    async with Server(models=["a", "b"], **{"/version": '{"version":"0.32.0"}'}) as good, Server() as dead:
+        await dead.kill()
+        path.write_text(settings_text(good, dead, max_retrys=3))
+        code, out, _ = await check(str(path))
+        assert code == 0 and f"warning: {path}:9: config.max_retrys: unknown key" in out
+        assert f"{good.url}  capacity 5  reachable in " in out and "vLLM 0.32.0  models: a, b" in out
+        assert f"{dead.url}  capacity 5  NOT REACHABLE: cannot connect: connection refused" in out
+        assert f"{path}: 2 servers, total capacity 10, 1 reachable" in out
+        path.write_text(settings_text(dead))
+        assert (await check("--config", str(path)))[0] == 2
+    code, _, err = await check(str(tmp_path / "none.toml"))
+    assert code == 1 and "cannot be read" in err
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  README
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+README = (HERE / "README.md").read_text()
+
+
+def snippets(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_s_settings_can_be_used():
+    assert snippets("toml")
+    for toml in snippets("toml"):
+        settings, warnings = lite.parse_settings(toml)
+        assert settings.servers and not warnings
+
+
+def test_the_readme_names_every_path_setting_and_metric():
+    for name in (*lite.LOCAL, *lite.CONFIG_FIELDS):
+        assert f"`{name}`" in README, name
+    for family in (*lite.Ledger().families(), *lite.fleet_families([]), *lite.process_families(0, 0.0, True)):
+        assert f"`{family.name}`" in README, family.name
+
+
+def test_the_readme_s_systemd_unit_is_whole():
+    (unit,) = snippets("ini")
+    assert "ExecStart=/usr/bin/python3 -I -S " in unit and "ExecReload=/bin/kill -HUP $MAINPID" in unit
+    assert re.findall(r"^\[(\w+)\]$", unit, re.MULTILINE) == ["Unit", "Service", "Install"]
+    for line in unit.splitlines():
+        assert not line or re.fullmatch(r"\[\w+\]|[A-Z]\w+=\S.*", line), line
+
+
+def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
+    (container,) = snippets("dockerfile")
+    assert re.findall(r"^[A-Z]+", container, re.MULTILINE)[0] == "FROM" and "curl" not in container
+    (check,) = re.findall(r'^HEALTHCHECK.*?CMD \["python", "-c", "(.*)"\]$', container, re.MULTILINE)
+    compile(check, "HEALTHCHECK", "exec")
+    (kubernetes,) = snippets("yaml")
+    assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= set(lite.LOCAL)
+    toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
+    assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
+    assert "\t" not in kubernetes
