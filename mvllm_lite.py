@@ -191,14 +191,11 @@ class BadMessage(Exception):
 
 
 class PeerGone(Exception):
-    """The other end of a wire closed it, lost it or stayed silent too long.
+    """The other end of a wire could not be reached, or has left."""
 
-    `clean` is true for an orderly close (FIN), which ends a close-delimited message properly.
-    """
-
-    def __init__(self, fault: Fault, text: str, clean: bool = False) -> None:
+    def __init__(self, fault: Fault, text: str) -> None:
         super().__init__(text)
-        self.fault, self.clean = fault, clean
+        self.fault = fault
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -346,8 +343,8 @@ def origin_form(method: str, target: str) -> str:
         return target
     scheme, found, rest = target.partition("://")
     if found and scheme.lower() in ("http", "https"):
-        slash = rest.find("/")
-        return rest[slash:] if slash >= 0 else "/"
+        path = re.sub(r"^[^/?]*", "", rest)
+        return path if path.startswith("/") else f"/{path}"
     text = f"the request target is {shown(target)}, expected a path that begins with '/'"
     raise BadMessage(Fault.BAD_REQUEST, text)
 
@@ -1352,12 +1349,14 @@ class Begun(Enum):
 PREAMBLE_EVENTS = frozenset((b"response.created", b"response.in_progress", b"response.queued"))
 FAILED_EVENTS = frozenset((b"error", b"response.failed"))
 ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:\s*[{"]|type"\s*:\s*"error")')
+CLIENT_ERROR = re.compile(rb'"code"\s*:\s*"?4\d\d\b')
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 def stream_begun(content: bytes) -> Begun:
     """Judges an event stream's content so far.  A stream that begins with an error event, or with
-    the [DONE] that a stopping vLLM sends to queued requests, failed before it began."""
+    the [DONE] that a stopping vLLM sends to queued requests, failed before it began; unless the
+    error is the client's, which every server would repeat."""
     for event in BLANK_LINE.split(content)[:-1]:
         name = data = b""
         for line in event.splitlines():
@@ -1367,7 +1366,7 @@ def stream_begun(content: bytes) -> Begun:
             elif field == b"data":
                 data = data or value.strip()
         if name in FAILED_EVENTS or ERROR_DATA.match(data) or data == b"[DONE]":
-            return Begun.FAILED
+            return Begun.CONTENT if CLIENT_ERROR.search(data) else Begun.FAILED
         if data and name not in PREAMBLE_EVENTS:
             return Begun.CONTENT
     return Begun.NOT_YET
@@ -1793,13 +1792,14 @@ class Ranking(NamedTuple):
         if self.model is not None and self.model not in known and all_known:
             return Fault.UNKNOWN_MODEL, unknown_model(self.model, known)
         reasons = "; ".join(f"{row.url} {row.reason}" for row in self.candidates())
-        what = "this request" if self.model is None else f"the model `{self.model}`"
+        what = "this request" if self.model is None else f"the model `{self.model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
 
 
 def unknown_model(model: str, known: Iterable[str]) -> str:
     """In vLLM's words."""
-    return f"The model `{model}` does not exist. Valid names: {', '.join(sorted(known)) or 'none'}."
+    names = ", ".join(sorted(known)) or "none"
+    return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
 def passed_over(view: ServerView, model: str | None, tried: frozenset[str]) -> str:
@@ -2176,7 +2176,7 @@ class Sink(Protocol):
     """Takes what happens on a wire, in place of its buffer."""
 
     def feed(self, wire: Wire, data: bytes) -> None: ...
-    def lost(self, wire: Wire, gone: PeerGone) -> None: ...
+    def lost(self, wire: Wire) -> None: ...
     def expired(self, wire: Wire) -> None: ...
 
 
@@ -2184,7 +2184,7 @@ class Discard:
     """A sink for what nobody reads any more."""
 
     def feed(self, wire: Wire, data: bytes) -> None: ...
-    def lost(self, wire: Wire, gone: PeerGone) -> None: ...
+    def lost(self, wire: Wire) -> None: ...
 
     def expired(self, wire: Wire) -> None:
         wire.abort()
@@ -2194,9 +2194,9 @@ class Wire(asyncio.Protocol):
     """One connection.  `side` says who is at the other end; `opened` is called when it stands."""
 
     __slots__ = (
-        "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "on_gone", "lost",
-        "blocked", "held", "reused", "reusable", "deadline", "_opened", "_waiter", "_timer",
-        "_timer_at",
+        "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
+        "lost", "blocked", "held", "reused", "reusable", "deadline", "_opened", "_waiter",
+        "_timer", "_timer_at",
     )  # fmt: skip
 
     def __init__(self, side: Blame, opened: Callable[[Wire], None] | None = None) -> None:
@@ -2206,7 +2206,8 @@ class Wire(asyncio.Protocol):
         self.buffer = bytearray()
         self.sink: Sink | None = None
         self.feeder: Wire | None = None  # whose bytes we write: it is held while our peer is slow
-        self.gone: PeerGone | None = None  # the peer says no more, and how that came
+        self.gone = False  # the peer says no more,
+        self.clean = False  # by an orderly close (FIN), which may end a message
         self.on_gone: Callable[[], object] | None = None
         self.lost = False  # there is no connection any more
         self.blocked = False  # the peer takes no more bytes at present
@@ -2260,13 +2261,11 @@ class Wire(asyncio.Protocol):
         self._wake()
 
     def _ended(self, clean: bool) -> None:
-        if self.gone is not None:
+        if self.gone:
             return
-        fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
-        text = f"the {self.side.value}'s connection was {'closed' if clean else 'lost'}"
-        self.gone = PeerGone(fault, text, clean)
+        self.gone, self.clean = True, clean
         if self.sink is not None:
-            self.sink.lost(self, self.gone)
+            self.sink.lost(self)
         if self.on_gone is not None:
             self.on_gone()
         self._wake()
@@ -2274,6 +2273,13 @@ class Wire(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def departure(self) -> PeerGone:
+        """The exception for a peer that has gone; a new one each time, since an exception keeps
+        alive all that was on the stack when it was raised."""
+        fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
+        how = "closed" if self.clean else "lost"
+        return PeerGone(fault, f"the {self.side.value}'s connection was {how}")
 
     # Deadlines.
 
@@ -2318,9 +2324,9 @@ class Wire(asyncio.Protocol):
         while (end := self.buffer.find(b"\r\n\r\n", searched)) < 0:
             if len(self.buffer) > HEAD_LIMIT_BYTES:
                 break
-            if self.gone is not None:
+            if self.gone:
                 if self.buffer:
-                    raise self.gone
+                    raise self.departure()
                 return None
             searched = max(0, len(self.buffer) - 3)
             await self.news(deadline)
@@ -2344,12 +2350,12 @@ class Wire(asyncio.Protocol):
             if self.buffer:
                 if (content := decoder.feed(self.take())) or decoder.done:
                     return content
-            elif self.gone is None:
+            elif not self.gone:
                 await self.news(deadline)
-            elif decoder.until_close and self.gone.clean:
+            elif decoder.until_close and self.clean:
                 decoder.done = True
             else:
-                raise self.gone
+                raise self.departure()
         return b""
 
     async def send(self, head: bytes, content: Content, silence_s: float) -> bool:
@@ -2360,9 +2366,9 @@ class Wire(asyncio.Protocol):
         self.transport.write(head)
         view = memoryview(content)
         for at in range(0, len(content), WRITE_SLICE_BYTES):
-            while self.blocked and not self.buffer and self.gone is None:
+            while self.blocked and not (self.buffer or self.gone):
                 await self.news(self.loop.time() + silence_s)
-            if self.buffer or self.gone is not None:
+            if self.buffer or self.gone:
                 return False
             self.transport.write(view[at : at + WRITE_SLICE_BYTES])
         return True
@@ -2392,12 +2398,12 @@ class Wire(asyncio.Protocol):
         would reset the connection and could take our last answer with it."""
         deadline = self.loop.time() + CLIENT_SILENCE_S
         self.sink = Discard()
-        if linger and self.gone is None and self.transport.can_write_eof():
+        if linger and not self.gone and self.transport.can_write_eof():
             deadline = self.loop.time() + LINGER_S
             self.buffer.clear()
             self.release()
             self.transport.write_eof()
-            while self.gone is None:
+            while not self.gone:
                 await self.news(deadline)
         self.transport.close()
         while not self.lost:
@@ -2433,7 +2439,7 @@ class Pool:
         while self.idle and not fresh:
             wire, _ = self.idle.popitem()
             wire.sink = None
-            if wire.gone is None and not wire.transport.is_closing():
+            if not (wire.gone or wire.transport.is_closing()):
                 wire.reused, wire.reusable = True, False
                 return wire
         return await self.dial(connect_timeout_s)
@@ -2457,7 +2463,7 @@ class Pool:
         """Keep it if it may be used again; otherwise end it at once, which tells a vLLM that is
         still generating to stop."""
         wire.feeder = wire.sink = None
-        good = wire.reusable and wire.gone is None and not wire.buffer
+        good = wire.reusable and not (wire.gone or wire.buffer)
         if not good or len(self.idle) >= POOL_IDLE_LIMIT:
             wire.abort()
             return
@@ -2474,7 +2480,7 @@ class Pool:
     def feed(self, wire: Wire, data: bytes) -> None:
         self.expired(wire)
 
-    def lost(self, wire: Wire, gone: PeerGone) -> None:
+    def lost(self, wire: Wire) -> None:
         self.idle.pop(wire, None)
 
     def expired(self, wire: Wire) -> None:
@@ -2570,8 +2576,8 @@ class Pump:
             server.hold()
         elif server.held:
             server.release()
-        if server.gone is not None:
-            self.lost(server, server.gone)
+        if server.gone:
+            self.lost(server)
 
     def feed(self, wire: Wire, data: bytes) -> None:
         """A piece came.  This is the hottest code there is: once per piece of every stream."""
@@ -2597,9 +2603,9 @@ class Pump:
         elif out:
             self.client.transport.write(out)
 
-    def lost(self, wire: Wire, gone: PeerGone) -> None:
-        if not (self.decoder.until_close and gone.clean):
-            self._end(gone)
+    def lost(self, wire: Wire) -> None:
+        if not (self.decoder.until_close and wire.clean):
+            self._end(wire.departure())
             return
         self.decoder.done = True
         if self.chunked:
@@ -2634,13 +2640,13 @@ class Tunnel:
         wire.expect_by(INFINITY)  # a quiet websocket is a good one
         if wire.buffer:
             to.transport.write(wire.take())
-        if wire.gone is not None:
+        if wire.gone:
             ended.set()
 
     def feed(self, wire: Wire, data: bytes) -> None:
         self.to.transport.write(data)
 
-    def lost(self, wire: Wire, gone: PeerGone) -> None:
+    def lost(self, wire: Wire) -> None:
         self.ended.set()
 
     def expired(self, wire: Wire) -> None: ...
@@ -2814,15 +2820,15 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
         self._client, self._task = client, asyncio.current_task()
 
     def __enter__(self) -> None:
-        if self._client.gone is not None:
-            raise self._client.gone
+        if self._client.gone:
+            raise self._client.departure()
         self._client.on_gone = self._task.cancel  # type: ignore[union-attr]
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._client.on_gone = None
-        if kind is asyncio.CancelledError and self._client.gone is not None:
+        if kind is asyncio.CancelledError and self._client.gone:
             self._task.uncancel()  # type: ignore[union-attr]
-            raise self._client.gone from None
+            raise self._client.departure() from None
 
 
 class Exchange:
@@ -2870,7 +2876,9 @@ class Exchange:
             self.response.status = self.response.status or gone.fault.status
             self.response.end = gone.fault.label
         except asyncio.CancelledError:
-            self.response.end = Fault.STOPPING.label
+            text = "the balancer is stopping"
+            end = self.response.break_off if self.response.begun else self.response.refuse
+            end(Fault.STOPPING, text)
             raise
 
     def choose(self, tried: frozenset[str]) -> Ranking:
@@ -3038,7 +3046,7 @@ class Exchange:
         fault, held = self.fault_of(head), b""
         if fault is None and (decoder.done or not head.is_event_stream):
             return None, decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
-        silence_s = self.settings.request_timeout
+        deadline = self.loop.time() + self.settings.request_timeout  # comments do not move it
         while len(held) <= HELD_LIMIT_BYTES:
             if fault is None:
                 begun = stream_begun(held)
@@ -3048,7 +3056,7 @@ class Exchange:
                     fault = Fault.STREAM_FAILED
             if decoder.done:
                 return fault, held
-            held += await wire.read_content(decoder, self.loop.time() + silence_s)
+            held += await wire.read_content(decoder, deadline)
         return None, held
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
@@ -3127,7 +3135,8 @@ class Exchange:
         response, (host, port) = self.response, self.client.peer
         return {
             "id": response.id, "client": f"{host}:{port}", "method": self.head.method,
-            "path": self.head.path[:200], "model": self.call.model or "-",
+            "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
+            "stream": self.call.stream,
             "server": self.server or "-", "attempts": self.attempts,
             "failed": ",".join(self.failures) or "-", "status": response.status,
             "first_byte": "-" if first_s is None else first_s, "duration": now - self.began_at,
@@ -3450,7 +3459,11 @@ class Balancer:
 
     async def serve_one(self, wire: Wire) -> bool:
         """One request; False if it was the connection's last."""
-        while not wire.buffer and wire.gone is None:
+        while True:
+            while wire.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: may be left from before
+                wire.take(2)
+            if wire.buffer or wire.gone:
+                break
             await wire.news(wire.loop.time() + CLIENT_IDLE_S)
         self.exchanging.add(wire)
         try:
@@ -3465,12 +3478,10 @@ class Balancer:
         if exchange.unread:
             await wire.close(linger=True)
         self.exchanging.discard(wire)
-        return exchange.response.persists and wire.gone is None
+        return exchange.response.persists and not wire.gone
 
     async def read_head(self, wire: Wire) -> RequestHead | None:
         """The request that has begun; None if the client left.  Raises BadMessage."""
-        while wire.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: may be left from before
-            wire.take(2)
         try:
             raw = await wire.read_head(wire.loop.time() + CLIENT_HEAD_S)
         except TimeoutError:
@@ -3484,9 +3495,9 @@ class Balancer:
         content = error_body(bad.fault, f"Bad request: {bad}.")
         wire.transport.write(own_response(bad.fault.status, None, content, False, fields))
         self.core.ledger.requests.add("", "", str(bad.fault.status))
-        host, port = wire.peer
+        host, port = wire.peer  # and not what was said: it may hold a key
         facts = {"client": f"{host}:{port}", "status": bad.fault.status, "end": bad.fault.label}
-        log.info("%s", access_line({**facts, "reason": str(bad)}))
+        log.info("%s", access_line(facts))
         await wire.close(linger=True)
 
     async def dispatch(self, exchange: Exchange) -> None:

@@ -182,6 +182,7 @@ GOOD_HEADS = table(
     ("empty query is kept", "GET /a? HTTP/1.1\nHost: a", ("GET", "/a", "", 1)),
     ("absolute form, RFC 9112 3.2.2", "GET http://x/a?b HTTP/1.1\nHost: y", ("GET", "/a", "b", 1)),
     ("absolute form without path", "GET http://x HTTP/1.1\nHost: y", ("GET", "/", None, 1)),
+    ("absolute form with a query alone", "GET http://x?a HTTP/1.1\nHost: y", ("GET", "/", "a", 1)),
     ("asterisk form, 3.2.4", "OPTIONS * HTTP/1.1\nHost: y", ("OPTIONS", "*", None, 1)),
     ("1.0 needs no Host", "GET / HTTP/1.0", ("GET", "/", None, 0)),
     ("1.2 is read as 1.1, RFC 9110 2.5", "GET / HTTP/1.2\nHost: a", ("GET", "/", None, 1)),
@@ -820,6 +821,7 @@ BEGINNINGS = table(
     ("keep-alive comments are no content", b": keep-alive\n\n: keep-alive\n\n", "NOT_YET"),
     ("comment, then content", b": keep-alive\n\ndata: {}\n\n", "CONTENT"),
     ("error first", b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n', "FAILED"),
+    ("the client's error is an answer", b'data: {"error": {"message": "x", "code": 400}}\n\n', "CONTENT"),
     ("error as text, as old vLLM", b'data: {"error":"x"}\n\n', "FAILED"),
     ("only the end: a queued request of a server that stops", b"data: [DONE]\n\n", "FAILED"),
     ("Anthropic's", b'event: message_start\ndata: {"type":"message_start"}\n\n', "CONTENT"),
@@ -1424,7 +1426,7 @@ class Server:
         conn = Conn(self, reader, writer)
         try:
             while True:
-                asked = Asked(*(await read_message(reader))[:3])
+                asked = Asked(*(await self.read(reader))[:3])
                 path = asked.line.split()[1]
                 if path in self.pages:
                     self.probes[path] += 1
@@ -1441,6 +1443,9 @@ class Server:
             self.open -= 1
             self.tasks.discard(task)
             writer.transport.abort()
+
+    async def read(self, reader):
+        return await read_message(reader)
 
     async def page(self, conn, page):
         if callable(page):
@@ -1924,6 +1929,15 @@ async def test_when_the_client_leaves_the_server_s_connection_closes(said, expec
 
 
 @asynchronous
+async def test_a_client_that_has_said_all_it_will_is_still_answered_locally():
+    async with balancing(Server()) as running:
+        client = await running.client()
+        await client.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.writer.write_eof()
+        assert (await client.answer()).status == 200 and await client.reader.read() == b""
+
+
+@asynchronous
 async def test_a_client_that_leaves_while_it_sends_costs_nothing():
     async with balancing(server := Server()) as running:
         client = await running.client()
@@ -1971,24 +1985,24 @@ async def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again()
     assert server.connections >= 3
 
 
+class Hasty(Server):
+    """Answers a request as soon as it has its head."""
+
+    async def read(self, reader):
+        return await read_message(reader, bodyless=True)
+
+
 @asynchronous
 async def test_an_answer_before_the_request_was_sent_whole_is_passed_on():
-    async def answer(reader, writer):
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 3\r\n\r\nno!")
-        await reader.read()
-        writer.close()
+    async def answer(asked, conn):
+        await conn.json(b"no!", "413 X", fields="connection: close\r\n")
+        await conn.left()
 
-    async with balancing(server := Server()) as running:
-        early = await asyncio.start_server(answer, "127.0.0.1", 0)
-        server.listener.close()
-        url = f"http://127.0.0.1:{early.sockets[0].getsockname()[1]}"
-        settings = dataclasses.replace(running.core.settings, servers=(lite.ServerSettings(url, 1),))
-        running.balancer.adopt(dataclasses.replace(settings, enable_active_health_check=False))
-        await running.until(lambda: running.states() == ["healthy"])
-        got = await (await running.client()).post(body=b"x" * 30_000_000)
-        assert (got.status, got.body) == (400, b"no!")
-        early.close()
+    async with balancing(Hasty(answer)) as running:
+        client = await running.client()
+        for _ in range(2):
+            got = await client.post(body=b"x" * 30_000_000)
+            assert (got.status, got.body) == (413, b"no!")
 
 
 @asynchronous
@@ -2823,6 +2837,8 @@ async def test_no_prompt_and_no_key_is_ever_logged():
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
             for body in (b'{"model":"m","prompt":"SECRET"}', b"SECRET{"):
                 await client.post("/v1/completions?key=SECRET", body, ["Authorization: Bearer SECRET", "Cookie: SECRET"])
+            await client.send(b"POST /v1/x?SECRET HTTP/1.1\r\nHost: a\r\nAuthorization : SECRET\r\n\r\n")
+            assert (await client.answer()).status == 400
             client.close()
             child.terminate()
             out, _ = await child.communicate()
