@@ -709,7 +709,8 @@ def members_by_scan(content, cuts, wanted=("model", "stream")):
     scan, so_far = lite.MemberScan(wanted), bytearray()
     for piece in cuts:
         so_far += piece
-        scan.advance(so_far)
+        while not scan.advance(so_far):
+            pass
     return lite.read_members(so_far, scan)
 
 
@@ -759,6 +760,18 @@ def test_the_scan_agrees_with_json_on_random_documents():
         content = json.dumps(document, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 1])).encode()
         wanted = {k: v for k, v in document.items() if k in ("model", "stream")}
         assert members_by_scan(content, pieces_of(content, n)) == wanted, content
+
+
+def test_a_scan_gives_others_their_turn_and_gives_up_on_nothing_but_brackets():
+    scan, turns = lite.MemberScan(("model",)), 0
+    body = b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b',"model":"m"}'
+    while not scan.advance(body):
+        turns += 1
+    assert turns > 10 and lite.read_members(body, scan) == {"model": "m"}
+    with pytest.raises(lite.BadMessage, match="nested too deeply"):
+        scan = lite.MemberScan(("model",))
+        while not scan.advance(b'{"a":' + b"[" * 2_000_000):
+            pass
 
 
 def call(body, fields="", query="", aliases=None, default=""):
