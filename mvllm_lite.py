@@ -23,22 +23,24 @@ of itself and of earlier rooms only.
      9  plans         how a call is answered, step by step, retries included
     10  reports       what people and machines are shown
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    11  wire          connections: buffers, deadlines, keep-alive pools
-    12  pump          bytes on their way through, with back-pressure
-    13  response      the client's side of an exchange
-    14  exchange      one request, from its head to its last byte
-    15  watch         health checks, load reports, the settings file
-    16  local         what the balancer answers itself
-    17  balancer      assembly: listening, reloading, draining
-    18  demo          simulated vLLM servers, so that everything runs on a laptop
-    19  command line  arguments, environment, logging, exit codes
+    11  wire          one connection: its buffer, its deadline, its end
+    12  pool          the connections to one server, kept and reused
+    13  pump          bytes on their way through, with back-pressure
+    14  response      the client's side of an exchange
+    15  core          what the rooms below share: settings, fleet, ledger, pools
+    16  exchange      one request, from its head to its last byte
+    17  watch         health checks, load reports, the settings file
+    18  local         what the balancer answers itself
+    19  balancer      assembly: listening, reloading, draining
+    20  demo          simulated vLLM servers, so that everything runs on a laptop
+    21  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  `Balancer.serve` (17) reads a head from the
-client's `Wire` (11) and parses it (2).  A local path is answered in room 16; everything else is
-an `Exchange` (14): the content is gathered and read as a `Call` (6), and `relay_plan` (9) says
+A request walks through the rooms like this.  `Balancer.serve` (19) reads a head from the
+client's `Wire` (11) and parses it (2).  A local path is answered in room 18; everything else is
+an `Exchange` (16): the content is gathered and read as a `Call` (6), and `relay_plan` (9) says
 step by step what to do.  Each `Relay` step names the server that the policy (8) ranked best in
 the view of the fleet (7); the exchange sends the request there, holds the answer back until it
-is certain that it is one, and then commits: the `Response` (13) begins, and a `Pump` (12) moves
+is certain that it is one, and then commits: the `Response` (14) begins, and a `Pump` (13) moves
 the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -59,10 +61,10 @@ import asyncio
 import bisect
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -71,15 +73,17 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import struct
 import sys
+import threading
 import time
 import tomllib
 import urllib.parse
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 __version__ = "0.1.0"
 __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
@@ -90,7 +94,8 @@ CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the t
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
-HELD_LIMIT_BYTES = 64 * 1024  # how much of an answer is held back while it may yet be replaced
+HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
+HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 CLIENT_IDLE_S = 75.0  # a client's connection between two requests; nginx's keepalive_timeout
@@ -98,8 +103,12 @@ CLIENT_HEAD_S = 30.0  # from a head's first byte to its last
 CLIENT_SILENCE_S = 60.0  # in the middle of a request's content; nginx's client_body_timeout
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
-SCAN_STEPS = 2000  # of MemberScan before others get their turn: about a millisecond
-SCAN_STEPS_LIMIT = 1_000_000  # of MemberScan for one request; real ones take a few thousand
+SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
+SCAN_STEPS_LIMIT = 1_000_000  # of find_members for one request; real ones take a few thousand
+MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
+FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
+FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
+ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
 SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
@@ -152,16 +161,17 @@ class Fault(Enum):
     BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
     CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
+    TARGET_TOO_LONG = 414, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     CLIENT_GONE = 499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest"  # nginx's number; logs only
-    UNKNOWN_CODING = 501, Blame.CLIENT, Retry.NEVER, "NotImplementedError"
+    NOT_IMPLEMENTED = 501, Blame.CLIENT, Retry.NEVER, "NotImplementedError"
     BAD_VERSION = 505, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     # No server to ask.
     NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
+    NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # our own have run out
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     # A server was asked and did not answer.
-    STALE = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # an idle connection it had closed
     CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     CONNECT_TIMEOUT = 504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError"
     SERVER_GONE = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
@@ -184,10 +194,14 @@ class Fault(Enum):
         return member
 
 
+# Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
+REQUEST_FAILURES = frozenset((501, 505))
+
+
 class BadMessage(Exception):
     """A message, or a part of one, that breaks a rule; `str()` says which, and what was found."""
 
-    def __init__(self, fault: Fault, text: str) -> None:
+    def __init__(self, text: str, fault: Fault = Fault.BAD_REQUEST) -> None:
         super().__init__(text)
         self.fault = fault
 
@@ -195,9 +209,14 @@ class BadMessage(Exception):
 class PeerGone(Exception):
     """The other end of a wire could not be reached, or has left."""
 
-    def __init__(self, fault: Fault, text: str) -> None:
+    def __init__(self, text: str, fault: Fault) -> None:
         super().__init__(text)
         self.fault = fault
+
+
+class Stale(PeerGone):
+    """A reused connection that ended before it said a word: its server had closed it while it was
+    idle.  Nobody's failure; the request is sent again on a fresh one."""
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -211,13 +230,16 @@ class PeerGone(Exception):
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
+AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.\-_~%!$&'()*+;=]*)(?::[0-9]*)?"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
 STATUS_LINE = re.compile(rf"HTTP/(\d)\.(\d) (\d\d\d)(?: ({TEXT}))?", re.ASCII)
 FIELD_LINE = re.compile(rf"{TOKEN}:{TEXT}")
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
+HOST = re.compile(AUTHORITY)
+ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
 LENGTH = re.compile(r"[0-9]{1,18}")
-HOST = re.compile(r"[A-Za-z0-9.\-_~%!$&'()*+;=]*(?:\[[0-9A-Fa-f:.%]+\])?(?::[0-9]*)?")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,4096})?\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -237,10 +259,10 @@ class Fields:
     def get(self, key: str, default: str = "") -> str:
         return self.values.get(key, default)
 
-    def tokens(self, key: str) -> frozenset[str]:
+    def members(self, key: str) -> list[str]:
         """The members of a list-valued field, in lower case."""
         members = (member.strip(" \t") for member in self.get(key).lower().split(","))
-        return frozenset(member for member in members if member)
+        return [member for member in members if member]
 
     def with_member(self, key: str, member: str) -> str:
         """A list-valued field's value with one more member at its end."""
@@ -280,16 +302,18 @@ class ResponseHead(NamedTuple):
 
 
 class Framing(NamedTuple):
-    """How the end of a message's content is found: by `length`, by `chunked` coding, or by the
-    `close` of the connection (responses only)."""
+    """How the end of a message's content is found: after `length` bytes, by the `chunked` coding,
+    or, with neither, by the close of the connection (responses only)."""
 
-    kind: str
-    length: int = 0
+    length: int | None = None
+    chunked: bool = False
 
 
-NO_CONTENT = Framing("length", 0)
-CHUNKED = Framing("chunked")
-UNTIL_CLOSE = Framing("close")
+NO_CONTENT = Framing(0)
+CHUNKED = Framing(chunked=True)
+UNTIL_CLOSE = Framing()
+# Stands in for a request that could not be read, where one is answered.
+NO_REQUEST = RequestHead("", "", None, 1, Fields([], {}))
 
 
 def shown(text: str, limit: int = 60) -> str:
@@ -300,7 +324,7 @@ def shown(text: str, limit: int = 60) -> str:
 def connection_persists(minor: int, fields: Fields) -> bool:
     if "connection" not in fields.values:
         return minor >= 1
-    options = fields.tokens("connection")
+    options = fields.members("connection")
     return "close" not in options and (minor >= 1 or "keep-alive" in options)
 
 
@@ -308,8 +332,8 @@ def parse_fields(block: str, fault: Fault) -> Fields:
     """The field lines after a first line, each ended by CRLF.  Raises BadMessage."""
     if not FIELD_LINES.fullmatch(block):  # one pass over good heads; only then find the bad line
         bad = next(line for line in block.split("\r\n") if not FIELD_LINE.fullmatch(line))
-        raise BadMessage(fault, f"a field line is {shown(bad)}, expected 'Name: value' without"
-                         " control characters, folding or a space before the colon")  # fmt: skip
+        raise BadMessage(f"a field line is {shown(bad)}, expected 'Name: value' without control"
+                         " characters, folding or a space before the colon", fault)  # fmt: skip
     lines, values = [], dict[str, str]()
     for line in block.split("\r\n")[:-1]:
         name, _, value = line.partition(":")
@@ -324,31 +348,32 @@ def parse_request_head(raw: bytes) -> RequestHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
-        text = f"the request line is {shown(first)}, expected 'METHOD target HTTP/1.1'"
-        raise BadMessage(Fault.BAD_REQUEST, text)
+        raise BadMessage(f"the request line is {shown(first)}, expected 'METHOD target HTTP/1.1'")
     method, target, major, minor = line.groups()
     if major != "1":
-        raise BadMessage(Fault.BAD_VERSION, f"HTTP/{major}.{minor} is not spoken here, HTTP/1.1 is")
+        raise BadMessage(f"HTTP/{major}.{minor} is not spoken here, HTTP/1.1 is", Fault.BAD_VERSION)
     fields = parse_fields(block, Fault.BAD_REQUEST)
     host = fields.values.get("host")
     if host is None and minor != "0":
-        raise BadMessage(Fault.BAD_REQUEST, "the request has no Host field")
+        raise BadMessage("the request has no Host field")
     if host and not HOST.fullmatch(host):
-        raise BadMessage(Fault.BAD_REQUEST, f"Host is {shown(host)}, expected one host[:port]")
+        raise BadMessage(f"Host is {shown(host)}, expected one host[:port]")
     path, mark, query = origin_form(method, target).partition("?")
     return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
 
 
 def origin_form(method: str, target: str) -> str:
-    """The target as path and query; an absolute-form target loses scheme and authority, §3.2."""
+    """The target as path and query; an absolute-form target loses scheme and authority, §3.2.
+    CONNECT and TRACE are for proxies and debuggers; a gateway that passed them on would let
+    clients reach past it, or read what it adds."""
+    if method in ("CONNECT", "TRACE"):
+        raise BadMessage(f"the method {method} is not served here", Fault.NOT_IMPLEMENTED)
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
         return target
-    scheme, found, rest = target.partition("://")
-    if found and scheme.lower() in ("http", "https"):
-        path = re.sub(r"^[^/?]*", "", rest)
-        return path if path.startswith("/") else f"/{path}"
-    text = f"the request target is {shown(target)}, expected a path that begins with '/'"
-    raise BadMessage(Fault.BAD_REQUEST, text)
+    if (origin := ABSOLUTE_FORM.match(target)) is None:
+        raise BadMessage(f"the request target is {shown(target)}, expected one that begins with /")
+    path = target[origin.end() :]
+    return path if path.startswith("/") else f"/{path}"
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
@@ -357,24 +382,27 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
         text = f"the status line is {shown(first)}, expected 'HTTP/1.1 status reason'"
-        raise BadMessage(Fault.BAD_ANSWER, text)
+        raise BadMessage(text, Fault.BAD_ANSWER)
     fields = parse_fields(block, Fault.BAD_ANSWER)
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
 def request_framing(head: RequestHead) -> Framing:
     """How a request's content is framed, RFC 9112 §6.  Anything that two readers might take
-    differently is refused: both fields, lists of lengths, codings other than `chunked`."""
-    coding = head.fields.values.get("transfer-encoding")
+    differently is refused: both fields, lists of lengths, `chunked` anywhere but at the end."""
     length = head.fields.values.get("content-length")
-    if coding is None:
+    if "transfer-encoding" not in head.fields.values:
         return NO_CONTENT if length is None else parse_length(length, Fault.BAD_REQUEST)
     if length is not None or head.minor == 0:
         why = "in HTTP/1.0" if length is None else "with Content-Length"
-        raise BadMessage(Fault.BAD_REQUEST, f"Transfer-Encoding {why} is ambiguous")
-    if coding.lower() != "chunked":
-        text = f"Transfer-Encoding is {shown(coding)}, only 'chunked' is understood"
-        raise BadMessage(Fault.UNKNOWN_CODING, text)
+        raise BadMessage(f"Transfer-Encoding {why} is ambiguous")
+    codings = head.fields.members("transfer-encoding")
+    if codings[-1:] != ["chunked"] or codings.count("chunked") > 1:
+        text = shown(head.fields.get("transfer-encoding"))
+        raise BadMessage(f"Transfer-Encoding is {text}, expected 'chunked' once, at its end")
+    if len(codings) > 1:
+        text = f"the transfer coding {shown(codings[0])} is not understood, only chunked is"
+        raise BadMessage(text, Fault.NOT_IMPLEMENTED)
     return CHUNKED
 
 
@@ -388,70 +416,53 @@ def response_framing(head: ResponseHead, method: str) -> Framing:
         return UNTIL_CLOSE if length is None else parse_length(length, Fault.BAD_ANSWER)
     if length is not None or coding.lower() != "chunked":
         also = " with Content-Length" if length is not None else ""
-        raise BadMessage(Fault.BAD_ANSWER, f"Transfer-Encoding is {shown(coding)}{also}")
+        raise BadMessage(f"Transfer-Encoding is {shown(coding)}{also}", Fault.BAD_ANSWER)
     return CHUNKED
 
 
 def parse_length(value: str, fault: Fault) -> Framing:
     if not LENGTH.fullmatch(value):
-        raise BadMessage(fault, f"Content-Length is {shown(value)}, expected one number of bytes")
-    return Framing("length", int(value))
+        raise BadMessage(f"Content-Length is {shown(value)}, expected one number of bytes", fault)
+    return Framing(int(value))
 
 
-class Decoder(Protocol):
-    """Finds the content in the bytes of a message.  `feed` is called once per piece received and
-    gives the content in it, maybe empty; it raises BadMessage when the framing is broken."""
+class Decoder:
+    """Finds the content in the bytes of a message: of a length, or up to the connection's close.
 
-    done: bool  # the last byte of the content was seen
-    rest: bytes  # what came after it
-    verbatim: bool  # the last piece was one whole, plain chunk: it may be sent on as it is
-    until_close: bool  # the content ends where the connection does; who sees that sets `done`
+    `feed` is called once per piece received and gives the content in it, maybe empty; it raises
+    BadMessage when the framing is broken.
+    """
 
-    def feed(self, data: bytes) -> bytes: ...
+    __slots__ = ("done", "rest", "until_close", "verbatim", "_left")
 
-
-class LengthDecoder:
-    """Content of a known length."""
-
-    __slots__ = ("left", "done", "rest")
-    verbatim = until_close = False
-
-    def __init__(self, length: int) -> None:
-        self.left, self.done, self.rest = length, length == 0, b""
+    def __init__(self, length: int | None) -> None:
+        self.done = length == 0  # the last byte of the content was seen
+        self.rest = b""  # what came after it
+        self.until_close = length is None  # who sees the connection close sets `done`
+        self.verbatim = False  # the last piece was one whole, plain chunk: it may go on as it is
+        self._left = length or 0  # bytes to come
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) < self.left:
-            self.left -= len(data)
+        if self.until_close:
             return data
-        if len(data) > self.left:
-            data, self.rest = data[: self.left], data[self.left :]
-        self.left, self.done = 0, True
+        if len(data) < self._left:
+            self._left -= len(data)
+            return data
+        if len(data) > self._left:
+            data, self.rest = data[: self._left], data[self._left :]
+        self._left, self.done = 0, True
         return data
 
 
-class CloseDecoder:
-    """Content that ends where the connection does."""
-
-    __slots__ = ("done",)
-    rest, verbatim, until_close = b"", False, True
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-
-class ChunkedDecoder:
+class ChunkedDecoder(Decoder):
     """The chunked transfer coding, RFC 9112 §7.1.  Extensions are ignored, trailers dropped."""
 
-    __slots__ = ("done", "rest", "verbatim", "_pending", "_left", "_trailer_left")
-    until_close = False
+    __slots__ = ("_pending", "_trailer_left")
 
     def __init__(self) -> None:
-        self.done, self.rest, self.verbatim = False, b"", False
-        self._pending = b""  # an incomplete size line, chunk end or trailer line
+        super().__init__(-1)
         self._left = 0  # bytes of the current chunk to come, with its CRLF
+        self._pending = b""  # an incomplete size line, chunk end or trailer line
         self._trailer_left = 0  # once the last chunk was seen: bytes its trailers may still take
 
     def feed(self, data: bytes) -> bytes:
@@ -490,7 +501,7 @@ class ChunkedDecoder:
         if line is None:
             if data.find(b"\n", at) >= 0 or len(data) - at > CHUNK_LINE_LIMIT_BYTES:
                 found = shown(data[at : at + 20].decode("latin-1"))
-                raise BadMessage(Fault.BAD_REQUEST, f"a chunk begins with {found}, not its size")
+                raise BadMessage(f"a chunk begins with {found}, not its size")
             self._pending = data[at:]
             return at
         size = int(line[1], 16)
@@ -503,7 +514,7 @@ class ChunkedDecoder:
     def _chunk_end(self, data: bytes, at: int) -> int:
         end = data[at : at + 2]
         if not b"\r\n".startswith(end):
-            raise BadMessage(Fault.BAD_REQUEST, f"a chunk ends with {ascii(end)}, not CRLF")
+            raise BadMessage(f"a chunk ends with {ascii(end)}, not CRLF")
         if len(end) < 2:
             self._pending = end
             return at
@@ -513,19 +524,20 @@ class ChunkedDecoder:
     def _trailer(self, data: bytes, at: int) -> int:
         end = data.find(b"\r\n", at)
         if (len(data) if end < 0 else end) - at >= self._trailer_left:
-            raise BadMessage(Fault.BAD_REQUEST, "the trailer section is too long")
+            raise BadMessage("the trailer section is too long")
         if end < 0:
             self._pending = data[at:]
             return at
-        self.done = end == at
+        line = data[at:end].decode("latin-1")
+        if line and not FIELD_LINE.fullmatch(line):
+            raise BadMessage(f"a trailer is {shown(line)}, expected 'Name: value'")
+        self.done = not line
         self._trailer_left = max(1, self._trailer_left - (end + 2 - at))
         return end + 2
 
 
 def decoder_for(framing: Framing) -> Decoder:
-    if framing.kind == "length":
-        return LengthDecoder(framing.length)
-    return ChunkedDecoder() if framing.kind == "chunked" else CloseDecoder()
+    return ChunkedDecoder() if framing.chunked else Decoder(framing.length)
 
 
 def encode_chunk(content: bytes) -> bytes:
@@ -554,16 +566,16 @@ def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str
     or named by Connection, and `added` ones in place of any of the same name."""
     drop = HOP_BY_HOP.union(dropped, (name.lower() for name, _ in added))
     if "connection" in fields.values:
-        drop |= fields.tokens("connection")
+        drop = drop.union(fields.members("connection"))
     lines = [f"{name}: {value}\r\n" for key, name, value in fields.lines if key not in drop]
     lines += [f"{name}: {value}\r\n" for name, value in added]
     return "".join(lines)
 
 
-def upgrade_wanted(head: RequestHead) -> str:
-    """The protocol a client asks to change to (`websocket`), or ''."""
-    asks = head.minor >= 1 and "upgrade" in head.fields.tokens("connection")
-    return head.fields.get("upgrade") if asks else ""
+def upgrade_wanted(head: RequestHead) -> bool:
+    """Whether a client asks to change to websocket, the only protocol that vLLM changes to."""
+    asks = head.minor >= 1 and head.fields.get("upgrade").lower() == "websocket"
+    return asks and "upgrade" in head.fields.members("connection")
 
 
 def forward_fields(head: RequestHead, added: Pairs) -> str:
@@ -580,51 +592,74 @@ def forward_request(
     if length is None and head.method in ("POST", "PUT", "PATCH"):
         length = 0  # RFC 9110 §8.6: these say so
     framed = "" if length is None else f"Content-Length: {length}\r\n"
-    if protocol := upgrade_wanted(head):
-        framed += f"Connection: upgrade\r\nUpgrade: {protocol}\r\n"
+    if upgrade_wanted(head):
+        framed += "Connection: upgrade\r\nUpgrade: websocket\r\n"
     text = f"{head.method} {target} HTTP/1.1\r\nHost: {authority}\r\n{fields}{framed}\r\n"
     return text.encode("latin-1")
 
 
+def returned_framing(head: ResponseHead, request: RequestHead, theirs: Framing) -> Framing | None:
+    """How an answer's content is framed for the client: by its length where the server told one,
+    else in chunks, or until the close for HTTP/1.0.  None where nothing is said of it, because
+    there is none; to HEAD and in a 304, the server's word about what it leaves out is passed on."""
+    if request.method == "HEAD" or head.status == 304:
+        length = head.fields.values.get("content-length")
+        return None if length is None else parse_length(length, Fault.BAD_ANSWER)
+    if head.status < 200 or head.status == 204:
+        return None
+    if theirs.length is not None:
+        return theirs
+    return CHUNKED if request.minor else UNTIL_CLOSE
+
+
 def return_response(
-    head: ResponseHead, request: RequestHead, framing: Framing, persists: bool, added: Pairs = ()
-) -> bytes:
-    """A response's head as sent to the client.  `framing` is how we send the content: `close` for
-    an HTTP/1.0 client that could not find its end otherwise.  CORS fields among the `added` speak
-    for the whole matter, so that none of a server's stay."""
-    dropped = {"content-length"} if framing.kind != "length" else set[str]()
+    head: ResponseHead, request: RequestHead, framing: Framing | None, persists: bool,
+    added: Pairs = (),
+) -> bytes:  # fmt: skip
+    """A response's head as sent to the client.  CORS fields among the `added` speak for the whole
+    matter, so that none of a server's stay."""
+    dropped = {"content-length"}
     if any(name.startswith("Access-Control-") for name, _ in added):
         dropped |= CORS_FIELDS
-    ending = "Transfer-Encoding: chunked\r\n" if framing.kind == "chunked" else ""
+    lines = kept_lines(head.fields, added, dropped) + framing_line(framing)
     if head.status == 101:
-        ending = f"Connection: upgrade\r\nUpgrade: {head.fields.get('upgrade')}\r\n"
-    lines = kept_lines(head.fields, added, dropped)
-    ending += connection_line(request, persists)
-    return f"HTTP/1.1 {head.status} {head.reason}\r\n{lines}{ending}\r\n".encode("latin-1")
+        lines += "Connection: upgrade\r\nUpgrade: websocket\r\n"
+    lines += connection_line(request, persists)
+    return f"HTTP/1.1 {head.status} {head.reason}\r\n{lines}\r\n".encode("latin-1")
 
 
 def own_response(
-    status: int, request: RequestHead | None, content: bytes, persists: bool, fields: Pairs = ()
+    status: int, request: RequestHead, content: bytes, persists: bool, fields: Pairs = ()
 ) -> bytes:
     """A whole response of the balancer's own; to HEAD only its head."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    if status != 204:
-        lines += f"Content-Length: {len(content)}\r\n"
+    lines += framing_line(None if status == 204 else Framing(len(content)))
     lines += connection_line(request, persists)
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}\r\n".encode("latin-1")
-    return head if request is not None and request.method == "HEAD" else head + content
+    return head if request.method == "HEAD" else head + content
 
 
-def connection_line(request: RequestHead | None, persists: bool) -> str:
+def framing_line(framing: Framing | None) -> str:
+    if framing is None or framing == UNTIL_CLOSE:
+        return ""
+    if framing.chunked:
+        return "Transfer-Encoding: chunked\r\n"
+    return f"Content-Length: {framing.length}\r\n"
+
+
+def connection_line(request: RequestHead, persists: bool) -> str:
     if not persists:
         return "Connection: close\r\n"
-    return "Connection: keep-alive\r\n" if request is not None and request.minor == 0 else ""
+    return "" if request.minor else "Connection: keep-alive\r\n"
 
 
 def local_location(location: str, authority: str, prefix: str) -> str:
     """A redirect's target as the client can follow it: a server that redirects to itself means a
     path on our address (RFC 9110 §10.2.2 allows a reference without authority)."""
-    parts = urllib.parse.urlsplit(location)
+    try:
+        parts = urllib.parse.urlsplit(location)
+    except ValueError:
+        return location
     if parts.netloc.lower() != authority:
         return location
     path = parts.path.removeprefix(prefix) or "/"
@@ -714,7 +749,7 @@ class Family:
 
     kind = ""
 
-    def __init__(self, name: str, meaning: str, labels: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, meaning: str, *labels: str) -> None:
         self.name, self.meaning, self.labels = name, meaning, labels
         self.children: dict[tuple[str, ...], Any] = {}
 
@@ -749,10 +784,8 @@ class Histogram(Family):
 
     kind = "histogram"
 
-    def __init__(
-        self, name: str, meaning: str, labels: tuple[str, ...], bounds: tuple[float, ...]
-    ) -> None:
-        super().__init__(name, meaning, labels)
+    def __init__(self, name: str, meaning: str, bounds: tuple[float, ...], *labels: str) -> None:
+        super().__init__(name, meaning, *labels)
         self.bounds = bounds
 
     def child(self, *values: str) -> list[float]:
@@ -809,10 +842,10 @@ def expose(families: Iterable[Family]) -> str:
 
 REQUIRED: Any = object()
 POLICY_NAMES = ("least", "mvllm", "vllm_router")  # the rows of POLICIES (a test compares the two)
-Check = Callable[[Any], Any]  # gives the clean value, or raises ValueError with what was expected
+Clean = Callable[[Any], Any]  # gives the clean value, or raises ValueError with what was expected
 
 
-def setting(default: Any, check: Check, meaning: str, env: str = "", restart: bool = False) -> Any:
+def setting(default: Any, check: Clean, meaning: str, env: str = "", restart: bool = False) -> Any:
     """A dataclass field that is a setting.  `env` is an environment variable that may give it;
     `restart` says that a change takes effect at the next start only."""
     metadata = {"check": check, "meaning": meaning, "env": env, "restart": restart}
@@ -820,7 +853,7 @@ def setting(default: Any, check: Check, meaning: str, env: str = "", restart: bo
     return dataclasses.field(metadata=metadata, **given)
 
 
-def number(low: float, high: float = INFINITY, whole: bool = False) -> Check:
+def number(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
     """A number in a range; as mvllm does, '5' is taken for 5 and 5.0 for a whole number."""
     kind = "a whole number" if whole else "a number"
     expected = f"{kind}, {low} or more" if high == INFINITY else f"{kind}, {low} to {high}"
@@ -828,7 +861,7 @@ def number(low: float, high: float = INFINITY, whole: bool = False) -> Check:
     def check(value: Any) -> float:
         try:
             found = math.nan if isinstance(value, (bool, list, dict)) else float(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             found = math.nan
         if not low <= found <= high or found == INFINITY or (whole and found != int(found)):
             raise ValueError(expected)
@@ -837,7 +870,7 @@ def number(low: float, high: float = INFINITY, whole: bool = False) -> Check:
     return check
 
 
-def whole(low: int, high: float = INFINITY) -> Check:
+def whole(low: int, high: float = INFINITY) -> Clean:
     return number(low, high, whole=True)
 
 
@@ -857,7 +890,7 @@ def words(value: Any) -> str:
     return value
 
 
-def one_of(*choices: str) -> Check:
+def one_of(*choices: str) -> Clean:
     def check(value: Any) -> str:
         for choice in choices:
             if isinstance(value, str) and value.lower() == choice.lower():
@@ -867,7 +900,7 @@ def one_of(*choices: str) -> Check:
     return check
 
 
-def list_of(check_one: Check) -> Check:
+def list_of(check_one: Clean) -> Clean:
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError("a list in [ ]")
@@ -886,6 +919,7 @@ def base_url(value: Any) -> str:
     try:
         parts = urllib.parse.urlsplit(value if URL_TEXT.fullmatch(value) else "")
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        (parts.hostname or "").encode("idna")  # what the name's resolution would stumble over
     except (ValueError, TypeError):
         raise expected from None
     if not good or parts.query or parts.fragment or "@" in parts.netloc:
@@ -919,7 +953,7 @@ class Settings:
     request_timeout: float = setting(
         600.0, number(0.001), "silence of a server that ends a request", "REQUEST_TIMEOUT")
     connect_timeout: float = setting(5.0, number(0.001), "time for a connection to a server")
-    max_retries: int = setting(3, whole(0), "more attempts after the first")
+    max_retries: int = setting(3, whole(0, 100), "more attempts after the first")
     retry_delay: float = setting(0.1, number(0), "first pause between attempts; it doubles")
     retry_delay_max: float = setting(2.0, number(0), "longest pause between attempts")
     retry_statuses: tuple[int, ...] = setting(
@@ -962,6 +996,7 @@ class Settings:
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
+RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
 # Keys of older files that never had an effect, or have none here.
 OLD_KEYS = {
@@ -994,6 +1029,9 @@ class SettingsError(Exception):
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
+PASSWORD = re.compile(r"//[^/\s]*@")
+OPAQUE = re.compile(
+    r"""#[^\n]*|\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""", re.DOTALL)
 
 
 def parse_settings(
@@ -1006,7 +1044,7 @@ def parse_settings(
     """
     try:
         document = tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         where = TOML_PLACE.fullmatch(str(error))
         text, line, end = where.groups() if where else (str(error), None, None)
         text = f"not valid TOML: {text}" + " at the end of the file" * bool(end)
@@ -1035,8 +1073,8 @@ class SettingsReader:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases = self.aliases()
-        if self.errors:
-            raise SettingsError(self.errors)
+        if self.errors:  # an unknown key may be what was meant
+            raise SettingsError(self.errors + self.warnings)
         return Settings(servers, aliases, **values), self.warnings
 
     def servers(self, entries: Any, origin: str) -> tuple[ServerSettings, ...]:
@@ -1085,7 +1123,9 @@ class SettingsReader:
             return None
 
     def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
-        what = "nothing" if found is None else shown(found) if isinstance(found, str) else found
+        if isinstance(found, str):
+            found = shown(PASSWORD.sub("//…@", found))
+        what = "nothing" if found is None else str(found)[:80]
         self.errors.append(self.place(path, f"found {what}, expected {expected}", origin))
 
     def warn_unknown(self, table: Iterable[str], known: Iterable[str], path: Path) -> None:
@@ -1093,6 +1133,8 @@ class SettingsReader:
             text = f"unknown key, ignored{did_you_mean(key, known)}"
             if key in OLD_KEYS:
                 text = f"ignored: {OLD_KEYS[key]}"
+            elif key in CONFIG_FIELDS:
+                text = "ignored here: it belongs into [config]"
             self.warnings.append(self.place((*path, key), text))
 
     def place(self, path: Path, text: str, origin: str = "") -> Complaint:
@@ -1109,10 +1151,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def blanked(opaque: re.Match[str]) -> str:
+    """A comment or a text as blanks, line by line; a quoted key stays."""
+    if opaque.string[opaque.end() :].lstrip(" \t")[:1] == "=":
+        return opaque[0]
+    return re.sub(r"[^\n]", " ", opaque[0])
+
+
 def line_of(toml: str, path: Path) -> int:
     """The line on which a key stands, 1-based, or 0.  tomllib does not tell, so this looks as a
     person would: for the table's header or the n-th entry, and for the key after it."""
-    toml = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), toml)
+    toml = OPAQUE.sub(blanked, toml)
     start, end = 0, len(toml)
     if path[0] == "servers" and len(path) > 1 and isinstance(path[1], int):
         entry = re.compile(r"^[ \t]*\[\[servers(?:\.servers)?\]\]|\{", re.MULTILINE)
@@ -1123,16 +1172,19 @@ def line_of(toml: str, path: Path) -> int:
     elif len(path) > 1:
         header = re.search(rf"^\s*\[{re.escape(str(path[0]))}\]", toml, re.MULTILINE)
         start = header.end() if header else 0
-    key = re.compile(rf'(?<![\w-])"?{re.escape(str(path[-1]))}"?\s*[=\]]')
+    key = re.compile(rf"""(?<![\w-])["']?{re.escape(str(path[-1]))}["']?\s*[=\]]""")
     found = key.search(toml, start, end)
     at = found.start() if found else start
     return toml.count("\n", 0, at) + 1 if at else int(found is not None)
 
 
-def restart_needed(old: Settings, new: Settings) -> list[str]:
-    """Keys that changed but take effect only at the next start."""
-    return [key for key, field in CONFIG_FIELDS.items()
-            if field.metadata["restart"] and getattr(old, key) != getattr(new, key)]  # fmt: skip
+def changes_line(old: Settings, new: Settings) -> str:
+    """Which keys have changed, and which of them wait for the next start."""
+    changed = [key for key in (*CONFIG_FIELDS, "aliases") if getattr(old, key) != getattr(new, key)]
+    late = [key for key in changed if key in RESTART_KEYS]
+    now = [key for key in changed if key not in late]
+    words = [f"changed: {', '.join(now)}"] * bool(now)
+    return "; ".join(words + [f"at the next start: {', '.join(late)}"] * bool(late))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -1147,10 +1199,15 @@ def restart_needed(old: Settings, new: Settings) -> list[str]:
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
 INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
                             " /generative_scoring".split())  # fmt: skip
+# But for these, which change a server and not its answers; and dot segments, which a server that
+# resolves them would take for a path of another name.
+CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
+DOT_SEGMENT = re.compile(r"(?:/|\\|%2f|%5c)(?:\.|%2e){1,2}(?:/|\\|%2f|%5c|$)", re.IGNORECASE)
 
-SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, MemberScan
+SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 CALL_MEMBERS = ("model", "stream")
 Content = bytes | bytearray
+Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
 
 
 class Call(NamedTuple):
@@ -1166,9 +1223,9 @@ def inference_path(path: str) -> str:
     base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
     while path.startswith("/v1/v1/"):
         path = path[3:]
-    if path.startswith(INFERENCE_PREFIXES) or path in INFERENCE_PATHS:
-        return path
-    return ""
+    if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
+        return ""
+    return "" if path.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(path) else path
 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
@@ -1180,98 +1237,79 @@ NESTED = rb'[^"\[\]{}]++|' + STRING
 for _ in range(4):
     NESTED = rb'[^"\[\]{}]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}]"
 VALUE = rb'(?:[^"\[\]{},:]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}])*+"
+INSIDE = re.compile(b"(?:" + NESTED + b")*+", re.DOTALL)  # inside a value, all but deep nesting
+MARK = re.compile(rb'["{}\[\]:,]')  # what matters between the members
+REST = re.compile(STRING_REST, re.DOTALL)
 
 
-class MemberScan:
-    """Finds the values of top-level members of a JSON object without parsing what lies between.
+def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content, None]:
+    """Finds the values of top-level members of a JSON object without parsing what lies between,
+    and puts them into `spans`; of a repeated member the last, as in Python's json.
 
-    `advance` is called whenever content has grown and looks only at what is new, so that 10 MB
-    cost about a millisecond at a time.  `spans` then has (start, end) of each wanted value; of a
-    repeated member the last, as in Python's json.  Says nothing about content that is not JSON.
+    It is sent the content whenever that has grown, and looks only at what is new.  It says True
+    when it has seen all there is, and False when it is others' turn, after about a millisecond:
+    send the content again.  Says nothing about content that is not JSON; raises BadMessage for
+    content made of nothing but brackets, which only an attack is.
     """
+    names = {name.encode(): name for name in wanted}
+    others, at, depth, steps = other_members(tuple(names)), 0, 0, 0
+    key, value = None, -1  # the member we are in or about to be in, and where its value began
+    content = yield True
+    while True:
+        steps += 1
+        if steps > SCAN_STEPS_LIMIT:
+            raise BadMessage("the content is nested too deeply to be read")
+        if steps % SCAN_STEPS == 0:
+            content = yield False
+        if depth > 1:
+            at = INSIDE.match(content, at).end()  # type: ignore[union-attr]
+        elif depth == 1 and key is None:
+            at = others.match(content, at).end()
+        if (mark := MARK.search(content, at)) is None:
+            at = len(content)
+            content = yield True
+            continue
+        sign, at = mark[0], mark.end()
+        if sign == b'"':
+            begun = at
+            while not (string := string_end(content, at))[1]:
+                at = string[0]
+                content = yield True
+            at = string[0] + 1
+            if depth == 1 and value < 0:
+                key = member_name(bytes(content[begun : min(at - 1, begun + 100)]))
+        elif sign in b"{[":
+            depth += 1
+        elif depth == 1 and sign in b",}]":
+            if key in names and value >= 0:
+                spans[names[key]] = (value, at - 1)
+            key, value = None, -1
+            depth -= sign != b","
+        elif sign in b"]}":
+            depth -= 1
+        elif depth == 1 and value < 0:  # a colon
+            value = at
 
-    __slots__ = ("spans", "_wanted", "_others", "_at", "_depth", "_string", "_key", "_value", "_steps")
 
-    INSIDE = re.compile(b"(?:" + NESTED + b")*+", re.DOTALL)  # inside a value, all but deep nesting
-    MARK = re.compile(rb'["{}\[\]:,]')  # what matters between the members
-    REST = re.compile(STRING_REST, re.DOTALL)
+def string_end(content: Content, at: int) -> tuple[int, bool]:
+    """Where the string's closing quote is, True; or how far it was looked for, False.  A base64
+    image is skipped by searching for the quote, as long as nothing is escaped before it."""
+    quote = content.find(b'"', at)
+    stop = quote if quote >= 0 else len(content)
+    if content.find(b"\\", at, stop) >= 0:
+        stop = REST.match(content, at).end()  # type: ignore[union-attr]
+    return stop, stop < len(content) and content[stop] == 0x22  # else in it, or in an escape
 
-    def __init__(self, wanted: Iterable[str]) -> None:
-        self.spans: dict[str, tuple[int, int]] = {}
-        self._wanted = {name.encode(): name for name in wanted}
-        self._others = other_members(tuple(self._wanted))
-        self._at = 0  # everything before was looked at
-        self._depth = 0
-        self._string = -1  # where the string we are in began, or -1
-        self._key: bytes | None = None  # the member whose value we are in, or are about to be in
-        self._value = -1  # where that value began, or -1
-        self._steps = 0
 
-    def advance(self, content: Content) -> bool:
-        """Look at what is new.  False when that takes longer than others should wait: call again.
-        Raises BadMessage for content made of nothing but brackets, which only an attack is."""
-        end, pause = len(content), self._steps + SCAN_STEPS
-        while self._at < end:
-            if self._steps == pause:
-                return False
-            self._steps += 1
-            if self._steps > SCAN_STEPS_LIMIT:
-                raise BadMessage(Fault.BAD_REQUEST, "the content is nested too deeply to be read")
-            if self._string >= 0:
-                if not self._end_string(content, end):
-                    return True
-                continue
-            if self._depth > 1:
-                self._at = self.INSIDE.match(content, self._at).end()  # type: ignore[union-attr]
-            elif self._depth == 1 and self._value < 0 and self._key is None:
-                self._at = self._others.match(content, self._at).end()  # type: ignore[union-attr]
-            mark = self.MARK.search(content, self._at)
-            self._at = mark.end() if mark is not None else end
-            if mark is not None:
-                self._take(mark[0], mark.start())
-        return True
-
-    def _take(self, mark: bytes, at: int) -> None:
-        if mark == b'"':
-            self._string = at
-        elif mark in b"{[":
-            self._depth += 1
-        elif mark in b"]}":
-            if self._depth == 1:
-                self._end_member(at)
-            self._depth -= 1
-        elif self._depth == 1 and mark == b",":
-            self._end_member(at)
-        elif self._depth == 1 and self._value < 0:
-            self._value = at + 1
-
-    def _end_string(self, content: Content, end: int) -> bool:
-        """Move behind the string's closing quote; False if that is still to come.  A base64 image
-        is skipped by searching for the quote, as long as nothing is escaped before it."""
-        quote = content.find(b'"', self._at)
-        stop = quote if quote >= 0 else end
-        if content.find(b"\\", self._at, stop) >= 0:
-            stop = self.REST.match(content, self._at).end()  # type: ignore[union-attr]
-        self._at = stop
-        if stop == end or content[stop] != 0x22:
-            return False  # the content so far ends inside the string, maybe inside an escape
-        if self._depth == 1 and self._value < 0:
-            self._key = bytes(content[self._string + 1 : stop])
-        self._at, self._string = stop + 1, -1
-        return True
-
-    def _end_member(self, at: int) -> None:
-        key = self._key
-        if key is not None and b"\\" in key:  # "mod\u0065l" is model, too
-            with contextlib.suppress(ValueError):
-                key = json.loads(b'"%b"' % key).encode()
-        if key in self._wanted and self._value >= 0:
-            self.spans[self._wanted[key]] = (self._value, at)
-        self._key, self._value = None, -1
+def member_name(written: bytes) -> bytes:
+    if b"\\" in written:  # "mod\u0065l" is model, too
+        with contextlib.suppress(ValueError):
+            return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
+    return written
 
 
 @functools.cache
-def other_members(wanted: tuple[bytes, ...]) -> re.Pattern[bytes]:
+def other_members(wanted: tuple[bytes, ...]) -> Any:
     """Matches whole members of other names, with the comma after each."""
     names = b"|".join(map(re.escape, wanted))
     return re.compile(
@@ -1279,85 +1317,89 @@ def other_members(wanted: tuple[bytes, ...]) -> re.Pattern[bytes]:
     )
 
 
-def read_members(content: Content, scan: MemberScan | None) -> dict[str, Any]:
-    """The wanted top-level members of a JSON object, {} if the content is none.  `scan` is one
-    that has seen the content, for large ones."""
+def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
+    """The members of a JSON object, {} if the content is none.  `spans` tells where those that
+    matter stand, for large ones; a value too long for what it should be is left out."""
     try:
-        if scan is None:
+        if spans is None:
             document = json.loads(content)
             return document if isinstance(document, dict) else {}
-        return {name: json.loads(content[a:b]) for name, (a, b) in scan.spans.items()}
+        return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
+                if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
     except (ValueError, RecursionError):
         return {}  # a server will say what is wrong with it
 
 
-class FormPart(NamedTuple):
-    name: str
-    start: int
-    end: int
-
-
-PART_NAME = re.compile(rb'(?i)content-disposition:[^\r\n]*?;\s*name="([^"\r\n]*)"')
+PART_NAME = re.compile(rb'(?i)content-disposition:[^\r\n]*?;\s*name=(?:"([^"\r\n]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(r'(?i)multipart/form-data\s*;.*?\bboundary=(?:"([^"]+)"|([^\s;"]+))')
 
 
-def form_parts(content: Content, content_type: str) -> Iterator[FormPart]:
-    """The parts of multipart/form-data content, RFC 7578: audio uploads name their model so."""
-    boundary = BOUNDARY.match(content_type)
-    if boundary is None:
-        return
-    delimiter = b"\r\n--" + (boundary[1] or boundary[2]).encode("latin-1")
-    at = 0 if content.startswith(delimiter[2:]) else content.find(delimiter)
-    while at >= 0:
-        head = content.find(b"\r\n\r\n", at)
-        following = content.find(delimiter, at + len(delimiter) - 2)
-        if head < 0 or following < head:
-            return
-        if name := PART_NAME.search(content, at, head):
-            yield FormPart(name[1].decode("latin-1"), head + 4, following)
+def form_boundary(content_type: str) -> bytes:
+    """What separates the parts of multipart/form-data content, b"" for other content."""
+    found = BOUNDARY.match(content_type)
+    return b"--" + (found[1] or found[2]).encode("latin-1") if found else b""
+
+
+def form_spans(content: Content, boundary: bytes) -> Spans:
+    """Where the values of CALL_MEMBERS stand in a form, RFC 7578: audio uploads name their model
+    so.  Looks at a bounded number of parts, and at the beginning of each."""
+    spans, delimiter = Spans(), b"\r\n" + boundary
+    at = 0 if content.startswith(boundary) else content.find(delimiter)
+    for _ in range(FORM_PARTS_LIMIT):
+        head = content.find(b"\r\n\r\n", at, at + FORM_HEAD_LIMIT_BYTES)
+        following = content.find(delimiter, at + len(boundary))
+        if at < 0 or head < 0 or following < head:
+            break
+        for line in bytes(content[at:head]).split(b"\r\n"):
+            if (named := PART_NAME.match(line)) is not None:
+                name = (named[1] or named[2] or b"").decode("latin-1")
+                if name in CALL_MEMBERS:
+                    spans[name] = (head + 4, following)
         at = following
+    return spans
 
 
 def read_call(
-    head: RequestHead, content: Content, scan: MemberScan | None,
+    head: RequestHead, content: Content, spans: Spans | None,
     aliases: Mapping[str, str], default_model: str,
 ) -> Call:  # fmt: skip
     """What the request wants.  Looks for `model` in JSON or form content, then in the query.
     Only an alias, or the default model where none is named, changes the content."""
-    content_type, members = head.fields.get("content-type"), dict[str, Any]()
-    if content_type[:19].lower() == "multipart/form-data":
-        for part in form_parts(content, content_type):
-            if part.name in CALL_MEMBERS:
-                value = bytes(content[part.start : part.end])
-                members[part.name] = value.decode("utf-8", "replace")
+    members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
+    if boundary:
+        spans = form_spans(content, boundary)
+        members = {name: bytes(content[a:b]).decode("utf-8", "replace")
+                   for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
     elif content:
-        members = read_members(content, scan)
-    named = members.get("model")
-    asked = named = named if isinstance(named, str) and named else None
-    if asked is None and head.query:
+        members = read_members(content, spans)
+    named = asked = members.get("model") or None
+    if named is None and head.query:
         asked = urllib.parse.parse_qs(head.query).get("model", [None])[0]
     if asked is None and content:
         asked = default_model or None
+    if not isinstance(asked, str):  # a number, say: a server will refuse it
+        asked = None
     model = aliases.get(asked, asked) if asked is not None else None
     if content and model is not None and model != named and asked in (named, default_model):
-        content = with_model(content, content_type, model)
+        content = with_model(content, boundary, spans, model)
     return Call(model, members.get("stream") in (True, "true", "True", "1"), content)
 
 
-def with_model(content: Content, content_type: str, model: str) -> Content:
+def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
     """The content with another `model`: that one value is replaced, or put in front where there
     is none; every other byte stays."""
-    if (boundary := BOUNDARY.match(content_type)) is not None:
-        value, spans = model.encode(), [p for p in form_parts(content, content_type)
-                                        if p.name == "model"]  # fmt: skip
-        opening = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+    if spans is None:
+        spans = Spans()
+        scan = find_members(spans, ("model",))
+        next(scan)
+        while not scan.send(content):
+            pass
+    value = model.encode() if boundary else json.dumps(model).encode()
+    if "model" in spans:
+        return splice(content, spans["model"], value)
+    if boundary:
         field = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % value
-        return splice(content, spans[-1][1:], value) if spans else opening + field + content
-    scan, value = MemberScan(("model",)), json.dumps(model).encode()
-    while not scan.advance(content):
-        pass
-    if "model" in scan.spans:
-        return splice(content, scan.spans["model"], value)
+        return boundary + field + content
     brace = content.find(b"{")
     if brace < 0 or content[:brace].strip():
         return content  # not an object
@@ -1429,11 +1471,12 @@ VLLM_METRICS = {
     "running": VllmMetric(("vllm:num_requests_running",), sum),
     "waiting": VllmMetric(("vllm:num_requests_waiting",), sum),
     "swapped": VllmMetric(("vllm:num_requests_swapped",), sum),  # v0 engines: they wait, too
-    # 0 to 1, despite its name
+    # From 0 to 1, despite its name.
     "kv_usage": VllmMetric(("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), max),
     "max_fds": VllmMetric(("process_max_fds",), sum),
 }
 VLLM_NAMES = tuple(name for metric in VLLM_METRICS.values() for name in metric.names)
+PLAUSIBLE_LIMIT = 1e9  # a number beyond is nonsense, as are those below zero
 
 
 class EngineLoad(NamedTuple):
@@ -1449,7 +1492,7 @@ def engine_load(page: str) -> EngineLoad:
     """The load in a /metrics page of any vLLM since 0.8."""
     found: dict[str, list[float]] = {}
     for sample in parse_samples(page, VLLM_NAMES):
-        if math.isfinite(sample.value):
+        if 0 <= sample.value < PLAUSIBLE_LIMIT:
             found.setdefault(sample.name, []).append(sample.value)
     values: dict[str, float] = {}
     for key, metric in VLLM_METRICS.items():
@@ -1465,10 +1508,11 @@ def engine_load(page: str) -> EngineLoad:
 
 def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
     """The models in an answer to /v1/models, by id with everything said of them; None if it is
-    not such an answer."""
+    not such an answer.  An id becomes a label and a word in log lines, so it must be printable."""
     try:
-        return {str(entry["id"]): entry for entry in json.loads(content)["data"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
+        found = {entry["id"]: entry for entry in json.loads(content)["data"]}
+        return {name: entry for name, entry in found.items() if name.isprintable()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -1521,10 +1565,9 @@ class Health(NamedTuple):
             return self._replace(reason=reason)
         return self._replace(state=state, reason=reason, since=now, successes=0, request_failures=0)
 
-    def probed(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
-        """After one more check; `why` says what failed."""
+    def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
+        """After one more check; `why` names a problem, also with a check that passed."""
         in_time = seconds <= s.health_check_max_response_time
-        back = self.state is not State.HEALTHY
         health = self._replace(
             window=(*self.window, (passed, seconds))[-s.health_check_window_size :],
             failures=0 if passed else self.failures + 1,
@@ -1532,14 +1575,16 @@ class Health(NamedTuple):
             checked_at=now,
             checks=self.checks + 1,
         )
-        if back and health.successes >= s.health_check_consecutive_successes:
-            anew = health._replace(window=health.window[-1:])
-            return anew.become(State.HEALTHY, f"check passed{', but ' * bool(why)}{why}", now)
-        if back and not health.successes:
-            why = why if not passed else f"a check took {seconds:.1f} s"
-        elif not back:
-            why = health.limit_met(why, s)
-        return health.become(State.UNHEALTHY, why, now) if why else health
+        good = f"check {'passed, but ' if passed else 'failed: '}{why}" if why else "check passed"
+        if self.state is State.HEALTHY:
+            limit = health.limit_met(why, s)
+            return health.become(State.UNHEALTHY if limit else State.HEALTHY, limit or good, now)
+        if health.successes >= s.health_check_consecutive_successes:
+            return health._replace(window=health.window[-1:]).become(State.HEALTHY, good, now)
+        if health.successes:
+            return health
+        why = f"a check took {seconds:.1f} s" if passed else why
+        return health.become(State.UNHEALTHY, why, now)
 
     def limit_met(self, why: str, s: Settings) -> str:
         """Which limit the checks have met, in words, or ''."""
@@ -1599,6 +1644,10 @@ class ServerView(NamedTuple):
             return 0.0
         late = now - self.load_at - interval_s
         return reported * math.exp(-late / (2 * interval_s)) if late > 0 else float(reported)
+
+    def reports(self, now: float, interval_s: float) -> bool:
+        """Whether what it says of its load is news; a single report may be missed."""
+        return now - self.load_at <= 3 * interval_s + 1
 
     def serves(self, model: str) -> bool:
         """Whether it may have this model; a server that has not said is given the chance."""
@@ -1690,7 +1739,7 @@ class Fleet:
         self._update(url, load=load, load_at=now, own_then=own_then)
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> Transition | None:
-        """Replace a server's health by what it is after the news: `Health.failed`, say, and its
+        """Replace a server's health by what it is after the news: `Health.checked`, say, and its
         arguments.  The transition, if it is one."""
         if (view := self._views.get(url)) is None:
             return None
@@ -1807,15 +1856,15 @@ class Ranking(NamedTuple):
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
         rows = []
-        for view in self.views:
-            reason, cost = passed_over(view, self.model, self.tried), INFINITY
+        for view, reason in zip(self.views, passed_over(self.views, self.model, self.tried)):
+            cost = INFINITY
             if not reason:
                 cost = self.policy.cost(view, self.moment)
                 reason = f"cost {cost:.3f} = {self.policy.terms(view, self.moment)}"
             rows.append(Candidate(view.url, cost, reason))
         return sorted(rows, key=lambda row: row.cost)
 
-    def refusal(self) -> tuple[Fault, str]:
+    def refusal(self, name_servers: bool) -> tuple[Fault, str]:
         """Why no server can take the call: the model is nobody's, or each server's reason."""
         views = [view for view in self.views if not view.draining]
         if not views:
@@ -1824,7 +1873,8 @@ class Ranking(NamedTuple):
         all_known = all(view.models is not None for view in views)
         if self.model is not None and self.model not in known and all_known:
             return Fault.UNKNOWN_MODEL, unknown_model(self.model, known)
-        reasons = "; ".join(f"{row.url} {row.reason}" for row in self.candidates())
+        reasons = "; ".join(f"{row.url if name_servers else f'server {n}'} {row.reason}"
+                            for n, row in enumerate(self.candidates(), 1))  # fmt: skip
         what = "this request" if self.model is None else f"the model `{self.model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
 
@@ -1835,8 +1885,18 @@ def unknown_model(model: str, known: Iterable[str]) -> str:
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
-def passed_over(view: ServerView, model: str | None, tried: frozenset[str]) -> str:
-    """The reason why a server is not eligible, or ''."""
+def passed_over(views: list[ServerView], model: str | None, tried: frozenset[str]) -> list[str]:
+    """For each server the reason why it is not eligible, or ''.  One that has not told its models
+    is asked only when no other is known to have this one."""
+    reasons = [obstacle(view, model, tried) for view in views]
+    if model is not None and any(view.models is None for view in views):
+        if any(view.models and not reason for view, reason in zip(views, reasons)):
+            return [reason or ("has not told its models" if view.models is None else "")
+                    for view, reason in zip(views, reasons)]  # fmt: skip
+    return reasons
+
+
+def obstacle(view: ServerView, model: str | None, tried: frozenset[str]) -> str:
     if view.draining:
         return "is draining"
     if not view.healthy:
@@ -1851,7 +1911,8 @@ def rank(
     by: Policy, moment: Moment, draw: random.Random,
 ) -> Ranking:  # fmt: skip
     """The best server for a call; once for each attempt."""
-    eligible = [view for view in views if not passed_over(view, model, tried)]
+    reasons = passed_over(views, model, tried)
+    eligible = [view for view, reason in zip(views, reasons) if not reason]
     best = None
     if eligible:
         costs = [by.cost(view, moment) for view in eligible]
@@ -1867,7 +1928,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (13) is the only driver.
+# steps.  The exchange (16) is the only driver.
 
 
 class Held(NamedTuple):
@@ -1939,7 +2000,7 @@ def relay_plan(choose: Choose, s: Settings, draw: random.Random) -> Plan:
                 yield Pause(backoff_s(attempt - 2, s, draw))
                 ranking = choose(frozenset() if again else tried)
         if ranking.best is None:
-            failure = failure if failure.held else Outcome(*ranking.refusal())
+            failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
             break
         failure = yield Relay(ranking.best, attempt)
         if failure.fault is None or failure.committed:
@@ -1957,7 +2018,7 @@ def may_retry(fault: Fault, s: Settings) -> bool:
 def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
     """The pause before the n-th retry, from 0: doubling, bounded, and somewhere between half and
     all of it, so that requests that failed together do not come back together."""
-    longest: float = min(s.retry_delay * 2**retry, s.retry_delay_max)
+    longest: float = min(s.retry_delay * 2.0 ** min(retry, 60), s.retry_delay_max)
     return longest * draw.uniform(0.5, 1.0)
 
 
@@ -2025,11 +2086,12 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
 def load_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
     """GET /load-stats.  A server's load is our requests, exactly, and those of others as far as
     they are known; servers that have left are in no sum."""
-    interval_s = s.metrics_interval
-    loads = [v.in_flight + round(v.foreign(clock.monotonic, interval_s)) for v in views]
+    now, interval_s = clock.monotonic, s.metrics_interval
+    loads = [v.in_flight + round(v.foreign(now, interval_s)) for v in views]
     capacity = sum(view.capacity for view in views)
     return {
-        "servers": [server_load(view, load, clock) for view, load in zip(views, loads)],
+        "servers": [server_load(view, load, not view.reports(now, interval_s), clock)
+                    for view, load in zip(views, loads)],
         "summary": {
             "total_servers": len(views),
             "healthy_servers": sum(view.healthy for view in views),
@@ -2040,14 +2102,14 @@ def load_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str,
     }
 
 
-def server_load(view: ServerView, load: int, clock: Clock) -> dict[str, Any]:
+def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
     said = view.load
     return {
         "url": view.url, "current_load": load, "max_capacity": view.capacity,
         "available_capacity": max(0, view.capacity - load),
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
-        "in_flight": view.in_flight, "last_updated": clock.iso(view.load_at),
+        "in_flight": view.in_flight, "last_updated": clock.iso(view.load_at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
             "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
@@ -2069,15 +2131,14 @@ def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any
 
 def models_report(views: list[ServerView], aliases: Mapping[str, str]) -> dict[str, Any]:
     """GET /v1/models: what the healthy servers serve, each model once, with all that its first
-    server says of it; aliases stand beside the models they name."""
+    server says of it; aliases stand beside the models they name, and hide one of the same name."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
         if view.healthy and not view.draining:
             for name, entry in (view.models or {}).items():
                 models.setdefault(name, entry)
-    for alias, name in aliases.items():
-        if name in models and alias not in models:
-            models[alias] = {**models[name], "id": alias}
+    named = [(alias, models[name]) for alias, name in aliases.items() if name in models]
+    models.update((alias, {**entry, "id": alias}) for alias, entry in named)
     return {"object": "list", "data": list(models.values())}
 
 
@@ -2105,32 +2166,32 @@ class Ledger:
     def __init__(self) -> None:
         self.requests = Counter(
             "mvllm_requests_total", "Requests that have ended, by the status shown to the client.",
-            ("server", "model", "status"))
+            "server", "model", "status")
         self.attempts = Counter(
             "mvllm_attempts_total", "Attempts to have a server answer, by how they ended.",
-            ("server", "result"))
+            "server", "result")
         self.retries = Counter(
-            "mvllm_retries_total", "Attempts after the first, by what had failed.", ("reason",))
+            "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
         self.transitions = Counter(
-            "mvllm_server_transitions_total", "Changes of a server's state.", ("server", "state"))
+            "mvllm_server_transitions_total", "Changes of a server's state.", "server", "state")
         self.reloads = Counter(
-            "mvllm_settings_reloads_total", "Changes of the settings file.", ("result",))
+            "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
         self.scrapes = Counter(
-            "mvllm_scrapes_total", "Looks at a server's metrics.", ("server", "result"))
+            "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
-            ("model",), FIRST_BYTE_BOUNDS_S)
+            FIRST_BYTE_BOUNDS_S, "model")
         self.gaps = Histogram(
             "mvllm_stream_gap_seconds", "Between two pieces of a streamed answer.",
-            ("model",), GAP_BOUNDS_S)
+            GAP_BOUNDS_S, "model")
         self.durations = Histogram(
             "mvllm_request_duration_seconds", "From a request's first byte to its answer's last.",
-            ("model",), DURATION_BOUNDS_S)
+            DURATION_BOUNDS_S, "model")
         self.request_sizes = Histogram(
-            "mvllm_request_size_bytes", "Content of requests.", ("model",), SIZE_BOUNDS_BYTES)
+            "mvllm_request_size_bytes", "Content of requests.", SIZE_BOUNDS_BYTES, "model")
         self.response_sizes = Histogram(
-            "mvllm_response_size_bytes", "Content of answers.", ("model",), SIZE_BOUNDS_BYTES)
+            "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
         for result in ("applied", "refused"):  # so that a rate over them exists from the start
             self.reloads.add(result, amount=0)
         self.errors.add(amount=0)
@@ -2139,39 +2200,42 @@ class Ledger:
         return list(vars(self).values())
 
 
-def fleet_families(views: list[ServerView]) -> list[Family]:
-    """Gauges of this moment; what a server has not said of itself is left out."""
-    rows: list[tuple[str, str, Callable[[ServerView], float | None]]] = [
-        ("requests_in_flight", "Requests now with a server.", lambda v: v.in_flight),
-        ("server_healthy", "Whether a server is asked.", lambda v: v.healthy),
-        ("server_capacity", "Its max_concurrent_requests.", lambda v: v.capacity),
-        ("server_running", "Running requests by its own word.", lambda v: v.load.running),
-        ("server_waiting", "Waiting requests by its own word.", lambda v: v.load.waiting),
-        ("server_kv_usage_ratio", "KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
-    ]
-    families = list[Family]()
-    for name, meaning, value in rows:
-        gauge = Gauge(f"mvllm_{name}", meaning, ("server",))
+# Gauges of each server; None, for what it has not said, leaves a sample out.
+SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
+    "requests_in_flight": ("Requests now with a server.", lambda v: v.in_flight),
+    "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
+    "server_capacity": ("Its max_concurrent_requests.", lambda v: v.capacity),
+    "server_running": ("Running requests by its own word.", lambda v: v.load.running),
+    "server_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
+    "server_kv_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
+}
+# Gauges of the process; the values come from where they are known.
+PROCESS_GAUGES = {
+    "start_time_seconds": "When the process began, in Unix time.",
+    "client_connections": "Open connections from clients.",
+    "settings_valid": "Whether the settings file could be used as it is now.",
+}
+
+
+def gauges(
+    views: list[ServerView], now: float, s: Settings, process: Mapping[str, float]
+) -> list[Family]:
+    """Gauges of this moment.  `process` has the values of PROCESS_GAUGES.  What a server said of
+    its load a while ago is no longer its load, and left out."""
+    build = Gauge("mvllm_build_info", "Always 1.", "version", "python")
+    build.set(1, __version__, sys.version.split()[0])
+    families: list[Family] = [build]
+    for name, meaning in PROCESS_GAUGES.items():
+        families.append(gauge := Gauge(f"mvllm_{name}", meaning))
+        gauge.set(process[name])
+    views = [view if view.reports(now, s.metrics_interval) else view._replace(load=EngineLoad())
+             for view in views]  # fmt: skip
+    for name, (meaning, value) in SERVER_GAUGES.items():
+        families.append(gauge := Gauge(f"mvllm_{name}", meaning, "server"))
         for view in views:
             if (found := value(view)) is not None:
                 gauge.set(found, view.url)
-        families.append(gauge)
     return families
-
-
-def process_families(clients: int, started_at: float, settings_valid: bool) -> list[Family]:
-    build = Gauge("mvllm_build_info", "Always 1.", ("version", "python"))
-    build.set(1, __version__, sys.version.split()[0])
-    families = [build]
-    for name, meaning, value in (
-        ("start_time_seconds", "When the process began, in Unix time.", started_at),
-        ("client_connections", "Open connections from clients.", clients),
-        ("settings_valid", "Whether the settings file could be used as it is now.", settings_valid),
-    ):
-        gauge = Gauge(f"mvllm_{name}", meaning)
-        gauge.set(value)
-        families.append(gauge)
-    return [*families]
 
 
 def access_line(facts: Mapping[str, Any]) -> str:
@@ -2218,9 +2282,7 @@ class Discard:
 
     def feed(self, wire: Wire, data: bytes) -> None: ...
     def lost(self, wire: Wire) -> None: ...
-
-    def expired(self, wire: Wire) -> None:
-        wire.abort()
+    def expired(self, wire: Wire) -> None: ...
 
 
 class Wire(asyncio.Protocol):
@@ -2266,6 +2328,11 @@ class Wire(asyncio.Protocol):
             return
         self.buffer += data
         if len(self.buffer) >= READ_BUFFER_BYTES:
+            if self.on_gone is not None:
+                # A client that says this much while its answer is on the way.  Reading on would
+                # fill our memory; holding it would hide that it leaves.
+                self.abort()
+                return
             self.hold()
         self._wake()
 
@@ -2273,7 +2340,7 @@ class Wire(asyncio.Protocol):
         """The peer will say no more.  A client may still be listening, so its wire stays open for
         what is answered locally; a server's is closed."""
         self._ended(clean=True)
-        return self.side is Blame.CLIENT and self.transport.get_extra_info("sslcontext") is None
+        return self.side is Blame.CLIENT and self.transport.can_write_eof()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
@@ -2312,7 +2379,7 @@ class Wire(asyncio.Protocol):
         alive all that was on the stack when it was raised."""
         fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
         how = "closed" if self.clean else "lost"
-        return PeerGone(fault, f"the {self.side.value}'s connection was {how}")
+        return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
 
     # Deadlines.
 
@@ -2333,10 +2400,11 @@ class Wire(asyncio.Protocol):
             self.expect_by(self.deadline)
             return
         self.deadline = INFINITY
-        if self.sink is not None:
+        if self._waiter is not None:
+            if not self._waiter.done():
+                self._waiter.set_exception(TimeoutError())
+        elif self.sink is not None:
             self.sink.expired(self)
-        elif self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(TimeoutError())
 
     # What the rooms below call.
 
@@ -2349,6 +2417,21 @@ class Wire(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
+
+    async def news_or_progress(self, silence_s: float) -> None:
+        """The same, or that a slow peer took some of what is written to it.  Raises TimeoutError
+        when it takes nothing for so long."""
+        backlog = self.transport.get_write_buffer_size()
+        try:
+            await self.news(self.loop.time() + silence_s)
+        except TimeoutError:
+            if self.transport.get_write_buffer_size() >= backlog:
+                raise
+
+    async def unblocked(self, silence_s: float) -> None:
+        """Until the peer takes bytes again.  Raises TimeoutError."""
+        while self.blocked and not self.lost:
+            await self.news_or_progress(silence_s)
 
     async def read_head(self, deadline: float) -> bytes | None:
         """Up to and with the next empty line; None if the peer left without beginning one.
@@ -2365,7 +2448,8 @@ class Wire(asyncio.Protocol):
             await self.news(deadline)
         if not 0 <= end <= HEAD_LIMIT_BYTES:
             text = f"the head is longer than {HEAD_LIMIT_BYTES} bytes"
-            raise BadMessage(Fault.HEAD_TOO_LARGE, text)
+            target = b"\r\n" not in self.buffer[:HEAD_LIMIT_BYTES]
+            raise BadMessage(text, Fault.TARGET_TOO_LONG if target else Fault.HEAD_TOO_LARGE)
         return self.take(end + 4)
 
     def take(self, size: int | None = None) -> bytes:
@@ -2391,20 +2475,18 @@ class Wire(asyncio.Protocol):
                 raise self.departure()
         return b""
 
-    async def send(self, head: bytes, content: Content, silence_s: float) -> bool:
-        """Write a message; False if the peer answered or left before it had all of it."""
-        if len(content) <= WRITE_SLICE_BYTES:
-            self.transport.write(head + content)
-            return True
-        self.transport.write(head)
+    async def send(self, content: Content, at: int, silence_s: float) -> int:
+        """Write content from `at` on.  How far that went: to its end, or to where the peer began
+        to speak or left.  Raises TimeoutError when the peer takes nothing for `silence_s`."""
         view = memoryview(content)
-        for at in range(0, len(content), WRITE_SLICE_BYTES):
+        while at < len(content):
             while self.blocked and not (self.buffer or self.gone):
-                await self.news(self.loop.time() + silence_s)
+                await self.news_or_progress(silence_s)
             if self.buffer or self.gone:
-                return False
+                break
             self.transport.write(view[at : at + WRITE_SLICE_BYTES])
-        return True
+            at = min(at + WRITE_SLICE_BYTES, len(content))
+        return at
 
     def hold(self) -> None:
         """Stop reading: the kernel's buffers fill, and the peer has to wait."""
@@ -2417,36 +2499,52 @@ class Wire(asyncio.Protocol):
 
     def abort(self) -> None:
         """End it now, whatever was still to be written."""
-        self.transport.abort()
+        if not self.lost:
+            self.transport.abort()
 
     def reset(self) -> None:
         """End it so that the peer sees a loss and not an end: RST in place of FIN."""
-        if (sock := self.transport.get_extra_info("socket")) is not None:
+        if self.lost:
+            return
+        with contextlib.suppress(OSError):
+            sock = self.transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
-    async def close(self, linger: bool = False) -> None:
-        """End it once everything written has gone out, for which the peer has CLIENT_SILENCE_S.
-        To `linger` is to let a client finish sending what nobody wants: closing over unread bytes
-        would reset the connection and could take our last answer with it."""
-        deadline = self.loop.time() + CLIENT_SILENCE_S
+    async def close(self, silence_s: float) -> None:
+        """End it in stages, RFC 9112 §9.6: what was written goes out, as long as the peer takes
+        some of it within `silence_s`; then it hears that we say no more, and has LINGER_S to end
+        what it is saying.  Closing over unread bytes would reset the connection, and could take
+        our last answer with it.  Raises TimeoutError."""
         self.sink = Discard()
-        if linger and not self.gone and self.transport.can_write_eof():
-            deadline = self.loop.time() + LINGER_S
-            self.buffer.clear()
-            self.release()
+        self.buffer.clear()
+        self.release()
+        self.transport.set_write_buffer_limits(0)  # `blocked` from now on means: not all is out
+        await self.unblocked(silence_s)
+        if self.transport.can_write_eof() and not (self.gone or self.lost):
             self.transport.write_eof()
+            deadline = self.loop.time() + LINGER_S
             while not self.gone:
                 await self.news(deadline)
         self.transport.close()
-        while not self.lost:
-            await self.news(deadline)
 
     @property
     def peer(self) -> tuple[str, int]:
         """The other end's address."""
         address = self.transport.get_extra_info("peername")
         return address[:2] if isinstance(address, tuple) else ("unknown", 0)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  12  pool
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The connections to one server, and what is said over them without a client.
+
+# What connecting fails with when it is our own machine that has run out of something.
+OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+                              errno.EADDRNOTAVAIL))  # fmt: skip
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -2467,15 +2565,29 @@ class Pool:
         self.authority, self.prefix = parts.netloc, parts.path
         self.idle: dict[Wire, None] = {}
 
-    async def acquire(self, connect_timeout_s: float, fresh: bool = False) -> Wire:
-        """A connection, idle or new.  Raises PeerGone."""
-        while self.idle and not fresh:
+    async def talk(
+        self, conversation: Callable[[Wire], Awaitable[Result]], connect_timeout_s: float
+    ) -> Result:
+        """Have a conversation over an idle connection or a new one.  When an idle one turns out
+        to be closed, it is had again over a new one.  Raises PeerGone and what it raises."""
+        wire = self.idle_wire() or await self.dial(connect_timeout_s)
+        while True:
+            try:
+                return await conversation(wire)
+            except Stale:
+                pass
+            finally:
+                self.keep(wire)
+            wire = await self.dial(connect_timeout_s)
+
+    def idle_wire(self) -> Wire | None:
+        while self.idle:
             wire, _ = self.idle.popitem()
             wire.sink = None
             if not (wire.gone or wire.transport.is_closing()):
                 wire.reused, wire.reusable = True, False
                 return wire
-        return await self.dial(connect_timeout_s)
+        return None
 
     async def dial(self, timeout_s: float) -> Wire:
         """A new connection.  Raises PeerGone."""
@@ -2486,15 +2598,16 @@ class Pool:
                     lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
         except TimeoutError:
             text = f"no connection within {timeout_s:g} s"
-            raise PeerGone(Fault.CONNECT_TIMEOUT, text) from None
+            raise PeerGone(text, Fault.CONNECT_TIMEOUT) from None
         except OSError as error:
-            number = error.errno or 0
-            reason = os.strerror(number) if number > 0 else str(error)
-            raise PeerGone(Fault.CONNECT_FAILED, f"cannot connect: {reason.lower()}") from None
+            text = f"cannot connect: {reason_of(error)}"
+            ours = error.errno in OUT_OF_RESOURCES
+            fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
+            raise PeerGone(text, fault) from None
 
-    def release(self, wire: Wire) -> None:
-        """Keep it if it may be used again; otherwise end it at once, which tells a vLLM that is
-        still generating to stop."""
+    def keep(self, wire: Wire) -> None:
+        """For another conversation, if it may have one; otherwise it is ended at once, which tells
+        a vLLM that is still generating to stop."""
         wire.feeder = wire.sink = None
         good = wire.reusable and not (wire.gone or wire.buffer)
         if not good or len(self.idle) >= POOL_IDLE_LIMIT:
@@ -2522,57 +2635,52 @@ class Pool:
         wire.abort()
 
 
-async def read_response_head(
-    wire: Wire, deadline: float, informational: Callable[[ResponseHead], object] | None = None
-) -> ResponseHead:
-    """The head of a server's answer; 1xx heads before it are handed to `informational`.  A reused
-    connection that ends without a byte is STALE: the server had closed it while it was idle."""
-    for _ in range(INFORMATIONAL_LIMIT):
-        try:
-            raw = await wire.read_head(deadline)
-        except BadMessage as bad:
-            raise BadMessage(Fault.BAD_ANSWER, str(bad)) from None
-        if raw is None:
-            text = "the server's connection was closed without an answer"
-            raise PeerGone(Fault.STALE if wire.reused else Fault.SERVER_GONE, text)
-        head = parse_response_head(raw)
-        if head.status >= 200 or head.status == 101:
-            return head
-        wire.reused = False  # it is alive; from here on an end is a loss
-        if informational is not None and head.status != 100:
-            informational(head)
-    raise BadMessage(Fault.BAD_ANSWER, f"more than {INFORMATIONAL_LIMIT} informational responses")
+def reason_of(error: OSError) -> str:
+    """What the system says, without numbers and addresses."""
+    number = error.errno or 0
+    return (os.strerror(number) if number > 0 else str(error)).lower()
+
+
+async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
+    """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
+    TimeoutError."""
+    try:
+        raw = await wire.read_head(deadline)
+    except BadMessage as bad:
+        raise BadMessage(str(bad), Fault.BAD_ANSWER) from None
+    if raw is None:
+        text = "the server's connection was closed without an answer"
+        raise (Stale if wire.reused else PeerGone)(text, Fault.SERVER_GONE)
+    wire.reused = False  # it is alive; from here on an end is a loss
+    return parse_response_head(raw)
 
 
 async def fetch(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
     """GET something small from a server, for the balancer's own use: (status, content).  Raises
     PeerGone, BadMessage, TimeoutError."""
     request = f"GET {pool.prefix}{path} HTTP/1.1\r\nHost: {pool.authority}\r\nAccept: */*\r\n\r\n"
+
+    async def conversation(wire: Wire) -> tuple[int, bytes]:
+        wire.transport.write(request.encode("latin-1"))
+        for _ in range(INFORMATIONAL_LIMIT):
+            head = await read_response_head(wire, INFINITY)
+            if head.status >= 200:
+                break
+        decoder, content = decoder_for(response_framing(head, "GET")), bytearray()
+        while not decoder.done:
+            content += await wire.read_content(decoder, INFINITY)
+            if len(content) > FETCH_LIMIT_BYTES:
+                text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
+                raise BadMessage(text, Fault.BAD_ANSWER)
+        wire.reusable = head.persists and not decoder.rest
+        return head.status, bytes(content)
+
     async with asyncio.timeout(timeout_s):
-        fresh = False
-        while True:
-            wire = await pool.acquire(timeout_s, fresh)
-            try:
-                wire.transport.write(request.encode("latin-1"))
-                head = await read_response_head(wire, INFINITY)
-                decoder, content = decoder_for(response_framing(head, "GET")), bytearray()
-                while not decoder.done:
-                    content += await wire.read_content(decoder, INFINITY)
-                    if len(content) > FETCH_LIMIT_BYTES:
-                        text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
-                        raise BadMessage(Fault.BAD_ANSWER, text)
-                wire.reusable = head.persists and not decoder.rest
-                return head.status, bytes(content)
-            except PeerGone as gone:
-                if gone.fault is not Fault.STALE:
-                    raise
-                fresh = True
-            finally:
-                pool.release(wire)
+        return await pool.talk(conversation, timeout_s)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  pump
+#  13  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -2589,7 +2697,7 @@ class Pump:
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "last",
-        "_silence_s", "_moved_at", "_gaps", "_gaps_child",
+        "_silence_s", "_moved_at", "_seen", "_gaps", "_gaps_child",
     )  # fmt: skip
 
     def __init__(
@@ -2603,6 +2711,7 @@ class Pump:
         self.last = b""  # the last piece
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
         self._moved_at = client.loop.time()
+        self._seen: tuple[float, float] = (0.0, 0.0)  # of a slow client, at the last expiry
         server.sink, client.feeder = self, server
         server.expect_by(self._moved_at + silence_s)
         if client.blocked:
@@ -2618,7 +2727,7 @@ class Pump:
         try:
             content = out = decoder.feed(data)
         except BadMessage as bad:
-            self._end(BadMessage(Fault.BAD_ANSWER, str(bad)))
+            self._end(bad)
             return
         if content:
             if self.first_at is None:
@@ -2646,13 +2755,16 @@ class Pump:
         self._end(None)
 
     def expired(self, wire: Wire) -> None:
-        """Silence is the server's, unless it is held because the client takes nothing."""
+        """Silence is the server's, unless it is held because the client takes nothing; a client
+        that takes some of what is written to it is slow, but has time."""
+        backlog = self.client.transport.get_write_buffer_size()
         if not self.client.blocked:
             self._end(TimeoutError())
-        elif wire.loop.time() < self._moved_at + 2 * self._silence_s:
-            wire.expect_by(wire.loop.time() + self._silence_s)
-        else:
+        elif self._seen[0] == self._moved_at and backlog >= self._seen[1]:
             self.client.abort()
+        else:
+            self._seen = self._moved_at, backlog
+            wire.expect_by(wire.loop.time() + self._silence_s)
 
     def _end(self, error: Exception | None) -> None:
         self.server.sink = self.client.feeder = None
@@ -2686,7 +2798,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  response
+#  14  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -2724,7 +2836,7 @@ class Response:
         self.cors = cors_fields(request, settings.cors_allowed_origins)
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream
-        self.framing = NO_CONTENT
+        self.framing: Framing | None = None
         self.sent_bytes = 0
         self.last = b""  # the last piece of content that was sent
         self.first_byte_at: float | None = None
@@ -2735,19 +2847,19 @@ class Response:
         return self.status > 0
 
     def begin(
-        self, head: ResponseHead, framing: Framing, content: bytes, done: bool, added: Pairs
+        self, head: ResponseHead, framing: Framing | None, content: bytes, done: bool, added: Pairs
     ) -> None:
         """Write a server's head and the first of its content, or all if it is `done`."""
         self.status, self.framing, self.streams = head.status, framing, head.is_event_stream
-        self.persists = self.persists and framing is not UNTIL_CLOSE
+        self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, ("X-Request-Id", self.id), *self.cors]
         if self.streams:
             fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
         out = return_response(head, self.request, framing, self.persists, fields)
         if content:
-            out += encode_chunk(content) if framing is CHUNKED else content
+            out += encode_chunk(content) if framing == CHUNKED else content
             self.sent(len(content), content, self.client.loop.time())
-        self.client.transport.write(out + LAST_CHUNK if done and framing is CHUNKED else out)
+        self.client.transport.write(out + LAST_CHUNK if done and framing == CHUNKED else out)
 
     def sent(self, size: int, last: bytes, first_at: float | None) -> None:
         """Book content that was written."""
@@ -2767,7 +2879,10 @@ class Response:
         )
 
     def refuse(self, fault: Fault, text: str) -> None:
-        """Write an error of our own."""
+        """Write an error of our own, in place of the answer or where it breaks off."""
+        if self.begun:
+            self.break_off(fault, text)
+            return
         self.end = fault.label
         fields = [("X-MVLLM-Error", fault.label)]
         if fault.status == 503:
@@ -2783,38 +2898,37 @@ class Response:
         """It was begun and cannot be finished.  A stream's reader gets an error event; whoever
         reads, the message ends broken, so that nobody takes it for whole."""
         self.persists, self.end = False, fault.label
-        if not self.streams or self.framing.kind == "length":
+        if not self.streams or self.framing not in (CHUNKED, UNTIL_CLOSE):
             self.client.reset()
             return
-        event = error_event(fault, f"The answer broke off: {text}.")
+        event = error_event(fault, f"The answer broke off: {text.rstrip('.')}.")
         if not self.last.endswith((b"\n\n", b"\r\n\r\n")):
             event = b"\n\n" + event  # what was cut must not swallow it
-        chunked = self.framing is CHUNKED  # then the last chunk stays away
+        chunked = self.framing == CHUNKED  # then the last chunk stays away
         self.client.transport.write(encode_chunk(event) if chunked else event)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  exchange
+#  15  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
-# Call, and carries out the steps of a plan; it decides nothing itself.  A server's failure
-# becomes an Outcome for the plan.  A client's leaving cancels the task wherever it stands, which
-# closes the server's connection on the way out, so that vLLM stops generating.
+# What all exchanges, watchers and local pages work with: the state of the running balancer.
 
 
 class Core:
-    """What all exchanges work with.  The balancer owns it and replaces its parts on reload."""
+    """The balancer owns it, and replaces its settings on reload."""
 
     def __init__(self, settings: Settings, draw: random.Random) -> None:
         self.settings = settings
+        self.settings_error = ""  # why the settings file could not be used when it was last read
         self.draw = draw
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.pools: dict[str, Pool] = {}
-        self.clients: set[Wire] = set()
+        self.clients: dict[Wire, asyncio.Task[None]] = {}
+        # Clients in the middle of a request; None while its head is still coming.
+        self.exchanges: dict[Wire, Response | None] = {}
         self.stopping = False
-        self.settings_valid = True  # the settings file could be used when it was last read
         self.on_terminal = False  # where requests have lines only if log_to_console says so
         self.started_at = time.time()
         self._told = asyncio.Event()
@@ -2853,7 +2967,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
         self._client, self._task = client, asyncio.current_task()
 
     def __enter__(self) -> None:
-        if self._client.gone:
+        if self._client.gone or self._client.held:  # held: it says more than we would keep
             raise self._client.departure()
         self._client.on_gone = self._task.cancel  # type: ignore[union-attr]
 
@@ -2862,6 +2976,16 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
         if kind is asyncio.CancelledError and self._client.gone:
             self._task.uncancel()  # type: ignore[union-attr]
             raise self._client.departure() from None
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  16  exchange
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
+# Call, and carries out the steps of a plan; it decides nothing itself.  A server's failure
+# becomes an Outcome for the plan.  A client's leaving cancels the task wherever it stands, which
+# closes the server's connection on the way out, so that vLLM stops generating.
 
 
 class Exchange:
@@ -2878,6 +3002,7 @@ class Exchange:
         self.response = Response(client, head, request_id(head, core.draw), core.settings, persists)
         self.path = inference_path(head.path)
         self.call = Call(None, False, b"")
+        self.content_bytes = 0  # of the request, which is let go of once it is not needed any more
         self.model_label = ""
         self.forwarded = ""  # the request's field lines for servers, made once
         self.server = ""  # the one asked last
@@ -2888,36 +3013,46 @@ class Exchange:
     # The life of a request.
 
     async def run(self) -> None:
-        """Have a server answer."""
-        s = self.settings
+        """Have a server answer.  However it ends, the client has been told and it is booked."""
+        response, s = self.response, self.settings
         try:
+            self.call = read_call(self.head, *await self.gather(), s.aliases, s.default_model)
+            self.content_bytes = len(self.call.content)
+            self.model_label = self.label()
+            self.forwarded = self.forwarded_fields()
+            self.asked_at = self.loop.time()
             with abandoned_if_gone(self.client):
-                content, scan = await self.gather()
-                self.call = read_call(self.head, content, scan, s.aliases, s.default_model)
-                self.model_label = self.label()
-                self.forwarded = self.forwarded_fields()
-                self.asked_at = self.loop.time()
-                plan = relay_plan(self.choose, s, self.core.draw)
-                with contextlib.suppress(StopIteration):
-                    step = next(plan)
-                    while True:
-                        step = plan.send(await self.CARRY_OUT[type(step)](self, step))
+                await self.carry_out(relay_plan(self.choose, s, self.core.draw))
         except BadMessage as bad:
-            self.response.persists = False
-            self.response.refuse(bad.fault, f"Bad request: {bad}.")
+            response.persists = False
+            response.refuse(bad.fault, f"Bad request: {bad}.")
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
-            self.response.status = self.response.status or gone.fault.status
-            self.response.end = gone.fault.label
+            response.status = response.status or gone.fault.status
+            response.end = gone.fault.label
         except asyncio.CancelledError:
-            text = "the balancer is stopping"
-            end = self.response.break_off if self.response.begun else self.response.refuse
-            end(Fault.STOPPING, text)
+            response.persists = False
+            response.refuse(Fault.STOPPING, "The balancer is stopping.")
             raise
+        except Exception:
+            response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
+            raise
+        finally:
+            self.book()
+
+    async def carry_out(self, plan: Plan) -> None:
+        with contextlib.suppress(StopIteration):
+            step = next(plan)
+            while True:
+                step = plan.send(await self.CARRY_OUT[type(step)](self, step))
 
     def choose(self, tried: frozenset[str]) -> Ranking:
         core, interval_s = self.core, self.core.settings.metrics_interval
         by, moment = POLICIES[core.settings.policy], Moment(self.loop.time(), interval_s)
-        return rank(core.fleet.views(), self.call.model, tried, by, moment, core.draw)
+        ranking = rank(core.fleet.views(), self.call.model, tried, by, moment, core.draw)
+        if log.isEnabledFor(logging.DEBUG):
+            reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
+            log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
+        return ranking
 
     async def pause(self, step: Pause) -> Outcome:
         await asyncio.sleep(step.seconds)
@@ -2935,30 +3070,32 @@ class Exchange:
     async def answer(self, step: Answer) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
         fault, text, _, held = step.outcome
+        fault = fault or Fault.INTERNAL
         if held is None:
-            self.response.refuse(fault or Fault.INTERNAL, text)
+            self.response.refuse(fault, text)
             return WELL
-        self.server, self.response.end = held.url, (fault or Fault.INTERNAL).label
-        length, added = len(held.content), self.named()
-        if self.head.method != "HEAD" and "content-length" not in held.head.fields.values:
-            added.append(("Content-Length", str(length)))
-        self.response.begin(held.head, Framing("length", length), held.content, True, added)
+        self.server, self.response.end = held.url, fault.label
+        framing = returned_framing(held.head, self.head, Framing(len(held.content)))
+        self.response.begin(held.head, framing, held.content, True, self.named())
         return WELL
 
     # The request's content.
 
-    async def gather(self) -> tuple[Content, MemberScan | None]:
-        """The whole content: it must be there to be sent again.  Large JSON is scanned piece by
-        piece as it comes in, so that it does not hold up other streams."""
+    async def gather(self) -> tuple[Content, Spans | None]:
+        """The whole content: it must be there to be sent again.  Large JSON is looked through
+        piece by piece as it comes in, so that it does not hold up other streams."""
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
         self.expect_continue()
-        decoder, content, scan = decoder_for(framing), bytearray(), MemberScan(CALL_MEMBERS)
+        form = form_boundary(self.head.fields.get("content-type"))
+        spans, decoder, content = Spans(), decoder_for(framing), bytearray()
+        scan = find_members(spans, CALL_MEMBERS)
+        next(scan)
         while True:
-            if max(framing.length, len(content)) > limit:
+            if max(framing.length or 0, len(content)) > limit:
                 found = framing.length or f"more than {limit}"
                 text = f"the content has {found} bytes, max_body_bytes allows {limit}"
-                raise BadMessage(Fault.CONTENT_TOO_LARGE, text)
-            while len(content) > SMALL_CONTENT_BYTES and not scan.advance(content):
+                raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+            while len(content) > SMALL_CONTENT_BYTES and not form and not scan.send(content):
                 await asyncio.sleep(0)
             if decoder.done:
                 break
@@ -2966,17 +3103,17 @@ class Exchange:
                 content += await client.read_content(decoder, self.loop.time() + CLIENT_SILENCE_S)
             except TimeoutError:
                 text = f"no more of the request's content came for {CLIENT_SILENCE_S:g} s"
-                raise BadMessage(Fault.CLIENT_SLOW, text) from None
+                raise BadMessage(text, Fault.CLIENT_SLOW) from None
         client.buffer[:0] = decoder.rest
         self.unread = False
-        return content, scan if len(content) > SMALL_CONTENT_BYTES else None
+        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
 
     def expect_continue(self) -> None:
         """RFC 9110 §10.1.1.  We want the content ourselves, so the answer is ours."""
         expected = self.head.fields.get("expect").lower()
         if expected not in ("", "100-continue"):
             text = f"Expect is {shown(expected)}, only 100-continue is understood"
-            raise BadMessage(Fault.BAD_EXPECTATION, text)
+            raise BadMessage(text, Fault.BAD_EXPECTATION)
         if expected and self.unread and self.head.minor >= 1 and not self.client.buffer:
             self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -3002,7 +3139,7 @@ class Exchange:
         self.attempts, self.server = step.attempt, url
         try:
             with core.fleet.lease(url):
-                outcome = await self.ask(url)
+                outcome = await self.ask(core.pool(url))
             label = outcome.fault.label if outcome.fault else "ok"
         finally:
             core.ledger.attempts.add(url, label)
@@ -3018,57 +3155,69 @@ class Exchange:
             self.response.break_off(fault, text)
         return outcome
 
-    async def ask(self, url: str) -> Outcome:
-        """Send the request over an idle or a new connection.  An idle one that turns out to be
-        closed is replaced by a new one, and nobody is blamed."""
-        pool, fresh = self.core.pool(url), False
-        while True:
-            try:
-                wire = await pool.acquire(self.settings.connect_timeout, fresh)
-            except PeerGone as gone:
-                return Outcome(gone.fault, str(gone))
-            try:
-                return await self.converse(wire, pool, url)
-            except PeerGone as gone:
-                if gone.fault is not Fault.STALE:
-                    return Outcome(gone.fault, str(gone), self.response.begun)
-                fresh = True
-            except BadMessage as bad:
-                return Outcome(Fault.BAD_ANSWER, str(bad), self.response.begun)
-            except TimeoutError:
-                text = f"the server said nothing for {self.settings.request_timeout:g} s"
-                return Outcome(Fault.SERVER_SILENT, text, self.response.begun)
-            finally:
-                pool.release(wire)
+    async def ask(self, pool: Pool) -> Outcome:
+        """What became of asking one server, whatever it did."""
+        s, response = self.settings, self.response
+        try:
+            return await pool.talk(lambda wire: self.converse(wire, pool), s.connect_timeout)
+        except PeerGone as gone:
+            return Outcome(gone.fault, str(gone), response.begun)
+        except BadMessage as bad:
+            return Outcome(Fault.BAD_ANSWER, str(bad), response.begun)
+        except TimeoutError:
+            text = f"the server said nothing for {s.request_timeout:g} s"
+            return Outcome(Fault.SERVER_SILENT, text, response.begun)
 
-    async def converse(self, wire: Wire, pool: Pool, url: str) -> Outcome:
+    async def converse(self, wire: Wire, pool: Pool) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
         be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
-        content, silence_s = self.call.content, self.settings.request_timeout
-        length = len(content) if content or self.framing.kind == "chunked" else None
-        if length is None and "content-length" in self.head.fields.values:
-            length = 0
-        path = pool.prefix + self.path
-        request = forward_request(self.head, path, pool.authority, self.forwarded, length)
-        sent_whole = await wire.send(request, content, silence_s)
-        head = await read_response_head(wire, self.loop.time() + silence_s, self.pass_informational)
+        head, sent_whole = await self.send_and_listen(wire, pool)
         if head.status == 101:
             return await self.tunnel(wire, head)
-        decoder = decoder_for(response_framing(head, self.head.method))
+        framing = response_framing(head, self.head.method)
+        decoder = decoder_for(framing)
         fault, first = await self.hold_back(wire, head, decoder)
         if fault is None:
             location = head.fields.get("location")
             added = [("Location", local_location(location, pool.authority, pool.prefix))]
-            await self.commit(wire, head, decoder, first, added if location else [])
+            theirs = returned_framing(head, self.head, framing)
+            self.response.begin(head, theirs, first, decoder.done,
+                                (added if location else []) + self.named())  # fmt: skip
+            self.call = self.call._replace(content=b"")  # there is no other server from here on
+            await self.pump(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
         text = f"the server answered {head.status}"
         if fault is not None:
-            return Outcome(fault, text, held=Held(url, head, first))
-        return Outcome(Fault.SERVER_ERROR, text, True) if head.status >= 500 else WELL
+            return Outcome(fault, text, held=Held(self.server, head, first))
+        failed = head.status >= 500 and head.status not in REQUEST_FAILURES
+        return Outcome(Fault.SERVER_ERROR, text, True) if failed else WELL
 
-    def pass_informational(self, head: ResponseHead) -> None:
-        if self.head.minor >= 1:
-            self.client.transport.write(return_response(head, self.head, NO_CONTENT, True))
+    async def send_and_listen(self, wire: Wire, pool: Pool) -> tuple[ResponseHead, bool]:
+        """Send the request until the server answers, and give the head of its answer and whether
+        it heard the whole request.  A server may say 1xx at any time before."""
+        content, silence_s = self.call.content, self.settings.request_timeout
+        said = "content-length" in self.head.fields.values or self.framing.chunked
+        length = len(content) if content or said else None
+        request = forward_request(
+            self.head, pool.prefix + self.path, pool.authority, self.forwarded, length)
+        at = len(content)
+        if at <= WRITE_SLICE_BYTES:
+            wire.transport.write(request + content)
+        else:
+            wire.transport.write(request)
+            at = await wire.send(content, 0, silence_s)
+        for _ in range(INFORMATIONAL_LIMIT):
+            head = await read_response_head(wire, self.loop.time() + silence_s)
+            if head.status >= 200:
+                return head, at == len(content)
+            if head.status == 101:
+                if not upgrade_wanted(self.head):
+                    raise BadMessage("101 Switching Protocols without being asked to")
+                return head, True
+            if head.status != 100 and self.head.minor >= 1:
+                self.client.transport.write(return_response(head, self.head, None, True))
+            at = await wire.send(content, at, silence_s)
+        raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
 
     async def hold_back(
         self, wire: Wire, head: ResponseHead, decoder: Decoder
@@ -3079,8 +3228,9 @@ class Exchange:
         fault, held = self.fault_of(head), b""
         if fault is None and (decoder.done or not head.is_event_stream):
             return None, decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
+        limit = HELD_LIMIT_BYTES if fault is None else HELD_FAILURE_LIMIT_BYTES
         deadline = self.loop.time() + self.settings.request_timeout  # comments do not move it
-        while len(held) <= HELD_LIMIT_BYTES:
+        while len(held) <= limit:
             if fault is None:
                 begun = stream_begun(held)
                 if begun is Begun.CONTENT:
@@ -3098,27 +3248,19 @@ class Exchange:
             return Fault.SERVER_ERROR
         return Fault.SERVER_BUSY if head.status == 429 else None
 
-    async def commit(
-        self, wire: Wire, head: ResponseHead, decoder: Decoder, first: bytes, added: Pairs
-    ) -> None:
-        """Show the answer to the client: its head, what is there of its content, and the rest as
-        it comes.  From here on there is no other server."""
-        sized = "content-length" in head.fields.values
-        bare = self.head.method == "HEAD" or head.status in (204, 304)
-        framing = CHUNKED if self.head.minor else UNTIL_CLOSE
-        framing = Framing("length") if sized or bare else framing
-        self.response.begin(head, framing, first, decoder.done, [*added, *self.named()])
+    async def pump(self, wire: Wire, decoder: Decoder) -> None:
+        """Show the client the rest of the answer as it comes."""
         if decoder.done:
             return
-        gaps = self.core.ledger.gaps
-        child = gaps.child(self.model_label) if head.is_event_stream else None
-        chunked, silence_s = framing is CHUNKED, self.settings.request_timeout
+        response, gaps = self.response, self.core.ledger.gaps
+        child = gaps.child(self.model_label) if response.streams else None
+        chunked, silence_s = response.framing == CHUNKED, self.settings.request_timeout
         pump = Pump(self.client, wire, decoder, chunked, silence_s, gaps, child)
         try:
             await pump.done
         finally:
             wire.sink = self.client.feeder = None
-            self.response.sent(pump.sent_bytes, pump.last, pump.first_at)
+            response.sent(pump.sent_bytes, pump.last, pump.first_at)
 
     def named(self) -> list[tuple[str, str]]:
         return [("X-MVLLM-Server", self.server)] if self.settings.server_header else []
@@ -3128,7 +3270,7 @@ class Exchange:
         client, ended = self.client, asyncio.Event()
         self.response.status, self.response.persists = 101, False
         client.on_gone = None  # an end like any other
-        client.transport.write(return_response(head, self.head, NO_CONTENT, True))
+        client.transport.write(return_response(head, self.head, None, True))
         Tunnel(wire, client, ended)
         Tunnel(client, wire, ended)
         try:
@@ -3155,7 +3297,7 @@ class Exchange:
         for histogram, value in (
             (ledger.durations, now - self.began_at),
             (ledger.first_byte, first_s),
-            (ledger.request_sizes, len(self.call.content)),
+            (ledger.request_sizes, self.content_bytes),
             (ledger.response_sizes, response.sent_bytes),
         ):
             if value is not None:
@@ -3169,11 +3311,10 @@ class Exchange:
         return {
             "id": response.id, "client": f"{host}:{port}", "method": self.head.method,
             "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
-            "stream": self.call.stream,
-            "server": self.server or "-", "attempts": self.attempts,
+            "stream": self.call.stream, "server": self.server or "-", "attempts": self.attempts,
             "failed": ",".join(self.failures) or "-", "status": response.status,
             "first_byte": "-" if first_s is None else first_s, "duration": now - self.began_at,
-            "bytes": f"{len(self.call.content)}/{response.sent_bytes}", "end": response.end,
+            "bytes": f"{self.content_bytes}/{response.sent_bytes}", "end": response.end,
         }  # fmt: skip
 
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
@@ -3182,7 +3323,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  watch
+#  17  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -3191,7 +3332,7 @@ class Exchange:
 # times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
 
 
-class Probe(NamedTuple):
+class Check(NamedTuple):
     """What one check of a server found; `why` names a problem, also with a check that passed."""
 
     passed: bool
@@ -3200,28 +3341,33 @@ class Probe(NamedTuple):
     models: Models | None = None
 
 
-async def probe(pool: Pool, timeout_s: float, want_models: bool) -> Probe:
-    """Check a server: /health, or /v1/models where there is no /health.  Models are asked for
-    along with it, so that a server becomes known with its models or not at all."""
+async def check_server(
+    pool: Pool, timeout_s: float, want_health: bool, want_models: bool
+) -> Check | None:
+    """Ask /health, and /v1/models where there is no /health or models are wanted: a server becomes
+    known with its models or not at all.  None when it could not be asked for a reason of ours."""
     loop = asyncio.get_running_loop()
-    begun = loop.time()
+    begun, has_health = loop.time(), False
     try:
-        status, _ = await fetch(pool, "/health", timeout_s)
-        seconds, has_health = loop.time() - begun, status not in (404, 405)
-        if has_health and not 200 <= status < 300:
-            return Probe(False, seconds, f"/health answered {status}")
-        if has_health and not want_models:
-            return Probe(True, seconds)
+        if want_health:
+            status, _ = await fetch(pool, "/health", timeout_s)
+            has_health = status not in (404, 405)
+            if has_health and not 200 <= status < 300:
+                return Check(False, loop.time() - begun, f"/health answered {status}")
+            if has_health and not want_models:
+                return Check(True, loop.time() - begun)
+        seconds = loop.time() - begun
         status, content = await fetch(pool, "/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
-        return Probe(False, loop.time() - begun, str(error))
+        ours = error.fault is Fault.NO_RESOURCES
+        return None if ours else Check(False, loop.time() - begun, str(error))
     except TimeoutError:
-        return Probe(False, loop.time() - begun, f"no answer to a check within {timeout_s:g} s")
+        return Check(False, loop.time() - begun, f"no answer to a check within {timeout_s:g} s")
     models = model_list(content) if status == 200 else None
     if models is not None:
-        return Probe(True, seconds, "", models)
+        return Check(True, seconds, "", models)
     why = f"/v1/models answered {status}" + " without a list of models" * (status == 200)
-    return Probe(has_health, seconds, why)
+    return Check(has_health, seconds, why)
 
 
 async def watch_health(core: Core, url: str) -> None:
@@ -3232,11 +3378,11 @@ async def watch_health(core: Core, url: str) -> None:
         active = s.enable_active_health_check
         want_models = core.fleet.models_due(url, loop.time(), s)
         if active or want_models:
-            passed, seconds, why, models = await probe(pool, s.health_check_timeout, want_models)
-            if models is not None:
-                core.fleet.learned(url, models, loop.time())
-            if active:
-                core.judge(url, Health.probed, passed, seconds, why, loop.time(), s)
+            found = await check_server(pool, s.health_check_timeout, active, want_models)
+            if found is not None and found.models is not None:
+                core.fleet.learned(url, found.models, loop.time())
+            if found is not None and active:
+                core.judge(url, Health.checked, *found[:3], loop.time(), s)
         if not active:
             core.judge(url, Health.rested, loop.time(), s)
         await asyncio.sleep(min(s.health_check_interval, INFINITY if active else 1.0))
@@ -3262,49 +3408,67 @@ async def watch_load(core: Core, url: str) -> None:
 
 
 class SettingsFile:
-    """A settings file, and what it held when it was last looked at (None: nothing readable)."""
+    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.held: bytes | None = None
+        self.held: bytes | str = ""
 
-    def read(self) -> bytes:
-        """Raises SettingsError."""
-        try:
-            with open(self.path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            text = f"cannot be read: {(error.strerror or str(error)).lower()}"
-            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
+    def text(self) -> str:
+        """What the file holds now.  Raises SettingsError."""
+        return self._decoded(self._read())
 
     async def changed(self) -> str | None:
         """What the file holds, if that is new; two looks must agree, because the first may fall
-        between an editor's truncating and its writing.  Raises SettingsError, once."""
-        held, self.held = self.held, None
+        between an editor's truncating and its writing.  Raises SettingsError, once for each
+        trouble."""
         try:
-            found = self.read()
-            while found != held and found != (again := await self.look_again()):
+            found = self._read()
+            while found != self.held:
+                await asyncio.sleep(SETTLE_S)
+                if found == (again := self._read()):
+                    break
                 found = again
-        except SettingsError:
-            if held is None:
+        except SettingsError as error:
+            if self.held == str(error):
                 return None
+            self.held = str(error)
             raise
+        if found == self.held:
+            return None
         self.held = found
-        return None if found == held else found.decode("utf-8", "replace")
+        return self._decoded(found)
 
-    async def look_again(self) -> bytes:
-        await asyncio.sleep(SETTLE_S)
-        return self.read()
+    def _read(self) -> bytes:
+        try:
+            # Without waiting for the other end of a pipe, should it be one.
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise self._trouble("cannot be read: not a regular file")
+                return file.read()
+        except OSError as error:
+            raise self._trouble(f"cannot be read: {reason_of(error)}") from None
+
+    def _decoded(self, found: bytes) -> str:
+        try:
+            return found.decode("utf-8-sig")  # some editors begin a file with a mark
+        except UnicodeDecodeError as error:
+            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
+            raise self._trouble(text) from None
+
+    def _trouble(self, text: str) -> SettingsError:
+        return SettingsError([Complaint(self.path, 0, "", text)])
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  local
+#  18  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
 # answer at once even when every server hangs.
 #
 # To add a path: a function (core, head) -> Reply with @local("/path"), and a line in the README.
+# GET and HEAD are all that any of them answers.
 
 Local = Callable[[Core, RequestHead], Awaitable[Reply]]
 LOCAL: dict[str, Local] = {}
@@ -3369,10 +3533,10 @@ async def server_models(core: Core, head: RequestHead) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time."""
     if urllib.parse.parse_qs(head.query or "").get("refresh") in (["1"], ["true"]):
         urls, timeout_s = [v.url for v in core.fleet.views()], core.settings.health_check_timeout
-        found = await asyncio.gather(*(probe(core.pool(url), timeout_s, True) for url in urls))
-        for url, one in zip(urls, found):
-            if one.models is not None:
-                core.fleet.learned(url, one.models, asyncio.get_running_loop().time())
+        checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
+        for url, found in zip(urls, await asyncio.gather(*checks)):
+            if found is not None and found.models is not None:
+                core.fleet.learned(url, found.models, asyncio.get_running_loop().time())
     return as_json(server_models_report(core.fleet.views(), clock()))
 
 
@@ -3395,13 +3559,17 @@ async def one_model(core: Core, head: RequestHead) -> Reply:
 
 @local("/metrics")
 async def metrics(core: Core, head: RequestHead) -> Reply:
-    process = process_families(len(core.clients), core.started_at, core.settings_valid)
-    page = expose([*core.ledger.families(), *fleet_families(core.fleet.views()), *process])
+    process = {
+        "start_time_seconds": core.started_at, "client_connections": len(core.clients),
+        "settings_valid": not core.settings_error,
+    }  # fmt: skip
+    now = gauges(core.fleet.views(), clock().monotonic, core.settings, process)
+    page = expose([*core.ledger.families(), *now])
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  balancer
+#  19  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: listens, serves each client's connection in a task of its own, keeps every server's
@@ -3420,49 +3588,74 @@ class Balancer:
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
-        self._serving: dict[Wire, asyncio.Task[None]] = {}
-        self.exchanging: set[Wire] = set()  # clients that wait for an answer
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
-        """Serve until `stop` is called; `ready` is called once it listens.  Raises OSError when
-        the address cannot be listened on."""
-        settings, loop = self.core.settings, asyncio.get_running_loop()
-        listener = await loop.create_server(
-            lambda: Wire(Blame.CLIENT, self.accept), settings.host or None, settings.port,
-            backlog=LISTEN_BACKLOG)  # fmt: skip
-        self.port = listener.sockets[0].getsockname()[1]
+        """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
+        when the address cannot be listened on."""
+        core, listener = self.core, await self.listen()
         async with asyncio.TaskGroup() as self._tasks:
-            self.adopt(settings)
-            follower = self._tasks.create_task(self.follow())
+            self.adopt(core.settings)
+            follower = self._tasks.create_task(self.guarded("following the file", self.follow))
             ready()
             await self._stop.wait()
             listener.close()
             await self.drain()
-            for task in (follower, *self._serving.values(), *sum(self._watchers.values(), [])):
+            for task in (follower, *core.clients.values(), *sum(self._watchers.values(), [])):
                 task.cancel()
-        for pool in self.core.pools.values():
+        for pool in core.pools.values():
             pool.close()
+
+    async def listen(self) -> asyncio.Server:
+        """Raises SettingsError."""
+        host, port = self.core.settings.host, self.core.settings.port
+        try:
+            listener = await asyncio.get_running_loop().create_server(
+                lambda: Wire(Blame.CLIENT, self.accept), host or None, port, backlog=ACCEPT_BATCH)
+            for sock in listener.sockets:  # asyncio takes one number for both
+                with sock.dup() as same:
+                    same.listen(LISTEN_BACKLOG)
+        except (OSError, UnicodeError, OverflowError) as error:
+            reason = reason_of(error) if isinstance(error, OSError) else str(error)
+            given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
+            origin = ", ".join(given) or (self.file.path if self.file else "defaults")
+            text = f"cannot listen on {host}:{port}: {reason}"
+            raise SettingsError([Complaint(origin, 0, "", text)]) from None
+        self.port = listener.sockets[0].getsockname()[1]
+        return listener
 
     def stop(self) -> None:
         """Stop accepting and let running answers finish; called again, stop at once."""
         if self._stop.is_set():
-            for task in self._serving.values():
+            for task in self.core.clients.values():
                 task.cancel()
         self._stop.set()
 
     async def drain(self) -> None:
         """End idle connections; let the others finish, for drain_timeout at most."""
-        self.core.stopping = True
-        for wire in self._serving.keys() - self.exchanging:
-            wire.transport.close()
-        if self.exchanging:
-            log.info("stopping: %d answers are still running", len(self.exchanging))
-        if self._serving:
-            timeout_s = self.core.settings.drain_timeout
-            await asyncio.wait(self._serving.values(), timeout=timeout_s)
-        if self.exchanging:
-            log.warning("stopping: %d answers are cut short", len(self.exchanging))
+        core, running = self.core, self.core.exchanges
+        core.stopping = True
+        for wire, task in core.clients.items():
+            if wire not in running:
+                task.cancel()
+            elif (response := running[wire]) is not None:
+                response.persists = False  # says so, if it has not begun yet
+        if running:
+            log.info("stopping: %d answers are still running", len(running))
+        if core.clients:
+            await asyncio.wait(core.clients.values(), timeout=core.settings.drain_timeout)
+        if running:
+            log.warning("stopping: %d answers are cut short", len(running))
+
+    async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do background work again and again, whatever happens in it."""
+        while True:
+            try:
+                await work()
+            except Exception:  # the one broad except for background tasks
+                log.exception("internal error while %s", what)
+                self.core.ledger.errors.add()
+                await asyncio.sleep(self.core.settings.health_check_interval)
 
     # Clients.
 
@@ -3470,48 +3663,55 @@ class Balancer:
         if self._stop.is_set():
             wire.abort()
             return
-        self.core.clients.add(wire)
-        self._serving[wire] = self._tasks.create_task(self.serve(wire))
+        core = self.core
+
+        def forget(task: asyncio.Task[None]) -> None:
+            del core.clients[wire]
+            wire.abort()
+
+        core.clients[wire] = self._tasks.create_task(self.serve(wire))
+        core.clients[wire].add_done_callback(forget)  # which also a task that never began calls
 
     async def serve(self, wire: Wire) -> None:
         """One client's connection: its requests, one after the other."""
-        try:
+        # It left in the middle of a head, it was idle for too long, we are stopping.
+        with contextlib.suppress(PeerGone, TimeoutError, asyncio.CancelledError):
             while await self.serve_one(wire) and not self.core.stopping:
                 pass
-            await wire.close()
-        except (PeerGone, TimeoutError, asyncio.CancelledError):
-            pass  # left in the middle of a head; idle for too long; we are stopping
-        except Exception:  # the one broad except for clients: a mistake ends one connection
-            log.exception("internal error on the connection of %s:%d", *wire.peer)
-            self.core.ledger.errors.add()
-        finally:
-            wire.abort()
-            self.exchanging.discard(wire)
-            self._serving.pop(wire, None)
-            self.core.clients.discard(wire)
+            await wire.close(CLIENT_SILENCE_S)
 
     async def serve_one(self, wire: Wire) -> bool:
         """One request; False if it was the connection's last."""
-        while True:
-            while wire.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2: may be left from before
-                wire.take(2)
-            if wire.buffer or wire.gone:
-                break
-            await wire.news(wire.loop.time() + CLIENT_IDLE_S)
-        self.exchanging.add(wire)
+        if wire.buffer:  # sent without waiting for the answer before: others first
+            await asyncio.sleep(0)
+            await wire.unblocked(CLIENT_SILENCE_S)
+        idle_until = wire.loop.time() + CLIENT_IDLE_S
+        while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
+            if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
+                wire.take(lines)
+            else:
+                await wire.news(idle_until)
+        running = self.core.exchanges
+        running[wire] = None
         try:
             head = await self.read_head(wire)
-            exchange = Exchange(self.core, wire, head) if head is not None else None
+            if head is None:
+                return False
+            exchange = Exchange(self.core, wire, head)
+            running[wire] = exchange.response
+            await self.dispatch(exchange)
+            return exchange.response.persists and not (exchange.unread or wire.gone)
         except BadMessage as bad:
-            await self.reject(wire, bad)
+            self.reject(wire, bad)
             return False
-        if exchange is None:
+        except (PeerGone, TimeoutError):
+            raise
+        except Exception:  # the one broad except for clients: a mistake ends one connection
+            log.exception("internal error on the connection of %s:%d", *wire.peer)
+            self.core.ledger.errors.add()
             return False
-        await self.dispatch(exchange)
-        if exchange.unread:
-            await wire.close(linger=True)
-        self.exchanging.discard(wire)
-        return exchange.response.persists and not wire.gone
+        finally:
+            del running[wire]
 
     async def read_head(self, wire: Wire) -> RequestHead | None:
         """The request that has begun; None if the client left.  Raises BadMessage."""
@@ -3519,26 +3719,26 @@ class Balancer:
             raw = await wire.read_head(wire.loop.time() + CLIENT_HEAD_S)
         except TimeoutError:
             text = f"the request's head was not complete after {CLIENT_HEAD_S:g} s"
-            raise BadMessage(Fault.CLIENT_SLOW, text) from None
+            raise BadMessage(text, Fault.CLIENT_SLOW) from None
         return None if raw is None else parse_request_head(raw)
 
-    async def reject(self, wire: Wire, bad: BadMessage) -> None:
+    def reject(self, wire: Wire, bad: BadMessage) -> None:
         """Answer what is not even a request."""
-        fields = [("Content-Type", "application/json"), ("X-MVLLM-Error", bad.fault.label)]
-        content = error_body(bad.fault, f"Bad request: {bad}.")
-        wire.transport.write(own_response(bad.fault.status, None, content, False, fields))
-        self.core.ledger.requests.add("", "", str(bad.fault.status))
-        host, port = wire.peer  # and not what was said: it may hold a key
-        facts = {"client": f"{host}:{port}", "status": bad.fault.status, "end": bad.fault.label}
+        core, (host, port) = self.core, wire.peer
+        id = request_id(NO_REQUEST, core.draw)
+        response = Response(wire, NO_REQUEST, id, core.settings, False)
+        response.refuse(bad.fault, f"Bad request: {bad}.")
+        core.ledger.requests.add("", "", str(bad.fault.status))
+        facts = {"id": id, "client": f"{host}:{port}", "status": bad.fault.status,
+                 "end": bad.fault.label}  # fmt: skip  # and not what was said: it may hold a key
         log.info("%s", access_line(facts))
-        await wire.close(linger=True)
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
         head, response, function = exchange.head, exchange.response, find_local(exchange.head.path)
         preflight = is_preflight(head) and exchange.settings.cors_allowed_origins
         if exchange.path and not (function or preflight):
-            await self.forward(exchange)
+            await exchange.run()
             return
         response.persists = response.persists and not exchange.unread
         if preflight:
@@ -3552,56 +3752,51 @@ class Balancer:
         else:
             response.whole(await function(self.core, head))
 
-    async def forward(self, exchange: Exchange) -> None:
-        try:
-            await exchange.run()
-        except Exception:
-            if not exchange.response.begun:
-                text = "An internal error; the log has the details."
-                exchange.response.refuse(Fault.INTERNAL, text)
-            raise
-        finally:
-            exchange.book()
-
     # Settings.
 
     async def follow(self) -> None:
-        """Look at the settings file for ever, at once when told to `look_now`."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.core.settings.config_reload_interval):
-                    await self._look_now.wait()
-            self._look_now.clear()
-            if self.file is not None:
-                await self.look(self.file)
+        """Look at the settings file after a while, or at once when told to `look_now`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.core.settings.config_reload_interval):
+                await self._look_now.wait()
+        asked = self._look_now.is_set()
+        self._look_now.clear()
+        if self.file is not None:
+            await self.look(self.file, asked)
+        elif asked:
+            log.info("there is no settings file to look at")
 
     def look_now(self) -> None:
         self._look_now.set()
 
-    async def look(self, file: SettingsFile) -> None:
-        """Take over what the file holds, if that is new and can be used."""
-        core, old = self.core, self.core.settings
+    async def look(self, file: SettingsFile, asked: bool) -> None:
+        """Take over what the file holds, if that is new and can be used.  Who asked for a look is
+        answered in any case."""
+        core, old, refused = self.core, self.core.settings, self.core.settings_error
         try:
             text = await file.changed()
             if text is None:
+                if asked:
+                    unchanged = f"{len(old.servers)} servers, nothing changed"
+                    log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
+                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
                 return
             settings, warnings = parse_settings(text, file.path, self.overrides)
         except SettingsError as error:
-            core.settings_valid = False
+            core.settings_error = str(error)
             core.ledger.reloads.add("refused")
             log.error("the settings stay as they were:\n%s", error)
             return
-        if not core.settings_valid:
-            log.info("the settings file can be used again")
-        core.settings_valid = True
-        if settings == old:
-            return
         for warning in warnings:
             log.warning("%s", warning)
-        for key in restart_needed(old, settings):
-            log.warning("%s: %s: a change takes effect at the next start", file.path, key)
-        core.ledger.reloads.add("applied")
-        self.adopt(settings)
+        if refused:
+            log.info("the settings file can be used again")
+        core.settings_error = ""
+        if settings != old:
+            core.ledger.reloads.add("applied")
+            self.adopt(settings)
+        elif asked:
+            log.info("new settings: %d servers, nothing changed", len(settings.servers))
 
     def adopt(self, settings: Settings) -> None:
         """Make these settings the ones in force.  Servers keep all that is known of them; new
@@ -3616,24 +3811,18 @@ class Balancer:
                 for task in self._watchers.pop(url):
                     task.cancel()
         for url in wanted - self._watchers.keys():
-            self._watchers[url] = [self._tasks.create_task(self.watch(loop, url))
-                                   for loop in (watch_health, watch_load)]  # fmt: skip
+            self._watchers[url] = [
+                self._tasks.create_task(self.guarded(
+                    f"watching {url}", functools.partial(watch, core, url)))
+                for watch in (watch_health, watch_load)
+            ]  # fmt: skip
         for url in core.pools.keys() - {view.url for view in core.fleet.views()}:
             core.pools.pop(url).close()
         if settings is not old:
-            log.info("new settings: %d servers, %d added, %d draining",
-                     len(wanted), len(added), len(draining))  # fmt: skip
+            counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
+            words = [counts, changes_line(old, settings)]
+            log.info("new settings: %s", "; ".join(filter(None, words)))
         core.tell()
-
-    async def watch(self, loop: Callable[[Core, str], Awaitable[None]], url: str) -> None:
-        """Keep one of a server's loops running, whatever happens in it."""
-        while True:
-            try:
-                await loop(self.core, url)
-            except Exception:  # the one broad except for background tasks
-                log.exception("internal error while watching %s", url)
-                self.core.ledger.errors.add()
-            await asyncio.sleep(self.core.settings.health_check_interval)
 
 
 def pace(s: Settings) -> tuple[Any, ...]:
@@ -3642,7 +3831,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  demo
+#  20  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -3684,7 +3873,8 @@ class SimulatedServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SimulatedServer:
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._listener = await asyncio.get_running_loop().create_server(
+            lambda: Wire(Blame.CLIENT, self._accept), "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
@@ -3695,46 +3885,40 @@ class SimulatedServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            while await self._serve_one(reader, writer):
-                await writer.drain()
-        except (OSError, EOFError, BadMessage, asyncio.CancelledError):
-            pass
-        finally:
+    def _accept(self, wire: Wire) -> None:
+        def forget(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            writer.transport.abort()
+            wire.abort()
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request; False if the connection is over."""
-        head = parse_request_head(await reader.readuntil(b"\r\n\r\n"))
-        wanted = read_members(await reader.readexactly(request_framing(head).length), None)
+        task = asyncio.ensure_future(self._serve(wire))
+        self._tasks.add(task)
+        task.add_done_callback(forget)
+
+    async def _serve(self, wire: Wire) -> None:
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError, asyncio.CancelledError):
+            while (raw := await wire.read_head(INFINITY)) is not None:
+                head, content = parse_request_head(raw), bytearray()
+                decoder = decoder_for(request_framing(head))
+                while not decoder.done:
+                    content += await wire.read_content(decoder, INFINITY)
+                wire.buffer[:0] = decoder.rest
+                await self._answer(wire, head, read_members(content, None))
+
+    async def _answer(self, wire: Wire, head: RequestHead, wanted: dict[str, Any]) -> None:
         if self.mode == "hang" and head.path != "/simulate":
-            await reader.read()  # until the other side gives up
-            return False
-        if head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions"):
-            if not (refusal := self._refusal(wanted)):
-                answer = Generation(self, writer, head, wanted)
-                return await self._unless_left(answer.run(), reader)
-            writer.write(simulated_response(head, *refusal))
-        else:
-            writer.write(simulated_response(head, *self._page(head, wanted)))
-        return True
-
-    async def _unless_left(self, work: Awaitable[None], reader: asyncio.StreamReader) -> bool:
-        """Do the work until the client leaves; whether it stayed."""
-        working, left = asyncio.ensure_future(work), asyncio.ensure_future(reader.read(1))
+            with abandoned_if_gone(wire):
+                await asyncio.Event().wait()
+        infers = head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions")
+        refusal = self._refusal(wanted) if infers else self._page(head, wanted)
+        if refusal is not None:
+            wire.transport.write(simulated_response(head, *refusal))
+            return
         try:
-            await asyncio.wait((working, left), return_when=asyncio.FIRST_COMPLETED)
-            self.aborted += not working.done()
-            return working.done() and not left.done()
-        finally:
-            working.cancel()
-            left.cancel()
-            await asyncio.gather(working, left, return_exceptions=True)
+            with abandoned_if_gone(wire):
+                await Generation(self, wire, head, wanted).run()
+        except PeerGone:
+            self.aborted += 1
+            raise
 
     def _refusal(self, wanted: dict[str, Any]) -> tuple[int, Any] | None:
         model = wanted.get("model", self.models[0])
@@ -3776,7 +3960,7 @@ class SimulatedServer:
             (Counter, "prompt_tokens_total", self.prompt_tokens),
             (Counter, "generation_tokens_total", self.generated_tokens),
         ):
-            family: Family = kind(f"vllm:{name}", f"Simulated {name}.", ("engine", "model_name"))
+            family: Family = kind(f"vllm:{name}", f"Simulated {name}.", "engine", "model_name")
             family.children[("0", self.models[0])] = value
             page.append(family)
         return expose(page)
@@ -3798,10 +3982,9 @@ class Generation:
     """One answer of a simulated server."""
 
     def __init__(
-        self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
-        wanted: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.server, self.writer, self.head = server, writer, head
+        self, server: SimulatedServer, wire: Wire, head: RequestHead, wanted: dict[str, Any]
+    ) -> None:
+        self.server, self.wire, self.head = server, wire, head
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
         limit = wanted.get("max_completion_tokens") or wanted.get("max_tokens")
@@ -3815,7 +3998,7 @@ class Generation:
     async def run(self) -> None:
         server = self.server
         if self.streams:  # as vLLM does, before there is anything to say
-            self.writer.write(STREAM_HEAD)
+            self.wire.transport.write(STREAM_HEAD)
         server.waiting += 1
         try:
             await server.slots.acquire()
@@ -3844,11 +4027,12 @@ class Generation:
                  "total_tokens": self.prompt_tokens + self.tokens}  # fmt: skip
         if not self.streams:
             document = self.document([self.choice("message", "".join(said), self.tokens - 1)])
-            self.writer.write(simulated_response(self.head, 200, document | {"usage": usage}))
+            whole = simulated_response(self.head, 200, document | {"usage": usage})
+            self.wire.transport.write(whole)
             return
         if self.usage_wanted:
             await self.event([], usage=usage)
-        self.writer.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+        self.wire.transport.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
 
     def choice(self, part: str, text: str, n: int) -> dict[str, Any]:
         role = {"role": "assistant"} if part == "message" or n == 0 else {}
@@ -3864,8 +4048,8 @@ class Generation:
 
     async def event(self, choices: list[dict[str, Any]], **more: Any) -> None:
         event = b"data: " + json.dumps(self.document(choices) | more).encode() + b"\n\n"
-        self.writer.write(encode_chunk(event))
-        await self.writer.drain()
+        self.wire.transport.write(encode_chunk(event))
+        await self.wire.unblocked(CLIENT_SILENCE_S)
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
@@ -3882,14 +4066,13 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  command line
+#  21  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
-# used, 2 wrong arguments or, from check-config, no server can be reached.
+# used, 2 wrong arguments or, from check-config, no server can be used.
 
 DEFAULT_CONFIG = "servers.toml"
-COMMANDS = ("run", "check-config", "demo", "version")
 EXAMPLES = """\
 examples:
   mvllm_lite.py servers.toml                        serve what the file describes
@@ -3921,23 +4104,28 @@ def argument_parser() -> argparse.ArgumentParser:
         description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
     def config(command: argparse.ArgumentParser) -> None:
-        command.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
-        command.add_argument("--config", metavar="FILE", help="the same")
+        given = command.add_mutually_exclusive_group()
+        given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
+        given.add_argument("--config", metavar="FILE", help="the same")
 
     # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
     run = commands.add_parser("run", help="serve; also without the word", add_help=False)
     config(run)
     run.add_argument("--help", action="help", help="show this help message and exit")
-    run.add_argument("--server", nargs="+", metavar="URL", help="servers, in place of the file's")
-    run.add_argument("--max-load", nargs="+", metavar="N", help="their max_concurrent_requests")
+    run.add_argument("--server", nargs="+", action="extend", metavar="URL",
+                     help="servers, in place of the file's")  # fmt: skip
+    run.add_argument("--max-load", nargs="+", action="extend", metavar="N",
+                     help="their max_concurrent_requests")  # fmt: skip
     run.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
     run.add_argument("-p", "--port", help="port to listen on")
     run.add_argument("-c", "--console", action="store_true", help="a log line for each request")
     run.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
     run.add_argument("-m", "--model", action="store_true", help="name models in state changes")
+    run.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
     run.set_defaults(do=run_balancer, print_help=run.print_help)
     check = commands.add_parser("check-config", help="read the settings and ask every server")
     config(check)
@@ -3955,13 +4143,17 @@ def argument_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+    commands = ("run", "check-config", "demo", "version")
+    if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser().parse_args(argv)
     try:
         return int(args.do(args))
     except SettingsError as error:
-        return fail(str(error))
+        text = str(error)
+        if getattr(args, "file", None) and not os.path.exists(args.file):
+            text += did_you_mean(args.file, commands)
+        return fail(text)
 
 
 def fail(message: str) -> int:
@@ -3978,11 +4170,10 @@ def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Over
     for key in ("host", "port", "log_level"):
         if getattr(args, key, None) is not None:
             found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
-    if args.console:
-        found["log_to_console"] = True, "--console"
-    if args.model:
-        found["show_models"] = True, "--model"
-    if args.server:
+    for key, flag in (("log_to_console", "console"), ("show_models", "model")):
+        if getattr(args, flag, False):
+            found[key] = True, f"--{flag}"
+    if getattr(args, "server", None):
         entries = [{"url": url} for url in args.server]
         for entry, load in zip(entries, args.max_load or ()):
             entry["max_concurrent_requests"] = load
@@ -3995,7 +4186,7 @@ def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Compl
     if not path:
         return parse_settings("", "command line", overrides)
     try:
-        toml = SettingsFile(path).read().decode("utf-8", "replace")
+        toml = SettingsFile(path).text()
     except SettingsError as error:
         hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
         raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
@@ -4052,17 +4243,14 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
     async def started() -> None:
         await start(run)
 
-    try:
-        asyncio.run(started())
-    except OSError as error:
-        return fail(f"cannot listen: {(error.strerror or str(error)).lower()}")
+    asyncio.run(started())
     return 0
 
 
 def check_config(args: argparse.Namespace) -> int:
     """Read the settings, ask every server at the same time, and print what was found."""
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
-    settings, warnings = load_settings(path, {})
+    settings, warnings = load_settings(path, overrides_from(args, os.environ))
     for warning in warnings:
         print(f"warning: {warning}")
 
@@ -4072,61 +4260,78 @@ def check_config(args: argparse.Namespace) -> int:
     findings = asyncio.run(ask_all())
     for server, (_, words) in zip(settings.servers, findings):
         print(f"{server.url}  capacity {server.max_concurrent_requests}  {words}")
-    reachable = sum(good for good, _ in findings)
+    usable = sum(good for good, _ in findings)
     capacity = sum(server.max_concurrent_requests for server in settings.servers)
-    print(f"{path}: {len(findings)} servers, total capacity {capacity}, {reachable} reachable")
-    return 0 if reachable else 2
+    print(f"{path}: {len(findings)} servers, total capacity {capacity}, {usable} usable")
+    return 0 if usable else 2
 
 
 async def ask(url: str, settings: Settings) -> tuple[bool, str]:
     """Whether a server can be used, and what it says of itself."""
     pool, timeout_s = Pool(url), settings.health_check_timeout
     try:
-        found = await probe(pool, timeout_s, want_models=True)
-        if not found.passed:
-            return False, f"NOT REACHABLE: {found.why}"
+        found = await check_server(pool, timeout_s, True, True)
+        if found is None or not found.passed:
+            return False, f"NOT USABLE: {found.why if found else 'no file descriptors left'}"
         said = f"models: {', '.join(found.models or ()) or 'none'}" if not found.why else found.why
         version = "unknown"
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
             status, content = await fetch(pool, "/version", timeout_s)
             version = read_members(content, None).get("version", version)
-        return True, f"reachable in {found.seconds * 1000:.0f} ms  vLLM {version}  {said}"
+        return True, f"usable, answered in {found.seconds * 1000:.0f} ms  vLLM {version}  {said}"
     finally:
         pool.close()
 
 
-class DroppingQueueHandler(logging.handlers.QueueHandler):
-    """Hands lines to the writing thread; when that is stuck, they are dropped and counted, since
-    a blocked terminal must not stop answers."""
+class LineWriter(logging.Handler):
+    """Writes log lines in a thread of its own.  When that is stuck in a terminal or pipe that
+    takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
 
-    dropped = 0
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str | None] = queue.Queue(LOG_LINES_LIMIT)
+        self.dropped = 0
+        self.thread = threading.Thread(target=self._write, args=(descriptor,), daemon=True)
+        self.thread.start()
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.queue.put_nowait(record)
+            self.lines.put_nowait(self.format(record))
         except queue.Full:
             self.dropped += 1
+
+    def _write(self, descriptor: int) -> None:
+        while (line := self.lines.get()) is not None:
+            if self.dropped and self.lines.qsize() < LOG_LINES_LIMIT // 2:
+                line += f"\nmvllm_lite: {self.dropped} log lines were dropped"
+                self.dropped = 0
+            data = f"{line}\n".encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
+                while data:
+                    data = data[os.write(descriptor, data) :]
+
+    def close(self) -> None:
+        """Everything that waits is written, if that takes no longer than a second."""
+        with contextlib.suppress(queue.Full):
+            self.lines.put(None, timeout=0.1)
+        self.thread.join(1.0)
+        super().close()
 
 
 @contextlib.contextmanager
 def logging_to_stdout(level: str) -> Iterator[None]:
-    """Log lines go to stdout, written by a thread of their own."""
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES_LIMIT)
-    writer = logging.StreamHandler(sys.stdout)
+    """Log lines go to stdout."""
+    writer = LineWriter(sys.stdout.fileno())
     form = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
     writer.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S"))
-    feeder, listener = DroppingQueueHandler(lines), logging.handlers.QueueListener(lines, writer)
     log.setLevel(level)
     log.propagate = False
-    log.addHandler(feeder)
-    listener.start()
+    log.addHandler(writer)
     try:
         yield
     finally:
-        log.removeHandler(feeder)
-        listener.stop()
-        if feeder.dropped:
-            print(f"mvllm_lite: {feeder.dropped} log lines were dropped", file=sys.stderr)
+        log.removeHandler(writer)
+        writer.close()
 
 
 if __name__ == "__main__":
