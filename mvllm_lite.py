@@ -1229,17 +1229,18 @@ def inference_path(path: str) -> str:
 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
-# of Python.  STRING_REST is what remains of a string, up to its closing quote; NESTED is anything
-# up to a bracket that opens more than four levels.  Possessive throughout: they never backtrack.
-STRING_REST = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
-STRING = b'"' + STRING_REST + b'"'
+# of Python.  STRING is a short one (a search for its closing quote skips a long one faster still);
+# NESTED is anything up to a bracket that opens more than four levels, or a long string.  Possessive
+# throughout: they never backtrack.
+STRING = rb'"[^"\\]{0,200}+(?:\\.[^"\\]{0,200}+){0,20}+"'
 NESTED = rb'[^"\[\]{}]++|' + STRING
 for _ in range(4):
     NESTED = rb'[^"\[\]{}]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}]"
 VALUE = rb'(?:[^"\[\]{},:]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}])*+"
 INSIDE = re.compile(b"(?:" + NESTED + b")*+", re.DOTALL)  # inside a value, all but deep nesting
 MARK = re.compile(rb'["{}\[\]:,]')  # what matters between the members
-REST = re.compile(STRING_REST, re.DOTALL)
+REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string, up to its closing quote
+BACKSLASH = 0x5C
 
 
 def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content, None]:
@@ -1292,13 +1293,20 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content
 
 
 def string_end(content: Content, at: int) -> tuple[int, bool]:
-    """Where the string's closing quote is, True; or how far it was looked for, False.  A base64
-    image is skipped by searching for the quote, as long as nothing is escaped before it."""
-    quote = content.find(b'"', at)
-    stop = quote if quote >= 0 else len(content)
-    if content.find(b"\\", at, stop) >= 0:
-        stop = REST.match(content, at).end()  # type: ignore[union-attr]
-    return stop, stop < len(content) and content[stop] == 0x22  # else in it, or in an escape
+    """Where the string's closing quote is, True; or how far it was looked for, False.  `at` is
+    between two characters.  A quote without a backslash before it is the one; a few escaped ones
+    are stepped over."""
+    for _ in range(50):
+        quote = content.find(b'"', at)
+        if quote < 0 and not content.endswith(b"\\"):
+            return len(content), False
+        if quote == at or (quote > 0 and content[quote - 1] != BACKSLASH):
+            return quote, True
+        if quote < 0 or (quote > at + 1 and content[quote - 2] == BACKSLASH):
+            break  # who escapes whom?
+        at = quote + 1
+    at = REST.match(content, at).end()  # type: ignore[union-attr]
+    return at, content[at : at + 1] == b'"'  # else the content ends in it, or in an escape
 
 
 def member_name(written: bytes) -> bytes:
