@@ -63,6 +63,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import logging
 import math
@@ -70,6 +71,7 @@ import os
 import queue
 import random
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -80,7 +82,9 @@ import threading
 import time
 import tomllib
 import urllib.parse
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence,
+)
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -89,7 +93,7 @@ __version__ = "0.1.0"
 __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 
 # Limits that nobody has needed to set.  Each names its precedent or its reason.
-HEAD_LIMIT_BYTES = 64 * 1024  # a request's or response's head; what httptools and h11 take
+HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
@@ -98,9 +102,7 @@ HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first e
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
-CLIENT_IDLE_S = 75.0  # a client's connection between two requests; nginx's keepalive_timeout
-CLIENT_HEAD_S = 30.0  # from a head's first byte to its last
-CLIENT_SILENCE_S = 60.0  # in the middle of a request's content; nginx's client_body_timeout
+
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
@@ -109,6 +111,9 @@ MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of m
 FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
+ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
+SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
+STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whole process
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
 SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
@@ -154,7 +159,7 @@ class Fault(Enum):
     `X-MVLLM-Error` field.
     """
 
-    # The client's request, refused by us.
+    # The client's request, refused by us.  To a limit of the settings belongs its name (LIMITS).
     BAD_REQUEST = 400, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
@@ -170,6 +175,7 @@ class Fault(Enum):
     # No server to ask.
     NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # our own have run out
+    TOO_MANY_REQUESTS = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     # A server was asked and did not answer.
     CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
@@ -198,12 +204,23 @@ class Fault(Enum):
 REQUEST_FAILURES = frozenset((501, 505))
 
 
+# The setting behind a fault, where it is a limit; each time one is met is counted.
+LIMITS = {
+    Fault.HEAD_TOO_LARGE: "max_head_bytes",
+    Fault.TARGET_TOO_LONG: "max_head_bytes",
+    Fault.CONTENT_TOO_LARGE: "max_body_bytes",
+    Fault.TOO_MANY_REQUESTS: "max_requests",
+    Fault.NO_RESOURCES: "descriptors",
+}
+
+
 class BadMessage(Exception):
     """A message, or a part of one, that breaks a rule; `str()` says which, and what was found."""
 
-    def __init__(self, text: str, fault: Fault = Fault.BAD_REQUEST) -> None:
+    def __init__(self, text: str, fault: Fault = Fault.BAD_REQUEST, limit: str = "") -> None:
         super().__init__(text)
         self.fault = fault
+        self.limit = limit or LIMITS.get(fault, "")  # the setting that was met, if it was one
 
 
 class PeerGone(Exception):
@@ -948,7 +965,17 @@ class Settings:
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
     policy: str = setting("least", one_of(*POLICY_NAMES), "how a server is chosen")
     default_model: str = setting("", words, "model of requests that name none")
+    max_head_bytes: int = setting(2**16, whole(256), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
+    head_timeout: float = setting(30.0, number(0.001), "from a head's first byte to its last")
+    body_timeout: float = setting(
+        60.0, number(0.001), "silence of a client that sends content or reads an answer")
+    keep_alive_timeout: float = setting(
+        75.0, number(0.001), "silence of a client between two requests")
+    max_requests_per_connection: int = setting(10000, whole(1), "then a connection is closed")
+    max_connections: int = setting(10000, whole(1), "from clients; more wait to be accepted")
+    max_connections_per_client: int = setting(0, whole(0), "from one address; 0 is no limit")
+    max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
 
     request_timeout: float = setting(
         600.0, number(0.001), "silence of a server that ends a request", "REQUEST_TIMEOUT")
@@ -2168,6 +2195,10 @@ DURATION_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160,
 SIZE_BOUNDS_BYTES = tuple(float(4**n) for n in range(4, 14))  # 256 bytes to 64 MiB
 
 
+LIMIT_NAMES = (*dict.fromkeys(LIMITS.values()), "head_timeout", "body_timeout", "keep_alive_timeout",
+               "max_requests_per_connection", "max_connections", "max_connections_per_client")
+
+
 class Ledger:
     """Everything that is counted, bumped where it happens."""
 
@@ -2187,6 +2218,7 @@ class Ledger:
         self.scrapes = Counter(
             "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
+        self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
             FIRST_BYTE_BOUNDS_S, "model")
@@ -2202,6 +2234,8 @@ class Ledger:
             "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
         for result in ("applied", "refused"):  # so that a rate over them exists from the start
             self.reloads.add(result, amount=0)
+        for limit in LIMIT_NAMES:
+            self.limits.add(limit, amount=0)
         self.errors.add(amount=0)
 
     def families(self) -> list[Family]:
@@ -2221,6 +2255,7 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
 PROCESS_GAUGES = {
     "start_time_seconds": "When the process began, in Unix time.",
     "client_connections": "Open connections from clients.",
+    "client_connections_limit": "How many there may be.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
 
@@ -2294,15 +2329,15 @@ class Discard:
 
 
 class Wire(asyncio.Protocol):
-    """One connection.  `side` says who is at the other end; `opened` is called when it stands."""
+    """One connection.  `side` says who is at the other end."""
 
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
-        "lost", "blocked", "held", "reused", "reusable", "deadline", "_opened", "_waiter",
-        "_timer", "_timer_at",
+        "lost", "blocked", "held", "reused", "reusable", "deadline", "_waiter", "_timer",
+        "_timer_at",
     )  # fmt: skip
 
-    def __init__(self, side: Blame, opened: Callable[[Wire], None] | None = None) -> None:
+    def __init__(self, side: Blame) -> None:
         self.side = side
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # until it stands
@@ -2312,13 +2347,12 @@ class Wire(asyncio.Protocol):
         self.gone = False  # the peer says no more,
         self.clean = False  # by an orderly close (FIN), which may end a message
         self.on_gone: Callable[[], object] | None = None
-        self.lost = False  # there is no connection any more
+        self.lost = True  # there is no connection yet, or any more
         self.blocked = False  # the peer takes no more bytes at present
         self.held = False  # we take no more of the peer's
         self.reused = False  # it carried an exchange before
         self.reusable = False  # and may carry another
         self.deadline = INFINITY
-        self._opened = opened
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = INFINITY
@@ -2326,9 +2360,7 @@ class Wire(asyncio.Protocol):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-        if self._opened is not None:
-            self._opened(self)
+        self.transport, self.lost = transport, False  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         if self.sink is not None:
@@ -2441,12 +2473,12 @@ class Wire(asyncio.Protocol):
         while self.blocked and not self.lost:
             await self.news_or_progress(silence_s)
 
-    async def read_head(self, deadline: float) -> bytes | None:
+    async def read_head(self, deadline: float, limit: int = HEAD_LIMIT_BYTES) -> bytes | None:
         """Up to and with the next empty line; None if the peer left without beginning one.
         Raises PeerGone in the middle of one, BadMessage when it is too long, TimeoutError."""
         searched = 0
         while (end := self.buffer.find(b"\r\n\r\n", searched)) < 0:
-            if len(self.buffer) > HEAD_LIMIT_BYTES:
+            if len(self.buffer) > limit:
                 break
             if self.gone:
                 if self.buffer:
@@ -2454,10 +2486,10 @@ class Wire(asyncio.Protocol):
                 return None
             searched = max(0, len(self.buffer) - 3)
             await self.news(deadline)
-        if not 0 <= end <= HEAD_LIMIT_BYTES:
-            text = f"the head is longer than {HEAD_LIMIT_BYTES} bytes"
-            target = b"\r\n" not in self.buffer[:HEAD_LIMIT_BYTES]
-            raise BadMessage(text, Fault.TARGET_TOO_LONG if target else Fault.HEAD_TOO_LARGE)
+        if not 0 <= end <= limit:
+            target = b"\r\n" not in self.buffer[:limit]
+            fault = Fault.TARGET_TOO_LONG if target else Fault.HEAD_TOO_LARGE
+            raise BadMessage(f"the head is longer than {limit} bytes", fault)
         return self.take(end + 4)
 
     def take(self, size: int | None = None) -> bytes:
@@ -2543,6 +2575,89 @@ class Wire(asyncio.Protocol):
         return address[:2] if isinstance(address, tuple) else ("unknown", 0)
 
 
+class Listener:
+    """A listening socket.  Connections are accepted only while there is room for them; others
+    wait in the kernel's queue.  Accepting rests, instead of spinning, when descriptors run out."""
+
+    def __init__(
+        self, sock: socket.socket, room: Callable[[], bool],
+        take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
+    ) -> None:  # fmt: skip
+        self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
+        self._room, self._take, self._failed = room, take, failed
+        sock.setblocking(False)
+        self.resume()
+
+    def resume(self) -> None:
+        """There may be room again."""
+        if not self.reading and self.sock.fileno() >= 0:
+            self.reading = True
+            self.loop.add_reader(self.sock, self._accept)
+
+    def pause(self) -> None:
+        if self.reading:
+            self.reading = False
+            self.loop.remove_reader(self.sock)
+
+    def close(self) -> None:
+        self.pause()
+        self.sock.close()
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPT_BATCH):
+            if not self._room():
+                self.pause()
+                return
+            try:
+                self._take(*self.sock.accept())
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self.pause()
+                self.loop.call_later(ACCEPT_PAUSE_S, self.resume)
+                self._failed(error)
+                return
+
+
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = list[socket.socket]()
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sockets.append(sock := socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(LISTEN_BACKLOG)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, but when its time is up only because the whole process stood still,
+    what has happened meanwhile is heard first."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+
+    def expire() -> None:
+        now = loop.time()
+        late = now > deadline + STALL_S
+        limit.reschedule(now + STALL_S if late else now)
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_at(deadline, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  12  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -2601,7 +2716,7 @@ class Pool:
         """A new connection.  Raises PeerGone."""
         loop, tls = asyncio.get_running_loop(), client_tls() if self.tls else None
         try:
-            async with asyncio.timeout(timeout_s):
+            async with within(timeout_s):
                 return (await loop.create_connection(
                     lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
         except TimeoutError:
@@ -2683,7 +2798,7 @@ async def fetch(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
         wire.reusable = head.persists and not decoder.rest
         return head.status, bytes(content)
 
-    async with asyncio.timeout(timeout_s):
+    async with within(timeout_s):
         return await pool.talk(conversation, timeout_s)
 
 
@@ -2934,6 +3049,7 @@ class Core:
         self.ledger = Ledger()
         self.pools: dict[str, Pool] = {}
         self.clients: dict[Wire, asyncio.Task[None]] = {}
+        self.clients_limit = settings.max_connections
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
         self.stopping = False
@@ -2955,6 +3071,11 @@ class Core:
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, view.models if view else None))
         self.tell()
+
+    def met(self, limit: str) -> None:
+        """Count that a limit was met; '' is none."""
+        if limit:
+            self.ledger.limits.add(limit)
 
     def tell(self) -> None:
         """Wake all who wait for news of the fleet."""
@@ -3034,6 +3155,7 @@ class Exchange:
         except BadMessage as bad:
             response.persists = False
             response.refuse(bad.fault, f"Bad request: {bad}.")
+            self.core.met(bad.limit)
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.status = response.status or gone.fault.status
             response.end = gone.fault.label
@@ -3093,6 +3215,7 @@ class Exchange:
         """The whole content: it must be there to be sent again.  Large JSON is looked through
         piece by piece as it comes in, so that it does not hold up other streams."""
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
+        silence_s = self.settings.body_timeout
         self.expect_continue()
         form = form_boundary(self.head.fields.get("content-type"))
         spans, decoder, content = Spans(), decoder_for(framing), bytearray()
@@ -3108,10 +3231,10 @@ class Exchange:
             if decoder.done:
                 break
             try:
-                content += await client.read_content(decoder, self.loop.time() + CLIENT_SILENCE_S)
+                content += await client.read_content(decoder, self.loop.time() + silence_s)
             except TimeoutError:
-                text = f"no more of the request's content came for {CLIENT_SILENCE_S:g} s"
-                raise BadMessage(text, Fault.CLIENT_SLOW) from None
+                text = f"no more of the request's content came for {silence_s:g} s (body_timeout)"
+                raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
         client.buffer[:0] = decoder.rest
         self.unread = False
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
@@ -3569,7 +3692,7 @@ async def one_model(core: Core, head: RequestHead) -> Reply:
 async def metrics(core: Core, head: RequestHead) -> Reply:
     process = {
         "start_time_seconds": core.started_at, "client_connections": len(core.clients),
-        "settings_valid": not core.settings_error,
+        "client_connections_limit": core.clients_limit, "settings_valid": not core.settings_error,
     }  # fmt: skip
     now = gauges(core.fleet.views(), clock().monotonic, core.settings, process)
     page = expose([*core.ledger.families(), *now])
@@ -3596,41 +3719,42 @@ class Balancer:
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
+        self._hosts: dict[str, int] = {}  # connections by client address
+        self._listeners: list[Listener] = []
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         when the address cannot be listened on."""
-        core, listener = self.core, await self.listen()
+        core, sockets = self.core, self.listen()
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings)
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
+            self._listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
+                               for one in sockets]  # fmt: skip
             ready()
             await self._stop.wait()
-            listener.close()
+            for listener in self._listeners:
+                listener.close()
             await self.drain()
             for task in (follower, *core.clients.values(), *sum(self._watchers.values(), [])):
                 task.cancel()
         for pool in core.pools.values():
             pool.close()
 
-    async def listen(self) -> asyncio.Server:
+    def listen(self) -> list[socket.socket]:
         """Raises SettingsError."""
         host, port = self.core.settings.host, self.core.settings.port
         try:
-            listener = await asyncio.get_running_loop().create_server(
-                lambda: Wire(Blame.CLIENT, self.accept), host or None, port, backlog=ACCEPT_BATCH)
-            for sock in listener.sockets:  # asyncio takes one number for both
-                with sock.dup() as same:
-                    same.listen(LISTEN_BACKLOG)
-        except (OSError, UnicodeError, OverflowError) as error:
+            sockets = listening_sockets(host, port)
+        except (OSError, UnicodeError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else str(error)
             given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
             origin = ", ".join(given) or (self.file.path if self.file else "defaults")
             text = f"cannot listen on {host}:{port}: {reason}"
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
-        self.port = listener.sockets[0].getsockname()[1]
-        return listener
+        self.port = sockets[0].getsockname()[1]
+        return sockets
 
     def stop(self) -> None:
         """Stop accepting and let running answers finish; called again, stop at once."""
@@ -3667,46 +3791,76 @@ class Balancer:
 
     # Clients.
 
-    def accept(self, wire: Wire) -> None:
-        if self._stop.is_set():
-            wire.abort()
+    def has_room(self) -> bool:
+        """Whether one more connection may be accepted.  If not, idle ones give way: who was served
+        and has no request on the way loses nothing but a handshake."""
+        core, excess = self.core, len(self.core.clients) + 1 - self.core.clients_limit
+        if excess <= 0:
+            return True
+        core.met("max_connections")
+        idle = (task for wire, task in core.clients.items()
+                if wire.reused and wire not in core.exchanges)  # fmt: skip
+        for task in itertools.islice(idle, ACCEPT_BATCH):
+            task.cancel()
+        return False
+
+    def cannot_accept(self, error: OSError) -> None:
+        self.core.met("descriptors")
+        log.error("cannot accept a connection: %s; trying again in %g s",
+                  reason_of(error), ACCEPT_PAUSE_S)  # fmt: skip
+
+    def take(self, sock: socket.socket, address: Any) -> None:
+        """A client has come."""
+        core, hosts, wire = self.core, self._hosts, Wire(Blame.CLIENT)
+        host = address[0] if isinstance(address, tuple) else ""
+        limit = core.settings.max_connections_per_client
+        if limit and hosts.get(host, 0) >= limit:
+            core.met("max_connections_per_client")
+            sock.close()
             return
-        core = self.core
 
-        def forget(task: asyncio.Task[None]) -> None:
+        def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
             del core.clients[wire]
+            hosts[host] -= 1
+            if not hosts[host]:
+                del hosts[host]
             wire.abort()
+            sock.close()
+            for listener in self._listeners:
+                listener.resume()
 
-        core.clients[wire] = self._tasks.create_task(self.serve(wire))
-        core.clients[wire].add_done_callback(forget)  # which also a task that never began calls
+        hosts[host] = hosts.get(host, 0) + 1
+        core.clients[wire] = self._tasks.create_task(self.serve(wire, sock))
+        core.clients[wire].add_done_callback(forget)
 
-    async def serve(self, wire: Wire) -> None:
+    async def serve(self, wire: Wire, sock: socket.socket) -> None:
         """One client's connection: its requests, one after the other."""
         # It left in the middle of a head, it was idle for too long, we are stopping.
-        with contextlib.suppress(PeerGone, TimeoutError, asyncio.CancelledError):
-            while await self.serve_one(wire) and not self.core.stopping:
-                pass
-            await wire.close(CLIENT_SILENCE_S)
+        with contextlib.suppress(PeerGone, TimeoutError, OSError, asyncio.CancelledError):
+            sock.setblocking(False)
+            await wire.loop.connect_accepted_socket(lambda: wire, sock)
+            left = self.core.settings.max_requests_per_connection
+            while await self.serve_one(wire, left <= 1) and not self.core.stopping:
+                left -= 1
+            await wire.close(self.core.settings.body_timeout)
 
-    async def serve_one(self, wire: Wire) -> bool:
+    async def serve_one(self, wire: Wire, last: bool) -> bool:
         """One request; False if it was the connection's last."""
+        core, running = self.core, self.core.exchanges
         if wire.buffer:  # sent without waiting for the answer before: others first
             await asyncio.sleep(0)
-            await wire.unblocked(CLIENT_SILENCE_S)
-        idle_until = wire.loop.time() + CLIENT_IDLE_S
-        while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
-            if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
-                wire.take(lines)
-            else:
-                await wire.news(idle_until)
-        running = self.core.exchanges
+            await wire.unblocked(core.settings.body_timeout)
+        await self.request_begun(wire)
         running[wire] = None
         try:
             head = await self.read_head(wire)
             if head is None:
                 return False
-            exchange = Exchange(self.core, wire, head)
+            exchange = Exchange(core, wire, head)
             running[wire] = exchange.response
+            if last:
+                exchange.response.persists = False
+                core.met("max_requests_per_connection")
             await self.dispatch(exchange)
             return exchange.response.persists and not (exchange.unread or wire.gone)
         except BadMessage as bad:
@@ -3716,18 +3870,36 @@ class Balancer:
             raise
         except Exception:  # the one broad except for clients: a mistake ends one connection
             log.exception("internal error on the connection of %s:%d", *wire.peer)
-            self.core.ledger.errors.add()
+            core.ledger.errors.add()
             return False
         finally:
+            wire.reused = True
             del running[wire]
+
+    async def request_begun(self, wire: Wire) -> None:
+        """Until a client begins its next request, or leaves.  Raises TimeoutError, at once when
+        others are waiting for its place."""
+        idle_until = wire.loop.time() + self.core.settings.keep_alive_timeout
+        if wire.reused and not all(listener.reading for listener in self._listeners):
+            idle_until = 0.0
+        while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
+            if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
+                wire.take(lines)
+                continue
+            try:
+                await wire.news(idle_until)
+            except TimeoutError:
+                self.core.met("keep_alive_timeout")
+                raise
 
     async def read_head(self, wire: Wire) -> RequestHead | None:
         """The request that has begun; None if the client left.  Raises BadMessage."""
+        s = self.core.settings
         try:
-            raw = await wire.read_head(wire.loop.time() + CLIENT_HEAD_S)
+            raw = await wire.read_head(wire.loop.time() + s.head_timeout, s.max_head_bytes)
         except TimeoutError:
-            text = f"the request's head was not complete after {CLIENT_HEAD_S:g} s"
-            raise BadMessage(text, Fault.CLIENT_SLOW) from None
+            text = f"the request's head was not complete after {s.head_timeout:g} s (head_timeout)"
+            raise BadMessage(text, Fault.CLIENT_SLOW, "head_timeout") from None
         return None if raw is None else parse_request_head(raw)
 
     def reject(self, wire: Wire, bad: BadMessage) -> None:
@@ -3737,6 +3909,7 @@ class Balancer:
         response = Response(wire, NO_REQUEST, id, core.settings, False)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.ledger.requests.add("", "", str(bad.fault.status))
+        core.met(bad.limit)
         facts = {"id": id, "client": f"{host}:{port}", "status": bad.fault.status,
                  "end": bad.fault.label}  # fmt: skip  # and not what was said: it may hold a key
         log.info("%s", access_line(facts))
@@ -3745,7 +3918,15 @@ class Balancer:
         """Answer here what is ours to answer, and have a server answer the rest."""
         head, response, function = exchange.head, exchange.response, find_local(exchange.head.path)
         preflight = is_preflight(head) and exchange.settings.cors_allowed_origins
+        limit = exchange.settings.max_requests
         if exchange.path and not (function or preflight):
+            if limit and len(self.core.exchanges) > limit:
+                text = f"{limit} requests are in progress, as many as max_requests allows."
+                response.persists = response.persists and not exchange.unread
+                response.refuse(Fault.TOO_MANY_REQUESTS, text)
+                self.core.met("max_requests")
+                exchange.book()
+                return
             await exchange.run()
             return
         response.persists = response.persists and not exchange.unread
@@ -3811,6 +3992,7 @@ class Balancer:
         ones are checked at once."""
         core, old = self.core, self.core.settings
         core.settings = settings
+        core.clients_limit = min(settings.max_connections, descriptors_allow())
         log.setLevel(settings.log_level)
         added, draining = core.fleet.apply(settings.servers, asyncio.get_running_loop().time())
         wanted = {server.url for server in settings.servers}
@@ -3831,6 +4013,12 @@ class Balancer:
             words = [counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
         core.tell()
+
+
+def descriptors_allow() -> int:
+    """How many clients, each with a connection to a server."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (allowed - SPARE_DESCRIPTORS) // 2)
 
 
 def pace(s: Settings) -> tuple[Any, ...]:
@@ -3881,9 +4069,9 @@ class SimulatedServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SimulatedServer:
-        self._listener = await asyncio.get_running_loop().create_server(
-            lambda: Wire(Blame.CLIENT, self._accept), "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        (sock,) = listening_sockets("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        self._listener = Listener(sock, lambda: True, self._accept, log.error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -3893,17 +4081,22 @@ class SimulatedServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _accept(self, wire: Wire) -> None:
+    def _accept(self, sock: socket.socket, address: Any) -> None:
+        wire = Wire(Blame.CLIENT)
+
         def forget(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             wire.abort()
+            sock.close()
 
-        task = asyncio.ensure_future(self._serve(wire))
+        task = asyncio.ensure_future(self._serve(wire, sock))
         self._tasks.add(task)
         task.add_done_callback(forget)
 
-    async def _serve(self, wire: Wire) -> None:
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError, asyncio.CancelledError):
+    async def _serve(self, wire: Wire, sock: socket.socket) -> None:
+        with contextlib.suppress(PeerGone, BadMessage, OSError, asyncio.CancelledError):
+            sock.setblocking(False)
+            await wire.loop.connect_accepted_socket(lambda: wire, sock)
             while (raw := await wire.read_head(INFINITY)) is not None:
                 head, content = parse_request_head(raw), bytearray()
                 decoder = decoder_for(request_framing(head))
@@ -4057,7 +4250,7 @@ class Generation:
     async def event(self, choices: list[dict[str, Any]], **more: Any) -> None:
         event = b"data: " + json.dumps(self.document(choices) | more).encode() + b"\n\n"
         self.wire.transport.write(encode_chunk(event))
-        await self.wire.unblocked(CLIENT_SILENCE_S)
+        await self.wire.unblocked(INFINITY)
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
@@ -4242,9 +4435,15 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
             url = f"http://{f'[{host}]' if ':' in host else host}:{balancer.port}"
             if hint:
                 print(hint.format(url=url, server=settings.servers[0].url), flush=True)
-            log.info("mvllm_lite %s listens on %s for %d servers, policy %s",
-                     __version__, url, len(settings.servers), settings.policy)  # fmt: skip
+            limit = balancer.core.clients_limit
+            log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
+                     __version__, url, len(settings.servers), settings.policy, limit)  # fmt: skip
+            if limit < settings.max_connections:
+                log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d)"
+                            " allow %d", settings.max_connections,
+                            resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
 
+        raise_descriptor_limit()
         await balancer.run(ready)
         log.info("stopped")
 
@@ -4253,6 +4452,13 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
 
     asyncio.run(started())
     return 0
+
+
+def raise_descriptor_limit() -> None:
+    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_config(args: argparse.Namespace) -> int:

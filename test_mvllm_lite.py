@@ -2118,7 +2118,7 @@ async def test_a_connection_the_server_had_closed_is_replaced_without_a_mark():
             return "close"
         await conn.json({})
 
-    async with balancing(server := Server(answer)) as running:
+    async with balancing(Server(answer)) as running:
         client = await running.client()
         for _ in range(6):
             assert (await client.post()).status == 200
@@ -2175,14 +2175,16 @@ async def test_a_server_may_say_1xx_while_the_request_is_still_on_its_way():
 
 
 @contextlib.contextmanager
-def all_descriptors_taken():
-    """The process can open nothing more."""
+def all_descriptors_taken(but=0):
+    """The process can open nothing more, but for so many."""
     limits, hogs = resource.getrlimit(resource.RLIMIT_NOFILE), []
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, limits[1]), limits[1]))
     try:
         with pytest.raises(OSError):
             while True:
                 hogs.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(but):
+            os.close(hogs.pop())
         yield
     finally:
         for hog in hogs:
@@ -2214,6 +2216,116 @@ async def test_a_server_that_cannot_do_what_is_asked_is_not_unwell():
 
     async with balancing(Server(answer), failure_threshold=1) as running:
         assert (await (await running.client()).post()).status == 501 and running.states() == ["healthy"]
+
+
+SLOW_CLIENTS = table(
+    ("head", {"head_timeout": 0.05}, b"GET / HTTP/1.1\r\nHost:", 408, "head_timeout"),
+    ("content", {"body_timeout": 0.05}, b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx", 408, "body_timeout"),
+    ("head's size", {"max_head_bytes": 300}, b"GET / HTTP/1.1\r\nX: " + b"x" * 400, 431, "max_head_bytes"),
+    ("target's size", {"max_head_bytes": 300}, b"GET /" + b"x" * 400, 414, "max_head_bytes"),
+    ("idle", {"keep_alive_timeout": 0.05}, b"\r\n", None, "keep_alive_timeout"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, said, status, limit", SLOW_CLIENTS)
+@asynchronous
+async def test_what_a_client_may_take_in_time_and_size_is_a_setting(settings, said, status, limit):
+    async with balancing(Server(), **settings) as running:
+        client = await running.client()
+        await client.send(said)
+        if status is not None:
+            got = await client.answer()
+            assert got.status == status and got.get("connection") == "close"
+        assert await client.reader.read() == b""
+        assert running.core.ledger.limits.children[(limit,)] == 1
+
+
+@asynchronous
+async def test_a_connection_is_closed_after_so_many_requests():
+    async with balancing(Server(), max_requests_per_connection=3) as running:
+        client = await running.client()
+        assert [(await client.post()).get("connection") for _ in range(3)] == [None, None, "close"]
+        assert await client.reader.read() == b""
+        assert await running.metric("mvllm_limits_met_total", limit="max_requests_per_connection") == 1
+
+
+@asynchronous
+async def test_more_requests_than_are_allowed_at_once_are_refused_with_the_setting_named():
+    async with balancing(failing(how="hang"), max_requests=2) as running:
+        for n in (1, 2):
+            await (await running.client()).ask("POST", "/v1/x", b"{}")
+            while running.in_flight() < n:
+                await asyncio.sleep(0)
+        got = await (await running.client()).post()
+        assert (got.status, got.get("x-mvllm-error")) == (503, "too_many_requests") and got.get("retry-after")
+        assert "max_requests" in got.error["message"]
+        assert await running.metric("mvllm_limits_met_total", limit="max_requests") == 1
+
+
+@asynchronous
+async def test_connections_from_one_address_can_be_limited():
+    async with balancing(Server(), max_connections_per_client=2) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients[:2]:
+            assert (await client.get("/liveness")).status == 200
+        with contextlib.suppress(ConnectionError):
+            assert await clients[2].reader.read() == b""
+        clients[0].close()
+        while len(running.core.clients) > 1:
+            await asyncio.sleep(0)
+        assert await running.metric("mvllm_limits_met_total", limit="max_connections_per_client") == 1
+
+
+@asynchronous
+async def test_when_all_connections_are_taken_idle_ones_give_way_and_new_ones_wait():
+    gate = asyncio.Event()
+
+    async def answer(asked, conn):
+        await gate.wait()
+        await conn.json({})
+
+    async with balancing(Server(answer), max_connections=3) as running:
+        busy, idle = [await running.client() for _ in range(2)], await running.client()
+        for client in busy:
+            await client.ask("POST", "/v1/x", b"{}")
+        assert (await idle.get("/liveness")).status == 200
+        late, later = await running.client(), await running.client()
+        assert await idle.reader.read() == b""
+        assert (await late.get("/liveness")).status == 200
+        assert await late.reader.read() == b""
+        assert (await later.get("/liveness")).status == 200 and len(running.core.clients) == 3
+        gate.set()
+        assert [(await client.answer()).status for client in busy] == [200, 200]
+
+
+@asynchronous
+async def test_when_descriptors_run_out_accepting_rests_and_goes_on(caplog):
+    async with balancing(Server()) as running:
+        before, after = await running.client(), await running.client()
+        with all_descriptors_taken(but=1):
+            waiting = socket.create_connection(("127.0.0.1", running.balancer.port))
+            while not running.core.ledger.limits.children[("descriptors",)]:
+                assert (await before.get("/liveness")).status == 200
+        waiting.sendall(b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
+        client = Client(*await asyncio.open_connection(sock=waiting))
+        assert (await client.answer()).status == 200
+        client.close()
+        assert (await after.get("/liveness")).status == 200
+    assert caplog.text.count("cannot accept a connection: too many open files") == 1
+
+
+@asynchronous
+async def test_a_timeout_that_is_only_late_because_the_process_stood_still_is_none():
+    async with asyncio.timeout(5), lite.within(0.05):
+        arrived = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.02, arrived.set_result, None)
+        blocked_until = asyncio.get_running_loop().time() + 0.7
+        while asyncio.get_running_loop().time() < blocked_until:
+            pass  # as a stopped process
+        await arrived
+    with pytest.raises(TimeoutError):
+        async with lite.within(0.01):
+            await asyncio.Event().wait()
 
 
 @asynchronous
