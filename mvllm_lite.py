@@ -82,6 +82,7 @@ import threading
 import time
 import tomllib
 import urllib.parse
+from collections import deque
 from collections.abc import (
     AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence,
 )
@@ -987,6 +988,8 @@ class Settings:
         (502, 503, 504), list_of(whole(500, 599)), "answers to ask another server after")
     retry_timed_out: bool = setting(
         False, truth, "run a request again that met request_timeout; it may run twice")
+    retry_budget: float = setting(
+        0.2, number(0), "share that retries may add to the requests of ten seconds")
 
     metrics_interval: float = setting(0.5, number(0.05), "time between two looks at /metrics")
     models_interval: float = setting(30.0, number(0.1), "age at which a model list is renewed")
@@ -1003,7 +1006,10 @@ class Settings:
         3, whole(1), "failed checks in a row that take a server out")
     health_check_consecutive_successes: int = setting(
         1, whole(1), "passed checks in a row that bring it back")
-    failure_threshold: int = setting(2, whole(1), "failed requests in a row that take it out")
+    failure_threshold: int = setting(2, whole(1), "failed requests in a row that open its circuit")
+    breaker_window: float = setting(60.0, number(0), "age at which a failed request is forgotten")
+    breaker_open_time: float = setting(30.0, number(0), "from a circuit's opening to a trial")
+    breaker_success_threshold: int = setting(2, whole(1), "good trials in a row that close it")
     auto_recovery_threshold: float = setting(
         60.0, number(0), "without active checks: time until it is tried again")
 
@@ -1571,10 +1577,14 @@ class State(Enum):
 class Health(NamedTuple):
     """The health of one server, from checks (active) and from what requests met (passive).
 
-    It goes out when one limit is met: checks failed in a row, share of passed checks in the
-    window, mean time of the window's checks, requests failed in a row.  It comes back after enough
-    passed checks in a row, whatever was before: the window then starts anew, so that an hour of
-    downtime does not have to be outweighed by an hour of good checks.
+    By checks it goes out when one limit is met: checks failed in a row, share of passed checks in
+    the window, mean time of the window's checks.  It comes back after enough passed checks in a
+    row, whatever was before: the window then starts anew, so that an hour of downtime does not
+    have to be outweighed by an hour of good checks.
+
+    By requests it goes out when enough of them failed in a row: its circuit opens.  Good checks
+    do not close it, since they were good all the while; but after some time it is half-open, one
+    request at a time is a trial, and enough good ones in a row bring it back.
     """
 
     state: State
@@ -1583,9 +1593,21 @@ class Health(NamedTuple):
     window: tuple[tuple[bool, float], ...] = ()  # the last checks: passed, seconds
     failures: int = 0  # failed checks in a row
     successes: int = 0  # passed checks in a row
-    request_failures: int = 0  # failed requests in a row
+    request_failures: tuple[float, ...] = ()  # when requests failed, in a row
+    open_until: float | None = None  # the circuit is open, then half-open; None: it is closed
+    trials: int = 0  # good trials in a row
     checked_at: float | None = None
     checks: int = 0
+
+    @property
+    def answers(self) -> bool:
+        """Whether it can be asked where there is no other: only its circuit keeps it out."""
+        return self.state is State.HEALTHY or (self.open_until is not None and not self.failures)
+
+    def circuit(self, now: float) -> str:
+        if self.open_until is None:
+            return "closed"
+        return "open" if now < self.open_until else "half-open"
 
     @property
     def success_rate(self) -> float:
@@ -1598,7 +1620,9 @@ class Health(NamedTuple):
     def become(self, state: State, reason: str, now: float) -> Health:
         if state is self.state:
             return self._replace(reason=reason)
-        return self._replace(state=state, reason=reason, since=now, successes=0, request_failures=0)
+        return self._replace(
+            state=state, reason=reason, since=now, successes=0, request_failures=(),
+            open_until=None, trials=0)
 
     def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
         """After one more check; `why` names a problem, also with a check that passed."""
@@ -1614,6 +1638,8 @@ class Health(NamedTuple):
         if self.state is State.HEALTHY:
             limit = health.limit_met(why, s)
             return health.become(State.UNHEALTHY if limit else State.HEALTHY, limit or good, now)
+        if self.open_until is not None and passed and not self.failures:
+            return health
         if health.successes >= s.health_check_consecutive_successes:
             return health._replace(window=health.window[-1:]).become(State.HEALTHY, good, now)
         if health.successes:
@@ -1633,13 +1659,32 @@ class Health(NamedTuple):
             return f"the last {count} checks took {mean_s:.1f} s on average"
         return ""
 
-    def failed(self, why: str, now: float, s: Settings) -> Health:
-        """After a request failed in a way the server is to blame for."""
-        health = self._replace(request_failures=self.request_failures + 1)
-        if health.request_failures < s.failure_threshold or self.state is not State.HEALTHY:
-            return health
-        times = f"{health.request_failures} requests failed in a row: "
-        return health.become(State.UNHEALTHY, times * (health.request_failures > 1) + why, now)
+    def failed(self, why: str, reached: bool, now: float, s: Settings) -> Health:
+        """After a request failed in a way the server is to blame for.  Where none could be
+        `reached`, the next good check tells that there is one again."""
+        recent = (then for then in self.request_failures if then > now - s.breaker_window)
+        times = (*recent, now)[-s.failure_threshold :]
+        if self.circuit(now) == "half-open":
+            return self.opened(f"a trial failed: {why}", now, s)
+        if len(times) < s.failure_threshold or self.state is not State.HEALTHY:
+            return self._replace(request_failures=times)
+        why = f"{len(times)} requests failed in a row: " * (len(times) > 1) + why
+        if reached:
+            return self.opened(why, now, s)
+        return self.become(State.UNHEALTHY, why, now)._replace(failures=self.failures + 1)
+
+    def opened(self, why: str, now: float, s: Settings) -> Health:
+        """With its circuit open from now on."""
+        health = self.become(State.UNHEALTHY, f"circuit open: {why}", now)
+        return health._replace(open_until=now + s.breaker_open_time, trials=0)
+
+    def succeeded(self, now: float, s: Settings) -> Health:
+        """After a request went well."""
+        if self.circuit(now) != "half-open":
+            return self._replace(request_failures=()) if self.request_failures else self
+        if self.trials + 1 < s.breaker_success_threshold:
+            return self._replace(trials=self.trials + 1)
+        return self.become(State.HEALTHY, f"{self.trials + 1} trials went well", now)
 
     def rested(self, now: float, s: Settings) -> Health:
         """Without active checks nobody would ever call a server healthy again, so time does."""
@@ -1661,6 +1706,7 @@ class ServerView(NamedTuple):
     health: Health
     draining: bool = False
     in_flight: int = 0  # requests of ours, exact
+    on_trial: int = 0  # of these, begun while the circuit was half-open
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
     own_then: int = 0  # and how many of the requests it counted were ours
@@ -1701,16 +1747,16 @@ class Transition(NamedTuple):
 class Lease:
     """Counts one request in flight while the `with` block runs, whatever ends it."""
 
-    __slots__ = ("_fleet", "_url")
+    __slots__ = ("_fleet", "_url", "_trial")
 
-    def __init__(self, fleet: Fleet, url: str) -> None:
-        self._fleet, self._url = fleet, url
+    def __init__(self, fleet: Fleet, url: str, trial: bool) -> None:
+        self._fleet, self._url, self._trial = fleet, url, trial
 
     def __enter__(self) -> None:
-        self._fleet.count(self._url, 1)
+        self._fleet.count(self._url, 1, self._trial)
 
     def __exit__(self, *_: object) -> None:
-        self._fleet.count(self._url, -1)
+        self._fleet.count(self._url, -1, self._trial)
 
 
 class Fleet:
@@ -1745,18 +1791,20 @@ class Fleet:
         view = self._views.get(url)
         return view.in_flight if view else 0
 
-    def lease(self, url: str) -> Lease:
-        return Lease(self, url)
+    def lease(self, url: str, now: float) -> Lease:
+        view = self._views.get(url)
+        return Lease(self, url, view is not None and view.health.circuit(now) == "half-open")
 
-    def count(self, url: str, change: int) -> None:
+    def count(self, url: str, change: int, trial: bool) -> None:
         """For leases.  A draining server leaves with its last request."""
         view = self._views.get(url)
         if view is None:
             return
-        if view.draining and view.in_flight + change == 0:
+        in_flight, on_trial = view.in_flight + change, view.on_trial + change * trial
+        if view.draining and in_flight == 0:
             del self._views[url]
         else:
-            self._views[url] = view._replace(in_flight=view.in_flight + change)
+            self._views[url] = view._replace(in_flight=in_flight, on_trial=on_trial)
 
     def models_due(self, url: str, now: float, s: Settings) -> bool:
         """Whether the next check should ask for the models, too: they are unknown, old, or the
@@ -1779,14 +1827,9 @@ class Fleet:
         if (view := self._views.get(url)) is None:
             return None
         old, new = view.health, after(view.health, *news)
-        self._update(url, health=new)
+        if new is not old:
+            self._update(url, health=new)
         return None if new.state is old.state else Transition(url, old.state, new.state, new.reason)
-
-    def succeeded(self, url: str) -> None:
-        """A request went well: failures before it no longer count."""
-        view = self._views.get(url)
-        if view is not None and view.health.request_failures:
-            self._update(url, health=view.health._replace(request_failures=0))
 
     def _update(self, url: str, **news: Any) -> None:
         if url in self._views:
@@ -1891,7 +1934,8 @@ class Ranking(NamedTuple):
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
         rows = []
-        for view, reason in zip(self.views, passed_over(self.views, self.model, self.tried)):
+        reasons = passed_over(self.views, self.model, self.tried, self.moment.now)
+        for view, reason in zip(self.views, reasons):
             cost = INFINITY
             if not reason:
                 cost = self.policy.cost(view, self.moment)
@@ -1920,10 +1964,17 @@ def unknown_model(model: str, known: Iterable[str]) -> str:
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
-def passed_over(views: list[ServerView], model: str | None, tried: frozenset[str]) -> list[str]:
+def passed_over(
+    views: list[ServerView], model: str | None, tried: frozenset[str], now: float
+) -> list[str]:
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
-    is asked only when no other is known to have this one."""
-    reasons = [obstacle(view, model, tried) for view in views]
+    is asked only when no other is known to have this one; and when nothing but open circuits
+    keeps the last ones out, they are asked after all."""
+    reasons = [obstacle(view, model, tried, now) for view in views]
+    if all(reasons) and any(view.health.open_until is not None for view in views):
+        return ["" if view.health.open_until is not None and view.health.answers
+                and not obstacle(view, model, tried, None) else reason
+                for view, reason in zip(views, reasons)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
             return [reason or ("has not told its models" if view.models is None else "")
@@ -1931,14 +1982,23 @@ def passed_over(views: list[ServerView], model: str | None, tried: frozenset[str
     return reasons
 
 
-def obstacle(view: ServerView, model: str | None, tried: frozenset[str]) -> str:
+def obstacle(
+    view: ServerView, model: str | None, tried: frozenset[str], now: float | None
+) -> str:
+    """The reason why one server is not eligible by itself; without `now`, but for its circuit."""
+    health = view.health
     if view.draining:
         return "is draining"
-    if not view.healthy:
-        return f"is {view.health.state.value} ({view.health.reason})"
+    if not view.healthy and not (health.answers and may_try(view, now)):
+        return f"is {health.state.value} ({health.reason})"
     if model is not None and not view.serves(model):
         return f"does not serve {shown(model)}"
     return "was tried already" if view.url in tried else ""
+
+
+def may_try(view: ServerView, now: float | None) -> bool:
+    """Whether a server whose circuit is not closed may have a request on trial."""
+    return now is None or (view.health.circuit(now) == "half-open" and not view.on_trial)
 
 
 def rank(
@@ -1946,7 +2006,7 @@ def rank(
     by: Policy, moment: Moment, draw: random.Random,
 ) -> Ranking:  # fmt: skip
     """The best server for a call; once for each attempt."""
-    reasons = passed_over(views, model, tried)
+    reasons = passed_over(views, model, tried, moment.now)
     eligible = [view for view, reason in zip(views, reasons) if not reason]
     best = None
     if eligible:
@@ -2012,12 +2072,47 @@ Step = Relay | Pause | Settle | Answer
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
+UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT)  # the server had no work with the request
+BUDGET_SPAN_S = 10
+BUDGET_FLOOR = 10
 
 
-def relay_plan(choose: Choose, s: Settings, draw: random.Random) -> Plan:
+class RetryBudget:
+    """Retries may add a share to the requests of the last BUDGET_SPAN_S seconds, and BUDGET_FLOOR
+    in any case, so that a failing fleet is not hammered to death."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
+
+    def _second(self, now: float) -> list[int]:
+        while self._seconds and self._seconds[0][0] <= now - BUDGET_SPAN_S:
+            self._seconds.popleft()
+        if not self._seconds or self._seconds[-1][0] != int(now):
+            self._seconds.append([int(now), 0, 0])
+        return self._seconds[-1]
+
+    def came(self, now: float) -> None:
+        """A request has come."""
+        self._second(now)[1] += 1
+
+    def spend(self, now: float, share: float) -> bool:
+        """Whether one more retry may be made; it is counted."""
+        second = self._second(now)
+        requests, retries = (sum(column) for column in list(zip(*self._seconds))[1:])
+        if retries >= max(BUDGET_FLOOR, share * requests):
+            return False
+        second[2] += 1
+        return True
+
+
+def relay_plan(
+    choose: Choose, s: Settings, draw: random.Random, afford: Callable[[], bool]
+) -> Plan:
     """One good answer from one server; others are asked as long as nothing was shown.
 
-    A server that failed is not asked again while there is another.
+    A server that failed is not asked again while there is another.  A request that was never
+    heard, or whose server died with it, is tried once more in any case; other retries are made
+    only while somebody can `afford` them.
     """
     tried, failure = frozenset[str](), WELL
     for attempt in range(1, s.max_retries + 2):
@@ -2040,7 +2135,10 @@ def relay_plan(choose: Choose, s: Settings, draw: random.Random) -> Plan:
         failure = yield Relay(ranking.best, attempt)
         if failure.fault is None or failure.committed:
             return
-        if not may_retry(failure.fault, s):
+        if not may_retry(failure.fault, s) or attempt > s.max_retries:
+            break
+        free = failure.fault.retry is Retry.AT_ONCE and (attempt == 1 or failure.fault in UNHEARD)
+        if not free and not afford():
             break
         tried |= {ranking.best}
     yield Answer(failure)
@@ -2110,6 +2208,7 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     return {
         "url": view.url, "healthy": view.healthy, "health_status": health.state.value,
         "reason": health.reason, "since": clock.iso(health.since), "draining": view.draining,
+        "circuit": health.circuit(clock.monotonic),
         "last_check": clock.iso(health.checked_at), "consecutive_failures": health.failures,
         "success_rate": health.success_rate, "avg_response_time": health.mean_time_s,
         "last_response_time": health.window[-1][1] if health.window else None,
@@ -2169,7 +2268,7 @@ def models_report(views: list[ServerView], aliases: Mapping[str, str]) -> dict[s
     server says of it; aliases stand beside the models they name, and hide one of the same name."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
-        if view.healthy and not view.draining:
+        if view.health.answers and not view.draining:
             for name, entry in (view.models or {}).items():
                 models.setdefault(name, entry)
     named = [(alias, models[name]) for alias, name in aliases.items() if name in models]
@@ -2181,7 +2280,7 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
     """GET /readiness: 503 when a request would find no server, or the balancer is stopping."""
     healthy = sum(view.healthy and not view.draining for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
-    if healthy and not stopping:
+    if any(view.health.answers and not view.draining for view in views) and not stopping:
         return 200, {"status": "ready", **counts}
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
@@ -2196,7 +2295,8 @@ SIZE_BOUNDS_BYTES = tuple(float(4**n) for n in range(4, 14))  # 256 bytes to 64 
 
 
 LIMIT_NAMES = (*dict.fromkeys(LIMITS.values()), "head_timeout", "body_timeout", "keep_alive_timeout",
-               "max_requests_per_connection", "max_connections", "max_connections_per_client")
+               "max_requests_per_connection", "max_connections", "max_connections_per_client",
+               "retry_budget")
 
 
 class Ledger:
@@ -2246,6 +2346,8 @@ class Ledger:
 SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "requests_in_flight": ("Requests now with a server.", lambda v: v.in_flight),
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
+    "server_circuit_open": (
+        "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
     "server_capacity": ("Its max_concurrent_requests.", lambda v: v.capacity),
     "server_running": ("Running requests by its own word.", lambda v: v.load.running),
     "server_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
@@ -3047,6 +3149,7 @@ class Core:
         self.draw = draw
         self.fleet = Fleet()
         self.ledger = Ledger()
+        self.budget = RetryBudget()
         self.pools: dict[str, Pool] = {}
         self.clients: dict[Wire, asyncio.Task[None]] = {}
         self.clients_limit = settings.max_connections
@@ -3070,7 +3173,8 @@ class Core:
             view = self.fleet.view(url) if self.settings.show_models else None
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, view.models if view else None))
-        self.tell()
+        if change is not None or after is Health.checked:
+            self.tell()
 
     def met(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
@@ -3150,8 +3254,9 @@ class Exchange:
             self.model_label = self.label()
             self.forwarded = self.forwarded_fields()
             self.asked_at = self.loop.time()
+            self.core.budget.came(self.asked_at)
             with abandoned_if_gone(self.client):
-                await self.carry_out(relay_plan(self.choose, s, self.core.draw))
+                await self.carry_out(relay_plan(self.choose, s, self.core.draw, self.afford_retry))
         except BadMessage as bad:
             response.persists = False
             response.refuse(bad.fault, f"Bad request: {bad}.")
@@ -3174,6 +3279,12 @@ class Exchange:
             step = next(plan)
             while True:
                 step = plan.send(await self.CARRY_OUT[type(step)](self, step))
+
+    def afford_retry(self) -> bool:
+        if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
+            return True
+        self.core.met("retry_budget")
+        return False
 
     def choose(self, tried: frozenset[str]) -> Ranking:
         core, interval_s = self.core, self.core.settings.metrics_interval
@@ -3269,17 +3380,18 @@ class Exchange:
             core.ledger.retries.add(self.failures[-1])
         self.attempts, self.server = step.attempt, url
         try:
-            with core.fleet.lease(url):
+            with core.fleet.lease(url, self.loop.time()):
                 outcome = await self.ask(core.pool(url))
             label = outcome.fault.label if outcome.fault else "ok"
         finally:
             core.ledger.attempts.add(url, label)
         fault, text = outcome.fault, outcome.text
+        now, s = self.loop.time(), self.settings
         if fault is None:
-            core.fleet.succeeded(url)
+            core.judge(url, Health.succeeded, now, s)
             return outcome
         if fault.blame is Blame.SERVER:
-            core.judge(url, Health.failed, text, self.loop.time(), self.settings)
+            core.judge(url, Health.failed, text, fault not in UNHEARD, now, s)
         if not outcome.committed:
             self.failures.append(label)
         elif fault is not Fault.SERVER_ERROR:  # which was shown whole

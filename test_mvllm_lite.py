@@ -964,14 +964,17 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 def health_after(script, **settings):
     """The health after a script of one letter for each second: + and - are checks that passed
-    and failed, s one that passed slowly, f a failed request, . nothing."""
+    and failed, s one that passed slowly, f a failed request, u one that reached nobody, g a good
+    one, . nothing."""
     s, health = Settings(**settings), lite.Health(State.CHECKING, "", 0.0)
     for now, letter in enumerate(script):
         if letter in "+-s":
             seconds = 11.0 if letter == "s" else 0.01
             health = health.checked(letter != "-", seconds, "refused" * (letter == "-"), now, s)
-        elif letter == "f":
-            health = health.failed("refused", now, s)
+        elif letter in "fu":
+            health = health.failed("refused", letter == "f", now, s)
+        elif letter == "g":
+            health = health.succeeded(now, s)
         elif not s.enable_active_health_check:
             health = health.rested(now, s)
     return health
@@ -993,12 +996,25 @@ HEALTHS = table(
     ("a slow check does not bring back", "s", {}, "unhealthy", "a check took 11.0 s"),
     ("an hour down, one check up", "+" + "-" * 60 + "+", {}, "healthy", "check passed"),
     ("the window starts anew with it", "+" + "-" * 60 + "+--", {}, "healthy", "check failed: refused"),
-    ("failed requests in a row", "+ff", {}, "unhealthy", "2 requests failed in a row: refused"),
+    ("failed requests in a row", "+ff", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
     ("one is forgiven", "+f", {}, "healthy", "check passed"),
-    ("unless told otherwise", "+f", {"failure_threshold": 1}, "unhealthy", "refused"),
-    ("the next good check brings it back", "+ff+", {}, "healthy", "check passed"),
+    ("unless told otherwise", "+f", {"failure_threshold": 1}, "unhealthy", "circuit open: refused"),
+    ("a good one in between clears it", "+fgf", {}, "healthy", "check passed"),
+    ("failures long ago do not count", "+f" + "." * 60 + "f", {}, "healthy", "check passed"),
+    ("good checks do not close a circuit", "+ff" + "+" * 40, {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
+    ("nor does what was begun before it opened", "+ffggg", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
+    ("one good trial is not enough", "+ff" + "." * 30 + "g", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
+    ("two are", "+ff" + "." * 30 + "gg", {}, "healthy", "2 trials went well"),
+    ("a bad trial opens it again", "+ff" + "." * 30 + "gf", {}, "unhealthy", "circuit open: a trial failed: refused"),
+    ("for as long", "+ff" + "." * 30 + "f" + "." * 20 + "gg", {}, "unhealthy", "circuit open: a trial failed: refused"),
+    ("and then it may try again", "+ff" + "." * 30 + "f" + "." * 30 + "gg", {}, "healthy", "2 trials went well"),
+    ("five failures, as others count", "+ffff", {"failure_threshold": 5}, "healthy", "check passed"),
+    ("the fifth opens", "+fffff", {"failure_threshold": 5}, "unhealthy", "circuit open: 5 requests failed in a row: refused"),
+    ("a server that was away is back with a check", "+ff-+", {}, "healthy", "check passed"),
+    ("so is one that nobody could reach", "+uu+", {}, "healthy", "check passed"),
+    ("which is no open circuit", "+uu", {}, "unhealthy", "2 requests failed in a row: refused"),
     ("without checks it is trusted", ".", {"enable_active_health_check": False}, "healthy", "active checks are off"),
-    ("and out after failures", ".ff", {"enable_active_health_check": False}, "unhealthy", "2 requests failed in a row: refused"),
+    ("and out after failures", ".ff", {"enable_active_health_check": False}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
     ("until time has passed", ".ff" + "." * 60, {"enable_active_health_check": False}, "healthy", "tried again after 60 s"),
 )  # fmt: skip
 
@@ -1026,7 +1042,7 @@ def fleet_of(*capacities, healthy=True, models=None):
 
 def test_a_lease_counts_whatever_ends_it():
     fleet = fleet_of(1)
-    with pytest.raises(KeyError), fleet.lease("s0"):
+    with pytest.raises(KeyError), fleet.lease("s0", 0.0):
         assert fleet.in_flight("s0") == 1
         raise KeyError
     assert fleet.in_flight("s0") == 0
@@ -1034,7 +1050,7 @@ def test_a_lease_counts_whatever_ends_it():
 
 def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
     fleet = fleet_of(1, 2, 3)
-    with fleet.lease("s1"):
+    with fleet.lease("s1", 0.0):
         added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)], 5.0)
         assert (added, draining) == (["new"], ["s0", "s1"])
         s2, new, s1 = fleet.views()
@@ -1045,7 +1061,7 @@ def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
 
 def test_a_server_that_is_wanted_again_while_it_drains_stays():
     fleet = fleet_of(1)
-    with fleet.lease("s0"):
+    with fleet.lease("s0", 0.0):
         fleet.apply([], 1.0)
         assert fleet.apply([lite.ServerSettings("s0", 4)], 2.0) == (["s0"], [])
     (view,) = fleet.views()
@@ -1054,12 +1070,11 @@ def test_a_server_that_is_wanted_again_while_it_drains_stays():
 
 def test_news_of_a_server_that_has_left_are_ignored():
     fleet = fleet_of(1)
-    with fleet.lease("s0"):
+    with fleet.lease("s0", 0.0):
         fleet.apply([], 1.0)
     fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
     fleet.learned("s0", {}, 1.0)
-    fleet.succeeded("s0")
-    assert fleet.judge("s0", lite.Health.failed, "x", 1.0, Settings()) is None and fleet.views() == []
+    assert fleet.judge("s0", lite.Health.failed, "x", True, 1.0, Settings()) is None and fleet.views() == []
 
 
 FOREIGN = table(
@@ -1090,6 +1105,38 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  8  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
+    ("open", [0.0], 29.0, "s1", "is unhealthy (circuit open: x)"),
+    ("half-open: one request on trial", [0.0], 30.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
+    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
+)
+
+
+@pytest.mark.parametrize("opened, now, best, reason", CIRCUITS)
+def test_circuits(opened, now, best, reason):
+    fleet = fleet_of(20, 1)
+    for i, then in enumerate(opened):
+        fleet.judge(f"s{i}", lite.Health.opened, "x", then, Settings())
+    ranking = ranking_of(fleet, now=now)
+    assert ranking.best == best and {c.url: c.reason for c in ranking.candidates()}["s0"] == reason
+
+
+def test_one_trial_at_a_time():
+    fleet = fleet_of(20, 1)
+    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
+    with fleet.lease("s0", 10.0):  # begun while it was open: none
+        with fleet.lease("s0", 31.0):
+            assert ranking_of(fleet, now=31.0).best == "s1"
+        assert ranking_of(fleet, now=31.0).best == "s0"
+
+
+def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
+    fleet = fleet_of(20)
+    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
+    fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1.0, Settings())
+    assert ranking_of(fleet, now=31.0).best is None
 
 
 def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None):
@@ -1141,7 +1188,7 @@ def test_a_burst_between_two_reports_spreads():
     for _ in range(20):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best).__enter__()
+        fleet.lease(best, 0.0).__enter__()
     assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
 
 
@@ -1150,7 +1197,7 @@ def test_capacity_decides_how_a_burst_is_shared():
     for _ in range(28):
         best = ranking_of(fleet).best
         taken[best] += 1
-        fleet.lease(best).__enter__()
+        fleet.lease(best, 0.0).__enter__()
     assert taken == {"s0": 16, "s1": 8, "s2": 4}
 
 
@@ -1210,13 +1257,14 @@ def outcome(word):
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER}  # fmt: skip
     held = lite.Held("s?", answer_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
-    return lite.Outcome(faults[word.rstrip("!")], word, word == "cut", held)
+    return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
 
-def play(fleet, outcomes, **settings):
-    """The steps of a plan against these outcomes, in words."""
+def play(fleet, outcomes, affordable=99, **settings):
+    """The steps of a plan against these outcomes, in words, with so many affordable retries."""
     s, draw, steps = Settings(**settings), random.Random(5), []
-    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), s, draw)
+    afford = iter([True] * affordable + [False] * 99).__next__
+    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), s, draw, afford)
     told, outcomes = None, iter(outcomes)
     with contextlib.suppress(StopIteration):
         while True:
@@ -1252,6 +1300,11 @@ PLANS = table(
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
      ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
     ("no server", (), [], {}, ["answer no_server"]),
+    ("a retry that cannot be afforded", (2, 1), ["503!"], {"affordable": 0}, ["ask s0", "answer server_error as held"]),
+    ("the first is free where a server died with it", (3, 2, 1), ["cut?", "cut?"], {"affordable": 0},
+     ["ask s0", "ask s1", "answer server_gone"]),
+    ("it is always free where nobody was reached", (3, 2, 1), ["refused", "refused", "ok"], {"affordable": 0},
+     ["ask s0", "ask s1", "ask s2"]),
 )  # fmt: skip
 
 
@@ -1266,13 +1319,23 @@ def test_a_plan_waits_for_servers_that_were_not_checked_yet():
 
 def test_when_the_fleet_dies_the_answer_says_so():
     fleet = fleet_of(1)
-    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), Settings(), random.Random(1))
+    choose = functools.partial(ranking_of, fleet, "least", None)
+    plan = lite.relay_plan(choose, Settings(), random.Random(1), lambda: True)
     assert isinstance(next(plan), lite.Relay)
     for _ in range(2):
-        fleet.judge("s0", lite.Health.failed, "refused", 0.0, Settings())
+        fleet.judge("s0", lite.Health.failed, "refused", False, 0.0, Settings())
     assert isinstance(plan.send(outcome("refused")), lite.Pause)
     answer = plan.send(lite.WELL)
     assert answer.outcome.fault is Fault.NO_SERVER and "refused" in answer.outcome.text
+
+
+def test_retries_are_a_share_of_the_last_ten_seconds_traffic():
+    budget = lite.RetryBudget()
+    assert [budget.spend(0.5, 0.2) for _ in range(11)] == [True] * 10 + [False]  # a few in any case
+    for n in range(100):
+        budget.came(1.0 + n / 100)
+    assert [budget.spend(2.0, 0.2) for _ in range(11)] == [True] * 10 + [False]  # 20 of 100
+    assert [budget.spend(12.5, 0.2) for _ in range(11)] == [True] * 10 + [False]  # all is forgotten
 
 
 def test_pauses_grow_within_bounds_and_differ():
@@ -1326,7 +1389,7 @@ def test_health_in_one_word(healthy, total, status):
 
 def test_load_counts_our_requests_and_those_of_others_once():
     fleet = with_load(fleet_of(10, 5), (6, 2), (0, 0), at=100.0)
-    with fleet.lease("s1"):
+    with fleet.lease("s1", 0.0):
         report = lite.load_report(fleet.views(), Settings(), CLOCK)
     first, second = report["servers"]
     detailed = {"num_requests_running": 6, "num_requests_waiting": 2, "gpu_cache_usage_perc": 0.0,
@@ -2124,7 +2187,7 @@ async def test_a_connection_the_server_had_closed_is_replaced_without_a_mark():
             assert (await client.post()).status == 200
         assert running.states() == ["healthy"]
         assert await running.metric("mvllm_attempts_total") == await running.metric("mvllm_attempts_total", result="ok")
-        assert running.core.fleet.views()[0].health.request_failures == 0
+        assert running.core.fleet.views()[0].health.request_failures == ()
 
 
 @asynchronous
@@ -2563,7 +2626,27 @@ async def test_client_errors_never_mark_a_server_and_server_errors_do():
         assert running.states() == ["healthy"]
         assert (await client.post(body=b"500")).status == 500
         assert running.states() == ["unhealthy"]
-        assert (await client.post(body=b"400")).status == 503
+        assert (await client.post(body=b"400")).status == 400  # it is asked after all: there is no other
+
+
+@asynchronous
+async def test_a_server_whose_answers_fail_does_not_come_and_go_with_its_good_checks():
+    async def answer(asked, conn):
+        await conn.json({}, "503 X")
+
+    bad, good = Server(answer), Server()
+    bad.capacity = 1000
+    async with balancing(bad, good, health_check_interval=0.02) as running:
+        client = await running.client()
+        assert [(await client.post()).status for _ in range(5)] == [200] * 5
+        checks = bad.probes["/health"]
+        while bad.probes["/health"] < checks + 10:
+            assert (await client.post()).status == 200
+        assert len(bad.asked) == 2 and running.states() == ["unhealthy", "healthy"]
+        assert await running.metric("mvllm_server_transitions_total", server=bad.url) == 2
+        assert await running.metric("mvllm_server_circuit_open", server=bad.url) == 1
+        assert (await client.get("/health")).json["servers"][0]["circuit"] == "open"
+        assert (await client.get("/readiness")).status == 200
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -2754,7 +2837,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 async def test_local_paths_answer_while_every_server_hangs():
     async with balancing(Server(), Server(models=["b"])) as running:
         for server in running.core.pools:
-            running.core.judge(server, lite.Health.failed, "x", 0.0, running.core.settings)
+            running.core.judge(server, lite.Health.failed, "x", True, 0.0, running.core.settings)
         client = await running.client()
         assert (await client.get("/")).json == {"service": "mvllm_lite", "version": lite.__version__, "status": "running"}
         assert (await client.get("/version")).json == {"version": lite.__version__}
@@ -3100,7 +3183,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
         statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
         assert statuses[500] == 2 and statuses[200] == 8  # then it is out
         assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
-        running.core.judge(bad.url, lite.Health.checked, True, 0.01, "", 0.0, running.core.settings)
+        running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
         statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
         assert statuses[504] == 2 and statuses[200] == 8
         control.close()
