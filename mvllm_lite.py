@@ -113,6 +113,7 @@ FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
+PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
 STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whole process
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
@@ -187,7 +188,10 @@ class Fault(Enum):
     # A server answered, with a failure of its own; it is shown as it came if nobody does better.
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
-    STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
+    STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
+    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, and ended well-formed
+    ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
+    SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
     # Our own mistake.
     INTERNAL = 500, Blame.NOBODY, Retry.NEVER, "InternalServerError"
 
@@ -317,6 +321,13 @@ class ResponseHead(NamedTuple):
     @property
     def is_event_stream(self) -> bool:
         return self.fields.get("content-type")[:17].lower() == "text/event-stream"
+
+    @property
+    def is_short_json(self) -> bool:
+        """A plain answer of vLLM's to most requests."""
+        get = self.fields.get
+        length = get("content-length", "999999")
+        return len(length) < 6 and get("content-type")[:16].lower() == "application/json"
 
 
 class Framing(NamedTuple):
@@ -1010,6 +1021,8 @@ class Settings:
     breaker_window: float = setting(60.0, number(0), "age at which a failed request is forgotten")
     breaker_open_time: float = setting(30.0, number(0), "from a circuit's opening to a trial")
     breaker_success_threshold: int = setting(2, whole(1), "good trials in a row that close it")
+    frozen_timeout: float = setting(
+        60.0, number(0), "standstill of a server with requests that takes it out; 0 is never")
     auto_recovery_threshold: float = setting(
         60.0, number(0), "without active checks: time until it is tried again")
 
@@ -1488,6 +1501,32 @@ def stream_begun(content: bytes) -> Begun:
     return Begun.NOT_YET
 
 
+# What a dying, stopping or draining vLLM says in answers that end as if all were well; in text that
+# a model has generated, the quotes would be escaped.
+ABORT_REASON = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+ERROR_EVENT = re.compile(rb"^(?:event:\s*(?:error|response\.failed)\s*$|data:\s*" + ERROR_DATA.pattern
+                         + rb")", re.MULTILINE)  # fmt: skip
+NO_ENGINE = re.compile(rb"(?i)EngineCore|EngineDead|engine (?:loop )?(?:is|has|was) |"
+                       rb"cannot schedule new futures")  # fmt: skip
+
+
+def bad_end(tail: bytes) -> Fault | None:
+    """The failure that the last events of a stream, or a plain answer, admit to."""
+    if b'"abort"' in tail and ABORT_REASON.search(tail):
+        return Fault.ABORTED
+    if b"error" not in tail and b"failed" not in tail:
+        return None
+    failed = (m for m in ERROR_EVENT.finditer(tail) if not CLIENT_ERROR.search(tail, m.start()))
+    return Fault.STREAM_FAILED if any(failed) else None
+
+
+def bad_answer(status: int, content: bytes) -> Fault | None:
+    """The failure that a whole plain answer admits to, which another server may not have."""
+    if status == 500:
+        return Fault.ENGINE_FAILED if NO_ENGINE.search(content[:4096]) else None
+    return Fault.ABORTED if b'"abort"' in content and ABORT_REASON.search(content) else None
+
+
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
     """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
     /v1/messages, look for `type` beside it."""
@@ -1515,9 +1554,11 @@ VLLM_METRICS = {
     # From 0 to 1, despite its name.
     "kv_usage": VllmMetric(("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), max),
     "max_fds": VllmMetric(("process_max_fds",), sum),
+    "prompt_tokens": VllmMetric(("vllm:prompt_tokens_total",), sum),
+    "generation_tokens": VllmMetric(("vllm:generation_tokens_total",), sum),
 }
 VLLM_NAMES = tuple(name for metric in VLLM_METRICS.values() for name in metric.names)
-PLAUSIBLE_LIMIT = 1e9  # a number beyond is nonsense, as are those below zero
+PLAUSIBLE_LIMIT = 1e15  # a number beyond is nonsense, as are those below zero
 
 
 class EngineLoad(NamedTuple):
@@ -1527,6 +1568,7 @@ class EngineLoad(NamedTuple):
     waiting: int | None = None
     kv_usage_ratio: float | None = None
     max_fds: int | None = None
+    tokens: int | None = None  # read and generated since its start: what moves while it works
 
 
 def engine_load(page: str) -> EngineLoad:
@@ -1543,7 +1585,9 @@ def engine_load(page: str) -> EngineLoad:
                 break
     if "waiting" in values:
         values["waiting"] += values.get("swapped", 0)
-    count = {k: int(values[k]) for k in ("running", "waiting", "max_fds") if k in values}
+    if "prompt_tokens" in values or "generation_tokens" in values:
+        values["tokens"] = values.get("prompt_tokens", 0) + values.get("generation_tokens", 0)
+    count = {k: int(values[k]) for k in ("running", "waiting", "max_fds", "tokens") if k in values}
     return EngineLoad(kv_usage_ratio=values.get("kv_usage"), **count)
 
 
@@ -1596,13 +1640,15 @@ class Health(NamedTuple):
     request_failures: tuple[float, ...] = ()  # when requests failed, in a row
     open_until: float | None = None  # the circuit is open, then half-open; None: it is closed
     trials: int = 0  # good trials in a row
+    frozen: bool = False  # its engine stands still: clients' requests are no trials then
     checked_at: float | None = None
     checks: int = 0
 
     @property
     def answers(self) -> bool:
         """Whether it can be asked where there is no other: only its circuit keeps it out."""
-        return self.state is State.HEALTHY or (self.open_until is not None and not self.failures)
+        kept_out = self.open_until is not None and not (self.failures or self.frozen)
+        return self.state is State.HEALTHY or kept_out
 
     def circuit(self, now: float) -> str:
         if self.open_until is None:
@@ -1622,7 +1668,7 @@ class Health(NamedTuple):
             return self._replace(reason=reason)
         return self._replace(
             state=state, reason=reason, since=now, successes=0, request_failures=(),
-            open_until=None, trials=0)
+            open_until=None, trials=0, frozen=False)
 
     def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
         """After one more check; `why` names a problem, also with a check that passed."""
@@ -1665,18 +1711,22 @@ class Health(NamedTuple):
         recent = (then for then in self.request_failures if then > now - s.breaker_window)
         times = (*recent, now)[-s.failure_threshold :]
         if self.circuit(now) == "half-open":
-            return self.opened(f"a trial failed: {why}", now, s)
+            return self.opened(f"circuit open: a trial failed: {why}", now, s)
         if len(times) < s.failure_threshold or self.state is not State.HEALTHY:
             return self._replace(request_failures=times)
         why = f"{len(times)} requests failed in a row: " * (len(times) > 1) + why
         if reached:
-            return self.opened(why, now, s)
+            return self.opened(f"circuit open: {why}", now, s)
         return self.become(State.UNHEALTHY, why, now)._replace(failures=self.failures + 1)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
         """With its circuit open from now on."""
-        health = self.become(State.UNHEALTHY, f"circuit open: {why}", now)
+        health = self.become(State.UNHEALTHY, why, now)
         return health._replace(open_until=now + s.breaker_open_time, trials=0)
+
+    def stood_still(self, why: str, now: float, s: Settings) -> Health:
+        """With its engine frozen, though its health path may say that all is well."""
+        return self.opened(why, now, s)._replace(frozen=True)
 
     def succeeded(self, now: float, s: Settings) -> Health:
         """After a request went well."""
@@ -1707,6 +1757,8 @@ class ServerView(NamedTuple):
     draining: bool = False
     in_flight: int = 0  # requests of ours, exact
     on_trial: int = 0  # of these, begun while the circuit was half-open
+    busy_since: float = -INFINITY  # since when it has any
+    progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
     own_then: int = 0  # and how many of the requests it counted were ours
@@ -1742,6 +1794,27 @@ class Transition(NamedTuple):
     old: State
     new: State
     reason: str
+
+
+class Work(NamedTuple):
+    """What a server has been doing with requests of ours, apart from its own word."""
+
+    moved_at: float  # when the last piece of any of its answers came
+    unanswered_bytes: int  # content of requests that have not begun their answer
+
+
+def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
+    """Why its engine seems frozen, or ''.  A server with requests must read prompts or generate
+    tokens, and count them; reading a long prompt takes time without a sign of progress."""
+    if not (s.frozen_timeout and view.in_flight and view.load.tokens is not None and view.healthy):
+        return ""
+    if not view.reports(now, s.metrics_interval):  # then it is for the health checks to judge
+        return ""
+    still_s = now - max(view.busy_since, view.progress_at, work.moved_at)
+    if still_s <= s.frozen_timeout + work.unanswered_bytes / PREFILL_BYTES_PER_S:
+        return ""
+    return (f"frozen: {view.in_flight} requests in flight, and neither its token counters"
+            f" nor its streams have moved for {still_s:.0f} s")  # fmt: skip
 
 
 class Lease:
@@ -1793,6 +1866,8 @@ class Fleet:
 
     def lease(self, url: str, now: float) -> Lease:
         view = self._views.get(url)
+        if view is not None and not view.in_flight:
+            self._update(url, busy_since=now)
         return Lease(self, url, view is not None and view.health.circuit(now) == "half-open")
 
     def count(self, url: str, change: int, trial: bool) -> None:
@@ -1819,7 +1894,11 @@ class Fleet:
         """A page of metrics came.  `own_then` is how many requests of ours it may have counted:
         the larger of those in flight when it was asked for and when it came, so that none of
         them is taken for a foreign one."""
+        view = self._views.get(url)
+        moved = view is not None and load.tokens != view.load.tokens
         self._update(url, load=load, load_at=now, own_then=own_then)
+        if moved:
+            self._update(url, progress_at=now)
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> Transition | None:
         """Replace a server's health by what it is after the news: `Health.checked`, say, and its
@@ -2318,6 +2397,7 @@ class Ledger:
         self.scrapes = Counter(
             "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
+        self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
@@ -2337,6 +2417,7 @@ class Ledger:
         for limit in LIMIT_NAMES:
             self.limits.add(limit, amount=0)
         self.errors.add(amount=0)
+        self.stalls.add(amount=0)
 
     def families(self) -> list[Family]:
         return list(vars(self).values())
@@ -2880,25 +2961,30 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     return parse_response_head(raw)
 
 
-async def fetch(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
-    """GET something small from a server, for the balancer's own use: (status, content).  Raises
-    PeerGone, BadMessage, TimeoutError."""
-    request = f"GET {pool.prefix}{path} HTTP/1.1\r\nHost: {pool.authority}\r\nAccept: */*\r\n\r\n"
+async def fetch(
+    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
+) -> tuple[int, bytes]:
+    """GET something small from a server, or POST some JSON, for the balancer's own use: (status,
+    content).  Raises PeerGone, BadMessage, TimeoutError."""
+    request = f"{'GET' if content is None else 'POST'} {pool.prefix}{path} HTTP/1.1\r\n"
+    request += f"Host: {pool.authority}\r\nAccept: */*\r\n"
+    if content is not None:
+        request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
 
     async def conversation(wire: Wire) -> tuple[int, bytes]:
-        wire.transport.write(request.encode("latin-1"))
+        wire.transport.write(f"{request}\r\n".encode("latin-1") + (content or b""))
         for _ in range(INFORMATIONAL_LIMIT):
             head = await read_response_head(wire, INFINITY)
             if head.status >= 200:
                 break
-        decoder, content = decoder_for(response_framing(head, "GET")), bytearray()
+        decoder, answer = decoder_for(response_framing(head, "GET")), bytearray()
         while not decoder.done:
-            content += await wire.read_content(decoder, INFINITY)
-            if len(content) > FETCH_LIMIT_BYTES:
+            answer += await wire.read_content(decoder, INFINITY)
+            if len(answer) > FETCH_LIMIT_BYTES:
                 text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
                 raise BadMessage(text, Fault.BAD_ANSWER)
         wire.reusable = head.persists and not decoder.rest
-        return head.status, bytes(content)
+        return head.status, bytes(answer)
 
     async with within(timeout_s):
         return await pool.talk(conversation, timeout_s)
@@ -2913,6 +2999,10 @@ async def fetch(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
 # blocked, its feeder is held.
 
 
+TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
+TAIL_BYTES = 8192
+
+
 class Pump:
     """Moves an answer's content from a server to the client: the sink of the server's wire.
 
@@ -2921,8 +3011,8 @@ class Pump:
     """
 
     __slots__ = (
-        "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "last",
-        "_silence_s", "_moved_at", "_seen", "_gaps", "_gaps_child",
+        "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
+        "moved_at", "_silence_s", "_seen", "_gaps", "_gaps_child",
     )  # fmt: skip
 
     def __init__(
@@ -2933,12 +3023,12 @@ class Pump:
         self.done: asyncio.Future[None] = client.loop.create_future()
         self.sent_bytes = 0
         self.first_at: float | None = None  # when the first piece came
-        self.last = b""  # the last piece
+        self.tail: deque[bytes] = deque(maxlen=TAIL_PIECES)  # the last pieces
+        self.moved_at = client.loop.time()  # when the last piece came
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
-        self._moved_at = client.loop.time()
         self._seen: tuple[float, float] = (0.0, 0.0)  # of a slow client, at the last expiry
         server.sink, client.feeder = self, server
-        server.expect_by(self._moved_at + silence_s)
+        server.expect_by(self.moved_at + silence_s)
         if client.blocked:
             server.hold()
         elif server.held:
@@ -2958,15 +3048,15 @@ class Pump:
             if self.first_at is None:
                 self.first_at = now
             if self._gaps_child is not None:
-                self._gaps.observe(self._gaps_child, now - self._moved_at)
-            self._moved_at, self.last = now, content
+                self._gaps.observe(self._gaps_child, now - self.moved_at)
+            self.moved_at = now
+            self.tail.append(content)
             self.sent_bytes += len(content)
             if self.chunked:
                 out = data if decoder.verbatim else encode_chunk(content)
         wire.deadline = now + self._silence_s
         if decoder.done:
-            self.client.transport.write(out + LAST_CHUNK if self.chunked else out)
-            self._end(None)
+            self._finish(out)
         elif out:
             self.client.transport.write(out)
 
@@ -2975,9 +3065,15 @@ class Pump:
             self._end(wire.departure())
             return
         self.decoder.done = True
-        if self.chunked:
-            self.client.transport.write(LAST_CHUNK)
-        self._end(None)
+        self._finish(b"")
+
+    def _finish(self, out: bytes) -> None:
+        """The last bytes.  An end that is well-formed may still be that of an answer cut short;
+        it stays away then, unless the server's own last event tells the client."""
+        fault = bad_end(b"".join(self.tail)[-TAIL_BYTES:])
+        if fault is not Fault.ABORTED:
+            self.client.transport.write(out + LAST_CHUNK if self.chunked else out)
+        self._end(fault and BadMessage("the server ended the answer before it was whole", fault))
 
     def expired(self, wire: Wire) -> None:
         """Silence is the server's, unless it is held because the client takes nothing; a client
@@ -2985,10 +3081,10 @@ class Pump:
         backlog = self.client.transport.get_write_buffer_size()
         if not self.client.blocked:
             self._end(TimeoutError())
-        elif self._seen[0] == self._moved_at and backlog >= self._seen[1]:
+        elif self._seen[0] == self.moved_at and backlog >= self._seen[1]:
             self.client.abort()
         else:
-            self._seen = self._moved_at, backlog
+            self._seen = self.moved_at, backlog
             wire.expect_by(wire.loop.time() + self._silence_s)
 
     def _end(self, error: Exception | None) -> None:
@@ -3140,6 +3236,24 @@ class Response:
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
 
 
+class Attempt:
+    """A request that is with a server, for the server's watcher to see and to end."""
+
+    __slots__ = ("content_bytes", "wire", "pump", "frozen")
+
+    def __init__(self, content_bytes: int) -> None:
+        self.content_bytes = content_bytes
+        self.wire: Wire | None = None  # while nothing of an answer was shown
+        self.pump: Pump | None = None
+        self.frozen = False
+
+    def give_up(self) -> None:
+        """Another server may do it: this one stands still."""
+        if self.wire is not None:
+            self.frozen, self.wire.reused = True, False
+            self.wire.abort()
+
+
 class Core:
     """The balancer owns it, and replaces its settings on reload."""
 
@@ -3151,6 +3265,8 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.pools: dict[str, Pool] = {}
+        self.attempts: dict[str, set[Attempt]] = {}  # by server
+        self.stalled_at = -INFINITY  # when this process last turned out to have stood still
         self.clients: dict[Wire, asyncio.Task[None]] = {}
         self.clients_limit = settings.max_connections
         # Clients in the middle of a request; None while its head is still coming.
@@ -3239,6 +3355,7 @@ class Exchange:
         self.model_label = ""
         self.forwarded = ""  # the request's field lines for servers, made once
         self.server = ""  # the one asked last
+        self.attempt = Attempt(0)  # the last
         self.attempts = 0
         self.failures: list[str] = []  # of the attempts before the last
         self.began_at = self.asked_at = self.loop.time()
@@ -3394,32 +3511,45 @@ class Exchange:
             core.judge(url, Health.failed, text, fault not in UNHEARD, now, s)
         if not outcome.committed:
             self.failures.append(label)
-        elif fault is not Fault.SERVER_ERROR:  # which was shown whole
+        elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
+            self.response.end = fault.label
+        else:
             self.response.break_off(fault, text)
         return outcome
 
     async def ask(self, pool: Pool) -> Outcome:
         """What became of asking one server, whatever it did."""
         s, response = self.settings, self.response
+        attempts = self.core.attempts.setdefault(self.server, set())
+        attempts.add(attempt := Attempt(self.content_bytes))
+        self.attempt = attempt
         try:
             return await pool.talk(lambda wire: self.converse(wire, pool), s.connect_timeout)
         except PeerGone as gone:
-            return Outcome(gone.fault, str(gone), response.begun)
+            fault = Fault.SERVER_FROZEN if attempt.frozen else gone.fault
+            return Outcome(fault, str(gone), response.begun)
         except BadMessage as bad:
-            return Outcome(Fault.BAD_ANSWER, str(bad), response.begun)
+            theirs = bad.fault.blame is Blame.SERVER
+            return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
         except TimeoutError:
             text = f"the server said nothing for {s.request_timeout:g} s"
             return Outcome(Fault.SERVER_SILENT, text, response.begun)
+        finally:
+            attempts.discard(attempt)
 
     async def converse(self, wire: Wire, pool: Pool) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
         be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
+        attempt = self.attempt
+        attempt.wire = wire
         head, sent_whole = await self.send_and_listen(wire, pool)
         if head.status == 101:
+            attempt.wire = None
             return await self.tunnel(wire, head)
         framing = response_framing(head, self.head.method)
         decoder = decoder_for(framing)
         fault, first = await self.hold_back(wire, head, decoder)
+        attempt.wire = None
         if fault is None:
             location = head.fields.get("location")
             added = [("Location", local_location(location, pool.authority, pool.prefix))]
@@ -3465,25 +3595,28 @@ class Exchange:
     async def hold_back(
         self, wire: Wire, head: ResponseHead, decoder: Decoder
     ) -> tuple[Fault | None, bytes]:
-        """Read as much of an answer as it takes to see whether it is one: of a failure all (it
-        may be shown later), of an event stream its first event.  The fault it is, or None, and
-        the content so far."""
-        fault, held = self.fault_of(head), b""
-        if fault is None and (decoder.done or not head.is_event_stream):
-            return None, decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
-        limit = HELD_LIMIT_BYTES if fault is None else HELD_FAILURE_LIMIT_BYTES
+        """Read as much of an answer as it takes to see whether it is one: of an event stream its
+        first event; of a failure all, since it may be shown later; of a short JSON document all,
+        since it comes at once.  The fault it is, or None, and the content so far."""
         deadline = self.loop.time() + self.settings.request_timeout  # comments do not move it
-        while len(held) <= limit:
-            if fault is None:
-                begun = stream_begun(held)
-                if begun is Begun.CONTENT:
-                    break
-                if begun is Begun.FAILED or decoder.done:
-                    fault = Fault.STREAM_FAILED
-            if decoder.done:
-                return fault, held
+        fault, held = self.fault_of(head), b""
+        if fault is None and head.is_event_stream and not decoder.done:
+            while len(held) <= HELD_LIMIT_BYTES and (begun := stream_begun(held)) is Begun.NOT_YET:
+                if decoder.done:
+                    return Fault.STREAM_FAILED, held
+                held += await wire.read_content(decoder, deadline)
+            if decoder.done:  # it came at once
+                fault = bad_end(held[-TAIL_BYTES:])
+            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
+        if wire.buffer and not decoder.done:
+            held = decoder.feed(wire.take())
+        if fault is None and not (head.status == 500 or head.is_short_json):
+            return None, held
+        while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
             held += await wire.read_content(decoder, deadline)
-        return None, held
+        if not decoder.done:
+            return None, held  # too much to be kept
+        return fault or bad_answer(head.status, held), held
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""
@@ -3499,11 +3632,13 @@ class Exchange:
         child = gaps.child(self.model_label) if response.streams else None
         chunked, silence_s = response.framing == CHUNKED, self.settings.request_timeout
         pump = Pump(self.client, wire, decoder, chunked, silence_s, gaps, child)
+        self.attempt.pump = pump
         try:
             await pump.done
         finally:
             wire.sink = self.client.feeder = None
-            response.sent(pump.sent_bytes, pump.last, pump.first_at)
+            last = pump.tail[-1] if pump.tail else b""
+            response.sent(pump.sent_bytes, last, pump.first_at)
 
     def named(self) -> list[tuple[str, str]]:
         return [("X-MVLLM-Server", self.server)] if self.settings.server_header else []
@@ -3613,6 +3748,11 @@ async def check_server(
     return Check(has_health, seconds, why)
 
 
+# One token, or one embedding: vLLM needs no model's name where it serves only one.
+ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
+                 ("/v1/embeddings", b'{"input":"1"}'))  # fmt: skip
+
+
 async def watch_health(core: Core, url: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
     pool, loop = core.pool(url), asyncio.get_running_loop()
@@ -3621,7 +3761,10 @@ async def watch_health(core: Core, url: str) -> None:
         active = s.enable_active_health_check
         want_models = core.fleet.models_due(url, loop.time(), s)
         if active or want_models:
+            begun = loop.time()
             found = await check_server(pool, s.health_check_timeout, active, want_models)
+            if core.stalled_at >= begun:  # then its time, and maybe its failure, was ours
+                continue
             if found is not None and found.models is not None:
                 core.fleet.learned(url, found.models, loop.time())
             if found is not None and active:
@@ -3647,7 +3790,44 @@ async def watch_load(core: Core, url: str) -> None:
         except (PeerGone, BadMessage, TimeoutError):
             result = "failed"
         core.ledger.scrapes.add(url, result)
+        if core.stalled_at < begun - interval_s:
+            await watch_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
+
+
+async def watch_progress(core: Core, url: str) -> None:
+    """Take a server out whose engine stands still; look whether one that did moves again."""
+    view, now, s = core.fleet.view(url), asyncio.get_running_loop().time(), core.settings
+    if view is None:
+        return
+    if view.health.frozen:
+        if view.health.circuit(now) == "half-open":
+            if await generates(core.pool(url), s.health_check_timeout):
+                core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
+            else:
+                core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
+        return
+    attempts = core.attempts.get(url, set())
+    work = Work(
+        max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),
+        sum(a.content_bytes for a in attempts if a.pump is None),
+    )
+    if why := standstill(view, work, now, s):
+        core.judge(url, Health.stood_still, why, now, s)
+        for attempt in attempts:
+            attempt.give_up()
+
+
+async def generates(pool: Pool, timeout_s: float) -> bool:
+    """Whether a server's engine does the least that can be asked of it."""
+    try:
+        for path, content in ENGINE_PROBES:
+            status, _ = await fetch(pool, path, timeout_s, content)
+            if status < 400 or status >= 500:
+                return status < 400
+    except (PeerGone, BadMessage, TimeoutError):
+        return False
+    return True  # it has neither: nothing more can be asked
 
 
 class SettingsFile:
@@ -3842,6 +4022,7 @@ class Balancer:
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings)
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
+            pulse = self._tasks.create_task(self.pulse())
             self._listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
                                for one in sockets]  # fmt: skip
             ready()
@@ -3849,7 +4030,8 @@ class Balancer:
             for listener in self._listeners:
                 listener.close()
             await self.drain()
-            for task in (follower, *core.clients.values(), *sum(self._watchers.values(), [])):
+            watchers = sum(self._watchers.values(), [follower, pulse])
+            for task in (*core.clients.values(), *watchers):
                 task.cancel()
         for pool in core.pools.values():
             pool.close()
@@ -3890,6 +4072,18 @@ class Balancer:
             await asyncio.wait(core.clients.values(), timeout=core.settings.drain_timeout)
         if running:
             log.warning("stopping: %d answers are cut short", len(running))
+
+    async def pulse(self) -> None:
+        """Notice when the whole process stood still (a suspended machine, a debugger, a core that
+        others took), so that nobody else is blamed for it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + STALL_S
+            await asyncio.sleep(STALL_S)
+            if (late_s := loop.time() - due) > STALL_S:
+                self.core.stalled_at = loop.time()
+                self.core.ledger.stalls.add()
+                log.warning("this process stood still for %.1f s", late_s)
 
     async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do background work again and again, whatever happens in it."""

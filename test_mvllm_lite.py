@@ -934,7 +934,41 @@ LOADS = table(
 
 @pytest.mark.parametrize("page, expected", LOADS)
 def test_load_is_read_from_pages_old_and_new(page, expected):
-    assert tuple(lite.engine_load(page)) == expected
+    assert lite.engine_load(page)[:4] == expected
+
+
+def test_tokens_are_those_read_and_generated_by_all_engines():
+    page = "".join(f'vllm:{kind}_tokens_total{{engine="{n}"}} {10 ** n}\n' for kind in ("prompt", "generation") for n in (0, 1))
+    assert lite.engine_load(page).tokens == 22 and lite.engine_load("up 1").tokens is None
+
+
+ENDS = table(
+    ("good", b'data: {"choices":[{"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n', None),
+    ("a stopping vLLM", b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n', "ABORTED"),
+    ("spaced", b'data: {"choices":[{"finish_reason": "abort"}]}\n\n', "ABORTED"),
+    ("a dying engine", b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\ndata: [DONE]\n\n', "STREAM_FAILED"),
+    ("responses", b'event: response.failed\ndata: {"type":"response.failed"}\n\n', "STREAM_FAILED"),
+    ("messages", b'event: error\ndata: {"type":"error","error":{}}\n\n', "STREAM_FAILED"),
+    ("the client's own mistake", b'data: {"error": {"message": "too long", "code": 400}}\n\n', None),
+    ("text about it", rb'data: {"choices":[{"delta":{"content":"\"finish_reason\":\"abort\" data: {\"error\": {}"}}]}' b"\n\n", None),
+    ("text that is an error event", b'data: {"choices":[{"delta":{"content":"\\ndata: {\\"error\\": {}}"}}]}\n\n', None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tail, fault", ENDS)
+def test_what_the_last_events_admit(tail, fault):
+    assert lite.bad_end(tail) is (fault and Fault[fault])
+
+
+@pytest.mark.parametrize("status, content, fault", table(
+    ("good", 200, b'{"choices":[{"finish_reason":"stop"}]}', None),
+    ("cut short by a stop", 200, b'{"choices":[{"finish_reason":"abort"}]}', "ABORTED"),
+    ("no engine", 500, b'{"error":{"message":"EngineCore encountered an issue. See stack trace"}}', "ENGINE_FAILED"),
+    ("draining", 500, b'{"error":{"message":"cannot schedule new futures after shutdown"}}', "ENGINE_FAILED"),
+    ("a failure of this request", 500, b'{"error":{"message":"division by zero"}}', None),
+))  # fmt: skip
+def test_what_a_plain_answer_admits(status, content, fault):
+    assert lite.bad_answer(status, content) is (fault and Fault[fault])
 
 
 @pytest.mark.parametrize("content, names", table(
@@ -1107,8 +1141,50 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
+def standing_still(still_s, in_flight=1, tokens=5, moved_at=-math.inf, unanswered=0, **settings):
+    """What is said of a server whose token counter stopped so many seconds ago."""
+    fleet = fleet_of(20)
+    for _ in range(in_flight):
+        fleet.lease("s0", 1000.0).__enter__()
+    for then in (1000.0, 1000.0 + still_s):
+        fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1, tokens=tokens), 1, then)
+    return lite.standstill(fleet.views()[0], lite.Work(moved_at, unanswered), 1000.0 + still_s, Settings(**settings))
+
+
+STANDSTILLS = table(
+    ("long", {"still_s": 61}, True),
+    ("not long", {"still_s": 59}, False),
+    ("a limit of its own", {"still_s": 11, "frozen_timeout": 10}, True),
+    ("turned off", {"still_s": 9999, "frozen_timeout": 0}, False),
+    ("nothing to do", {"still_s": 9999, "in_flight": 0}, False),
+    ("no counters, no judgement", {"still_s": 9999, "tokens": None}, False),
+    ("a stream moves", {"still_s": 100, "moved_at": 1090.0}, False),
+    ("a stream moved before", {"still_s": 100, "moved_at": 1030.0}, True),
+    ("a long prompt takes its time", {"still_s": 100, "unanswered": 400_000}, False),
+    ("but not for ever", {"still_s": 161, "unanswered": 400_000}, True),
+)
+
+
+@pytest.mark.parametrize("given, frozen", STANDSTILLS)
+def test_when_an_engine_seems_frozen(given, frozen):
+    said = standing_still(**given)
+    assert bool(said) is frozen
+    if frozen:
+        assert said.startswith("frozen: 1 requests in flight, and neither its token counters nor its streams have moved")
+
+
+def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
+    fleet = fleet_of(20)
+    fleet.judge("s0", lite.Health.stood_still, "frozen", 0.0, Settings())
+    assert ranking_of(fleet, now=31.0).best is None
+    fleet.judge("s0", lite.Health.checked, True, 0.1, "", 32.0, Settings())
+    assert ranking_of(fleet, now=33.0).best is None  # its health path said so all the time
+    fleet.judge("s0", lite.Health.become, State.HEALTHY, "moves", 34.0)
+    assert ranking_of(fleet, now=34.0).best == "s0"
+
+
 CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
-    ("open", [0.0], 29.0, "s1", "is unhealthy (circuit open: x)"),
+    ("open", [0.0], 29.0, "s1", "is unhealthy (x)"),
     ("half-open: one request on trial", [0.0], 30.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
     ("all open: better than nobody", [0.0, 0.0], 1.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
 )
@@ -2541,6 +2617,9 @@ def failing(*said, how="close"):
     return Server(answer)
 
 
+ABORTED_ANSWER = (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 38\r\n\r\n'
+                  b'{"choices":[{"finish_reason":"abort"}]}'[:-1])  # fmt: skip
+ABORTED_END = (b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\n', DONE)
 RETRIED = table(
     ("closes without a word", failing),
     ("resets", lambda: failing(how="reset")),
@@ -2554,6 +2633,11 @@ RETRIED = table(
     ("a stream that begins with an error", lambda: failing(STREAM_HEAD, chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(DONE), b"0\r\n\r\n")),
     ("a queued stream that only ends", lambda: failing(STREAM_HEAD, chunk(DONE), b"0\r\n\r\n")),
     ("an empty stream", lambda: failing(STREAM_HEAD, b"0\r\n\r\n")),
+    ("a short stream cut short by a stopping server", lambda: failing(
+        STREAM_HEAD + chunk(FIRST) + b"".join(map(chunk, ABORTED_END)) + b"0\r\n\r\n")),
+    ("a plain answer cut short by a stopping server", lambda: failing(ABORTED_ANSWER)),
+    ("a plain answer without end", lambda: failing(ABORTED_ANSWER[:-5])),
+    ("500 of a server without engine", lambda: failing(b"HTTP/1.1 500 X\r\ncontent-length: 11\r\n\r\nEngineCore!")),
 )  # fmt: skip
 
 
@@ -2708,6 +2792,87 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_is_seen_as_cut(
         last = json.loads(re.findall(rb"data: (\{\"error\".*\})\n\n", raw)[-1])
         assert last["error"]["code"] in (502, 504) and "broke off" in last["error"]["message"]
         assert running.states() == ["unhealthy"]
+
+
+FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', DONE)
+
+
+@pytest.mark.parametrize("end, label, whole", [(ABORTED_END, "aborted", False), (FAILED_END, "stream_failed", True)])
+@asynchronous
+async def test_a_clean_end_is_not_success(end, label, whole, caplog):
+    seen = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, token(1), end=False)
+        await seen.wait()
+        await conn.send(*map(chunk, end), b"0\r\n\r\n")
+
+    caplog.set_level("INFO", "mvllm_lite")
+    async with balancing(Server(answer), failure_threshold=1) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"stream":true}')
+        await client.reader.readuntil(FIRST)
+        seen.set()
+        if whole:
+            assert FAILED_END[0] in await client.reader.readuntil(b"\r\n0\r\n\r\n")
+        else:
+            raw = await client.reader.read()
+            assert b"broke off" in raw and not raw.endswith(b"0\r\n\r\n")
+        await running.quiet()
+        assert running.states() == ["unhealthy"] and f"end={label}" in caplog.text
+        assert await running.metric("mvllm_attempts_total", result=label) == 1
+
+
+@asynchronous
+async def test_a_long_plain_answer_cut_short_by_a_stopping_server_is_broken():
+    async def answer(asked, conn):
+        await conn.json(b'{"choices":[{"text":"' + b"x" * 2_000_000 + b'","finish_reason":"abort"}]}')
+
+    async with balancing(Server(answer)) as running:
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await (await running.client()).post()
+
+
+@asynchronous
+async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
+    frozen, page = asyncio.Event(), "vllm:num_requests_running 1\nvllm:generation_tokens_total 5\n"
+
+    async def answer(asked, conn):
+        if frozen.is_set():
+            await conn.left()
+        await conn.json({})
+
+    bad, good = Server(answer, **{"/metrics": page}), Server(**{"/metrics": page})
+    bad.capacity = 1000
+    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.2, breaker_open_time=0.1,
+                         health_check_interval=0.02, health_check_timeout=0.1) as running:  # fmt: skip
+        frozen.set()
+        got = await (await running.client()).post()
+        assert got.get("x-mvllm-server") == good.url
+        assert running.states() == ["unhealthy", "healthy"]
+        assert running.core.fleet.views()[0].health.reason.startswith("frozen: ")
+        assert await running.metric("mvllm_attempts_total", result="server_frozen") == 1
+        checks = bad.probes["/health"]
+        while bad.probes["/health"] < checks + 5:
+            await asyncio.sleep(0.01)
+        assert running.states() == ["unhealthy", "healthy"]  # whatever its health path says
+        frozen.clear()
+        await running.until(lambda: running.states() == ["healthy", "healthy"])
+        assert any(asked.line.startswith("POST /v1/completions") for asked in bad.asked)
+
+
+@asynchronous
+async def test_a_stall_of_our_own_is_nobody_else_s_failure(caplog):
+    slow = {"health_check_max_response_time": 0.5, "health_check_window_size": 1, "health_check_interval": 0.01}
+    async with balancing(Server(), metrics_interval=0.02, **slow) as running:
+        for _ in range(3):
+            stopped_until = asyncio.get_running_loop().time() + 1.2
+            while asyncio.get_running_loop().time() < stopped_until:
+                pass
+            assert (await (await running.client()).post()).status == 200
+        assert running.states() == ["healthy"] and await running.metric("mvllm_server_transitions_total") == 1
+        assert await running.metric("mvllm_stalls_total") >= 1
+    assert "this process stood still for" in caplog.text
 
 
 @asynchronous
@@ -3181,7 +3346,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
         assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
         assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
         statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
-        assert statuses[500] == 2 and statuses[200] == 8  # then it is out
+        assert statuses == {200: 10} and running.states() == ["unhealthy", "healthy"]
         assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
         running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
         statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
