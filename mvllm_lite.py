@@ -178,6 +178,8 @@ class Fault(Enum):
     NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # our own have run out
     TOO_MANY_REQUESTS = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
+    QUEUE_FULL = 429, Blame.NOBODY, Retry.NEVER, "RateLimitError"
+    QUEUE_TIMEOUT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     # A server was asked and did not answer.
     CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
@@ -189,7 +191,7 @@ class Fault(Enum):
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
-    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, and ended well-formed
+    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
     SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
     # Our own mistake.
@@ -215,6 +217,8 @@ LIMITS = {
     Fault.TARGET_TOO_LONG: "max_head_bytes",
     Fault.CONTENT_TOO_LARGE: "max_body_bytes",
     Fault.TOO_MANY_REQUESTS: "max_requests",
+    Fault.QUEUE_FULL: "queue_size",
+    Fault.QUEUE_TIMEOUT: "queue_timeout",
     Fault.NO_RESOURCES: "descriptors",
 }
 
@@ -988,6 +992,11 @@ class Settings:
     max_connections: int = setting(10000, whole(1), "from clients; more wait to be accepted")
     max_connections_per_client: int = setting(0, whole(0), "from one address; 0 is no limit")
     max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
+    queue_size: int = setting(
+        0, whole(0), "requests that wait here for servers that are full; 0: servers never are")
+    queue_timeout: float = setting(30.0, number(0.001), "longest time in that queue")
+    queue_heartbeat: float = setting(
+        0.0, number(0), "between comments to clients of streams that wait; 0 is none")
 
     request_timeout: float = setting(
         600.0, number(0.001), "silence of a server that ends a request", "REQUEST_TIMEOUT")
@@ -1504,8 +1513,9 @@ def stream_begun(content: bytes) -> Begun:
 # What a dying, stopping or draining vLLM says in answers that end as if all were well; in text that
 # a model has generated, the quotes would be escaped.
 ABORT_REASON = re.compile(rb'"finish_reason"\s*:\s*"abort"')
-ERROR_EVENT = re.compile(rb"^(?:event:\s*(?:error|response\.failed)\s*$|data:\s*" + ERROR_DATA.pattern
-                         + rb")", re.MULTILINE)  # fmt: skip
+ERROR_EVENT = re.compile(
+    rb"^(?:event:\s*(?:error|response\.failed)\s*$|data:\s*" + ERROR_DATA.pattern + rb")",
+    re.MULTILINE)
 NO_ENGINE = re.compile(rb"(?i)EngineCore|EngineDead|engine (?:loop )?(?:is|has|was) |"
                        rb"cannot schedule new futures")  # fmt: skip
 
@@ -1818,18 +1828,20 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 
 class Lease:
-    """Counts one request in flight while the `with` block runs, whatever ends it."""
+    """Counts one request in flight, from its making to the end of its `with` block, whatever ends
+    that."""
 
-    __slots__ = ("_fleet", "_url", "_trial")
+    __slots__ = ("url", "_fleet", "_trial")
 
     def __init__(self, fleet: Fleet, url: str, trial: bool) -> None:
-        self._fleet, self._url, self._trial = fleet, url, trial
+        self.url, self._fleet, self._trial = url, fleet, trial
+        fleet.count(url, 1, trial)
 
     def __enter__(self) -> None:
-        self._fleet.count(self._url, 1, self._trial)
+        pass
 
     def __exit__(self, *_: object) -> None:
-        self._fleet.count(self._url, -1, self._trial)
+        self._fleet.count(self.url, -1, self._trial)
 
 
 class Fleet:
@@ -1927,10 +1939,11 @@ class Fleet:
 
 
 class Moment(NamedTuple):
-    """What a cost may depend on besides the server."""
+    """What a judgement depends on besides the servers."""
 
     now: float
     interval_s: float  # between two reports of load
+    enforced: bool = False  # a server takes no more requests at once than its capacity
 
 
 Cost = Callable[[ServerView, Moment], float]
@@ -1960,7 +1973,8 @@ def policy(
 
 
 def merged_terms(v: ServerView, m: Moment) -> str:
-    return f"({v.in_flight} in flight + {v.foreign(*m):.1f} foreign + 1) / {v.capacity}"
+    foreign = v.foreign(m.now, m.interval_s)
+    return f"({v.in_flight} in flight + {foreign:.1f} foreign + 1) / {v.capacity}"
 
 
 def reported_terms(v: ServerView, m: Moment) -> str:
@@ -1971,7 +1985,7 @@ def reported_terms(v: ServerView, m: Moment) -> str:
 def least(v: ServerView, m: Moment) -> float:
     """How full it will be with this request.  Own requests count exactly and at once, so a burst
     between two reports spreads; those of others as reported."""
-    return (v.in_flight + v.foreign(*m) + 1) / v.capacity
+    return (v.in_flight + v.foreign(m.now, m.interval_s) + 1) / v.capacity
 
 
 @policy("mvllm", reported_terms,
@@ -2004,6 +2018,15 @@ class Ranking(NamedTuple):
     tried: frozenset[str]
     policy: Policy
     moment: Moment
+    behind: bool = False  # others have been waiting for the same
+
+    @property
+    def waits(self) -> bool:
+        """Whether a server that is full now would take the call."""
+        if not self.moment.enforced:
+            return False
+        anyhow = self.moment._replace(enforced=False)
+        return self.behind or not all(passed_over(self.views, self.model, self.tried, anyhow))
 
     @property
     def undecided(self) -> bool:
@@ -2013,7 +2036,7 @@ class Ranking(NamedTuple):
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
         rows = []
-        reasons = passed_over(self.views, self.model, self.tried, self.moment.now)
+        reasons = passed_over(self.views, self.model, self.tried, self.moment)
         for view, reason in zip(self.views, reasons):
             cost = INFINITY
             if not reason:
@@ -2044,15 +2067,14 @@ def unknown_model(model: str, known: Iterable[str]) -> str:
 
 
 def passed_over(
-    views: list[ServerView], model: str | None, tried: frozenset[str], now: float
+    views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
 ) -> list[str]:
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits
     keeps the last ones out, they are asked after all."""
-    reasons = [obstacle(view, model, tried, now) for view in views]
+    reasons = [obstacle(view, model, tried, moment) for view in views]
     if all(reasons) and any(view.health.open_until is not None for view in views):
-        return ["" if view.health.open_until is not None and view.health.answers
-                and not obstacle(view, model, tried, None) else reason
+        return [obstacle(view, model, tried, moment, True) and reason
                 for view, reason in zip(views, reasons)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
@@ -2062,22 +2084,23 @@ def passed_over(
 
 
 def obstacle(
-    view: ServerView, model: str | None, tried: frozenset[str], now: float | None
-) -> str:
-    """The reason why one server is not eligible by itself; without `now`, but for its circuit."""
+    view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
+    needed: bool = False,
+) -> str:  # fmt: skip
+    """The reason why one server is not eligible by itself, or ''.  One whose circuit is open is
+    not, unless it is `needed`, or the circuit is half-open and no other request on trial."""
     health = view.health
     if view.draining:
         return "is draining"
-    if not view.healthy and not (health.answers and may_try(view, now)):
-        return f"is {health.state.value} ({health.reason})"
+    if not view.healthy:
+        trial = health.circuit(moment.now) == "half-open" and not view.on_trial
+        if not (health.answers and (needed or trial)):
+            return f"is {health.state.value} ({health.reason})"
     if model is not None and not view.serves(model):
         return f"does not serve {shown(model)}"
+    if moment.enforced and view.in_flight >= view.capacity:
+        return f"is full ({view.in_flight} of {view.capacity})"
     return "was tried already" if view.url in tried else ""
-
-
-def may_try(view: ServerView, now: float | None) -> bool:
-    """Whether a server whose circuit is not closed may have a request on trial."""
-    return now is None or (view.health.circuit(now) == "half-open" and not view.on_trial)
 
 
 def rank(
@@ -2085,7 +2108,7 @@ def rank(
     by: Policy, moment: Moment, draw: random.Random,
 ) -> Ranking:  # fmt: skip
     """The best server for a call; once for each attempt."""
-    reasons = passed_over(views, model, tried, moment.now)
+    reasons = passed_over(views, model, tried, moment)
     eligible = [view for view, reason in zip(views, reasons) if not reason]
     best = None
     if eligible:
@@ -2120,6 +2143,7 @@ class Outcome(NamedTuple):
     text: str = ""
     committed: bool = False  # the client has seen a part of the answer
     held: Held | None = None
+    place: str = ""  # of Wait: the server that has one now
 
 
 class Relay(NamedTuple):
@@ -2135,6 +2159,12 @@ class Pause(NamedTuple):
     seconds: float
 
 
+class Wait(NamedTuple):
+    """Wait in the queue for a place."""
+
+    tried: frozenset[str]
+
+
 class Settle(NamedTuple):
     """Wait until more is known about the fleet; a fault once the request is this old."""
 
@@ -2147,13 +2177,14 @@ class Answer(NamedTuple):
     outcome: Outcome
 
 
-Step = Relay | Pause | Settle | Answer
+Step = Relay | Pause | Wait | Settle | Answer
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT)  # the server had no work with the request
 BUDGET_SPAN_S = 10
 BUDGET_FLOOR = 10
+DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
 
 
 class RetryBudget:
@@ -2202,16 +2233,24 @@ def relay_plan(
             if waited.fault is not None:
                 break
         if failure.fault is not None:
-            again = ranking.best is None  # only servers that failed already are left
+            # Only servers that failed already are left.
+            again = ranking.best is None and not ranking.waits
             if again and failure.fault.retry is Retry.ELSEWHERE:
                 break
             if again or failure.fault.retry is not Retry.AT_ONCE:
                 yield Pause(backoff_s(attempt - 2, s, draw))
                 ranking = choose(frozenset() if again else tried)
-        if ranking.best is None:
+        best = ranking.best
+        if best is None and ranking.waits:
+            waited = yield Wait(ranking.tried)
+            if waited.fault is not None:
+                failure = failure if failure.held else waited
+                break
+            best = waited.place
+        if best is None:
             failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
             break
-        failure = yield Relay(ranking.best, attempt)
+        failure = yield Relay(best, attempt)
         if failure.fault is None or failure.committed:
             return
         if not may_retry(failure.fault, s) or attempt > s.max_retries:
@@ -2219,8 +2258,66 @@ def relay_plan(
         free = failure.fault.retry is Retry.AT_ONCE and (attempt == 1 or failure.fault in UNHEARD)
         if not free and not afford():
             break
-        tried |= {ranking.best}
+        tried |= {best}
     yield Answer(failure)
+
+
+class Waiter(NamedTuple):
+    """A request in the queue.  `choose` says which server has a place for it now, if one has;
+    `take` is told that it has it."""
+
+    since: float
+    model: str | None
+    choose: Callable[[], str | None]
+    take: Callable[[str], object]
+
+
+class WaitQueue:
+    """Requests that wait for a place, for each model in the order of their arrival.  A place that
+    becomes free is taken at once, by the one that waits longest of those who can use it."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str | None, deque[Waiter]] = {}
+        self._served, self._served_at = 0.0, 0.0  # places that became free, fading
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def waiting(self, model: str | None) -> bool:
+        return model in self._lines
+
+    def longest_wait_s(self, now: float) -> float:
+        return max((now - line[0].since for line in self._lines.values()), default=0.0)
+
+    def join(self, waiter: Waiter) -> None:
+        self._lines.setdefault(waiter.model, deque()).append(waiter)
+
+    def leave(self, waiter: Waiter) -> None:
+        """It has its place, or no need of one any more."""
+        if line := self._lines.get(waiter.model):
+            with contextlib.suppress(ValueError):
+                line.remove(waiter)
+            if not line:
+                del self._lines[waiter.model]
+
+    def hand_over(self) -> None:
+        """There may be free places."""
+        for line in sorted(self._lines.values(), key=lambda line: line[0].since):
+            while line and (url := line[0].choose()) is not None:
+                waiter = line[0]
+                self.leave(waiter)
+                waiter.take(url)
+
+    def served(self, now: float) -> None:
+        """A place has become free."""
+        self._served = 1 + self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
+        self._served_at = now
+
+    def clears_in_s(self, now: float) -> int:
+        """When a request that came now might have its turn, by the rate of late: 1 to 60 s."""
+        fading = math.exp((self._served_at - now) / DRAIN_MEMORY_S)
+        rate = self._served * fading / DRAIN_MEMORY_S
+        return math.ceil(min(60.0, max(1.0, (len(self) + 1) / rate if rate > 0.001 else INFINITY)))
 
 
 def may_retry(fault: Fault, s: Settings) -> bool:
@@ -2373,9 +2470,10 @@ DURATION_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160,
 SIZE_BOUNDS_BYTES = tuple(float(4**n) for n in range(4, 14))  # 256 bytes to 64 MiB
 
 
-LIMIT_NAMES = (*dict.fromkeys(LIMITS.values()), "head_timeout", "body_timeout", "keep_alive_timeout",
-               "max_requests_per_connection", "max_connections", "max_connections_per_client",
-               "retry_budget")
+LIMIT_NAMES = (
+    *dict.fromkeys(LIMITS.values()), "head_timeout", "body_timeout", "keep_alive_timeout",
+    "max_requests_per_connection", "max_connections", "max_connections_per_client", "retry_budget",
+)  # fmt: skip
 
 
 class Ledger:
@@ -2398,6 +2496,8 @@ class Ledger:
             "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
+        self.waits = Histogram(
+            "mvllm_queue_wait_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
         self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
@@ -2439,6 +2539,7 @@ PROCESS_GAUGES = {
     "start_time_seconds": "When the process began, in Unix time.",
     "client_connections": "Open connections from clients.",
     "client_connections_limit": "How many there may be.",
+    "queue_length": "Requests that wait for a server's place.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
 
@@ -3157,6 +3258,7 @@ class Response:
         self.cors = cors_fields(request, settings.cors_allowed_origins)
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream
+        self.opened = False  # of which the client has seen comments, and no answer yet
         self.framing: Framing | None = None
         self.sent_bytes = 0
         self.last = b""  # the last piece of content that was sent
@@ -3171,6 +3273,9 @@ class Response:
         self, head: ResponseHead, framing: Framing | None, content: bytes, done: bool, added: Pairs
     ) -> None:
         """Write a server's head and the first of its content, or all if it is `done`."""
+        if self.opened:
+            self.go_on(head, content, done)
+            return
         self.status, self.framing, self.streams = head.status, framing, head.is_event_stream
         self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, ("X-Request-Id", self.id), *self.cors]
@@ -3181,6 +3286,39 @@ class Response:
             out += encode_chunk(content) if framing == CHUNKED else content
             self.sent(len(content), content, self.client.loop.time())
         self.client.transport.write(out + LAST_CHUNK if done and framing == CHUNKED else out)
+
+    def beat(self) -> None:
+        """A comment, which readers of events skip, for one that waits for its turn."""
+        if not self.opened:
+            self.opened = self.streams = True
+            self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
+            self.persists = self.persists and self.framing == CHUNKED
+            fields = [("Content-Type", "text/event-stream; charset=utf-8"),
+                      ("X-Accel-Buffering", "no"), ("X-Request-Id", self.id), *self.cors]
+            head = ResponseHead(200, "OK", 1, Fields([], {}))
+            self.client.transport.write(
+                return_response(head, self.request, self.framing, self.persists, fields))
+        self.write(b": waiting\n\n")
+
+    def go_on(self, head: ResponseHead, content: bytes, done: bool) -> None:
+        """A server's answer, after comments.  What is no event stream becomes an error event."""
+        self.status = 200
+        if not head.is_event_stream or head.status != 200:
+            self.persists, self.end = False, "server_error"
+            line = content if content and b"\n" not in content else json.dumps(
+                {"error": {"message": f"the server answered {head.status}", "code": head.status}}
+            ).encode()
+            self.write(b"data: " + line + b"\n\n")
+            return
+        if content:
+            self.write(content)
+            self.sent(len(content), content, self.client.loop.time())
+        if done and self.framing == CHUNKED:
+            self.client.transport.write(LAST_CHUNK)
+
+    def write(self, content: bytes) -> None:
+        chunked = self.framing == CHUNKED
+        self.client.transport.write(encode_chunk(content) if chunked else content)
 
     def sent(self, size: int, last: bytes, first_at: float | None) -> None:
         """Book content that was written."""
@@ -3199,16 +3337,18 @@ class Response:
             own_response(reply.status, self.request, reply.content, self.persists, fields)
         )
 
-    def refuse(self, fault: Fault, text: str) -> None:
+    def refuse(self, fault: Fault, text: str, retry_after_s: int = 0) -> None:
         """Write an error of our own, in place of the answer or where it breaks off."""
-        if self.begun:
+        if self.begun or self.opened:
+            self.status = self.status or 200
             self.break_off(fault, text)
             return
         self.end = fault.label
         fields = [("X-MVLLM-Error", fault.label)]
-        if fault.status == 503:
-            retry_s = math.ceil(self.settings.health_check_interval)
-            fields.append(("Retry-After", str(min(30, max(1, retry_s)))))
+        if fault.status == 503 and not retry_after_s:
+            retry_after_s = min(30, max(1, math.ceil(self.settings.health_check_interval)))
+        if retry_after_s:
+            fields.append(("Retry-After", str(retry_after_s)))
         if fault is Fault.BAD_METHOD:
             fields.append(("Allow", "GET, HEAD"))
         param = "model" if fault is Fault.UNKNOWN_MODEL else None
@@ -3225,8 +3365,7 @@ class Response:
         event = error_event(fault, f"The answer broke off: {text.rstrip('.')}.")
         if not self.last.endswith((b"\n\n", b"\r\n\r\n")):
             event = b"\n\n" + event  # what was cut must not swallow it
-        chunked = self.framing == CHUNKED  # then the last chunk stays away
-        self.client.transport.write(encode_chunk(event) if chunked else event)
+        self.write(event)  # and the last chunk stays away
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -3264,6 +3403,7 @@ class Core:
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.budget = RetryBudget()
+        self.queue = WaitQueue()
         self.pools: dict[str, Pool] = {}
         self.attempts: dict[str, set[Attempt]] = {}  # by server
         self.stalled_at = -INFINITY  # when this process last turned out to have stood still
@@ -3301,6 +3441,7 @@ class Core:
         """Wake all who wait for news of the fleet."""
         self._told.set()
         self._told = asyncio.Event()
+        self.queue.hand_over()
 
     async def told(self) -> None:
         await self._told.wait()
@@ -3356,6 +3497,8 @@ class Exchange:
         self.forwarded = ""  # the request's field lines for servers, made once
         self.server = ""  # the one asked last
         self.attempt = Attempt(0)  # the last
+        self.place: Lease | None = None  # with a server
+        self.waiting = False  # in the queue
         self.attempts = 0
         self.failures: list[str] = []  # of the attempts before the last
         self.began_at = self.asked_at = self.loop.time()
@@ -3392,10 +3535,14 @@ class Exchange:
             self.book()
 
     async def carry_out(self, plan: Plan) -> None:
-        with contextlib.suppress(StopIteration):
-            step = next(plan)
-            while True:
-                step = plan.send(await self.CARRY_OUT[type(step)](self, step))
+        try:
+            with contextlib.suppress(StopIteration):
+                step = next(plan)
+                while True:
+                    step = plan.send(await self.CARRY_OUT[type(step)](self, step))
+        finally:
+            if self.place is not None:  # it left the moment it had one
+                self.give_back(self.place)
 
     def afford_retry(self) -> bool:
         if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
@@ -3405,8 +3552,11 @@ class Exchange:
 
     def choose(self, tried: frozenset[str]) -> Ranking:
         core, interval_s = self.core, self.core.settings.metrics_interval
-        by, moment = POLICIES[core.settings.policy], Moment(self.loop.time(), interval_s)
+        enforced = core.settings.queue_size > 0
+        by, moment = POLICIES[core.settings.policy], Moment(self.loop.time(), interval_s, enforced)
         ranking = rank(core.fleet.views(), self.call.model, tried, by, moment, core.draw)
+        if enforced and not self.waiting and core.queue.waiting(self.call.model):
+            ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
             log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
@@ -3415,6 +3565,45 @@ class Exchange:
     async def pause(self, step: Pause) -> Outcome:
         await asyncio.sleep(step.seconds)
         return WELL
+
+    async def wait(self, step: Wait) -> Outcome:
+        """Stand in the queue; a stream's client may see from comments that it does."""
+        core, s, queue, began = self.core, self.core.settings, self.core.queue, self.loop.time()
+        beat_s = s.queue_heartbeat if s.queue_heartbeat and self.call.stream else INFINITY
+        if len(queue) >= s.queue_size:
+            text = f"{len(queue)} requests wait already, as many as queue_size allows."
+            return Outcome(Fault.QUEUE_FULL, text)
+        turn = self.loop.create_future()
+
+        def take(url: str) -> None:
+            self.place = core.fleet.lease(url, self.loop.time())
+            turn.set_result(None)
+
+        waiter = Waiter(began, self.call.model, lambda: self.choose(step.tried).best, take)
+        queue.join(waiter)
+        self.waiting = True
+        try:
+            while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
+                await asyncio.wait((turn,), timeout=min(left_s, beat_s))
+                if beat_s < left_s and not turn.done():
+                    self.response.beat()
+        finally:
+            self.waiting = False
+            queue.leave(waiter)
+        waits = core.ledger.waits
+        waits.observe(waits.child(self.model_label), self.loop.time() - began)
+        if self.place is not None:
+            return Outcome(place=self.place.url)
+        text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
+        return Outcome(Fault.QUEUE_TIMEOUT, text)
+
+    def give_back(self, place: Lease) -> None:
+        """End a lease, for whoever is waiting for its place."""
+        with place:
+            self.place = None
+        if self.core.settings.queue_size:
+            self.core.queue.served(self.loop.time())
+            self.core.queue.hand_over()
 
     async def settle(self, step: Settle) -> Outcome:
         left_s = self.asked_at + step.seconds - self.loop.time()
@@ -3427,10 +3616,13 @@ class Exchange:
 
     async def answer(self, step: Answer) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
-        fault, text, _, held = step.outcome
+        fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
         if held is None:
-            self.response.refuse(fault, text)
+            queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
+            after_s = self.core.queue.clears_in_s(self.loop.time()) if queued else 0
+            self.core.met(LIMITS.get(fault, ""))
+            self.response.refuse(fault, text, after_s)
             return WELL
         self.server, self.response.end = held.url, fault.label
         framing = returned_framing(held.head, self.head, Framing(len(held.content)))
@@ -3496,12 +3688,14 @@ class Exchange:
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
         self.attempts, self.server = step.attempt, url
+        if self.place is None:
+            self.place = core.fleet.lease(url, self.loop.time())
         try:
-            with core.fleet.lease(url, self.loop.time()):
-                outcome = await self.ask(core.pool(url))
+            outcome = await self.ask(core.pool(url))
             label = outcome.fault.label if outcome.fault else "ok"
         finally:
             core.ledger.attempts.add(url, label)
+            self.give_back(self.place)
         fault, text = outcome.fault, outcome.text
         now, s = self.loop.time(), self.settings
         if fault is None:
@@ -3610,7 +3804,8 @@ class Exchange:
             return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
         if wire.buffer and not decoder.done:
             held = decoder.feed(wire.take())
-        if fault is None and not (head.status == 500 or head.is_short_json):
+        whole = head.status == 500 or head.is_short_json or self.response.opened
+        if fault is None and not whole:
             return None, held
         while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
             held += await wire.read_content(decoder, deadline)
@@ -3696,7 +3891,7 @@ class Exchange:
         }  # fmt: skip
 
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
-        Relay: relay, Pause: pause, Settle: settle, Answer: answer,
+        Relay: relay, Pause: pause, Wait: wait, Settle: settle, Answer: answer,
     }  # fmt: skip
 
 
@@ -3948,7 +4143,10 @@ async def health(core: Core, head: RequestHead) -> Reply:
 
 @local("/load-stats")
 async def load_stats(core: Core, head: RequestHead) -> Reply:
-    return as_json(load_report(core.fleet.views(), core.settings, clock()))
+    now, queue = clock(), core.queue
+    waiting = {"length": len(queue), "size": core.settings.queue_size,
+               "longest_wait_s": queue.longest_wait_s(now.monotonic)}  # fmt: skip
+    return as_json(load_report(core.fleet.views(), core.settings, now) | {"queue": waiting})
 
 
 @local("/server-models")
@@ -3985,6 +4183,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
     process = {
         "start_time_seconds": core.started_at, "client_connections": len(core.clients),
         "client_connections_limit": core.clients_limit, "settings_valid": not core.settings_error,
+        "queue_length": len(core.queue),
     }  # fmt: skip
     now = gauges(core.fleet.views(), clock().monotonic, core.settings, process)
     page = expose([*core.ledger.families(), *now])

@@ -156,7 +156,7 @@ def test_every_fault_is_a_row_of_its_own():
 
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda f: f.label)
 def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
-    if fault.status < 500 and fault is not Fault.SERVER_BUSY:
+    if fault.status < 500 and fault not in (Fault.SERVER_BUSY, Fault.QUEUE_FULL):
         assert fault.blame is Blame.CLIENT and fault.retry is Retry.NEVER
     if fault.blame is Blame.SERVER:
         assert fault.status in (502, 504)
@@ -1215,8 +1215,8 @@ def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
     assert ranking_of(fleet, now=31.0).best is None
 
 
-def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None):
-    by, moment = lite.POLICIES[policy], lite.Moment(now, 0.5)
+def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False):
+    by, moment = lite.POLICIES[policy], lite.Moment(now, 0.5, enforced)
     return lite.rank(fleet.views(), model, frozenset(tried), by, moment, draw or random.Random(1))
 
 
@@ -1329,18 +1329,21 @@ def outcome(word):
     """'refused', or 'busy!' for one whose answer was held back; 'cut' after the commit."""
     if word == "ok":
         return lite.WELL
+    if word.startswith("s") and word[1:].isdigit():
+        return lite.Outcome(place=word)
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
-              "time": Fault.NO_SERVER}  # fmt: skip
+              "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL}  # fmt: skip
     held = lite.Held("s?", answer_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
 
-def play(fleet, outcomes, affordable=99, **settings):
+def play(fleet, outcomes, affordable=99, enforced=False, **settings):
     """The steps of a plan against these outcomes, in words, with so many affordable retries."""
     s, draw, steps = Settings(**settings), random.Random(5), []
     afford = iter([True] * affordable + [False] * 99).__next__
-    plan = lite.relay_plan(lambda tried: ranking_of(fleet, tried=tried), s, draw, afford)
+    choose = functools.partial(ranking_of, fleet, "least", None, enforced=enforced)
+    plan = lite.relay_plan(choose, s, draw, afford)
     told, outcomes = None, iter(outcomes)
     with contextlib.suppress(StopIteration):
         while True:
@@ -1354,6 +1357,8 @@ def play(fleet, outcomes, affordable=99, **settings):
             else:
                 steps.append(type(step).__name__.lower())
                 told = outcome("time") if isinstance(step, lite.Settle) else lite.WELL
+                if isinstance(step, lite.Wait):
+                    told = outcome(next(outcomes))
     return steps
 
 
@@ -1387,6 +1392,59 @@ PLANS = table(
 @pytest.mark.parametrize("capacities, outcomes, settings, steps", PLANS)
 def test_plans(capacities, outcomes, settings, steps):
     assert play(fleet_of(*capacities), outcomes, **settings) == steps
+
+
+QUEUED = table(  # with all places of s0 and s1 taken
+    ("nobody waits where capacity is not enforced", ["ok"], False, ["ask s0"]),
+    ("a place becomes free", ["s1", "ok"], True, ["wait", "ask s1"]),
+    ("the queue is full", ["full"], True, ["wait", "answer queue_full"]),
+    ("a retry waits, too", ["s1", "refused", "s0", "ok"], True, ["wait", "ask s1", "wait", "ask s0"]),
+    ("the server's own failure is shown", ["s1", "503!", "full"], True, ["wait", "ask s1", "pause", "wait", "answer server_error as held"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("outcomes, enforced, steps", QUEUED)
+def test_plans_with_a_queue(outcomes, enforced, steps):
+    fleet = fleet_of(2, 1)
+    for url in ("s0", "s0", "s1"):
+        fleet.lease(url, 0.0)
+    assert play(fleet, outcomes, enforced=enforced) == steps
+
+
+def test_a_place_goes_to_who_waits_longest_and_can_use_it():
+    queue, free, took = lite.WaitQueue(), {"a": None, "b": None}, []
+
+    def waiter(since, model):
+        def take(server):
+            free[server] = None
+            took.append(since)
+
+        one = lite.Waiter(since, model, lambda: next((s for s, m in free.items() if m == model), None), take)
+        queue.join(one)
+        return one
+
+    for since, model in ((1, "m"), (2, "n"), (3, "m"), (4, "n"), (5, "m")):
+        last = waiter(since, model)
+    assert len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0 and queue.waiting("n") and not queue.waiting("x")
+    queue.hand_over()
+    assert took == []
+    free["a"] = "n"
+    queue.hand_over()
+    assert took == [2]
+    free.update(a="m", b="m")
+    queue.leave(last)
+    queue.hand_over()
+    assert took == [2, 1, 3] and len(queue) == 1 and not queue.waiting("m")
+
+
+def test_when_a_queue_clears_is_told_from_the_rate_of_late():
+    queue = lite.WaitQueue()
+    assert queue.clears_in_s(0.0) == 60
+    for n in range(1, 401):
+        queue.served(n / 4)  # four a second
+    for _ in range(39):
+        queue.join(lite.Waiter(100.0, None, lambda: None, print))
+    assert queue.clears_in_s(100.0) in (10, 11)
 
 
 def test_a_plan_waits_for_servers_that_were_not_checked_yet():
@@ -2598,6 +2656,125 @@ async def test_a_request_that_comes_before_the_first_check_waits_for_it():
             await asyncio.sleep(0)
         gate.set()
         assert (await client.answer()).status == 200
+
+
+# Capacity that is enforced.
+
+
+class Gated:
+    """An answer that waits: `let` as many requests through as you say; `most` is how many were
+    there at once."""
+
+    def __init__(self):
+        self.gate, self.here, self.most, self.order = asyncio.Semaphore(0), 0, 0, []
+
+    async def __call__(self, asked, conn):
+        self.order.append(asked.body)
+        self.here += 1
+        self.most = max(self.most, self.here)
+        await self.gate.acquire()
+        self.here -= 1
+        await conn.events(FIRST) if b"stream" in asked.body else await conn.json({})
+
+    def let(self, count):
+        for _ in range(count):
+            self.gate.release()
+
+
+async def queued(running, count):
+    while len(running.core.queue) != count:
+        await asyncio.sleep(0)
+
+
+@asynchronous
+async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
+    server = Server(gated := Gated())
+    server.capacity = 2
+    async with balancing(server, queue_size=10) as running:
+        clients = []
+        for n in range(6):
+            clients.append(await running.client())
+            await clients[-1].ask("POST", "/v1/x", b'{"model":"m","n":%d}' % n)
+            while running.in_flight() + len(running.core.queue) <= n:
+                await asyncio.sleep(0)
+        assert (running.in_flight(), len(running.core.queue)) == (2, 4)
+        stats = (await (await running.client()).get("/load-stats")).json["queue"]
+        assert stats["length"] == 4 and stats["size"] == 10 and stats["longest_wait_s"] > 0
+        assert await running.metric("mvllm_queue_length") == 4
+        clients[3].close()  # who leaves gives up its turn
+        await queued(running, 3)
+        gated.let(1)
+        await queued(running, 2)
+        gated.let(9)
+        assert [(await clients[n].answer()).status for n in (0, 1, 2, 4, 5)] == [200] * 5
+        assert gated.order == [b'{"model":"m","n":%d}' % n for n in (0, 1, 2, 4, 5)] and gated.most == 2
+        await running.quiet()
+        assert not running.core.queue and await running.metric("mvllm_queue_wait_seconds_count") == 3
+
+
+@asynchronous
+async def test_a_full_queue_is_429_and_a_long_wait_503_with_a_time_to_come_back():
+    server = Server(gated := Gated())
+    server.capacity = 1
+    async with balancing(server, queue_size=1, queue_timeout=0.2) as running:
+        first, second = await running.client(), await running.client()
+        await first.ask("POST", "/v1/x", b"{}")
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        await second.ask("POST", "/v1/x", b"{}")
+        await queued(running, 1)
+        got = await (await running.client()).post("/v1/x", b"{}")
+        assert (got.status, got.get("x-mvllm-error")) == (429, "queue_full") and 1 <= int(got.get("retry-after")) <= 60
+        assert "queue_size" in got.error["message"]
+        got = await second.answer()
+        assert (got.status, got.get("x-mvllm-error")) == (503, "queue_timeout") and got.get("retry-after")
+        gated.let(1)
+        assert (await first.answer()).status == 200 and running.in_flight() == 0
+        for limit in ("queue_size", "queue_timeout"):
+            assert await running.metric("mvllm_limits_met_total", limit=limit) == 1
+
+
+@pytest.mark.parametrize("then", ["answer", "error", "timeout"])
+@asynchronous
+async def test_a_stream_s_client_can_see_that_it_waits(then):
+    async def answer(asked, conn):
+        await gated(asked, conn) if b'"n":1' in asked.body or then == "answer" else await conn.json({"error": "no"}, "400 X")
+
+    server, gated = Server(answer), Gated()
+    server.capacity = 1
+    async with balancing(server, queue_size=1, queue_heartbeat=0.01, queue_timeout=0.3 if then == "timeout" else 9) as running:
+        first, second = await running.client(), await running.client()
+        await first.ask("POST", "/v1/x", b'{"n":1}')
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        await second.ask("POST", "/v1/x", b'{"stream":true}')
+        head = await second.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"text/event-stream" in head
+        await second.reader.readuntil(b": waiting\n\n")
+        gated.let(then != "timeout")
+        if then == "answer":
+            gated.let(1)
+            assert FIRST in await second.reader.readuntil(b"\r\n0\r\n\r\n")
+        else:
+            raw = await second.reader.read()
+            assert not raw.endswith(b"0\r\n\r\n")
+            assert b'data: {"error": "no"}\n\n' in raw if then == "error" else b"queue_timeout" in raw
+
+
+@asynchronous
+async def test_settings_decide_at_any_time_whether_capacity_is_enforced():
+    server = Server(gated := Gated())
+    server.capacity = 1
+    async with balancing(server, queue_size=5) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients:
+            await client.ask("POST", "/v1/x", b"{}")
+        await queued(running, 2)
+        running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=0))
+        while running.in_flight() < 3:
+            await asyncio.sleep(0)
+        gated.let(3)
+        assert [(await client.answer()).status for client in clients] == [200] * 3
 
 
 # Failures of servers, and what becomes of the request.
