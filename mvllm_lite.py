@@ -18,30 +18,32 @@ of itself and of earlier rooms only.
      4  exposition    the Prometheus text format, read and written
      5  settings      TOML to frozen dataclasses; complaints with file, line and key
      6  dialect       what vLLM and its clients say: paths, calls, events, metric names, errors
-     7  fleet         the servers: health, load, requests in flight
-     8  policies      which server is best for a call, and why
-     9  plans         how a call is answered, step by step, retries included
-    10  reports       what people and machines are shown
+     7  access        who may come in: keys, and what each may use; proxies that are trusted
+     8  fleet         the servers: health, load, requests in flight
+     9  policies      which server is best for a call, and why
+    10  plans         how a call is answered, step by step, retries included
+    11  reports       what people and machines are shown
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    11  wire          one connection: its buffer, its deadline, its end
-    12  pool          the connections to one server, kept and reused
-    13  pump          bytes on their way through, with back-pressure
-    14  response      the client's side of an exchange
-    15  core          what the rooms below share: settings, fleet, ledger, pools
-    16  exchange      one request, from its head to its last byte
-    17  watch         health checks, load reports, the settings file
-    18  local         what the balancer answers itself
-    19  balancer      assembly: listening, reloading, draining
-    20  demo          simulated vLLM servers, so that everything runs on a laptop
-    21  command line  arguments, environment, logging, exit codes
+    12  wire          one connection: its buffer, its deadline, its end
+    13  pool          the connections to one server, kept and reused
+    14  pump          bytes on their way through, with back-pressure
+    15  response      the client's side of an exchange
+    16  core          what the rooms below share: settings, fleet, ledger, pools
+    17  exchange      one request, from its head to its last byte
+    18  watch         health checks, load reports, the settings file
+    19  local         what the balancer answers itself
+    20  balancer      assembly: listening, reloading, draining
+    21  demo          simulated vLLM servers, so that everything runs on a laptop
+    22  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  `Balancer.serve` (19) reads a head from the
-client's `Wire` (11) and parses it (2).  A local path is answered in room 18; everything else is
-an `Exchange` (16): the content is gathered and read as a `Call` (6), and `relay_plan` (9) says
-step by step what to do.  Each `Relay` step names the server that the policy (8) ranked best in
-the view of the fleet (7); the exchange sends the request there, holds the answer back until it
-is certain that it is one, and then commits: the `Response` (14) begins, and a `Pump` (13) moves
-the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is asked next.
+A request walks through the rooms like this.  `Balancer.serve` (20) reads a head from the
+client's `Wire` (12) and parses it (2).  A local path is answered in room 19; everything else is
+an `Exchange` (17): the content is gathered and read as a `Call` (6), the `Gate` (7) lets it in,
+and `relay_plan` (10) says step by step what to do.  Each `Relay` step names the server that the
+policy (9) ranked best in the view of the fleet (8); the exchange sends the request there, holds
+the answer back until it is certain that it is one, and then commits: the `Response` (15) begins,
+and a `Pump` (14) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides
+who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
@@ -63,6 +65,9 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
+import hmac
+import ipaddress
 import itertools
 import json
 import logging
@@ -163,6 +168,8 @@ class Fault(Enum):
 
     # The client's request, refused by us.  To a limit of the settings belongs its name (LIMITS).
     BAD_REQUEST = 400, Blame.CLIENT, Retry.NEVER, "BadRequestError"
+    UNAUTHORIZED = 401, Blame.CLIENT, Retry.NEVER, "AuthenticationError"
+    FORBIDDEN = 403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError"
     NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
@@ -170,6 +177,7 @@ class Fault(Enum):
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
     TARGET_TOO_LONG = 414, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
+    RATE_LIMITED = 429, Blame.CLIENT, Retry.NEVER, "RateLimitError"
     HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     CLIENT_GONE = 499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest"  # nginx's number; logs only
     NOT_IMPLEMENTED = 501, Blame.CLIENT, Retry.NEVER, "NotImplementedError"
@@ -217,6 +225,7 @@ LIMITS = {
     Fault.TARGET_TOO_LONG: "max_head_bytes",
     Fault.CONTENT_TOO_LARGE: "max_body_bytes",
     Fault.TOO_MANY_REQUESTS: "max_requests",
+    Fault.RATE_LIMITED: "keys",
     Fault.QUEUE_FULL: "queue_size",
     Fault.QUEUE_TIMEOUT: "queue_timeout",
     Fault.NO_RESOURCES: "descriptors",
@@ -586,6 +595,10 @@ def encode_chunk(content: bytes) -> bytes:
 
 # Fields about one connection, not about the message (RFC 9110 §7.6.1); `Trailer`, since trailers
 # are not passed on; and credentials for a proxy, which are meant for us or nobody.
+# Fields that only proxies of our own may say; from anybody else they are dropped.
+PROXY_FIELDS = frozenset("forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip"
+                         " x-data-parallel-rank".split())  # fmt: skip
+KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
                        " proxy-authenticate proxy-authorization".split())  # fmt: skip
 CORS_FIELDS = frozenset(f"access-control-{name}" for name in (
@@ -611,10 +624,11 @@ def upgrade_wanted(head: RequestHead) -> bool:
     return asks and "upgrade" in head.fields.members("connection")
 
 
-def forward_fields(head: RequestHead, added: Pairs) -> str:
+def forward_fields(head: RequestHead, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """A request's field lines as sent to any server, without Host and framing.  Made once per
     request; `forward_request` is called for each attempt."""
-    return kept_lines(head.fields, added, ("host", "content-length", "expect"))
+    ours = (key for key, _, _ in head.fields.lines if key.startswith("x-mvllm-"))
+    return kept_lines(head.fields, added, ("host", "content-length", "expect", *ours, *dropped))
 
 
 def forward_request(
@@ -961,24 +975,77 @@ def base_url(value: Any) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}{path}"
 
 
+def network(value: Any) -> str:
+    """An address or a network of addresses."""
+    try:
+        return str(ipaddress.ip_network(words(value), strict=False))
+    except ValueError:
+        raise ValueError("an address like 10.0.0.1 or a network like 10.0.0.0/8") from None
+
+
+def named(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 100:
+        raise ValueError("a name")
+    return value
+
+
+def secret(value: Any) -> str:
+    """What stands behind `Bearer` in a field."""
+    if not isinstance(value, str) or not SECRET.fullmatch(value):
+        raise ValueError("a key of printable characters without spaces")
+    return value
+
+
+SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerSettings:
     """One entry of the list of servers."""
 
     url: str = setting(REQUIRED, base_url, "where the server listens")
     max_concurrent_requests: int = setting(3, whole(1), "requests it runs well at the same time")
+    api_key: str = setting("", secret, "its key, for requests and checks, in place of the client's")
+    api_key_file: str = setting("", words, "a file that holds it")
+    ca_file: str = setting("", words, "https: certificates to trust, in place of the system's")
+    client_cert: str = setting("", words, "https: a file with our certificate and its key")
+    verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeySettings:
+    """One entry of [[keys]]: who may come in."""
+
+    name: str = setting(REQUIRED, named, "what it is called in the log")
+    key: str = setting("", secret, "what clients send; or")
+    key_file: str = setting("", words, "a file that holds it")
+    models: tuple[str, ...] = setting((), list_of(words), "models it allows; [] is all")
+    requests_per_second: float = setting(0.0, number(0), "0 is no limit")
+    max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
+    admin: bool = setting(False, truth, "whether it opens status and admin paths")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that can be set.  `servers` and `aliases` are tables of their own in the file;
-    every other field is a key of [config].  Times are in seconds."""
+    """Everything that can be set.  `servers`, `aliases` and `keys` are tables of their own in the
+    file; every other field is a key of [config].  Times are in seconds."""
 
     servers: tuple[ServerSettings, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys: tuple[KeySettings, ...] = ()
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
+    tls_cert: str = setting("", words, "a file with a certificate: clients speak https")
+    tls_key: str = setting("", words, "a file with its key")
+    trusted_proxies: tuple[str, ...] = setting(
+        (), list_of(network), "addresses whose X-Forwarded fields are believed")
+    pass_client_key: bool = setting(
+        False, truth, "with [[keys]]: servers are shown the client's key, too")
+    status_access: str = setting(
+        "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
+    admin_paths: tuple[str, ...] = setting(
+        (), list_of(words), "paths beyond inference that admin keys may ask one server for")
     policy: str = setting("least", one_of(*POLICY_NAMES), "how a server is chosen")
     default_model: str = setting("", words, "model of requests that name none")
     max_head_bytes: int = setting(2**16, whole(256), "longest head of a request")
@@ -1051,6 +1118,8 @@ class Settings:
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
+KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
+SECRET_FIELDS = ("key", "api_key")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
 # Keys of older files that never had an effect, or have none here.
@@ -1116,7 +1185,7 @@ class SettingsReader:
         self.warnings: list[Complaint] = []
 
     def read(self, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
-        self.warn_unknown(self.document, ("servers", "config", "aliases"), ())
+        self.warn_unknown(self.document, ("servers", "config", "aliases", "keys"), ())
         config = self.table("config")
         self.warn_unknown(config, CONFIG_FIELDS, ("config",))
         values = {
@@ -1127,10 +1196,18 @@ class SettingsReader:
             if key in CONFIG_FIELDS:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         servers = self.servers(*overrides.get("servers", (None, "")))
-        aliases = self.aliases()
+        aliases, keys = self.aliases(), self.keys()
+        if bool(values.get("tls_cert")) is not bool(values.get("tls_key")):
+            self.complain(("config", "tls_key"), values.get("tls_key"), "both tls_cert and tls_key")
+        if values.get("status_access") in ("key", "admin") and not keys:
+            path = ("config", "status_access")
+            self.complain(path, values["status_access"], "open or loopback without [[keys]]")
+        if values.get("admin_paths") and not any(key.admin for key in keys):
+            path = ("config", "admin_paths")
+            self.complain(path, values["admin_paths"], "one of [[keys]] with admin = true")
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
-        return Settings(servers, aliases, **values), self.warnings
+        return Settings(servers, aliases, keys, **values), self.warnings
 
     def servers(self, entries: Any, origin: str) -> tuple[ServerSettings, ...]:
         """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`."""
@@ -1143,19 +1220,37 @@ class SettingsReader:
             # None, too: an empty file is a half-written one, not a wish for no servers.
             self.complain(("servers",), entries, 'a list like [{ url = "http://10.0.0.1:8000" }]')
             return ()
-        servers: dict[str, ServerSettings] = {}
+        return self.entries("servers", entries, ServerSettings, "url", SERVER_FIELDS, origin)
+
+    def keys(self) -> tuple[KeySettings, ...]:
+        entries = self.document.get("keys", [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            self.complain(("keys",), "…", "a list of tables [[keys]]")
+            return ()
+        keys = self.entries("keys", entries, KeySettings, "name", KEY_FIELDS)
+        for i, key in enumerate(keys):
+            if bool(key.key) is bool(key.key_file):
+                self.complain(("keys", i, "name"), key.name, "either key or key_file with it")
+        return keys
+
+    def entries(
+        self, table: str, entries: list[dict[str, Any]], kind: Callable[..., Any], identity: str,
+        fields: Mapping[str, Any], origin: str = "",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """A list of tables, each known by its `identity`."""
+        found: dict[str, Any] = {}
         for i, entry in enumerate(entries):
-            path, before = ("servers", i), len(self.errors)
-            self.warn_unknown(entry, SERVER_FIELDS, path)
-            values = {key: self.checked(SERVER_FIELDS[key], value, (*path, key), origin)
-                      for key, value in entry.items() if key in SERVER_FIELDS}  # fmt: skip
-            if "url" not in entry:
-                self.complain((*path, "url"), None, "the server's URL", origin)
-            elif values["url"] in servers:
-                self.complain((*path, "url"), entry["url"], "each server once", origin)
+            path, before = (table, i), len(self.errors)
+            self.warn_unknown(entry, fields, path)
+            values = {key: self.checked(fields[key], value, (*path, key), origin)
+                      for key, value in entry.items() if key in fields}  # fmt: skip
+            if identity not in entry:
+                self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
+            elif values[identity] in found:
+                self.complain((*path, identity), entry[identity], "each of them once", origin)
             if len(self.errors) == before:
-                servers[values["url"]] = ServerSettings(**values)
-        return tuple(servers.values())
+                found[values[identity]] = kind(**values)
+        return tuple(found.values())
 
     def aliases(self) -> dict[str, str]:
         table = self.table("aliases")
@@ -1178,7 +1273,9 @@ class SettingsReader:
             return None
 
     def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
-        if isinstance(found, str):
+        if path[-1] in SECRET_FIELDS:
+            found = "something else"
+        elif isinstance(found, str):
             found = shown(PASSWORD.sub("//…@", found))
         what = "nothing" if found is None else str(found)[:80]
         self.errors.append(self.place(path, f"found {what}, expected {expected}", origin))
@@ -1218,9 +1315,10 @@ def line_of(toml: str, path: Path) -> int:
     person would: for the table's header or the n-th entry, and for the key after it."""
     toml = OPAQUE.sub(blanked, toml)
     start, end = 0, len(toml)
-    if path[0] == "servers" and len(path) > 1 and isinstance(path[1], int):
-        entry = re.compile(r"^[ \t]*\[\[servers(?:\.servers)?\]\]|\{", re.MULTILINE)
-        first = re.search(r"\[\[servers|\bservers\s*=\s*\[", toml)
+    if len(path) > 1 and isinstance(path[1], int):
+        name = path[0]
+        entry = re.compile(rf"^[ \t]*\[\[{name}(?:\.{name})?\]\]|\{{", re.MULTILINE)
+        first = re.search(rf"\[\[{name}|\b{name}\s*=\s*\[", toml)
         entries = [m.start() for m in entry.finditer(toml, first.start() if first else 0)]
         if path[1] < len(entries):
             start, end = [*entries, end][path[1] : path[1] + 2]
@@ -1235,7 +1333,8 @@ def line_of(toml: str, path: Path) -> int:
 
 def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them wait for the next start."""
-    changed = [key for key in (*CONFIG_FIELDS, "aliases") if getattr(old, key) != getattr(new, key)]
+    changed = [key for key in (*CONFIG_FIELDS, "aliases", "keys")
+               if getattr(old, key) != getattr(new, key)]  # fmt: skip
     late = [key for key in changed if key in RESTART_KEYS]
     now = [key for key in changed if key not in late]
     words = [f"changed: {', '.join(now)}"] * bool(now)
@@ -1260,7 +1359,10 @@ CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 DOT_SEGMENT = re.compile(r"(?:/|\\|%2f|%5c)(?:\.|%2e){1,2}(?:/|\\|%2f|%5c|$)", re.IGNORECASE)
 
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
-CALL_MEMBERS = ("model", "stream")
+# Members by which servers talk to each other about one of their caches.  From a client's mouth,
+# vllm's own words, they end the engine of a server that believes them.
+RESERVED_MEMBERS = ("kv_transfer_params",)
+CALL_MEMBERS = ("model", "stream", *RESERVED_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
 
@@ -1389,7 +1491,9 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise BadMessage("the content is nested too deeply to be read") from None
+    except ValueError:
         return {}  # a server will say what is wrong with it
 
 
@@ -1434,7 +1538,7 @@ def read_call(
         members = {name: bytes(content[a:b]).decode("utf-8", "replace")
                    for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
     elif content:
-        members = read_members(content, spans)
+        refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
     if named is None and head.query:
         asked = urllib.parse.parse_qs(head.query).get("model", [None])[0]
@@ -1446,6 +1550,17 @@ def read_call(
     if content and model is not None and model != named and asked in (named, default_model):
         content = with_model(content, boundary, spans, model)
     return Call(model, members.get("stream") in (True, "true", "True", "1"), content)
+
+
+def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
+    """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
+    could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
+    for name in RESERVED_MEMBERS:
+        if members.get(name) is not None or (spans is not None and name in spans):
+            raise BadMessage(f"{name} is not for clients to say")
+    if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
+            raise BadMessage("the content is JSON in another encoding than UTF-8")
 
 
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
@@ -1612,7 +1727,103 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  fleet
+#  7  access
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
+# is compared by its digest, with all keys, in constant time.
+
+
+class Refusal(NamedTuple):
+    fault: Fault
+    text: str
+    retry_after_s: int = 0
+
+
+class Gate:
+    """The clients' keys, and what each is using.  What is used is kept by the key's name, so that
+    it survives a reload."""
+
+    def __init__(self) -> None:
+        self._keys: list[tuple[bytes, KeySettings]] = []
+        self._running: dict[str, int] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
+
+    def adopt(self, keys: Iterable[tuple[KeySettings, str]]) -> None:
+        """Make these the keys, each with its secret."""
+        self._keys = [(digest(secret), key) for key, secret in keys]
+        names = {key.name for _, key in self._keys}
+        self._buckets = {name: left for name, left in self._buckets.items() if name in names}
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._keys)
+
+    def recognised(self, fields: Fields) -> KeySettings | None:
+        """The key that a request shows, if it is one of ours."""
+        said, found = digest(shown_key(fields)), None
+        for known, key in self._keys:
+            if hmac.compare_digest(known, said):
+                found = key
+        return found
+
+    def enter(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
+        """Let a request in, which has to `leave`; or say why not."""
+        if key.models and model not in key.models:
+            what = "a request without a model" if model is None else f"the model `{model[:200]}`"
+            return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
+        if key.max_requests and self._running.get(key.name, 0) >= key.max_requests:
+            text = f"The key {shown(key.name)} has {key.max_requests} requests in progress, as many"
+            return Refusal(Fault.RATE_LIMITED, f"{text} as it may.", 1)
+        if (rate := key.requests_per_second) > 0:
+            most = max(1.0, rate)
+            left, then = self._buckets.get(key.name, (most, now))
+            left = min(most, left + rate * (now - then))
+            if left < 1:
+                text = f"The key {shown(key.name)} allows {rate:g} requests per second."
+                return Refusal(Fault.RATE_LIMITED, text, math.ceil((1 - left) / rate))
+            self._buckets[key.name] = left - 1, now
+        self._running[key.name] = self._running.get(key.name, 0) + 1
+        return None
+
+    def leave(self, key: KeySettings) -> None:
+        self._running[key.name] -= 1
+        if not self._running[key.name]:
+            del self._running[key.name]
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+
+
+def shown_key(fields: Fields) -> str:
+    """The key in a request: as OpenAI's clients send it, or as Anthropic's do."""
+    scheme, _, secret = fields.get("authorization").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
+
+
+def is_trusted(host: str, networks: Iterable[str]) -> bool:
+    """Whether an address is that of one of our own proxies."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in ipaddress.ip_network(network) for network in networks)
+
+
+def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
+    """Who asks: the peer or, behind proxies of ours, the last address before them."""
+    if not networks or not is_trusted(peer, networks):
+        return peer
+    for host in reversed([peer, *fields.members("x-forwarded-for")]):
+        if not is_trusted(host, networks):
+            return host
+    return peer
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers and everything known of them.  What is known of one is a frozen ServerView; the
@@ -1928,7 +2139,7 @@ class Fleet:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  policies
+#  9  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Views in, a ranking out.  A policy gives every eligible server a cost, and says which costs are
@@ -2120,12 +2331,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  plans
+#  10  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (16) is the only driver.
+# steps.  The exchange (17) is the only driver.
 
 
 class Held(NamedTuple):
@@ -2332,7 +2543,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  reports
+#  11  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in; JSON documents, metric families and lines of text
@@ -2586,7 +2797,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  wire
+#  12  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -2843,7 +3054,7 @@ class Wire(asyncio.Protocol):
         self.sink = Discard()
         self.buffer.clear()
         self.release()
-        self.transport.set_write_buffer_limits(0)  # `blocked` from now on means: not all is out
+        self.transport.set_write_buffer_limits(1, 0)  # `blocked` means now: not all is out
         await self.unblocked(silence_s)
         if self.transport.can_write_eof() and not (self.gone or self.lost):
             self.transport.write_eof()
@@ -2851,6 +3062,12 @@ class Wire(asyncio.Protocol):
             while not self.gone:
                 await self.news(deadline)
         self.transport.close()
+        while not self.lost:  # with TLS, only then is all out
+            await self.news(self.loop.time() + silence_s)
+
+    @property
+    def is_tls(self) -> bool:
+        return self.transport.get_extra_info("sslcontext") is not None
 
     @property
     def peer(self) -> tuple[str, int]:
@@ -2943,7 +3160,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  pool
+#  13  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -2970,6 +3187,8 @@ class Pool:
         self.tls = parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.tls else 80)
         self.authority, self.prefix = parts.netloc, parts.path
+        self.key = ""  # for the server, in place of a client's
+        self.context: ssl.SSLContext | None = None  # for https, in place of the usual one
         self.idle: dict[Wire, None] = {}
 
     async def talk(
@@ -2998,7 +3217,9 @@ class Pool:
 
     async def dial(self, timeout_s: float) -> Wire:
         """A new connection.  Raises PeerGone."""
-        loop, tls = asyncio.get_running_loop(), client_tls() if self.tls else None
+        loop, tls = asyncio.get_running_loop(), None
+        if self.tls:
+            tls = self.context or client_tls()
         try:
             async with within(timeout_s):
                 return (await loop.create_connection(
@@ -3026,6 +3247,10 @@ class Pool:
         wire.expect_by(wire.loop.time() + POOL_IDLE_S)
         self.idle[wire] = None
 
+    @property
+    def key_line(self) -> str:
+        return f"Authorization: Bearer {self.key}\r\n" if self.key else ""
+
     def close(self) -> None:
         for wire in list(self.idle):
             self.expired(wire)
@@ -3040,6 +3265,97 @@ class Pool:
         self.idle.pop(wire, None)
         wire.sink = None
         wire.abort()
+
+
+class Secrets:
+    """Keys and certificates, from the settings and from the files they name.  Made anew to see
+    whether a file has changed; what has not is taken from the secrets `before`.  Raises
+    SettingsError."""
+
+    def __init__(self, settings: Settings = Settings(), before: Secrets | None = None) -> None:
+        self.files: dict[str, bytes] = {}  # all that was read
+        self.keys = [(key, key.key or self._word(key.key_file)) for key in settings.keys]
+        self.server_keys = {
+            server.url: server.api_key or (server.api_key_file and self._word(server.api_key_file))
+            for server in settings.servers
+        }
+        self.contexts: dict[str, ssl.SSLContext] = {}
+        self._made_of: dict[str, tuple[Any, ...]] = {}
+        for server in settings.servers:
+            files = [path for path in (server.ca_file, server.client_cert) if path]
+            if files or not server.verify:
+                url, wanted = server.url, (server, *map(self._read, files))
+                known = before is not None and before._made_of.get(url) == wanted
+                self.contexts[url] = (before.contexts[url] if before is not None and known
+                                      else self._checked(server_context, server))  # fmt: skip
+                self._made_of[url] = wanted
+        self.listener: ssl.SSLContext | None = None
+        if settings.tls_cert:
+            for path in (settings.tls_cert, settings.tls_key):
+                self._read(path)
+            self.listener = self._checked(listener_context, settings)
+
+    def pool(self, url: str) -> Pool:
+        pool = Pool(url)
+        self.equip(pool, url)
+        return pool
+
+    def equip(self, pool: Pool, url: str) -> None:
+        """Give a pool what is now its key and context; with others, its connections end."""
+        now = self.server_keys.get(url, ""), self.contexts.get(url)
+        if now != (pool.key, pool.context):
+            pool.key, pool.context = now
+            pool.close()
+
+    def _read(self, path: str) -> bytes:
+        self.files[path] = read_file(path)
+        return self.files[path]
+
+    def _word(self, path: str) -> str:
+        try:
+            return secret(self._read(path).decode("ascii").strip())
+        except ValueError as error:
+            text = f"holds {'no ASCII text' if isinstance(error, UnicodeError) else 'no key'}"
+            raise SettingsError([Complaint(path, 0, "", text)]) from None
+
+    def _checked(self, make: Callable[[Any], ssl.SSLContext], given: Any) -> ssl.SSLContext:
+        try:
+            return make(given)
+        except OSError as error:  # ssl.SSLError is one
+            text = f"no usable certificate or key: {error}"
+            raise SettingsError([Complaint(", ".join(self.files), 0, "", text)]) from None
+
+
+def server_context(server: ServerSettings) -> ssl.SSLContext:
+    """For an https server with wishes of its own."""
+    context = ssl.create_default_context(cafile=server.ca_file or None)
+    if server.client_cert:
+        context.load_cert_chain(server.client_cert)
+    if not server.verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def listener_context(s: Settings) -> ssl.SSLContext:
+    """For clients that speak https; TLS 1.2 and newer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(s.tls_cert, s.tls_key)
+    return context
+
+
+def read_file(path: str) -> bytes:
+    """A regular file's bytes.  Raises SettingsError."""
+    try:
+        # Without waiting for the other end of a pipe, should it be one.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
+        text = "not a regular file"
+    except OSError as error:
+        text = reason_of(error)
+    raise SettingsError([Complaint(path, 0, "", f"cannot be read: {text}")])
 
 
 def reason_of(error: OSError) -> str:
@@ -3068,7 +3384,7 @@ async def fetch(
     """GET something small from a server, or POST some JSON, for the balancer's own use: (status,
     content).  Raises PeerGone, BadMessage, TimeoutError."""
     request = f"{'GET' if content is None else 'POST'} {pool.prefix}{path} HTTP/1.1\r\n"
-    request += f"Host: {pool.authority}\r\nAccept: */*\r\n"
+    request += f"Host: {pool.authority}\r\nAccept: */*\r\n{pool.key_line}"
     if content is not None:
         request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
 
@@ -3092,7 +3408,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  pump
+#  14  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -3220,7 +3536,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  response
+#  15  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -3351,6 +3667,8 @@ class Response:
             fields.append(("Retry-After", str(retry_after_s)))
         if fault is Fault.BAD_METHOD:
             fields.append(("Allow", "GET, HEAD"))
+        if fault is Fault.UNAUTHORIZED:
+            fields.append(("WWW-Authenticate", "Bearer"))
         param = "model" if fault is Fault.UNKNOWN_MODEL else None
         content = error_body(fault, text, self.request.path, param)
         self.whole(Reply(fault.status, content, fields=fields))
@@ -3369,7 +3687,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  core
+#  16  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -3404,6 +3722,8 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.queue = WaitQueue()
+        self.gate = Gate()
+        self.secrets = Secrets()
         self.pools: dict[str, Pool] = {}
         self.attempts: dict[str, set[Attempt]] = {}  # by server
         self.stalled_at = -INFINITY  # when this process last turned out to have stood still
@@ -3418,7 +3738,7 @@ class Core:
 
     def pool(self, url: str) -> Pool:
         if url not in self.pools:
-            self.pools[url] = Pool(url)
+            self.pools[url] = self.secrets.pool(url)
         return self.pools[url]
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> None:
@@ -3469,7 +3789,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  exchange
+#  17  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -3494,11 +3814,15 @@ class Exchange:
         self.call = Call(None, False, b"")
         self.content_bytes = 0  # of the request, which is let go of once it is not needed any more
         self.model_label = ""
+        self.key: KeySettings | None = None  # by which it came in
+        self.only = ""  # the one server that may be asked
         self.forwarded = ""  # the request's field lines for servers, made once
+        self.key_lines = ""  # and the client's key, for servers that have none of their own
         self.server = ""  # the one asked last
         self.attempt = Attempt(0)  # the last
         self.place: Lease | None = None  # with a server
         self.waiting = False  # in the queue
+        self.entered = False  # through the gate
         self.attempts = 0
         self.failures: list[str] = []  # of the attempts before the last
         self.began_at = self.asked_at = self.loop.time()
@@ -3514,6 +3838,13 @@ class Exchange:
             self.model_label = self.label()
             self.forwarded = self.forwarded_fields()
             self.asked_at = self.loop.time()
+            if self.key is not None:
+                refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
+                if refusal is not None:
+                    self.core.met(LIMITS.get(refusal.fault, ""))
+                    response.refuse(*refusal)
+                    return
+                self.entered = True
             self.core.budget.came(self.asked_at)
             with abandoned_if_gone(self.client):
                 await self.carry_out(relay_plan(self.choose, s, self.core.draw, self.afford_retry))
@@ -3532,6 +3863,8 @@ class Exchange:
             response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             raise
         finally:
+            if self.entered and self.key is not None:
+                self.core.gate.leave(self.key)
             self.book()
 
     async def carry_out(self, plan: Plan) -> None:
@@ -3554,7 +3887,10 @@ class Exchange:
         core, interval_s = self.core, self.core.settings.metrics_interval
         enforced = core.settings.queue_size > 0
         by, moment = POLICIES[core.settings.policy], Moment(self.loop.time(), interval_s, enforced)
-        ranking = rank(core.fleet.views(), self.call.model, tried, by, moment, core.draw)
+        views = core.fleet.views()
+        if self.only:
+            views = [view for view in views if view.url == self.only]
+        ranking = rank(views, self.call.model, tried, by, moment, core.draw)
         if enforced and not self.waiting and core.queue.waiting(self.call.model):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
@@ -3669,16 +4005,23 @@ class Exchange:
             self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def forwarded_fields(self) -> str:
-        fields = self.head.fields
+        fields, peer, s = self.head.fields, self.client.peer[0], self.settings
+        trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
+        proto, host = "https" if self.client.is_tls else "http", fields.get("host")
         added = [
             ("X-Request-Id", self.response.id),
-            ("X-Forwarded-For", fields.with_member("x-forwarded-for", self.client.peer[0])),
-            ("X-Forwarded-Proto", fields.get("x-forwarded-proto", "http")),
+            ("X-Forwarded-For",
+             fields.with_member("x-forwarded-for", peer) if trusted else peer),
+            ("X-Forwarded-Proto", trusted and fields.get("x-forwarded-proto") or proto),
             ("Via", fields.with_member("via", "1.1 mvllm_lite")),  # RFC 9110 §7.6.3
         ]
-        if host := fields.get("x-forwarded-host") or fields.get("host"):
+        if host := (trusted and fields.get("x-forwarded-host")) or host:
             added.append(("X-Forwarded-Host", host))
-        return forward_fields(self.head, added)
+        if not self.core.gate.closed or s.pass_client_key:
+            self.key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
+                                     if key in KEY_FIELD_NAMES)  # fmt: skip
+        dropped = KEY_FIELD_NAMES if trusted else KEY_FIELD_NAMES | PROXY_FIELDS
+        return forward_fields(self.head, added, dropped)
 
     # One attempt.
 
@@ -3765,8 +4108,9 @@ class Exchange:
         content, silence_s = self.call.content, self.settings.request_timeout
         said = "content-length" in self.head.fields.values or self.framing.chunked
         length = len(content) if content or said else None
-        request = forward_request(
-            self.head, pool.prefix + self.path, pool.authority, self.forwarded, length)
+        fields = self.forwarded + (pool.key_line or self.key_lines)
+        path = pool.prefix + self.path
+        request = forward_request(self.head, path, pool.authority, fields, length)
         at = len(content)
         if at <= WRITE_SLICE_BYTES:
             wire.transport.write(request + content)
@@ -3880,9 +4224,11 @@ class Exchange:
             log.info("%s", access_line(self.facts(now, first_s)))
 
     def facts(self, now: float, first_s: float | None) -> dict[str, Any]:
-        response, (host, port) = self.response, self.client.peer
+        response, (peer, port) = self.response, self.client.peer
+        host = client_address(peer, self.head.fields, self.settings.trusted_proxies)
         return {
-            "id": response.id, "client": f"{host}:{port}", "method": self.head.method,
+            "id": response.id, "client": f"{peer}:{port}" if host == peer else host,
+            "key": self.key.name if self.key else "-", "method": self.head.method,
             "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
             "stream": self.call.stream, "server": self.server or "-", "attempts": self.attempts,
             "failed": ",".join(self.failures) or "-", "status": response.status,
@@ -3896,7 +4242,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  watch
+#  18  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -4034,17 +4380,17 @@ class SettingsFile:
 
     def text(self) -> str:
         """What the file holds now.  Raises SettingsError."""
-        return self._decoded(self._read())
+        return self._decoded(read_file(self.path))
 
     async def changed(self) -> str | None:
         """What the file holds, if that is new; two looks must agree, because the first may fall
         between an editor's truncating and its writing.  Raises SettingsError, once for each
         trouble."""
         try:
-            found = self._read()
+            found = read_file(self.path)
             while found != self.held:
                 await asyncio.sleep(SETTLE_S)
-                if found == (again := self._read()):
+                if found == (again := read_file(self.path)):
                     break
                 found = again
         except SettingsError as error:
@@ -4057,29 +4403,16 @@ class SettingsFile:
         self.held = found
         return self._decoded(found)
 
-    def _read(self) -> bytes:
-        try:
-            # Without waiting for the other end of a pipe, should it be one.
-            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise self._trouble("cannot be read: not a regular file")
-                return file.read()
-        except OSError as error:
-            raise self._trouble(f"cannot be read: {reason_of(error)}") from None
-
     def _decoded(self, found: bytes) -> str:
         try:
             return found.decode("utf-8-sig")  # some editors begin a file with a mark
         except UnicodeDecodeError as error:
             text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
-            raise self._trouble(text) from None
-
-    def _trouble(self, text: str) -> SettingsError:
-        return SettingsError([Complaint(self.path, 0, "", text)])
+            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  local
+#  19  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -4163,12 +4496,21 @@ async def server_models(core: Core, head: RequestHead) -> Reply:
 
 @local("/v1/models")
 async def models(core: Core, head: RequestHead) -> Reply:
-    return as_json(models_report(core.fleet.views(), core.settings.aliases))
+    return as_json({"object": "list", "data": models_for(core, head)})
+
+
+def models_for(core: Core, head: RequestHead) -> list[Any]:
+    """The models that the request's key allows, or all."""
+    aliases, key = core.settings.aliases, core.gate.recognised(head.fields)
+    entries: list[Any] = models_report(core.fleet.views(), aliases)["data"]
+    if key is None or not key.models:
+        return entries
+    return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
 
 
 async def one_model(core: Core, head: RequestHead) -> Reply:
     name = urllib.parse.unquote(head.path.partition(MODEL_PREFIX)[2].rstrip("/"))
-    known = models_report(core.fleet.views(), core.settings.aliases)["data"]
+    known = models_for(core, head)
     for entry in known:
         if entry["id"] == name:
             return as_json(entry)
@@ -4191,7 +4533,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  balancer
+#  20  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: listens, serves each client's connection in a task of its own, keeps every server's
@@ -4211,15 +4553,18 @@ class Balancer:
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._hosts: dict[str, int] = {}  # connections by client address
+        self._secrets_error = ""
         self._listeners: list[Listener] = []
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         when the address cannot be listened on."""
-        core, sockets = self.core, self.listen()
+        core, secrets, sockets = self.core, Secrets(self.core.settings), self.listen()
         async with asyncio.TaskGroup() as self._tasks:
-            self.adopt(core.settings)
+            self.adopt(core.settings, secrets)
+            if not core.gate.closed:
+                log.info("there are no [[keys]]: whoever reaches this address may use the servers")
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
             pulse = self._tasks.create_task(self.pulse())
             self._listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
@@ -4343,8 +4688,10 @@ class Balancer:
         # It left in the middle of a head, it was idle for too long, we are stopping.
         with contextlib.suppress(PeerGone, TimeoutError, OSError, asyncio.CancelledError):
             sock.setblocking(False)
-            await wire.loop.connect_accepted_socket(lambda: wire, sock)
-            left = self.core.settings.max_requests_per_connection
+            s, tls = self.core.settings, self.core.secrets.listener
+            await wire.loop.connect_accepted_socket(
+                lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None)
+            left = s.max_requests_per_connection
             while await self.serve_one(wire, left <= 1) and not self.core.stopping:
                 left -= 1
             await wire.close(self.core.settings.body_timeout)
@@ -4422,29 +4769,55 @@ class Balancer:
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
         head, response, function = exchange.head, exchange.response, find_local(exchange.head.path)
-        preflight = is_preflight(head) and exchange.settings.cors_allowed_origins
-        limit = exchange.settings.max_requests
-        if exchange.path and not (function or preflight):
-            if limit and len(self.core.exchanges) > limit:
-                text = f"{limit} requests are in progress, as many as max_requests allows."
-                response.persists = response.persists and not exchange.unread
-                response.refuse(Fault.TOO_MANY_REQUESTS, text)
-                self.core.met("max_requests")
-                exchange.book()
-                return
-            await exchange.run()
-            return
-        response.persists = response.persists and not exchange.unread
-        if preflight:
+        if is_preflight(head) and exchange.settings.cors_allowed_origins:
+            response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
-        elif function is None:
-            text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
-            response.refuse(Fault.NOT_SERVED, text)
+            return
+        if refusal := self.entrance(exchange, function):
+            response.persists = response.persists and not exchange.unread
+            response.refuse(*refusal)
+            self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
-        elif head.method not in ("GET", "HEAD"):
-            response.refuse(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
+        elif function is None:
+            await exchange.run()
         else:
+            response.persists = response.persists and not exchange.unread
             response.whole(await function(self.core, head))
+
+    def entrance(self, exchange: Exchange, function: Local | None) -> Refusal | None:
+        """Whether a request may come in at all: is there such a path, is it for everybody, is
+        there room?  For which model is for the gate to say, once that is known."""
+        core, s, head, gate = self.core, exchange.settings, exchange.head, self.core.gate
+        key = exchange.key = gate.recognised(head.fields) if gate.closed else None
+        if function in (liveness, readiness):
+            pass
+        elif function is not None and function not in (models, one_model):
+            if s.status_access == "loopback" and not is_trusted(exchange.client.peer[0], LOOPBACK):
+                return Refusal(Fault.FORBIDDEN, f"{head.path} is for this machine only.")
+            if s.status_access in ("key", "admin") and (refusal := stopped(
+                    key, s.status_access == "admin")):  # fmt: skip
+                return refusal
+        elif function is None and head.path in s.admin_paths:
+            exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
+            known = ", ".join(view.url for view in core.fleet.views())
+            if refusal := stopped(key, admin=True):
+                return refusal
+            if core.fleet.view(exchange.only) is None:
+                text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
+                return Refusal(Fault.BAD_REQUEST, text)
+        elif function is None and not exchange.path:
+            text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
+            return Refusal(Fault.NOT_SERVED, text)
+        elif gate.closed and (refusal := stopped(key)):
+            return refusal
+        if function is not None:
+            wrong = head.method not in ("GET", "HEAD")
+            text = f"{head.path} is asked for with GET."
+            return Refusal(Fault.BAD_METHOD, text) if wrong else None
+        if s.max_requests and len(core.exchanges) > s.max_requests:
+            text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
+            return Refusal(Fault.TOO_MANY_REQUESTS, text)
+        return None
 
     # Settings.
 
@@ -4455,10 +4828,26 @@ class Balancer:
                 await self._look_now.wait()
         asked = self._look_now.is_set()
         self._look_now.clear()
+        self.look_at_secrets()
         if self.file is not None:
             await self.look(self.file, asked)
         elif asked:
             log.info("there is no settings file to look at")
+
+    def look_at_secrets(self) -> None:
+        """Take over keys and certificates whose files have changed."""
+        core = self.core
+        try:
+            secrets = Secrets(core.settings, core.secrets)
+        except SettingsError as error:
+            if str(error) != self._secrets_error:
+                log.error("keys and certificates stay as they were:\n%s", error)
+            self._secrets_error = str(error)
+            return
+        self._secrets_error = ""
+        if secrets.files != core.secrets.files:
+            log.info("keys or certificates have changed")
+            self.adopt(core.settings, secrets)
 
     def look_now(self) -> None:
         self._look_now.set()
@@ -4476,6 +4865,7 @@ class Balancer:
                             " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
                 return
             settings, warnings = parse_settings(text, file.path, self.overrides)
+            secrets = Secrets(settings, core.secrets)
         except SettingsError as error:
             core.settings_error = str(error)
             core.ledger.reloads.add("refused")
@@ -4488,15 +4878,24 @@ class Balancer:
         core.settings_error = ""
         if settings != old:
             core.ledger.reloads.add("applied")
-            self.adopt(settings)
+            self.adopt(settings, secrets)
         elif asked:
             log.info("new settings: %d servers, nothing changed", len(settings.servers))
 
-    def adopt(self, settings: Settings) -> None:
+    def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
         """Make these settings the ones in force.  Servers keep all that is known of them; new
         ones are checked at once."""
         core, old = self.core, self.core.settings
-        core.settings = settings
+        secrets = secrets or Secrets(settings, core.secrets)
+        core.settings, core.secrets = settings, secrets
+        for url, pool in core.pools.items():
+            secrets.equip(pool, url)
+        for server in settings.servers:
+            if not server.verify and (server not in old.servers or settings is old):
+                log.warning("%s: its certificate is NOT verified (verify = false)", server.url)
+        core.gate.adopt(
+            (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
+             word) for key, word in secrets.keys)
         core.clients_limit = min(settings.max_connections, descriptors_allow())
         log.setLevel(settings.log_level)
         added, draining = core.fleet.apply(settings.servers, asyncio.get_running_loop().time())
@@ -4520,6 +4919,18 @@ class Balancer:
         core.tell()
 
 
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+
+
+def stopped(key: KeySettings | None, admin: bool = False) -> Refusal | None:
+    """Why who shows this key does not come in, or None."""
+    if key is None:
+        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
+    if admin and not key.admin:
+        return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} is not an admin's.")
+    return None
+
+
 def descriptors_allow() -> int:
     """How many clients, each with a connection to a server."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4532,7 +4943,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  demo
+#  21  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -4772,7 +5183,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  command line
+#  22  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
@@ -4937,7 +5348,8 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
 
         def ready() -> None:
             host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
-            url = f"http://{f'[{host}]' if ':' in host else host}:{balancer.port}"
+            scheme = "https" if settings.tls_cert else "http"
+            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{balancer.port}"
             if hint:
                 print(hint.format(url=url, server=settings.servers[0].url), flush=True)
             limit = balancer.core.clients_limit
@@ -4973,8 +5385,11 @@ def check_config(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}")
 
+    secrets = Secrets(settings)
+
     async def ask_all() -> list[tuple[bool, str]]:
-        return await asyncio.gather(*(ask(server.url, settings) for server in settings.servers))
+        return await asyncio.gather(
+            *(ask(server.url, settings, secrets) for server in settings.servers))
 
     findings = asyncio.run(ask_all())
     for server, (_, words) in zip(settings.servers, findings):
@@ -4985,9 +5400,9 @@ def check_config(args: argparse.Namespace) -> int:
     return 0 if usable else 2
 
 
-async def ask(url: str, settings: Settings) -> tuple[bool, str]:
+async def ask(url: str, settings: Settings, secrets: Secrets) -> tuple[bool, str]:
     """Whether a server can be used, and what it says of itself."""
-    pool, timeout_s = Pool(url), settings.health_check_timeout
+    pool, timeout_s = secrets.pool(url), settings.health_check_timeout
     try:
         found = await check_server(pool, timeout_s, True, True)
         if found is None or not found.passed:

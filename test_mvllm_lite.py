@@ -19,6 +19,7 @@ import re
 import resource
 import signal
 import socket
+import ssl
 import subprocess
 import symtable
 import sys
@@ -676,6 +677,13 @@ def test_all_complaints_come_at_once():
     ("a number sign in a text", "servers = [\n{url='http://a#'},\n{url='http://b', max_concurrent_requests='#{'},\n{url='x'}]",
      "s.toml:4: servers[3].url"),
     ("brackets in a text", "servers = [\n{url='{{{'},\n{url='http://b'}]", "s.toml:2: servers[1].url"),
+    ("a key that is none", "servers = []\n[[keys]]\nname = 'a'\nkey = 'with spaces'", "s.toml:4: keys[1].key: found something else, expected a key"),
+    ("a key without a secret", "servers = []\n[[keys]]\nname = 'a'", "s.toml:3: keys[1].name: found 'a', expected either key or key_file"),
+    ("two keys of one name", "servers = []\n[[keys]]\nname = 'a'\nkey = 'x'\n[[keys]]\nname = 'a'\nkey = 'y'", "s.toml:6: keys[2].name: found 'a', expected each of them once"),
+    ("admin paths for nobody", "servers = []\n[config]\nadmin_paths = ['/sleep']", "s.toml:3: config.admin_paths: found ('/sleep',), expected one of [[keys]] with admin = true"),
+    ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'", "s.toml:3: config.status_access: found 'key', expected open or loopback"),
+    ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'", "config.tls_key: found nothing, expected both"),
+    ("no network", "servers = []\n[config]\ntrusted_proxies = ['10.0.0']", "s.toml:3: config.trusted_proxies: found ['10.0.0'], expected an address like"),
     ("a key in quotes", "servers = []\n[config]\n'port' = -1", "s.toml:3: config.port"),
     ("an unknown key may be what was meant", "servers = []\n[config]\nport = -1\nprot = 80\n",
      "s.toml:3: config.port: found -1, expected a whole number, 0 to 65535\ns.toml:4: config.prot: unknown key"),
@@ -714,12 +722,13 @@ def test_overrides_win_and_are_checked_alike():
 
 def test_the_example_file_shows_every_setting_with_its_default():
     toml = (HERE / "servers.example.toml").read_text()
-    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = )", "", toml, flags=re.MULTILINE))
+    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = |\[\[keys\]\])", "", toml, flags=re.MULTILINE))
     defaults = Settings()
     assert list(shown["config"]) == list(lite.CONFIG_FIELDS)
     for key, value in shown["config"].items():
         assert lite.CONFIG_FIELDS[key].metadata["check"](value) == getattr(defaults, key), key
-    assert {key for entry in shown["servers"]["servers"] for key in entry} == set(lite.SERVER_FIELDS)
+    assert all(re.search(rf"\b{key}\b", toml) for key in lite.SERVER_FIELDS)
+    assert list(shown["keys"][0]) == list(lite.KEY_FIELDS)
     settings, warnings = lite.parse_settings(toml)
     assert settings.servers and not warnings
 
@@ -844,7 +853,6 @@ CALLS = table(
     ("JSON", {"body": b'{"model":"m","stream":true}'}, ("m", True)),
     ("no model", {"body": b'{"stream":false}'}, (None, False)),
     ("not JSON", {"body": b"\xff\x00"}, (None, False)),
-    ("too deep", {"body": b"[" * 60000}, (None, False)),
     ("no text", {"body": b'{"model":5}', "default": "d"}, (None, False)),
     ("null is none", {"body": b'{"model":null}', "default": "d"}, ("d", False)),
     ("a form with too many parts", {"body": b"--XX\r\n\r\n\r\n" * 101 + FORM, "fields": FORM_TYPE}, (None, False)),
@@ -882,6 +890,36 @@ REWRITTEN = table(
 @pytest.mark.parametrize("given, content", REWRITTEN)
 def test_only_the_model_s_value_is_rewritten(given, content):
     assert call(**given).content == content
+
+
+NOT_FOR_CLIENTS = table(
+    ("the words of a prefill server", b'{"model":"m","kv_transfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
+    ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
+    ("deep enough to blind a parser", b'{"kv_transfer_params":{},"a":' + b"[" * 30000 + b"]" * 30000 + b"}", "too deeply"),
+    ("in UTF-16", '{"kv_transfer_params":{}}'.encode("utf-16"), "UTF-8"),
+    ("in UTF-32 without mark", '{"kv_transfer_params":{}}'.encode("utf-32-be"), "UTF-8"),
+)
+
+
+@pytest.mark.parametrize("body, named", NOT_FOR_CLIENTS)
+def test_what_clients_must_not_say_is_refused(body, named):
+    with pytest.raises(lite.BadMessage, match=f"{named}|kv_transfer_params"):
+        call(body)
+
+
+@pytest.mark.parametrize("body, named", NOT_FOR_CLIENTS)
+def test_nor_in_large_content(body, named):
+    spans = {}
+    scan = lite.find_members(spans, lite.CALL_MEMBERS)
+    next(scan)
+    while not scan.send(body):
+        pass
+    with pytest.raises(lite.BadMessage, match="UTF-8" if named == "UTF-8" else "kv_transfer_params"):
+        lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, {}, "")
+
+
+def test_null_is_not_said():
+    assert call(b'{"model":"m","kv_transfer_params":null}').model == "m"
 
 
 def test_a_default_model_is_put_into_a_form_without_one():
@@ -992,7 +1030,78 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  fleet
+#  7  access
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def gate_with(**limits):
+    gate, key = lite.Gate(), lite.KeySettings("team", **limits)
+    gate.adopt([(key, "sk-1"), (lite.KeySettings("other"), "sk-2")])
+    return gate, key
+
+
+@pytest.mark.parametrize("fields, name", table(
+    ("as OpenAI's clients", "Authorization: Bearer sk-1", "team"),
+    ("the scheme in any case", "Authorization: bearer  sk-1", "team"),
+    ("as Anthropic's clients", "X-API-Key: sk-2", "other"),
+    ("another", "Authorization: Bearer sk-3", None),
+    ("a part", "Authorization: Bearer sk-", None),
+    ("another scheme", "Authorization: Basic sk-1", None),
+    ("two at once", "Authorization: Bearer sk-1\nAuthorization: Bearer sk-2", None),
+    ("none", "Cookie: sk-1", None),
+    ("empty", "Authorization: Bearer ", None),
+))  # fmt: skip
+def test_keys_are_recognised(fields, name):
+    found = gate_with()[0].recognised(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
+    assert (found and found.name) == name
+
+
+def test_a_key_allows_its_models():
+    gate, key = gate_with(models=("a", "b"))
+    assert gate.enter(key, "a", 0.0) is None
+    assert gate.enter(key, "c", 0.0)[0] is Fault.FORBIDDEN and "`c`" in gate.enter(key, "c", 0.0).text
+    assert gate.enter(key, None, 0.0).fault is Fault.FORBIDDEN
+
+
+def test_a_key_allows_so_many_requests_at_once():
+    gate, key = gate_with(max_requests=2)
+    assert [gate.enter(key, None, 0.0) for _ in range(2)] == [None, None]
+    assert gate.enter(key, None, 0.0)[::2] == (Fault.RATE_LIMITED, 1)
+    gate.leave(key)
+    assert gate.enter(key, None, 0.0) is None
+
+
+def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
+    gate, key = gate_with(requests_per_second=0.5)
+    assert gate.enter(key, None, 100.0) is None
+    assert gate.enter(key, None, 100.5)[::2] == (Fault.RATE_LIMITED, 2)
+    gate.adopt([(key, "sk-new")])
+    assert gate.enter(key, None, 101.5) is not None and gate.enter(key, None, 102.0) is None
+    gate, key = gate_with(requests_per_second=10)
+    assert sum(gate.enter(key, None, 5.0) is None for _ in range(15)) == 10
+    assert sum(gate.enter(key, None, 5.5) is None for _ in range(15)) == 5
+
+
+ADDRESSES = table(
+    ("nobody is trusted", "1.1.1.1", "9.9.9.9", (), "1.1.1.1"),
+    ("a stranger says it", "1.1.1.1", "9.9.9.9", ("10.0.0.0/8",), "1.1.1.1"),
+    ("our proxy says it", "10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
+    ("only the last stranger counts", "10.0.0.1", "8.8.8.8, 9.9.9.9, 10.0.0.2", ("10.0.0.0/8",), "9.9.9.9"),
+    ("IPv6", "fd00::1", "2001:db8::1", ("fd00::/8",), "2001:db8::1"),
+    ("IPv4 in IPv6", "::ffff:10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
+    ("nonsense is a stranger", "10.0.0.1", "hello", ("10.0.0.0/8",), "hello"),
+    ("all ours", "10.0.0.1", "10.0.0.2", ("10.0.0.0/8",), "10.0.0.1"),
+)
+
+
+@pytest.mark.parametrize("peer, said, networks, address", ADDRESSES)
+def test_who_asks(peer, said, networks, address):
+    fields = head_of(f"GET / HTTP/1.1\nHost: a\nX-Forwarded-For: {said}").fields
+    assert lite.client_address(peer, fields, networks) == address
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1137,7 +1246,7 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  policies
+#  9  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1321,7 +1430,7 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  plans
+#  10  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1480,7 +1589,7 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  reports
+#  11  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLOCK = lite.Clock(100.0, 1_700_000_100.0)
@@ -1849,11 +1958,12 @@ QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 
 
 
 @contextlib.asynccontextmanager
-async def balancing(*servers, wait=True, **settings):
-    """A balancer in front of these servers (scripted ones, or URLs), once all were checked."""
+async def balancing(*asked, wait=True, servers=(), **settings):
+    """A balancer in front of these servers (scripted ones, URLs, or settings), once all were
+    checked."""
     async with contextlib.AsyncExitStack() as stack:
-        listed = []
-        for server in servers:
+        listed = list(servers)
+        for server in asked:
             if isinstance(server, Server) and server.listener is None:
                 await stack.enter_async_context(server)
             listed.append(lite.ServerSettings(getattr(server, "url", server), getattr(server, "capacity", 10)))
@@ -1873,7 +1983,7 @@ async def balancing(*servers, wait=True, **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11 to 14  a request on its way
+#  12 to 17  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1905,7 +2015,7 @@ async def test_a_request_arrives_as_it_was_sent():
     assert asked.get("host") == [server.url.removeprefix("http://")]
     assert asked.get("cookie") == ["1", "2"] and asked.get("authorization") == ["Bearer k"]
     assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
-    assert asked.get("x-forwarded-for") == ["9.9.9.9, 127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
+    assert asked.get("x-forwarded-for") == ["127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
     assert asked.get("x-forwarded-host") == ["front"] and asked.get("via") == ["1.1 mvllm_lite"]
     assert not asked.get("x-secret") and not asked.get("connection")
     assert got.get("x-request-id") == "my-id" and got.get("connection") == "close"
@@ -2658,6 +2768,300 @@ async def test_a_request_that_comes_before_the_first_check_waits_for_it():
         assert (await client.answer()).status == 200
 
 
+# Who may come in.
+
+KEYS = (lite.KeySettings("team", "sk-team", models=("m",)), lite.KeySettings("root", "sk-root", admin=True))
+
+
+def bearer(key):
+    return [f"Authorization: Bearer {key}"]
+
+
+@asynchronous
+async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(caplog):
+    caplog.set_level("INFO", "mvllm_lite")
+    async with balancing(server := Server(models=["m", "n"]), keys=KEYS) as running:
+        client = await running.client()
+        for fields in ([], bearer("sk-none"), ["X-API-Key: sk"]):
+            got = await client.post(fields=fields)
+            assert (got.status, got.get("x-mvllm-error"), got.get("www-authenticate")) == (401, "unauthorized", "Bearer")
+            assert got.error["type"] == "AuthenticationError" and got.error["code"] == 401
+            client = await running.client()
+            assert (await client.get("/v1/models", fields)).status == 401
+        got = await client.post(fields=[*bearer("sk-team"), "X-Api-Key: sk-team"])
+        assert got.status == 200 and not server.asked[0].get("authorization") and not server.asked[0].get("x-api-key")
+        got = await client.post(body=b'{"model":"n"}', fields=bearer("sk-team"))
+        assert (got.status, got.get("x-mvllm-error")) == (403, "forbidden")
+        assert (await client.post(body=b'{"model":"n"}', fields=bearer("sk-root"))).status == 200
+        names = [[m["id"] for m in (await client.get("/v1/models", bearer(key))).json["data"]] for key in ("sk-team", "sk-root")]
+        assert names == [["m"], ["m", "n"]] and (await client.get("/v1/models/n", bearer("sk-team"))).status == 404
+        assert (await client.get("/liveness")).status == 200 == (await client.get("/health")).status
+    assert len(server.asked) == 2 and "key=team" in caplog.text and "sk-" not in caplog.text
+
+
+@asynchronous
+async def test_without_keys_it_says_so_and_passes_the_client_s_on(caplog):
+    caplog.set_level("INFO", "mvllm_lite")
+    async with balancing(server := Server()) as running:
+        await (await running.client()).post(fields=bearer("sk-x"))
+    assert server.asked[0].get("authorization") == ["Bearer sk-x"]
+    assert caplog.text.count("whoever reaches this address may use the servers") == 1
+
+
+@pytest.mark.parametrize("own, passed, seen", [("", False, []), ("", True, ["Bearer sk-root"]), ("sv", True, ["Bearer sv"]), ("sv", False, ["Bearer sv"])])
+@asynchronous
+async def test_a_server_s_own_key_is_used_for_requests_and_checks(own, passed, seen):
+    probes = []
+
+    class Curious(Server):
+        async def read(self, reader):
+            probes.append(Asked(*(message := await read_message(reader))[:3]))
+            return message
+
+    async with Curious() as server:
+        listed = (lite.ServerSettings(server.url, 10, api_key=own),)
+        async with balancing(servers=listed, keys=KEYS, pass_client_key=passed) as running:
+            assert (await (await running.client()).post(fields=bearer("sk-root"))).status == 200
+            assert server.asked[0].get("authorization") == seen
+    expected = [f"Bearer {own}"] * bool(own)
+    assert all(one.get("authorization") == expected for one in probes if "/v1/chat" not in one.line)
+    assert {one.line.split()[1] for one in probes} >= {"/health", "/v1/models", "/metrics"}
+
+
+@asynchronous
+async def test_limits_of_a_key():
+    keys = (lite.KeySettings("slow", "sk-slow", requests_per_second=0.01), lite.KeySettings("one", "sk-one", max_requests=1))
+    async with balancing(Server(gated := Gated()), keys=keys) as running:
+        gated.let(9)
+        client = await running.client()
+        assert (await client.post(fields=bearer("sk-slow"))).status == 200
+        got = await client.post(fields=bearer("sk-slow"))
+        assert (got.status, got.get("x-mvllm-error")) == (429, "rate_limited") and 90 <= int(got.get("retry-after")) <= 100
+        assert (await client.post(fields=bearer("sk-one"))).status == 200
+        gated.gate = asyncio.Semaphore(0)
+        await client.ask("POST", "/v1/x", b"{}", bearer("sk-one"))
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        assert (await (await running.client()).post(fields=bearer("sk-one"))).status == 429
+        client.close()
+        await running.quiet()
+        gated.let(2)
+        assert (await (await running.client()).post(fields=bearer("sk-one"))).status == 200
+        assert await running.metric("mvllm_limits_met_total", limit="keys") == 2
+
+
+STATUS = table(
+    ("open", {}, [], 200),
+    ("key", {"status_access": "key"}, [], 401),
+    ("key shown", {"status_access": "key"}, bearer("sk-team"), 200),
+    ("admin", {"status_access": "admin"}, bearer("sk-team"), 403),
+    ("admin shown", {"status_access": "admin"}, bearer("sk-root"), 200),
+    ("loopback", {"status_access": "loopback"}, [], 200),
+)
+
+
+@pytest.mark.parametrize("settings, fields, status", STATUS)
+@asynchronous
+async def test_who_may_see_status_paths(settings, fields, status):
+    async with balancing(Server(), keys=KEYS, **settings) as running:
+        client = await running.client()
+        for path in ("/health", "/load-stats", "/server-models", "/metrics", "/version", "/"):
+            assert (await client.get(path, fields)).status == status
+        for path in ("/liveness", "/readiness", "/ping"):
+            assert (await client.get(path)).status in (200, 503)
+
+
+@asynchronous
+async def test_admin_paths_take_a_setting_an_admin_s_key_and_a_server():
+    async with balancing(a := Server(), b := Server(), keys=KEYS, admin_paths=("/sleep",)) as running:
+        client = await running.client()
+        assert (await client.get("/reset_prefix_cache", bearer("sk-root"))).status == 404
+        assert (await client.get("/sleep")).status == 401
+        assert (await client.get("/sleep", bearer("sk-team"))).status == 403
+        got = await client.get("/sleep", bearer("sk-root"))
+        assert got.status == 400 and a.url in got.error["message"]
+        for server in (b, b, b, a):
+            got = await client.get("/sleep?level=1", [*bearer("sk-root"), f"X-MVLLM-Server: {server.url}"])
+            assert got.status == 200 and server.asked[-1].line == "GET /sleep?level=1 HTTP/1.1"
+            assert not server.asked[-1].get("x-mvllm-server")
+        assert len(b.asked) == 3 and len(a.asked) == 1
+
+
+@pytest.mark.parametrize("trusted", [(), ("127.0.0.0/8",)])
+@asynchronous
+async def test_only_our_own_proxies_are_believed(trusted, caplog):
+    caplog.set_level("INFO", "mvllm_lite")
+    said = ["X-Forwarded-For: 9.9.9.9", "X-Forwarded-Proto: https", "X-Forwarded-Host: h", "X-Real-IP: 9.9.9.9",
+            "X-Data-Parallel-Rank: 3", "Forwarded: for=9.9.9.9", "X-MVLLM-Secret: 1"]  # fmt: skip
+    async with balancing(server := Server(), trusted_proxies=trusted) as running:
+        assert (await (await running.client()).post(fields=said)).status == 200
+    (asked,) = server.asked
+    found = [asked.get(f"x-forwarded-{name}")[0] for name in ("for", "proto", "host")]
+    assert found == (["9.9.9.9, 127.0.0.1", "https", "h"] if trusted else ["127.0.0.1", "http", "front"])
+    for name in ("x-real-ip", "x-data-parallel-rank", "forwarded"):
+        assert bool(asked.get(name)) is bool(trusted)
+    assert not asked.get("x-mvllm-secret") and ("client=9.9.9.9 " in caplog.text) is bool(trusted)
+
+
+@asynchronous
+async def test_what_clients_must_not_say_reaches_no_server():
+    async with balancing(server := Server()) as running:
+        for pad in (b"", b"x" * 100_000):
+            body = b'{"prompt":"' + pad + b'","kv_transfer_params":{"do_remote_prefill":true}}'
+            got = await (await running.client()).post(body=body)
+            assert got.status == 400 and "kv_transfer_params" in got.error["message"]
+    assert not server.asked
+
+
+# https, on both sides.  Certificates for localhost and 127.0.0.1, signed by themselves.
+
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1smv80KtFMcyroKg
+FdoZGMlvw7jcMEOXpd2YbkN/kEyhRANCAARy+cEZ4E5PQQcoeuQpE6BwlO6EltRu
+ZH8VaVmA/LdL0TT0CNn2U658o2H/Qg1SLipYspIodl2USEhcUEyVVUMh
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUKBgLyxI/FRSykjw6AQ5YsaWPM0QwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMTE0MDIxNVoYDzIxMjYxMDI4
+MTQwMjE1WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARy+cEZ4E5PQQcoeuQpE6BwlO6EltRuZH8VaVmA/LdL0TT0CNn2U658
+o2H/Qg1SLipYspIodl2USEhcUEyVVUMho28wbTAdBgNVHQ4EFgQUq8+hb/WIP700
+pm61/UiJYDUYXpEwHwYDVR0jBBgwFoAUq8+hb/WIP700pm61/UiJYDUYXpEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIhAKihfB76jLJygEajOpzi0tABcIJVBO6MpcqfPS2Fv1o8AiBe
+/K7y2dPRTg1q5Ng6ix8gkYQC2uufn1ep4mOpdBcAMQ==
+-----END CERTIFICATE-----
+"""
+OTHER_CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg5V9wBWs0is5KO2Sn
+v/DAPGvsrvgq7uHvM2yS1JR/3EKhRANCAASedodctkIgi6S5IuxVz//Hr7qdurt0
+ZjhrlFUtEFIHGxUCk/Me+xo+Rhzvn8WCLfn13vt+mQMyTwg8MBtVxIv4
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBkzCCATmgAwIBAgIUWG1VeBCBjozfDbTltmR6+8+eIBowCgYIKoZIzj0EAwIw
+EDEOMAwGA1UEAwwFb3RoZXIwIBcNMjYxMTIxMTQwMjE1WhgPMjEyNjEwMjgxNDAy
+MTVaMBAxDjAMBgNVBAMMBW90aGVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+nnaHXLZCIIukuSLsVc//x6+6nbq7dGY4a5RVLRBSBxsVApPzHvsaPkYc75/Fgi35
+9d77fpkDMk8IPDAbVcSL+KNvMG0wHQYDVR0OBBYEFAKpTZ1fOw264yQus40vuk3t
+HgjtMB8GA1UdIwQYMBaAFAKpTZ1fOw264yQus40vuk3tHgjtMA8GA1UdEwEB/wQF
+MAMBAf8wGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0gA
+MEUCICfCrGsJwm8SQQTuvW/RiB+NP8zYlQdEJElRMjL1d2mBAiEA/DNdGFZLFg0M
+XBrtp0FrCvgiHW+JiUbALOuWcG6nigA=
+-----END CERTIFICATE-----
+"""
+
+
+def context_for(*paths):
+    context = ssl.create_default_context()
+    for path in paths:
+        context.load_verify_locations(path)
+    return context
+
+
+class Secure(Server):
+    """A scripted vLLM that speaks https."""
+
+    context = None
+
+    async def start(self):
+        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.context)
+        self.port = self.listener.sockets[0].getsockname()[1]
+
+    @property
+    def url(self):
+        return f"https://127.0.0.1:{self.port}"
+
+
+@pytest.mark.parametrize("given, state", table(
+    ("no reason to trust it", {}, "unhealthy"),
+    ("its own authority", {"ca_file": "cert"}, "healthy"),
+    ("unchecked", {"verify": False}, "healthy"),
+))  # fmt: skip
+@asynchronous
+async def test_https_servers(tmp_path, given, state, caplog):
+    (tmp_path / "cert").write_text(CERTIFICATE)
+    given = {key: str(tmp_path / value) if isinstance(value, str) else value for key, value in given.items()}
+    server = Secure()
+    server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.context.load_cert_chain(tmp_path / "cert")
+    if "ca_file" in given:  # and ours is asked for, too
+        given["client_cert"] = given["ca_file"]
+        server.context.verify_mode = ssl.CERT_REQUIRED
+        server.context.load_verify_locations(tmp_path / "cert")
+    async with server:
+        async with balancing(servers=(lite.ServerSettings(server.url, 10, **given),)) as running:
+            assert running.states() == [state]
+            got = await (await running.client()).post()
+            assert got.status == (200 if state == "healthy" else 503)
+    assert ("NOT verified" in caplog.text) is ("verify" in given)
+
+
+@asynchronous
+async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, caplog):
+    path = tmp_path / "cert"
+    path.write_text(CERTIFICATE)
+    (tmp_path / "other").write_text(OTHER_CERTIFICATE)
+    block = b"x" * 3_000_000
+
+    async def answer(asked, conn):
+        await (conn.events(FIRST, DONE) if b"stream" in asked.body else conn.json(block, fields="connection: close\r\n"))
+        return None if b"stream" in asked.body else "close"
+
+    async with balancing(server := Server(answer), tls_cert=str(path), tls_key=str(path), config_reload_interval=0.05) as running:
+        async def connected(trusted):
+            pair = await asyncio.open_connection("127.0.0.1", running.balancer.port, ssl=context_for(trusted))
+            client = Client(*pair)
+            running.stack.callback(client.close)
+            return client
+
+        client = await connected(path)
+        for _ in range(2):
+            assert (await client.post(body=b'{"stream":true}')).body == FIRST + DONE
+        assert server.asked[0].get("x-forwarded-proto") == ["https"]
+        got = await client.post(fields=["Connection: close"])
+        assert got.body == block and await client.reader.read() == b""
+        plain = await running.client()  # who speaks http is not answered
+        await plain.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP" not in await plain.reader.read()
+        old = await connected(path)
+        path.write_text("rubbish")
+        while "certificates stay as they were" not in caplog.text:
+            await asyncio.sleep(0.01)
+        path.write_text(OTHER_CERTIFICATE)
+        while "certificates have changed" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert (await (await connected(tmp_path / "other")).post(body=b'{"stream":true}')).status == 200
+        assert (await old.post(body=b'{"stream":true}')).status == 200  # who was there stays
+
+
+@asynchronous
+async def test_keys_in_files_are_read_again(tmp_path, caplog):
+    caplog.set_level("INFO", "mvllm_lite")
+    path, own = tmp_path / "client", tmp_path / "server"
+    path.write_text("sk-1\n")
+    own.write_text("sv-1\n")
+    keys = (lite.KeySettings("team", key_file=str(path)),)
+    async with Server() as server:
+        listed = (lite.ServerSettings(server.url, 10, api_key_file=str(own)),)
+        async with balancing(servers=listed, keys=keys, config_reload_interval=0.05) as running:
+            assert (await (await running.client()).post(fields=bearer("sk-1"))).status == 200
+            path.unlink()
+            while "client: cannot be read: no such file" not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert (await (await running.client()).post(fields=bearer("sk-1"))).status == 200
+            path.write_text("sk-2")
+            own.write_text("sv-2")
+            while "keys or certificates have changed" not in caplog.text:
+                await asyncio.sleep(0.01)
+            for key, status in (("sk-1", 401), ("sk-2", 200)):
+                assert (await (await running.client()).post(fields=bearer(key))).status == status
+    assert [asked.get("authorization") for asked in server.asked] == [["Bearer sv-1"], ["Bearer sv-1"], ["Bearer sv-2"]]
+    assert caplog.text.count("cannot be read") == 1 and "sk-" not in caplog.text
+
+
 # Capacity that is enforced.
 
 
@@ -3080,7 +3484,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  watch
+#  18  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -3171,7 +3575,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  local
+#  19  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -3225,7 +3629,7 @@ async def test_server_models_can_be_refreshed():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  balancer: settings that change, and stopping
+#  20  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -3461,7 +3865,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  demo
+#  21  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -3532,7 +3936,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  command line
+#  22  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
