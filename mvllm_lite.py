@@ -82,6 +82,7 @@ import socket
 import ssl
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -117,6 +118,8 @@ MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of m
 FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
+IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
+UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
 PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
@@ -266,7 +269,8 @@ class Stale(PeerGone):
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
 AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.\-_~%!$&'()*+;=]*)(?::[0-9]*)?"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
+# A target has no fragment (RFC 9112 §3.2): some servers would cut it at the '#', and find another.
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!\x22$-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
 STATUS_LINE = re.compile(rf"HTTP/(\d)\.(\d) (\d\d\d)(?: ({TEXT}))?", re.ASCII)
 FIELD_LINE = re.compile(rf"{TOKEN}:{TEXT}")
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
@@ -274,7 +278,7 @@ HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
 LENGTH = re.compile(r"[0-9]{1,18}")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,4096})?\r\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]{0,9};[\t\x20-\x7e\x80-\xff]{0,4000})?\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -456,9 +460,9 @@ def response_framing(head: ResponseHead, method: str) -> Framing:
     length = head.fields.values.get("content-length")
     if coding is None:
         return UNTIL_CLOSE if length is None else parse_length(length, Fault.BAD_ANSWER)
-    if length is not None or coding.lower() != "chunked":
-        also = " with Content-Length" if length is not None else ""
-        raise BadMessage(f"Transfer-Encoding is {shown(coding)}{also}", Fault.BAD_ANSWER)
+    if length is not None or head.minor == 0 or coding.lower() != "chunked":
+        where = " with Content-Length" if length is not None else f" in HTTP/1.{head.minor}"
+        raise BadMessage(f"Transfer-Encoding is {shown(coding)}{where}", Fault.BAD_ANSWER)
     return CHUNKED
 
 
@@ -649,11 +653,11 @@ def returned_framing(head: ResponseHead, request: RequestHead, theirs: Framing) 
     """How an answer's content is framed for the client: by its length where the server told one,
     else in chunks, or until the close for HTTP/1.0.  None where nothing is said of it, because
     there is none; to HEAD and in a 304, the server's word about what it leaves out is passed on."""
+    if head.status < 200 or head.status == 204:
+        return None
     if request.method == "HEAD" or head.status == 304:
         length = head.fields.values.get("content-length")
         return None if length is None else parse_length(length, Fault.BAD_ANSWER)
-    if head.status < 200 or head.status == 204:
-        return None
     if theirs.length is not None:
         return theirs
     return CHUNKED if request.minor else UNTIL_CLOSE
@@ -707,9 +711,10 @@ def local_location(location: str, authority: str, prefix: str) -> str:
         parts = urllib.parse.urlsplit(location)
     except ValueError:
         return location
-    if parts.netloc.lower() != authority:
-        return location
     path = parts.path.removeprefix(prefix) or "/"
+    elsewhere = parts.netloc.lower() != authority or not f"{parts.path}/".startswith(f"{prefix}/")
+    if elsewhere or path.startswith("//"):  # which would mean another host
+        return location
     return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment))
 
 
@@ -1104,6 +1109,8 @@ class Settings:
 
     config_reload_interval: float = setting(
         3.0, number(0.05), "time between two looks at this file", "CONFIG_RELOAD_INTERVAL")
+    drain_delay: float = setting(
+        0.0, number(0), "when stopping: from readiness turning 503 to accepting no more")
     drain_timeout: float = setting(30.0, number(0), "time for running answers when stopping")
     server_header: bool = setting(True, truth, "name the server in X-MVLLM-Server")
     cors_allowed_origins: tuple[str, ...] = setting(
@@ -1356,7 +1363,7 @@ INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /clas
 # But for these, which change a server and not its answers; and dot segments, which a server that
 # resolves them would take for a path of another name.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
-DOT_SEGMENT = re.compile(r"(?:/|\\|%2f|%5c)(?:\.|%2e){1,2}(?:/|\\|%2f|%5c|$)", re.IGNORECASE)
+DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 # Members by which servers talk to each other about one of their caches.  From a client's mouth,
@@ -1382,7 +1389,8 @@ def inference_path(path: str) -> str:
         path = path[3:]
     if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
         return ""
-    return "" if path.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(path) else path
+    meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it
+    return "" if meant.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(meant) else path
 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
@@ -2705,6 +2713,8 @@ class Ledger:
             "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
         self.scrapes = Counter(
             "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
+        self.upgrades = Counter(
+            "mvllm_upgrades_total", "Successors that were to take over.", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.waits = Histogram(
@@ -2727,6 +2737,7 @@ class Ledger:
             self.reloads.add(result, amount=0)
         for limit in LIMIT_NAMES:
             self.limits.add(limit, amount=0)
+        self.upgrades.add("failed", amount=0)
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
 
@@ -4455,7 +4466,7 @@ async def service(core: Core, head: RequestHead) -> Reply:
 
 @local("/version")
 async def version(core: Core, head: RequestHead) -> Reply:
-    return as_json({"version": __version__})
+    return as_json({"version": __version__, "pid": os.getpid()})
 
 
 @local("/liveness", "/ping")
@@ -4540,16 +4551,27 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 # watchers running, follows the settings file, and stops without cutting answers short.
 
 
+# How a process tells its successor which descriptors it inherits.
+SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
+
+
 class Balancer:
     """The whole program, but for the command line.  `path` is a settings file to follow,
-    `overrides` what wins over it."""
+    `overrides` what wins over it, `inherited` are sockets to listen on in place of new ones."""
 
-    def __init__(self, settings: Settings, path: str = "", overrides: Overrides | None = None):
+    def __init__(
+        self, settings: Settings, path: str = "", overrides: Overrides | None = None,
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
+        self.inherited = inherited
         self.file = SettingsFile(path) if path else None
         self.overrides = overrides or {}
         self.port = 0  # the one it listens on
         self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._succeeded = False  # by another process, on the same sockets
+        self._upgrading = False
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._hosts: dict[str, int] = {}  # connections by client address
@@ -4571,6 +4593,9 @@ class Balancer:
                                for one in sockets]  # fmt: skip
             ready()
             await self._stop.wait()
+            core.stopping = True
+            if not self._succeeded:
+                await self.stopped_at_once(core.settings.drain_delay)
             for listener in self._listeners:
                 listener.close()
             await self.drain()
@@ -4584,7 +4609,7 @@ class Balancer:
         """Raises SettingsError."""
         host, port = self.core.settings.host, self.core.settings.port
         try:
-            sockets = listening_sockets(host, port)
+            sockets = list(self.inherited) or listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else str(error)
             given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
@@ -4597,25 +4622,73 @@ class Balancer:
     def stop(self) -> None:
         """Stop accepting and let running answers finish; called again, stop at once."""
         if self._stop.is_set():
+            self._stop_now.set()
             for task in self.core.clients.values():
                 task.cancel()
         self._stop.set()
 
+    async def stopped_at_once(self, seconds: float) -> None:
+        """Wait, unless we are told a second time to stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop_now.wait()
+
     async def drain(self) -> None:
-        """End idle connections; let the others finish, for drain_timeout at most."""
+        """Let running answers finish, for drain_timeout at most.  On an idle connection a request
+        may be on its way: it is answered, too, if it comes soon; or, where a successor serves
+        already and nothing is urgent, whenever it comes."""
         core, running = self.core, self.core.exchanges
-        core.stopping = True
-        for wire, task in core.clients.items():
-            if wire not in running:
-                task.cancel()
-            elif (response := running[wire]) is not None:
+        timeout_s = core.settings.drain_timeout
+        grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
+        for response in running.values():
+            if response is not None:
                 response.persists = False  # says so, if it has not begun yet
         if running:
             log.info("stopping: %d answers are still running", len(running))
-        if core.clients:
-            await asyncio.wait(core.clients.values(), timeout=core.settings.drain_timeout)
+        for seconds in (grace_s, timeout_s - grace_s):
+            if core.clients:
+                await asyncio.wait(core.clients.values(), timeout=seconds)
+            for wire, task in core.clients.items():
+                if wire not in running:
+                    task.cancel()
         if running:
             log.warning("stopping: %d answers are cut short", len(running))
+
+    def upgrade(self, command: Sequence[str]) -> None:
+        """Have another process, maybe of a newer file, take over."""
+        if not (self._upgrading or self._stop.is_set()):
+            self._upgrading = True
+            self._tasks.create_task(self.hand_over(command))
+
+    async def hand_over(self, command: Sequence[str]) -> None:
+        """Start a successor on the same sockets.  Once it serves, this process finishes its answers
+        and leaves; a successor that does not come that far changes nothing."""
+        sockets = [listener.sock.fileno() for listener in self._listeners]
+        reading, writing = os.pipe()
+        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(writing)}
+        try:
+            child = subprocess.Popen(
+                command, env=env, pass_fds=(*sockets, writing), stdin=subprocess.DEVNULL)
+            os.close(writing)
+            said = asyncio.StreamReader()
+            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(said), os.fdopen(reading, "rb", 0))
+            with contextlib.suppress(TimeoutError):
+                async with within(UPGRADE_TIMEOUT_S):
+                    self._succeeded = await said.read(1) != b""
+            pipe.close()
+            if self._succeeded:
+                log.info("process %d serves now; this one finishes its answers", child.pid)
+                child.returncode = 0  # so that nobody waits for it, or warns that it still runs
+                self._stop.set()
+                return
+            child.kill()
+            code = child.wait()
+            log.error("the successor did not start (exit code %d); this process goes on", code)
+        except OSError as error:
+            log.error("no successor could be started: %s", reason_of(error))
+        self.core.ledger.upgrades.add("failed")
+        self._upgrading = False
 
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a core that
@@ -5200,7 +5273,8 @@ examples:
 
 A flag wins over the environment, that over the file, and that over the default.  The environment
 is CONFIG_PATH, {env}.
-SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not.
+SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
+SIGUSR2 has a new process take over.
 """
 DEMO_HINT = """
 Ask it something:
@@ -5252,6 +5326,12 @@ def argument_parser() -> argparse.ArgumentParser:
     show.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
     show.add_argument("--host", default="127.0.0.1", help="address to listen on")
     show.set_defaults(do=run_demo)
+    upgrade = commands.add_parser(
+        "upgrade", help="have a running balancer continue as a new process, without a gap")
+    config(upgrade)
+    upgrade.add_argument("-p", "--port", help="the port it listens on")
+    upgrade.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
+    upgrade.set_defaults(do=run_upgrade)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(do=lambda args: print(f"mvllm_lite {__version__}") or 0)
     return parser
@@ -5260,7 +5340,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = ("run", "check-config", "demo", "version")
+    commands = ("run", "check-config", "demo", "upgrade", "version")
     if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser().parse_args(argv)
@@ -5324,7 +5404,65 @@ def run_balancer(args: argparse.Namespace) -> int:
     with logging_to_stdout(settings.log_level):
         for warning in warnings:
             log.warning("%s", warning)
-        return serve_until_stopped(lambda run: run(Balancer(settings, path, overrides)))
+        inherited = inherited_sockets()
+        return serve_until_stopped(lambda run: run(Balancer(settings, path, overrides, inherited)))
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """Those of the process that this one succeeds; none at an ordinary start."""
+    numbers = os.environ.pop(SOCKETS_ENV, "")
+    return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
+
+
+def tell_that_we_serve() -> None:
+    """To the process that this one succeeds, and to systemd."""
+    if descriptor := os.environ.pop(READY_ENV, ""):
+        os.write(int(descriptor), b"1")
+        os.close(int(descriptor))
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+            sock.send(f"READY=1\nMAINPID={os.getpid()}".encode())
+
+
+def run_upgrade(args: argparse.Namespace) -> int:
+    """Find the running balancer by its port, check what its successor will read, and tell it."""
+    path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
+    settings, _ = load_settings(path, overrides_from(args, os.environ))
+    Secrets(settings)
+    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
+    scheme = "https" if settings.tls_cert else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+    async def ask() -> int:
+        """The process that answers now, 0 for none that says so."""
+        pool = Pool(url)
+        if settings.tls_cert:
+            pool.context = server_context(ServerSettings("", verify=False))
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError), contextlib.closing(pool):
+            status, content = await fetch(pool, "/version", 2.0)
+            pid = read_members(content, None).get("pid") if status == 200 else None
+            return pid if isinstance(pid, int) else 0
+        return 0
+
+    def running() -> int:
+        return asyncio.run(ask())
+
+    if not (old := args.pid or running()):
+        return fail(f"no balancer says on port {settings.port} which process it is; give its --pid")
+    try:
+        os.kill(old, signal.SIGUSR2)
+    except OSError as error:
+        return fail(f"process {old}: {reason_of(error)}")
+    until = time.monotonic() + UPGRADE_TIMEOUT_S
+    while (new := running()) in (0, old):
+        if time.monotonic() > until or (args.pid and not new):
+            text = "its log tells why, if it does not" if args.pid else "see its log"
+            print(f"process {old} was told; {text}")
+            return 0 if args.pid else 1
+        time.sleep(0.1)
+    print(f"process {new} serves in place of {old}, which finishes its answers")
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -5345,6 +5483,9 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, balancer.stop)
         loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
+        if not hint:  # a demo has its servers in this very process
+            command = [sys.executable, *sys.orig_argv[1:]]
+            loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
 
         def ready() -> None:
             host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
@@ -5352,6 +5493,7 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
             url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{balancer.port}"
             if hint:
                 print(hint.format(url=url, server=settings.servers[0].url), flush=True)
+            tell_that_we_serve()
             limit = balancer.core.clients_limit
             log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
                      __version__, url, len(settings.servers), settings.policy, limit)  # fmt: skip

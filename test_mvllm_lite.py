@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import resource
 import signal
 import socket
 import ssl
+import string
 import subprocess
 import symtable
 import sys
@@ -489,6 +491,8 @@ def test_a_returned_response_keeps_repeated_fields_apart():
     ("to itself", "http://gpu:1/base/v1/models", "/v1/models"),
     ("with query", "http://gpu:1/base/x?a=b", "/x?a=b"),
     ("elsewhere", "https://example.com/x", "https://example.com/x"),
+    ("not to another host", "http://gpu:1/base//evil.com/x", "http://gpu:1/base//evil.com/x"),
+    ("only under its prefix", "http://gpu:1/basement", "http://gpu:1/basement"),
     ("relative", "/v1/x", "/v1/x"),
     ("no URL at all", "http://[", "http://["),
 ))  # fmt: skip
@@ -509,6 +513,370 @@ def test_cors():
     assert allowed["Access-Control-Allow-Methods"] == "POST"
     assert allowed["Access-Control-Allow-Headers"] == "authorization"
     assert lite.is_preflight(flight) and not lite.is_preflight(plain)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  2 and 3  messages by chance: what is accepted, a second and stricter reader reads the same
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+# The second reader: RFC 9112 to the letter, by splitting.  It shares nothing with the first.
+
+LETTERS = (string.ascii_letters + string.digits).encode()
+NAME_BYTES = frozenset(LETTERS + b"!#$%&'*+-.^_`|~")
+HOST_BYTES = frozenset(LETTERS + b"-._~%!$&'()*+;=:[]")
+HEX_BYTES = frozenset(string.hexdigits.encode())
+CONTROLS = frozenset(range(32)) - {9} | {127}
+NOT_PASSED_ON = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
+                          b" proxy-authenticate proxy-authorization content-length".split())  # fmt: skip
+
+
+class Unreadable(Exception):
+    """A message that breaks a rule, or is not all there."""
+
+
+class Message(NamedTuple):
+    line: tuple[bytes, bytes, bytes]  # the words of its first line
+    fields: list[tuple[bytes, bytes]]
+    content: bytes
+    end: int  # where it ends in the bytes that were read
+
+
+def need(condition):
+    if not condition:
+        raise Unreadable
+
+
+def read_line(data, at):
+    end = data.find(b"\r\n", at)
+    need(end >= 0 and CONTROLS.isdisjoint(data[at:end]))
+    return data[at:end], end + 2
+
+
+def read_fields(data, at):
+    fields = []
+    while True:
+        line, at = read_line(data, at)
+        if not line:
+            return fields, at
+        name, colon, value = line.partition(b":")
+        need(colon and name and NAME_BYTES.issuperset(name))
+        fields.append((name, value.strip(b" \t")))
+
+
+def values(fields, key):
+    return [value for name, value in fields if name.lower() == key]
+
+
+def members(fields, key):
+    listed = b",".join(values(fields, key)).lower().split(b",")
+    return [member.strip(b" \t") for member in listed if member.strip(b" \t")]  # RFC 9110 §5.6.1
+
+
+def kept(fields, *replaced):
+    gone = {*NOT_PASSED_ON, *members(fields, b"connection"), *replaced}
+    return [(name, value) for name, value in fields if name.lower() not in gone]
+
+
+def read_chunks(data, at):
+    content = b""
+    while True:
+        line, at = read_line(data, at)
+        size, mark, _ = line.partition(b";")
+        size = size.rstrip(b" \t") if mark else size  # §7.1.1: space may precede an extension
+        need(size and HEX_BYTES.issuperset(size))
+        if not (length := int(size, 16)):
+            return content, read_fields(data, at)[1]
+        need(data[at + length : at + length + 2] == b"\r\n")
+        content, at = content + data[at : at + length], at + length + 2
+
+
+def read_content(data, at, version, fields, end):
+    """The content and where it ends: at `end`, if no field says."""
+    need(len(version) == 8 and version[:7] == b"HTTP/1." and version[7:].isdigit())
+    lengths = values(fields, b"content-length")
+    if values(fields, b"transfer-encoding"):  # §6.1: not with a length, and not from HTTP/1.0
+        need(members(fields, b"transfer-encoding") == [b"chunked"])
+        need(not lengths and version != b"HTTP/1.0")
+        return read_chunks(data, at)
+    if lengths:
+        need(len(lengths) == 1 and lengths[0].isdigit())
+        end = at + int(lengths[0])
+    need(end <= len(data))
+    return data[at:end], end
+
+
+def read_request(data):
+    at = len(data) - len(data.lstrip(b"\r\n"))
+    need(data[:at] == b"\r\n" * (at // 2))  # §2.2: empty lines before a request
+    line, at = read_line(data, at)
+    need(line.count(b" ") == 2 and b"\t" not in line)
+    method, target, version = line.split(b" ")
+    # §3.2 allows fewer bytes in a target.  Browsers send some of the others, which do no harm; but
+    # a '#' is where httptools, and so uvicorn, ends the path, and h11 does not.
+    need(method and NAME_BYTES.issuperset(method) and target.isascii() and b"#" not in target)
+    if target.lower().startswith((b"http://", b"https://")):
+        behind = target.split(b"//", 1)[1]
+        host = behind.replace(b"?", b"/").split(b"/")[0]
+        need(host[:1] not in (b"", b":") and HOST_BYTES.issuperset(host))
+        target = b"/" + behind[len(host) :].removeprefix(b"/")
+    need(target.startswith(b"/") or (method, target) == (b"OPTIONS", b"*"))
+    fields, at = read_fields(data, at)
+    hosts = values(fields, b"host")
+    need(len(hosts) == 1 or (not hosts and version == b"HTTP/1.0"))
+    need(HOST_BYTES.issuperset(b"".join(hosts)))
+    return Message((method, target, version), fields, *read_content(data, at, version, fields, at))
+
+
+def read_response(data, method):
+    line, at = read_line(data, 0)
+    version, status, reason = (*line.split(b" ", 2), b"", b"")[:3]  # a reason may be missing
+    need(len(status) == 3 and status.isdigit() and status >= b"100")
+    fields, at = read_fields(data, at)
+    none = method == "HEAD" or status < b"200" or status in (b"204", b"304")  # §6.3 rule 1
+    found = read_content(data, at, version, [] if none else fields, at if none else len(data))
+    return Message((version, status, reason), fields, *found)
+
+
+# The first reader, driven as the balancer drives it.  Content comes in pieces, cut at `cuts`.
+
+
+def head_end(data, at=0):
+    end = data.find(b"\r\n\r\n", at) + 4
+    need(end >= 4)
+    return end
+
+
+def decode(framing, data, at, cuts):
+    """The content of a message whose head ends at `at`; the same in chunks, as a Pump sends it on;
+    and where it ends."""
+    decoder, content, chunks = lite.decoder_for(framing), b"", b""
+    for end in (*cuts, len(data)):
+        if at < end and not decoder.done:
+            content += (found := decoder.feed(piece := data[at:end]))
+            if found:
+                chunks += piece if decoder.verbatim else lite.encode_chunk(found)
+            at = end
+    need(decoder.done or decoder.until_close)
+    return content, chunks + lite.LAST_CHUNK, at - len(decoder.rest)
+
+
+def forward(data, cuts):
+    """The first request in `data` as sent to a server, and where it ends in `data`."""
+    at = lite.EMPTY_LINES.match(data).end()
+    head = lite.parse_request_head(data[at : (end := head_end(data, at))])
+    framing = lite.request_framing(head)
+    content, _, end = decode(framing, data, end, cuts)
+    said = content or framing.chunked or "content-length" in head.fields.values
+    fields = lite.forward_fields(head, [("Via", "1.1 us")])
+    sent = lite.forward_request(head, head.path, "gpu:8", fields, len(content) if said else None)
+    return sent + content, end
+
+
+def give_back(data, cuts, request):
+    """The first response in `data` as returned to who sent `request`, and where it ends."""
+    head = lite.parse_response_head(data[: (end := head_end(data))])
+    if head.status == 101 and not lite.upgrade_wanted(request):
+        raise lite.BadMessage("101 without being asked to")  # as Exchange does
+    if head.status < 200:
+        return lite.return_response(head, request, None, True, [("X-Id", "1")]), end
+    framing = lite.response_framing(head, request.method)
+    content, chunks, end = decode(framing, data, end, cuts)
+    framing = lite.returned_framing(head, request, framing)
+    persists = request.persists and framing != lite.UNTIL_CLOSE
+    sent = lite.return_response(head, request, framing, persists, [("X-Id", "1")])
+    return sent + (chunks if framing == lite.CHUNKED else content), end
+
+
+# What they must agree about: that it is a message, where it ends, and what it means.
+
+
+def attempt(read, *args):
+    try:
+        return read(*args)
+    except (lite.BadMessage, Unreadable) as refusal:
+        return refusal
+
+
+def agree(data, found, uncut, meant):
+    """Whether `data` is accepted, refused or incomplete."""
+    assert type(found) is type(uncut), data
+    if isinstance(found, lite.BadMessage):
+        return "refused"
+    assert isinstance(found, Unreadable) == isinstance(meant, Unreadable), data
+    if isinstance(found, Unreadable):
+        return "incomplete"
+    assert found[1] == meant.end, data
+    return "accepted"
+
+
+def judge_request(data, cuts, _):
+    meant = attempt(read_request, data)
+    found, uncut = attempt(forward, data, cuts), attempt(forward, data, ())
+    if (fate := agree(data, found, uncut, meant)) != "accepted":
+        return fate
+    (method, target, version), fields, content, _ = meant
+    said = method in (b"POST", b"PUT", b"PATCH")  # RFC 9110 §8.6: by these, always
+    said |= bool(values(fields, b"content-length") + values(fields, b"transfer-encoding"))
+    own = [(b"Via", b"1.1 us")] + [(b"Content-Length", b"%d" % len(content))] * said
+    asked = version != b"HTTP/1.0" and b"upgrade" in members(fields, b"connection")
+    if asked and [value.lower() for value in values(fields, b"upgrade")] == [b"websocket"]:
+        own += [(b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
+    sent = [(b"Host", b"gpu:8"), *kept(fields, b"host", b"expect", b"via"), *own]
+    same = Message((method, target, b"HTTP/1.1"), sent, content, len(found[0]))
+    assert read_request(found[0]) == same, data
+    return fate
+
+
+def judge_response(data, cuts, client):
+    request = lite.parse_request_head(client)
+    meant = attempt(read_response, data, request.method)
+    found, uncut = (attempt(give_back, data, way, request) for way in (cuts, ()))
+    if (fate := agree(data, found, uncut, meant)) != "accepted":
+        return fate
+    (_, status, reason), fields, content, _ = meant
+    lengths, own = values(fields, b"content-length"), [(b"X-Id", b"1")]
+    persists = request.persists or status < b"200"
+    if status == b"101":
+        own += [(b"Connection", b"upgrade"), (b"Upgrade", b"websocket")]
+    elif status < b"200" or status == b"204":
+        pass  # RFC 9110 §8.6: no length, whatever was asked
+    elif lengths or status == b"304" or request.method == "HEAD":
+        own += [(b"Content-Length", b"%d" % int(length)) for length in lengths]
+    elif request.minor:
+        own += [(b"Transfer-Encoding", b"chunked")]
+    else:
+        persists = False
+    if not persists or not request.minor:
+        own += [(b"Connection", b"keep-alive" if persists else b"close")]
+    same = Message((b"HTTP/1.1", status, reason), kept(fields, b"x-id") + own, content, len(found[0]))
+    assert read_response(found[0], request.method) == same, data
+    return fate
+
+
+# Messages to begin with, and what chance may put into them.
+
+
+def lines(*texts):
+    return [text.replace("\n", "\r\n").encode("latin-1") for text in texts]
+
+
+CLIENTS = lines(
+    "GET / HTTP/1.1\nHost: a\nConnection: upgrade\nUpgrade: websocket\n\n", "GET / HTTP/1.1\nHost: a\n\n",
+    "GET / HTTP/1.1\nHost: a\nConnection: close\n\n", "HEAD / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.0\n\n",
+    "GET / HTTP/1.0\nConnection: keep-alive\n\n",
+)  # fmt: skip
+REQUESTS = lines(
+    "GET /v1/models HTTP/1.1\nHost: a\n\n",
+    "\nGET /v1/x?a=b&c HTTP/1.0\nConnection: keep-alive\n\n",
+    "OPTIONS * HTTP/1.1\nHost: [::1]:80\nOrigin: http://b\n\n",
+    "GET http://b:80/v1/x?q HTTP/1.1\nHost: a\nVia: 1.0 c\n\n",
+    "GET https://b?q HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n\n\x01\x02",
+    "POST /v1/x HTTP/1.1\nHost: a\nContent-Length: 11\nExpect: 100-continue\n\nhello world",
+    "POST /a HTTP/1.1\nHost: a\nContent-Length: 5\n\nhelloGET /b HTTP/1.1\nHost: a\n\n",
+    "POST /a HTTP/1.1\nHost: a\nContent-Length: 35\n\nGET /b HTTP/1.1\nHost: smuggled\n\n0\n\n",
+    "POST /a HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\nGET / HTTP/1.1\n\n",
+    "POST /a HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n"  # chunks that look like others if cut
+    "0c\n\n5\nhello\n\n15\nhello\n0123456789abcd\n0\n\n",
+    "PUT /a HTTP/1.1\nTransfer-Encoding: Chunked\nHost: a\nTE: trailers\nTrailer: X-T\n\n"
+    '4;a=b\na\nb\n00A ;c="d;e"\n0123456789\n0;last\nX-T: 1\nHost: c\n\n',
+    "POST /a HTTP/1.1\nHost: a\nConnection: close, X-Hop, Content-Length\nX-Hop: 1\nKeep-Alive: 5\n"
+    "Cookie: a=b\nCookie: c=d\nAuthorization: Bearer k\nContent-Length: 2\nX-End:\t \n\n{}",
+)  # fmt: skip
+RESPONSES = lines(
+    "HTTP/1.1 200 OK\nServer: uvicorn\nContent-Length: 5\nContent-Type: text/plain\n\nhello",
+    "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nSet-Cookie: a\nSet-Cookie: b\n\n"
+    "9\ndata: a\n\n7;x\ndata:\n\n8\n[DONE]\n\n0\n\n",
+    'HTTP/1.1 500\nTransfer-Encoding: CHUNKED\nTrailer: X-T\n\n00c ; a="b"\n{"error": 1}\n0\nX-T: 1\n\n',
+    "HTTP/1.0 200 Fine\nX-Id: 2\n\nuntil the\n\nconnection closes",
+    "HTTP/1.0 404 Not Found\nContent-Length: 05\nConnection: keep-alive, X-Hop\nX-Hop: 1\n\nwhere",
+    "HTTP/1.1 204 No Content\nX-A: 1\nContent-Length: 0\n\n",
+    'HTTP/1.1 304 Not Modified\nETag: "a"\nContent-Length: 7\n\n',
+    "HTTP/1.1 103 Early Hints\nLink: </a>\n\nHTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: websocket\n\n\x01\x02",
+    "HTTP/1.1 200 OK\nContent-Length: 40\n\nHTTP/1.1 200 OK\nContent-Length: 1\n\n.....",
+)  # fmt: skip
+WHOLE_LINES = [line + b"\r\n" for line in lines(*"""
+Content-Length: 5|content-length:+5|Content-Length: 5, 5|Content-Length:|Content-Length: 1_0|Content-Length: \xb2
+Content-Length : 5|Content-Length: 0x5|Content-Length: 9999999999999999999|Transfer_Encoding: chunked
+Transfer-Encoding: chunked|transfer-encoding:\tChunked |Transfer-Encoding: chunked, identity|Transfer-Encoding:
+Transfer-Encoding: gzip, chunked|Transfer-Encoding: ,chunked,|Transfer-Encoding: x;chunked|Host: b|Host:|Host: a@b
+Transfer-Encoding: \x85chunked|Transfer-Encoding\t: chunked|Connection: Host, Content-Length, Via|Upgrade: websocket
+Connection: transfer-encoding|Connection: upgrade|Upgrade: h2c| folded: 1|\tfolded|Expect: 100-continue|Via: \xe9
+X-Id: 3|GET / HTTP/1.1|HTTP/1.1 200 OK|0|+5|-1|0x5|5_0| 5|5 |5 ;a|5;a="|FFFFFFFFFFFFFFFF|00000000000000000005|\xb2
+""".strip("\n").replace("\n", "|").split("|"))]  # fmt: skip
+PARTS = [part.encode("latin-1") for part in (
+    *"\r \n \r\n \r\n\r\n \n\n \r\r\n \0 \t : , ; \" # ? / // \\ * @ _ + 0x \x0b \x7f \x85 \xa0 \xff".split(" "),
+    *"%0d%0a http://b 1.0 1.1 1.2 2.0 HEAD POST 204 099".split(),
+    " ", "\r\n ", "\r\n\t", "5\r\nhello\r\n", "a" * 5000, " " * 300,
+)]  # fmt: skip
+SEPARATORS = b"\r\n\t :;,/?="
+
+
+def places(data, marks):
+    """Everywhere in `data`, half of the weight on the places behind one of `marks`; and those."""
+    behind = [at for at, byte in enumerate(data, 1) if byte in marks]
+    return [*range(len(data) + 1), *behind * (len(data) // (len(behind) + 1) + 1)], behind
+
+
+def mutated(originals, draw):
+    """A message with a slice or two flipped, dropped, doubled, turned round or replaced."""
+    data = draw.choice(originals)
+    for _ in range(draw.choice((1, 1, 1, 1, 2))):
+        where, behind = places(data, SEPARATORS)
+        start, other = draw.choice(where), draw.choice(originals)
+        word = next((end - 1 for end in behind if end - 1 > start), start)
+        line = data.find(b"\r\n", start) + 2
+        end = max(start, draw.choice((start, start + 1, start + 2, word, line, draw.choice(where))))
+        old, rest = data[start:end], other[draw.choice(places(other, SEPARATORS)[0]) :]
+        new = (b"", draw.randbytes(1), old[::-1], old * 2, rest)
+        data = data[:start] + draw.choice(draw.choice((new, WHOLE_LINES, PARTS))) + data[end:]
+    return data
+
+
+def every_two_cuts(data):
+    return itertools.combinations_with_replacement(range(head_end(data.lstrip(b"\r\n")), len(data) + 1), 2)
+
+
+BOTH_KINDS = pytest.mark.parametrize(
+    "judge, originals", [(judge_request, REQUESTS), (judge_response, RESPONSES)], ids=["requests", "responses"]
+)  # fmt: skip
+
+
+@BOTH_KINDS
+def test_messages_as_they_should_be_are_accepted(judge, originals):
+    for data in originals:
+        assert "accepted" in {judge(data, (), client) for client in CLIENTS}, data
+
+
+@pytest.mark.parametrize("data", REQUESTS, ids=range(len(REQUESTS)))
+def test_it_does_not_matter_how_a_request_is_cut(data):
+    for cuts in every_two_cuts(data):
+        assert forward(data, cuts) == forward(data, ()), cuts
+
+
+@pytest.mark.parametrize("judge, text", [
+    pytest.param(judge_request, "GET /a#b HTTP/1.1\nHost: a\n\n", id="fragment, RFC 9112 3.2"),
+    pytest.param(judge_request, "POST / HTTP/1.0\n%s\n0\n\n", id="chunked from HTTP/1.0, RFC 9112 6.1"),
+    pytest.param(judge_response, "HTTP/1.0 200 OK\n%s\n0\n\n", id="chunked in HTTP/1.0, RFC 9112 6.1"),
+    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n5\nhello!!0\n\n", id="chunk without an end"),
+    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n3\nhello\n0\n\n", id="chunk that ends in a chunk"),
+    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n0\nA: b\n5\nhello\n\n", id="chunk among trailers"),
+])  # fmt: skip
+def test_messages_as_they_should_not_be_are_refused_however_they_are_cut(judge, text):
+    (data,) = lines(text.replace("%s", "Transfer-Encoding: chunked\n"))
+    for cuts in every_two_cuts(data):
+        assert judge(data, cuts, CLIENTS[0]) == "refused", cuts
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("seed", range(6))
+def test_two_readers_of_one_message_never_disagree(judge, originals, seed):
+    draw, fates = random.Random(seed), Counter()
+    for _ in range(2000):
+        data = mutated(originals, draw)
+        cuts = sorted(draw.choices(places(data, b"\n")[0], k=draw.choice((1, 3, 30))))
+        fates[judge(data, cuts, draw.choice(CLIENTS))] += 1
+    assert min(fates["accepted"], fates["refused"]) > 400, fates
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -760,6 +1128,7 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
     ("or with other slashes", "/v1/x%2f..%5csleep", ""),
     ("dots in names are fine", "/v1/models/a..b", "/v1/models/a..b"),
     ("what changes a server", "/v1/load_lora_adapter", ""),
+    ("in disguise", "/v1/load%5flora_adapter/", ""),
 ))  # fmt: skip
 def test_inference_paths(path, asked):
     assert lite.inference_path(path) == asked
@@ -3586,7 +3955,7 @@ async def test_local_paths_answer_while_every_server_hangs():
             running.core.judge(server, lite.Health.failed, "x", True, 0.0, running.core.settings)
         client = await running.client()
         assert (await client.get("/")).json == {"service": "mvllm_lite", "version": lite.__version__, "status": "running"}
-        assert (await client.get("/version")).json == {"version": lite.__version__}
+        assert (await client.get("/version")).json == {"version": lite.__version__, "pid": os.getpid()}
         assert (await client.get("/health")).json["total_servers"] == 2
         assert (await client.get("/load-stats/")).json["summary"]["total_servers"] == 2
         assert (await client.get("/server-models")).json["healthy_servers"] == 2
@@ -3820,7 +4189,12 @@ async def test_stopping_lets_running_answers_finish():
             assert (await idle.get("/liveness")).status == 200
             await busy.ask("POST", "/v1/x", b'{"stream":true}')
             await busy.reader.readuntil(FIRST)
+            late = await running.client()
+            assert (await late.get("/liveness")).status == 200
             balancer.stop()
+            await late.ask("GET", "/readiness")  # a request that crossed the stop is answered
+            got = await late.answer()
+            assert (got.status, got.json["reason"], got.get("connection")) == (503, "stopping", "close")
             assert await idle.reader.read() == b""  # idle connections are closed
             with pytest.raises(OSError):
                 await asyncio.open_connection("127.0.0.1", balancer.port)
@@ -4077,6 +4451,113 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
                 child.send_signal(signal.SIGHUP)
                 await line_with(child, "ERROR", "the settings stay as they were")
                 await line_with(child, "config.config_reload_interval: found -1")
+
+
+@asynchronous
+async def test_readiness_turns_before_the_door_is_closed():
+    async with balancing(Server(), drain_delay=0.3) as running:
+        before = await running.client()
+        assert (await before.get("/readiness")).status == 200
+        running.balancer.stop()
+        while not running.core.stopping:
+            await asyncio.sleep(0)
+        late = await running.client()  # a connection is still taken, and a request answered
+        got = await late.post()
+        assert (got.status, got.get("connection")) == (200, "close")
+        assert (await before.get("/readiness")).status == 503
+
+
+@contextlib.asynccontextmanager
+async def upgradable(path, server, **config):
+    """A process that serves, its port, and a function that says which process answers."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    path.write_text(settings_text(server, **{"port": port, **config}))
+    pids = set()
+
+    async def answering():
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+        pid = (await client.get("/version")).json["pid"]
+        pids.add(pid)
+        client.close()
+        return pid
+
+    async with process(str(path)) as child:
+        await line_with(child, "listens on")
+        await line_with(child, "is healthy")
+        try:
+            yield child, port, answering
+        finally:
+            for pid in pids - {child.pid}:
+                os.kill(pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("by", ["signal", "command"])
+@asynchronous
+async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
+    path, gate, stop = tmp_path / "servers.toml", asyncio.Event(), asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        if b"wait" in asked.body:
+            await gate.wait()
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    async with Server(answer) as server, upgradable(path, server) as (child, port, answering):
+        answers = []
+
+        async def traffic(kept):
+            client = None
+            while not stop.is_set():
+                client = client or Client(*await asyncio.open_connection("127.0.0.1", port))
+                got = await client.post(body=b'{"stream":true}')
+                answers.append((got.status, got.body))
+                if not kept or stop.is_set() or got.get("connection") == "close":
+                    client.close()
+                    client = None
+
+        clients = [asyncio.create_task(traffic(kept)) for kept in (True, True, False, False)]
+        long = Client(*await asyncio.open_connection("127.0.0.1", port))
+        await long.ask("POST", "/v1/x", b'{"stream":true,"wait":1}')
+        await long.reader.readuntil(chunk(FIRST))
+        assert await answering() == child.pid
+        if by == "signal":
+            child.send_signal(signal.SIGUSR2)
+        else:
+            upgrade = await asyncio.create_subprocess_exec(*command("upgrade", str(path)), env=CLEAN, stdout=-1)
+            out, _ = await upgrade.communicate()
+            assert upgrade.returncode == 0 and f"in place of {child.pid}".encode() in out
+        while await answering() == child.pid:
+            await asyncio.sleep(0.01)
+        before = len(answers)
+        while len(answers) < before + 100:
+            await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(answers) == {(200, FIRST + DONE)}
+        gate.set()
+        assert (await long.reader.read()).endswith(chunk(DONE) + b"0\r\n\r\n")
+        long.close()
+        while child.returncode is None:  # child.wait() would wait for the successor's stdout, too
+            await asyncio.sleep(0.01)
+
+
+@asynchronous
+async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
+    path = tmp_path / "servers.toml"
+    async with Server() as server:
+        async with balancing(server) as running:
+            running.balancer.upgrade([sys.executable, "-c", "import sys; sys.exit(3)"])
+            while not running.core.ledger.upgrades.children[("failed",)]:
+                await asyncio.sleep(0.01)
+            assert (await (await running.client()).post()).status == 200
+            assert (await (await running.client()).get("/readiness")).status == 200
+        path.write_text(settings_text(server, port=1))
+        code = (await asyncio.to_thread(told, "upgrade", str(path)))
+        assert code[0] == 1 and "no balancer says on port 1" in code[2]
+        path.write_text(settings_text(server, port=-1))
+        assert (await asyncio.to_thread(told, "upgrade", str(path)))[0] == 1
 
 
 @asynchronous
