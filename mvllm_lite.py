@@ -16,40 +16,43 @@ of itself and of earlier rooms only.
      2  messages      HTTP/1.1 heads, and the framing of content, as the RFCs have them
      3  forwarding    what an intermediary does to messages; responses of our own; CORS
      4  exposition    the Prometheus text format, read and written
-     5  settings      TOML to frozen dataclasses; complaints with file, line and key
-     6  dialect       what vLLM and its clients say: paths, calls, events, metric names, errors
-     7  access        who may come in: keys, and what each may use; proxies that are trusted
-     8  fleet         the servers: health, load, requests in flight
-     9  policies      which server is best for a call, and why
-    10  plans         how a call is answered, step by step, retries included
-    11  reports       what people and machines are shown
+     5  settings      all that can be set, each with its default, check and meaning
+     6  reading       from TOML to settings; complaints with file, line and key
+     7  dialect       what vLLM and its clients say: paths, calls, events, metric names, errors
+     8  access        who may come in: keys, and what each may use; proxies that are trusted
+     9  fleet         the servers: health, load, requests in flight
+    10  policies      which server is best for a call, and why
+    11  plans         how a call is answered, step by step; retries, the queue
+    12  reports       what people and machines are shown
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    12  wire          one connection: its buffer, its deadline, its end
-    13  pool          the connections to one server, kept and reused
-    14  pump          bytes on their way through, with back-pressure
-    15  response      the client's side of an exchange
-    16  core          what the rooms below share: settings, fleet, ledger, pools
-    17  exchange      one request, from its head to its last byte
-    18  watch         health checks, load reports, the settings file
-    19  local         what the balancer answers itself
-    20  balancer      assembly: listening, reloading, draining
-    21  demo          simulated vLLM servers, so that everything runs on a laptop
-    22  command line  arguments, environment, logging, exit codes
+    13  wire          one connection: its buffer, its deadline, its end
+    14  pool          the connections to one server, kept and reused; keys and certificates
+    15  pump          bytes on their way through, with back-pressure
+    16  response      the client's side of an exchange
+    17  core          what the rooms below share: settings, fleet, ledger, pools
+    18  conversation  one attempt: a request said to one server, its answer judged and passed on
+    19  exchange      one request, from its head to its last byte
+    20  watch         health checks, load reports, the settings file
+    21  local         what the balancer answers itself
+    22  door          where clients come in: connections accepted, requests let in
+    23  balancer      assembly: reloading, draining, handing over to a successor
+    24  demo          simulated vLLM servers, so that everything runs on a laptop
+    25  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  `Balancer.serve` (20) reads a head from the
-client's `Wire` (12) and parses it (2).  A local path is answered in room 19; everything else is
-an `Exchange` (17): the content is gathered and read as a `Call` (6), the `Gate` (7) lets it in,
-and `relay_plan` (10) says step by step what to do.  Each `Relay` step names the server that the
-policy (9) ranked best in the view of the fleet (8); the exchange sends the request there, holds
-the answer back until it is certain that it is one, and then commits: the `Response` (15) begins,
-and a `Pump` (14) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides
-who is asked next.
+A request walks through the rooms like this.  The `Door` (22) reads a head from the client's
+`Wire` (13) and parses it (2).  A local path is answered in room 21; everything else is an
+`Exchange` (19): the content is gathered and read as a `Call` (7), the `Gate` (8) lets it in, and
+`relay_plan` (11) says step by step what to do.  Each `Relay` step names the server that the
+policy (10) ranked best in the view of the fleet (9).  A `Conversation` (18) with that server
+holds the answer back until it is certain that it is one, and then commits: the `Response` (16)
+begins, and a `Pump` (15) moves the rest.  What went wrong on the way is a `Fault` (1); the plan
+decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
 frozen look at a server, a *ranking* the policy's judgement.  A *plan* yields *steps* and is
-told the *outcome* of each.  A *lease* counts a request in flight.  *Commit* is the moment the
-client is shown the first byte; no retry after that.
+told the *outcome* of each.  A *lease* counts a request in flight, in its server's *place*.
+*Commit* is the moment the client is shown the first byte of an answer; no retry after that.
 """
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -886,8 +889,7 @@ def expose(families: Iterable[Family]) -> str:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
-# file, the environment, the command line and servers.example.toml follow from it.  A bad value is
-# never half used: everything that is wrong is gathered and reported at once.
+# file, the environment, the command line and servers.example.toml follow from it.
 #
 # To add a setting: a field with `setting(…)` in ServerSettings or Settings, and its line in
 # servers.example.toml (a test compares the two).
@@ -1136,6 +1138,14 @@ OLD_KEYS = {
 }
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  6  reading
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# From a TOML document to settings.  A bad value is never half used: everything that is wrong is
+# gathered, placed and reported at once.
+
+
 class Complaint(NamedTuple):
     """Something wrong in the settings; `line` is 0 where it cannot be told."""
 
@@ -1349,7 +1359,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  6  dialect
+#  7  dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What vLLM servers and OpenAI clients say to each other, as far as a balancer must understand
@@ -1735,7 +1745,7 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  access
+#  8  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
@@ -1831,7 +1841,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  fleet
+#  9  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers and everything known of them.  What is known of one is a frozen ServerView; the
@@ -2147,7 +2157,7 @@ class Fleet:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  policies
+#  10  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Views in, a ranking out.  A policy gives every eligible server a cost, and says which costs are
@@ -2339,12 +2349,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  plans
+#  11  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (17) is the only driver.
+# steps.  The exchange (19) is the only driver.
 
 
 class Held(NamedTuple):
@@ -2551,7 +2561,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  reports
+#  12  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in; JSON documents, metric families and lines of text
@@ -2808,7 +2818,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  wire
+#  13  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -3171,7 +3181,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  pool
+#  14  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -3419,7 +3429,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  pump
+#  15  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -3547,7 +3557,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  response
+#  16  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -3698,7 +3708,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  core
+#  17  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -3800,7 +3810,181 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  exchange
+#  18  conversation
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# One attempt at an answer: a request is said to one server, over one connection, and what it says
+# is judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
+# leaving and our own stopping come through as exceptions.
+
+
+@dataclasses.dataclass(slots=True)
+class Errand:
+    """A request as each attempt needs it."""
+
+    client: Wire
+    head: RequestHead
+    path: str
+    response: Response
+    content: Content  # let go of once there can be no other attempt
+    says_length: bool  # also of no content
+    fields: str  # lines for any server
+    key_lines: str  # the client's key, for servers that have none of their own
+    model_label: str
+
+
+class Conversation:
+    """An errand at one server."""
+
+    def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
+        self.core, self.errand, self.server, self.settings = core, errand, url, settings
+        self.pool = core.pool(url)
+        self.attempt = Attempt(len(errand.content))
+
+    async def outcome(self) -> Outcome:
+        """What became of asking one server, whatever it did."""
+        s, response, attempt, pool = self.settings, self.errand.response, self.attempt, self.pool
+        attempts = self.core.attempts.setdefault(self.server, set())
+        attempts.add(attempt)
+        try:
+            return await pool.talk(self.converse, s.connect_timeout)
+        except PeerGone as gone:
+            fault = Fault.SERVER_FROZEN if attempt.frozen else gone.fault
+            return Outcome(fault, str(gone), response.begun)
+        except BadMessage as bad:
+            theirs = bad.fault.blame is Blame.SERVER
+            return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
+        except TimeoutError:
+            text = f"the server said nothing for {s.request_timeout:g} s"
+            return Outcome(Fault.SERVER_SILENT, text, response.begun)
+        finally:
+            attempts.discard(attempt)
+
+    async def converse(self, wire: Wire) -> Outcome:
+        """One request and its answer on one connection: send, listen, hold back what may still
+        be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
+        errand, attempt, pool = self.errand, self.attempt, self.pool
+        attempt.wire = wire
+        head, sent_whole = await self.send_and_listen(wire)
+        if head.status == 101:
+            attempt.wire = None
+            return await self.tunnel(wire, head)
+        framing = response_framing(head, errand.head.method)
+        decoder = decoder_for(framing)
+        fault, first = await self.hold_back(wire, head, decoder)
+        attempt.wire = None
+        if fault is None:
+            location = head.fields.get("location")
+            added = [("Location", local_location(location, pool.authority, pool.prefix))]
+            theirs = returned_framing(head, errand.head, framing)
+            added = (added if location else []) + named_server(self.server, self.settings)
+            errand.response.begin(head, theirs, first, decoder.done, added)
+            errand.content = b""  # there is no other server from here on
+            await self.pump(wire, decoder)
+        wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
+        text = f"the server answered {head.status}"
+        if fault is not None:
+            return Outcome(fault, text, held=Held(self.server, head, first))
+        failed = head.status >= 500 and head.status not in REQUEST_FAILURES
+        return Outcome(Fault.SERVER_ERROR, text, True) if failed else WELL
+
+    async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, bool]:
+        """Send the request until the server answers, and give the head of its answer and whether
+        it heard the whole request.  A server may say 1xx at any time before."""
+        errand, pool, silence_s = self.errand, self.pool, self.settings.request_timeout
+        content, path = errand.content, pool.prefix + errand.path
+        length = len(content) if content or errand.says_length else None
+        fields = errand.fields + (pool.key_line or errand.key_lines)
+        request = forward_request(errand.head, path, pool.authority, fields, length)
+        at = len(content)
+        if at <= WRITE_SLICE_BYTES:
+            wire.transport.write(request + content)
+        else:
+            wire.transport.write(request)
+            at = await wire.send(content, 0, silence_s)
+        for _ in range(INFORMATIONAL_LIMIT):
+            head = await read_response_head(wire, wire.loop.time() + silence_s)
+            if head.status >= 200:
+                return head, at == len(content)
+            if head.status == 101:
+                if not upgrade_wanted(errand.head):
+                    raise BadMessage("101 Switching Protocols without being asked to")
+                return head, True
+            if head.status != 100 and errand.head.minor >= 1:
+                errand.client.transport.write(return_response(head, errand.head, None, True))
+            at = await wire.send(content, at, silence_s)
+        raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
+
+    async def hold_back(
+        self, wire: Wire, head: ResponseHead, decoder: Decoder
+    ) -> tuple[Fault | None, bytes]:
+        """Read as much of an answer as it takes to see whether it is one: of an event stream its
+        first event; of a failure all, since it may be shown later; of a short JSON document all,
+        since it comes at once.  The fault it is, or None, and the content so far."""
+        deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
+        fault, held = self.fault_of(head), b""
+        if fault is None and head.is_event_stream and not decoder.done:
+            while len(held) <= HELD_LIMIT_BYTES and (begun := stream_begun(held)) is Begun.NOT_YET:
+                if decoder.done:
+                    return Fault.STREAM_FAILED, held
+                held += await wire.read_content(decoder, deadline)
+            if decoder.done:  # it came at once
+                fault = bad_end(held[-TAIL_BYTES:])
+            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
+        if wire.buffer and not decoder.done:
+            held = decoder.feed(wire.take())
+        whole = head.status == 500 or head.is_short_json or self.errand.response.opened
+        if fault is None and not whole:
+            return None, held
+        while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
+            held += await wire.read_content(decoder, deadline)
+        if not decoder.done:
+            return None, held  # too much to be kept
+        return fault or bad_answer(head.status, held), held
+
+    def fault_of(self, head: ResponseHead) -> Fault | None:
+        """The failure that a status alone tells, where another server may do better."""
+        if head.status in self.settings.retry_statuses:
+            return Fault.SERVER_ERROR
+        return Fault.SERVER_BUSY if head.status == 429 else None
+
+    async def pump(self, wire: Wire, decoder: Decoder) -> None:
+        """Show the client the rest of the answer as it comes."""
+        if decoder.done:
+            return
+        client, response, gaps = self.errand.client, self.errand.response, self.core.ledger.gaps
+        child = gaps.child(self.errand.model_label) if response.streams else None
+        chunked, silence_s = response.framing == CHUNKED, self.settings.request_timeout
+        self.attempt.pump = pump = Pump(client, wire, decoder, chunked, silence_s, gaps, child)
+        try:
+            await pump.done
+        finally:
+            wire.sink = client.feeder = None
+            last = pump.tail[-1] if pump.tail else b""
+            response.sent(pump.sent_bytes, last, pump.first_at)
+
+    async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
+        """The server agreed to another protocol: from here on bytes go both ways, untouched."""
+        client, response, ended = self.errand.client, self.errand.response, asyncio.Event()
+        response.status, response.persists = 101, False
+        client.on_gone = None  # an end like any other
+        client.transport.write(return_response(head, self.errand.head, None, True))
+        Tunnel(wire, client, ended)
+        Tunnel(client, wire, ended)
+        try:
+            await ended.wait()
+        finally:
+            client.sink = client.feeder = None
+        return WELL
+
+
+def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
+    return [("X-MVLLM-Server", url)] if s.server_header else []
+
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  19  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -3822,15 +4006,14 @@ class Exchange:
         persists = head.persists and not core.stopping
         self.response = Response(client, head, request_id(head, core.draw), core.settings, persists)
         self.path = inference_path(head.path)
-        self.call = Call(None, False, b"")
+        self.model: str | None = None  # that it wants,
+        self.stream = False  # as a stream
         self.content_bytes = 0  # of the request, which is let go of once it is not needed any more
         self.model_label = ""
         self.key: KeySettings | None = None  # by which it came in
         self.only = ""  # the one server that may be asked
-        self.forwarded = ""  # the request's field lines for servers, made once
-        self.key_lines = ""  # and the client's key, for servers that have none of their own
+        self.errand: Errand = None  # type: ignore[assignment]  # until the content is there
         self.server = ""  # the one asked last
-        self.attempt = Attempt(0)  # the last
         self.place: Lease | None = None  # with a server
         self.waiting = False  # in the queue
         self.entered = False  # through the gate
@@ -3844,13 +4027,11 @@ class Exchange:
         """Have a server answer.  However it ends, the client has been told and it is booked."""
         response, s = self.response, self.settings
         try:
-            self.call = read_call(self.head, *await self.gather(), s.aliases, s.default_model)
-            self.content_bytes = len(self.call.content)
-            self.model_label = self.label()
-            self.forwarded = self.forwarded_fields()
+            self.understand(read_call(
+                self.head, *await self.gather(), s.aliases, s.default_model))  # fmt: skip
             self.asked_at = self.loop.time()
             if self.key is not None:
-                refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
+                refusal = self.core.gate.enter(self.key, self.model, self.asked_at)
                 if refusal is not None:
                     self.core.met(LIMITS.get(refusal.fault, ""))
                     response.refuse(*refusal)
@@ -3901,8 +4082,8 @@ class Exchange:
         views = core.fleet.views()
         if self.only:
             views = [view for view in views if view.url == self.only]
-        ranking = rank(views, self.call.model, tried, by, moment, core.draw)
-        if enforced and not self.waiting and core.queue.waiting(self.call.model):
+        ranking = rank(views, self.model, tried, by, moment, core.draw)
+        if enforced and not self.waiting and core.queue.waiting(self.model):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
@@ -3916,7 +4097,7 @@ class Exchange:
     async def wait(self, step: Wait) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
         core, s, queue, began = self.core, self.core.settings, self.core.queue, self.loop.time()
-        beat_s = s.queue_heartbeat if s.queue_heartbeat and self.call.stream else INFINITY
+        beat_s = s.queue_heartbeat if s.queue_heartbeat and self.stream else INFINITY
         if len(queue) >= s.queue_size:
             text = f"{len(queue)} requests wait already, as many as queue_size allows."
             return Outcome(Fault.QUEUE_FULL, text)
@@ -3926,7 +4107,7 @@ class Exchange:
             self.place = core.fleet.lease(url, self.loop.time())
             turn.set_result(None)
 
-        waiter = Waiter(began, self.call.model, lambda: self.choose(step.tried).best, take)
+        waiter = Waiter(began, self.model, lambda: self.choose(step.tried).best, take)
         queue.join(waiter)
         self.waiting = True
         try:
@@ -3973,7 +4154,8 @@ class Exchange:
             return WELL
         self.server, self.response.end = held.url, fault.label
         framing = returned_framing(held.head, self.head, Framing(len(held.content)))
-        self.response.begin(held.head, framing, held.content, True, self.named())
+        added = named_server(held.url, self.settings)
+        self.response.begin(held.head, framing, held.content, True, added)
         return WELL
 
     # The request's content.
@@ -4015,7 +4197,16 @@ class Exchange:
         if expected and self.unread and self.head.minor >= 1 and not self.client.buffer:
             self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def forwarded_fields(self) -> str:
+    def understand(self, call: Call) -> None:
+        """What is wanted is known: make it ready to be said to servers."""
+        self.model, self.stream, self.content_bytes = call.model, call.stream, len(call.content)
+        self.model_label = self.label()
+        says_length = "content-length" in self.head.fields.values or self.framing.chunked
+        self.errand = Errand(self.client, self.head, self.path, self.response, call.content,
+                             says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
+
+    def forwarded_fields(self) -> tuple[str, str]:
+        """The request's field lines for servers, and those with the client's key."""
         fields, peer, s = self.head.fields, self.client.peer[0], self.settings
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         proto, host = "https" if self.client.is_tls else "http", fields.get("host")
@@ -4028,13 +4219,12 @@ class Exchange:
         ]
         if host := (trusted and fields.get("x-forwarded-host")) or host:
             added.append(("X-Forwarded-Host", host))
+        key_lines = ""
         if not self.core.gate.closed or s.pass_client_key:
-            self.key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
-                                     if key in KEY_FIELD_NAMES)  # fmt: skip
+            key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
+                                if key in KEY_FIELD_NAMES)  # fmt: skip
         dropped = KEY_FIELD_NAMES if trusted else KEY_FIELD_NAMES | PROXY_FIELDS
-        return forward_fields(self.head, added, dropped)
-
-    # One attempt.
+        return forward_fields(self.head, added, dropped), key_lines
 
     async def relay(self, step: Relay) -> Outcome:
         """Ask a server, and book how that went."""
@@ -4045,7 +4235,7 @@ class Exchange:
         if self.place is None:
             self.place = core.fleet.lease(url, self.loop.time())
         try:
-            outcome = await self.ask(core.pool(url))
+            outcome = await Conversation(core, self.errand, url, self.settings).outcome()
             label = outcome.fault.label if outcome.fault else "ok"
         finally:
             core.ledger.attempts.add(url, label)
@@ -4065,153 +4255,11 @@ class Exchange:
             self.response.break_off(fault, text)
         return outcome
 
-    async def ask(self, pool: Pool) -> Outcome:
-        """What became of asking one server, whatever it did."""
-        s, response = self.settings, self.response
-        attempts = self.core.attempts.setdefault(self.server, set())
-        attempts.add(attempt := Attempt(self.content_bytes))
-        self.attempt = attempt
-        try:
-            return await pool.talk(lambda wire: self.converse(wire, pool), s.connect_timeout)
-        except PeerGone as gone:
-            fault = Fault.SERVER_FROZEN if attempt.frozen else gone.fault
-            return Outcome(fault, str(gone), response.begun)
-        except BadMessage as bad:
-            theirs = bad.fault.blame is Blame.SERVER
-            return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
-        except TimeoutError:
-            text = f"the server said nothing for {s.request_timeout:g} s"
-            return Outcome(Fault.SERVER_SILENT, text, response.begun)
-        finally:
-            attempts.discard(attempt)
-
-    async def converse(self, wire: Wire, pool: Pool) -> Outcome:
-        """One request and its answer on one connection: send, listen, hold back what may still
-        be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
-        attempt = self.attempt
-        attempt.wire = wire
-        head, sent_whole = await self.send_and_listen(wire, pool)
-        if head.status == 101:
-            attempt.wire = None
-            return await self.tunnel(wire, head)
-        framing = response_framing(head, self.head.method)
-        decoder = decoder_for(framing)
-        fault, first = await self.hold_back(wire, head, decoder)
-        attempt.wire = None
-        if fault is None:
-            location = head.fields.get("location")
-            added = [("Location", local_location(location, pool.authority, pool.prefix))]
-            theirs = returned_framing(head, self.head, framing)
-            self.response.begin(head, theirs, first, decoder.done,
-                                (added if location else []) + self.named())  # fmt: skip
-            self.call = self.call._replace(content=b"")  # there is no other server from here on
-            await self.pump(wire, decoder)
-        wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
-        text = f"the server answered {head.status}"
-        if fault is not None:
-            return Outcome(fault, text, held=Held(self.server, head, first))
-        failed = head.status >= 500 and head.status not in REQUEST_FAILURES
-        return Outcome(Fault.SERVER_ERROR, text, True) if failed else WELL
-
-    async def send_and_listen(self, wire: Wire, pool: Pool) -> tuple[ResponseHead, bool]:
-        """Send the request until the server answers, and give the head of its answer and whether
-        it heard the whole request.  A server may say 1xx at any time before."""
-        content, silence_s = self.call.content, self.settings.request_timeout
-        said = "content-length" in self.head.fields.values or self.framing.chunked
-        length = len(content) if content or said else None
-        fields = self.forwarded + (pool.key_line or self.key_lines)
-        path = pool.prefix + self.path
-        request = forward_request(self.head, path, pool.authority, fields, length)
-        at = len(content)
-        if at <= WRITE_SLICE_BYTES:
-            wire.transport.write(request + content)
-        else:
-            wire.transport.write(request)
-            at = await wire.send(content, 0, silence_s)
-        for _ in range(INFORMATIONAL_LIMIT):
-            head = await read_response_head(wire, self.loop.time() + silence_s)
-            if head.status >= 200:
-                return head, at == len(content)
-            if head.status == 101:
-                if not upgrade_wanted(self.head):
-                    raise BadMessage("101 Switching Protocols without being asked to")
-                return head, True
-            if head.status != 100 and self.head.minor >= 1:
-                self.client.transport.write(return_response(head, self.head, None, True))
-            at = await wire.send(content, at, silence_s)
-        raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
-
-    async def hold_back(
-        self, wire: Wire, head: ResponseHead, decoder: Decoder
-    ) -> tuple[Fault | None, bytes]:
-        """Read as much of an answer as it takes to see whether it is one: of an event stream its
-        first event; of a failure all, since it may be shown later; of a short JSON document all,
-        since it comes at once.  The fault it is, or None, and the content so far."""
-        deadline = self.loop.time() + self.settings.request_timeout  # comments do not move it
-        fault, held = self.fault_of(head), b""
-        if fault is None and head.is_event_stream and not decoder.done:
-            while len(held) <= HELD_LIMIT_BYTES and (begun := stream_begun(held)) is Begun.NOT_YET:
-                if decoder.done:
-                    return Fault.STREAM_FAILED, held
-                held += await wire.read_content(decoder, deadline)
-            if decoder.done:  # it came at once
-                fault = bad_end(held[-TAIL_BYTES:])
-            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
-        if wire.buffer and not decoder.done:
-            held = decoder.feed(wire.take())
-        whole = head.status == 500 or head.is_short_json or self.response.opened
-        if fault is None and not whole:
-            return None, held
-        while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
-            held += await wire.read_content(decoder, deadline)
-        if not decoder.done:
-            return None, held  # too much to be kept
-        return fault or bad_answer(head.status, held), held
-
-    def fault_of(self, head: ResponseHead) -> Fault | None:
-        """The failure that a status alone tells, where another server may do better."""
-        if head.status in self.settings.retry_statuses:
-            return Fault.SERVER_ERROR
-        return Fault.SERVER_BUSY if head.status == 429 else None
-
-    async def pump(self, wire: Wire, decoder: Decoder) -> None:
-        """Show the client the rest of the answer as it comes."""
-        if decoder.done:
-            return
-        response, gaps = self.response, self.core.ledger.gaps
-        child = gaps.child(self.model_label) if response.streams else None
-        chunked, silence_s = response.framing == CHUNKED, self.settings.request_timeout
-        pump = Pump(self.client, wire, decoder, chunked, silence_s, gaps, child)
-        self.attempt.pump = pump
-        try:
-            await pump.done
-        finally:
-            wire.sink = self.client.feeder = None
-            last = pump.tail[-1] if pump.tail else b""
-            response.sent(pump.sent_bytes, last, pump.first_at)
-
-    def named(self) -> list[tuple[str, str]]:
-        return [("X-MVLLM-Server", self.server)] if self.settings.server_header else []
-
-    async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
-        """The server agreed to another protocol: from here on bytes go both ways, untouched."""
-        client, ended = self.client, asyncio.Event()
-        self.response.status, self.response.persists = 101, False
-        client.on_gone = None  # an end like any other
-        client.transport.write(return_response(head, self.head, None, True))
-        Tunnel(wire, client, ended)
-        Tunnel(client, wire, ended)
-        try:
-            await ended.wait()
-        finally:
-            client.sink = client.feeder = None
-        return WELL
-
     # The end.
 
     def label(self) -> str:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
-        model, views = self.call.model, self.core.fleet.views()
+        model, views = self.model, self.core.fleet.views()
         known = model is None or any(model in (view.models or ()) for view in views)
         return model or "" if known else "unknown"
 
@@ -4240,8 +4288,8 @@ class Exchange:
         return {
             "id": response.id, "client": f"{peer}:{port}" if host == peer else host,
             "key": self.key.name if self.key else "-", "method": self.head.method,
-            "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
-            "stream": self.call.stream, "server": self.server or "-", "attempts": self.attempts,
+            "path": self.head.path[:200], "model": (self.model or "-")[:100],
+            "stream": self.stream, "server": self.server or "-", "attempts": self.attempts,
             "failed": ",".join(self.failures) or "-", "status": response.status,
             "first_byte": "-" if first_s is None else first_s, "duration": now - self.began_at,
             "bytes": f"{self.content_bytes}/{response.sent_bytes}", "end": response.end,
@@ -4253,7 +4301,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  watch
+#  20  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -4423,7 +4471,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  local
+#  21  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -4544,175 +4592,45 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  balancer
+#  22  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Assembly: listens, serves each client's connection in a task of its own, keeps every server's
-# watchers running, follows the settings file, and stops without cutting answers short.
+# Where clients come in: connections are accepted while there is room, each is served in a task of
+# its own, and each request is let in, answered here, or made an Exchange.
+
+LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
-# How a process tells its successor which descriptors it inherits.
-SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
+def stopped(key: KeySettings | None, admin: bool = False) -> Refusal | None:
+    """Why who shows this key does not come in, or None."""
+    if key is None:
+        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
+    if admin and not key.admin:
+        return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} is not an admin's.")
+    return None
 
 
-class Balancer:
-    """The whole program, but for the command line.  `path` is a settings file to follow,
-    `overrides` what wins over it, `inherited` are sockets to listen on in place of new ones."""
+def descriptors_allow() -> int:
+    """How many clients, each with a connection to a server."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (allowed - SPARE_DESCRIPTORS) // 2)
+
+
+class Door:
+    """Serves clients on some sockets.  `tasks` outlives it."""
 
     def __init__(
-        self, settings: Settings, path: str = "", overrides: Overrides | None = None,
-        inherited: Sequence[socket.socket] = (),
-    ) -> None:  # fmt: skip
-        self.core = Core(settings, random.Random())
-        self.inherited = inherited
-        self.file = SettingsFile(path) if path else None
-        self.overrides = overrides or {}
-        self.port = 0  # the one it listens on
-        self._stop = asyncio.Event()
-        self._stop_now = asyncio.Event()
-        self._succeeded = False  # by another process, on the same sockets
-        self._upgrading = False
-        self._look_now = asyncio.Event()
-        self._watchers: dict[str, list[asyncio.Task[None]]] = {}
+        self, core: Core, sockets: Iterable[socket.socket], tasks: asyncio.TaskGroup
+    ) -> None:
+        self.core, self._tasks = core, tasks
         self._hosts: dict[str, int] = {}  # connections by client address
-        self._secrets_error = ""
-        self._listeners: list[Listener] = []
-        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
+        self.listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
+                          for one in sockets]  # fmt: skip
 
-    async def run(self, ready: Callable[[], object] = lambda: None) -> None:
-        """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
-        when the address cannot be listened on."""
-        core, secrets, sockets = self.core, Secrets(self.core.settings), self.listen()
-        async with asyncio.TaskGroup() as self._tasks:
-            self.adopt(core.settings, secrets)
-            if not core.gate.closed:
-                log.info("there are no [[keys]]: whoever reaches this address may use the servers")
-            follower = self._tasks.create_task(self.guarded("following the file", self.follow))
-            pulse = self._tasks.create_task(self.pulse())
-            self._listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
-                               for one in sockets]  # fmt: skip
-            ready()
-            await self._stop.wait()
-            core.stopping = True
-            if not self._succeeded:
-                await self.stopped_at_once(core.settings.drain_delay)
-            for listener in self._listeners:
-                listener.close()
-            await self.drain()
-            watchers = sum(self._watchers.values(), [follower, pulse])
-            for task in (*core.clients.values(), *watchers):
-                task.cancel()
-        for pool in core.pools.values():
-            pool.close()
-
-    def listen(self) -> list[socket.socket]:
-        """Raises SettingsError."""
-        host, port = self.core.settings.host, self.core.settings.port
-        try:
-            sockets = list(self.inherited) or listening_sockets(host, port)
-        except (OSError, UnicodeError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else str(error)
-            given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
-            origin = ", ".join(given) or (self.file.path if self.file else "defaults")
-            text = f"cannot listen on {host}:{port}: {reason}"
-            raise SettingsError([Complaint(origin, 0, "", text)]) from None
-        self.port = sockets[0].getsockname()[1]
-        return sockets
-
-    def stop(self) -> None:
-        """Stop accepting and let running answers finish; called again, stop at once."""
-        if self._stop.is_set():
-            self._stop_now.set()
-            for task in self.core.clients.values():
-                task.cancel()
-        self._stop.set()
-
-    async def stopped_at_once(self, seconds: float) -> None:
-        """Wait, unless we are told a second time to stop."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop_now.wait()
-
-    async def drain(self) -> None:
-        """Let running answers finish, for drain_timeout at most.  On an idle connection a request
-        may be on its way: it is answered, too, if it comes soon; or, where a successor serves
-        already and nothing is urgent, whenever it comes."""
-        core, running = self.core, self.core.exchanges
-        timeout_s = core.settings.drain_timeout
-        grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
-        for response in running.values():
-            if response is not None:
-                response.persists = False  # says so, if it has not begun yet
-        if running:
-            log.info("stopping: %d answers are still running", len(running))
-        for seconds in (grace_s, timeout_s - grace_s):
-            if core.clients:
-                await asyncio.wait(core.clients.values(), timeout=seconds)
-            for wire, task in core.clients.items():
-                if wire not in running:
-                    task.cancel()
-        if running:
-            log.warning("stopping: %d answers are cut short", len(running))
-
-    def upgrade(self, command: Sequence[str]) -> None:
-        """Have another process, maybe of a newer file, take over."""
-        if not (self._upgrading or self._stop.is_set()):
-            self._upgrading = True
-            self._tasks.create_task(self.hand_over(command))
-
-    async def hand_over(self, command: Sequence[str]) -> None:
-        """Start a successor on the same sockets.  Once it serves, this process finishes its answers
-        and leaves; a successor that does not come that far changes nothing."""
-        sockets = [listener.sock.fileno() for listener in self._listeners]
-        reading, writing = os.pipe()
-        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(writing)}
-        try:
-            child = subprocess.Popen(
-                command, env=env, pass_fds=(*sockets, writing), stdin=subprocess.DEVNULL)
-            os.close(writing)
-            said = asyncio.StreamReader()
-            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-                lambda: asyncio.StreamReaderProtocol(said), os.fdopen(reading, "rb", 0))
-            with contextlib.suppress(TimeoutError):
-                async with within(UPGRADE_TIMEOUT_S):
-                    self._succeeded = await said.read(1) != b""
-            pipe.close()
-            if self._succeeded:
-                log.info("process %d serves now; this one finishes its answers", child.pid)
-                child.returncode = 0  # so that nobody waits for it, or warns that it still runs
-                self._stop.set()
-                return
-            child.kill()
-            code = child.wait()
-            log.error("the successor did not start (exit code %d); this process goes on", code)
-        except OSError as error:
-            log.error("no successor could be started: %s", reason_of(error))
-        self.core.ledger.upgrades.add("failed")
-        self._upgrading = False
-
-    async def pulse(self) -> None:
-        """Notice when the whole process stood still (a suspended machine, a debugger, a core that
-        others took), so that nobody else is blamed for it."""
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + STALL_S
-            await asyncio.sleep(STALL_S)
-            if (late_s := loop.time() - due) > STALL_S:
-                self.core.stalled_at = loop.time()
-                self.core.ledger.stalls.add()
-                log.warning("this process stood still for %.1f s", late_s)
-
-    async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do background work again and again, whatever happens in it."""
-        while True:
-            try:
-                await work()
-            except Exception:  # the one broad except for background tasks
-                log.exception("internal error while %s", what)
-                self.core.ledger.errors.add()
-                await asyncio.sleep(self.core.settings.health_check_interval)
-
-    # Clients.
+    def close(self) -> None:
+        """Accept no more."""
+        for listener in self.listeners:
+            listener.close()
 
     def has_room(self) -> bool:
         """Whether one more connection may be accepted.  If not, idle ones give way: who was served
@@ -4749,7 +4667,7 @@ class Balancer:
                 del hosts[host]
             wire.abort()
             sock.close()
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener.resume()
 
         hosts[host] = hosts.get(host, 0) + 1
@@ -4805,7 +4723,7 @@ class Balancer:
         """Until a client begins its next request, or leaves.  Raises TimeoutError, at once when
         others are waiting for its place."""
         idle_until = wire.loop.time() + self.core.settings.keep_alive_timeout
-        if wire.reused and not all(listener.reading for listener in self._listeners):
+        if wire.reused and not all(listener.reading for listener in self.listeners):
             idle_until = 0.0
         while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
@@ -4891,6 +4809,173 @@ class Balancer:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         return None
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  23  balancer
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Assembly: listens, serves each client's connection in a task of its own, keeps every server's
+# watchers running, follows the settings file, and stops without cutting answers short.
+
+
+# How a process tells its successor which descriptors it inherits.
+SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
+
+
+class Balancer:
+    """The whole program, but for the command line.  `path` is a settings file to follow,
+    `overrides` what wins over it, `inherited` are sockets to listen on in place of new ones."""
+
+    def __init__(
+        self, settings: Settings, path: str = "", overrides: Overrides | None = None,
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:  # fmt: skip
+        self.core = Core(settings, random.Random())
+        self.inherited = inherited
+        self.file = SettingsFile(path) if path else None
+        self.overrides = overrides or {}
+        self.port = 0  # the one it listens on
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._succeeded = False  # by another process, on the same sockets
+        self._upgrading = False
+        self._look_now = asyncio.Event()
+        self._watchers: dict[str, list[asyncio.Task[None]]] = {}
+        self._secrets_error = ""
+        self._door: Door = None  # type: ignore[assignment]  # while it runs
+        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
+
+    async def run(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
+        when the address cannot be listened on."""
+        core, secrets, sockets = self.core, Secrets(self.core.settings), self.listen()
+        async with asyncio.TaskGroup() as self._tasks:
+            self.adopt(core.settings, secrets)
+            if not core.gate.closed:
+                log.info("there are no [[keys]]: whoever reaches this address may use the servers")
+            follower = self._tasks.create_task(self.guarded("following the file", self.follow))
+            pulse = self._tasks.create_task(self.pulse())
+            self._door = Door(core, sockets, self._tasks)
+            ready()
+            await self._stop.wait()
+            core.stopping = True
+            if not self._succeeded:
+                await self.stopped_at_once(core.settings.drain_delay)
+            self._door.close()
+            await self.drain()
+            watchers = sum(self._watchers.values(), [follower, pulse])
+            for task in (*core.clients.values(), *watchers):
+                task.cancel()
+        for pool in core.pools.values():
+            pool.close()
+
+    def listen(self) -> list[socket.socket]:
+        """Raises SettingsError."""
+        host, port = self.core.settings.host, self.core.settings.port
+        try:
+            sockets = list(self.inherited) or listening_sockets(host, port)
+        except (OSError, UnicodeError) as error:
+            reason = reason_of(error) if isinstance(error, OSError) else str(error)
+            given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
+            origin = ", ".join(given) or (self.file.path if self.file else "defaults")
+            text = f"cannot listen on {host}:{port}: {reason}"
+            raise SettingsError([Complaint(origin, 0, "", text)]) from None
+        self.port = sockets[0].getsockname()[1]
+        return sockets
+
+    def stop(self) -> None:
+        """Stop accepting and let running answers finish; called again, stop at once."""
+        if self._stop.is_set():
+            self._stop_now.set()
+            for task in self.core.clients.values():
+                task.cancel()
+        self._stop.set()
+
+    async def stopped_at_once(self, seconds: float) -> None:
+        """Wait, unless we are told a second time to stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop_now.wait()
+
+    async def drain(self) -> None:
+        """Let running answers finish, for drain_timeout at most.  On an idle connection a request
+        may be on its way: it is answered, too, if it comes soon; or, where a successor serves
+        already and nothing is urgent, whenever it comes."""
+        core, running = self.core, self.core.exchanges
+        timeout_s = core.settings.drain_timeout
+        grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
+        for response in running.values():
+            if response is not None:
+                response.persists = False  # says so, if it has not begun yet
+        if running:
+            log.info("stopping: %d answers are still running", len(running))
+        for seconds in (grace_s, timeout_s - grace_s):
+            if core.clients:
+                await asyncio.wait(core.clients.values(), timeout=seconds)
+            for wire, task in core.clients.items():
+                if wire not in running:
+                    task.cancel()
+        if running:
+            log.warning("stopping: %d answers are cut short", len(running))
+
+    def upgrade(self, command: Sequence[str]) -> None:
+        """Have another process, maybe of a newer file, take over."""
+        if not (self._upgrading or self._stop.is_set()):
+            self._upgrading = True
+            self._tasks.create_task(self.hand_over(command))
+
+    async def hand_over(self, command: Sequence[str]) -> None:
+        """Start a successor on the same sockets.  Once it serves, this process finishes its answers
+        and leaves; a successor that does not come that far changes nothing."""
+        sockets = [listener.sock.fileno() for listener in self._door.listeners]
+        reading, writing = os.pipe()
+        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(writing)}
+        try:
+            child = subprocess.Popen(
+                command, env=env, pass_fds=(*sockets, writing), stdin=subprocess.DEVNULL)
+            os.close(writing)
+            said = asyncio.StreamReader()
+            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(said), os.fdopen(reading, "rb", 0))
+            with contextlib.suppress(TimeoutError):
+                async with within(UPGRADE_TIMEOUT_S):
+                    self._succeeded = await said.read(1) != b""
+            pipe.close()
+            if self._succeeded:
+                log.info("process %d serves now; this one finishes its answers", child.pid)
+                child.returncode = 0  # so that nobody waits for it, or warns that it still runs
+                self._stop.set()
+                return
+            child.kill()
+            code = child.wait()
+            log.error("the successor did not start (exit code %d); this process goes on", code)
+        except OSError as error:
+            log.error("no successor could be started: %s", reason_of(error))
+        self.core.ledger.upgrades.add("failed")
+        self._upgrading = False
+
+    async def pulse(self) -> None:
+        """Notice when the whole process stood still (a suspended machine, a debugger, a core that
+        others took), so that nobody else is blamed for it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + STALL_S
+            await asyncio.sleep(STALL_S)
+            if (late_s := loop.time() - due) > STALL_S:
+                self.core.stalled_at = loop.time()
+                self.core.ledger.stalls.add()
+                log.warning("this process stood still for %.1f s", late_s)
+
+    async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do background work again and again, whatever happens in it."""
+        while True:
+            try:
+                await work()
+            except Exception:  # the one broad except for background tasks
+                log.exception("internal error while %s", what)
+                self.core.ledger.errors.add()
+                await asyncio.sleep(self.core.settings.health_check_interval)
 
     # Settings.
 
@@ -4992,31 +5077,13 @@ class Balancer:
         core.tell()
 
 
-LOOPBACK = ("127.0.0.0/8", "::1/128")
-
-
-def stopped(key: KeySettings | None, admin: bool = False) -> Refusal | None:
-    """Why who shows this key does not come in, or None."""
-    if key is None:
-        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
-    if admin and not key.admin:
-        return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} is not an admin's.")
-    return None
-
-
-def descriptors_allow() -> int:
-    """How many clients, each with a connection to a server."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (allowed - SPARE_DESCRIPTORS) // 2)
-
-
 def pace(s: Settings) -> tuple[Any, ...]:
     """What the watchers' sleeping times follow from."""
     return s.health_check_interval, s.metrics_interval, s.enable_active_health_check
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  demo
+#  24  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -5256,7 +5323,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  command line
+#  25  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
