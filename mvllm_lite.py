@@ -107,6 +107,7 @@ HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 tak
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
@@ -4682,6 +4683,7 @@ class Door:
             s, tls = self.core.settings, self.core.secrets.listener
             await wire.loop.connect_accepted_socket(
                 lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None)
+            wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
             left = s.max_requests_per_connection
             while await self.serve_one(wire, left <= 1) and not self.core.stopping:
                 left -= 1
