@@ -3774,6 +3774,11 @@ class Core:
         if change is not None or after is Health.checked:
             self.tell()
 
+    def mistake(self, doing: str) -> None:
+        """Of our own: to be called while its exception is handled."""
+        log.exception("internal error while %s", doing)
+        self.ledger.errors.add()
+
     def met(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
         if limit:
@@ -3860,6 +3865,8 @@ class Conversation:
             return Outcome(Fault.SERVER_SILENT, text, response.begun)
         finally:
             attempts.discard(attempt)
+            if not attempts:
+                self.core.attempts.pop(self.server, None)
 
     async def converse(self, wire: Wire) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
@@ -3981,7 +3988,6 @@ class Conversation:
 
 def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
     return [("X-MVLLM-Server", url)] if s.server_header else []
-
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -4237,17 +4243,17 @@ class Exchange:
             self.place = core.fleet.lease(url, self.loop.time())
         try:
             outcome = await Conversation(core, self.errand, url, self.settings).outcome()
-            label = outcome.fault.label if outcome.fault else "ok"
+            fault, text, now = outcome.fault, outcome.text, self.loop.time()
+            label = fault.label if fault else "ok"
+            if fault is None:
+                core.judge(url, Health.succeeded, now, self.settings)
+            elif fault.blame is Blame.SERVER:
+                core.judge(url, Health.failed, text, fault not in UNHEARD, now, self.settings)
         finally:
             core.ledger.attempts.add(url, label)
             self.give_back(self.place)
-        fault, text = outcome.fault, outcome.text
-        now, s = self.loop.time(), self.settings
         if fault is None:
-            core.judge(url, Health.succeeded, now, s)
             return outcome
-        if fault.blame is Blame.SERVER:
-            core.judge(url, Health.failed, text, fault not in UNHEARD, now, s)
         if not outcome.committed:
             self.failures.append(label)
         elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
@@ -4677,8 +4683,7 @@ class Door:
 
     async def serve(self, wire: Wire, sock: socket.socket) -> None:
         """One client's connection: its requests, one after the other."""
-        # It left in the middle of a head, it was idle for too long, we are stopping.
-        with contextlib.suppress(PeerGone, TimeoutError, OSError, asyncio.CancelledError):
+        try:
             sock.setblocking(False)
             s, tls = self.core.settings, self.core.secrets.listener
             await wire.loop.connect_accepted_socket(
@@ -4688,6 +4693,10 @@ class Door:
             while await self.serve_one(wire, left <= 1) and not self.core.stopping:
                 left -= 1
             await wire.close(self.core.settings.body_timeout)
+        except (PeerGone, TimeoutError, OSError, asyncio.CancelledError):
+            pass  # it left in the middle of a head, it was idle for too long, we are stopping
+        except Exception:  # the broad except for clients: a mistake ends one connection
+            self.core.mistake("serving a client")
 
     async def serve_one(self, wire: Wire, last: bool) -> bool:
         """One request; False if it was the connection's last."""
@@ -4713,9 +4722,11 @@ class Door:
             return False
         except (PeerGone, TimeoutError):
             raise
-        except Exception:  # the one broad except for clients: a mistake ends one connection
-            log.exception("internal error on the connection of %s:%d", *wire.peer)
-            core.ledger.errors.add()
+        except Exception:  # the same, so that the client hears of it
+            core.mistake("serving a client")
+            if (response := running[wire]) is not None and not response.status:
+                response.persists = False
+                response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             return False
         finally:
             wire.reused = True
@@ -4782,44 +4793,44 @@ class Door:
         there room?  For which model is for the gate to say, once that is known."""
         core, s, head, gate = self.core, exchange.settings, exchange.head, self.core.gate
         key = exchange.key = gate.recognised(head.fields) if gate.closed else None
-        if function in (liveness, readiness):
-            pass
-        elif function is not None and function not in (models, one_model):
-            if s.status_access == "loopback" and not is_trusted(exchange.client.peer[0], LOOPBACK):
-                return Refusal(Fault.FORBIDDEN, f"{head.path} is for this machine only.")
-            if s.status_access in ("key", "admin") and (refusal := stopped(
-                    key, s.status_access == "admin")):  # fmt: skip
-                return refusal
-        elif function is None and head.path in s.admin_paths:
-            exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
-            known = ", ".join(view.url for view in core.fleet.views())
-            if refusal := stopped(key, admin=True):
-                return refusal
-            if core.fleet.view(exchange.only) is None:
-                text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
-                return Refusal(Fault.BAD_REQUEST, text)
-        elif function is None and not exchange.path:
+        admin = function is None and head.path in s.admin_paths
+        if function is None and not (exchange.path or admin):
             text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
             return Refusal(Fault.NOT_SERVED, text)
-        elif gate.closed and (refusal := stopped(key)):
+        if function in (None, models, one_model):
+            refusal = stopped(key, admin) if gate.closed or admin else None
+        else:
+            status = function not in (liveness, readiness)
+            refusal = self.status_refusal(exchange, key) if status else None
+        if refusal is not None:
             return refusal
-        if function is not None:
-            wrong = head.method not in ("GET", "HEAD")
-            text = f"{head.path} is asked for with GET."
-            return Refusal(Fault.BAD_METHOD, text) if wrong else None
-        if s.max_requests and len(core.exchanges) > s.max_requests:
+        if function is not None and head.method not in ("GET", "HEAD"):
+            return Refusal(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
+        if function is None and 0 < s.max_requests < len(core.exchanges):
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
+        if admin:
+            exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
+            if core.fleet.view(exchange.only) is None:
+                known = ", ".join(view.url for view in core.fleet.views())
+                text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
+                return Refusal(Fault.BAD_REQUEST, text)
         return None
+
+    def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
+        """Why a status path is not for who asks, or None."""
+        access, path = exchange.settings.status_access, exchange.head.path
+        if access == "loopback" and not is_trusted(exchange.client.peer[0], LOOPBACK):
+            return Refusal(Fault.FORBIDDEN, f"{path} is for this machine only.")
+        return stopped(key, access == "admin") if access in ("key", "admin") else None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  23  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Assembly: listens, serves each client's connection in a task of its own, keeps every server's
-# watchers running, follows the settings file, and stops without cutting answers short.
-
+# Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
+# stops, or hands over to a successor, without cutting answers short.
 
 # How a process tells its successor which descriptors it inherits.
 SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
@@ -4842,6 +4853,7 @@ class Balancer:
         self._stop_now = asyncio.Event()
         self._succeeded = False  # by another process, on the same sockets
         self._upgrading = False
+        self._handing_over: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._secrets_error = ""
@@ -4867,8 +4879,9 @@ class Balancer:
             self._door.close()
             await self.drain()
             watchers = sum(self._watchers.values(), [follower, pulse])
-            for task in (*core.clients.values(), *watchers):
-                task.cancel()
+            for task in (*core.clients.values(), *watchers, self._handing_over):
+                if task is not None:
+                    task.cancel()
         for pool in core.pools.values():
             pool.close()
 
@@ -4925,37 +4938,40 @@ class Balancer:
         """Have another process, maybe of a newer file, take over."""
         if not (self._upgrading or self._stop.is_set()):
             self._upgrading = True
-            self._tasks.create_task(self.hand_over(command))
+            self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
         """Start a successor on the same sockets.  Once it serves, this process finishes its answers
         and leaves; a successor that does not come that far changes nothing."""
-        sockets = [listener.sock.fileno() for listener in self._door.listeners]
-        reading, writing = os.pipe()
-        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(writing)}
+        sockets, child = [listener.sock.fileno() for listener in self._door.listeners], None
+        ours, theirs = socket.socketpair()
+        ready = theirs.fileno()
+        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(ready)}
         try:
             child = subprocess.Popen(
-                command, env=env, pass_fds=(*sockets, writing), stdin=subprocess.DEVNULL)
-            os.close(writing)
-            said = asyncio.StreamReader()
-            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-                lambda: asyncio.StreamReaderProtocol(said), os.fdopen(reading, "rb", 0))
-            with contextlib.suppress(TimeoutError):
-                async with within(UPGRADE_TIMEOUT_S):
-                    self._succeeded = await said.read(1) != b""
-            pipe.close()
-            if self._succeeded:
-                log.info("process %d serves now; this one finishes its answers", child.pid)
-                child.returncode = 0  # so that nobody waits for it, or warns that it still runs
-                self._stop.set()
-                return
-            child.kill()
-            code = child.wait()
-            log.error("the successor did not start (exit code %d); this process goes on", code)
-        except OSError as error:
-            log.error("no successor could be started: %s", reason_of(error))
-        self.core.ledger.upgrades.add("failed")
-        self._upgrading = False
+                command, env=env, pass_fds=(*sockets, ready), stdin=subprocess.DEVNULL)
+            theirs.close()
+            ours.setblocking(False)
+            async with within(UPGRADE_TIMEOUT_S):
+                word = await asyncio.get_running_loop().sock_recv(ours, 1)
+            self._succeeded = word != b""
+        except OSError as error:  # TimeoutError is one
+            log.error("waiting for a successor: %s", reason_of(error) or "it took too long")
+        finally:
+            ours.close()
+            theirs.close()
+            self._upgrading = False
+            if child is not None and not self._succeeded:
+                child.kill()
+                child.wait()
+        if self._succeeded and child is not None:
+            log.info("process %d serves now; this one finishes its answers", child.pid)
+            child.returncode = 0  # so that nobody waits for it, or warns that it still runs
+            self._stop.set()
+        else:
+            code = child.returncode if child else "none"
+            log.error("no successor came to serve (exit code %s); this process goes on", code)
+            self.core.ledger.upgrades.add("failed")
 
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a core that
@@ -4974,9 +4990,8 @@ class Balancer:
         while True:
             try:
                 await work()
-            except Exception:  # the one broad except for background tasks
-                log.exception("internal error while %s", what)
-                self.core.ledger.errors.add()
+            except Exception:  # the broad except for background tasks
+                self.core.mistake(what)
                 await asyncio.sleep(self.core.settings.health_check_interval)
 
     # Settings.
@@ -5486,8 +5501,8 @@ def inherited_sockets() -> list[socket.socket]:
 def tell_that_we_serve() -> None:
     """To the process that this one succeeds, and to systemd."""
     if descriptor := os.environ.pop(READY_ENV, ""):
-        os.write(int(descriptor), b"1")
-        os.close(int(descriptor))
+        with socket.socket(fileno=int(descriptor)) as sock:
+            sock.send(b"1")
     if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)

@@ -4125,6 +4125,18 @@ async def test_a_mistake_while_following_the_file_does_not_end_it(tmp_path):
 
 
 @asynchronous
+async def test_a_mistake_of_our_own_ends_one_connection_and_is_counted():
+    async with balancing(Server()) as running:
+        gate, running.core.gate = running.core.gate, None
+        client = await running.client()
+        got = await client.post()
+        assert (got.status, got.get("x-mvllm-error"), got.get("connection")) == (500, "internal", "close")
+        running.core.gate = gate
+        assert (await (await running.client()).post()).status == 200
+        assert await running.metric("mvllm_internal_errors_total") == 1
+
+
+@asynchronous
 async def test_a_removed_server_finishes_its_answers_and_leaves(tmp_path):
     gate, path = asyncio.Event(), tmp_path / "servers.toml"
 
