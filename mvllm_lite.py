@@ -2046,11 +2046,15 @@ class Work(NamedTuple):
 def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
     """Why its engine seems frozen, or ''.  A server with requests must read prompts or generate
     tokens, and count them; reading a long prompt takes time without a sign of progress."""
-    if not (s.frozen_timeout and view.in_flight and view.load.tokens is not None and view.healthy):
+    if not (s.frozen_timeout and view.in_flight):
         return ""
-    if not view.reports(now, s.metrics_interval):  # then it is for the health checks to judge
-        return ""
-    still_s = now - max(view.busy_since, view.progress_at, work.moved_at)
+    if not view.healthy:  # a stopping vLLM may keep its connections, and never say a word again
+        since = view.health.since
+    elif view.load.tokens is not None and view.reports(now, s.metrics_interval):
+        since = view.busy_since
+    else:
+        return ""  # it is for the health checks to judge
+    still_s = now - max(since, view.progress_at, work.moved_at)
     if still_s <= s.frozen_timeout + work.unanswered_bytes / PREFILL_BYTES_PER_S:
         return ""
     return (f"frozen: {view.in_flight} requests in flight, and neither its token counters"
@@ -3839,6 +3843,14 @@ class Errand:
     model_label: str
 
 
+# Where the status alone would not tell what was wrong.
+WHAT_IT_DID: dict[Fault | None, str] = {
+    Fault.STREAM_FAILED: "its stream failed before it began",
+    Fault.ABORTED: "it aborted the answer",
+    Fault.ENGINE_FAILED: "it answered 500, without its engine",
+}
+
+
 class Conversation:
     """An errand at one server."""
 
@@ -3890,7 +3902,7 @@ class Conversation:
             errand.content = b""  # there is no other server from here on
             await self.pump(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
-        text = f"the server answered {head.status}"
+        text = WHAT_IT_DID.get(fault, f"the server answered {head.status}")
         if fault is not None:
             return Outcome(fault, text, held=Held(self.server, head, first))
         failed = head.status >= 500 and head.status not in REQUEST_FAILURES
@@ -4420,7 +4432,8 @@ async def watch_progress(core: Core, url: str) -> None:
         sum(a.content_bytes for a in attempts if a.pump is None),
     )
     if why := standstill(view, work, now, s):
-        core.judge(url, Health.stood_still, why, now, s)
+        if view.healthy:
+            core.judge(url, Health.stood_still, why, now, s)
         for attempt in attempts:
             attempt.give_up()
 

@@ -3812,6 +3812,21 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
 
 
 @asynchronous
+async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_elsewhere():
+    bad, good = Server(lambda asked, conn: conn.left(), **{"/metrics": "vllm:generation_tokens_total 5"}), Server()
+    bad.capacity = 1000
+    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.1, health_check_interval=0.02) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        await bad.came.wait()
+        bad.listener.close()  # as a vLLM that stops: nobody new is let in, and nothing more is said
+        for pool in running.core.pools.values():
+            pool.close()
+        got = await client.answer()
+        assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+
+
+@asynchronous
 async def test_a_stall_of_our_own_is_nobody_else_s_failure(caplog):
     slow = {"health_check_max_response_time": 0.5, "health_check_window_size": 1, "health_check_interval": 0.01}
     async with balancing(Server(), metrics_interval=0.02, **slow) as running:
