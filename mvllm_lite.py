@@ -64,6 +64,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -122,6 +123,7 @@ MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of m
 FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
+LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
 IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
 UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
@@ -131,7 +133,12 @@ STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whol
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
 SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
-LABEL_SETS_LIMIT = 2000  # children of one metric family; what comes later is counted as "other"
+SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at,
+SAMPLE_LIMIT = 4096  # and how long each may be
+MODELS_LIMIT = 2000  # of one server's models that are known by name
+HOPS_LIMIT = 20  # proxies of our own between a client and us
+NAMES_LIMIT = 20  # models listed in an error; there may be thousands
+LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
 REQUEST_ID_LIMIT = 200  # characters of a client's request id; a longer one is replaced
 
 INFINITY = math.inf
@@ -484,6 +491,7 @@ class Decoder:
     """
 
     __slots__ = ("done", "rest", "until_close", "verbatim", "_left")
+    at_once_bytes: int | None = None  # that it should be fed
 
     def __init__(self, length: int | None) -> None:
         self.done = length == 0  # the last byte of the content was seen
@@ -508,6 +516,7 @@ class ChunkedDecoder(Decoder):
     """The chunked transfer coding, RFC 9112 §7.1.  Extensions are ignored, trailers dropped."""
 
     __slots__ = ("_pending", "_trailer_left")
+    at_once_bytes = 32 * 1024  # taking chunks of a few bytes apart is slow
 
     def __init__(self) -> None:
         super().__init__(-1)
@@ -751,11 +760,12 @@ def is_preflight(head: RequestHead) -> bool:
 # server, on pages of 50 to 80 kB, so it looks only at the metrics it was asked for.
 
 SAMPLE_LINE = re.compile(
-    r"([a-zA-Z_:][a-zA-Z0-9_:]*)"  # name
-    r'(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*")*)\})?'  # {label="value",…}
-    r"[ \t]+([^\s_]+)(?:[ \t]+-?[0-9]+)?[ \t]*(?:#.*)?\r?"  # value, timestamp, exemplar
+    r"([a-zA-Z_:][a-zA-Z0-9_:]*+)"  # name
+    r'(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*+")*+)\})?'  # {label="value",…}
+    r"[ \t]++([^\s_]++)(?:[ \t]++-?[0-9]++)?[ \t]*+(?:#.*)?\r?"  # value, timestamp, exemplar
 )
-LABEL = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*=\s*"((?:[^"\\]|\\.)*)"\s*(?:,|$)')
+LABEL = re.compile(
+    r'[ \t]*+([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*+=[ \t]*+"((?:[^"\\]|\\.)*+)"[ \t]*+(?:,|$)')
 ESCAPE = re.compile(r"\\(.)")
 
 
@@ -768,14 +778,22 @@ class Sample(NamedTuple):
 def parse_samples(page: str, names: Iterable[str] | None = None) -> Iterator[Sample]:
     """The samples of the named metrics, or of all.  Comments and malformed lines are skipped: one
     bad line must not hide the load of a server."""
-    for line in page.split("\n") if names is None else named_lines(page, names):
-        if (match := SAMPLE_LINE.fullmatch(line)) is None:
+    lines = page.split("\n") if names is None else named_lines(page, names)
+    for line in itertools.islice(lines, SAMPLES_LIMIT):
+        if len(line) > SAMPLE_LIMIT or (match := SAMPLE_LINE.fullmatch(line)) is None:
             continue
         try:
             value = float(match[3])
         except ValueError:
             continue
-        yield Sample(match[1], {k: unescape(v) for k, v in LABEL.findall(match[2] or "")}, value)
+        yield Sample(match[1], parse_labels(match[2] or ""), value)
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    labels, at = dict[str, str](), 0
+    while (label := LABEL.match(text, at)) is not None:
+        labels[label[1]], at = unescape(label[2]), label.end()
+    return labels
 
 
 def named_lines(page: str, names: Iterable[str]) -> Iterator[str]:
@@ -1056,7 +1074,7 @@ class Settings:
         (), list_of(words), "paths beyond inference that admin keys may ask one server for")
     policy: str = setting("least", one_of(*POLICY_NAMES), "how a server is chosen")
     default_model: str = setting("", words, "model of requests that name none")
-    max_head_bytes: int = setting(2**16, whole(256), "longest head of a request")
+    max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
     head_timeout: float = setting(30.0, number(0.001), "from a head's first byte to its last")
     body_timeout: float = setting(
@@ -1171,9 +1189,10 @@ class SettingsError(Exception):
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
-PASSWORD = re.compile(r"//[^/\s]*@")
+PASSWORD = re.compile(r"//.*@")
 OPAQUE = re.compile(
-    r"""#[^\n]*|\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""", re.DOTALL)
+    r"""#[^\n]*|(?:\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')([ \t]*=)?""", re.DOTALL)
+COMPLAINTS_LIMIT = 100  # about one file of which the line is told
 
 
 def parse_settings(
@@ -1199,6 +1218,7 @@ class SettingsReader:
 
     def __init__(self, document: dict[str, Any], toml: str, source: str) -> None:
         self.document, self.toml, self.source = document, toml, source
+        self.bare: str | None = None  # the text without comments and values, for finding lines
         self.errors: list[Complaint] = []
         self.warnings: list[Complaint] = []
 
@@ -1295,6 +1315,8 @@ class SettingsReader:
             found = "something else"
         elif isinstance(found, str):
             found = shown(PASSWORD.sub("//…@", found))
+        elif path[-1] not in CONFIG_FIELDS and isinstance(found, (list, dict)):
+            found = "a table" if isinstance(found, dict) else "another list"  # with keys in it
         what = "nothing" if found is None else str(found)[:80]
         self.errors.append(self.place(path, f"found {what}, expected {expected}", origin))
 
@@ -1310,7 +1332,10 @@ class SettingsReader:
     def place(self, path: Path, text: str, origin: str = "") -> Complaint:
         """A complaint that says where its key stands, like `servers.toml:12: servers[2].url`."""
         key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path)
-        line = 0 if origin else line_of(self.toml, path)
+        if self.bare is None:
+            self.bare = OPAQUE.sub(blanked, self.toml)
+        known = len(self.errors) + len(self.warnings) < COMPLAINTS_LIMIT  # each look takes a while
+        line = 0 if origin or not known else line_of(self.bare, path)
         return Complaint(origin or self.source, line, key.removeprefix("."), text)
 
 
@@ -1323,15 +1348,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def blanked(opaque: re.Match[str]) -> str:
     """A comment or a text as blanks, line by line; a quoted key stays."""
-    if opaque.string[opaque.end() :].lstrip(" \t")[:1] == "=":
-        return opaque[0]
-    return re.sub(r"[^\n]", " ", opaque[0])
+    return opaque[0] if opaque[1] else re.sub(r"[^\n]", " ", opaque[0])
 
 
 def line_of(toml: str, path: Path) -> int:
     """The line on which a key stands, 1-based, or 0.  tomllib does not tell, so this looks as a
-    person would: for the table's header or the n-th entry, and for the key after it."""
-    toml = OPAQUE.sub(blanked, toml)
+    person would, in a text without comments and values: for the table's header or the n-th entry,
+    and for the key after it."""
     start, end = 0, len(toml)
     if len(path) > 1 and isinstance(path[1], int):
         name = path[0]
@@ -1429,6 +1452,7 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content
     content made of nothing but brackets, which only an attack is.
     """
     names = {name.encode(): name for name in wanted}
+    shortest, longest = min(map(len, names)), 6 * max(map(len, names)) + 2  # written with escapes
     others, at, depth, steps = other_members(tuple(names)), 0, 0, 0
     key, value = None, -1  # the member we are in or about to be in, and where its value began
     content = yield True
@@ -1454,7 +1478,9 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content
                 content = yield True
             at = string[0] + 1
             if depth == 1 and value < 0:
-                key = member_name(bytes(content[begun : min(at - 1, begun + 100)]))
+                key = bytes(content[begun : min(at - 1, begun + longest)])
+                if b"\\" in key and len(key) > shortest:  # "mod\u0065l" is model, too
+                    key = member_name(key)
         elif sign in b"{[":
             depth += 1
         elif depth == 1 and sign in b",}]":
@@ -1486,9 +1512,8 @@ def string_end(content: Content, at: int) -> tuple[int, bool]:
 
 
 def member_name(written: bytes) -> bytes:
-    if b"\\" in written:  # "mod\u0065l" is model, too
-        with contextlib.suppress(ValueError):
-            return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
+    with contextlib.suppress(ValueError):
+        return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
     return written
 
 
@@ -1516,7 +1541,7 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
         return {}  # a server will say what is wrong with it
 
 
-PART_NAME = re.compile(rb'(?i)content-disposition:[^\r\n]*?;\s*name=(?:"([^"\r\n]*)"|([^\s;"]+))')
+PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(r'(?i)multipart/form-data\s*;.*?\bboundary=(?:"([^"]+)"|([^\s;"]+))')
 
 
@@ -1528,21 +1553,34 @@ def form_boundary(content_type: str) -> bytes:
 
 def form_spans(content: Content, boundary: bytes) -> Spans:
     """Where the values of CALL_MEMBERS stand in a form, RFC 7578: audio uploads name their model
-    so.  Looks at a bounded number of parts, and at the beginning of each."""
+    so.  Raises BadMessage for forms that others may read differently: with too many parts, one
+    whose fields are too long, or a name that is said twice."""
     spans, delimiter = Spans(), b"\r\n" + boundary
     at = 0 if content.startswith(boundary) else content.find(delimiter)
     for _ in range(FORM_PARTS_LIMIT):
-        head = content.find(b"\r\n\r\n", at, at + FORM_HEAD_LIMIT_BYTES)
         following = content.find(delimiter, at + len(boundary))
-        if at < 0 or head < 0 or following < head:
-            break
-        for line in bytes(content[at:head]).split(b"\r\n"):
-            if (named := PART_NAME.match(line)) is not None:
-                name = (named[1] or named[2] or b"").decode("latin-1")
-                if name in CALL_MEMBERS:
-                    spans[name] = (head + 4, following)
+        if at < 0 or following < 0:
+            return spans
+        head = content.find(b"\r\n\r\n", at, min(following, at + FORM_HEAD_LIMIT_BYTES))
+        if head < 0:
+            raise BadMessage(f"a part of the form has no end of its fields within"
+                             f" {FORM_HEAD_LIMIT_BYTES} bytes")  # fmt: skip
+        for name in part_names(bytes(content[at:head])):
+            if name in spans:
+                raise BadMessage(f"the form says {name} twice")
+            if name in CALL_MEMBERS:
+                spans[name] = (head + 4, following)
         at = following
-    return spans
+    raise BadMessage(f"the form has more than {FORM_PARTS_LIMIT} parts")
+
+
+def part_names(fields: bytes) -> list[str]:
+    """The name of a form's part; [] if it has none."""
+    lines = [line for line in fields.split(b"\r\n") if line[:20].lower() == b"content-disposition:"]
+    found = [named[1] or named[2] for line in lines for named in PART_NAME.finditer(line)]
+    if len(lines) > 1 or len(found) > 1:
+        raise BadMessage("a part of the form has more than one name")
+    return [name.decode("latin-1") for name in found]
 
 
 def read_call(
@@ -1559,7 +1597,7 @@ def read_call(
     elif content:
         refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
-    if named is None and head.query:
+    if not content and head.query:  # beside content, servers do not look there
         asked = urllib.parse.parse_qs(head.query).get("model", [None])[0]
     if asked is None and content:
         asked = default_model or None
@@ -1604,8 +1642,11 @@ def with_model(content: Content, boundary: bytes, spans: Spans | None, model: st
     return splice(content, (brace + 1, brace + 1), b'"model":' + value + comma)
 
 
-def splice(content: Content, span: tuple[int, int], value: bytes) -> bytes:
-    return bytes(content[: span[0]]) + value + bytes(content[span[1] :])
+def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
+    """With another value in that place; a bytearray is changed in place, since it may be large."""
+    changed = content if isinstance(content, bytearray) else bytearray(content)
+    changed[span[0] : span[1]] = value
+    return changed
 
 
 class Begun(Enum):
@@ -1739,7 +1780,8 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
     """The models in an answer to /v1/models, by id with everything said of them; None if it is
     not such an answer.  An id becomes a label and a word in log lines, so it must be printable."""
     try:
-        found = {entry["id"]: entry for entry in json.loads(content)["data"]}
+        entries = json.loads(content)["data"][:MODELS_LIMIT]
+        found = {entry["id"]: entry for entry in entries}
         return {name: entry for name, entry in found.items() if name.isprintable()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -1800,7 +1842,7 @@ class Gate:
             left = min(most, left + rate * (now - then))
             if left < 1:
                 text = f"The key {shown(key.name)} allows {rate:g} requests per second."
-                return Refusal(Fault.RATE_LIMITED, text, math.ceil((1 - left) / rate))
+                return Refusal(Fault.RATE_LIMITED, text, math.ceil(min(3600.0, (1 - left) / rate)))
             self._buckets[key.name] = left - 1, now
         self._running[key.name] = self._running.get(key.name, 0) + 1
         return None
@@ -1828,16 +1870,21 @@ def is_trusted(host: str, networks: Iterable[str]) -> bool:
     except ValueError:
         return False
     address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in ipaddress.ip_network(network) for network in networks)
+    return any(address in network_of(network) for network in networks)
+
+
+@functools.lru_cache
+def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(text)
 
 
 def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
     """Who asks: the peer or, behind proxies of ours, the last address before them."""
     if not networks or not is_trusted(peer, networks):
         return peer
-    for host in reversed([peer, *fields.members("x-forwarded-for")]):
+    for host in reversed(fields.members("x-forwarded-for")[-HOPS_LIMIT:]):
         if not is_trusted(host, networks):
-            return host
+            return host[:100]
     return peer
 
 
@@ -1924,7 +1971,7 @@ class Health(NamedTuple):
         if self.state is State.HEALTHY:
             limit = health.limit_met(why, s)
             return health.become(State.UNHEALTHY if limit else State.HEALTHY, limit or good, now)
-        if self.open_until is not None and passed and not self.failures:
+        if self.open_until is not None and passed and (self.frozen or not self.failures):
             return health
         if health.successes >= s.health_check_consecutive_successes:
             return health._replace(window=health.window[-1:]).become(State.HEALTHY, good, now)
@@ -1997,7 +2044,6 @@ class ServerView(NamedTuple):
     draining: bool = False
     in_flight: int = 0  # requests of ours, exact
     on_trial: int = 0  # of these, begun while the circuit was half-open
-    busy_since: float = -INFINITY  # since when it has any
     progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
@@ -2037,8 +2083,10 @@ class Transition(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a server has been doing with requests of ours, apart from its own word."""
+    """What requests of ours are with a server, and have of it, apart from its own word."""
 
+    waiting: int  # requests that want something of its engine now
+    since: float  # when the first of them came
     moved_at: float  # when the last piece of any of its answers came
     unanswered_bytes: int  # content of requests that have not begun their answer
 
@@ -2046,19 +2094,22 @@ class Work(NamedTuple):
 def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
     """Why its engine seems frozen, or ''.  A server with requests must read prompts or generate
     tokens, and count them; reading a long prompt takes time without a sign of progress."""
-    if not (s.frozen_timeout and view.in_flight):
+    since = work.since
+    if not (s.frozen_timeout and work.waiting):
         return ""
-    if not view.healthy:  # a stopping vLLM may keep its connections, and never say a word again
-        since = view.health.since
-    elif view.load.tokens is not None and view.reports(now, s.metrics_interval):
-        since = view.busy_since
+    if view.healthy:
+        if view.load.tokens is None or not view.reports(now, s.metrics_interval):
+            return ""  # it is for the health checks to judge
+    elif view.health.failures >= s.health_check_consecutive_failures:
+        since = max(since, view.health.since)  # a stopping vLLM may keep its connections, silent
     else:
-        return ""  # it is for the health checks to judge
-    still_s = now - max(since, view.progress_at, work.moved_at)
-    if still_s <= s.frozen_timeout + work.unanswered_bytes / PREFILL_BYTES_PER_S:
         return ""
-    return (f"frozen: {view.in_flight} requests in flight, and neither its token counters"
-            f" nor its streams have moved for {still_s:.0f} s")  # fmt: skip
+    still_s = now - max(since, view.progress_at, work.moved_at)
+    reading_s = min(work.unanswered_bytes / PREFILL_BYTES_PER_S, 10 * s.frozen_timeout)
+    if still_s <= s.frozen_timeout + reading_s:
+        return ""
+    return (f"frozen: {work.waiting} requests wait, and neither its token counters nor its"
+            f" streams have moved for {still_s:.0f} s")  # fmt: skip
 
 
 class Lease:
@@ -2112,8 +2163,6 @@ class Fleet:
 
     def lease(self, url: str, now: float) -> Lease:
         view = self._views.get(url)
-        if view is not None and not view.in_flight:
-            self._update(url, busy_since=now)
         return Lease(self, url, view is not None and view.health.circuit(now) == "half-open")
 
     def count(self, url: str, change: int, trial: bool) -> None:
@@ -2296,7 +2345,8 @@ class Ranking(NamedTuple):
 
 def unknown_model(model: str, known: Iterable[str]) -> str:
     """In vLLM's words."""
-    names = ", ".join(sorted(known)) or "none"
+    names, count = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none", len(list(known))
+    names += f" and {count - NAMES_LIMIT} more" * (count > NAMES_LIMIT)
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
@@ -2308,8 +2358,10 @@ def passed_over(
     keeps the last ones out, they are asked after all."""
     reasons = [obstacle(view, model, tried, moment) for view in views]
     if all(reasons) and any(view.health.open_until is not None for view in views):
-        return [obstacle(view, model, tried, moment, True) and reason
-                for view, reason in zip(views, reasons)]  # fmt: skip
+        ever = moment._replace(enforced=False)
+        if all(obstacle(view, model, frozenset(), ever) for view in views):
+            return [obstacle(view, model, tried, moment, True) and reason
+                    for view, reason in zip(views, reasons)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
             return [reason or ("has not told its models" if view.models is None else "")
@@ -2480,7 +2532,7 @@ def relay_plan(
             if waited.fault is not None:
                 failure = failure if failure.held else waited
                 break
-            best = waited.place
+            best, ranking = waited.place or None, choose(tried)
         if best is None:
             failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
             break
@@ -2496,51 +2548,58 @@ def relay_plan(
     yield Answer(failure)
 
 
+Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, not of those tried
+
+
 class Waiter(NamedTuple):
     """A request in the queue.  `choose` says which server has a place for it now, if one has;
-    `take` is told that it has it."""
+    `take` is told that it has it, or '' when there is none that it could wait for any more."""
 
     since: float
-    model: str | None
-    choose: Callable[[], str | None]
+    wants: Wants
+    choose: Callable[[], Ranking]
     take: Callable[[str], object]
 
 
 class WaitQueue:
-    """Requests that wait for a place, for each model in the order of their arrival.  A place that
-    becomes free is taken at once, by the one that waits longest of those who can use it."""
+    """Requests that wait for a place, in the order of their arrival among those who want the same
+    of the same servers.  A place that becomes free is taken at once, by the one that waits longest
+    of all who can use it."""
 
     def __init__(self) -> None:
-        self._lines: dict[str | None, deque[Waiter]] = {}
+        self._lines: dict[Wants, deque[Waiter]] = {}
         self._served, self._served_at = 0.0, 0.0  # places that became free, fading
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
-    def waiting(self, model: str | None) -> bool:
-        return model in self._lines
+    def waiting(self, wants: Wants) -> bool:
+        return wants in self._lines
 
     def longest_wait_s(self, now: float) -> float:
         return max((now - line[0].since for line in self._lines.values()), default=0.0)
 
     def join(self, waiter: Waiter) -> None:
-        self._lines.setdefault(waiter.model, deque()).append(waiter)
+        self._lines.setdefault(waiter.wants, deque()).append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
         """It has its place, or no need of one any more."""
-        if line := self._lines.get(waiter.model):
+        if line := self._lines.get(waiter.wants):
             with contextlib.suppress(ValueError):
                 line.remove(waiter)
             if not line:
-                del self._lines[waiter.model]
+                del self._lines[waiter.wants]
 
-    def hand_over(self) -> None:
-        """There may be free places."""
+    def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
+        """There may be free places, as long as there may be `more`."""
         for line in sorted(self._lines.values(), key=lambda line: line[0].since):
-            while line and (url := line[0].choose()) is not None:
+            while line and more():
                 waiter = line[0]
+                ranking = waiter.choose()
+                if ranking.best is None and ranking.waits:
+                    break
                 self.leave(waiter)
-                waiter.take(url)
+                waiter.take(ranking.best or "")
 
     def served(self, now: float) -> None:
         """A place has become free."""
@@ -2907,7 +2966,7 @@ class Wire(asyncio.Protocol):
         self.lost = True
         if self._timer is not None:
             self._timer.cancel()
-        self._ended(clean=error is None)
+        self._ended(clean=False)  # the peer's orderly end was heard before, if there was one
         self._wake()
 
     def pause_writing(self) -> None:
@@ -3026,7 +3085,7 @@ class Wire(asyncio.Protocol):
         BadMessage, TimeoutError."""
         while not decoder.done:
             if self.buffer:
-                if (content := decoder.feed(self.take())) or decoder.done:
+                if (content := decoder.feed(self.take(decoder.at_once_bytes))) or decoder.done:
                     return content
             elif not self.gone:
                 await self.news(deadline)
@@ -3119,7 +3178,7 @@ class Listener:
         """There may be room again."""
         if not self.reading and self.sock.fileno() >= 0:
             self.reading = True
-            self.loop.add_reader(self.sock, self._accept)
+            self.loop.add_reader(self.sock, self.accept, ACCEPT_BATCH)
 
     def pause(self) -> None:
         if self.reading:
@@ -3130,8 +3189,9 @@ class Listener:
         self.pause()
         self.sock.close()
 
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_BATCH):
+    def accept(self, most: int = LISTEN_BACKLOG) -> None:
+        """Take those who have come."""
+        for _ in range(most):
             if not self._room():
                 self.pause()
                 return
@@ -3192,8 +3252,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 # The connections to one server, and what is said over them without a client.
 
 # What connecting fails with when it is our own machine that has run out of something.
-OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
-                              errno.EADDRNOTAVAIL))  # fmt: skip
+OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 Result = TypeVar("Result")
 
 
@@ -3352,11 +3411,14 @@ class Secrets:
             raise SettingsError([Complaint(", ".join(self.files), 0, "", text)]) from None
 
 
+NO_PASSWORD = "no password can be given"  # or OpenSSL would ask on the terminal, and wait
+
+
 def server_context(server: ServerSettings) -> ssl.SSLContext:
     """For an https server with wishes of its own."""
     context = ssl.create_default_context(cafile=server.ca_file or None)
     if server.client_cert:
-        context.load_cert_chain(server.client_cert)
+        context.load_cert_chain(server.client_cert, password=NO_PASSWORD)
     if not server.verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -3367,7 +3429,7 @@ def listener_context(s: Settings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(s.tls_cert, s.tls_key)
+    context.load_cert_chain(s.tls_cert, s.tls_key, NO_PASSWORD)
     return context
 
 
@@ -3381,6 +3443,8 @@ def read_file(path: str) -> bytes:
         text = "not a regular file"
     except OSError as error:
         text = reason_of(error)
+    except ValueError:
+        text = "no name of a file"
     raise SettingsError([Complaint(path, 0, "", f"cannot be read: {text}")])
 
 
@@ -3450,17 +3514,18 @@ class Pump:
     """Moves an answer's content from a server to the client: the sink of the server's wire.
 
     `done` is set when the content has ended, or to the exception that ended it: PeerGone,
-    BadMessage, or TimeoutError after `silence_s` without a piece.
+    BadMessage, or TimeoutError after `silence_s` without a piece.  A client that takes nothing of
+    it for `patience_s` is cut off.
     """
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
-        "moved_at", "_silence_s", "_seen", "_gaps", "_gaps_child",
+        "moved_at", "_silence_s", "_look_s", "_seen", "_gaps", "_gaps_child",
     )  # fmt: skip
 
     def __init__(
         self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, silence_s: float,
-        gaps: Histogram, gaps_child: list[float] | None,
+        patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
     ) -> None:  # fmt: skip
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
         self.done: asyncio.Future[None] = client.loop.create_future()
@@ -3469,9 +3534,10 @@ class Pump:
         self.tail: deque[bytes] = deque(maxlen=TAIL_PIECES)  # the last pieces
         self.moved_at = client.loop.time()  # when the last piece came
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
+        self._look_s = min(silence_s, patience_s)  # between two looks at both
         self._seen: tuple[float, float] = (0.0, 0.0)  # of a slow client, at the last expiry
         server.sink, client.feeder = self, server
-        server.expect_by(self.moved_at + silence_s)
+        server.expect_by(self.moved_at + self._look_s)
         if client.blocked:
             server.hold()
         elif server.held:
@@ -3497,7 +3563,7 @@ class Pump:
             self.sent_bytes += len(content)
             if self.chunked:
                 out = data if decoder.verbatim else encode_chunk(content)
-        wire.deadline = now + self._silence_s
+        wire.deadline = now + self._look_s
         if decoder.done:
             self._finish(out)
         elif out:
@@ -3521,14 +3587,16 @@ class Pump:
     def expired(self, wire: Wire) -> None:
         """Silence is the server's, unless it is held because the client takes nothing; a client
         that takes some of what is written to it is slow, but has time."""
-        backlog = self.client.transport.get_write_buffer_size()
-        if not self.client.blocked:
-            self._end(TimeoutError())
-        elif self._seen[0] == self.moved_at and backlog >= self._seen[1]:
-            self.client.abort()
-        else:
+        now, backlog = wire.loop.time(), self.client.transport.get_write_buffer_size()
+        if self.client.blocked:
+            if self._seen[0] == self.moved_at and backlog >= self._seen[1]:
+                self.client.abort()
+                return
             self._seen = self.moved_at, backlog
-            wire.expect_by(wire.loop.time() + self._silence_s)
+        elif now >= self.moved_at + self._silence_s:
+            self._end(TimeoutError())
+            return
+        wire.expect_by(now + self._look_s)
 
     def _end(self, error: Exception | None) -> None:
         self.server.sink = self.client.feeder = None
@@ -3722,19 +3790,26 @@ class Response:
 class Attempt:
     """A request that is with a server, for the server's watcher to see and to end."""
 
-    __slots__ = ("content_bytes", "wire", "pump", "frozen")
+    __slots__ = ("content_bytes", "begun_at", "wire", "pump", "frozen")
 
-    def __init__(self, content_bytes: int) -> None:
-        self.content_bytes = content_bytes
+    def __init__(self, content_bytes: int, now: float) -> None:
+        self.content_bytes, self.begun_at = content_bytes, now
         self.wire: Wire | None = None  # while nothing of an answer was shown
         self.pump: Pump | None = None
         self.frozen = False
 
-    def give_up(self) -> None:
-        """Another server may do it: this one stands still."""
-        if self.wire is not None:
-            self.frozen, self.wire.reused = True, False
-            self.wire.abort()
+    @property
+    def waits(self) -> bool:
+        """Whether it is the server's turn, and not a slow client's or a websocket's."""
+        return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
+
+    def give_up(self, even_begun: bool) -> None:
+        """Another server may do it: this one stands still; or, where its answer has begun and will
+        never end, let that be seen."""
+        wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
+        if wire is not None:
+            self.frozen, wire.reused = True, False
+            wire.abort()
 
 
 class Core:
@@ -3755,6 +3830,9 @@ class Core:
         self.stalled_at = -INFINITY  # when this process last turned out to have stood still
         self.clients: dict[Wire, asyncio.Task[None]] = {}
         self.clients_limit = settings.max_connections
+        self.idle: dict[Wire, None] = {}  # clients between two requests, the longest idle first
+        self.forwarding = 0  # requests that were let in, and are not answered yet
+        self.refreshing: asyncio.Task[None] | None = None  # all servers' models
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
         self.stopping = False
@@ -3782,6 +3860,12 @@ class Core:
         """Of our own: to be called while its exception is handled."""
         log.exception("internal error while %s", doing)
         self.ledger.errors.add()
+
+    def end_idle(self, count: int) -> None:
+        """End so many of the clients' idle connections, the longest idle first, as if their time
+        were up: a request that arrives this very moment is still heard."""
+        for wire in list(itertools.islice(self.idle, count)):
+            wire.expect_by(wire.loop.time())
 
     def met(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
@@ -3857,7 +3941,7 @@ class Conversation:
     def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         self.pool = core.pool(url)
-        self.attempt = Attempt(len(errand.content))
+        self.attempt = Attempt(len(errand.content), errand.client.loop.time())
 
     async def outcome(self) -> Outcome:
         """What became of asking one server, whatever it did."""
@@ -3927,10 +4011,10 @@ class Conversation:
             if head.status >= 200:
                 return head, at == len(content)
             if head.status == 101:
-                if not upgrade_wanted(errand.head):
+                if errand.response.opened or not upgrade_wanted(errand.head):
                     raise BadMessage("101 Switching Protocols without being asked to")
                 return head, True
-            if head.status != 100 and errand.head.minor >= 1:
+            if head.status != 100 and errand.head.minor >= 1 and not errand.response.opened:
                 errand.client.transport.write(return_response(head, errand.head, None, True))
             at = await wire.send(content, at, silence_s)
         raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
@@ -3974,8 +4058,9 @@ class Conversation:
             return
         client, response, gaps = self.errand.client, self.errand.response, self.core.ledger.gaps
         child = gaps.child(self.errand.model_label) if response.streams else None
-        chunked, silence_s = response.framing == CHUNKED, self.settings.request_timeout
-        self.attempt.pump = pump = Pump(client, wire, decoder, chunked, silence_s, gaps, child)
+        chunked, s = response.framing == CHUNKED, self.settings
+        self.attempt.pump = pump = Pump(
+            client, wire, decoder, chunked, s.request_timeout, s.body_timeout, gaps, child)
         try:
             await pump.done
         finally:
@@ -4102,7 +4187,7 @@ class Exchange:
         if self.only:
             views = [view for view in views if view.url == self.only]
         ranking = rank(views, self.model, tried, by, moment, core.draw)
-        if enforced and not self.waiting and core.queue.waiting(self.model):
+        if enforced and not self.waiting and core.queue.waiting((self.model, self.only, tried)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
@@ -4116,17 +4201,19 @@ class Exchange:
     async def wait(self, step: Wait) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
         core, s, queue, began = self.core, self.core.settings, self.core.queue, self.loop.time()
-        beat_s = s.queue_heartbeat if s.queue_heartbeat and self.stream else INFINITY
+        beats = s.queue_heartbeat and self.stream and self.head.method == "POST"
+        beat_s = s.queue_heartbeat if beats else INFINITY
         if len(queue) >= s.queue_size:
             text = f"{len(queue)} requests wait already, as many as queue_size allows."
             return Outcome(Fault.QUEUE_FULL, text)
         turn = self.loop.create_future()
 
         def take(url: str) -> None:
-            self.place = core.fleet.lease(url, self.loop.time())
+            self.place = core.fleet.lease(url, self.loop.time()) if url else None
             turn.set_result(None)
 
-        waiter = Waiter(began, self.model, lambda: self.choose(step.tried).best, take)
+        wants = self.model, self.only, step.tried
+        waiter = Waiter(began, wants, lambda: self.choose(step.tried), take)
         queue.join(waiter)
         self.waiting = True
         try:
@@ -4139,8 +4226,8 @@ class Exchange:
             queue.leave(waiter)
         waits = core.ledger.waits
         waits.observe(waits.child(self.model_label), self.loop.time() - began)
-        if self.place is not None:
-            return Outcome(place=self.place.url)
+        if turn.done():
+            return Outcome(place=self.place.url if self.place else "")
         text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
         return Outcome(Fault.QUEUE_TIMEOUT, text)
 
@@ -4148,9 +4235,10 @@ class Exchange:
         """End a lease, for whoever is waiting for its place."""
         with place:
             self.place = None
-        if self.core.settings.queue_size:
-            self.core.queue.served(self.loop.time())
-            self.core.queue.hand_over()
+        core = self.core
+        if core.settings.queue_size:
+            core.queue.served(self.loop.time())
+            core.queue.hand_over(lambda: any(v.in_flight < v.capacity for v in core.fleet.views()))
 
     async def settle(self, step: Settle) -> Outcome:
         left_s = self.asked_at + step.seconds - self.loop.time()
@@ -4200,6 +4288,8 @@ class Exchange:
                 break
             try:
                 content += await client.read_content(decoder, self.loop.time() + silence_s)
+                if framing.chunked and client.buffer:
+                    await asyncio.sleep(0)
             except TimeoutError:
                 text = f"no more of the request's content came for {silence_s:g} s (body_timeout)"
                 raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
@@ -4427,15 +4517,17 @@ async def watch_progress(core: Core, url: str) -> None:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
     attempts = core.attempts.get(url, set())
+    waiting = [attempt for attempt in attempts if attempt.waits]
     work = Work(
+        len(waiting), min((a.begun_at for a in waiting), default=now),
         max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),
-        sum(a.content_bytes for a in attempts if a.pump is None),
-    )
+        sum(a.content_bytes for a in waiting if a.pump is None),
+    )  # fmt: skip
     if why := standstill(view, work, now, s):
         if view.healthy:
             core.judge(url, Health.stood_still, why, now, s)
-        for attempt in attempts:
-            attempt.give_up()
+        for attempt in waiting:
+            attempt.give_up(even_begun=not view.healthy)
 
 
 async def generates(pool: Pool, timeout_s: float) -> bool:
@@ -4563,14 +4655,21 @@ async def load_stats(core: Core, head: RequestHead) -> Reply:
 
 @local("/server-models")
 async def server_models(core: Core, head: RequestHead) -> Reply:
-    """With ?refresh=1 every server is asked first, all at the same time."""
+    """With ?refresh=1 every server is asked first, all at the same time; once for all who want
+    that now."""
     if urllib.parse.parse_qs(head.query or "").get("refresh") in (["1"], ["true"]):
-        urls, timeout_s = [v.url for v in core.fleet.views()], core.settings.health_check_timeout
-        checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
-        for url, found in zip(urls, await asyncio.gather(*checks)):
-            if found is not None and found.models is not None:
-                core.fleet.learned(url, found.models, asyncio.get_running_loop().time())
+        if core.refreshing is None or core.refreshing.done():
+            core.refreshing = asyncio.ensure_future(refresh_models(core))
+        await asyncio.shield(core.refreshing)
     return as_json(server_models_report(core.fleet.views(), clock()))
+
+
+async def refresh_models(core: Core) -> None:
+    urls, timeout_s = [v.url for v in core.fleet.views()], core.settings.health_check_timeout
+    checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
+    for url, found in zip(urls, await asyncio.gather(*checks)):
+        if found is not None and found.models is not None:
+            core.fleet.learned(url, found.models, asyncio.get_running_loop().time())
 
 
 @local("/v1/models")
@@ -4647,9 +4746,11 @@ class Door:
         self.listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
                           for one in sockets]  # fmt: skip
 
-    def close(self) -> None:
-        """Accept no more."""
+    def close(self, to_the_last: bool) -> None:
+        """Accept no more, after those who have come already; unless others serve them."""
         for listener in self.listeners:
+            if to_the_last:
+                listener.accept()
             listener.close()
 
     def has_room(self) -> bool:
@@ -4659,10 +4760,7 @@ class Door:
         if excess <= 0:
             return True
         core.met("max_connections")
-        idle = (task for wire, task in core.clients.items()
-                if wire.reused and wire not in core.exchanges)  # fmt: skip
-        for task in itertools.islice(idle, ACCEPT_BATCH):
-            task.cancel()
+        core.end_idle(excess)
         return False
 
     def cannot_accept(self, error: OSError) -> None:
@@ -4714,10 +4812,11 @@ class Door:
     async def serve_one(self, wire: Wire, last: bool) -> bool:
         """One request; False if it was the connection's last."""
         core, running = self.core, self.core.exchanges
-        if wire.buffer:  # sent without waiting for the answer before: others first
+        await wire.unblocked(core.settings.body_timeout)  # by the answer before
+        if wire.buffer:  # sent without waiting for it: others first
             await asyncio.sleep(0)
-            await wire.unblocked(core.settings.body_timeout)
-        await self.request_begun(wire)
+        if not await self.request_begun(wire):
+            return False
         running[wire] = None
         try:
             head = await self.read_head(wire)
@@ -4745,21 +4844,26 @@ class Door:
             wire.reused = True
             del running[wire]
 
-    async def request_begun(self, wire: Wire) -> None:
-        """Until a client begins its next request, or leaves.  Raises TimeoutError, at once when
-        others are waiting for its place."""
-        idle_until = wire.loop.time() + self.core.settings.keep_alive_timeout
+    async def request_begun(self, wire: Wire) -> bool:
+        """Whether a client has begun its next request; it may take a while, but not when others
+        are waiting for its place."""
+        core, idle_until = self.core, wire.loop.time() + self.core.settings.keep_alive_timeout
         if wire.reused and not all(listener.reading for listener in self.listeners):
             idle_until = 0.0
         while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
                 wire.take(lines)
                 continue
+            if wire.reused:
+                core.idle[wire] = None
             try:
                 await wire.news(idle_until)
             except TimeoutError:
-                self.core.met("keep_alive_timeout")
-                raise
+                core.met("keep_alive_timeout")
+                return False
+            finally:
+                core.idle.pop(wire, None)
+        return True
 
     async def read_head(self, wire: Wire) -> RequestHead | None:
         """The request that has begun; None if the client left.  Raises BadMessage."""
@@ -4796,7 +4900,11 @@ class Door:
             self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
         elif function is None:
-            await exchange.run()
+            self.core.forwarding += 1
+            try:
+                await exchange.run()
+            finally:
+                self.core.forwarding -= 1
         else:
             response.persists = response.persists and not exchange.unread
             response.whole(await function(self.core, head))
@@ -4819,7 +4927,7 @@ class Door:
             return refusal
         if function is not None and head.method not in ("GET", "HEAD"):
             return Refusal(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
-        if function is None and 0 < s.max_requests < len(core.exchanges):
+        if function is None and 0 < s.max_requests <= core.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if admin:
@@ -4833,7 +4941,9 @@ class Door:
     def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
         """Why a status path is not for who asks, or None."""
         access, path = exchange.settings.status_access, exchange.head.path
-        if access == "loopback" and not is_trusted(exchange.client.peer[0], LOOPBACK):
+        who = client_address(
+            exchange.client.peer[0], exchange.head.fields, exchange.settings.trusted_proxies)
+        if access == "loopback" and not is_trusted(who, LOOPBACK):
             return Refusal(Fault.FORBIDDEN, f"{path} is for this machine only.")
         return stopped(key, access == "admin") if access in ("key", "admin") else None
 
@@ -4877,6 +4987,9 @@ class Balancer:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         when the address cannot be listened on."""
         core, secrets, sockets = self.core, Secrets(self.core.settings), self.listen()
+        # Names are looked up in threads; a few that hang must not hold up all others.
+        lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
+        asyncio.get_running_loop().set_default_executor(lookups)
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings, secrets)
             if not core.gate.closed:
@@ -4889,7 +5002,7 @@ class Balancer:
             core.stopping = True
             if not self._succeeded:
                 await self.stopped_at_once(core.settings.drain_delay)
-            self._door.close()
+            self._door.close(to_the_last=not self._succeeded)
             await self.drain()
             watchers = sum(self._watchers.values(), [follower, pulse])
             for task in (*core.clients.values(), *watchers, self._handing_over):
@@ -4941,9 +5054,10 @@ class Balancer:
         for seconds in (grace_s, timeout_s - grace_s):
             if core.clients:
                 await asyncio.wait(core.clients.values(), timeout=seconds)
+            core.end_idle(len(core.idle))
             for wire, task in core.clients.items():
-                if wire not in running:
-                    task.cancel()
+                if not (wire.reused or wire.buffer or wire in running):
+                    task.cancel()  # it never said anything
         if running:
             log.warning("stopping: %d answers are cut short", len(running))
 
@@ -4957,10 +5071,11 @@ class Balancer:
         """Start a successor on the same sockets.  Once it serves, this process finishes its answers
         and leaves; a successor that does not come that far changes nothing."""
         sockets, child = [listener.sock.fileno() for listener in self._door.listeners], None
-        ours, theirs = socket.socketpair()
-        ready = theirs.fileno()
-        env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(ready)}
+        pair = list[socket.socket]()
         try:
+            ours, theirs = pair[:] = socket.socketpair()
+            ready = theirs.fileno()
+            env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(ready)}
             child = subprocess.Popen(
                 command, env=env, pass_fds=(*sockets, ready), stdin=subprocess.DEVNULL)
             theirs.close()
@@ -4970,9 +5085,11 @@ class Balancer:
             self._succeeded = word != b""
         except OSError as error:  # TimeoutError is one
             log.error("waiting for a successor: %s", reason_of(error) or "it took too long")
+        except Exception:
+            self.core.mistake("starting a successor")
         finally:
-            ours.close()
-            theirs.close()
+            for end in pair:
+                end.close()
             self._upgrading = False
             if child is not None and not self._succeeded:
                 child.kill()

@@ -1224,8 +1224,6 @@ CALLS = table(
     ("not JSON", {"body": b"\xff\x00"}, (None, False)),
     ("no text", {"body": b'{"model":5}', "default": "d"}, (None, False)),
     ("null is none", {"body": b'{"model":null}', "default": "d"}, ("d", False)),
-    ("a form with too many parts", {"body": b"--XX\r\n\r\n\r\n" * 101 + FORM, "fields": FORM_TYPE}, (None, False)),
-    ("a form whose fields never end", {"body": FORM.replace(b"form-data", b"form-data" + b"x" * 5000), "fields": FORM_TYPE}, (None, False)),
     ("no content", {"body": b""}, (None, False)),
     ("form", {"body": FORM, "fields": FORM_TYPE}, ("whisper", False)),
     ("quoted boundary", {"body": FORM, "fields": FORM_TYPE.replace("XX", '"XX"')}, ("whisper", False)),
@@ -1249,7 +1247,7 @@ REWRITTEN = table(
     ("default alone", {"body": b" {  }", "default": "d"}, b' {"model":"d"  }'),
     ("form", {"body": FORM, "fields": FORM_TYPE, "aliases": {"whisper": "w2"}}, FORM.replace(b"whisper", b"w2")),
     ("nothing to replace", {"body": b'{"model":"m"}', "aliases": {"a": "r"}, "default": "d"}, b'{"model":"m"}'),
-    ("by query, content stays", {"body": b'{"x":1}', "query": "?model=m", "default": "d"}, b'{"x":1}'),
+    ("beside content, no server reads the query", {"body": b'{"x":1}', "query": "?model=m", "default": "d"}, b'{"model":"d","x":1}'),
     ("not an object", {"body": b"[1]", "default": "d"}, b"[1]"),
     ("a number is left for a server to refuse", {"body": b'{"model":5}', "default": "d"}, b'{"model":5}'),
     ("null gives way", {"body": b'{"model":null}', "default": "d"}, b'{"model":"d"}'),
@@ -1264,6 +1262,7 @@ def test_only_the_model_s_value_is_rewritten(given, content):
 NOT_FOR_CLIENTS = table(
     ("the words of a prefill server", b'{"model":"m","kv_transfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
     ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
+    ("spelled out", b'{"' + "".join(f"\\u{ord(c):04x}" for c in "kv_transfer_params").encode() + b'":{}}', "kv_transfer_params"),
     ("deep enough to blind a parser", b'{"kv_transfer_params":{},"a":' + b"[" * 30000 + b"]" * 30000 + b"}", "too deeply"),
     ("in UTF-16", '{"kv_transfer_params":{}}'.encode("utf-16"), "UTF-8"),
     ("in UTF-32 without mark", '{"kv_transfer_params":{}}'.encode("utf-32-be"), "UTF-8"),
@@ -1285,6 +1284,21 @@ def test_nor_in_large_content(body, named):
         pass
     with pytest.raises(lite.BadMessage, match="UTF-8" if named == "UTF-8" else "kv_transfer_params"):
         lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, {}, "")
+
+
+PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
+
+
+@pytest.mark.parametrize("form, named", table(
+    ("too many parts", PART % b"x" * 101 + FORM, "more than 100 parts"),
+    ("fields that never end", FORM.replace(b"form-data", b"form-data" + b"x" * 5000), "no end of its fields"),
+    ("two models", PART % b"model" + FORM, "says model twice"),
+    ("two names for one part", PART % b'x"; name="model' + FORM, "more than one name"),
+    ("two dispositions", FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"), "more than one name"),
+))  # fmt: skip
+def test_forms_that_two_readers_might_take_differently_are_refused(form, named):
+    with pytest.raises(lite.BadMessage, match=named):
+        call(form, FORM_TYPE)
 
 
 def test_null_is_not_said():
@@ -1619,14 +1633,15 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def standing_still(still_s, in_flight=1, tokens=5, moved_at=-math.inf, unanswered=0, **settings):
+def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.inf, unanswered=0, failed=0, **settings):
     """What is said of a server whose token counter stopped so many seconds ago."""
-    fleet = fleet_of(20)
-    for _ in range(in_flight):
-        fleet.lease("s0", 1000.0).__enter__()
-    for then in (1000.0, 1000.0 + still_s):
+    fleet, now = fleet_of(20), 1000.0 + still_s
+    for then in (1000.0, now):
         fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1, tokens=tokens), 1, then)
-    return lite.standstill(fleet.views()[0], lite.Work(moved_at, unanswered), 1000.0 + still_s, Settings(**settings))
+    for _ in range(failed):
+        fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1000.0, Settings())
+    work = lite.Work(waiting, since, moved_at, unanswered)
+    return lite.standstill(fleet.views()[0], work, now, Settings(**settings))
 
 
 STANDSTILLS = table(
@@ -1634,12 +1649,16 @@ STANDSTILLS = table(
     ("not long", {"still_s": 59}, False),
     ("a limit of its own", {"still_s": 11, "frozen_timeout": 10}, True),
     ("turned off", {"still_s": 9999, "frozen_timeout": 0}, False),
-    ("nothing to do", {"still_s": 9999, "in_flight": 0}, False),
+    ("nothing to do", {"still_s": 9999, "waiting": 0}, False),
+    ("work came only now", {"still_s": 9999, "since": 10998.0}, False),
+    ("no counters, but its checks fail", {"still_s": 61, "tokens": None, "failed": 3}, True),
+    ("one failed check is no proof", {"still_s": 61, "tokens": None, "failed": 1}, False),
     ("no counters, no judgement", {"still_s": 9999, "tokens": None}, False),
     ("a stream moves", {"still_s": 100, "moved_at": 1090.0}, False),
     ("a stream moved before", {"still_s": 100, "moved_at": 1030.0}, True),
     ("a long prompt takes its time", {"still_s": 100, "unanswered": 400_000}, False),
     ("but not for ever", {"still_s": 161, "unanswered": 400_000}, True),
+    ("an image is no prompt of hours", {"still_s": 661, "unanswered": 100_000_000}, True),
 )
 
 
@@ -1648,7 +1667,7 @@ def test_when_an_engine_seems_frozen(given, frozen):
     said = standing_still(**given)
     assert bool(said) is frozen
     if frozen:
-        assert said.startswith("frozen: 1 requests in flight, and neither its token counters nor its streams have moved")
+        assert said.startswith("frozen: 1 requests wait, and neither its token counters nor its streams have moved")
 
 
 def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
@@ -1891,19 +1910,24 @@ def test_plans_with_a_queue(outcomes, enforced, steps):
 
 def test_a_place_goes_to_who_waits_longest_and_can_use_it():
     queue, free, took = lite.WaitQueue(), {"a": None, "b": None}, []
+    ranking = ranking_of(lite.Fleet(), enforced=True)
 
     def waiter(since, model):
         def take(server):
             free[server] = None
             took.append(since)
 
-        one = lite.Waiter(since, model, lambda: next((s for s, m in free.items() if m == model), None), take)
+        def choose():
+            best = next((server for server, m in free.items() if m == model), None)
+            return ranking._replace(best=best, behind=best is None)
+
+        one = lite.Waiter(since, (model, "", frozenset()), choose, take)
         queue.join(one)
         return one
 
     for since, model in ((1, "m"), (2, "n"), (3, "m"), (4, "n"), (5, "m")):
         last = waiter(since, model)
-    assert len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0 and queue.waiting("n") and not queue.waiting("x")
+    assert len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0 and queue.waiting(("n", "", frozenset()))
     queue.hand_over()
     assert took == []
     free["a"] = "n"
@@ -1912,7 +1936,7 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
     free.update(a="m", b="m")
     queue.leave(last)
     queue.hand_over()
-    assert took == [2, 1, 3] and len(queue) == 1 and not queue.waiting("m")
+    assert took == [2, 1, 3] and len(queue) == 1 and not queue.waiting(("m", "", frozenset()))
 
 
 def test_when_a_queue_clears_is_told_from_the_rate_of_late():
@@ -1921,7 +1945,7 @@ def test_when_a_queue_clears_is_told_from_the_rate_of_late():
     for n in range(1, 401):
         queue.served(n / 4)  # four a second
     for _ in range(39):
-        queue.join(lite.Waiter(100.0, None, lambda: None, print))
+        queue.join(lite.Waiter(100.0, (None, "", frozenset()), print, print))
     assert queue.clears_in_s(100.0) in (10, 11)
 
 
