@@ -909,6 +909,13 @@ def test_a_name_that_only_begins_alike_is_another_metric():
     assert [s.value for s in lite.parse_samples(page, ["vllm:num_requests_waiting"])] == [4.0]
 
 
+def test_a_page_that_is_made_to_take_long_does_not():
+    for body in ("{" + "a" * 60_000 + "} 1", "{" + " " * 60_000 + "} 1", '{a="' + "\\" * 60_000 + "} 1", " " * 60_000 + "x"):
+        assert lite.engine_load("vllm:num_requests_running" + body) == lite.EngineLoad()  # seconds, it would take
+    many = "vllm:num_requests_running 1\n" * 50_000
+    assert lite.engine_load(many).running == lite.SAMPLES_LIMIT
+
+
 def test_not_a_number_is_read_as_such():
     assert math.isnan(next(lite.parse_samples("a NaN")).value)
 
@@ -1050,6 +1057,7 @@ def test_all_complaints_come_at_once():
     ("two keys of one name", "servers = []\n[[keys]]\nname = 'a'\nkey = 'x'\n[[keys]]\nname = 'a'\nkey = 'y'", "s.toml:6: keys[2].name: found 'a', expected each of them once"),
     ("admin paths for nobody", "servers = []\n[config]\nadmin_paths = ['/sleep']", "s.toml:3: config.admin_paths: found ('/sleep',), expected one of [[keys]] with admin = true"),
     ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'", "s.toml:3: config.status_access: found 'key', expected open or loopback"),
+    ("keys are not repeated", "servers = [{url='http://h', api_key='sk-live'}, 5]", "s.toml:1: servers: found another list, expected"),
     ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'", "config.tls_key: found nothing, expected both"),
     ("no network", "servers = []\n[config]\ntrusted_proxies = ['10.0.0']", "s.toml:3: config.trusted_proxies: found ['10.0.0'], expected an address like"),
     ("a key in quotes", "servers = []\n[config]\n'port' = -1", "s.toml:3: config.port"),
@@ -1694,6 +1702,22 @@ def test_circuits(opened, now, best, reason):
         fleet.judge(f"s{i}", lite.Health.opened, "x", then, Settings())
     ranking = ranking_of(fleet, now=now)
     assert ranking.best == best and {c.url: c.reason for c in ranking.candidates()}["s0"] == reason
+
+
+def test_full_servers_are_no_reason_to_ask_one_whose_circuit_is_open():
+    fleet = fleet_of(1, 9)
+    fleet.judge("s1", lite.Health.opened, "x", 0.0, Settings())
+    fleet.lease("s0", 0.0)
+    ranking = ranking_of(fleet, enforced=True)
+    assert ranking.best is None and ranking.waits
+    assert ranking_of(fleet, tried=["s0"]).best is None  # nor is having asked the others
+
+
+def test_checks_alone_do_not_thaw_a_server():
+    health = lite.Health(State.HEALTHY, "", 0.0).stood_still("frozen", 0.0, Settings())
+    for passed in (True, False, True):
+        health = health.checked(passed, 0.1, "", 1.0, Settings())
+    assert health.frozen and health.state is State.UNHEALTHY
 
 
 def test_one_trial_at_a_time():
@@ -2706,6 +2730,92 @@ async def test_a_slow_client_slows_its_server_and_fills_no_memory():
         client.close()
 
 
+async def small_window(running):
+    """A connection whose kernel takes only a little, and has not read anything."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", running.balancer.port))
+    client = Client(*await asyncio.open_connection(sock=sock, limit=1024))
+    running.stack.callback(client.close)
+    return client
+
+
+SLOW_READERS = table(
+    ("when its connection's time is up", {"keep_alive_timeout": 0.05}, None),
+    ("when the balancer stops", {}, "stop"),
+    ("when others want its connection", {"max_connections": 1}, "crowd"),
+)
+
+
+@pytest.mark.parametrize("settings, then", SLOW_READERS)
+@asynchronous
+async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
+    block = b"x" * 3_000_000
+
+    async def answer(asked, conn):
+        await conn.json(block)
+
+    async with balancing(Server(answer), **settings) as running:
+        client = await small_window(running)
+        await client.ask("POST", "/v1/x", b"{}")
+        while not any(wire.blocked for wire in running.core.clients):
+            await asyncio.sleep(0)
+        if then == "stop":
+            running.balancer.stop()
+        elif then == "crowd":
+            await running.client()
+        await asyncio.sleep(0.2)
+        received = b""
+        while len(received) < len(block) and (piece := await client.reader.read(65536)):
+            received += piece
+        assert received.partition(b"\r\n\r\n")[2] + await client.reader.read(4096) != b"" and received.endswith(b"x")
+        assert received.count(b"x") + 200 > len(block)
+
+
+@asynchronous
+async def test_a_client_that_asks_and_never_reads_fills_no_memory():
+    async with balancing(Server()) as running:
+        client, asked = await small_window(running), b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"
+        while not any(wire.blocked for wire in running.core.clients):
+            await client.send(asked)
+            await asyncio.sleep(0)
+        for _ in range(300):
+            await client.send(asked)
+            await asyncio.sleep(0)
+        assert max(wire.transport.get_write_buffer_size() for wire in running.core.clients) < 300_000
+
+
+@asynchronous
+async def test_a_client_that_takes_nothing_is_cut_off_and_its_server_s_place_is_free():
+    async def answer(asked, conn):
+        await conn.json(b"x" * 30_000_000)
+
+    async with balancing(Server(answer), body_timeout=0.05) as running:
+        client = await small_window(running)
+        await client.ask("POST", "/v1/x", b"{}")
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        await running.quiet()
+        assert running.states() == ["healthy"]
+
+
+@asynchronous
+async def test_a_quiet_websocket_is_no_frozen_engine():
+    async def answer(asked, conn):
+        await conn.send(b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        await conn.left()
+
+    page = {"/metrics": "vllm:generation_tokens_total 5"}
+    async with balancing(server := Server(answer, **page), metrics_interval=0.02, frozen_timeout=0.05) as running:
+        await (await running.client()).ask("GET", "/v1/realtime", b"", ["Connection: Upgrade", "Upgrade: websocket"])
+        await server.came.wait()
+        before = server.probes["/metrics"]
+        while server.probes["/metrics"] < before + 10:
+            await asyncio.sleep(0.01)
+        assert running.states() == ["healthy"] and running.in_flight() == 1
+
+
 @asynchronous
 async def test_large_requests_arrive_whole():
     digest = {}
@@ -3559,6 +3669,66 @@ async def test_a_stream_s_client_can_see_that_it_waits(then):
 
 
 @asynchronous
+async def test_who_waits_for_one_server_does_not_hold_up_who_can_use_another():
+    busy = [True]
+
+    async def answer(asked, conn):
+        await conn.json({}, "429 X" if busy[0] else "200 OK")
+
+    first, second = Server(answer), Server(gated := Gated())
+    first.capacity, second.capacity = 2, 1
+    async with balancing(first, second, queue_size=9) as running:
+        holder, waiter = await running.client(), await running.client()
+        busy[0] = False
+        running.core.fleet.judge(first.url, lite.Health.become, State.UNHEALTHY, "", 0.0)
+        await holder.ask("POST", "/v1/x", b"{}")  # the second server is full
+        while second.asked == []:
+            await asyncio.sleep(0)
+        running.core.fleet.judge(first.url, lite.Health.become, State.HEALTHY, "", 0.0)
+        busy[0] = True
+        await waiter.ask("POST", "/v1/x", b"{}")  # refused by the first, waits for the second
+        await queued(running, 1)
+        busy[0] = False
+        assert (await (await running.client()).post("/v1/x", b"{}")).get("x-mvllm-server") == first.url
+        gated.let(2)
+        assert [(await client.answer()).status for client in (holder, waiter)] == [200, 200]
+
+
+@asynchronous
+async def test_who_waits_is_told_when_there_is_no_server_left_to_wait_for():
+    server = Server(gated := Gated())
+    server.capacity = 1
+    async with balancing(server, queue_size=9) as running:
+        holder, waiter = await running.client(), await running.client()
+        await holder.ask("POST", "/v1/x", b"{}")
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        await waiter.ask("POST", "/v1/x", b"{}")
+        await queued(running, 1)
+        running.core.judge(server.url, lite.Health.become, State.UNHEALTHY, "gone", 0.0)
+        got = await waiter.answer()
+        assert (got.status, got.get("x-mvllm-error")) == (503, "no_server")
+        gated.let(1)
+        assert (await holder.answer()).status == 200
+
+
+@asynchronous
+async def test_a_head_in_the_queue_gets_no_content():
+    server = Server(gated := Gated())
+    server.capacity = 1
+    async with balancing(server, queue_size=9, queue_heartbeat=0.01, queue_timeout=0.1) as running:
+        holder, waiter = await running.client(), await running.client()
+        await holder.ask("POST", "/v1/x", b"{}")
+        while not running.in_flight():
+            await asyncio.sleep(0)
+        await waiter.ask("HEAD", "/v1/x", b'{"stream":true}')
+        assert (await waiter.answer("HEAD")).status == 503
+        assert (await waiter.get("/liveness")).body == b"OK"
+        gated.let(1)
+        await holder.answer()
+
+
+@asynchronous
 async def test_settings_decide_at_any_time_whether_capacity_is_enforced():
     server = Server(gated := Gated())
     server.capacity = 1
@@ -3848,6 +4018,20 @@ async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_el
             pool.close()
         got = await client.answer()
         assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+
+
+@asynchronous
+async def test_a_stream_at_a_server_that_is_gone_but_keeps_its_connections_is_seen_as_cut():
+    server = failing(STREAM_HEAD, chunk(FIRST), how="hang")
+    async with balancing(server, metrics_interval=0.02, frozen_timeout=0.1, health_check_interval=0.02) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}')
+        await client.reader.readuntil(FIRST)
+        server.listener.close()
+        for pool in running.core.pools.values():
+            pool.close()
+        raw = await client.reader.read()
+        assert b"broke off" in raw and not raw.endswith(b"0\r\n\r\n")
 
 
 @asynchronous
@@ -4505,6 +4689,19 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
 
 
 @asynchronous
+async def test_who_had_come_before_the_stop_is_answered():
+    async with balancing(Server()) as running:
+        early = [socket.create_connection(("127.0.0.1", running.balancer.port)) for _ in range(100)]
+        for sock in early:  # in the kernel's queue: the balancer had no turn since
+            sock.sendall(b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
+        running.balancer.stop()
+        for sock in early:
+            client = Client(*await asyncio.open_connection(sock=sock))
+            assert (await client.answer()).status == 200
+            client.close()
+
+
+@asynchronous
 async def test_readiness_turns_before_the_door_is_closed():
     async with balancing(Server(), drain_delay=0.3) as running:
         before = await running.client()
@@ -4599,8 +4796,12 @@ async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
     path = tmp_path / "servers.toml"
     async with Server() as server:
         async with balancing(server) as running:
+            with all_descriptors_taken():
+                running.balancer.upgrade(["never"])
+                while running.core.ledger.upgrades.children[("failed",)] < 1:
+                    await asyncio.sleep(0.01)
             running.balancer.upgrade([sys.executable, "-c", "import sys; sys.exit(3)"])
-            while not running.core.ledger.upgrades.children[("failed",)]:
+            while running.core.ledger.upgrades.children[("failed",)] < 2:
                 await asyncio.sleep(0.01)
             assert (await (await running.client()).post()).status == 200
             assert (await (await running.client()).get("/readiness")).status == 200
