@@ -4801,7 +4801,7 @@ class Door:
                 lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None)
             wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
             left = s.max_requests_per_connection
-            while await self.serve_one(wire, left <= 1) and not self.core.stopping:
+            while await self.serve_one(wire, left <= 1):
                 left -= 1
             await wire.close(self.core.settings.body_timeout)
         except (PeerGone, TimeoutError, OSError, asyncio.CancelledError):
@@ -4847,9 +4847,12 @@ class Door:
     async def request_begun(self, wire: Wire) -> bool:
         """Whether a client has begun its next request; it may take a while, but not when others
         are waiting for its place."""
-        core, idle_until = self.core, wire.loop.time() + self.core.settings.keep_alive_timeout
-        if wire.reused and not all(listener.reading for listener in self.listeners):
-            idle_until = 0.0
+        core, now = self.core, wire.loop.time()
+        idle_until = now + core.settings.keep_alive_timeout
+        if core.stopping:  # it was not told, since its answer had begun before
+            idle_until = now + IDLE_GRACE_S
+        elif wire.reused and not all(listener.reading for listener in self.listeners):
+            idle_until = now
         while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
                 wire.take(lines)
@@ -5047,8 +5050,8 @@ class Balancer:
         timeout_s = core.settings.drain_timeout
         grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
-            if response is not None:
-                response.persists = False  # says so, if it has not begun yet
+            if response is not None and not response.begun:
+                response.persists = False
         if running:
             log.info("stopping: %d answers are still running", len(running))
         for seconds in (grace_s, timeout_s - grace_s):

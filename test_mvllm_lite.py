@@ -9,7 +9,9 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import gc
 import gzip
 import itertools
 import json
@@ -22,6 +24,7 @@ import signal
 import socket
 import ssl
 import string
+import struct
 import subprocess
 import symtable
 import sys
@@ -2236,6 +2239,10 @@ class Server:
 
     async def kill(self):
         """As kill -9 does: connections reset, new ones refused."""
+        for sock in self.listener.sockets:  # asyncio stumbles over one that is being accepted just now
+            asyncio.get_running_loop().remove_reader(sock)
+        for _ in range(3):
+            await asyncio.sleep(0)
         self.listener.close()
         for task in list(self.tasks):
             task.cancel()
@@ -4849,6 +4856,560 @@ async def test_check_config_asks_every_server(tmp_path):
         assert (await check("--config", str(path)))[0] == 2
     code, _, err = await check(str(tmp_path / "none.toml"))
     assert code == 1 and "cannot be read" in err
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  Storms: everything at once, and nothing left behind
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+HELD = (lite.Exchange, lite.Wire, lite.Response, lite.Pump, lite.Attempt, lite.Lease)
+
+
+def footprint(running):
+    """What would grow if something were not let go of.  Idle connections to servers may stay, so they are ended."""
+    for pool in running.core.pools.values():
+        pool.close()
+    gc.collect()
+    found = Counter(type(one).__name__ for one in gc.get_objects() if type(one) in HELD)
+    return found + Counter(tasks=len(asyncio.all_tasks()), descriptors=len(os.listdir("/proc/self/fd")))
+
+
+async def at_rest(running, limit=None):
+    """The footprint once it has stopped changing and is within the limit; or, if it will not be, as it is after a time
+    in which everything that lingers has ended."""
+    await running.quiet()
+    until, last = asyncio.get_running_loop().time() + 2 * lite.LINGER_S, None
+    while (now := footprint(running)) != last or (limit and not now <= limit):
+        if asyncio.get_running_loop().time() > until:
+            break
+        last = now
+        await asyncio.sleep(0.05)
+    return now
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+async def to_its_end(reader):
+    """What is left of a chunked answer, whole or cut."""
+    raw = b""
+    with contextlib.suppress(ConnectionError):
+        while not raw.endswith(b"\r\n0\r\n\r\n") and (piece := await reader.read(65536)):
+            raw += piece
+    return raw
+
+
+# Clients that do what they should not.  They ask a server that does as the request's first word says.
+
+STORM_KEY = lite.KeySettings("storm", "sk-storm")
+STORM_HEAD = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-storm\r\n"
+
+
+def storming(body, fields=b"", head=STORM_HEAD):
+    return head + fields + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+REFUSED = (  # what is sent, and the status of the answer
+    (storming(b"400"), 400), (storming(b"404"), 404), (storming(b"422"), 422), (storming(b"413"), 413),
+    (storming(b"429"), 429), (storming(b"{", b"Content-Type: application/json\r\n"), 200),  # for the server to judge
+    (storming(b"x", head=STORM_HEAD.replace(b"/v1/x", b"/nowhere")), 404),
+    (storming(b"x", head=STORM_HEAD.replace(b"POST /v1/x", b"DELETE /health")), 405),
+    (storming(b"x", head=STORM_HEAD.replace(b"sk-storm", b"sk-other")), 401),
+    (storming(b'{"model":"nope"}'), 404), (storming(b'{"kv_transfer_params":{}}'), 400),
+    (storming(b"x" * 10_001), 413), (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 10_001), 413),
+    (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    (STORM_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
+    (STORM_HEAD + b"Content-Length: 1, 2\r\n\r\nx", 400), (storming(b"x", b"Expect: gold\r\n"), 417),
+    (STORM_HEAD + b"X: " + b"x" * 5000 + b"\r\n\r\n", 431), (b"GET /" + b"x" * 5000, 414),
+    (b"GET /v1/x HTTP/1.1\r\n\r\n", 400), (b"\0\1\2 HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/3.0\r\n\r\n", 505),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400), (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", 501),
+)  # fmt: skip
+LEFT = (  # what is sent, whether a server hears of it, and what the client sees before it leaves
+    (b"", False, b""), (STORM_HEAD, False, b""), (b"\r\n\r\nPO", False, b""),
+    (storming(b"x" * 9000)[:-1], False, b""), (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nx", False, b""),
+    (storming(b"nothing"), False, b""), (storming(b"plain"), False, b""), (storming(b"stream"), False, b""),
+    (storming(b"nothing") * 3, True, b""), (storming(b"nothing"), True, b""), (storming(b"held"), True, b""),
+    (storming(b"plain"), True, b"\r\n\r\nabc"), (storming(b"stream"), True, FIRST),
+    (storming(b"stream") + b"GET /health", True, FIRST),
+)  # fmt: skip
+BEGUN = {b"nothing": b"", b"held": STREAM_HEAD, b"stream": STREAM_HEAD + chunk(FIRST),
+         b"plain": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc"}  # fmt: skip
+
+
+def leave(client, how):
+    if how == "half":
+        client.writer.write_eof()
+        return
+    if how == "reset":
+        sock = client.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@asynchronous
+async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
+    heard, good, stop, draw = {}, [], asyncio.Event(), random.Random(1)
+
+    async def answer(asked, conn):
+        word = asked.body.partition(b" ")[0]
+        if word in BEGUN:
+            await conn.send(BEGUN[word])
+            for name in asked.get("x-request-id"):
+                heard.setdefault(name, asyncio.Event()).set()
+            await conn.left()
+        elif word.isdigit():
+            await conn.json({"error": {"message": "no", "code": int(word)}}, f"{word.decode()} X")
+        elif word == b"good":
+            await conn.events(FIRST, asked.body, b"\n\n", DONE)
+        else:
+            await conn.json({"body": asked.body.decode()})
+
+    async def traffic(name):
+        client = await running.client()
+        for n in itertools.count():
+            if stop.is_set():
+                break
+            body = b"%s %d %d" % (b"good" if n % 2 else b"plain?", name, n)
+            got = await client.post("/v1/x", body, bearer("sk-storm"))
+            good.append(got.status == 200 and body in got.body and (n % 2 == 0 or got.body.endswith(DONE)))
+        client.close()
+
+    async def bad(n, said, then, shown=None, how=None):
+        client, name = await running.client(), f"{draw.getrandbits(64):x}"
+        await client.send(said.replace(b"Host: a\r\n", b"Host: a\r\nX-Request-Id: %s\r\n" % name.encode()))
+        if how is None:
+            with contextlib.suppress(ConnectionResetError):  # what it still had to say is cut off
+                assert (await client.answer()).status == then, said
+        else:
+            if then:
+                await heard.setdefault(name, asyncio.Event()).wait()
+                if shown:
+                    await client.reader.readuntil(shown)
+            leave(client, how)
+            if how == "half":  # it hears the end
+                await to_its_end(client.reader)
+        client.close()
+
+    kinds = [*REFUSED] + [(*row, how) for row in LEFT for how in ("gone", "half", "reset")]
+    storm = kinds * (1 + 1000 // len(kinds))
+    draw.shuffle(storm)
+    waves = iter(list(enumerate(storm)))
+
+    async def worker():
+        for n, row in waves:
+            await bad(n, *row)
+
+    servers = [Server(answer) for _ in range(3)]
+    for server in servers:
+        server.capacity = 6  # so that some wait in the queue
+    limits = {"max_body_bytes": 10_000, "max_head_bytes": 4000, "queue_size": 1000, "keys": (STORM_KEY,)}
+    async with balancing(*servers, **limits) as running:
+        client = await running.client()
+        assert (await client.post(body=b"good", fields=bearer("sk-storm"))).status == 200
+        client.close()
+        before = await at_rest(running)
+        clients = [asyncio.create_task(traffic(name)) for name in range(6)]
+        await asyncio.gather(*(worker() for _ in range(40)))
+        stop.set()
+        await asyncio.gather(*clients)
+        await running.quiet()
+        assert all(good) and len(good) > 100 and len(storm) >= 1000
+        assert running.in_flight() == len(running.core.queue) == 0 and not running.core.exchanges
+        assert not any(running.core.attempts.values())
+        assert running.states() == ["healthy"] * 3
+        assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
+        assert not any(view.health.request_failures for view in running.core.fleet.views())
+        results = {result for _, result in running.core.ledger.attempts.children}
+        assert results == {"ok", "abandoned", "server_busy"}
+        assert not sum(running.core.ledger.errors.children.values())
+        one = dataclasses.replace(STORM_KEY, max_requests=1)  # whoever had not left would be in the way
+        running.balancer.adopt(dataclasses.replace(running.core.settings, keys=(one,)))
+        client = await running.client()
+        assert (await client.post(body=b"good", fields=bearer("sk-storm"))).status == 200
+        client.close()
+        assert (after := await at_rest(running, before)) <= before, after - before
+
+
+@pytest.mark.parametrize("busy", ["429", "503"])
+@asynchronous
+async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
+    gate = asyncio.Semaphore(0)
+
+    async def answer(asked, conn):
+        await gate.acquire()
+        await conn.json({}, f"{busy} X" if asked.body == b"busy" else "200 OK")
+
+    server = Server(answer)
+    server.capacity = 1
+    async with balancing(server, queue_size=10, failure_threshold=99) as running:
+        clients = [await running.client() for _ in range(4)]
+        for n, body in enumerate((b"busy", b"", b"", b"")):
+            await clients[n].ask("POST", "/v1/x", body)
+            while running.in_flight() + len(running.core.queue) <= n:
+                await asyncio.sleep(0)
+        gate.release()
+        await queued(running, 2)  # the next has its place
+        while len(running.core.exchanges) == 4 and len(running.core.queue) == 2:  # it was answered, or waits again
+            await asyncio.sleep(0)
+        for _ in range(20):
+            gate.release()
+        answers = asyncio.gather(*(client.answer() for client in clients))
+        assert [got.status for got in await asyncio.wait_for(answers, 5)] == [int(busy), 200, 200, 200]
+        assert (await asyncio.wait_for(clients[0].post("/v1/x", b""), 5)).status == 200
+
+
+@asynchronous
+async def test_who_waits_for_another_server_leaves_a_free_place_to_those_behind():
+    gate, long = asyncio.Semaphore(0), asyncio.Event()
+
+    async def answer(asked, conn):
+        await (long.wait() if asked.body == b"long" else gate.acquire())
+        await conn.json({}, "503 X" if asked.body == b"busy" else "200 OK")
+
+    a, b = Server(answer), Server(answer)
+    a.capacity = b.capacity = 1
+    async with balancing(a, b, queue_size=10, failure_threshold=99) as running:
+        clients = [await running.client() for _ in range(4)]
+        for n, body in enumerate((b"long", b"busy", b"", b"")):
+            await clients[n].ask("POST", "/v1/x", body)
+            while running.in_flight() + len(running.core.queue) <= n:
+                await asyncio.sleep(0)
+        gate.release()
+        await queued(running, 1)  # the next has the place of who was refused,
+        await queued(running, 2)  # which waits for the other server now
+        for _ in range(9):
+            gate.release()
+        late = asyncio.gather(clients[2].answer(), clients[3].answer())
+        assert [got.status for got in await asyncio.wait_for(late, 5)] == [200, 200]
+        assert (await asyncio.wait_for(clients[2].post("/v1/x", b""), 5)).status == 200
+        long.set()
+        assert [(await clients[n].answer()).status for n in (0, 1)] == [200, 503]
+
+
+# Servers that come and go.
+
+
+@asynchronous
+async def test_a_server_that_comes_and_goes_costs_no_request_that_had_not_begun():
+    async def answer(asked, conn):
+        if b"stream" not in asked.body:
+            await conn.json({})
+            return
+        await conn.events(FIRST, end=False)
+        for piece in (chunk(token(1)), chunk(DONE), b"0\r\n\r\n"):
+            await asyncio.sleep(0)
+            await conn.send(piece)
+
+    stop, ends = asyncio.Event(), Counter()
+
+    async def traffic(streams):
+        client = await running.client()
+        while not stop.is_set():
+            await client.ask("POST", "/v1/x", b'{"stream":true}' if streams else b"{}")
+            if not streams:
+                ends[(await client.answer()).status] += 1
+                continue
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            raw = await to_its_end(client.reader)
+            whole = raw.endswith(chunk(DONE) + b"0\r\n\r\n")
+            ends[head.split()[1], "whole" if whole else "told" if b'data: {"error"' in raw else "cut"] += 1
+            if not whole:
+                client = await running.client()
+
+    flapping, good = Server(answer), Server(answer)
+    flapping.capacity = 1000
+    quick = {"health_check_interval": 0.05, "breaker_open_time": 0.05}
+    async with balancing(flapping, good, **quick) as running:
+        clients = [asyncio.create_task(traffic(n % 2)) for n in range(8)]
+        for n in range(16):
+            await flapping.came.wait()
+            await flapping.kill()
+            if n % 4 == 0:  # long enough for a check to notice
+                await running.until(lambda: running.states()[0] == "unhealthy")
+            flapping.came.clear()
+            await flapping.start()
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(ends) <= {200, (b"200", "whole"), (b"200", "told")}, ends
+        assert ends[200] > 50 and ends[b"200", "whole"] > 50
+        assert running.in_flight() == 0 and await running.metric("mvllm_internal_errors_total") == 0
+
+
+@asynchronous
+async def test_when_all_servers_are_gone_it_is_said_at_once_and_forgotten_when_they_are_back():
+    async with Server() as a, Server() as b, balancing(a, b, health_check_interval=0.05) as running:
+        clients = [await running.client() for _ in range(5)]
+
+        async def statuses():
+            found = await asyncio.wait_for(asyncio.gather(*(client.post() for client in clients)), 3)
+            for got in found:
+                assert got.status in (200, 502, 503)
+                if got.status != 200:
+                    assert set(got.error) == {"message", "type", "param", "code"} and got.error["code"] == got.status
+                    assert got.status == 502 or 1 <= int(got.get("retry-after")) <= 30
+            return {got.status for got in found}
+
+        for _ in range(3):
+            assert await statuses() == {200}
+            await asyncio.gather(a.kill(), b.kill())
+            assert 200 not in await statuses()
+            while set(running.states()) != {"unhealthy"}:
+                assert 200 not in await statuses()
+            assert await statuses() == {503}
+            await asyncio.gather(a.start(), b.start())
+            await running.until(lambda: "healthy" in running.states())
+            assert await statuses() == {200}
+        assert running.in_flight() == 0
+
+
+class Unaccepting:
+    """A socket that listens where a server was and never accepts; the kernel does, for as many as its backlog takes."""
+
+    def __init__(self, port, backlog, filled):
+        self.sock, self.others = socket.create_server(("127.0.0.1", port), backlog=backlog), []
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(filled):
+            self.others.append(other := socket.socket())
+            other.setblocking(False)
+            other.connect_ex(("127.0.0.1", port))
+
+    def close(self):
+        for sock in (self.sock, *self.others):
+            sock.close()
+
+
+def turned(how):
+    """(what a server does from now on with requests, what listens in its place)."""
+
+    async def answer(asked, conn):
+        if how == "closes":
+            return "close"
+        await conn.left()
+
+    sockets = {"no backlog": (0, 8), "never accepts": (100, 0)}
+    return answer, (lambda port: Unaccepting(port, *sockets[how])) if how in sockets else None
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["", "run again"])
+@pytest.mark.parametrize("how, size, status", table(
+    ("its backlog is full", "no backlog", 2, 200),
+    ("it never accepts", "never accepts", 2, 504),
+    ("it never accepts, and reads nothing of much", "never accepts", 6_000_000, 504),
+    ("it accepts and closes", "closes", 2, 200),
+    ("it accepts and closes over much", "closes", 6_000_000, 200),
+    ("it hangs before its head", "hangs", 2, 504),
+))
+@asynchronous
+async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_allow_it(how, size, status, allowed):
+    bad, good = Server(), Server()
+    bad.capacity = 1000
+    times = {"request_timeout": 0.1, "connect_timeout": 0.1, "retry_timed_out": allowed, "failure_threshold": 99}
+    async with balancing(bad, good, **times) as running, contextlib.AsyncExitStack() as stack:
+        client = await running.client()
+        assert (await client.post("/v1/x", b"{}")).get("x-mvllm-server") == bad.url
+        bad.answer, socket_for = turned(how)
+        if socket_for:
+            await bad.kill()
+            stack.callback(socket_for(bad.port).close)
+        for _ in range(2):
+            got = await client.post("/v1/x", b"x" * size)
+            assert got.status == (200 if allowed else status)
+            if got.status == 200:
+                assert got.get("x-mvllm-server") == good.url
+            else:
+                assert got.get("x-mvllm-error") == "server_silent" and "0.1 s" in got.error["message"]
+        assert running.in_flight() == 0 and len(good.asked) == (2 if got.status == 200 else 0)
+
+
+# Settings that never rest.
+
+
+@asynchronous
+async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_server(tmp_path):
+    path, draw, stop, answers = tmp_path / "servers.toml", random.Random(1), asyncio.Event(), Counter()
+
+    async def traffic(name):
+        client = await running.client()
+        for n in itertools.count():
+            if stop.is_set():
+                break
+            body = b'{"model":"m","n":"%d %d"}' % (name, n)
+            got = await client.post(body=body)
+            answers[got.status, got.json.get("body") == body.decode()] += 1
+        client.close()
+
+    async with Server() as a, Server() as b, following(path, a, b) as running:
+        good = [settings_text(*servers, health_check_interval=s, max_retries=r)
+                for servers in ((a, b), (b, a), (a,)) for s, r in ((10, 3), (0.05, 5))]  # fmt: skip
+        bad = ["", good[0][:40], good[0][:-5] + "-1", good[0] + "\n[[keys]]", "\0", settings_text(a, a)]
+        before, since = await at_rest(running), running.core.fleet.view(a.url).health
+        clients = [asyncio.create_task(traffic(name)) for name in range(4)]
+        until = asyncio.get_running_loop().time() + 1.5
+        while asyncio.get_running_loop().time() < until:
+            draw.choice((in_place, by_rename))(path, draw.choice(draw.choice((good, bad))))
+            await asyncio.sleep(draw.uniform(0, 0.04))
+        path.write_text(settings_text(b, a, max_retries=7))
+        while running.core.settings.max_retries != 7:
+            await asyncio.sleep(0.01)
+        await running.until(lambda: running.states() == ["healthy", "healthy"])
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(answers) == {(200, True)} and answers.total() > 100
+        now = running.core.fleet.view(a.url).health
+        assert now.since == since.since and now.checks >= since.checks and running.core.fleet.view(a.url).models
+        assert not running.core.settings_error and not sum(running.core.ledger.errors.children.values())
+        assert running.core.ledger.transitions.children[a.url, "healthy"] == 1
+        for server in (a, b):  # none was lost
+            server.asked.clear()
+        client = await running.client()
+        while not (a.asked and b.asked):
+            assert (await client.post()).status == 200
+        client.close()
+        assert (after := await at_rest(running, before)) <= before, after - before
+
+
+# A log that nobody reads.
+
+
+@pytest.mark.parametrize("out, lines", [("an unread pipe", 1 + lite.LOG_LINES_LIMIT // 8), ("a full disk", 10)])
+@asynchronous
+async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp_path, out, lines):
+    path = tmp_path / "servers.toml"
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    if out == "a full disk":
+        reading, writing = os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, writing = os.pipe()
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    async with Server() as server:
+        path.write_text(settings_text(server, port=port))
+        fast = [word for word in command(str(path)) if word not in ("-X", "dev")]  # there is much to say
+        child = await asyncio.create_subprocess_exec(*fast, env=CLEAN, stdout=writing, stderr=-1)
+        os.close(writing)
+
+        async def connected():
+            while True:
+                with contextlib.suppress(ConnectionRefusedError):
+                    return Client(*await asyncio.open_connection("127.0.0.1", port))
+                await asyncio.sleep(0.02)
+
+        async def many():
+            client = await connected()
+            assert [(await client.post()).status for _ in range(25)] == [200] * 25
+            await client.send(b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n" * lines)  # each has its line in the log
+            raw = b""
+            while raw.count(b"HTTP/1.1 404 ") < lines:
+                assert (piece := await client.reader.read(1 << 20))
+                raw += piece
+            client.close()
+
+        try:
+            client = await connected()
+            await client.get("/server-models?refresh=1")
+            await asyncio.gather(*(many() for _ in range(8)))
+            assert (await client.post()).status == 200
+            client.close()
+        finally:
+            child.terminate()
+            begun = asyncio.get_running_loop().time()
+            said, err = await child.communicate()
+            os.close(reading)
+        assert (child.returncode, err) == (0, b"") and asyncio.get_running_loop().time() - begun < 5
+
+
+# What a connection was not told.
+
+
+@asynchronous
+async def test_a_connection_that_was_not_told_of_our_stopping_has_one_more_request_answered():
+    gate = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.events(FIRST, end=False)
+        await gate.wait()
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}')
+        assert b"connection: close" not in (await client.reader.readuntil(b"\r\n\r\n")).lower()
+        running.balancer.stop()
+        while not running.core.stopping:
+            await asyncio.sleep(0)
+        gate.set()
+        assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
+        got = await client.post()
+        assert (got.status, got.get("connection")) == (200, "close")
+        client.close()
+
+
+# Many at once.
+
+
+@contextlib.contextmanager
+def descriptors(count):
+    """The process may open so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        pytest.skip(f"this machine allows {hard} descriptors, not {count}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@asynchronous
+async def test_two_thousand_idle_connections_and_two_hundred_streams_side_by_side():
+    open_at_once, all_open = 0, asyncio.Event()
+
+    async def answer(asked, conn):
+        nonlocal open_at_once
+        event = b"data: %s\n\n" % asked.body
+        await conn.events(FIRST, event, end=False)
+        open_at_once += 1
+        if open_at_once == 200:
+            all_open.set()
+        await all_open.wait()
+        for _ in range(20):
+            await conn.send(chunk(event))
+            await asyncio.sleep(0)
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    async def idle():
+        """A connection that was used once, in a few hundred bytes of this process."""
+        loop, sock = asyncio.get_running_loop(), socket.socket()
+        sock.setblocking(False)
+        await loop.sock_connect(sock, ("127.0.0.1", running.balancer.port))
+        await loop.sock_sendall(sock, b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await loop.sock_recv(sock, 4096)).startswith(b"HTTP/1.1 200 OK\r\n")
+        return sock
+
+    async def one(n):
+        client = await running.client()
+        got = await client.post(body=b'{"model":"m","user":"%d"}' % n)
+        client.close()
+        return got.body == FIRST + b'data: {"model":"m","user":"%d"}\n\n' % n * 21 + DONE
+
+    with descriptors(6000):
+        async with balancing(*(Server(answer) for _ in range(4))) as running:
+            before, resident = await at_rest(running), resident_bytes()
+            idlers = []
+            for _ in range(20):
+                idlers += await asyncio.gather(*(idle() for _ in range(100)))
+            assert all(await asyncio.gather(*(one(n) for n in range(200)))) and open_at_once == 200
+            assert len(running.core.clients) >= 2000 and running.states() == ["healthy"] * 4
+            assert resident_bytes() - resident < 60_000_000
+            for sock in idlers:
+                sock.setblocking(True)
+                sock.sendall(b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")  # and still served
+            for sock in idlers:
+                assert (await asyncio.to_thread(sock.recv, 4096)).startswith(b"HTTP/1.1 200 OK\r\n")
+                sock.close()
+            assert (after := await at_rest(running, before)) <= before, after - before
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
