@@ -108,6 +108,7 @@ HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 tak
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
@@ -115,6 +116,7 @@ HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while o
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
+IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
@@ -1541,13 +1543,21 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
         return {}  # a server will say what is wrong with it
 
 
+EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")  # RFC 2231, which only some readers know
 PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
-BOUNDARY = re.compile(r'(?i)multipart/form-data\s*;.*?\bboundary=(?:"([^"]+)"|([^\s;"]+))')
+BOUNDARY = re.compile(
+    r'(?i)multipart/form-data(?:[ \t]*;[^;"]*)*?[ \t]*;[ \t]*boundary=(?:"([^"]+)"|([^\s;"]+))'
+    r'(?:[ \t]*;[^"]*)?')
 
 
 def form_boundary(content_type: str) -> bytes:
-    """What separates the parts of multipart/form-data content, b"" for other content."""
-    found = BOUNDARY.match(content_type)
+    """What separates the parts of multipart/form-data content, b"" for other content.  Raises
+    BadMessage where two readers might find two."""
+    if content_type[:19].lower() != "multipart/form-data":
+        return b""
+    found = BOUNDARY.fullmatch(content_type)
+    if found is None or content_type.lower().count("boundary") > 1:
+        raise BadMessage(f"Content-Type is {shown(content_type)}, expected one boundary")
     return b"--" + (found[1] or found[2]).encode("latin-1") if found else b""
 
 
@@ -1578,7 +1588,7 @@ def part_names(fields: bytes) -> list[str]:
     """The name of a form's part; [] if it has none."""
     lines = [line for line in fields.split(b"\r\n") if line[:20].lower() == b"content-disposition:"]
     found = [named[1] or named[2] for line in lines for named in PART_NAME.finditer(line)]
-    if len(lines) > 1 or len(found) > 1:
+    if len(lines) > 1 or len(found) > 1 or any(EXTENDED_NAME.search(line) for line in lines):
         raise BadMessage("a part of the form has more than one name")
     return [name.decode("latin-1") for name in found]
 
@@ -1598,7 +1608,10 @@ def read_call(
         refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
     if not content and head.query:  # beside content, servers do not look there
-        asked = urllib.parse.parse_qs(head.query).get("model", [None])[0]
+        found = urllib.parse.parse_qs(head.query).get("model", [None])
+        if len(found) > 1:
+            raise BadMessage("the query says model twice")
+        asked = found[0]
     if asked is None and content:
         asked = default_model or None
     if not isinstance(asked, str):  # a number, say: a server will refuse it
@@ -2138,6 +2151,11 @@ class Fleet:
     def views(self) -> list[ServerView]:
         return list(self._views.values())
 
+    def has_place(self) -> bool:
+        """Whether any server could take a request more."""
+        return any(v.in_flight < v.capacity and v.health.answers and not v.draining
+                   for v in self._views.values())  # fmt: skip
+
     def view(self, url: str) -> ServerView | None:
         return self._views.get(url)
 
@@ -2532,7 +2550,9 @@ def relay_plan(
             if waited.fault is not None:
                 failure = failure if failure.held else waited
                 break
-            best, ranking = waited.place or None, choose(tried)
+            if not (best := waited.place or None):  # the fleet has changed: all may be asked again
+                ranking = choose(frozenset())
+                best = ranking.best
         if best is None:
             failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
             break
@@ -3131,9 +3151,9 @@ class Wire(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
-    async def close(self, silence_s: float) -> None:
+    async def close(self, silence_s: float, linger_s: float) -> None:
         """End it in stages, RFC 9112 §9.6: what was written goes out, as long as the peer takes
-        some of it within `silence_s`; then it hears that we say no more, and has LINGER_S to end
+        some of it within `silence_s`; then it hears that we say no more, and has `linger_s` to end
         what it is saying.  Closing over unread bytes would reset the connection, and could take
         our last answer with it.  Raises TimeoutError."""
         self.sink = Discard()
@@ -3143,7 +3163,7 @@ class Wire(asyncio.Protocol):
         await self.unblocked(silence_s)
         if self.transport.can_write_eof() and not (self.gone or self.lost):
             self.transport.write_eof()
-            deadline = self.loop.time() + LINGER_S
+            deadline = self.loop.time() + linger_s
             while not self.gone:
                 await self.news(deadline)
         self.transport.close()
@@ -3166,11 +3186,11 @@ class Listener:
     wait in the kernel's queue.  Accepting rests, instead of spinning, when descriptors run out."""
 
     def __init__(
-        self, sock: socket.socket, room: Callable[[], bool],
+        self, sock: socket.socket, room: Callable[[], bool], full: Callable[[], object],
         take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
     ) -> None:  # fmt: skip
         self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
-        self._room, self._take, self._failed = room, take, failed
+        self._room, self._full, self._take, self._failed = room, full, take, failed
         sock.setblocking(False)
         self.resume()
 
@@ -3191,9 +3211,11 @@ class Listener:
 
     def accept(self, most: int = LISTEN_BACKLOG) -> None:
         """Take those who have come."""
-        for _ in range(most):
+        for n in range(most):
             if not self._room():
-                self.pause()
+                if n == 0:  # we were called, so somebody waits
+                    self.pause()
+                    self._full()
                 return
             try:
                 self._take(*self.sock.accept())
@@ -3206,6 +3228,9 @@ class Listener:
                 return
 
 
+TCP_NOTSENT_LOWAT = 25  # Linux; Python names it since 3.12
+
+
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -3216,6 +3241,8 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            with contextlib.suppress(OSError):  # a slow client's progress is seen in small steps
+                sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, KERNEL_BACKLOG_BYTES)
             sock.bind(address)
             sock.listen(LISTEN_BACKLOG)
     except OSError:
@@ -3520,7 +3547,7 @@ class Pump:
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
-        "moved_at", "_silence_s", "_look_s", "_seen", "_gaps", "_gaps_child",
+        "moved_at", "_silence_s", "_patience_s", "_look_s", "_seen", "_gaps", "_gaps_child",
     )  # fmt: skip
 
     def __init__(
@@ -3534,15 +3561,18 @@ class Pump:
         self.tail: deque[bytes] = deque(maxlen=TAIL_PIECES)  # the last pieces
         self.moved_at = client.loop.time()  # when the last piece came
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
-        self._look_s = min(silence_s, patience_s)  # between two looks at both
-        self._seen: tuple[float, float] = (0.0, 0.0)  # of a slow client, at the last expiry
+        self._patience_s, self._look_s = patience_s, min(silence_s, patience_s)
+        # Of a slow client, at the last look: the last piece, what it had not taken, since when.
+        self._seen: tuple[float, float, float] = (0.0, 0.0, 0.0)
         server.sink, client.feeder = self, server
         server.expect_by(self.moved_at + self._look_s)
         if client.blocked:
             server.hold()
         elif server.held:
             server.release()
-        if server.gone:
+        if server.buffer:  # came with what was held back
+            self.feed(server, server.take())
+        if server.gone and server.sink is self:
             self.lost(server)
 
     def feed(self, wire: Wire, data: bytes) -> None:
@@ -3589,10 +3619,12 @@ class Pump:
         that takes some of what is written to it is slow, but has time."""
         now, backlog = wire.loop.time(), self.client.transport.get_write_buffer_size()
         if self.client.blocked:
-            if self._seen[0] == self.moved_at and backlog >= self._seen[1]:
+            moved_at, before, since = self._seen
+            if moved_at != self.moved_at or backlog < before:
+                self._seen = self.moved_at, backlog, now
+            elif now - since >= self._patience_s:
                 self.client.abort()
                 return
-            self._seen = self.moved_at, backlog
         elif now >= self.moved_at + self._silence_s:
             self._end(TimeoutError())
             return
@@ -3681,11 +3713,11 @@ class Response:
 
     def begin(
         self, head: ResponseHead, framing: Framing | None, content: bytes, done: bool, added: Pairs
-    ) -> None:
-        """Write a server's head and the first of its content, or all if it is `done`."""
+    ) -> bool:
+        """Write a server's head and the first of its content, or all if it is `done`.  Whether
+        the rest is wanted, too."""
         if self.opened:
-            self.go_on(head, content, done)
-            return
+            return self.go_on(head, content, done)
         self.status, self.framing, self.streams = head.status, framing, head.is_event_stream
         self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, ("X-Request-Id", self.id), *self.cors]
@@ -3696,6 +3728,7 @@ class Response:
             out += encode_chunk(content) if framing == CHUNKED else content
             self.sent(len(content), content, self.client.loop.time())
         self.client.transport.write(out + LAST_CHUNK if done and framing == CHUNKED else out)
+        return not done
 
     def beat(self) -> None:
         """A comment, which readers of events skip, for one that waits for its turn."""
@@ -3710,21 +3743,22 @@ class Response:
                 return_response(head, self.request, self.framing, self.persists, fields))
         self.write(b": waiting\n\n")
 
-    def go_on(self, head: ResponseHead, content: bytes, done: bool) -> None:
+    def go_on(self, head: ResponseHead, content: bytes, done: bool) -> bool:
         """A server's answer, after comments.  What is no event stream becomes an error event."""
         self.status = 200
         if not head.is_event_stream or head.status != 200:
             self.persists, self.end = False, "server_error"
-            line = content if content and b"\n" not in content else json.dumps(
+            line = content if done and content and b"\n" not in content else json.dumps(
                 {"error": {"message": f"the server answered {head.status}", "code": head.status}}
             ).encode()
             self.write(b"data: " + line + b"\n\n")
-            return
+            return False
         if content:
             self.write(content)
             self.sent(len(content), content, self.client.loop.time())
         if done and self.framing == CHUNKED:
             self.client.transport.write(LAST_CHUNK)
+        return not done
 
     def write(self, content: bytes) -> None:
         chunked = self.framing == CHUNKED
@@ -3948,8 +3982,15 @@ class Conversation:
         s, response, attempt, pool = self.settings, self.errand.response, self.attempt, self.pool
         attempts = self.core.attempts.setdefault(self.server, set())
         attempts.add(attempt)
+        async def conversation(wire: Wire) -> Outcome:
+            attempt.wire = wire
+            try:
+                return await self.converse(wire)
+            finally:
+                attempt.wire = None  # which may be followed by another
+
         try:
-            return await pool.talk(self.converse, s.connect_timeout)
+            return await pool.talk(conversation, s.connect_timeout)
         except PeerGone as gone:
             fault = Fault.SERVER_FROZEN if attempt.frozen else gone.fault
             return Outcome(fault, str(gone), response.begun)
@@ -3968,7 +4009,6 @@ class Conversation:
         """One request and its answer on one connection: send, listen, hold back what may still
         be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
         errand, attempt, pool = self.errand, self.attempt, self.pool
-        attempt.wire = wire
         head, sent_whole = await self.send_and_listen(wire)
         if head.status == 101:
             attempt.wire = None
@@ -3982,9 +4022,10 @@ class Conversation:
             added = [("Location", local_location(location, pool.authority, pool.prefix))]
             theirs = returned_framing(head, errand.head, framing)
             added = (added if location else []) + named_server(self.server, self.settings)
-            errand.response.begin(head, theirs, first, decoder.done, added)
+            wanted = errand.response.begin(head, theirs, first, decoder.done, added)
             errand.content = b""  # there is no other server from here on
-            await self.pump(wire, decoder)
+            if wanted:
+                await self.pump(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
         text = WHAT_IT_DID.get(fault, f"the server answered {head.status}")
         if fault is not None:
@@ -4054,8 +4095,6 @@ class Conversation:
 
     async def pump(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""
-        if decoder.done:
-            return
         client, response, gaps = self.errand.client, self.errand.response, self.core.ledger.gaps
         child = gaps.child(self.errand.model_label) if response.streams else None
         chunked, s = response.framing == CHUNKED, self.settings
@@ -4216,6 +4255,7 @@ class Exchange:
         waiter = Waiter(began, wants, lambda: self.choose(step.tried), take)
         queue.join(waiter)
         self.waiting = True
+        queue.hand_over(core.fleet.has_place)  # time may have made one eligible
         try:
             while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
                 await asyncio.wait((turn,), timeout=min(left_s, beat_s))
@@ -4238,7 +4278,7 @@ class Exchange:
         core = self.core
         if core.settings.queue_size:
             core.queue.served(self.loop.time())
-            core.queue.hand_over(lambda: any(v.in_flight < v.capacity for v in core.fleet.views()))
+            core.queue.hand_over(core.fleet.has_place)
 
     async def settle(self, step: Settle) -> Outcome:
         left_s = self.asked_at + step.seconds - self.loop.time()
@@ -4743,25 +4783,27 @@ class Door:
     ) -> None:
         self.core, self._tasks = core, tasks
         self._hosts: dict[str, int] = {}  # connections by client address
-        self.listeners = [Listener(one, self.has_room, self.take, self.cannot_accept)
-                          for one in sockets]  # fmt: skip
+        self.listeners = [Listener(one, self.has_room, self.make_room, self.take,
+                                   self.cannot_accept) for one in sockets]  # fmt: skip
 
     def close(self, to_the_last: bool) -> None:
         """Accept no more, after those who have come already; unless others serve them."""
+        if to_the_last:
+            self.core.clients_limit = descriptors_allow()
         for listener in self.listeners:
             if to_the_last:
                 listener.accept()
             listener.close()
 
     def has_room(self) -> bool:
-        """Whether one more connection may be accepted.  If not, idle ones give way: who was served
-        and has no request on the way loses nothing but a handshake."""
-        core, excess = self.core, len(self.core.clients) + 1 - self.core.clients_limit
-        if excess <= 0:
-            return True
-        core.met("max_connections")
-        core.end_idle(excess)
-        return False
+        """Whether one more connection may be accepted."""
+        return len(self.core.clients) < self.core.clients_limit
+
+    def make_room(self) -> None:
+        """Idle connections give way: who was served and has no request on the way loses nothing
+        but a handshake."""
+        self.core.met("max_connections")
+        self.core.end_idle(ACCEPT_BATCH)
 
     def cannot_accept(self, error: OSError) -> None:
         self.core.met("descriptors")
@@ -4798,25 +4840,27 @@ class Door:
             sock.setblocking(False)
             s, tls = self.core.settings, self.core.secrets.listener
             await wire.loop.connect_accepted_socket(
-                lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None)
+                lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None,
+                ssl_shutdown_timeout=s.body_timeout if tls else None)
             wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
             left = s.max_requests_per_connection
-            while await self.serve_one(wire, left <= 1):
+            while more := await self.serve_one(wire, left <= 1):
                 left -= 1
-            await wire.close(self.core.settings.body_timeout)
+            linger_s = IDLE_LINGER_S if more is None else LINGER_S
+            await wire.close(self.core.settings.body_timeout, linger_s)
         except (PeerGone, TimeoutError, OSError, asyncio.CancelledError):
             pass  # it left in the middle of a head, it was idle for too long, we are stopping
         except Exception:  # the broad except for clients: a mistake ends one connection
             self.core.mistake("serving a client")
 
-    async def serve_one(self, wire: Wire, last: bool) -> bool:
-        """One request; False if it was the connection's last."""
+    async def serve_one(self, wire: Wire, last: bool) -> bool | None:
+        """One request; False if it was the connection's last, None if none came."""
         core, running = self.core, self.core.exchanges
         await wire.unblocked(core.settings.body_timeout)  # by the answer before
         if wire.buffer:  # sent without waiting for it: others first
             await asyncio.sleep(0)
         if not await self.request_begun(wire):
-            return False
+            return None
         running[wire] = None
         try:
             head = await self.read_head(wire)
@@ -5113,6 +5157,7 @@ class Balancer:
         while True:
             due = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
+            self.core.queue.hand_over(self.core.fleet.has_place)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
@@ -5277,7 +5322,7 @@ class SimulatedServer:
     async def __aenter__(self) -> SimulatedServer:
         (sock,) = listening_sockets("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        self._listener = Listener(sock, lambda: True, self._accept, log.error)
+        self._listener = Listener(sock, lambda: True, list, self._accept, log.error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
