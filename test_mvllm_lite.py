@@ -1305,11 +1305,23 @@ PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
     ("fields that never end", FORM.replace(b"form-data", b"form-data" + b"x" * 5000), "no end of its fields"),
     ("two models", PART % b"model" + FORM, "says model twice"),
     ("two names for one part", PART % b'x"; name="model' + FORM, "more than one name"),
+    ("a name that only some readers know", FORM.replace(b'name="file"', b"name*=utf-8''model"), "more than one name"),
     ("two dispositions", FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"), "more than one name"),
 ))  # fmt: skip
 def test_forms_that_two_readers_might_take_differently_are_refused(form, named):
     with pytest.raises(lite.BadMessage, match=named):
         call(form, FORM_TYPE)
+
+
+@pytest.mark.parametrize("kind", ["boundary=XX; boundary=YY", "x-boundary=YY; boundary=XX", "boundary=XX; boundary*=utf-8''YY", "charset=utf-8"])
+def test_forms_with_other_than_one_boundary_are_refused(kind):
+    with pytest.raises(lite.BadMessage, match="one boundary"):
+        call(FORM, f"Content-Type: multipart/form-data; {kind}")
+
+
+def test_a_query_that_says_model_twice_is_refused():
+    with pytest.raises(lite.BadMessage, match="twice"):
+        call(b"", query="?model=a&model=b")
 
 
 def test_null_is_not_said():
@@ -1853,8 +1865,8 @@ def outcome(word):
     """'refused', or 'busy!' for one whose answer was held back; 'cut' after the commit."""
     if word == "ok":
         return lite.WELL
-    if word.startswith("s") and word[1:].isdigit():
-        return lite.Outcome(place=word)
+    if word == "s" or word[1:].isdigit():
+        return lite.Outcome(place=word.removesuffix("s") if word == "s" else word)
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL}  # fmt: skip
@@ -1923,6 +1935,7 @@ QUEUED = table(  # with all places of s0 and s1 taken
     ("a place becomes free", ["s1", "ok"], True, ["wait", "ask s1"]),
     ("the queue is full", ["full"], True, ["wait", "answer queue_full"]),
     ("a retry waits, too", ["s1", "refused", "s0", "ok"], True, ["wait", "ask s1", "wait", "ask s0"]),
+    ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True, ["wait", "ask s1", "wait", "answer no_server"]),
     ("the server's own failure is shown", ["s1", "503!", "full"], True, ["wait", "ask s1", "pause", "wait", "answer server_error as held"]),
 )  # fmt: skip
 
@@ -2683,6 +2696,21 @@ async def test_a_stream_cut_anywhere_by_the_network_comes_out_the_same(how):
         assert got.body == b"".join(events)
 
 
+@pytest.mark.parametrize("events", [[b"data: " + b"x" * 300_000 + b"\n\n", DONE], [FIRST, *map(token, range(8000)), DONE]],
+                         ids=["a first event of 300 kB", "8,000 events in one burst"])  # fmt: skip
+@asynchronous
+async def test_a_stream_that_comes_faster_than_it_is_read_comes_out_the_same(events):
+    async def answer(asked, conn):
+        conn.writer.write(STREAM_HEAD + b"".join(map(chunk, events)) + b"0\r\n\r\n")
+        await conn.writer.drain()
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        for _ in range(3):
+            assert (await client.post(body=b'{"stream":true}')).body == b"".join(events)
+        assert running.core.fleet.views()[0].health.request_failures == ()
+
+
 @asynchronous
 async def test_nothing_of_a_stream_is_shown_before_its_first_event():
     go = asyncio.Event()
@@ -3113,6 +3141,15 @@ async def test_when_all_connections_are_taken_idle_ones_give_way_and_new_ones_wa
         assert (await later.get("/liveness")).status == 200 and len(running.core.clients) == 3
         gate.set()
         assert [(await client.answer()).status for client in busy] == [200, 200]
+
+
+@asynchronous
+async def test_at_the_limit_connections_persist_as_long_as_nobody_waits():
+    async with balancing(Server(), max_connections=2) as running:
+        clients = [await running.client() for _ in range(2)]
+        for _ in range(3):
+            assert [(await client.get("/liveness")).status for client in clients] == [200, 200]
+        assert not running.core.ledger.limits.children[("max_connections",)]
 
 
 @asynchronous
