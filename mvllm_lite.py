@@ -618,6 +618,7 @@ def encode_chunk(content: bytes) -> bytes:
 PROXY_FIELDS = frozenset("forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip"
                          " x-data-parallel-rank".split())  # fmt: skip
 KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
+CLIENT_FIELDS_DROPPED = PROXY_FIELDS | KEY_FIELD_NAMES
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
                        " proxy-authenticate proxy-authorization".split())  # fmt: skip
 CORS_FIELDS = frozenset(f"access-control-{name}" for name in (
@@ -3922,8 +3923,8 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
     __slots__ = ("_client", "_task")
 
-    def __init__(self, client: Wire) -> None:
-        self._client, self._task = client, asyncio.current_task()
+    def __init__(self, client: Wire, task: asyncio.Task[Any] | None = None) -> None:
+        self._client, self._task = client, task or asyncio.current_task()
 
     def __enter__(self) -> None:
         if self._client.gone or self._client.held:  # held: it says more than we would keep
@@ -4181,7 +4182,7 @@ class Exchange:
                     return
                 self.entered = True
             self.core.budget.came(self.asked_at)
-            with abandoned_if_gone(self.client):
+            with abandoned_if_gone(self.client, self.core.clients.get(self.client)):
                 await self.carry_out(relay_plan(self.choose, s, self.core.draw, self.afford_retry))
         except BadMessage as bad:
             response.persists = False
@@ -4315,15 +4316,18 @@ class Exchange:
         self.expect_continue()
         form = form_boundary(self.head.fields.get("content-type"))
         spans, decoder, content = Spans(), decoder_for(framing), bytearray()
-        scan = find_members(spans, CALL_MEMBERS)
-        next(scan)
+        scan = None
         while True:
             if max(framing.length or 0, len(content)) > limit:
                 found = framing.length or f"more than {limit}"
                 text = f"the content has {found} bytes, max_body_bytes allows {limit}"
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
-            while len(content) > SMALL_CONTENT_BYTES and not form and not scan.send(content):
-                await asyncio.sleep(0)
+            if len(content) > SMALL_CONTENT_BYTES and not form:
+                if scan is None:
+                    scan = find_members(spans, CALL_MEMBERS)
+                    next(scan)
+                while not scan.send(content):
+                    await asyncio.sleep(0)
             if decoder.done:
                 break
             try:
@@ -4372,7 +4376,7 @@ class Exchange:
         if not self.core.gate.closed or s.pass_client_key:
             key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                                 if key in KEY_FIELD_NAMES)  # fmt: skip
-        dropped = KEY_FIELD_NAMES if trusted else KEY_FIELD_NAMES | PROXY_FIELDS
+        dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
         return forward_fields(self.head, added, dropped), key_lines
 
     async def relay(self, step: Relay) -> Outcome:
