@@ -2569,6 +2569,17 @@ def relay_plan(
     yield Answer(failure)
 
 
+def may_retry(fault: Fault, s: Settings) -> bool:
+    return s.retry_timed_out if fault.retry is Retry.IF_ALLOWED else fault.retry is not Retry.NEVER
+
+
+def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
+    """The pause before the n-th retry, from 0: doubling, bounded, and somewhere between half and
+    all of it, so that requests that failed together do not come back together."""
+    longest: float = min(s.retry_delay * 2.0 ** min(retry, 60), s.retry_delay_max)
+    return longest * draw.uniform(0.5, 1.0)
+
+
 Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, not of those tried
 
 
@@ -2632,17 +2643,6 @@ class WaitQueue:
         fading = math.exp((self._served_at - now) / DRAIN_MEMORY_S)
         rate = self._served * fading / DRAIN_MEMORY_S
         return math.ceil(min(60.0, max(1.0, (len(self) + 1) / rate if rate > 0.001 else INFINITY)))
-
-
-def may_retry(fault: Fault, s: Settings) -> bool:
-    return s.retry_timed_out if fault.retry is Retry.IF_ALLOWED else fault.retry is not Retry.NEVER
-
-
-def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
-    """The pause before the n-th retry, from 0: doubling, bounded, and somewhere between half and
-    all of it, so that requests that failed together do not come back together."""
-    longest: float = min(s.retry_delay * 2.0 ** min(retry, 60), s.retry_delay_max)
-    return longest * draw.uniform(0.5, 1.0)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -5763,7 +5763,7 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
             limit = balancer.core.clients_limit
             log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
                      __version__, url, len(settings.servers), settings.policy, limit)  # fmt: skip
-            if limit < settings.max_connections:
+            if limit < 0.9 * settings.max_connections:
                 log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d)"
                             " allow %d", settings.max_connections,
                             resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
