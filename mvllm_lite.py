@@ -202,6 +202,7 @@ class Fault(Enum):
     NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # our own have run out
     TOO_MANY_REQUESTS = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
+    TOO_MUCH_CONTENT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     QUEUE_FULL = 429, Blame.NOBODY, Retry.NEVER, "RateLimitError"
     QUEUE_TIMEOUT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
@@ -241,6 +242,7 @@ LIMITS = {
     Fault.TARGET_TOO_LONG: "max_head_bytes",
     Fault.CONTENT_TOO_LARGE: "max_body_bytes",
     Fault.TOO_MANY_REQUESTS: "max_requests",
+    Fault.TOO_MUCH_CONTENT: "max_buffered_bytes",
     Fault.RATE_LIMITED: "keys",
     Fault.QUEUE_FULL: "queue_size",
     Fault.QUEUE_TIMEOUT: "queue_timeout",
@@ -1079,6 +1081,8 @@ class Settings:
     default_model: str = setting("", words, "model of requests that name none")
     max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
+    max_buffered_bytes: int = setting(
+        2**30, whole(1), "content of all requests that wait for their answers")
     head_timeout: float = setting(30.0, number(0.001), "from a head's first byte to its last")
     body_timeout: float = setting(
         60.0, number(0.001), "silence of a client that sends content or reads an answer")
@@ -2857,6 +2861,7 @@ PROCESS_GAUGES = {
     "client_connections": "Open connections from clients.",
     "client_connections_limit": "How many there may be.",
     "queue_length": "Requests that wait for a server's place.",
+    "buffered_bytes": "Content of requests that wait for their answers.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
 
@@ -3867,6 +3872,7 @@ class Core:
         self.clients_limit = settings.max_connections
         self.idle: dict[Wire, None] = {}  # clients between two requests, the longest idle first
         self.forwarding = 0  # requests that were let in, and are not answered yet
+        self.buffered_bytes = 0  # of their content
         self.refreshing: asyncio.Task[None] | None = None  # all servers' models
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
@@ -3955,7 +3961,8 @@ class Errand:
     head: RequestHead
     path: str
     response: Response
-    content: Content  # let go of once there can be no other attempt
+    content: Content
+    let_go: Callable[[], object]  # of the content, once there can be no other attempt
     says_length: bool  # also of no content
     fields: str  # lines for any server
     key_lines: str  # the client's key, for servers that have none of their own
@@ -4024,7 +4031,7 @@ class Conversation:
             theirs = returned_framing(head, errand.head, framing)
             added = (added if location else []) + named_server(self.server, self.settings)
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
-            errand.content = b""  # there is no other server from here on
+            errand.let_go()  # there is no other server from here on
             if wanted:
                 await self.pump(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
@@ -4152,7 +4159,8 @@ class Exchange:
         self.path = inference_path(head.path)
         self.model: str | None = None  # that it wants,
         self.stream = False  # as a stream
-        self.content_bytes = 0  # of the request, which is let go of once it is not needed any more
+        self.content_bytes = 0  # of the request, in all,
+        self.buffered_bytes = 0  # and as far as it is held now
         self.model_label = ""
         self.key: KeySettings | None = None  # by which it came in
         self.only = ""  # the one server that may be asked
@@ -4199,6 +4207,7 @@ class Exchange:
             response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             raise
         finally:
+            self.let_go()
             if self.entered and self.key is not None:
                 self.core.gate.leave(self.key)
             self.book()
@@ -4332,6 +4341,7 @@ class Exchange:
                 break
             try:
                 content += await client.read_content(decoder, self.loop.time() + silence_s)
+                self.keep_room(len(content))
                 if framing.chunked and client.buffer:
                     await asyncio.sleep(0)
             except TimeoutError:
@@ -4340,6 +4350,16 @@ class Exchange:
         client.buffer[:0] = decoder.rest
         self.unread = False
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    def keep_room(self, size: int) -> None:
+        """So much of the content is held now.  Raises BadMessage when all requests together hold
+        too much; one alone never does."""
+        core, limit = self.core, self.settings.max_buffered_bytes
+        core.buffered_bytes += size - self.buffered_bytes
+        self.buffered_bytes = size
+        if limit < core.buffered_bytes != size:
+            text = f"requests hold {limit} bytes of content, as many as max_buffered_bytes allows"
+            raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
 
     def expect_continue(self) -> None:
         """RFC 9110 §10.1.1.  We want the content ourselves, so the answer is ours."""
@@ -4355,8 +4375,16 @@ class Exchange:
         self.model, self.stream, self.content_bytes = call.model, call.stream, len(call.content)
         self.model_label = self.label()
         says_length = "content-length" in self.head.fields.values or self.framing.chunked
-        self.errand = Errand(self.client, self.head, self.path, self.response, call.content,
-                             says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
+        self.errand = Errand(
+            self.client, self.head, self.path, self.response, call.content, self.let_go,
+            says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
+
+    def let_go(self) -> None:
+        """The content is not needed any more."""
+        if self.errand is not None:
+            self.errand.content = b""
+        self.core.buffered_bytes -= self.buffered_bytes
+        self.buffered_bytes = 0
 
     def forwarded_fields(self) -> tuple[str, str]:
         """The request's field lines for servers, and those with the client's key."""
@@ -4747,7 +4775,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
     process = {
         "start_time_seconds": core.started_at, "client_connections": len(core.clients),
         "client_connections_limit": core.clients_limit, "settings_valid": not core.settings_error,
-        "queue_length": len(core.queue),
+        "queue_length": len(core.queue), "buffered_bytes": core.buffered_bytes,
     }  # fmt: skip
     now = gauges(core.fleet.views(), clock().monotonic, core.settings, process)
     page = expose([*core.ledger.families(), *now])

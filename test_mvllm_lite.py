@@ -3108,6 +3108,30 @@ async def test_more_requests_than_are_allowed_at_once_are_refused_with_the_setti
 
 
 @asynchronous
+async def test_requests_together_hold_only_so_much_content():
+    seen = asyncio.Event()
+
+    async def answer(asked, conn):
+        await seen.wait()
+        await conn.events(FIRST, end=False)
+        await conn.left()
+
+    async with balancing(server := Server(answer), max_buffered_bytes=1_000_000) as running:
+        first, second = await running.client(), await running.client()
+        await first.ask("POST", "/v1/x", b"x" * 1_500_000)  # one alone may
+        await server.came.wait()
+        got = await second.post("/v1/x", b"x" * 1000)
+        assert (got.status, got.get("x-mvllm-error")) == (503, "too_much_content") and "max_buffered_bytes" in got.error["message"]
+        assert await running.metric("mvllm_buffered_bytes") == 1_500_000
+        seen.set()  # an answer has begun: the content is not needed any more
+        await first.reader.readuntil(FIRST)
+        assert await running.metric("mvllm_buffered_bytes") == 0
+        await (await running.client()).ask("POST", "/v1/x", b"x" * 1000)
+        first.close()
+    assert running.core.buffered_bytes == 0
+
+
+@asynchronous
 async def test_connections_from_one_address_can_be_limited():
     async with balancing(Server(), max_connections_per_client=2) as running:
         clients = [await running.client() for _ in range(3)]
@@ -5052,7 +5076,8 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         await asyncio.gather(*clients)
         await running.quiet()
         assert all(good) and len(good) > 100 and len(storm) >= 1000
-        assert running.in_flight() == len(running.core.queue) == 0 and not running.core.exchanges
+        assert running.in_flight() == len(running.core.queue) == running.core.buffered_bytes == 0
+        assert not running.core.exchanges and running.core.forwarding == 0
         assert not any(running.core.attempts.values())
         assert running.states() == ["healthy"] * 3
         assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
