@@ -18,34 +18,35 @@ of itself and of earlier rooms only.
      4  exposition    the Prometheus text format, read and written
      5  settings      all that can be set, each with its default, check and meaning
      6  reading       from TOML to settings; complaints with file, line and key
-     7  dialect       what vLLM and its clients say: paths, calls, events, metric names, errors
-     8  access        who may come in: keys, and what each may use; proxies that are trusted
-     9  fleet         the servers: health, load, requests in flight
-    10  policies      which server is best for a call, and why
-    11  plans         how a call is answered, step by step; retries, the queue
-    12  reports       what people and machines are shown
+     7  calls         which paths are passed on, and what a request wants: its model, a stream
+     8  dialect       what vLLM says: events, ends, failures, metric names, lists of models
+     9  access        who may come in: keys, and what each may use; proxies that are trusted
+    10  fleet         the servers: health, load, requests in flight
+    11  policies      which server is best for a call, and why
+    12  plans         how a call is answered, step by step; retries, the queue
+    13  reports       what people and machines are shown
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    13  wire          one connection: its buffer, its deadline, its end
-    14  pool          the connections to one server, kept and reused; keys and certificates
-    15  pump          bytes on their way through, with back-pressure
-    16  response      the client's side of an exchange
-    17  core          what the rooms below share: settings, fleet, ledger, pools
-    18  conversation  one attempt: a request said to one server, its answer judged and passed on
-    19  exchange      one request, from its head to its last byte
-    20  watch         health checks, load reports, the settings file
-    21  local         what the balancer answers itself
-    22  door          where clients come in: connections accepted, requests let in
-    23  balancer      assembly: reloading, draining, handing over to a successor
-    24  demo          simulated vLLM servers, so that everything runs on a laptop
-    25  command line  arguments, environment, logging, exit codes
+    14  wire          one connection: its buffer, its deadline, its end
+    15  pool          the connections to one server, kept and reused; keys and certificates
+    16  pump          bytes on their way through, with back-pressure
+    17  response      the client's side of an exchange
+    18  core          what the rooms below share: settings, fleet, ledger, pools
+    19  conversation  one attempt: a request said to one server, its answer judged and passed on
+    20  exchange      one request, from its head to its last byte
+    21  watch         health checks, load reports, the settings file
+    22  local         what the balancer answers itself
+    23  door          where clients come in: connections accepted, requests let in
+    24  balancer      assembly: reloading, draining, handing over to a successor
+    25  demo          simulated vLLM servers, so that everything runs on a laptop
+    26  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (22) reads a head from the client's
-`Wire` (13) and parses it (2).  A local path is answered in room 21; everything else is an
-`Exchange` (19): the content is gathered and read as a `Call` (7), the `Gate` (8) lets it in, and
-`relay_plan` (11) says step by step what to do.  Each `Relay` step names the server that the
-policy (10) ranked best in the view of the fleet (9).  A `Conversation` (18) with that server
-holds the answer back until it is certain that it is one, and then commits: the `Response` (16)
-begins, and a `Pump` (15) moves the rest.  What went wrong on the way is a `Fault` (1); the plan
+A request walks through the rooms like this.  The `Door` (23) reads a head from the client's
+`Wire` (14) and parses it (2).  A local path is answered in room 22; everything else is an
+`Exchange` (20): the content is gathered and read as a `Call` (7), the `Gate` (9) lets it in, and
+`relay_plan` (12) says step by step what to do.  Each `Relay` step names the server that the
+policy (11) ranked best in the view of the fleet (10).  A `Conversation` (19) with that server
+holds the answer back until it is certain that it is one, and then commits: the `Response` (17)
+begins, and a `Pump` (16) moves the rest.  What went wrong on the way is a `Fault` (1); the plan
 decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -1390,12 +1391,11 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  dialect
+#  7  calls
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What vLLM servers and OpenAI clients say to each other, as far as a balancer must understand
-# it: which paths are inference, which model a request wants, when a stream has begun, what load
-# a page of metrics tells.  Content is read, never rewritten, but for the one value of `model`.
+# What clients want, as far as a balancer must understand it: which paths are inference, which model
+# a request wants.  Content is read, never rewritten, but for the one value of `model`.
 
 # Paths that are passed on to servers: everything under these prefixes, and these.
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
@@ -1667,6 +1667,14 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
     return changed
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8  dialect
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end is
+# a good one, what load a page of metrics tells; and how errors of our own are said in its words.
+
+
 class Begun(Enum):
     """What the beginning of an event stream says."""
 
@@ -1806,7 +1814,7 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  access
+#  9  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
@@ -1907,7 +1915,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  fleet
+#  10  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers and everything known of them.  What is known of one is a frozen ServerView; the
@@ -2234,7 +2242,7 @@ class Fleet:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  policies
+#  11  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Views in, a ranking out.  A policy gives every eligible server a cost, and says which costs are
@@ -2429,12 +2437,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  plans
+#  12  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (19) is the only driver.
+# steps.  The exchange (20) is the only driver.
 
 
 class Held(NamedTuple):
@@ -2650,7 +2658,7 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  reports
+#  13  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in; JSON documents, metric families and lines of text
@@ -2908,7 +2916,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  wire
+#  14  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -3279,7 +3287,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  pool
+#  15  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -3531,7 +3539,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  pump
+#  16  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -3668,7 +3676,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  response
+#  17  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -3821,7 +3829,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  core
+#  18  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -3945,7 +3953,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  conversation
+#  19  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -4135,7 +4143,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  exchange
+#  20  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -4482,7 +4490,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  watch
+#  21  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -4655,7 +4663,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  local
+#  22  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -4783,7 +4791,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  door
+#  23  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -5028,7 +5036,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  balancer
+#  24  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -5310,7 +5318,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  demo
+#  25  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -5550,7 +5558,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  command line
+#  26  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
