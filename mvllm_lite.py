@@ -52,7 +52,8 @@ decides who is asked next.
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
 frozen look at a server, a *ranking* the policy's judgement.  A *plan* yields *steps* and is
-told the *outcome* of each.  A *lease* counts a request in flight, in its server's *place*.
+told the *outcome* of each.  An *errand* is a request ready to be said, a *conversation* is one
+attempt at it.  A *lease* counts a request in flight, in its server's *place*.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
 """
 
