@@ -1672,8 +1672,8 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 #  8  dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end is
-# a good one, what load a page of metrics tells; and how errors of our own are said in its words.
+# What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end
+# is a good one, what load a page of metrics tells; and how errors of our own are said in its words.
 
 
 class Begun(Enum):
@@ -4933,7 +4933,7 @@ class Door:
         """Whether a client has begun its next request; it may take a while, but not when others
         are waiting for its place."""
         core, now = self.core, wire.loop.time()
-        idle_until = now + core.settings.keep_alive_timeout
+        idle_until = expires_at = now + core.settings.keep_alive_timeout
         if core.stopping:  # it was not told, since its answer had begun before
             idle_until = now + IDLE_GRACE_S
         elif wire.reused and not all(listener.reading for listener in self.listeners):
@@ -4947,7 +4947,8 @@ class Door:
             try:
                 await wire.news(idle_until)
             except TimeoutError:
-                core.met("keep_alive_timeout")
+                if wire.loop.time() >= expires_at:  # and not: somebody wanted its place
+                    core.met("keep_alive_timeout")
                 return False
             finally:
                 core.idle.pop(wire, None)
