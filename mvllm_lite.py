@@ -18,40 +18,44 @@ of itself and of earlier rooms only.
      4  exposition    the Prometheus text format, read and written
      5  settings      all that can be set, each with its default, check and meaning
      6  reading       from TOML to settings; complaints with file, line and key
-     7  calls         which paths are passed on, and what a request wants: its model, a stream
-     8  dialect       what vLLM says: events, ends, failures, metric names, lists of models
-     9  access        who may come in: keys, and what each may use; proxies that are trusted
-    10  fleet         the servers: health, load, requests in flight
-    11  policies      which server is best for a call, and why
-    12  plans         how a call is answered, step by step; retries, the queue
-    13  reports       what people and machines are shown
+     7  content       JSON and forms: where the members that matter stand
+     8  prompts       how long a prompt is, and what of it each server has probably cached
+     9  calls         which paths are passed on, and what a request wants: its model, a stream
+    10  dialect       what vLLM says: events, ends, failures, metric names, lists of models
+    11  access        who may come in: keys, and what each may use; proxies that are trusted
+    12  health        whether a server can be asked, by checks and by what became of requests
+    13  fleet         the servers: load, requests in flight, what was learned of each
+    14  policies      what a server is worth for a call, by a dozen rules
+    15  ranking       who may be asked, who is asked, and why
+    16  plans         how a call is answered, step by step; retries, the queue
+    17  reports       what people and machines are shown
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    14  wire          one connection: its buffer, its deadline, its end
-    15  pool          the connections to one server, kept and reused; keys and certificates
-    16  pump          bytes on their way through, with back-pressure
-    17  response      the client's side of an exchange
-    18  core          what the rooms below share: settings, fleet, ledger, pools
-    19  conversation  one attempt: a request said to one server, its answer judged and passed on
-    20  exchange      one request, from its head to its last byte
-    21  watch         health checks, load reports, the settings file
-    22  local         what the balancer answers itself
-    23  door          where clients come in: connections accepted, requests let in
-    24  balancer      assembly: reloading, draining, handing over to a successor
-    25  demo          simulated vLLM servers, so that everything runs on a laptop
-    26  command line  arguments, environment, logging, exit codes
+    19  wire          one connection: its buffer, its deadline, its end
+    20  pool          the connections to one server, kept and reused; keys and certificates
+    21  pump          bytes on their way through, with back-pressure
+    22  response      the client's side of an exchange
+    23  core          what the rooms below share: settings, fleet, ledger, pools
+    24  conversation  one attempt: a request said to one server, its answer judged and passed on
+    25  exchange      one request, from its head to its last byte
+    26  watch         health checks, load reports, the settings file
+    27  local         what the balancer answers itself
+    28  door          where clients come in: connections accepted, requests let in
+    29  balancer      assembly: reloading, draining, handing over to a successor
+    30  demo          simulated vLLM servers, so that everything runs on a laptop
+    31  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (23) reads a head from the client's
-`Wire` (14) and parses it (2).  A local path is answered in room 22; everything else is an
-`Exchange` (20): the content is gathered and read as a `Call` (7), the `Gate` (9) lets it in, and
-`relay_plan` (12) says step by step what to do.  Each `Relay` step names the server that the
-policy (11) ranked best in the view of the fleet (10).  A `Conversation` (19) with that server
-holds the answer back until it is certain that it is one, and then commits: the `Response` (17)
-begins, and a `Pump` (16) moves the rest.  What went wrong on the way is a `Fault` (1); the plan
-decides who is asked next.
+A request walks through the rooms like this.  The `Door` (28) reads a head from the client's
+`Wire` (19) and parses it (2).  A local path is answered in room 27; everything else is an
+`Exchange` (25): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+`Gate` (11) lets it in, and `relay_plan` (16) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (15) in the view of the fleet (13) by a policy (14).  A
+`Conversation` (24) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (22) begins, and a `Pump` (21) moves the rest.  What went wrong on the
+way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
-frozen look at a server, a *ranking* the policy's judgement.  A *plan* yields *steps* and is
+frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan* yields *steps* and is
 told the *outcome* of each.  An *errand* is a request ready to be said, a *conversation* is one
 attempt at it.  A *lease* counts a request in flight, in its server's *place*.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
@@ -64,6 +68,7 @@ attempt at it.  A *lease* counts a request in flight, in its server's *place*.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import bisect
 import concurrent.futures
@@ -94,7 +99,7 @@ import threading
 import time
 import tomllib
 import urllib.parse
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence,
 )
@@ -143,6 +148,9 @@ MODELS_LIMIT = 2000  # of one server's models that are known by name
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
 LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
+RECENT_LIMIT = 200  # requests whose rankings are kept for /explain
+ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not seen to read yet
+DISAGREEMENT_S = 600.0  # for which a capacity must behave like another before that is said
 REQUEST_ID_LIMIT = 200  # characters of a client's request id; a longer one is replaced
 
 INFINITY = math.inf
@@ -921,7 +929,10 @@ def expose(families: Iterable[Family]) -> str:
 # servers.example.toml (a test compares the two).
 
 REQUIRED: Any = object()
-POLICY_NAMES = ("least", "mvllm", "vllm_router")  # the rows of POLICIES (a test compares the two)
+POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
+    "unified", "least", "round_robin", "random", "power_of_two", "consistent_hash", "prefix",
+    "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
+)  # fmt: skip
 Clean = Callable[[Any], Any]  # gives the clean value, or raises ValueError with what was expected
 
 
@@ -1002,7 +1013,7 @@ def base_url(value: Any) -> str:
         (parts.hostname or "").encode("idna")  # what the name's resolution would stumble over
     except (ValueError, TypeError):
         raise expected from None
-    if not good or parts.query or parts.fragment or "@" in parts.netloc:
+    if not good or parts.query or parts.fragment or "@" in value:  # it sets off a rank, later
         raise expected
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{parts.netloc.lower()}{path}"
@@ -1030,6 +1041,74 @@ def secret(value: Any) -> str:
 
 
 SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
+AUTO = 0  # of a capacity: not given, to be learned
+
+
+def capacity(value: Any) -> int:
+    if isinstance(value, str) and value.lower() == "auto":
+        return AUTO
+    try:
+        return int(whole(1)(value))
+    except ValueError as expected:
+        raise ValueError(f'{expected}, or "auto"') from None
+
+
+# What a score may be made of: numbers, arithmetic, comparisons, and these.  Not Python: a settings
+# file is no program.
+SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
+               "prompt", "cached", "speed", "weight")  # fmt: skip
+SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
+SCORE_NODES = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.Name,
+    ast.Load, ast.Constant, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow,
+    ast.UAdd, ast.USub, ast.Not, ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
+    ast.NotEq,
+)  # fmt: skip
+SCORE_LIMIT = 500  # characters
+
+
+@functools.cache
+def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
+    """A formula as a function of SCORE_NAMES' values; infinity where it has no value.  Raises
+    ValueError for what is none."""
+    try:
+        tree = ast.parse(score.strip()[: SCORE_LIMIT + 1], mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError("a formula like (running + 0.5 * waiting) / capacity") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            node.value = float(node.value)  # whole numbers may grow for ever: 9 ** 9 ** 9
+        elif isinstance(node, ast.Name) and node.id not in (*SCORE_NAMES, *SCORE_FUNCTIONS):
+            raise ValueError(f"a formula of {', '.join((*SCORE_NAMES, *SCORE_FUNCTIONS))}")
+        elif (not isinstance(node, SCORE_NODES) or isinstance(node, ast.Constant)
+              or (isinstance(node, ast.Call) and (node.keywords or not named_function(node.func)))):
+            raise ValueError("a formula of names, numbers and arithmetic alone")
+    code = compile(tree, "score", "eval")
+
+    def value_of(values: Mapping[str, float]) -> float:
+        try:
+            found = float(eval(code, {"__builtins__": {}, **SCORE_FUNCTIONS, **values}))
+        except (ArithmeticError, ValueError):
+            return INFINITY
+        return INFINITY if found != found else found
+
+    try:
+        value_of(dict.fromkeys(SCORE_NAMES, 2.0))
+    except TypeError:
+        raise ValueError("a formula that gives a number") from None
+    return value_of
+
+
+def named_function(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in SCORE_FUNCTIONS
+
+
+def formula(value: Any) -> str:
+    if words(value):
+        if len(value) > SCORE_LIMIT:
+            raise ValueError(f"a formula of {SCORE_LIMIT} characters at most")
+        compiled(value)
+    return str(value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1037,7 +1116,13 @@ class ServerSettings:
     """One entry of the list of servers."""
 
     url: str = setting(REQUIRED, base_url, "where the server listens")
-    max_concurrent_requests: int = setting(3, whole(1), "requests it runs well at the same time")
+    max_concurrent_requests: int = setting(
+        AUTO, capacity, 'requests it runs well at the same time; "auto": learned')
+    weight: float = setting(1.0, number(0), "its share, for policies that go by weight")
+    tier: int = setting(1, whole(1), "asked only when lower tiers are full")
+    pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
+    data_parallel_size: int = setting(
+        1, whole(1, 256), "its engines (vLLM's --data-parallel-size), each chosen by itself")
     api_key: str = setting("", secret, "its key, for requests and checks, in place of the client's")
     api_key_file: str = setting("", words, "a file that holds it")
     ca_file: str = setting("", words, "https: certificates to trust, in place of the system's")
@@ -1060,11 +1145,13 @@ class KeySettings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that can be set.  `servers`, `aliases` and `keys` are tables of their own in the
-    file; every other field is a key of [config].  Times are in seconds."""
+    """Everything that can be set.  The first fields are tables of their own in the file; every
+    other is a key of [config].  Times are in seconds."""
 
     servers: tuple[ServerSettings, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    policies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by model
+    pools: Mapping[str, float] = dataclasses.field(default_factory=dict)  # percent of requests
     keys: tuple[KeySettings, ...] = ()
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
@@ -1079,7 +1166,21 @@ class Settings:
         "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
     admin_paths: tuple[str, ...] = setting(
         (), list_of(words), "paths beyond inference that admin keys may ask one server for")
-    policy: str = setting("least", one_of(*POLICY_NAMES), "how a server is chosen")
+    policy: str = setting("unified", one_of(*POLICY_NAMES), "how a server is chosen")
+    score: str = setting("", formula, "of policy expression: the server with the lowest is asked")
+    session_headers: tuple[str, ...] = setting(
+        ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id"), list_of(words),
+        "fields that name a session, the first that a request has")
+    cache_threshold: float = setting(
+        0.3, number(0, 1), "of cache_aware: share of a prompt that must be known to a server")
+    balance_abs_threshold: int = setting(
+        64, whole(0), "of cache_aware: more requests than the least loaded server has, and")
+    balance_rel_threshold: float = setting(
+        1.5, number(1), "this many times as many, make it look at load alone")
+    slow_start: float = setting(
+        10.0, number(0), "for a server that has come back: until it gets its full share")
+    why_header: bool = setting(False, truth, "say in X-MVLLM-Why why a server was chosen")
+    shape_file: str = setting("", words, "where to write what replay reads; never any text")
     default_model: str = setting("", words, "model of requests that name none")
     max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
@@ -1159,11 +1260,9 @@ KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SECRET_FIELDS = ("key", "api_key")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
-# Keys of older files that never had an effect, or have none here.
-OLD_KEYS = {
-    "weight": "a setting of mvllm's first version; max_concurrent_requests decides here",
-    "advanced": "no version of mvllm ever read this table",
-}
+# Keys of older files that never had an effect, or have none here; and another word for one.
+OLD_KEYS = {"advanced": "no version of mvllm ever read this table"}
+SYNONYMS = {"capacity": "max_concurrent_requests"}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -1196,6 +1295,7 @@ class SettingsError(Exception):
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
+TABLES = ("servers", "config", "aliases", "policies", "pools", "keys")
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
 PASSWORD = re.compile(r"//.*@")
@@ -1232,7 +1332,7 @@ class SettingsReader:
         self.warnings: list[Complaint] = []
 
     def read(self, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
-        self.warn_unknown(self.document, ("servers", "config", "aliases", "keys"), ())
+        self.warn_unknown(self.document, TABLES, ())
         config = self.table("config")
         self.warn_unknown(config, CONFIG_FIELDS, ("config",))
         values = {
@@ -1244,6 +1344,18 @@ class SettingsReader:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys = self.aliases(), self.keys()
+        policies = {model: self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
+                    for model, value in self.table("policies").items()}  # fmt: skip
+        pools = self.pools(servers)
+        self.check_together(values, keys, policies)
+        if self.errors:  # an unknown key may be what was meant
+            raise SettingsError(self.errors + self.warnings)
+        return Settings(servers, aliases, policies, pools, keys, **values), self.warnings
+
+    def check_together(
+        self, values: dict[str, Any], keys: tuple[KeySettings, ...], policies: dict[str, str]
+    ) -> None:
+        """Settings that make sense only with others."""
         if bool(values.get("tls_cert")) is not bool(values.get("tls_key")):
             self.complain(("config", "tls_key"), values.get("tls_key"), "both tls_cert and tls_key")
         if values.get("status_access") in ("key", "admin") and not keys:
@@ -1252,9 +1364,23 @@ class SettingsReader:
         if values.get("admin_paths") and not any(key.admin for key in keys):
             path = ("config", "admin_paths")
             self.complain(path, values["admin_paths"], "one of [[keys]] with admin = true")
-        if self.errors:  # an unknown key may be what was meant
-            raise SettingsError(self.errors + self.warnings)
-        return Settings(servers, aliases, keys, **values), self.warnings
+        if "expression" in (values.get("policy"), *policies.values()) and not values.get("score"):
+            self.complain(("config", "score"), None, "a formula, for policy expression")
+
+    def pools(self, servers: tuple[ServerSettings, ...]) -> dict[str, float]:
+        """What share of requests each pool gets, in percent; servers of no pool get the rest."""
+        pools, check = dict[str, float](), number(0, 100)
+        for name, value in self.table("pools").items():
+            try:
+                pools[name] = check(value)
+            except ValueError as expected:
+                self.complain(("pools", name), value, f"{expected}, in percent")
+        if sum(pools.values()) > 100:
+            self.complain(("pools",), f"{sum(pools.values()):g} in all", "100 at most")
+        for i, server in enumerate(servers):
+            if server.pool and server.pool not in pools:
+                self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
+        return pools
 
     def servers(self, entries: Any, origin: str) -> tuple[ServerSettings, ...]:
         """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`."""
@@ -1267,6 +1393,8 @@ class SettingsReader:
             # None, too: an empty file is a half-written one, not a wish for no servers.
             self.complain(("servers",), entries, 'a list like [{ url = "http://10.0.0.1:8000" }]')
             return ()
+        entries = [{SYNONYMS.get(key, key): value for key, value in entry.items()}
+                   for entry in entries]  # fmt: skip
         return self.entries("servers", entries, ServerSettings, "url", SERVER_FIELDS, origin)
 
     def keys(self) -> tuple[KeySettings, ...]:
@@ -1383,7 +1511,7 @@ def line_of(toml: str, path: Path) -> int:
 
 def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them wait for the next start."""
-    changed = [key for key in (*CONFIG_FIELDS, "aliases", "keys")
+    changed = [key for key in (*CONFIG_FIELDS, "aliases", "policies", "pools", "keys")
                if getattr(old, key) != getattr(new, key)]  # fmt: skip
     late = [key for key in changed if key in RESTART_KEYS]
     now = [key for key in changed if key not in late]
@@ -1392,47 +1520,26 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  calls
+#  7  content
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What clients want, as far as a balancer must understand it: which paths are inference, which model
-# a request wants.  Content is read, never rewritten, but for the one value of `model`.
-
-# Paths that are passed on to servers: everything under these prefixes, and these.
-INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
-INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
-                            " /generative_scoring".split())  # fmt: skip
-# But for these, which change a server and not its answers; and dot segments, which a server that
-# resolves them would take for a path of another name.
-CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
-DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+# JSON and forms as far as a balancer must read them: where the members that matter stand.  Content
+# is read, never rewritten, but for the one value of `model`.
 
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 # Members by which servers talk to each other about one of their caches.  From a client's mouth,
 # vllm's own words, they end the engine of a server that believes them.
 RESERVED_MEMBERS = ("kv_transfer_params",)
 CALL_MEMBERS = ("model", "stream", *RESERVED_MEMBERS)
+SESSION_MEMBERS = ("session_id", "user", "user_id")  # the first that is there names a session;
+LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-project/router
+# What a server generates from, and what it puts before that.
+PROMPT_MEMBERS = ("messages", "prompt", "input")
+LEADING_MEMBERS = ("tools", "system", "instructions")
+READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS)
+FOUND_MEMBERS = (*READ_MEMBERS, *PROMPT_MEMBERS, *LEADING_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
-
-
-class Call(NamedTuple):
-    """What a request wants of a server, as far as choosing one goes."""
-
-    model: str | None  # None where the request names none
-    stream: bool
-    content: Content  # to send: as it came, but for an alias replaced by the model's own name
-
-
-def inference_path(path: str) -> str:
-    """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
-    base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
-    while path.startswith("/v1/v1/"):
-        path = path[3:]
-    if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
-        return ""
-    meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it
-    return "" if meant.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(meant) else path
 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
@@ -1525,6 +1632,16 @@ def member_name(written: bytes) -> bytes:
     return written
 
 
+def member_spans(content: Content, wanted: Iterable[str]) -> Spans:
+    """The same for content that is all there and not large."""
+    spans = Spans()
+    scan = find_members(spans, wanted)
+    next(scan)
+    while not scan.send(content):
+        pass
+    return spans
+
+
 @functools.cache
 def other_members(wanted: tuple[bytes, ...]) -> Any:
     """Matches whole members of other names, with the comma after each."""
@@ -1542,7 +1659,7 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
             document = json.loads(content)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
-                if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
+                if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
     except RecursionError:
         raise BadMessage("the content is nested too deeply to be read") from None
     except ValueError:
@@ -1599,55 +1716,11 @@ def part_names(fields: bytes) -> list[str]:
     return [name.decode("latin-1") for name in found]
 
 
-def read_call(
-    head: RequestHead, content: Content, spans: Spans | None,
-    aliases: Mapping[str, str], default_model: str,
-) -> Call:  # fmt: skip
-    """What the request wants.  Looks for `model` in JSON or form content, then in the query.
-    Only an alias, or the default model where none is named, changes the content."""
-    members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
-    if boundary:
-        spans = form_spans(content, boundary)
-        members = {name: bytes(content[a:b]).decode("utf-8", "replace")
-                   for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
-    elif content:
-        refuse_reserved(content, spans, members := read_members(content, spans))
-    named = asked = members.get("model") or None
-    if not content and head.query:  # beside content, servers do not look there
-        found = urllib.parse.parse_qs(head.query).get("model", [None])
-        if len(found) > 1:
-            raise BadMessage("the query says model twice")
-        asked = found[0]
-    if asked is None and content:
-        asked = default_model or None
-    if not isinstance(asked, str):  # a number, say: a server will refuse it
-        asked = None
-    model = aliases.get(asked, asked) if asked is not None else None
-    if content and model is not None and model != named and asked in (named, default_model):
-        content = with_model(content, boundary, spans, model)
-    return Call(model, members.get("stream") in (True, "true", "True", "1"), content)
-
-
-def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
-    """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
-    could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
-    for name in RESERVED_MEMBERS:
-        if members.get(name) is not None or (spans is not None and name in spans):
-            raise BadMessage(f"{name} is not for clients to say")
-    if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
-            raise BadMessage("the content is JSON in another encoding than UTF-8")
-
-
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
     """The content with another `model`: that one value is replaced, or put in front where there
     is none; every other byte stays."""
     if spans is None:
-        spans = Spans()
-        scan = find_members(spans, ("model",))
-        next(scan)
-        while not scan.send(content):
-            pass
+        spans = member_spans(content, ("model",))
     value = model.encode() if boundary else json.dumps(model).encode()
     if "model" in spans:
         return splice(content, spans["model"], value)
@@ -1669,7 +1742,245 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  dialect
+#  8  prompts
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is known of a prompt without understanding it: about how long it is, and hashes of ever
+# longer starts of it.  Servers keep what they have read (vLLM's prefix cache), so a Memory of what
+# each was sent tells how much of a prompt one of them need not read again.  No text is kept.
+
+# A chain has a link up to each of these, in bytes from the prompt's start: fine where prompts part,
+# coarse where they have long been the same; the end is where a prompt costs 0.1 ms to hash.
+LINK_ENDS = (
+    *range(256, 2**14 + 1, 256), *range(2**14 + 1024, 2**16 + 1, 1024),
+    *range(2**16 + 4096, 2**18 + 1, 4096),
+)  # fmt: skip
+BYTES_PER_TOKEN = 4  # of English and of JSON; a ratio that is wrong everywhere misleads nobody
+MEDIA_MARK = b";base64,"
+MEDIA_TOKENS = 1000  # of an image, about, whatever its bytes
+MEDIA_LIMIT = 100  # pieces that are looked for
+MEDIA_FROM_BYTES = 4096  # of content that may hold one
+MEMORY_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
+MEMORY_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
+MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
+
+
+class Prompt(NamedTuple):
+    """What a request wants read before the answer.  `chain` has a hash of the prompt's start up to
+    each of `ends`, as far as it reaches; equal hashes, equal starts.  The hashes are this
+    process's own (PYTHONHASHSEED)."""
+
+    tokens: int = 0  # about; 0 is unknown
+    chain: tuple[int, ...] = ()
+    ends: Sequence[int] = LINK_ENDS
+    size: int = 1  # of all, in the unit of `ends`
+    opening: bytes = b""  # the first link's bytes, of which anybody can make the same hash
+
+    def tokens_in(self, links: int) -> int:
+        """How many tokens of the prompt so many links cover."""
+        return self.tokens * min(self.ends[links - 1], self.size) // self.size if links else 0
+
+
+NO_PROMPT = Prompt()
+
+
+def read_prompt(
+    content: Content, spans: Spans | None, members: Mapping[str, Any], model: str | None
+) -> Prompt:
+    """The prompt in JSON content.  Its chain begins with the model (also a LoRA adapter's name)
+    and with the members that servers put first, wherever they stand in the content; then come the
+    messages, to the content's end."""
+    known: Mapping[str, Any] = members if spans is None else spans
+    if spans is None and any(name in known for name in LEADING_MEMBERS):
+        spans = member_spans(content, (*PROMPT_MEMBERS, *LEADING_MEMBERS))
+    start = -1
+    for name, mark in MEMBER_MARKS.items():
+        if name in known:
+            if spans is None:  # inside a text its quotes would be escaped
+                start = content.find(b":", content.find(mark)) + 1
+            elif name in spans:
+                start = spans[name][0]
+            break
+    if start < 0:
+        return NO_PROMPT
+    view = memoryview(content)
+    leading = tuple(bytes(view[slice(*spans[name])]) for name in LEADING_MEMBERS if name in spans
+                    ) if spans else ()  # fmt: skip
+    raw, size = bytes(view[start : start + LINK_ENDS[-1]]), len(content) - start
+    tokens = prompt_tokens(content, start) + sum(map(len, leading)) // BYTES_PER_TOKEN
+    chain, link, begin = list[int](), hash((model, leading)), 0
+    for end in LINK_ENDS:
+        if end > size:
+            break
+        link = hash((link, raw[begin:end]))
+        chain.append(link)
+        begin = end
+    return Prompt(tokens, tuple(chain), LINK_ENDS, size, raw[: LINK_ENDS[0]])
+
+
+def prompt_tokens(content: Content, start: int) -> int:
+    """About how many there are from `start` on; images are not read letter by letter."""
+    count = len(content) - start
+    at = content.find(MEDIA_MARK, start) if count > MEDIA_FROM_BYTES else -1
+    media = 0
+    while at >= 0 and media < MEDIA_LIMIT:
+        end = content.find(b'"', at)
+        end = len(content) if end < 0 else end
+        count, media = count - (end - at), media + 1
+        at = content.find(MEDIA_MARK, end)
+    return count // BYTES_PER_TOKEN + media * MEDIA_TOKENS
+
+
+class Memory:
+    """What a server has probably in its prefix cache: the links of what it was sent, as many as
+    fit into its KV cache, the oldest forgotten first.
+
+    A link's predecessors are always younger than it is, so what is remembered of a chain is a
+    start of it, and its length is found by bisection.
+    """
+
+    __slots__ = ("_links", "_tokens", "limit_tokens")
+
+    def __init__(self) -> None:
+        self._links: OrderedDict[int, int] = OrderedDict()  # tokens of each
+        self._tokens = 0
+        self.limit_tokens = MEMORY_TOKENS
+
+    def known(self, chain: Sequence[int]) -> int:
+        """How many of a chain's links are remembered."""
+        links = self._links
+        if not chain or chain[0] not in links:
+            return 0
+        low, high = 1, len(chain)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if chain[middle - 1] in links:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def learn(self, prompt: Prompt) -> None:
+        """A server reads this prompt."""
+        links, known = self._links, self.known(prompt.chain)
+        before = prompt.tokens_in(known)
+        for n in range(known, len(prompt.chain)):
+            tokens = prompt.tokens_in(n + 1)
+            links[prompt.chain[n]] = tokens - before
+            self._tokens += tokens - before
+            before = tokens
+        for link in reversed(prompt.chain):
+            links.move_to_end(link)
+        while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
+            self._tokens -= links.popitem(last=False)[1]
+
+    def forget(self) -> None:
+        self._links.clear()
+        self._tokens = 0
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  9  calls
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What clients want, as far as a balancer must understand it: which paths are inference, which model
+# a request wants, for which session.
+
+# Paths that are passed on to servers: everything under these prefixes, and these.
+INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
+INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
+                            " /generative_scoring".split())  # fmt: skip
+# But for these, which change a server and not its answers; and dot segments, which a server that
+# resolves them would take for a path of another name.
+CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
+DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+
+
+def inference_path(path: str) -> str:
+    """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
+    base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
+    while path.startswith("/v1/v1/"):
+        path = path[3:]
+    if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
+        return ""
+    meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it
+    return "" if meant.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(meant) else path
+
+
+class Call(NamedTuple):
+    """What a request wants of a server, as far as choosing one goes."""
+
+    model: str | None  # None where the request names none
+    stream: bool = False
+    prompt: Prompt = NO_PROMPT
+    session: str = ""  # "" where it belongs to none
+
+
+def read_call(
+    head: RequestHead, content: Content, spans: Spans | None, s: Settings
+) -> tuple[Call, Content]:
+    """What the request wants, and its content as it is to be sent.  Looks for `model` in JSON or
+    form content, then in the query.  Only an alias, or the default model where none is named,
+    changes the content."""
+    aliases, default_model = s.aliases, s.default_model
+    members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
+    if boundary:
+        spans = form_spans(content, boundary)
+        members = {name: bytes(content[a:b]).decode("utf-8", "replace")
+                   for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
+    elif content:
+        refuse_reserved(content, spans, members := read_members(content, spans))
+    named = asked = members.get("model") or None
+    if not content and head.query:  # beside content, servers do not look there
+        found = urllib.parse.parse_qs(head.query).get("model", [None])
+        if len(found) > 1:
+            raise BadMessage("the query says model twice")
+        asked = found[0]
+    if asked is None and content:
+        asked = default_model or None
+    if not isinstance(asked, str):  # a number, say: a server will refuse it
+        asked = None
+    model = aliases.get(asked, asked) if asked is not None else None
+    prompt = NO_PROMPT if boundary else read_prompt(content, spans, members, model)
+    if content and model is not None and model != named and asked in (named, default_model):
+        content = with_model(content, boundary, spans, model)
+    stream = members.get("stream") in (True, "true", "True", "1")
+    return Call(model, stream, prompt, session_of(head.fields, members, s)), content
+
+
+def wants_explanation(head: RequestHead) -> bool:
+    """Whether the request is not to be sent to a server: only where it would go is asked."""
+    return head.method == "POST" and head.path == "/explain"
+
+
+def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
+    """What names the session that a request belongs to, or ''."""
+    for name in s.session_headers:
+        if value := fields.get(name.lower()):
+            return f"{name}: {value}"
+    for name in SESSION_MEMBERS:
+        said = members.get(name)
+        if isinstance(said, str) and said:
+            return f"{name}: {said}"
+    for name in LAST_SESSION_FIELDS:
+        if value := fields.get(name):
+            return f"{name}: {value}"
+    return ""
+
+
+def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
+    """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
+    could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
+    for name in RESERVED_MEMBERS:
+        if members.get(name) is not None or (spans is not None and name in spans):
+            raise BadMessage(f"{name} is not for clients to say")
+    if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
+            raise BadMessage("the content is JSON in another encoding than UTF-8")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  10  dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end
@@ -1739,6 +2050,18 @@ def bad_answer(status: int, content: bytes) -> Fault | None:
     return Fault.ABORTED if b'"abort"' in content and ABORT_REASON.search(content) else None
 
 
+COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})')
+
+
+def completion_tokens(tail: bytes, size: int) -> int:
+    """How many tokens an answer of so many bytes had: by its own word if it said so at its end;
+    else about one for each event of a stream, or for each word of a plain answer."""
+    if said := COMPLETION_TOKENS.findall(tail):
+        return int(said[-1])
+    events = tail.count(b"data:")
+    return size * events // len(tail) if events else size // BYTES_PER_TOKEN
+
+
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
     """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
     /v1/messages, look for `type` beside it."""
@@ -1768,6 +2091,12 @@ VLLM_METRICS = {
     "max_fds": VllmMetric(("process_max_fds",), sum),
     "prompt_tokens": VllmMetric(("vllm:prompt_tokens_total",), sum),
     "generation_tokens": VllmMetric(("vllm:generation_tokens_total",), sum),
+    "prefix_hits": VllmMetric(
+        ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"), sum),
+    # Of these the labels are what is said.
+    "cache_config": VllmMetric(("vllm:cache_config_info",), sum),
+    "sleep": VllmMetric(("vllm:engine_sleep_state",), sum),
+    "lora": VllmMetric(("vllm:lora_requests_info",), max),
 }
 VLLM_NAMES = tuple(name for metric in VLLM_METRICS.values() for name in metric.names)
 PLAUSIBLE_LIMIT = 1e15  # a number beyond is nonsense, as are those below zero
@@ -1781,26 +2110,70 @@ class EngineLoad(NamedTuple):
     kv_usage_ratio: float | None = None
     max_fds: int | None = None
     tokens: int | None = None  # read and generated since its start: what moves while it works
+    generation_tokens: int | None = None  # of these, generated
+    prefix_hits: int | None = None  # prompt tokens found in its prefix cache since its start
+    kv_tokens: int | None = None  # that fit into its KV cache
+    caches: bool = True  # it has a prefix cache
+    asleep: bool = False
+    adapters: frozenset[str] = frozenset()  # LoRA adapters in use
+
+
+COUNTS = ("running", "waiting", "max_fds", "tokens", "generation_tokens", "prefix_hits")
+
+
+def engine_loads(page: str) -> dict[str, EngineLoad]:
+    """The load in a /metrics page of any vLLM since 0.8: of each engine by its label, and of all
+    together under ''."""
+    pages: dict[str, list[Sample]] = {"": []}
+    for sample in parse_samples(page, VLLM_NAMES):
+        if 0 <= sample.value < PLAUSIBLE_LIMIT:
+            pages[""].append(sample)
+            if engine := sample.labels.get("engine"):
+                pages.setdefault(engine, []).append(sample)
+    return {engine: joined_load(samples) for engine, samples in pages.items()}
 
 
 def engine_load(page: str) -> EngineLoad:
-    """The load in a /metrics page of any vLLM since 0.8."""
-    found: dict[str, list[float]] = {}
-    for sample in parse_samples(page, VLLM_NAMES):
-        if 0 <= sample.value < PLAUSIBLE_LIMIT:
-            found.setdefault(sample.name, []).append(sample.value)
-    values: dict[str, float] = {}
+    return engine_loads(page)[""]
+
+
+def joined_load(samples: Iterable[Sample]) -> EngineLoad:
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.name, []).append(sample)
+    values, said = dict[str, float](), dict[str, list[Sample]]()
     for key, metric in VLLM_METRICS.items():
         for name in metric.names:
             if name in found:
-                values[key] = metric.per_engine(found[name])
+                said[key] = found[name]
+                values[key] = metric.per_engine([sample.value for sample in found[name]])
                 break
     if "waiting" in values:
         values["waiting"] += values.get("swapped", 0)
     if "prompt_tokens" in values or "generation_tokens" in values:
         values["tokens"] = values.get("prompt_tokens", 0) + values.get("generation_tokens", 0)
-    count = {k: int(values[k]) for k in ("running", "waiting", "max_fds", "tokens") if k in values}
-    return EngineLoad(kv_usage_ratio=values.get("kv_usage"), **count)
+    # The value of this one is a time; the newest child is the true one.
+    lora = max(said.get("lora", ()), key=lambda sample: sample.value, default=None)
+    running = lora.labels.get("running_lora_adapters", "") if lora else ""
+    configs = [sample.labels for sample in said.get("cache_config", ())]
+    return EngineLoad(
+        kv_usage_ratio=values.get("kv_usage"),
+        kv_tokens=sum(map(kv_size, configs)) or None,
+        caches=all(c.get("enable_prefix_caching") != "False" for c in configs),
+        asleep=any(one.value == 0 for one in said.get("sleep", ())
+                   if one.labels.get("sleep_state") == "awake"),
+        adapters=frozenset(filter(None, running.split(","))),
+        **{key: int(values[key]) for key in COUNTS if key in values},
+    )  # fmt: skip
+
+
+def kv_size(config: Mapping[str, str]) -> int:
+    """Tokens that fit into the KV cache that cache_config_info describes; 0 is unknown."""
+    size, blocks = config.get("kv_cache_size_tokens", ""), config.get("num_gpu_blocks", "")
+    block = config.get("block_size", "")
+    if size.isdecimal():
+        return int(size[:15])
+    return int(blocks[:9]) * int(block[:6]) if blocks.isdecimal() and block.isdecimal() else 0
 
 
 def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
@@ -1815,7 +2188,7 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  access
+#  11  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
@@ -1916,12 +2289,11 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  fleet
+#  12  health
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# The servers and everything known of them.  What is known of one is a frozen ServerView; the
-# fleet holds the newest of each and replaces it when it is told something new.  Views are kept by
-# URL, so they survive a reload of the settings.
+# Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
+# is a new frozen Health.
 
 
 class State(Enum):
@@ -2059,18 +2431,43 @@ class Health(NamedTuple):
         return self
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  13  fleet
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The servers and everything known of them.  What is known of one is a frozen ServerView; the
+# fleet holds the newest of each and replaces it when it is told something new.  Views are kept by
+# URL, so they survive a reload of the settings.  A server with several engines (data parallel) has
+# a view for each, `url@rank`; their health is one.
+
+
 Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
 
 
-class ServerView(NamedTuple):
-    """All that is known of a server at one moment.  Times are monotonic, -inf for never."""
+START_CAPACITY = 64.0  # of a server that was given none: where learning begins
+FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
+KEPT_REPORTS = 3  # a single report may be missed
 
-    url: str
-    capacity: int
+
+class ServerView(NamedTuple):
+    """All that is known of a server, or of one of its engines, at one moment.  Times are
+    monotonic, -inf for never."""
+
+    url: str  # of an engine: with @rank
+    configured: int  # its max_concurrent_requests, or AUTO
     health: Health
+    weight: float = 1.0
+    tier: int = 1
+    pool: str = ""
+    share: float = 100.0  # of requests, in percent, that its pool gets
     draining: bool = False
     in_flight: int = 0  # requests of ours, exact
     on_trial: int = 0  # of these, begun while the circuit was half-open
+    pending: int = 0  # of their prompts: tokens it has to read before it answers them
+    speed: float = 0.0  # prompt tokens it reads per second, as learned; 0 is unknown
+    pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
+    learned: float = START_CAPACITY  # what its pace says of its capacity
+    trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
     progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
@@ -2079,8 +2476,35 @@ class ServerView(NamedTuple):
     models_at: float = -INFINITY
 
     @property
+    def server(self) -> str:
+        """The URL of the server, for an engine, too."""
+        return self.url.partition("@")[0]
+
+    @property
+    def rank(self) -> str:
+        """The engine's number, '' for a server that is one."""
+        return self.url.partition("@")[2]
+
+    @property
+    def capacity(self) -> float:
+        return self.configured or self.learned
+
+    @property
     def healthy(self) -> bool:
         return self.health.state is State.HEALTHY
+
+    def full(self, now: float, interval_s: float) -> bool:
+        """Whether a request more would only wait there.  A number that was configured is a limit;
+        a learned one is an opinion, and has to be confirmed by the server's own queue."""
+        if self.configured:
+            return self.in_flight >= self.configured
+        busy = self.in_flight + self.foreign(now, interval_s) >= FULL_RATIO * self.learned
+        return busy and bool(self.load.waiting) and self.reports(now, interval_s)
+
+    def ramp(self, now: float, slow_start_s: float) -> float:
+        """The share of its capacity that it gets since it has come back: from a tenth to all."""
+        age_s = now - self.health.since
+        return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * max(0.0, age_s) / slow_start_s
 
     def foreign(self, now: float, interval_s: float) -> float:
         """Requests it has that are not ours, fading once the report is older than the time
@@ -2093,11 +2517,20 @@ class ServerView(NamedTuple):
 
     def reports(self, now: float, interval_s: float) -> bool:
         """Whether what it says of its load is news; a single report may be missed."""
-        return now - self.load_at <= 3 * interval_s + 1
+        return now - self.load_at <= KEPT_REPORTS * interval_s + 1
 
     def serves(self, model: str) -> bool:
         """Whether it may have this model; a server that has not said is given the chance."""
         return self.models is None or model in self.models
+
+
+def disagreement(view: ServerView) -> str:
+    """That a server's pace says another capacity than its settings, or ''."""
+    if not (view.configured and view.pace_s):
+        return ""
+    ratio = view.learned / view.configured
+    known = 0.5 <= ratio <= 2.0
+    return "" if known else f"configured {view.configured}, behaves like {view.learned:.0f}"
 
 
 class Transition(NamedTuple):
@@ -2141,19 +2574,71 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 class Lease:
     """Counts one request in flight, from its making to the end of its `with` block, whatever ends
-    that."""
+    that; and until its answer begins, the tokens of its prompt."""
 
-    __slots__ = ("url", "_fleet", "_trial")
+    __slots__ = ("url", "cached", "_fleet", "_trial", "_pending", "_ahead", "_sent_at")
 
-    def __init__(self, fleet: Fleet, url: str, trial: bool) -> None:
-        self.url, self._fleet, self._trial = url, fleet, trial
-        fleet.count(url, 1, trial)
+    def __init__(self, fleet: Fleet, url: str, now: float, prompt: Prompt) -> None:
+        self.url, self._fleet, self._sent_at = url, fleet, now
+        self._trial = self._pending = self._ahead = self.cached = 0
+        if (view := fleet.view(url)) is None:
+            return
+        self._trial = view.health.circuit(now) == "half-open"
+        self.cached = fleet.remembers(url, prompt)
+        self._pending = prompt.tokens - int(self.cached * view.trust)
+        if not view.load.waiting:  # else the time to the first byte says nothing of its speed
+            self._ahead = view.pending + self._pending
+        fleet.count(url, 1, self._trial, self._pending)
+
+    def answered(self, now: float, learn: bool) -> None:
+        """The answer begins.  `learn` from that, if it begins when the prompt is read."""
+        if self._pending or self.cached:
+            self._fleet.heard(
+                self.url, self._pending, self.cached,
+                self._ahead if learn else 0, now - self._sent_at)  # fmt: skip
+        self._pending = self.cached = 0
+
+    @property
+    def pending(self) -> int:
+        return self._pending
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._fleet.count(self.url, -1, self._trial)
+        self._fleet.count(self.url, -1, -self._trial, -self._pending)
+
+
+# How fast what was learned gives way to what is seen.  The figures are those of routing studies:
+# anything from half to twice as much does as well.
+SPEED_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of the engine
+SPEED_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
+SPEED_WEIGHT = 0.05
+SPEED_CLAMP = 4.0  # one sample is taken for so much faster or slower at most
+PACE_MEMORY_S = 15.0
+CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median pace
+CAPACITY_LIMITS = 1.0, 4096.0
+HITS_DOUBT_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
+HITS_FADE = 0.9  # by report
+HITS_SLACK = 1.3  # our count of tokens is an estimate, and so is their fate
+
+
+class Expected:
+    """Cached tokens that requests should find at a server, against what it says they found."""
+
+    __slots__ = ("since", "sum", "found")
+
+    def __init__(self) -> None:
+        self.since = 0  # the last report
+        self.sum = self.found = 0.0  # of late
+
+    def trust(self, hits: int) -> float:
+        """After one more report: the share that is really found."""
+        self.sum = self.sum * HITS_FADE + self.since
+        self.found = self.found * HITS_FADE + hits
+        self.since = 0
+        share = (self.found + HITS_DOUBT_TOKENS) / (self.sum + HITS_DOUBT_TOKENS)
+        return min(1.0, HITS_SLACK * share)
 
 
 class Fleet:
@@ -2161,159 +2646,559 @@ class Fleet:
 
     def __init__(self) -> None:
         self._views: dict[str, ServerView] = {}
+        self._memories: dict[str, Memory] = {}
+        self._expected: dict[str, Expected] = {}
 
     def views(self) -> list[ServerView]:
         return list(self._views.values())
 
-    def has_place(self) -> bool:
+    def has_place(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
-        return any(v.in_flight < v.capacity and v.health.answers and not v.draining
+        return any(v.health.answers and not v.draining and not v.full(now, interval_s)
                    for v in self._views.values())  # fmt: skip
 
     def view(self, url: str) -> ServerView | None:
         return self._views.get(url)
 
-    def apply(self, wanted: Iterable[ServerSettings], now: float) -> tuple[list[str], list[str]]:
+    def engines(self, server: str) -> list[ServerView]:
+        """The views of one server."""
+        if (view := self._views.get(server)) is not None:
+            return [view]
+        return [view for view in self._views.values() if view.server == server]
+
+    @property
+    def ranked(self) -> bool:
+        """Whether any server is chosen engine by engine."""
+        return any("@" in url for url in self._views)
+
+    def apply(
+        self, wanted: Iterable[ServerSettings], now: float, pools: Mapping[str, float] | None = None
+    ) -> tuple[list[str], list[str]]:
         """Make the fleet what the settings say: (URLs added, URLs now draining).  A server that
         is wanted again while it drains simply stays, with all that is known of it."""
         old, fresh = self._views, Health(State.CHECKING, "not checked yet", now)
+        pools = pools or {}
+        rest = 100.0 - sum(pools.values())
         self._views = {}
         for server in wanted:
-            view = old.get(server.url) or ServerView(server.url, 0, fresh)
-            capacity = server.max_concurrent_requests
-            self._views[server.url] = view._replace(capacity=capacity, draining=False)
+            known = next((v.health for v in old.values() if v.server == server.url), fresh)
+            ranks = range(server.data_parallel_size)
+            urls = [f"{server.url}@{n}" for n in ranks] if len(ranks) > 1 else [server.url]
+            for url in urls:
+                limit = server.max_concurrent_requests
+                view = old.get(url) or ServerView(url, limit, known, learned=limit or START_CAPACITY)
+                self._views[url] = view._replace(
+                    configured=limit, draining=False, weight=server.weight, tier=server.tier,
+                    pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
         added = [url for url in self._views if url not in old or old[url].draining]
         leaving = [view for url, view in old.items() if url not in self._views]
         for view in leaving:
             if view.in_flight:
                 self._views[view.url] = view._replace(draining=True)
+        self._memories = {url: self._memories.get(url) or Memory() for url in self._views}
+        self._expected = {url: self._expected.get(url) or Expected() for url in self._views}
         return added, [view.url for view in leaving if not view.draining]
 
     def in_flight(self, url: str) -> int:
         view = self._views.get(url)
         return view.in_flight if view else 0
 
-    def lease(self, url: str, now: float) -> Lease:
-        view = self._views.get(url)
-        return Lease(self, url, view is not None and view.health.circuit(now) == "half-open")
+    def cached(self, prompt: Prompt) -> list[int]:
+        """How many of a prompt's tokens each server has probably cached, in the order of views."""
+        chain, out = prompt.chain, list[int]()
+        for view, memory in zip(self._views.values(), self._memories.values()):
+            known = memory.known(chain)
+            out.append(int(prompt.tokens_in(known) * view.trust) if known else 0)
+        return out
 
-    def count(self, url: str, change: int, trial: bool) -> None:
-        """For leases.  A draining server leaves with its last request."""
+    def lease(self, url: str, now: float, prompt: Prompt = NO_PROMPT) -> Lease:
+        return Lease(self, url, now, prompt)
+
+    # What leases tell.
+
+    def remembers(self, url: str, prompt: Prompt) -> int:
+        """How many of the prompt's tokens it was sent before; from now on, all of them."""
+        memory = self._memories[url]
+        cached = prompt.tokens_in(memory.known(prompt.chain))
+        memory.learn(prompt)
+        return cached
+
+    def count(self, url: str, requests: int, trials: int = 0, tokens: int = 0) -> None:
+        """So many more are with a server.  A draining one leaves with its last request."""
         view = self._views.get(url)
         if view is None:
             return
-        in_flight, on_trial = view.in_flight + change, view.on_trial + change * trial
+        in_flight = view.in_flight + requests
         if view.draining and in_flight == 0:
-            del self._views[url]
+            for known in (self._views, self._memories, self._expected):
+                known.pop(url)
         else:
-            self._views[url] = view._replace(in_flight=in_flight, on_trial=on_trial)
+            self._views[url] = view._replace(
+                in_flight=in_flight, on_trial=view.on_trial + trials, pending=view.pending + tokens)
+
+    def heard(self, url: str, tokens: int, cached: int, ahead: int, seconds: float) -> None:
+        """A prompt was read.  If `ahead`, so many tokens took so long, and tell the speed."""
+        view = self._views.get(url)
+        if view is None:
+            return
+        self._expected[url].since += cached
+        speed = view.speed
+        if ahead > SPEED_SAMPLE_TOKENS and seconds > 0:
+            found = ahead / seconds
+            speed = speed or found
+            found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
+            speed += SPEED_WEIGHT * min(1.0, ahead / SPEED_TRUSTED_TOKENS) * (found - speed)
+        self._views[url] = view._replace(pending=view.pending - tokens, speed=speed)
+
+    # What watchers tell.
 
     def models_due(self, url: str, now: float, s: Settings) -> bool:
         """Whether the next check should ask for the models, too: they are unknown, old, or the
         server is coming back and may have been restarted with others."""
-        view = self._views.get(url)
-        return view is None or not view.healthy or now - view.models_at >= s.models_interval
+        views = self.engines(url)
+        return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
     def learned(self, url: str, models: Models, now: float) -> None:
-        self._update(url, models=models, models_at=now)
+        for view in self.engines(url):
+            self._views[view.url] = view._replace(models=models, models_at=now)
 
-    def scraped(self, url: str, load: EngineLoad, own_then: int, now: float) -> None:
+    def scraped(self, url: str, load: EngineLoad, own_then: int, now: float) -> int:
         """A page of metrics came.  `own_then` is how many requests of ours it may have counted:
         the larger of those in flight when it was asked for and when it came, so that none of
-        them is taken for a foreign one."""
+        them is taken for a foreign one.  The prompt tokens it found cached since the last one."""
         view = self._views.get(url)
-        moved = view is not None and load.tokens != view.load.tokens
-        self._update(url, load=load, load_at=now, own_then=own_then)
-        if moved:
-            self._update(url, progress_at=now)
+        if view is None:
+            return 0
+        memory, before = self._memories[url], view.load
+        memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
+        began_anew = (load.tokens or 0) < (before.tokens or 0)
+        if began_anew or load.asleep:
+            memory.forget()
+        hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
+        trust, pace_s, learned = view.trust, view.pace_s, view.learned
+        if not load.caches:
+            trust = 0.0
+        elif before.prefix_hits is not None and not began_anew and self._expected[url].since:
+            trust = self._expected[url].trust(hits)
+        if not began_anew:
+            elapsed_s = now - view.load_at
+            pace_s = pace_after(view, load, elapsed_s)
+            learned = self.capacity_after(view, load, elapsed_s)
+        moved = load.tokens != before.tokens
+        self._views[url] = view._replace(
+            load=load, load_at=now, own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
+            progress_at=now if moved else view.progress_at)  # fmt: skip
+        return hits if before.prefix_hits is not None else 0
+
+    def capacity_after(self, view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
+        """A server's capacity, by a report: if it has a queue, it runs as many as it can; if not,
+        it may have more work while its answers come faster than those of others, and the reverse."""
+        running, most = load.running or 0, view.learned
+        if load.waiting and running:
+            return (most + running) / 2
+        paces = sorted(other.pace_s for other in self._views.values() if other.pace_s
+                       and not (view.models and other.models and view.models.keys().isdisjoint(
+                           other.models)))  # fmt: skip
+        if not view.pace_s or len(paces) < 2 or running < most / 2:
+            return most
+        deviation = min(1.0, max(-1.0, paces[len(paces) // 2] / view.pace_s - 1))
+        most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
+        return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> Transition | None:
         """Replace a server's health by what it is after the news: `Health.checked`, say, and its
         arguments.  The transition, if it is one."""
-        if (view := self._views.get(url)) is None:
+        server = url.partition("@")[0]
+        if not (views := self.engines(server)):
             return None
-        old, new = view.health, after(view.health, *news)
+        old = views[0].health
+        new = after(old, *news)
         if new is not old:
-            self._update(url, health=new)
-        return None if new.state is old.state else Transition(url, old.state, new.state, new.reason)
+            for view in views:
+                self._views[view.url] = view._replace(health=new)
+        if new.state is old.state:
+            return None
+        return Transition(server, old.state, new.state, new.reason)
 
-    def _update(self, url: str, **news: Any) -> None:
-        if url in self._views:
-            self._views[url] = self._views[url]._replace(**news)
+
+def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
+    """The seconds between two tokens of one answer, by one more report: so many requests ran for
+    so long, and so many tokens were generated."""
+    if load.generation_tokens is None or view.load.generation_tokens is None:
+        return view.pace_s
+    made = load.generation_tokens - view.load.generation_tokens
+    running = ((load.running or 0) + (view.load.running or 0)) / 2
+    if made <= 0 or running < 1:
+        return view.pace_s
+    found = elapsed_s * running / made
+    pace_s = view.pace_s or found
+    weight = 1 - math.exp(-elapsed_s / PACE_MEMORY_S)
+    return pace_s + weight * (min(found, SPEED_CLAMP * pace_s) - pace_s)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  policies
+#  14  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Views in, a ranking out.  A policy gives every eligible server a cost, and says which costs are
-# as good as the best; one of those servers is drawn.
+# What a server is worth for a call.  A policy sees a Scene: the servers that may be asked, in the
+# fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest is
+# asked, and one is drawn among equals; nobody is asked anything for it.
 #
-# To add a policy: a function with @policy("name", …), its name in POLICY_NAMES (5), a line in the
-# README.
+# To add a policy: a class with @policy("name"), its name in POLICY_NAMES (5), a line in the README.
 
 
 class Moment(NamedTuple):
-    """What a judgement depends on besides the servers."""
+    """What a judgement depends on besides servers and call."""
 
     now: float
     interval_s: float  # between two reports of load
     enforced: bool = False  # a server takes no more requests at once than its capacity
+    slow_start_s: float = 0.0
 
 
-Cost = Callable[[ServerView, Moment], float]
+class Scene(NamedTuple):
+    """What a policy judges."""
+
+    views: Sequence[ServerView]
+    cached: Sequence[int]  # tokens of the prompt, by server
+    call: Call
+    moment: Moment
+    draw: random.Random
+
+    def loads(self) -> list[float]:
+        """Requests with each server, ours exactly and those of others as far as they are known."""
+        now, interval_s = self.moment.now, self.moment.interval_s
+        return [v.in_flight + (v.foreign(now, interval_s) if v.load.running or v.load.waiting else 0)
+                for v in self.views]  # fmt: skip
+
+    def crowding(self) -> list[float]:
+        """How full each would be with the call."""
+        return [(load + 1) / (v.configured or v.learned)
+                for load, v in zip(self.loads(), self.views)]  # fmt: skip
+
+    def uncached(self) -> list[int]:
+        """Tokens of the prompt that each would have to read."""
+        return [self.call.prompt.tokens - cached for cached in self.cached]
 
 
-class Policy(NamedTuple):
-    """A row of POLICIES."""
+class Policy:
+    """One way to choose.  One object serves all calls for one model."""
 
-    name: str
-    cost: Cost
-    terms: Callable[[ServerView, Moment], str]  # the numbers behind a cost, in words
-    ties: Callable[[list[float]], float]  # the largest cost that is as good as the best
+    name: ClassVar[str] = ""
+    tie: ClassVar[float] = 1.0  # costs up to so many times the lowest are as good
+
+    def __init__(self, s: Settings) -> None:
+        self.settings = s
+
+    def costs(self, scene: Scene) -> list[float]:
+        """A cost for each server of the scene; once for each attempt."""
+        raise NotImplementedError
+
+    def terms(self, scene: Scene) -> list[str]:
+        """The numbers behind the costs, in words.  For people, after `costs` of the same scene."""
+        return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1) / {v.capacity:.4g}"
+                for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
+
+    def chosen(self, view: ServerView) -> None:
+        """That server is asked."""
 
 
-POLICIES: dict[str, Policy] = {}
+POLICIES: dict[str, type[Policy]] = {}
+P = TypeVar("P", bound=type[Policy])
 
 
-def policy(
-    name: str, terms: Callable[[ServerView, Moment], str],
-    ties: Callable[[list[float]], float] = min,
-) -> Callable[[Cost], Cost]:  # fmt: skip
-    def register(cost: Cost) -> Cost:
-        POLICIES[name] = Policy(name, cost, terms, ties)
-        return cost
+def policy(name: str) -> Callable[[P], P]:
+    def register(kind: P) -> P:
+        kind.name = name
+        POLICIES[name] = kind
+        return kind
 
     return register
 
 
-def merged_terms(v: ServerView, m: Moment) -> str:
-    foreign = v.foreign(m.now, m.interval_s)
-    return f"({v.in_flight} in flight + {foreign:.1f} foreign + 1) / {v.capacity}"
+# The default.  An answer is some work, too, about as much as reading so many tokens; so a prompt
+# that is cached is not free.  Beyond its capacity a server gets slow for all it serves, far more
+# than in proportion.  Measured, anything from half to twice these values does as well.
+ANSWER_TOKENS = 512
+OVERFULL_POWER = 4
+KV_ROOM = 1.05  # so that full is not infinitely bad
 
 
-def reported_terms(v: ServerView, m: Moment) -> str:
-    return f"{v.load.running or 0} running, {v.load.waiting or 0} waiting, capacity {v.capacity}"
+# Of one server: prompt tokens that were sent and are not answered yet, those of this prompt that it
+# has to read, its speed relative to the fleet's mean, how full it will be, the room in its KV cache.
+Weights = tuple[int, int, float, float, float]
 
 
-@policy("least", merged_terms)
-def least(v: ServerView, m: Moment) -> float:
+def unified_cost(pending: int, uncached: int, speed: float, crowding: float, room: float) -> float:
+    cost = ((pending + uncached) / speed + ANSWER_TOKENS) * crowding / room
+    return cost * crowding**OVERFULL_POWER if crowding > 1 else cost
+
+
+def unified_terms(pending: int, uncached: int, speed: float, crowding: float, room: float) -> str:
+    """The same in words."""
+    work = f"A {pending} + u {uncached}"
+    if speed != 1.0:
+        work = f"({work}) / speed {speed:.2f}"
+    full = "" if crowding <= 1 else f"^{1 + OVERFULL_POWER}"
+    left = f" / room {room:.2f}" if room < 1 else ""
+    return f"({work} + {ANSWER_TOKENS}) × rho {crowding:.2f}{full}{left}"
+
+
+@policy("unified")
+class Unified(Policy):
+    """The work ahead of the call's first token × how crowded the server will be ÷ the room in its
+    KV cache."""
+
+    tie = 1.02
+
+    def costs(self, scene: Scene) -> list[float]:
+        return [unified_cost(*weights) for weights in self.weigh(scene)]
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [unified_terms(*weights) for weights in self.weigh(scene)]
+
+    def weigh(self, scene: Scene) -> list[Weights]:
+        now, interval_s, _, slow_start_s = scene.moment
+        news_since = now - KEPT_REPORTS * interval_s - 1
+        tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
+        for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
+            if now - v.health.since < slow_start_s:
+                crowding /= v.ramp(now, slow_start_s)
+            room = KV_ROOM
+            if v.load_at >= news_since and v.load.kv_usage_ratio:
+                room -= min(1.0, v.load.kv_usage_ratio)
+            out.append((v.pending, tokens - cached, speed, crowding, room))
+        return out
+
+
+def relative_speeds(views: Sequence[ServerView]) -> list[float]:
+    """How fast each server reads, 1 being the mean.  One that is not known yet is taken to be as
+    fast for its capacity as the others are."""
+    speeds = [view.speed for view in views]
+    known = sum(speeds)
+    if not known:
+        return [1.0] * len(views)
+    if 0.0 in speeds:
+        capacities = [view.configured or view.learned for view in views]
+        per_capacity = known / sum(c for c, speed in zip(capacities, speeds) if speed)
+        speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
+        known = sum(speeds)
+    mean = known / len(speeds)
+    return [speed / mean for speed in speeds]
+
+
+@policy("least")
+class Least(Policy):
     """How full it will be with this request.  Own requests count exactly and at once, so a burst
     between two reports spreads; those of others as reported."""
-    return (v.in_flight + v.foreign(m.now, m.interval_s) + 1) / v.capacity
+
+    def costs(self, scene: Scene) -> list[float]:
+        return scene.crowding()
 
 
-@policy("mvllm", reported_terms,
-        ties=lambda costs: math.nextafter(0.5, 0) if min(costs) < 0.5 else min(costs))  # fmt: skip
-def mvllm(v: ServerView, m: Moment) -> float:
+@policy("round_robin")
+class RoundRobin(Policy):
+    """In turn, by weight: each server's next turn comes after 1 / weight more."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s)
+        self.turns: dict[str, float] = {}
+        self.last = 0.0  # the turn that was taken last; who comes new begins here
+
+    def costs(self, scene: Scene) -> list[float]:
+        # In their order within a round: a millionth part of a turn apart.
+        return [self.turn(view) + n * 1e-6 for n, view in enumerate(scene.views)]
+
+    def turn(self, view: ServerView) -> float:
+        if not view.weight:
+            return INFINITY
+        return max(self.turns.get(view.url, 0.0), self.last) + 1 / view.weight
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [f"its turn, weight {view.weight:g}" for view in scene.views]
+
+    def chosen(self, view: ServerView) -> None:
+        turn = self.turn(view)
+        if turn < INFINITY:
+            others = {url: at for url, at in self.turns.items() if at > self.last}
+            self.last = turn - 1 / view.weight
+            self.turns = {**others, view.url: turn}
+
+
+@policy("random")
+class Drawn(Policy):
+    """By chance, by weight: the first to arrive of processes with these rates."""
+
+    def costs(self, scene: Scene) -> list[float]:
+        return [scene.draw.expovariate(view.weight) if view.weight else INFINITY
+                for view in scene.views]  # fmt: skip
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [f"drawn, weight {view.weight:g}" for view in scene.views]
+
+
+@policy("power_of_two")
+class PowerOfTwo(Policy):
+    """Of two drawn by chance the less crowded."""
+
+    def costs(self, scene: Scene) -> list[float]:
+        drawn = scene.draw.sample(range(len(scene.views)), min(2, len(scene.views)))
+        return [cost if n in drawn else INFINITY for n, cost in enumerate(scene.crowding())]
+
+
+LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as kubeai's and Envoy's
+
+
+def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
+    """A cost for each server, by rendezvous hashing: the same key, the same order, whoever asks;
+    a server more or less moves only its own keys.  Larger servers get more of them."""
+    sized = all(view.configured for view in views)
+    out = []
+    for view in views:
+        weight = view.weight * (view.configured if sized else 1)
+        digest = hashlib.blake2b(view.url.encode(), key=key, digest_size=8).digest()
+        chance = (int.from_bytes(digest, "big") + 1) / 2**64
+        out.append(-math.log(chance) / weight if weight else INFINITY)
+    return out
+
+
+def bounded(costs: list[float], scene: Scene) -> list[float]:
+    """The same costs, but servers that have more than their share of all requests, by capacity,
+    come after all others: no key melts a server."""
+    loads = scene.loads()
+    per_capacity = LOAD_FACTOR * (sum(loads) + 1) / sum(view.capacity for view in scene.views)
+    most = max((cost for cost in costs if cost < INFINITY), default=0.0)
+    return [cost if load + 1 <= max(1.0, per_capacity * view.capacity) else cost + most
+            for cost, load, view in zip(costs, loads, scene.views)]  # fmt: skip
+
+
+class Hashed(Policy):
+    """The same server for the same key; without one, the least crowded."""
+
+    def key(self, call: Call) -> bytes:
+        raise NotImplementedError
+
+    def costs(self, scene: Scene) -> list[float]:
+        if not (key := self.key(scene.call)):
+            return scene.crowding()
+        digest = hashlib.blake2b(key, digest_size=32).digest()
+        return bounded(hashed(digest, scene.views), scene)
+
+    def terms(self, scene: Scene) -> list[str]:
+        words = super().terms(scene)
+        return [f"hashed; {line}" for line in words] if self.key(scene.call) else words
+
+
+@policy("consistent_hash")
+class ConsistentHash(Hashed):
+    """By session."""
+
+    def key(self, call: Call) -> bytes:
+        return call.session.encode("utf-8", "surrogateescape")
+
+
+@policy("prefix")
+class Prefix(Hashed):
+    """By the prompt's first bytes."""
+
+    def key(self, call: Call) -> bytes:
+        return (call.model or "").encode() + call.prompt.opening if call.prompt.opening else b""
+
+
+@policy("cache_aware")
+class CacheAware(Policy):
+    """As vllm-project/router's policy of that name: the server that knows most of the prompt if
+    it knows enough, the least loaded one if not, or if loads are too unequal.  Without its traps:
+    the absolute threshold is at most a server's capacity, else small servers are never relieved;
+    equals are drawn, not taken in their order; chats are seen, and nobody is asked to render
+    them."""
+
+    def costs(self, scene: Scene) -> list[float]:
+        s, loads = self.settings, scene.loads()
+        low, high = min(loads), max(loads)
+        most = min(s.balance_abs_threshold, scene.views[loads.index(high)].capacity)
+        known = max(scene.cached)
+        unequal = high - low > most and high > low * s.balance_rel_threshold
+        if unequal or known <= s.cache_threshold * scene.call.prompt.tokens:
+            return loads
+        return [load if cached == known else INFINITY for load, cached in zip(loads, scene.cached)]
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [f"{load:.1f} requests, {cached} of {scene.call.prompt.tokens} tokens cached"
+                for load, cached in zip(scene.loads(), scene.cached)]  # fmt: skip
+
+
+@policy("lmetric")
+class LMetric(Policy):
+    """Prompt tokens to read × requests in the batch (arXiv 2603.15202); it needs no capacities."""
+
+    def costs(self, scene: Scene) -> list[float]:
+        return [(view.pending + uncached + 1) * (load + 1) for view, uncached, load
+                in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [f"({view.pending} + {uncached} + 1) × ({load:.1f} + 1)" for view, uncached, load
+                in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
+
+
+@policy("mvllm")
+class Mvllm(Policy):
     """As mvllm: any server under 0.5, else the lowest; by the last report alone."""
-    return ((v.load.running or 0) + 0.5 * (v.load.waiting or 0)) / v.capacity
+
+    def costs(self, scene: Scene) -> list[float]:
+        return [0.0 if score < 0.5 else score for score in map(self.score, scene.views)]
+
+    def score(self, view: ServerView) -> float:
+        return ((view.load.running or 0) + 0.5 * (view.load.waiting or 0)) / view.capacity
+
+    def terms(self, scene: Scene) -> list[str]:
+        return [f"{v.load.running or 0} running, {v.load.waiting or 0} waiting,"
+                f" capacity {v.capacity:.4g}: {self.score(v):.3f}" for v in scene.views]  # fmt: skip
 
 
-@policy("vllm_router", reported_terms)
-def vllm_router(v: ServerView, m: Moment) -> float:
+@policy("vllm_router")
+class VllmRouter(Mvllm):
     """As mvllm's predecessor: the lowest, a running request counting three times."""
-    return (3 * (v.load.running or 0) + (v.load.waiting or 0)) / v.capacity
+
+    def costs(self, scene: Scene) -> list[float]:
+        return [self.score(view) for view in scene.views]
+
+    def score(self, view: ServerView) -> float:
+        return (3 * (view.load.running or 0) + (view.load.waiting or 0)) / view.capacity
+
+
+@policy("expression")
+class Expression(Policy):
+    """By a formula of the user's own, the setting `score`."""
+
+    def costs(self, scene: Scene) -> list[float]:
+        return list(map(compiled(self.settings.score), self.values(scene)))
+
+    def values(self, scene: Scene) -> list[dict[str, float]]:
+        """What each of SCORE_NAMES is."""
+        speeds, loads = relative_speeds(scene.views), scene.loads()
+        return [
+            {"running": v.load.running or 0, "waiting": v.load.waiting or 0,
+             "in_flight": v.in_flight, "foreign": load - v.in_flight, "capacity": v.capacity,
+             "kv_usage": v.load.kv_usage_ratio or 0.0, "pending": v.pending,
+             "prompt": scene.call.prompt.tokens, "cached": cached, "speed": speed,
+             "weight": v.weight}
+            for v, cached, speed, load in zip(scene.views, scene.cached, speeds, loads)
+        ]  # fmt: skip
+
+    def terms(self, scene: Scene) -> list[str]:
+        used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", self.settings.score)]
+        return [f"{self.settings.score} with " + ", ".join(f"{n} {values[n]:.4g}" for n in used)
+                for values in self.values(scene)]  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  15  ranking
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Who may be asked, who is asked, and why.  Some servers are passed over for a reason of their own;
+# of the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
+# the policy chooses among what is left.
 
 
 class Candidate(NamedTuple):
@@ -2329,10 +3214,13 @@ class Ranking(NamedTuple):
 
     best: str | None
     views: list[ServerView]
-    model: str | None
+    cached: list[int]
+    call: Call
     tried: frozenset[str]
     policy: Policy
     moment: Moment
+    reasons: list[str]  # by view, why it was passed over, or ''
+    costs: list[float]  # of the others, in their order
     behind: bool = False  # others have been waiting for the same
 
     @property
@@ -2341,37 +3229,56 @@ class Ranking(NamedTuple):
         if not self.moment.enforced:
             return False
         anyhow = self.moment._replace(enforced=False)
-        return self.behind or not all(passed_over(self.views, self.model, self.tried, anyhow))
+        return self.behind or not all(passed_over(self.views, self.call.model, self.tried, anyhow))
 
     @property
     def undecided(self) -> bool:
         """Whether a server that was not checked yet may still turn out to be the one."""
         return any(v.health.state is State.CHECKING and not v.draining for v in self.views)
 
+    @property
+    def scene(self) -> Scene:
+        return scene_of(self.views, self.cached, self.reasons, self.call, self.moment,
+                        random.Random(0))  # fmt: skip
+
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
-        rows = []
-        reasons = passed_over(self.views, self.model, self.tried, self.moment)
-        for view, reason in zip(self.views, reasons):
-            cost = INFINITY
-            if not reason:
-                cost = self.policy.cost(view, self.moment)
-                reason = f"cost {cost:.3f} = {self.policy.terms(view, self.moment)}"
-            rows.append(Candidate(view.url, cost, reason))
-        return sorted(rows, key=lambda row: row.cost)
+        scene = self.scene
+        judged = {view.url: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
+                  in zip(scene.views, self.costs, self.policy.terms(scene))}  # fmt: skip
+        rows = [Candidate(view.url, *judged.get(view.url, (INFINITY, reason)))
+                for view, reason in zip(self.views, self.reasons)]  # fmt: skip
+        return sorted(rows, key=lambda row: (row.url != self.best, row.cost))
+
+    def why(self) -> str:
+        """The choice in one line, for who asks."""
+        first, *others = self.candidates()
+        if self.best is None:
+            return "no server"
+        words = f"{first.url} {first.reason}"
+        if others and others[0].cost < INFINITY and first.cost > 0:
+            words += f"; next {others[0].url} ×{others[0].cost / first.cost:.1f}"
+        return words
+
+    def missed_tokens(self) -> int:
+        """How many more tokens of the prompt another server that might have been asked has."""
+        eligible = [(view.url, cached) for view, cached, reason
+                    in zip(self.views, self.cached, self.reasons) if not reason]  # fmt: skip
+        most = max((cached for _, cached in eligible), default=0)
+        return most - dict(eligible).get(self.best or "", most)
 
     def refusal(self, name_servers: bool) -> tuple[Fault, str]:
         """Why no server can take the call: the model is nobody's, or each server's reason."""
-        views = [view for view in self.views if not view.draining]
+        views, model = [view for view in self.views if not view.draining], self.call.model
         if not views:
             return Fault.NO_SERVER, "No server is configured."
         known = {name for view in views for name in view.models or ()}
         all_known = all(view.models is not None for view in views)
-        if self.model is not None and self.model not in known and all_known:
-            return Fault.UNKNOWN_MODEL, unknown_model(self.model, known)
+        if model is not None and model not in known and all_known:
+            return Fault.UNKNOWN_MODEL, unknown_model(model, known)
         reasons = "; ".join(f"{row.url if name_servers else f'server {n}'} {row.reason}"
                             for n, row in enumerate(self.candidates(), 1))  # fmt: skip
-        what = "this request" if self.model is None else f"the model `{self.model[:200]}`"
+        what = "this request" if model is None else f"the model `{model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
 
 
@@ -2410,40 +3317,106 @@ def obstacle(
     health = view.health
     if view.draining:
         return "is draining"
-    if not view.healthy:
+    if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and not view.on_trial
         if not (health.answers and (needed or trial)):
             return f"is {health.state.value} ({health.reason})"
-    if model is not None and not view.serves(model):
+    if model is not None and view.models is not None and model not in view.models:
         return f"does not serve {shown(model)}"
-    if moment.enforced and view.in_flight >= view.capacity:
-        return f"is full ({view.in_flight} of {view.capacity})"
-    return "was tried already" if view.url in tried else ""
+    if not view.share:
+        return f"gets none: its pool has 0 % ({view.pool or 'of no pool'})"
+    if moment.enforced and view.full(moment.now, moment.interval_s):
+        return f"is full ({view.in_flight} of {view.capacity:.4g})"
+    return "was tried already" if tried and view.server in tried else ""
+
+
+def narrowed(
+    views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
+) -> None:
+    """Passes over who is eligible, but not now: other pools than the one that is drawn, servers
+    without the LoRA adapter while others with it have room, higher tiers while lower ones have."""
+
+    if not any(view.pool or view.tier > 1 or view.load.adapters for view in views):
+        return
+
+    def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
+        """Only those, if there are any."""
+        rest = [n for n, reason in enumerate(reasons) if not reason]
+        if any(wanted(views[n]) for n in rest):
+            for n in rest:
+                if not wanted(views[n]):
+                    reasons[n] = why
+
+    def roomy(view: ServerView) -> bool:
+        load = view.in_flight + view.foreign(moment.now, moment.interval_s)
+        return bool(load < view.capacity)
+
+    eligible = [view for view, reason in zip(views, reasons) if not reason]
+    shares = {view.pool: view.share for view in eligible}
+    if len(shares) > 1:
+        pool = drawn_pool(shares, call, draw)
+        keep(lambda view: view.pool == pool, f"pool {pool or 'none'} was drawn")
+    if call.model and any(call.model in view.load.adapters for view in eligible):
+        keep(lambda view: call.model in view.load.adapters and roomy(view),
+             "has the adapter not loaded")  # fmt: skip
+    if len(tiers := {view.tier for view in eligible}) > 1:
+        for tier in sorted(tiers):
+            if any(not reason and view.tier == tier and roomy(view)
+                   for view, reason in zip(views, reasons)):  # fmt: skip
+                keep(lambda view, tier=tier: view.tier == tier,  # type: ignore[misc]
+                     f"tier {tier} has room")  # fmt: skip
+                break
+
+
+def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
+    """By their shares; a session stays with its pool."""
+    at = draw.random()
+    if call.session:
+        digest = hashlib.blake2b(call.session.encode("utf-8", "surrogateescape"), digest_size=8)
+        at = int.from_bytes(digest.digest(), "big") / 2**64
+    at *= sum(shares.values())
+    for pool in sorted(shares):
+        at -= shares[pool]
+        if at < 0:
+            break
+    return pool
+
+
+def scene_of(
+    views: Sequence[ServerView], cached: Sequence[int], reasons: Sequence[str], call: Call,
+    moment: Moment, draw: random.Random,
+) -> Scene:  # fmt: skip
+    """What is left to choose from."""
+    if not any(reasons):
+        return Scene(views, cached, call, moment, draw)
+    left = [n for n, reason in enumerate(reasons) if not reason]
+    return Scene([views[n] for n in left], [cached[n] for n in left], call, moment, draw)
 
 
 def rank(
-    views: list[ServerView], model: str | None, tried: frozenset[str],
-    by: Policy, moment: Moment, draw: random.Random,
+    views: list[ServerView], cached: list[int], call: Call, tried: frozenset[str], by: Policy,
+    moment: Moment, draw: random.Random,
 ) -> Ranking:  # fmt: skip
     """The best server for a call; once for each attempt."""
-    reasons = passed_over(views, model, tried, moment)
-    eligible = [view for view, reason in zip(views, reasons) if not reason]
-    best = None
-    if eligible:
-        costs = [by.cost(view, moment) for view in eligible]
-        limit = by.ties(costs)
-        good = [view for view, cost in zip(eligible, costs) if cost <= limit]
+    reasons = passed_over(views, call.model, tried, moment)
+    narrowed(views, reasons, call, moment, draw)
+    scene = scene_of(views, cached, reasons, call, moment, draw)
+    best, costs = None, list[float]()
+    if scene.views:
+        costs = by.costs(scene)
+        limit = by.tie * min(costs)
+        good = [view for view, cost in zip(scene.views, costs) if cost <= limit]
         best = (good[0] if len(good) == 1 else draw.choice(good)).url
-    return Ranking(best, views, model, tried, by, moment)
+    return Ranking(best, views, cached, call, tried, by, moment, reasons, costs)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  plans
+#  16  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (20) is the only driver.
+# steps.  The exchange (25) is the only driver.
 
 
 class Held(NamedTuple):
@@ -2578,7 +3551,7 @@ def relay_plan(
         free = failure.fault.retry is Retry.AT_ONCE and (attempt == 1 or failure.fault in UNHEARD)
         if not free and not afford():
             break
-        tried |= {best}
+        tried |= {best.partition("@")[0]}  # not another engine of the same server, either
     yield Answer(failure)
 
 
@@ -2659,7 +3632,7 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  reports
+#  17  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in; JSON documents, metric families and lines of text
@@ -2678,6 +3651,24 @@ class Clock(NamedTuple):
             return None
         at = self.wall - self.monotonic + then
         return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(at))}.{int(at % 1 * 1e6):06d}"
+
+
+def explain_report(rankings: Sequence[Ranking]) -> dict[str, Any]:
+    """/explain: how a server was chosen, attempt by attempt, with every term."""
+    return {"attempts": [ranking_report(ranking) for ranking in rankings]}
+
+
+def ranking_report(ranking: Ranking) -> dict[str, Any]:
+    cached = {view.url: count for view, count in zip(ranking.views, ranking.cached)}
+    rows = [{"url": row.url, "cost": row.cost if row.cost < INFINITY else None,
+             "reason": row.reason, "cached_tokens": cached[row.url]}
+            for row in ranking.candidates()]  # fmt: skip
+    return {
+        "policy": ranking.policy.name, "model": ranking.call.model, "chosen": ranking.best,
+        "why": ranking.why(), "prompt_tokens": ranking.call.prompt.tokens,
+        "session": bool(ranking.call.session), "queued": ranking.best is None and ranking.waits,
+        "servers": rows,
+    }  # fmt: skip
 
 
 def service_report() -> dict[str, Any]:
@@ -2725,7 +3716,7 @@ def load_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str,
     they are known; servers that have left are in no sum."""
     now, interval_s = clock.monotonic, s.metrics_interval
     loads = [v.in_flight + round(v.foreign(now, interval_s)) for v in views]
-    capacity = sum(view.capacity for view in views)
+    capacity = sum(round(view.capacity) for view in views)
     return {
         "servers": [server_load(view, load, not view.reports(now, interval_s), clock)
                     for view, load in zip(views, loads)],
@@ -2742,11 +3733,13 @@ def load_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str,
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
     said = view.load
     return {
-        "url": view.url, "current_load": load, "max_capacity": view.capacity,
-        "available_capacity": max(0, view.capacity - load),
+        "url": view.url, "current_load": load, "max_capacity": round(view.capacity),
+        "capacity_learned": not view.configured, "capacity_note": disagreement(view),
+        "available_capacity": max(0, round(view.capacity) - load),
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
-        "in_flight": view.in_flight, "last_updated": clock.iso(view.load_at), "stale": stale,
+        "in_flight": view.in_flight, "pending_prompt_tokens": view.pending,
+        "prompt_tokens_per_second": round(view.speed), "last_updated": clock.iso(view.load_at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
             "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
@@ -2827,6 +3820,18 @@ class Ledger:
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.waits = Histogram(
             "mvllm_queue_wait_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
+        self.decisions = Counter(
+            "mvllm_decisions_total", "Servers chosen, by what decided.", "policy", "reason")
+        self.prompt_tokens = Counter(
+            "mvllm_prompt_tokens_total", "Tokens of prompts, estimated by their bytes.")
+        self.cached_tokens = Counter(
+            "mvllm_prefix_tokens_expected_total", "Of these, expected in the server's cache.")
+        self.missed_tokens = Counter(
+            "mvllm_prefix_tokens_missed_total",
+            "Tokens more that another server was expected to have (regret).")
+        self.prefix_hits = Counter(
+            "mvllm_prefix_tokens_hit_total", "Tokens found in a server's cache, by its own word.",
+            "server")
         self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
@@ -2859,7 +3864,12 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
     "server_circuit_open": (
         "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
-    "server_capacity": ("Its max_concurrent_requests.", lambda v: v.capacity),
+    "server_capacity": ("Its max_concurrent_requests, or what was learned.",
+                        lambda v: v.capacity),
+    "server_learned_capacity": ("What its pace says of its capacity.", lambda v: v.learned),
+    "server_prompt_tokens_pending": ("Prompt tokens that it has to read.", lambda v: v.pending),
+    "server_prompt_tokens_per_second": (
+        "How fast it reads prompts, as learned.", lambda v: v.speed or None),
     "server_running": ("Running requests by its own word.", lambda v: v.load.running),
     "server_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
     "server_kv_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
@@ -2896,6 +3906,30 @@ def gauges(
     return families
 
 
+def shape_line(
+    call: Call, at: float, first_s: float | None, duration_s: float, output_tokens: int,
+    server: str, status: int, end: str,
+) -> str:  # fmt: skip
+    """One request for `replay`: no text of it, and hashes that nobody else can make.  Of the
+    prompt's links some are enough."""
+    chain, prompt = call.prompt.chain, call.prompt
+    kept = [n for n in range(len(chain)) if prompt.ends[n] % shape_step(prompt.ends[n]) == 0]
+    session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
+    return json.dumps({
+        "at": round(at, 3), "model": call.model, "session": session,
+        "prompt_tokens": prompt.tokens, "output_tokens": output_tokens,
+        "chain": [chain[n] & 0xFFFFFFFFFFFF for n in kept],
+        "ends": [prompt.tokens_in(n + 1) for n in kept],
+        "ttft": first_s if first_s is None else round(first_s, 4),
+        "duration": round(duration_s, 4), "server": server, "status": status, "end": end,
+    })  # fmt: skip
+
+
+def shape_step(end: int) -> int:
+    """Between two links that are kept, in bytes: an eighth of the way so far, or less."""
+    return int(max(256, 2 ** (end.bit_length() - 4)))
+
+
 def access_line(facts: Mapping[str, Any]) -> str:
     """One request as key=value pairs; a value with spaces is quoted.  Never content or keys."""
     out = []
@@ -2917,7 +3951,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  wire
+#  19  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -3288,7 +4322,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  pool
+#  20  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -3540,7 +4574,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  pump
+#  21  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -3677,7 +4711,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  response
+#  22  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -3718,7 +4752,7 @@ class Response:
         self.opened = False  # of which the client has seen comments, and no answer yet
         self.framing: Framing | None = None
         self.sent_bytes = 0
-        self.last = b""  # the last piece of content that was sent
+        self.tail = b""  # the last pieces of content that were sent
         self.first_byte_at: float | None = None
         self.end = "complete"  # or the label of a fault
 
@@ -3779,10 +4813,10 @@ class Response:
         chunked = self.framing == CHUNKED
         self.client.transport.write(encode_chunk(content) if chunked else content)
 
-    def sent(self, size: int, last: bytes, first_at: float | None) -> None:
+    def sent(self, size: int, tail: bytes, first_at: float | None) -> None:
         """Book content that was written."""
         self.sent_bytes += size
-        self.last = last or self.last
+        self.tail = tail or self.tail
         self.first_byte_at = self.first_byte_at or first_at
 
     def whole(self, reply: Reply) -> None:
@@ -3824,13 +4858,74 @@ class Response:
             self.client.reset()
             return
         event = error_event(fault, f"The answer broke off: {text.rstrip('.')}.")
-        if not self.last.endswith((b"\n\n", b"\r\n\r\n")):
+        if not self.tail.endswith((b"\n\n", b"\r\n\r\n")):
             event = b"\n\n" + event  # what was cut must not swallow it
         self.write(event)  # and the last chunk stays away
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  core
+#  23  journal
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Lines for people and programs that may read slowly or not at all, which is no reason for a client
+# to wait.
+
+DROPPED = "mvllm_lite: %d log lines were dropped"
+
+
+class LineWriter(logging.Handler):
+    """Writes log lines in a thread of its own.  When that is stuck in a terminal or pipe that
+    takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
+
+    def __init__(self, descriptor: int, owned: bool = False) -> None:
+        super().__init__()
+        self.owned = descriptor if owned else -1  # to be closed in the end
+        self.lines: queue.Queue[str | None] = queue.Queue(LOG_LINES_LIMIT)
+        self.dropped = 0
+        self.thread = threading.Thread(target=self._write, args=(descriptor,), daemon=True)
+        self.thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(self.format(record))
+
+    def say(self, line: str) -> None:
+        try:
+            self.lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+
+    def _write(self, descriptor: int) -> None:
+        while (line := self.lines.get()) is not None:
+            if self.dropped and self.lines.qsize() < LOG_LINES_LIMIT // 2:
+                line += f"\n{DROPPED % self.dropped}"
+                self.dropped = 0
+            data = f"{line}\n".encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
+                while data:
+                    data = data[os.write(descriptor, data) :]
+
+    def close(self) -> None:
+        """Everything that waits is written, if that takes no longer than a second."""
+        with contextlib.suppress(queue.Full):
+            self.lines.put(None, timeout=0.1)
+        self.thread.join(1.0)
+        if self.owned >= 0 and not self.thread.is_alive():
+            os.close(self.owned)
+            self.owned = -1
+        super().close()
+
+
+def shape_writer(path: str) -> LineWriter | None:
+    """Writes to the end of a file; None, and the log says why, if that cannot be."""
+    try:
+        return LineWriter(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640), True)
+    except OSError as error:
+        log.error("no shape is written to %s: %s", shown(path), reason_of(error))
+        return None
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  23  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -3872,6 +4967,9 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.queue = WaitQueue()
+        self.policies: dict[tuple[str, str | None], Policy] = {}  # by name and model
+        self.shape: LineWriter | None = None  # where the traffic's shape is written
+        self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
         self.secrets = Secrets()
         self.pools: dict[str, Pool] = {}
@@ -3895,14 +4993,50 @@ class Core:
             self.pools[url] = self.secrets.pool(url)
         return self.pools[url]
 
+    def policy(self, model: str | None) -> Policy:
+        """The one for calls for that model."""
+        s = self.settings
+        key = s.policies.get(model or "", s.policy), model
+        if key not in self.policies:
+            if len(self.policies) >= LABEL_SETS_LIMIT:  # clients may ask for anything
+                self.policies.clear()
+            self.policies[key] = POLICIES[key[0]](s)
+        return self.policies[key]
+
+    def moment(self, now: float) -> Moment:
+        s = self.settings
+        return Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+
+    def has_place(self) -> bool:
+        """Whether any server could take a request more."""
+        now = asyncio.get_running_loop().time()
+        return self.fleet.has_place(now, self.settings.metrics_interval)
+
+    def decided(self, id: str, ranking: Ranking, attempt: int) -> None:
+        """A server is asked, because of this ranking."""
+        asked = {view.url: n for n, view in enumerate(ranking.views)}[ranking.best or ""]
+        cached, name = ranking.cached[asked], ranking.policy.name
+        ranking.policy.chosen(ranking.views[asked])
+        reason = "retry" if attempt > 1 else "alone" if len(ranking.costs) == 1 else "load"
+        if reason == "load" and cached and cached == max(ranking.cached):
+            reason = "cache"
+        self.ledger.decisions.add(name, reason)
+        if ranking.call.prompt.tokens:
+            self.ledger.prompt_tokens.add(amount=ranking.call.prompt.tokens)
+            self.ledger.cached_tokens.add(amount=cached)
+            self.ledger.missed_tokens.add(amount=ranking.missed_tokens())
+        self.recent.setdefault(id, []).append(ranking)
+        if len(self.recent) > RECENT_LIMIT:
+            self.recent.popitem(last=False)
+
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> None:
         """Tell the fleet something about a server's health; a transition is everybody's news."""
         change = self.fleet.judge(url, after, *news)
         if change is not None:
-            self.ledger.transitions.add(url, change.new.value)
-            view = self.fleet.view(url) if self.settings.show_models else None
+            self.ledger.transitions.add(change.url, change.new.value)
+            views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
-            log.log(level, "%s", transition_line(change, view.models if view else None))
+            log.log(level, "%s", transition_line(change, views[0].models if views else None))
         if change is not None or after is Health.checked:
             self.tell()
 
@@ -3954,7 +5088,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  conversation
+#  24  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -3976,6 +5110,7 @@ class Errand:
     fields: str  # lines for any server
     key_lines: str  # the client's key, for servers that have none of their own
     model_label: str
+    why: str = ""  # the server was chosen; shown if somebody wants to know
 
 
 # Where the status alone would not tell what was wrong.
@@ -3991,7 +5126,8 @@ class Conversation:
 
     def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
-        self.pool = core.pool(url)
+        server, _, self.rank = url.partition("@")
+        self.pool = core.pool(server)
         self.attempt = Attempt(len(errand.content), errand.client.loop.time())
 
     async def outcome(self) -> Outcome:
@@ -4039,6 +5175,8 @@ class Conversation:
             added = [("Location", local_location(location, pool.authority, pool.prefix))]
             theirs = returned_framing(head, errand.head, framing)
             added = (added if location else []) + named_server(self.server, self.settings)
+            if errand.why:
+                added.append(("X-MVLLM-Why", errand.why))
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
             errand.let_go()  # there is no other server from here on
             if wanted:
@@ -4057,6 +5195,8 @@ class Conversation:
         content, path = errand.content, pool.prefix + errand.path
         length = len(content) if content or errand.says_length else None
         fields = errand.fields + (pool.key_line or errand.key_lines)
+        if self.rank:
+            fields += f"X-Data-Parallel-Rank: {self.rank}\r\n"
         request = forward_request(errand.head, path, pool.authority, fields, length)
         at = len(content)
         if at <= WRITE_SLICE_BYTES:
@@ -4121,8 +5261,7 @@ class Conversation:
             await pump.done
         finally:
             wire.sink = client.feeder = None
-            last = pump.tail[-1] if pump.tail else b""
-            response.sent(pump.sent_bytes, last, pump.first_at)
+            response.sent(pump.sent_bytes, b"".join(pump.tail), pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
         """The server agreed to another protocol: from here on bytes go both ways, untouched."""
@@ -4144,7 +5283,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  exchange
+#  25  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -4166,8 +5305,7 @@ class Exchange:
         persists = head.persists and not core.stopping
         self.response = Response(client, head, request_id(head, core.draw), core.settings, persists)
         self.path = inference_path(head.path)
-        self.model: str | None = None  # that it wants,
-        self.stream = False  # as a stream
+        self.call = Call(None)  # until the content is there
         self.content_bytes = 0  # of the request, in all,
         self.buffered_bytes = 0  # and as far as it is held now
         self.model_label = ""
@@ -4175,6 +5313,7 @@ class Exchange:
         self.only = ""  # the one server that may be asked
         self.errand: Errand = None  # type: ignore[assignment]  # until the content is there
         self.server = ""  # the one asked last
+        self.ranking: Ranking | None = None  # the last
         self.place: Lease | None = None  # with a server
         self.waiting = False  # in the queue
         self.entered = False  # through the gate
@@ -4188,11 +5327,13 @@ class Exchange:
         """Have a server answer.  However it ends, the client has been told and it is booked."""
         response, s = self.response, self.settings
         try:
-            self.understand(read_call(
-                self.head, *await self.gather(), s.aliases, s.default_model))  # fmt: skip
+            self.understand(*read_call(self.head, *await self.gather(), s))
             self.asked_at = self.loop.time()
+            if wants_explanation(self.head):
+                response.whole(self.explained())
+                return
             if self.key is not None:
-                refusal = self.core.gate.enter(self.key, self.model, self.asked_at)
+                refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
                 if refusal is not None:
                     self.core.met(LIMITS.get(refusal.fault, ""))
                     response.refuse(*refusal)
@@ -4238,19 +5379,24 @@ class Exchange:
         return False
 
     def choose(self, tried: frozenset[str]) -> Ranking:
-        core, interval_s = self.core, self.core.settings.metrics_interval
-        enforced = core.settings.queue_size > 0
-        by, moment = POLICIES[core.settings.policy], Moment(self.loop.time(), interval_s, enforced)
-        views = core.fleet.views()
+        core, call, moment = self.core, self.call, self.core.moment(self.loop.time())
+        views, cached = core.fleet.views(), core.fleet.cached(call.prompt)
         if self.only:
-            views = [view for view in views if view.url == self.only]
-        ranking = rank(views, self.model, tried, by, moment, core.draw)
-        if enforced and not self.waiting and core.queue.waiting((self.model, self.only, tried)):
+            kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
+            views, cached = [views[n] for n in kept], [cached[n] for n in kept]
+        ranking = rank(views, cached, call, tried, core.policy(call.model), moment, core.draw)
+        waiting = moment.enforced and not self.waiting
+        if waiting and core.queue.waiting((call.model, self.only, tried)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
             log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
+        self.ranking = ranking
         return ranking
+
+    def explained(self) -> Reply:
+        """How a server would be chosen now."""
+        return Reply(200, json.dumps(explain_report([self.choose(frozenset())])).encode())
 
     async def pause(self, step: Pause) -> Outcome:
         await asyncio.sleep(step.seconds)
@@ -4259,7 +5405,7 @@ class Exchange:
     async def wait(self, step: Wait) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
         core, s, queue, began = self.core, self.core.settings, self.core.queue, self.loop.time()
-        beats = s.queue_heartbeat and self.stream and self.head.method == "POST"
+        beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
         beat_s = s.queue_heartbeat if beats else INFINITY
         if len(queue) >= s.queue_size:
             text = f"{len(queue)} requests wait already, as many as queue_size allows."
@@ -4267,14 +5413,14 @@ class Exchange:
         turn = self.loop.create_future()
 
         def take(url: str) -> None:
-            self.place = core.fleet.lease(url, self.loop.time()) if url else None
+            self.place = self.lease(url) if url else None
             turn.set_result(None)
 
-        wants = self.model, self.only, step.tried
+        wants = self.call.model, self.only, step.tried
         waiter = Waiter(began, wants, lambda: self.choose(step.tried), take)
         queue.join(waiter)
         self.waiting = True
-        queue.hand_over(core.fleet.has_place)  # time may have made one eligible
+        queue.hand_over(core.has_place)  # time may have made one eligible
         try:
             while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
                 await asyncio.wait((turn,), timeout=min(left_s, beat_s))
@@ -4297,7 +5443,7 @@ class Exchange:
         core = self.core
         if core.settings.queue_size:
             core.queue.served(self.loop.time())
-            core.queue.hand_over(core.fleet.has_place)
+            core.queue.hand_over(core.has_place)
 
     async def settle(self, step: Settle) -> Outcome:
         left_s = self.asked_at + step.seconds - self.loop.time()
@@ -4342,7 +5488,7 @@ class Exchange:
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
             if len(content) > SMALL_CONTENT_BYTES and not form:
                 if scan is None:
-                    scan = find_members(spans, CALL_MEMBERS)
+                    scan = find_members(spans, FOUND_MEMBERS)
                     next(scan)
                 while not scan.send(content):
                     await asyncio.sleep(0)
@@ -4379,17 +5525,19 @@ class Exchange:
         if expected and self.unread and self.head.minor >= 1 and not self.client.buffer:
             self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def understand(self, call: Call) -> None:
+    def understand(self, call: Call, content: Content) -> None:
         """What is wanted is known: make it ready to be said to servers."""
-        self.model, self.stream, self.content_bytes = call.model, call.stream, len(call.content)
+        self.call, self.content_bytes = call, len(content)
         self.model_label = self.label()
         says_length = "content-length" in self.head.fields.values or self.framing.chunked
         self.errand = Errand(
-            self.client, self.head, self.path, self.response, call.content, self.let_go,
+            self.client, self.head, self.path, self.response, content, self.let_go,
             says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
 
     def let_go(self) -> None:
-        """The content is not needed any more."""
+        """The content is not needed any more: the answer begins, or there will be none."""
+        if self.place is not None:
+            self.place.answered(self.loop.time(), self.response.streams)
         if self.errand is not None:
             self.errand.content = b""
         self.core.buffered_bytes -= self.buffered_bytes
@@ -4414,6 +5562,8 @@ class Exchange:
             key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                                 if key in KEY_FIELD_NAMES)  # fmt: skip
         dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
+        if self.core.fleet.ranked:  # it is ours to say
+            dropped |= {"x-data-parallel-rank"}
         return forward_fields(self.head, added, dropped), key_lines
 
     async def relay(self, step: Relay) -> Outcome:
@@ -4423,7 +5573,11 @@ class Exchange:
             core.ledger.retries.add(self.failures[-1])
         self.attempts, self.server = step.attempt, url
         if self.place is None:
-            self.place = core.fleet.lease(url, self.loop.time())
+            self.place = self.lease(url)
+        if self.ranking is not None and self.ranking.best == url:
+            core.decided(self.response.id, self.ranking, step.attempt)
+            if self.settings.why_header or self.wants_why():
+                self.errand.why = self.ranking.why()
         try:
             outcome = await Conversation(core, self.errand, url, self.settings).outcome()
             fault, text, now = outcome.fault, outcome.text, self.loop.time()
@@ -4445,11 +5599,26 @@ class Exchange:
             self.response.break_off(fault, text)
         return outcome
 
+    def lease(self, url: str) -> Lease:
+        """A place with that server.  A plain answer begins when all is generated: its prompt is
+        taken to be read after as long as that should take."""
+        place = self.core.fleet.lease(url, self.loop.time(), self.call.prompt)
+        if place.pending and not self.call.stream:
+            view = self.core.fleet.view(url)
+            seconds = place.pending / ((view.speed if view else 0.0) or ASSUMED_SPEED)
+            self.loop.call_later(seconds, lambda: place.answered(self.loop.time(), False))
+        return place
+
+    def wants_why(self) -> bool:
+        """Whether the client asks why, and may know servers by name."""
+        asked = self.head.fields.get("x-mvllm-why").lower()
+        return asked in ("1", "true", "yes") and self.settings.server_header
+
     # The end.
 
     def label(self) -> str:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
-        model, views = self.model, self.core.fleet.views()
+        model, views = self.call.model, self.core.fleet.views()
         known = model is None or any(model in (view.models or ()) for view in views)
         return model or "" if known else "unknown"
 
@@ -4468,6 +5637,11 @@ class Exchange:
         ):
             if value is not None:
                 histogram.observe(histogram.child(model), value)
+        if self.core.shape is not None and response.status < 500:
+            tokens = completion_tokens(response.tail, response.sent_bytes)
+            self.core.shape.say(shape_line(
+                self.call, time.time() - (now - self.asked_at), first_s, now - self.asked_at,
+                tokens, self.server, response.status, response.end))  # fmt: skip
         wanted = self.settings.log_to_console or not self.core.on_terminal
         if wanted and log.isEnabledFor(logging.INFO):
             log.info("%s", access_line(self.facts(now, first_s)))
@@ -4478,8 +5652,8 @@ class Exchange:
         return {
             "id": response.id, "client": f"{peer}:{port}" if host == peer else host,
             "key": self.key.name if self.key else "-", "method": self.head.method,
-            "path": self.head.path[:200], "model": (self.model or "-")[:100],
-            "stream": self.stream, "server": self.server or "-", "attempts": self.attempts,
+            "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
+            "stream": self.call.stream, "server": self.server or "-", "attempts": self.attempts,
             "failed": ",".join(self.failures) or "-", "status": response.status,
             "first_byte": "-" if first_s is None else first_s, "duration": now - self.began_at,
             "bytes": f"{self.content_bytes}/{response.sent_bytes}", "end": response.end,
@@ -4491,7 +5665,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  watch
+#  26  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -4566,17 +5740,21 @@ async def watch_health(core: Core, url: str) -> None:
 
 async def watch_load(core: Core, url: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
-    pool, loop = core.pool(url), asyncio.get_running_loop()
+    pool, loop, agreed_at = core.pool(url), asyncio.get_running_loop(), dict[str, float]()
     while True:
         interval_s = core.settings.metrics_interval
-        begun, own = loop.time(), core.fleet.in_flight(url)
+        begun, own = loop.time(), {v.url: v.in_flight for v in core.fleet.engines(url)}
         try:
             status, page = await fetch(pool, "/metrics", max(1.0, 2 * interval_s))
             result = "ok" if status == 200 else "refused"
             if status == 200:
-                own = max(own, core.fleet.in_flight(url))
-                load = engine_load(page.decode("utf-8", "replace"))
-                core.fleet.scraped(url, load, own, loop.time())
+                loads, now = engine_loads(page.decode("utf-8", "replace")), loop.time()
+                for view in core.fleet.engines(url):
+                    own_then = max(own.get(view.url, 0), view.in_flight)
+                    load = loads.get(view.rank, EngineLoad())
+                    hits = core.fleet.scraped(view.url, load, own_then, now)
+                    core.ledger.prefix_hits.add(view.url, amount=hits)
+                    say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError):
             result = "failed"
         core.ledger.scrapes.add(url, result)
@@ -4585,30 +5763,39 @@ async def watch_load(core: Core, url: str) -> None:
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
 
 
+def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) -> None:
+    """Tell that a server behaves as if its max_concurrent_requests were wrong, once that lasts."""
+    text, since = disagreement(view), agreed_at.setdefault(view.url, now)
+    if not text:
+        agreed_at[view.url] = now
+    elif now - since > DISAGREEMENT_S:
+        log.warning("%s: %s", view.url, text)
+        agreed_at[view.url] = INFINITY  # once
+
+
 async def watch_progress(core: Core, url: str) -> None:
-    """Take a server out whose engine stands still; look whether one that did moves again."""
-    view, now, s = core.fleet.view(url), asyncio.get_running_loop().time(), core.settings
-    if view is None:
-        return
-    if view.health.frozen:
-        if view.health.circuit(now) == "half-open":
+    """Take a server out of which an engine stands still; look whether one that did moves again."""
+    views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
+    if views and views[0].health.frozen:
+        if views[0].health.circuit(now) == "half-open":
             if await generates(core.pool(url), s.health_check_timeout):
                 core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
-    attempts = core.attempts.get(url, set())
-    waiting = [attempt for attempt in attempts if attempt.waits]
-    work = Work(
-        len(waiting), min((a.begun_at for a in waiting), default=now),
-        max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),
-        sum(a.content_bytes for a in waiting if a.pump is None),
-    )  # fmt: skip
-    if why := standstill(view, work, now, s):
-        if view.healthy:
-            core.judge(url, Health.stood_still, why, now, s)
-        for attempt in waiting:
-            attempt.give_up(even_begun=not view.healthy)
+    for view in views:
+        attempts = core.attempts.get(view.url, set())
+        waiting = [attempt for attempt in attempts if attempt.waits]
+        work = Work(
+            len(waiting), min((a.begun_at for a in waiting), default=now),
+            max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),
+            sum(a.content_bytes for a in waiting if a.pump is None),
+        )  # fmt: skip
+        if why := standstill(view, work, now, s):
+            if view.healthy:
+                core.judge(url, Health.stood_still, why, now, s)
+            for attempt in waiting:
+                attempt.give_up(even_begun=not view.healthy)
 
 
 async def generates(pool: Pool, timeout_s: float) -> bool:
@@ -4664,7 +5851,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  local
+#  27  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -4734,6 +5921,18 @@ async def load_stats(core: Core, head: RequestHead) -> Reply:
     return as_json(load_report(core.fleet.views(), core.settings, now) | {"queue": waiting})
 
 
+@local("/explain")
+async def explain(core: Core, head: RequestHead) -> Reply:
+    """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
+    request's content, for that request: `Exchange.explained`.)"""
+    id = urllib.parse.parse_qs(head.query or "").get("id", [""])[0]
+    if id in core.recent:
+        return as_json({"id": id, **explain_report(core.recent[id])})
+    text = (f"No ranking is kept of a request {shown(id)!r}. Ask with ?id= for one of the last"
+            f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
+    return Reply(404, error_body(Fault.NOT_SERVED, text))
+
+
 @local("/server-models")
 async def server_models(core: Core, head: RequestHead) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time; once for all who want
@@ -4792,7 +5991,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  door
+#  28  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -4988,7 +6187,7 @@ class Door:
             response.refuse(*refusal)
             self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
-        elif function is None:
+        elif function is None or wants_explanation(head):
             self.core.forwarding += 1
             try:
                 await exchange.run()
@@ -5014,14 +6213,14 @@ class Door:
             refusal = self.status_refusal(exchange, key) if status else None
         if refusal is not None:
             return refusal
-        if function is not None and head.method not in ("GET", "HEAD"):
+        if function is not None and head.method not in ("GET", "HEAD") and not wants_explanation(head):
             return Refusal(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
         if function is None and 0 < s.max_requests <= core.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if admin:
             exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
-            if core.fleet.view(exchange.only) is None:
+            if not core.fleet.engines(exchange.only):
                 known = ", ".join(view.url for view in core.fleet.views())
                 text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
                 return Refusal(Fault.BAD_REQUEST, text)
@@ -5038,7 +6237,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  balancer
+#  29  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -5069,6 +6268,7 @@ class Balancer:
         self._look_now = asyncio.Event()
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._secrets_error = ""
+        self._shape_file = ""
         self._door: Door = None  # type: ignore[assignment]  # while it runs
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
@@ -5099,6 +6299,8 @@ class Balancer:
                     task.cancel()
         for pool in core.pools.values():
             pool.close()
+        if core.shape is not None:
+            core.shape.close()
 
     def listen(self) -> list[socket.socket]:
         """Raises SettingsError."""
@@ -5199,7 +6401,7 @@ class Balancer:
         while True:
             due = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
-            self.core.queue.hand_over(self.core.fleet.has_place)
+            self.core.queue.hand_over(self.core.has_place)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
@@ -5293,7 +6495,15 @@ class Balancer:
              word) for key, word in secrets.keys)
         core.clients_limit = min(settings.max_connections, descriptors_allow())
         log.setLevel(settings.log_level)
-        added, draining = core.fleet.apply(settings.servers, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        added, draining = core.fleet.apply(settings.servers, now, settings.pools)
+        if settings is not old:
+            core.policies.clear()
+        if settings.shape_file != self._shape_file:
+            if core.shape is not None:
+                core.shape.close()
+            self._shape_file = settings.shape_file
+            core.shape = shape_writer(self._shape_file) if self._shape_file else None
         wanted = {server.url for server in settings.servers}
         for url in list(self._watchers):
             if url not in wanted or pace(old) != pace(settings):
@@ -5305,7 +6515,7 @@ class Balancer:
                     f"watching {url}", functools.partial(watch, core, url)))
                 for watch in (watch_health, watch_load)
             ]  # fmt: skip
-        for url in core.pools.keys() - {view.url for view in core.fleet.views()}:
+        for url in core.pools.keys() - {view.server for view in core.fleet.views()}:
             core.pools.pop(url).close()
         if settings is not old:
             counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
@@ -5320,7 +6530,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  demo
+#  30  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -5560,7 +6770,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  command line
+#  31  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
@@ -5861,41 +7071,6 @@ async def ask(url: str, settings: Settings, secrets: Secrets) -> tuple[bool, str
         return True, f"usable, answered in {found.seconds * 1000:.0f} ms  vLLM {version}  {said}"
     finally:
         pool.close()
-
-
-class LineWriter(logging.Handler):
-    """Writes log lines in a thread of its own.  When that is stuck in a terminal or pipe that
-    takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self.lines: queue.Queue[str | None] = queue.Queue(LOG_LINES_LIMIT)
-        self.dropped = 0
-        self.thread = threading.Thread(target=self._write, args=(descriptor,), daemon=True)
-        self.thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.lines.put_nowait(self.format(record))
-        except queue.Full:
-            self.dropped += 1
-
-    def _write(self, descriptor: int) -> None:
-        while (line := self.lines.get()) is not None:
-            if self.dropped and self.lines.qsize() < LOG_LINES_LIMIT // 2:
-                line += f"\nmvllm_lite: {self.dropped} log lines were dropped"
-                self.dropped = 0
-            data = f"{line}\n".encode("utf-8", "backslashreplace")
-            with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
-                while data:
-                    data = data[os.write(descriptor, data) :]
-
-    def close(self) -> None:
-        """Everything that waits is written, if that takes no longer than a second."""
-        with contextlib.suppress(queue.Full):
-            self.lines.put(None, timeout=0.1)
-        self.thread.join(1.0)
-        super().close()
 
 
 @contextlib.contextmanager

@@ -993,7 +993,7 @@ def test_a_file_of_mvllm_s_means_the_same():
 def test_servers_may_stand_in_tables_of_their_own():
     toml = '[[servers]]\nurl = "http://a"\n[[servers]]\nurl = "http://b"\nmax_concurrent_requests = 7'
     settings, _ = lite.parse_settings(toml)
-    assert [s.max_concurrent_requests for s in settings.servers] == [3, 7]
+    assert [s.max_concurrent_requests for s in settings.servers] == [lite.AUTO, 7]
 
 
 @pytest.mark.parametrize("given, url", table(
@@ -1021,7 +1021,7 @@ COMPLAINTS = table(
     ("kind", "max_retries = [1]", "s.toml:3: config.max_retries: found [1], expected a whole number, 0 to 100"),
     ("fraction", "max_retries = 1.5", "s.toml:3: config.max_retries: found 1.5, expected a whole number, 0 to 100"),
     ("truth", "server_header = 3", "s.toml:3: config.server_header: found 3, expected true or false"),
-    ("word", 'policy = "best"', "s.toml:3: config.policy: found 'best', expected one of least, mvllm, vllm_router"),
+    ("word", 'policy = "best"', "s.toml:3: config.policy: found 'best', expected one of " + ", ".join(lite.POLICY_NAMES)),
     ("list", "retry_statuses = [404]", "s.toml:3: config.retry_statuses: found [404], expected a whole number, 500 to 599"),
     ("not finite", "request_timeout = inf", "s.toml:3: config.request_timeout: found inf, expected a number, 0.001 or more"),
     ("beyond any number", f"request_timeout = {'9' * 400}", f"s.toml:3: config.request_timeout: found {'9' * 80}, expected a number, 0.001 or more"),
@@ -1077,13 +1077,13 @@ def test_a_password_in_a_url_is_not_repeated():
 
 
 def test_unknown_keys_are_warned_about_with_the_nearest_known_one():
-    toml = 'port = 3\nservers = [{ url = "http://a", weight = 2 }]\n[config]\nmax_retrys = 1\n[advanced]\nx = 1\n'
+    toml = 'port = 3\nservers = [{ url = "http://a", wieght = 2 }]\n[config]\nmax_retrys = 1\n[advanced]\nx = 1\n'
     _, warnings = lite.parse_settings(toml, "s.toml")
     said = [str(w) for w in warnings]
     assert said[0].startswith("s.toml:5: advanced: ignored: no version of mvllm")
     assert said[1] == "s.toml:1: port: ignored here: it belongs into [config]"
     assert said[2] == "s.toml:4: config.max_retrys: unknown key, ignored; did you mean max_retries?"
-    assert said[3].startswith("s.toml:2: servers[1].weight: ignored: ")
+    assert said[3] == "s.toml:2: servers[1].wieght: unknown key, ignored; did you mean weight?"
 
 
 def test_mvllm_s_leniency_with_numbers_is_kept():
@@ -1120,7 +1120,7 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7 and 8  calls and dialect
+#  7 to 10  content, prompts, calls and dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1223,7 +1223,7 @@ def test_a_scan_gives_others_their_turn_and_gives_up_on_nothing_but_brackets():
 
 def call(body, fields="", query="", aliases=None, default=""):
     head = head_of(f"POST /v1/x{query} HTTP/1.1\nHost: a\n{fields}".rstrip("\n"))
-    return lite.read_call(head, body, None, aliases or {}, default)
+    return lite.read_call(head, body, None, Settings(aliases=aliases or {}, default_model=default))
 
 
 FORM = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n\0\1--XX\r\n'
@@ -1248,7 +1248,7 @@ CALLS = table(
 
 @pytest.mark.parametrize("given, expected", CALLS)
 def test_calls_are_read(given, expected):
-    assert call(**given)[:2] == expected
+    assert call(**given)[0][:2] == expected
 
 
 REWRITTEN = table(
@@ -1267,7 +1267,7 @@ REWRITTEN = table(
 
 @pytest.mark.parametrize("given, content", REWRITTEN)
 def test_only_the_model_s_value_is_rewritten(given, content):
-    assert call(**given).content == content
+    assert call(**given)[1] == content
 
 
 NOT_FOR_CLIENTS = table(
@@ -1294,7 +1294,7 @@ def test_nor_in_large_content(body, named):
     while not scan.send(body):
         pass
     with pytest.raises(lite.BadMessage, match="UTF-8" if named == "UTF-8" else "kv_transfer_params"):
-        lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, {}, "")
+        lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
 
 
 PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
@@ -1436,7 +1436,7 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  access
+#  11  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1507,7 +1507,7 @@ def test_who_asks(peer, said, networks, address):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  fleet
+#  12 and 13  health and fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1652,7 +1652,7 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  policies
+#  14 and 15  policies and ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1705,8 +1705,8 @@ def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
 
 CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
     ("open", [0.0], 29.0, "s1", "is unhealthy (x)"),
-    ("half-open: one request on trial", [0.0], 30.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
-    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0", "cost 0.050 = (0 in flight + 0.0 foreign + 1) / 20"),
+    ("half-open: one request on trial", [0.0], 30.0, "s0", "cost 0.05 = (0 in flight + 0.0 foreign + 1) / 20"),
+    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0", "cost 0.05 = (0 in flight + 0.0 foreign + 1) / 20"),
 )
 
 
@@ -1751,9 +1751,11 @@ def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
     assert ranking_of(fleet, now=31.0).best is None
 
 
-def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False):
-    by, moment = lite.POLICIES[policy], lite.Moment(now, 0.5, enforced)
-    return lite.rank(fleet.views(), model, frozenset(tried), by, moment, draw or random.Random(1))
+def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False, call=None, **settings):
+    by = lite.POLICIES[policy](Settings(**settings)) if isinstance(policy, str) else policy
+    call, moment = call or lite.Call(model), lite.Moment(now, 0.5, enforced)
+    cached = fleet.cached(call.prompt)
+    return lite.rank(fleet.views(), cached, call, frozenset(tried), by, moment, draw or random.Random(1))
 
 
 def picks(fleet, policy, count=2000, **more):
@@ -1820,7 +1822,7 @@ def test_every_candidate_has_a_reason_in_words_and_numbers():
         fleet.judge("s3", lite.Health.checked, False, 0.1, "refused", 0.0, Settings())
     rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
     assert [(row.url, row.reason) for row in rows] == [
-        ("s0", "cost 0.500 = (0 in flight + 1.0 foreign + 1) / 4"),
+        ("s0", "cost 0.5 = (0 in flight + 1.0 foreign + 1) / 4"),
         ("s1", "was tried already"),
         ("s2", "does not serve 'm'"),
         ("s3", "is unhealthy (3 checks failed in a row: refused)"),
@@ -1857,7 +1859,7 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  plans
+#  16  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2022,7 +2024,7 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  reports
+#  17  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLOCK = lite.Clock(100.0, 1_700_000_100.0)
@@ -2420,7 +2422,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14 to 20  a request on its way
+#  19 to 25  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -4138,7 +4140,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  watch
+#  26  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -4229,7 +4231,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  local
+#  27  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -4283,7 +4285,7 @@ async def test_server_models_can_be_refreshed():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23 and 24  balancer: settings that change, and stopping
+#  28 and 29  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -4536,7 +4538,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  demo
+#  30  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -4607,7 +4609,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  command line
+#  31  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
