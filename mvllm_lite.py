@@ -1344,7 +1344,8 @@ class SettingsReader:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys = self.aliases(), self.keys()
-        policies = {model: self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
+        policies = {aliases.get(model, model):
+                    self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
                     for model, value in self.table("policies").items()}  # fmt: skip
         pools = self.pools(servers)
         self.check_together(values, keys, policies)
@@ -3251,14 +3252,14 @@ class Ranking(NamedTuple):
         return sorted(rows, key=lambda row: (row.url != self.best, row.cost))
 
     def why(self) -> str:
-        """The choice in one line, for who asks."""
+        """The choice in one line, for who asks; in a field's characters."""
         first, *others = self.candidates()
         if self.best is None:
             return "no server"
         words = f"{first.url} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
             words += f"; next {others[0].url} ×{others[0].cost / first.cost:.1f}"
-        return words
+        return words.replace("×", "x").encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
         """How many more tokens of the prompt another server that might have been asked has."""
@@ -5928,7 +5929,7 @@ async def explain(core: Core, head: RequestHead) -> Reply:
     id = urllib.parse.parse_qs(head.query or "").get("id", [""])[0]
     if id in core.recent:
         return as_json({"id": id, **explain_report(core.recent[id])})
-    text = (f"No ranking is kept of a request {shown(id)!r}. Ask with ?id= for one of the last"
+    text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
             f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
@@ -6568,6 +6569,7 @@ class SimulatedServer:
         self.mode = "ok"
         self.url = ""
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
+        self.cache, self.cached_tokens = Memory(), 0
         self.slots = asyncio.Semaphore(kind.capacity)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -6606,9 +6608,12 @@ class SimulatedServer:
                 while not decoder.done:
                     content += await wire.read_content(decoder, INFINITY)
                 wire.buffer[:0] = decoder.rest
-                await self._answer(wire, head, read_members(content, None))
+                wanted = read_members(content, None)
+                await self._answer(wire, head, wanted, read_prompt(content, None, wanted, None))
 
-    async def _answer(self, wire: Wire, head: RequestHead, wanted: dict[str, Any]) -> None:
+    async def _answer(
+        self, wire: Wire, head: RequestHead, wanted: dict[str, Any], prompt: Prompt
+    ) -> None:
         if self.mode == "hang" and head.path != "/simulate":
             with abandoned_if_gone(wire):
                 await asyncio.Event().wait()
@@ -6619,7 +6624,7 @@ class SimulatedServer:
             return
         try:
             with abandoned_if_gone(wire):
-                await Generation(self, wire, head, wanted).run()
+                await Generation(self, wire, head, wanted, prompt).run()
         except PeerGone:
             self.aborted += 1
             raise
@@ -6663,6 +6668,7 @@ class SimulatedServer:
             (Gauge, "kv_cache_usage_perc", used),
             (Counter, "prompt_tokens_total", self.prompt_tokens),
             (Counter, "generation_tokens_total", self.generated_tokens),
+            (Counter, "prefix_cache_hits_total", self.cached_tokens),
         ):
             family: Family = kind(f"vllm:{name}", f"Simulated {name}.", "engine", "model_name")
             family.children[("0", self.models[0])] = value
@@ -6686,15 +6692,16 @@ class Generation:
     """One answer of a simulated server."""
 
     def __init__(
-        self, server: SimulatedServer, wire: Wire, head: RequestHead, wanted: dict[str, Any]
-    ) -> None:
-        self.server, self.wire, self.head = server, wire, head
+        self, server: SimulatedServer, wire: Wire, head: RequestHead, wanted: dict[str, Any],
+        prompt: Prompt,
+    ) -> None:  # fmt: skip
+        self.server, self.wire, self.head, self.prompt = server, wire, head, prompt
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
         limit = wanted.get("max_completion_tokens") or wanted.get("max_tokens")
         self.tokens = limit if isinstance(limit, int) and limit > 0 else 0
         self.tokens = self.tokens or server.draw.randint(40, 120)
-        self.prompt_tokens = len(json.dumps(wanted)) // 4
+        self.prompt_tokens = prompt.tokens
         options = wanted.get("stream_options")
         self.usage_wanted = isinstance(options, dict) and options.get("include_usage") is True
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{server.draw.getrandbits(64):016x}"
@@ -6717,8 +6724,11 @@ class Generation:
 
     async def generate(self) -> None:
         kind, server, said = self.server.kind, self.server, list[str]()
+        cached = self.prompt.tokens_in(server.cache.known(self.prompt.chain))
+        server.cache.learn(self.prompt)
         server.prompt_tokens += self.prompt_tokens
-        await asyncio.sleep(self.prompt_tokens / kind.prefill_tokens_per_s)
+        server.cached_tokens += cached
+        await asyncio.sleep((self.prompt_tokens - cached) / kind.prefill_tokens_per_s)
         for n in range(self.tokens):
             pace = (1 + server.running / kind.capacity) * (5 if server.mode == "slow" else 1)
             await asyncio.sleep(kind.token_s * pace * server.draw.uniform(0.8, 1.2))

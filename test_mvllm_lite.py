@@ -1325,13 +1325,13 @@ def test_a_query_that_says_model_twice_is_refused():
 
 
 def test_null_is_not_said():
-    assert call(b'{"model":"m","kv_transfer_params":null}').model == "m"
+    assert call(b'{"model":"m","kv_transfer_params":null}')[0].model == "m"
 
 
 def test_a_default_model_is_put_into_a_form_without_one():
     form = FORM.replace(b'name="model"', b'name="other"')
-    out = call(form, FORM_TYPE, default="d").content
-    assert call(out, FORM_TYPE).model == "d" and out.endswith(form)
+    out = call(form, FORM_TYPE, default="d")[1]
+    assert call(out, FORM_TYPE)[0].model == "d" and out.endswith(form)
 
 
 BEGINNINGS = table(
@@ -3808,6 +3808,166 @@ async def test_settings_decide_at_any_time_whether_capacity_is_enforced():
         assert [(await client.answer()).status for client in clients] == [200] * 3
 
 
+# How a server is chosen, and why.
+
+CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 1000}]}).encode()
+
+
+@asynchronous
+async def test_a_prompt_goes_where_it_was_read_before():
+    servers = [Server(), Server(), Server()]
+    async with balancing(*servers) as running:
+        client = await running.client()
+        for n in range(8):
+            await client.post(body=CHAT.replace(b"word", b"wor%d" % n) if n % 2 else CHAT)
+        whole = Counter(server.url for server in servers for asked in server.asked if asked.body == CHAT)
+        assert sorted(whole.values()) == [4]
+        assert await running.metric("mvllm_prefix_tokens_expected_total") > 3 * 1000
+        assert await running.metric("mvllm_decisions_total", policy="unified", reason="cache") >= 3
+
+
+@asynchronous
+async def test_who_asks_is_told_why():
+    async with balancing(Server(), Server()) as running:
+        client = await running.client()
+        assert (await client.post(body=CHAT)).get("x-mvllm-why") is None
+        why = (await client.post(body=CHAT, fields=["X-MVLLM-Why: 1"])).get("x-mvllm-why")
+        assert re.fullmatch(r"http://\S+ cost [\d.]+ = \(A 0 \+ u \d+ \+ 512\) x rho [\d.]+; next http://\S+ x[\d.]+", why)
+    async with balancing(Server(), why_header=True, policy="least") as running:
+        got = await (await running.client()).post(body=CHAT)
+        assert got.get("x-mvllm-why").endswith(" in flight + 0.0 foreign + 1) / 10")
+    async with balancing(Server(), server_header=False) as running:  # servers' names are not for clients
+        got = await (await running.client()).post(body=CHAT, fields=["X-MVLLM-Why: 1"])
+        assert got.get("x-mvllm-why") is None
+
+
+@asynchronous
+async def test_explain_says_where_a_request_would_go_and_does_not_send_it():
+    a, b = Server(models=["m"]), Server(models=["other"])
+    async with balancing(a, b, policy="round_robin") as running:
+        client = await running.client()
+        for _ in range(2):  # nobody's turn is taken
+            got = await client.post("/explain", CHAT)
+            (said,) = got.json["attempts"]
+            assert got.status == 200 and said["chosen"] == a.url and said["policy"] == "round_robin"
+            assert said["prompt_tokens"] > 1000 and said["model"] == "m"
+            assert [(row["url"], row["reason"]) for row in said["servers"]] == [
+                (a.url, "cost 1 = its turn, weight 1"), (b.url, "does not serve 'm'")]  # fmt: skip
+        assert not a.asked and not b.asked and not running.core.recent
+        assert (await client.get("/explain", method="PUT")).status == 405
+
+
+@asynchronous
+async def test_explain_says_why_a_request_of_late_went_where_it_went():
+    async def fails(asked, conn):
+        await conn.json(b"{}", "503 X")
+
+    bad, good = Server(fails), Server()
+    bad.capacity = 1000
+    async with balancing(bad, good) as running:
+        client = await running.client()
+        await client.post(body=CHAT, fields=["X-Request-Id: mine"])
+        got = (await client.get("/explain?id=mine")).json
+        assert [said["chosen"] for said in got["attempts"]] == [bad.url, good.url]
+        assert {"was tried already"} == {row["reason"] for row in got["attempts"][1]["servers"] if row["url"] == bad.url}
+        assert (await client.get("/explain?id=nobody's")).status == 404
+        assert await running.metric("mvllm_decisions_total", reason="retry") == 1
+        for n in range(lite.RECENT_LIMIT):
+            await client.post()
+        assert len(running.core.recent) == lite.RECENT_LIMIT and (await client.get("/explain?id=mine")).status == 404
+
+
+@asynchronous
+async def test_explain_is_for_whom_the_status_paths_are():
+    keys = (lite.KeySettings("user", "sk-user"), lite.KeySettings("root", "sk-root", admin=True))
+    async with balancing(Server(), keys=keys, status_access="admin") as running:
+        client = await running.client()
+        for fields, status in ([], 401), (bearer("sk-user"), 403), (bearer("sk-root"), 200):
+            client = await running.client()
+            assert (await client.post("/explain", CHAT, fields)).status == status
+        assert (await client.get("/explain?id=x", bearer("sk-user"))).status == 403
+
+
+@asynchronous
+async def test_sessions_stay_with_their_server():
+    servers = [Server() for _ in range(4)]
+    async with balancing(*servers, policy="consistent_hash") as running:
+        client = await running.client()
+        for _ in range(3):
+            for n in range(12):
+                await client.post(fields=[f"X-Session-Id: s{n}"])
+                await client.post(body=b'{"model":"m","user":"u%d"}' % n)
+        homes = {}
+        for server in servers:
+            for asked in server.asked:
+                fields = {key.lower(): value for key, value in asked.fields}
+                homes.setdefault(fields.get("x-session-id") or asked.body, set()).add(server.url)
+        assert len(homes) == 24 and all(len(home) == 1 for home in homes.values())
+        assert len({next(iter(home)) for home in homes.values()}) > 1
+
+
+@asynchronous
+async def test_a_model_may_have_a_policy_of_its_own():
+    a, b = Server(models=["m", "e"]), Server(models=["m", "e"])
+    async with balancing(a, b, policies={"e": "round_robin"}) as running:
+        client = await running.client()
+        for _ in range(6):
+            await client.post("/v1/embeddings", b'{"model":"e","input":"x"}')
+        assert len(a.asked) == len(b.asked) == 3
+        assert await running.metric("mvllm_decisions_total", policy="round_robin") == 6
+
+
+ENGINES = "".join(f'vllm:num_requests_{what}{{engine="{n}"}} {count}\n'
+                  for n, count in enumerate((3, 0, 5)) for what in ("running", "waiting"))  # fmt: skip
+
+
+@asynchronous
+async def test_engines_of_one_server_are_chosen_one_by_one():
+    server = Server(**{"/metrics": ENGINES})
+    async with server:
+        listed = [lite.ServerSettings(server.url, 10, data_parallel_size=3)]
+        async with balancing(servers=listed, metrics_interval=0.05, policy="least") as running:
+            urls = [f"{server.url}@{n}" for n in range(3)]
+            assert [view.url for view in running.core.fleet.views()] == urls
+            while running.core.fleet.views()[2].load.running is None:
+                await asyncio.sleep(0.01)
+            assert [view.load.running for view in running.core.fleet.views()] == [3, 0, 5]
+            client = await running.client()
+            got = await client.post(fields=["X-Data-Parallel-Rank: 2", "x-data-parallel-rank: 7"])
+            assert got.get("x-mvllm-server") == urls[1]
+            ranks = [value for key, value in server.asked[0].fields if key.lower() == "x-data-parallel-rank"]
+            assert ranks == ["1"]
+            checks = (await client.get("/health")).json["servers"]
+            assert [row["url"] for row in checks] == urls and len({row["total_checks"] for row in checks}) == 1
+            await server.kill()
+            for _ in range(2):
+                assert (await client.post()).status >= 500
+            assert running.states() == ["unhealthy"] * 3  # their process is one
+            assert not running.in_flight()
+
+
+@asynchronous
+async def test_the_shape_of_traffic_is_written_without_any_text(tmp_path):
+    path = tmp_path / "shape.jsonl"
+    secret = CHAT.replace(b"word", b"secret")
+    async with balancing(Server(), shape_file=str(path)) as running:
+        client = await running.client()
+        for body in (CHAT, CHAT, secret):
+            await client.post(body=body, fields=["X-Session-Id: alice"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 3 and b"secret" not in path.read_bytes() and b"alice" not in path.read_bytes()
+    assert rows[0]["chain"] == rows[1]["chain"] != rows[2]["chain"] and len(rows[0]["chain"]) == len(rows[0]["ends"]) > 5
+    assert rows[0]["session"] and rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"] > rows[0]["ends"][-1]
+    assert all(row["status"] == 200 and row["end"] == "complete" and row["duration"] >= 0 for row in rows)
+
+
+@asynchronous
+async def test_a_shape_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
+    async with balancing(Server(), shape_file=str(tmp_path)) as running:
+        assert (await (await running.client()).post()).status == 200
+    assert "no shape is written to" in caplog.text
+
+
 # Failures of servers, and what becomes of the request.
 
 
@@ -4946,7 +5106,7 @@ async def at_rest(running, limit=None):
     """The footprint once it has stopped changing and is within the limit; or, if it will not be, as it is after a time
     in which everything that lingers has ended."""
     await running.quiet()
-    until, last = asyncio.get_running_loop().time() + 2 * lite.LINGER_S, None
+    until, last = asyncio.get_running_loop().time() + max(2 * lite.LINGER_S, lite.POOL_IDLE_S + 1.5), None
     while (now := footprint(running)) != last or (limit and not now <= limit):
         if asyncio.get_running_loop().time() > until:
             break
