@@ -4,6 +4,7 @@
     python mvllm_lite.py servers.toml        serve what the file describes
     python mvllm_lite.py demo                the whole thing against simulated servers
     python mvllm_lite.py check-config        read the file, ask every server, report
+    python mvllm_lite.py replay              try policies on recorded traffic
     python mvllm_lite.py --help              the rest
 
 One file, standard library only, Python 3.11 and newer.  It reads forwards: a room uses names
@@ -29,28 +30,32 @@ of itself and of earlier rooms only.
     15  ranking       who may be asked, who is asked, and why
     16  plans         how a call is answered, step by step; retries, the queue
     17  reports       what people and machines are shown
+    18  traces        requests of the past: from files, or made up
+    19  engine        a model of a vLLM server, in simulated time
+    20  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    19  wire          one connection: its buffer, its deadline, its end
-    20  pool          the connections to one server, kept and reused; keys and certificates
-    21  pump          bytes on their way through, with back-pressure
-    22  response      the client's side of an exchange
-    23  core          what the rooms below share: settings, fleet, ledger, pools
-    24  conversation  one attempt: a request said to one server, its answer judged and passed on
-    25  exchange      one request, from its head to its last byte
-    26  watch         health checks, load reports, the settings file
-    27  local         what the balancer answers itself
-    28  door          where clients come in: connections accepted, requests let in
-    29  balancer      assembly: reloading, draining, handing over to a successor
-    30  demo          simulated vLLM servers, so that everything runs on a laptop
-    31  command line  arguments, environment, logging, exit codes
+    21  wire          one connection: its buffer, its deadline, its end
+    22  pool          the connections to one server, kept and reused; keys and certificates
+    23  pump          bytes on their way through, with back-pressure
+    24  response      the client's side of an exchange
+    25  journal       lines for readers that may be slow: the log, the shape of the traffic
+    26  core          what the rooms below share: settings, fleet, ledger, pools
+    27  conversation  one attempt: a request said to one server, its answer judged and passed on
+    28  exchange      one request, from its head to its last byte
+    29  watch         health checks, load reports, the settings file
+    30  local         what the balancer answers itself
+    31  door          where clients come in: connections accepted, requests let in
+    32  balancer      assembly: reloading, draining, handing over to a successor
+    33  demo          simulated vLLM servers, so that everything runs on a laptop
+    34  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (28) reads a head from the client's
-`Wire` (19) and parses it (2).  A local path is answered in room 27; everything else is an
-`Exchange` (25): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+A request walks through the rooms like this.  The `Door` (31) reads a head from the client's
+`Wire` (21) and parses it (2).  A local path is answered in room 30; everything else is an
+`Exchange` (28): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
 `Gate` (11) lets it in, and `relay_plan` (16) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (15) in the view of the fleet (13) by a policy (14).  A
-`Conversation` (24) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (22) begins, and a `Pump` (21) moves the rest.  What went wrong on the
+`Conversation` (27) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (24) begins, and a `Pump` (23) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -74,9 +79,11 @@ import bisect
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import ipaddress
 import itertools
@@ -3417,7 +3424,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (25) is the only driver.
+# steps.  The exchange (28) is the only driver.
 
 
 class Held(NamedTuple):
@@ -3946,13 +3953,771 @@ def transition_line(change: Transition, models: Models | None) -> str:
     return f"{change.url} is {change.new.value} (was {change.old.value}): {change.reason}{names}"
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  18  traces
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Requests of the past, from a file: our own, or what others have published; and made-up ones for
+# who has none.
+
+AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
+MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
+
+
+class Arrival(NamedTuple):
+    """A request of a trace: when it came, and how much work it was."""
+
+    at_s: float  # since the first
+    prompt_tokens: int
+    output_tokens: int
+    chain: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
+    ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
+    model: str | None = None
+    session: str = ""
+
+
+class Torn(ValueError):
+    """A line that is not JSON, perhaps because it is still being written."""
+
+
+def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
+    """A trace, by time: one of our own, of Mooncake's or of Azure's.  A ValueError names the line
+    that is wrong.  The last one of our own may be half written, and is then left out."""
+    arrivals, read, torn = list[Arrival](), None, ""
+    for number, line in enumerate(lines, 1):
+        if torn:
+            raise ValueError(torn)
+        if not line.strip():
+            continue
+        try:
+            read = read or reader_for(line)
+            arrivals += read(line)
+        except ValueError as wrong:
+            torn = f"{source}:{number}: {wrong}"
+            if read is not shape_arrivals or not isinstance(wrong, Torn):
+                raise ValueError(torn) from None
+    if not arrivals:
+        raise ValueError(torn or f"{source}: found no requests, expected some to replay")
+    if read is mooncake_arrivals:
+        arrivals = spread(arrivals)
+    arrivals.sort(key=lambda arrival: arrival.at_s)
+    return [arrival._replace(at_s=arrival.at_s - arrivals[0].at_s) for arrival in arrivals]
+
+
+def reader_for(line: str) -> Callable[[str], list[Arrival]]:
+    """What reads a trace that begins with this line."""
+    if line.startswith(AZURE_COLUMNS):
+        return azure_arrivals
+    said = json_object(line) if line.startswith("{") else {}
+    if "hash_ids" in said:
+        return mooncake_arrivals
+    if "prompt_tokens" in said:
+        return shape_arrivals
+    raise ValueError(f"found {line.strip()[:60]!r}, expected a line of shape.jsonl, of a Mooncake "
+                     f"trace, or {AZURE_COLUMNS}")  # fmt: skip
+
+
+def shape_arrivals(line: str) -> list[Arrival]:
+    """What we write ourselves.  Requests that were refused made no work, and are left out."""
+    said = json_object(line)
+    model, output = said.get("model"), whole_number(said, "output_tokens")
+    if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
+        raise ValueError(f"at is {at!r:.60}, expected seconds")
+    chain, ends = whole_numbers(said, "chain"), whole_numbers(said, "ends")
+    if len(ends) < len(chain) or any(b <= a for a, b in itertools.pairwise((0, *ends))):
+        raise ValueError(f"ends is {list(ends)!r:.60}, expected more tokens for each link")
+    if whole_number(said, "status") != 200 and not output:
+        return []
+    model = None if model is None else str(model)
+    return [Arrival(at, whole_number(said, "prompt_tokens"), output, chain, ends, model,
+                    str(said.get("session", "")))]  # fmt: skip
+
+
+def mooncake_arrivals(line: str) -> list[Arrival]:
+    said = json_object(line)
+    prompt, chain = whole_number(said, "input_length"), whole_numbers(said, "hash_ids")
+    ends = [*range(MOONCAKE_BLOCK, prompt, MOONCAKE_BLOCK), prompt]
+    if len(chain) != len(ends):
+        raise ValueError(f"hash_ids are {len(chain)}, expected {len(ends)} for {prompt} tokens")
+    at_s = whole_number(said, "timestamp") / 1000
+    return [Arrival(at_s, prompt, whole_number(said, "output_length"), chain, ends)]
+
+
+def azure_arrivals(line: str) -> list[Arrival]:
+    if line.startswith(AZURE_COLUMNS):
+        return []
+    try:
+        when, prompt, output = line.split(",")
+        at = datetime.datetime.fromisoformat(when).replace(tzinfo=datetime.UTC)
+        if min(tokens := (int(prompt), int(output))) >= 0:
+            return [Arrival(at.timestamp(), *tokens)]
+    except ValueError:
+        pass
+    raise ValueError(f"found {line.strip()[:60]!r}, expected {AZURE_COLUMNS}")
+
+
+def json_object(line: str) -> dict[str, Any]:
+    try:
+        said = json.loads(line)
+    except ValueError:
+        raise Torn(f"found {line.strip()[:60]!r}, expected JSON") from None
+    if isinstance(said, dict):
+        return said
+    raise ValueError(f"found {line.strip()[:60]!r}, expected a JSON object")
+
+
+def whole_number(said: Mapping[str, Any], name: str) -> int:
+    value = said.get(name)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number")
+    return value
+
+
+def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    values = said.get(name)
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise ValueError(f"{name} is {values!r:.60}, expected a list of whole numbers")
+    return tuple(values)
+
+
+def spread(arrivals: list[Arrival]) -> list[Arrival]:
+    """Those of one stamp evenly over the time to the next, so that they do not come as a burst
+    that never was.  Mooncake stamps every 3 s, give or take a millisecond."""
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
+    groups = [list(group) for _, group in itertools.groupby(arrivals, lambda a: a.at_s)]
+    gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
+    step_s = gaps[len(gaps) // 2] if gaps else 0.0
+    return [arrival._replace(at_s=arrival.at_s + step_s * n / len(group))
+            for group in groups for n, arrival in enumerate(group)]  # fmt: skip
+
+
+def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
+    """The first ones, as many, coming so much faster."""
+    return [arrival._replace(at_s=arrival.at_s / speedup) for arrival in arrivals[:limit]]
+
+
+class MadeUp(NamedTuple):
+    """Traffic for who has recorded none."""
+
+    rate: float  # requests per second
+    asked: tuple[float, float, float]  # tokens of a question: median, sigma of its logarithm, most
+    answered: tuple[float, float, float]
+    shared: tuple[int, ...] = ()  # tokens of beginnings that many prompts have, the commonest first
+    turns: float = 1.0  # of a conversation, on average
+    think_s: float = 12.0  # between two of them
+
+
+MADE_UP = {
+    "chat": MadeUp(100, (160, 0.9, 2000), (170, 0.8, 1024)),
+    "sessions": MadeUp(33, (70, 0.8, 1500), (170, 0.7, 900), (1500, 800, 400, 2400), 6),
+    "documents": MadeUp(34, (60, 0.7, 600), (120, 0.7, 600), tuple(range(1200, 4800, 24))),
+    "agents": MadeUp(8, (900, 0.9, 8000), (90, 0.8, 1000), (6000, 9000, 4000), 15, 3.0),
+}
+
+
+def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
+    """Arrivals by chance: conversations whose prompts repeat all that was said before."""
+
+    def length(of: tuple[float, float, float]) -> int:
+        return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
+
+    out, number, at_s = list[Arrival](), 0, -kind.turns * kind.think_s
+    shares = [1 / n for n in range(1, len(kind.shared) + 1)]
+    while at_s < seconds:
+        at_s, number, now_s = at_s + draw.expovariate(kind.rate / kind.turns), number + 1, at_s
+        begin = draw.choices(range(len(kind.shared)), shares)[0] if shares else 0
+        said = kind.shared[begin] if shares else 0
+        common = said
+        while said < 30_000:
+            prompt, answer = said + length(kind.asked), length(kind.answered)
+            ends = range(64, prompt + 1, 64)
+            chain = tuple(hash((begin, n)) if end <= common else hash((number, "own", n))
+                          for n, end in enumerate(ends)) if said or kind.turns > 1 else ()
+            if 0 <= now_s < seconds:
+                out.append(Arrival(now_s, prompt, answer, chain, ends, None, str(number)))
+            said, now_s = prompt + answer, now_s + 1 + 0.03 * answer + draw.expovariate(
+                1 / kind.think_s)  # fmt: skip
+            if draw.random() < 1 / kind.turns:
+                break
+    return sorted(out)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  19  engine
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
+# cache, a queue.  Nothing here is drawn by lot.
+
+EVEN_CONTEXT = 30_000  # tokens; attending to so many costs as much as the layers themselves do
+
+
+class EngineKind(NamedTuple):
+    """A GPU with its vLLM: what a step of the engine takes, and what fits into it."""
+
+    capacity: float  # what an operator would set as max_concurrent_requests
+    step_s: float  # of every step, for scheduling and sampling
+    weights_s: float  # to read the weights; hidden as far as the step computes for longer
+    token_s: float  # to compute a token, of a prompt or of an answer
+    sequence_s: float  # for each sequence in the step
+    context_s: float  # to read one token from the KV cache, for the sequences that decode
+    kv_tokens: int
+    max_num_seqs: int
+    batched_tokens: int  # vLLM's max_num_batched_tokens: computed in one step
+
+    def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
+        """Of a step: a smooth roofline of reading and computing, and what comes on top."""
+        roofline = math.hypot(self.weights_s, self.token_s * tokens)
+        attention = self.token_s * attended / EVEN_CONTEXT
+        return (self.step_s + roofline + attention + self.sequence_s * sequences
+                + self.context_s * context)  # fmt: skip
+
+
+# Llama-3.1-8B on one GPU, in BF16 if not said otherwise.  The weights' and tokens' times are the
+# kernels that microsoft/vidur measured on A100, H100 and A40; those of steps and sequences were
+# set so that one stream and a full server run as fast as published runs of vLLM do.  Reading the
+# KV cache goes at 80 % of the memory's speed; its size is 90 % of the memory less weights and
+# 3 GB, on the 4090 as vLLM says it.  The l4 and h200-fp8 are scaled by data sheets only.
+ENGINE_KINDS = {
+    "h100": EngineKind(192, 1.5e-3, 5.0e-3, 25e-6, 20e-6, 49e-9, 424_000, 1024, 8192),
+    "a100": EngineKind(96, 2.5e-3, 9.7e-3, 70e-6, 30e-6, 80e-9, 424_000, 256, 2048),
+    "a100-40": EngineKind(80, 2.5e-3, 12.0e-3, 70e-6, 30e-6, 105e-9, 136_000, 256, 2048),
+    "a40": EngineKind(48, 2.5e-3, 25.0e-3, 150e-6, 40e-6, 235e-9, 192_000, 256, 2048),
+    "4090": EngineKind(40, 2.5e-3, 16.0e-3, 140e-6, 50e-6, 163e-9, 31_200, 256, 2048),
+    "l4": EngineKind(20, 2.5e-3, 56.0e-3, 200e-6, 50e-6, 546e-9, 31_200, 256, 2048),
+    "h200-fp8": EngineKind(320, 1.5e-3, 2.2e-3, 14e-6, 20e-6, 34e-9, 864_000, 1024, 8192),
+}
+
+
+def kind_for(capacity: float) -> EngineKind:
+    """For a server of which only this is known: an a100, so much faster or slower."""
+    kind = ENGINE_KINDS["a100"]
+    slow = kind.capacity / capacity
+    return kind._replace(
+        capacity=capacity, step_s=kind.step_s * slow, weights_s=kind.weights_s * slow,
+        token_s=kind.token_s * slow, sequence_s=kind.sequence_s * slow,
+        context_s=kind.context_s * slow)  # fmt: skip
+
+
+class EngineReport(NamedTuple):
+    """What a server would say in /metrics."""
+
+    running: int
+    waiting: int
+    kv_usage_ratio: float
+    generation_tokens: int
+    prompt_tokens: int
+    prefix_queries: int  # prompt tokens looked for in the prefix cache
+    prefix_hits: int  # and found
+    kv_tokens: int  # that there is room for
+
+
+Link = int | tuple[int]  # of a chain; or (number,), what else a request has computed
+
+
+class KvCache:
+    """The tokens in a server's memory: of running requests, and, while there is room, of links
+    that may be asked for again."""
+
+    def __init__(self, room: int):
+        self.room, self.used, self.spare = room, 0, 0
+        self.sizes: dict[Link, int] = {}  # tokens of each link
+        self._users: dict[Link, int] = {}  # requests that need it
+        self._idle: OrderedDict[Link, None] = OrderedDict()  # nobody does; the oldest first
+
+    def take(self, tokens: int) -> None:
+        """For a running request; what was not needed for the longest is forgotten for it."""
+        self.used += tokens
+        while (lack := self.used + self.spare - self.room) > 0:
+            oldest = next(iter(self._idle))
+            if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
+                self.sizes[oldest] -= lack  # nobody looks for a part of a link, but of a rest
+                self.spare -= lack
+            else:
+                self.forget(oldest)
+
+    def forget(self, link: Link) -> None:
+        del self._idle[link]
+        self.spare -= self.sizes.pop(link)
+
+    def name(self, link: Link, size: int) -> None:
+        """Tokens that a request has taken can be found from now on."""
+        self.sizes[link], self._users[link] = size, 1
+
+    def keep(self, link: Link, size: int) -> None:
+        """They are not needed any more, but may be."""
+        self.sizes[link], self._idle[link] = size, None
+        self.used, self.spare = self.used - size, self.spare + size
+
+    def idle_tokens(self, links: Iterable[Link]) -> int:
+        """What of these is not used yet."""
+        return sum(self.sizes[link] for link in links if link in self._idle)
+
+    def hold(self, links: Iterable[Link]) -> None:
+        """A request needs these."""
+        for link in links:
+            if link in self._idle:
+                del self._idle[link]
+                self.used, self.spare = self.used + self.sizes[link], self.spare - self.sizes[link]
+            self._users[link] = self._users.get(link, 0) + 1
+
+    def free(self, links: Sequence[Link]) -> None:
+        """Those at the end will be forgotten first: without a start they are of no use."""
+        for link in reversed(links):
+            self._users[link] -= 1
+            if not self._users[link]:
+                del self._users[link]
+                self.keep(link, self.sizes[link])
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Job:
+    """A request inside an engine."""
+
+    number: int  # of its arrival
+    arrival: Arrival
+    need: int = 0  # tokens to compute before the next one of the answer comes out
+    done: int = 0  # of these; then, what is in the KV cache
+    said: int = 0  # tokens of the answer
+    links: list[Link] = dataclasses.field(default_factory=list)  # that it holds
+    own: int = 0  # tokens that it holds besides
+    passed: int = 0  # links of its chain that are computed, by whomever
+    reach: int = 0  # tokens up to the last of them
+    since: int = 0  # the engine's clock when it began to decode
+    last: int = 0  # and when it will be finished
+    cached: int | None = None  # tokens found when it was first admitted
+    first_s: float = INFINITY
+    last_s: float = INFINITY
+
+
+class Engine:
+    """A vLLM server: requests are admitted in their order, prompts computed in chunks, and the
+    youngest starts over when there is no more room.
+
+    It goes in stretches: of one step, or of many through which nothing changes but that answers
+    grow.  `longest` limits them, to check that they make no difference.
+    """
+
+    def __init__(self, kind: EngineKind, longest: float = INFINITY):
+        self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
+        self.waiting = deque[Job]()
+        self.running: dict[int, Job] = {}  # by number, the oldest first
+        self.reading: dict[int, Job] = {}  # of these, whose prompt is not computed yet
+        self.ends_s = INFINITY  # of the stretch; idle
+        self.preemptions = 0
+        self._clock = 0  # steps that have ended
+        self._decoding = self._context = 0  # requests that decode, and their tokens
+        self._finishes: list[tuple[int, int]] = []  # heap of (clock, number); some were put off
+        self._chunks: list[tuple[Job, int]] = []  # computed in this stretch, in its only step
+        self._steps = 0  # of the stretch
+        self._begun_s = self._step_s = self._growth_s = 0.0  # each step takes that much longer
+        self._generated = self._prompted = self._queries = self._hits = 0
+
+    def add(self, job: Job, now: float) -> bool:
+        """Take a request, which is looked at when the step under way has ended.  What can never
+        be served is refused, as vLLM does."""
+        job.need = max(1, job.arrival.prompt_tokens)
+        if job.need + max(1, job.arrival.output_tokens) > self.cache.room:
+            return False
+        self.waiting.append(job)
+        if self.ends_s == INFINITY:
+            self._begin(now)
+        elif len(self.waiting) == 1:  # others wait for the end of the stretch in any case
+            self._plan(min(self._steps, self._steps_by(now) + 1))
+        return True
+
+    def end(self) -> tuple[list[Job], list[Job]]:
+        """End the stretch and begin the next: whose answer has begun, and whose is complete."""
+        now, begun, complete = self.ends_s, list[Job](), list[Job]()
+        self.cache.take(self._decoding * (self._steps - 1))
+        self._context += self._decoding * self._steps
+        self._generated += self._decoding * self._steps
+        self._clock += self._steps
+        while self._finishes and self._finishes[0][0] <= self._clock:
+            job = self.running.get(heapq.heappop(self._finishes)[1])
+            if job is not None and job.last == self._clock:
+                complete.append(job)
+        for job, tokens in self._chunks:
+            job.done += tokens
+            self._name_links(job)
+            if job.done == job.need:
+                self._decode(job)
+                if job.first_s == INFINITY:
+                    job.first_s = now
+                    self._prompted += job.arrival.prompt_tokens
+                    begun.append(job)
+                if job.last == self._clock:
+                    complete.append(job)
+        for job in complete:
+            job.last_s = now
+            self._release(job)
+        self._begin(now)
+        return begun, complete
+
+    def report(self, now: float) -> EngineReport:
+        """Its load, in the middle of a stretch."""
+        grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
+        return EngineReport(
+            len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
+            self._generated + grown, self._prompted, self._queries, self._hits,
+            self.cache.room)  # fmt: skip
+
+    def _begin(self, now: float) -> None:
+        """Schedule a step in vLLM's order, and with it as many as are like it."""
+        preemptions = self.preemptions
+        while self._lacks(0):
+            self._preempt()
+        self._chunks, left = [], self.kind.batched_tokens - self._decoding
+        for job in list(self.reading.values()):
+            tokens = min(job.need - job.done, left)
+            while self._lacks(tokens) and job.number in self.reading:
+                self._preempt()
+            if tokens > 0 and job.number in self.reading:
+                left -= self._read(job, tokens)
+        places = 0 if self.preemptions > preemptions else self.kind.max_num_seqs
+        while self.waiting and left > 0 and len(self.running) < places:
+            if not (tokens := self._admit(self.waiting[0], left)):
+                break
+            left -= tokens
+        self.cache.take(self._decoding)
+        self._begun_s, self._growth_s = now, self.kind.context_s * self._decoding
+        self._step_s = self.kind.duration_s(
+            self._decoding + len(self._chunks), self.kind.batched_tokens - left, self._context,
+            sum(tokens * (job.done + tokens / 2) for job, tokens in self._chunks))  # fmt: skip
+        if not self.running:
+            self.ends_s, self._steps = INFINITY, 0
+        elif self._chunks or self.preemptions > preemptions:
+            self._plan(1)
+        else:
+            steps = 1 + (self.cache.room - self.cache.used) // self._decoding
+            self._plan(min(steps, self._finishes[0][0] - self._clock, self.longest))
+
+    def _plan(self, steps: float) -> None:
+        self._steps = int(steps)
+        self.ends_s = self._begun_s + steps * (self._step_s + self._growth_s * (steps - 1) / 2)
+
+    def _steps_by(self, now: float) -> int:
+        """How many steps of the stretch have ended: the sum in `_plan`, solved for the steps."""
+        gone_s, half_s = now - self._begun_s, self._step_s - self._growth_s / 2
+        return int(2 * gone_s / (half_s + math.sqrt(half_s**2 + 2 * self._growth_s * gone_s)))
+
+    def _lacks(self, tokens: int) -> bool:
+        """Whether there is no room for these and one more of each request that decodes."""
+        return self.cache.used + self._decoding + tokens > self.cache.room
+
+    def _admit(self, job: Job, left: int) -> int:
+        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
+        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
+        links, found, sizes = list[Link](), 0, self.cache.sizes
+        for link in job.arrival.chain:
+            if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
+                break
+            links.append(link)
+            found += sizes[link]
+        rest, kept = (job.number,), 0  # from before it was preempted
+        if rest in sizes and found == job.reach:
+            kept = min(sizes[rest], job.need - 1 - found)
+        if self._lacks(self.cache.idle_tokens(links) + job.need - found):
+            return 0
+        if rest in sizes:
+            self.cache.forget(rest)
+        self.cache.hold(links)
+        self.cache.take(kept)
+        job.links, job.passed, job.reach = links, len(links), found
+        job.own, job.done = kept, found + kept
+        if job.cached is None:
+            job.cached = found
+            self._queries += job.arrival.prompt_tokens
+            self._hits += found
+        self.running[job.number] = self.reading[job.number] = self.waiting.popleft()
+        return self._read(job, min(job.need - job.done, left))
+
+    def _read(self, job: Job, tokens: int) -> int:
+        """Compute a chunk of a prompt in this step."""
+        self.cache.take(tokens)
+        job.own += tokens
+        self._chunks.append((job, tokens))
+        return tokens
+
+    def _name_links(self, job: Job) -> None:
+        """What was computed of a prompt can be found from now on."""
+        chain, ends = job.arrival.chain, job.arrival.ends
+        while job.passed < len(chain) and ends[job.passed] <= job.done:
+            link, size = chain[job.passed], ends[job.passed] - job.reach
+            if link not in self.cache.sizes and size > 0:
+                self.cache.name(link, size)
+                job.links.append(link)
+                job.own -= size
+            job.passed, job.reach = job.passed + 1, job.reach + max(0, size)
+
+    def _decode(self, job: Job) -> None:
+        """Its prompt is computed, and with that a token of its answer."""
+        del self.reading[job.number]
+        job.said, job.since = job.said + 1, self._clock
+        job.last = self._clock + max(1, job.arrival.output_tokens) - job.said
+        if job.last > self._clock:
+            heapq.heappush(self._finishes, (job.last, job.number))
+        self._generated += 1
+        self._decoding += 1
+        self._context += job.done
+
+    def _release(self, job: Job) -> None:
+        """It does not run any more; what it computed is kept as long as there is room."""
+        del self.running[job.number]
+        if self.reading.pop(job.number, None) is None:
+            steps = self._clock - job.since
+            job.said, job.done, job.own = job.said + steps, job.done + steps, job.own + steps
+            self._decoding -= 1
+            self._context -= job.done
+        if job.own:
+            self.cache.keep((job.number,), job.own)
+        self.cache.free(job.links)
+
+    def _preempt(self) -> None:
+        """The youngest leaves its room to the others, and waits to be computed again."""
+        job = next(reversed(self.running.values()))
+        self._release(job)
+        job.need, job.last = job.arrival.prompt_tokens + job.said, 0
+        self.waiting.appendleft(job)
+        self.preemptions += 1
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  20  replay
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Requests of the past, sent once more to a fleet that is only modelled: what would another policy
+# have done, or one more server?  Its times are those of a model: compare the rows of one table,
+# and nothing else.
+
+NETWORK_S = 0.002  # one way, with what the balancer takes
+PATIENCE_S = 60.0  # with a router that holds requests while nothing is in flight
+
+
+class Router(Protocol):
+    """Who sends each request to a server; arrivals and servers are known by their numbers."""
+
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
+        """The server that it is sent to now; None holds it in the queue."""
+
+    def first_token(self, number: int, now: float) -> None: ...
+
+    def finished(self, number: int, now: float) -> None: ...
+
+    def scraped(self, server: int, report: EngineReport, now: float) -> None: ...
+
+
+class PolicyRouter:
+    """The balancer's own choice in a replay: the same fleet, the same ranking, the same queue."""
+
+    def __init__(self, s: Settings, draw: random.Random) -> None:
+        self.settings, self.draw, self.fleet = s, draw, Fleet()
+        self.fleet.apply(s.servers, 0.0, s.pools)
+        for server in s.servers:
+            self.fleet.judge(server.url, Health.become, State.HEALTHY, "", 0.0)
+        self.urls = [view.url for view in self.fleet.views()]
+        self.policies: dict[str | None, Policy] = {}
+        self.leases: dict[int, Lease] = {}
+
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
+        s = self.settings
+        prompt = Prompt(arrival.prompt_tokens, arrival.chain, arrival.ends, arrival.prompt_tokens or 1,
+                        repr(arrival.chain[:1]).encode() if arrival.chain else b"")  # fmt: skip
+        call = Call(arrival.model, True, prompt, arrival.session)
+        by = self.policies.get(arrival.model)
+        if by is None:
+            name = s.policies.get(arrival.model or "", s.policy)
+            by = self.policies[arrival.model] = POLICIES[name](s)
+        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        views, cached = self.fleet.views(), self.fleet.cached(prompt)
+        best = rank(views, cached, call, frozenset(), by, moment, self.draw).best
+        if best is None:
+            return None
+        at = self.urls.index(best)
+        by.chosen(views[at])
+        self.leases[number] = self.fleet.lease(best, now, prompt)
+        return at
+
+    def first_token(self, number: int, now: float) -> None:
+        self.leases[number].answered(now, True)
+
+    def finished(self, number: int, now: float) -> None:
+        with self.leases.pop(number):
+            pass
+
+    def scraped(self, server: int, report: EngineReport, now: float) -> None:
+        url = self.urls[server]
+        load = EngineLoad(
+            report.running, report.waiting, report.kv_usage_ratio,
+            tokens=report.prompt_tokens + report.generation_tokens,
+            generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
+            kv_tokens=report.kv_tokens)  # fmt: skip
+        self.fleet.scraped(url, load, self.fleet.in_flight(url), now)
+
+
+class Record(NamedTuple):
+    """What became of an arrival.  Without an answer its times are infinite."""
+
+    arrival: Arrival
+    server: int = -1  # -1: it was never sent to one
+    cached_tokens: int = 0
+    ttft_s: float = INFINITY
+    total_s: float = INFINITY
+
+    @property
+    def token_s(self) -> float:
+        """Between two tokens of the answer."""
+        return (self.total_s - self.ttft_s) / max(1, self.arrival.output_tokens - 1)
+
+
+class Replay:
+    """Arrivals, engines and a router in simulated time; `run` it once."""
+
+    def __init__(
+        self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
+        interval_s: float, progress: Callable[[float], None] = lambda share: None,
+    ):  # fmt: skip
+        self.arrivals, self.engines, self.router = arrivals, engines, router
+        self.interval_s, self.progress = interval_s, progress
+        self.records = [Record(arrival) for arrival in arrivals]
+        self._models = len({arrival.model for arrival in arrivals})
+        self._held = deque[int]()  # in the queue
+        self._coming = self._left = len(arrivals)
+        self._flying = 0
+        self._moved_s = 0.0  # when a request last came, was sent or finished
+        self._serial = itertools.count()
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+
+    def run(self) -> list[Record]:
+        for number, arrival in enumerate(self.arrivals):
+            self._at(arrival.at_s, self._come, number)
+        for server in range(len(self.engines)):  # each at its own phase
+            self._at(self.interval_s * (server + 0.5) / len(self.engines), self._scrape, server)
+        while self._events:
+            now, _, act, about = heapq.heappop(self._events)
+            act(*about, now)
+        return self.records
+
+    def _at(self, when: float, act: Callable[..., None], *about: Any) -> None:
+        heapq.heappush(self._events, (when, next(self._serial), act, about))
+
+    def _come(self, number: int, now: float) -> None:
+        self._coming, self._moved_s = self._coming - 1, now
+        self._held.append(number)
+        self._offer(now)
+
+    def _offer(self, now: float) -> None:
+        """Send who can be sent, in order; nobody overtakes another who wants the same model."""
+        kept, blocked = list[int](), set[str | None]()
+        while self._held and len(blocked) < self._models:
+            number = self._held.popleft()
+            arrival, server = self.arrivals[number], None
+            if arrival.model not in blocked:
+                server = self.router.choose(number, arrival, now)
+            if server is None:
+                kept.append(number)
+                blocked.add(arrival.model)
+            else:
+                self._flying, self._moved_s = self._flying + 1, now
+                self._at(now + NETWORK_S, self._deliver, server, Job(number, arrival))
+        self._held.extendleft(reversed(kept))
+
+    def _deliver(self, server: int, job: Job, now: float) -> None:
+        engine = self.engines[server]
+        if engine.add(job, now):
+            self._at(engine.ends_s, self._end, server)
+        else:
+            self._at(now + NETWORK_S, self._finish, server, job)
+
+    def _end(self, server: int, now: float) -> None:
+        engine = self.engines[server]
+        if now != engine.ends_s:
+            return  # a request came, and the stretch became shorter
+        begun, complete = engine.end()
+        for job in begun:
+            self._at(now + NETWORK_S, self.router.first_token, job.number)
+        for job in complete:
+            self._at(now + NETWORK_S, self._finish, server, job)
+        if engine.ends_s < INFINITY:
+            self._at(engine.ends_s, self._end, server)
+
+    def _finish(self, server: int, job: Job, now: float) -> None:
+        came_s = job.arrival.at_s - NETWORK_S  # the answer is as long on its way
+        times = job.first_s - came_s, job.last_s - came_s
+        self.records[job.number] = Record(job.arrival, server, job.cached or 0, *times)
+        self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
+        total = len(self.arrivals)
+        done = total - self._left
+        if done * 100 // total > (done - 1) * 100 // total:
+            self.progress(done / total)
+        self.router.finished(job.number, now)
+        self._offer(now)
+
+    def _scrape(self, server: int, now: float) -> None:
+        self.router.scraped(server, self.engines[server].report(now), now)
+        self._offer(now)
+        if self._coming or self._flying or (self._held and now < self._moved_s + PATIENCE_S):
+            self._at(now + self.interval_s, self._scrape, server)
+
+
+class Summary(NamedTuple):
+    """A replay in numbers; of times, those of answered requests."""
+
+    requests: int
+    failed: int
+    good_ratio: float  # the share that was as fast as is wanted
+    ttft_s: tuple[float, ...]  # p50, p90, p99
+    token_s: tuple[float, ...]  # p50, p99, of each answer's mean
+    total_s: float  # mean
+    hit_ratio: float  # of prompt tokens
+
+
+def summary(
+    records: Sequence[Record], slo_ttft_s: float, slo_tpot_s: float, warm_up: float = 0.25
+) -> Summary:
+    """Without the requests that came in the first part of the time."""
+    begins_s = warm_up * max((record.arrival.at_s for record in records), default=0.0)
+    counted = [record for record in records if record.arrival.at_s >= begins_s]
+    answered = [record for record in counted if record.total_s < INFINITY]
+    good = sum(r.ttft_s <= slo_ttft_s and r.token_s <= slo_tpot_s for r in answered)
+    ttfts = [record.ttft_s for record in answered]
+    tokens = [record.token_s for record in answered if record.arrival.output_tokens > 1]
+    prompts = sum(record.arrival.prompt_tokens for record in answered)
+    return Summary(
+        len(counted), len(counted) - len(answered), good / max(1, len(counted)),
+        quantiles(ttfts, 0.5, 0.9, 0.99), quantiles(tokens, 0.5, 0.99),
+        sum(record.total_s for record in answered) / max(1, len(answered)),
+        sum(record.cached_tokens for record in answered) / max(1, prompts))  # fmt: skip
+
+
+def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
+    ordered = sorted(values) or [math.nan]
+    return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in shares)
+
+
+def table(rows: Mapping[str, Summary]) -> str:
+    """Summaries for a terminal, one a line."""
+    lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
+                                     "token p50", "p99 ms", "mean s", "hits %")]  # fmt: skip
+    for name, row in rows.items():
+        lines.append((
+            name[:18], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
+            *(f"{1e3 * value:.0f}" for value in row.ttft_s),
+            *(f"{1e3 * value:.1f}" for value in row.token_s),
+            f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines)  # fmt: skip
+
+
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ the waterline ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # Above: no socket, clock, file, environment or event loop; time comes in as `now`, chance as a
 # Random.  Below: thin and linear; read something, ask a function from above, write something.
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  wire
+#  21  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -4323,7 +5088,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  pool
+#  22  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -4575,7 +5340,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  pump
+#  23  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -4712,7 +5477,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  response
+#  24  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -4865,7 +5630,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  journal
+#  25  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -4926,7 +5691,7 @@ def shape_writer(path: str) -> LineWriter | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  core
+#  26  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -5089,7 +5854,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  conversation
+#  27  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -5284,7 +6049,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  exchange
+#  28  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -5666,7 +6431,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  watch
+#  29  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -5852,7 +6617,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  local
+#  30  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -5992,7 +6757,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  door
+#  31  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -6238,7 +7003,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  balancer
+#  32  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -6531,7 +7296,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  demo
+#  33  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -6780,7 +7545,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  command line
+#  34  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
@@ -6794,6 +7559,7 @@ examples:
   mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8
   mvllm_lite.py check-config servers.toml           read the file and ask every server
   mvllm_lite.py demo                                try it without any server
+  mvllm_lite.py replay sessions --policy all        compare policies in a model of the servers
 
 A flag wins over the environment, that over the file, and that over the default.  The environment
 is CONFIG_PATH, {env}.
@@ -6856,15 +7622,36 @@ def argument_parser() -> argparse.ArgumentParser:
     upgrade.add_argument("-p", "--port", help="the port it listens on")
     upgrade.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
     upgrade.set_defaults(do=run_upgrade)
+    add_replay(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(do=lambda args: print(f"mvllm_lite {__version__}") or 0)
     return parser
 
 
+def add_replay(commands: Any) -> None:
+    replay = commands.add_parser("replay", help="try policies on recorded traffic, in a model",
+                                 description="Which policy for my traffic? Would a server more help?")
+    replay.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
+                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
+    replay.add_argument("--policy", action="append", metavar="NAME",
+                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
+    replay.add_argument("--servers", dest="config", metavar="FILE", help="settings with the servers")
+    replay.add_argument("--fleet", nargs="+", metavar="KIND",
+                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
+    replay.add_argument("--add-server", action="append", metavar="KIND", help="one more")
+    replay.add_argument("--auto", action="store_true", help="capacities are to be learned")
+    replay.add_argument("--speed", type=float, default=1.0, metavar="X", help="so much more traffic")
+    replay.add_argument("--limit", type=int, metavar="N", help="the first N requests")
+    replay.add_argument("--seconds", type=float, default=180.0, help="of made-up traffic")
+    replay.add_argument("--slo-ttft", type=float, default=1.0, metavar="S", help="seconds")
+    replay.add_argument("--slo-token", type=float, default=0.05, metavar="S", help="seconds")
+    replay.set_defaults(do=run_replay)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = ("run", "check-config", "demo", "upgrade", "version")
+    commands = ("run", "check-config", "demo", "upgrade", "replay", "version")
     if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser().parse_args(argv)
@@ -6996,6 +7783,93 @@ def run_demo(args: argparse.Namespace) -> int:
         return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
     with logging_to_stdout(settings.log_level):
         return serve_until_stopped(lambda run: demo(args.servers, settings, run), DEMO_HINT)
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    """Replay a trace under each of the policies that are asked for, and print the table."""
+    if args.config:
+        settings, _ = load_settings(args.config, {})
+    else:
+        settings = Settings(tuple(ServerSettings(f"http://server-{n}") for n in range(3)))
+    servers, kinds = list(settings.servers), list[EngineKind]()
+    for server in servers:
+        limit = server.max_concurrent_requests
+        kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
+    for n, word in enumerate(args.fleet or (), 1):
+        kind = engine_kind(word)
+        if n == 1:
+            servers, kinds = [], []
+        servers.append(ServerSettings(f"http://{word}-{n}", round(kind.capacity)))
+        kinds.append(kind)
+    for n, word in enumerate(args.add_server or (), 1):
+        kinds.append(engine_kind(word))
+        servers.append(ServerSettings(f"http://added-{word}-{n}", round(kinds[-1].capacity)))
+    if args.auto:
+        servers = [dataclasses.replace(s, max_concurrent_requests=AUTO) for s in servers]
+    try:
+        arrivals = adapted(read_trace(args.trace, args.seconds), args.speed, args.limit)
+        policies = wanted_policies(args.policy or [settings.policy], settings)
+    except ValueError as error:
+        return fail(str(error))
+    settings = dataclasses.replace(settings, servers=tuple(servers))
+    span_s = max(1e-9, arrivals[-1].at_s)
+    print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
+          f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
+          f" s and {args.slo_token * 1000:g} ms a token")  # fmt: skip
+    rows = dict[str, Summary]()
+    for name in policies:
+        router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
+        engines = [Engine(kind) for kind in kinds]
+        records = Replay(
+            arrivals, engines, router, settings.metrics_interval, progress_bar(name)).run()
+        rows[name] = summary(records, args.slo_ttft, args.slo_token)
+    print(table(rows))
+    return 0
+
+
+def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
+    """Raises ValueError."""
+    if "all" in words:
+        return [name for name in POLICY_NAMES if name != "expression" or s.score]
+    for word in words:
+        if word not in POLICY_NAMES or (word == "expression" and not s.score):
+            expected = ", ".join(("all", *POLICY_NAMES))
+            raise ValueError(f"--policy: found {word}, expected one of {expected}; expression"
+                             " needs a --servers file with a score")  # fmt: skip
+    return list(words)
+
+
+def engine_kind(word: str) -> EngineKind:
+    """For argparse, but with a better message than it makes of a ValueError."""
+    if word in ENGINE_KINDS:
+        return ENGINE_KINDS[word]
+    if word.isdecimal() and 0 < int(word) < 10000:
+        return kind_for(int(word))
+    raise SystemExit(fail(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or a number"
+                          " of requests that it runs well at once"))  # fmt: skip
+
+
+def read_trace(name: str, seconds: float) -> list[Arrival]:
+    """A file's requests, or made-up ones of that name.  Raises ValueError."""
+    if name in MADE_UP and not os.path.exists(name):
+        return made_up(MADE_UP[name], seconds, random.Random(1))
+    try:
+        with open(name, encoding="utf-8") as lines:
+            return read_arrivals(lines, name)
+    except OSError as error:
+        known = ", ".join(MADE_UP)
+        raise ValueError(f"{name}: {reason_of(error)}; made-up traffic is {known}") from None
+
+
+def progress_bar(name: str) -> Callable[[float], None]:
+    """Draws on a terminal, and nowhere else."""
+
+    def draw(share: float) -> None:
+        bar = "#" * round(40 * share)
+        end = "\r" + " " * 70 + "\r" if share >= 1 else ""
+        print(f"\r{name[:18]:18} [{bar:40}] {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
+
+    return draw if sys.stderr.isatty() else lambda share: None
 
 
 def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = "") -> int:
