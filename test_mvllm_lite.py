@@ -2141,6 +2141,480 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  18 to 20  traces, engine and replay
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
+A100 = lite.ENGINE_KINDS["a100"]
+
+
+class LeastFull:
+    """The server with the fewest of our own requests for its capacity; it keeps what it sees."""
+
+    def __init__(self, kinds, limited=False):
+        self.capacities = [kind.capacity for kind in kinds]
+        self.in_flight = [0] * len(kinds)
+        self.servers, self.begun, self.reports, self.limited = {}, [], [], limited
+
+    def choose(self, number, arrival, now):
+        assert number not in self.servers, "sent twice"
+        best = min(range(len(self.in_flight)), key=self.fullness)
+        if self.limited and self.in_flight[best] >= self.capacities[best]:
+            return None
+        self.servers[number] = best
+        self.in_flight[best] += 1
+        return best
+
+    def fullness(self, server):
+        return (self.in_flight[server] + 1) / self.capacities[server]
+
+    def first_token(self, number, now):
+        self.begun.append(number)
+
+    def finished(self, number, now):
+        self.in_flight[self.servers[number]] -= 1
+
+    def scraped(self, server, report, now):
+        self.reports.append((now, server, report))
+
+
+class RoundRobin(LeastFull):
+    def choose(self, number, arrival, now):
+        self.servers[number] = number % len(self.in_flight)
+        self.in_flight[self.servers[number]] += 1
+        return self.servers[number]
+
+
+class Holder(LeastFull):
+    def choose(self, number, arrival, now):
+        return None
+
+
+class Checked(Engine):
+    """An engine whose books are audited after each stretch."""
+
+    def end(self):
+        ended = super().end()
+        audit(self)
+        return ended
+
+
+def audit(engine):
+    cache, jobs = engine.cache, engine.running.values()
+    assert 0 <= cache.used and 0 <= cache.spare and cache.used + cache.spare <= cache.room
+    assert all(job.own >= 0 and job.done >= 0 for job in jobs)
+    held = sum(cache.sizes[link] for link in {link for job in jobs for link in job.links})
+    assert cache.spare == sum(cache.sizes.values()) - held
+    grown = cache.used - held - sum(job.own for job in jobs)  # by answers
+    decoding = len(jobs) - len(engine.reading)
+    assert decoding <= grown <= sum(job.arrival.output_tokens for job in jobs) or not decoding
+    assert grown >= 0 and set(engine.reading) <= set(engine.running)
+    assert len(jobs) <= engine.kind.max_num_seqs
+    assert not engine.waiting or jobs or engine.ends_s == lite.INFINITY
+
+
+def replayed(arrivals, kinds, router=LeastFull, engine=Checked, interval_s=0.5, **options):
+    engines, told = [engine(kind) for kind in kinds], router(kinds, **options)
+    return Replay(arrivals, engines, told, interval_s).run(), engines, told
+
+
+def small(kv_tokens, **changes):
+    return A100._replace(kv_tokens=kv_tokens, **changes)
+
+
+def chats(count, rate, seed, prefixes=8):
+    """Requests with a few common beginnings, of all lengths."""
+    draw, now, arrivals = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += draw.expovariate(rate)
+        prompt, ends = draw.randint(1, 900), range(64, 1024, 64)
+        who, shared = draw.randrange(prefixes), draw.randint(0, 10)
+        chain = tuple(hash((who, n) if n < shared else (len(arrivals), n, seed))
+                      for n in range(prompt // 64))  # fmt: skip
+        arrivals.append(Arrival(now, prompt, draw.randint(0, 300), chain, ends))
+    return arrivals
+
+
+# Reading.
+
+SHAPE = {
+    "at": 1700000000.5, "model": "m", "session": "s", "prompt_tokens": 130, "output_tokens": 7,
+    "chain": [-5, 6], "ends": [64, 128], "ttft": None, "duration": 1.5, "server": "http://a",
+    "status": 200, "end": "complete",
+}  # fmt: skip
+MOONCAKE = {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+
+
+def jsonl(row, *changes):
+    return [json.dumps(row | change) + "\n" for change in changes]
+
+
+def test_our_own_traces_are_read_by_time_from_0():
+    lines = jsonl(SHAPE, {}, {"at": 1700000000, "model": None, "session": "", "chain": []})
+    assert lite.read_arrivals(lines, "x") == [
+        Arrival(0.0, 130, 7, (), (64, 128)),
+        Arrival(0.5, 130, 7, (-5, 6), (64, 128), "m", "s"),
+    ]
+
+
+def test_refused_requests_are_not_replayed_but_broken_answers_are():
+    lines = jsonl(SHAPE, {}, {"status": 429, "output_tokens": 0}, {"status": 502})
+    assert len(lite.read_arrivals(lines, "x")) == 2
+
+
+def test_a_trace_that_is_still_being_written_is_read_up_to_its_torn_line():
+    whole = jsonl(SHAPE, {}, {"at": 1700000001})
+    torn = whole[1].rstrip()
+    for cut in range(1, len(torn)):
+        assert len(lite.read_arrivals([whole[0], torn[:cut]], "x")) == 1
+    assert len(lite.read_arrivals([whole[0], torn], "x")) == 2
+    with pytest.raises(ValueError, match=r"^x:2: found '\{\"at\"', expected JSON"):
+        lite.read_arrivals([whole[0], torn[:5], whole[1]], "x")
+
+
+def test_mooncake_stamps_are_spread_over_the_time_to_the_next():
+    stamps = [{"timestamp": ms} for ms in (0, 0, 0, 2999, 2999, 6000, 9000)]
+    arrivals = lite.read_arrivals(jsonl(MOONCAKE, *stamps), "x")
+    assert [round(a.at_s, 6) for a in arrivals] == [0, 1, 2, 2.999, 4.499, 6, 9]
+    assert arrivals[0][1:] == (600, 5, (1, 2), [512, 600], None, "")
+
+
+def test_azure_traces_have_seven_digits_of_a_second():
+    lines = [AZURE, "2023-11-16 18:15:50.9951690,396,109\n", "2023-11-16 18:15:46.6805900,374,44"]
+    arrivals = lite.read_arrivals(lines, "x")
+    assert [a[1:3] for a in arrivals] == [(374, 44), (396, 109)]
+    assert [a.at_s for a in arrivals] == pytest.approx([0, 4.314579], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    table(
+        ("nothing", [], "x: found no requests, expected some to replay"),
+        ("only a header", [AZURE], "x: found no requests, expected some to replay"),
+        ("another format", ["\n", "a,b\n"], "x:2: found 'a,b', expected a line of "),
+        ("another object", ['{"a": 1}'], "x:1: found '{\"a\": 1}', expected a line of shape.jsonl"),
+        ("torn at once", ['{"at": 1'], "x:1: found '{\"at\": 1', expected JSON"),
+        ("a list", jsonl(SHAPE, {}) + ["[1]"], "x:2: found '[1]', expected a JSON object"),
+        ("no time", jsonl(SHAPE, {"at": None}), "x:1: at is None, expected seconds"),
+        ("no number", jsonl(SHAPE, {"at": math.nan}), "x:1: at is nan, expected seconds"),
+        ("a fraction", jsonl(SHAPE, {"prompt_tokens": 1.5}), "x:1: prompt_tokens is 1.5, exp"),
+        ("negative", jsonl(SHAPE, {"output_tokens": -1}), "x:1: output_tokens is -1, expected"),
+        ("true", jsonl(SHAPE, {"status": True}), "x:1: status is True, expected a whole number"),
+        ("no chain", jsonl(SHAPE, {"chain": "ab"}), "x:1: chain is 'ab', expected a list of whole"),
+        ("too few ends", jsonl(SHAPE, {"ends": [64]}), "x:1: ends is [64], expected more"),
+        ("ends that fall", jsonl(SHAPE, {"ends": [64, 64]}), "x:1: ends is [64, 64], exp"),
+        ("few ids", jsonl(MOONCAKE, {"hash_ids": [1]}), "x:1: hash_ids are 1, expected 2 for 600"),
+        ("torn of others", jsonl(MOONCAKE, {}) + ['{"ti'], "x:2: found '{\"ti', expected JSON"),
+        ("two columns", [AZURE, "2023-11-16 18:15:46,374"], "x:2: found '2023-11-16 18:15:46,374'"),
+        ("no date", [AZURE, "yesterday,3,4"], "x:2: found 'yesterday,3,4', expected TIMESTAMP,Con"),
+        ("negative tokens", [AZURE, "2023-11-16,3,-4"], "x:2: found '2023-11-16,3,-4', exp"),
+    ),
+)
+def test_bad_lines_are_named_with_what_was_expected(lines, message):
+    with pytest.raises(ValueError) as raised:
+        lite.read_arrivals(lines, "x")
+    assert str(raised.value).startswith(message)
+
+
+def test_a_trace_can_be_made_faster_and_shorter():
+    arrivals = [Arrival(at_s, 1, 1) for at_s in (0.0, 2.0, 4.0)]
+    assert [a.at_s for a in lite.adapted(arrivals, 2, 2)] == [0.0, 1.0]
+    assert [a.at_s for a in lite.adapted(arrivals, 0.5, None)] == [0.0, 4.0, 8.0]
+
+
+# The engine.
+
+
+def test_one_request_takes_what_the_formula_says():
+    (record,), _, _ = replayed([Arrival(0.0, 3000, 5)], [A100])
+    first = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 2048) + 70e-6 * 2048 * 1024 / 30000 + 30e-6
+    second = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 952) + 70e-6 * 952 * 2524 / 30000 + 30e-6
+    decode = sum(2.5e-3 + math.hypot(9.7e-3, 70e-6) + 30e-6 + 80e-9 * (3000 + n) for n in range(4))
+    assert record.ttft_s == pytest.approx(2 * lite.NETWORK_S + first + second, rel=1e-9)
+    assert record.total_s == pytest.approx(2 * lite.NETWORK_S + first + second + decode, rel=1e-9)
+    assert record.token_s == pytest.approx(decode / 4, rel=1e-9)
+    assert (record.server, record.cached_tokens) == (0, 0)
+
+
+def test_requests_that_come_together_share_their_steps():
+    records, _, _ = replayed([Arrival(0.0, 100, 50)] * 8, [A100])
+    step = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 800) + 70e-6 * 8 * 5000 / 30000 + 8 * 30e-6
+    # The first is alone in its first step: the others come while it is under way.
+    alone = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 100) + 70e-6 * 5000 / 30000 + 30e-6
+    assert records[0].ttft_s == pytest.approx(alone + 2 * lite.NETWORK_S, rel=1e-9)
+    assert alone + step * 0.8 < records[1].ttft_s < alone + step * 1.1
+    assert len({record.ttft_s for record in records[1:]}) == 1
+
+
+def test_a_request_that_comes_in_mid_step_waits_for_its_end():
+    engine = Engine(A100)
+    engine.add(Job(0, Arrival(0.0, 10, 1000)), 0.0)
+    began, _ = engine.ends_s, engine.end()
+    whole = engine.ends_s
+    engine.add(Job(1, Arrival(0.0, 10, 10)), began + 0.1)
+    step = engine.kind.duration_s(1, 1, 10, 0.0)
+    assert began + 0.1 <= engine.ends_s < began + 0.1 + 1.01 * step < whole
+
+
+def test_the_same_prompt_is_found_in_the_cache():
+    prompt = Arrival(0.0, 1000, 5, (11, 12, 13), (400, 800, 1000))
+    arrivals = [prompt, prompt._replace(at_s=5.0), prompt._replace(at_s=6.0, chain=(11, 99, 13))]
+    records, (engine,), _ = replayed(arrivals, [A100])
+    # The last token is always computed, so the third link does not count.
+    assert [record.cached_tokens for record in records] == [0, 800, 400]
+    assert records[1].ttft_s < records[2].ttft_s < records[0].ttft_s
+    report = engine.report(100.0)
+    assert (report.prefix_queries, report.prefix_hits) == (3000, 1200)
+    assert (report.prompt_tokens, report.generation_tokens) == (3000, 15)
+
+
+def test_what_was_not_asked_for_the_longest_is_forgotten_from_its_end():
+    def ask(at_s, name):
+        return Arrival(at_s, 1000, 1, (name, name + 1), (500, 990))
+
+    arrivals = [ask(0, 10), ask(1, 20), ask(2, 10), ask(3, 30), ask(4, 10), ask(5, 20)]
+    records, _, _ = replayed(arrivals, [small(2600)])
+    assert [record.cached_tokens for record in records] == [0, 0, 990, 0, 990, 500]
+
+
+def test_a_request_that_runs_keeps_its_links_from_being_forgotten():
+    long = Arrival(0.0, 1000, 800, (1, 2), (500, 1000))
+    others = [Arrival(1.0 + n, 900, 1, (100 + n,), (900,)) for n in range(5)]
+    again = Arrival(7.0, 1001, 1, (1, 2), (500, 1000))
+    records, _, _ = replayed([long, *others, again], [small(3600)])
+    assert records[-1].cached_tokens == 1000
+
+
+def test_the_youngest_starts_over_when_there_is_no_room_and_nothing_is_lost():
+    arrivals = [Arrival(0.001 * n, 500, 700) for n in range(4)]
+    records, (engine,), _ = replayed(arrivals, [small(3000)])
+    assert engine.preemptions > 0
+    assert all(record.total_s < lite.INFINITY for record in records)
+    assert records[0].total_s < records[3].total_s
+    assert engine.report(1e9).generation_tokens == 2800
+    assert engine.cache.used == 0
+
+
+def test_what_can_never_fit_is_refused_and_counts_as_failed():
+    records, _, told = replayed([Arrival(0.0, 2000, 100), Arrival(0.0, 900, 101)], [small(1000)])
+    assert [record.total_s for record in records] == [lite.INFINITY] * 2
+    assert told.in_flight == [0]
+    assert lite.summary(records, 1, 1).failed == 2
+
+
+def test_no_more_requests_run_at_once_than_may():
+    arrivals = [Arrival(0.0, 10, 50)] * 10
+    records, _, told = replayed(arrivals, [A100._replace(max_num_seqs=3)], interval_s=0.01)
+    assert max(report.running for _, _, report in told.reports) == 3
+    assert max(report.waiting for _, _, report in told.reports) == 9
+    assert sorted(record.ttft_s for record in records) == [record.ttft_s for record in records]
+
+
+def test_reports_grow_while_a_stretch_is_under_way():
+    _, _, told = replayed([Arrival(0.0, 100, 500)], [A100], interval_s=0.1)
+    said = [report.generation_tokens for _, _, report in told.reports if report.running]
+    steps = [b - a for a, b in itertools.pairwise(said)]
+    assert len(said) > 50 and set(steps) <= {7, 8, 9}
+    used = [report.kv_usage_ratio * A100.kv_tokens for _, _, report in told.reports]
+    assert max(used) == pytest.approx(600, abs=9)
+
+
+@pytest.mark.parametrize(
+    "kind, rate, preemptions",
+    table(
+        ("plenty of room", A100, 20, 0),
+        ("little room", small(6000), 12, 20),
+        ("hardly any room", small(1300, batched_tokens=128), 3, 50),
+        ("few at once", small(6000, max_num_seqs=4), 6, 0),
+    ),
+)
+def test_long_stretches_give_the_times_of_single_steps(kind, rate, preemptions):
+    arrivals = chats(300, rate, 7)
+    by_step, (slow,), _ = replayed(arrivals, [kind], engine=lambda kind: Checked(kind, 1))
+    at_once, (fast,), _ = replayed(arrivals, [kind])
+    assert slow.preemptions == fast.preemptions >= preemptions
+    for one, other in zip(by_step, at_once):
+        assert one.cached_tokens == other.cached_tokens
+        assert (one.ttft_s, one.total_s) == pytest.approx((other.ttft_s, other.total_s), rel=1e-6)
+
+
+def test_a_server_of_which_only_the_capacity_is_known_is_a_faster_or_slower_a100():
+    assert lite.kind_for(96) == A100
+    half, step = lite.kind_for(48), (7, 500, 9000, 1e6)
+    assert half.duration_s(*step) == pytest.approx(2 * A100.duration_s(*step))
+    assert (half.capacity, half[6:]) == (48, A100[6:])
+
+
+# The replay.
+
+
+@pytest.mark.parametrize("router", [LeastFull, RoundRobin])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_arrival_has_one_record(router, seed):
+    arrivals = chats(400, 25, seed)
+    kinds = [small(5000), small(3000, max_num_seqs=8), lite.kind_for(30)._replace(kv_tokens=4000)]
+    records, engines, told = replayed(arrivals, kinds, router)
+    assert [record.arrival for record in records] == arrivals
+    for number, record in enumerate(records):
+        assert record.server == told.servers[number]
+        assert 0 <= record.cached_tokens <= record.arrival.prompt_tokens
+        assert 2 * lite.NETWORK_S < record.ttft_s <= record.total_s < lite.INFINITY
+    assert sorted(told.begun) == list(range(400))
+    assert told.in_flight == [0, 0, 0]
+    reports = [engine.report(1e9) for engine in engines]
+    assert sum(report.prompt_tokens for report in reports) == sum(a.prompt_tokens for a in arrivals)
+    said = sum(max(1, arrival.output_tokens) for arrival in arrivals)
+    assert sum(report.generation_tokens for report in reports) == said
+    hits = sum(record.cached_tokens for record in records)
+    assert sum(report.prefix_hits for report in reports) == hits > 0
+
+
+def test_a_replay_always_says_the_same():
+    arrivals, kinds = chats(200, 20, 1), [small(5000), small(4000)]
+    assert replayed(arrivals, kinds)[0] == replayed(arrivals, kinds)[0]
+
+
+def test_requests_are_held_in_order_until_the_router_sends_them():
+    kinds = [A100._replace(capacity=2)]
+    records, _, told = replayed([Arrival(0.0, 10, 20)] * 10, kinds, limited=True)
+    assert list(told.servers) == list(range(10))
+    assert max(report.running + report.waiting for _, _, report in told.reports) <= 2
+    assert records[9].ttft_s > records[1].total_s
+
+
+def test_a_model_that_is_blocked_does_not_block_another():
+    class OnlyOne(LeastFull):
+        def choose(self, number, arrival, now):
+            if arrival.model == "blocked" and now < 5:
+                return None
+            return super().choose(number, arrival, now)
+
+    arrivals = [Arrival(0.0, 10, 20, model=model) for model in ("blocked", "free", "blocked")]
+    records, _, told = replayed(arrivals, [A100], OnlyOne)
+    assert list(told.servers) == [1, 0, 2]
+    assert [record.ttft_s > 5 for record in records] == [True, False, True]
+
+
+def test_a_router_that_sends_nothing_ends_the_replay_all_the_same():
+    records, _, told = replayed([Arrival(100.0, 10, 20)] * 3, [A100], Holder)
+    assert [(record.server, record.total_s) for record in records] == [(-1, lite.INFINITY)] * 3
+    assert 155 < told.reports[-1][0] < 165
+
+
+def test_each_server_is_scraped_at_its_own_phase():
+    _, _, told = replayed([Arrival(0.0, 10, 300)], [A100] * 4, interval_s=1.0)
+    assert [(now, server) for now, server, _ in told.reports[:5]] == [
+        (0.125, 0), (0.375, 1), (0.625, 2), (0.875, 3), (1.125, 0)]  # fmt: skip
+
+
+def test_progress_is_told_about_every_percent():
+    shares, kinds = [], [A100]
+    arrivals = chats(1000, 50, 3)
+    Replay(arrivals, [Engine(kind) for kind in kinds], LeastFull(kinds), 1.0, shares.append).run()
+    assert len(shares) == 100 and shares == sorted(shares) and shares[-1] == 1.0
+
+
+# Results.
+
+
+def test_a_summary_leaves_out_the_warm_up_and_counts_what_was_fast_enough():
+    def record(at_s, ttft_s, total_s, cached=0, output=11):
+        return Record(Arrival(at_s, 100, output), 0, cached, ttft_s, total_s)
+
+    records = [record(0, 99, 99), record(24, 99, 99), record(25, 0.1, 1.1, 50), record(50, 2, 2.5),
+               record(60, 0.2, 9.2), record(100, 0.3, 0.3, 50, 1), Record(Arrival(70, 5, 5))]  # fmt: skip
+    result = lite.summary(records, slo_ttft_s=1, slo_tpot_s=0.2)
+    assert (result.requests, result.failed, result.good_ratio) == (5, 1, 0.4)
+    assert result.ttft_s == (0.3, 2, 2)
+    assert result.token_s == pytest.approx((0.1, 0.9))
+    assert result.total_s == pytest.approx((1.1 + 2.5 + 9.2 + 0.3) / 4)
+    assert result.hit_ratio == 0.25
+    assert lite.summary(records, 1, 0.2, warm_up=0).requests == 7
+
+
+def test_a_table_fits_a_terminal_and_is_aligned():
+    rows = {"least": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 0.1, 1.0)], 1, 1),
+            "one with a long name": lite.summary([], 1, 1),
+            "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1, 1),
+            }  # fmt: skip
+    lines = lite.table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+    assert lines[1].split() == ["least", "0/1", "100.0", "100", "100", "100", "100.0", "100.0",
+                                "1.00", "50.0"]  # fmt: skip
+    assert lines[2].split()[-9:] == ["0/0", "0.0", *["nan"] * 5, "0.00", "0.0"]
+
+
+def test_the_kinds_are_faster_the_more_they_cost():
+    times = [lite.ENGINE_KINDS[name].duration_s(32, 32, 32000, 0.0)
+             for name in ("h200-fp8", "h100", "a100", "a100-40", "4090", "a40", "l4")]  # fmt: skip
+    assert times == sorted(times)
+    assert all(isinstance(kind, lite.EngineKind) for kind in lite.ENGINE_KINDS.values())
+
+
+# The balancer's own policies in a replay.
+
+
+def replay_of(capsys, *args):
+    """The command's exit code, and its table by policy and column."""
+    code = lite.main(["replay", *args])
+    out, err = capsys.readouterr()
+    first, *lines = out.splitlines()[1:] if code == 0 else [""]
+    return code, {line.split()[0]: line.split()[1:] for line in lines}, out if code == 0 else err
+
+
+def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
+    code, rows, out = replay_of(capsys, "documents", "--policy", "all", "--limit", "900", "--fleet", "a100", "4090", "4")
+    assert code == 0 and out.startswith("documents: 900 requests in ")
+    assert list(rows) == [name for name in lite.POLICY_NAMES if name != "expression"]
+    assert all(row[0].startswith("0/") for row in rows.values())
+    hits = {name: float(row[-1]) for name, row in rows.items()}
+    assert hits["unified"] > hits["least"] + 10  # it follows the caches
+
+
+def test_one_more_server_helps_where_there_are_too_few(capsys):
+    common = "documents", "--seconds", "30", "--fleet", "4090", "4090"
+    p90 = [float(replay_of(capsys, *common, *more)[1]["unified"][3]) for more in ((), ("--add-server", "h100"))]
+    assert p90[0] > 2 * p90[1]
+
+
+def test_a_replay_takes_servers_policies_and_queue_from_settings(tmp_path, capsys):
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url="http://a", max_concurrent_requests=2}, {url="http://b", data_parallel_size=2}]\n'
+                    '[config]\npolicy = "expression"\nscore = "in_flight"\nqueue_size = 1000\n')  # fmt: skip
+    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path), "--policy", "all")
+    assert code == 0 and "before 3 engines" in out and list(rows) == list(lite.POLICY_NAMES)
+    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path))
+    assert code == 0 and list(rows) == ["expression"]
+
+
+@pytest.mark.parametrize("args, complaint", table(
+    ("no such trace", ["nowhere.jsonl"], "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
+    ("no such policy", ["chat", "--policy", "best"], "--policy: found best, expected one of all, unified, "),
+    ("a policy without its formula", ["chat", "--policy", "expression"], "expression needs a --servers file with a score"),
+))  # fmt: skip
+def test_a_replay_that_cannot_be_is_refused_in_words(args, complaint, capsys):
+    code, _, err = replay_of(capsys, *args)
+    assert code == 1 and complaint in err
+
+
+def test_no_such_server_can_be_replayed(capsys):
+    with pytest.raises(SystemExit):
+        lite.main(["replay", "chat", "--fleet", "abacus"])
+    assert "found abacus, expected one of h100, a100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", lite.MADE_UP)
+def test_made_up_traffic_is_what_it_says(kind):
+    made = lite.MADE_UP[kind]
+    arrivals = lite.made_up(made, 60.0, random.Random(5))
+    assert len(arrivals) / 60 == pytest.approx(made.rate, rel=0.5)
+    assert arrivals == sorted(arrivals) and all(a.prompt_tokens > 0 and len(a.chain) <= len(a.ends) for a in arrivals)
+    shared = Counter(link for a in arrivals for link in a.chain)
+    assert bool(shared) is (kind != "chat") and all(n > 1 for n in list(shared.values())[:1])
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  Servers that follow a script, and clients that look closely
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -3959,6 +4433,8 @@ async def test_the_shape_of_traffic_is_written_without_any_text(tmp_path):
     assert rows[0]["chain"] == rows[1]["chain"] != rows[2]["chain"] and len(rows[0]["chain"]) == len(rows[0]["ends"]) > 5
     assert rows[0]["session"] and rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"] > rows[0]["ends"][-1]
     assert all(row["status"] == 200 and row["end"] == "complete" and row["duration"] >= 0 for row in rows)
+    arrivals = lite.read_arrivals(path.read_text().splitlines(), "shape.jsonl")  # and replay understands it
+    assert [a.prompt_tokens for a in arrivals] == [row["prompt_tokens"] for row in rows] and arrivals[0].session
 
 
 @asynchronous
