@@ -1185,7 +1185,7 @@ class Settings:
     balance_rel_threshold: float = setting(
         1.5, number(1), "this many times as many, make it look at load alone")
     slow_start: float = setting(
-        10.0, number(0), "for a server that has come back: until it gets its full share")
+        5.0, number(0), "for a server that has come back: until it gets its full share")
     why_header: bool = setting(False, truth, "say in X-MVLLM-Why why a server was chosen")
     shape_file: str = setting("", words, "where to write what replay reads; never any text")
     default_model: str = setting("", words, "model of requests that name none")
