@@ -1545,7 +1545,7 @@ LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-p
 PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS)
-FOUND_MEMBERS = (*READ_MEMBERS, *PROMPT_MEMBERS, *LEADING_MEMBERS)
+FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
 
@@ -1790,6 +1790,7 @@ class Prompt(NamedTuple):
 
 
 NO_PROMPT = Prompt()
+NO_SPANS = Spans()
 
 
 def read_prompt(
@@ -1798,24 +1799,22 @@ def read_prompt(
     """The prompt in JSON content.  Its chain begins with the model (also a LoRA adapter's name)
     and with the members that servers put first, wherever they stand in the content; then come the
     messages, to the content's end."""
-    known: Mapping[str, Any] = members if spans is None else spans
-    if spans is None and any(name in known for name in LEADING_MEMBERS):
-        spans = member_spans(content, (*PROMPT_MEMBERS, *LEADING_MEMBERS))
-    start = -1
+    start = 0
     for name, mark in MEMBER_MARKS.items():
-        if name in known:
-            if spans is None:  # inside a text its quotes would be escaped
-                start = content.find(b":", content.find(mark)) + 1
-            elif name in spans:
-                start = spans[name][0]
+        if name in members or spans is not None:
+            at = content.find(mark, 0, SMALL_CONTENT_BYTES)  # within a text, its quotes are escaped
+            start = content.find(b":", at, SMALL_CONTENT_BYTES) + 1 if at >= 0 else 0
+        if start:
             break
-    if start < 0:
+    if not start:
         return NO_PROMPT
-    view = memoryview(content)
-    leading = tuple(bytes(view[slice(*spans[name])]) for name in LEADING_MEMBERS if name in spans
-                    ) if spans else ()  # fmt: skip
-    raw, size = bytes(view[start : start + LINK_ENDS[-1]]), len(content) - start
-    tokens = prompt_tokens(content, start) + sum(map(len, leading)) // BYTES_PER_TOKEN
+    if spans is None:
+        leads = any(name in members for name in LEADING_MEMBERS)
+        spans = member_spans(content, LEADING_MEMBERS) if leads else NO_SPANS
+    view, size = memoryview(content), len(content) - start
+    leading = tuple(bytes(view[slice(*spans[name])]) for name in LEADING_MEMBERS if name in spans)
+    raw = bytes(view[start : start + LINK_ENDS[-1]])
+    tokens = prompt_tokens(raw, size) + sum(map(len, leading)) // BYTES_PER_TOKEN
     chain, link, begin = list[int](), hash((model, leading)), 0
     for end in LINK_ENDS:
         if end > size:
@@ -1826,17 +1825,16 @@ def read_prompt(
     return Prompt(tokens, tuple(chain), LINK_ENDS, size, raw[: LINK_ENDS[0]])
 
 
-def prompt_tokens(content: Content, start: int) -> int:
-    """About how many there are from `start` on; images are not read letter by letter."""
-    count = len(content) - start
-    at = content.find(MEDIA_MARK, start) if count > MEDIA_FROM_BYTES else -1
-    media = 0
+def prompt_tokens(raw: bytes, size: int) -> int:
+    """About how many there are in a prompt that begins so, of so many bytes.  Images are not read
+    letter by letter; those that nothing of the beginning tells of are not looked for."""
+    media, at = 0, raw.find(MEDIA_MARK) if len(raw) > MEDIA_FROM_BYTES else -1
     while at >= 0 and media < MEDIA_LIMIT:
-        end = content.find(b'"', at)
-        end = len(content) if end < 0 else end
-        count, media = count - (end - at), media + 1
-        at = content.find(MEDIA_MARK, end)
-    return count // BYTES_PER_TOKEN + media * MEDIA_TOKENS
+        end = raw.find(b'"', at)
+        size -= (end if end >= 0 else size) - at
+        media += 1
+        at = raw.find(MEDIA_MARK, end) if end >= 0 else -1
+    return max(0, size) // BYTES_PER_TOKEN + media * MEDIA_TOKENS
 
 
 class Memory:
