@@ -60,8 +60,8 @@ way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
-frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan* yields *steps* and is
-told the *outcome* of each.  An *errand* is a request ready to be said, a *conversation* is one
+frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan*
+yields *steps* and is told the *outcome* of each.  An *errand* is a request ready to be said, a *conversation* is one
 attempt at it.  A *lease* counts a request in flight, in its server's *place*.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
 """
@@ -1055,7 +1055,7 @@ def capacity(value: Any) -> int:
     if isinstance(value, str) and value.lower() == "auto":
         return AUTO
     try:
-        return int(whole(1)(value))
+        return int(whole(1, 1_000_000)(value))
     except ValueError as expected:
         raise ValueError(f'{expected}, or "auto"') from None
 
@@ -1095,14 +1095,13 @@ def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
     def value_of(values: Mapping[str, float]) -> float:
         try:
             found = float(eval(code, {"__builtins__": {}, **SCORE_FUNCTIONS, **values}))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError, TypeError):  # the last: roots of less than nothing
             return INFINITY
-        return INFINITY if found != found else found
+        return found if math.isfinite(found) else INFINITY
 
-    try:
-        value_of(dict.fromkeys(SCORE_NAMES, 2.0))
-    except TypeError:
-        raise ValueError("a formula that gives a number") from None
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and len(call.args) < 1 + ("m" == ast.unparse(call.func)[0]):
+            raise ValueError("a formula whose functions have all their arguments")
     return value_of
 
 
@@ -1383,8 +1382,8 @@ class SettingsReader:
                 pools[name] = check(value)
             except ValueError as expected:
                 self.complain(("pools", name), value, f"{expected}, in percent")
-        if sum(pools.values()) > 100:
-            self.complain(("pools",), f"{sum(pools.values()):g} in all", "100 at most")
+        if (total := round(sum(pools.values()), 6)) > 100:
+            self.complain(("pools",), f"{total:g} in all", "100 at most")
         for i, server in enumerate(servers):
             if server.pool and server.pool not in pools:
                 self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
@@ -1775,14 +1774,14 @@ MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 class Prompt(NamedTuple):
     """What a request wants read before the answer.  `chain` has a hash of the prompt's start up to
-    each of `ends`, as far as it reaches; equal hashes, equal starts.  The hashes are this
-    process's own (PYTHONHASHSEED)."""
+    each of `ends`, as far as it reaches; equal hashes, equal starts.  They are this process's own
+    (PYTHONHASHSEED); `opening` is a hash of the first link that anybody can make."""
 
     tokens: int = 0  # about; 0 is unknown
     chain: tuple[int, ...] = ()
     ends: Sequence[int] = LINK_ENDS
     size: int = 1  # of all, in the unit of `ends`
-    opening: bytes = b""  # the first link's bytes, of which anybody can make the same hash
+    opening: bytes = b""
 
     def tokens_in(self, links: int) -> int:
         """How many tokens of the prompt so many links cover."""
@@ -1790,7 +1789,6 @@ class Prompt(NamedTuple):
 
 
 NO_PROMPT = Prompt()
-NO_SPANS = Spans()
 
 
 def read_prompt(
@@ -1799,42 +1797,68 @@ def read_prompt(
     """The prompt in JSON content.  Its chain begins with the model (also a LoRA adapter's name)
     and with the members that servers put first, wherever they stand in the content; then come the
     messages, to the content's end."""
-    start = 0
-    for name, mark in MEMBER_MARKS.items():
-        if name in members or spans is not None:
-            at = content.find(mark, 0, SMALL_CONTENT_BYTES)  # within a text, its quotes are escaped
-            start = content.find(b":", at, SMALL_CONTENT_BYTES) + 1 if at >= 0 else 0
-        if start:
-            break
+    leading, behind = list[str](), 0
+    start = prompt_start(content, spans, members)
     if not start:
         return NO_PROMPT
-    if spans is None:
-        leads = any(name in members for name in LEADING_MEMBERS)
-        spans = member_spans(content, LEADING_MEMBERS) if leads else NO_SPANS
-    view, size = memoryview(content), len(content) - start
-    leading = tuple(bytes(view[slice(*spans[name])]) for name in LEADING_MEMBERS if name in spans)
-    raw = bytes(view[start : start + LINK_ENDS[-1]])
+    for name in LEADING_MEMBERS:
+        if name in (members if spans is None else spans):
+            said, at = leading_member(content, spans, members, name)
+            leading.append(said)
+            behind += len(said) if at > start else 0
+    size = max(1, len(content) - start - behind)
+    raw = bytes(memoryview(content)[start : start + LINK_ENDS[-1]])
     tokens = prompt_tokens(raw, size) + sum(map(len, leading)) // BYTES_PER_TOKEN
-    chain, link, begin = list[int](), hash((model, leading)), 0
+    chain, link, begin = list[int](), hash((model, *leading)), 0
     for end in LINK_ENDS:
         if end > size:
             break
         link = hash((link, raw[begin:end]))
         chain.append(link)
         begin = end
-    return Prompt(tokens, tuple(chain), LINK_ENDS, size, raw[: LINK_ENDS[0]])
+    opening = hashlib.blake2b(raw[: LINK_ENDS[0]], digest_size=16).digest()
+    return Prompt(tokens, tuple(chain), LINK_ENDS, size, opening)
+
+
+def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> int:
+    """Where the messages begin, or 0.  They are looked for at the beginning and behind each member
+    that was found, which is all that clients put before them."""
+    for name, mark in MEMBER_MARKS.items():
+        if spans is None:
+            if name in members:  # within a text, its quotes are escaped
+                return content.find(b":", content.find(mark)) + 1
+            continue
+        for place in (0, *(end for _, end in spans.values())):
+            at = content.find(mark, place, place + SMALL_CONTENT_BYTES)
+            if at >= 0:
+                return content.find(b":", at) + 1
+    return 0
+
+
+def leading_member(
+    content: Content, spans: Spans | None, members: Mapping[str, Any], name: str
+) -> tuple[str, int]:
+    """What a member says, the same however it is written, and where in the content."""
+    try:
+        if spans is None:
+            return json.dumps(members[name]), content.rfind(b'"%b"' % name.encode())
+        begin, end = spans[name]
+        return json.dumps(json.loads(content[begin : min(end, begin + LINK_ENDS[-1])])), begin
+    except (ValueError, RecursionError):  # more than that, or too deep
+        return "", 0
 
 
 def prompt_tokens(raw: bytes, size: int) -> int:
     """About how many there are in a prompt that begins so, of so many bytes.  Images are not read
     letter by letter; those that nothing of the beginning tells of are not looked for."""
-    media, at = 0, raw.find(MEDIA_MARK) if len(raw) > MEDIA_FROM_BYTES else -1
+    media, skipped = 0, 0
+    at = raw.find(MEDIA_MARK) if len(raw) > MEDIA_FROM_BYTES else -1
     while at >= 0 and media < MEDIA_LIMIT:
         end = raw.find(b'"', at)
-        size -= (end if end >= 0 else size) - at
+        skipped += (end if end >= 0 else size) - at
         media += 1
         at = raw.find(MEDIA_MARK, end) if end >= 0 else -1
-    return max(0, size) // BYTES_PER_TOKEN + media * MEDIA_TOKENS
+    return max(0, size - skipped) // BYTES_PER_TOKEN + media * MEDIA_TOKENS
 
 
 class Memory:
@@ -1842,7 +1866,8 @@ class Memory:
     fit into its KV cache, the oldest forgotten first.
 
     A link's predecessors are always younger than it is, so what is remembered of a chain is a
-    start of it, and its length is found by bisection.
+    start of it, and its length is found by bisection.  (Where a request was not answered, a hole
+    may be left under the links of another; then the guess is too short for a while.)
     """
 
     __slots__ = ("_links", "_tokens", "limit_tokens")
@@ -1879,6 +1904,11 @@ class Memory:
             links.move_to_end(link)
         while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
             self._tokens -= links.popitem(last=False)[1]
+
+    def take_back(self, links: Iterable[int]) -> None:
+        """It did not read these after all."""
+        for link in links:
+            self._tokens -= self._links.pop(link, 0)
 
     def forget(self) -> None:
         self._links.clear()
@@ -2452,6 +2482,8 @@ Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server sa
 
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
+BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
+BUSY_S = 1.0  # for which a server that answered 429 is spared
 KEPT_REPORTS = 3  # a single report may be missed
 
 
@@ -2474,6 +2506,7 @@ class ServerView(NamedTuple):
     pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
     learned: float = START_CAPACITY  # what its pace says of its capacity
     trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
+    busy_until: float = -INFINITY  # it said 429
     progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
@@ -2504,8 +2537,13 @@ class ServerView(NamedTuple):
         a learned one is an opinion, and has to be confirmed by the server's own queue."""
         if self.configured:
             return self.in_flight >= self.configured
-        busy = self.in_flight + self.foreign(now, interval_s) >= FULL_RATIO * self.learned
-        return busy and bool(self.load.waiting) and self.reports(now, interval_s)
+        load = self.in_flight + self.foreign(now, interval_s)
+        if load < FULL_RATIO * self.learned:
+            return False
+        if not self.reports(now, interval_s):
+            return load >= BLIND_RATIO * self.learned
+        sent_since = self.in_flight - self.own_then
+        return bool(self.load.waiting) or sent_since >= (FULL_RATIO - 1) * self.learned
 
     def ramp(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
@@ -2525,9 +2563,10 @@ class ServerView(NamedTuple):
         """Whether what it says of its load is news; a single report may be missed."""
         return now - self.load_at <= KEPT_REPORTS * interval_s + 1
 
-    def serves(self, model: str) -> bool:
-        """Whether it may have this model; a server that has not said is given the chance."""
-        return self.models is None or model in self.models
+    def shares_models(self, other: ServerView) -> bool:
+        """Whether they may run the same; a server that has not said may."""
+        mine, theirs = self.models, other.models
+        return not (mine and theirs and mine.keys().isdisjoint(theirs))
 
 
 def disagreement(view: ServerView) -> str:
@@ -2578,41 +2617,47 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
             f" streams have moved for {still_s:.0f} s")  # fmt: skip
 
 
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
 class Lease:
     """Counts one request in flight, from its making to the end of its `with` block, whatever ends
     that; and until its answer begins, the tokens of its prompt."""
 
-    __slots__ = ("url", "cached", "_fleet", "_trial", "_pending", "_ahead", "_sent_at")
+    __slots__ = ("url", "pending", "timer", "_fleet", "_trial", "_cached", "_ahead", "_sent_at",
+                 "_fresh")  # fmt: skip
 
     def __init__(self, fleet: Fleet, url: str, now: float, prompt: Prompt) -> None:
         self.url, self._fleet, self._sent_at = url, fleet, now
-        self._trial = self._pending = self._ahead = self.cached = 0
+        self.timer: Timer | None = None  # that would call `answered`
+        self._trial = self.pending = self._ahead = self._cached = 0
+        self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
         if (view := fleet.view(url)) is None:
             return
         self._trial = view.health.circuit(now) == "half-open"
-        self.cached = fleet.remembers(url, prompt)
-        self._pending = prompt.tokens - int(self.cached * view.trust)
+        self._cached, self._fresh = fleet.remembers(url, prompt)
+        self.pending = prompt.tokens - int(self._cached * view.trust)
         if not view.load.waiting:  # else the time to the first byte says nothing of its speed
-            self._ahead = view.pending + self._pending
-        fleet.count(url, 1, self._trial, self._pending)
+            self._ahead = view.pending + self.pending
+        fleet.count(url, 1, self._trial, self.pending)
 
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
-        if self._pending or self.cached:
-            self._fleet.heard(
-                self.url, self._pending, self.cached,
-                self._ahead if learn else 0, now - self._sent_at)  # fmt: skip
-        self._pending = self.cached = 0
-
-    @property
-    def pending(self) -> int:
-        return self._pending
+        if self.pending or self._cached:
+            self._fleet.heard(self.url, self.pending, self._cached,
+                              self._ahead if learn else 0, now - self._sent_at)  # fmt: skip
+        self.pending, self._cached, self._fresh = 0, 0, ()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._fleet.count(self.url, -1, -self._trial, -self._pending)
+        if self.timer is not None:
+            self.timer.cancel()
+        pending, self.pending, self._cached = self.pending, 0, 0
+        self._fleet.count(self.url, -1, -self._trial, -pending)
+        self._fleet.unread(self.url, self._fresh)
 
 
 # How fast what was learned gives way to what is seen.  The figures are those of routing studies:
@@ -2621,8 +2666,10 @@ SPEED_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of t
 SPEED_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
 SPEED_WEIGHT = 0.05
 SPEED_CLAMP = 4.0  # one sample is taken for so much faster or slower at most
+SPEED_MEMORY_S = 300.0  # without samples, until it is taken for as fast as others, mostly
 PACE_MEMORY_S = 15.0
 CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median pace
+CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
 CAPACITY_LIMITS = 1.0, 4096.0
 HITS_DOUBT_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
 HITS_FADE = 0.9  # by report
@@ -2668,14 +2715,9 @@ class Fleet:
 
     def engines(self, server: str) -> list[ServerView]:
         """The views of one server."""
-        if (view := self._views.get(server)) is not None:
-            return [view]
-        return [view for view in self._views.values() if view.server == server]
-
-    @property
-    def ranked(self) -> bool:
-        """Whether any server is chosen engine by engine."""
-        return any("@" in url for url in self._views)
+        begin = f"{server}@"
+        return [view for url, view in self._views.items()
+                if url == server or url.startswith(begin)]  # fmt: skip
 
     def apply(
         self, wanted: Iterable[ServerSettings], now: float, pools: Mapping[str, float] | None = None
@@ -2684,15 +2726,19 @@ class Fleet:
         is wanted again while it drains simply stays, with all that is known of it."""
         old, fresh = self._views, Health(State.CHECKING, "not checked yet", now)
         pools = pools or {}
-        rest = 100.0 - sum(pools.values())
+        rest = round(100.0 - sum(pools.values()), 6)
         self._views = {}
         for server in wanted:
-            known = next((v.health for v in old.values() if v.server == server.url), fresh)
+            kin = next((v for v in old.values() if v.server == server.url),
+                       ServerView(server.url, 0, fresh))  # fmt: skip
             ranks = range(server.data_parallel_size)
             urls = [f"{server.url}@{n}" for n in ranks] if len(ranks) > 1 else [server.url]
             for url in urls:
                 limit = server.max_concurrent_requests
-                view = old.get(url) or ServerView(url, limit, known, learned=limit or START_CAPACITY)
+                view = old.get(url) or ServerView(
+                    url, -1, kin.health, models=kin.models, models_at=kin.models_at)
+                if view.configured != limit:
+                    view = view._replace(learned=limit or START_CAPACITY)
                 self._views[url] = view._replace(
                     configured=limit, draining=False, weight=server.weight, tier=server.tier,
                     pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
@@ -2722,12 +2768,18 @@ class Fleet:
 
     # What leases tell.
 
-    def remembers(self, url: str, prompt: Prompt) -> int:
-        """How many of the prompt's tokens it was sent before; from now on, all of them."""
+    def remembers(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
+        """How many of the prompt's tokens it was sent before, and the links that it was not; from
+        now on, it was sent all."""
         memory = self._memories[url]
-        cached = prompt.tokens_in(memory.known(prompt.chain))
+        known = memory.known(prompt.chain)
         memory.learn(prompt)
-        return cached
+        return prompt.tokens_in(known), prompt.chain[known:]
+
+    def unread(self, url: str, links: tuple[int, ...]) -> None:
+        """A request ended without an answer: who knows whether its prompt was read."""
+        if links and url in self._memories:
+            self._memories[url].take_back(links)
 
     def count(self, url: str, requests: int, trials: int = 0, tokens: int = 0) -> None:
         """So many more are with a server.  A draining one leaves with its last request."""
@@ -2738,9 +2790,16 @@ class Fleet:
         if view.draining and in_flight == 0:
             for known in (self._views, self._memories, self._expected):
                 known.pop(url)
-        else:
-            self._views[url] = view._replace(
-                in_flight=in_flight, on_trial=view.on_trial + trials, pending=view.pending + tokens)
+            return
+        self._views[url] = view._replace(in_flight=in_flight, pending=view.pending + tokens)
+        if trials:
+            for one in self.engines(view.server):
+                self._views[one.url] = one._replace(on_trial=one.on_trial + trials)
+
+    def busy(self, url: str, now: float) -> None:
+        """It answered 429."""
+        if (view := self._views.get(url)) is not None:
+            self._views[url] = view._replace(busy_until=now + BUSY_S)
 
     def heard(self, url: str, tokens: int, cached: int, ahead: int, seconds: float) -> None:
         """A prompt was read.  If `ahead`, so many tokens took so long, and tell the speed."""
@@ -2751,10 +2810,16 @@ class Fleet:
         speed = view.speed
         if ahead > SPEED_SAMPLE_TOKENS and seconds > 0:
             found = ahead / seconds
-            speed = speed or found
+            speed = speed or self.usual_speed(view) or found
             found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
             speed += SPEED_WEIGHT * min(1.0, ahead / SPEED_TRUSTED_TOKENS) * (found - speed)
         self._views[url] = view._replace(pending=view.pending - tokens, speed=speed)
+
+    def usual_speed(self, view: ServerView) -> float:
+        """What others read per second, for the server's capacity; 0 if that is not known."""
+        known = [v for v in self._views.values() if v.speed and v.url != view.url]
+        capacity = sum(v.capacity for v in known)
+        return view.capacity * sum(v.speed for v in known) / capacity if known else 0.0
 
     # What watchers tell.
 
@@ -2775,40 +2840,45 @@ class Fleet:
         view = self._views.get(url)
         if view is None:
             return 0
-        memory, before = self._memories[url], view.load
+        memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
         memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
-        began_anew = (load.tokens or 0) < (before.tokens or 0)
+        began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
+        trust, pace_s, learned, speed = view.trust, view.pace_s, view.learned, view.speed
+        hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
         if began_anew or load.asleep:
             memory.forget()
-        hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
-        trust, pace_s, learned = view.trust, view.pace_s, view.learned
-        if not load.caches:
-            trust = 0.0
-        elif before.prefix_hits is not None and not began_anew and self._expected[url].since:
+        if began_anew or not load.caches:
+            trust, self._expected[url] = float(load.caches), Expected()
+        elif before.prefix_hits is not None and self._expected[url].since:
             trust = self._expected[url].trust(hits)
-        if not began_anew:
-            elapsed_s = now - view.load_at
+        if began_anew:
+            speed = pace_s = 0.0
+        else:
             pace_s = pace_after(view, load, elapsed_s)
             learned = self.capacity_after(view, load, elapsed_s)
-        moved = load.tokens != before.tokens
+            if speed and (usual := self.usual_speed(view)):
+                speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
         self._views[url] = view._replace(
             load=load, load_at=now, own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
-            progress_at=now if moved else view.progress_at)  # fmt: skip
+            speed=speed, progress_at=now if load.tokens != before.tokens else view.progress_at,
+        )  # fmt: skip
         return hits if before.prefix_hits is not None else 0
 
     def capacity_after(self, view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
         """A server's capacity, by a report: if it has a queue, it runs as many as it can; if not,
-        it may have more work while its answers come faster than those of others, and the reverse."""
+        it may have more work while its answers come faster than those of others, and the reverse.
+        That it runs many without a queue says little: vLLM takes far more than it runs well."""
         running, most = load.running or 0, view.learned
         if load.waiting and running:
-            return (most + running) / 2
-        paces = sorted(other.pace_s for other in self._views.values() if other.pace_s
-                       and not (view.models and other.models and view.models.keys().isdisjoint(
-                           other.models)))  # fmt: skip
-        if not view.pace_s or len(paces) < 2 or running < most / 2:
-            return most
-        deviation = min(1.0, max(-1.0, paces[len(paces) // 2] / view.pace_s - 1))
-        most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
+            most = running if running > most else max(float(running), CAPACITY_FALL * most)
+        elif most < running:
+            most = min(running, max(most, START_CAPACITY))
+        elif view.pace_s and running >= most / 2:
+            paces = sorted(other.pace_s for other in self._views.values()
+                           if other.pace_s and other.healthy and other.shares_models(view))
+            if len(paces) > 1:
+                deviation = min(1.0, max(-1.0, paces[len(paces) // 2] / view.pace_s - 1))
+                most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
         return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> Transition | None:
@@ -2874,12 +2944,14 @@ class Scene(NamedTuple):
     def loads(self) -> list[float]:
         """Requests with each server, ours exactly and those of others as far as they are known."""
         now, interval_s = self.moment.now, self.moment.interval_s
-        return [v.in_flight + (v.foreign(now, interval_s) if v.load.running or v.load.waiting else 0)
-                for v in self.views]  # fmt: skip
+        return [v.in_flight + (v.foreign(now, interval_s) if v.load.running or v.load.waiting
+                               else 0) for v in self.views]  # fmt: skip
 
     def crowding(self) -> list[float]:
         """How full each would be with the call."""
-        return [(load + 1) / (v.configured or v.learned)
+        now, _, _, slow_start_s = self.moment
+        return [(load + 1) / (v.configured or v.learned) / (
+                    1 if now - v.health.since >= slow_start_s else v.ramp(now, slow_start_s))
                 for load, v in zip(self.loads(), self.views)]  # fmt: skip
 
     def uncached(self) -> list[int]:
@@ -2902,8 +2974,8 @@ class Policy:
 
     def terms(self, scene: Scene) -> list[str]:
         """The numbers behind the costs, in words.  For people, after `costs` of the same scene."""
-        return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1) / {v.capacity:.4g}"
-                for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
+        return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1)"
+                f" / {v.capacity:.4g}" for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
 
     def chosen(self, view: ServerView) -> None:
         """That server is asked."""
@@ -2930,8 +3002,8 @@ OVERFULL_POWER = 4
 KV_ROOM = 1.05  # so that full is not infinitely bad
 
 
-# Of one server: prompt tokens that were sent and are not answered yet, those of this prompt that it
-# has to read, its speed relative to the fleet's mean, how full it will be, the room in its KV cache.
+# Of one server: prompt tokens that were sent and are not answered yet, those of this prompt that
+# it has to read, its speed relative to the fleet's mean, how full it will be, room in its KV cache.
 Weights = tuple[int, int, float, float, float]
 
 
@@ -2964,12 +3036,9 @@ class Unified(Policy):
         return [unified_terms(*weights) for weights in self.weigh(scene)]
 
     def weigh(self, scene: Scene) -> list[Weights]:
-        now, interval_s, _, slow_start_s = scene.moment
-        news_since = now - KEPT_REPORTS * interval_s - 1
+        news_since = scene.moment.now - KEPT_REPORTS * scene.moment.interval_s - 1
         tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
         for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
-            if now - v.health.since < slow_start_s:
-                crowding /= v.ramp(now, slow_start_s)
             room = KV_ROOM
             if v.load_at >= news_since and v.load.kv_usage_ratio:
                 room -= min(1.0, v.load.kv_usage_ratio)
@@ -2990,7 +3059,7 @@ def relative_speeds(views: Sequence[ServerView]) -> list[float]:
         speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
         known = sum(speeds)
     mean = known / len(speeds)
-    return [speed / mean for speed in speeds]
+    return [min(SPEED_CLAMP, max(1 / SPEED_CLAMP, speed / mean)) for speed in speeds]
 
 
 @policy("least")
@@ -3009,7 +3078,7 @@ class RoundRobin(Policy):
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
         self.turns: dict[str, float] = {}
-        self.last = 0.0  # the turn that was taken last; who comes new begins here
+        self.now = 0.0  # the turn that was taken last; who comes new, or again, begins here
 
     def costs(self, scene: Scene) -> list[float]:
         # In their order within a round: a millionth part of a turn apart.
@@ -3018,17 +3087,15 @@ class RoundRobin(Policy):
     def turn(self, view: ServerView) -> float:
         if not view.weight:
             return INFINITY
-        return max(self.turns.get(view.url, 0.0), self.last) + 1 / view.weight
+        return max(self.turns.setdefault(view.url, self.now + 1 / view.weight), self.now)
 
     def terms(self, scene: Scene) -> list[str]:
         return [f"its turn, weight {view.weight:g}" for view in scene.views]
 
     def chosen(self, view: ServerView) -> None:
-        turn = self.turn(view)
-        if turn < INFINITY:
-            others = {url: at for url, at in self.turns.items() if at > self.last}
-            self.last = turn - 1 / view.weight
-            self.turns = {**others, view.url: turn}
+        if view.weight:
+            self.now = self.turn(view)
+            self.turns[view.url] = self.now + 1 / view.weight
 
 
 @policy("random")
@@ -3086,7 +3153,8 @@ class Hashed(Policy):
 
     def costs(self, scene: Scene) -> list[float]:
         if not (key := self.key(scene.call)):
-            return scene.crowding()
+            return [cost if view.weight else INFINITY
+                    for cost, view in zip(scene.crowding(), scene.views)]  # fmt: skip
         digest = hashlib.blake2b(key, digest_size=32).digest()
         return bounded(hashed(digest, scene.views), scene)
 
@@ -3100,7 +3168,7 @@ class ConsistentHash(Hashed):
     """By session."""
 
     def key(self, call: Call) -> bytes:
-        return call.session.encode("utf-8", "surrogateescape")
+        return call.session.encode("utf-8", "surrogatepass")  # JSON may hold half a character
 
 
 @policy("prefix")
@@ -3108,7 +3176,8 @@ class Prefix(Hashed):
     """By the prompt's first bytes."""
 
     def key(self, call: Call) -> bytes:
-        return (call.model or "").encode() + call.prompt.opening if call.prompt.opening else b""
+        model = (call.model or "").encode("utf-8", "surrogatepass")
+        return model + call.prompt.opening if call.prompt.opening else b""
 
 
 @policy("cache_aware")
@@ -3158,8 +3227,8 @@ class Mvllm(Policy):
         return ((view.load.running or 0) + 0.5 * (view.load.waiting or 0)) / view.capacity
 
     def terms(self, scene: Scene) -> list[str]:
-        return [f"{v.load.running or 0} running, {v.load.waiting or 0} waiting,"
-                f" capacity {v.capacity:.4g}: {self.score(v):.3f}" for v in scene.views]  # fmt: skip
+        return [f"{v.load.running or 0} running, {v.load.waiting or 0} waiting, capacity"
+                f" {v.capacity:.4g}: {self.score(v):.3f}" for v in scene.views]  # fmt: skip
 
 
 @policy("vllm_router")
@@ -3184,11 +3253,10 @@ class Expression(Policy):
         """What each of SCORE_NAMES is."""
         speeds, loads = relative_speeds(scene.views), scene.loads()
         return [
-            {"running": v.load.running or 0, "waiting": v.load.waiting or 0,
-             "in_flight": v.in_flight, "foreign": load - v.in_flight, "capacity": v.capacity,
-             "kv_usage": v.load.kv_usage_ratio or 0.0, "pending": v.pending,
-             "prompt": scene.call.prompt.tokens, "cached": cached, "speed": speed,
-             "weight": v.weight}
+            dict(zip(SCORE_NAMES, map(float, (  # whole numbers may grow for ever
+                v.load.running or 0, v.load.waiting or 0, v.in_flight, load - v.in_flight,
+                v.capacity, v.load.kv_usage_ratio or 0, v.pending, scene.call.prompt.tokens, cached,
+                speed, v.weight))))
             for v, cached, speed, load in zip(scene.views, scene.cached, speeds, loads)
         ]  # fmt: skip
 
@@ -3264,7 +3332,8 @@ class Ranking(NamedTuple):
         words = f"{first.url} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
             words += f"; next {others[0].url} ×{others[0].cost / first.cost:.1f}"
-        return words.replace("×", "x").encode("ascii", "backslashreplace").decode()
+        words = " ".join(words.replace("×", "x").split())
+        return words.encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
         """How many more tokens of the prompt another server that might have been asked has."""
@@ -3342,7 +3411,8 @@ def narrowed(
     """Passes over who is eligible, but not now: other pools than the one that is drawn, servers
     without the LoRA adapter while others with it have room, higher tiers while lower ones have."""
 
-    if not any(view.pool or view.tier > 1 or view.load.adapters for view in views):
+    now = moment.now
+    if not any(v.pool or v.tier > 1 or v.load.adapters or v.busy_until > now for v in views):
         return
 
     def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
@@ -3357,12 +3427,14 @@ def narrowed(
         load = view.in_flight + view.foreign(moment.now, moment.interval_s)
         return bool(load < view.capacity)
 
+    keep(lambda view: view.busy_until <= now, "said 429 just now")
     eligible = [view for view, reason in zip(views, reasons) if not reason]
     shares = {view.pool: view.share for view in eligible}
     if len(shares) > 1:
         pool = drawn_pool(shares, call, draw)
         keep(lambda view: view.pool == pool, f"pool {pool or 'none'} was drawn")
-    if call.model and any(call.model in view.load.adapters for view in eligible):
+    if call.model and any(call.model in view.load.adapters and view.reports(
+            now, moment.interval_s) for view in eligible):  # fmt: skip
         keep(lambda view: call.model in view.load.adapters and roomy(view),
              "has the adapter not loaded")  # fmt: skip
     if len(tiers := {view.tier for view in eligible}) > 1:
@@ -3378,7 +3450,7 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
     """By their shares; a session stays with its pool."""
     at = draw.random()
     if call.session:
-        digest = hashlib.blake2b(call.session.encode("utf-8", "surrogateescape"), digest_size=8)
+        digest = hashlib.blake2b(call.session.encode("utf-8", "surrogatepass"), digest_size=8)
         at = int.from_bytes(digest.digest(), "big") / 2**64
     at *= sum(shares.values())
     for pool in sorted(shares):
@@ -3410,7 +3482,8 @@ def rank(
     best, costs = None, list[float]()
     if scene.views:
         costs = by.costs(scene)
-        limit = by.tie * min(costs)
+        lowest = min(costs)
+        limit = lowest * by.tie if lowest > 0 else lowest
         good = [view for view, cost in zip(scene.views, costs) if cost <= limit]
         best = (good[0] if len(good) == 1 else draw.choice(good)).url
     return Ranking(best, views, cached, call, tried, by, moment, reasons, costs)
@@ -3583,6 +3656,7 @@ class Waiter(NamedTuple):
     wants: Wants
     choose: Callable[[], Ranking]
     take: Callable[[str], object]
+    fail: Callable[[Exception], object]
 
 
 class WaitQueue:
@@ -3616,12 +3690,21 @@ class WaitQueue:
 
     def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
         """There may be free places, as long as there may be `more`."""
-        for line in sorted(self._lines.values(), key=lambda line: line[0].since):
-            while line and more():
-                waiter = line[0]
+        blocked = set[Wants]()
+        while more():
+            lines = [line for wants, line in self._lines.items() if wants not in blocked]
+            if not lines:
+                return
+            waiter = min((line[0] for line in lines), key=lambda waiter: waiter.since)
+            try:
                 ranking = waiter.choose()
-                if ranking.best is None and ranking.waits:
-                    break
+            except Exception as error:  # its own request's mistake, and nobody else's
+                self.leave(waiter)
+                waiter.fail(error)
+                continue
+            if ranking.best is None and ranking.waits:
+                blocked.add(waiter.wants)
+            else:
                 self.leave(waiter)
                 waiter.take(ranking.best or "")
 
@@ -3745,7 +3828,8 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
         "in_flight": view.in_flight, "pending_prompt_tokens": view.pending,
-        "prompt_tokens_per_second": round(view.speed), "last_updated": clock.iso(view.load_at), "stale": stale,
+        "prompt_tokens_per_second": round(view.speed),
+        "last_updated": clock.iso(view.load_at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
             "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
@@ -3919,7 +4003,10 @@ def shape_line(
     """One request for `replay`: no text of it, and hashes that nobody else can make.  Of the
     prompt's links some are enough."""
     chain, prompt = call.prompt.chain, call.prompt
-    kept = [n for n in range(len(chain)) if prompt.ends[n] % shape_step(prompt.ends[n]) == 0]
+    kept, covered = list[int](), 0
+    for n in range(len(chain)):
+        if prompt.ends[n] % shape_step(prompt.ends[n]) == 0 and prompt.tokens_in(n + 1) > covered:
+            kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
     return json.dumps({
         "at": round(at, 3), "model": call.model, "session": session,
@@ -4519,8 +4606,8 @@ class PolicyRouter:
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
         s = self.settings
-        prompt = Prompt(arrival.prompt_tokens, arrival.chain, arrival.ends, arrival.prompt_tokens or 1,
-                        repr(arrival.chain[:1]).encode() if arrival.chain else b"")  # fmt: skip
+        tokens, opening = arrival.prompt_tokens, repr(arrival.chain[:1]) if arrival.chain else ""
+        prompt = Prompt(tokens, arrival.chain, arrival.ends, tokens or 1, opening.encode())
         call = Call(arrival.model, True, prompt, arrival.session)
         by = self.policies.get(arrival.model)
         if by is None:
@@ -5681,11 +5768,18 @@ class LineWriter(logging.Handler):
 
 def shape_writer(path: str) -> LineWriter | None:
     """Writes to the end of a file; None, and the log says why, if that cannot be."""
+    descriptor = -1
     try:
-        return LineWriter(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640), True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe might never open
+        descriptor = os.open(path, flags, 0o640)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return LineWriter(descriptor, True)
+        os.close(descriptor)
+        reason = "it is not a regular file"
     except OSError as error:
-        log.error("no shape is written to %s: %s", shown(path), reason_of(error))
-        return None
+        reason = reason_of(error)
+    log.error("no shape is written to %s: %s", shown(path), reason)
+    return None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -5731,7 +5825,7 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.queue = WaitQueue()
-        self.policies: dict[tuple[str, str | None], Policy] = {}  # by name and model
+        self.policies: dict[tuple[str, str], Policy] = {}  # by name and model
         self.shape: LineWriter | None = None  # where the traffic's shape is written
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
@@ -5757,13 +5851,11 @@ class Core:
             self.pools[url] = self.secrets.pool(url)
         return self.pools[url]
 
-    def policy(self, model: str | None) -> Policy:
-        """The one for calls for that model."""
+    def policy(self, model: str | None, label: str) -> Policy:
+        """The one for calls for that model; all whom nobody serves (`label`) share one."""
         s = self.settings
-        key = s.policies.get(model or "", s.policy), model
+        key = s.policies.get(model or "", s.policy), label
         if key not in self.policies:
-            if len(self.policies) >= LABEL_SETS_LIMIT:  # clients may ask for anything
-                self.policies.clear()
             self.policies[key] = POLICIES[key[0]](s)
         return self.policies[key]
 
@@ -5789,7 +5881,10 @@ class Core:
             self.ledger.prompt_tokens.add(amount=ranking.call.prompt.tokens)
             self.ledger.cached_tokens.add(amount=cached)
             self.ledger.missed_tokens.add(amount=ranking.missed_tokens())
-        self.recent.setdefault(id, []).append(ranking)
+        if attempt == 1 or id not in self.recent:
+            self.recent[id] = []
+            self.recent.move_to_end(id)
+        self.recent[id].append(ranking)
         if len(self.recent) > RECENT_LIMIT:
             self.recent.popitem(last=False)
 
@@ -5885,6 +5980,9 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 }
 
 
+RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
+
+
 class Conversation:
     """An errand at one server."""
 
@@ -5960,7 +6058,7 @@ class Conversation:
         length = len(content) if content or errand.says_length else None
         fields = errand.fields + (pool.key_line or errand.key_lines)
         if self.rank:
-            fields += f"X-Data-Parallel-Rank: {self.rank}\r\n"
+            fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {self.rank}\r\n"
         request = forward_request(errand.head, path, pool.authority, fields, length)
         at = len(content)
         if at <= WRITE_SLICE_BYTES:
@@ -6093,9 +6191,6 @@ class Exchange:
         try:
             self.understand(*read_call(self.head, *await self.gather(), s))
             self.asked_at = self.loop.time()
-            if wants_explanation(self.head):
-                response.whole(self.explained())
-                return
             if self.key is not None:
                 refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
                 if refusal is not None:
@@ -6103,6 +6198,9 @@ class Exchange:
                     response.refuse(*refusal)
                     return
                 self.entered = True
+            if wants_explanation(self.head):
+                response.whole(self.explained())
+                return
             self.core.budget.came(self.asked_at)
             with abandoned_if_gone(self.client, self.core.clients.get(self.client)):
                 await self.carry_out(relay_plan(self.choose, s, self.core.draw, self.afford_retry))
@@ -6124,7 +6222,8 @@ class Exchange:
             self.let_go()
             if self.entered and self.key is not None:
                 self.core.gate.leave(self.key)
-            self.book()
+            if not wants_explanation(self.head):
+                self.book()
 
     async def carry_out(self, plan: Plan) -> None:
         try:
@@ -6148,7 +6247,8 @@ class Exchange:
         if self.only:
             kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
             views, cached = [views[n] for n in kept], [cached[n] for n in kept]
-        ranking = rank(views, cached, call, tried, core.policy(call.model), moment, core.draw)
+        by = core.policy(call.model, self.model_label)
+        ranking = rank(views, cached, call, tried, by, moment, core.draw)
         waiting = moment.enforced and not self.waiting
         if waiting and core.queue.waiting((call.model, self.only, tried)):
             ranking = ranking._replace(best=None, behind=True)
@@ -6181,7 +6281,7 @@ class Exchange:
             turn.set_result(None)
 
         wants = self.call.model, self.only, step.tried
-        waiter = Waiter(began, wants, lambda: self.choose(step.tried), take)
+        waiter = Waiter(began, wants, lambda: self.choose(step.tried), take, turn.set_exception)
         queue.join(waiter)
         self.waiting = True
         queue.hand_over(core.has_place)  # time may have made one eligible
@@ -6196,6 +6296,7 @@ class Exchange:
         waits = core.ledger.waits
         waits.observe(waits.child(self.model_label), self.loop.time() - began)
         if turn.done():
+            turn.result()
             return Outcome(place=self.place.url if self.place else "")
         text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
         return Outcome(Fault.QUEUE_TIMEOUT, text)
@@ -6326,8 +6427,6 @@ class Exchange:
             key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                                 if key in KEY_FIELD_NAMES)  # fmt: skip
         dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
-        if self.core.fleet.ranked:  # it is ours to say
-            dropped |= {"x-data-parallel-rank"}
         return forward_fields(self.head, added, dropped), key_lines
 
     async def relay(self, step: Relay) -> Outcome:
@@ -6340,7 +6439,7 @@ class Exchange:
             self.place = self.lease(url)
         if self.ranking is not None and self.ranking.best == url:
             core.decided(self.response.id, self.ranking, step.attempt)
-            if self.settings.why_header or self.wants_why():
+            if self.wants_why():
                 self.errand.why = self.ranking.why()
         try:
             outcome = await Conversation(core, self.errand, url, self.settings).outcome()
@@ -6350,6 +6449,8 @@ class Exchange:
                 core.judge(url, Health.succeeded, now, self.settings)
             elif fault.blame is Blame.SERVER:
                 core.judge(url, Health.failed, text, fault not in UNHEARD, now, self.settings)
+            elif fault is Fault.SERVER_BUSY:
+                core.fleet.busy(url, now)
         finally:
             core.ledger.attempts.add(url, label)
             self.give_back(self.place)
@@ -6370,13 +6471,13 @@ class Exchange:
         if place.pending and not self.call.stream:
             view = self.core.fleet.view(url)
             seconds = place.pending / ((view.speed if view else 0.0) or ASSUMED_SPEED)
-            self.loop.call_later(seconds, lambda: place.answered(self.loop.time(), False))
+            place.timer = self.loop.call_later(seconds, place.answered, 0.0, False)
         return place
 
     def wants_why(self) -> bool:
         """Whether the client asks why, and may know servers by name."""
-        asked = self.head.fields.get("x-mvllm-why").lower()
-        return asked in ("1", "true", "yes") and self.settings.server_header
+        asked = self.head.fields.get("x-mvllm-why").lower() in ("1", "true", "yes")
+        return (asked or self.settings.why_header) and self.settings.server_header
 
     # The end.
 
@@ -6401,11 +6502,11 @@ class Exchange:
         ):
             if value is not None:
                 histogram.observe(histogram.child(model), value)
-        if self.core.shape is not None and response.status < 500:
+        if self.core.shape is not None and self.server and response.status < 500:
+            age_s, call = now - self.asked_at, self.call._replace(model=self.model_label or None)
             tokens = completion_tokens(response.tail, response.sent_bytes)
-            self.core.shape.say(shape_line(
-                self.call, time.time() - (now - self.asked_at), first_s, now - self.asked_at,
-                tokens, self.server, response.status, response.end))  # fmt: skip
+            self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
+                                           self.server, response.status, response.end))  # fmt: skip
         wanted = self.settings.log_to_console or not self.core.on_terminal
         if wanted and log.isEnabledFor(logging.INFO):
             log.info("%s", access_line(self.facts(now, first_s)))
@@ -6709,7 +6810,7 @@ async def server_models(core: Core, head: RequestHead) -> Reply:
 
 
 async def refresh_models(core: Core) -> None:
-    urls, timeout_s = [v.url for v in core.fleet.views()], core.settings.health_check_timeout
+    urls, timeout_s = {v.server for v in core.fleet.views()}, core.settings.health_check_timeout
     checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
     for url, found in zip(urls, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
@@ -6970,16 +7071,17 @@ class Door:
         if function is None and not (exchange.path or admin):
             text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
             return Refusal(Fault.NOT_SERVED, text)
-        if function in (None, models, one_model):
+        works = function is None or wants_explanation(head)
+        refusal = None
+        if works or function in (models, one_model):
             refusal = stopped(key, admin) if gate.closed or admin else None
-        else:
-            status = function not in (liveness, readiness)
-            refusal = self.status_refusal(exchange, key) if status else None
+        if refusal is None and function not in (None, models, one_model, liveness, readiness):
+            refusal = self.status_refusal(exchange, key)
         if refusal is not None:
             return refusal
-        if function is not None and head.method not in ("GET", "HEAD") and not wants_explanation(head):
+        if not works and head.method not in ("GET", "HEAD"):
             return Refusal(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
-        if function is None and 0 < s.max_requests <= core.forwarding:
+        if works and 0 < s.max_requests <= core.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if admin:
@@ -7048,7 +7150,7 @@ class Balancer:
             if not core.gate.closed:
                 log.info("there are no [[keys]]: whoever reaches this address may use the servers")
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
-            pulse = self._tasks.create_task(self.pulse())
+            pulse = self._tasks.create_task(self.guarded("the pulse", self.pulse))
             self._door = Door(core, sockets, self._tasks)
             ready()
             await self._stop.wait()
@@ -7264,8 +7366,8 @@ class Balancer:
         if settings is not old:
             core.policies.clear()
         if settings.shape_file != self._shape_file:
-            if core.shape is not None:
-                core.shape.close()
+            if core.shape is not None:  # which may take a second
+                asyncio.get_running_loop().run_in_executor(None, core.shape.close)
             self._shape_file = settings.shape_file
             core.shape = shape_writer(self._shape_file) if self._shape_file else None
         wanted = {server.url for server in settings.servers}
@@ -7627,18 +7729,19 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def add_replay(commands: Any) -> None:
-    replay = commands.add_parser("replay", help="try policies on recorded traffic, in a model",
-                                 description="Which policy for my traffic? Would a server more help?")
+    replay = commands.add_parser(
+        "replay", help="try policies on recorded traffic, in a model",
+        description="Which policy for my traffic? Would a server more help?")
     replay.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
                                       f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
     replay.add_argument("--policy", action="append", metavar="NAME",
                         help="all, or one (repeatable; default: the settings')")  # fmt: skip
-    replay.add_argument("--servers", dest="config", metavar="FILE", help="settings with the servers")
+    replay.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
     replay.add_argument("--fleet", nargs="+", metavar="KIND",
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
     replay.add_argument("--add-server", action="append", metavar="KIND", help="one more")
     replay.add_argument("--auto", action="store_true", help="capacities are to be learned")
-    replay.add_argument("--speed", type=float, default=1.0, metavar="X", help="so much more traffic")
+    replay.add_argument("--speed", type=float, default=1.0, metavar="X", help="times the traffic")
     replay.add_argument("--limit", type=int, metavar="N", help="the first N requests")
     replay.add_argument("--seconds", type=float, default=180.0, help="of made-up traffic")
     replay.add_argument("--slo-ttft", type=float, default=1.0, metavar="S", help="seconds")
