@@ -1963,7 +1963,7 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
             best = next((server for server, m in free.items() if m == model), None)
             return ranking._replace(best=best, behind=best is None)
 
-        one = lite.Waiter(since, (model, "", frozenset()), choose, take)
+        one = lite.Waiter(since, (model, "", frozenset()), choose, take, print)
         queue.join(one)
         return one
 
@@ -1987,7 +1987,7 @@ def test_when_a_queue_clears_is_told_from_the_rate_of_late():
     for n in range(1, 401):
         queue.served(n / 4)  # four a second
     for _ in range(39):
-        queue.join(lite.Waiter(100.0, (None, "", frozenset()), print, print))
+        queue.join(lite.Waiter(100.0, (None, "", frozenset()), print, print, print))
     assert queue.clears_in_s(100.0) in (10, 11)
 
 
@@ -4421,6 +4421,151 @@ async def test_engines_of_one_server_are_chosen_one_by_one():
 
 
 @asynchronous
+async def test_other_engines_after_a_reload_are_known_at_once():
+    release = asyncio.Event()
+
+    async def held(asked, conn):
+        if asked.body == CHAT:
+            await release.wait()
+        await echo(asked, conn)
+
+    async with Server(held, **{"/metrics": ENGINES}) as server:
+        async with balancing(servers=[lite.ServerSettings(server.url, 10)]) as running:
+            slow, client = await running.client(), await running.client()
+            await slow.ask("POST", "/v1/chat/completions", CHAT)
+            await server.came.wait()
+            engines = lite.ServerSettings(server.url, 10, data_parallel_size=2)
+            settings = dataclasses.replace(running.core.settings, servers=(engines,))
+            running.balancer.adopt(settings, lite.Secrets(settings))
+            assert [v.url for v in running.core.fleet.views()] == [f"{server.url}@0", f"{server.url}@1", server.url]
+            for _ in range(4):
+                assert (await client.post()).get("x-mvllm-server")[-2:] in ("@0", "@1")
+            models = (await client.get("/server-models?refresh=1")).json["servers"]
+            assert {url: row["supported_models"] for url, row in models.items()}[f"{server.url}@1"] == ["m"]
+            release.set()
+            assert (await slow.answer()).status == 200
+            await running.quiet()
+            assert len(running.core.fleet.views()) == 2
+
+
+def pending(running):
+    return [view.pending for view in running.core.fleet.views()]
+
+
+@asynchronous
+async def test_tokens_of_a_prompt_are_given_back_once_however_its_request_ends():
+    async def by_word(asked, conn):
+        if b"leave" in asked.body:
+            await asyncio.Event().wait()
+        if b"refuse" in asked.body:
+            return await conn.json(b"{}", "429 Slow down")
+        await echo(asked, conn)
+
+    long = CHAT.replace(b"word word", b"leave word", 1)
+    async with balancing(Server(by_word)) as running:
+        leaving = [await running.client() for _ in range(3)]
+        for client in leaving:
+            await client.ask("POST", "/v1/chat/completions", long)
+        while running.in_flight() < 3:
+            await asyncio.sleep(0)
+        assert pending(running)[0] > 1000  # the first has to read it all, the others count on that
+        for client in leaving:
+            client.close()
+        await running.quiet()
+        client = await running.client()
+        await client.post(body=CHAT.replace(b"word word", b"refuse word", 1))
+        assert pending(running) == [0]
+        await asyncio.sleep(1.1)  # when the first would have been read, by ASSUMED_SPEED
+        assert pending(running) == [0] and (await client.post(body=CHAT)).status == 200
+
+
+@asynchronous
+async def test_a_plain_answer_s_prompt_is_pending_only_as_long_as_reading_it_should_take():
+    async def never(asked, conn):
+        await asyncio.Event().wait()
+
+    async with balancing(Server(never)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", CHAT)
+        while not pending(running)[0]:
+            await asyncio.sleep(0)
+        while pending(running)[0]:
+            await asyncio.sleep(0.05)
+        assert running.in_flight() == 1
+
+
+HALF_A_CHARACTER = json.dumps({"model": "m", "user": "\ud800", "messages": [{"content": "\ud800" * 300}]}).encode()
+
+
+@pytest.mark.parametrize("settings", [{"policy": name} for name in ("consistent_hash", "prefix", "unified")])
+@asynchronous
+async def test_half_a_character_is_no_mistake_of_ours(settings):
+    a, b = Server(), Server()
+    async with a, b:
+        servers = [lite.ServerSettings(a.url, 10, pool="p"), lite.ServerSettings(b.url, 10)]
+        async with balancing(servers=servers, pools={"p": 50.0}, **settings) as running:
+            assert (await (await running.client()).post(body=HALF_A_CHARACTER)).status == 200
+
+
+@asynchronous
+async def test_a_request_that_cannot_be_judged_harms_no_other():
+    """It waits in the queue, and fails in the turn of whoever frees a place."""
+    release = asyncio.Event()
+
+    async def held(asked, conn):
+        await release.wait()
+        await echo(asked, conn)
+
+    class Broken(lite.Least):
+        def costs(self, scene):
+            if scene.call.session:
+                raise ZeroDivisionError
+            return super().costs(scene)
+
+    server = Server(held)
+    server.capacity = 1
+    async with balancing(server, queue_size=10, policy="least") as running:
+        running.core.policies["least", "m"] = Broken(running.core.settings)
+        first, poison, last = [await running.client() for _ in range(3)]
+        for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
+            await client.ask("POST", "/v1/chat/completions", CHAT, fields)
+            while running.in_flight() + len(running.core.queue) <= n:
+                await asyncio.sleep(0)
+        release.set()
+        assert (await first.answer()).status == 200
+        assert (await poison.answer()).status == 500
+        assert (await last.answer()).status == 200
+
+
+@asynchronous
+async def test_rankings_are_kept_for_so_many_requests_and_no_text_with_them():
+    async with balancing(Server(), Server()) as running:
+        client = await running.client()
+        for _ in range(3):
+            await client.post(body=CHAT, fields=["X-Request-Id: same"])
+        (kept,) = running.core.recent["same"]
+        assert b"word" not in repr(kept).encode()
+
+
+@asynchronous
+async def test_who_explains_is_counted_and_limited_like_who_asks():
+    keys = (lite.KeySettings("a", "sk-a", models=("other",)), lite.KeySettings("b", "sk-b", requests_per_second=1.0))
+    async with balancing(Server(), keys=keys) as running:
+        for fields, status in ([], 401), (bearer("sk-a"), 403), (bearer("sk-b"), 200), (bearer("sk-b"), 429):
+            assert (await (await running.client()).post("/explain", CHAT, fields)).status == status
+        assert not running.core.forwarding and await running.metric("mvllm_requests_total", status="200") == 0
+
+
+@asynchronous
+async def test_a_shape_is_written_to_regular_files_only(tmp_path, caplog):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    async with balancing(Server(), shape_file=str(path)) as running:  # nobody reads it
+        assert (await (await running.client()).post()).status == 200
+    assert "no shape is written to" in caplog.text
+
+
+@asynchronous
 async def test_the_shape_of_traffic_is_written_without_any_text(tmp_path):
     path = tmp_path / "shape.jsonl"
     secret = CHAT.replace(b"word", b"secret")
@@ -4472,7 +4617,6 @@ RETRIED = table(
     ("answers in two framings", lambda: failing(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")),
     ("503", lambda: failing(b"HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nbusy")),
     ("502, chunked", lambda: failing(b"HTTP/1.1 502 X\r\ntransfer-encoding: chunked\r\n\r\n", chunk(b"x"), b"0\r\n\r\n")),
-    ("429", lambda: failing(b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n")),
     ("closes while its stream is queued", lambda: failing(STREAM_HEAD)),
     ("a stream that begins with an error", lambda: failing(STREAM_HEAD, chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(DONE), b"0\r\n\r\n")),
     ("a queued stream that only ends", lambda: failing(STREAM_HEAD, chunk(DONE), b"0\r\n\r\n")),
@@ -4499,6 +4643,20 @@ async def test_before_anything_was_shown_another_server_answers(bad):
         assert await running.metric("mvllm_attempts_total", server=bad.url, result="ok") == 0
         assert 0 < await running.metric("mvllm_retries_total") <= len(bad.asked)
         assert await running.metric("mvllm_requests_total", status="200", server=good.url, model="m") == 8
+
+
+@asynchronous
+async def test_a_server_that_is_too_busy_is_spared_for_a_moment():
+    busy, good = failing(b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"), Server()
+    busy.capacity = 1000
+    async with balancing(busy, good) as running:
+        client = await running.client()
+        for _ in range(8):
+            got = await client.post(body=CHAT)
+            assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+        assert len(busy.asked) == 1 and running.states() == ["healthy"] * 2
+        assert "said 429 just now" in (await client.post("/explain", CHAT)).body.decode()
+        assert (await client.post("/explain", CHAT)).json["attempts"][0]["servers"][1]["cached_tokens"] == 0  # it read nothing
 
 
 @asynchronous
