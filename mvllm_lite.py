@@ -61,8 +61,8 @@ way is a `Fault` (1); the plan decides who is asked next.
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
 frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan*
-yields *steps* and is told the *outcome* of each.  An *errand* is a request ready to be said, a *conversation* is one
-attempt at it.  A *lease* counts a request in flight, in its server's *place*.
+yields *steps* and is told the *outcome* of each.  An *errand* is a request ready to be said, a
+*conversation* is one attempt at it.  A *lease* counts a request in flight, in its server's *place*.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
 """
 
@@ -1065,11 +1065,11 @@ def capacity(value: Any) -> int:
 SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
                "prompt", "cached", "speed", "weight")  # fmt: skip
 SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
+SCORE_ARGUMENTS = {"min": (2, 20), "max": (2, 20), "abs": (1, 1), "sqrt": (1, 1), "log": (1, 2)}
 SCORE_NODES = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.Name,
-    ast.Load, ast.Constant, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow,
-    ast.UAdd, ast.USub, ast.Not, ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
-    ast.NotEq,
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Load, ast.Add,
+    ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.UAdd, ast.USub, ast.Not,
+    ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq,
 )  # fmt: skip
 SCORE_LIMIT = 500  # characters
 
@@ -1082,13 +1082,23 @@ def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
         tree = ast.parse(score.strip()[: SCORE_LIMIT + 1], mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError("a formula like (running + 0.5 * waiting) / capacity") from None
-    for node in ast.walk(tree):
+    functions = set[int]()
+    for node in ast.walk(tree):  # those without before those within
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            if node.value > sys.float_info.max and isinstance(node.value, int):
+                raise ValueError("a formula of smaller numbers")
             node.value = float(node.value)  # whole numbers may grow for ever: 9 ** 9 ** 9
-        elif isinstance(node, ast.Name) and node.id not in (*SCORE_NAMES, *SCORE_FUNCTIONS):
-            raise ValueError(f"a formula of {', '.join((*SCORE_NAMES, *SCORE_FUNCTIONS))}")
-        elif (not isinstance(node, SCORE_NODES) or isinstance(node, ast.Constant)
-              or (isinstance(node, ast.Call) and (node.keywords or not named_function(node.func)))):
+        elif isinstance(node, ast.Name):
+            known = SCORE_FUNCTIONS if id(node) in functions else SCORE_NAMES
+            if node.id not in known:
+                raise ValueError(f"a formula of {', '.join((*SCORE_NAMES, *SCORE_FUNCTIONS))}")
+        elif isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            least, most = SCORE_ARGUMENTS.get(name, (0, 0))
+            if node.keywords or not least <= len(node.args) <= most:
+                raise ValueError(f"a formula whose functions are {', '.join(SCORE_FUNCTIONS)}")
+            functions.add(id(node.func))
+        elif not isinstance(node, SCORE_NODES):
             raise ValueError("a formula of names, numbers and arithmetic alone")
     code = compile(tree, "score", "eval")
 
@@ -1099,14 +1109,7 @@ def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
             return INFINITY
         return found if math.isfinite(found) else INFINITY
 
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and len(call.args) < 1 + ("m" == ast.unparse(call.func)[0]):
-            raise ValueError("a formula whose functions have all their arguments")
     return value_of
-
-
-def named_function(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id in SCORE_FUNCTIONS
 
 
 def formula(value: Any) -> str:
@@ -1124,7 +1127,7 @@ class ServerSettings:
     url: str = setting(REQUIRED, base_url, "where the server listens")
     max_concurrent_requests: int = setting(
         AUTO, capacity, 'requests it runs well at the same time; "auto": learned')
-    weight: float = setting(1.0, number(0), "its share, for policies that go by weight")
+    weight: float = setting(1.0, number(0, 1000), "its share, for policies that go by weight")
     tier: int = setting(1, whole(1), "asked only when lower tiers are full")
     pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
     data_parallel_size: int = setting(
@@ -1400,8 +1403,6 @@ class SettingsReader:
             # None, too: an empty file is a half-written one, not a wish for no servers.
             self.complain(("servers",), entries, 'a list like [{ url = "http://10.0.0.1:8000" }]')
             return ()
-        entries = [{SYNONYMS.get(key, key): value for key, value in entry.items()}
-                   for entry in entries]  # fmt: skip
         return self.entries("servers", entries, ServerSettings, "url", SERVER_FIELDS, origin)
 
     def keys(self) -> tuple[KeySettings, ...]:
@@ -1423,9 +1424,13 @@ class SettingsReader:
         found: dict[str, Any] = {}
         for i, entry in enumerate(entries):
             path, before = (table, i), len(self.errors)
-            self.warn_unknown(entry, fields, path)
-            values = {key: self.checked(fields[key], value, (*path, key), origin)
-                      for key, value in entry.items() if key in fields}  # fmt: skip
+            self.warn_unknown(entry, {*fields, *SYNONYMS}, path)
+            values = dict[str, Any]()
+            for key, value in entry.items():
+                if (name := SYNONYMS.get(key, key)) in values:
+                    self.complain((*path, key), value, f"{name} or another word for it, once")
+                elif name in fields:
+                    values[name] = self.checked(fields[name], value, (*path, key), origin)
             if identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
             elif values[identity] in found:
@@ -1769,23 +1774,30 @@ MEDIA_LIMIT = 100  # pieces that are looked for
 MEDIA_FROM_BYTES = 4096  # of content that may hold one
 MEMORY_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
 MEMORY_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
+LOOK_CLOSELY_BYTES = 2**20  # of content in which it is not clear where the prompt begins
 MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 
 class Prompt(NamedTuple):
-    """What a request wants read before the answer.  `chain` has a hash of the prompt's start up to
-    each of `ends`, as far as it reaches; equal hashes, equal starts.  They are this process's own
-    (PYTHONHASHSEED); `opening` is a hash of the first link that anybody can make."""
+    """What a request wants read before the answer.  `chain` has hashes of ever longer starts of
+    it: of what leads (if `lead`, which are its tokens), then up to each of `ends`, as far as they
+    reach; equal hashes, equal starts.  They are this process's own (PYTHONHASHSEED); `opening` is
+    one of the beginning that anybody can make."""
 
     tokens: int = 0  # about; 0 is unknown
     chain: tuple[int, ...] = ()
     ends: Sequence[int] = LINK_ENDS
-    size: int = 1  # of all, in the unit of `ends`
+    per_token: float = BYTES_PER_TOKEN  # the unit of `ends`
+    lead: int = 0
     opening: bytes = b""
 
     def tokens_in(self, links: int) -> int:
         """How many tokens of the prompt so many links cover."""
-        return self.tokens * min(self.ends[links - 1], self.size) // self.size if links else 0
+        if not links:
+            return 0
+        at = links - (self.lead > 0)
+        reach = self.lead + (int(self.ends[at - 1] / self.per_token) if at else 0)
+        return min(self.tokens, reach)
 
 
 NO_PROMPT = Prompt()
@@ -1794,22 +1806,23 @@ NO_PROMPT = Prompt()
 def read_prompt(
     content: Content, spans: Spans | None, members: Mapping[str, Any], model: str | None
 ) -> Prompt:
-    """The prompt in JSON content.  Its chain begins with the model (also a LoRA adapter's name)
-    and with the members that servers put first, wherever they stand in the content; then come the
-    messages, to the content's end."""
-    leading, behind = list[str](), 0
+    """The prompt in JSON content.  What leads are the members that servers put first, wherever
+    they stand in the content; then come the messages, to the content's end.  Prompts for other
+    models (or LoRA adapters, which are called so) have nothing in common."""
     start = prompt_start(content, spans, members)
     if not start:
         return NO_PROMPT
+    leading, behind = list[str](), 0
     for name in LEADING_MEMBERS:
         if name in (members if spans is None else spans):
             said, at = leading_member(content, spans, members, name)
             leading.append(said)
             behind += len(said) if at > start else 0
-    size = max(1, len(content) - start - behind)
+    size, lead = max(0, len(content) - start - behind), sum(map(len, leading)) // BYTES_PER_TOKEN
     raw = bytes(memoryview(content)[start : start + LINK_ENDS[-1]])
-    tokens = prompt_tokens(raw, size) + sum(map(len, leading)) // BYTES_PER_TOKEN
     chain, link, begin = list[int](), hash((model, *leading)), 0
+    if lead:
+        chain.append(link)
     for end in LINK_ENDS:
         if end > size:
             break
@@ -1817,7 +1830,8 @@ def read_prompt(
         chain.append(link)
         begin = end
     opening = hashlib.blake2b(raw[: LINK_ENDS[0]], digest_size=16).digest()
-    return Prompt(tokens, tuple(chain), LINK_ENDS, size, opening)
+    tokens = lead + prompt_tokens(raw, size)
+    return Prompt(tokens, tuple(chain), LINK_ENDS, BYTES_PER_TOKEN, lead, opening)
 
 
 def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> int:
@@ -1825,12 +1839,17 @@ def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, An
     that was found, which is all that clients put before them."""
     for name, mark in MEMBER_MARKS.items():
         if spans is None:
-            if name in members:  # within a text, its quotes are escaped
-                return content.find(b":", content.find(mark)) + 1
-            continue
+            if name not in members:
+                continue
+            at = content.find(mark)  # within a text, its quotes are escaped
+            if content.find(mark, at + 1) < 0:
+                return content.find(b":", at) + 1
+            return member_spans(content, (name,)).get(name, (0, 0))[0]
         for place in (0, *(end for _, end in spans.values())):
-            at = content.find(mark, place, place + SMALL_CONTENT_BYTES)
-            if at >= 0:
+            window = place + SMALL_CONTENT_BYTES
+            if (at := content.find(mark, place, window)) >= 0:
+                if content.find(mark, at + 1, window) >= 0 and len(content) < LOOK_CLOSELY_BYTES:
+                    return member_spans(content, (name,)).get(name, (0, 0))[0]
                 return content.find(b":", at) + 1
     return 0
 
@@ -1866,15 +1885,15 @@ class Memory:
     fit into its KV cache, the oldest forgotten first.
 
     A link's predecessors are always younger than it is, so what is remembered of a chain is a
-    start of it, and its length is found by bisection.  (Where a request was not answered, a hole
-    may be left under the links of another; then the guess is too short for a while.)
+    start of it, and its length is found by bisection.
     """
 
-    __slots__ = ("_links", "_tokens", "limit_tokens")
+    __slots__ = ("_links", "_tokens", "_unsure", "limit_tokens")
 
     def __init__(self) -> None:
         self._links: OrderedDict[int, int] = OrderedDict()  # tokens of each
         self._tokens = 0
+        self._unsure = set[int]()  # that one unanswered request alone has brought
         self.limit_tokens = MEMORY_TOKENS
 
     def known(self, chain: Sequence[int]) -> int:
@@ -1891,27 +1910,35 @@ class Memory:
                 high = middle - 1
         return low
 
-    def learn(self, prompt: Prompt) -> None:
-        """A server reads this prompt."""
+    def learn(self, prompt: Prompt) -> int:
+        """A server is to read this prompt.  How many of its links it knew; the rest are `read`
+        later, or not."""
         links, known = self._links, self.known(prompt.chain)
+        if self._unsure:
+            self._unsure.difference_update(prompt.chain)
         before = prompt.tokens_in(known)
         for n in range(known, len(prompt.chain)):
             tokens = prompt.tokens_in(n + 1)
             links[prompt.chain[n]] = tokens - before
             self._tokens += tokens - before
             before = tokens
+        self._unsure.update(prompt.chain[known:])
         for link in reversed(prompt.chain):
             links.move_to_end(link)
         while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
             self._tokens -= links.popitem(last=False)[1]
+        return known
 
-    def take_back(self, links: Iterable[int]) -> None:
-        """It did not read these after all."""
-        for link in links:
-            self._tokens -= self._links.pop(link, 0)
+    def read(self, links: Iterable[int], really: bool) -> None:
+        """Links that were new have been read; or not, and nobody else has brought them since."""
+        if not really:
+            for link in self._unsure.intersection(links):
+                self._tokens -= self._links.pop(link, 0)
+        self._unsure.difference_update(links)
 
     def forget(self) -> None:
         self._links.clear()
+        self._unsure.clear()
         self._tokens = 0
 
 
@@ -2121,6 +2148,7 @@ class VllmMetric(NamedTuple):
 VLLM_METRICS = {
     "running": VllmMetric(("vllm:num_requests_running",), sum),
     "waiting": VllmMetric(("vllm:num_requests_waiting",), sum),
+    "by_reason": VllmMetric(("vllm:num_requests_waiting_by_reason",), sum),
     "swapped": VllmMetric(("vllm:num_requests_swapped",), sum),  # v0 engines: they wait, too
     # From 0 to 1, despite its name.
     "kv_usage": VllmMetric(("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), max),
@@ -2152,6 +2180,12 @@ class EngineLoad(NamedTuple):
     caches: bool = True  # it has a prefix cache
     asleep: bool = False
     adapters: frozenset[str] = frozenset()  # LoRA adapters in use
+    lacking: int | None = None  # of those that wait, for want of room and not of an adapter, say
+
+    @property
+    def queued(self) -> int:
+        """How many wait because it is full."""
+        return (self.waiting or 0) if self.lacking is None else self.lacking
 
 
 COUNTS = ("running", "waiting", "max_fds", "tokens", "generation_tokens", "prefix_hits")
@@ -2192,8 +2226,10 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
     lora = max(said.get("lora", ()), key=lambda sample: sample.value, default=None)
     running = lora.labels.get("running_lora_adapters", "") if lora else ""
     configs = [sample.labels for sample in said.get("cache_config", ())]
+    lacking = [one.value for one in said.get("by_reason", ())
+               if one.labels.get("reason") == "capacity"]  # fmt: skip
     return EngineLoad(
-        kv_usage_ratio=values.get("kv_usage"),
+        kv_usage_ratio=values.get("kv_usage"), lacking=int(sum(lacking)) if lacking else None,
         kv_tokens=sum(map(kv_size, configs)) or None,
         caches=all(c.get("enable_prefix_caching") != "False" for c in configs),
         asleep=any(one.value == 0 for one in said.get("sleep", ())
@@ -2543,7 +2579,7 @@ class ServerView(NamedTuple):
         if not self.reports(now, interval_s):
             return load >= BLIND_RATIO * self.learned
         sent_since = self.in_flight - self.own_then
-        return bool(self.load.waiting) or sent_since >= (FULL_RATIO - 1) * self.learned
+        return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * self.learned
 
     def ramp(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
@@ -2625,20 +2661,21 @@ class Lease:
     """Counts one request in flight, from its making to the end of its `with` block, whatever ends
     that; and until its answer begins, the tokens of its prompt."""
 
-    __slots__ = ("url", "pending", "timer", "_fleet", "_trial", "_cached", "_ahead", "_sent_at",
-                 "_fresh")  # fmt: skip
+    __slots__ = ("url", "pending", "timer", "_fleet", "_counts", "_trial", "_cached", "_ahead",
+                 "_sent_at", "_fresh")  # fmt: skip
 
     def __init__(self, fleet: Fleet, url: str, now: float, prompt: Prompt) -> None:
         self.url, self._fleet, self._sent_at = url, fleet, now
         self.timer: Timer | None = None  # that would call `answered`
         self._trial = self.pending = self._ahead = self._cached = 0
         self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
-        if (view := fleet.view(url)) is None:
+        self._counts = (view := fleet.view(url)) is not None
+        if view is None:
             return
         self._trial = view.health.circuit(now) == "half-open"
         self._cached, self._fresh = fleet.remembers(url, prompt)
         self.pending = prompt.tokens - int(self._cached * view.trust)
-        if not view.load.waiting:  # else the time to the first byte says nothing of its speed
+        if not view.load.queued:  # else the time to the first byte says nothing of its speed
             self._ahead = view.pending + self.pending
         fleet.count(url, 1, self._trial, self.pending)
 
@@ -2647,6 +2684,7 @@ class Lease:
         if self.pending or self._cached:
             self._fleet.heard(self.url, self.pending, self._cached,
                               self._ahead if learn else 0, now - self._sent_at)  # fmt: skip
+            self._fleet.read(self.url, self._fresh, True)
         self.pending, self._cached, self._fresh = 0, 0, ()
 
     def __enter__(self) -> None:
@@ -2655,9 +2693,10 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         if self.timer is not None:
             self.timer.cancel()
-        pending, self.pending, self._cached = self.pending, 0, 0
-        self._fleet.count(self.url, -1, -self._trial, -pending)
-        self._fleet.unread(self.url, self._fresh)
+        if self._counts:
+            pending, self.pending, self._cached = self.pending, 0, 0
+            self._fleet.read(self.url, self._fresh, False)  # who knows whether it was
+            self._fleet.count(self.url, -1, -self._trial, -pending)
 
 
 # How fast what was learned gives way to what is seen.  The figures are those of routing studies:
@@ -2771,15 +2810,13 @@ class Fleet:
     def remembers(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
         """How many of the prompt's tokens it was sent before, and the links that it was not; from
         now on, it was sent all."""
-        memory = self._memories[url]
-        known = memory.known(prompt.chain)
-        memory.learn(prompt)
+        known = self._memories[url].learn(prompt)
         return prompt.tokens_in(known), prompt.chain[known:]
 
-    def unread(self, url: str, links: tuple[int, ...]) -> None:
-        """A request ended without an answer: who knows whether its prompt was read."""
+    def read(self, url: str, links: tuple[int, ...], really: bool) -> None:
+        """A request that brought these links was answered, or not."""
         if links and url in self._memories:
-            self._memories[url].take_back(links)
+            self._memories[url].read(links, really)
 
     def count(self, url: str, requests: int, trials: int = 0, tokens: int = 0) -> None:
         """So many more are with a server.  A draining one leaves with its last request."""
@@ -2791,10 +2828,8 @@ class Fleet:
             for known in (self._views, self._memories, self._expected):
                 known.pop(url)
             return
-        self._views[url] = view._replace(in_flight=in_flight, pending=view.pending + tokens)
-        if trials:
-            for one in self.engines(view.server):
-                self._views[one.url] = one._replace(on_trial=one.on_trial + trials)
+        self._views[url] = view._replace(
+            in_flight=in_flight, on_trial=view.on_trial + trials, pending=view.pending + tokens)
 
     def busy(self, url: str, now: float) -> None:
         """It answered 429."""
@@ -2849,7 +2884,9 @@ class Fleet:
             memory.forget()
         if began_anew or not load.caches:
             trust, self._expected[url] = float(load.caches), Expected()
-        elif before.prefix_hits is not None and self._expected[url].since:
+        elif before.prefix_hits is None:
+            self._expected[url].since = 0
+        elif self._expected[url].since:
             trust = self._expected[url].trust(hits)
         if began_anew:
             speed = pace_s = 0.0
@@ -2869,7 +2906,7 @@ class Fleet:
         it may have more work while its answers come faster than those of others, and the reverse.
         That it runs many without a queue says little: vLLM takes far more than it runs well."""
         running, most = load.running or 0, view.learned
-        if load.waiting and running:
+        if load.queued and running:
             most = running if running > most else max(float(running), CAPACITY_FALL * most)
         elif most < running:
             most = min(running, max(most, START_CAPACITY))
@@ -2877,7 +2914,8 @@ class Fleet:
             paces = sorted(other.pace_s for other in self._views.values()
                            if other.pace_s and other.healthy and other.shares_models(view))
             if len(paces) > 1:
-                deviation = min(1.0, max(-1.0, paces[len(paces) // 2] / view.pace_s - 1))
+                median = (paces[len(paces) // 2] + paces[(len(paces) - 1) // 2]) / 2
+                deviation = min(1.0, max(-1.0, median / view.pace_s - 1))
                 most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
         return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
 
@@ -2999,7 +3037,7 @@ def policy(name: str) -> Callable[[P], P]:
 # than in proportion.  Measured, anything from half to twice these values does as well.
 ANSWER_TOKENS = 512
 OVERFULL_POWER = 4
-KV_ROOM = 1.05  # so that full is not infinitely bad
+KV_LIMIT = 1.05  # so that full is not infinitely bad
 
 
 # Of one server: prompt tokens that were sent and are not answered yet, those of this prompt that
@@ -3039,9 +3077,9 @@ class Unified(Policy):
         news_since = scene.moment.now - KEPT_REPORTS * scene.moment.interval_s - 1
         tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
         for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
-            room = KV_ROOM
+            room = 1.0
             if v.load_at >= news_since and v.load.kv_usage_ratio:
-                room -= min(1.0, v.load.kv_usage_ratio)
+                room -= min(1.0, v.load.kv_usage_ratio) / KV_LIMIT
             out.append((v.pending, tokens - cached, speed, crowding, room))
         return out
 
@@ -3124,11 +3162,11 @@ LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as ku
 
 def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
     """A cost for each server, by rendezvous hashing: the same key, the same order, whoever asks;
-    a server more or less moves only its own keys.  Larger servers get more of them."""
-    sized = all(view.configured for view in views)
+    a server more or less moves only its own keys.  Larger servers get more of them, as far as
+    their size is configured: what is learned changes all the time."""
     out = []
     for view in views:
-        weight = view.weight * (view.configured if sized else 1)
+        weight = view.weight * (view.configured or START_CAPACITY)
         digest = hashlib.blake2b(view.url.encode(), key=key, digest_size=8).digest()
         chance = (int.from_bytes(digest, "big") + 1) / 2**64
         out.append(-math.log(chance) / weight if weight else INFINITY)
@@ -3136,13 +3174,13 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
 
 
 def bounded(costs: list[float], scene: Scene) -> list[float]:
-    """The same costs, but servers that have more than their share of all requests, by capacity,
-    come after all others: no key melts a server."""
+    """The same costs, but servers that are half full and have more than their share of all
+    requests, by capacity, come after all others: no key melts a server."""
     loads = scene.loads()
-    per_capacity = LOAD_FACTOR * (sum(loads) + 1) / sum(view.capacity for view in scene.views)
+    share = LOAD_FACTOR * (sum(loads) + 1) / sum(view.capacity for view in scene.views)
     most = max((cost for cost in costs if cost < INFINITY), default=0.0)
-    return [cost if load + 1 <= max(1.0, per_capacity * view.capacity) else cost + most
-            for cost, load, view in zip(costs, loads, scene.views)]  # fmt: skip
+    return [cost if load < max(math.ceil(share * v.capacity), v.capacity / 2) else cost + most
+            for cost, load, v in zip(costs, loads, scene.views)]  # fmt: skip
 
 
 class Hashed(Policy):
@@ -3326,9 +3364,9 @@ class Ranking(NamedTuple):
 
     def why(self) -> str:
         """The choice in one line, for who asks; in a field's characters."""
-        first, *others = self.candidates()
         if self.best is None:
             return "no server"
+        first, *others = self.candidates()
         words = f"{first.url} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
             words += f"; next {others[0].url} ×{others[0].cost / first.cost:.1f}"
@@ -3370,11 +3408,12 @@ def passed_over(
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits
     keeps the last ones out, they are asked after all."""
-    reasons = [obstacle(view, model, tried, moment) for view in views]
+    trials = {view.server for view in views if view.on_trial}
+    reasons = [obstacle(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.open_until is not None for view in views):
         ever = moment._replace(enforced=False)
-        if all(obstacle(view, model, frozenset(), ever) for view in views):
-            return [obstacle(view, model, tried, moment, True) and reason
+        if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
+            return [obstacle(view, model, tried, moment, trials, True) and reason
                     for view, reason in zip(views, reasons)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
@@ -3385,15 +3424,16 @@ def passed_over(
 
 def obstacle(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
-    needed: bool = False,
+    trials: Iterable[str] = (), needed: bool = False,
 ) -> str:  # fmt: skip
     """The reason why one server is not eligible by itself, or ''.  One whose circuit is open is
-    not, unless it is `needed`, or the circuit is half-open and no other request on trial."""
+    not, unless it is `needed`, or the circuit is half-open and no other request on trial: those
+    servers are in `trials`."""
     health = view.health
     if view.draining:
         return "is draining"
     if health.state is not State.HEALTHY:
-        trial = health.circuit(moment.now) == "half-open" and not view.on_trial
+        trial = health.circuit(moment.now) == "half-open" and view.server not in trials
         if not (health.answers and (needed or trial)):
             return f"is {health.state.value} ({health.reason})"
     if model is not None and view.models is not None and model not in view.models:
@@ -4003,9 +4043,10 @@ def shape_line(
     """One request for `replay`: no text of it, and hashes that nobody else can make.  Of the
     prompt's links some are enough."""
     chain, prompt = call.prompt.chain, call.prompt
-    kept, covered = list[int](), 0
+    kept, covered, leads = list[int](), 0, prompt.lead > 0
     for n in range(len(chain)):
-        if prompt.ends[n] % shape_step(prompt.ends[n]) == 0 and prompt.tokens_in(n + 1) > covered:
+        upto = prompt.ends[n - leads] if n >= leads else 0
+        if upto % shape_step(upto) == 0 and prompt.tokens_in(n + 1) > covered:
             kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
     return json.dumps({
@@ -4606,8 +4647,9 @@ class PolicyRouter:
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
         s = self.settings
-        tokens, opening = arrival.prompt_tokens, repr(arrival.chain[:1]) if arrival.chain else ""
-        prompt = Prompt(tokens, arrival.chain, arrival.ends, tokens or 1, opening.encode())
+        opening = repr(arrival.chain[:1]).encode() if arrival.chain else b""
+        prompt = Prompt(
+            arrival.prompt_tokens, arrival.chain, arrival.ends, per_token=1, opening=opening)
         call = Call(arrival.model, True, prompt, arrival.session)
         by = self.policies.get(arrival.model)
         if by is None:

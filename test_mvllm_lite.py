@@ -28,8 +28,9 @@ import struct
 import subprocess
 import symtable
 import sys
+import time
 import tomllib
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1856,6 +1857,1644 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
     ranking = ranking_of(fleet, model="m")
     assert ranking.best == "s1" and "has not told its models" in {c.reason for c in ranking.candidates()}
     assert ranking_of(fleet, model="m", tried=["s1"]).best == "s0"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  5 and 6  settings of routing
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize("line, limit", table(
+    ("a number", "max_concurrent_requests = 8", 8),
+    ("as mvllm takes it, in quotes", 'max_concurrent_requests = "8"', 8),
+    ("to be learned", 'max_concurrent_requests = "auto"', lite.AUTO),
+    ("in capitals", 'max_concurrent_requests = "AUTO"', lite.AUTO),
+    ("not given", "weight = 1", lite.AUTO),
+    ("another word for it", "capacity = 8", 8),
+    ("another word, to be learned", 'capacity = "auto"', lite.AUTO),
+))  # fmt: skip
+def test_forms_of_capacity(line, limit):
+    settings, warnings = lite.parse_settings(f'[[servers]]\nurl = "http://a"\n{line}\n')
+    assert settings.servers[0].max_concurrent_requests == limit and not warnings
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"many"', "true", "nan", "[8]"])
+def test_capacities_that_are_none_are_refused(value):
+    for key in ("max_concurrent_requests", "capacity"):
+        (line,) = complaints(f'[[servers]]\nurl = "http://a"\n{key} = {value}\n')
+        assert "servers[1]." in line and re.search(r'expected a whole number, 1 .+, or "auto"$', line)
+
+
+def test_a_complaint_about_a_capacity_names_its_line_by_whatever_word():
+    (line,) = complaints('[[servers]]\nurl = "http://a"\nmax_concurrent_requests = 0\n')
+    assert line.startswith("s.toml:3: servers[1].max_concurrent_requests: found 0")
+    (line,) = complaints('[[servers]]\nurl = "http://a"\ncapacity = 0\n')
+    assert line.startswith("s.toml:3: servers[1].")
+
+
+def test_a_capacity_in_both_words_is_not_decided_silently():
+    toml = '[[servers]]\nurl = "http://a"\ncapacity = 4\nmax_concurrent_requests = 8\n'
+    with pytest.raises(lite.SettingsError):
+        if lite.parse_settings(toml)[1]:
+            raise lite.SettingsError([])  # a warning would do as well
+
+
+def test_servers_say_weight_tier_pool_and_engines():
+    toml = ('servers = [{ url = "http://a", weight = 2.5, tier = 2, pool = "x", data_parallel_size = 4 }, { url = "http://b" }]\n'
+            '[pools]\nx = 20\n[policies]\n"org/m" = "LEAST"\n[config]\npolicy = "cache_aware"\n')  # fmt: skip
+    settings, warnings = lite.parse_settings(toml)
+    first, second = settings.servers
+    assert (first.weight, first.tier, first.pool, first.data_parallel_size) == (2.5, 2, "x", 4) and not warnings
+    assert (second.weight, second.tier, second.pool, second.data_parallel_size) == (1.0, 1, "", 1)
+    assert settings.pools == {"x": 20} and settings.policies == {"org/m": "least"} and settings.policy == "cache_aware"
+
+
+def test_a_policy_for_an_alias_is_one_for_the_model():
+    settings, _ = lite.parse_settings('servers = []\n[aliases]\nshort = "org/m"\n[policies]\nshort = "random"\n')
+    assert settings.policies == {"org/m": "random"}
+
+
+@pytest.mark.parametrize("toml, expected", table(
+    ("pools beyond all requests", "servers = []\n[pools]\na = 60\nb = 60\n", "pools: found '120 in all', expected 100 at most"),
+    ("a share that is none", "servers = []\n[pools]\na = -1\n", "s.toml:3: pools.a: found -1, expected a number, 0 to 100, in percent"),
+    ("a share in words", 'servers = []\n[pools]\na = "half"\n', "s.toml:3: pools.a: found 'half', expected a number, 0 to 100"),
+    ("a pool that nobody described", 'servers = [\n{ url = "http://a", pool = "x" }]\n', "s.toml:2: servers[1].pool: found 'x', expected one of [pools]"),
+    ("pools that are no table", "servers = []\npools = 3", "s.toml:2: pools: found 3, expected a table"),
+    ("a policy of a model", 'servers = []\n[policies]\nm = "best"\n', "s.toml:3: policies.m: found 'best', expected one of unified, least"),
+    ("an expression without formula", 'servers = []\n[config]\npolicy = "expression"\n', "config.score: found nothing, expected a formula"),
+    ("an expression for one model without formula", 'servers = []\n[policies]\nm = "expression"\n', "config.score: found nothing, expected a formula"),
+    ("a formula that is none", 'servers = []\n[config]\nscore = "running +"\n', "s.toml:3: config.score: found 'running +', expected a formula like"),
+    ("a weight below nothing", 'servers = [{ url = "http://a", weight = -1 }]', "servers[1].weight: found -1, expected a number, 0 to 1000"),
+    ("a tier that is none", 'servers = [{ url = "http://a", tier = 0 }]', "servers[1].tier: found 0, expected a whole number, 1 or more"),
+    ("too many engines", 'servers = [{ url = "http://a", data_parallel_size = 257 }]', "expected a whole number, 1 to 256"),
+    ("a threshold beyond all", "servers = []\n[config]\ncache_threshold = 1.5\n", "s.toml:3: config.cache_threshold: found 1.5, expected a number, 0 to 1"),
+))  # fmt: skip
+def test_settings_of_routing_that_cannot_be_used(toml, expected):
+    assert expected in "\n".join(complaints(toml))
+
+
+@pytest.mark.parametrize("shares", [(100,), (50, 50), (33.3, 33.3, 33.4), (74.2, 21.1, 4.7), (5.6, 65.1, 29.3)])
+def test_pools_of_all_requests_are_100_percent_whatever_the_fractions(shares):
+    names = "".join(f"p{n} = {share}\n" for n, share in enumerate(shares))
+    settings, _ = lite.parse_settings(f"servers = []\n[pools]\n{names}")
+    fleet = lite.Fleet()
+    fleet.apply([lite.ServerSettings("http://a")], 0.0, settings.pools)
+    assert fleet.views()[0].share == 0  # nothing is left for servers of no pool
+
+
+# values: every name is 2, as where a formula is tried
+FORMULAS = table(
+    ("mvllm's", "(running + 0.5 * waiting) / capacity", 1.5),
+    ("all names", " + ".join(lite.SCORE_NAMES), 2.0 * len(lite.SCORE_NAMES)),
+    ("functions", "min(running, 7) + max(1, waiting, 5) + abs(-3) + sqrt(9) + log(1)", 13.0),
+    ("powers", "running ** 3", 8.0),
+    ("rest and whole parts", "7 // running + 7 % running", 4.0),
+    ("a choice", "1 if running > 1 else 0", 1.0),
+    ("a choice by two", "3 if running >= 2 and not waiting != 2 or 0 else 4", 3.0),
+    ("comparisons are 0 and 1", "10 * (running < capacity) + (1 < running < 3)", 1.0),
+    ("signs", "-running + +3", 1.0),
+    ("spaces around", "  running  ", 2.0),
+    ("scientific", "1e3 * running", 2000.0),
+    ("truth", "True + running", 3.0),
+    ("division by nothing", "1 / (running - waiting)", math.inf),
+    ("rest of nothing", "1 % (running - waiting)", math.inf),
+    ("the root of what is below nothing", "sqrt(0 - running)", math.inf),
+    ("the logarithm of nothing", "log(running - waiting)", math.inf),
+    ("numbers do not grow for ever", "9 ** 9 ** 9", math.inf),
+    ("nor by names", "(running + 7) ** 9 ** 9", math.inf),
+    ("nor by products", "1e308 * 10", math.inf),
+    ("no number at all", "1e999 - 1e999", math.inf),
+    ("less than any number", "-1e999", math.inf),
+    ("a complex number", "(0 - running) ** 0.5", math.inf),
+)
+
+
+@pytest.mark.parametrize("score, value", FORMULAS)
+def test_formulas_have_a_value_and_infinity_where_there_is_none(score, value):
+    assert lite.compiled(score)(dict.fromkeys(lite.SCORE_NAMES, 2)) == pytest.approx(value)
+    settings, _ = lite.parse_settings(f"servers = []\n[config]\npolicy = 'expression'\nscore = '{score}'")
+    assert settings.score == score
+
+
+NO_FORMULAS = table(
+    ("attributes", "running.real"),
+    ("the way out of a sandbox", "().__class__.__bases__[0].__subclasses__()"),
+    ("imports", "__import__(0)"),
+    ("builtins", "open(0)"),
+    ("eval", "eval(running)"),
+    ("a function of one's own", "(lambda: 1)()"),
+    ("a loop", "max([n for n in 5])"),
+    ("a loop without end", "max(n for n in 5)"),
+    ("a text", "'a'"),
+    ("a text that is multiplied", "'a' * 999999999"),
+    ("bytes", "b'a'"),
+    ("a text with values", "f'{running}'"),
+    ("an argument by name", "max(running, waiting, key=abs)"),
+    ("arguments from a list", "max(*running)"),
+    ("a list", "[running]"),
+    ("a pair", "running, waiting"),
+    ("an index", "running[0]"),
+    ("an assignment", "(running := 3)"),
+    ("unknown names", "runing"),
+    ("a name of ours", "INFINITY"),
+    ("an imaginary number", "1j * running"),
+    ("bits", "1 << running"),
+    ("identity", "running is waiting"),
+    ("nothing", "None"),
+    ("an ellipsis", "..."),
+    ("statements", "running; waiting"),
+    ("two lines", "running\nwaiting"),
+    ("a zero byte", "running\0"),
+    ("half a formula", "running +"),
+    ("a function without call", "min"),
+    ("a function in a sum", "min + 1"),
+    ("a function that is compared", "min == max"),  # it is 0 for all
+    ("a function for some values only", "running or min"),
+    ("a function in a branch", "min if running > 5 else 1"),
+    ("too few arguments", "min()"),
+    ("too few arguments in a branch", "min(running) if running > 5 else 1"),
+    ("too many arguments", "sqrt(1, 2)"),
+    ("a call of a number", "2(3)"),
+    ("a call of what a call gives", "min(1, 2)(3)"),
+    ("too long", "+".join(["running"] * 100)),
+    ("nested", "(" * 240 + "1" + ")" * 240),
+    ("a number beyond all floats", "1" + "0" * 400),
+)
+
+
+@pytest.mark.parametrize("score", NO_FORMULAS)
+def test_what_is_no_formula_is_a_complaint(score):
+    settings = {"score": (score, "environment")}
+    with pytest.raises(lite.SettingsError) as caught:
+        lite.parse_settings("servers = []", "s.toml", settings)
+    assert "environment: score: found" in str(caught.value) and "expected a formula" in str(caught.value)
+
+
+@pytest.mark.parametrize("score", ["-" * 499 + "1", "not " * 124 + "1", "2**" * 160 + "2", "1 if 1 else " * 41 + "1", "min(1," * 60 + "1" + ")" * 60])
+def test_deep_formulas_are_understood_or_refused(score):
+    try:
+        found = lite.formula(score)
+    except ValueError:
+        return
+    assert found == score and isinstance(lite.compiled(score)(dict.fromkeys(lite.SCORE_NAMES, 1)), float)
+
+
+def test_a_formula_whose_value_is_complex_for_some_servers_only_is_infinite_there():
+    value_of = lite.compiled("(waiting - running) ** 0.5")
+    assert value_of({"waiting": 4.0, "running": 0.0}) == 2 and value_of({"waiting": 0.0, "running": 4.0}) == math.inf
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8 and 9  prompts and calls
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def read_prompt_of(content, large=False):
+    spans = lite.member_spans(content, lite.FOUND_MEMBERS) if large else None
+    members = lite.read_members(content, spans)
+    return lite.read_prompt(content, spans, members, members.get("model"))
+
+
+def prompt_in(large=False, **members):
+    """The prompt of a request with these members, in this order."""
+    return read_prompt_of(json.dumps({"model": "m", **members}).encode(), large)
+
+
+def talk(*sizes, seed=0):
+    """Messages of so many bytes; the same seed, the same talk."""
+    draw = random.Random(seed)
+    return [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + draw.randbytes(size // 2).hex()} for n, size in enumerate(sizes)]
+
+
+def common_links(one, other):
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.chain, other.chain)))
+
+
+def links_within(size):
+    return sum(end <= size for end in lite.LINK_ENDS)
+
+
+TALKS = table(
+    ("short messages", (100, 300, 100, 300)),
+    ("a system prompt of some pages", (12_000, 200, 900)),
+    ("where links are 1 KiB apart", (30_000, 10_000, 200)),
+    ("where links are 4 KiB apart", (150_000, 9_000, 700)),
+    ("beyond the last link", (300_000, 9_000, 700)),
+)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("sizes", TALKS)
+def test_a_growing_chat_keeps_the_links_that_do_not_cover_its_end(sizes, large):
+    turns = [json.dumps({"model": "m", "messages": talk(*sizes[: n + 1]), "stream": True}).encode() for n in range(len(sizes))]
+    for before, after in zip(turns, turns[1:]):
+        same = len(os.path.commonprefix([before, after])) - before.index(b"[{")
+        one, other = read_prompt_of(before, large), read_prompt_of(after, large)
+        assert common_links(one, other) == links_within(same - 1) >= len(one.chain) - 1  # there is one space before [
+
+
+@pytest.mark.parametrize("sizes", TALKS)
+def test_small_and_large_content_have_the_same_prompt(sizes):
+    for members in ({"messages": talk(*sizes)}, {"tools": [{"x": 1}], "messages": talk(*sizes), "n": 1}, {"prompt": "a" * sizes[0]}):
+        assert prompt_in(True, **members) == prompt_in(False, **members) != lite.NO_PROMPT
+
+
+LONG = talk(3000, 500)
+OTHERS = table(
+    ("other model", {"model": "x", "messages": LONG}),
+    ("other tools", {"tools": [{"name": "b"}], "messages": LONG}),
+    ("other system", {"system": "b", "messages": LONG}),
+    ("tools where there were none", {"tools": [{"name": "a"}], "messages": LONG}),
+    ("other instructions", {"instructions": "b", "messages": LONG}),
+    ("other beginning", {"messages": talk(3000, 500, seed=1)}),
+)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("members", OTHERS)
+def test_prompts_that_servers_read_differently_have_no_link_in_common(members, large):
+    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
+    assert not set(prompt.chain) & set(other.chain) and len(prompt.chain) > 12
+    if "tools" in members:
+        assert not set(prompt_in(large, **{**members, "tools": [{"name": "c"}]}).chain) & set(other.chain)
+
+
+SAME = table(
+    ("other members before", {"temperature": 0.5, "stream": True, "messages": LONG}),
+    ("other members after", {"messages": LONG, "temperature": 0.5, "stream": True}),
+    ("quoted in a text before", {"metadata": {"note": 'say "messages": and "prompt": now'}, "messages": LONG}),
+    ("the word as a value", {"user": "messages", "messages": LONG}),
+    ("the word as a value, and another member after it", {"stop": ["messages"], "n": 1, "messages": LONG}),
+    ("the word as a member of a member", {"metadata": {"messages": "x"}, "messages": LONG}),
+    ("the word in a schema", {"response_format": {"properties": {"messages": {"type": "string"}}}, "messages": LONG}),
+    ("a prompt that is none", {"prompt": None, "messages": LONG}),
+)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("members", SAME)
+def test_where_the_messages_stand_does_not_matter(members, large):
+    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
+    assert common_links(prompt, other) >= len(prompt.chain) - 1
+    assert abs(prompt.tokens - other.tokens) < 30
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_spaces_and_the_order_of_members_before_the_messages_do_not_matter(large):
+    messages = json.dumps(LONG).encode()
+    forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}', b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
+    prompts = [read_prompt_of(form % messages, large) for form in forms]
+    assert len({prompt.chain for prompt in prompts}) == 1 and len(prompts[0].chain) > 12
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name, value", [("tools", [{"type": "function", "x": "a" * 900}]), ("system", "s" * 900), ("instructions", "i" * 900)])
+def test_what_servers_put_first_counts_wherever_it_stands(name, value, large):
+    before, after = prompt_in(large, **{name: value}, messages=LONG), prompt_in(large, messages=LONG, **{name: value})
+    messages = links_within(len(json.dumps(LONG)))
+    assert common_links(before, after) >= messages - 1 > 11
+    without = prompt_in(large, messages=LONG)
+    assert abs(before.tokens - without.tokens - 225) < 15
+    assert abs(after.tokens - before.tokens) < 15
+
+
+def test_tools_that_follow_the_messages_do_not_hide_what_is_known_of_a_chat():
+    fleet, tools = fleet_of(16), [{"name": f"f{n}", "description": "d" * 1000} for n in range(40)]
+    first, second = (prompt_in(messages=talk(*[2000] * turns), tools=tools) for turns in (3, 4))
+    fleet.lease("s0", 0.0, first)
+    assert fleet.cached(second)[0] > 0.9 * second.tokens - 600
+
+
+def test_an_image_does_not_hide_the_text_before_it():
+    fleet, image = fleet_of(16), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    text = talk(40_000)
+    fleet.lease("s0", 0.0, prompt_in(messages=text))
+    second = prompt_in(messages=[*text, {"role": "user", "content": [image]}])
+    assert 10_500 < second.tokens < 12_000 and fleet.cached(second)[0] > 9_000
+
+
+def test_a_long_system_prompt_before_a_short_question_is_known():
+    fleet = fleet_of(16)
+    first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}]) for text in ("hi", "ho"))
+    fleet.lease("s0", 0.0, first)
+    assert first.tokens > 10_000 and fleet.cached(first)[0] > 9_000 and fleet.cached(second)[0] > 9_000
+
+
+@pytest.mark.parametrize("members", [
+    {"prompt": "a" * 2000}, {"prompt": ["a" * 900, "b" * 900]}, {"prompt": list(range(800))}, {"input": "a" * 2000},
+    {"input": [{"role": "user", "content": "a" * 2000}]}, {"instructions": "b" * 2000, "input": "a" * 2000},
+    {"system": [{"type": "text", "text": "a" * 2000}], "messages": LONG},
+])
+def test_prompts_of_all_kinds_are_read(members):
+    prompt, again, other = prompt_in(**members), prompt_in(**members, user="x"), prompt_in(**{**members, "model": "x"})
+    assert len(prompt.chain) >= 7 and common_links(prompt, again) >= len(prompt.chain) - 1 and not set(prompt.chain) & set(other.chain)
+    assert prompt.tokens == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'"messages"', b"\xff\xfe", b"hello", b'{"model":"m"}', b'{"messages":', b'{"a":{"messages":[]}}',
+                                     b"[1,2]", b"null"])  # fmt: skip
+def test_what_is_no_request_has_no_prompt(content):
+    assert read_prompt_of(content) == lite.NO_PROMPT and call(content)[0].prompt == lite.NO_PROMPT
+
+
+def test_forms_have_no_prompt_nor_session():
+    form = PART % b"messages" + PART % b"user" + FORM
+    found = call(form, FORM_TYPE)[0]
+    assert (found.prompt, found.session, found.model) == (lite.NO_PROMPT, "", "whisper")
+
+
+def test_a_chain_begins_with_the_model_that_is_meant():
+    body = json.dumps({"model": "alias", "messages": LONG}).encode()
+    chain = call(body, aliases={"alias": "m"})[0].prompt.chain
+    assert chain == call(body.replace(b"alias", b"m"))[0].prompt.chain != call(body)[0].prompt.chain
+
+
+@pytest.mark.parametrize("count, size", [(1, 5_000), (3, 50_000), (40, 5_000)])
+def test_images_count_as_media_not_as_letters(count, size):
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * size}"}} for _ in range(count)]
+    prompt = prompt_in(messages=[{"role": "user", "content": [{"type": "text", "text": "t" * 4000}, *images]}])
+    assert count * lite.MEDIA_TOKENS + 1000 <= prompt.tokens < count * (lite.MEDIA_TOKENS + 40) + 1100
+
+
+def test_hashing_is_bounded():
+    content = b'{"model":"m","messages":[{"role":"user","content":"' + b"a" * 10_000_000 + b'"}]}'
+    for large in (False, True):
+        prompt = read_prompt_of(content, large)
+        assert len(prompt.chain) == len(lite.LINK_ENDS) < 200 and len(prompt.opening) <= 256
+        assert prompt.tokens == pytest.approx(2_500_000, rel=0.01)
+        assert prompt.tokens_in(len(prompt.chain)) == pytest.approx(2**16, rel=0.01)
+
+
+def test_tokens_of_links_rise_to_those_of_the_prompt():
+    for size in (10, 255, 256, 300, 20_000, 300_000):
+        prompt = prompt_in(messages=talk(size))
+        counts = [prompt.tokens_in(n) for n in range(len(prompt.chain) + 1)]
+        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] <= prompt.tokens
+
+
+def sessions(fields="", members=None, **settings):
+    return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields, members or {}, Settings(**settings))
+
+
+EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3"}
+ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\nX-Session-Id: a"
+
+
+@pytest.mark.parametrize("fields, members, session", table(
+    ("the first of the session fields", ALL_FIELDS, EVERYTHING, "x-session-id: a"),
+    ("the next", "\n".join(ALL_FIELDS.split("\n")[:-1]), EVERYTHING, "x-user-id: b"),
+    ("the next but one", "\n".join(ALL_FIELDS.split("\n")[:-2]), EVERYTHING, "x-tenant-id: c"),
+    ("the last of them", "X-Trace-Id: e\nX-Correlation-Id: d", EVERYTHING, "x-correlation-id: d"),
+    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING, "session_id: 1"),
+    ("user before user_id", "X-Trace-Id: e", {"user_id": "3", "user": "2"}, "user: 2"),
+    ("user_id", "X-Request-Id: f", {"user_id": "3"}, "user_id: 3"),
+    ("a trace before a request", "X-Request-Id: f\nX-Trace-Id: e", {}, "x-trace-id: e"),
+    ("a request of its own", "X-Request-Id: f", {}, "x-request-id: f"),
+    ("what is empty names none", "X-Session-Id:\nX-User-Id: b", {}, "x-user-id: b"),
+    ("nor what is no text", "", {"user": 5, "session_id": None, "user_id": ["x"]}, ""),
+    ("nobody", "", {}, ""),
+))  # fmt: skip
+def test_what_names_a_session(fields, members, session):
+    assert sessions(fields, members) == session
+
+
+def test_session_fields_are_a_setting():
+    assert sessions("X-Session-Id: a\nX-Mine: b", session_headers=("X-Mine",)) == "X-Mine: b"
+    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING, session_headers=()) == "session_id: 1"
+
+
+def test_calls_have_prompt_and_session_in_small_and_large_content():
+    for pad in (10, 100_000):
+        body = json.dumps({"user": "u", "messages": talk(pad), "stream": True, "model": "m"}).encode()
+        spans = lite.member_spans(body, lite.FOUND_MEMBERS) if pad > 1000 else None
+        found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
+        assert (found.model, found.stream, found.session, content) == ("m", True, "user: u", body)
+        assert found.prompt.tokens == pytest.approx(pad / 4, abs=40)
+
+
+def prompt_of_links(chain, tokens_per_link=64):
+    return lite.Prompt(tokens_per_link * len(chain), tuple(chain), [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
+
+
+def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
+    """10,000 chats that begin, go on and part, against a memory that walks link by link."""
+    draw, memory, names = random.Random(5), lite.Memory(), itertools.count(1)
+    memory.limit_tokens = 20_000
+    chains, naive = [()], OrderedDict()  # naive: link → tokens, the oldest first
+
+    def walked(chain):
+        return sum(1 for _ in itertools.takewhile(naive.__contains__, chain))
+
+    def check(chain):
+        assert memory.known(chain) == walked(chain)
+        assert not any(link in naive for link in chain[walked(chain) :])  # a start of it, and nothing beyond
+
+    for n in range(10_000):
+        parent = draw.choice(chains[-60:])
+        chain = (*parent[: draw.randrange(len(parent) + 1)], *(next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
+        prompt = prompt_of_links(chain, draw.choice((1, 64, 300)))
+        check(chain)
+        memory.learn(prompt)
+        for k in range(walked(chain), len(chain)):
+            naive[chain[k]] = prompt.tokens_in(k + 1) - prompt.tokens_in(k)
+        for link in reversed(chain):
+            naive.move_to_end(link)
+        while sum(naive.values()) > memory.limit_tokens:
+            naive.popitem(last=False)
+        chains = [*chains[-199:], chain]
+        for one in draw.choices(chains, k=3):
+            check(one)
+        if n % 500 == 0:
+            for one in chains:
+                check(one)
+            if n == 5000:
+                memory.limit_tokens = 5_000
+            if n == 7500:
+                memory.forget()
+                naive.clear()
+                assert not any(map(memory.known, chains))
+    assert any(map(memory.known, chains)) and sum(naive.values()) <= 5_000
+
+
+def test_a_memory_holds_so_many_links_whatever_its_limit():
+    memory = lite.Memory()
+    memory.limit_tokens = 10**12
+    chains = [tuple(range(1000 * n, 1000 * n + 160)) for n in range(1, 200)]
+    for chain in chains:
+        memory.learn(prompt_of_links(chain))
+    assert lite.MEMORY_LINKS - 160 < sum(map(memory.known, chains)) <= lite.MEMORY_LINKS
+    assert memory.known(chains[-1]) == 160 and memory.known(chains[0]) == 0
+
+
+def test_a_prompt_larger_than_a_memory_is_remembered_by_its_start():
+    memory = lite.Memory()
+    memory.limit_tokens = 640
+    memory.learn(prompt_of_links(range(1, 101)))
+    assert memory.known(range(1, 101)) == 10
+
+
+def test_what_is_used_again_is_forgotten_last():
+    memory = lite.Memory()
+    memory.limit_tokens = 64 * 20
+    for chain in (range(10), range(20, 30), range(10), range(40, 50)):
+        memory.learn(prompt_of_links(chain))
+    assert [memory.known(range(start, start + 10)) for start in (0, 20, 40)] == [10, 0, 10]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  10  dialect: loads by engine, tokens of answers
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+# vLLM 0.32.0 with --data-parallel-size 2 under load, and a LoRA server; a few lines of each.
+TWO_ENGINES = """
+vllm:num_requests_running{engine="0",model_name="tiny"} 5.0
+vllm:num_requests_running{engine="1",model_name="tiny"} 8.0
+vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="tiny"} 4.0
+vllm:num_requests_waiting_by_reason{engine="1",model_name="tiny",reason="capacity"} 4.0
+vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="awake"} 1.0
+vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="weights_offloaded"} 0.0
+vllm:engine_sleep_state{engine="1",model_name="tiny",sleep_state="awake"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.0073260073260073
+vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.017826617826617874
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="0",kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="1",kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 2688.0
+vllm:prefix_cache_hits_total{engine="1",model_name="tiny"} 1920.0
+vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3747.0
+vllm:prompt_tokens_total{engine="1",model_name="tiny"} 2796.0
+vllm:generation_tokens_total{engine="0",model_name="tiny"} 13492.0
+vllm:generation_tokens_total{engine="1",model_name="tiny"} 7788.0
+process_max_fds 1.048576e+06
+"""
+ADAPTERS = """
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} 1.795197489643997e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="la",waiting_lora_adapters="la"} 1.7951974895892143e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_adapters="lb"} 1.7951974916991093e+09
+"""
+
+
+def test_a_page_tells_the_load_of_each_engine_and_of_all():
+    loads = lite.engine_loads(TWO_ENGINES)
+    assert set(loads) == {"", "0", "1"} and loads[""] == lite.engine_load(TWO_ENGINES)
+    whole = {"caches": True, "asleep": False, "adapters": frozenset()}
+    assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492, 2688, 524288, lacking=0, **whole)
+    assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788, 1920, 524288, lacking=4, **whole)
+    assert loads[""] == lite.EngineLoad(13, 4, pytest.approx(0.0178, abs=1e-4), 1048576, 27823, 21280, 4608, 1048576, lacking=4, **whole)
+
+
+def cache_config(**labels):
+    return "vllm:cache_config_info{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "} 1.0\n"
+
+
+@pytest.mark.parametrize("page, field, value", table(
+    ("the newest of adapters' reports", ADAPTERS, "adapters", {"lb"}),
+    ("several adapters", 'vllm:lora_requests_info{running_lora_adapters="a,b"} 5', "adapters", {"a", "b"}),
+    ("no adapter runs", ADAPTERS.split("\n")[1], "adapters", set()),
+    ("tokens of the cache", cache_config(kv_cache_size_tokens="3072", block_size="128", num_gpu_blocks="24"), "kv_tokens", 3072),
+    ("before it said tokens: blocks of a size", cache_config(block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("tokens unknown: blocks", cache_config(kv_cache_size_tokens="None", block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("nothing known", cache_config(block_size="None", num_gpu_blocks="None"), "kv_tokens", None),
+    ("no page", "", "kv_tokens", None),
+    ("a prefix cache", cache_config(enable_prefix_caching="True"), "caches", True),
+    ("none", cache_config(enable_prefix_caching="False"), "caches", False),
+    ("not said", "", "caches", True),
+    ("asleep", 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0\nvllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 1', "asleep", True),
+    ("awake", 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1\nvllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0', "asleep", False),
+    ("hits of before 0.10", "vllm:gpu_prefix_cache_hits_total 7", "prefix_hits", 7),
+    ("hits of nobody", "up 1", "prefix_hits", None),
+    ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0', '1",sleep_state="awake"} 0.0'), "asleep", True),
+))  # fmt: skip
+def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
+    assert getattr(lite.engine_load(page), field) == value
+
+
+@pytest.mark.parametrize("tail, size, tokens", table(
+    ("by its word", b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: [DONE]\n\n', 9999, 42),
+    ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999, 17),
+    ("the last word", b'"completion_tokens":1 "completion_tokens":2', 9999, 2),
+    ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
+    ("a plain answer", b'{"choices":[]}', 400, 100),
+    ("nothing", b"", 0, 0),
+))  # fmt: skip
+def test_tokens_of_an_answer(tail, size, tokens):
+    assert lite.completion_tokens(tail, size) == tokens
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  13  fleet: leases, and what is learned
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def counts_of(fleet, url="s0"):
+    view = fleet.view(url)
+    return view.in_flight, view.pending, view.on_trial
+
+
+def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins():
+    fleet, first, second = fleet_of(16), prompt_of_links(range(1, 11)), prompt_of_links(range(1, 16))
+    lease = fleet.lease("s0", 0.0, first)
+    assert (lease.pending, counts_of(fleet)) == (640, (1, 640, 0))
+    again = fleet.lease("s0", 0.0, second)
+    assert (again.pending, counts_of(fleet)) == (320, (2, 960, 0))
+    for _ in range(2):  # once is enough
+        lease.answered(1.0, True)
+        assert counts_of(fleet) == (2, 320, 0)
+    for one, left in ((lease, (1, 320, 0)), (again, (0, 0, 0))):
+        with one:
+            pass
+        assert counts_of(fleet) == left
+
+
+def test_an_answer_that_begins_after_the_end_changes_nothing():
+    fleet = fleet_of(16)
+    lease = fleet.lease("s0", 0.0, lite.Prompt(1000))
+    with lease:
+        pass
+    lease.answered(0.5, False)
+    assert counts_of(fleet) == (0, 0, 0)
+
+
+def test_a_prompt_that_was_never_answered_was_perhaps_not_read():
+    fleet, prompt, longer = fleet_of(16), prompt_of_links(range(1, 11)), prompt_of_links(range(1, 16))
+    with fleet.lease("s0", 0.0, prompt):
+        assert fleet.cached(prompt) == [640]
+    assert fleet.cached(prompt) == [0]
+    fleet.lease("s0", 0.0, prompt).answered(0.5, True)
+    with fleet.lease("s0", 1.0, longer):
+        pass
+    assert fleet.cached(longer) == [640]
+
+
+def test_a_chat_that_goes_on_while_an_earlier_turn_is_given_up_can_go_on():
+    fleet = fleet_of(16)
+    fleet.lease("s0", 0.0, prompt_of_links(range(1, 5))).answered(0.1, True)
+    given_up, next_turn = fleet.lease("s0", 1.0, prompt_of_links(range(1, 7))), fleet.lease("s0", 1.0, prompt_of_links(range(1, 16)))
+    with given_up:
+        pass
+    assert fleet.cached(prompt_of_links(range(1, 16))) == [15 * 64]  # the later request brings all of them
+    next_turn.answered(2.0, True)
+    assert fleet.lease("s0", 3.0, prompt_of_links(range(1, 20))).pending >= 4 * 64
+
+
+def test_a_lease_with_a_server_that_has_left_counts_nowhere():
+    fleet = fleet_of(16)
+    lease = fleet.lease("new", 0.0, lite.Prompt(1000))
+    with lease:
+        fleet.apply([lite.ServerSettings("new", 4)], 1.0)
+    assert counts_of(fleet, "new") == (0, 0, 0)
+
+
+def test_leases_add_up_whatever_happens_meanwhile():
+    """10,000 operations: leases, answers and ends in any order while servers come, go, reload, are on trial."""
+    draw, fleet, now, open_leases = random.Random(11), fleet_of(8, 8, 8, 8), 0.0, []
+    settings = [lite.ServerSettings(f"s{n}", 8) for n in range(4)] + [lite.ServerSettings("d", 8, data_parallel_size=2)]
+    for _ in range(10_000):
+        now += draw.random() / 10
+        dice, views = draw.random(), fleet.views()
+        if dice < 0.42 and views and len(open_leases) < 40:
+            view = draw.choice(views)
+            start = draw.randrange(0, 2000, 100)
+            prompt = prompt_of_links(range(start + 1, start + draw.randrange(1, 100)), draw.choice((3, 64)))
+            open_leases.append((view.url, fleet.lease(view.url, now, draw.choice((prompt, lite.NO_PROMPT)))))
+        elif dice < 0.66 and open_leases:
+            for _ in range(draw.choice((1, 1, 2))):
+                draw.choice(open_leases)[1].answered(now, draw.random() < 0.5)
+        elif dice < 0.93 and open_leases:
+            with open_leases.pop(draw.randrange(len(open_leases)))[1]:
+                pass
+        elif dice < 0.96:
+            fleet.apply(draw.sample(settings, draw.randrange(6)), now)
+        elif dice < 0.98 and views:
+            view, tokens = draw.choice(views), draw.choice((None, int(now * 100), 0))
+            load = lite.EngineLoad(draw.randrange(9), draw.randrange(3), 0.5, None, tokens, tokens, tokens and tokens // 3,
+                                   draw.choice((None, 500, 50_000)), draw.random() < 0.9, draw.random() < 0.1)  # fmt: skip
+            fleet.scraped(view.url, load, view.in_flight, now)
+        elif views:
+            fleet.judge(draw.choice(views).url, lite.Health.opened, "x", now - draw.choice((0, 31)), Settings())
+        held = Counter(url for url, _ in open_leases)
+        for view in fleet.views():
+            assert view.in_flight == held.pop(view.url, 0)
+            assert 0 <= view.on_trial <= sum(one.in_flight for one in fleet.views() if one.server == view.server)
+            assert view.pending == sum(lease.pending for url, lease in open_leases if url == view.url) >= 0
+            assert 0 <= view.trust <= 1 and view.speed >= 0 and view.pace_s >= 0 and 1 <= view.learned <= 4096
+        assert not held
+    for _, lease in open_leases:
+        with lease:
+            pass
+    fleet.apply(settings, now)
+    assert {counts_of(fleet, view.url) for view in fleet.views()} == {(0, 0, 0)}
+
+
+def test_a_trial_ends_with_its_lease():
+    fleet = fleet_of(16)
+    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
+    with fleet.lease("s0", 31.0, lite.Prompt(500)):
+        assert counts_of(fleet) == (1, 500, 1)
+        fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 32.0)
+    assert counts_of(fleet) == (0, 0, 0)
+
+
+def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
+    settings = [lite.ServerSettings("d", 8, data_parallel_size=2)]
+    for away_at_the_end in (False, True):
+        fleet = lite.Fleet()
+        fleet.apply(settings, 0.0)
+        fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
+        with fleet.lease("d@1", 0.0):  # no trial yet; keeps its engine
+            with fleet.lease("d@0", 31.0):
+                fleet.apply([], 32.0)
+                if not away_at_the_end:
+                    fleet.apply(settings, 33.0)
+            fleet.apply(settings, 34.0)
+            assert [view.on_trial for view in fleet.views()] == [0, 0]
+    fleet = lite.Fleet()
+    fleet.apply(settings, 0.0)
+    fleet.judge("d", lite.Health.opened, "x", 0.0, Settings())
+    with fleet.lease("d@0", 31.0):
+        fleet.apply([], 32.0)
+        fleet.apply(settings, 33.0)
+    assert [view.on_trial for view in fleet.views()] == [0, 0]
+
+
+def reads(fleet, tokens, seconds, at=0.0, learn=True, url="s0"):
+    """One prompt of so many tokens, answered after so long."""
+    lease = fleet.lease(url, at, lite.Prompt(tokens))
+    lease.answered(at + seconds, learn)
+    with lease:
+        pass
+    return fleet.view(url).speed
+
+
+SPEEDS = table(  # tokens and seconds of each prompt, and the speed that is learned
+    ("the first is taken", [(1000, 0.5)], 2000.0),
+    ("a long one has its full weight", [(1000, 0.5), (2000, 0.5)], 2000 + 0.05 * 2000),
+    ("a longer one has no more", [(1000, 0.5), (40_000, 10.0)], 2000 + 0.05 * 2000),
+    ("a short one has less", [(1000, 0.5), (500, 0.125)], 2000 + 0.05 * 0.25 * 2000),
+    ("a lucky one is clamped", [(1000, 0.5), (20_000, 0.01)], 2000 + 0.05 * 6000),
+    ("an unlucky one, too", [(1000, 0.5), (2000, 1000.0)], 2000 - 0.05 * 1500),
+    ("too short to tell", [(200, 0.5)], 0.0),
+    ("just long enough", [(201, 0.5)], 402.0),
+    ("no time at all", [(1000, 0.0)], 0.0),
+    ("many agree", [(1000, 0.5)] + [(2000, 0.5)] * 200, pytest.approx(4000, rel=0.01)),
+)
+
+
+@pytest.mark.parametrize("prompts, speed", SPEEDS)
+def test_the_speed_of_a_server_is_learned_from_times_to_the_first_byte(prompts, speed):
+    fleet = fleet_of(16)
+    found = [reads(fleet, tokens, seconds) for tokens, seconds in prompts]
+    assert found[-1] == pytest.approx(speed) if isinstance(speed, float) else found[-1] == speed
+
+
+def test_speed_is_not_learned_where_the_time_says_nothing_of_it():
+    fleet = fleet_of(16)
+    assert reads(fleet, 1000, 0.5, learn=False) == 0
+    fleet.scraped("s0", lite.EngineLoad(8, 1), 0, 0.0)
+    assert reads(fleet, 1000, 0.5) == 0  # it waited
+    fleet.scraped("s0", lite.EngineLoad(8, 0), 0, 1.0)
+    assert reads(fleet, 1000, 0.5) == 2000
+
+
+def test_prompts_that_were_sent_before_are_read_first():
+    fleet = fleet_of(16)
+    first, second = (fleet.lease("s0", 0.0, lite.Prompt(1000)) for _ in range(2))
+    second.answered(1.0, True)
+    assert fleet.view("s0").speed == 2000  # both in one second
+    first.answered(1.0, True)
+    assert fleet.view("s0").speed == pytest.approx(2000 - 0.05 * 0.5 * 1000) and fleet.view("s0").pending == 0
+
+
+def reported(fleet, url, at, **load):
+    return fleet.scraped(url, lite.EngineLoad(**load), 0, at)
+
+
+PACES = table(  # reports (at, running, generated), and the pace that is learned
+    ("one report says nothing", [(0, 4, 0)], 0.0),
+    ("the first two", [(0, 4, 0), (1, 4, 200)], 0.02),
+    ("those that run on average", [(0, 2, 0), (1, 6, 200)], 0.02),
+    ("later ones count by their time", [(0, 4, 0), (1, 4, 200), (16, 4, 1700)], 0.02 + (1 - math.exp(-1)) * 0.02),
+    ("one is clamped", [(0, 4, 0), (1, 4, 200), (2, 4, 201)], 0.02 + (1 - math.exp(-1 / 15)) * 0.06),
+    ("nothing runs", [(0, 0, 0), (1, 0, 200)], 0.0),
+    ("nothing was generated", [(0, 4, 0), (1, 4, 200), (2, 4, 200)], 0.02),
+    ("a restart begins anew", [(0, 4, 0), (1, 4, 200), (2, 4, 10)], 0.0),
+    ("no counters", [(0, 4, None), (1, 4, None)], 0.0),
+    ("counters that fail once", [(0, 4, 0), (1, 4, 200), (2, 4, None), (3, 4, 600)], 0.02),
+)
+
+
+@pytest.mark.parametrize("reports, pace_s", PACES)
+def test_the_pace_of_a_server_is_learned_from_its_counters(reports, pace_s):
+    fleet = fleet_of(16)
+    for at, running, generated in reports:
+        reported(fleet, "s0", at, running=running, tokens=generated, generation_tokens=generated)
+    assert fleet.view("s0").pace_s == pytest.approx(pace_s)
+
+
+def paced(*paces, capacity=lite.AUTO, models=None):
+    """Servers whose answers have these seconds between two tokens, 0 for unknown."""
+    fleet = fleet_of(*[capacity] * len(paces))
+    for n, pace_s in enumerate(paces):
+        reported(fleet, f"s{n}", 0.0, running=10, generation_tokens=0)
+        reported(fleet, f"s{n}", 1.0, running=10, generation_tokens=round(10 / pace_s) if pace_s else 0)
+        fleet.learned(f"s{n}", {(models or "m" * 9)[n]: {}}, 0.0)
+    return fleet
+
+
+CAPACITIES = table(  # paces, own report, seconds since the last: what the first server's 64 become
+    ("a queue: it runs as many as it can, little by little", (0, 0), (16, 5), 1, 57.6),
+    ("a queue a little below what was thought", (0, 0), (60, 5), 1, 60.0),
+    ("a queue beyond what was thought", (0, 0), (128, 5), 1, 128.0),
+    ("a queue of one that is alone", (0,), (16, 5), 1, 57.6),
+    ("more without a queue says little", (0, 0), (128, 0), 1, 64.0),
+    ("a queue before anything runs says nothing", (0, 0), (0, 5), 1, 64.0),
+    ("faster than the median", (0.04, 0.05, 0.05), (40, 0), 1, 64 * 1.025),
+    ("slower than the median", (0.08, 0.04, 0.04), (40, 0), 1, 64 * 0.95),
+    ("at the median", (0.04, 0.02, 0.08), (40, 0), 1, 64.0),
+    ("no more than so much at once", (0.01, 0.1, 0.1), (40, 0), 1, 64 * 1.1),
+    ("by time", (0.01, 0.1, 0.1), (40, 0), 0.5, 64 * 1.05),
+    ("a long silence counts as two seconds", (0.01, 0.1, 0.1), (40, 0), 100, 64 * 1.2),
+    ("half idle, its pace says nothing", (0.01, 0.1, 0.1), (31, 0), 1, 64.0),
+    ("half full, it does", (0.01, 0.1, 0.1), (32, 0), 1, 64 * 1.1),
+    ("alone there is no median", (0.01,), (40, 0), 1, 64.0),
+    ("nobody else's pace is known", (0.01, 0, 0), (40, 0), 1, 64.0),
+    ("its own is not", (0, 0.1, 0.1), (40, 0), 1, 64.0),
+    ("of two, the faster may have more", (0.02, 0.04), (40, 0), 1, 64 * 1.05),
+    ("of two, the slower gets less", (0.04, 0.02), (40, 0), 1, pytest.approx(60, abs=3.5)),
+)
+
+
+@pytest.mark.parametrize("paces, report, elapsed_s, capacity", CAPACITIES)
+def test_capacities_are_learned_from_queues_and_from_pace(paces, report, elapsed_s, capacity):
+    fleet = paced(*paces)
+    assert fleet.view("s0").learned == fleet.view("s0").capacity == lite.START_CAPACITY == 64
+    found = fleet.capacity_after(fleet.view("s0"), lite.EngineLoad(*report), elapsed_s)
+    assert found == pytest.approx(capacity) if isinstance(capacity, float) else found == capacity
+    reported(fleet, "s0", 1.0 + elapsed_s, running=report[0], waiting=report[1])
+    assert fleet.view("s0").capacity == pytest.approx(found) and fleet.view("s0").configured == lite.AUTO
+
+
+def test_paces_of_other_models_are_not_compared():
+    load = lite.EngineLoad(40, 0)
+    for models, changed in (("abb", False), ("aab", True), ("aba", True)):
+        fleet = paced(0.01, 0.1, 0.1, models=models)
+        assert (fleet.capacity_after(fleet.view("s0"), load, 1.0) != 64) is changed, models
+
+
+def test_learned_capacities_are_bounded():
+    fleet = paced(0.01, 0.1, 0.1, capacity=4000)
+    assert fleet.capacity_after(fleet.view("s0"), lite.EngineLoad(4000, 0), 2.0) == 4096
+    small = server(0, lite.AUTO, learned=1.0, pace_s=0.1)
+    assert fleet.capacity_after(small, lite.EngineLoad(1, 0), 2.0) == fleet.capacity_after(small, lite.EngineLoad(1, 9), 2.0) == 1
+    assert fleet.capacity_after(small, lite.EngineLoad(9, 0), 2.0) == 9  # it runs them
+    assert fleet.capacity_after(small, lite.EngineLoad(10**6, 1), 2.0) == 4096
+
+
+def test_requests_that_wait_for_an_adapter_or_a_grammar_are_no_queue():
+    page = ('vllm:num_requests_running{engine="0",model_name="tiny"} 3.0\nvllm:num_requests_waiting{engine="0",model_name="tiny"} 1.0\n'
+            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="capacity"} 0.0\n'
+            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="deferred"} 1.0\n')  # fmt: skip
+    fleet = fleet_of(lite.AUTO)
+    for n in range(10):
+        fleet.scraped("s0", lite.engine_load(page), 0, float(n))
+    assert fleet.view("s0").capacity == 64
+
+
+@pytest.mark.parametrize("configured, learned, pace_s, said", table(
+    ("far less", 32, 10.0, 0.02, "configured 32, behaves like 10"),
+    ("far more", 16, 40.0, 0.02, "configured 16, behaves like 40"),
+    ("about that", 16, 31.0, 0.02, ""),
+    ("twice", 16, 32.0, 0.02, ""),
+    ("half", 16, 8.0, 0.02, ""),
+    ("nothing was seen", 16, 90.0, 0.0, ""),
+    ("nothing was configured", lite.AUTO, 90.0, 0.02, ""),
+))  # fmt: skip
+def test_a_capacity_that_a_server_does_not_behave_like_is_named(configured, learned, pace_s, said):
+    view = lite.ServerView("s0", configured, lite.Health(State.HEALTHY, "", 0.0), learned=learned, pace_s=pace_s)
+    assert lite.disagreement(view) == said
+    assert view.capacity == (configured or learned)
+
+
+def test_a_configured_capacity_stays_in_charge_while_another_is_learned():
+    fleet = fleet_of(32)
+    assert fleet.view("s0").learned == 32
+    reported(fleet, "s0", 1.0, running=8, waiting=4)
+    assert (fleet.view("s0").capacity, fleet.view("s0").learned) == (32, 28.8)
+
+
+def asked_again(fleet, found, reports=40, tokens=6400):
+    """A chat that goes on: of every prompt this share is found in the server's cache.  The trust at the end."""
+    prompt, hits = prompt_of_links(range(1, tokens // 64 + 1)), fleet.view("s0").load.prefix_hits or 0
+    for n in range(reports):
+        lease = fleet.lease("s0", 10.0 + n, prompt)
+        for _ in range(2):  # what is said twice is expected once
+            lease.answered(10.0 + n, False)
+        with lease:
+            pass
+        hits += round(found * prompt.tokens)
+        reported(fleet, "s0", 10.5 + n, prefix_hits=hits, tokens=10**6 + n)
+    return fleet.view("s0").trust
+
+
+@pytest.mark.parametrize("found, low, high", table(
+    ("all of it", 1.0, 1.0, 1.0),
+    ("a little less, which may be our estimate", 0.8, 1.0, 1.0),
+    ("half", 0.5, 0.7, 0.85),
+    ("nothing", 0.0, 0.2, 0.4),
+    ("more, since others are there, too", 3.0, 1.0, 1.0),
+))  # fmt: skip
+def test_what_a_server_should_have_cached_is_believed_as_far_as_it_says_so(found, low, high):
+    fleet = fleet_of(16)
+    reported(fleet, "s0", 1.0, prefix_hits=0, tokens=10**6)
+    assert low <= asked_again(fleet, found) <= high
+    prompt = prompt_of_links(range(1, 101))
+    assert fleet.cached(prompt) == [int(6400 * fleet.view("s0").trust)]
+    assert fleet.lease("s0", 99.0, prompt).pending == 6400 - fleet.cached(prompt)[0]
+
+
+def test_trust_comes_back_with_the_hits():
+    fleet = fleet_of(16)
+    reported(fleet, "s0", 1.0, prefix_hits=0, tokens=10**6)
+    assert asked_again(fleet, 0.0) < 0.4 and asked_again(fleet, 1.0) > 0.95
+
+
+def test_silence_about_hits_is_no_doubt():
+    fleet = fleet_of(16)
+    for n in range(40):
+        fleet.lease("s0", 0.0, prompt_of_links(range(1, 101))).answered(0.0, False)
+        reported(fleet, "s0", float(n), tokens=n)
+    assert fleet.view("s0").trust == 1.0
+    reported(fleet, "s0", 50.0, prefix_hits=5, tokens=60)
+    assert fleet.view("s0").trust == 1.0
+
+
+def test_nor_is_silence_of_who_was_not_asked():
+    fleet = fleet_of(16)
+    for n in range(40):
+        reported(fleet, "s0", float(n), prefix_hits=5, tokens=n)
+    assert fleet.view("s0").trust == 1.0
+
+
+def test_what_was_expected_before_hits_were_told_is_no_doubt():
+    for before, after in ((None, 5), (900, 5)):
+        fleet = fleet_of(16)
+        reported(fleet, "s0", 0.0, prefix_hits=before, tokens=900)
+        for _ in range(40):
+            fleet.lease("s0", 1.0, prompt_of_links(range(1, 101))).answered(1.0, False)
+        reported(fleet, "s0", 2.0, prefix_hits=after, tokens=60 if before else 901)  # restarted, or upgraded
+        reported(fleet, "s0", 3.0, prefix_hits=after, tokens=1000)
+        assert fleet.view("s0").trust > 0.9
+
+
+def test_a_server_without_prefix_cache_is_expected_to_have_nothing():
+    fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
+    fleet.lease("s0", 0.0, prompt)
+    fleet.scraped("s0", lite.engine_load(cache_config(enable_prefix_caching="False")), 0, 1.0)
+    assert fleet.view("s0").trust == 0.0 and fleet.cached(prompt) == [0]
+
+
+def test_hits_between_two_reports_are_told():
+    fleet = fleet_of(16)
+    found = [reported(fleet, "s0", float(n), prefix_hits=hits, tokens=n) for n, hits in enumerate((100, 250, 250, None, 300, 50))]
+    assert found[:3] == [0, 150, 0] and all(hits >= 0 for hits in found)
+
+
+@pytest.mark.parametrize("before, after, kept", table(
+    ("counters go on", {"tokens": 100}, {"tokens": 200}, True),
+    ("counters stand still", {"tokens": 100}, {"tokens": 100}, True),
+    ("counters go back: it was restarted", {"tokens": 100}, {"tokens": 5}, False),
+    ("it sleeps", {"tokens": 100}, {"tokens": 100, "asleep": True}, False),
+    ("no counters at all", {}, {}, True),
+    ("the first report", {}, {"tokens": 5}, True),
+))  # fmt: skip
+def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after, kept):
+    fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 101))
+    reported(fleet, "s0", 0.0, **before)
+    for url in ("s0", "s1"):
+        fleet.lease(url, 0.0, prompt)
+    reported(fleet, "s0", 1.0, **after)
+    assert fleet.cached(prompt) == [6400 if kept else 0, 6400]
+
+
+@pytest.mark.parametrize("config, tokens", table(
+    ("by its tokens", {"kv_cache_size_tokens": "3200"}, 3200),
+    ("by its blocks", {"block_size": "16", "num_gpu_blocks": "100"}, 1600),
+    ("not said", {"block_size": "16"}, 6400),
+))  # fmt: skip
+def test_a_server_is_expected_to_have_cached_no_more_than_fits(config, tokens):
+    fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
+    fleet.scraped("s0", lite.engine_load(cache_config(**config)), 0, 0.0)
+    fleet.lease("s0", 0.0, prompt)
+    assert fleet.cached(prompt) == [tokens]
+
+
+def test_caches_are_each_server_s_own_and_survive_a_reload():
+    fleet, prompt = fleet_of(16, 16, 16), prompt_of_links(range(1, 101))
+    fleet.lease("s1", 0.0, prompt)
+    assert fleet.cached(prompt) == [0, 6400, 0] and fleet.cached(lite.NO_PROMPT) == [0, 0, 0]
+    fleet.apply([lite.ServerSettings(url, 8) for url in ("s3", "s1", "s0")], 1.0)
+    assert [view.url for view in fleet.views()] == ["s3", "s1", "s0"] and fleet.cached(prompt) == [0, 6400, 0]
+
+
+NOW = 1000.0
+
+
+def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0, 0, 0.0), load_at=NOW, adapters=(), **known):
+    """A view by hand: s0, s1 …"""
+    said = lite.EngineLoad(*load, adapters=frozenset(adapters))
+    known = {"url": f"s{n}", "models": {"m": {}}, "models_at": 0.0, **known}
+    return lite.ServerView(configured=configured, health=lite.Health(state, reason, since), load=said, load_at=load_at, **known)
+
+
+@pytest.mark.parametrize("known, full", table(
+    ("configured: below", {"configured": 4, "in_flight": 3}, False),
+    ("configured: a limit", {"configured": 4, "in_flight": 4}, True),
+    ("configured: the load of others is no limit", {"configured": 4, "in_flight": 3, "load": (9, 9)}, False),
+    ("learned: beyond, and it says so", {"learned": 8.0, "in_flight": 10, "load": (8, 1), "own_then": 9}, True),
+    ("learned: below", {"learned": 8.0, "in_flight": 9, "load": (8, 1), "own_then": 9}, False),
+    ("learned: beyond, but it has no queue", {"learned": 8.0, "in_flight": 20, "load": (20, 0), "own_then": 20}, False),
+    ("learned: beyond, but its word is old", {"learned": 8.0, "in_flight": 15, "load": (8, 9), "own_then": 15, "load_at": NOW - 2.6}, False),
+    ("learned: far beyond, and its word is old", {"learned": 8.0, "in_flight": 16, "load": (8, 9), "own_then": 16, "load_at": NOW - 2.6}, True),
+    ("learned: a burst since its word", {"learned": 8.0, "in_flight": 12, "load": (8, 0), "own_then": 10}, True),
+    ("learned: a word that is nearly old", {"learned": 8.0, "in_flight": 20, "load": (8, 9), "own_then": 20, "load_at": NOW - 2.4}, True),
+    ("learned: full of others' requests", {"learned": 8.0, "in_flight": 0, "load": (8, 9)}, True),
+    ("learned: never reported", {"learned": 8.0, "in_flight": 15, "load": (None, None), "load_at": -math.inf}, False),
+    ("learned: never reported, and far beyond", {"learned": 8.0, "in_flight": 16, "load": (None, None), "load_at": -math.inf}, True),
+))  # fmt: skip
+def test_when_a_server_is_full(known, full):
+    view = server(0, **{"configured": lite.AUTO, **known})
+    assert view.full(NOW, 0.5) is full
+    assert (lite.obstacle(view, "m", frozenset(), lite.Moment(NOW, 0.5, True)) == f"is full ({view.in_flight} of {view.capacity:.4g})") is full
+
+
+@pytest.mark.parametrize("age_s, slow_start_s, share", [(0, 10, 0.1), (5, 10, 0.55), (9, 10, 0.91), (10, 10, 1), (99, 10, 1), (0, 0, 1), (-1, 10, 0.1)])
+def test_a_server_that_came_back_gets_its_share_slowly(age_s, slow_start_s, share):
+    assert server(0, since=NOW - age_s).ramp(NOW, slow_start_s) == pytest.approx(share)
+
+
+def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
+    fleet = lite.Fleet()
+    fleet.apply([lite.ServerSettings("a", 8, data_parallel_size=2), lite.ServerSettings("b")], 0.0)
+    assert [(v.url, v.server, v.rank) for v in fleet.views()] == [("a@0", "a", "0"), ("a@1", "a", "1"), ("b", "b", "")]
+    assert [v.url for v in fleet.engines("a")] == ["a@0", "a@1"] and [v.url for v in fleet.engines("b")] == ["b"]
+    change = fleet.judge("a@1", lite.Health.checked, True, 0.1, "", 0.0, Settings())
+    assert change.url == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
+    fleet.learned("a", {"m": {}}, 0.0)
+    prompt = prompt_of_links(range(1, 11))
+    with fleet.lease("a@1", 0.0, prompt):
+        assert [v.in_flight for v in fleet.views()] == [0, 1, 0] and fleet.cached(prompt) == [0, 640, 0]
+    assert [v.models for v in fleet.views()] == [{"m": {}}, {"m": {}}, None]
+
+
+def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_drains():
+    fleet = fleet_of(8)
+    with fleet.lease("s0", 0.0):
+        fleet.apply([lite.ServerSettings("s0", 8, data_parallel_size=2)], 1.0)
+        for _ in range(3):
+            fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 2.0, Settings())
+        assert {v.url: v.healthy for v in fleet.views() if not v.draining} == {"s0@0": False, "s0@1": False}
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  14 and 15  policies and ranking, on scenes by hand
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried=(), enforced=False, slow_start=0.0, draw=None, **settings):
+    by = lite.POLICIES[by](Settings(**settings)) if isinstance(by, str) else by
+    call = call or lite.Call("m", prompt=lite.Prompt(tokens))
+    moment = lite.Moment(now, 0.5, enforced, slow_start)
+    return lite.rank(list(views), list(cached or [0] * len(views)), call, frozenset(tried), by, moment, draw or random.Random(1))
+
+
+IDLE = 512 / 16
+UNIFIED = table(  # views, tokens of the prompt, cached, and the cost of each server
+    ("idle", [{}], 0, [0], [IDLE]),
+    ("crowded in proportion", [{"in_flight": 7}], 0, [0], [IDLE * 8]),
+    ("as many as it runs well", [{"in_flight": 15}], 0, [0], [IDLE * 16]),
+    ("twice as many: to the fifth", [{"in_flight": 31}], 0, [0], [512 * 2**5]),
+    ("a little more: to the fifth", [{"in_flight": 19}], 0, [0], [512 * 1.25**5]),
+    ("a prompt", [{}], 2000, [0], [2512 / 16]),
+    ("of which it has some", [{}], 2000, [1500], [1012 / 16]),
+    ("of which it has all: not free", [{}], 2000, [2000], [IDLE]),
+    ("prompts ahead", [{"pending": 9000, "in_flight": 3}], 2000, [500], [(9000 + 1500 + 512) * 4 / 16]),
+    ("half of its memory in use", [{"load": (0, 0, 0.5)}], 0, [0], [IDLE * 1.05 / 0.55]),
+    ("all of it", [{"load": (0, 0, 1.0)}], 0, [0], [IDLE * 1.05 / 0.05]),
+    ("more than all", [{"load": (0, 0, 1.7)}], 0, [0], [IDLE * 1.05 / 0.05]),
+    ("by an old report", [{"load": (0, 0, 0.5), "load_at": NOW - 2.6}], 0, [0], [IDLE]),
+    ("by one that is just not old", [{"load": (0, 0, 0.5), "load_at": NOW - 2.4}], 0, [0], [IDLE * 1.05 / 0.55]),
+    ("unknown memory", [{"load": (0, 0, None)}], 0, [0], [IDLE]),
+    ("others' requests", [{"load": (5, 2, 0.0)}], 0, [0], [IDLE * 8]),
+    ("ours among them", [{"in_flight": 4, "load": (5, 2, 0.0), "own_then": 4}], 0, [0], [IDLE * 8]),
+    ("others' requests of long ago", [{"load": (5, 2, 0.0), "load_at": NOW - 1.5}], 0, [0], [IDLE * (7 / math.e + 1)]),
+    ("no number configured", [{"configured": lite.AUTO, "learned": 32.0}], 0, [0], [IDLE / 2]),
+    ("a number configured rules", [{"configured": 8, "learned": 99.0}], 0, [0], [IDLE * 2]),
+    ("speeds are relative: alone it has none", [{"speed": 9000.0}], 2000, [0], [2512 / 16]),
+    ("three times as fast", [{"speed": 3000.0}, {"speed": 1000.0}], 3000, [0, 0],
+     [(3000 / 1.5 + 512) / 16, (3000 / 0.5 + 512) / 16]),
+    ("a speed that is unknown goes by capacity", [{"speed": 3000.0}, {"configured": 8}], 3000, [0, 0],
+     [(3000 * 0.75 + 512) / 16, (3000 * 1.5 + 512) / 8]),
+    ("back for no time", [{"since": NOW}], 0, [0], [IDLE * 10]),
+    ("back for half of it", [{"since": NOW - 5}], 0, [0], [IDLE / 0.55]),
+    ("back since long", [{"since": NOW - 10}], 0, [0], [IDLE]),
+    ("back for no time, and beyond what that allows", [{"since": NOW, "in_flight": 3}], 0, [0], [512 * 2.5**5]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("views, tokens, cached, costs", UNIFIED)
+def test_the_cost_that_is_the_default(views, tokens, cached, costs):
+    ranking = judged([server(n, **known) for n, known in enumerate(views)], cached=cached, tokens=tokens, slow_start=10.0)
+    assert ranking.costs == pytest.approx(costs)
+    assert ranking.best == f"s{costs.index(min(costs))}"
+
+
+@pytest.mark.parametrize("pending, share", [(0, 0.5), (29, 0.5), (31, 1.0), (500, 1.0)])
+def test_costs_within_two_percent_are_as_good(pending, share):
+    views, draw = [server(0), server(1, pending=pending)], random.Random(3)
+    found = Counter(judged(views, tokens=1000, draw=draw).best for _ in range(1000))
+    assert found["s0"] / 1000 == pytest.approx(share, abs=0.05)
+
+
+def in_numbers(words):
+    """What the terms of the default policy come to."""
+    sum_of = re.sub(r"\b(A|u|speed|rho|room) ", "", words).replace("×", "*").replace("^", "**").replace("rho ", "")
+    assert re.fullmatch(r"[\d.+*/() ]+", sum_of), words
+    return eval(sum_of)
+
+
+@pytest.mark.parametrize("views, tokens, cached, costs", UNIFIED)
+def test_the_words_of_the_default_cost_come_to_it(views, tokens, cached, costs):
+    ranking = judged([server(n, **known) for n, known in enumerate(views)], cached=cached, tokens=tokens, slow_start=10.0)
+    for cost, words in zip(ranking.costs, ranking.policy.terms(ranking.scene)):
+        rho = float(re.search(r"rho ([\d.]+)", words)[1])
+        rounding = 1 + (5 if "^5" in words else 1) * 0.006 / rho
+        assert 1 / rounding / 1.01 <= in_numbers(words) / cost <= rounding * 1.01, words
+
+
+def burst(fleet, count, policy="unified", tokens=0, now=0.0):
+    """So many requests at one instant: who gets how many.  Every prompt is another."""
+    by, taken, draw = lite.POLICIES[policy](Settings(score="(in_flight + foreign + 1) / capacity")), Counter(), random.Random(2)
+    for _ in range(count):
+        ask = lite.Call("m", prompt=lite.Prompt(tokens), session=f"{draw.random()}")
+        best = ranking_of(fleet, by, call=ask, now=now, draw=draw).best
+        by.chosen(fleet.view(best))
+        fleet.lease(best, now, ask.prompt)
+        taken[best] += 1
+    return taken
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 2000, 30_000])
+@pytest.mark.parametrize("policy", ["unified", "least", "lmetric", "expression"])
+def test_a_burst_on_servers_at_three_quarters_and_at_half_is_shared_by_what_is_left(policy, tokens):
+    taken = burst(with_load(fleet_of(20, 20), (15, 0), (10, 0)), 20, policy, tokens)
+    assert 6 <= taken["s0"] <= 10 and taken["s0"] + taken["s1"] == 20  # 15 + 7.5 and 10 + 12.5
+
+
+@pytest.mark.parametrize("tokens", [0, 2000, 30_000])
+@pytest.mark.parametrize("policy", ["unified", "least", "expression"])
+@pytest.mark.parametrize("capacities", [(16,) * 4, (64, 48, 32, 16), (4, 4), (32, 8, 8), (100, 1), (64, 1, 1, 1), (8,) * 10, (3, 2, 1), (1, 1, 1)])
+def test_no_server_gets_much_more_than_its_share_of_a_burst(policy, capacities, tokens):
+    taken = burst(fleet_of(*capacities), 10, policy, tokens)
+    for n, capacity in enumerate(capacities):
+        assert taken[f"s{n}"] <= 10 * capacity / sum(capacities) + 2
+
+
+@pytest.mark.parametrize("tokens", [0, 2000])
+def test_bursts_that_fill_a_fleet_fill_it_by_capacity(tokens):
+    taken = burst(fleet_of(64, 48, 32, 16), 160, tokens=tokens)
+    assert all(taken[f"s{n}"] == pytest.approx(capacity, abs=7) for n, capacity in enumerate((64, 48, 32, 16)))
+
+
+def test_a_server_that_has_come_back_gets_little_of_a_burst():
+    fleet, taken, draw = fleet_of(16, 16), Counter(), random.Random(2)
+    fleet.judge("s1", lite.Health.become, State.UNHEALTHY, "x", 50.0)
+    fleet.judge("s1", lite.Health.become, State.HEALTHY, "x", 100.0)
+    by, moment = lite.POLICIES["unified"](Settings()), lite.Moment(100.0, 0.5, False, 10.0)
+    for _ in range(11):
+        best = lite.rank(fleet.views(), [0, 0], lite.Call("m"), frozenset(), by, moment, draw).best
+        fleet.lease(best, 100.0)
+        taken[best] += 1
+    assert taken == {"s0": 10, "s1": 1}
+
+
+def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
+    """Sticky until saturated falls out of the one cost."""
+    for in_flight, best in ((0, "s0"), (10, "s0"), (40, "s1")):
+        assert judged([server(0, in_flight=in_flight), server(1)], cached=[8000, 0], tokens=8000).best == best
+
+
+WEIGHTED = table(  # policy, weights, shares of the picks
+    ("round_robin: equal", "round_robin", (1, 1, 1), (1 / 3, 1 / 3, 1 / 3)),
+    ("round_robin: by weight", "round_robin", (3, 1), (0.75, 0.25)),
+    ("round_robin: the larger one last", "round_robin", (1, 3), (0.25, 0.75)),
+    ("round_robin: fractions", "round_robin", (0.5, 0.25, 0.25), (0.5, 0.25, 0.25)),
+    ("round_robin: none for nothing", "round_robin", (1, 0, 1), (0.5, 0, 0.5)),
+    ("round_robin: far apart", "round_robin", (9, 1), (0.9, 0.1)),
+    ("round_robin: weights as large as caches", "round_robin", (1000,) * 3, (1 / 3, 1 / 3, 1 / 3)),
+    ("random: equal", "random", (1, 1, 1), (1 / 3, 1 / 3, 1 / 3)),
+    ("random: by weight", "random", (3, 1), (0.75, 0.25)),
+    ("random: none for nothing", "random", (1, 0), (1, 0)),
+    ("random: large weights", "random", (3e6, 1e6), (0.75, 0.25)),
+)
+
+
+@pytest.mark.parametrize("policy, weights, shares", WEIGHTED)
+def test_weights(policy, weights, shares):
+    views, by, draw, found = [server(n, weight=w) for n, w in enumerate(weights)], lite.POLICIES[policy](Settings()), random.Random(4), Counter()
+    for _ in range(2000):
+        best = judged(views, by, draw=draw).best
+        by.chosen(next(view for view in views if view.url == best))
+        found[best] += 1
+    for n, share in enumerate(shares):
+        assert found[f"s{n}"] / 2000 == pytest.approx(share, abs=0.03 if share else 0)
+
+
+@pytest.mark.parametrize("weight", [0.1, 1 / 3, 1.0, 7.0, 100.0])
+def test_round_robin_is_a_strict_rotation_also_when_servers_come_and_go(weight):
+    by, views = lite.POLICIES["round_robin"](Settings()), [server(n, weight=weight) for n in range(4)]
+
+    def turns(views, count):
+        for _ in range(count):
+            best = judged(views, by).best
+            by.chosen(views[[view.url for view in views].index(best)])
+            yield best
+
+    assert list(turns(views, 400)) == ["s0", "s1", "s2", "s3"] * 100
+    assert list(turns(views[:3], 30)) == ["s0", "s1", "s2"] * 10
+    back = Counter(turns(views, 40))  # who comes back is owed nothing
+    assert max(back.values()) - min(back.values()) <= 1
+
+
+def test_servers_without_weight_are_asked_where_there_is_no_other():
+    for policy in ("round_robin", "random"):
+        assert judged([server(0, weight=0), server(1, state=State.UNHEALTHY)], policy).best == "s0"
+
+
+@pytest.mark.parametrize("in_flight, shares", table(
+    ("equals", (0, 0, 0), (1 / 3, 1 / 3, 1 / 3)),
+    ("the least crowded wins two of three pairs", (0, 5, 9), (2 / 3, 1 / 3, 0)),
+    ("two are always both drawn", (5, 0), (0, 1)),
+    ("one alone", (5,), (1,)),
+))  # fmt: skip
+def test_power_of_two(in_flight, shares):
+    views, draw = [server(n, in_flight=count) for n, count in enumerate(in_flight)], random.Random(3)
+    found = Counter(judged(views, "power_of_two", draw=draw).best for _ in range(2000))
+    for n, share in enumerate(shares):
+        assert found[f"s{n}"] / 2000 == pytest.approx(share, abs=0.04 if share else 0)
+
+
+SESSIONS = [f"user: {n}" for n in range(400)]
+
+
+def homes(views, policy="consistent_hash", keys=SESSIONS, **more):
+    return {key: judged(views, policy, call=lite.Call("m", session=key), draw=random.Random(n), **more).best for n, key in enumerate(keys)}
+
+
+def test_a_session_stays_and_moves_only_with_its_server():
+    views = [server(n) for n in range(4)]
+    before = homes(views)
+    assert all(count > 60 for count in Counter(before.values()).values()) and len(set(before.values())) == 4
+    assert homes(views) == homes(views[::-1]) == homes([views[2], views[0], views[3], views[1]]) == before
+    for gone in range(4):
+        after = homes([view for view in views if view.url != f"s{gone}"])
+        assert all(after[key] == home for key, home in before.items() if home != f"s{gone}")
+        assert len({after[key] for key, home in before.items() if home == f"s{gone}"}) == 3  # not all to one
+        down = homes([server(n, state=State.UNHEALTHY if n == gone else State.HEALTHY) for n in range(4)])
+        assert down == after and homes(views, tried=[f"s{gone}"]) == after
+    assert homes(views) == before
+    more = homes([*views, server(4)])
+    assert all(more[key] in (home, "s4") for key, home in before.items()) and 40 < list(more.values()).count("s4") < 120
+
+
+def test_larger_servers_have_more_sessions():
+    assert 0.68 < list(homes([server(0, 48), server(1, 16)]).values()).count("s0") / 400 < 0.82
+    assert 0.4 < list(homes([server(0, weight=0), server(1), server(2)]).values()).count("s1") / 400 < 0.6
+    assert "s0" not in homes([server(0, weight=0), server(1), server(2)]).values()
+    assert 0.68 < list(homes([server(0, weight=3), server(1)]).values()).count("s0") / 400 < 0.82
+
+
+def test_a_session_stays_when_the_only_server_of_unknown_capacity_leaves():
+    views = [server(0, 8), server(1, 16), server(2, 64), server(3, lite.AUTO)]
+    before, after = homes(views), homes(views[:3])
+    assert all(after[key] == home for key, home in before.items() if home != "s3")
+
+
+@pytest.mark.parametrize("servers", [2, 4, 20])
+def test_one_hot_session_spills_over(servers):
+    fleet, taken = fleet_of(*[10] * servers), Counter()
+    for n in range(8 * servers):
+        best = ranking_of(fleet, "consistent_hash", call=lite.Call("m", session="user: hot")).best
+        taken[best] += 1
+        fleet.lease(best, 0.0)
+        assert taken[best] <= max(5, math.ceil(1.25 * (n + 1) / servers))  # half of what it runs is no harm
+    assert len(taken) >= servers / lite.LOAD_FACTOR
+
+
+def test_a_session_s_server_may_have_a_quarter_more_than_its_share():
+    (home,) = homes([server(n) for n in range(4)], keys=["user: 7"]).values()
+    for own, stays in ((9, True), (20, False)):
+        views = [server(n, in_flight=own if f"s{n}" == home else 8) for n in range(4)]
+        assert (homes(views, keys=["user: 7"])["user: 7"] == home) is stays
+
+
+@pytest.mark.parametrize("policy", ["consistent_hash", "prefix"])
+def test_requests_without_a_key_go_to_the_least_crowded(policy):
+    assert judged([server(0, in_flight=3), server(1, in_flight=1), server(2, in_flight=2)], policy, call=lite.Call("m")).best == "s1"
+    found = picks(fleet_of(8, 8, 8, 8), policy)
+    assert all(found[f"s{n}"] / 2000 == pytest.approx(0.25, abs=0.05) for n in range(4))
+
+
+@pytest.mark.parametrize("session", ["user: \ud800", "user: \udcff", "user: \N{SNOWMAN}", "x-user-id: \xff", "user: \0", "user: " + "x" * 10_000])
+@pytest.mark.parametrize("policy", lite.POLICY_NAMES)
+def test_a_session_may_have_any_name(policy, session):
+    views = [server(0, pool="a", share=50.0), server(1, pool="b", share=50.0)]
+    asked = lite.Call("m", session=session)
+    assert judged(views, policy, call=asked, score="1").best == judged(views, policy, call=asked, score="1").best
+
+
+def test_prompts_that_begin_alike_go_to_one_server_and_others_elsewhere():
+    views = [server(n) for n in range(4)]
+
+    def home(messages, model="m"):
+        return judged(views, "prefix", call=lite.Call("m", prompt=prompt_in(messages=messages, model=model))).best
+
+    assert len({home(talk(1000, *[300] * n)) for n in range(10)}) == 1
+    assert len({home(talk(1000, seed=seed)) for seed in range(40)}) == 4
+
+
+AWARE = table(  # (in flight of s0, s1), capacity, cached, tokens, settings, who may be asked
+    ("who knows enough is asked, though busier", (10, 0), 16, (500, 0), 1000, {}, ["s0"]),
+    ("who knows more", (0, 0), 16, (400, 500), 1000, {}, ["s1"]),
+    ("who knows as much, and is less busy", (3, 1), 16, (500, 500), 1000, {}, ["s1"]),
+    ("equals are drawn", (1, 1), 16, (500, 500), 1000, {}, ["s0", "s1"]),
+    ("not enough is known", (10, 0), 16, (299, 0), 1000, {}, ["s1"]),
+    ("as much as the threshold is not enough", (10, 0), 16, (300, 0), 1000, {}, ["s1"]),
+    ("just enough", (10, 0), 16, (301, 0), 1000, {}, ["s0"]),
+    ("a threshold of one's own", (10, 0), 16, (500, 0), 1000, {"cache_threshold": 0.8}, ["s1"]),
+    ("any known token is enough", (10, 0), 16, (1, 0), 1000, {"cache_threshold": 0.0}, ["s0"]),
+    ("nothing is known", (10, 0), 16, (0, 0), 1000, {"cache_threshold": 0.0}, ["s1"]),
+    ("no prompt", (10, 0), 16, (0, 0), 0, {}, ["s1"]),
+    ("no prompt, equals are drawn", (0, 0), 16, (0, 0), 0, {}, ["s0", "s1"]),
+    ("loads too unequal", (80, 10), 256, (900, 0), 1000, {}, ["s1"]),
+    ("unequal by number only", (300, 210), 512, (900, 0), 1000, {}, ["s0"]),
+    ("unequal by ratio only", (60, 1), 256, (900, 0), 1000, {}, ["s0"]),
+    ("64 are the limit", (64, 0), 256, (900, 0), 1000, {}, ["s0"]),
+    ("a limit of one's own", (20, 0), 256, (900, 0), 1000, {"balance_abs_threshold": 10}, ["s1"]),
+    ("a ratio of one's own", (80, 10), 256, (900, 0), 1000, {"balance_rel_threshold": 10.0}, ["s0"]),
+    ("a small server is relieved, too: trap of the original", (20, 0), 16, (900, 0), 1000, {}, ["s1"]),
+    ("a small server that is just full is not", (16, 0), 16, (900, 0), 1000, {}, ["s0"]),
+)
+
+
+@pytest.mark.parametrize("in_flight, capacity, cached, tokens, settings, asked", AWARE)
+def test_cache_aware(in_flight, capacity, cached, tokens, settings, asked):
+    views, draw = [server(n, capacity, in_flight=count) for n, count in enumerate(in_flight)], random.Random(2)
+    found = Counter(judged(views, "cache_aware", cached, tokens, draw=draw, **settings).best for _ in range(40))
+    assert sorted(found) == asked
+
+
+COSTS = table(  # policy, view, cached of 1000 tokens, its cost
+    ("least: own, foreign and this one", "least", {"in_flight": 3, "load": (4, 0), "own_then": 0}, 0, 8 / 16),
+    ("least: no number configured", "least", {"configured": lite.AUTO, "learned": 20.0, "in_flight": 3}, 0, 4 / 20),
+    ("lmetric: tokens times batch", "lmetric", {"pending": 500, "in_flight": 3}, 400, (500 + 600 + 1) * 4),
+    ("lmetric: all cached is not free", "lmetric", {"in_flight": 3}, 1000, 4),
+    ("lmetric: others' requests", "lmetric", {"load": (2, 1)}, 0, 1001 * 4),
+    ("mvllm: under a half all is well", "mvllm", {"load": (7, 1)}, 0, 0.0),
+    ("mvllm: half is not", "mvllm", {"load": (8, 0)}, 0, 0.5),
+    ("mvllm: by the report alone", "mvllm", {"load": (8, 4), "in_flight": 99}, 0, 10 / 16),
+    ("mvllm: nothing said", "mvllm", {"load": (None, None)}, 0, 0.0),
+    ("vllm_router: running counts thrice", "vllm_router", {"load": (4, 2)}, 0, 14 / 16),
+    ("cache_aware: requests", "cache_aware", {"in_flight": 4, "load": (9, 0), "own_then": 6}, 0, 7.0),
+    ("expression: names", "expression", {"in_flight": 4, "load": (9, 2, 0.25), "own_then": 5, "pending": 70, "weight": 3.0, "speed": 5.0}, 400,
+     9 + 2 + 4 + 6 + 16 + 0.25 + 70 + 1000 + 400 + 1 + 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy, known, cached, cost", COSTS)
+def test_costs_by_hand(policy, known, cached, cost):
+    ranking = judged([server(0, **known)], policy, [cached], 1000, score=" + ".join(lite.SCORE_NAMES))
+    assert ranking.costs == [pytest.approx(cost)] and ranking.best == "s0"
+
+
+def test_an_expression_chooses_the_lowest_and_shows_its_numbers():
+    views = [server(0, 8, in_flight=2), server(1, 16, in_flight=3)]
+    ranking = judged(views, "expression", score="(in_flight + 1) / capacity")
+    assert ranking.best == "s1"
+    assert ranking.policy.terms(ranking.scene)[0] == "(in_flight + 1) / capacity with in_flight 2, capacity 8"
+    assert judged(views, "expression", score="-in_flight").best == "s1"
+    assert judged(views, "expression", score="1 / (in_flight - 2)").best == "s1"  # infinity is the worst
+
+
+def test_an_expression_calculates_with_floats_for_counts_would_grow_for_ever():
+    began = time.process_time()  # 9 ** 9 ** 6 has half a million digits
+    assert judged([server(0, load=(9, 9), in_flight=6, own_then=18)], "expression", score="running ** waiting ** in_flight").costs == [math.inf]
+    assert time.process_time() - began < 0.02
+
+
+def random_server(n, draw):
+    state = draw.choice((State.HEALTHY,) * 5 + (State.UNHEALTHY, State.CHECKING))
+    load = (draw.choice((None, 0, 5, 40)), draw.choice((None, 0, 0, 9)), draw.choice((None, 0.0, 0.5, 1.0)))
+    return server(
+        n, draw.choice((lite.AUTO, 1, 4, 16, 300)), state, draw.choice((0.0, NOW - 3, NOW)), "x", load, draw.choice((NOW, NOW - 9, -math.inf)),
+        url=f"s{n // 2}@{n % 2}" if draw.random() < 0.2 else f"s{n}", weight=draw.choice((0.0, 0.5, 1.0, 9.0)), tier=draw.choice((1, 1, 1, 2, 5)),
+        pool=draw.choice(("", "", "a")), share=draw.choice((50.0, 50.0, 50.0, 0.0)), draining=draw.random() < 0.1,
+        in_flight=draw.choice((0, 0, 1, 4, 30)), pending=draw.choice((0, 0, 100, 90_000)), speed=draw.choice((0.0, 0.0, 900.0, 20_000.0)),
+        learned=draw.choice((1.0, 64.0, 3.7)), adapters=draw.sample(("m", "x", "z"), draw.choice((0, 0, 1, 2))),
+        own_then=draw.choice((0, 4)), models=draw.choice(({"m": {}}, {"m": {}}, {"m": {}, "x": {}}, {}, None)),
+    )  # fmt: skip
+
+
+@functools.cache
+def random_scenes():
+    draw, scenes = random.Random(17), []
+    for _ in range(10_000):
+        views = [random_server(n, draw) for n in range(draw.choice((0, 1, 2, 3, 5, 8)))]
+        prompt = draw.choice((lite.NO_PROMPT, lite.Prompt(900, opening=b"a"), lite.Prompt(50_000, opening=draw.randbytes(8))))
+        asked = lite.Call(draw.choice(("m", "m", "x", "gone", None)), False, prompt, draw.choice(("", "user: 1", f"user: {draw.random()}")))
+        cached = [draw.randrange(prompt.tokens + 1) if draw.random() < 0.5 else 0 for _ in views]
+        tried = frozenset(draw.sample(sorted({view.server for view in views}), draw.choice((0, 0, 1))) if views else ())
+        scenes.append((views, cached, asked, tried, lite.Moment(NOW, 0.5, draw.random() < 0.3, draw.choice((0.0, 10.0)))))
+    return scenes
+
+
+def may_be_asked(view, model, tried, moment):
+    """The second opinion."""
+    if view.draining or view.health.state is not State.HEALTHY or view.server in tried or not view.share:
+        return False
+    if moment.enforced and view.full(moment.now, moment.interval_s):
+        return False
+    return model is None or view.models is None or model in view.models
+
+
+@pytest.mark.parametrize("policy", lite.POLICY_NAMES)
+def test_whoever_is_asked_may_be_asked_on_any_scene(policy):
+    s = Settings(score="(in_flight + foreign + 1) / capacity * (prompt - cached + pending) / (running - 4)")
+    by, draw = lite.POLICIES[policy](s), random.Random(6)
+    for n, (views, cached, asked, tried, moment) in enumerate(random_scenes()):
+        ranking = lite.rank(views, cached, asked, tried, by, moment, draw)
+        good = [view for view in views if may_be_asked(view, asked.model, tried, moment)]
+        assert (ranking.best in [view.url for view in good]) if good else ranking.best is None
+        if ranking.best is not None:
+            by.chosen(views[[view.url for view in views].index(ranking.best)])
+            assert not any(math.isnan(cost) for cost in ranking.costs) and len(ranking.costs) == len(ranking.scene.views)
+        if n % 8 == 0 and views:
+            rows = ranking.candidates()
+            assert sorted(row.url for row in rows) == sorted(view.url for view in views)
+            assert all(row.reason.isprintable() and 3 < len(row.reason) < 300 for row in rows)
+            assert ranking.missed_tokens() >= 0 and ranking.why() and (ranking.best is None) == (ranking.why() == "no server")
+            if ranking.best:
+                assert rows[0].url == ranking.best
+                words = by.terms(ranking.scene)
+                assert len(words) == len(ranking.scene.views) and not any(re.search(r"\b(nan|inf)\b", text) for text in words)
+            json.dumps(lite.explain_report([ranking]), allow_nan=False)
+
+
+def fleet_in_pools(pools, *servers, models=("m",)):
+    fleet = lite.Fleet()
+    fleet.apply([lite.ServerSettings(f"s{n}", **known) for n, known in enumerate(servers)], 0.0, pools)
+    for view in fleet.views():
+        fleet.judge(view.url, lite.Health.checked, True, 0.01, "", 0.0, Settings())
+    for n in range(len(servers)):
+        fleet.learned(f"s{n}", {name: {} for name in models}, 0.0)
+    return fleet
+
+
+POOLS = table(  # pools, the pools of servers, and their shares of 2,000 requests
+    ("a canary gets its share", {"canary": 20}, ("", "canary"), (0.8, 0.2)),
+    ("the same, whatever the number of servers", {"canary": 20}, ("", "", "canary", ""), (0.8 / 3, 0.8 / 3, 0.2, 0.8 / 3)),
+    ("two pools and the rest", {"a": 50, "b": 30}, ("a", "b", ""), (0.5, 0.3, 0.2)),
+    ("all of them", {"a": 100}, ("a", ""), (1, 0)),
+    ("none", {"a": 0}, ("a", ""), (0, 1)),
+    ("a part of one percent", {"a": 0.5}, ("a", ""), (0.005, 0.995)),
+    ("without servers of no pool, by proportion", {"a": 30, "b": 10}, ("a", "b"), (0.75, 0.25)),
+    ("a pool without servers", {"a": 90, "b": 5}, ("b", ""), (0.5, 0.5)),
+    ("no pools", {}, ("", ""), (0.5, 0.5)),
+)
+
+
+@pytest.mark.parametrize("pools, servers, shares", POOLS)
+@pytest.mark.parametrize("policy", ["unified", "round_robin"])
+def test_pools_get_their_share_of_requests(policy, pools, servers, shares):
+    fleet, by, draw, found = fleet_in_pools(pools, *[{"pool": pool} for pool in servers]), lite.POLICIES[policy](Settings()), random.Random(8), Counter()
+    for _ in range(2000):
+        best = ranking_of(fleet, by, draw=draw).best
+        by.chosen(fleet.view(best))
+        found[best] += 1
+    for n, share in enumerate(shares):
+        assert found[f"s{n}"] / 2000 == pytest.approx(share, abs=0.035 if share else 0)
+
+
+def test_a_pool_of_no_share_gets_none_even_if_the_others_are_down():
+    fleet = fleet_in_pools({"a": 0}, {"pool": "a"}, {})
+    fleet.judge("s1", lite.Health.become, State.UNHEALTHY, "x", 1.0)
+    ranking = ranking_of(fleet)
+    assert ranking.best is None and "gets none: its pool has 0 % (a)" in {c.reason for c in ranking.candidates()}
+    fleet.judge("s1", lite.Health.become, State.HEALTHY, "x", 1.0)
+    assert ranking_of(fleet, tried=["s1"]).best is None
+    rest = fleet_in_pools({"a": 100}, {"pool": "a"}, {})
+    assert {c.url: c.reason for c in ranking_of(rest, tried=["s0"]).candidates()}["s1"] == "gets none: its pool has 0 % (of no pool)"
+
+
+@pytest.mark.parametrize("how", ["down", "tried", "full", "another model"])
+def test_a_pool_that_cannot_be_asked_is_not_drawn(how):
+    fleet, more = fleet_in_pools({"canary": 90}, {"pool": "canary", "max_concurrent_requests": 1}, {}), {}
+    if how == "down":
+        fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 1.0)
+    if how == "full":
+        fleet.lease("s0", 0.0)
+        more = {"enforced": True}
+    if how == "another model":
+        fleet.learned("s0", {"x": {}}, 1.0)
+        more = {"model": "m"}
+    assert picks(fleet, "unified", 50, tried=["s0"] if how == "tried" else (), **more) == {"s1": 50}
+
+
+def test_a_session_stays_with_its_pool():
+    fleet, draw = fleet_in_pools({"a": 30, "b": 20}, {"pool": "a"}, {"pool": "b"}, {}, {}), random.Random(1)
+    pool = {view.url: view.pool for view in fleet.views()}
+    found = {key: {pool[ranking_of(fleet, "random", call=lite.Call("m", session=key), draw=draw).best] for _ in range(6)} for key in SESSIONS}
+    assert all(len(pools) == 1 for pools in found.values())
+    shares = Counter(pool for pools in found.values() for pool in pools)
+    assert [round(shares[name] / 400, 1) for name in ("a", "b", "")] == [0.3, 0.2, 0.5]
+
+
+TIERS = table(  # capacity and in flight of servers of tiers 1, 1, 2, 3: who may be asked
+    ("the first", (4, 4, 4, 4), (0, 0, 0, 0), {"s0", "s1"}),
+    ("the first, as long as one has room", (4, 4, 4, 4), (4, 3, 0, 0), {"s0", "s1"}),
+    ("the second, once the first is full", (4, 4, 4, 4), (4, 4, 0, 0), {"s2"}),
+    ("the third, once both are", (4, 4, 4, 4), (4, 9, 4, 0), {"s3"}),
+    ("anybody, once all are", (4, 4, 4, 4), (4, 4, 4, 4), {"s0", "s1", "s2", "s3"}),
+)
+
+
+@pytest.mark.parametrize("capacities, in_flight, asked", TIERS)
+def test_a_tier_is_asked_when_those_before_it_are_full(capacities, in_flight, asked):
+    views = [server(n, c, in_flight=count, tier=(1, 1, 2, 3)[n]) for n, (c, count) in enumerate(zip(capacities, in_flight))]
+    assert {judged(views, "random", draw=random.Random(n)).best for n in range(60)} == asked
+    others = {row.reason for row in judged(views, "random").candidates() if row.url not in asked}
+    assert all(re.fullmatch(r"tier \d has room", reason) for reason in others)
+
+
+def test_a_tier_that_cannot_be_asked_is_none():
+    views = [server(0, state=State.UNHEALTHY), server(1, tier=2), server(2, tier=3)]
+    assert judged(views).best == "s1" and judged(views, tried=["s1"]).best == "s2"
+    assert judged([server(0, 4, load=(4, 0)), server(1, 4, tier=2)]).best == "s1"  # full of others' requests
+
+
+ADAPTED = {"models": {"m": {}, "la": {}}}
+
+
+@pytest.mark.parametrize("views, asked", table(
+    ("who has it loaded", [{}, {"adapters": ("la", "lb")}, {"adapters": ("lb",)}], {"s1"}),
+    ("all who have it", [{"adapters": ("la",)}, {"adapters": ("la",)}, {}], {"s0", "s1"}),
+    ("anybody, when those are full", [{"adapters": ("la",), "in_flight": 16}, {}, {}], {"s0", "s1", "s2"}),
+    ("full of others' requests, too", [{"adapters": ("la",), "load": (12, 4, 0.0)}, {}], {"s0", "s1"}),
+    ("but one of those that has room", [{"adapters": ("la",), "in_flight": 16}, {"adapters": ("la",), "in_flight": 15}, {}], {"s1"}),
+    ("one that has it and is down is none", [{"adapters": ("la",), "state": State.UNHEALTHY}, {}], {"s1"}),
+    ("nobody has it", [{"adapters": ("lb",)}, {}], {"s0", "s1"}),
+    ("before tiers", [{}, {"adapters": ("la",), "tier": 2}], {"s1"}),
+    ("within the pool that was drawn", [{"pool": "a", "share": 1e-12}, {"adapters": ("la",), "pool": "b", "share": 99.0}], {"s1"}),
+    ("not beyond the pool that was drawn", [{"pool": "a", "share": 99.0}, {"adapters": ("la",), "pool": "b", "share": 1e-12}], {"s0"}),
+))  # fmt: skip
+def test_an_adapter_is_asked_for_where_it_is_loaded(views, asked):
+    views = [server(n, **ADAPTED, **known) for n, known in enumerate(views)]
+    assert {judged(views, "random", call=lite.Call("la"), draw=random.Random(n)).best for n in range(40)} == asked
+    reasons = {row.reason for row in judged(views, call=lite.Call("la")).candidates() if row.url not in asked}
+    assert not any("adapter" in reason for reason in reasons) or reasons == {"has the adapter not loaded"}
+
+
+def test_adapters_matter_to_those_who_ask_for_one():
+    views = [server(0, in_flight=3), server(1, in_flight=8, adapters=("la",))]
+    assert judged(views).best == judged(views, call=lite.Call(None)).best == "s0"
+
+
+def test_all_engines_of_a_server_that_was_tried_are_passed_over():
+    views = [server(0, url="a@0", in_flight=3), server(1, url="a@1"), server(2, url="b", in_flight=9)]
+    assert judged(views).best == "a@1"
+    ranking = judged(views, tried=["a"])
+    assert ranking.best == "b"
+    assert {row.url: row.reason for row in ranking.candidates() if row.url != "b"} == dict.fromkeys(("a@0", "a@1"), "was tried already")
+
+
+def test_a_plan_does_not_ask_another_engine_of_a_server_that_failed():
+    fleet = lite.Fleet()
+    fleet.apply([lite.ServerSettings("a", 90, data_parallel_size=2), lite.ServerSettings("b", 1)], 0.0)
+    for url in ("a", "b"):
+        fleet.judge(url, lite.Health.checked, True, 0.01, "", 0.0, Settings())
+    first, *others = [step for step in play(fleet, ["refused", "ok"]) if step.startswith("ask")]
+    assert first in ("ask a@0", "ask a@1") and others == ["ask b"]
+
+
+@pytest.mark.parametrize("views, cached, tokens, missed", table(
+    ("the best known was chosen", [{}, {}], (500, 100), 1000, 0),
+    ("a crowded one knows more", [{"in_flight": 60}, {}], (900, 100), 1000, 800),
+    ("one that may not be asked", [{"state": State.UNHEALTHY}, {}], (900, 100), 1000, 0),
+    ("nobody may", [{"state": State.UNHEALTHY}], (900,), 1000, 0),
+    ("no prompt", [{}, {}], (0, 0), 0, 0),
+))  # fmt: skip
+def test_tokens_that_another_server_would_have_had(views, cached, tokens, missed):
+    assert judged([server(n, **known) for n, known in enumerate(views)], cached=cached, tokens=tokens).missed_tokens() == missed
+
+
+def test_the_choice_in_one_line():
+    """As in X-MVLLM-Why."""
+    views = [server(0, load=(0, 0, 0.25)), server(1, load=(0, 0, 0.25)), server(2, draining=True)]
+    ranking = judged(views, cached=[600, 0, 0], tokens=1000)
+    assert ranking.why() == "s0 cost 74.81 = (A 0 + u 400 + 512) x rho 0.06 / room 0.76; next s1 x1.7"
+    views = [server(0, 8, load=(2, 0, 0.55), in_flight=9, own_then=2, pending=3000, speed=3000.0), server(1, 8, load=(0, 0, 0.55), in_flight=15, speed=1000.0)]
+    assert judged(views, tokens=1000).why() == "s0 cost 1.94e+04 = ((A 3000 + u 1000) / speed 1.50 + 512) x rho 1.25^5 / room 0.50; next s1 x8.3"
+    assert judged([server(0)], "least").why() == "s0 cost 0.0625 = (0 in flight + 0.0 foreign + 1) / 16"
+    assert judged([server(0, state=State.UNHEALTHY)]).why() == "no server"
+
+
+def test_why_there_is_no_choice_without_servers():
+    assert judged([]).why() == "no server"
+    assert lite.explain_report([judged([])])["attempts"][0]["servers"] == []
+
+
+@pytest.mark.parametrize("policy", lite.POLICY_NAMES)
+def test_an_explanation_is_plain_json(policy):
+    views = [server(0, in_flight=2, load=(5, 1, 0.3)), server(1, weight=0), server(2, draining=True), server(3, tier=2), server(4, configured=lite.AUTO)]
+    prompt = prompt_in(messages=talk(2000))
+    ranking = judged(views, policy, [100, 0, 0, 0, 0], call=lite.Call("m", True, prompt, "user: secret-name"), score="1 / (in_flight - 2)")
+    text = json.dumps(lite.explain_report([ranking, ranking]), allow_nan=False)
+    first, second = json.loads(text)["attempts"]
+    assert first == second and first["policy"] == policy and first["model"] == "m" and first["chosen"] == ranking.best
+    assert first["prompt_tokens"] == prompt.tokens and first["session"] is True and first["queued"] is False
+    assert [row["url"] for row in first["servers"]][0] == ranking.best and len(first["servers"]) == 5
+    assert {row["url"]: row["cached_tokens"] for row in first["servers"]}["s0"] == 100
+    assert "secret-name" not in text and talk(2000)[0]["content"][:40] not in text
+
+
+def test_an_explanation_of_a_call_that_waits():
+    views = [server(0, 4, in_flight=4), server(1, 4, in_flight=5)]
+    (report,) = lite.explain_report([judged(views, enforced=True)])["attempts"]
+    assert (report["chosen"], report["why"], report["queued"]) == (None, "no server", True)
+    assert [(row["cost"], row["reason"]) for row in report["servers"]] == [(None, "is full (4 of 4)"), (None, "is full (5 of 4)")]
+
+
+def test_the_shape_of_a_request_has_no_text_of_it():
+    prompt = prompt_in(messages=talk(300_000))
+    line = lite.shape_line(lite.Call("m", True, prompt, "user: secret-name"), 1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok")
+    found = json.loads(line)
+    assert {**found, "chain": 0, "ends": 0, "session": 0} == {
+        "at": 1700000000.123, "model": "m", "session": 0, "prompt_tokens": prompt.tokens, "output_tokens": 42, "chain": 0, "ends": 0,
+        "ttft": 0.5124, "duration": 2.0, "server": "http://a", "status": 200, "end": "ok"}  # fmt: skip
+    assert re.fullmatch(r"[0-9a-f]{8}", found["session"]) and "secret" not in line and talk(300_000)[0]["content"][:40] not in line
+    assert len(found["chain"]) == len(found["ends"]) < 80 and found["ends"] == sorted(set(found["ends"])) and found["ends"][0] == prompt.tokens_in(1)
+    assert all(0 <= link < 2**48 for link in found["chain"]) and found["ends"][-1] == prompt.tokens_in(len(prompt.chain))
+
+
+def test_the_shape_of_a_request_without_prompt_session_or_answer():
+    found = json.loads(lite.shape_line(lite.Call(None), 1.0, None, 0.5, 0, "", 404, "ok"))
+    assert (found["chain"], found["ends"], found["session"], found["ttft"], found["model"]) == ([], [], "", None, None)
+
+
+def test_shapes_of_turns_share_the_start_of_their_chains():
+    calls = [lite.Call("m", prompt=prompt_in(messages=talk(*[9000] * n))) for n in (2, 5)]
+    turns = [json.loads(lite.shape_line(one, 0.0, None, 1.0, 1, "", 200, "ok"))["chain"] for one in calls]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns)))
+    assert len(turns[0]) - 1 <= same < len(turns[1])
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
