@@ -3174,12 +3174,12 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
 
 
 def bounded(costs: list[float], scene: Scene) -> list[float]:
-    """The same costs, but servers that are half full and have more than their share of all
+    """The same costs, but servers that are no more idle and have more than their share of all
     requests, by capacity, come after all others: no key melts a server."""
     loads = scene.loads()
     share = LOAD_FACTOR * (sum(loads) + 1) / sum(view.capacity for view in scene.views)
     most = max((cost for cost in costs if cost < INFINITY), default=0.0)
-    return [cost if load < max(math.ceil(share * v.capacity), v.capacity / 2) else cost + most
+    return [cost if load < max(math.ceil(share * v.capacity), v.capacity / 8) else cost + most
             for cost, load, v in zip(costs, loads, scene.views)]  # fmt: skip
 
 
