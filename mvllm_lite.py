@@ -30,32 +30,33 @@ of itself and of earlier rooms only.
     15  ranking       who may be asked, who is asked, and why
     16  plans         how a call is answered, step by step; retries, the queue
     17  reports       what people and machines are shown
-    18  traces        requests of the past: from files, or made up
-    19  engine        a model of a vLLM server, in simulated time
-    20  replay        those requests sent to such servers by any policy
+    18  live          what was changed by hand, and the last minute of each server
+    19  traces        requests of the past: from files, or made up
+    20  engine        a model of a vLLM server, in simulated time
+    21  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    21  wire          one connection: its buffer, its deadline, its end
-    22  pool          the connections to one server, kept and reused; keys and certificates
-    23  pump          bytes on their way through, with back-pressure
-    24  response      the client's side of an exchange
-    25  journal       lines for readers that may be slow: the log, the shape of the traffic
-    26  core          what the rooms below share: settings, fleet, ledger, pools
-    27  conversation  one attempt: a request said to one server, its answer judged and passed on
-    28  exchange      one request, from its head to its last byte
-    29  watch         health checks, load reports, the settings file
-    30  local         what the balancer answers itself
-    31  door          where clients come in: connections accepted, requests let in
-    32  balancer      assembly: reloading, draining, handing over to a successor
-    33  demo          simulated vLLM servers, so that everything runs on a laptop
-    34  command line  arguments, environment, logging, exit codes
+    22  wire          one connection: its buffer, its deadline, its end
+    23  pool          the connections to one server, kept and reused; keys and certificates
+    24  pump          bytes on their way through, with back-pressure
+    25  response      the client's side of an exchange
+    26  journal       lines for readers that may be slow: the log, the shape of the traffic
+    27  core          what the rooms below share: settings, fleet, ledger, pools
+    28  conversation  one attempt: a request said to one server, its answer judged and passed on
+    29  exchange      one request, from its head to its last byte
+    30  watch         health checks, load reports, the settings file
+    31  local         what the balancer answers itself
+    32  door          where clients come in: connections accepted, requests let in
+    33  balancer      assembly: reloading, draining, handing over to a successor
+    34  demo          simulated vLLM servers, so that everything runs on a laptop
+    35  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (31) reads a head from the client's
-`Wire` (21) and parses it (2).  A local path is answered in room 30; everything else is an
-`Exchange` (28): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+A request walks through the rooms like this.  The `Door` (32) reads a head from the client's
+`Wire` (22) and parses it (2).  A local path is answered in room 31; everything else is an
+`Exchange` (29): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
 `Gate` (11) lets it in, and `relay_plan` (16) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (15) in the view of the fleet (13) by a policy (14).  A
-`Conversation` (27) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (24) begins, and a `Pump` (23) moves the rest.  What went wrong on the
+`Conversation` (28) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (25) begins, and a `Pump` (24) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -2483,6 +2484,10 @@ class Health(NamedTuple):
         health = self.become(State.UNHEALTHY, why, now)
         return health._replace(open_until=now + s.breaker_open_time, trials=0)
 
+    def half_opened(self, now: float) -> Health:
+        """With its circuit's time up: somebody wants to see whether it is well."""
+        return self if self.open_until is None else self._replace(open_until=now)
+
     def stood_still(self, why: str, now: float, s: Settings) -> Health:
         """With its engine frozen, though its health path may say that all is well."""
         return self.opened(why, now, s)._replace(frozen=True)
@@ -2535,7 +2540,8 @@ class ServerView(NamedTuple):
     tier: int = 1
     pool: str = ""
     share: float = 100.0  # of requests, in percent, that its pool gets
-    draining: bool = False
+    draining: bool = False  # it leaves, with its last request
+    drained: bool = False  # by hand: it stays, and is not asked
     in_flight: int = 0  # requests of ours, exact
     on_trial: int = 0  # of these, begun while the circuit was half-open
     pending: int = 0  # of their prompts: tokens it has to read before it answers them
@@ -2564,6 +2570,10 @@ class ServerView(NamedTuple):
     @property
     def capacity(self) -> float:
         return self.configured or self.learned
+
+    @property
+    def open(self) -> bool:
+        return not (self.draining or self.drained)
 
     @property
     def healthy(self) -> bool:
@@ -2747,7 +2757,7 @@ class Fleet:
 
     def has_place(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
-        return any(v.health.answers and not v.draining and not v.full(now, interval_s)
+        return any(v.health.answers and v.open and not v.full(now, interval_s)
                    for v in self._views.values())  # fmt: skip
 
     def view(self, url: str) -> ServerView | None:
@@ -2767,8 +2777,9 @@ class Fleet:
                 if url == server or url.startswith(begin)]  # fmt: skip
 
     def apply(
-        self, wanted: Iterable[ServerSettings], now: float, pools: Mapping[str, float] | None = None
-    ) -> tuple[list[str], list[str]]:
+        self, wanted: Iterable[ServerSettings], now: float,
+        pools: Mapping[str, float] | None = None, drained: Iterable[str] = (),
+    ) -> tuple[list[str], list[str]]:  # fmt: skip
         """Make the fleet what the settings say: (URLs added, URLs now draining).  A server that
         is wanted again while it drains simply stays, with all that is known of it."""
         old, fresh = self._views, Health(State.CHECKING, "not checked yet", now)
@@ -2787,7 +2798,7 @@ class Fleet:
                 if view.configured != limit:
                     view = view._replace(learned=limit or START_CAPACITY)
                 self._views[url] = view._replace(
-                    configured=limit, draining=False, weight=server.weight, tier=server.tier,
+                    configured=limit, draining=False, drained=server.url in drained, weight=server.weight, tier=server.tier,
                     pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
         added = [url for url in self._views if url not in old or old[url].draining]
         leaving = [view for url, view in old.items() if url not in self._views]
@@ -3438,8 +3449,8 @@ def obstacle(
     not, unless it is `needed`, or the circuit is half-open and no other request on trial: those
     servers are in `trials`."""
     health = view.health
-    if view.draining:
-        return "is draining"
+    if not view.open:
+        return "is draining" if view.draining else "was drained by hand"
     if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
         if not (health.answers and (needed or trial)):
@@ -3543,7 +3554,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (28) is the only driver.
+# steps.  The exchange (29) is the only driver.
 
 
 class Held(NamedTuple):
@@ -3838,7 +3849,7 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     health = view.health
     return {
         "url": view.url, "healthy": view.healthy, "health_status": health.state.value,
-        "reason": health.reason, "since": clock.iso(health.since), "draining": view.draining,
+        "reason": health.reason, "since": clock.iso(health.since), "draining": not view.open,
         "circuit": health.circuit(clock.monotonic),
         "last_check": clock.iso(health.checked_at), "consecutive_failures": health.failures,
         "success_rate": health.success_rate, "avg_response_time": health.mean_time_s,
@@ -3902,7 +3913,7 @@ def models_report(views: list[ServerView], aliases: Mapping[str, str]) -> dict[s
     server says of it; aliases stand beside the models they name, and hide one of the same name."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
-        if view.health.answers and not view.draining:
+        if view.health.answers and view.open:
             for name, entry in (view.models or {}).items():
                 models.setdefault(name, entry)
     named = [(alias, models[name]) for alias, name in aliases.items() if name in models]
@@ -3912,9 +3923,9 @@ def models_report(views: list[ServerView], aliases: Mapping[str, str]) -> dict[s
 
 def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
     """GET /readiness: 503 when a request would find no server, or the balancer is stopping."""
-    healthy = sum(view.healthy and not view.draining for view in views)
+    healthy = sum(view.healthy and view.open for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
-    if any(view.health.answers and not view.draining for view in views) and not stopping:
+    if any(view.health.answers and view.open for view in views) and not stopping:
         return 200, {"status": "ready", **counts}
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
@@ -4088,7 +4099,170 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  traces
+#  18  live
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What people have changed while it runs, and what they want to see: the last minute of each server.
+
+
+class Live:
+    """Changes of the fleet that were made by hand.  They win over the settings file, also over a
+    new one, until that agrees with them; and they end with the process."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, ServerSettings] = {}
+        self.removed = set[str]()
+        self.drained = set[str]()
+        self.weights: dict[str, tuple[float, float]] = {}  # by hand, and the file's at that time
+
+    def applied(self, servers: Sequence[ServerSettings]) -> tuple[ServerSettings, ...]:
+        """The servers of a file with these changes; those that it has made itself are forgotten."""
+        listed = {server.url: server for server in servers}
+        self.added = {url: s for url, s in self.added.items() if url not in listed}
+        self.removed &= listed.keys()
+        all_known = {**listed, **self.added}
+        self.drained &= all_known.keys()
+        self.weights = {url: (new, old) for url, (new, old) in self.weights.items()
+                        if url in all_known and all_known[url].weight == old}  # fmt: skip
+        return tuple(
+            dataclasses.replace(server, weight=self.weights[url][0]) if url in self.weights
+            else server for url, server in all_known.items() if url not in self.removed
+        )  # fmt: skip
+
+    def add(self, server: ServerSettings) -> None:
+        self.removed.discard(server.url)
+        self.added[server.url] = server
+
+    def remove(self, url: str) -> None:
+        if self.added.pop(url, None) is None:
+            self.removed.add(url)
+
+    def report(self) -> dict[str, Any]:
+        return {"added": list(self.added), "removed": sorted(self.removed),
+                "drained": sorted(self.drained),
+                "weights": {url: new for url, (new, _) in self.weights.items()}}  # fmt: skip
+
+
+MINUTE_S = 60.0
+RATE_S = 10.0  # over which tokens and requests per second are counted
+SAMPLES_KEPT = 60
+DECISIONS_SHOWN = 3  # of each server, among the last
+ENDS_KEPT = 3000  # requests of one server's last minute that are looked at
+
+
+class End(NamedTuple):
+    """A request that has ended."""
+
+    at: float
+    first_byte_s: float | None
+    failed: bool
+    retries: int
+
+
+class Minute:
+    """The recent past of one server."""
+
+    __slots__ = ("ends", "samples", "errors")
+
+    def __init__(self) -> None:
+        self.ends: deque[End] = deque(maxlen=ENDS_KEPT)
+        self.samples: deque[tuple[float, int | None, float]] = deque(maxlen=SAMPLES_KEPT)
+        self.errors: deque[str] = deque(maxlen=5)
+
+    def sample(self, view: ServerView, now: float, interval_s: float) -> None:
+        """Once a second: tokens generated so far, and how full it is."""
+        load = view.in_flight + view.foreign(now, interval_s)
+        self.samples.append((now, view.load.generation_tokens, load / view.capacity))
+
+    def late(self, now: float, seconds: float = MINUTE_S) -> list[End]:
+        return [end for end in self.ends if end.at > now - seconds]
+
+    def tokens_per_s(self, now: float) -> float | None:
+        known = [(at, tokens) for at, tokens, _ in self.samples
+                 if tokens is not None and at > now - RATE_S]  # fmt: skip
+        if len(known) < 2:
+            return None
+        (begin, first), (end, last) = known[0], known[-1]
+        return max(0, last - first) / (end - begin)
+
+
+def share_of(values: Sequence[float], share: float) -> float | None:
+    """A quantile; None of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def state_word(view: ServerView, now: float) -> str:
+    """What people are told of a server."""
+    if view.draining or view.drained:
+        return "draining" if view.in_flight else "drained"
+    if not view.healthy and view.health.open_until is not None:
+        return f"circuit {view.health.circuit(now)}"
+    return view.health.state.value
+
+
+def status_of(
+    view: ServerView, minute: Minute, clock: Clock, s: Settings, decisions: Sequence[str]
+) -> dict[str, Any]:
+    """One server, as the status page and the screen show it."""
+    now, ends = clock.monotonic, minute.late(clock.monotonic)
+    firsts = [end.first_byte_s for end in ends if end.first_byte_s is not None]
+    said = view.load
+    return {
+        "url": view.url, "name": view.url.partition("://")[2], "state": state_word(view, now),
+        "reason": view.health.reason, "since_s": round(now - view.health.since, 1),
+        "models": list(view.models or ()), "running": said.running, "waiting": said.waiting,
+        "in_flight": view.in_flight, "capacity": round(view.capacity),
+        "capacity_learned": not view.configured, "capacity_note": disagreement(view),
+        "kv_usage_ratio": said.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
+        "tokens_per_s": rounded(minute.tokens_per_s(now), 1),
+        "ttft_p50_s": rounded(share_of(firsts, 0.5)), "ttft_p95_s": rounded(share_of(firsts, 0.95)),
+        "errors": sum(end.failed for end in ends), "retries": sum(end.retries for end in ends),
+        "pending_prompt_tokens": view.pending, "prompt_tokens_per_second": round(view.speed),
+        "stale": not view.reports(now, s.metrics_interval),
+        "history": [round(load, 3) for _, _, load in minute.samples],
+        "last_errors": list(minute.errors), "decisions": list(decisions),
+    }  # fmt: skip
+
+
+def status_report(
+    views: Sequence[ServerView], minutes: Mapping[str, Minute], clock: Clock, s: Settings,
+    process: Mapping[str, Any], events: Iterable[Mapping[str, str]], rankings: Iterable[Ranking],
+) -> dict[str, Any]:  # fmt: skip
+    """GET /status.json: what the status page and the screen show.  `process` has what is known of
+    the process, `rankings` are the last, the newest first."""
+    now, decisions = clock.monotonic, dict[str, list[str]]()
+    for ranking in rankings:
+        told = decisions.setdefault(ranking.best or "", [])
+        if len(told) < DECISIONS_SHOWN:
+            told.append(ranking.why())
+    past = [(view, minutes.get(view.url) or Minute()) for view in views]
+    ends = [end for _, minute in past for end in minute.late(now)]
+    firsts = [end.first_byte_s for end in ends if end.first_byte_s is not None]
+    rates = [rate for _, minute in past if (rate := minute.tokens_per_s(now)) is not None]
+    totals = {
+        "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
+        "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
+        "connections": process["connections"],
+        "requests_per_s": round(sum(end.at > now - RATE_S for end in ends) / RATE_S, 2),
+        "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(share_of(firsts, 0.5)),
+        "ttft_p95_s": rounded(share_of(firsts, 0.95)),
+        "error_ratio": round(sum(end.failed for end in ends) / len(ends), 4) if ends else 0.0,
+    }  # fmt: skip
+    return {
+        "version": __version__, "time": (clock.iso(now) or "")[11:19], **process, "totals": totals,
+        "servers": [status_of(view, minute, clock, s, decisions.get(view.url, ()))
+                    for view, minute in past],
+        "events": list(events),
+    }  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  19  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -4277,7 +4451,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  engine
+#  20  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -4617,7 +4791,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  replay
+#  21  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -4852,7 +5026,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  wire
+#  22  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -5223,7 +5397,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  pool
+#  23  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -5475,7 +5649,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  pump
+#  24  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -5612,7 +5786,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  response
+#  25  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -5765,7 +5939,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  journal
+#  26  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -5833,10 +6007,27 @@ def shape_writer(path: str) -> LineWriter | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  core
+#  27  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
+
+EVENTS_KEPT = 100
+access_log = logging.getLogger("mvllm_lite.access")  # lines of requests, which are no events
+
+
+class EventKeeper(logging.Handler):
+    """Keeps what is worth a line in the log, but for requests, for the status page."""
+
+    def __init__(self, events: deque[dict[str, str]]) -> None:
+        super().__init__(logging.INFO)
+        self.events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != access_log.name:
+            when = time.strftime("%H:%M:%S", time.localtime(record.created))
+            text = record.getMessage()[:500]
+            self.events.append({"time": when, "level": record.levelname.lower(), "text": text})
 
 
 class Attempt:
@@ -5876,6 +6067,12 @@ class Core:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.policies: dict[tuple[str, str], Policy] = {}  # by name and model
+        self.live = Live()
+        self.minutes: dict[str, Minute] = {}  # by server
+        self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
+        self.reloaded_at: float | None = None  # on the loop's clock
+        self.address = ""
+        self.changed: Callable[[], None] = lambda: None  # to be called after a change by hand
         self.shape: LineWriter | None = None  # where the traffic's shape is written
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
@@ -5900,6 +6097,27 @@ class Core:
         if url not in self.pools:
             self.pools[url] = self.secrets.pool(url)
         return self.pools[url]
+
+    def minute(self, url: str) -> Minute:
+        return self.minutes.setdefault(url, Minute())
+
+    def status(self) -> dict[str, Any]:
+        """What the status page and the screen show."""
+        now = Clock(asyncio.get_running_loop().time(), time.time())
+        settings = "unchanged since the start"
+        if self.reloaded_at is not None:
+            settings = f"reloaded {now.monotonic - self.reloaded_at:.0f} s ago"
+        if any(self.live.report().values()):
+            settings += ", and changed by hand"
+        process = {
+            "uptime_s": round(now.wall - self.started_at, 1), "address": self.address,
+            "stopping": self.stopping, "settings": settings, "settings_error": self.settings_error,
+            "connections": len(self.clients), "queue": len(self.queue),
+        }  # fmt: skip
+        late = itertools.islice(reversed(self.recent.values()), 30)
+        return status_report(
+            self.fleet.views(), self.minutes, now, self.settings, process, self.events,
+            [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
 
     def policy(self, model: str | None, label: str) -> Policy:
         """The one for calls for that model; all whom nobody serves (`label`) share one."""
@@ -5998,7 +6216,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  conversation
+#  28  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -6196,7 +6414,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  exchange
+#  29  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -6544,6 +6762,8 @@ class Exchange:
         ledger.requests.add(self.server, model, str(response.status))
         if response.first_byte_at is not None:
             first_s = response.first_byte_at - self.asked_at
+        if self.server:
+            self.remember(now, first_s)
         for histogram, value in (
             (ledger.durations, now - self.began_at),
             (ledger.first_byte, first_s),
@@ -6559,7 +6779,17 @@ class Exchange:
                                            self.server, response.status, response.end))  # fmt: skip
         wanted = self.settings.log_to_console or not self.core.on_terminal
         if wanted and log.isEnabledFor(logging.INFO):
-            log.info("%s", access_line(self.facts(now, first_s)))
+            access_log.info("%s", access_line(self.facts(now, first_s)))
+
+    def remember(self, now: float, first_s: float | None) -> None:
+        """For people who look at the last minute."""
+        response = self.response
+        minute = self.core.minute(self.server)
+        failed = response.status >= 500 or response.end not in ("complete", "client_gone")
+        minute.ends.append(End(now, first_s, failed, len(self.failures)))
+        if failed:
+            when = time.strftime("%H:%M:%S")
+            minute.errors.append(f"{when} {response.end}, status {response.status}")
 
     def facts(self, now: float, first_s: float | None) -> dict[str, Any]:
         response, (peer, port) = self.response, self.client.peer
@@ -6580,7 +6810,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  watch
+#  30  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -6766,7 +6996,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  local
+#  31  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -6848,6 +7078,25 @@ async def explain(core: Core, head: RequestHead) -> Reply:
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
+@local("/status.json")
+async def status(core: Core, head: RequestHead) -> Reply:
+    """What the status page and the screen show."""
+    return as_json(core.status() | {"live": core.live.report()})
+
+
+STATUS_S = 1.0  # between two events of /status/events
+
+
+@local("/status/events")
+async def status_events(core: Core, head: RequestHead) -> Reply:
+    """The same as /status.json, as server-sent events; the door streams it."""
+    return Reply(200, status_event(core), "text/event-stream")
+
+
+def status_event(core: Core) -> bytes:
+    return b"data: " + json.dumps(core.status() | {"live": core.live.report()}).encode() + b"\n\n"
+
+
 @local("/server-models")
 async def server_models(core: Core, head: RequestHead) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time; once for all who want
@@ -6905,8 +7154,123 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+# Changes by hand.  Each path is asked for with one method; ?url= names the server.
+Admin = Callable[[Core, dict[str, str], bytes], Awaitable[Reply]]
+ADMIN: dict[str, dict[str, Admin]] = {}  # by path and method
+
+
+def admin(method: str, path: str) -> Callable[[Admin], Admin]:
+    def register(function: Admin) -> Admin:
+        ADMIN.setdefault(path, {})[method] = function
+        return function
+
+    return register
+
+
+async def change_by_hand(core: Core, head: RequestHead, content: bytes) -> Reply:
+    """Carry out one.  What is wrong with it is said in words, and nothing is changed."""
+    function = ADMIN[head.path].get(head.method)
+    if function is None:
+        text = f"{head.path} is asked for with {' or '.join(ADMIN[head.path])}."
+        return Reply(405, error_body(Fault.BAD_METHOD, text))
+    query = dict(urllib.parse.parse_qsl(head.query or "", keep_blank_values=True))
+    try:
+        return await function(core, query, content)
+    except SettingsError as error:
+        return Reply(400, error_body(Fault.BAD_REQUEST, str(error)))
+    except LookupError as error:
+        return Reply(404, error_body(Fault.NOT_SERVED, str(error.args[0])))
+
+
+def known_server(core: Core, query: Mapping[str, str]) -> str:
+    """The URL of the server that is meant: whole, or as host:port.  Raises LookupError."""
+    wanted, servers = query.get("url", "").rstrip("/"), {v.server for v in core.fleet.views()}
+    for server in servers:
+        if wanted in (server, server.partition("://")[2]):
+            return server
+    known = ", ".join(sorted(servers)) or "none"
+    raise LookupError(f"No server {shown(wanted)} here; ?url= is one of {known}.")
+
+
+def changed(core: Core, what: str) -> Reply:
+    core.changed()
+    log.info("by hand: %s", what)
+    return as_json({"done": what, "live": core.live.report()})
+
+
+@admin("POST", "/admin/servers")
+async def add_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    """Add the server in the content: JSON with the keys of an entry of `servers`."""
+    entry = read_members(content, None)
+    if not entry:
+        raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
+    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
+    if warnings:
+        raise SettingsError(warnings)
+    (server,) = settings.servers
+    if any(view.server == server.url and not view.draining for view in core.fleet.views()):
+        raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
+    Secrets(dataclasses.replace(core.settings, servers=(server,)))  # are its files readable?
+    core.live.add(server)
+    return changed(core, f"{server.url} added")
+
+
+@admin("DELETE", "/admin/servers")
+async def remove_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    """Have no new requests sent to it; it leaves with its last one."""
+    server = known_server(core, query)
+    core.live.remove(server)
+    return changed(core, f"{server} removed")
+
+
+@admin("POST", "/admin/servers/drain")
+async def drain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    server = known_server(core, query)
+    core.live.drained.add(server)
+    return changed(core, f"{server} drained")
+
+
+@admin("POST", "/admin/servers/undrain")
+async def undrain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    server = known_server(core, query)
+    core.live.drained.discard(server)
+    return changed(core, f"{server} in use")
+
+
+@admin("POST", "/admin/servers/weight")
+async def weigh_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    server = known_server(core, query)
+    try:
+        weight = SERVER_FIELDS["weight"].metadata["check"](query.get("weight"))
+    except ValueError as expected:
+        text = f"found {shown(query.get('weight', 'nothing'))}, expected {expected}"
+        raise SettingsError([Complaint("request", 0, "weight", text)]) from None
+    before = next(s.weight for s in core.settings.servers if s.url == server)
+    _, of_file = core.live.weights.get(server, (before, before))
+    core.live.weights[server] = weight, of_file
+    return changed(core, f"{server} has weight {weight:g}")
+
+
+@admin("POST", "/admin/servers/probe")
+async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
+    """Check it now; a circuit that is open gets its trial."""
+    server, s = known_server(core, query), core.settings
+    found = await check_server(core.pool(server), s.health_check_timeout, True, True)
+    now = asyncio.get_running_loop().time()
+    if found is None:
+        return Reply(503, error_body(Fault.NO_RESOURCES, "It could not be asked now."))
+    if found.models is not None:
+        core.fleet.learned(server, found.models, now)
+    core.judge(server, Health.checked, found.passed, found.seconds, found.why, now, s)
+    core.judge(server, Health.half_opened, now)
+    core.tell()
+    state = [state_word(view, now) for view in core.fleet.engines(server)]
+    return as_json({"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
+                    "state": state[0] if state else "gone"})  # fmt: skip
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  door
+#  32  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -7088,7 +7452,7 @@ class Door:
         core.met(bad.limit)
         facts = {"id": id, "client": f"{host}:{port}", "status": bad.fault.status,
                  "end": bad.fault.label}  # fmt: skip  # and not what was said: it may hold a key
-        log.info("%s", access_line(facts))
+        access_log.info("%s", access_line(facts))
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
@@ -7102,21 +7466,42 @@ class Door:
             response.refuse(*refusal)
             self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
+        elif head.path in ADMIN:
+            content, _ = await exchange.gather()
+            response.whole(await change_by_hand(self.core, head, bytes(content)))
+            exchange.let_go()
         elif function is None or wants_explanation(head):
             self.core.forwarding += 1
             try:
                 await exchange.run()
             finally:
                 self.core.forwarding -= 1
+        elif function is status_events and head.method == "GET":
+            await self.stream_status(exchange)
         else:
             response.persists = response.persists and not exchange.unread
             response.whole(await function(self.core, head))
+
+    async def stream_status(self, exchange: Exchange) -> None:
+        """Until the client leaves or we do."""
+        core, client, response = self.core, exchange.client, exchange.response
+        response.persists = False
+        response.beat()
+        with abandoned_if_gone(client, core.clients.get(client)):
+            while not core.stopping:
+                response.write(status_event(core))
+                await client.unblocked(core.settings.body_timeout)
+                await asyncio.sleep(STATUS_S)
+        if response.framing == CHUNKED:
+            client.transport.write(LAST_CHUNK)
 
     def entrance(self, exchange: Exchange, function: Local | None) -> Refusal | None:
         """Whether a request may come in at all: is there such a path, is it for everybody, is
         there room?  For which model is for the gate to say, once that is known."""
         core, s, head, gate = self.core, exchange.settings, exchange.head, self.core.gate
         key = exchange.key = gate.recognised(head.fields) if gate.closed else None
+        if head.path in ADMIN:
+            return self.admin_refusal(exchange, key)
         admin = function is None and head.path in s.admin_paths
         if function is None and not (exchange.path or admin):
             text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
@@ -7142,6 +7527,21 @@ class Door:
                 return Refusal(Fault.BAD_REQUEST, text)
         return None
 
+    def admin_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
+        """Who may change things by hand: an admin's key; without any [[keys]], who is on this
+        machine, and no page of another site in a browser there."""
+        if self.core.gate.closed:
+            return stopped(key, True)
+        fields = exchange.head.fields
+        who = client_address(exchange.client.peer[0], fields, exchange.settings.trusted_proxies)
+        if not is_trusted(who, LOOPBACK):
+            text = f"{exchange.head.path} is for this machine only, as long as there are no [[keys]]."
+            return Refusal(Fault.FORBIDDEN, text)
+        origin = fields.get("origin").partition("://")[2]
+        if origin != "" and origin != fields.get("host"):
+            return Refusal(Fault.FORBIDDEN, f"{exchange.head.path} is not for pages of other sites.")
+        return None
+
     def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
         """Why a status path is not for who asks, or None."""
         access, path = exchange.settings.status_access, exchange.head.path
@@ -7153,7 +7553,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  balancer
+#  33  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -7185,6 +7585,7 @@ class Balancer:
         self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._secrets_error = ""
         self._shape_file = ""
+        self._settings = settings  # as the file has them
         self._door: Door = None  # type: ignore[assignment]  # while it runs
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
@@ -7195,6 +7596,18 @@ class Balancer:
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
+        core.changed = lambda: self.adopt(self._settings)
+        keeper = EventKeeper(core.events)
+        log.addHandler(keeper)
+        try:
+            await self.serve(ready, secrets, sockets)
+        finally:
+            log.removeHandler(keeper)
+
+    async def serve(
+        self, ready: Callable[[], object], secrets: Secrets, sockets: Sequence[socket.socket]
+    ) -> None:
+        core = self.core
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings, secrets)
             if not core.gate.closed:
@@ -7230,6 +7643,7 @@ class Balancer:
             text = f"cannot listen on {host}:{port}: {reason}"
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
         self.port = sockets[0].getsockname()[1]
+        self.core.address = f"{host or '*'}:{self.port}"
         return sockets
 
     def stop(self) -> None:
@@ -7313,11 +7727,16 @@ class Balancer:
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a core that
         others took), so that nobody else is blamed for it."""
-        loop = asyncio.get_running_loop()
+        loop, sampled_at = asyncio.get_running_loop(), -INFINITY
         while True:
             due = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
             self.core.queue.hand_over(self.core.has_place)
+            if loop.time() >= sampled_at + 1:
+                sampled_at = loop.time()
+                for view in self.core.fleet.views():
+                    interval_s = self.core.settings.metrics_interval
+                    self.core.minute(view.url).sample(view, sampled_at, interval_s)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
@@ -7360,7 +7779,7 @@ class Balancer:
         self._secrets_error = ""
         if secrets.files != core.secrets.files:
             log.info("keys or certificates have changed")
-            self.adopt(core.settings, secrets)
+            self.adopt(self._settings, secrets)
 
     def look_now(self) -> None:
         self._look_now.set()
@@ -7368,7 +7787,7 @@ class Balancer:
     async def look(self, file: SettingsFile, asked: bool) -> None:
         """Take over what the file holds, if that is new and can be used.  Who asked for a look is
         answered in any case."""
-        core, old, refused = self.core, self.core.settings, self.core.settings_error
+        core, old, refused = self.core, self._settings, self.core.settings_error
         try:
             text = await file.changed()
             if text is None:
@@ -7391,14 +7810,17 @@ class Balancer:
         core.settings_error = ""
         if settings != old:
             core.ledger.reloads.add("applied")
+            core.reloaded_at = asyncio.get_running_loop().time()
             self.adopt(settings, secrets)
         elif asked:
             log.info("new settings: %d servers, nothing changed", len(settings.servers))
 
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
-        """Make these settings the ones in force.  Servers keep all that is known of them; new
-        ones are checked at once."""
-        core, old = self.core, self.core.settings
+        """Make these settings the ones in force, with what was changed by hand.  Servers keep all
+        that is known of them; new ones are checked at once."""
+        core, old, self._settings = self.core, self.core.settings, settings
+        if (servers := core.live.applied(settings.servers)) != settings.servers:
+            settings, secrets = dataclasses.replace(settings, servers=servers), None
         secrets = secrets or Secrets(settings, core.secrets)
         core.settings, core.secrets = settings, secrets
         for url, pool in core.pools.items():
@@ -7412,7 +7834,8 @@ class Balancer:
         core.clients_limit = min(settings.max_connections, descriptors_allow())
         log.setLevel(settings.log_level)
         now = asyncio.get_running_loop().time()
-        added, draining = core.fleet.apply(settings.servers, now, settings.pools)
+        added, draining = core.fleet.apply(
+            settings.servers, now, settings.pools, core.live.drained)
         if settings is not old:
             core.policies.clear()
         if settings.shape_file != self._shape_file:
@@ -7431,6 +7854,8 @@ class Balancer:
                     f"watching {url}", functools.partial(watch, core, url)))
                 for watch in (watch_health, watch_load)
             ]  # fmt: skip
+        for url in core.minutes.keys() - {view.url for view in core.fleet.views()}:
+            del core.minutes[url]
         for url in core.pools.keys() - {view.server for view in core.fleet.views()}:
             core.pools.pop(url).close()
         if settings is not old:
@@ -7446,7 +7871,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  demo
+#  34  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -7695,7 +8120,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  command line
+#  35  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be

@@ -3780,7 +3780,7 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18 to 20  traces, engine and replay
+#  19 to 21  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -4535,7 +4535,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21 to 28  a request on its way
+#  22 to 29  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6573,7 +6573,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  watch
+#  30  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -6664,7 +6664,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  local
+#  31  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6717,8 +6717,173 @@ async def test_server_models_can_be_refreshed():
         assert got.json["servers"][server.url]["supported_models"] == ["new"]
 
 
+# Changes by hand, and what people see.
+
+
+@asynchronous
+async def test_servers_are_added_and_removed_by_hand_without_losing_a_request():
+    release = asyncio.Event()
+
+    async def held(asked, conn):
+        if asked.body == CHAT:
+            await release.wait()
+        await echo(asked, conn)
+
+    async with Server(held) as a, Server() as b, balancing(a) as running:
+        slow, client = await running.client(), await running.client()
+        await slow.ask("POST", "/v1/chat/completions", CHAT)
+        await a.came.wait()
+        got = await client.post("/admin/servers", json.dumps({"url": b.url, "max_concurrent_requests": 5}).encode())
+        assert got.status == 200 and got.json["done"] == f"{b.url} added"
+        await running.until(lambda: running.states() == ["healthy"] * 2)
+        await client.ask("DELETE", f"/admin/servers?url={a.url}")
+        assert (await client.answer()).json["live"] == {"added": [b.url], "removed": [a.url], "drained": [], "weights": {}}
+        for _ in range(4):
+            assert (await client.post()).get("x-mvllm-server") == b.url
+        release.set()
+        assert (await slow.answer()).status == 200  # its last answer
+        await running.quiet()
+        assert [view.url for view in running.core.fleet.views()] == [b.url]
+
+
+@asynchronous
+async def test_a_drained_server_stays_and_is_asked_for_nothing():
+    async with balancing(Server(), Server()) as running:
+        client, (a, b) = await running.client(), running.core.settings.servers
+        name = a.url.partition("://")[2]
+        assert (await client.post(f"/admin/servers/drain?url={name}", b"")).status == 200
+        for _ in range(4):
+            assert (await client.post()).get("x-mvllm-server") == b.url
+        status = (await client.get("/status.json")).json
+        assert [row["state"] for row in status["servers"]] == ["drained", "healthy"]
+        assert status["totals"]["healthy"] == 1 and status["settings"].endswith(", and changed by hand")
+        assert "was drained by hand" in (await client.post("/explain", CHAT)).body.decode()
+        await client.post(f"/admin/servers/drain?url={b.url}", b"")
+        assert (await client.get("/readiness")).status == 503 and (await client.post()).status == 503
+        await client.post(f"/admin/servers/undrain?url={a.url}", b"")
+        assert (await client.post()).get("x-mvllm-server") == a.url
+
+
+@asynchronous
+async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, Server() as b, Server() as c, following(path, a, b) as running:
+        client = await running.client()
+        for query in (f"/drain?url={a.url}", f"/weight?url={b.url}&weight=0.5"):
+            assert (await client.post(f"/admin/servers{query}", b"")).status == 200
+        await client.post("/admin/servers", json.dumps({"url": c.url}).encode())
+        path.write_text(settings_text(a, b, max_retries=7))
+        while running.core.settings.max_retries != 7:
+            await asyncio.sleep(0.01)
+        views = {view.url: view for view in running.core.fleet.views()}
+        assert set(views) == {a.url, b.url, c.url} and views[a.url].drained and views[b.url].weight == 0.5
+        path.write_text(settings_text(b, c, max_retries=8))
+        while running.core.settings.max_retries != 8:
+            await asyncio.sleep(0.01)
+        assert running.core.live.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
+        assert {view.url for view in running.core.fleet.views()} == {b.url, c.url}
+
+
+BY_HAND = table(
+    ("no such server", "POST", "/admin/servers/drain?url=http://x", b"", 404, "No server 'http://x' here; ?url= is one of http://"),
+    ("none named", "POST", "/admin/servers/drain", b"", 404, "No server '' here"),
+    ("another method", "GET", "/admin/servers/drain?url=x", b"", 405, "is asked for with POST"),
+    ("no JSON", "POST", "/admin/servers", b"url=http://a", 400, 'expected JSON like {"url"'),
+    ("no URL", "POST", "/admin/servers", b'{"weight": 1}', 400, "servers[1].url: found nothing, expected where the server listens"),
+    ("an unknown key", "POST", "/admin/servers", b'{"url": "http://a", "wieght": 1}', 400, "did you mean weight?"),
+    ("an unreadable key", "POST", "/admin/servers", b'{"url": "http://a", "api_key_file": "/nowhere"}', 400, "/nowhere: cannot be read"),
+    ("no weight", "POST", "/admin/servers/weight?url=SERVER", b"", 400, "weight: found 'nothing', expected a number, 0 to 1000"),
+    ("there already", "POST", "/admin/servers", b'{"url": "http://SERVER"}', 400, "is there already"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method, path, body, status, text", BY_HAND)
+@asynchronous
+async def test_wrong_changes_by_hand_change_nothing(method, path, body, status, text):
+    async with balancing(Server()) as running:
+        name = running.core.settings.servers[0].url.partition("://")[2]
+        client = await running.client()
+        await client.ask(method, path.replace("SERVER", name), body.replace(b"SERVER", name.encode()))
+        got = await client.answer()
+        assert got.status == status and text in got.error["message"]
+        assert not any(running.core.live.report().values()) and len(running.core.fleet.views()) == 1
+
+
+@asynchronous
+async def test_changes_by_hand_are_for_admins_only():
+    keys = (lite.KeySettings("user", "sk-user"), lite.KeySettings("root", "sk-root", admin=True))
+    async with balancing(Server(), keys=keys) as running:
+        path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
+        for fields, status in ([], 401), (bearer("sk-user"), 403), (bearer("sk-root"), 200):
+            assert (await (await running.client()).post(path, b"", fields)).status == status
+    async with balancing(Server()) as running:  # without keys: for this machine, but for no other site's page
+        path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
+        for fields, status in (["Origin: http://evil.example"], 403), (["Origin: http://front"], 200):
+            assert (await (await running.client()).post(path, b"", fields)).status == status
+    async with balancing(Server(), trusted_proxies=("127.0.0.1/32",)) as running:
+        got = await (await running.client()).post("/admin/servers", b"{}", ["X-Forwarded-For: 192.0.2.1"])
+        assert got.status == 403 and "for this machine only" in got.error["message"]
+
+
+@asynchronous
+async def test_a_probe_by_hand_finds_at_once_what_a_check_would_find():
+    server = Server()
+    async with balancing(server, health_check_interval=1000) as running:
+        client = await running.client()
+        await server.kill()
+        for _ in range(3):
+            got = (await client.post(f"/admin/servers/probe?url={server.url}", b"")).json
+        assert not got["passed"] and "refused" in got["why"] and got["state"] == "unhealthy"
+        await server.start()
+        got = (await client.post(f"/admin/servers/probe?url={server.url}", b"")).json
+        assert got["passed"] and got["state"] == "healthy"
+
+
+@asynchronous
+async def test_the_status_tells_the_last_minute_of_each_server():
+    async def by_word(asked, conn):
+        if b"fail" in asked.body:
+            return await conn.json(b"{}", "500 X")
+        await echo(asked, conn)
+
+    async with balancing(Server(by_word)) as running:
+        client = await running.client()
+        for body in (CHAT, CHAT, b'{"model":"m","x":"fail"}'):
+            await client.post(body=body)
+        status = (await client.get("/status.json")).json
+        (row,) = status["servers"]
+        assert (row["state"], row["models"], row["errors"], row["retries"], row["capacity"]) == ("healthy", ["m"], 1, 0, 10)
+        assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5 and row["last_errors"][0].endswith("status 500")
+        assert row["decisions"] and row["decisions"][0].startswith(f"{row['url']} cost ")
+        totals = status["totals"]
+        assert totals["requests_per_s"] == 0.3 and totals["error_ratio"] == 0.3333 and totals["healthy"] == totals["servers"] == 1
+        assert any("is healthy (was checking)" in event["text"] for event in status["events"])
+        assert status["settings"] == "unchanged since the start" and not status["stopping"]
+
+
+@asynchronous
+async def test_the_status_is_streamed_as_events_until_somebody_leaves():
+    async with balancing(Server()) as running:
+        client = await running.client()
+        await client.ask("GET", "/status/events")
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert b"text/event-stream" in head
+        seen = b""
+        while seen.count(b"data: ") < 2:
+            seen += await client.reader.read(65536)
+        event = seen.partition(b"data: ")[2].partition(b"\n\n")[0]
+        assert json.loads(event)["totals"]["servers"] == 1
+        client.close()
+        await running.quiet()
+        other = await running.client()
+        await other.ask("GET", "/status/events")
+        await other.reader.readuntil(b"data: ")
+        running.balancer.stop()
+        assert (await to_its_end(other.reader)).endswith(b"0\r\n\r\n")
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31 and 32  balancer: settings that change, and stopping
+#  32 and 33  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6971,7 +7136,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  demo
+#  34  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -7042,7 +7207,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  command line
+#  35  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
