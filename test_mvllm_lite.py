@@ -7540,12 +7540,20 @@ def footprint(running):
     return found + Counter(tasks=len(asyncio.all_tasks()), descriptors=len(os.listdir("/proc/self/fd")))
 
 
+async def settled(running):
+    for pool in running.core.pools.values():
+        pool.close()
+    for _ in range(3):  # a connection that is closed ends in one of the next turns
+        await asyncio.sleep(0)
+    return footprint(running)
+
+
 async def at_rest(running, limit=None):
     """The footprint once it has stopped changing and is within the limit; or, if it will not be, as it is after a time
     in which everything that lingers has ended."""
     await running.quiet()
     until, last = asyncio.get_running_loop().time() + max(2 * lite.LINGER_S, lite.POOL_IDLE_S + 1.5), None
-    while (now := footprint(running)) != last or (limit and not now <= limit):
+    while (now := await settled(running)) != last or (limit and not now <= limit):
         if asyncio.get_running_loop().time() > until:
             break
         last = now
