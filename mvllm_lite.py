@@ -8477,13 +8477,13 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
                             resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
 
         raise_descriptor_limit()
-        tidy_memory()
         await balancer.run(ready)
         log.info("stopped")
 
     async def started() -> None:
         await start(run)
 
+    tidy_memory()
     asyncio.run(started())
     return 0
 
