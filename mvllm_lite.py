@@ -1050,6 +1050,11 @@ def secret(value: Any) -> str:
 
 
 SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
+def share_weight(value: Any) -> float:
+    found = number(0, 1000)(value)
+    return found if found >= 0.001 else 0.0
+
+
 AUTO = 0  # of a capacity: not given, to be learned
 
 
@@ -1096,7 +1101,7 @@ def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
                 raise ValueError(f"a formula of {', '.join((*SCORE_NAMES, *SCORE_FUNCTIONS))}")
         elif isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else ""
-            least, most = SCORE_ARGUMENTS.get(name, (0, 0))
+            least, most = SCORE_ARGUMENTS.get(name, (1, 0))
             if node.keywords or not least <= len(node.args) <= most:
                 raise ValueError(f"a formula whose functions are {', '.join(SCORE_FUNCTIONS)}")
             functions.add(id(node.func))
@@ -1129,7 +1134,7 @@ class ServerSettings:
     url: str = setting(REQUIRED, base_url, "where the server listens")
     max_concurrent_requests: int = setting(
         AUTO, capacity, 'requests it runs well at the same time; "auto": learned')
-    weight: float = setting(1.0, number(0, 1000), "its share, for policies that go by weight")
+    weight: float = setting(1.0, share_weight, "its share, for policies that go by weight")
     tier: int = setting(1, whole(1), "asked only when lower tiers are full")
     pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
     data_parallel_size: int = setting(
@@ -1864,9 +1869,11 @@ def leading_member(
         if spans is None:
             return json.dumps(members[name]), content.rfind(b'"%b"' % name.encode())
         begin, end = spans[name]
-        return json.dumps(json.loads(content[begin : min(end, begin + LINK_ENDS[-1])])), begin
-    except (ValueError, RecursionError):  # more than that, or too deep
-        return "", 0
+        if end - begin <= LINK_ENDS[-1]:
+            return json.dumps(json.loads(content[begin:end])), begin
+    except (ValueError, RecursionError):
+        begin, end = (0, 0) if spans is None else spans[name]
+    return bytes(memoryview(content)[begin:end]).decode("latin-1"), begin  # as it is
 
 
 def prompt_tokens(raw: bytes, size: int) -> int:
@@ -1895,7 +1902,8 @@ class Memory:
     def __init__(self) -> None:
         self._links: OrderedDict[int, int] = OrderedDict()  # tokens of each
         self._tokens = 0
-        self._unsure = set[int]()  # that one unanswered request alone has brought
+        # Links that one unanswered request alone has brought, each with what that one brought.
+        self._unsure = dict[int, tuple[int, ...]]()
         self.limit_tokens = MEMORY_TOKENS
 
     def known(self, chain: Sequence[int]) -> int:
@@ -1912,31 +1920,35 @@ class Memory:
                 high = middle - 1
         return low
 
-    def learn(self, prompt: Prompt) -> int:
-        """A server is to read this prompt.  How many of its links it knew; the rest are `read`
-        later, or not."""
+    def learn(self, prompt: Prompt) -> tuple[int, ...]:
+        """A server is to read this prompt.  The links that are new to it; they are `read` later,
+        or not."""
         links, known = self._links, self.known(prompt.chain)
-        if self._unsure:
-            self._unsure.difference_update(prompt.chain)
+        for link in prompt.chain if self._unsure else ():
+            self._unsure.pop(link, None)
+        fresh = prompt.chain[known:]
         before = prompt.tokens_in(known)
         for n in range(known, len(prompt.chain)):
             tokens = prompt.tokens_in(n + 1)
             links[prompt.chain[n]] = tokens - before
             self._tokens += tokens - before
             before = tokens
-        self._unsure.update(prompt.chain[known:])
+        self._unsure.update(dict.fromkeys(fresh, fresh))
         for link in reversed(prompt.chain):
             links.move_to_end(link)
         while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
-            self._tokens -= links.popitem(last=False)[1]
-        return known
+            link, tokens = links.popitem(last=False)
+            self._tokens -= tokens
+            self._unsure.pop(link, None)
+        return fresh
 
-    def read(self, links: Iterable[int], really: bool) -> None:
-        """Links that were new have been read; or not, and nobody else has brought them since."""
-        if not really:
-            for link in self._unsure.intersection(links):
-                self._tokens -= self._links.pop(link, 0)
-        self._unsure.difference_update(links)
+    def read(self, fresh: tuple[int, ...], really: bool) -> None:
+        """What `learn` gave has been read; or not, and what nobody else has brought is forgotten."""
+        for link in fresh:
+            if self._unsure.get(link) is fresh:
+                del self._unsure[link]
+                if not really:
+                    self._tokens -= self._links.pop(link, 0)
 
     def forget(self) -> None:
         self._links.clear()
@@ -2546,6 +2558,7 @@ class ServerView(NamedTuple):
     on_trial: int = 0  # of these, begun while the circuit was half-open
     pending: int = 0  # of their prompts: tokens it has to read before it answers them
     speed: float = 0.0  # prompt tokens it reads per second, as learned; 0 is unknown
+    speed_at: float = -INFINITY  # when that was seen last
     pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
     learned: float = START_CAPACITY  # what its pace says of its capacity
     trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
@@ -2581,7 +2594,10 @@ class ServerView(NamedTuple):
 
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
-        a learned one is an opinion, and has to be confirmed by the server's own queue."""
+        a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
+        was sent since it last spoke, or by twice as many.  One that said 429 just now is full."""
+        if self.busy_until > now:
+            return True
         if self.configured:
             return self.in_flight >= self.configured
         load = self.in_flight + self.foreign(now, interval_s)
@@ -2693,8 +2709,8 @@ class Lease:
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
         if self.pending or self._cached:
-            self._fleet.heard(self.url, self.pending, self._cached,
-                              self._ahead if learn else 0, now - self._sent_at)  # fmt: skip
+            ahead = self._ahead if learn else 0
+            self._fleet.heard(self.url, self.pending, self._cached, ahead, self._sent_at, now)
             self._fleet.read(self.url, self._fresh, True)
         self.pending, self._cached, self._fresh = 0, 0, ()
 
@@ -2829,8 +2845,8 @@ class Fleet:
     def remembers(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
         """How many of the prompt's tokens it was sent before, and the links that it was not; from
         now on, it was sent all."""
-        known = self._memories[url].learn(prompt)
-        return prompt.tokens_in(known), prompt.chain[known:]
+        fresh = self._memories[url].learn(prompt)
+        return prompt.tokens_in(len(prompt.chain) - len(fresh)), fresh
 
     def read(self, url: str, links: tuple[int, ...], really: bool) -> None:
         """A request that brought these links was answered, or not."""
@@ -2855,23 +2871,27 @@ class Fleet:
         if (view := self._views.get(url)) is not None:
             self._views[url] = view._replace(busy_until=now + BUSY_S)
 
-    def heard(self, url: str, tokens: int, cached: int, ahead: int, seconds: float) -> None:
-        """A prompt was read.  If `ahead`, so many tokens took so long, and tell the speed."""
+    def heard(
+        self, url: str, tokens: int, cached: int, ahead: int, since: float, now: float
+    ) -> None:
+        """A prompt was read.  If `ahead`, so many tokens took that long, and tell the speed."""
         view = self._views.get(url)
         if view is None:
             return
         self._expected[url].since += cached
-        speed = view.speed
-        if ahead > SPEED_SAMPLE_TOKENS and seconds > 0:
-            found = ahead / seconds
+        speed, speed_at = view.speed, view.speed_at
+        if ahead > SPEED_SAMPLE_TOKENS and now > since:
+            found, speed_at = ahead / (now - since), now
             speed = speed or self.usual_speed(view) or found
             found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
             speed += SPEED_WEIGHT * min(1.0, ahead / SPEED_TRUSTED_TOKENS) * (found - speed)
-        self._views[url] = view._replace(pending=view.pending - tokens, speed=speed)
+        self._views[url] = view._replace(
+            pending=view.pending - tokens, speed=speed, speed_at=speed_at)
 
     def usual_speed(self, view: ServerView) -> float:
         """What others read per second, for the server's capacity; 0 if that is not known."""
-        known = [v for v in self._views.values() if v.speed and v.url != view.url]
+        known = [v for v in self._views.values()
+                 if v.speed and v.url != view.url and v.shares_models(view)]  # fmt: skip
         capacity = sum(v.capacity for v in known)
         return view.capacity * sum(v.speed for v in known) / capacity if known else 0.0
 
@@ -2912,7 +2932,7 @@ class Fleet:
         else:
             pace_s = pace_after(view, load, elapsed_s)
             learned = self.capacity_after(view, load, elapsed_s)
-            if speed and (usual := self.usual_speed(view)):
+            if speed and view.speed_at < view.load_at and (usual := self.usual_speed(view)):
                 speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
         self._views[url] = view._replace(
             load=load, load_at=now, own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
@@ -2926,7 +2946,7 @@ class Fleet:
         That it runs many without a queue says little: vLLM takes far more than it runs well."""
         running, most = load.running or 0, view.learned
         if load.queued and running:
-            most = running if running > most else max(float(running), CAPACITY_FALL * most)
+            most = min(running, 2 * most) if running > most else max(running, CAPACITY_FALL * most)
         elif most < running:
             most = min(running, max(most, START_CAPACITY))
         elif view.pace_s and running >= most / 2:
@@ -3196,10 +3216,11 @@ def bounded(costs: list[float], scene: Scene) -> list[float]:
     """The same costs, but servers that are no more idle and have more than their share of all
     requests, by capacity, come after all others: no key melts a server."""
     loads = scene.loads()
-    share = LOAD_FACTOR * (sum(loads) + 1) / sum(view.capacity for view in scene.views)
+    sizes = [view.weight * view.capacity for view in scene.views]
+    share = LOAD_FACTOR * (sum(loads) + 1) / (sum(sizes) or 1)
     most = max((cost for cost in costs if cost < INFINITY), default=0.0)
-    return [cost if load < max(math.ceil(share * v.capacity), v.capacity / 8) else cost + most
-            for cost, load, v in zip(costs, loads, scene.views)]  # fmt: skip
+    return [cost if load < max(math.ceil(share * size), size / 8) else cost + most
+            for cost, load, size in zip(costs, loads, sizes)]  # fmt: skip
 
 
 class Hashed(Policy):
@@ -3749,23 +3770,22 @@ class WaitQueue:
 
     def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
         """There may be free places, as long as there may be `more`."""
-        blocked = set[Wants]()
-        while more():
-            lines = [line for wants, line in self._lines.items() if wants not in blocked]
-            if not lines:
-                return
-            waiter = min((line[0] for line in lines), key=lambda waiter: waiter.since)
+        heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
+        heapq.heapify(heads)
+        while heads and more():
+            _, n, wants = heapq.heappop(heads)
+            waiter = self._lines[wants][0]
             try:
                 ranking = waiter.choose()
+                if ranking.best is None and ranking.waits:
+                    continue  # nor has anybody else of that line a place
+                self.leave(waiter)
+                waiter.take(ranking.best or "")
             except Exception as error:  # its own request's mistake, and nobody else's
                 self.leave(waiter)
                 waiter.fail(error)
-                continue
-            if ranking.best is None and ranking.waits:
-                blocked.add(waiter.wants)
-            else:
-                self.leave(waiter)
-                waiter.take(ranking.best or "")
+            if line := self._lines.get(wants):
+                heapq.heappush(heads, (line[0].since, n, wants))
 
     def served(self, now: float) -> None:
         """A place has become free."""
@@ -8203,10 +8223,19 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
+    """For argparse: a number of a reasonable size."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if 1e-3 <= (found := kind(word)) <= 1e7:
+            return found
+    raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
+
+
 def add_replay(commands: Any) -> None:
     replay = commands.add_parser(
         "replay", help="try policies on recorded traffic, in a model",
-        description="Which policy for my traffic? Would a server more help?")
+        description="Which policy for my traffic? Would a server more help? Requests that the"
+                    " settings' queue holds wait there as long as it takes.")  # fmt: skip
     replay.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
                                       f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
     replay.add_argument("--policy", action="append", metavar="NAME",
@@ -8216,11 +8245,13 @@ def add_replay(commands: Any) -> None:
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
     replay.add_argument("--add-server", action="append", metavar="KIND", help="one more")
     replay.add_argument("--auto", action="store_true", help="capacities are to be learned")
-    replay.add_argument("--speed", type=float, default=1.0, metavar="X", help="times the traffic")
-    replay.add_argument("--limit", type=int, metavar="N", help="the first N requests")
-    replay.add_argument("--seconds", type=float, default=180.0, help="of made-up traffic")
-    replay.add_argument("--slo-ttft", type=float, default=1.0, metavar="S", help="seconds")
-    replay.add_argument("--slo-token", type=float, default=0.05, metavar="S", help="seconds")
+    replay.add_argument("--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
+    replay.add_argument(
+        "--limit", type=functools.partial(positive, kind=int), metavar="N",
+        help="the first N requests")
+    replay.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
+    replay.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
+    replay.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
     replay.set_defaults(do=run_replay)
 
 
@@ -8382,11 +8413,16 @@ def run_replay(args: argparse.Namespace) -> int:
         servers.append(ServerSettings(f"http://added-{word}-{n}", round(kinds[-1].capacity)))
     if args.auto:
         servers = [dataclasses.replace(s, max_concurrent_requests=AUTO) for s in servers]
+    if not servers:
+        return fail(f"{args.config}: found no servers, expected some to replay with")
     try:
         arrivals = adapted(read_trace(args.trace, args.seconds), args.speed, args.limit)
+        if not arrivals:
+            return fail(f"{args.trace}: found no requests, expected some to replay")
         policies = wanted_policies(args.policy or [settings.policy], settings)
     except ValueError as error:
-        return fail(str(error))
+        unreadable = isinstance(error, UnicodeError)
+        return fail(f"{args.trace}: is not text in UTF-8" if unreadable else str(error))
     settings = dataclasses.replace(settings, servers=tuple(servers))
     span_s = max(1e-9, arrivals[-1].at_s)
     print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
