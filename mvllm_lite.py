@@ -31,32 +31,37 @@ of itself and of earlier rooms only.
     16  plans         how a call is answered, step by step; retries, the queue
     17  reports       what people and machines are shown
     18  live          what was changed by hand, and the last minute of each server
-    19  traces        requests of the past: from files, or made up
-    20  engine        a model of a vLLM server, in simulated time
-    21  replay        those requests sent to such servers by any policy
+    19  cells         text on a terminal: what it means, how wide it is
+    20  screen        what is seen there: a status document in, lines out
+    21  keys          what keys do to it, and ask of the balancer
+    22  page          the same for a browser: one HTML string
+    23  traces        requests of the past: from files, or made up
+    24  engine        a model of a vLLM server, in simulated time
+    25  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    22  wire          one connection: its buffer, its deadline, its end
-    23  pool          the connections to one server, kept and reused; keys and certificates
-    24  pump          bytes on their way through, with back-pressure
-    25  response      the client's side of an exchange
-    26  journal       lines for readers that may be slow: the log, the shape of the traffic
-    27  core          what the rooms below share: settings, fleet, ledger, pools
-    28  conversation  one attempt: a request said to one server, its answer judged and passed on
-    29  exchange      one request, from its head to its last byte
-    30  watch         health checks, load reports, the settings file
-    31  local         what the balancer answers itself
-    32  door          where clients come in: connections accepted, requests let in
-    33  balancer      assembly: reloading, draining, handing over to a successor
-    34  demo          simulated vLLM servers, so that everything runs on a laptop
-    35  command line  arguments, environment, logging, exit codes
+    26  wire          one connection: its buffer, its deadline, its end
+    27  pool          the connections to one server, kept and reused; keys and certificates
+    28  pump          bytes on their way through, with back-pressure
+    29  response      the client's side of an exchange
+    30  journal       lines for readers that may be slow: the log, the shape of the traffic
+    31  terminal      those lines onto a terminal, in a thread that nothing waits for
+    32  core          what the rooms below share: settings, fleet, ledger, pools
+    33  conversation  one attempt: a request said to one server, its answer judged and passed on
+    34  exchange      one request, from its head to its last byte
+    35  watch         health checks, load reports, the settings file
+    36  local         what the balancer answers itself
+    37  door          where clients come in: connections accepted, requests let in
+    38  balancer      assembly: reloading, draining, handing over to a successor
+    39  demo          simulated vLLM servers, so that everything runs on a laptop
+    40  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (32) reads a head from the client's
-`Wire` (22) and parses it (2).  A local path is answered in room 31; everything else is an
-`Exchange` (29): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+A request walks through the rooms like this.  The `Door` (37) reads a head from the client's
+`Wire` (26) and parses it (2).  A local path is answered in room 36; everything else is an
+`Exchange` (34): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
 `Gate` (11) lets it in, and `relay_plan` (16) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (15) in the view of the fleet (13) by a policy (14).  A
-`Conversation` (28) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (25) begins, and a `Pump` (24) moves the rest.  What went wrong on the
+`Conversation` (33) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (29) begins, and a `Pump` (28) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -76,6 +81,8 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import atexit
+import base64
 import bisect
 import concurrent.futures
 import contextlib
@@ -97,6 +104,7 @@ import queue
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -104,9 +112,11 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import tomllib
+import unicodedata
 import urllib.parse
 from collections import OrderedDict, deque
 from collections.abc import (
@@ -2801,6 +2811,9 @@ class Fleet:
         old, fresh = self._views, Health(State.CHECKING, "not checked yet", now)
         pools = pools or {}
         rest = round(100.0 - sum(pools.values()), 6)
+        wanted = list(wanted)
+        given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
+        start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
         self._views = {}
         for server in wanted:
             kin = next((v for v in old.values() if v.server == server.url),
@@ -2812,7 +2825,7 @@ class Fleet:
                 view = old.get(url) or ServerView(
                     url, -1, kin.health, models=kin.models, models_at=kin.models_at)
                 if view.configured != limit:
-                    view = view._replace(learned=limit or START_CAPACITY)
+                    view = view._replace(learned=limit or start)
                 self._views[url] = view._replace(
                     configured=limit, draining=False, drained=server.url in drained, weight=server.weight, tier=server.tier,
                     pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
@@ -3575,7 +3588,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (29) is the only driver.
+# steps.  The exchange (34) is the only driver.
 
 
 class Held(NamedTuple):
@@ -4282,7 +4295,1323 @@ def status_report(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  traces
+#  19  cells
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
+
+
+class Style(Enum):
+    """What a piece of text means; how that looks is the terminal's affair."""
+
+    PLAIN = "plain"
+    DIM = "dim"
+    TITLE = "title"
+    HEAD = "head"  # of a column
+    SORTED = "sorted"  # head of the column that rows are sorted by
+    GOOD = "good"
+    WARN = "warn"
+    BAD = "bad"
+    SELECTED = "selected"
+    BAR = "bar"
+    KEY = "key"
+    ASK = "ask"  # a question that waits for its answer
+
+
+Span = tuple[str, Style]
+Line = list[Span]
+Document = Mapping[str, Any]
+
+
+class Size(NamedTuple):
+    columns: int
+    rows: int
+
+
+class Look(NamedTuple):
+    """What the terminal can show."""
+
+    unicode: bool = True
+    colours: bool = True
+
+    @property
+    def bar(self) -> tuple[str, str]:
+        return ("█", "░") if self.unicode else ("#", ".")
+
+    @property
+    def levels(self) -> str:
+        return "▁▂▃▄▅▆▇█" if self.unicode else "_.:-=+*#"
+
+    @property
+    def dots(self) -> str:
+        return "…" if self.unicode else "~"
+
+    @property
+    def rule(self) -> str:
+        return "─" if self.unicode else "-"
+
+
+class Mode(Enum):
+    LIST = "list"
+    DETAIL = "detail"
+    HELP = "help"
+
+
+class Action(NamedTuple):
+    """What a key asks of the balancer."""
+
+    verb: str  # drain, undrain, probe or quit
+    url: str = ""  # of the server
+
+
+class Ui(NamedTuple):
+    """What the reader of the screen has chosen.  `settle` makes it fit what there is."""
+
+    mode: Mode = Mode.LIST
+    selected: str = ""  # the URL of a server, since rows move when they are sorted
+    scroll: int = 0  # rows of the list that are above the screen
+    lines_up: int = 0  # the same of the detail, or the help
+    page: int = 10  # rows that are seen at once
+    sort: str = "given"
+    filter: str = ""
+    typed: str | None = None  # a filter that is being typed
+    asked: Action | None = None  # waits for y or n
+    question: str = ""
+    paused: bool = False
+    note: str = ""  # what the last key did, until the next
+
+
+# Of text.  Terminals count cells: two for wide characters, none for combining ones.
+
+PLAINER = str.maketrans({"×": "x", "–": "-", "—": "-", "…": "~", "·": ".", "’": "'", "≥": ">="})
+SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # or nothing to be seen
+
+
+@functools.lru_cache(4096)
+def cell(char: str) -> int:
+    """How many cells a character takes."""
+    if char.isascii():
+        return 1
+    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cells(text: str) -> int:
+    return len(text) if text.isascii() else sum(map(cell, text))
+
+
+def clean(text: str, look: Look) -> str:
+    """Text from anywhere, fit to be shown: no control characters, nothing that changes the
+    direction or the width of its neighbours."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
+    if not look.unicode:
+        text = unicodedata.normalize("NFKD", text.translate(PLAINER))
+        text = "".join(c for c in text if not unicodedata.combining(c))
+        text = "".join(c if c.isascii() else "?" * cell(c) for c in text)
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    return f" {text}" if text and not cell(text[0]) else text  # nothing to combine with
+
+
+UNCLEANED = ("history", "url", "settings_error")  # numbers, what actions are about, and lines
+
+
+def cleaned(value: Any, look: Look) -> Any:
+    """A status document whose texts are fit to be shown, in one line each."""
+    if isinstance(value, str):
+        return clean(value, look)
+    if isinstance(value, list):
+        return [cleaned(item, look) for item in value]
+    if isinstance(value, dict):
+        return {key: item if key in UNCLEANED else cleaned(item, look)
+                for key, item in value.items()}  # fmt: skip
+    return value
+
+
+def cut(text: str, width: int) -> str:
+    """As much of its start as fits."""
+    if cells(text) <= width:
+        return text
+    taken = 0
+    for n, char in enumerate(text):
+        taken += cell(char)
+        if taken > width:
+            return text[:n]
+    return text
+
+
+def fit(text: str, width: int, look: Look) -> str:
+    """Cut where it does not fit, and that is shown."""
+    if cells(text) <= width:
+        return text
+    return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
+
+
+def fit_name(name: str, width: int, look: Look) -> str:
+    """A host:port that is wider than the whole screen loses some of its middle, never its port."""
+    if cells(name) <= width:
+        return name
+    host, colon, port = name.rpartition(":")
+    return fit(host, max(0, width - cells(port) - 1), look) + colon + port
+
+
+def pad(text: str, width: int, right: bool = False) -> str:
+    space = " " * (width - cells(text))
+    return space + text if right else text + space
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Text in lines of that width, broken at spaces if there are any."""
+    lines: list[str] = []
+    for line in text.splitlines() or [""]:
+        before = len(lines)
+        while cells(line) > width and line:
+            head = cut(line, width) or line[:1]
+            at = len(head) if line[len(head) :].startswith(" ") else head.rfind(" ")
+            head = head[:at] if at > width // 3 else head
+            lines.append(head)
+            line = line[len(head) :].lstrip()
+        if line or len(lines) == before:
+            lines.append(line)
+    return lines
+
+
+def clipped(line: Line, width: int) -> Line:
+    """The line as far as it fits; whatever made it, it never wraps."""
+    out: Line = []
+    for text, style in line:
+        text = cut(text, width)
+        if text:
+            out.append((text, style))
+        width -= cells(text)
+    return out
+
+
+# Of numbers.  None is unknown; so is what is no number.
+
+
+UNITS: tuple[tuple[float, float, str], ...] = (
+    (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
+)  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  20  screen
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is seen on a terminal: a status document in, lines of styled text out.  Nothing here knows a
+# terminal.  What a colour says, a word says too.
+#
+# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
+# goes first when there is no room.
+
+
+def known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def short_number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    if abs(value) < 9.95:
+        return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+    for limit, scale, letter in UNITS:
+        if abs(value) < limit:
+            return f"{value / scale:.0f}{letter}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def percent(ratio: float | None) -> str:
+    return f"{100 * ratio:.0f}%" if ratio is not None and abs(ratio) < 100 else "-"
+
+
+def short_time(seconds: float | None) -> str:
+    """60ms, 1.4s, 14s, 20m."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 599.5:
+        return f"{short_number(seconds)}s"
+    return f"{short_number(seconds / 60)}m"
+
+
+def time_pair(low: float | None, high: float | None) -> str:
+    """60/300ms: two times that mostly have one unit."""
+    first, second = short_time(low), short_time(high)
+    unit = second.lstrip("0123456789.-")
+    if unit and first.lstrip("0123456789.-") == unit:
+        first = first.removesuffix(unit)
+    return "-" if first == second == "-" else f"{first}/{second}"
+
+
+def long_time(seconds: float | None) -> str:
+    """45 s, 12 min, 1 h 05 min, 3 d 4 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return "an unknown time"
+    whole = max(0, int(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole // 60 % 60:02} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
+
+
+def bar_of(ratio: float | None, width: int, look: Look) -> str:
+    full, empty = look.bar
+    share = min(1.0, max(0.0, ratio)) if ratio is not None and math.isfinite(ratio) else 0.0
+    count = math.ceil(share * width - 1e-9)  # whatever is there is seen
+    return full * count + empty * (width - count)
+
+
+def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
+    """The newest at the right; what is unknown is a gap."""
+    marks, out = look.levels, ""
+    for ratio in history[-width:] if width > 0 else ():
+        if ratio is None or not math.isfinite(ratio):
+            out += " "
+        else:
+            out += marks[min(len(marks) - 1, max(0, int(ratio * len(marks))))]
+    return out
+
+
+# Of servers.
+
+
+def load_ratio(server: Document) -> float | None:
+    """How full a server is: its requests, ours and those of others, by its capacity."""
+    said = (server["running"] or 0) + (server["waiting"] or 0)
+    capacity = server["capacity"]
+    if not known(capacity) or capacity <= 0:
+        return None
+    return float(max(said, server["in_flight"] or 0) / capacity)
+
+
+SHORT_STATES = {
+    "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
+    "circuit open": "trip", "circuit half-open": "try",
+}  # fmt: skip
+STATE_STYLES = {
+    "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
+    "circuit half-open": Style.WARN,
+}  # fmt: skip
+
+
+def state_text(server: Document, width: int = 1000) -> str:
+    """Its state in a word, a short one if need be."""
+    state: str = server["state"]
+    word = "half-open" if state == "circuit half-open" else state
+    return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
+
+
+def state_style(server: Document) -> Style:
+    return STATE_STYLES.get(server["state"], Style.BAD)
+
+
+def load_style(server: Document) -> Style:
+    """mvllm's limits."""
+    ratio = load_ratio(server) or 0.0
+    return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
+
+
+def is_out(server: Document) -> bool:
+    """Whether the reason says more than its numbers."""
+    return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
+
+
+def model_names(server: Document) -> str:
+    """As mvllm: up to three names, or two and how many more."""
+    names = server["models"] or []
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} (+{len(names) - 2})"
+    return ", ".join(names) or "no models"
+
+
+def said(server: Document, key: str, form: Callable[[float | None], str] = short_number) -> str:
+    """A number that the server has reported; it is marked if that was some time ago."""
+    value = server[key]
+    return form(value) + "?" * bool(server["stale"] and known(value))
+
+
+def unknown_last(value: float | None) -> float:
+    return -math.inf if value is None or not math.isfinite(value) else value
+
+
+# How the list can be sorted: by name in words, and what is first has the lowest value.
+SORTS: dict[str, Callable[[Document], Any]] = {
+    "given": lambda server: 0,
+    "name": lambda server: server["name"],
+    "state": lambda server: (server["state"] == "healthy", server["state"]),
+    "load": lambda server: -unknown_last(load_ratio(server)),
+    "running": lambda server: -unknown_last(server["running"]),
+    "waiting": lambda server: -unknown_last(server["waiting"]),
+    "kv": lambda server: -unknown_last(server["kv_usage_ratio"]),
+    "ttft": lambda server: -unknown_last(server["ttft_p95_s"]),
+    "tokens": lambda server: -unknown_last(server["tokens_per_s"]),
+    "errors": lambda server: -unknown_last(server["errors"]),
+}
+
+
+def listed(ui: Ui, status: Document) -> list[Document]:
+    """The servers that the filter leaves, sorted.  Each of its words is in a server's name, state
+    or models."""
+    words = (ui.filter if ui.typed is None else ui.typed).lower().split()
+
+    def wanted(server: Document) -> bool:
+        if not words:
+            return True
+        text = f"{server['name']} {server['state']} {' '.join(server['models'] or ())}".lower()
+        return all(word in text for word in words)
+
+    servers = [server for server in status["servers"] if wanted(server)]
+    return sorted(servers, key=SORTS[ui.sort])
+
+
+def selected(ui: Ui, status: Document) -> Document | None:
+    """The selected server, or the first one of the list; a detail is of no other than it."""
+    if ui.mode is Mode.DETAIL:
+        return next((s for s in status["servers"] if s["url"] == ui.selected), None)
+    servers = listed(ui, status)
+    return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
+
+
+# Of the table.
+
+
+class Column(NamedTuple):
+    head: str
+    rank: int  # the highest is left out first
+    least: int  # cells
+    right: bool
+    text: Callable[[Document, Look], str]
+    style: Callable[[Document], Style] = lambda server: Style.PLAIN
+    sort: str = ""  # the sort that it shows
+    most: int = 0  # cells, if there is room; 0: what its texts take
+
+
+def capacity_text(server: Document, look: Look) -> str:
+    """A bar of how full it is, and how many requests that would be."""
+    learned = "~" if server["capacity_learned"] else ""
+    number = learned + short_number(server["capacity"])
+    return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
+
+
+def plain(server: Document) -> Style:
+    return Style.PLAIN
+
+
+def failure_style(server: Document) -> Style:
+    return Style.BAD if server["errors"] else Style.PLAIN
+
+
+COLUMNS = (
+    Column("STATE", 0, 4, False, lambda s, look: state_text(s), state_style, "state"),
+    Column("MODELS", 4, 8, False, lambda s, look: model_names(s),
+           lambda s: Style.PLAIN if s["models"] else Style.DIM, most=60),
+    Column("RUN", 1, 3, True, lambda s, look: said(s, "running"), plain, "running"),
+    Column("WAIT", 2, 4, True, lambda s, look: said(s, "waiting"),
+           lambda s: Style.WARN if s["waiting"] else Style.PLAIN, "waiting"),
+    Column("OURS", 5, 4, True, lambda s, look: short_number(s["in_flight"])),
+    Column("CAPACITY", 3, 11, True, capacity_text, load_style, "load"),
+    Column("KV", 6, 4, True, lambda s, look: said(s, "kv_usage_ratio", percent),
+           lambda s: Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN, "kv"),
+    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain, "tokens"),
+    Column("TTFT 50/95", 8, 10, True,
+           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain, "ttft"),
+    Column("ERR", 7, 3, True, lambda s, look: short_number(s["errors"]), failure_style, "errors"),
+    Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
+    Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
+           lambda s: Style.BAR, most=60),
+)  # fmt: skip
+MARK_CELLS = 2  # cells before a name: whether it is selected, whether it is well
+
+
+class Place(NamedTuple):
+    """A column on the screen."""
+
+    column: Column
+    width: int
+
+
+def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
+    """The columns for which there is room; what is left over goes to those that can use it."""
+    if not servers or left < 5:
+        return []
+    wants = {column: max(cells(column.text(server, look)) for server in servers)
+             for column in COLUMNS}  # fmt: skip
+    widths: dict[Column, int] = {}
+    for column in sorted(COLUMNS, key=lambda column: column.rank):
+        width = column.least if column.most else max(column.least, wants[column])
+        if column is COLUMNS[0] and width >= left:
+            width = column.least  # its short words
+        if width + 1 <= left:
+            widths[column], left = width, left - width - 1
+    for column in widths:
+        if column.most:
+            more = max(0, min(left, min(column.most, wants[column]) - widths[column]))
+            widths[column], left = widths[column] + more, left - more
+    return [Place(column, widths[column]) for column in COLUMNS if column in widths]
+
+
+def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
+    def head(text: str, key: str) -> Span:
+        return text, Style.SORTED if sort == key else Style.HEAD
+
+    name = head(pad("SERVER"[:name_width], name_width), "name")
+    line: Line = [(" " * MARK_CELLS, Style.HEAD), name]
+    for column, width in shown:
+        line += [(" ", Style.HEAD), head(pad(column.head[:width], width, column.right),
+                                         column.sort or "-")]  # fmt: skip
+    return line
+
+
+def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
+                reason_below: bool, width: int) -> Line:  # fmt: skip
+    """A server's row of the table; the reason why it is out has no need of its numbers."""
+    style = state_style(server)
+    mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
+    name = fit_name(server["name"], name_width, look)
+    line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
+    for column, cells_wide in shown:
+        if column is not COLUMNS[0] and is_out(server) and not reason_below:
+            reason = f"{server['reason']}, for {long_time(server['since_s'])}"
+            left = width - sum(cells(text) for text, _ in line) - 1
+            return [*line, (" ", Style.PLAIN), (fit(reason, left, look), style)]
+        word = (state_text(server, cells_wide) if column is COLUMNS[0] else
+                column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
+                fit(column.text(server, look), cells_wide, look))  # fmt: skip
+        dim = server["stale"] and column.head in ("RUN", "WAIT", "KV")
+        line.append((" ", Style.PLAIN))
+        line.append((pad(word, cells_wide, column.right),
+                     Style.DIM if dim else column.style(server)))  # fmt: skip
+    return line
+
+
+def reason_line(server: Document, look: Look, width: int) -> Line:
+    corner = "└" if look.unicode else "`"
+    text = f"{corner} {server['reason']}, for {long_time(server['since_s'])}"
+    return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
+
+
+def marked(line: Line, width: int) -> Line:
+    """A row as the selected one: by a mark, too, for who sees no inverse."""
+    text = "".join(text for text, _ in line)
+    return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
+
+
+# Of the lines around the table.
+
+
+def packed(items: Sequence[Span], width: int) -> Line:
+    """The items that fit beside each other, the first ones first."""
+    line: Line = []
+    for text, style in items:
+        gap = "  " if line else ""
+        if text and cells(text) + len(gap) <= width:
+            line += [(gap, Style.PLAIN), (text, style)]
+            width -= cells(text) + len(gap)
+    return line
+
+
+def total_items(status: Document) -> list[Span]:
+    """The fleet in one line, what matters most first."""
+    t = status["totals"]
+    healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
+    style = Style.GOOD if healthy == servers else Style.WARN if healthy else Style.BAD
+    words = f"{healthy} of {servers} healthy" if servers else "no servers"
+    ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
+    wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
+    return [
+        (words, style), *wrong,
+        (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
+        (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
+        (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
+        (f"errors {short_number(None if errors is None else 100 * errors)}%",
+         Style.BAD if errors else Style.PLAIN),
+        (f"TTFT {ttft}", Style.PLAIN), (f"{short_number(t['tokens_per_s'])} tok/s", Style.PLAIN),
+        (f"clients {short_number(t['connections'])}", Style.PLAIN),
+    ]  # fmt: skip
+
+
+def title_line(status: Document, ui: Ui, width: int) -> Line:
+    """Who this is; the time stands at the right."""
+    flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
+        [("STOPPING", Style.ASK)] * bool(status["stopping"]))  # fmt: skip
+    clock = status["time"]
+    line = packed([*flags, (f"mvllm_lite {status['version']}", Style.TITLE),
+                   (status["address"], Style.PLAIN),
+                   (f"up {long_time(status['uptime_s'])}", Style.PLAIN)],
+                  width - cells(clock) - 2)  # fmt: skip
+    gap = width - cells(clock) - sum(cells(text) for text, _ in line)
+    return [*line, (" " * gap, Style.PLAIN), (clock, Style.DIM)] if gap > 0 else line
+
+
+def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+    """Where the settings are from, or the complaint about them as far as there is room."""
+    if status["settings_error"] and rows > 0:
+        lines = [clean(line, look) for line in status["settings_error"].splitlines()]
+        complaint = wrapped("settings not used: " + "\n".join(lines), width)
+        return [[(line, Style.BAD)] for line in complaint[:rows]]
+    return [[(f"settings {status['settings']}", Style.DIM)]][:rows]
+
+
+def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """Totals, and what else fits above the table."""
+    width, rows = size
+    lines = [packed(total_items(status), width)]
+    if rows >= 8:
+        lines.insert(0, title_line(status, ui, width))
+    elif ui.paused:
+        lines = [packed([("PAUSED", Style.ASK), *total_items(status)], width)]
+    spare = 0 if rows < 10 else 1 if rows < 14 else min(5, rows // 6)
+    return lines + settings_lines(status, spare, look, width)
+
+
+KEYS = (
+    ("q", "quit, or back", "quit"), ("?", "help, this page", "help"),
+    ("Enter", "all about the selected server", "detail"),
+    ("d", "drain it, or undo that; asks before", "drain"),
+    ("/", "filter by name, state or model", "filter"), ("s", "sort by the next column", "sort"),
+    ("r", "probe it now", "probe"), ("p", "pause the screen, not the balancer", "pause"),
+    ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
+    ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
+    ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer", ""),
+)  # fmt: skip
+
+
+def key_line(ui: Ui, place: str, width: int) -> Line:
+    """The last line: a question, what is typed, what a key did, or which keys there are."""
+    if ui.asked:
+        return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
+    if ui.typed is not None:
+        return [("/", Style.KEY), (ui.typed[-max(1, width // 2 - 3) :] + "_", Style.PLAIN),
+                ("  Enter keep, Esc clear", Style.DIM)]  # fmt: skip
+    if ui.note:
+        return [(ui.note, Style.TITLE)]
+    if ui.mode is not Mode.LIST:
+        return [("q", Style.KEY), (" back  ", Style.DIM), (place, Style.DIM)]
+    line: Line = []
+    left = width - cells(place) - 2 * bool(place)
+    if ui.filter:
+        line = [(cut(f"/{ui.filter}  ", max(0, left)), Style.KEY)]
+        left -= cells(line[0][0])
+    for key, _, word in KEYS:
+        word = f"sort {ui.sort}" if word == "sort" else word
+        if word and len(key) + len(word) + 1 <= left:
+            line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
+            left -= len(key) + len(word) + 3
+    return [*line, (" " * max(0, left + 2), Style.PLAIN), (place, Style.DIM)] if place else line
+
+
+def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+    """The newest events, as many as fit below their title."""
+    if rows < 2:
+        return []
+    lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
+                          (look.rule * (width - 10), Style.DIM)]]  # fmt: skip
+    for event in status["events"][1 - rows :]:
+        level = event["level"]
+        style = {"warning": Style.WARN, "error": Style.BAD}.get(level, Style.PLAIN)
+        words = event["text"] if level == "info" else f"{level}: {event['text']}"
+        line: Line = [(f"{event['time']} ", Style.DIM), (words, style)]
+        taken = cells(event["time"]) + 1
+        lines.append([line[0], (fit(words, max(0, width - taken), look), style)])
+    return lines
+
+
+# The three screens.
+
+
+class Frame(NamedTuple):
+    """How the rows of the list screen are shared out."""
+
+    top: list[Line]
+    table: int  # rows for servers
+    reasons: bool  # whether reasons have lines of their own
+    events: int  # rows for events
+
+
+def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
+    top = top_lines(status, ui, look, size)
+    free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
+    servers = listed(ui, status)
+    with_reasons = len(servers) + sum(map(is_out, servers))
+    least = min(6, len(status["events"]) + 1) if free >= 12 else 0
+    reasons = with_reasons <= free - least
+    table = min(with_reasons if reasons else len(servers), free - least)
+    events = free - table
+    return Frame(top, table + (events if events < 2 else 0), reasons, events if events > 1 else 0)
+
+
+def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    parts, servers, width = frame(status, ui, look, size), listed(ui, status), size.columns
+    name_width = max([6, *(cells(server["name"]) for server in servers)])
+    name_width = max(0, min(name_width, width - MARK_CELLS))
+    shown = places(servers, width - MARK_CELLS - name_width, look)
+    rows: list[Line] = []
+    window = servers[ui.scroll : ui.scroll + max(0, parts.table)]
+    for server in window:
+        line = server_line(server, name_width, shown, look, parts.reasons, width)
+        rows.append(marked(line, width) if server["url"] == ui.selected else line)
+        if parts.reasons and is_out(server):
+            rows.append(reason_line(server, look, width))
+    if not servers:
+        rows = [[("no server matches the filter" if status["servers"] else
+                  "no servers in the settings", Style.WARN)]]  # fmt: skip
+    rows = (rows + [[]] * parts.table)[: parts.table]
+    events = event_lines(status, parts.events, look, width)
+    rows += events + [[]] * (parts.events - len(events))
+    end = ui.scroll + len(window)
+    place = f"{ui.scroll + 1}-{end} of {len(servers)}" if len(window) < len(servers) else ""
+    head = table_head(name_width, shown, ui.sort)
+    return [*parts.top, head, *rows, key_line(ui, place, width)]
+
+
+def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
+    """All that is known of a server: what, in words, and what that means."""
+    state = f"{server['state']} for {long_time(server['since_s'])}"
+    yield "state", state, state_style(server)
+    if server["reason"]:
+        yield "reason", server["reason"], Style.PLAIN
+    yield "url", clean(server["url"], look), Style.PLAIN
+    yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
+    old = " (reported some time ago)" if server["stale"] else ""
+    running, waiting, ours = (
+        short_number(server[key]) for key in ("running", "waiting", "in_flight"))
+    words = f"{running} running, {waiting} waiting{old}; {ours} of ours in flight"
+    yield "requests", words, Style.PLAIN
+    ratio, note = load_ratio(server), server["capacity_note"]
+    learned = "learned" if server["capacity_learned"] else "as set"
+    words = f"{bar_of(ratio, 10, look)} {percent(ratio)} of {short_number(server['capacity'])}"
+    yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
+    yield "KV cache", percent(server["kv_usage_ratio"]) + old, Style.PLAIN
+    yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
+    pending, speed = (
+        short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
+    yield "prompts", f"{pending} tokens not answered yet, read at {speed} tokens/s", Style.PLAIN
+    p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
+    yield "TTFT", f"{p50} median, {p95} p95, of the last minute", Style.PLAIN
+    errors, retries = short_number(server["errors"]), short_number(server["retries"])
+    words = f"{errors} errors, {retries} retries in the last minute"
+    yield "failures", words, failure_style(server)
+    yield "load", sparkline(server["history"] or (), 60, look) or "-", Style.BAR
+
+
+def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
+    """The text of a server's own screen; as many lines as it takes."""
+    lines: list[Line] = []
+    indent = 10 if width >= 40 else 2
+    for what, words, style in facts(server, look):
+        if indent == 2:
+            lines.append([(what, Style.HEAD)])
+        for n, text in enumerate(wrapped(words, max(1, width - indent))):
+            label = what if n == 0 and indent > 2 else ""
+            lines.append([(pad(label, indent), Style.HEAD), (text, style)])
+    for what, items in (("last errors", server["last_errors"]),
+                        ("last decisions", server["decisions"])):  # fmt: skip
+        lines += [[], [(what, Style.HEAD)]]
+        for item in items[::-1] or ["none"]:  # newest first
+            lines += [[("  " + text, Style.PLAIN)] for text in wrapped(item, max(1, width - 2))]
+    return lines
+
+
+def help_lines(look: Look, width: int) -> list[Line]:
+    lines: list[Line] = [[("Keys", Style.TITLE)]]
+    lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
+    meanings = (
+        "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
+        " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
+        " learned.  TTFT (time to first token), ERR and RETRY are of the last minute.  LOAD is"
+        " the past, newest at the right.  Before a name, ! is out and ? is on its way in or out.")
+    lines += [[], [("Numbers", Style.TITLE)]]
+    lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
+    lines += [[], [("Short words for states", Style.TITLE)]]
+    return lines + [[(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
+                    for word, short in SHORT_STATES.items()]  # fmt: skip
+
+
+def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
+    """The title and the text of a screen that is not the list."""
+    server = selected(ui, status)
+    if ui.mode is Mode.HELP or server is None:
+        return [("mvllm_lite, help", Style.TITLE)], help_lines(look, size.columns)
+    name = fit_name(server["name"], size.columns, look)
+    return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
+
+
+def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
+    """The Ui as it fits what there is: a server is selected, and it is to be seen."""
+    if ui.mode is not Mode.LIST:
+        if ui.mode is Mode.DETAIL and selected(ui, status) is None:
+            return settle(ui._replace(mode=Mode.LIST), status, look, size)
+        page = max(1, size.rows - 2)
+        most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
+        return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
+    urls = [server["url"] for server in listed(ui, status)]
+    page = max(1, frame(status, ui, look, size).table)
+    at = urls.index(ui.selected) if ui.selected in urls else 0
+    scroll = max(at - page + 1, min(ui.scroll, at, max(0, len(urls) - page)))
+    url = urls[at] if urls else ""
+    return ui._replace(selected=url, page=page, scroll=max(0, scroll), lines_up=0)
+
+
+def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """As many lines as there are rows, none wider than there are columns."""
+    status = cleaned(status, look)
+    return drawn(status, settle(ui, status, look, size), look, size)
+
+
+def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """The same, of a status that is clean and a Ui that is settled."""
+    ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
+                     filter=clean(ui.filter, look))  # fmt: skip
+    if ui.typed is not None:
+        ui = ui._replace(typed=clean(ui.typed, look))
+    if ui.mode is Mode.LIST:
+        lines = list_lines(status, ui, look, size)
+    else:
+        title, text = page_lines(status, ui, look, size)
+        seen = text[ui.lines_up : ui.lines_up + ui.page]
+        rest = len(text) - ui.lines_up - len(seen)
+        place = f"{rest} more lines below" if rest else "the end" if ui.lines_up else ""
+        seen += [[]] * (ui.page - len(seen))
+        lines = [title, *seen, key_line(ui, place, size.columns)]
+    if len(lines) > size.rows:
+        lines = lines[: max(0, size.rows - 1)] + lines[-1:]
+    lines = [clipped(line, size.columns) for line in lines[: size.rows]]
+    return lines + [[]] * (size.rows - len(lines))
+
+
+# Of keys.
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  21  keys
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
+#
+# To add a key: a row in KEYS, and its branch in `press`.
+
+
+def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
+    """What a key makes of the screen, and what it asks of the balancer."""
+    ui = ui._replace(note="")
+    if ui.asked:
+        return answer(key, ui)
+    if ui.typed is not None:
+        return type_filter(key, ui, status), None
+    if key in MOVES:
+        return moved(MOVES[key], ui, status), None
+    if key in ("q", "esc"):
+        return leave(key, ui, status)
+    if key == "?":
+        return ui._replace(mode=Mode.HELP, lines_up=0), None
+    if key == "p":
+        return ui._replace(paused=not ui.paused), None
+    if ui.mode is Mode.LIST and key == "s":
+        names = list(SORTS)
+        return ui._replace(sort=names[(names.index(ui.sort) + 1) % len(names)]), None
+    if ui.mode is Mode.LIST and key == "/":
+        return ui._replace(typed=ui.filter), None
+    return about_server(key, ui, selected(ui, status))
+
+
+def answer(key: str, ui: Ui) -> tuple[Ui, Action | None]:
+    """A question has been asked; only y is yes, and only a clear no ends it."""
+    if key in ("y", "Y"):
+        note = f"{ui.question.partition('?')[0]}: yes"
+        return ui._replace(asked=None, question="", note=note), ui.asked
+    if key in ("n", "N", "q", "esc", "enter"):
+        return ui._replace(asked=None, question=""), None
+    return ui, None
+
+
+def type_filter(key: str, ui: Ui, status: Document) -> Ui:
+    typed = ui.typed or ""
+    if key == "enter":
+        return ui._replace(typed=None, filter=typed)
+    if key == "esc":
+        return ui._replace(typed=None, filter="")
+    if key == "backspace":
+        return ui._replace(typed=typed[:-1])
+    if key in ("up", "down"):
+        return moved(MOVES[key], ui, status)
+    return ui._replace(typed=typed + key) if len(key) == 1 and key.isprintable() else ui
+
+
+# Rows and pages down; the ends are further than any list.
+MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -1),
+         "pgdn": (0, 1), " ": (0, 1), "home": (-10**6, 0), "g": (-10**6, 0), "end": (10**6, 0),
+         "G": (10**6, 0)}  # fmt: skip
+
+
+def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
+    by = move[0] + move[1] * max(1, ui.page)
+    if ui.mode is not Mode.LIST:
+        return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
+    urls = [server["url"] for server in listed(ui, status)]
+    if not urls:
+        return ui
+    at = urls.index(ui.selected) if ui.selected in urls else 0
+    return ui._replace(selected=urls[max(0, min(len(urls) - 1, at + by))])
+
+
+def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
+    """Back to where one came from; from the list, q leaves the program."""
+    if ui.mode is not Mode.LIST:
+        return ui._replace(mode=Mode.LIST, lines_up=0), None
+    if key == "esc":
+        return ui._replace(filter=""), None
+    running = status["totals"]["in_flight"]
+    if not running:
+        return ui, Action("quit")
+    words = "1 request is" if running == 1 else f"{short_number(running)} requests are"
+    return ui._replace(asked=Action("quit"), question=f"quit? {words} in flight"), None
+
+
+def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
+    """Keys about the selected server."""
+    if server is None or ui.mode is Mode.HELP:
+        return ui, None
+    url, name = server["url"], server["name"]
+    if key == "enter":
+        return ui._replace(mode=Mode.DETAIL, selected=url, lines_up=0), None
+    if key == "r":
+        return ui._replace(note=f"{name} is being probed"), Action("probe", url)
+    if key != "d":
+        return ui, None
+    if server["state"] in ("draining", "drained"):
+        question = f"undrain {name}? it will get requests again"
+        return ui._replace(asked=Action("undrain", url), question=question), None
+    count = short_number(server["in_flight"])
+    question = f"drain {name}? it gets no new requests, {count} in flight go on"
+    return ui._replace(asked=Action("drain", url), question=question), None
+
+
+ESCAPES = {
+    "[A": "up", "[B": "down", "OA": "up", "OB": "down", "[5~": "pgup", "[6~": "pgdn",
+    "[H": "home", "[F": "end", "OH": "home", "OF": "end", "[1~": "home", "[4~": "end",
+    "[7~": "home", "[8~": "end",
+}  # fmt: skip
+CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
+            "\x0c": "redraw", "\x1b": "esc"}  # fmt: skip
+SEQUENCE = re.compile(r"\x1b([\[O][0-?]*[ -/]*[@-~])")
+UNFINISHED = re.compile(r"\x1b([\[O][0-?]*[ -/]*)?$")
+
+
+def keys_of(text: str, over: bool) -> tuple[list[str], str]:
+    """The keys in what a terminal has sent, and the start of one whose rest may follow.  If what
+    follows is overdue, Esc was the key."""
+    keys: list[str] = []
+    at = 0
+    while at < len(text):
+        if found := SEQUENCE.match(text, at):
+            keys += [ESCAPES[found[1]]] if found[1] in ESCAPES else []
+            at = found.end()
+        elif UNFINISHED.match(text, at) and not over:
+            break
+        else:
+            char = text[at]
+            keys += [CONTROLS.get(char, char)] if char.isprintable() or char in CONTROLS else []
+            at += 1
+    return keys, text[at:]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  22  page
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# GET /status: what a browser shows of the document at /status.json.  The page itself holds no
+# fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
+# row is found by its URL and changed in place, so that what is open, marked or in focus stays so.
+
+
+@functools.cache
+def page_policy() -> str:
+    """The Content-Security-Policy: the page's own blocks, by their hashes, and this origin."""
+    allowed: dict[str, list[str]] = {"style": [], "script": []}
+    for name, block in re.findall(r"<(style|script)>(.*?)</\1>", STATUS_PAGE, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        allowed[name].append(f"'sha256-{digest}'")
+    return "; ".join((
+        "default-src 'none'", f"style-src {' '.join(allowed['style'])}",
+        f"script-src {' '.join(allowed['script'])}", "connect-src 'self'", "img-src data:",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    ))  # fmt: skip
+
+
+STATUS_PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>mvllm_lite</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<style>
+:root { --bg: #fff; --card: #f3f5f8; --text: #1b1f24; --muted: #545d68; --line: #c9d0d8;
+  --good: #116329; --warn: #7a4b00; --bad: #a40e26; --accent: #0b57b0 }
+@media screen and (prefers-color-scheme: dark) { :root { --bg: #0d1117; --card: #171d26;
+    --text: #e6edf3; --muted: #a0a9b4; --line: #39424e; --good: #5ad06c; --warn: #e5b84c;
+    --bad: #ff8a80; --accent: #79b8ff } }
+* { box-sizing: border-box; margin: 0; padding: 0 } [hidden] { display: none !important }
+body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--bg); color: var(--text);
+  font: 15px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere }
+h1, h2, caption { font-size: 1.15rem; font-weight: 650; text-align: left }
+h2, caption { padding: 1.2rem 0 .4rem }
+small, dt, h3, thead th { color: var(--muted); font-size: .82rem; font-weight: 400 }
+.row { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: center }
+.good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
+a { color: var(--accent) } #headline { font-size: 1.3rem; font-weight: 650; margin-top: .6rem }
+.banner { border: 2px solid; border-radius: .4rem; padding: .5rem .8rem; margin-top: .5rem;
+  white-space: pre-wrap } .old #data { filter: grayscale(1) }
+#totals { display: grid; grid-template-columns: repeat(9, 1fr); gap: .5rem; margin: .7rem 0;
+  white-space: nowrap }
+#totals div, #events { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .7rem }
+#totals div, .rest { background: var(--card) } #totals dd { font-size: 1.3rem; font-weight: 650 }
+table { border-collapse: collapse; width: 100% }
+th, td { padding: .3rem .45rem; text-align: left; vertical-align: top }
+thead th { vertical-align: bottom } tbody { border: solid var(--line); border-width: 1px 0 }
+tbody th { font-weight: 650; min-width: 11rem } td small { display: block; white-space: nowrap }
+td:nth-child(2) { min-width: 7.5em }
+.n { text-align: right; white-space: nowrap } .more > td { padding-top: 0 }
+.bar { width: 5.5rem; height: .65rem; border: 1px solid var(--muted); border-radius: .2rem;
+  overflow: hidden } .bar div { height: 100%; background: currentColor;
+  transform-origin: 0 }
+svg { width: 6rem; height: 1.6rem; display: block; fill: none; stroke: var(--accent);
+  stroke-width: 1.5; overflow: visible } svg path { stroke: var(--line) }
+summary { cursor: pointer; color: var(--muted); font-size: .88rem }
+summary b:not(:empty) { margin-right: .6rem }
+.rest { border-radius: .4rem; padding: .6rem .8rem; margin: .3rem 0; display: flex;
+  flex-wrap: wrap; gap: .6rem 1.5rem } .rest > * { flex: 1 1 15rem }
+.rest > .wide { flex-basis: 32rem } ul, ol { list-style: none; font-size: .88rem }
+#events { max-height: 22rem; overflow: auto } .only .good-server { display: none }
+button, input { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
+  border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
+button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+@media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
+@media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
+  svg, .bar { width: 4.5rem } }
+@media screen and (max-width: 66rem) { #totals { grid-template-columns: repeat(5, 1fr) }
+  table { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+    gap: 0 .6rem; align-items: start } caption { grid-column: 1 / -1 }
+  caption, tbody, .more, .more > td, .main > * { display: block }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+  tbody { border-width: 1px; border-radius: .5rem; padding: .4rem; margin-bottom: .6rem }
+  .main { display: grid; grid-template-columns: repeat(4, 1fr) }
+  .main > .half { grid-column: span 2; min-width: 0 } .main > .whole { grid-column: 1 / -1 }
+  .n { text-align: left } svg, .bar { width: 100% }
+  [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
+    font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
+@media screen and (max-width: 30rem) { body { padding: .7rem }
+  #totals { grid-template-columns: repeat(3, 1fr) } #totals dd { font-size: 1.1rem } }
+@media print { :root, body { font-size: 7.5pt } body { padding: 0; max-width: none }
+  .tools { display: none } th, td { padding: 1pt 2pt } tbody, #totals div { break-inside: avoid }
+  .bar div { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  .bar, svg { width: 4.5rem } #events { max-height: none; border: 0 } }
+</style></head><body>
+<header class="row"><h1>mvllm_lite <span id="version"></span></h1><span id="address"></span>
+<small id="facts"></small></header>
+<main><div aria-live="polite"><p id="headline">Loading …</p><p id="out"></p>
+<p id="stopping" class="banner warn" hidden>The balancer is stopping: it finishes what it has.</p>
+<p id="lost" class="banner bad" hidden></p><p id="complaint" class="banner bad" hidden></p></div>
+<noscript>This page needs JavaScript; its facts are at <a href="/status.json">/status.json</a>.
+</noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
+<label><input id="only" type="checkbox"> only servers that are not healthy</label>
+<label><input id="pause" type="checkbox"> pause</label></div>
+<table role="table"><caption>Servers <small>TTFT (time to first token), errors and retries: of the
+last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
+<tr role="row" id="heads"></tr></thead></table>
+<h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
+<div class="tools"><h2>Operate</h2><form id="unlock" class="row">
+<label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
+<button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
+admin key, servers can be drained and probed: in their details. It is kept until this page is left,
+and nowhere else.</small></form><small><a id="raw" href="status.json">As JSON</a></small></div>
+</main><template><tbody role="rowgroup"><tr role="row" class="main">
+<th scope="row" role="rowheader" class="whole" data-part="name"></th>
+<td role="cell" class="half"><b data-part="state"></b><small data-part="since"></small></td>
+<td role="cell" class="half" data-label="Load"><span data-part="load"></span>
+<div class="bar" aria-hidden="true"><div data-part="bar"></div></div></td>
+<td role="cell" class="half" data-label="Load so far" data-part="last"><svg role="img"
+viewBox="0 0 60 20" preserveAspectRatio="none" data-part="spark"><path d="M0 20H60M0 0H60"
+vector-effect="non-scaling-stroke"/><polyline data-part="line" vector-effect="non-scaling-stroke"/>
+</svg></td></tr><tr role="row" class="more"><td role="cell" colspan="13"><details><summary>
+<span class="sr" data-part="label"></span><b data-part="why"></b><span data-part="models"></span>
+</summary><div class="rest"><dl><dt>Address</dt><dd data-part="url"></dd>
+<dt>State</dt><dd data-part="reason"></dd></dl><dl><dt>Capacity</dt><dd data-part="capacity"></dd>
+<dt>Prompt tokens it has to read</dt><dd data-part="pending_prompt_tokens"></dd>
+<dt>Prompt tokens it reads per second</dt><dd data-part="prompt_tokens_per_second"></dd></dl>
+<div><h3>Models</h3><ul data-part="every_model"></ul></div>
+<div><h3>Last errors</h3><ul data-part="last_errors"></ul></div>
+<div class="wide"><h3>Last decisions</h3><ul data-part="decisions"></ul></div>
+<div class="wide" hidden data-part="acts"><p class="row"><button data-act="drain">Drain</button>
+<button data-act="undrain">Undrain</button><button data-act="probe">Probe now</button></p>
+<p role="status" data-part="answer"></p></div></div></details></td></tr></tbody></template>
+<script>
+"use strict";
+(() => {
+const POLL_MS = 2000, GET_MS = 5000, POST_MS = 30000, SILENT_MS = 10000, STREAM_AGAIN_MS = 30000;
+const $ = id => document.getElementById(id), one = tag => document.querySelector(tag);
+const table = one("table"), base = location.pathname.replace(/\/status\/?$/, ""), rows = new Map();
+let key = "", locked = false, last = null, source = null, timer = 0, run = 0, streamAfter = 0;
+
+const known = v => typeof v === "number" && isFinite(v), list = v => Array.isArray(v) ? v : [];
+const text = v => v === null || v === undefined ? ""  // without what turns the writing around
+  : String(v).replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+const forms = [0, 1].map(d => new Intl.NumberFormat("en-US", { maximumFractionDigits: d }));
+const num = (v, fine) => known(v) ? forms[fine ? 1 : 0].format(v) : "–";
+const whole = v => num(v), rate = v => num(v, v < 10);
+const share = v => known(v) ? num(100 * v, v < 0.1) + " %" : "–";
+const wait = v => !known(v) ? "–" : v < 0.9995 ? num(1000 * v) + " ms" : num(v, v < 10) + " s";
+const long = v => !known(v) ? "" : v < 60 ? `${Math.floor(v)} s` : v < 3600
+  ? `${Math.floor(v / 60)} min` : v < 172800 ? `${Math.floor(v / 3600)} h `
+  + `${Math.floor(v % 3600 / 60)} min` : `${Math.floor(v / 86400)} days`;
+const few = (items, n) => items.slice(0, n).join(", ")
+  + (items.length > n ? ` and ${items.length - n} more` : "");
+const MARKS = { good: "✓", warn: "!", bad: "✕" };
+const kindOf = s => /^healthy/.test(s) ? "good" : /unhealthy|open/.test(s) ? "bad" : "warn";
+const TOTALS = [["Healthy", "healthy", whole], ["Queue", "queue", whole],
+  ["In flight", "in_flight", whole], ["Requests/s", "requests_per_s", rate],
+  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
+  ["TTFT p95", "ttft_p95_s", wait], ["Errors", "error_ratio", share],
+  ["Connections", "connections", whole]];
+const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole],
+  ["Ours", "in_flight", whole], ["KV cache", "kv_usage_ratio", share],
+  ["Tokens/s", "tokens_per_s", rate, "n half"], ["Errors", "errors", whole],
+  ["Retries", "retries", whole], ["TTFT p50", "ttft_p50_s", wait],
+  ["TTFT p95", "ttft_p95_s", wait]];
+
+const node = (tag, textContent, fields) =>
+  Object.assign(document.createElement(tag), { textContent }, fields);
+function put(where, value, kind) {  // touches only what has changed
+  if (where.textContent !== value) where.textContent = value;
+  if (kind !== undefined && where.className !== kind) where.className = kind;
+}
+function fill(where, items) {
+  const entries = items.length ? items : ["none"], now = JSON.stringify(entries);
+  if (where.dataset.now === now) return;
+  where.dataset.now = now;
+  where.replaceChildren(...entries.map(i => node("li", i.line || i, { className: i.kind || "" })));
+}
+
+function make(url) {
+  const body = one("template").content.firstElementChild.cloneNode(true), part = {};
+  for (const found of body.querySelectorAll("[data-part]")) part[found.dataset.part] = found;
+  for (const [label, name, , className] of FIGURES) {
+    part.last.before(part[name] = node("td", "", { className: className || "n" }));
+    part[name].dataset.label = label;
+    part[name].setAttribute("role", "cell");
+  }
+  for (const button of body.querySelectorAll("[data-act]"))
+    button.addEventListener("click", () => operate(url, button.dataset.act));
+  return rows.set(url, { body, part }).get(url);
+}
+
+function showServer(url, server) {
+  const row = rows.get(url) || make(url), part = row.part, since = long(server.since_s);
+  const state = text(server.state) || "unknown", kind = kindOf(state), reason = text(server.reason);
+  const name = text(server.name) || url, models = list(server.models).map(text);
+  const ours = server.in_flight, all = known(server.running) && !server.stale
+    ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
+  const load = all === null ? ours : Math.max(known(ours) ? ours : 0, all);
+  const full = known(load) && server.capacity > 0 ? load / server.capacity : 0;
+  const history = list(server.history).filter(known).slice(-60), top = Math.max(1, ...history);
+  const capacity = num(server.capacity);
+  const learned = known(server.capacity) && server.capacity_learned;
+  Object.assign(row, { name, state, kind });
+  row.body.className = kind + "-server";
+  put(part.name, name);
+  put(part.state, MARKS[kind] + " " + state, kind);
+  put(part.since, since && "for " + since);
+  put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
+  put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
+  part.bar.style.transform = `scaleX(${Math.min(1, full).toFixed(3)})`;
+  for (const [, figure, form] of FIGURES) put(part[figure], form(server[figure]));
+  part.errors.classList.toggle("bad", server.errors > 0);
+  part.line.setAttribute("points", history.map((v, i) =>
+    `${61 - history.length + i},${(20 - 20 * Math.max(0, v) / top).toFixed(1)}`).join(" "));
+  part.spark.setAttribute("aria-label", history.length ? `now ${share(history[history.length - 1])}`
+    + ` of capacity, at most ${share(Math.max(...history))}` : "not known");
+  put(part.label, `Details of ${name}: `);
+  put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
+    .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
+  put(part.models, few(models, 3) || "no models known");
+  put(part.url, url);
+  put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
+  put(part.capacity, capacity + (learned ? ", learned" : "")
+    + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
+  put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
+  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second));
+  fill(part.every_model, models);
+  fill(part.last_errors, list(server.last_errors).map(text));
+  fill(part.decisions, list(server.decisions).map(text));
+  part.acts.hidden = !key;
+  return row.body;
+}
+
+function show(doc) {
+  const servers = new Map(list(doc.servers).map(s => [text(s && s.url), s || {}]));
+  const totals = doc.totals || {}, focus = document.activeElement;
+  last = doc;
+  for (const [url, row] of rows) if (!servers.has(url)) row.body.remove(), rows.delete(url);
+  let next = table.tBodies[0] || null;
+  for (const [url, server] of servers) {
+    const body = showServer(url, server);
+    if (body === next) next = next.nextElementSibling; else table.insertBefore(body, next);
+  }
+  if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
+  const all = totals.servers, well = totals.healthy, busy = totals.queue > 0;
+  const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
+  const line = all ? healthy + " servers healthy" : "No server is configured";
+  const kind = !well ? "bad" : well < all || busy || failing ? "warn" : "good";
+  put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
+    + (failing ? ", many requests fail" : ""), kind);
+  put($("out"), few([...rows.values()].filter(r => r.kind !== "good")
+    .map(r => `${r.name} (${r.state})`), 5));
+  document.title = `${num(well)}/${num(all)} healthy · mvllm_lite`;
+  for (const [, name, form] of TOTALS) put($("total-" + name), form(totals[name]));
+  put($("total-healthy"), healthy);
+  put($("version"), text(doc.version));
+  put($("address"), text(doc.address));
+  put($("facts"), [text(doc.time), known(doc.uptime_s) && "up " + long(doc.uptime_s),
+    doc.settings && "settings " + text(doc.settings)].filter(Boolean).join(" · "));
+  $("stopping").hidden = !doc.stopping;
+  $("complaint").hidden = !doc.settings_error;
+  put($("complaint"), doc.settings_error ? "The settings file cannot be used as it is; what was set"
+    + " before stays in force.\n" + text(doc.settings_error) : "");
+  fill($("events"), list(doc.events).slice(-200).reverse().map(e => e || {}).map(e => ({
+    line: [e.time, e.level, e.text].map(text).join(" "),
+    kind: e.level === "error" ? "bad" : e.level === "warning" ? "warn" : "" })));
+  $("data").hidden = false;
+}
+
+function lost(why) {  // "" when all is well
+  put($("lost"), why && why + (last ? `, data of ${text(last.time)}` : ""));
+  $("lost").hidden = !why;
+  document.body.classList.toggle("old", why !== "");
+}
+function got(raw) {
+  show(JSON.parse(raw));
+  lost("");
+}
+
+async function ask(method, path, limit_ms) {
+  const abort = new AbortController(), late = setTimeout(() => abort.abort(), limit_ms);
+  const headers = key ? { Authorization: "Bearer " + key } : {};
+  try {
+    const found = await fetch(base + path,
+      { method, headers, cache: "no-store", signal: abort.signal });
+    return { status: found.status, ok: found.ok, raw: await found.text() };
+  } finally { clearTimeout(late) }
+}
+
+function start() {  // anew, or not: nobody looks at a hidden tab
+  run += 1;
+  clearTimeout(timer);
+  if (source) source.close();
+  if ($("pause").checked) lost("Paused"); else if (!document.hidden) poll(run);
+}
+
+async function poll(mine) {
+  let answer = null;
+  try {
+    answer = await ask("GET", "/status.json", GET_MS);
+    if (mine !== run) return;
+    if (answer.status === 401 || answer.status === 403) return lock(answer);
+    if (!answer.ok) throw new Error(answer.status);
+    got(answer.raw);
+    if (!locked && Date.now() >= streamAfter) return stream(mine);
+  } catch (error) {
+    if (mine !== run) return;
+    lost(answer && answer.ok ? `This page failed (${error.message})` : "Connection lost");
+  }
+  timer = setTimeout(poll, POLL_MS, mine);
+}
+
+function stream(mine) {  // until it fails or falls silent: then polling, and later this again
+  const own = source = new EventSource(base + "/status/events"), fail = () => {
+    own.close();
+    if (mine !== run) return;
+    clearTimeout(timer);
+    streamAfter = Date.now() + STREAM_AGAIN_MS;
+    poll(mine);
+  };
+  const awake = () => { clearTimeout(timer); timer = setTimeout(fail, SILENT_MS) };
+  own.onerror = fail;
+  own.onmessage = event => {
+    if (mine !== run) return;
+    try { got(event.data); awake() } catch (error) { fail() }
+  };
+  awake();
+}
+
+function lock(answer) {  // the document itself wants a key, which a stream cannot send
+  locked = true;
+  if (last) lost("No longer let in");
+  else put($("headline"), key ? "✕ This key is not let in" : "A key is needed", "warn");
+  put($("says"), key ? complaint(answer) : "The status is shown to who has a key.");
+  $("key").focus();
+}
+
+function complaint(answer) {
+  let found = answer.raw;
+  try {
+    const said = JSON.parse(found);
+    found = said.error && said.error.message || said.error || said.message || found;
+  } catch (error) { /* no JSON: as it is */ }
+  return `${answer.status}: ${text(found).slice(0, 500)}`;
+}
+
+async function operate(url, what) {
+  const { name, part } = rows.get(url);
+  const path = `/admin/servers/${what}?url=${encodeURIComponent(url)}`;
+  const question = `Drain ${name}?\nIt finishes what it has and gets no more.`;
+  if (what === "drain" && !confirm(question)) return;
+  put(part.answer, `${what}: asked …`, "");
+  try {
+    const answer = await ask("POST", path, POST_MS);
+    if (answer.ok) put(part.answer, `${what}: done`, "good");
+    else put(part.answer, `${what} failed, ${complaint(answer)}`, "bad");
+  } catch (error) { put(part.answer, `${what}: no answer`, "bad") }
+}
+
+function use(typed, line) {
+  key = typed;
+  $("key").value = "";
+  $("forget").hidden = !key;
+  put($("says"), line);
+  for (const row of rows.values()) row.part.acts.hidden = !key;
+  if (locked) start();
+}
+
+for (const label of ["Server", "State", "Load", ...FIGURES.map(f => f[0]), "Load so far"])
+  $("heads").append(node("th", label, { scope: "col", role: "columnheader",
+    className: FIGURES.some(f => f[0] === label) ? "n" : "" }));
+for (const [label, name] of TOTALS) $("totals").appendChild(node("div"))
+  .append(node("dt", label), node("dd", "–", { id: "total-" + name }));
+$("raw").href = base + "/status.json";
+$("unlock").addEventListener("submit", event => {
+  event.preventDefault();
+  const typed = $("key").value.trim();
+  if (/^[\x21-\x7e]+$/.test(typed)) use(typed, "The key is used until this page is left.");
+  else put($("says"), "That cannot be a key.");
+});
+$("forget").addEventListener("click", () => { use("", "The key is forgotten."); $("key").focus() });
+$("only").addEventListener("change", () => table.classList.toggle("only", $("only").checked));
+$("pause").addEventListener("change", start);
+document.addEventListener("visibilitychange", start);
+start();
+})();
+</script></body></html>
+"""
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  23  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -4471,7 +5800,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  engine
+#  24  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -4811,7 +6140,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  replay
+#  25  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -5046,7 +6375,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  wire
+#  26  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -5417,7 +6746,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  pool
+#  27  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -5669,7 +6998,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  pump
+#  28  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -5806,7 +7135,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  response
+#  29  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -5959,7 +7288,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  journal
+#  30  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -6027,7 +7356,261 @@ def shape_writer(path: str) -> LineWriter | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  core
+#  31  terminal
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The screen's lines onto a terminal, and its keys, in a thread of its own.  The terminal is opened
+# anew so that it can be written without waiting: one that takes nothing (a dead ssh, a stopped
+# one) is then just a screen that stands still.  Python's curses is of no use for this: while it
+# switches the terminal back, or the cursor off, it waits with the interpreter locked, and so would
+# everybody.  The few sequences below are those all terminals have in common since the VT100.
+
+TICK_S = 0.1  # between looks at the size, the newest status, and whether it is time to go
+KEY_S = 0.05  # after which an Esc is the key and not the start of another
+FAREWELL_S = 0.5  # for a terminal that is slow to take its last bytes
+ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[0m\x1b[2J"  # own page, no cursor, no wrapping
+LEAVE = b"\x1b[0m\x1b[2J\x1b[H\x1b[?7h\x1b[?25h\x1b[?1049l"
+CANCEL = b"\x18"  # of a sequence that was begun
+NOT_TERMINALS = ("", "dumb", "unknown", "network", "emacs", "vt52", "ansi-mono-none")
+MONO = re.compile(r"vt\d|.*-(mono|m|nc)$")
+
+# Only colours of the terminal's own palette, on its own background, so that light and dark do.
+COLOURS = {
+    Style.DIM: "2", Style.TITLE: "1", Style.HEAD: "1;36", Style.SORTED: "1;7", Style.GOOD: "32",
+    Style.WARN: "33", Style.BAD: "1;31", Style.SELECTED: "7", Style.BAR: "35", Style.KEY: "1;36",
+    Style.ASK: "1;7",
+}  # fmt: skip
+NO_COLOURS = {
+    Style.TITLE: "1", Style.HEAD: "4", Style.SORTED: "1;7", Style.WARN: "1", Style.BAD: "1",
+    Style.SELECTED: "7", Style.KEY: "1", Style.ASK: "1;7",
+}  # fmt: skip
+
+
+def look_of(environ: Mapping[str, str], encoding: str) -> Look | None:
+    """What a terminal can show, by what it is called; None: not even this."""
+    kind = environ.get("TERM", "")
+    if kind in NOT_TERMINALS:
+        return None
+    utf8 = encoding.lower().replace("-", "") == "utf8"
+    colours = not environ.get("NO_COLOR") and not MONO.match(kind)
+    return Look(utf8 and kind != "linux", colours)  # a console's font has few characters
+
+
+def painted(line: Line, look: Look, width: int) -> str:
+    codes = COLOURS if look.colours else NO_COLOURS
+    parts = (f"\x1b[{codes[style]}m{text}\x1b[0m" if style in codes else text
+             for text, style in line)  # fmt: skip
+    whole = sum(cells(text) for text, _ in line) >= width  # clearing would take the last cell
+    return "".join(parts) + "\x1b[K" * (not whole)
+
+
+def in_foreground(descriptor: int) -> bool:
+    """Whether the terminal is ours to use, not that of the shell that we were put behind."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # it is not our controlling terminal: nobody else's shell is there either
+        return True
+
+
+def open_terminal(descriptor: int) -> int:
+    """That terminal by a description of its own, since not to wait is a matter of descriptions,
+    and the shell's is shared.  Raises OSError."""
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(os.ttyname(descriptor), flags)
+    except OSError:  # after su it is another user's, in a container it may have no name
+        return os.open("/dev/tty", flags)
+
+
+class Terminal:
+    """Shows the newest status on a terminal, until it is closed.
+
+    The loop's side calls `show` and `close`, and closes before a traceback or another last word
+    is printed, which would go down with the screen's own page.  It is told by `on_action` what
+    keys ask for, and by `on_gone` when the screen has ended by itself, and why.  The two sides
+    share nothing that changes: a status must not, once it is shown."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_action: Callable[[Action], object],
+                 on_gone: Callable[[str], object], descriptor: int = 1) -> None:  # fmt: skip
+        """Raises OSError if that is no terminal, or not ours."""
+        look = look_of(os.environ, getattr(sys.stdout, "encoding", None) or "ascii")
+        if look is None or not in_foreground(descriptor):
+            raise OSError("no screen on this terminal")
+        self.loop, self.on_action, self.on_gone, self.look = loop, on_action, on_gone, look
+        self.descriptor = open_terminal(descriptor)
+        try:
+            self.saved = termios.tcgetattr(self.descriptor)
+        except termios.error as error:
+            os.close(self.descriptor)
+            raise OSError(*error.args) from None
+        self.latest: Document | None = None  # is replaced by the loop, at any time
+        self.taken: Document | None = None  # the one that `status` was made of
+        self.ending = threading.Event()
+        self.ui = Ui()
+        self.unsent = b""  # bytes that the terminal has not taken yet
+        self.typed = b""  # bytes of keys that are not complete
+        self.entered = False
+        self.size = Size(0, 0)
+        self.seen: list[str] = []  # what every line of the terminal shows
+        self.shown: Ui | None = None  # by which that was made
+        self.status: Document | None = None  # what is looked at; an older one while paused
+        self.thread = threading.Thread(target=self._run, name="screen", daemon=True)
+        atexit.register(self.close)
+        self.thread.start()
+
+    @staticmethod
+    def possible(descriptor: int = 1) -> bool:
+        """Whether there is a terminal that can show a screen."""
+        if not os.isatty(descriptor) or not in_foreground(descriptor):
+            return False
+        if look_of(os.environ, "ascii") is None:
+            return False
+        try:
+            os.close(open_terminal(descriptor))
+        except OSError:
+            return False
+        return True
+
+    def show(self, status: Document) -> None:
+        """From now on, the newest is this.  Never waits."""
+        self.latest = status
+
+    def close(self) -> None:
+        """The terminal is as it was when this returns, after a second at the most."""
+        self.ending.set()
+        atexit.unregister(self.close)
+        if self.thread is not threading.current_thread():
+            self.thread.join(1.0)
+
+    def _run(self) -> None:
+        why = ""
+        # Put behind a shell, we must not be stopped for touching the terminal: streams would be.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU, signal.SIGTTIN))
+        try:
+            while not self.ending.is_set():
+                self._turn()
+        except (OSError, termios.error) as error:
+            why = f"the terminal has gone: {error}"
+        except Exception as error:
+            why = f"the screen failed: {type(error).__name__}: {error}"
+        finally:
+            self._restore()
+        if why:
+            self._tell(self.on_gone, why)
+
+    def _tell(self, told: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended before us
+            self.loop.call_soon_threadsafe(told, *args)
+
+    def _turn(self) -> None:
+        """Waits for something to do, for a tick at the most, and does it."""
+        if not in_foreground(self.descriptor):
+            self.entered = False
+            self.ending.wait(TICK_S)
+            return
+        if not self.entered:
+            self._enter()
+        if not self.unsent:
+            self._paint()
+        wait_s = KEY_S if self.typed else TICK_S
+        ready = self._wait(select.POLLIN | select.POLLOUT * bool(self.unsent), wait_s)
+        if ready & ~select.POLLOUT:  # or it has gone, which reading will tell
+            self._read()
+        elif self.typed:
+            self._press(over=True)
+        if ready & select.POLLOUT:
+            self._write()
+
+    def _wait(self, events: int, seconds: float) -> int:
+        """What the terminal is ready for; not by select, which knows no descriptor over 1,023."""
+        poll = select.poll()
+        poll.register(self.descriptor, events)
+        return next((ready for _, ready in poll.poll(seconds * 1000)), 0)
+
+    def _enter(self) -> None:
+        mode = termios.tcgetattr(self.descriptor)
+        mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
+        mode[3] &= ~(termios.ICANON | termios.ECHO)  # but Ctrl-C works as ever
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
+            mode[6][key] = b"\x00"
+        termios.tcsetattr(self.descriptor, termios.TCSANOW, mode)
+        self.unsent += ENTER
+        self.entered, self.seen = True, []
+
+    def _paint(self) -> None:
+        """What has changed since the last time."""
+        columns, rows = os.get_terminal_size(self.descriptor)
+        size, latest = Size(columns or 80, rows or 24), self.latest  # 0: it does not know
+        if size != self.size:
+            self.size, self.seen = size, []
+        if latest is not self.taken and not (self.ui.paused and self.status):
+            self.taken, self.status = latest, cleaned(latest, self.look)
+        elif self.seen and self.shown is self.ui:
+            return
+        if self.status is None:
+            return
+        self.ui = self.shown = settle(self.ui, self.status, self.look, size)
+        lines = [painted(line, self.look, size.columns)
+                 for line in drawn(self.status, self.ui, self.look, size)]  # fmt: skip
+        out = "" if self.seen else "\x1b[2J"
+        for row, line in enumerate(lines):
+            if not self.seen or self.seen[row] != line:
+                out += f"\x1b[{row + 1};1H{line}"
+        self.seen = lines
+        self.unsent += out.encode("utf-8" if self.look.unicode else "ascii", "replace")
+        self._write()
+
+    def _write(self) -> None:
+        if self.unsent:
+            with contextlib.suppress(BlockingIOError):
+                self.unsent = self.unsent[os.write(self.descriptor, self.unsent) :]
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.descriptor, 1024)
+            if not data:
+                raise OSError("it was closed")
+            self.typed += data
+            self._press(over=False)
+
+    def _press(self, over: bool) -> None:
+        try:
+            text, rest = self.typed.decode(), b""
+        except UnicodeDecodeError as error:  # the rest of a character may follow
+            late = over or len(self.typed) - error.start > 3
+            text = self.typed[: error.start].decode()
+            rest = b"" if late else self.typed[error.start :]
+        keys, unfinished = keys_of(text, over)
+        self.typed = unfinished.encode() + rest
+        for key in keys:
+            if key == "redraw":
+                self.seen = []
+            elif self.status is not None:
+                self.ui, action = press(key, self.ui, self.status)
+                if action is not None:
+                    self._tell(self.on_action, action)
+
+    def _restore(self) -> None:
+        """Its modes at once; its page after what it was to take before, if it takes anything."""
+        with contextlib.suppress(OSError, termios.error):
+            if self.entered and in_foreground(self.descriptor):
+                termios.tcflush(self.descriptor, termios.TCIFLUSH)
+                termios.tcsetattr(self.descriptor, termios.TCSANOW, self.saved)
+                self.unsent += LEAVE
+                until = time.monotonic() + FAREWELL_S
+                while self.unsent and (left_s := until - time.monotonic()) > 0:
+                    if self._wait(select.POLLOUT, left_s) & select.POLLOUT:
+                        self._write()
+                if self.unsent:  # for when it wakes up
+                    termios.tcflush(self.descriptor, termios.TCOFLUSH)
+                    os.write(self.descriptor, CANCEL + LEAVE)
+        with contextlib.suppress(OSError):
+            os.close(self.descriptor)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  32  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -6236,7 +7819,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  conversation
+#  33  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -6434,7 +8017,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  exchange
+#  34  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -6830,7 +8413,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  watch
+#  35  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -7016,7 +8599,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  local
+#  36  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -7096,6 +8679,14 @@ async def explain(core: Core, head: RequestHead) -> Reply:
     text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
             f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
     return Reply(404, error_body(Fault.NOT_SERVED, text))
+
+
+@local("/status")
+async def status_page(core: Core, head: RequestHead) -> Reply:
+    """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
+    fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
+              ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+    return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
 @local("/status.json")
@@ -7290,7 +8881,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  door
+#  37  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -7565,6 +9156,8 @@ class Door:
     def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
         """Why a status path is not for who asks, or None."""
         access, path = exchange.settings.status_access, exchange.head.path
+        if find_local(path) is status_page and access != "loopback":
+            return None
         who = client_address(
             exchange.client.peer[0], exchange.head.fields, exchange.settings.trusted_proxies)
         if access == "loopback" and not is_trusted(who, LOOPBACK):
@@ -7573,7 +9166,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  balancer
+#  38  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -7593,6 +9186,7 @@ class Balancer:
     ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
         self.inherited = inherited
+        self.before_upgrade: Callable[[], object] = lambda: None  # the screen has to end
         self.file = SettingsFile(path) if path else None
         self.overrides = overrides or {}
         self.port = 0  # the one it listens on
@@ -7706,6 +9300,7 @@ class Balancer:
         """Have another process, maybe of a newer file, take over."""
         if not (self._upgrading or self._stop.is_set()):
             self._upgrading = True
+            self.before_upgrade()
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
@@ -7891,7 +9486,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  demo
+#  39  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -8140,7 +9735,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  command line
+#  40  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
@@ -8323,7 +9918,10 @@ def run_balancer(args: argparse.Namespace) -> int:
         for warning in warnings:
             log.warning("%s", warning)
         inherited = inherited_sockets()
-        return serve_until_stopped(lambda run: run(Balancer(settings, path, overrides, inherited)))
+        lines_wanted = settings.log_to_console  # --console, too
+        return serve_until_stopped(
+            lambda run: run(Balancer(settings, path, overrides, inherited)),
+            screen=sys.stdout.isatty() and not (lines_wanted or inherited))
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -8484,8 +10082,65 @@ def progress_bar(name: str) -> Callable[[float], None]:
     return draw if sys.stderr.isatty() else lambda share: None
 
 
-def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = "") -> int:
-    """Run a balancer until a signal stops it; the exit code."""
+SCREEN_S = 0.5  # between two looks at the fleet
+
+
+@contextlib.asynccontextmanager
+async def showing(balancer: Balancer) -> AsyncIterator[None]:
+    """The screen, in place of log lines, for as long as the terminal takes part."""
+    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, LineWriter)]
+
+    def act(action: Action) -> None:
+        if action.verb == "quit":
+            balancer.stop()
+        else:
+            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
+            task.add_done_callback(doing.discard)
+
+    def gone(why: str) -> None:
+        for one in lines:
+            log.addHandler(one)
+        log.warning("the screen has ended: %s", why)
+
+    async def show() -> None:
+        while True:
+            terminal.show(core.status())
+            await asyncio.sleep(SCREEN_S)
+
+    doing = set[asyncio.Future[Any]]()
+    for one in lines:
+        log.removeHandler(one)
+    def end() -> None:
+        shown.cancel()
+        terminal.close()
+        for one in lines:
+            log.addHandler(one)  # once, however often
+
+    terminal = Terminal(asyncio.get_running_loop(), act, gone)
+    shown = asyncio.ensure_future(show())
+    balancer.before_upgrade = end
+    try:
+        yield
+    finally:
+        end()
+
+
+async def act_on_server(core: Core, action: Action) -> None:
+    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
+    function = ADMIN[f"/admin/servers/{action.verb}"]["POST"]
+    try:
+        reply = await function(core, {"url": action.url.partition("@")[0]}, b"")
+        if action.verb == "probe":
+            log.info("by hand: %s probed: %s", action.url, reply.content.decode())
+    except (LookupError, SettingsError) as error:
+        log.warning("%s", error.args[0])
+
+
+def serve_until_stopped(
+    start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
+) -> int:
+    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
+    or with log lines."""
 
     async def run(balancer: Balancer) -> None:
         loop, settings = asyncio.get_running_loop(), balancer.core.settings
@@ -8496,6 +10151,7 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
         if not hint:  # a demo has its servers in this very process
             command = [sys.executable, *sys.orig_argv[1:]]
             loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
+        on_screen = screen and Terminal.possible()
 
         def ready() -> None:
             host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
@@ -8513,7 +10169,8 @@ def serve_until_stopped(start: Callable[[Runner], Awaitable[None]], hint: str = 
                             resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
 
         raise_descriptor_limit()
-        await balancer.run(ready)
+        async with showing(balancer) if on_screen else contextlib.nullcontext():
+            await balancer.run(ready)
         log.info("stopped")
 
     async def started() -> None:

@@ -3780,7 +3780,7 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19 to 21  traces, engine and replay
+#  23 to 25  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -4536,7 +4536,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22 to 29  a request on its way
+#  26 to 34  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6574,7 +6574,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  watch
+#  35  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -6665,7 +6665,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  local
+#  36  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6884,7 +6884,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32 and 33  balancer: settings that change, and stopping
+#  37 and 38  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -6909,7 +6909,7 @@ async def following(path, *servers, **config):
 
 
 def settings_text(*servers, **config):
-    config = {"host": '"127.0.0.1"', "port": 0, "config_reload_interval": 0.05, **config}
+    config = {"host": '"127.0.0.1"', "port": 0, "config_reload_interval": 0.05, "slow_start": 0, **config}
     lines = [f'{{ url = "{server.url}", max_concurrent_requests = 5 }},' for server in servers]
     return "\n".join(["servers = [", *lines, "]", "[config]", *(f"{k} = {v}" for k, v in config.items())])
 
@@ -7138,7 +7138,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  demo
+#  39  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -7209,7 +7209,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  command line
+#  40  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
@@ -7690,7 +7690,7 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         stop.set()
         await asyncio.gather(*clients)
         await running.quiet()
-        assert all(good) and len(good) > 100 and len(storm) >= 1000
+        assert all(good) and len(good) > 30 and len(storm) >= 1000
         assert running.in_flight() == len(running.core.queue) == running.core.buffered_bytes == 0
         assert not running.core.exchanges and running.core.forwarding == 0
         assert not any(running.core.attempts.values())
