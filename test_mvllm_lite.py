@@ -9,17 +9,21 @@ import ast
 import asyncio
 import contextlib
 import dataclasses
+import base64
 import fcntl
 import functools
 import gc
 import gzip
+import hashlib
 import itertools
 import json
 import math
 import os
+import pty
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -28,9 +32,13 @@ import struct
 import subprocess
 import symtable
 import sys
+import termios
+import threading
 import time
+import unicodedata
 import tomllib
 from collections import Counter, OrderedDict
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -3780,6 +3788,879 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  19 to 21 and 30  cells, screen, keys and terminal
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
+Terminal, Ui, press = lite.Terminal, lite.Ui, lite.press
+
+
+# A status document
+
+
+def shown_server(n, **more):
+    return {
+        "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
+        "reason": "check passed", "since_s": 130.0, "models": ["llama-3-70b"], "running": 3,
+        "waiting": 0, "in_flight": 3, "capacity": 16, "capacity_learned": False,
+        "capacity_note": "", "kv_usage_ratio": 0.42, "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
+        "ttft_p95_s": 0.3, "errors": 0, "retries": 0, "pending_prompt_tokens": 1200,
+        "prompt_tokens_per_second": 9000, "stale": False,
+        "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
+        "decisions": ["14:03:20 cost 107; next 10.0.0.2:8000 at 214"], **more,
+    }  # fmt: skip
+
+
+def document(servers, **more):
+    healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
+    totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
+              "connections": 40, "requests_per_s": 3.2, "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
+              "ttft_p95_s": 0.4, "error_ratio": 0.01}  # fmt: skip
+    return {
+        "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
+        "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
+        "settings": "unchanged since the start", "totals": totals, "servers": servers,
+        "events": [
+            {"time": "14:01:00", "level": "info", "text": "10.0.0.1:8000 is healthy"},
+            {"time": "14:02:01", "level": "warning",
+             "text": "10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused"},
+            {"time": "14:03:10", "level": "error", "text": "servers.toml line 3 is no number"},
+        ], **more,
+    }  # fmt: skip
+
+
+NOTHING = dict(running=None, waiting=None, in_flight=0, kv_usage_ratio=None, tokens_per_s=None,
+               ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])  # fmt: skip
+shown_REFUSED = "3 checks failed in a row: connection refused"
+shown_STATUS = document([
+    shown_server(1),
+    shown_server(2, running=15, waiting=4, in_flight=15, kv_usage_ratio=0.93, errors=2, retries=1,
+           capacity_learned=True, capacity_note="16 was set, it does 14"),
+    shown_server(3, state="unhealthy", reason=shown_REFUSED, **NOTHING),
+    shown_server(4, state="draining", models=["qwen", "lora", "phi", "m4"], in_flight=1, running=1,
+           stale=True),
+])  # fmt: skip
+MANY = document([shown_server(n) for n in range(1, 61)])
+FIRST, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+shown_IDLE = document([shown_server(1)], totals={**shown_STATUS["totals"], "in_flight": 0})
+DRAINING = "http://10.0.0.4:8000"
+
+
+def text_of(status, ui, look, columns, rows):
+    lines = lite.screen(status, ui, look, Size(columns, rows))
+    return ["".join(text for text, _ in line).rstrip() for line in lines]
+
+
+# Captured screens
+
+# ruff: noqa: E501
+CAPTURED = [
+    (80, 24, """
+mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
+2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms
+settings unchanged since the start
+  SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
+> 10.0.0.1:8000 healthy   llama-3…   3    0    3 ██░░░░   16  42%   60/300ms   0
+  10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
+ !10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
+   └ 3 checks failed in a row: connection refused, for 2 min
+ ?10.0.0.4:8000 draining  qwen, l…  1?   0?    1 █░░░░░   16 42%?   60/300ms   0
+── events ──────────────────────────────────────────────────────────────────────
+14:01:00 10.0.0.1:8000 is healthy
+14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connect…
+14:03:10 error: servers.toml line 3 is no number
+
+
+
+
+
+
+
+
+
+
+q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+"""),
+    (120, 40, """
+mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
+2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
+settings unchanged since the start
+  SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
+> 10.0.0.1:8000 healthy   llama-3-70b       3    0    3 ██░░░░   16  42%   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+  10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+ !10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
+   └ 3 checks failed in a row: connection refused, for 2 min
+ ?10.0.0.4:8000 draining  qwen, lora (+2)  1?   0?    1 █░░░░░   16 42%?   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+── events ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+14:01:00 10.0.0.1:8000 is healthy
+14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused
+14:03:10 error: servers.toml line 3 is no number
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+"""),
+    (40, 10, """
+mvllm_lite 0.1.0  up 65 min     14:03:22
+2 of 4 healthy  queue 0  in flight 12
+settings unchanged since the start
+  SERVER        STATE     RUN WAIT OURS
+> 10.0.0.1:8000 healthy     3    0    3
+  10.0.0.2:8000 healthy    15    4   15
+ !10.0.0.3:8000 unhealthy   -    -    0
+   └ 3 checks failed in a row: connecti…
+ ?10.0.0.4:8000 draining   1?   0?    1
+q quit  ? help  Enter detail  d drain
+"""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
+def test_the_list_looks_like_this(columns, rows, expected):
+    lines = text_of(shown_STATUS, Ui(), Look(), columns, rows)
+    assert len(lines) == rows
+    assert "\n".join(lines).rstrip("\n") == expected.strip("\n")
+
+
+def test_at_20x5_there_are_totals_servers_and_keys():
+    assert text_of(shown_STATUS, Ui(), Look(False), 20, 5) == [
+        "2 of 4 healthy",
+        "  SERVER        STAT",
+        "> 10.0.0.1:8000 ok",
+        "  10.0.0.2:8000 ok",
+        "q quit      1-2 of 4",
+    ]
+
+
+def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
+    lines = text_of(shown_STATUS, Ui(), Look(), 80, 8)
+    assert f" !10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
+    assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
+
+
+def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
+    ui = Ui()
+    for key, name, place in (("", "10.0.0.1:", "1-15 of 60"), ("G", "10.0.0.60:", "46-60 of 60"),
+                             ("pgup", "10.0.0.45:", "45-59 of 60"), ("k", "10.0.0.44:", "44-58"),
+                             ("g", "10.0.0.1:", "1-15 of 60")):  # fmt: skip
+        ui = press(key, ui, MANY)[0] if key else ui
+        ui = lite.settle(ui, MANY, Look(), Size(80, 24))
+        lines = text_of(MANY, ui, Look(), 80, 24)
+        assert [line for line in lines if line.startswith(f"> {name}")], (key, lines)
+        assert place in lines[-1]
+
+
+def test_the_selection_follows_its_server_when_the_order_changes():
+    ui = Ui(selected=SECOND, sort="waiting")
+    lines = text_of(shown_STATUS, ui, Look(), 80, 24)
+    assert lines[4].startswith("> 10.0.0.2:8000")
+    calm = document([shown_server(1, waiting=9), shown_server(2)])
+    assert text_of(calm, ui, Look(), 80, 24)[5].startswith("> 10.0.0.2:8000")
+
+
+@pytest.mark.parametrize("sort, first", table(
+    ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
+    ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))  # fmt: skip
+def test_the_list_is_sorted(sort, first):
+    assert lite.listed(Ui(sort=sort), shown_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
+
+
+def test_a_complaint_about_settings_is_read_without_scrolling():
+    wrong = {**shown_STATUS, "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
+    lines = text_of(wrong, Ui(), Look(), 80, 24)
+    assert "SETTINGS WRONG" in lines[1]
+    assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
+                          "servers.toml:9: what?"]  # fmt: skip
+    assert "SETTINGS WRONG" in text_of(wrong, Ui(), Look(), 40, 5)[0]
+
+
+def test_the_detail_has_all_that_is_known_of_a_server():
+    text = "\n".join(text_of(shown_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
+    for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
+                  "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries"):
+        assert words in text
+
+
+def test_the_detail_of_a_server_that_has_left_is_not_that_of_another():
+    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), shown_STATUS, Look(), Size(80, 24))
+    assert ui.mode is Mode.LIST
+    assert press("d", Ui(Mode.DETAIL, selected="http://gone"), shown_STATUS)[0].asked is None
+
+
+def test_help_names_every_key():
+    text = "\n".join(text_of(shown_STATUS, Ui(Mode.HELP), Look(), 80, 40))
+    assert all(key in text for key, _, _ in lite.KEYS)
+
+
+def test_a_port_is_kept_even_where_a_name_is_wider_than_the_screen():
+    name = "gpu-node-17.cluster.example.com:8017"
+    odd = document([shown_server(1, name=name)])
+    assert any(line.endswith("…:8017") for line in text_of(odd, Ui(), Look(), 20, 5))
+    assert any(name in line for line in text_of(odd, Ui(), Look(), 40, 5))
+
+
+def test_what_a_colour_says_a_word_or_a_mark_says_too():
+    for line in lite.screen(shown_STATUS, Ui(selected=FIRST), Look(), Size(120, 24))[4:9]:
+        styles = {style for _, style in line}
+        text = "".join(text for text, _ in line)
+        if Style.SELECTED in styles:
+            assert text.startswith(">")
+        if "10.0.0.3:8000" in text:
+            assert text.startswith(" !") and "unhealthy" in text
+
+
+# Text
+
+
+@pytest.mark.parametrize("text, look, expected, width", table(
+    ("plain", "llama-3", Look(), "llama-3", 7),
+    ("wide", "模型", Look(), "模型", 4),
+    ("combining", "e\u0301a\u0308\u0323", Look(), "éạ\u0308", 2),
+    ("only combining", "\u0308", Look(), " \u0308", 1),
+    ("escape", "a\x1b[31mb", Look(), "a?[31mb", 7),
+    ("8-bit control", "a\x9bb", Look(), "a?b", 3),
+    ("turned around", "a\u202eb", Look(), "a?b", 3),
+    ("surrogate", "a\ud800", Look(), "a?", 2),
+    ("emoji made of several", "👩\u200d💻\ufe0f", Look(), "👩?💻", 5),
+    ("wide in ASCII", "模é×", Look(False), "??ex", 4),
+    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))  # fmt: skip
+def test_text_is_made_fit_to_be_shown(text, look, expected, width):
+    assert (lite.clean(text, look), lite.cells(lite.clean(text, look))) == (expected, width)
+
+
+@pytest.mark.parametrize("function, value, expected", table(
+    ("unknown", lite.short_number, None, "-"), ("no number", lite.short_number, float("nan"), "-"),
+    ("whole", lite.short_number, 3, "3"), ("small", lite.short_number, 3.24, "3.2"),
+    ("four digits", lite.short_number, 9000, "9000"), ("k", lite.short_number, 12345, "12k"),
+    ("M", lite.short_number, 3.4e6, "3M"), ("huge", lite.short_number, 1e12, "1e12"),
+    ("ms", lite.short_time, 0.06, "60ms"), ("s", lite.short_time, 1.4, "1.4s"),
+    ("almost a second", lite.short_time, 0.9996, "1.0s"), ("m", lite.short_time, 1200, "20m"),
+    ("a minute", lite.long_time, 61, "61 s"), ("hours", lite.long_time, 7500, "2 h 05 min"),
+    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))  # fmt: skip
+def test_numbers_are_short(function, value, expected):
+    assert function(value) == expected
+
+
+def test_lines_are_broken_at_spaces_and_never_too_wide():
+    assert lite.wrapped("one two three\nfour", 8) == ["one two", "three", "four"]
+    assert lite.wrapped("abcdefghij", 4) == ["abcd", "efgh", "ij"]
+    assert lite.wrapped("模型", 1) == ["模", "型"]  # which clipped() leaves out
+
+
+# Any document, any size
+
+ODD_TEXTS = ["", "m", "模型-7b", "e\u0301\u0308" * 4, "\u0301", "x" * 200, "a\x1b]0;b\x07c", "👩‍💻",
+             "a\nb\r\nc", "\u202eabc", "<script>", "한국어 모델", "\u1112\u1161\u11ab", "\ufe0f"]
+ODD_NUMBERS = [None, 0, 1, -1, 0.5, 17, 99999, 1e9, 1e30, float("nan"), float("inf")]
+STATES = ["healthy", "unhealthy", "drained", "draining", "circuit half-open", "模型", "", "x" * 40]
+
+
+def shown_random_server(draw, n):
+    made = shown_server(n)
+    for key, value in made.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if draw.random() < 0.5:
+                made[key] = draw.choice(ODD_NUMBERS)
+    some = lambda most: [draw.choice(ODD_TEXTS) for _ in range(draw.randrange(most))]  # noqa: E731
+    made |= {
+        "state": draw.choice(STATES), "reason": draw.choice(ODD_TEXTS), "models": some(8),
+        "capacity_learned": draw.random() < 0.5, "capacity_note": draw.choice(ODD_TEXTS),
+        "stale": draw.random() < 0.5, "last_errors": some(4), "decisions": some(4),
+        "history": [draw.choice(ODD_NUMBERS) for _ in range(draw.randrange(60))],
+    }  # fmt: skip
+    if draw.random() < 0.2:
+        made["name"] = f"{draw.choice(ODD_TEXTS)}{n}:8000"
+    return made
+
+
+def random_document(draw):
+    made = document([shown_random_server(draw, n) for n in range(draw.choice((0, 1, 3, 8, 60)))])
+    made["totals"] = {key: draw.choice(ODD_NUMBERS) for key in made["totals"]}
+    made["uptime_s"] = draw.choice(ODD_NUMBERS)
+    made["stopping"] = draw.random() < 0.2
+    made["settings_error"] = draw.choice(["", "", "one\ntwo " + "long " * 40 + "\x1b", "模" * 99])
+    made["settings"], made["address"] = draw.choice(ODD_TEXTS), draw.choice(ODD_TEXTS)
+    made["events"] = [{"time": "14:00:00", "level": draw.choice(["info", "warning", "error"]),
+                       "text": draw.choice(ODD_TEXTS)} for _ in range(draw.randrange(30))]
+    return made
+
+
+PRESSED = [*"jkgGs/dr?pqyn xé模", "up", "down", "pgup", "pgdn", "enter", "esc", "backspace", "what"]
+
+
+def independent_width(text):
+    """Not by the code that is tested."""
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") or 0x1160 <= ord(c) <= 0x11FF else
+               1 + (unicodedata.east_asian_width(c) in "WF") for c in text)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
+    draw = random.Random(seed)
+    for _ in range(100):
+        look, status = Look(draw.random() < 0.5), random_document(draw)
+        size = Size(draw.randrange(20, 251), draw.randrange(5, 71))
+        if draw.random() < 0.1:
+            size = Size(draw.randrange(0, 20), draw.randrange(0, 5))
+        ui = Ui(sort=draw.choice(list(lite.SORTS)))
+        for _ in range(draw.randrange(6)):
+            ui, action = press(draw.choice(PRESSED), ui, status)
+            assert action is None or action.verb in ("drain", "undrain", "probe", "quit")
+        lines = lite.screen(status, ui, look, size)
+        assert len(lines) == size.rows
+        for line in lines:
+            text = "".join(text for text, _ in line)
+            assert independent_width(text) <= size.columns
+            assert text.isprintable() and (look.unicode or text.isascii()), repr(text)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key, before, changed, action", table(
+    ("down", "down", Ui(), {"selected": SECOND}, None),
+    ("j", "j", Ui(), {"selected": SECOND}, None),
+    ("up at the top stays", "up", Ui(), {"selected": FIRST}, None),
+    ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINING}, None),
+    ("G", "G", Ui(), {"selected": DRAINING}, None),
+    ("g", "g", Ui(selected=DRAINING), {"selected": FIRST}, None),
+    ("sort", "s", Ui(), {"sort": "name"}, None),
+    ("sort comes round", "s", Ui(sort="errors"), {"sort": "given"}, None),
+    ("filter begins", "/", Ui(), {"typed": ""}, None),
+    ("filter again", "/", Ui(filter="a"), {"typed": "a"}, None),
+    ("typed", "q", Ui(typed="a"), {"typed": "aq"}, None),
+    ("backspace", "backspace", Ui(typed="ab"), {"typed": "a"}, None),
+    ("backspace of nothing", "backspace", Ui(typed=""), {"typed": ""}, None),
+    ("filter kept", "enter", Ui(typed="ab"), {"typed": None, "filter": "ab"}, None),
+    ("filter cleared", "esc", Ui(typed="ab", filter="a"), {"typed": None, "filter": ""}, None),
+    ("Esc ends a filter", "esc", Ui(filter="a"), {"filter": ""}, None),
+    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": FIRST}, None),
+    ("back by q", "q", Ui(Mode.DETAIL), {"mode": Mode.LIST}, None),
+    ("back by Esc", "esc", Ui(Mode.HELP), {"mode": Mode.LIST}, None),
+    ("help", "?", Ui(), {"mode": Mode.HELP}, None),
+    ("pause", "p", Ui(), {"paused": True}, None),
+    ("go on", "p", Ui(paused=True), {"paused": False}, None),
+    ("detail scrolls", "j", Ui(Mode.DETAIL), {"lines_up": 1}, None),
+    ("drain asks", "d", Ui(selected=FIRST), {"asked": Action("drain", FIRST)}, None),
+    ("undrain asks", "d", Ui(selected=DRAINING), {"asked": Action("undrain", DRAINING)}, None),
+    ("yes", "y", Ui(asked=Action("drain", FIRST)), {"asked": None}, Action("drain", FIRST)),
+    ("no", "n", Ui(asked=Action("drain", FIRST)), {"asked": None}, None),
+    ("Esc is no", "esc", Ui(asked=Action("drain", FIRST)), {"asked": None}, None),
+    ("neither", "x", Ui(asked=Action("quit")), {"asked": Action("quit")}, None),
+    ("probe", "r", Ui(selected=SECOND), {}, Action("probe", SECOND)),
+    ("quit asks", "q", Ui(), {"asked": Action("quit")}, None),
+    ("no drain from the help", "d", Ui(Mode.HELP), {"asked": None}, None),
+    ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))  # fmt: skip
+def test_a_key_does_this(key, before, changed, action):
+    after, asked_for = press(key, before, shown_STATUS)
+    assert asked_for == action
+    assert {name: getattr(after, name) for name in changed} == changed
+
+
+def test_quit_does_not_ask_while_nothing_runs():
+    assert press("q", Ui(), shown_IDLE)[1] == Action("quit")
+
+
+def test_keys_about_a_server_do_nothing_where_there_is_none():
+    for key in "drjG":
+        assert press(key, Ui(filter="nowhere"), shown_STATUS)[1] is None
+
+
+@pytest.mark.parametrize("sent, over, keys, rest", table(
+    ("letters", "jk", False, ["j", "k"], ""), ("arrow", "\x1b[A", False, ["up"], ""),
+    ("arrow of the keypad mode", "\x1bOB", False, ["down"], ""),
+    ("page", "\x1b[6~", False, ["pgdn"], ""), ("half", "\x1b[6", False, [], "\x1b[6"),
+    ("an Esc may be a start", "\x1b", False, [], "\x1b"), ("or not", "\x1b", True, ["esc"], ""),
+    ("unknown sequence", "\x1b[15;2~q", False, ["q"], ""), ("enter", "\r", False, ["enter"], ""),
+    ("wide", "模", False, ["模"], ""), ("control", "\x01", False, [], "")))  # fmt: skip
+def test_keys_are_read_from_what_a_terminal_sends(sent, over, keys, rest):
+    assert lite.keys_of(sent, over) == (keys, rest)
+
+
+# The terminal
+
+
+@pytest.mark.parametrize("environ, encoding, expected", table(
+    ("xterm", {"TERM": "xterm-256color"}, "utf-8", Look(True, True)),
+    ("ASCII", {"TERM": "xterm"}, "ascii", Look(False, True)),
+    ("mono", {"TERM": "vt220"}, "UTF-8", Look(True, False)),
+    ("no colour wanted", {"TERM": "xterm", "NO_COLOR": "1"}, "utf-8", Look(True, False)),
+    ("console", {"TERM": "linux"}, "utf-8", Look(False, True)),
+    ("not known here", {"TERM": "xterm-ghostty"}, "utf-8", Look(True, True)),
+    ("dumb", {"TERM": "dumb"}, "utf-8", None), ("none", {}, "utf-8", None)))  # fmt: skip
+def test_the_environment_tells_what_a_terminal_can_show(environ, encoding, expected):
+    assert lite.look_of(environ, encoding) == expected
+
+
+class Pty:
+    """A pseudo-terminal, and a Terminal on it whose loop is a list."""
+
+    def __init__(self, columns=80, rows=24):
+        self.master, self.slave = os.openpty()
+        self.resize(columns, rows)
+        self.before = termios.tcgetattr(self.slave)
+        self.calls, self.told, self.text = [], threading.Event(), ""
+        self.terminal = Terminal(self, lambda a: a, lambda why: why, self.slave)
+
+    def call_soon_threadsafe(self, function, *args):
+        self.calls.append(function(*args))
+        self.told.set()
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read_until(self, words, seconds=5.0):
+        end, seen = time.monotonic() + seconds, ""
+        while words not in seen:
+            assert time.monotonic() < end, (words, seen[-500:])
+            if select.select([self.master], [], [], 0.1)[0]:
+                seen += os.read(self.master, 65536).decode(errors="replace")
+        self.text += seen
+        return seen
+
+    def press(self, data):
+        os.write(self.master, data)
+
+    def close(self):
+        self.terminal.close()
+        for descriptor in (self.master, self.slave):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    made = Pty()
+    yield made
+    made.close()
+
+
+def test_a_terminal_is_painted_and_then_only_what_changed(screen):
+    screen.terminal.show(shown_STATUS)
+    assert "10.0.0.4:8000" in screen.read_until("pause")
+    screen.terminal.show({**shown_STATUS, "time": "14:03:23"})
+    assert "10.0.0.4:8000" not in screen.read_until("14:03:23")
+
+
+def test_keys_change_the_screen_and_actions_reach_the_loop(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    screen.press(b"\x1b[B")
+    screen.read_until("\x1b[7m> 10.0.0.2:8000")
+    screen.press(b"d")
+    screen.read_until("y/n: drain 10.0.0.2:8000?")
+    screen.press(b"y")
+    assert screen.told.wait(5) and screen.calls == [Action("drain", SECOND)]
+
+
+def test_an_escape_alone_is_a_key(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    screen.press(b"?")
+    screen.read_until("Keys")
+    screen.press(b"\x1b")
+    screen.read_until("SERVER")
+
+
+def test_a_paused_screen_stands_still_until_it_goes_on(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    screen.press(b"p")
+    screen.read_until("PAUSED")
+    screen.terminal.show({**shown_STATUS, "time": "14:03:59"})
+    screen.press(b"j")
+    assert "14:03:59" not in screen.read_until("> 10.0.0.2:8000")
+    screen.press(b"p")
+    screen.read_until("14:03:59")
+
+
+def test_a_resize_is_followed_without_a_signal(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    screen.resize(40, 10)
+    seen = screen.read_until("\x1b[10;1H")
+    assert "\x1b[2J" in seen and "\x1b[11;1H" not in seen
+
+
+def test_closing_restores_the_terminal(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    assert termios.tcgetattr(screen.slave) != screen.before
+    screen.terminal.close()
+    assert termios.tcgetattr(screen.slave) == screen.before
+    assert screen.read_until("\x1b[?1049l").endswith("\x1b[?7h\x1b[?25h\x1b[?1049l")
+    screen.terminal.close()  # once more does no harm
+
+
+def test_a_terminal_that_nobody_reads_delays_neither_show_nor_close(screen):
+    filler = os.open(os.ttyname(screen.slave), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    longest = 0.0
+    for n in range(200):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(filler, b"x" * 4096)
+        begun = time.monotonic()
+        screen.terminal.show({**MANY, "uptime_s": float(n)})
+        longest = max(longest, time.monotonic() - begun)
+        screen.terminal.ending.wait(0.002)
+    os.close(filler)
+    assert screen.terminal.unsent  # it is stuck indeed
+    assert longest < 0.1
+    begun = time.monotonic()
+    screen.terminal.close()
+    assert time.monotonic() - begun < 1
+    assert not screen.terminal.thread.is_alive()
+    assert termios.tcgetattr(screen.slave) == screen.before
+    screen.read_until("\x18" + lite.LEAVE.decode())  # when it is read after all
+
+
+def test_a_loop_goes_on_at_its_pace_beside_a_terminal_that_nobody_reads(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+
+    async def beat():
+        loop, gaps = asyncio.get_running_loop(), []
+        terminal = Terminal(loop, print, print, slave)
+        end = before = loop.time()
+        end += 1
+        while before < end:
+            terminal.show({**MANY, "uptime_s": before, "address": f"{before}"})
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 70, 250 + len(gaps) % 2, 0, 0))
+            await asyncio.sleep(0.005)
+            now = loop.time()
+            gaps.append(now - before)
+            before = now
+        stuck = bool(terminal.unsent)
+        terminal.close()
+        return stuck, max(gaps), loop.time() - now
+
+    try:
+        stuck, longest, closing = asyncio.run(beat())
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert stuck and longest < 0.1 and closing < 1
+
+
+def test_a_terminal_that_is_read_again_shows_the_newest(screen):
+    for n in range(300):
+        screen.terminal.show({**MANY, "time": f"{n:08}"})
+        screen.resize(80 + n % 2, 24)
+        screen.terminal.ending.wait(0.001)
+    screen.read_until(f"{299:08}")
+
+
+def test_a_terminal_that_has_gone_is_reported_once(screen):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    os.close(screen.master)
+    os.close(screen.slave)
+    assert screen.told.wait(5)
+    screen.terminal.thread.join(5)
+    assert len(screen.calls) == 1 and "the terminal has gone" in screen.calls[0]
+
+
+def test_a_fault_of_the_screen_restores_the_terminal_and_is_reported(screen, monkeypatch):
+    screen.terminal.show(shown_STATUS)
+    screen.read_until("pause")
+    screen.terminal.show({"totals": {}})
+    assert screen.told.wait(5)
+    screen.terminal.thread.join(5)
+    assert "the screen failed: KeyError" in screen.calls[0]
+    assert termios.tcgetattr(screen.slave) == screen.before
+
+
+def test_a_screen_is_not_possible_on_pipes_and_dumb_terminals(monkeypatch):
+    master, slave = os.openpty()
+    reader, writer = os.pipe()
+    monkeypatch.setenv("TERM", "xterm")
+    assert Terminal.possible(slave) and not Terminal.possible(writer)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not Terminal.possible(slave)
+    with pytest.raises(OSError, match="no screen"):
+        Terminal(None, print, print, slave)
+    for descriptor in (master, slave, reader, writer):
+        os.close(descriptor)
+
+
+PROGRAM = """
+import asyncio, signal, sys
+sys.path.insert(0, {here!r})
+from mvllm_lite import Terminal
+async def main():
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, over.set)
+    terminal = Terminal(loop, print, print, 0)
+    terminal.show({status!r})
+    if {crash}:
+        await asyncio.sleep(0.1)
+        raise SystemExit(3)  # nobody closes it
+    await over.wait()
+    terminal.close()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["SIGTERM", "crash"])
+def test_a_process_that_ends_leaves_its_terminal_as_it_was(crash):
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    source = PROGRAM.format(here=str(HERE), crash=crash, status=shown_STATUS)
+    child = subprocess.Popen([sys.executable, "-c", source], stdin=slave, start_new_session=True,
+                             env={**os.environ, "TERM": "xterm"})  # fmt: skip
+    try:
+        seen, end, told = "", time.monotonic() + 10, False
+        while "\x1b[?1049l" not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([master], [], [], 0.1)[0]:
+                seen += os.read(master, 65536).decode(errors="replace")
+            if "10.0.0.4:8000" in seen and not told and not crash:
+                child.send_signal(signal.SIGTERM)
+                told = True
+        assert child.wait(5) == (3 if crash else 0)
+        assert termios.tcgetattr(slave) == before
+    finally:
+        child.kill()
+        child.wait()
+        os.close(master)
+        os.close(slave)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  22  page
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
+
+VOID = {"meta", "link", "input", "br", "path", "polyline"}
+LEGAL_PARENTS = {
+    "td": {"tr"},
+    "th": {"tr"},
+    "tr": {"thead", "tbody"},
+    "dt": {"dl", "div"},
+    "dd": {"dl", "div"},
+}
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.blocks: list[tuple[str, str]] = []
+        self.words: list[tuple[tuple[str, ...], str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fields = dict(attrs)
+        if len(fields) < len(attrs):
+            self.faults.append(f"{tag} has a field twice: {attrs}")
+        if tag in LEGAL_PARENTS and self.open[-1] not in LEGAL_PARENTS[tag]:
+            self.faults.append(f"{tag} in {self.open[-1]}")
+        self.tags.append((tag, fields))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append((tuple(self.open), data))
+        if self.open and self.open[-1] in ("style", "script"):
+            self.blocks.append((self.open[-1], data))
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    parser = Page()
+    parser.feed(STATUS_PAGE)
+    parser.close()
+    return parser
+
+
+def blocks(page: Page, name: str) -> str:
+    return "".join(data for tag, data in page.blocks if tag == name)
+
+
+def directives() -> dict[str, list[str]]:
+    return {words[0]: words[1:] for part in page_policy().split(";") if (words := part.split())}
+
+
+def test_it_is_well_formed(page: Page) -> None:
+    assert page.faults == [] and page.open == []
+    assert STATUS_PAGE.startswith("<!doctype html>\n<html lang=")
+    names = [fields["id"] for _, fields in page.tags if "id" in fields]
+    assert len(names) == len(set(names))
+
+
+def test_every_id_that_the_script_asks_for_is_there(page: Page) -> None:
+    names = {fields["id"] for _, fields in page.tags if "id" in fields}
+    asked = set(re.findall(r'\$\("([\w-]+)"\)', blocks(page, "script")))
+    made = {f"total-{name}" for name in ("healthy",)}
+    assert asked - names - made == set()
+    parts = {fields["data-part"] for _, fields in page.tags if "data-part" in fields}
+    used = set(re.findall(r"\bpart\.(\w+)", blocks(page, "script")))
+    assert used - parts <= {"errors"}
+
+
+def test_it_is_small() -> None:
+    assert len(STATUS_PAGE.encode()) < 40_000
+    assert "\r" not in STATUS_PAGE  # a parser would make it \n, and the hashes wrong
+    assert max(map(len, STATUS_PAGE.split("\n"))) <= 100
+
+
+@pytest.mark.parametrize("name", ["style", "script"])
+def test_the_policy_has_the_hash_of_each_block_as_a_parser_sees_it(page: Page, name: str) -> None:
+    digest = hashlib.sha256(blocks(page, name).encode()).digest()
+    assert directives()[f"{name}-src"] == [f"'sha256-{base64.b64encode(digest).decode()}'"]
+    assert sum(tag == name for tag, _ in page.tags) == 1
+
+
+def test_the_policy_allows_nothing_else() -> None:
+    rest = {k: v for k, v in directives().items() if k not in ("style-src", "script-src")}
+    assert rest == {
+        "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
+        "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
+    }  # fmt: skip
+    assert "unsafe" not in page_policy() and "\n" not in page_policy()
+    assert page_policy() is page_policy()  # made once
+
+
+def test_nothing_inline_needs_more_than_that_policy(page: Page) -> None:
+    for tag, fields in page.tags:
+        assert not [name for name in fields if name == "style" or name.startswith("on")], tag
+    assert 'setAttribute("style"' not in STATUS_PAGE and "cssText" not in STATUS_PAGE
+
+
+def test_it_needs_nothing_from_outside(page: Page) -> None:
+    assert not re.search(
+        r"https?:|//[\w.-]+\.\w", re.sub(r" // .*|  // .*", "", STATUS_PAGE), re.IGNORECASE
+    )
+    assert not re.search(
+        r"@import|url\(|\bimport\b|importScripts|WebSocket|sendBeacon", STATUS_PAGE
+    )
+    for tag, fields in page.tags:
+        assert "src" not in fields and "srcset" not in fields
+        assert (fields.get("href") or "data:,") in ("data:,", "status.json", "/status.json"), tag
+
+
+def test_it_writes_what_it_is_told_as_text_alone() -> None:
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write", "Function(",
+                "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
+                "javascript:"):  # fmt: skip
+        assert way not in STATUS_PAGE, way
+    assert "textContent" in STATUS_PAGE
+    assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
+        "points", "aria-label", "role"}  # fmt: skip
+
+
+def test_the_key_is_kept_in_memory_alone() -> None:
+    for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
+        assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
+    assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
+        '  const headers = key ? { Authorization: "Bearer " + key } : {};']  # fmt: skip
+
+
+web_KEYS = {
+    "doc": "version time uptime_s address stopping settings settings_error totals servers events",
+    "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
+              " ttft_p95_s error_ratio",
+    "server": "url name state reason since_s models running waiting in_flight capacity"
+              " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
+              " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
+              " last_errors decisions",
+    "e": "time level text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thing, key", [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
+def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
+    script = blocks(page, "script")
+    table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
+    rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
+    in_table = rows is not None and f'"{key}"' in rows[0]
+    assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
+
+
+def test_the_paths_are_those_of_the_balancer() -> None:
+    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
+        assert path in STATUS_PAGE, path
+    assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
+
+
+def test_it_can_be_read_by_whoever_does_not_see_it(page: Page) -> None:
+    assert sum(tag == "caption" for tag, _ in page.tags) == 1
+    assert [f.get("scope") for tag, f in page.tags if tag == "th"] == ["row"]
+    assert 'scope: "col"' in STATUS_PAGE
+    live = [f for _, f in page.tags if "aria-live" in f]
+    assert [f["aria-live"] for f in live] == ["polite"]
+    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
+    assert all(f.get("role") not in ("alert", "log") for _, f in page.tags[table:])
+    for _, fields in [t for t in page.tags if t[0] == "input"]:
+        name = re.escape(fields["id"] or "")
+        assert re.search(rf'<label>[^<]*<input id="{name}"[^>]*>[^<]*</label>', STATUS_PAGE)
+
+
+def test_its_colours_have_contrast_in_light_and_dark(page: Page) -> None:
+    def light(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(c + c for c in colour)
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        lin = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
+
+    found = re.findall(r":root \{([^}]*--bg[^}]*)\}", blocks(page, "style"))
+    assert len(found) == 2
+    for theme in found:
+        colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", theme))
+        for text in ("text", "muted", "good", "warn", "bad", "accent"):
+            for ground in ("bg", "card"):
+                pair = sorted((light(colours[text]), light(colours[ground])))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, ground)
+
+
+def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
+    style = blocks(page, "style")
+    for query in (
+        "prefers-color-scheme: dark",
+        "prefers-reduced-motion",
+        "@media print",
+        "max-width",
+    ):
+        assert query in style
+    assert style.count("{") == style.count("}")
+    assert not re.search(r":has\(|@container|@layer|\bnesting\b|color-mix", style)  # too new
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  23 to 25  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -6863,6 +7744,22 @@ async def test_the_status_tells_the_last_minute_of_each_server():
 
 
 @asynchronous
+async def test_the_page_is_for_everybody_and_its_facts_are_not():
+    keys = (lite.KeySettings("user", "sk-user"), lite.KeySettings("root", "sk-root", admin=True))
+    async with balancing(Server(), keys=keys, status_access="admin") as running:
+        client = await running.client()
+        got = await client.get("/status")
+        assert got.status == 200 and got.get("content-type") == "text/html; charset=utf-8"
+        assert got.get("content-security-policy") == lite.page_policy() and b"127.0.0.1" not in got.body
+        assert (await client.get("/status.json")).status == 401
+        assert (await (await running.client()).get("/status.json", bearer("sk-root"))).status == 200
+    async with balancing(Server(), status_access="loopback", trusted_proxies=("127.0.0.1/32",)) as running:
+        client = await running.client()
+        assert (await client.get("/status")).status == 200
+        assert (await client.get("/status", ["X-Forwarded-For: 192.0.2.1"])).status == 403
+
+
+@asynchronous
 async def test_the_status_is_streamed_as_events_until_somebody_leaves():
     async with balancing(Server()) as running:
         client = await running.client()
@@ -7516,7 +8413,7 @@ async def test_check_config_asks_every_server(tmp_path):
         await dead.kill()
         path.write_text(settings_text(good, dead, max_retrys=3))
         code, out, _ = await check(str(path))
-        assert code == 0 and f"warning: {path}:9: config.max_retrys: unknown key" in out
+        assert code == 0 and f"warning: {path}:10: config.max_retrys: unknown key" in out
         assert f"{good.url}  capacity 5  usable, answered in " in out and "vLLM 0.32.0  models: a, b" in out
         assert f"{dead.url}  capacity 5  NOT USABLE: cannot connect: connection refused" in out
         assert f"{path}: 2 servers, total capacity 10, 1 usable" in out
@@ -7524,6 +8421,35 @@ async def test_check_config_asks_every_server(tmp_path):
         assert (await check("--config", str(path)))[0] == 2
     code, _, err = await check(str(tmp_path / "none.toml"))
     assert code == 1 and "cannot be read" in err
+
+
+def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(tmp_path):
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nhost = "127.0.0.1"\nport = 0\n')
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    child = subprocess.Popen([sys.executable, str(HERE / "mvllm_lite.py"), str(path)], stdin=slave, stdout=slave, stderr=slave,
+                             start_new_session=True, env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    os.close(slave)
+    try:
+        seen, asked, end = "", False, time.monotonic() + 20
+        while child.poll() is None:
+            assert time.monotonic() < end, seen
+            if select.select([master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # it has closed its side
+                    seen += os.read(master, 65536).decode(errors="replace")
+            if "127.0.0.1:1 " in seen and "0 of 1 healthy" in seen and not asked:
+                os.write(master, b"q")
+                asked = True
+        assert child.wait() == 0 and asked
+        with contextlib.suppress(OSError):
+            while select.select([master], [], [], 0.1)[0] and (more := os.read(master, 65536)):
+                seen += more.decode(errors="replace")
+        assert "\x1b[?1049l" in seen and "stopped" in seen.partition("\x1b[?1049l")[2]  # then there are log lines again
+    finally:
+        child.kill()
+        os.close(master)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
