@@ -2547,7 +2547,7 @@ Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server sa
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
-BUSY_S = 1.0  # for which a server that answered 429 is spared
+BUSY_S = 0.25  # for which a server that answered 429 is spared
 KEPT_REPORTS = 3  # a single report may be missed
 
 
