@@ -1953,7 +1953,7 @@ class Memory:
         return fresh
 
     def read(self, fresh: tuple[int, ...], really: bool) -> None:
-        """What `learn` gave has been read; or not, and what nobody else has brought is forgotten."""
+        """What `learn` gave has been read; or not: what nobody else has brought is forgotten."""
         for link in fresh:
             if self._unsure.get(link) is fresh:
                 del self._unsure[link]
@@ -2138,6 +2138,20 @@ def bad_answer(status: int, content: bytes) -> Fault | None:
 
 
 COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})')
+
+
+PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})')
+CACHED_TOKENS = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,9})')
+
+
+def usage_of(tail: bytes) -> dict[str, int]:
+    """What an answer's end says of its tokens: prompt, cached and completion; {} if nothing."""
+    if (at := tail.rfind(b'"usage"')) < 0:
+        return {}
+    kinds = (("prompt", PROMPT_TOKENS), ("cached", CACHED_TOKENS),
+             ("completion", COMPLETION_TOKENS))  # fmt: skip
+    found = ((kind, pattern.search(tail, at)) for kind, pattern in kinds)
+    return {kind: int(said[1]) for kind, said in found if said}
 
 
 def completion_tokens(tail: bytes, size: int) -> int:
@@ -2827,8 +2841,8 @@ class Fleet:
                 if view.configured != limit:
                     view = view._replace(learned=limit or start)
                 self._views[url] = view._replace(
-                    configured=limit, draining=False, drained=server.url in drained, weight=server.weight, tier=server.tier,
-                    pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
+                    configured=limit, draining=False, drained=server.url in drained,
+                    weight=server.weight, tier=server.tier, pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
         added = [url for url in self._views if url not in old or old[url].draining]
         leaving = [view for url, view in old.items() if url not in self._views]
         for view in leaving:
@@ -4014,6 +4028,11 @@ class Ledger:
         self.prefix_hits = Counter(
             "mvllm_prefix_tokens_hit_total", "Tokens found in a server's cache, by its own word.",
             "server")
+        self.usage = Counter(
+            "mvllm_usage_tokens_total", "Tokens, as far as servers said them.",
+            "key", "model", "kind")
+        self.key_requests = Counter(
+            "mvllm_key_requests_total", "Requests that servers answered.", "key", "model")
         self.limits = Counter("mvllm_limits_met_total", "Times a limit was met.", "limit")
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
@@ -4178,45 +4197,65 @@ class Live:
 
 MINUTE_S = 60.0
 RATE_S = 10.0  # over which tokens and requests per second are counted
-SAMPLES_KEPT = 60
+SAMPLES_KEPT = 61  # one a second
+FIRSTS_KEPT = 300  # of one server's times to the first byte, of which quantiles are told
 DECISIONS_SHOWN = 3  # of each server, among the last
-ENDS_KEPT = 3000  # requests of one server's last minute that are looked at
 
 
-class End(NamedTuple):
-    """A request that has ended."""
+class Second(NamedTuple):
+    """One server at one second; counts are since the start."""
 
     at: float
-    first_byte_s: float | None
-    failed: bool
-    retries: int
+    tokens: int | None = None  # generated, by its own word
+    load_ratio: float = 0.0
+    requests: int = 0
+    failed: int = 0
+    retries: int = 0
 
 
 class Minute:
     """The recent past of one server."""
 
-    __slots__ = ("ends", "samples", "errors")
+    __slots__ = ("firsts", "samples", "errors", "requests", "failed", "retries")
 
     def __init__(self) -> None:
-        self.ends: deque[End] = deque(maxlen=ENDS_KEPT)
-        self.samples: deque[tuple[float, int | None, float]] = deque(maxlen=SAMPLES_KEPT)
+        self.firsts: deque[tuple[float, float]] = deque(maxlen=FIRSTS_KEPT)  # when, seconds
+        self.samples: deque[Second] = deque(maxlen=SAMPLES_KEPT)
         self.errors: deque[str] = deque(maxlen=5)
+        self.requests = self.failed = self.retries = 0
+
+    def ended(self, now: float, first_s: float | None, why: str, retries: int) -> None:
+        """A request has ended; `why` it failed, or ''."""
+        self.requests += 1
+        self.retries += retries
+        if first_s is not None:
+            self.firsts.append((now, first_s))
+        if why:
+            self.failed += 1
+            self.errors.append(why)
 
     def sample(self, view: ServerView, now: float, interval_s: float) -> None:
-        """Once a second: tokens generated so far, and how full it is."""
-        load = view.in_flight + view.foreign(now, interval_s)
-        self.samples.append((now, view.load.generation_tokens, load / view.capacity))
+        """Once a second."""
+        load = (view.in_flight + view.foreign(now, interval_s)) / view.capacity
+        self.samples.append(Second(
+            now, view.load.generation_tokens, load, self.requests, self.failed, self.retries))
 
-    def late(self, now: float, seconds: float = MINUTE_S) -> list[End]:
-        return [end for end in self.ends if end.at > now - seconds]
+    def since(self, moment: float) -> Second:
+        """The last sample before that moment; where there is none, one of nothing."""
+        for sample in reversed(self.samples):
+            if sample.at <= moment:
+                return sample
+        return Second(moment)
+
+    def firsts_since(self, moment: float) -> list[float]:
+        return [seconds for at, seconds in self.firsts if at > moment]
 
     def tokens_per_s(self, now: float) -> float | None:
-        known = [(at, tokens) for at, tokens, _ in self.samples
-                 if tokens is not None and at > now - RATE_S]  # fmt: skip
+        known = [one for one in self.samples if one.tokens is not None and one.at > now - RATE_S]
         if len(known) < 2:
             return None
-        (begin, first), (end, last) = known[0], known[-1]
-        return max(0, last - first) / (end - begin)
+        made = (known[-1].tokens or 0) - (known[0].tokens or 0)
+        return max(0, made) / (known[-1].at - known[0].at)
 
 
 def share_of(values: Sequence[float], share: float) -> float | None:
@@ -4242,9 +4281,8 @@ def status_of(
     view: ServerView, minute: Minute, clock: Clock, s: Settings, decisions: Sequence[str]
 ) -> dict[str, Any]:
     """One server, as the status page and the screen show it."""
-    now, ends = clock.monotonic, minute.late(clock.monotonic)
-    firsts = [end.first_byte_s for end in ends if end.first_byte_s is not None]
-    said = view.load
+    now, said = clock.monotonic, view.load
+    before, firsts = minute.since(now - MINUTE_S), minute.firsts_since(now - MINUTE_S)
     return {
         "url": view.url, "name": view.url.partition("://")[2], "state": state_word(view, now),
         "reason": view.health.reason, "since_s": round(now - view.health.since, 1),
@@ -4254,10 +4292,10 @@ def status_of(
         "kv_usage_ratio": said.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
         "tokens_per_s": rounded(minute.tokens_per_s(now), 1),
         "ttft_p50_s": rounded(share_of(firsts, 0.5)), "ttft_p95_s": rounded(share_of(firsts, 0.95)),
-        "errors": sum(end.failed for end in ends), "retries": sum(end.retries for end in ends),
+        "errors": minute.failed - before.failed, "retries": minute.retries - before.retries,
         "pending_prompt_tokens": view.pending, "prompt_tokens_per_second": round(view.speed),
         "stale": not view.reports(now, s.metrics_interval),
-        "history": [round(load, 3) for _, _, load in minute.samples],
+        "history": [round(one.load_ratio, 3) for one in minute.samples],
         "last_errors": list(minute.errors), "decisions": list(decisions),
     }  # fmt: skip
 
@@ -4274,17 +4312,20 @@ def status_report(
         if len(told) < DECISIONS_SHOWN:
             told.append(ranking.why())
     past = [(view, minutes.get(view.url) or Minute()) for view in views]
-    ends = [end for _, minute in past for end in minute.late(now)]
-    firsts = [end.first_byte_s for end in ends if end.first_byte_s is not None]
+    firsts = [first for _, minute in past for first in minute.firsts_since(now - MINUTE_S)]
+    ended = [(minute.requests - (then := minute.since(now - MINUTE_S)).requests,
+              minute.failed - then.failed,
+              minute.requests - minute.since(now - RATE_S).requests) for _, minute in past]
+    requests, failed, late = map(sum, zip(*ended)) if ended else (0, 0, 0)
     rates = [rate for _, minute in past if (rate := minute.tokens_per_s(now)) is not None]
     totals = {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
         "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
         "connections": process["connections"],
-        "requests_per_s": round(sum(end.at > now - RATE_S for end in ends) / RATE_S, 2),
+        "requests_per_s": round(late / RATE_S, 2),
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(share_of(firsts, 0.5)),
         "ttft_p95_s": rounded(share_of(firsts, 0.95)),
-        "error_ratio": round(sum(end.failed for end in ends) / len(ends), 4) if ends else 0.0,
+        "error_ratio": round(failed / requests, 4) if requests else 0.0,
     }  # fmt: skip
     return {
         "version": __version__, "time": (clock.iso(now) or "")[11:19], **process, "totals": totals,
@@ -8367,6 +8408,10 @@ class Exchange:
             first_s = response.first_byte_at - self.asked_at
         if self.server:
             self.remember(now, first_s)
+            key = self.key.name if self.key else ""
+            ledger.key_requests.add(key, model)
+            for kind, tokens in usage_of(response.tail).items():
+                ledger.usage.add(key, model, kind, amount=tokens)
         for histogram, value in (
             (ledger.durations, now - self.began_at),
             (ledger.first_byte, first_s),
@@ -8386,13 +8431,10 @@ class Exchange:
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
-        response = self.response
-        minute = self.core.minute(self.server)
-        failed = response.status >= 500 or response.end not in ("complete", "client_gone")
-        minute.ends.append(End(now, first_s, failed, len(self.failures)))
-        if failed:
-            when = time.strftime("%H:%M:%S")
-            minute.errors.append(f"{when} {response.end}, status {response.status}")
+        response, why = self.response, ""
+        if response.status >= 500 or response.end not in ("complete", "client_gone"):
+            why = f"{time.strftime('%H:%M:%S')} {response.end}, status {response.status}"
+        self.core.minute(self.server).ended(now, first_s, why, len(self.failures))
 
     def facts(self, now: float, first_s: float | None) -> dict[str, Any]:
         response, (peer, port) = self.response, self.client.peer
@@ -9146,11 +9188,12 @@ class Door:
         fields = exchange.head.fields
         who = client_address(exchange.client.peer[0], fields, exchange.settings.trusted_proxies)
         if not is_trusted(who, LOOPBACK):
-            text = f"{exchange.head.path} is for this machine only, as long as there are no [[keys]]."
-            return Refusal(Fault.FORBIDDEN, text)
+            text = "is for this machine only, as long as there are no [[keys]]."
+            return Refusal(Fault.FORBIDDEN, f"{exchange.head.path} {text}")
         origin = fields.get("origin").partition("://")[2]
         if origin != "" and origin != fields.get("host"):
-            return Refusal(Fault.FORBIDDEN, f"{exchange.head.path} is not for pages of other sites.")
+            text = f"{exchange.head.path} is not for pages of other sites."
+            return Refusal(Fault.FORBIDDEN, text)
         return None
 
     def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
@@ -9840,7 +9883,8 @@ def add_replay(commands: Any) -> None:
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
     replay.add_argument("--add-server", action="append", metavar="KIND", help="one more")
     replay.add_argument("--auto", action="store_true", help="capacities are to be learned")
-    replay.add_argument("--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
+    replay.add_argument(
+        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
     replay.add_argument(
         "--limit", type=functools.partial(positive, kind=int), metavar="N",
         help="the first N requests")

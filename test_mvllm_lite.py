@@ -4117,7 +4117,7 @@ def independent_width(text):
                1 + (unicodedata.east_asian_width(c) in "WF") for c in text)  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     draw = random.Random(seed)
     for _ in range(100):
@@ -7758,6 +7758,45 @@ async def test_the_page_is_for_everybody_and_its_facts_are_not():
         client = await running.client()
         assert (await client.get("/status")).status == 200
         assert (await client.get("/status", ["X-Forwarded-For: 192.0.2.1"])).status == 403
+
+
+@pytest.mark.parametrize("tail, usage", table(
+    ("chat", b'data: {"usage":{"prompt_tokens":9,"total_tokens":12,"completion_tokens":3,'
+     b'"prompt_tokens_details":{"cached_tokens":4}}}\n\ndata: [DONE]\n\n', {"prompt": 9, "cached": 4, "completion": 3}),
+    ("responses and messages", b'{"usage": {"input_tokens": 5, "output_tokens": 2}}', {"prompt": 5, "completion": 2}),
+    ("embeddings", b'{"data":[],"usage":{"prompt_tokens":7,"total_tokens":7,"completion_tokens":0}}', {"prompt": 7, "completion": 0}),
+    ("none asked for", b'data: {"usage":null}\n\ndata: [DONE]\n\n', {}),
+    ("text about it", rb'{"content":"\"usage\":{\"prompt_tokens\":5}"}', {}),
+))  # fmt: skip
+def test_what_an_answer_says_of_its_tokens(tail, usage):
+    assert lite.usage_of(tail) == usage
+
+
+@asynchronous
+async def test_tokens_are_counted_by_key_and_model():
+    async def said(asked, conn):
+        await conn.json({"usage": {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}})
+
+    keys = (lite.KeySettings("team-a", "sk-a"), lite.KeySettings("team-b", "sk-b"))
+    async with balancing(Server(said), keys=keys, status_access="open") as running:
+        client = await running.client()
+        for key in ("sk-a", "sk-a", "sk-b"):
+            await client.post(body=CHAT, fields=bearer(key))
+        found = running.core.ledger.usage.children
+        assert found["team-a", "m", "prompt"] == 18 and found["team-a", "m", "cached"] == 8 and found["team-b", "m", "completion"] == 3
+        assert running.core.ledger.key_requests.children == {("team-a", "m"): 2, ("team-b", "m"): 1}
+
+
+def test_the_last_minute_forgets_what_is_older():
+    minute, (view,) = lite.Minute(), fleet_of(10).views()
+    for second in range(200):
+        minute.ended(1000.0 + second, 0.1 if second < 150 else 0.5, "x" * (second < 150), 1)
+        minute.sample(view, 1000.5 + second, 0.5)
+    now = 1200.0
+    assert len(minute.samples) == lite.SAMPLES_KEPT and len(minute.errors) == 5
+    before = minute.since(now - 60)
+    assert (minute.requests - before.requests, minute.failed - before.failed, minute.retries - before.retries) == (60, 10, 60)
+    assert sorted(set(minute.firsts_since(now - 60))) == [0.1, 0.5] and set(minute.firsts_since(now - 40)) == {0.5}
 
 
 @asynchronous
