@@ -2241,10 +2241,6 @@ def engine_loads(page: str) -> dict[str, EngineLoad]:
     return {engine: joined_load(samples) for engine, samples in pages.items()}
 
 
-def engine_load(page: str) -> EngineLoad:
-    return engine_loads(page)[""]
-
-
 def joined_load(samples: Iterable[Sample]) -> EngineLoad:
     found: dict[str, list[Sample]] = {}
     for sample in samples:

@@ -923,9 +923,9 @@ def test_a_name_that_only_begins_alike_is_another_metric():
 
 def test_a_page_that_is_made_to_take_long_does_not():
     for body in ("{" + "a" * 60_000 + "} 1", "{" + " " * 60_000 + "} 1", '{a="' + "\\" * 60_000 + "} 1", " " * 60_000 + "x"):
-        assert lite.engine_load("vllm:num_requests_running" + body) == lite.EngineLoad()  # seconds, it would take
+        assert engine_load("vllm:num_requests_running" + body) == lite.EngineLoad()  # seconds, it would take
     many = "vllm:num_requests_running 1\n" * 50_000
-    assert lite.engine_load(many).running == lite.SAMPLES_LIMIT
+    assert engine_load(many).running == lite.SAMPLES_LIMIT
 
 
 def test_not_a_number_is_read_as_such():
@@ -1369,6 +1369,11 @@ def test_when_a_stream_has_begun(content, begun):
     assert lite.stream_begun(content) is lite.Begun[begun]
 
 
+def engine_load(page):
+    """Of all engines together."""
+    return lite.engine_loads(page)[""]
+
+
 LOADS = table(
     ("today", 'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
      'vllm:num_requests_waiting{engine="0"} 9.0\nvllm:num_requests_waiting_by_reason{reason="capacity"} 0\n'
@@ -1387,12 +1392,12 @@ LOADS = table(
 
 @pytest.mark.parametrize("page, expected", LOADS)
 def test_load_is_read_from_pages_old_and_new(page, expected):
-    assert lite.engine_load(page)[:4] == expected
+    assert engine_load(page)[:4] == expected
 
 
 def test_tokens_are_those_read_and_generated_by_all_engines():
     page = "".join(f'vllm:{kind}_tokens_total{{engine="{n}"}} {10 ** n}\n' for kind in ("prompt", "generation") for n in (0, 1))
-    assert lite.engine_load(page).tokens == 22 and lite.engine_load("up 1").tokens is None
+    assert engine_load(page).tokens == 22 and engine_load("up 1").tokens is None
 
 
 ENDS = table(
@@ -2384,7 +2389,7 @@ vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_ada
 
 def test_a_page_tells_the_load_of_each_engine_and_of_all():
     loads = lite.engine_loads(TWO_ENGINES)
-    assert set(loads) == {"", "0", "1"} and loads[""] == lite.engine_load(TWO_ENGINES)
+    assert set(loads) == {"", "0", "1"} and loads[""] == engine_load(TWO_ENGINES)
     whole = {"caches": True, "asleep": False, "adapters": frozenset()}
     assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492, 2688, 524288, **whole)
     assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788, 1920, 524288, lacking=4, **whole)
@@ -2414,7 +2419,7 @@ def cache_config(**labels):
     ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0', '1",sleep_state="awake"} 0.0'), "asleep", True),
 ))  # fmt: skip
 def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
-    assert getattr(lite.engine_load(page), field) == value
+    assert getattr(engine_load(page), field) == value
 
 
 @pytest.mark.parametrize("tail, size, tokens", table(
@@ -2704,7 +2709,7 @@ def test_requests_that_wait_for_an_adapter_or_a_grammar_are_no_queue():
             'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="deferred"} 1.0\n')  # fmt: skip
     fleet = fleet_of(lite.AUTO)
     for n in range(10):
-        fleet.scraped("s0", lite.engine_load(page), 0, float(n))
+        fleet.scraped("s0", engine_load(page), 0, float(n))
     assert fleet.view("s0").capacity == 64
 
 
@@ -2797,7 +2802,7 @@ def test_what_was_expected_before_hits_were_told_is_no_doubt():
 def test_a_server_without_prefix_cache_is_expected_to_have_nothing():
     fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
     fleet.lease("s0", 0.0, prompt)
-    fleet.scraped("s0", lite.engine_load(cache_config(enable_prefix_caching="False")), 0, 1.0)
+    fleet.scraped("s0", engine_load(cache_config(enable_prefix_caching="False")), 0, 1.0)
     assert fleet.view("s0").trust == 0.0 and fleet.cached(prompt) == [0]
 
 
@@ -2831,7 +2836,7 @@ def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after
 ))  # fmt: skip
 def test_a_server_is_expected_to_have_cached_no_more_than_fits(config, tokens):
     fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
-    fleet.scraped("s0", lite.engine_load(cache_config(**config)), 0, 0.0)
+    fleet.scraped("s0", engine_load(cache_config(**config)), 0, 0.0)
     fleet.lease("s0", 0.0, prompt)
     assert fleet.cached(prompt) == [tokens]
 
@@ -8109,7 +8114,7 @@ async def test_a_simulated_server_speaks_as_vllm_does():
         assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
         assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
         page = (await lite.fetch(lite.Pool(one.url), "/metrics", 5))[1].decode()
-        assert lite.engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
+        assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
 
 
 @asynchronous
