@@ -2838,7 +2838,8 @@ class Fleet:
                     view = view._replace(learned=limit or start)
                 self._views[url] = view._replace(
                     configured=limit, draining=False, drained=server.url in drained,
-                    weight=server.weight, tier=server.tier, pool=server.pool, share=pools.get(server.pool, rest))  # fmt: skip
+                    weight=server.weight, tier=server.tier, pool=server.pool,
+                    share=pools.get(server.pool, rest))  # fmt: skip
         added = [url for url in self._views if url not in old or old[url].draining]
         leaving = [view for url, view in old.items() if url not in self._views]
         for view in leaving:
