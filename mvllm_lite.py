@@ -1275,7 +1275,8 @@ class Settings:
     log_level: str = setting(
         "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "what is logged", "LOG_LEVEL")
     log_to_console: bool = setting(
-        False, truth, "a line for each request on a terminal, too", "LOG_TO_CONSOLE")
+        False, truth, "on a terminal, too: log lines, with each request, not the screen",
+        "LOG_TO_CONSOLE")
     show_models: bool = setting(
         False, truth, "name the models when a server's state changes", "SHOW_MODELS")
 
@@ -1779,7 +1780,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 # each was sent tells how much of a prompt one of them need not read again.  No text is kept.
 
 # A chain has a link up to each of these, in bytes from the prompt's start: fine where prompts part,
-# coarse where they have long been the same; the end is where a prompt costs 0.1 ms to hash.
+# coarse where they have long been the same; the end is where a prompt costs 0.2 ms to hash.
 LINK_ENDS = (
     *range(256, 2**14 + 1, 256), *range(2**14 + 1024, 2**16 + 1, 1024),
     *range(2**16 + 4096, 2**18 + 1, 4096),
@@ -2746,8 +2747,8 @@ class Lease:
             self._fleet.count(self.url, -1, -self._trial, -pending)
 
 
-# How fast what was learned gives way to what is seen.  The figures are those of routing studies:
-# anything from half to twice as much does as well.
+# How fast what was learned gives way to what is seen.  On a simulated fleet, half and twice the
+# CAPACITY_GAIN did as well.
 SPEED_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of the engine
 SPEED_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
 SPEED_WEIGHT = 0.05
@@ -3097,7 +3098,7 @@ def policy(name: str) -> Callable[[P], P]:
 
 # The default.  An answer is some work, too, about as much as reading so many tokens; so a prompt
 # that is cached is not free.  Beyond its capacity a server gets slow for all it serves, far more
-# than in proportion.  Measured, anything from half to twice these values does as well.
+# than in proportion.  On a simulated fleet, half and twice of either did as well.
 ANSWER_TOKENS = 512
 OVERFULL_POWER = 4
 KV_LIMIT = 1.05  # so that full is not infinitely bad
@@ -3137,11 +3138,11 @@ class Unified(Policy):
         return [unified_terms(*weights) for weights in self.weigh(scene)]
 
     def weigh(self, scene: Scene) -> list[Weights]:
-        news_since = scene.moment.now - KEPT_REPORTS * scene.moment.interval_s - 1
+        moment = scene.moment
         tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
         for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
             room = 1.0
-            if v.load_at >= news_since and v.load.kv_usage_ratio:
+            if v.load.kv_usage_ratio and v.reports(moment.now, moment.interval_s):
                 room -= min(1.0, v.load.kv_usage_ratio) / KV_LIMIT
             out.append((v.pending, tokens - cached, speed, crowding, room))
         return out
@@ -4108,8 +4109,8 @@ def shape_line(
     call: Call, at: float, first_s: float | None, duration_s: float, output_tokens: int,
     server: str, status: int, end: str,
 ) -> str:  # fmt: skip
-    """One request for `replay`: no text of it, and hashes that nobody else can make.  Of the
-    prompt's links some are enough."""
+    """One request for `replay`: no text of it, and hashes that are seeded in each process
+    (unless PYTHONHASHSEED says otherwise).  Of the prompt's links some are enough."""
     chain, prompt = call.prompt.chain, call.prompt
     kept, covered, leads = list[int](), 0, prompt.lead > 0
     for n in range(len(chain)):
@@ -9837,7 +9838,7 @@ def argument_parser() -> argparse.ArgumentParser:
                      help="their max_concurrent_requests")  # fmt: skip
     run.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
     run.add_argument("-p", "--port", help="port to listen on")
-    run.add_argument("-c", "--console", action="store_true", help="a log line for each request")
+    run.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
     run.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
     run.add_argument("-m", "--model", action="store_true", help="name models in state changes")
     run.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
