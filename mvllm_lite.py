@@ -3244,8 +3244,8 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
 
 
 def bounded(costs: list[float], scene: Scene) -> list[float]:
-    """The same costs, but servers that are no more idle and have more than their share of all
-    requests, by capacity, come after all others: no key melts a server."""
+    """The same costs, but servers that have more than their share of all requests, by capacity,
+    come after all others: no key melts a server.  Under an eighth of its capacity none does."""
     loads = scene.loads()
     sizes = [view.weight * view.capacity for view in scene.views]
     share = LOAD_FACTOR * (sum(loads) + 1) / (sum(sizes) or 1)
@@ -3544,10 +3544,9 @@ def narrowed(
     if len(shares) > 1:
         pool = drawn_pool(shares, call, draw)
         keep(lambda view: view.pool == pool, f"pool {pool or 'none'} was drawn")
-    if call.model and any(call.model in view.load.adapters and view.reports(
-            now, moment.interval_s) for view in eligible):  # fmt: skip
-        keep(lambda view: call.model in view.load.adapters and roomy(view),
-             "has the adapter not loaded")  # fmt: skip
+    keep(lambda view: call.model in view.load.adapters
+         and view.reports(now, moment.interval_s) and roomy(view),
+         "has the adapter not loaded")  # fmt: skip
     if len(tiers := {view.tier for view in eligible}) > 1:
         for tier in sorted(tiers):
             if any(not reason and view.tier == tier and roomy(view)
