@@ -137,6 +137,8 @@ READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops
 KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
+HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
+HEAD_KEPT_BYTES = 2048  # of those that are no longer than this
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
@@ -309,6 +311,9 @@ class Stale(PeerGone):
 # nothing here knows a socket.  Heads are decoded as latin-1, which keeps every byte.  Where the
 # RFCs leave a choice, a message is refused rather than repaired: two readers of one message must
 # never disagree.  Content is always framed anew, so no ambiguity of the sender's survives.
+#
+# Programs say the same head over and over, but for its Content-Length.  So that is kept apart, and
+# what was made of the rest of a head is remembered: a quarter of the time of a small request.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
@@ -321,6 +326,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
 LENGTH = re.compile(r"[0-9]{1,18}")
+LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]{0,9};[\t\x20-\x7e\x80-\xff]{0,4000})?\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -330,14 +336,18 @@ class Fields:
     """The field section of a head: every line in order, and a look-up by lower-case name.
 
     `values` joins the lines of a repeated field with a comma (RFC 9110 §5.3), so that a second
-    `Content-Length` or `Host` reads as a list, which is not a valid value of either.
+    `Content-Length` or `Host` reads as a list, which is not a valid value of either.  They are
+    never changed, so that what is made of them can be `remembered`, by their identity.
     """
 
-    __slots__ = ("lines", "values")
+    __slots__ = ("lines", "values", "short")
 
-    def __init__(self, lines: list[tuple[str, str, str]], values: dict[str, str]) -> None:
+    def __init__(
+        self, lines: list[tuple[str, str, str]], values: dict[str, str], short: bool = False
+    ) -> None:
         self.lines = lines  # (lower-case name, name as sent, value)
         self.values = values
+        self.short = short  # of a head that may come again
 
     def get(self, key: str, default: str = "") -> str:
         return self.values.get(key, default)
@@ -352,6 +362,21 @@ class Fields:
         return f"{self.values[key]}, {member}" if self.values.get(key) else member
 
 
+Made = TypeVar("Made")
+
+
+def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
+    """For what is made of Fields, the first argument, and others: the same is not made again, as
+    long as the head was short."""
+    kept = functools.lru_cache(HEADS_KEPT)(make)
+
+    @functools.wraps(make)
+    def made(fields: Fields, *others: Any) -> Made:
+        return kept(fields, *others) if fields.short else make(fields, *others)
+
+    return made
+
+
 class RequestHead(NamedTuple):
     """A request's first line and fields; `minor` is the x of HTTP/1.x."""
 
@@ -360,6 +385,7 @@ class RequestHead(NamedTuple):
     query: str | None  # what follows the '?', None without one
     minor: int
     fields: Fields
+    length: str | None = None  # the value of Content-Length, which is not among the fields
 
     @property
     def persists(self) -> bool:
@@ -374,6 +400,7 @@ class ResponseHead(NamedTuple):
     reason: str
     minor: int
     fields: Fields
+    length: str | None = None  # the value of Content-Length, which is not among the fields
 
     @property
     def persists(self) -> bool:
@@ -386,9 +413,8 @@ class ResponseHead(NamedTuple):
     @property
     def is_short_json(self) -> bool:
         """A plain answer of vLLM's to most requests."""
-        get = self.fields.get
-        length = get("content-length", "999999")
-        return len(length) < 6 and get("content-type")[:16].lower() == "application/json"
+        short = self.length is not None and len(self.length) < 6
+        return short and self.fields.get("content-type")[:16].lower() == "application/json"
 
 
 class Framing(NamedTuple):
@@ -430,11 +456,34 @@ def parse_fields(block: str, fault: Fault) -> Fields:
         key, value = name.lower(), value.strip(" \t")
         lines.append((key, name, value))
         values[key] = f"{values[key]}, {value}" if key in values else value
-    return Fields(lines, values)
+    return Fields(lines, values, len(block) <= HEAD_KEPT_BYTES)
+
+
+def without_length(raw: bytes) -> tuple[bytes, str | None]:
+    """A head without its Content-Length, and that; what is not written as usual, or written twice,
+    stays where it is."""
+    if (line := LENGTH_LINE.search(raw)) is None:
+        return raw, None
+    return raw[: line.start()] + raw[line.end() :], line[1].decode()
+
+
+def joined_length(fields: Fields, length: str | None) -> str | None:
+    """Content-Length, by the line that was cut out and by the fields, where it might be again."""
+    others = fields.values.get("content-length")
+    if length is None or others is None:
+        return others if length is None else length
+    return f"{length}, {others}"
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request's head, up to and with its empty line (RFC 9112 §3).  Raises BadMessage."""
+    rest, length = without_length(raw)
+    parse = parse_request_once if len(rest) <= HEAD_KEPT_BYTES else parse_request_rest
+    method, path, query, minor, fields = parse(rest)
+    return RequestHead(method, path, query, minor, fields, joined_length(fields, length))
+
+
+def parse_request_rest(raw: bytes) -> tuple[str, str, str | None, int, Fields]:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -449,7 +498,10 @@ def parse_request_head(raw: bytes) -> RequestHead:
     if host and not HOST.fullmatch(host):
         raise BadMessage(f"Host is {shown(host)}, expected one host[:port]")
     path, mark, query = origin_form(method, target).partition("?")
-    return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
+    return method, path, query if mark else None, int(minor != "0"), fields
+
+
+parse_request_once = functools.lru_cache(HEADS_KEPT)(parse_request_rest)
 
 
 def origin_form(method: str, target: str) -> str:
@@ -468,19 +520,29 @@ def origin_form(method: str, target: str) -> str:
 
 def parse_response_head(raw: bytes) -> ResponseHead:
     """A response's head, up to and with its empty line (RFC 9112 §4).  Raises BadMessage."""
+    rest, length = without_length(raw)
+    parse = parse_response_once if len(rest) <= HEAD_KEPT_BYTES else parse_response_rest
+    status, reason, minor, fields = parse(rest)
+    return ResponseHead(status, reason, minor, fields, joined_length(fields, length))
+
+
+def parse_response_rest(raw: bytes) -> tuple[int, str, int, Fields]:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
         text = f"the status line is {shown(first)}, expected 'HTTP/1.1 status reason'"
         raise BadMessage(text, Fault.BAD_ANSWER)
     fields = parse_fields(block, Fault.BAD_ANSWER)
-    return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
+    return int(line[3]), line[4] or "", int(line[2] != "0"), fields
+
+
+parse_response_once = functools.lru_cache(HEADS_KEPT)(parse_response_rest)
 
 
 def request_framing(head: RequestHead) -> Framing:
     """How a request's content is framed, RFC 9112 §6.  Anything that two readers might take
     differently is refused: both fields, lists of lengths, `chunked` anywhere but at the end."""
-    length = head.fields.values.get("content-length")
+    length = head.length
     if "transfer-encoding" not in head.fields.values:
         return NO_CONTENT if length is None else parse_length(length, Fault.BAD_REQUEST)
     if length is not None or head.minor == 0:
@@ -501,7 +563,7 @@ def response_framing(head: ResponseHead, method: str) -> Framing:
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return NO_CONTENT
     coding = head.fields.values.get("transfer-encoding")
-    length = head.fields.values.get("content-length")
+    length = head.length
     if coding is None:
         return UNTIL_CLOSE if length is None else parse_length(length, Fault.BAD_ANSWER)
     if length is not None or head.minor == 0 or coding.lower() != "chunked":
@@ -652,12 +714,13 @@ KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
 CLIENT_FIELDS_DROPPED = PROXY_FIELDS | KEY_FIELD_NAMES
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
                        " proxy-authenticate proxy-authorization".split())  # fmt: skip
-CORS_FIELDS = frozenset(f"access-control-{name}" for name in (
+CORS_FIELDS = tuple(f"access-control-{name}" for name in (
     "allow-origin", "allow-credentials", "allow-methods", "allow-headers", "expose-headers",
     "max-age"))  # fmt: skip
 Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
 
+@remembered
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """Field lines to pass on: end-to-end ones in their order and number, without those `dropped`
     or named by Connection, and `added` ones in place of any of the same name."""
@@ -675,11 +738,33 @@ def upgrade_wanted(head: RequestHead) -> bool:
     return asks and "upgrade" in head.fields.members("connection")
 
 
-def forward_fields(head: RequestHead, added: Pairs, dropped: Iterable[str] = ()) -> str:
+def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """A request's field lines as sent to any server, without Host and framing.  Made once per
     request; `forward_request` is called for each attempt."""
-    ours = (key for key, _, _ in head.fields.lines if key.startswith("x-mvllm-"))
-    return kept_lines(head.fields, added, ("host", "content-length", "expect", *ours, *dropped))
+    ours = (key for key, _, _ in fields.lines if key.startswith("x-mvllm-"))
+    return kept_lines(fields, tuple(added), ("host", "content-length", "expect", *ours, *dropped))
+
+
+@remembered
+def forwarded_fields(
+    fields: Fields, peer: str, tls: bool, trusted: bool, shows_key: bool
+) -> tuple[str, str]:
+    """A client's field lines for servers, but for X-Request-Id; and those with its key, if they
+    may see it.  Whom the `peer` speaks for counts if it is `trusted`."""
+    get = fields.get
+    host = (trusted and get("x-forwarded-host")) or get("host")
+    proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
+    added = [
+        ("X-Forwarded-For", fields.with_member("x-forwarded-for", peer) if trusted else peer),
+        ("X-Forwarded-Proto", proto),
+        ("Via", fields.with_member("via", "1.1 mvllm_lite")),  # RFC 9110 §7.6.3
+    ]
+    if host:
+        added.append(("X-Forwarded-Host", host))
+    dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
+    key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
+                        if shows_key and key in KEY_FIELD_NAMES)  # fmt: skip
+    return forward_fields(fields, added, ("x-request-id", *dropped)), key_lines
 
 
 def forward_request(
@@ -703,7 +788,7 @@ def returned_framing(head: ResponseHead, request: RequestHead, theirs: Framing) 
     if head.status < 200 or head.status == 204:
         return None
     if request.method == "HEAD" or head.status == 304:
-        length = head.fields.values.get("content-length")
+        length = head.length
         return None if length is None else parse_length(length, Fault.BAD_ANSWER)
     if theirs.length is not None:
         return theirs
@@ -712,14 +797,16 @@ def returned_framing(head: ResponseHead, request: RequestHead, theirs: Framing) 
 
 def return_response(
     head: ResponseHead, request: RequestHead, framing: Framing | None, persists: bool,
-    added: Pairs = (),
+    added: Pairs = (), id: str = "",
 ) -> bytes:  # fmt: skip
-    """A response's head as sent to the client.  CORS fields among the `added` speak for the whole
-    matter, so that none of a server's stay."""
-    dropped = {"content-length"}
+    """A response's head as sent to the client, with the request's `id`.  CORS fields among the
+    `added` speak for the whole matter, so that none of a server's stay."""
+    dropped = ("content-length", "x-request-id") if id else ("content-length",)
     if any(name.startswith("Access-Control-") for name, _ in added):
-        dropped |= CORS_FIELDS
-    lines = kept_lines(head.fields, added, dropped) + framing_line(framing)
+        dropped += CORS_FIELDS
+    lines = kept_lines(head.fields, tuple(added), dropped) + framing_line(framing)
+    if id:
+        lines += f"X-Request-Id: {id}\r\n"
     if head.status == 101:
         lines += "Connection: upgrade\r\nUpgrade: websocket\r\n"
     lines += connection_line(request, persists)
@@ -7197,13 +7284,18 @@ class Reply(NamedTuple):
     fields: Pairs = ()
 
 
-def request_id(head: RequestHead, draw: random.Random) -> str:
+def request_id(fields: Fields, draw: random.Random) -> str:
     """The client's own id for its request, or a new one."""
+    return own_id(fields) or f"{draw.getrandbits(128):032x}"
+
+
+@remembered
+def own_id(fields: Fields) -> str:
     for key in REQUEST_ID_FIELDS:
-        value = head.fields.get(key)
+        value = fields.get(key)
         if 0 < len(value) <= REQUEST_ID_LIMIT and value.isascii() and value.isprintable():
             return value
-    return f"{draw.getrandbits(128):032x}"
+    return ""
 
 
 class Response:
@@ -7237,10 +7329,10 @@ class Response:
             return self.go_on(head, content, done)
         self.status, self.framing, self.streams = head.status, framing, head.is_event_stream
         self.persists = self.persists and framing != UNTIL_CLOSE
-        fields = [*added, ("X-Request-Id", self.id), *self.cors]
+        fields = [*added, *self.cors]
         if self.streams:
             fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
-        out = return_response(head, self.request, framing, self.persists, fields)
+        out = return_response(head, self.request, framing, self.persists, fields, self.id)
         if content:
             out += encode_chunk(content) if framing == CHUNKED else content
             self.sent(len(content), content[-TAIL_BYTES:], self.client.loop.time())
@@ -7254,10 +7346,10 @@ class Response:
             self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
             self.persists = self.persists and self.framing == CHUNKED
             fields = [("Content-Type", "text/event-stream; charset=utf-8"),
-                      ("X-Accel-Buffering", "no"), ("X-Request-Id", self.id), *self.cors]
+                      ("X-Accel-Buffering", "no"), *self.cors]
             head = ResponseHead(200, "OK", 1, Fields([], {}))
             self.client.transport.write(
-                return_response(head, self.request, self.framing, self.persists, fields))
+                return_response(head, self.request, self.framing, self.persists, fields, self.id))
         self.write(b": waiting\n\n")
 
     def go_on(self, head: ResponseHead, content: bytes, done: bool) -> bool:
@@ -8082,7 +8174,7 @@ class Exchange:
         self.framing = request_framing(head)
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
         persists = head.persists and not core.stopping
-        self.response = Response(client, head, request_id(head, core.draw), core.settings, persists)
+        self.response = Response(client, head, request_id(head.fields, core.draw), core.settings, persists)
         self.path = inference_path(head.path)
         self.call = Call(None)  # until the content is there
         self.content_bytes = 0  # of the request, in all,
@@ -8314,7 +8406,7 @@ class Exchange:
         """What is wanted is known: make it ready to be said to servers."""
         self.call, self.content_bytes = call, len(content)
         self.model_label = self.label()
-        says_length = "content-length" in self.head.fields.values or self.framing.chunked
+        says_length = self.head.length is not None or self.framing.chunked
         self.errand = Errand(
             self.client, self.head, self.path, self.response, content, self.let_go,
             says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
@@ -8330,24 +8422,12 @@ class Exchange:
 
     def forwarded_fields(self) -> tuple[str, str]:
         """The request's field lines for servers, and those with the client's key."""
-        fields, peer, s = self.head.fields, self.client.peer[0], self.settings
+        client, s = self.client, self.settings
+        peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
-        proto, host = "https" if self.client.is_tls else "http", fields.get("host")
-        added = [
-            ("X-Request-Id", self.response.id),
-            ("X-Forwarded-For",
-             fields.with_member("x-forwarded-for", peer) if trusted else peer),
-            ("X-Forwarded-Proto", trusted and fields.get("x-forwarded-proto") or proto),
-            ("Via", fields.with_member("via", "1.1 mvllm_lite")),  # RFC 9110 §7.6.3
-        ]
-        if host := (trusted and fields.get("x-forwarded-host")) or host:
-            added.append(("X-Forwarded-Host", host))
-        key_lines = ""
-        if not self.core.gate.closed or s.pass_client_key:
-            key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
-                                if key in KEY_FIELD_NAMES)  # fmt: skip
-        dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
-        return forward_fields(self.head, added, dropped), key_lines
+        shows_key = s.pass_client_key or not self.core.gate.closed
+        lines, key_lines = forwarded_fields(self.head.fields, peer, tls, trusted, shows_key)
+        return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
 
     async def relay(self, step: Relay) -> Outcome:
         """Ask a server, and book how that went."""
@@ -9105,7 +9185,7 @@ class Door:
     def reject(self, wire: Wire, bad: BadMessage) -> None:
         """Answer what is not even a request."""
         core, (host, port) = self.core, wire.peer
-        id = request_id(NO_REQUEST, core.draw)
+        id = request_id(NO_REQUEST.fields, core.draw)
         response = Response(wire, NO_REQUEST, id, core.settings, False)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.ledger.requests.add("", "", str(bad.fault.status))
