@@ -6975,7 +6975,7 @@ async def test_other_engines_after_a_reload_are_known_at_once():
 
 
 def pending(running):
-    return [view.pending for view in running.core.fleet.views()]
+    return [view.pending for view in running.core.fleet.views(asyncio.get_running_loop().time())]
 
 
 @asynchronous
