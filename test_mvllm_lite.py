@@ -8295,6 +8295,21 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
 
 
 @asynchronous
+async def test_a_process_at_rest_is_small_and_known_by_its_file():
+    async with Server() as server, process("--server", server.url) as child:
+        await line_with(child, "listens on")
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 50,000
+        assert b"mvllm_lite.py\0--server" in Path(f"/proc/{child.pid}/cmdline").read_bytes()
+
+
+def test_a_profiler_that_runs_the_file_sees_what_it_does():
+    command = [sys.executable, "-m", "cProfile", str(HERE / "mvllm_lite.py"), "version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "(argument_parser)" in done.stdout
+
+
+@asynchronous
 async def test_who_had_come_before_the_stop_is_answered():
     async with balancing(Server()) as running:
         early = [socket.create_connection(("127.0.0.1", running.balancer.port)) for _ in range(100)]
