@@ -155,6 +155,7 @@ INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
 KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
+INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
 HEAD_KEPT_BYTES = 2048  # of those that are no longer than this
@@ -1932,6 +1933,13 @@ class Prompt(NamedTuple):
         reach = self.lead + (int(self.ends[at - 1] / self.per_token) if at else 0)
         return min(self.tokens, reach)
 
+    def totals(self) -> list[int]:
+        """The same for 1 link, 2 links, and so on to all."""
+        tokens, lead, per_token = self.tokens, self.lead, self.per_token
+        leading = [min(tokens, lead)] if lead else []
+        ends = self.ends[: len(self.chain) - len(leading)]
+        return leading + [min(tokens, lead + int(end / per_token)) for end in ends]
+
 
 NO_PROMPT = Prompt()
 
@@ -2049,18 +2057,18 @@ class Memory:
     def learn(self, prompt: Prompt) -> tuple[int, ...]:
         """A server is to read this prompt.  The links that are new to it; they are `read` later,
         or not."""
-        links, known = self._links, self.known(prompt.chain)
-        for link in prompt.chain if self._unsure else ():
+        links, chain = self._links, prompt.chain
+        known = self.known(chain)
+        for link in chain if self._unsure else ():
             self._unsure.pop(link, None)
-        fresh = prompt.chain[known:]
-        before = prompt.tokens_in(known)
-        for n in range(known, len(prompt.chain)):
-            tokens = prompt.tokens_in(n + 1)
-            links[prompt.chain[n]] = tokens - before
-            self._tokens += tokens - before
-            before = tokens
-        self._unsure.update(dict.fromkeys(fresh, fresh))
-        for link in reversed(prompt.chain):
+        if fresh := chain[known:]:
+            totals = [0, *prompt.totals()]
+            for n in range(len(chain) - 1, known - 1, -1):  # the first is the youngest
+                links[chain[n]] = totals[n + 1] - totals[n]
+                links.move_to_end(chain[n])
+            self._tokens += totals[-1] - totals[known]
+            self._unsure.update(dict.fromkeys(fresh, fresh))
+        for link in reversed(chain[:known]):
             links.move_to_end(link)
         while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
             link, tokens = links.popitem(last=False)
@@ -6630,7 +6638,7 @@ class Wire(asyncio.Protocol):
                 self.abort()
                 return
             self.hold()
-        self._wake()
+        self.wake()
 
     def eof_received(self) -> bool:
         """The peer will say no more.  A client may still be listening, so its wire stays open for
@@ -6643,7 +6651,7 @@ class Wire(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._ended(clean=False)  # the peer's orderly end was heard before, if there was one
-        self._wake()
+        self.wake()
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -6654,7 +6662,7 @@ class Wire(asyncio.Protocol):
         self.blocked = False
         if self.feeder is not None:
             self.feeder.release()
-        self._wake()
+        self.wake()
 
     def _ended(self, clean: bool) -> None:
         if self.gone:
@@ -6664,9 +6672,9 @@ class Wire(asyncio.Protocol):
             self.sink.lost(self)
         if self.on_gone is not None:
             self.on_gone()
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -7284,6 +7292,55 @@ class Pump:
             self.done.set_result(None)
         else:
             self.done.set_exception(error)
+
+
+class Intake:
+    """Gathers a request's content.  Where its length is known, it is the sink of the client's wire:
+    who reads is not woken for each piece, and no piece is copied twice."""
+
+    __slots__ = ("client", "content", "_decoder", "_length", "_silence_s", "_enough")
+
+    def __init__(self, client: Wire, framing: Framing, silence_s: float) -> None:
+        self.client, self.content = client, bytearray()
+        self._decoder = decoder_for(framing) if framing.chunked else None
+        self._length = framing.length or 0
+        self._silence_s = silence_s
+        self._enough = 0  # bytes that are worth waking somebody
+
+    async def more(self) -> bool:
+        """Wait for more of it; False once it is all there.  Raises PeerGone, BadMessage,
+        TimeoutError."""
+        client, content, decoder = self.client, self.content, self._decoder
+        if decoder is not None:
+            if content and client.buffer:  # taking chunks apart is slow: others first
+                await asyncio.sleep(0)
+            content += await client.read_content(decoder, client.loop.time() + self._silence_s)
+            client.buffer[:0] = decoder.rest
+            return not decoder.done
+        content += client.take(self._length - len(content))
+        self._enough = min(self._length, len(content) + INTAKE_BYTES)
+        client.sink = self
+        try:
+            while len(content) < self._enough:
+                if client.gone:
+                    raise client.departure()
+                await client.news(client.loop.time() + self._silence_s)
+        finally:
+            client.sink = None
+        return len(content) < self._length
+
+    def feed(self, wire: Wire, data: bytes) -> None:
+        left = self._length - len(self.content)
+        if len(data) > left:  # the client's next request
+            wire.buffer += data[left:]
+            data = data[:left]
+        self.content += data
+        wire.deadline = wire.loop.time() + self._silence_s
+        if len(self.content) >= self._enough:
+            wire.wake()
+
+    def lost(self, wire: Wire) -> None: ...  # who reads is woken, and sees it
+    def expired(self, wire: Wire) -> None: ...
 
 
 class Tunnel:
@@ -8404,14 +8461,19 @@ class Exchange:
         """The whole content: it must be there to be sent again.  Large JSON is looked through
         piece by piece as it comes in, so that it does not hold up other streams."""
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
-        silence_s = self.settings.body_timeout
         self.expect_continue()
+        length = framing.length or 0
+        if not framing.chunked and length <= min(len(client.buffer), limit, SMALL_CONTENT_BYTES):
+            self.keep_room(length)  # the usual: it came with the head
+            self.unread = False
+            return client.take(length), None
         form = form_boundary(self.head.fields.get("content-type"))
-        spans, decoder, content = Spans(), decoder_for(framing), bytearray()
-        scan = None
+        spans, scan, more = Spans(), None, True
+        intake = Intake(client, framing, self.settings.body_timeout)
+        content = intake.content
         while True:
-            if max(framing.length or 0, len(content)) > limit:
-                found = framing.length or f"more than {limit}"
+            if max(length, len(content)) > limit:
+                found = length or f"more than {limit}"
                 text = f"the content has {found} bytes, max_body_bytes allows {limit}"
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
             if len(content) > SMALL_CONTENT_BYTES and not form:
@@ -8420,17 +8482,15 @@ class Exchange:
                     next(scan)
                 while not scan.send(content):
                     await asyncio.sleep(0)
-            if decoder.done:
+            if not more:
                 break
             try:
-                content += await client.read_content(decoder, self.loop.time() + silence_s)
+                more = await intake.more()
                 self.keep_room(len(content))
-                if framing.chunked and client.buffer:
-                    await asyncio.sleep(0)
             except TimeoutError:
+                silence_s = self.settings.body_timeout
                 text = f"no more of the request's content came for {silence_s:g} s (body_timeout)"
                 raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
-        client.buffer[:0] = decoder.rest
         self.unread = False
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
 
