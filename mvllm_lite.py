@@ -152,6 +152,7 @@ __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
+RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
 KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
@@ -6571,23 +6572,31 @@ def table(rows: Mapping[str, Summary]) -> str:
 # again when it fires instead of being set anew.
 
 
-class Sink(Protocol):
-    """Takes what happens on a wire, in place of its buffer."""
+# Where all wires receive: a buffer of its own for each piece takes the memory allocator longer than
+# the piece takes the kernel.  What is in it is there until the next wire is asked.
+RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
 
-    def feed(self, wire: Wire, data: bytes) -> None: ...
+
+class Sink(Protocol):
+    """Takes what happens on a wire, in place of its buffer.  A piece is lent for the call."""
+
+    def feed(self, wire: Wire, piece: Piece) -> None: ...
     def lost(self, wire: Wire) -> None: ...
     def expired(self, wire: Wire) -> None: ...
+
+
+Piece = memoryview | bytes
 
 
 class Discard:
     """A sink for what nobody reads any more."""
 
-    def feed(self, wire: Wire, data: bytes) -> None: ...
+    def feed(self, wire: Wire, piece: Piece) -> None: ...
     def lost(self, wire: Wire) -> None: ...
     def expired(self, wire: Wire) -> None: ...
 
 
-class Wire(asyncio.Protocol):
+class Wire(asyncio.BufferedProtocol):
     """One connection.  `side` says who is at the other end."""
 
     __slots__ = (
@@ -6626,11 +6635,14 @@ class Wire(asyncio.Protocol):
         address = transport.get_extra_info("peername")
         self.peer = address[:2] if isinstance(address, tuple) else ("unknown", 0)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return RECEIVED
+
+    def buffer_updated(self, size: int) -> None:
         if self.sink is not None:
-            self.sink.feed(self, data)
+            self.sink.feed(self, RECEIVED[:size])
             return
-        self.buffer += data
+        self.buffer += RECEIVED[:size]
         if len(self.buffer) >= READ_BUFFER_BYTES:
             if self.on_gone is not None:
                 # A client that says this much while its answer is on the way.  Reading on would
@@ -7021,7 +7033,7 @@ class Pool:
         for wire in list(self.idle):
             self.expired(wire)
 
-    def feed(self, wire: Wire, data: bytes) -> None:
+    def feed(self, wire: Wire, piece: Piece) -> None:
         self.expired(wire)
 
     def lost(self, wire: Wire) -> None:
@@ -7229,9 +7241,9 @@ class Pump:
         if server.gone and server.sink is self:
             self.lost(server)
 
-    def feed(self, wire: Wire, data: bytes) -> None:
+    def feed(self, wire: Wire, piece: Piece) -> None:
         """A piece came.  This is the hottest code there is: once per piece of every stream."""
-        now, decoder = wire.loop.time(), self.decoder
+        now, decoder, data = wire.loop.time(), self.decoder, bytes(piece)
         try:
             content = out = decoder.feed(data)
         except BadMessage as bad:
@@ -7329,12 +7341,12 @@ class Intake:
             client.sink = None
         return len(content) < self._length
 
-    def feed(self, wire: Wire, data: bytes) -> None:
+    def feed(self, wire: Wire, piece: Piece) -> None:
         left = self._length - len(self.content)
-        if len(data) > left:  # the client's next request
-            wire.buffer += data[left:]
-            data = data[:left]
-        self.content += data
+        if len(piece) > left:  # the client's next request
+            wire.buffer += piece[left:]
+            piece = piece[:left]
+        self.content += piece
         wire.deadline = wire.loop.time() + self._silence_s
         if len(self.content) >= self._enough:
             wire.wake()
@@ -7355,8 +7367,8 @@ class Tunnel:
         if wire.gone:
             ended.set()
 
-    def feed(self, wire: Wire, data: bytes) -> None:
-        self.to.transport.write(data)
+    def feed(self, wire: Wire, piece: Piece) -> None:
+        self.to.transport.write(bytes(piece))
 
     def lost(self, wire: Wire) -> None:
         self.ended.set()
