@@ -1803,7 +1803,9 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
     matter stand, for large ones; a value too long for what it should be is left out."""
     try:
         if spans is None:
-            document = json.loads(content)
+            # UTF-8 is usual; json.loads would look for other encodings, at length.
+            text = str(content, "utf-8", "surrogatepass") if content[:1] == b"{" else content
+            document = json.loads(text)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
@@ -2128,6 +2130,9 @@ class Call(NamedTuple):
     session: str = ""  # "" where it belongs to none
 
 
+NO_CALL = Call(None)
+
+
 def read_call(
     head: RequestHead, content: Content, spans: Spans | None, s: Settings
 ) -> tuple[Call, Content]:
@@ -2167,17 +2172,23 @@ def wants_explanation(head: RequestHead) -> bool:
 
 def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
     """What names the session that a request belongs to, or ''."""
-    for name in s.session_headers:
-        if value := fields.get(name.lower()):
-            return f"{name}: {value}"
-    for name in SESSION_MEMBERS:
-        said = members.get(name)
-        if isinstance(said, str) and said:
-            return f"{name}: {said}"
-    for name in LAST_SESSION_FIELDS:
-        if value := fields.get(name):
-            return f"{name}: {value}"
-    return ""
+    first, last = session_fields(fields, s.session_headers)
+    if not first:
+        for name in SESSION_MEMBERS:
+            said = members.get(name)
+            if said and isinstance(said, str):
+                return f"{name}: {said}"
+    return first or last
+
+
+@remembered
+def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
+    """The fields that name a session: one of these, and one that would do if nothing else does."""
+    first = next((f"{name}: {fields.get(name.lower())}" for name in names
+                  if fields.get(name.lower())), "")  # fmt: skip
+    last = next((f"{name}: {fields.get(name)}" for name in LAST_SESSION_FIELDS
+                 if fields.get(name)), "")  # fmt: skip
+    return first, last
 
 
 def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
@@ -8011,10 +8022,8 @@ class Core:
             if any(ranking.cached):
                 ledger.cached_tokens.add(amount=cached)
                 ledger.missed_tokens.add(amount=ranking.missed_tokens())
-        if attempt == 1 or id not in self.recent:
-            self.recent[id] = []
-            self.recent.move_to_end(id)
-        self.recent[id].append(ranking)
+        earlier = self.recent.pop(id, [])
+        self.recent[id] = [*earlier, ranking] if attempt > 1 else [ranking]
         if len(self.recent) > RECENT_LIMIT:
             self.recent.popitem(last=False)
 
@@ -8295,7 +8304,7 @@ class Exchange:
         persists = head.persists and not core.stopping
         self.response = Response(client, head, request_id(head.fields, core.draw), core.settings, persists)
         self.path = inference_path(head.path)
-        self.call = Call(None)  # until the content is there
+        self.call = NO_CALL  # until the content is there
         self.content_bytes = 0  # of the request, in all,
         self.buffered_bytes = 0  # and as far as it is held now
         self.model_label = ""
@@ -9181,6 +9190,13 @@ class Door:
         """Whether one more connection may be accepted."""
         return len(self.core.clients) < self.core.clients_limit
 
+    def crowded(self) -> bool:
+        """Whether others wait to be accepted."""
+        for listener in self.listeners:
+            if not listener.reading:
+                return True
+        return False
+
     def make_room(self) -> None:
         """Idle connections give way: who was served and has no request on the way loses nothing
         but a handshake."""
@@ -9278,7 +9294,7 @@ class Door:
         idle_until = expires_at = now + core.settings.keep_alive_timeout
         if core.stopping:  # it was not told, since its answer had begun before
             idle_until = now + IDLE_GRACE_S
-        elif wire.reused and not all(listener.reading for listener in self.listeners):
+        elif wire.reused and self.crowded():
             idle_until = now
         while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
