@@ -111,6 +111,8 @@ import datetime
 import errno
 import functools
 import gc
+import glob
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -118,6 +120,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -125,6 +128,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -184,6 +188,7 @@ STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whol
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
 SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
 LOG_PAUSE_S = 0.02  # between two writes of log lines, which gathers them
+REPEATS_S = 60.0  # for which a warning that comes again and again is only counted
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at,
 SAMPLE_LIMIT = 4096  # and how long each may be
@@ -1117,6 +1122,12 @@ def words(value: Any) -> str:
     return value
 
 
+def file_name(value: Any) -> str:
+    if "/" in (name := words(value)) or name in (".", ".."):
+        raise ValueError("a name without a directory")
+    return name
+
+
 def one_of(*choices: str) -> Clean:
     def check(value: Any) -> str:
         for choice in choices:
@@ -1396,6 +1407,20 @@ class Settings:
         "LOG_TO_CONSOLE")
     show_models: bool = setting(
         False, truth, "name the models when a server's state changes", "SHOW_MODELS")
+    log_dir: str = setting(
+        "logs", words, "directory of the log files; '' is none", "LOG_DIR", restart=True)
+    log_file: str = setting("mvllm-lite.log", file_name, "all log lines", restart=True)
+    error_log_file: str = setting("mvllm-lite-error.log", file_name, "errors", restart=True)
+    structured_log_file: str = setting(
+        "mvllm-lite-structured.log", file_name, "requests and transitions as JSON", restart=True)
+    log_file_bytes: int = setting(
+        10_000_000, whole(10_000), "size at which log and error files are rotated", restart=True)
+    structured_log_file_bytes: int = setting(
+        50_000_000, whole(10_000), "the same, of the structured log", restart=True)
+    log_days: float = setting(
+        7.0, number(0.001), "age at which a rotated file is removed", restart=True)
+    error_log_days: float = setting(
+        30.0, number(0.001), "the same, of errors", restart=True)
 
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
@@ -4294,12 +4319,23 @@ def access_line(facts: Mapping[str, Any]) -> str:
             if not (value and value.isprintable()) or NOT_PLAIN.search(value):
                 value = json.dumps(value)
             out.append(f"{key}={value}")
+        elif value is None:
+            out.append(f"{key}=-")
+        elif isinstance(value, list):  # attempts
+            failed = ",".join(one["result"] for one in value if one["result"] != "ok")
+            out.append(f"{key}={len(value)} failed={failed or '-'}")
         else:
-            out.append(f"{key}={value:.3f}" if isinstance(value, float) else f"{key}={value}")
+            out.append(f"{key}={value}")
     return " ".join(out)
 
 
 NOT_PLAIN = re.compile(r'[\s"=]')
+
+
+def structured_line(event: str, at: float, facts: Mapping[str, Any]) -> str:
+    """The same for programs, with the time in UTC."""
+    second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+    return json.dumps({"time": f"{second}.{int(at % 1 * 1000):03d}Z", "event": event, **facts})
 
 
 def transition_line(change: Transition, models: Models | None) -> str:
@@ -7553,23 +7589,23 @@ class Response:
 # to wait.
 
 DROPPED = "mvllm_lite: %d log lines were dropped"
+LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
+ROTATED_LIMIT = 99  # old files of a log; before its age, that many are enough
 
 
-class LineWriter(logging.Handler):
-    """Writes log lines in a thread of its own.  When that is stuck in a terminal or pipe that
-    takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
+class Writer:
+    """Has lines written by a thread of its own, and what they go to closed in the end.  When that
+    is stuck in a terminal, pipe or disk that takes nothing, lines are dropped and counted: it must
+    not stop answers, nor our end."""
 
-    def __init__(self, descriptor: int, owned: bool = False) -> None:
-        super().__init__()
-        self.owned = descriptor if owned else -1  # to be closed in the end
+    def __init__(
+        self, write: Callable[[str], object], end: Callable[[], object] = lambda: None
+    ) -> None:
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.dropped = 0
         self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._write, args=(descriptor,), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(write, end), daemon=True)
         self.thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.say(self.format(record))
 
     def say(self, line: str) -> None:
         if self.lines.qsize() < LOG_LINES_LIMIT:
@@ -7577,7 +7613,7 @@ class LineWriter(logging.Handler):
         else:
             self.dropped += 1
 
-    def _write(self, descriptor: int) -> None:
+    def _run(self, write: Callable[[str], object], end: Callable[[], object]) -> None:
         """What comes within LOG_PAUSE_S goes out together: to wake this thread for each line took
         a third of the time of a small request."""
         last = False
@@ -7589,37 +7625,128 @@ class LineWriter(logging.Handler):
             if self.dropped:
                 batch.append(DROPPED % self.dropped)
                 self.dropped = 0
-            said = "".join(f"{line}\n" for line in batch if line is not None)
-            data = said.encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
-                while data:
-                    data = data[os.write(descriptor, data) :]
+                if lines := [line for line in batch if line is not None]:
+                    write("\n".join(lines))
+        end()
 
     def close(self) -> None:
         """Everything that waits is written, if that takes no longer than a second."""
         self.lines.put(None)
         self.closing.set()
         self.thread.join(1.0)
-        if self.owned >= 0 and not self.thread.is_alive():
-            os.close(self.owned)
-            self.owned = -1
-        super().close()
 
 
-def shape_writer(path: str) -> LineWriter | None:
-    """Writes to the end of a file; None, and the log says why, if that cannot be."""
+def to_descriptor(descriptor: int) -> Callable[[str], object]:
+    def write(lines: str) -> None:
+        data = f"{lines}\n".encode("utf-8", "backslashreplace")
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write
+
+
+class LineWriter(logging.Handler):
+    """Log lines, from `level` on, for a Writer.  A warning that comes again and again is a line,
+    and then a count."""
+
+    def __init__(self, writer: Writer, level: int = logging.DEBUG) -> None:
+        super().__init__(level)
+        self.writer = writer
+        self.setFormatter(logging.Formatter(*LINE_FORM))
+        self._last, self._since, self._repeats = "", 0.0, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage() if record.levelno >= logging.WARNING else ""
+        if said and said == self._last and record.created < self._since + REPEATS_S:
+            self._repeats += 1
+            return
+        if self._repeats:
+            self.writer.say(f"{timed(record.created)} WARNING that came {self._repeats} times more")
+        self._last, self._since, self._repeats = said, record.created, 0
+        self.writer.say(self.format(record))
+
+    def request(self, event: str, facts: Mapping[str, Any]) -> None:
+        """A line for a request, at a fifth of what the logging module takes for one."""
+        if event == "request" and log.isEnabledFor(logging.INFO):
+            self.writer.say(f"{timed(time.time())} INFO {access_line(facts)}")
+
+
+def timed(at: float) -> str:
+    """As LINE_FORM has it."""
+    return f"{time.strftime(LINE_FORM[1], time.localtime(at))}.{int(at % 1 * 1000):03d}"
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A log of which a Writer's thread writes.  Beyond a size it goes on in a new file; old ones
+    are compressed, and removed when they are `days` old.  One that was moved away, by logrotate or
+    by a process that takes over, is opened anew."""
+
+    def __init__(self, path: str, size: int, days: float) -> None:
+        super().__init__(path, "a", size, ROTATED_LIMIT, "utf-8", True, "backslashreplace")
+        self.days = days
+
+    def write(self, lines: str) -> None:
+        self.handle(logging.makeLogRecord({"msg": lines}))
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
+        if self.stream is not None:
+            ours, found = os.fstat(self.stream.fileno()), None
+            with contextlib.suppress(OSError):
+                found = os.stat(self.baseFilename)
+            if found is None or not os.path.samestat(found, ours):
+                self.close()
+        return bool(super().shouldRollover(record))
+
+    def rotation_filename(self, default_name: str) -> str:
+        return f"{default_name}.gz"
+
+    def rotate(self, source: str, dest: str) -> None:
+        with open(source, "rb") as old, gzip.open(dest, "wb") as compressed:
+            shutil.copyfileobj(old, compressed)
+        os.remove(source)
+        for name in glob.glob(f"{glob.escape(source)}.*.gz"):
+            if os.path.getmtime(name) < time.time() - self.days * 86400:
+                os.remove(name)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk is no reason to say anything, again and again, elsewhere."""
+
+
+class EventKeeper(logging.Handler):
+    """Keeps what is worth a line in the log for the status page."""
+
+    def __init__(self, events: deque[dict[str, str]]) -> None:
+        super().__init__(logging.INFO)
+        self.events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        when = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = record.getMessage()[:500]
+        self.events.append({"time": when, "level": record.levelname.lower(), "text": text})
+
+
+def not_writable(path: str) -> str:
+    """Why no lines can be written to the end of that file, or ''."""
     descriptor = -1
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe might never open
         descriptor = os.open(path, flags, 0o640)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return LineWriter(descriptor, True)
-        os.close(descriptor)
-        reason = "it is not a regular file"
+        return "" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "it is not a regular file"
     except OSError as error:
-        reason = reason_of(error)
-    log.error("no shape is written to %s: %s", shown(path), reason)
-    return None
+        return reason_of(error)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def shape_writer(path: str) -> Writer | None:
+    """Writes to the end of a file; None, and the log says why, if that cannot be."""
+    if why := not_writable(path):
+        log.error("no shape is written to %s: %s", shown(path), why)
+        return None
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    return Writer(to_descriptor(descriptor), functools.partial(os.close, descriptor))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -7883,22 +8010,6 @@ class Terminal:
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
 
 EVENTS_KEPT = 100
-access_log = logging.getLogger("mvllm_lite.access")  # lines of requests, which are no events
-
-
-class EventKeeper(logging.Handler):
-    """Keeps what is worth a line in the log, but for requests, for the status page."""
-
-    def __init__(self, events: deque[dict[str, str]]) -> None:
-        super().__init__(logging.INFO)
-        self.events = events
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name != access_log.name:
-            when = time.strftime("%H:%M:%S", time.localtime(record.created))
-            text = record.getMessage()[:500]
-            self.events.append({"time": when, "level": record.levelname.lower(), "text": text})
-
 
 class Attempt:
     """A request that is with a server, for the server's watcher to see and to end."""
@@ -7943,7 +8054,9 @@ class Core:
         self.reloaded_at: float | None = None  # on the loop's clock
         self.address = ""
         self.changed: Callable[[], None] = lambda: None  # to be called after a change by hand
-        self.shape: LineWriter | None = None  # where the traffic's shape is written
+        self.shape: Writer | None = None  # where the traffic's shape is written
+        # Who is told of each request and transition: its name, and what is known of it.
+        self.listeners: list[Callable[[str, Mapping[str, Any]], object]] = []
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
         self.secrets = Secrets()
@@ -7959,7 +8072,6 @@ class Core:
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
         self.stopping = False
-        self.on_terminal = False  # where requests have lines only if log_to_console says so
         self.started_at = time.time()
         self._told = asyncio.Event()
 
@@ -8008,8 +8120,8 @@ class Core:
         now = asyncio.get_running_loop().time()
         return self.fleet.has_place(now, self.settings.metrics_interval)
 
-    def decided(self, id: str, ranking: Ranking, attempt: int) -> None:
-        """A server is asked, because of this ranking."""
+    def decided(self, id: str, ranking: Ranking, attempt: int) -> str:
+        """A server is asked, because of this ranking.  What decided, in a word."""
         asked = [view.url for view in ranking.views].index(ranking.best or "")
         cached, tokens, ledger = ranking.cached[asked], ranking.call.prompt.tokens, self.ledger
         ranking.policy.chosen(ranking.views[asked])
@@ -8026,6 +8138,7 @@ class Core:
         self.recent[id] = [*earlier, ranking] if attempt > 1 else [ranking]
         if len(self.recent) > RECENT_LIMIT:
             self.recent.popitem(last=False)
+        return reason
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> None:
         """Tell the fleet something about a server's health; a transition is everybody's news."""
@@ -8035,8 +8148,14 @@ class Core:
             views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
+            self.happened("transition", {"server": change.url, "from": change.old.value,
+                                         "to": change.new.value, "reason": change.reason})
         if change is not None or after is Health.checked:
             self.tell()
+
+    def happened(self, event: str, facts: Mapping[str, Any]) -> None:
+        for listener in self.listeners:
+            listener(event, facts)
 
     def mistake(self, doing: str) -> None:
         """Of our own: to be called while its exception is handled."""
@@ -8302,7 +8421,8 @@ class Exchange:
         self.framing = request_framing(head)
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
         persists = head.persists and not core.stopping
-        self.response = Response(client, head, request_id(head.fields, core.draw), core.settings, persists)
+        id = request_id(head.fields, core.draw)
+        self.response = Response(client, head, id, core.settings, persists)
         self.path = inference_path(head.path)
         self.call = NO_CALL  # until the content is there
         self.content_bytes = 0  # of the request, in all,
@@ -8316,7 +8436,8 @@ class Exchange:
         self.place: Lease | None = None  # with a server
         self.waiting = False  # in the queue
         self.entered = False  # through the gate
-        self.attempts = 0
+        self.queued_s = 0.0
+        self.attempts: list[dict[str, str]] = []  # server, reason to ask it, result
         self.failures: list[str] = []  # of the attempts before the last
         self.began_at = self.asked_at = self.loop.time()
 
@@ -8435,7 +8556,8 @@ class Exchange:
             self.waiting = False
             queue.leave(waiter)
         waits = core.ledger.waits
-        waits.note(self.loop.time() - began, self.model_label)
+        waits.note(queued_s := self.loop.time() - began, self.model_label)
+        self.queued_s += queued_s
         if turn.done():
             turn.result()
             return Outcome(place=self.place.url if self.place else "")
@@ -8566,11 +8688,11 @@ class Exchange:
         core, url, label = self.core, step.url, "abandoned"
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
-        self.attempts, self.server = step.attempt, url
+        self.server, reason = url, "queue"
         if self.place is None:
             self.place = self.lease(url)
         if self.ranking is not None and self.ranking.best == url:
-            core.decided(self.response.id, self.ranking, step.attempt)
+            reason = core.decided(self.response.id, self.ranking, step.attempt)
             if self.wants_why():
                 self.errand.why = self.ranking.why()
         try:
@@ -8585,6 +8707,7 @@ class Exchange:
                 core.fleet.busy(url, now)
         finally:
             core.ledger.attempts.add(url, label)
+            self.attempts.append({"server": url, "reason": reason, "result": label})
             self.give_back(self.place)
         if fault is None:
             return outcome
@@ -8623,7 +8746,7 @@ class Exchange:
     def book(self) -> None:
         """Count the request, and write its line."""
         now, ledger, model = self.loop.time(), self.core.ledger, self.model_label
-        response, first_s = self.response, None
+        response, first_s, usage = self.response, None, dict[str, int]()
         ledger.requests.add(self.server, model, str(response.status))
         if response.first_byte_at is not None:
             first_s = response.first_byte_at - self.asked_at
@@ -8631,7 +8754,8 @@ class Exchange:
             self.remember(now, first_s)
             key = self.key.name if self.key else ""
             ledger.key_requests.add(key, model)
-            for kind, tokens in usage_of(response.tail).items():
+            usage = usage_of(response.tail)
+            for kind, tokens in usage.items():
                 ledger.usage.add(key, model, kind, amount=tokens)
         ledger.durations.note(now - self.began_at, model)
         ledger.request_sizes.note(self.content_bytes, model)
@@ -8643,9 +8767,8 @@ class Exchange:
             tokens = completion_tokens(response.tail, response.sent_bytes)
             self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
                                            self.server, response.status, response.end))  # fmt: skip
-        wanted = self.settings.log_to_console or not self.core.on_terminal
-        if wanted and log.isEnabledFor(logging.INFO):
-            access_log.info("%s", access_line(self.facts(now, first_s)))
+        if self.core.listeners:
+            self.core.happened("request", self.facts(now, first_s, usage))
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
@@ -8654,17 +8777,21 @@ class Exchange:
             why = f"{time.strftime('%H:%M:%S')} {response.end}, status {response.status}"
         self.core.minute(self.server).ended(now, first_s, why, len(self.failures))
 
-    def facts(self, now: float, first_s: float | None) -> dict[str, Any]:
+    def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> dict[str, Any]:
+        """What its log lines say.  Never content or keys."""
         response, (peer, port) = self.response, self.client.peer
         host = client_address(peer, self.head.fields, self.settings.trusted_proxies)
         return {
             "id": response.id, "client": f"{peer}:{port}" if host == peer else host,
-            "key": self.key.name if self.key else "-", "method": self.head.method,
-            "path": self.head.path[:200], "model": (self.call.model or "-")[:100],
-            "stream": self.call.stream, "server": self.server or "-", "attempts": self.attempts,
-            "failed": ",".join(self.failures) or "-", "status": response.status,
-            "first_byte": "-" if first_s is None else first_s, "duration": now - self.began_at,
-            "bytes": f"{self.content_bytes}/{response.sent_bytes}", "end": response.end,
+            "key": self.key and self.key.name, "method": self.head.method,
+            "path": self.head.path[:200], "model": self.call.model and self.call.model[:100],
+            "stream": self.call.stream, "server": self.server or None, "attempts": self.attempts,
+            "status": response.status, "queue_s": round(self.queued_s, 4),
+            "first_byte_s": first_s and round(first_s, 4),
+            "duration_s": round(now - self.began_at, 4), "request_bytes": self.content_bytes,
+            "response_bytes": response.sent_bytes, "prompt_tokens": usage.get("prompt"),
+            "cached_tokens": usage.get("cached"), "completion_tokens": usage.get("completion"),
+            "end": response.end,
         }  # fmt: skip
 
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
@@ -9332,7 +9459,7 @@ class Door:
         core.met(bad.limit)
         facts = {"id": id, "client": f"{host}:{port}", "status": bad.fault.status,
                  "end": bad.fault.label}  # fmt: skip  # and not what was said: it may hold a key
-        access_log.info("%s", access_line(facts))
+        core.happened("request", facts)
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
@@ -10359,7 +10486,7 @@ SCREEN_S = 0.5  # between two looks at the fleet
 @contextlib.asynccontextmanager
 async def showing(balancer: Balancer) -> AsyncIterator[None]:
     """The screen, in place of log lines, for as long as the terminal takes part."""
-    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, LineWriter)]
+    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
 
     def act(action: Action) -> None:
         if action.verb == "quit":
@@ -10415,7 +10542,6 @@ def serve_until_stopped(
 
     async def run(balancer: Balancer) -> None:
         loop, settings = asyncio.get_running_loop(), balancer.core.settings
-        balancer.core.on_terminal = sys.stdout.isatty()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, balancer.stop)
         loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
@@ -10423,6 +10549,16 @@ def serve_until_stopped(
             command = [sys.executable, *sys.orig_argv[1:]]
             loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
         on_screen = screen and Terminal.possible()
+        console_wanted = not sys.stdout.isatty()
+
+        def request(event: str, facts: Mapping[str, Any]) -> None:
+            """For the console, unless it is a terminal and nobody wants them there."""
+            if console_wanted or balancer.core.settings.log_to_console:
+                for one in log.handlers:
+                    if isinstance(one, Console):
+                        one.request(event, facts)
+
+        balancer.core.listeners.append(request)
 
         def ready() -> None:
             host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
@@ -10440,9 +10576,11 @@ def serve_until_stopped(
                             resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
 
         raise_descriptor_limit()
-        async with showing(balancer) if on_screen else contextlib.nullcontext():
-            await balancer.run(ready)
-        log.info("stopped")
+        files = contextlib.nullcontext() if hint else logging_to_files(balancer.core)
+        with files:
+            async with showing(balancer) if on_screen else contextlib.nullcontext():
+                await balancer.run(ready)
+            log.info("stopped")
 
     async def started() -> None:
         await start(run)
@@ -10506,20 +10644,63 @@ async def ask(url: str, settings: Settings, secrets: Secrets) -> tuple[bool, str
         pool.close()
 
 
+class Console(LineWriter):
+    """Lines on stdout, which a screen takes the place of."""
+
+
 @contextlib.contextmanager
 def logging_to_stdout(level: str) -> Iterator[None]:
     """Log lines go to stdout."""
-    writer = LineWriter(sys.stdout.fileno())
-    form = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
-    writer.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S"))
+    writer = Writer(to_descriptor(sys.stdout.fileno()))
+    console = Console(writer)
     log.setLevel(level)
     log.propagate = False
-    log.addHandler(writer)
+    log.addHandler(console)
     try:
         yield
     finally:
-        log.removeHandler(writer)
+        log.removeHandler(console)
         writer.close()
+
+
+@contextlib.contextmanager
+def logging_to_files(core: Core) -> Iterator[None]:
+    """Log lines go to files, too; to those that can be written."""
+    s, before = core.settings, list(core.listeners)
+    handlers, writers = list[LineWriter](), list[Writer]()
+    sizes = s.log_file_bytes, s.log_file_bytes, s.structured_log_file_bytes
+    ages = s.log_days, s.error_log_days, s.log_days
+    names = s.log_file, s.error_log_file, s.structured_log_file
+    for n, (name, size, days) in enumerate(zip(names, sizes, ages)):
+        path = os.path.join(s.log_dir, name)
+        if not (s.log_dir and name):
+            continue
+        with contextlib.suppress(OSError):
+            os.makedirs(s.log_dir, exist_ok=True)
+        if why := not_writable(path):
+            log.warning("no log file %s: %s", shown(path), why)
+            continue
+        file = LogFile(path, size, days)
+        writers.append(writer := Writer(file.write, file.close))
+        if n == 2:
+            core.listeners.append(functools.partial(structured, writer))
+            continue
+        handlers.append(lines := LineWriter(writer, (logging.DEBUG, logging.ERROR)[n]))
+        log.addHandler(lines)
+        if n == 0:
+            core.listeners.append(lines.request)
+    try:
+        yield
+    finally:
+        core.listeners[:] = before
+        for handler in handlers:
+            log.removeHandler(handler)
+        for writer in writers:
+            writer.close()
+
+
+def structured(writer: Writer, event: str, facts: Mapping[str, Any]) -> None:
+    writer.say(structured_line(event, time.time(), facts))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pty
@@ -32,6 +33,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -3782,8 +3784,15 @@ def test_the_metrics_page_is_well_formed():
 
 
 def test_access_lines_are_key_value_pairs_that_cannot_be_forged():
-    line = lite.access_line({"id": "a b", "path": "/x\ny=1", "quote": 'a"b', "none": "", "s": 0.12345, "n": 3})
-    assert line == r'id="a b" path="/x\ny=1" quote="a\"b" none="" s=0.123 n=3'
+    tries = [{"server": "a", "reason": "load", "result": result} for result in ("connect_failed", "ok")]
+    line = lite.access_line({"id": "a b", "path": "/x\ny=1", "quote": 'a"b', "none": "", "s": 0.12345, "n": None, "attempts": tries})
+    assert line == r'id="a b" path="/x\ny=1" quote="a\"b" none="" s=0.12345 n=- attempts=2 failed=connect_failed'
+    assert lite.access_line({"attempts": []}) == "attempts=0 failed=-"
+
+
+def test_structured_lines_are_json_with_the_time_in_utc():
+    found = json.loads(lite.structured_line("request", 1700000000.1239, {"id": 'a"\n', "end": None}))
+    assert found == {"time": "2023-11-14T22:13:20.123Z", "event": "request", "id": 'a"\n', "end": None}
 
 
 def test_transitions_may_name_models():
@@ -5363,6 +5372,11 @@ class Running:
 
     def __init__(self, balancer, stack):
         self.balancer, self.core, self.stack = balancer, balancer.core, stack
+        self.heard = []  # requests and transitions, as for the logs
+        self.core.listeners.append(lambda event, facts: self.heard.append((event, facts)))
+
+    def requests(self):
+        return [facts for event, facts in self.heard if event == "request"]
 
     async def client(self):
         pair = await asyncio.open_connection("127.0.0.1", self.balancer.port, limit=1 << 26)
@@ -5408,9 +5422,9 @@ async def balancing(*asked, wait=True, servers=(), **settings):
             listed.append(lite.ServerSettings(getattr(server, "url", server), getattr(server, "capacity", 10)))
         balancer = lite.Balancer(Settings(tuple(listed), **{**QUICK, **settings}))
         ready = asyncio.Event()
+        running = Running(balancer, stack)
         task = asyncio.create_task(balancer.run(ready.set))
         await asyncio.wait((task, asyncio.create_task(ready.wait())), return_when=asyncio.FIRST_COMPLETED)
-        running = Running(balancer, stack)
         try:
             if wait:
                 await running.until(lambda: "checking" not in running.states())
@@ -6363,7 +6377,8 @@ async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(ca
         names = [[m["id"] for m in (await client.get("/v1/models", bearer(key))).json["data"]] for key in ("sk-team", "sk-root")]
         assert names == [["m"], ["m", "n"]] and (await client.get("/v1/models/n", bearer("sk-team"))).status == 404
         assert (await client.get("/liveness")).status == 200 == (await client.get("/health")).status
-    assert len(server.asked) == 2 and "key=team" in caplog.text and "sk-" not in caplog.text
+    assert len(server.asked) == 2 and "team" in {facts["key"] for facts in running.requests()}
+    assert "sk-" not in caplog.text + str(running.heard)
 
 
 @asynchronous
@@ -6456,8 +6471,7 @@ async def test_admin_paths_take_a_setting_an_admin_s_key_and_a_server():
 
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.0/8",)])
 @asynchronous
-async def test_only_our_own_proxies_are_believed(trusted, caplog):
-    caplog.set_level("INFO", "mvllm_lite")
+async def test_only_our_own_proxies_are_believed(trusted):
     said = ["X-Forwarded-For: 9.9.9.9", "X-Forwarded-Proto: https", "X-Forwarded-Host: h", "X-Real-IP: 9.9.9.9",
             "X-Data-Parallel-Rank: 3", "Forwarded: for=9.9.9.9", "X-MVLLM-Secret: 1"]  # fmt: skip
     async with balancing(server := Server(), trusted_proxies=trusted) as running:
@@ -6467,7 +6481,7 @@ async def test_only_our_own_proxies_are_believed(trusted, caplog):
     assert found == (["9.9.9.9, 127.0.0.1", "https", "h"] if trusted else ["127.0.0.1", "http", "front"])
     for name in ("x-real-ip", "x-data-parallel-rank", "forwarded"):
         assert bool(asked.get(name)) is bool(trusted)
-    assert not asked.get("x-mvllm-secret") and ("client=9.9.9.9 " in caplog.text) is bool(trusted)
+    assert not asked.get("x-mvllm-secret") and (running.requests()[0]["client"] == "9.9.9.9") is bool(trusted)
 
 
 @asynchronous
@@ -7328,7 +7342,7 @@ FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", 
 
 @pytest.mark.parametrize("end, label, whole", [(ABORTED_END, "aborted", False), (FAILED_END, "stream_failed", True)])
 @asynchronous
-async def test_a_clean_end_is_not_success(end, label, whole, caplog):
+async def test_a_clean_end_is_not_success(end, label, whole):
     seen = asyncio.Event()
 
     async def answer(asked, conn):
@@ -7336,7 +7350,6 @@ async def test_a_clean_end_is_not_success(end, label, whole, caplog):
         await seen.wait()
         await conn.send(*map(chunk, end), b"0\r\n\r\n")
 
-    caplog.set_level("INFO", "mvllm_lite")
     async with balancing(Server(answer), failure_threshold=1) as running:
         client = await running.client()
         await client.ask("POST", "/v1/chat/completions", b'{"stream":true}')
@@ -7348,7 +7361,7 @@ async def test_a_clean_end_is_not_success(end, label, whole, caplog):
             raw = await client.reader.read()
             assert b"broke off" in raw and not raw.endswith(b"0\r\n\r\n")
         await running.quiet()
-        assert running.states() == ["unhealthy"] and f"end={label}" in caplog.text
+        assert running.states() == ["unhealthy"] and running.requests()[0]["end"] == label
         assert await running.metric("mvllm_attempts_total", result=label) == 1
 
 
@@ -8164,7 +8177,8 @@ def command(*args):
 
 def told(*args, cwd=None, **env):
     """(exit code, stdout, stderr) of a command that ends by itself."""
-    done = subprocess.run(command(*args), cwd=cwd, env=CLEAN | env, capture_output=True, text=True, timeout=30)
+    with tempfile.TemporaryDirectory() as elsewhere:  # there may be log files
+        done = subprocess.run(command(*args), cwd=cwd or elsewhere, env=CLEAN | env, capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -8222,7 +8236,7 @@ def test_flag_environment_file_default(argv, environ, config, port):
 def test_every_environment_variable_of_the_seeds_is_known():
     known = {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} - {""}
     assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS", "HEALTH_CHECK_INTERVAL",
-                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT"}  # fmt: skip
+                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR"}  # fmt: skip
     args = lite.argument_parser().parse_args(
         ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level", "debug",
          "--server", "http://b", "--max-load", "1", "--max-load", "2"])  # fmt: skip
@@ -8233,17 +8247,19 @@ def test_every_environment_variable_of_the_seeds_is_known():
 
 
 @contextlib.asynccontextmanager
-async def process(*args, **env):
+async def process(*args, cwd=None, **env):
     """A command that runs, its lines of output as they come; ended with SIGTERM."""
     pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*command(*args), env=CLEAN | env, stdout=pipe, stderr=pipe)
-    try:
-        yield child
-    finally:
-        if child.returncode is None:
-            child.terminate()
-        out, err = await child.communicate()
-        assert (child.returncode, err) == (0, b""), err.decode()
+    with tempfile.TemporaryDirectory() as elsewhere:  # there are log files
+        child = await asyncio.create_subprocess_exec(
+            *command(*args), cwd=cwd or elsewhere, env=CLEAN | env, stdout=pipe, stderr=pipe)
+        try:
+            yield child
+        finally:
+            if child.returncode is None:
+                child.terminate()
+            out, err = await child.communicate()
+            assert (child.returncode, err) == (0, b""), err.decode()
 
 
 async def line_with(child, *words):
@@ -8292,6 +8308,74 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
                 child.send_signal(signal.SIGHUP)
                 await line_with(child, "ERROR", "the settings stay as they were")
                 await line_with(child, "config.config_reload_interval: found -1")
+
+
+def written(path):
+    """What is in a log and in its old, compressed files; and how many there are."""
+    old = sorted(path.parent.glob(f"{path.name}.*.gz"))
+    return "".join(gzip.decompress(one.read_bytes()).decode() for one in old) + path.read_text(), 1 + len(old)
+
+
+@asynchronous
+async def test_requests_and_transitions_are_in_files(tmp_path):
+    path, logs = tmp_path / "servers.toml", tmp_path / "here"
+    async with Server() as a, Server(models=["b"]) as b:
+        path.write_text(settings_text(a, b, log_dir=f"'{logs}'"))
+        async with process(str(path), cwd=tmp_path) as child:
+            port = re.search(r":(\d+) for 2", await line_with(child, "listens on"))[1]
+            await line_with(child, a.url, "is healthy")
+            client = Client(*await asyncio.open_connection("127.0.0.1", port))
+            assert (await client.post(body=CHAT, fields=["Authorization: Bearer sk-secret"])).status == 200
+            assert "status=200" in await line_with(child, "path=/v1/chat/completions")  # on stdout, too
+            client.close()
+            whole = logs / "mvllm-lite.log"
+            while "end=complete" not in whole.read_text():
+                await asyncio.sleep(0.02)
+            whole.rename(logs / "moved")  # as logrotate does
+            child.send_signal(signal.SIGHUP)
+            await line_with(child, "nothing changed")
+    assert "nothing changed" in whole.read_text() and "stopped" in whole.read_text()
+    lines = [json.loads(line) for line in (logs / "mvllm-lite-structured.log").read_text().splitlines()]
+    (request,) = [line for line in lines if line["event"] == "request"]
+    assert request["attempts"] == [{"server": request["server"], "reason": "alone", "result": "ok"}]
+    assert request["status"] == 200 and request["model"] == "m" and request["end"] == "complete"
+    assert {"server": b.url, "to": "healthy"}.items() <= next(
+        line for line in lines if line["event"] == "transition" and line["server"] == b.url).items()  # fmt: skip
+    assert "secret" not in "".join(one.read_text() for one in logs.iterdir()) and not (logs / "mvllm-lite-error.log").read_text()
+
+
+@asynchronous
+async def test_where_no_files_can_be_written_there_is_a_warning(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    async with Server() as server, process("--server", server.url, "--port", "0", cwd=tmp_path) as child:
+        for name in ("mvllm-lite.log", "mvllm-lite-error.log", "mvllm-lite-structured.log"):
+            await line_with(child, "WARNING", f"no log file 'logs/{name}': not a directory")
+        await line_with(child, "is healthy")
+
+
+def test_a_log_is_rotated_by_size_compressed_and_removed_by_age(tmp_path):
+    path = tmp_path / "x.log"
+    (tmp_path / "x.log.7.gz").write_bytes(gzip.compress(b"old"))
+    os.utime(tmp_path / "x.log.7.gz", (0, 0))
+    (tmp_path / "x.log.notes").write_text("not ours")
+    file = lite.LogFile(str(path), 1000, 1)
+    said = [f"{n:04d} {'x' * 90}" for n in range(50)]
+    for line in said:
+        file.write(line)
+    file.close()
+    found, count = written(path)
+    assert sorted(found.splitlines()) == said and count > 2 and (tmp_path / "x.log.notes").exists()
+
+
+def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch):
+    said = []
+    writer = lite.Writer(said.append)
+    handler = lite.LineWriter(writer)
+    for level, text in ((30, "full"), (30, "full"), (30, "full"), (20, "info"), (20, "info"), (30, "full")):
+        handler.handle(logging.LogRecord("x", level, "", 0, text, (), None))
+    writer.close()
+    words = [line.split(" ", 1)[1] for line in "\n".join(said).splitlines()]
+    assert words == ["WARNING full", "WARNING that came 2 times more", "INFO info", "INFO info", "WARNING full"]
 
 
 @asynchronous
@@ -8488,7 +8572,7 @@ def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(tmp_path):
     path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nhost = "127.0.0.1"\nport = 0\n')
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    child = subprocess.Popen([sys.executable, str(HERE / "mvllm_lite.py"), str(path)], stdin=slave, stdout=slave, stderr=slave,
+    child = subprocess.Popen([sys.executable, str(HERE / "mvllm_lite.py"), str(path)], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path,
                              start_new_session=True, env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
                              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
     os.close(slave)
@@ -8950,7 +9034,7 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
     async with Server() as server:
         path.write_text(settings_text(server, port=port))
         fast = [word for word in command(str(path)) if word not in ("-X", "dev")]  # there is much to say
-        child = await asyncio.create_subprocess_exec(*fast, env=CLEAN, stdout=writing, stderr=-1)
+        child = await asyncio.create_subprocess_exec(*fast, cwd=tmp_path, env=CLEAN, stdout=writing, stderr=-1)
         os.close(writing)
 
         async def connected():
