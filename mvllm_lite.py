@@ -3,7 +3,7 @@
 
     python mvllm_lite.py servers.toml        serve what the file describes
     python mvllm_lite.py demo                the whole thing against simulated servers
-    python mvllm_lite.py check-config        read the file, ask every server, report
+    python mvllm_lite.py check-config        read the file, examine every server, advise
     python mvllm_lite.py replay              try policies on recorded traffic
     python mvllm_lite.py --help              the rest
 
@@ -52,8 +52,10 @@ of itself and of earlier rooms only.
     36  local         what the balancer answers itself
     37  door          where clients come in: connections accepted, requests let in
     38  balancer      assembly: reloading, draining, handing over to a successor
-    39  demo          simulated vLLM servers, so that everything runs on a laptop
-    40  command line  arguments, environment, logging, exit codes
+    39  doctor        what is amiss with servers and settings, and what to do about it
+    40  demo          simulated vLLM servers, so that everything runs on a laptop
+    41  process       signals, the terminal, systemd, limits of the system
+    42  command line  arguments, environment, logging, exit codes
 
 A request walks through the rooms like this.  The `Door` (37) reads a head from the client's
 `Wire` (26) and parses it (2).  A local path is answered in room 36; everything else is an
@@ -7593,6 +7595,9 @@ LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M
 ROTATED_LIMIT = 99  # old files of a log; before its age, that many are enough
 
 
+Listening = Callable[[str, Mapping[str, Any]], object]  # told an event's name, and its facts
+
+
 class Writer:
     """Has lines written by a thread of its own, and what they go to closed in the end.  When that
     is stuck in a terminal, pipe or disk that takes nothing, lines are dropped and counted: it must
@@ -7731,13 +7736,79 @@ def not_writable(path: str) -> str:
     descriptor = -1
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe might never open
-        descriptor = os.open(path, flags, 0o640)
+        descriptor = os.open(path, flags, 0o666)
         return "" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "it is not a regular file"
     except OSError as error:
         return reason_of(error)
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+class Console(LineWriter):
+    """Lines on stdout, which a screen takes the place of."""
+
+
+def on_consoles(wanted: Callable[[], bool], event: str, facts: Mapping[str, Any]) -> None:
+    """A request's line, where it is wanted."""
+    for one in log.handlers:
+        if isinstance(one, Console) and wanted():
+            one.request(event, facts)
+
+
+@contextlib.contextmanager
+def logging_to_stdout(level: str) -> Iterator[None]:
+    """Log lines go to stdout."""
+    writer = Writer(to_descriptor(sys.stdout.fileno()))
+    console = Console(writer)
+    log.setLevel(level)
+    log.propagate = False
+    log.addHandler(console)
+    try:
+        yield
+    finally:
+        log.removeHandler(console)
+        writer.close()
+
+
+@contextlib.contextmanager
+def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
+    """Log lines go to files, too, and `listeners` to requests; to those that can be written."""
+    before = list(listeners)
+    handlers, writers = list[LineWriter](), list[Writer]()
+    sizes = s.log_file_bytes, s.log_file_bytes, s.structured_log_file_bytes
+    ages = s.log_days, s.error_log_days, s.log_days
+    names = s.log_file, s.error_log_file, s.structured_log_file
+    for n, (name, size, days) in enumerate(zip(names, sizes, ages)):
+        path = os.path.join(s.log_dir, name)
+        if not (s.log_dir and name):
+            continue
+        with contextlib.suppress(OSError):
+            os.makedirs(s.log_dir, exist_ok=True)
+        if why := not_writable(path):
+            log.warning("no log file %s: %s", shown(path), why)
+            continue
+        file = LogFile(path, size, days)
+        writers.append(writer := Writer(file.write, file.close))
+        if n == 2:
+            listeners.append(functools.partial(structured, writer))
+            continue
+        handlers.append(lines := LineWriter(writer, (logging.DEBUG, logging.ERROR)[n]))
+        log.addHandler(lines)
+        if n == 0:
+            listeners.append(lines.request)
+    try:
+        yield
+    finally:
+        listeners[:] = before
+        for handler in handlers:
+            log.removeHandler(handler)
+        for writer in writers:
+            writer.close()
+
+
+def structured(writer: Writer, event: str, facts: Mapping[str, Any]) -> None:
+    writer.say(structured_line(event, time.time(), facts))
 
 
 def shape_writer(path: str) -> Writer | None:
@@ -8056,7 +8127,7 @@ class Core:
         self.changed: Callable[[], None] = lambda: None  # to be called after a change by hand
         self.shape: Writer | None = None  # where the traffic's shape is written
         # Who is told of each request and transition: its name, and what is known of it.
-        self.listeners: list[Callable[[str, Mapping[str, Any]], object]] = []
+        self.listeners: list[Listening] = []
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
         self.secrets = Secrets()
@@ -9053,7 +9124,8 @@ async def load_stats(core: Core, head: RequestHead) -> Reply:
     now, queue = clock(), core.queue
     waiting = {"length": len(queue), "size": core.settings.queue_size,
                "longest_wait_s": queue.longest_wait_s(now.monotonic)}  # fmt: skip
-    return as_json(load_report(core.fleet.views(now.monotonic), core.settings, now) | {"queue": waiting})
+    views = core.fleet.views(now.monotonic)
+    return as_json(load_report(views, core.settings, now) | {"queue": waiting})
 
 
 @local("/explain")
@@ -9883,7 +9955,181 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  demo
+#  39  doctor
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is usually found out too late: each server is asked for all that the balancer will rely on,
+# and for each thing that is amiss there is something to do.
+
+
+class Finding(NamedTuple):
+    """Something that is amiss, and what to do about it."""
+
+    text: str
+    advice: str
+
+
+class Examined(NamedTuple):
+    """What was found at a server; `models` is None where it did not say."""
+
+    usable: bool
+    words: str
+    findings: list[Finding]
+    models: Models | None = None
+
+
+class Streamed(NamedTuple):
+    """How a streamed answer arrived.  Times in seconds since the request."""
+
+    status: int
+    pieces: int = 0
+    events: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+
+async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
+    """Ask one server for everything."""
+    pool, timeout_s = secrets.pool(server.url), settings.health_check_timeout
+    with contextlib.closing(pool):
+        check = await check_server(pool, timeout_s, True, True)
+        if check is None or not check.passed:
+            why = check.why if check else "no file descriptors left"
+            return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
+        findings = list[Finding]()
+        if check.models is None:
+            findings.append(unusable_finding(server, check.why))
+        status, content = await asked(pool, "/version", timeout_s)
+        version = read_members(content, None).get("version") if status == 200 else None
+        status, content = await asked(pool, "/metrics", timeout_s)
+        loads = engine_loads(content.decode("utf-8", "replace")) if status == 200 else {}
+        findings += load_findings(server, status, loads)
+        streamed = await stream_of(pool, next(iter(check.models or ()), ""), timeout_s)
+        findings += stream_findings(streamed, timeout_s)
+    said = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
+    words = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
+    if streamed is not None and streamed.events:
+        words.append(f"first token after {streamed.first_s * 1000:.0f} ms")
+    return Examined(True, "  ".join([*words, said]), findings, check.models)
+
+
+async def asked(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """As `fetch`; status 0 for no answer."""
+    try:
+        return await fetch(pool, path, timeout_s)
+    except (PeerGone, BadMessage, TimeoutError):
+        return 0, b""
+
+
+STREAM_TOKENS = 16
+
+
+async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None:
+    """Have some tokens streamed; None when there was no answer in time."""
+    wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
+              "ignore_eos": True}  # fmt: skip
+    content = json.dumps(wanted).encode()
+    request = (f"POST {pool.prefix}/v1/completions HTTP/1.1\r\nHost: {pool.authority}\r\n"
+               f"{pool.key_line}Content-Type: application/json\r\n"
+               f"Content-Length: {len(content)}\r\n\r\n").encode("latin-1")  # fmt: skip
+
+    async def conversation(wire: Wire) -> Streamed:
+        begun = wire.loop.time()
+        wire.transport.write(request + content)
+        head = await read_response_head(wire, INFINITY)
+        decoder, found = decoder_for(response_framing(head, "POST")), Streamed(head.status)
+        while head.is_event_stream and not decoder.done:
+            piece = await wire.read_content(decoder, INFINITY)
+            if events := piece.count(b"data: {"):
+                now = wire.loop.time() - begun
+                found = Streamed(head.status, found.pieces + 1, found.events + events,
+                                 found.first_s or now, now)  # fmt: skip
+        return found
+
+    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+        async with within(timeout_s):
+            return await pool.talk(conversation, timeout_s)
+    return None
+
+
+def unusable_finding(server: ServerSettings, why: str) -> Finding:
+    """About a server that did not answer as it should."""
+    if re.search(r"answered 40[13]", why):
+        has = "another" if server.api_key or server.api_key_file else "an"
+        return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
+    if "certificate" in why.lower():
+        return Finding(f"its certificate: {why}", "name the authority that signed it in ca_file")
+    return Finding(why, f"see whether it runs, and try: curl -v {server.url}/v1/models")
+
+
+def load_findings(
+    server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
+) -> list[Finding]:
+    """About its page of metrics."""
+    load, findings = loads.get("", EngineLoad()), list[Finding]()
+    if status != 200:
+        said = f"/metrics answered {status}" if status else "/metrics did not answer"
+        return [Finding(f"{said}: its load is not known, only our own requests are counted",
+                        "let the balancer reach /metrics, past whatever stands before the server")]
+    missing = [name for name, value in (
+        (VLLM_METRICS["running"].names[0], load.running),
+        (VLLM_METRICS["waiting"].names[0], load.waiting),
+        (VLLM_METRICS["kv_usage"].names[0], load.kv_usage_ratio),
+        (VLLM_METRICS["generation_tokens"].names[0], load.generation_tokens),
+    ) if value is None]  # fmt: skip
+    if missing:
+        findings.append(Finding(f"/metrics does not say {', '.join(missing)}",
+                                "start vLLM without --disable-log-stats"))
+    if not load.caches:
+        findings.append(Finding("it keeps no prefixes: each turn of a conversation is read anew",
+                                "start vLLM with --enable-prefix-caching"))
+    if load.asleep:
+        findings.append(Finding("it is asleep", f"wake it: curl -X POST {server.url}/wake_up"))
+    engines = max(1, len(loads) - 1)
+    if not missing and engines != server.data_parallel_size:
+        findings.append(Finding(
+            f"it runs {engines} engine(s), its data_parallel_size here is"
+            f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"))
+    return findings
+
+
+def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
+    """About a streamed answer.  A server that does not generate text (404, 400) is none's fault."""
+    if streamed is None:
+        return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
+                        " (health_check_timeout)", "look at its load, or at its log")]
+    if streamed.status >= 500:
+        return [Finding(f"a stream was answered {streamed.status}", "look at its log")]
+    # All at once, though that took a while: somebody has collected it.
+    if streamed.events > 3 and streamed.pieces == 1 and streamed.last_s > 0.05:
+        return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
+                        "turn response buffering off in what stands before the server (nginx:"
+                        " proxy_buffering off)")]  # fmt: skip
+    return []
+
+
+def own_findings(s: Settings, examined: Sequence[Examined], descriptors: int) -> list[Finding]:
+    """About this machine, and about names in the settings that no server knows."""
+    findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
+    if descriptors < needed:
+        clients = max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
+        findings.append(Finding(
+            f"{descriptors} file descriptors are enough for {clients} clients, max_connections is"
+            f" {s.max_connections}", f"raise the limit to {needed} (ulimit -Hn, LimitNOFILE)"))
+    known = {name for one in examined for name in one.models or ()}
+    if all(one.models is not None for one in examined):
+        named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
+        named += [("default_model is", s.default_model)] if s.default_model else []
+        for what, model in named:
+            if model not in known and model not in s.aliases:
+                findings.append(Finding(
+                    f"{what} {shown(model)}, which no server has",
+                    f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"))
+    return findings
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  40  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -10132,10 +10378,182 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  command line
+#  41  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Arguments, environment, logging, exit codes: 0 well, 1 the settings or the address cannot be
+# A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
+# the process that it succeeds.
+
+Runner = Callable[[Balancer], Awaitable[None]]
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """Those of the process that this one succeeds; none at an ordinary start."""
+    numbers = os.environ.pop(SOCKETS_ENV, "")
+    return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
+
+
+def tell_that_we_serve() -> None:
+    """To the process that this one succeeds, and to systemd."""
+    if descriptor := os.environ.pop(READY_ENV, ""):
+        with socket.socket(fileno=int(descriptor)) as sock:
+            sock.send(b"1")
+    tell_systemd(f"READY=1\nMAINPID={os.getpid()}")
+
+
+def tell_systemd(state: str) -> None:
+    """As sd_notify(3) does, if systemd has started us."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+            sock.send(state.encode())
+
+
+async def feed_watchdog() -> None:
+    """Tell systemd that the event loop turns, twice in each WatchdogSec, if that is set.  A
+    successor does, too, although WATCHDOG_PID names its predecessor."""
+    with contextlib.suppress(ValueError):
+        period_s = int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
+        while os.environ.get("NOTIFY_SOCKET"):
+            tell_systemd("WATCHDOG=1")
+            await asyncio.sleep(period_s / 2)
+
+
+SCREEN_S = 0.5  # between two looks at the fleet
+
+
+@contextlib.asynccontextmanager
+async def showing(balancer: Balancer) -> AsyncIterator[None]:
+    """The screen, in place of log lines, for as long as the terminal takes part."""
+    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
+
+    def act(action: Action) -> None:
+        if action.verb == "quit":
+            balancer.stop()
+        else:
+            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
+            task.add_done_callback(doing.discard)
+
+    def gone(why: str) -> None:
+        for one in lines:
+            log.addHandler(one)
+        log.warning("the screen has ended: %s", why)
+
+    async def show() -> None:
+        while True:
+            terminal.show(core.status())
+            await asyncio.sleep(SCREEN_S)
+
+    doing = set[asyncio.Future[Any]]()
+    for one in lines:
+        log.removeHandler(one)
+    def end() -> None:
+        shown.cancel()
+        terminal.close()
+        for one in lines:
+            log.addHandler(one)  # once, however often
+
+    terminal = Terminal(asyncio.get_running_loop(), act, gone)
+    shown = asyncio.ensure_future(show())
+    balancer.before_upgrade = end
+    try:
+        yield
+    finally:
+        end()
+
+
+async def act_on_server(core: Core, action: Action) -> None:
+    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
+    function = ADMIN[f"/admin/servers/{action.verb}"]["POST"]
+    try:
+        reply = await function(core, {"url": server_of(action.url)}, b"")
+        if action.verb == "probe":
+            log.info("by hand: %s probed: %s", action.url, reply.content.decode())
+    except (LookupError, SettingsError) as error:
+        log.warning("%s", error.args[0])
+
+
+def follow_signals(balancer: Balancer, upgradable: bool) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        tell_systemd("STOPPING=1")
+        balancer.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
+    if upgradable:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
+
+
+def announce(balancer: Balancer, hint: str) -> None:
+    """It listens."""
+    s, limit = balancer.core.settings, balancer.core.clients_limit
+    host = "127.0.0.1" if s.host in ("", "0.0.0.0", "::") else s.host
+    scheme = "https" if s.tls_cert else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{balancer.port}"
+    if hint:
+        print(hint.format(url=url, server=s.servers[0].url), flush=True)
+    tell_that_we_serve()
+    log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
+             __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
+    if limit < 0.9 * s.max_connections:
+        log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
+                    s.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)
+
+
+def serve_until_stopped(
+    start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
+) -> int:
+    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
+    or with log lines."""
+
+    async def run(balancer: Balancer) -> None:
+        core, terminal = balancer.core, sys.stdout.isatty()
+        follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
+        core.listeners.append(functools.partial(
+            on_consoles, lambda: core.settings.log_to_console or not terminal))
+        raise_descriptor_limit()
+        on_screen = screen and Terminal.possible()
+        watchdog = asyncio.ensure_future(feed_watchdog())
+        with contextlib.ExitStack() as logs:
+            if not hint:
+                logs.enter_context(logging_to_files(core.settings, core.listeners))
+            async with showing(balancer) if on_screen else contextlib.nullcontext():
+                await balancer.run(functools.partial(announce, balancer, hint))
+            log.info("stopped")
+        watchdog.cancel()
+
+    async def started() -> None:
+        await start(run)
+
+    tidy_memory()
+    asyncio.run(started())
+    return 0
+
+
+def tidy_memory() -> None:
+    """After loading, before serving: what is there now stays, so the collector of garbage need not
+    look at it again and again, nor as often; some 5 to 10 % of a small request."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def raise_descriptor_limit() -> None:
+    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  42  command line
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
 # used, 2 wrong arguments or, from check-config, no server can be used.
 
 DEFAULT_CONFIG = "servers.toml"
@@ -10144,7 +10562,7 @@ examples:
   mvllm_lite.py servers.toml                        serve what the file describes
   mvllm_lite.py run --config servers.toml --port 9000 --console
   mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8
-  mvllm_lite.py check-config servers.toml           read the file and ask every server
+  mvllm_lite.py check-config servers.toml           examine the file and every server
   mvllm_lite.py demo                                try it without any server
   mvllm_lite.py replay sessions --policy all        compare policies in a model of the servers
 
@@ -10162,7 +10580,6 @@ Ask it something:
 Look at it:          curl {url}/load-stats
 Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)
 """
-Runner = Callable[[Balancer], Awaitable[None]]
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -10322,23 +10739,6 @@ def run_balancer(args: argparse.Namespace) -> int:
             screen=sys.stdout.isatty() and not (lines_wanted or inherited))
 
 
-def inherited_sockets() -> list[socket.socket]:
-    """Those of the process that this one succeeds; none at an ordinary start."""
-    numbers = os.environ.pop(SOCKETS_ENV, "")
-    return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
-
-
-def tell_that_we_serve() -> None:
-    """To the process that this one succeeds, and to systemd."""
-    if descriptor := os.environ.pop(READY_ENV, ""):
-        with socket.socket(fileno=int(descriptor)) as sock:
-            sock.send(b"1")
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-            sock.send(f"READY=1\nMAINPID={os.getpid()}".encode())
-
-
 def run_upgrade(args: argparse.Namespace) -> int:
     """Find the running balancer by its port, check what its successor will read, and tell it."""
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
@@ -10480,227 +10880,33 @@ def progress_bar(name: str) -> Callable[[float], None]:
     return draw if sys.stderr.isatty() else lambda share: None
 
 
-SCREEN_S = 0.5  # between two looks at the fleet
-
-
-@contextlib.asynccontextmanager
-async def showing(balancer: Balancer) -> AsyncIterator[None]:
-    """The screen, in place of log lines, for as long as the terminal takes part."""
-    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
-
-    def act(action: Action) -> None:
-        if action.verb == "quit":
-            balancer.stop()
-        else:
-            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
-            task.add_done_callback(doing.discard)
-
-    def gone(why: str) -> None:
-        for one in lines:
-            log.addHandler(one)
-        log.warning("the screen has ended: %s", why)
-
-    async def show() -> None:
-        while True:
-            terminal.show(core.status())
-            await asyncio.sleep(SCREEN_S)
-
-    doing = set[asyncio.Future[Any]]()
-    for one in lines:
-        log.removeHandler(one)
-    def end() -> None:
-        shown.cancel()
-        terminal.close()
-        for one in lines:
-            log.addHandler(one)  # once, however often
-
-    terminal = Terminal(asyncio.get_running_loop(), act, gone)
-    shown = asyncio.ensure_future(show())
-    balancer.before_upgrade = end
-    try:
-        yield
-    finally:
-        end()
-
-
-async def act_on_server(core: Core, action: Action) -> None:
-    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
-    function = ADMIN[f"/admin/servers/{action.verb}"]["POST"]
-    try:
-        reply = await function(core, {"url": server_of(action.url)}, b"")
-        if action.verb == "probe":
-            log.info("by hand: %s probed: %s", action.url, reply.content.decode())
-    except (LookupError, SettingsError) as error:
-        log.warning("%s", error.args[0])
-
-
-def serve_until_stopped(
-    start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
-) -> int:
-    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
-    or with log lines."""
-
-    async def run(balancer: Balancer) -> None:
-        loop, settings = asyncio.get_running_loop(), balancer.core.settings
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, balancer.stop)
-        loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
-        if not hint:  # a demo has its servers in this very process
-            command = [sys.executable, *sys.orig_argv[1:]]
-            loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
-        on_screen = screen and Terminal.possible()
-        console_wanted = not sys.stdout.isatty()
-
-        def request(event: str, facts: Mapping[str, Any]) -> None:
-            """For the console, unless it is a terminal and nobody wants them there."""
-            if console_wanted or balancer.core.settings.log_to_console:
-                for one in log.handlers:
-                    if isinstance(one, Console):
-                        one.request(event, facts)
-
-        balancer.core.listeners.append(request)
-
-        def ready() -> None:
-            host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
-            scheme = "https" if settings.tls_cert else "http"
-            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{balancer.port}"
-            if hint:
-                print(hint.format(url=url, server=settings.servers[0].url), flush=True)
-            tell_that_we_serve()
-            limit = balancer.core.clients_limit
-            log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-                     __version__, url, len(settings.servers), settings.policy, limit)  # fmt: skip
-            if limit < 0.9 * settings.max_connections:
-                log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d)"
-                            " allow %d", settings.max_connections,
-                            resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)  # fmt: skip
-
-        raise_descriptor_limit()
-        files = contextlib.nullcontext() if hint else logging_to_files(balancer.core)
-        with files:
-            async with showing(balancer) if on_screen else contextlib.nullcontext():
-                await balancer.run(ready)
-            log.info("stopped")
-
-    async def started() -> None:
-        await start(run)
-
-    tidy_memory()
-    asyncio.run(started())
-    return 0
-
-
-def tidy_memory() -> None:
-    """After loading, before serving: what is there now stays, so the collector of garbage need not
-    look at it again and again, nor as often; some 5 to 10 % of a small request."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-def raise_descriptor_limit() -> None:
-    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def check_config(args: argparse.Namespace) -> int:
-    """Read the settings, ask every server at the same time, and print what was found."""
+    """Read the settings, examine every server at the same time, and print what was found."""
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
     settings, warnings = load_settings(path, overrides_from(args, os.environ))
     for warning in warnings:
         print(f"warning: {warning}")
-
     secrets = Secrets(settings)
+    raise_descriptor_limit()
 
-    async def ask_all() -> list[tuple[bool, str]]:
-        return await asyncio.gather(
-            *(ask(server.url, settings, secrets) for server in settings.servers))
+    async def examine_all() -> list[Examined]:
+        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
 
-    findings = asyncio.run(ask_all())
-    for server, (_, words) in zip(settings.servers, findings):
-        print(f"{server.url}  capacity {server.max_concurrent_requests}  {words}")
-    usable = sum(good for good, _ in findings)
+    found = asyncio.run(examine_all())
+    for server, one in zip(settings.servers, found):
+        capacity = server.max_concurrent_requests or "auto"
+        print(f"{server.url}  capacity {capacity}  {one.words}")
+        print_findings(one.findings)
+    print_findings(own_findings(settings, found, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    usable = sum(one.usable for one in found)
     capacity = sum(server.max_concurrent_requests for server in settings.servers)
-    print(f"{path}: {len(findings)} servers, total capacity {capacity}, {usable} usable")
+    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     return 0 if usable else 2
 
 
-async def ask(url: str, settings: Settings, secrets: Secrets) -> tuple[bool, str]:
-    """Whether a server can be used, and what it says of itself."""
-    pool, timeout_s = secrets.pool(url), settings.health_check_timeout
-    try:
-        found = await check_server(pool, timeout_s, True, True)
-        if found is None or not found.passed:
-            return False, f"NOT USABLE: {found.why if found else 'no file descriptors left'}"
-        said = f"models: {', '.join(found.models or ()) or 'none'}" if not found.why else found.why
-        version = "unknown"
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-            status, content = await fetch(pool, "/version", timeout_s)
-            version = read_members(content, None).get("version", version)
-        return True, f"usable, answered in {found.seconds * 1000:.0f} ms  vLLM {version}  {said}"
-    finally:
-        pool.close()
-
-
-class Console(LineWriter):
-    """Lines on stdout, which a screen takes the place of."""
-
-
-@contextlib.contextmanager
-def logging_to_stdout(level: str) -> Iterator[None]:
-    """Log lines go to stdout."""
-    writer = Writer(to_descriptor(sys.stdout.fileno()))
-    console = Console(writer)
-    log.setLevel(level)
-    log.propagate = False
-    log.addHandler(console)
-    try:
-        yield
-    finally:
-        log.removeHandler(console)
-        writer.close()
-
-
-@contextlib.contextmanager
-def logging_to_files(core: Core) -> Iterator[None]:
-    """Log lines go to files, too; to those that can be written."""
-    s, before = core.settings, list(core.listeners)
-    handlers, writers = list[LineWriter](), list[Writer]()
-    sizes = s.log_file_bytes, s.log_file_bytes, s.structured_log_file_bytes
-    ages = s.log_days, s.error_log_days, s.log_days
-    names = s.log_file, s.error_log_file, s.structured_log_file
-    for n, (name, size, days) in enumerate(zip(names, sizes, ages)):
-        path = os.path.join(s.log_dir, name)
-        if not (s.log_dir and name):
-            continue
-        with contextlib.suppress(OSError):
-            os.makedirs(s.log_dir, exist_ok=True)
-        if why := not_writable(path):
-            log.warning("no log file %s: %s", shown(path), why)
-            continue
-        file = LogFile(path, size, days)
-        writers.append(writer := Writer(file.write, file.close))
-        if n == 2:
-            core.listeners.append(functools.partial(structured, writer))
-            continue
-        handlers.append(lines := LineWriter(writer, (logging.DEBUG, logging.ERROR)[n]))
-        log.addHandler(lines)
-        if n == 0:
-            core.listeners.append(lines.request)
-    try:
-        yield
-    finally:
-        core.listeners[:] = before
-        for handler in handlers:
-            log.removeHandler(handler)
-        for writer in writers:
-            writer.close()
-
-
-def structured(writer: Writer, event: str, facts: Mapping[str, Any]) -> None:
-    writer.say(structured_line(event, time.time(), facts))
+def print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"  ! {finding.text}\n    {finding.advice}")
 
 
 if __name__ == "__main__":

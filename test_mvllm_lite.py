@@ -8093,7 +8093,85 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  demo
+#  39  doctor
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
+
+
+@pytest.mark.parametrize("status, loads, ranks, words", table(
+    ("well", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 1, []),
+    ("no page", 404, {}, 1, ["/metrics answered 404"]),
+    ("silence", 0, {}, 1, ["/metrics did not answer"]),
+    ("another program's page", 200, {"": lite.EngineLoad()}, 1,
+     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
+    ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
+    ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
+    ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1, ["runs 2 engine(s)"]),
+    ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine(s)"]),
+))  # fmt: skip
+def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
+    found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status, loads)
+    assert len(found) == len(words) and all(word in one.text and one.advice for word, one in zip(words, found))
+
+
+@pytest.mark.parametrize("streamed, word", table(
+    ("well", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
+    ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
+    ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
+    ("not a model of text", lite.Streamed(404), ""),
+    ("failed", lite.Streamed(500), "answered 500"),
+    ("silence", None, "did not end within 5 s"),
+))  # fmt: skip
+def test_what_a_stream_shows_to_be_amiss(streamed, word):
+    found = lite.stream_findings(streamed, 5.0)
+    assert len(found) == bool(word) and all(word in one.text and one.advice for one in found)
+
+
+@pytest.mark.parametrize("why, keys, advice", table(
+    ("no key", "/v1/models answered 401", {}, "give the server an api_key"),
+    ("a wrong key", "/v1/models answered 403", {"api_key": "x"}, "give the server another api_key"),
+    ("certificate", "cannot connect: certificate verify failed", {}, "ca_file"),
+    ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
+))  # fmt: skip
+def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
+    assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
+
+
+def test_what_is_amiss_here():
+    seen = [lite.Examined(True, "", [], {"m": {}})]
+    s = Settings(max_connections=1000, aliases={"gpt": "m", "old": "gone"}, default_model="gpt")
+    found = lite.own_findings(s, seen, 1024)
+    assert [one.text.split(",")[0] for one in found] == [
+        "1024 file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]  # fmt: skip
+    assert lite.own_findings(s, [seen[0]._replace(models=None)], 4096) == []  # who knows what it serves
+
+
+@asynchronous
+async def test_a_server_is_examined():
+    async def one_by_one(asked, conn):
+        await conn.events(FIRST, end=False)
+        for n in range(4):
+            await asyncio.sleep(0.02)  # as an engine does
+            await conn.send(chunk(token(n)))
+        await conn.send(b"0\r\n\r\n")
+
+    async def collected(asked, conn):
+        await asyncio.sleep(0.1)
+        await conn.events(FIRST, *map(token, range(8)))
+
+    page = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\nvllm:generation_tokens_total 0\n"
+    async with Server(one_by_one, **{"/metrics": page}) as well, Server(collected, **{"/metrics": page}) as amiss:
+        s = Settings(tuple(lite.ServerSettings(one.url) for one in (well, amiss)))
+        found = [await lite.examine(server, s, lite.Secrets(s)) for server in s.servers]
+    assert all(one.usable and list(one.models) == ["m"] and "first token after" in one.words for one in found)
+    assert not found[0].findings and ["tokens came at once" in one.text for one in found[1].findings] == [True]
+    (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
+    assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  40  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -8164,7 +8242,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  command line
+#  42  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
@@ -8429,6 +8507,19 @@ async def test_systemd_is_told_which_process_serves(tmp_path):
         async with process(*args, NOTIFY_SOCKET=str(tmp_path / "notify")) as child:
             said = await asyncio.get_running_loop().sock_recv(systemd, 100)
             assert said.decode().split("\n") == ["READY=1", f"MAINPID={child.pid}"]
+            child.terminate()
+            assert await asyncio.get_running_loop().sock_recv(systemd, 100) == b"STOPPING=1"
+
+
+@asynchronous
+async def test_systemd_s_watchdog_is_fed(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        args = ("run", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", "0")
+        async with process(*args, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="20000") as child:
+            said = [await asyncio.get_running_loop().sock_recv(systemd, 100) for _ in range(5)]
+            assert said.count(b"WATCHDOG=1") == 4
 
 
 @contextlib.asynccontextmanager
@@ -8558,6 +8649,7 @@ async def test_check_config_asks_every_server(tmp_path):
         path.write_text(settings_text(good, dead, max_retrys=3))
         code, out, _ = await check(str(path))
         assert code == 0 and f"warning: {path}:10: config.max_retrys: unknown key" in out
+        assert f"try: curl -v {dead.url}/v1/models" in out
         assert f"{good.url}  capacity 5  usable, answered in " in out and "vLLM 0.32.0  models: a, b" in out
         assert f"{dead.url}  capacity 5  NOT USABLE: cannot connect: connection refused" in out
         assert f"{path}: 2 servers, total capacity 10, 1 usable" in out
@@ -9189,7 +9281,34 @@ def test_the_readme_s_systemd_unit_is_whole():
     assert "ExecStart=/usr/bin/python3 -I -S " in unit and "ExecReload=/bin/kill -HUP $MAINPID" in unit
     assert re.findall(r"^\[(\w+)\]$", unit, re.MULTILINE) == ["Unit", "Service", "Install"]
     for line in unit.splitlines():
-        assert not line or re.fullmatch(r"\[\w+\]|[A-Z]\w+=\S.*", line), line
+        assert not line or re.fullmatch(r"\[\w+\]|[A-Z]\w+=\S.*|CapabilityBoundingSet=", line), line
+    variable, directory = re.search(r"^Environment=(\w+)=/var/log/(\w+)$", unit, re.MULTILINE).groups()
+    assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} and f"LogsDirectory={directory}\n" in unit
+    stop_s, drain_s = re.search(r"TimeoutStopSec=(\d+)", unit)[1], Settings().drain_timeout
+    assert int(stop_s) > drain_s and "WatchdogSec=" in unit and "Type=notify\nNotifyAccess=all\n" in unit
+
+
+def test_the_readme_s_compose_file_fits_the_program():
+    (compose,) = snippets("compose")
+    assert "\t" not in compose and 'ports: ["8888:8888"]' in compose and Settings().port == 8888
+    assert int(re.search(r"stop_grace_period: (\d+)s", compose)[1]) > Settings().drain_timeout
+    variable = re.search(r"environment: \{ (\w+): /tmp/logs \}", compose)[1]
+    assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()}
+    assert 'CMD ["/config/servers.toml"]' in snippets("dockerfile")[0] and "./config:/config:ro" in compose
+
+
+def test_the_readme_s_alerts_name_metrics_and_labels_that_exist():
+    (scrape,), (alerts,) = snippets("prometheus"), snippets("alerts")
+    families = {family.name: family for family in (*lite.Ledger().families(), *gauges_of(lite.Fleet()))}
+    expressions = re.findall(r"expr: (?:\|\n)?((?:.*\n)(?: {12,}.*\n)*)", alerts)
+    assert len(expressions) == alerts.count("- alert: ") > 5 and "metrics_path" not in scrape
+    for one in expressions:
+        for name, labels in re.findall(r"(mvllm_\w+)(?:\{(.*?)\})?", one.replace('job="mvllm_lite"', "")):
+            family = families[name.removesuffix("_bucket")]
+            assert set(re.findall(r"(\w+)=", labels)) <= set(family.labels), one
+        assert one.count("(") == one.count(")"), one
+    limits = re.search(r'limit=~"(.*?)"', alerts)[1].split("|")
+    assert set(limits) <= set(lite.LIMIT_NAMES)
 
 
 def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
@@ -9201,4 +9320,4 @@ def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= set(lite.LOCAL)
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
     assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
-    assert "\t" not in kubernetes
+    assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
