@@ -137,6 +137,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import tempfile
 import termios
 import threading
 import time
@@ -4354,7 +4355,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 class Live:
     """Changes of the fleet that were made by hand.  They win over the settings file, also over a
-    new one, until that agrees with them; and they end with the process."""
+    new one, until that agrees with them; and they end with the process and its successors."""
 
     def __init__(self) -> None:
         self.added: dict[str, ServerSettings] = {}
@@ -4388,6 +4389,23 @@ class Live:
         return {"added": list(self.added), "removed": sorted(self.removed),
                 "drained": sorted(self.drained),
                 "weights": {url: new for url, (new, _) in self.weights.items()}}  # fmt: skip
+
+    def dump(self) -> str:
+        """All of it, for a successor."""
+        return json.dumps({
+            "added": [dataclasses.asdict(server) for server in self.added.values()],
+            "removed": sorted(self.removed), "drained": sorted(self.drained),
+            "weights": self.weights,
+        })  # fmt: skip
+
+    def load(self, text: str) -> None:
+        """What a predecessor, maybe of another version, had.  Raises ValueError, TypeError,
+        KeyError when it is not understood; then nothing is taken."""
+        said = json.loads(text)
+        added = {one["url"]: ServerSettings(**one) for one in said["added"]}
+        weights = {url: (float(new), float(old)) for url, (new, old) in said["weights"].items()}
+        removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
+        self.added, self.removed, self.drained, self.weights = added, removed, drained, weights
 
 
 MINUTE_S = 60.0
@@ -9643,6 +9661,7 @@ class Door:
 
 # How a process tells its successor which descriptors it inherits.
 SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
+LIVE_ENV = "MVLLM_LITE_LIVE"  # what was changed by hand
 
 
 class Balancer:
@@ -9779,10 +9798,14 @@ class Balancer:
         pair = list[socket.socket]()
         try:
             ours, theirs = pair[:] = socket.socketpair()
-            ready = theirs.fileno()
-            env = {**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)), READY_ENV: str(ready)}
-            child = subprocess.Popen(
-                command, env=env, pass_fds=(*sockets, ready), stdin=subprocess.DEVNULL)
+            with tempfile.TemporaryFile() as live:  # it may hold servers' keys
+                live.write(self.core.live.dump().encode())
+                live.seek(0)
+                passed = (*sockets, theirs.fileno(), live.fileno())
+                child = subprocess.Popen(
+                    command, pass_fds=passed, stdin=subprocess.DEVNULL,
+                    env={**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)),
+                         READY_ENV: str(theirs.fileno()), LIVE_ENV: str(live.fileno())})
             theirs.close()
             ours.setblocking(False)
             async with within(UPGRADE_TIMEOUT_S):
@@ -10111,8 +10134,8 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
 def own_findings(s: Settings, examined: Sequence[Examined], descriptors: int) -> list[Finding]:
     """About this machine, and about names in the settings that no server knows."""
     findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
-    if descriptors < needed:
-        clients = max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
+    clients = max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
+    if clients < 0.9 * s.max_connections:
         findings.append(Finding(
             f"{descriptors} file descriptors are enough for {clients} clients, max_connections is"
             f" {s.max_connections}", f"raise the limit to {needed} (ulimit -Hn, LimitNOFILE)"))
@@ -10391,6 +10414,17 @@ def inherited_sockets() -> list[socket.socket]:
     """Those of the process that this one succeeds; none at an ordinary start."""
     numbers = os.environ.pop(SOCKETS_ENV, "")
     return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
+
+
+def inherited_changes(live: Live) -> None:
+    """What was changed by hand in the process that this one succeeds."""
+    if descriptor := os.environ.pop(LIVE_ENV, ""):
+        with open(int(descriptor), "rb") as handed_over:
+            text = handed_over.read().decode()
+        try:
+            live.load(text)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("changes by hand were not taken over: %s", error)
 
 
 def tell_that_we_serve() -> None:
@@ -10734,8 +10768,14 @@ def run_balancer(args: argparse.Namespace) -> int:
             log.warning("%s", warning)
         inherited = inherited_sockets()
         lines_wanted = settings.log_to_console  # --console, too
+
+        def start(run: Runner) -> Awaitable[None]:
+            balancer = Balancer(settings, path, overrides, inherited)
+            inherited_changes(balancer.core.live)
+            return run(balancer)
+
         return serve_until_stopped(
-            lambda run: run(Balancer(settings, path, overrides, inherited)),
+            start,
             screen=sys.stdout.isatty() and not (lines_wanted or inherited))
 
 

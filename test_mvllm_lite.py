@@ -8498,6 +8498,18 @@ async def test_readiness_turns_before_the_door_is_closed():
         assert (await before.get("/readiness")).status == 503
 
 
+def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
+    old, new = lite.Live(), lite.Live()
+    old.add(lite.ServerSettings("http://a", 4, api_key="k"))
+    old.removed, old.drained, old.weights = {"http://b"}, {"http://a"}, {"http://a": (2.0, 1.0)}
+    new.load(old.dump())
+    assert vars(new) == vars(old)
+    for text in ("", "[]", "{}", '{"added": [{"uri": 1}], "removed": [], "drained": [], "weights": {}}'):
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            new.load(text)
+    assert vars(new) == vars(old)
+
+
 @asynchronous
 async def test_systemd_is_told_which_process_serves(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -8572,11 +8584,22 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
                     client.close()
                     client = None
 
+        async def change(method, path, base="/admin/servers", body=b""):
+            client = Client(*await asyncio.open_connection("127.0.0.1", port))
+            await client.ask(method, base + path, body)
+            got = await client.answer()
+            client.close()
+            return got
+
         clients = [asyncio.create_task(traffic(kept)) for kept in (True, True, False, False)]
         long = Client(*await asyncio.open_connection("127.0.0.1", port))
         await long.ask("POST", "/v1/x", b'{"stream":true,"wait":1}')
         await long.reader.readuntil(chunk(FIRST))
         assert await answering() == child.pid
+        assert (await change("POST", "", body=b'{"url": "http://127.0.0.1:9", "api_key": "k", "weight": 2}')).status == 200
+        assert (await change("POST", "/drain?url=127.0.0.1:9")).status == 200
+        changed = (await change("GET", "", "/status.json")).json["live"]
+        assert changed["added"] == changed["drained"] == ["http://127.0.0.1:9"]
         if by == "signal":
             child.send_signal(signal.SIGUSR2)
         else:
@@ -8585,6 +8608,7 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
             assert upgrade.returncode == 0 and f"in place of {child.pid}".encode() in out
         while await answering() == child.pid:
             await asyncio.sleep(0.01)
+        assert (await change("GET", "", "/status.json")).json["live"] == changed
         before = len(answers)
         while len(answers) < before + 100:
             await asyncio.sleep(0.01)
