@@ -25,45 +25,46 @@ of itself and of earlier rooms only.
     10  dialect       what vLLM says: events, ends, failures, metric names, lists of models
     11  access        who may come in: keys, and what each may use; proxies that are trusted
     12  health        whether a server can be asked, by checks and by what became of requests
-    13  fleet         the servers: load, requests in flight, what was learned of each
-    14  policies      what a server is worth for a call, by a dozen rules
-    15  ranking       who may be asked, who is asked, and why
-    16  plans         how a call is answered, step by step; retries, the queue
-    17  reports       what people and machines are shown
-    18  live          what was changed by hand, and the last minute of each server
-    19  cells         text on a terminal: what it means, how wide it is
-    20  screen        what is seen there: a status document in, lines out
-    21  keys          what keys do to it, and ask of the balancer
-    22  page          the same for a browser: one HTML string
-    23  traces        requests of the past: from files, or made up
-    24  engine        a model of a vLLM server, in simulated time
-    25  replay        those requests sent to such servers by any policy
+    13  views         all that is known of a server at one moment
+    14  fleet         the servers, requests in flight, what is learned of each
+    15  policies      what a server is worth for a call, by a dozen rules
+    16  ranking       who may be asked, who is asked, and why
+    17  plans         how a call is answered, step by step; retries, the queue
+    18  reports       what people and machines are shown
+    19  live          what was changed by hand, and the last minute of each server
+    20  cells         text on a terminal: what it means, how wide it is; numbers in few characters
+    21  screen        what is seen there: a status document in, lines out
+    22  keys          what keys do to it, and ask of the balancer
+    23  page          the same for a browser: one HTML string
+    24  traces        requests of the past: from files, or made up
+    25  engine        a model of a vLLM server, in simulated time
+    26  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    26  wire          one connection: its buffer, its deadline, its end
-    27  pool          the connections to one server, kept and reused; keys and certificates
-    28  pump          bytes on their way through, with back-pressure
-    29  response      the client's side of an exchange
-    30  journal       lines for readers that may be slow: the log, the shape of the traffic
-    31  terminal      those lines onto a terminal, in a thread that nothing waits for
-    32  core          what the rooms below share: settings, fleet, ledger, pools
-    33  conversation  one attempt: a request said to one server, its answer judged and passed on
-    34  exchange      one request, from its head to its last byte
-    35  watch         health checks, load reports, the settings file
-    36  local         what the balancer answers itself
-    37  door          where clients come in: connections accepted, requests let in
-    38  balancer      assembly: reloading, draining, handing over to a successor
-    39  doctor        what is amiss with servers and settings, and what to do about it
-    40  demo          simulated vLLM servers, so that everything runs on a laptop
-    41  process       signals, the terminal, systemd, limits of the system
-    42  command line  arguments, environment, logging, exit codes
+    27  wire          one connection: its buffer, its deadline, its end
+    28  pool          the connections to one server, kept and reused; keys and certificates
+    29  pump          bytes on their way through, with back-pressure
+    30  response      the client's side of an exchange
+    31  journal       lines for readers that may be slow: the log, the shape of the traffic
+    32  terminal      those lines onto a terminal, in a thread that nothing waits for
+    33  core          what the rooms below share: settings, fleet, ledger, pools
+    34  conversation  one attempt: a request said to one server, its answer judged and passed on
+    35  exchange      one request, from its head to its last byte
+    36  watch         health checks, load reports, the settings file
+    37  local         what the balancer answers itself
+    38  door          where clients come in: connections accepted, requests let in
+    39  balancer      assembly: reloading, draining, handing over to a successor
+    40  doctor        what is amiss with servers and settings, and what to do about it
+    41  demo          simulated vLLM servers, so that everything runs on a laptop
+    42  process       signals, the terminal, systemd, limits of the system
+    43  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (37) reads a head from the client's
-`Wire` (26) and parses it (2).  A local path is answered in room 36; everything else is an
-`Exchange` (34): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
-`Gate` (11) lets it in, and `relay_plan` (16) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (15) in the view of the fleet (13) by a policy (14).  A
-`Conversation` (33) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (29) begins, and a `Pump` (28) moves the rest.  What went wrong on the
+A request walks through the rooms like this.  The `Door` (38) reads a head from the client's
+`Wire` (27) and parses it (2).  A local path is answered in room 37; everything else is an
+`Exchange` (35): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+`Gate` (11) lets it in, and `relay_plan` (17) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (16) in the view of the fleet (14) by a policy (15).  A
+`Conversation` (34) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (30) begins, and a `Pump` (29) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -2704,23 +2705,22 @@ class Health(NamedTuple):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  fleet
+#  13  views
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# The servers and everything known of them.  What is known of one is a frozen ServerView; the
-# fleet holds the newest of each and replaces it when it is told something new.  Views are kept by
-# URL, so they survive a reload of the settings.  A server with several engines (data parallel) has
-# a view for each, `url@rank`; their health is one.
-
+# All that is known of a server at one moment, as one frozen value, and what follows from it.  A
+# server with several engines (data parallel) has a view for each, `url@rank`; their health is one.
 
 Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
-
-
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
-BUSY_S = 0.25  # for which a server that answered 429 is spared
 KEPT_REPORTS = 3  # a single report may be missed
+
+
+def oldest_report(now: float, interval_s: float) -> float:
+    """The time of a report that is still news."""
+    return now - KEPT_REPORTS * interval_s - 1
 
 
 def server_of(url: str) -> str:
@@ -2779,6 +2779,12 @@ class ServerView(NamedTuple):
     def healthy(self) -> bool:
         return self.health.state is State.HEALTHY
 
+    @property
+    def ready(self) -> bool:
+        """Whether nothing of its own keeps requests away."""
+        return (self.health.state is State.HEALTHY and self.share > 0
+                and not (self.draining or self.drained))  # fmt: skip
+
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
         a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
@@ -2803,7 +2809,8 @@ class ServerView(NamedTuple):
     def foreign(self, now: float, interval_s: float) -> float:
         """Requests it has that are not ours, fading once the report is older than the time
         between reports: exact counts stay, hearsay does not."""
-        reported = (self.load.running or 0) + (self.load.waiting or 0) - self.own_then
+        load = self.load
+        reported = (load.running or 0) + (load.waiting or 0) - self.own_then
         if reported <= 0:
             return 0.0
         late = now - self.load_at - interval_s
@@ -2811,7 +2818,7 @@ class ServerView(NamedTuple):
 
     def reports(self, now: float, interval_s: float) -> bool:
         """Whether what it says of its load is news; a single report may be missed."""
-        return now - self.load_at <= KEPT_REPORTS * interval_s + 1
+        return self.load_at >= oldest_report(now, interval_s)
 
     def counting(self, in_flight: int, on_trial: int, pending: int) -> ServerView:
         """With other counts.  What `_replace` does, in a quarter of its time: this is done for
@@ -2875,6 +2882,17 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
         return ""
     return (f"frozen: {work.waiting} requests wait, and neither its token counters nor its"
             f" streams have moved for {still_s:.0f} s")  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  14  fleet
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
+# replaces it when it is told something new.  Views are kept by URL, so they survive a reload of the
+# settings.
+
+BUSY_S = 0.25  # for which a server that answered 429 is spared
 
 
 class Lease:
@@ -3196,7 +3214,7 @@ def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  policies
+#  15  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What a server is worth for a call.  A policy sees a Scene: the servers that may be asked, in the
@@ -3227,8 +3245,9 @@ class Scene(NamedTuple):
     def loads(self) -> list[float]:
         """Requests with each server, ours exactly and those of others as far as they are known."""
         now, interval_s = self.moment.now, self.moment.interval_s
-        return [v.in_flight + (v.foreign(now, interval_s) if v.load.running or v.load.waiting
-                               else 0) for v in self.views]  # fmt: skip
+        return [v.in_flight + (v.foreign(now, interval_s)
+                               if (v.load.running or 0) + (v.load.waiting or 0) > v.own_then else 0)
+                for v in self.views]  # fmt: skip
 
     def crowding(self) -> list[float]:
         """How full each would be with the call."""
@@ -3320,12 +3339,12 @@ class Unified(Policy):
         return [unified_terms(*weights) for weights in self.weigh(scene)]
 
     def weigh(self, scene: Scene) -> list[Weights]:
-        moment = scene.moment
+        oldest = oldest_report(scene.moment.now, scene.moment.interval_s)
         tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
         for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
             room = 1.0
-            if v.load.kv_usage_ratio and v.reports(moment.now, moment.interval_s):
-                room -= min(1.0, v.load.kv_usage_ratio) / KV_LIMIT
+            if (used := v.load.kv_usage_ratio) and v.load_at >= oldest:
+                room -= (used if used < 1 else 1.0) / KV_LIMIT
             out.append((v.pending, tokens - cached, speed, crowding, room))
         return out
 
@@ -3552,7 +3571,7 @@ class Expression(Policy):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  ranking
+#  16  ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may be asked, who is asked, and why.  Some servers are passed over for a reason of their own;
@@ -3656,7 +3675,9 @@ def passed_over(
     is asked only when no other is known to have this one; and when nothing but open circuits
     keeps the last ones out, they are asked after all."""
     trials = {view.server for view in views if view.on_trial}
-    reasons = [obstacle(view, model, tried, moment, trials) for view in views]
+    usual = not (tried or moment.enforced)  # nothing but the server itself matters
+    reasons = ["" if usual and view.ready and model in (view.models or ())
+               else obstacle(view, model, tried, moment, trials) for view in views]  # fmt: skip
     if all(reasons) and any(view.health.open_until is not None for view in views):
         ever = moment._replace(enforced=False)
         if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
@@ -3776,12 +3797,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  plans
+#  17  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (34) is the only driver.
+# steps.  The exchange (35) is the only driver.
 
 
 class Held(NamedTuple):
@@ -4006,7 +4027,7 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  reports
+#  18  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in; JSON documents, metric families and lines of text
@@ -4347,7 +4368,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  live
+#  19  live
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have changed while it runs, and what they want to see: the last minute of each server.
@@ -4549,7 +4570,7 @@ def status_report(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  cells
+#  20  cells
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -4751,15 +4772,7 @@ UNITS: tuple[tuple[float, float, str], ...] = (
 )  # fmt: skip
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  screen
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# What is seen on a terminal: a status document in, lines of styled text out.  Nothing here knows a
-# terminal.  What a colour says, a word says too.
-#
-# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
-# goes first when there is no room.
+# Numbers in few characters.
 
 
 def known(value: float | None) -> bool:
@@ -4833,7 +4846,15 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
     return out
 
 
-# Of servers.
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  21  screen
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is seen on a terminal: a status document in, lines of styled text out.  Nothing here knows a
+# terminal.  What a colour says, a word says too.
+#
+# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
+# goes first when there is no room.
 
 
 def load_ratio(server: Document) -> float | None:
@@ -5344,7 +5365,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  keys
+#  22  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -5477,7 +5498,7 @@ def keys_of(text: str, over: bool) -> tuple[list[str], str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  page
+#  23  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -5865,7 +5886,7 @@ start();
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  traces
+#  24  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -6054,7 +6075,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  engine
+#  25  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -6394,7 +6415,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  replay
+#  26  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -6629,7 +6650,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  wire
+#  27  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -7006,7 +7027,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  pool
+#  28  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -7258,7 +7279,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  pump
+#  29  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -7444,7 +7465,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  response
+#  30  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -7602,7 +7623,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  journal
+#  31  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -7839,7 +7860,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  terminal
+#  32  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, in a thread of its own.  The terminal is opened
@@ -8093,7 +8114,7 @@ class Terminal:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  core
+#  33  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -8294,7 +8315,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  conversation
+#  34  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -8490,7 +8511,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  exchange
+#  35  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -8889,7 +8910,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  watch
+#  36  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -9075,7 +9096,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  local
+#  37  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -9359,7 +9380,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  door
+#  38  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -9653,7 +9674,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  balancer
+#  39  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -9978,7 +9999,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  doctor
+#  40  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -10152,7 +10173,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], descriptors: int) ->
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  demo
+#  41  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -10401,7 +10422,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  process
+#  42  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -10584,7 +10605,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  command line
+#  43  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
