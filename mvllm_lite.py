@@ -7342,7 +7342,7 @@ class Pump:
             if self._gaps_child is not None:
                 self._gaps.observe(self._gaps_child, now - self.moved_at)
             self.moved_at = now
-            self.tail.append(content)
+            self.tail.append(content if len(content) <= TAIL_BYTES else content[-TAIL_BYTES:])
             self.sent_bytes += len(content)
             if self.chunked:
                 out = data if decoder.verbatim else encode_chunk(content)
@@ -8495,7 +8495,7 @@ class Conversation:
             await pump.done
         finally:
             wire.sink = client.feeder = None
-            tail = b"".join(piece[-TAIL_BYTES:] for piece in pump.tail)[-TAIL_BYTES:]
+            tail = b"".join(pump.tail)[-TAIL_BYTES:]
             response.sent(pump.sent_bytes, tail, pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
