@@ -421,6 +421,35 @@ def test_content_of_a_known_length(how):
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
+def test_heads_that_differ_in_their_length_alone_are_read_once():
+    raw = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\nX-Request-Id: 1\r\n\r\n"
+    one, two, other = (lite.parse_request_head(raw % n) for n in (5, 70, 5))
+    assert (one.length, two.length, other.length) == ("5", "70", "5") and one.fields is two.fields is other.fields
+    assert lite.parse_request_head((raw % 5).replace(b"X-Request-Id: 1", b"X-Request-Id: 2")).fields.get("x-request-id") == "2"
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+    assert lite.parse_response_head(answer % 1).fields is lite.parse_response_head(answer % 2).fields
+    long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * lite.HEAD_KEPT_BYTES)
+    assert lite.parse_request_head(long).fields is not lite.parse_request_head(long).fields  # memory has an end
+
+
+@pytest.mark.parametrize("lines, length", table(
+    ("as usual", "Content-Length: 5", "5"),
+    ("without a space", "content-length:5", "5"),
+    ("twice", "Content-Length: 5\nContent-Length: 5", "5, 5"),
+    ("twice, with something between", "Content-Length: 5\nX: y\nCONTENT-LENGTH: 6", "5, 6"),
+    ("once as usual, once not", "Content-Length: 5 \nContent-Length: 6", "6, 5"),
+    ("a list", "Content-Length: 5, 5", "5, 5"),
+    ("nothing", "Content-Length:", ""),
+    ("none", "X-Content-Length: 5", None),
+))  # fmt: skip
+def test_a_length_is_found_wherever_and_however_often_it_stands(lines, length):
+    head = head_of(f"POST / HTTP/1.1\nHost: a\n{lines}\nA: b")
+    assert head.length == length and head.fields.get("a") == "b"
+    if length is not None and not length.isdecimal():
+        with pytest.raises(lite.BadMessage, match="Content-Length"):
+            lite.request_framing(head)
+
+
 def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
     head = head_of(
         "POST /v1/x?q=1 HTTP/1.1\nHost: me\nConnection: keep-alive, X-Drop\nX-Drop: 1\nCookie: a\n"
