@@ -33,38 +33,39 @@ of itself and of earlier rooms only.
     18  reports       what people and machines are shown
     19  live          what was changed by hand, and the last minute of each server
     20  cells         text on a terminal: what it means, how wide it is; numbers in few characters
-    21  screen        what is seen there: a status document in, lines out
-    22  keys          what keys do to it, and ask of the balancer
-    23  page          the same for a browser: one HTML string
-    24  traces        requests of the past: from files, or made up
-    25  engine        a model of a vLLM server, in simulated time
-    26  replay        those requests sent to such servers by any policy
+    21  table         the servers in lines, as many columns as there is room for
+    22  screen        what is seen there: the table and the lines around it
+    23  keys          what keys do to it, and ask of the balancer
+    24  page          the same for a browser: one HTML string
+    25  traces        requests of the past: from files, or made up
+    26  engine        a model of a vLLM server, in simulated time
+    27  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    27  wire          one connection: its buffer, its deadline, its end
-    28  pool          the connections to one server, kept and reused; keys and certificates
-    29  pump          bytes on their way through, with back-pressure
-    30  response      the client's side of an exchange
-    31  journal       lines for readers that may be slow: the log, the shape of the traffic
-    32  terminal      those lines onto a terminal, in a thread that nothing waits for
-    33  core          what the rooms below share: settings, fleet, ledger, pools
-    34  conversation  one attempt: a request said to one server, its answer judged and passed on
-    35  exchange      one request, from its head to its last byte
-    36  watch         health checks, load reports, the settings file
-    37  local         what the balancer answers itself
-    38  door          where clients come in: connections accepted, requests let in
-    39  balancer      assembly: reloading, draining, handing over to a successor
-    40  doctor        what is amiss with servers and settings, and what to do about it
-    41  demo          simulated vLLM servers, so that everything runs on a laptop
-    42  process       signals, the terminal, systemd, limits of the system
-    43  command line  arguments, environment, logging, exit codes
+    28  wire          one connection: its buffer, its deadline, its end
+    29  pool          the connections to one server, kept and reused; keys and certificates
+    30  pump          bytes on their way through, with back-pressure
+    31  response      the client's side of an exchange
+    32  journal       lines for readers that may be slow: the log, the shape of the traffic
+    33  terminal      those lines onto a terminal, in a thread that nothing waits for
+    34  core          what the rooms below share: settings, fleet, ledger, pools
+    35  conversation  one attempt: a request said to one server, its answer judged and passed on
+    36  exchange      one request, from its head to its last byte
+    37  watch         health checks, load reports, the settings file
+    38  local         what the balancer answers itself
+    39  door          where clients come in: connections accepted, requests let in
+    40  balancer      assembly: reloading, draining, handing over to a successor
+    41  doctor        what is amiss with servers and settings, and what to do about it
+    42  demo          simulated vLLM servers, so that everything runs on a laptop
+    43  process       signals, the terminal, systemd, limits of the system
+    44  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (38) reads a head from the client's
-`Wire` (27) and parses it (2).  A local path is answered in room 37; everything else is an
-`Exchange` (35): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
+A request walks through the rooms like this.  The `Door` (39) reads a head from the client's
+`Wire` (28) and parses it (2).  A local path is answered in room 38; everything else is an
+`Exchange` (36): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
 `Gate` (11) lets it in, and `relay_plan` (17) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (16) in the view of the fleet (14) by a policy (15).  A
-`Conversation` (34) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (30) begins, and a `Pump` (29) moves the rest.  What went wrong on the
+`Conversation` (35) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (31) begins, and a `Pump` (30) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -3801,7 +3802,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (35) is the only driver.
+# steps.  The exchange (36) is the only driver.
 
 
 class Held(NamedTuple):
@@ -4846,11 +4847,11 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  screen
+#  21  table
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What is seen on a terminal: a status document in, lines of styled text out.  Nothing here knows a
-# terminal.  What a colour says, a word says too.
+# The servers as a table: a server of a status document in, a line of styled text out.  What a
+# colour says, a word says too.
 #
 # To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
 # goes first when there is no room.
@@ -5077,7 +5078,11 @@ def marked(line: Line, width: int) -> Line:
     return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
 
 
-# Of the lines around the table.
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  22  screen
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
 
 
 def packed(items: Sequence[Span], width: int) -> Line:
@@ -5364,7 +5369,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  keys
+#  23  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -5497,7 +5502,7 @@ def keys_of(text: str, over: bool) -> tuple[list[str], str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  page
+#  24  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -5885,7 +5890,7 @@ start();
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  traces
+#  25  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -6074,7 +6079,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  engine
+#  26  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -6414,7 +6419,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  replay
+#  27  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -6649,7 +6654,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  wire
+#  28  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -7026,7 +7031,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  pool
+#  29  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -7278,7 +7283,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  pump
+#  30  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -7464,7 +7469,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  response
+#  31  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -7622,7 +7627,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  journal
+#  32  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -7867,7 +7872,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  terminal
+#  33  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, in a thread of its own.  The terminal is opened
@@ -8121,7 +8126,7 @@ class Terminal:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  core
+#  34  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -8322,7 +8327,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  conversation
+#  35  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -8518,7 +8523,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  exchange
+#  36  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -8917,7 +8922,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  watch
+#  37  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -9103,7 +9108,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  local
+#  38  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -9387,7 +9392,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  door
+#  39  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -9681,7 +9686,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  balancer
+#  40  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -10006,7 +10011,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  doctor
+#  41  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -10180,7 +10185,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], descriptors: int) ->
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  demo
+#  42  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -10429,7 +10434,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  process
+#  43  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -10612,7 +10617,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  command line
+#  44  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be

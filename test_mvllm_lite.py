@@ -3831,7 +3831,7 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20 to 22 and 31  cells, screen, keys and terminal
+#  20 to 23 and 32  cells, screen, keys and terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -4496,7 +4496,7 @@ def test_a_process_that_ends_leaves_its_terminal_as_it_was(crash):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  page
+#  24  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
@@ -4704,7 +4704,7 @@ def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24 to 26  traces, engine and replay
+#  25 to 27  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -5465,7 +5465,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27 to 35  a request on its way
+#  28 to 36  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -7503,7 +7503,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  watch
+#  37  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -7594,7 +7594,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  local
+#  38  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -7868,7 +7868,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38 and 39  balancer: settings that change, and stopping
+#  39 and 40  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -8122,7 +8122,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  doctor
+#  41  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -8200,7 +8200,7 @@ async def test_a_server_is_examined():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  demo
+#  42  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -8271,7 +8271,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  command line
+#  44  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
