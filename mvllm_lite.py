@@ -87,20 +87,25 @@ import sys
 if __name__ == "__main__" and "__file__" in globals() and sys.platform == "linux":
     # CPython keeps the syntax tree of a file that it runs as a script until that ends, 20 MB of
     # this one.  So what was compiled goes on as a fresh image of the same process, which has no
-    # __file__: the same pid, arguments and descriptors, 20 ms later.  Not under a debugger or
-    # profiler, which is a script itself.
+    # __file__: the same pid, arguments and descriptors, 20 ms later.  Where that cannot be, or
+    # somebody else runs us (a debugger, a profiler), it goes on here.
+    import fcntl
     import marshal
     import os
 
+    this = sys._getframe()
     flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    if sys.orig_argv[1:] == [*flags, *sys.argv] and not {"-m", "-i"} & {*flags}:
-        image = os.memfd_create("mvllm_lite", 0)
-        code = sys._getframe().f_code  # of this file
-        os.write(image, marshal.dumps((sys.orig_argv, sys.argv, code)))
-        os.lseek(image, 0, os.SEEK_SET)
-        resume = (f"import marshal, sys\nwith open({image}, 'rb') as image:"
-                  f" sys.orig_argv, sys.argv, code = marshal.load(image)\nexec(code)")  # fmt: skip
-        os.execv(sys.executable, [sys.executable, *flags, "-c", resume, *sys.argv])
+    try:
+        if this.f_back is None and sys.orig_argv[1:] == [*flags, *sys.argv]:
+            data = marshal.dumps((sys.orig_argv, sys.argv, this.f_code))
+            file = os.memfd_create("mvllm_lite")
+            image = fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # not in the place of a closed stdout
+            if os.pwrite(image, data, 0) == len(data):
+                resume = (f"import marshal, sys\nwith open({image}, 'rb') as image:"
+                          " sys.orig_argv, sys.argv, code = marshal.load(image)\nexec(code)")
+                os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", resume, *sys.argv])
+    except (OSError, AttributeError, ValueError):
+        pass
 
 import argparse
 import ast
@@ -120,11 +125,11 @@ import gzip
 import hashlib
 import heapq
 import hmac
+import io
 import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -4413,20 +4418,22 @@ class Live:
 
     def dump(self) -> str:
         """All of it, for a successor."""
-        return json.dumps({
-            "added": [dataclasses.asdict(server) for server in self.added.values()],
-            "removed": sorted(self.removed), "drained": sorted(self.drained),
-            "weights": self.weights,
-        })  # fmt: skip
+        added = [{key: value for key, value in dataclasses.asdict(server).items()
+                  if value != getattr(ServerSettings(""), key)} for server in self.added.values()]
+        return json.dumps({"added": added, "removed": sorted(self.removed),
+                           "drained": sorted(self.drained), "weights": self.weights})
 
     def load(self, text: str) -> None:
         """What a predecessor, maybe of another version, had.  Raises ValueError, TypeError,
-        KeyError when it is not understood; then nothing is taken."""
+        KeyError or SettingsError when it is not understood; then nothing is taken."""
         said = json.loads(text)
-        added = {one["url"]: ServerSettings(**one) for one in said["added"]}
-        weights = {url: (float(new), float(old)) for url, (new, old) in said["weights"].items()}
+        given = {"servers": (said["added"], "servers added by hand")}
+        servers = parse_settings("", "a predecessor", given)[0].servers
+        weights = {str(url): (share_weight(new), share_weight(old))
+                   for url, (new, old) in said["weights"].items()}
         removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
-        self.added, self.removed, self.drained, self.weights = added, removed, drained, weights
+        self.added = {server.url: server for server in servers}
+        self.removed, self.drained, self.weights = removed, drained, weights
 
 
 MINUTE_S = 60.0
@@ -7411,6 +7418,12 @@ class Intake:
         self._silence_s = silence_s
         self._enough = 0  # bytes that are worth waking somebody
 
+    @property
+    def soon(self) -> int:
+        """The bytes that may be there after the next `more`."""
+        have = len(self.content)
+        return have if self._decoder is not None else min(self._length, have + INTAKE_BYTES)
+
     async def more(self) -> bool:
         """Wait for more of it; False once it is all there.  Raises PeerGone, BadMessage,
         TimeoutError."""
@@ -7421,8 +7434,8 @@ class Intake:
             content += await client.read_content(decoder, client.loop.time() + self._silence_s)
             client.buffer[:0] = decoder.rest
             return not decoder.done
+        self._enough = self.soon
         content += client.take(self._length - len(content))
-        self._enough = min(self._length, len(content) + INTAKE_BYTES)
         client.sink = self
         try:
             while len(content) < self._enough:
@@ -7636,7 +7649,6 @@ class Response:
 Listening = Callable[[str, Mapping[str, Any]], object]  # told an event's name, and its facts
 DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
-ROTATED_LIMIT = 99  # old files of a log; before its age, that many are enough
 
 
 class Writer:
@@ -7668,13 +7680,17 @@ class Writer:
             self.closing.wait(LOG_PAUSE_S)
             batch += [self.lines.get() for _ in range(self.lines.qsize())]
             last = None in batch
+            lines = [line for line in batch if line is not None]
             if self.dropped:
-                batch.append(DROPPED % self.dropped)
+                lines.append(DROPPED % self.dropped)
                 self.dropped = 0
-            with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
-                if lines := [line for line in batch if line is not None]:
+            try:
+                if lines:
                     write("\n".join(lines))
-        end()
+            except OSError:  # nobody reads any more, or the disk is full
+                self.dropped += len(lines)
+        with contextlib.suppress(OSError):
+            end()
 
     def close(self) -> None:
         """Everything that waits is written, if that takes no longer than a second."""
@@ -7703,14 +7719,20 @@ class LineWriter(logging.Handler):
         self._last, self._since, self._repeats = "", 0.0, 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage() if record.levelno >= logging.WARNING else ""
+        counts = record.levelno >= logging.WARNING and not record.exc_info
+        said = record.getMessage() if counts else ""
         if said and said == self._last and record.created < self._since + REPEATS_S:
             self._repeats += 1
             return
-        if self._repeats:
-            self.writer.say(f"{timed(record.created)} WARNING that came {self._repeats} times more")
-        self._last, self._since, self._repeats = said, record.created, 0
+        self.say_repeats()
+        self._last, self._since = said, record.created
         self.writer.say(self.format(record))
+
+    def say_repeats(self) -> None:
+        if self._repeats:
+            text = f"{self._repeats} times more: {self._last}"
+            self.writer.say(f"{timed(time.time())} WARNING {text}")
+        self._last, self._repeats = "", 0
 
     def request(self, event: str, facts: Mapping[str, Any]) -> None:
         """A line for a request, at a fifth of what the logging module takes for one."""
@@ -7723,45 +7745,71 @@ def timed(at: float) -> str:
     return f"{time.strftime(LINE_FORM[1], time.localtime(at))}.{int(at % 1 * 1000):03d}"
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """A log of which a Writer's thread writes.  Beyond a size it goes on in a new file; old ones
-    are compressed, and removed when they are `days` old.  One that was moved away, by logrotate or
-    by a process that takes over, is opened anew."""
+class LogFile:
+    """A log of which a Writer's thread writes.  Beyond a size it goes on in a new file; old ones,
+    named by the time, are compressed, and removed when they are `days` old.  One that was moved
+    away, by logrotate or another process of ours, is opened anew.
+
+    logging.handlers numbers old files and moves them all, which destroys them on a full disk, and
+    between two processes.
+    """
 
     def __init__(self, path: str, size: int, days: float) -> None:
-        super().__init__(path, "a", size, ROTATED_LIMIT, "utf-8", True, "backslashreplace")
-        self.days = days
+        self.path, self.size, self.days = path, size, days
+        self.file: io.TextIOWrapper | None = None
+        self.rotate_from = 0.0  # after a failure, in Unix time
         self.expire()
 
     def write(self, lines: str) -> None:
-        self.handle(logging.makeLogRecord({"msg": lines}))
+        """Raises OSError."""
+        if self.file is not None and not self.in_place(self.file):
+            self.close()
+        if self.file is not None and self.file.tell() >= self.size:
+            self.rotate()
+        if self.file is None:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            self.file = open(  # noqa: SIM115
+                self.path, "a", encoding="utf-8", errors="backslashreplace")
+        self.file.write(f"{lines}\n")
+        self.file.flush()
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
-        if self.stream is not None:
-            ours, found = os.fstat(self.stream.fileno()), None
+    def in_place(self, file: io.TextIOWrapper) -> bool:
+        """Whether the path still means that file."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
+        except OSError:
+            return False
+
+    def rotate(self) -> None:
+        """Move it away at once, so that other processes see that; then compress it at leisure.
+        Whatever fails, lines go on, and nothing that is there is lost."""
+        if time.time() < self.rotate_from:
+            return
+        old = f"{self.path}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
+        try:
+            os.rename(self.path, old)
+            self.close()
+            with open(old, "rb") as plain, gzip.open(f"{old}.part", "wb") as compressed:
+                shutil.copyfileobj(plain, compressed)
+            os.replace(f"{old}.part", f"{old}.gz")
+            os.remove(old)
+        except OSError as error:
             with contextlib.suppress(OSError):
-                found = os.stat(self.baseFilename)
-            if found is None or not os.path.samestat(found, ours):
-                self.close()
-        return bool(super().shouldRollover(record))
-
-    def rotation_filename(self, default_name: str) -> str:
-        return f"{default_name}.gz"
-
-    def rotate(self, source: str, dest: str) -> None:
-        with open(source, "rb") as old, gzip.open(dest, "wb") as compressed:
-            shutil.copyfileobj(old, compressed)
-        os.remove(source)
+                os.remove(f"{old}.part")
+            self.rotate_from = time.time() + REPEATS_S
+            log.warning("%s is not rotated: %s", self.path, reason_of(error))
         self.expire()
 
     def expire(self) -> None:
-        for name in glob.glob(f"{glob.escape(self.baseFilename)}.*.gz"):
-            with contextlib.suppress(OSError):  # a process that takes over does the same
+        for name in glob.glob(f"{glob.escape(self.path)}.[12]*"):
+            with contextlib.suppress(OSError):  # another process does the same
                 if os.path.getmtime(name) < time.time() - self.days * 86400:
                     os.remove(name)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A full disk is no reason to say anything, again and again, elsewhere."""
+    def close(self) -> None:
+        if self.file is not None:
+            file, self.file = self.file, None
+            file.close()
 
 
 class EventKeeper(logging.Handler):
@@ -7782,7 +7830,7 @@ def not_writable(path: str) -> str:
     descriptor = -1
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe might never open
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, 0o640)
         return "" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "it is not a regular file"
     except OSError as error:
         return reason_of(error)
@@ -7814,6 +7862,7 @@ def logging_to_stdout(level: str) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(console)
+        console.say_repeats()
         writer.close()
 
 
@@ -7839,6 +7888,7 @@ def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
         listeners[:] = before
         for handler in kept:
             log.removeHandler(handler)
+            handler.say_repeats()
         for writer in (lines, errors, facts):
             if writer is not None:
                 writer.close()
@@ -8591,6 +8641,7 @@ class Exchange:
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.status = response.status or gone.fault.status
             response.end = gone.fault.label
+            self.client.abort()  # also one that said too much: nothing else may be its answer
         except asyncio.CancelledError:
             response.persists = False
             response.refuse(Fault.STOPPING, "The balancer is stopping.")
@@ -8750,6 +8801,7 @@ class Exchange:
             if not more:
                 break
             try:
+                self.keep_room(intake.soon)  # what comes while we wait is held, too
                 more = await intake.more()
                 self.keep_room(len(content))
             except TimeoutError:
@@ -10056,7 +10108,9 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
         if check.models is None:
             findings.append(unusable_finding(server, check.why))
         status, content = await asked(pool, "/version", timeout_s)
-        version = read_members(content, None).get("version") if status == 200 else None
+        version = None
+        with contextlib.suppress(BadMessage):
+            version = read_members(content, None).get("version") if status == 200 else None
         status, content = await asked(pool, "/metrics", timeout_s)
         loads = engine_loads(content.decode("utf-8", "replace")) if status == 200 else {}
         findings += load_findings(server, status, loads)
@@ -10092,7 +10146,10 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
     async def conversation(wire: Wire) -> Streamed:
         begun = wire.loop.time()
         wire.transport.write(request + content)
-        head = await read_response_head(wire, INFINITY)
+        for _ in range(INFORMATIONAL_LIMIT):
+            head = await read_response_head(wire, INFINITY)
+            if head.status >= 200:
+                break
         decoder, found = decoder_for(response_framing(head, "POST")), Streamed(head.status)
         while head.is_event_stream and not decoder.done:
             piece = await wire.read_content(decoder, INFINITY)
@@ -10150,10 +10207,13 @@ def load_findings(
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
-    """About a streamed answer.  A server that does not generate text (404, 400) is none's fault."""
+    """About a streamed answer.  That a server does not generate text (404, 400) is no fault."""
     if streamed is None:
         return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
                         " (health_check_timeout)", "look at its load, or at its log")]
+    if streamed.status in (401, 403):
+        return [Finding(f"its key: a stream was answered {streamed.status}",
+                        "give the server its api_key or api_key_file")]
     if streamed.status >= 500:
         return [Finding(f"a stream was answered {streamed.status}", "look at its log")]
     # All at once, though that took a while: somebody has collected it.
@@ -10456,7 +10516,8 @@ def inherited_changes(live: Live) -> None:
             text = handed_over.read().decode()
         try:
             live.load(text)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError,
+                SettingsError) as error:
             log.warning("changes by hand were not taken over: %s", error)
 
 
@@ -10472,6 +10533,7 @@ def tell_systemd(state: str) -> None:
     """As sd_notify(3) does, if systemd has started us."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)  # nobody may be reading
             sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
             sock.send(state.encode())
 
@@ -10481,7 +10543,7 @@ async def feed_watchdog() -> None:
     successor does, too, although WATCHDOG_PID names its predecessor."""
     with contextlib.suppress(ValueError):
         period_s = int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
-        while os.environ.get("NOTIFY_SOCKET"):
+        while period_s > 0 and os.environ.get("NOTIFY_SOCKET"):
             tell_systemd("WATCHDOG=1")
             await asyncio.sleep(period_s / 2)
 
@@ -10735,6 +10797,9 @@ def add_replay(commands: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):  # None, where they were closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     commands = ("run", "check-config", "demo", "upgrade", "replay", "version")
     if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
         argv = ["run", *argv]
@@ -10968,7 +11033,7 @@ def check_config(args: argparse.Namespace) -> int:
     found = asyncio.run(examine_all())
     for server, one in zip(settings.servers, found):
         capacity = server.max_concurrent_requests or "auto"
-        print(f"{server.url}  capacity {capacity}  {one.words}")
+        print(printable(f"{server.url}  capacity {capacity}  {one.words}"))
         print_findings(one.findings)
     print_findings(own_findings(settings, found, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
     usable = sum(one.usable for one in found)
@@ -10979,7 +11044,14 @@ def check_config(args: argparse.Namespace) -> int:
 
 def print_findings(findings: Iterable[Finding]) -> None:
     for finding in findings:
-        print(f"  ! {finding.text}\n    {finding.advice}")
+        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
+
+
+def printable(text: str) -> str:
+    """What servers say must not steer the terminal, or end the report."""
+    encoding = sys.stdout.encoding or "ascii"
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":

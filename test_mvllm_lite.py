@@ -6145,6 +6145,42 @@ async def test_more_requests_than_are_allowed_at_once_are_refused_with_the_setti
 
 
 @asynchronous
+async def test_no_answer_goes_to_another_request_of_a_client_that_says_too_much():
+    async def answer(asked, conn):
+        await conn.json({"to": asked.get("x-request-id")})
+
+    async def hear(reader):
+        with contextlib.suppress(ConnectionError):
+            return await reader.read()
+        return b""
+
+    body = b'{"prompt":"%b"}' % (b"x" * 300_000)
+    first = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: one\r\nTransfer-Encoding: chunked\r\n\r\n"
+    first += b"".join(chunk(body[at : at + 2000]) for at in range(0, len(body), 2000)) + b"0\r\n\r\n"
+    second = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: two\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    async with balancing(Server(answer)) as running:
+        for _ in range(5):
+            client = await running.client()
+            client.writer.write(first + second)
+            assert b"two" not in (await hear(client.reader)).partition(b"one")[0]
+
+
+@asynchronous
+async def test_content_that_is_awaited_counts_before_it_is_there():
+    async with balancing(Server(), max_buffered_bytes=600_000) as running:
+        clients = [await running.client() for _ in range(5)]
+        for client in clients:
+            await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000)
+        refused = [asyncio.create_task(client.answer()) for client in clients]
+        done, waiting = await asyncio.wait(refused, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        while len(waiting) > 2:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert running.core.buffered_bytes <= 600_000
+        for one in waiting:
+            one.cancel()
+
+
+@asynchronous
 async def test_requests_together_hold_only_so_much_content():
     seen = asyncio.Event()
 
@@ -8150,6 +8186,7 @@ def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
     ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
     ("not a model of text", lite.Streamed(404), ""),
     ("failed", lite.Streamed(500), "answered 500"),
+    ("a key", lite.Streamed(401), "its key"),
     ("silence", None, "did not end within 5 s"),
 ))  # fmt: skip
 def test_what_a_stream_shows_to_be_amiss(streamed, word):
@@ -8165,6 +8202,15 @@ def test_what_a_stream_shows_to_be_amiss(streamed, word):
 ))  # fmt: skip
 def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
     assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
+
+
+@asynchronous
+async def test_a_server_that_says_nonsense_does_not_end_the_report():
+    for said in ('{"version": "\\u001b[2J\\n"}', "[" * 100_000, '{"version": "\\ud800"}', '{"version": [1]}'):
+        async with Server(**{"/version": said}) as server:
+            s = Settings((lite.ServerSettings(server.url),))
+            found = await lite.examine(s.servers[0], s, lite.Secrets(s))
+        assert found.usable and lite.printable(found.words).isprintable()
 
 
 def test_what_is_amiss_here():
@@ -8461,28 +8507,67 @@ async def test_where_no_files_can_be_written_there_is_a_warning(tmp_path):
 
 
 def test_a_log_is_rotated_by_size_compressed_and_removed_by_age(tmp_path):
-    path = tmp_path / "x.log"
-    (tmp_path / "x.log.7.gz").write_bytes(gzip.compress(b"old"))
-    os.utime(tmp_path / "x.log.7.gz", (0, 0))
+    path, old = tmp_path / "x.log", tmp_path / "x.log.2020-01-01T00-00-00.000000.gz"
+    old.write_bytes(gzip.compress(b"old"))
+    os.utime(old, (0, 0))
     (tmp_path / "x.log.notes").write_text("not ours")
+    os.utime(tmp_path / "x.log.notes", (0, 0))
     file = lite.LogFile(str(path), 1000, 1)
     said = [f"{n:04d} {'x' * 90}" for n in range(50)]
     for line in said:
         file.write(line)
     file.close()
     found, count = written(path)
-    assert sorted(found.splitlines()) == said and count > 2 and (tmp_path / "x.log.notes").exists()
+    assert found.splitlines() == said and count == 5 and (tmp_path / "x.log.notes").exists()
+
+
+def test_two_processes_that_write_one_log_lose_nothing(tmp_path):
+    path = tmp_path / "x.log"
+    files = [lite.LogFile(str(path), 1000, 1) for _ in range(2)]
+    for n in range(60):
+        files[n % 2].write(f"{n:04d} {'x' * 90}")
+    for file in files:
+        file.close()
+    found, count = written(path)
+    assert sorted(line[:4] for line in found.splitlines()) == [f"{n:04d}" for n in range(60)] and count < 12
+
+
+def test_a_log_that_cannot_be_rotated_goes_on(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "x.log"
+    monkeypatch.setattr(lite.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    file = lite.LogFile(str(path), 100, 1)
+    for n in range(10):
+        file.write(f"{n:04d} {'x' * 90}")
+    file.close()
+    found = sorted(one for one in tmp_path.iterdir())
+    assert sum(len(one.read_text().splitlines()) for one in found) == 10 and not [one for one in found if "part" in one.name]
+    assert caplog.text.count("is not rotated: no space left on device") == 1  # and not again before a while
+
+
+def test_a_directory_of_logs_that_vanishes_is_made_again(tmp_path):
+    path = tmp_path / "logs" / "x.log"
+    file = lite.LogFile(str(path), 1000, 1)
+    file.write("one")
+    path.unlink()
+    path.parent.rmdir()
+    file.write("two")
+    file.close()
+    assert path.read_text() == "two\n"
 
 
 def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch):
     said = []
     writer = lite.Writer(said.append)
     handler = lite.LineWriter(writer)
-    for level, text in ((30, "full"), (30, "full"), (30, "full"), (20, "info"), (20, "info"), (30, "full")):
-        handler.handle(logging.LogRecord("x", level, "", 0, text, (), None))
+    broken = (ValueError, ValueError("x"), None)
+    for level, text, error in ((30, "full", None), (30, "full", None), (30, "full", None), (20, "info", None), (20, "info", None),
+                               (40, "mistake", broken), (40, "mistake", broken), (30, "full", None), (30, "full", None)):  # fmt: skip
+        handler.handle(logging.LogRecord("x", level, "", 0, text, (), error))
+    handler.say_repeats()
     writer.close()
-    words = [line.split(" ", 1)[1] for line in "\n".join(said).splitlines()]
-    assert words == ["WARNING full", "WARNING that came 2 times more", "INFO info", "INFO info", "WARNING full"]
+    words = [line.split(" ", 1)[1] for line in "\n".join(said).splitlines() if line[:2] == "20"]
+    assert words == ["WARNING full", "WARNING 2 times more: full", "INFO info", "INFO info", "ERROR mistake", "ERROR mistake",
+                     "WARNING full", "WARNING 1 times more: full"]  # fmt: skip
 
 
 @asynchronous
@@ -8494,10 +8579,28 @@ async def test_a_process_at_rest_is_small_and_known_by_its_file():
         assert b"mvllm_lite.py\0--server" in Path(f"/proc/{child.pid}/cmdline").read_bytes()
 
 
-def test_a_profiler_that_runs_the_file_sees_what_it_does():
-    command = [sys.executable, "-m", "cProfile", str(HERE / "mvllm_lite.py"), "version"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("runner", [["-m", "cProfile"], [__import__("cProfile").__file__]])
+def test_a_profiler_that_runs_the_file_sees_what_it_does(runner):
+    done = subprocess.run([sys.executable, *runner, str(HERE / "mvllm_lite.py"), "version"], capture_output=True, text=True, timeout=60)
     assert "(argument_parser)" in done.stdout
+
+
+def test_it_runs_where_no_fresh_image_can_be_made_and_imports_nothing_from_here(tmp_path):
+    (tmp_path / "argparse.py").write_text("print('from here')")
+    command = [sys.executable, str(HERE / "mvllm_lite.py"), "version"]
+    expected = f"mvllm_lite {lite.__version__}\n"
+    for change in ("del os.memfd_create", "os.pwrite = lambda *_: 0", "sys.executable = ''"):
+        (tmp_path / "sitecustomize.py").write_text(f"import os, sys\n{change}\n")
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=60)
+        assert done.stdout == expected
+        (site := tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "sitecustomize.py").rename(site / "sitecustomize.py")
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == (expected, ""), change
+    with open(os.devnull, "w") as nowhere:
+        for closed in (1, 2):
+            done = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], stdout=nowhere, stderr=nowhere, timeout=60)
+            assert done.returncode == 0
 
 
 @asynchronous
@@ -8530,10 +8633,14 @@ async def test_readiness_turns_before_the_door_is_closed():
 def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
     old, new = lite.Live(), lite.Live()
     old.add(lite.ServerSettings("http://a", 4, api_key="k"))
+    old.add(lite.ServerSettings("http://c"))
     old.removed, old.drained, old.weights = {"http://b"}, {"http://a"}, {"http://a": (2.0, 1.0)}
     new.load(old.dump())
     assert vars(new) == vars(old)
-    for text in ("", "[]", "{}", '{"added": [{"uri": 1}], "removed": [], "drained": [], "weights": {}}'):
+    for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""), ('{"url": "http://a", "weight": "heavy"}', ""), ("", '"a": [NaN, 1]')):
+        with pytest.raises((ValueError, TypeError, KeyError, lite.SettingsError)):
+            new.load('{"added": [%s], "removed": [], "drained": [], "weights": {%s}}' % (added, weights))
+    for text in ("", "[]", "{}"):
         with pytest.raises((ValueError, TypeError, KeyError)):
             new.load(text)
     assert vars(new) == vars(old)
@@ -8552,6 +8659,18 @@ async def test_systemd_is_told_which_process_serves(tmp_path):
             assert await asyncio.get_running_loop().sock_recv(systemd, 100) == b"STOPPING=1"
 
 
+def nobody_can_send(path):
+    """Whether a socket's queue is full."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.setblocking(False)
+        one.connect(str(path))
+        try:
+            one.send(b"x")
+        except BlockingIOError:
+            return True
+        return False
+
+
 @asynchronous
 async def test_systemd_s_watchdog_is_fed(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -8561,6 +8680,9 @@ async def test_systemd_s_watchdog_is_fed(tmp_path):
         async with process(*args, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="20000") as child:
             said = [await asyncio.get_running_loop().sock_recv(systemd, 100) for _ in range(5)]
             assert said.count(b"WATCHDOG=1") == 4
+            await line_with(child, "127.0.0.1:1 is unhealthy")  # it serves on, although nobody reads any more
+            while len(select.select([systemd], [], [], 0)[0]) and not nobody_can_send(tmp_path / "notify"):
+                await asyncio.sleep(0.02)
 
 
 @contextlib.asynccontextmanager
