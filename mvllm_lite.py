@@ -8641,7 +8641,8 @@ class Exchange:
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.status = response.status or gone.fault.status
             response.end = gone.fault.label
-            self.client.abort()  # also one that said too much: nothing else may be its answer
+            if self.client.held:  # it has not, but said too much: nothing may pass for its answer
+                self.client.abort()
         except asyncio.CancelledError:
             response.persists = False
             response.refuse(Fault.STOPPING, "The balancer is stopping.")
