@@ -10115,8 +10115,10 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
         status, content = await asked(pool, "/metrics", timeout_s)
         loads = engine_loads(content.decode("utf-8", "replace")) if status == 200 else {}
         findings += load_findings(server, status, loads)
-        streamed = await stream_of(pool, next(iter(check.models or ()), ""), timeout_s)
-        findings += stream_findings(streamed, timeout_s)
+        streamed = None
+        if check.models:
+            streamed = await stream_of(pool, next(iter(check.models)), timeout_s)
+            findings += stream_findings(streamed, timeout_s)
     said = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
     words = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
     if streamed is not None and streamed.events:
