@@ -2784,12 +2784,6 @@ class ServerView(NamedTuple):
     def healthy(self) -> bool:
         return self.health.state is State.HEALTHY
 
-    @property
-    def ready(self) -> bool:
-        """Whether nothing of its own keeps requests away."""
-        return (self.health.state is State.HEALTHY and self.share > 0
-                and not (self.draining or self.drained))  # fmt: skip
-
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
         a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
@@ -2980,6 +2974,7 @@ class Fleet:
         self._views: dict[str, ServerView] = {}
         self._memories: dict[str, Memory] = {}
         self._expected: dict[str, Expected] = {}
+        self._has_engines = False  # some servers are several, or were
         self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
         self._numbers = itertools.count()
 
@@ -3006,6 +3001,8 @@ class Fleet:
 
     def engines(self, server: str) -> list[ServerView]:
         """The views of one server."""
+        if not self._has_engines:  # the usual, and this is asked for each request
+            return [self._views[server]] if server in self._views else []
         begin = f"{server}@"
         return [view for url, view in self._views.items()
                 if url == server or url.startswith(begin)]  # fmt: skip
@@ -3043,6 +3040,7 @@ class Fleet:
         for view in leaving:
             if view.in_flight:
                 self._views[view.url] = view._replace(draining=True)
+        self._has_engines = any(view.rank for view in self._views.values())
         self._memories = {url: self._memories.get(url) or Memory() for url in self._views}
         self._expected = {url: self._expected.get(url) or Expected() for url in self._views}
         return added, [view.url for view in leaving if not view.draining]
@@ -3054,6 +3052,8 @@ class Fleet:
     def cached(self, prompt: Prompt) -> list[int]:
         """How many of a prompt's tokens each server has probably cached, in the order of views."""
         chain, out = prompt.chain, list[int]()
+        if not chain:
+            return [0] * len(self._views)
         for view, memory in zip(self._views.values(), self._memories.values()):
             known = memory.known(chain)
             out.append(int(prompt.tokens_in(known) * view.trust) if known else 0)
@@ -3681,8 +3681,9 @@ def passed_over(
     keeps the last ones out, they are asked after all."""
     trials = {view.server for view in views if view.on_trial}
     usual = not (tried or moment.enforced)  # nothing but the server itself matters
-    reasons = ["" if usual and view.ready and model in (view.models or ())
-               else obstacle(view, model, tried, moment, trials) for view in views]  # fmt: skip
+    reasons = ["" if usual and v.health.state is State.HEALTHY and v.share and v.models
+               and model in v.models and not (v.draining or v.drained)
+               else obstacle(v, model, tried, moment, trials) for v in views]  # fmt: skip
     if all(reasons) and any(view.health.open_until is not None for view in views):
         ever = moment._replace(enforced=False)
         if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
