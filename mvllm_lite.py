@@ -743,13 +743,13 @@ def encode_chunk(content: bytes) -> bytes:
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
 # which are replaced, how the next hop finds the content's end.  And responses of our own.
 
-# Fields about one connection, not about the message (RFC 9110 §7.6.1); `Trailer`, since trailers
-# are not passed on; and credentials for a proxy, which are meant for us or nobody.
 # Fields that only proxies of our own may say; from anybody else they are dropped.
 PROXY_FIELDS = frozenset("forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip"
                          " x-data-parallel-rank".split())  # fmt: skip
 KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
 CLIENT_FIELDS_DROPPED = PROXY_FIELDS | KEY_FIELD_NAMES
+# Fields about one connection, not about the message (RFC 9110 §7.6.1); `Trailer`, since trailers
+# are not passed on; and credentials for a proxy, which are meant for us or nobody.
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
                        " proxy-authenticate proxy-authorization".split())  # fmt: skip
 CORS_FIELDS = tuple(f"access-control-{name}" for name in (
@@ -777,8 +777,8 @@ def upgrade_wanted(head: RequestHead) -> bool:
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
-    """A request's field lines as sent to any server, without Host and framing.  Made once per
-    request; `forward_request` is called for each attempt."""
+    """A request's field lines as sent to any server, without Host and framing, which
+    `forward_request` adds for each attempt."""
     ours = (key for key, _, _ in fields.lines if key.startswith("x-mvllm-"))
     return kept_lines(fields, tuple(added), ("host", "content-length", "expect", *ours, *dropped))
 
@@ -7261,6 +7261,15 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     return parse_response_head(raw)
 
 
+async def read_final_head(wire: Wire) -> ResponseHead:
+    """The next head that is no 1xx, for who has a deadline of its own."""
+    for _ in range(INFORMATIONAL_LIMIT):
+        head = await read_response_head(wire, INFINITY)
+        if head.status >= 200:
+            break
+    return head
+
+
 async def fetch(
     pool: Pool, path: str, timeout_s: float, content: bytes | None = None
 ) -> tuple[int, bytes]:
@@ -7273,10 +7282,7 @@ async def fetch(
 
     async def conversation(wire: Wire) -> tuple[int, bytes]:
         wire.transport.write(f"{request}\r\n".encode("latin-1") + (content or b""))
-        for _ in range(INFORMATIONAL_LIMIT):
-            head = await read_response_head(wire, INFINITY)
-            if head.status >= 200:
-                break
+        head = await read_final_head(wire)
         decoder, answer = decoder_for(response_framing(head, "GET")), bytearray()
         while not decoder.done:
             answer += await wire.read_content(decoder, INFINITY)
@@ -10150,10 +10156,7 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
     async def conversation(wire: Wire) -> Streamed:
         begun = wire.loop.time()
         wire.transport.write(request + content)
-        for _ in range(INFORMATIONAL_LIMIT):
-            head = await read_response_head(wire, INFINITY)
-            if head.status >= 200:
-                break
+        head = await read_final_head(wire)
         decoder, found = decoder_for(response_framing(head, "POST")), Streamed(head.status)
         while head.is_event_stream and not decoder.done:
             piece = await wire.read_content(decoder, INFINITY)
@@ -10228,14 +10231,14 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
     return []
 
 
-def own_findings(s: Settings, examined: Sequence[Examined], descriptors: int) -> list[Finding]:
-    """About this machine, and about names in the settings that no server knows."""
+def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
+    """About this machine, where descriptors allow so many clients, and about names in the settings
+    that no server knows."""
     findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
-    clients = max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
     if clients < 0.9 * s.max_connections:
         findings.append(Finding(
-            f"{descriptors} file descriptors are enough for {clients} clients, max_connections is"
-            f" {s.max_connections}", f"raise the limit to {needed} (ulimit -Hn, LimitNOFILE)"))
+            f"file descriptors are enough for {clients} clients, max_connections is"
+            f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
     known = {name for one in examined for name in one.models or ()}
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
@@ -10621,12 +10624,16 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
 
 
+def url_here(s: Settings, port: int) -> str:
+    """Where a balancer with these settings is reached from this machine."""
+    host = "127.0.0.1" if s.host in ("", "0.0.0.0", "::") else s.host
+    return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def announce(balancer: Balancer, hint: str) -> None:
     """It listens."""
     s, limit = balancer.core.settings, balancer.core.clients_limit
-    host = "127.0.0.1" if s.host in ("", "0.0.0.0", "::") else s.host
-    scheme = "https" if s.tls_cert else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{balancer.port}"
+    url = url_here(s, balancer.port)
     if hint:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
     tell_that_we_serve()
@@ -10886,9 +10893,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
     settings, _ = load_settings(path, overrides_from(args, os.environ))
     Secrets(settings)
-    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
-    scheme = "https" if settings.tls_cert else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    url = url_here(settings, settings.port)
 
     async def ask() -> int:
         """The process that answers now, 0 for none that says so."""
@@ -11039,7 +11044,7 @@ def check_config(args: argparse.Namespace) -> int:
         capacity = server.max_concurrent_requests or "auto"
         print(printable(f"{server.url}  capacity {capacity}  {one.words}"))
         print_findings(one.findings)
-    print_findings(own_findings(settings, found, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    print_findings(own_findings(settings, found, descriptors_allow()))
     usable = sum(one.usable for one in found)
     capacity = sum(server.max_concurrent_requests for server in settings.servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
