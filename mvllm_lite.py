@@ -7741,11 +7741,6 @@ class LineWriter(logging.Handler):
             self.writer.say(f"{timed(time.time())} WARNING {text}")
         self._last, self._repeats = "", 0
 
-    def request(self, event: str, facts: Mapping[str, Any]) -> None:
-        """A line for a request, at a fifth of what the logging module takes for one."""
-        if event == "request" and log.isEnabledFor(logging.INFO):
-            self.writer.say(f"{timed(time.time())} INFO {access_line(facts)}")
-
 
 def timed(at: float) -> str:
     """As LINE_FORM has it."""
@@ -7850,11 +7845,15 @@ class Console(LineWriter):
     """Lines on stdout, which a screen takes the place of."""
 
 
-def on_consoles(wanted: Callable[[], bool], event: str, facts: Mapping[str, Any]) -> None:
-    """A request's line, where it is wanted."""
+def say_request(on_console: Callable[[], bool], event: str, facts: Mapping[str, Any]) -> None:
+    """A request's line wherever there are lines, at a fraction of what the logging module takes."""
+    if event != "request" or not log.isEnabledFor(logging.INFO):
+        return
+    line = f"{timed(time.time())} INFO {access_line(facts)}"
     for one in log.handlers:
-        if isinstance(one, Console) and wanted():
-            one.request(event, facts)
+        if isinstance(one, LineWriter) and one.level <= logging.INFO:
+            if not isinstance(one, Console) or on_console():
+                one.writer.say(line)
 
 
 @contextlib.contextmanager
@@ -7882,7 +7881,6 @@ def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
     facts = log_file_writer(s, s.structured_log_file, s.structured_log_file_bytes, s.log_days)
     if lines is not None:
         kept.append(LineWriter(lines))
-        listeners.append(kept[0].request)
     if errors is not None:
         kept.append(LineWriter(errors, logging.ERROR))
     if facts is not None:
@@ -10654,7 +10652,7 @@ def serve_until_stopped(
         core, terminal = balancer.core, sys.stdout.isatty()
         follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
         core.listeners.append(functools.partial(
-            on_consoles, lambda: core.settings.log_to_console or not terminal))
+            say_request, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
         on_screen = screen and Terminal.possible()
         watchdog = asyncio.ensure_future(feed_watchdog())
