@@ -175,6 +175,7 @@ WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, wi
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
 HEAD_KEPT_BYTES = 2048  # of those that are no longer than this
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
+HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
@@ -414,44 +415,58 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
     return made
 
 
-class RequestHead(NamedTuple):
-    """A request's first line and fields; `minor` is the x of HTTP/1.x."""
+# Of a message's Content-Length, what is said of it: two or more are a list.  None: it is not there.
+Length = str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RequestHead:
+    """A request's first line and fields, without Content-Length; `minor` is the x of HTTP/1.x.
+    All requests that say the same have the same one, and what follows from it is seen once."""
 
     method: str
     path: str
     query: str | None  # what follows the '?', None without one
     minor: int
     fields: Fields
-    length: str | None = None  # the value of Content-Length, which is not among the fields
 
-    @property
+    @functools.cached_property
     def persists(self) -> bool:
         """Whether the client wants to keep the connection, RFC 9112 §9.3."""
         return connection_persists(self.minor, self.fields)
 
+    @functools.cached_property
+    def wants_upgrade(self) -> bool:
+        """Whether it asks to change to websocket, the only protocol that vLLM changes to."""
+        asks = self.minor >= 1 and self.fields.get("upgrade").lower() == "websocket"
+        return asks and "upgrade" in self.fields.members("connection")
 
-class ResponseHead(NamedTuple):
-    """A response's status line and fields."""
+    @functools.cached_property
+    def is_preflight(self) -> bool:
+        asks = "access-control-request-method" in self.fields.values
+        return self.method == "OPTIONS" and asks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResponseHead:
+    """A response's status line and fields, without Content-Length; shared as a RequestHead is."""
 
     status: int
     reason: str
     minor: int
     fields: Fields
-    length: str | None = None  # the value of Content-Length, which is not among the fields
 
-    @property
+    @functools.cached_property
     def persists(self) -> bool:
         return connection_persists(self.minor, self.fields)
 
-    @property
+    @functools.cached_property
     def is_event_stream(self) -> bool:
         return self.fields.get("content-type")[:17].lower() == "text/event-stream"
 
-    @property
-    def is_short_json(self) -> bool:
-        """A plain answer of vLLM's to most requests."""
-        short = self.length is not None and len(self.length) < 6
-        return short and self.fields.get("content-type")[:16].lower() == "application/json"
+    @functools.cached_property
+    def is_json(self) -> bool:
+        return self.fields.get("content-type")[:16].lower() == "application/json"
 
 
 class Framing(NamedTuple):
@@ -496,7 +511,7 @@ def parse_fields(block: str, fault: Fault) -> Fields:
     return Fields(lines, values, len(block) <= HEAD_KEPT_BYTES)
 
 
-def without_length(raw: bytes) -> tuple[bytes, str | None]:
+def without_length(raw: bytes) -> tuple[bytes, Length]:
     """A head without its Content-Length, and that; what is not written as usual, or written twice,
     stays where it is."""
     if (line := LENGTH_LINE.search(raw)) is None:
@@ -504,7 +519,7 @@ def without_length(raw: bytes) -> tuple[bytes, str | None]:
     return raw[: line.start()] + raw[line.end() :], line[1].decode()
 
 
-def joined_length(fields: Fields, length: str | None) -> str | None:
+def whole_length(fields: Fields, length: Length) -> Length:
     """Content-Length, by the line that was cut out and by the fields, where it might be again."""
     others = fields.values.get("content-length")
     if length is None or others is None:
@@ -512,15 +527,14 @@ def joined_length(fields: Fields, length: str | None) -> str | None:
     return f"{length}, {others}"
 
 
-def parse_request_head(raw: bytes) -> RequestHead:
+def parse_request_head(raw: bytes) -> tuple[RequestHead, Length]:
     """A request's head, up to and with its empty line (RFC 9112 §3).  Raises BadMessage."""
     rest, length = without_length(raw)
-    parse = parse_request_once if len(rest) <= HEAD_KEPT_BYTES else parse_request_rest
-    method, path, query, minor, fields = parse(rest)
-    return RequestHead(method, path, query, minor, fields, joined_length(fields, length))
+    head = (parse_request_once if len(rest) <= HEAD_KEPT_BYTES else parse_request_rest)(rest)
+    return head, whole_length(head.fields, length)
 
 
-def parse_request_rest(raw: bytes) -> tuple[str, str, str | None, int, Fields]:
+def parse_request_rest(raw: bytes) -> RequestHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -535,7 +549,7 @@ def parse_request_rest(raw: bytes) -> tuple[str, str, str | None, int, Fields]:
     if host and not HOST.fullmatch(host):
         raise BadMessage(f"Host is {shown(host)}, expected one host[:port]")
     path, mark, query = origin_form(method, target).partition("?")
-    return method, path, query if mark else None, int(minor != "0"), fields
+    return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
 
 
 parse_request_once = functools.lru_cache(HEADS_KEPT)(parse_request_rest)
@@ -555,31 +569,29 @@ def origin_form(method: str, target: str) -> str:
     return path if path.startswith("/") else f"/{path}"
 
 
-def parse_response_head(raw: bytes) -> ResponseHead:
+def parse_response_head(raw: bytes) -> tuple[ResponseHead, Length]:
     """A response's head, up to and with its empty line (RFC 9112 §4).  Raises BadMessage."""
     rest, length = without_length(raw)
-    parse = parse_response_once if len(rest) <= HEAD_KEPT_BYTES else parse_response_rest
-    status, reason, minor, fields = parse(rest)
-    return ResponseHead(status, reason, minor, fields, joined_length(fields, length))
+    head = (parse_response_once if len(rest) <= HEAD_KEPT_BYTES else parse_response_rest)(rest)
+    return head, whole_length(head.fields, length)
 
 
-def parse_response_rest(raw: bytes) -> tuple[int, str, int, Fields]:
+def parse_response_rest(raw: bytes) -> ResponseHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
         text = f"the status line is {shown(first)}, expected 'HTTP/1.1 status reason'"
         raise BadMessage(text, Fault.BAD_ANSWER)
     fields = parse_fields(block, Fault.BAD_ANSWER)
-    return int(line[3]), line[4] or "", int(line[2] != "0"), fields
+    return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
 parse_response_once = functools.lru_cache(HEADS_KEPT)(parse_response_rest)
 
 
-def request_framing(head: RequestHead) -> Framing:
+def request_framing(head: RequestHead, length: Length) -> Framing:
     """How a request's content is framed, RFC 9112 §6.  Anything that two readers might take
     differently is refused: both fields, lists of lengths, `chunked` anywhere but at the end."""
-    length = head.length
     if "transfer-encoding" not in head.fields.values:
         return NO_CONTENT if length is None else parse_length(length, Fault.BAD_REQUEST)
     if length is not None or head.minor == 0:
@@ -595,12 +607,11 @@ def request_framing(head: RequestHead) -> Framing:
     return CHUNKED
 
 
-def response_framing(head: ResponseHead, method: str) -> Framing:
+def response_framing(head: ResponseHead, length: Length, method: str) -> Framing:
     """How a response's content is framed, RFC 9112 §6.3, rules in the RFC's order."""
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return NO_CONTENT
     coding = head.fields.values.get("transfer-encoding")
-    length = head.length
     if coding is None:
         return UNTIL_CLOSE if length is None else parse_length(length, Fault.BAD_ANSWER)
     if length is not None or head.minor == 0 or coding.lower() != "chunked":
@@ -758,7 +769,6 @@ CORS_FIELDS = tuple(f"access-control-{name}" for name in (
 Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
 
-@remembered
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """Field lines to pass on: end-to-end ones in their order and number, without those `dropped`
     or named by Connection, and `added` ones in place of any of the same name."""
@@ -768,12 +778,6 @@ def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str
     lines = [f"{name}: {value}\r\n" for key, name, value in fields.lines if key not in drop]
     lines += [f"{name}: {value}\r\n" for name, value in added]
     return "".join(lines)
-
-
-def upgrade_wanted(head: RequestHead) -> bool:
-    """Whether a client asks to change to websocket, the only protocol that vLLM changes to."""
-    asks = head.minor >= 1 and head.fields.get("upgrade").lower() == "websocket"
-    return asks and "upgrade" in head.fields.members("connection")
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
@@ -813,20 +817,21 @@ def forward_request(
     if length is None and head.method in ("POST", "PUT", "PATCH"):
         length = 0  # RFC 9110 §8.6: these say so
     framed = "" if length is None else f"Content-Length: {length}\r\n"
-    if upgrade_wanted(head):
+    if head.wants_upgrade:
         framed += "Connection: upgrade\r\nUpgrade: websocket\r\n"
     text = f"{head.method} {target} HTTP/1.1\r\nHost: {authority}\r\n{fields}{framed}\r\n"
     return text.encode("latin-1")
 
 
-def returned_framing(head: ResponseHead, request: RequestHead, theirs: Framing) -> Framing | None:
+def returned_framing(
+    head: ResponseHead, length: Length, request: RequestHead, theirs: Framing
+) -> Framing | None:
     """How an answer's content is framed for the client: by its length where the server told one,
     else in chunks, or until the close for HTTP/1.0.  None where nothing is said of it, because
     there is none; to HEAD and in a 304, the server's word about what it leaves out is passed on."""
     if head.status < 200 or head.status == 204:
         return None
     if request.method == "HEAD" or head.status == 304:
-        length = head.length
         return None if length is None else parse_length(length, Fault.BAD_ANSWER)
     if theirs.length is not None:
         return theirs
@@ -839,16 +844,23 @@ def return_response(
 ) -> bytes:  # fmt: skip
     """A response's head as sent to the client, with the request's `id`.  CORS fields among the
     `added` speak for the whole matter, so that none of a server's stay."""
-    dropped: tuple[str, ...] = ("content-length", "x-request-id") if id else ("content-length",)
-    if any(name.startswith("Access-Control-") for name, _ in added):
-        dropped += CORS_FIELDS
-    lines = kept_lines(head.fields, tuple(added), dropped) + framing_line(framing)
+    lines = returned_lines(head.fields, head.status, head.reason, tuple(added), id != "")
     if id:
         lines += f"X-Request-Id: {id}\r\n"
-    if head.status == 101:
-        lines += "Connection: upgrade\r\nUpgrade: websocket\r\n"
-    lines += connection_line(request, persists)
-    return f"HTTP/1.1 {head.status} {head.reason}\r\n{lines}\r\n".encode("latin-1")
+    return f"{lines}{framing_line(framing)}{connection_line(request, persists)}\r\n".encode(
+        "latin-1")
+
+
+@remembered
+def returned_lines(
+    fields: Fields, status: int, reason: str, added: Pairs, with_id: bool
+) -> str:
+    """The first line and field lines of a response to pass on, but for its framing."""
+    dropped = ["content-length"] + ["x-request-id"] * with_id
+    if any(name.startswith("Access-Control-") for name, _ in added):
+        dropped += CORS_FIELDS
+    lines = f"HTTP/1.1 {status} {reason}\r\n{kept_lines(fields, added, dropped)}"
+    return f"{lines}Connection: upgrade\r\nUpgrade: websocket\r\n" if status == 101 else lines
 
 
 def own_response(
@@ -899,16 +911,12 @@ def cors_fields(head: RequestHead, origins: Iterable[str]) -> list[tuple[str, st
     fields = [("Access-Control-Allow-Origin", "*" if "*" in origins else origin)]
     if "*" not in origins:
         fields.append(("Vary", "Origin"))
-    if not is_preflight(head):
+    if not head.is_preflight:
         return [*fields, ("Access-Control-Expose-Headers", "*")]
     for ours, theirs in (("Methods", "method"), ("Headers", "headers")):
         if wanted := get(f"access-control-request-{theirs}"):
             fields.append((f"Access-Control-Allow-{ours}", wanted))
     return [*fields, ("Access-Control-Max-Age", "3600")]
-
-
-def is_preflight(head: RequestHead) -> bool:
-    return head.method == "OPTIONS" and "access-control-request-method" in head.fields.values
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -2144,6 +2152,7 @@ CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 
+@functools.lru_cache(HEADS_KEPT)
 def inference_path(path: str) -> str:
     """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
     base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
@@ -7247,7 +7256,7 @@ def reason_of(error: OSError) -> str:
     return (os.strerror(number) if number > 0 else str(error)).lower()
 
 
-async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
+async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead, Length]:
     """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
     TimeoutError."""
     try:
@@ -7261,13 +7270,13 @@ async def read_response_head(wire: Wire, deadline: float) -> ResponseHead:
     return parse_response_head(raw)
 
 
-async def read_final_head(wire: Wire) -> ResponseHead:
+async def read_final_head(wire: Wire) -> tuple[ResponseHead, Length]:
     """The next head that is no 1xx, for who has a deadline of its own."""
     for _ in range(INFORMATIONAL_LIMIT):
-        head = await read_response_head(wire, INFINITY)
+        head, length = await read_response_head(wire, INFINITY)
         if head.status >= 200:
             break
-    return head
+    return head, length
 
 
 async def fetch(
@@ -7282,8 +7291,8 @@ async def fetch(
 
     async def conversation(wire: Wire) -> tuple[int, bytes]:
         wire.transport.write(f"{request}\r\n".encode("latin-1") + (content or b""))
-        head = await read_final_head(wire)
-        decoder, answer = decoder_for(response_framing(head, "GET")), bytearray()
+        head, length = await read_final_head(wire)
+        decoder, answer = decoder_for(response_framing(head, length, "GET")), bytearray()
         while not decoder.done:
             answer += await wire.read_content(decoder, INFINITY)
             if len(answer) > FETCH_LIMIT_BYTES:
@@ -8454,17 +8463,17 @@ class Conversation:
         errand, attempt, pool = self.errand, self.attempt, self.pool
         attempt.wire = wire
         try:
-            head, sent_whole = await self.send_and_listen(wire)
-            framing = response_framing(head, errand.head.method)
+            head, length, sent_whole = await self.send_and_listen(wire)
+            framing = response_framing(head, length, errand.head.method)
             decoder = decoder_for(framing)
             if head.status != 101:
-                fault, first = await self.hold_back(wire, head, decoder)
+                fault, first = await self.hold_back(wire, head, framing, decoder)
         finally:
             attempt.wire = None  # which may be followed by another
         if head.status == 101:
             return await self.tunnel(wire, head)
         if fault is None:
-            theirs = returned_framing(head, errand.head, framing)
+            theirs = returned_framing(head, length, errand.head, framing)
             added = named_server(self.server, self.settings)
             if location := head.fields.get("location"):
                 local = local_location(location, pool.authority, pool.prefix)
@@ -8482,16 +8491,16 @@ class Conversation:
         failed = head.status >= 500 and head.status not in REQUEST_FAILURES
         return Outcome(Fault.SERVER_ERROR, text, True) if failed else WELL
 
-    async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, bool]:
+    async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
         """Send the request until the server answers, and give the head of its answer and whether
         it heard the whole request.  A server may say 1xx at any time before."""
         errand, pool, silence_s = self.errand, self.pool, self.settings.request_timeout
         content, path = errand.content, pool.prefix + errand.path
-        length = len(content) if content or errand.says_length else None
+        size = len(content) if content or errand.says_length else None
         fields = errand.fields + (pool.key_line or errand.key_lines)
         if self.rank:
             fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {self.rank}\r\n"
-        request = forward_request(errand.head, path, pool.authority, fields, length)
+        request = forward_request(errand.head, path, pool.authority, fields, size)
         at = len(content)
         if at <= WRITE_SLICE_BYTES:
             wire.transport.write(request + content)
@@ -8499,20 +8508,20 @@ class Conversation:
             wire.transport.write(request)
             at = await wire.send(content, 0, silence_s)
         for _ in range(INFORMATIONAL_LIMIT):
-            head = await read_response_head(wire, wire.loop.time() + silence_s)
+            head, length = await read_response_head(wire, wire.loop.time() + silence_s)
             if head.status >= 200:
-                return head, at == len(content)
+                return head, length, at == len(content)
             if head.status == 101:
-                if errand.response.opened or not upgrade_wanted(errand.head):
+                if errand.response.opened or not errand.head.wants_upgrade:
                     raise BadMessage("101 Switching Protocols without being asked to")
-                return head, True
+                return head, length, True
             if head.status != 100 and errand.head.minor >= 1 and not errand.response.opened:
                 errand.client.transport.write(return_response(head, errand.head, None, True))
             at = await wire.send(content, at, silence_s)
         raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
 
     async def hold_back(
-        self, wire: Wire, head: ResponseHead, decoder: Decoder
+        self, wire: Wire, head: ResponseHead, framing: Framing, decoder: Decoder
     ) -> tuple[Fault | None, bytes]:
         """Read as much of an answer as it takes to see whether it is one: of an event stream its
         first event; of a failure all, since it may be shown later; of a short JSON document all,
@@ -8529,7 +8538,8 @@ class Conversation:
             return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
         if wire.buffer and not decoder.done:
             held = decoder.feed(wire.take())
-        whole = head.status == 500 or head.is_short_json or self.errand.response.opened
+        short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
+        whole = head.status == 500 or short or self.errand.response.opened
         if fault is None and not whole:
             return None, held
         while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
@@ -8591,11 +8601,12 @@ class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
 
-    def __init__(self, core: Core, client: Wire, head: RequestHead) -> None:
+    def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
         self.core, self.client, self.head = core, client, head
         self.settings = core.settings  # those in force when the request came
         self.loop = client.loop
-        self.framing = request_framing(head)
+        self.framing = request_framing(head, length)
+        self.says_length = length is not None or self.framing.chunked  # also of no content
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
         persists = head.persists and not core.stopping
         id = request_id(head.fields, core.draw)
@@ -8772,7 +8783,8 @@ class Exchange:
             self.response.refuse(fault, text, after_s)
             return WELL
         self.server, self.response.end = held.url, fault.label
-        framing = returned_framing(held.head, self.head, Framing(len(held.content)))
+        whole = Framing(len(held.content))
+        framing = returned_framing(held.head, None, self.head, whole)
         added = named_server(held.url, self.settings)
         self.response.begin(held.head, framing, held.content, True, added)
         return WELL
@@ -8840,10 +8852,9 @@ class Exchange:
         """What is wanted is known: make it ready to be said to servers."""
         self.call, self.content_bytes = call, len(content)
         self.model_label = self.label()
-        says_length = self.head.length is not None or self.framing.chunked
         self.errand = Errand(
             self.client, self.head, self.path, self.response, content, self.let_go,
-            says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
+            self.says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
 
     def let_go(self) -> None:
         """The content is not needed any more: the answer begins, or there will be none."""
@@ -9188,6 +9199,7 @@ def local(*paths: str) -> Callable[[Local], Local]:
     return register
 
 
+@functools.lru_cache(HEADS_KEPT)
 def find_local(path: str) -> Local | None:
     """The function for a path; only /v1/models/{id} has a variable part."""
     path = (inference_path(path) or path).rstrip("/")
@@ -9570,10 +9582,9 @@ class Door:
             return None
         running[wire] = None
         try:
-            head = await self.read_head(wire)
-            if head is None:
+            if (head := await self.read_head(wire)) is None:
                 return False
-            exchange = Exchange(core, wire, head)
+            exchange = Exchange(core, wire, *head)
             running[wire] = exchange.response
             if last:
                 exchange.response.persists = False
@@ -9620,7 +9631,7 @@ class Door:
                 core.idle.pop(wire, None)
         return True
 
-    async def read_head(self, wire: Wire) -> RequestHead | None:
+    async def read_head(self, wire: Wire) -> tuple[RequestHead, Length] | None:
         """The request that has begun; None if the client left.  Raises BadMessage."""
         s = self.core.settings
         try:
@@ -9645,7 +9656,7 @@ class Door:
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
         head, response, function = exchange.head, exchange.response, find_local(exchange.head.path)
-        if is_preflight(head) and exchange.settings.cors_allowed_origins:
+        if head.is_preflight and exchange.settings.cors_allowed_origins:
             response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
             return
@@ -10154,8 +10165,9 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
     async def conversation(wire: Wire) -> Streamed:
         begun = wire.loop.time()
         wire.transport.write(request + content)
-        head = await read_final_head(wire)
-        decoder, found = decoder_for(response_framing(head, "POST")), Streamed(head.status)
+        head, length = await read_final_head(wire)
+        decoder = decoder_for(response_framing(head, length, "POST"))
+        found = Streamed(head.status)
         while head.is_event_stream and not decoder.done:
             piece = await wire.read_content(decoder, INFINITY)
             if events := piece.count(b"data: {"):
@@ -10322,8 +10334,8 @@ class SimulatedServer:
             sock.setblocking(False)
             await wire.loop.connect_accepted_socket(lambda: wire, sock)
             while (raw := await wire.read_head(INFINITY)) is not None:
-                head, content = parse_request_head(raw), bytearray()
-                decoder = decoder_for(request_framing(head))
+                (head, length), content = parse_request_head(raw), bytearray()
+                decoder = decoder_for(request_framing(head, length))
                 while not decoder.done:
                     content += await wire.read_content(decoder, INFINITY)
                 wire.buffer[:0] = decoder.rest
