@@ -1046,6 +1046,13 @@ class Histogram(Family):
         """A value of the child with these label values."""
         self.observe(self.child(*values), value)
 
+    def note_all(self, found: Sequence[float], *values: str) -> None:
+        if found:
+            child, bounds = self.child(*values), self.bounds
+            for value in found:
+                child[bisect.bisect_left(bounds, value)] += 1
+            child[-1] += sum(found)
+
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for values, child in self.children.items():
             count = 0.0
@@ -2625,6 +2632,11 @@ class Health(NamedTuple):
         return "open" if now < self.open_until else "half-open"
 
     @property
+    def hears_success(self) -> bool:
+        """Whether a request that goes well would change anything."""
+        return bool(self.request_failures) or self.open_until is not None
+
+    @property
     def success_rate(self) -> float:
         return sum(passed for passed, _ in self.window) / max(1, len(self.window))
 
@@ -2755,9 +2767,6 @@ class ServerView(NamedTuple):
     share: float = 100.0  # of requests, in percent, that its pool gets
     draining: bool = False  # it leaves, with its last request
     drained: bool = False  # by hand: it stays, and is not asked
-    in_flight: int = 0  # requests of ours, exact
-    on_trial: int = 0  # of these, begun while the circuit was half-open
-    pending: int = 0  # of their prompts: tokens it has to read before it answers them
     speed: float = 0.0  # prompt tokens it reads per second, as learned; 0 is unknown
     speed_at: float = -INFINITY  # when that was seen last
     pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
@@ -2770,6 +2779,10 @@ class ServerView(NamedTuple):
     own_then: int = 0  # and how many of the requests it counted were ours
     models: Models | None = None  # None: it has not said yet
     models_at: float = -INFINITY
+    # What changes with each request stands last, for `counting`.
+    in_flight: int = 0  # requests of ours, exact
+    on_trial: int = 0  # of these, begun while the circuit was half-open
+    pending: int = 0  # of their prompts: tokens it has to read before it answers them
 
     @property
     def server(self) -> str:
@@ -2829,19 +2842,14 @@ class ServerView(NamedTuple):
         return self.load_at >= oldest_report(now, interval_s)
 
     def counting(self, in_flight: int, on_trial: int, pending: int) -> ServerView:
-        """With other counts.  What `_replace` does, in a quarter of its time: this is done for
-        each request at least twice."""
-        values: list[Any] = list(self)
-        values[HELD_COUNTS] = in_flight, on_trial, pending
-        return ServerView._make(values)
+        """With other counts.  What `_replace` does, in a tenth of its time: this is done for each
+        request three times."""
+        return tuple.__new__(ServerView, self[:-3] + (in_flight, on_trial, pending))
 
     def shares_models(self, other: ServerView) -> bool:
         """Whether they may run the same; a server that has not said may."""
         mine, theirs = self.models, other.models
         return not (mine and theirs and mine.keys().isdisjoint(theirs))
-
-
-HELD_COUNTS = slice(ServerView._fields.index("in_flight"), ServerView._fields.index("pending") + 1)
 
 
 def disagreement(view: ServerView) -> str:
@@ -2917,7 +2925,8 @@ class Lease:
         self._counts = (view := fleet.view(url)) is not None
         if view is None:
             return
-        self._trial = view.health.circuit(now) == "half-open"
+        if view.health.open_until is not None:
+            self._trial = view.health.circuit(now) == "half-open"
         self._cached, self._fresh = fleet.remembers(url, prompt)
         self.pending = prompt.tokens - int(self._cached * view.trust)
         if not view.load.queued:  # else the time to the first byte says nothing of its speed
@@ -2984,6 +2993,7 @@ class Fleet:
         self._memories: dict[str, Memory] = {}
         self._expected: dict[str, Expected] = {}
         self._has_engines = False  # some servers are several, or were
+        self.changes = 0  # of what servers are, serve or say; not of counts
         self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
         self._numbers = itertools.count()
 
@@ -3044,6 +3054,7 @@ class Fleet:
                     configured=limit, draining=False, drained=server.url in drained,
                     weight=server.weight, tier=server.tier, pool=server.pool,
                     share=pools.get(server.pool, rest))  # fmt: skip
+        self.changes += 1
         added = [url for url in self._views if url not in old or old[url].draining]
         leaving = [view for url, view in old.items() if url not in self._views]
         for view in leaving:
@@ -3099,6 +3110,7 @@ class Fleet:
             return
         in_flight = view.in_flight + requests
         if view.draining and in_flight == 0:
+            self.changes += 1
             for known in (self._views, self._memories, self._expected):
                 known.pop(url)
             return
@@ -3106,6 +3118,7 @@ class Fleet:
 
     def busy(self, url: str, now: float) -> None:
         """It answered 429."""
+        self.changes += 1
         if (view := self._views.get(url)) is not None:
             self._views[url] = view._replace(busy_until=now + BUSY_S)
 
@@ -3113,18 +3126,17 @@ class Fleet:
         self, url: str, tokens: int, cached: int, ahead: int, since: float, now: float
     ) -> None:
         """A prompt was read.  If `ahead`, so many tokens took that long, and tell the speed."""
+        self.count(url, 0, 0, -tokens)
         view = self._views.get(url)
         if view is None:
             return
         self._expected[url].since += cached
-        speed, speed_at = view.speed, view.speed_at
         if ahead > SPEED_SAMPLE_TOKENS and now > since:
-            found, speed_at = ahead / (now - since), now
-            speed = speed or self.usual_speed(view) or found
+            found = ahead / (now - since)
+            speed = view.speed or self.usual_speed(view) or found
             found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
             speed += SPEED_WEIGHT * min(1.0, ahead / SPEED_TRUSTED_TOKENS) * (found - speed)
-        self._views[url] = view._replace(
-            pending=view.pending - tokens, speed=speed, speed_at=speed_at)
+            self._views[url] = view._replace(speed=speed, speed_at=now)
 
     def usual_speed(self, view: ServerView) -> float:
         """What others read per second, for the server's capacity; 0 if that is not known."""
@@ -3142,6 +3154,7 @@ class Fleet:
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
     def learned(self, url: str, models: Models, now: float) -> None:
+        self.changes += 1
         for view in self.engines(url):
             self._views[view.url] = view._replace(models=models, models_at=now)
 
@@ -3152,6 +3165,7 @@ class Fleet:
         view = self._views.get(url)
         if view is None:
             return 0
+        self.changes += load.adapters != view.load.adapters
         memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
         memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
         began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
@@ -3205,6 +3219,7 @@ class Fleet:
         old = views[0].health
         new = after(old, *news)
         if new is not old:
+            self.changes += 1
             for view in views:
                 self._views[view.url] = view._replace(health=new)
         if new.state is old.state:
@@ -3611,8 +3626,10 @@ class Ranking(NamedTuple):
     tried: frozenset[str]
     policy: Policy
     moment: Moment
-    reasons: list[str]  # by view, why it was passed over, or ''
+    reasons: Sequence[str]  # by view, why it was passed over, or ''
     costs: list[float]  # of the others, in their order
+    asked: ServerView | None = None  # the best one's view,
+    expected: int = 0  # and what it has probably cached
     behind: bool = False  # others have been waiting for the same
 
     @property
@@ -3735,7 +3752,7 @@ def narrowed(
     without the LoRA adapter while others with it have room, higher tiers while lower ones have."""
 
     now = moment.now
-    if not any(v.pool or v.tier > 1 or v.load.adapters or v.busy_until > now for v in views):
+    if not any(chosen_by_turns(view, now) for view in views):
         return
 
     def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
@@ -3768,6 +3785,20 @@ def narrowed(
                 break
 
 
+def chosen_by_turns(view: ServerView, now: float) -> bool:
+    """Whether it depends on the moment, or on chance, if it is passed over for others."""
+    return bool(view.pool or view.tier > 1 or view.load.adapters or view.busy_until > now)
+
+
+def standing(views: list[ServerView], model: str | None, moment: Moment) -> list[str] | None:
+    """The reasons to pass over servers for a call that nobody has tried yet, if these stay the
+    same until one of the servers changes in more than its counts; None if not."""
+    for view in views:
+        if view.health.open_until is not None or chosen_by_turns(view, moment.now):
+            return None
+    return passed_over(views, model, frozenset(), moment)
+
+
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
     """By their shares; a session stays with its pool."""
     at = draw.random()
@@ -3795,20 +3826,22 @@ def scene_of(
 
 def rank(
     views: list[ServerView], cached: list[int], call: Call, tried: frozenset[str], by: Policy,
-    moment: Moment, draw: random.Random,
+    moment: Moment, draw: random.Random, reasons: list[str] | None = None,
 ) -> Ranking:  # fmt: skip
-    """The best server for a call; once for each attempt."""
-    reasons = passed_over(views, call.model, tried, moment)
-    narrowed(views, reasons, call, moment, draw)
+    """The best server for a call; once for each attempt.  `reasons` is what `standing` gave."""
+    if reasons is None:
+        reasons = passed_over(views, call.model, tried, moment)
+        narrowed(views, reasons, call, moment, draw)
     scene = scene_of(views, cached, reasons, call, moment, draw)
-    best, costs = None, list[float]()
-    if scene.views:
-        costs = by.costs(scene)
-        lowest = min(costs)
-        limit = lowest * by.tie if lowest > 0 else lowest
-        good = [view for view, cost in zip(scene.views, costs) if cost <= limit]
-        best = (good[0] if len(good) == 1 else draw.choice(good)).url
-    return Ranking(best, views, cached, call, tried, by, moment, reasons, costs)
+    if not scene.views:
+        return Ranking(None, views, cached, call, tried, by, moment, reasons, [])
+    costs = by.costs(scene)
+    lowest = min(costs)
+    limit = lowest * by.tie if lowest > 0 else lowest
+    good = [n for n, cost in enumerate(costs) if cost <= limit]
+    at = good[0] if len(good) == 1 else draw.choice(good)
+    best, expected = scene.views[at], scene.cached[at]
+    return Ranking(best.url, views, cached, call, tried, by, moment, reasons, costs, best, expected)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -4207,10 +4240,17 @@ LIMIT_NAMES = (
 )  # fmt: skip
 
 
+# Of a request that has ended: its server, model and key, the status shown, seconds in all and to
+# the first byte, bytes asked and answered, tokens of each kind.
+Ended = tuple[str, str, str, int, float, float | None, int, int, Mapping[str, int]]
+ENDED_KEPT = 1000
+
+
 class Ledger:
     """Everything that is counted, bumped where it happens."""
 
     def __init__(self) -> None:
+        self._ended: list[Ended] = []  # since they were last added up
         self.requests = Counter(
             "mvllm_requests_total", "Requests that have ended, by the status shown to the client.",
             "server", "model", "status")
@@ -4271,7 +4311,32 @@ class Ledger:
         self.stalls.add(amount=0)
 
     def families(self) -> list[Family]:
-        return list(vars(self).values())
+        self.add_up()
+        return [one for one in vars(self).values() if isinstance(one, Family)]
+
+    def ended(self, request: Ended) -> None:
+        """A request has ended.  Many are added up at once, in a third of the time."""
+        self._ended.append(request)
+        if len(self._ended) >= ENDED_KEPT:
+            self.add_up()
+
+    def add_up(self) -> None:
+        alike: dict[tuple[str, str, str, int], list[Ended]] = {}
+        for request in self._ended:
+            alike.setdefault(request[:4], []).append(request)
+        self._ended = []
+        for (server, model, key, status), requests in alike.items():
+            self.requests.add(server, model, str(status), amount=len(requests))
+            if server:
+                self.key_requests.add(key, model, amount=len(requests))
+            _, _, _, _, seconds, firsts, asked, answered, usages = zip(*requests)
+            self.durations.note_all(seconds, model)
+            self.first_byte.note_all([first for first in firsts if first is not None], model)
+            self.request_sizes.note_all(asked, model)
+            self.response_sizes.note_all(answered, model)
+            for usage in usages:
+                for kind, tokens in usage.items():
+                    self.usage.add(key, model, kind, amount=tokens)
 
 
 # Gauges of each server; None, for what it has not said, leaves a sample out.
@@ -7662,7 +7727,8 @@ class Response:
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
 # to wait.
 
-Listening = Callable[[str, Mapping[str, Any]], object]  # told an event's name, and its facts
+Telling = Callable[[Mapping[str, Any]], object]
+Listening = Callable[[str], Telling | None]  # asked, for an event's name, who wants its facts
 DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
@@ -7854,10 +7920,14 @@ class Console(LineWriter):
     """Lines on stdout, which a screen takes the place of."""
 
 
-def say_request(on_console: Callable[[], bool], event: str, facts: Mapping[str, Any]) -> None:
+def saying_requests(on_console: Callable[[], bool], event: str) -> Telling | None:
     """A request's line wherever there are lines, at a fraction of what the logging module takes."""
     if event != "request" or not log.isEnabledFor(logging.INFO):
-        return
+        return None
+    return functools.partial(say_request, on_console)
+
+
+def say_request(on_console: Callable[[], bool], facts: Mapping[str, Any]) -> None:
     line = f"{timed(time.time())} INFO {access_line(facts)}"
     for one in log.handlers:
         if isinstance(one, LineWriter) and one.level <= logging.INFO:
@@ -7893,7 +7963,7 @@ def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
     if errors is not None:
         kept.append(LineWriter(errors, logging.ERROR))
     if facts is not None:
-        listeners.append(functools.partial(structured, facts))
+        listeners.append(functools.partial(functools.partial, structured, facts))
     for handler in kept:
         log.addHandler(handler)
     try:
@@ -8234,6 +8304,9 @@ class Core:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.policies: dict[tuple[str, str], Policy] = {}  # by name and model
+        # Reasons to pass over servers, by model, and which change of the fleet they follow from.
+        self._standings: dict[str | None, list[str] | None] = {}
+        self._standings_of = -1
         self.live = Live()
         self.minutes: dict[str, Minute] = {}  # by server
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
@@ -8297,6 +8370,18 @@ class Core:
             self.policies[key] = POLICIES[key[0]](s)
         return self.policies[key]
 
+    def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
+        """As the function of that name says, found out once for each change of the fleet."""
+        if tried or moment.enforced:
+            return None
+        known = self._standings
+        if self._standings_of != self.fleet.changes or len(known) > LABEL_SETS_LIMIT:
+            known.clear()
+            self._standings_of = self.fleet.changes
+        if call.model not in known:
+            known[call.model] = standing(self.fleet.views(), call.model, moment)
+        return known[call.model]
+
     def moment(self, now: float) -> Moment:
         s = self.settings
         return Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
@@ -8308,14 +8393,14 @@ class Core:
 
     def decided(self, id: str, ranking: Ranking, attempt: int) -> str:
         """A server is asked, because of this ranking.  What decided, in a word."""
-        asked = [view.url for view in ranking.views].index(ranking.best or "")
-        cached, tokens, ledger = ranking.cached[asked], ranking.call.prompt.tokens, self.ledger
-        ranking.policy.chosen(ranking.views[asked])
+        asked, cached, ledger = ranking.asked, ranking.expected, self.ledger
+        assert asked is not None
+        ranking.policy.chosen(asked)
         reason = "retry" if attempt > 1 else "alone" if len(ranking.costs) == 1 else "load"
         if reason == "load" and cached and cached == max(ranking.cached):
             reason = "cache"
         ledger.decisions.add(ranking.policy.name, reason)
-        if tokens:
+        if tokens := ranking.call.prompt.tokens:
             ledger.prompt_tokens.add(amount=tokens)
             if any(ranking.cached):
                 ledger.cached_tokens.add(amount=cached)
@@ -8334,14 +8419,18 @@ class Core:
             views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
-            self.happened("transition", {"server": change.url, "from": change.old.value,
-                                         "to": change.new.value, "reason": change.reason})
+            facts = {"server": change.url, "from": change.old.value, "to": change.new.value,
+                     "reason": change.reason}  # fmt: skip
+            self.happened("transition", lambda: facts)
         if change is not None or after is Health.checked:
             self.tell()
 
-    def happened(self, event: str, facts: Mapping[str, Any]) -> None:
-        for listener in self.listeners:
-            listener(event, facts)
+    def happened(self, event: str, facts: Callable[[], Mapping[str, Any]]) -> None:
+        tellers = [tell for hears in self.listeners if (tell := hears(event)) is not None]
+        if tellers:
+            said = facts()
+            for tell in tellers:
+                tell(said)
 
     def mistake(self, doing: str) -> None:
         """Of our own: to be called while its exception is handled."""
@@ -8696,11 +8785,12 @@ class Exchange:
     def choose(self, tried: frozenset[str]) -> Ranking:
         core, call, moment = self.core, self.call, self.core.moment(self.loop.time())
         views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
+        passed = core.standing(call, tried, moment)
         if self.only:
             kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
-            views, cached = [views[n] for n in kept], [cached[n] for n in kept]
+            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
         by = core.policy(call.model, self.model_label)
-        ranking = rank(views, cached, call, tried, by, moment, core.draw)
+        ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
         waiting = moment.enforced and not self.waiting
         if waiting and core.queue.waiting((call.model, self.only, tried)):
             ranking = ranking._replace(best=None, behind=True)
@@ -8891,7 +8981,8 @@ class Exchange:
             fault, text, now = outcome.fault, outcome.text, self.loop.time()
             label = fault.label if fault else "ok"
             if fault is None:
-                core.judge(url, Health.succeeded, now, self.settings)
+                if (view := core.fleet.view(url)) is not None and view.health.hears_success:
+                    core.judge(url, Health.succeeded, now, self.settings)
             elif fault.blame is Blame.SERVER:
                 core.judge(url, Health.failed, text, fault not in UNHEARD, now, self.settings)
             elif fault is Fault.SERVER_BUSY:
@@ -8938,28 +9029,20 @@ class Exchange:
         """Count the request, and write its line."""
         now, ledger, model = self.loop.time(), self.core.ledger, self.model_label
         response, first_s, usage = self.response, None, dict[str, int]()
-        ledger.requests.add(self.server, model, str(response.status))
         if response.first_byte_at is not None:
             first_s = response.first_byte_at - self.asked_at
         if self.server:
             self.remember(now, first_s)
-            key = self.key.name if self.key else ""
-            ledger.key_requests.add(key, model)
             usage = usage_of(response.tail)
-            for kind, tokens in usage.items():
-                ledger.usage.add(key, model, kind, amount=tokens)
-        ledger.durations.note(now - self.began_at, model)
-        ledger.request_sizes.note(self.content_bytes, model)
-        ledger.response_sizes.note(response.sent_bytes, model)
-        if first_s is not None:
-            ledger.first_byte.note(first_s, model)
+        ledger.ended((self.server, model, self.key.name if self.key else "", response.status,
+                      now - self.began_at, first_s, self.content_bytes, response.sent_bytes,
+                      usage))  # fmt: skip
         if self.core.shape is not None and self.server and response.status < 500:
             age_s, call = now - self.asked_at, self.call._replace(model=self.model_label or None)
             tokens = completion_tokens(response.tail, response.sent_bytes)
             self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
                                            self.server, response.status, response.end))  # fmt: skip
-        if self.core.listeners:
-            self.core.happened("request", self.facts(now, first_s, usage))
+        self.core.happened("request", lambda: self.facts(now, first_s, usage))
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
@@ -9651,7 +9734,7 @@ class Door:
         core.met(bad.limit)
         facts = {"id": id, "client": f"{host}:{port}", "status": bad.fault.status,
                  "end": bad.fault.label}  # fmt: skip  # and not what was said: it may hold a key
-        core.happened("request", facts)
+        core.happened("request", lambda: facts)
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
@@ -10664,7 +10747,7 @@ def serve_until_stopped(
         core, terminal = balancer.core, sys.stdout.isatty()
         follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
         core.listeners.append(functools.partial(
-            say_request, lambda: core.settings.log_to_console or not terminal))
+            saying_requests, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
         on_screen = screen and Terminal.possible()
         watchdog = asyncio.ensure_future(feed_watchdog())

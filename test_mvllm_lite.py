@@ -5414,7 +5414,7 @@ class Running:
     def __init__(self, balancer, stack):
         self.balancer, self.core, self.stack = balancer, balancer.core, stack
         self.heard = []  # requests and transitions, as for the logs
-        self.core.listeners.append(lambda event, facts: self.heard.append((event, facts)))
+        self.core.listeners.append(lambda event: lambda facts: self.heard.append((event, facts)))
 
     def requests(self):
         return [facts for event, facts in self.heard if event == "request"]
@@ -7877,6 +7877,7 @@ async def test_tokens_are_counted_by_key_and_model():
         client = await running.client()
         for key in ("sk-a", "sk-a", "sk-b"):
             await client.post(body=CHAT, fields=bearer(key))
+        running.core.ledger.add_up()
         found = running.core.ledger.usage.children
         assert found["team-a", "m", "prompt"] == 18 and found["team-a", "m", "cached"] == 8 and found["team-b", "m", "completion"] == 3
         assert running.core.ledger.key_requests.children == {("team-a", "m"): 2, ("team-b", "m"): 1}
