@@ -300,6 +300,8 @@ class Fault(Enum):
         member._value_ = len(cls.__members__)  # rows that are alike are still different faults
         return member
 
+    __hash__ = object.__hash__  # Enum's own is slow, and members are compared by identity
+
 
 # Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
 REQUEST_FAILURES = frozenset((501, 505))
@@ -1847,14 +1849,20 @@ def other_members(wanted: tuple[bytes, ...]) -> Any:
     )
 
 
+JSON = json.JSONDecoder()
+
+
 def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
     """The members of a JSON object, {} if the content is none.  `spans` tells where those that
     matter stand, for large ones; a value too long for what it should be is left out."""
     try:
         if spans is None:
             # UTF-8 is usual; json.loads would look for other encodings, at length.
-            text = str(content, "utf-8", "surrogatepass") if content[:1] == b"{" else content
-            document = json.loads(text)
+            if content[:1] == b"{":
+                text = str(content, "utf-8", "surrogatepass")
+                document, end = JSON.raw_decode(text)
+                return {} if text[end:].strip(" \t\r\n") else document
+            document = json.loads(content)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
@@ -8270,8 +8278,6 @@ EVENTS_KEPT = 100
 class Attempt:
     """A request that is with a server, for the server's watcher to see and to end."""
 
-    __slots__ = ("content_bytes", "begun_at", "wire", "pump", "frozen")
-
     def __init__(self, content_bytes: int, now: float) -> None:
         self.content_bytes, self.begun_at = content_bytes, now
         self.wire: Wire | None = None  # while nothing of an answer was shown
@@ -8488,21 +8494,22 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 # leaving and our own stopping come through as exceptions.
 
 
-@dataclasses.dataclass(slots=True)
-class Errand:
-    """A request as each attempt needs it."""
+class Errand(Protocol):
+    """A request as each attempt needs it; an Exchange is one."""
 
     client: Wire
     head: RequestHead
     path: str
     response: Response
     content: Content
-    let_go: Callable[[], object]  # of the content, once there can be no other attempt
     says_length: bool  # also of no content
     fields: str  # lines for any server
     key_lines: str  # the client's key, for servers that have none of their own
     model_label: str
-    why: str = ""  # the server was chosen; shown if somebody wants to know
+    why: str  # the server was chosen; shown if somebody wants to know
+
+    def let_go(self) -> None:
+        """Of the content: there can be no other attempt."""
 
 
 # Where the status alone would not tell what was wrong.
@@ -8516,24 +8523,24 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
 
 
-class Conversation:
+class Conversation(Attempt):
     """An errand at one server."""
 
     def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
+        super().__init__(len(errand.content), errand.client.loop.time())
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
         self.pool = core.pool(server)
-        self.attempt = Attempt(len(errand.content), errand.client.loop.time())
 
     async def outcome(self) -> Outcome:
         """What became of asking one server, whatever it did."""
-        s, response, attempt, pool = self.settings, self.errand.response, self.attempt, self.pool
+        s, response = self.settings, self.errand.response
         attempts = self.core.attempts.setdefault(self.server, set())
-        attempts.add(attempt)
+        attempts.add(self)
         try:
-            return await pool.talk(self.converse, s.connect_timeout)
+            return await self.pool.talk(self.converse, s.connect_timeout)
         except PeerGone as gone:
-            fault = Fault.SERVER_FROZEN if attempt.frozen else gone.fault
+            fault = Fault.SERVER_FROZEN if self.frozen else gone.fault
             return Outcome(fault, str(gone), response.begun)
         except BadMessage as bad:
             theirs = bad.fault.blame is Blame.SERVER
@@ -8542,15 +8549,15 @@ class Conversation:
             text = f"the server said nothing for {s.request_timeout:g} s"
             return Outcome(Fault.SERVER_SILENT, text, response.begun)
         finally:
-            attempts.discard(attempt)
+            attempts.discard(self)
             if not attempts:
                 self.core.attempts.pop(self.server, None)
 
     async def converse(self, wire: Wire) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
         be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
-        errand, attempt, pool = self.errand, self.attempt, self.pool
-        attempt.wire = wire
+        errand, pool = self.errand, self.pool
+        self.wire = wire
         try:
             head, length, sent_whole = await self.send_and_listen(wire)
             framing = response_framing(head, length, errand.head.method)
@@ -8558,7 +8565,7 @@ class Conversation:
             if head.status != 101:
                 fault, first = await self.hold_back(wire, head, framing, decoder)
         finally:
-            attempt.wire = None  # which may be followed by another
+            self.wire = None  # which may be followed by another
         if head.status == 101:
             return await self.tunnel(wire, head)
         if fault is None:
@@ -8572,13 +8579,15 @@ class Conversation:
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
             errand.let_go()  # there is no other server from here on
             if wanted:
-                await self.pump(wire, decoder)
+                await self.pass_on(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
-        text = WHAT_IT_DID.get(fault, f"the server answered {head.status}")
-        if fault is not None:
-            return Outcome(fault, text, held=Held(self.server, head, first))
         failed = head.status >= 500 and head.status not in REQUEST_FAILURES
-        return Outcome(Fault.SERVER_ERROR, text, True) if failed else WELL
+        if fault is None and not failed:
+            return WELL
+        text = WHAT_IT_DID.get(fault, f"the server answered {head.status}")
+        if fault is None:
+            return Outcome(Fault.SERVER_ERROR, text, True)
+        return Outcome(fault, text, held=Held(self.server, head, first))
 
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
         """Send the request until the server answers, and give the head of its answer and whether
@@ -8643,12 +8652,12 @@ class Conversation:
             return Fault.SERVER_ERROR
         return Fault.SERVER_BUSY if head.status == 429 else None
 
-    async def pump(self, wire: Wire, decoder: Decoder) -> None:
+    async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""
         client, response, gaps = self.errand.client, self.errand.response, self.core.ledger.gaps
         child = gaps.child(self.errand.model_label) if response.streams else None
         chunked, s = response.framing == CHUNKED, self.settings
-        self.attempt.pump = pump = Pump(
+        self.pump = pump = Pump(
             client, wire, decoder, chunked, s.request_timeout, s.body_timeout, gaps, child)
         try:
             await pump.done
@@ -8707,7 +8716,8 @@ class Exchange:
         self.model_label = ""
         self.key: KeySettings | None = None  # by which it came in
         self.only = ""  # the one server that may be asked
-        self.errand: Errand = None  # type: ignore[assignment]  # until the content is there
+        self.content: Content = b""  # as long as it may have to be said again
+        self.fields = self.key_lines = self.why = ""
         self.server = ""  # the one asked last
         self.ranking: Ranking | None = None  # the last
         self.place: Lease | None = None  # with a server
@@ -8761,9 +8771,6 @@ class Exchange:
                 self.core.gate.leave(self.key)
             if not wants_explanation(self.head):
                 self.book()
-            # It knows us and we know it: garbage that only the collector could find, which took a
-            # quarter of the time of a small request.
-            self.errand = None  # type: ignore[assignment]
 
     async def carry_out(self, plan: Plan) -> None:
         try:
@@ -8942,16 +8949,14 @@ class Exchange:
         """What is wanted is known: make it ready to be said to servers."""
         self.call, self.content_bytes = call, len(content)
         self.model_label = self.label()
-        self.errand = Errand(
-            self.client, self.head, self.path, self.response, content, self.let_go,
-            self.says_length, *self.forwarded_fields(), self.model_label)  # fmt: skip
+        self.content = content
+        self.fields, self.key_lines = self.forwarded_fields()
 
     def let_go(self) -> None:
         """The content is not needed any more: the answer begins, or there will be none."""
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
-        if self.errand is not None:
-            self.errand.content = b""
+        self.content = b""
         self.core.buffered_bytes -= self.buffered_bytes
         self.buffered_bytes = 0
 
@@ -8975,9 +8980,9 @@ class Exchange:
         if self.ranking is not None and self.ranking.best == url:
             reason = core.decided(self.response.id, self.ranking, step.attempt)
             if self.wants_why():
-                self.errand.why = self.ranking.why()
+                self.why = self.ranking.why()
         try:
-            outcome = await Conversation(core, self.errand, url, self.settings).outcome()
+            outcome = await Conversation(core, self, url, self.settings).outcome()
             fault, text, now = outcome.fault, outcome.text, self.loop.time()
             label = fault.label if fault else "ok"
             if fault is None:
@@ -9014,9 +9019,9 @@ class Exchange:
 
     def wants_why(self) -> bool:
         """Whether the client asks why, and may know servers by name."""
-        s, said = self.settings, self.head.fields.get("x-mvllm-why")
-        asked = said and said.lower() in ("1", "true", "yes")
-        return bool(asked or s.why_header) and s.server_header
+        s, said = self.settings, self.head.fields.values.get("x-mvllm-why", "")
+        asked = said != "" and said.lower() in ("1", "true", "yes")
+        return (asked or s.why_header) and s.server_header
 
     # The end.
 
