@@ -3270,6 +3270,20 @@ class Moment(NamedTuple):
     slow_start_s: float = 0.0
 
 
+def load_of(view: ServerView, moment: Moment) -> float:
+    load = view.load
+    if (load.running or 0) + (load.waiting or 0) <= view.own_then:
+        return view.in_flight
+    return view.in_flight + view.foreign(moment.now, moment.interval_s)
+
+
+def crowding_of(view: ServerView, moment: Moment) -> float:
+    crowding = (load_of(view, moment) + 1) / (view.configured or view.learned)
+    if moment.now - view.health.since >= moment.slow_start_s:
+        return crowding
+    return crowding / view.ramp(moment.now, moment.slow_start_s)
+
+
 class Scene(NamedTuple):
     """What a policy judges."""
 
@@ -3281,17 +3295,11 @@ class Scene(NamedTuple):
 
     def loads(self) -> list[float]:
         """Requests with each server, ours exactly and those of others as far as they are known."""
-        now, interval_s = self.moment.now, self.moment.interval_s
-        return [v.in_flight + (v.foreign(now, interval_s)
-                               if (v.load.running or 0) + (v.load.waiting or 0) > v.own_then else 0)
-                for v in self.views]  # fmt: skip
+        return [load_of(view, self.moment) for view in self.views]
 
     def crowding(self) -> list[float]:
         """How full each would be with the call."""
-        now, _, _, slow_start_s = self.moment
-        return [(load + 1) / (v.configured or v.learned) / (
-                    1 if now - v.health.since >= slow_start_s else v.ramp(now, slow_start_s))
-                for load, v in zip(self.loads(), self.views)]  # fmt: skip
+        return [crowding_of(view, self.moment) for view in self.views]
 
     def uncached(self) -> list[int]:
         """Tokens of the prompt that each would have to read."""
@@ -3342,24 +3350,20 @@ OVERFULL_POWER = 4
 KV_LIMIT = 1.05  # so that full is not infinitely bad
 
 
-# Of one server: prompt tokens that were sent and are not answered yet, those of this prompt that
-# it has to read, its speed relative to the fleet's mean, how full it will be, room in its KV cache.
-Weights = tuple[int, int, float, float, float]
+FULLNESS_KEPT_S = 0.1
 
 
-def unified_cost(pending: int, uncached: int, speed: float, crowding: float, room: float) -> float:
-    cost = ((pending + uncached) / speed + ANSWER_TOKENS) * crowding / room
-    return cost * crowding**OVERFULL_POWER if crowding > 1 else cost
+def room_of(view: ServerView, moment: Moment) -> float:
+    """What is left of its KV cache, as far as that is known."""
+    used = view.load.kv_usage_ratio
+    if not used or view.load_at < oldest_report(moment.now, moment.interval_s):
+        return 1.0
+    return 1.0 - (used if used < 1 else 1.0) / KV_LIMIT
 
 
-def unified_terms(pending: int, uncached: int, speed: float, crowding: float, room: float) -> str:
-    """The same in words."""
-    work = f"A {pending} + u {uncached}"
-    if speed != 1.0:
-        work = f"({work}) / speed {speed:.2f}"
-    full = "" if crowding <= 1 else f"^{1 + OVERFULL_POWER}"
-    left = f" / room {room:.2f}" if room < 1 else ""
-    return f"({work} + {ANSWER_TOKENS}) × rho {crowding:.2f}{full}{left}"
+def fullness(crowding: float, room: float) -> float:
+    """What all work takes the longer, the fuller a server is."""
+    return (crowding if crowding <= 1 else crowding ** (1 + OVERFULL_POWER)) / room
 
 
 @policy("unified")
@@ -3369,21 +3373,47 @@ class Unified(Policy):
 
     tie = 1.02
 
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s)
+        # How full each server of the last scene was; what is None was never seen.
+        self._kept: Sequence[tuple[ServerView | None, float]] = []
+        self._kept_at = -INFINITY
+
     def costs(self, scene: Scene) -> list[float]:
-        return [unified_cost(*weights) for weights in self.weigh(scene)]
+        views, tokens = scene.views, scene.call.prompt.tokens
+        speeds, full = relative_speeds(views), self.fullness(scene)
+        return [((view.pending + tokens - cached) / speed + ANSWER_TOKENS) * fuller
+                for view, cached, speed, fuller in zip(views, scene.cached, speeds, full)]
+
+    def fullness(self, scene: Scene) -> list[float]:
+        """From one call to the next all views but one or two stay the same, and the time hardly
+        tells: that spares two thirds of a choice among fifty."""
+        views, moment, kept = scene.views, scene.moment, self._kept
+        if len(kept) != len(views) or not 0 <= moment.now - self._kept_at < FULLNESS_KEPT_S:
+            kept, self._kept_at = [(None, 0.0)] * len(views), moment.now
+        full = [known if view is seen
+                else fullness(crowding_of(view, moment), room_of(view, moment))
+                for view, (seen, known) in zip(views, kept)]  # fmt: skip
+        self._kept = list(zip(views, full))
+        return full
 
     def terms(self, scene: Scene) -> list[str]:
-        return [unified_terms(*weights) for weights in self.weigh(scene)]
+        tokens, speeds, moment = scene.call.prompt.tokens, relative_speeds(scene.views), scene.moment
+        return [unified_terms(view.pending, tokens - cached, speed, crowding_of(view, moment),
+                              room_of(view, moment))
+                for view, cached, speed in zip(scene.views, scene.cached, speeds)]  # fmt: skip
 
-    def weigh(self, scene: Scene) -> list[Weights]:
-        oldest = oldest_report(scene.moment.now, scene.moment.interval_s)
-        tokens, speeds, out = scene.call.prompt.tokens, relative_speeds(scene.views), []
-        for v, crowding, cached, speed in zip(scene.views, scene.crowding(), scene.cached, speeds):
-            room = 1.0
-            if (used := v.load.kv_usage_ratio) and v.load_at >= oldest:
-                room -= (used if used < 1 else 1.0) / KV_LIMIT
-            out.append((v.pending, tokens - cached, speed, crowding, room))
-        return out
+
+def unified_terms(pending: int, uncached: int, speed: float, crowding: float, room: float) -> str:
+    """A cost in words: prompt tokens that were sent and are not answered yet, those of this prompt
+    that it has to read, its speed relative to the fleet's mean, how full it will be, room in its
+    KV cache."""
+    work = f"A {pending} + u {uncached}"
+    if speed != 1.0:
+        work = f"({work}) / speed {speed:.2f}"
+    full = "" if crowding <= 1 else f"^{1 + OVERFULL_POWER}"
+    left = f" / room {room:.2f}" if room < 1 else ""
+    return f"({work} + {ANSWER_TOKENS}) × rho {crowding:.2f}{full}{left}"
 
 
 def relative_speeds(views: Sequence[ServerView]) -> list[float]:
@@ -3399,7 +3429,8 @@ def relative_speeds(views: Sequence[ServerView]) -> list[float]:
         speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
         known = sum(speeds)
     mean = known / len(speeds)
-    return [min(SPEED_CLAMP, max(1 / SPEED_CLAMP, speed / mean)) for speed in speeds]
+    return [speed / mean if 1 / SPEED_CLAMP < speed / mean < SPEED_CLAMP
+            else SPEED_CLAMP if speed > mean else 1 / SPEED_CLAMP for speed in speeds]  # fmt: skip
 
 
 @policy("least")

@@ -3073,6 +3073,64 @@ def test_a_server_that_has_come_back_gets_little_of_a_burst():
     assert taken == {"s0": 10, "s1": 1}
 
 
+def test_reasons_that_are_kept_never_differ_from_fresh_ones():
+    core, draw, now, kept = lite.Core(Settings(), random.Random(1)), random.Random(7), 100.0, 0
+    fleet = core.fleet = fleet_of(*[16] * 4)
+
+    def calm(_):
+        fleet.apply([lite.ServerSettings(f"s{n}", 16) for n in range(4)], now)
+        for n in range(4):
+            fleet.judge(f"s{n}", lite.Health.become, State.HEALTHY, "x", now)
+            fleet.scraped(f"s{n}", lite.EngineLoad(1, 0, 0.0), 0, now)
+
+    changes = (
+        *[calm] * 4,
+        lambda url: fleet.judge(url, lite.Health.become, draw.choice(list(State)), "x", now),
+        lambda url: fleet.judge(url, lite.Health.failed, "x", True, now, Settings(failure_threshold=1, breaker_open_time=0.3)),
+        lambda url: fleet.learned(url, {name: {} for name in draw.sample("mno", 2)}, now),
+        lambda url: fleet.busy(url, now),
+        lambda url: fleet.scraped(url, lite.EngineLoad(1, 0, 0.0, adapters=frozenset(draw.choice(("", "m")))), 0, now),
+        lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16, tier=draw.choice((1, 1, 1, 2))) for n in range(4)], now, drained={url}),
+        lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16) for n in range(draw.choice((3, 4, 4)))], now),
+        *[lambda url: fleet.count(url, 1, draw.random() < 0.1)] * 2,
+        *[lambda url: fleet.in_flight(url) and fleet.count(url, -1)] * 4,
+    )  # fmt: skip
+    for _ in range(3000):
+        draw.choice(changes)(f"s{draw.randrange(4)}")
+        now += draw.choice((0.0, 0.0, 0.1))
+        for model in ("m", "n", None):
+            call, moment = lite.Call(model), lite.Moment(now, 0.5)
+            if (reasons := core.standing(call, frozenset(), moment)) is not None:
+                fresh = lite.passed_over(fleet.views(), model, frozenset(), moment)
+                lite.narrowed(fleet.views(), fresh, call, moment, draw)
+                assert reasons == fresh
+                kept += 1
+    assert kept > 1000
+    enforced = lite.Moment(now, 0.5, True)  # full or not depends on counts
+    assert core.standing(lite.Call("m"), frozenset(), enforced) is None is core.standing(lite.Call("m"), frozenset({"s1"}), moment)
+
+
+def test_what_a_policy_remembers_of_servers_never_differs_from_a_fresh_judgement():
+    fleet, draw, by = fleet_of(*[16] * 6), random.Random(5), lite.POLICIES["unified"](Settings())
+    for n in range(400):
+        url = f"s{draw.randrange(6)}"
+        if n % 3:
+            fleet.count(url, 1, 0, draw.randrange(5000))
+        else:
+            fleet.scraped(url, lite.EngineLoad(draw.randrange(20), draw.randrange(3), draw.random()), 0, NOW)
+        views = [view for view in fleet.views() if draw.random() < 0.95]
+        scene = lite.Scene(views, [0] * len(views), lite.Call("m", prompt=lite.Prompt(900)), lite.Moment(NOW, 0.5), draw)
+        assert by.costs(scene) == lite.POLICIES["unified"](Settings()).costs(scene)
+
+
+def test_what_a_policy_remembers_of_servers_it_forgets_with_time():
+    fleet, by = fleet_of(16), lite.POLICIES["unified"](Settings())
+    fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 100.0)
+    fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 100.0)  # it comes back slowly
+    costs = [judged(fleet.views(), by, now=now, slow_start=10.0).costs[0] for now in (100.0, 100.05, 105.0, 110.0)]
+    assert costs == pytest.approx([IDLE * 10, IDLE * 10, IDLE / 0.55, IDLE])
+
+
 def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
     """Sticky until saturated falls out of the one cost."""
     for in_flight, best in ((0, "s0"), (10, "s0"), (40, "s1")):
