@@ -3882,16 +3882,38 @@ def test_the_metrics_page_is_well_formed():
     assert len(list(lite.parse_samples(lite.expose(families)))) >= 10
 
 
+FACTS = lite.RequestFacts(
+    "a b", "127.0.0.1:9", None, "POST", "/x\ny=1", 'a"b', True, "http://s", [("http://s", "load", "connect_failed"), ("http://t", "retry", "ok")],
+    200, 0.00004, 0.12345, 1.0, 12, 345, 61, None, 32, "complete")  # fmt: skip
+
+
 def test_access_lines_are_key_value_pairs_that_cannot_be_forged():
-    tries = [{"server": "a", "reason": "load", "result": result} for result in ("connect_failed", "ok")]
-    line = lite.access_line({"id": "a b", "path": "/x\ny=1", "quote": 'a"b', "none": "", "s": 0.12345, "n": None, "attempts": tries})
-    assert line == r'id="a b" path="/x\ny=1" quote="a\"b" none="" s=0.12345 n=- attempts=2 failed=connect_failed'
-    assert lite.access_line({"attempts": []}) == "attempts=0 failed=-"
+    assert lite.access_line(FACTS) == (
+        r'id="a b" client=127.0.0.1:9 key=- method=POST path="/x\ny=1" model="a\"b" stream=True server=http://s attempts=2'
+        " failed=connect_failed status=200 queue_s=0.0000 first_byte_s=0.1235 duration_s=1.0000 request_bytes=12"
+        " response_bytes=345 prompt_tokens=61 cached_tokens=- completion_tokens=32 end=complete")  # fmt: skip
+    line = lite.access_line(lite.RequestFacts("1f", "c", model="", status=400, end="bad_request"))
+    assert 'id=1f client=c key=- method=- path=- model="" stream=False server=- attempts=0 failed=- status=400' in line
+    assert line.endswith("first_byte_s=- duration_s=0.0000 request_bytes=0 response_bytes=0"
+                         " prompt_tokens=- cached_tokens=- completion_tokens=- end=bad_request")  # fmt: skip
+    assert [word.partition("=")[0] for word in line.split()] == [*FACTS._fields[:9], "failed", *FACTS._fields[9:]]
 
 
-def test_structured_lines_are_json_with_the_time_in_utc():
-    found = json.loads(lite.structured_line("request", 1700000000.1239, {"id": 'a"\n', "end": None}))
-    assert found == {"time": "2023-11-14T22:13:20.123Z", "event": "request", "id": 'a"\n', "end": None}
+@pytest.mark.parametrize("facts", table(
+    ("all known", FACTS),
+    ("little known", lite.RequestFacts("1f", "c", status=400, end="bad_request")),
+    ("what must be escaped", FACTS._replace(id='"\\', client="\x00é", key='"', method="\x7f", path='"}', model="\ud800\n", server='"')),
+))  # fmt: skip
+def test_structured_lines_are_json_with_the_time_in_utc(facts):
+    found = json.loads(lite.request_record(1700000000.1239, facts))
+    attempts = [dict(zip(("server", "reason", "result"), one)) for one in facts.attempts]
+    times = {key: pytest.approx(value, abs=1e-4) for key, value in facts._asdict().items() if key.endswith("_s") and value is not None}
+    assert found == {"time": "2023-11-14T22:13:20.123Z", "event": "request", **facts._asdict(), "attempts": attempts, **times}
+    assert list(found) == ["time", "event", *facts._fields]
+    change = lite.Transition("http://a", State.CHECKING, State.HEALTHY, 'why "x"')
+    assert json.loads(lite.transition_record(1700000000.9999, change)) == {
+        "time": "2023-11-14T22:13:20.999Z", "event": "transition", "server": "http://a", "from": "checking",
+        "to": "healthy", "reason": 'why "x"'}  # fmt: skip
 
 
 def test_transitions_may_name_models():
@@ -5472,10 +5494,10 @@ class Running:
     def __init__(self, balancer, stack):
         self.balancer, self.core, self.stack = balancer, balancer.core, stack
         self.heard = []  # requests and transitions, as for the logs
-        self.core.listeners.append(lambda event: lambda facts: self.heard.append((event, facts)))
+        self.core.listeners.append(lambda kind: self.heard.append)
 
     def requests(self):
-        return [facts for event, facts in self.heard if event == "request"]
+        return [event._asdict() for event in self.heard if isinstance(event, lite.RequestFacts)]
 
     async def client(self):
         pair = await asyncio.open_connection("127.0.0.1", self.balancer.port, limit=1 << 26)
