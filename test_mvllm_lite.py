@@ -5561,6 +5561,24 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
+@asynchronous
+async def test_a_server_is_reached_by_any_name(host):
+    """The first is connected to at once, the others are waited for."""
+    async with Server() as server:
+        server.listener.close()
+        server.listener = await asyncio.start_server(server.serve, ("127.0.0.1", "127.0.0.2"), server.port, limit=1 << 26)
+        async with balancing(f"http://{host}:{server.port}") as running:
+            assert (await (await running.client()).post(body=CHAT)).status == 200
+
+
+@asynchronous
+async def test_a_connection_that_does_not_stand_at_once_is_waited_for(monkeypatch):
+    monkeypatch.setattr(lite.socket.socket, "connect_ex", lambda sock, address: lite.errno.EALREADY)
+    async with balancing(Server()) as running:
+        assert (await (await running.client()).post(body=CHAT)).status == 200
+
+
 @pytest.mark.parametrize("path", [
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank",
     "/v2/rerank", "/tokenize", "/detokenize", "/score", "/v1/score", "/rerank", "/pooling", "/classify",
