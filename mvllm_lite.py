@@ -173,7 +173,8 @@ CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server
 INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
-HEAD_KEPT_BYTES = 2048  # of those that are no longer than this
+HEAD_KEPT_BYTES = 2048  # of those that are no longer than this;
+TEXT_KEPT_BYTES = 200  # and as many short texts, with what is made of them
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
@@ -353,7 +354,7 @@ class Stale(PeerGone):
 # never disagree.  Content is always framed anew, so no ambiguity of the sender's survives.
 #
 # Programs say the same head over and over, but for its Content-Length.  So that is kept apart, and
-# what was made of the rest of a head is remembered: an eighth of the time of a small request.
+# what was made of the rest of a head is remembered: a quarter of the time of a small request.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
@@ -413,6 +414,17 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
     @functools.wraps(make)
     def made(fields: Fields, *others: Any) -> Made:
         return kept(fields, *others) if fields.short else make(fields, *others)
+
+    return made
+
+
+def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
+    """The same for what is made of a text, if that is short."""
+    kept = functools.lru_cache(HEADS_KEPT)(make)
+
+    @functools.wraps(make)
+    def made(text: str) -> Made:
+        return kept(text) if len(text) <= TEXT_KEPT_BYTES else make(text)
 
     return made
 
@@ -514,8 +526,8 @@ def parse_fields(block: str, fault: Fault) -> Fields:
 
 
 def without_length(raw: bytes) -> tuple[bytes, Length]:
-    """A head without its Content-Length, and that; what is not written as usual, or written twice,
-    stays where it is."""
+    """A head without its Content-Length, and that; what is not written as usual, or for the second
+    time, stays where it is."""
     if (line := LENGTH_LINE.search(raw)) is None:
         return raw, None
     return raw[: line.start()] + raw[line.end() :], line[1].decode()
@@ -632,8 +644,8 @@ def parse_length(value: str, fault: Fault) -> Framing:
 class Decoder:
     """Finds the content in the bytes of a message: of a length, or up to the connection's close.
 
-    `feed` is called once per piece received and gives the content in it, maybe empty; it raises
-    BadMessage when the framing is broken.
+    `feed` is called once per piece received and gives the content in it, maybe empty, as a part of
+    that piece; it raises BadMessage when the framing is broken.
     """
 
     __slots__ = ("done", "rest", "until_close", "verbatim", "_left")
@@ -2167,7 +2179,7 @@ CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
 
 
-@functools.lru_cache(HEADS_KEPT)
+@remembered_text
 def inference_path(path: str) -> str:
     """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
     base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
@@ -2641,7 +2653,7 @@ class Health(NamedTuple):
 
     @property
     def hears_success(self) -> bool:
-        """Whether a request that goes well would change anything."""
+        """Whether a request that goes well may change anything."""
         return bool(self.request_failures) or self.open_until is not None
 
     @property
@@ -3001,7 +3013,7 @@ class Fleet:
         self._memories: dict[str, Memory] = {}
         self._expected: dict[str, Expected] = {}
         self._has_engines = False  # some servers are several, or were
-        self.changes = 0  # of what servers are, serve or say; not of counts
+        self.changes = 0  # of anything that may keep requests from a server, but for counts
         self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
         self._numbers = itertools.count()
 
@@ -3897,6 +3909,7 @@ class Held(NamedTuple):
 
     url: str
     head: ResponseHead
+    length: Length
     content: bytes
 
 
@@ -4286,7 +4299,7 @@ ENDED_KEPT = 1000
 
 
 class Ledger:
-    """Everything that is counted, bumped where it happens."""
+    """Everything that is counted, bumped where it happens; but for requests that have ended."""
 
     def __init__(self) -> None:
         self._ended: list[Ended] = []  # since they were last added up
@@ -7090,12 +7103,13 @@ class Wire(asyncio.BufferedProtocol):
     def write_lent(self, piece: Piece) -> None:
         """Write what is not ours to keep.  The kernel takes most of it as it is: a copy more, and
         one by the transport, took a sixth of the time of a large answer."""
-        sent = 0
-        if self.sock is not None and not self.transport.get_write_buffer_size():
+        transport, sent = self.transport, 0
+        waits = transport.is_closing() or transport.get_write_buffer_size()
+        if self.sock is not None and not waits:
             with contextlib.suppress(OSError):  # the transport will meet it, too
                 sent = self.sock.send(piece)
         if sent < len(piece):
-            self.transport.write(bytes(piece[sent:]))
+            transport.write(bytes(piece[sent:]))
 
     def hold(self) -> None:
         """Stop reading: the kernel's buffers fill, and the peer has to wait."""
@@ -7292,11 +7306,9 @@ class Pool:
         if self.tls:
             tls = self.context or client_tls()
         try:
-            if self.host in OWN_ADDRESSES and (sock := connect_at_once(self.host, self.port)):
-                return (await loop.create_connection(
-                    lambda: Wire(Blame.SERVER), sock=sock, ssl=tls,
-                    server_hostname=self.host if tls else None,
-                    ssl_handshake_timeout=timeout_s if tls else None))[1]
+            here = self.host in OWN_ADDRESSES and tls is None
+            if here and (sock := connect_at_once(self.host, self.port)) is not None:
+                return (await loop.create_connection(lambda: Wire(Blame.SERVER), sock=sock))[1]
             async with within(timeout_s):
                 return (await loop.create_connection(
                     lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
@@ -8474,7 +8486,7 @@ class Core:
         self.address = ""
         self.changed: Callable[[], None] = lambda: None  # to be called after a change by hand
         self.shape: Writer | None = None  # where the traffic's shape is written
-        # Who is told of each request and transition: its name, and what is known of it.
+        # Who is told of each request that has ended, and of each transition.
         self.listeners: list[Listening] = []
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
@@ -8531,11 +8543,12 @@ class Core:
         return self.policies[key]
 
     def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
-        """As the function of that name says, found out once for each change of the fleet."""
-        if tried or moment.enforced:
+        """As the function of that name says, found out once for each change of the fleet; for
+        models that some server has, of which there are not too many."""
+        if tried or moment.enforced or not (call.model is None or self.fleet.knows(call.model)):
             return None
         known = self._standings
-        if self._standings_of != self.fleet.changes or len(known) > LABEL_SETS_LIMIT:
+        if self._standings_of != self.fleet.changes:
             known.clear()
             self._standings_of = self.fleet.changes
         if call.model not in known:
@@ -8740,7 +8753,7 @@ class Conversation(Attempt):
         text = WHAT_IT_DID.get(fault, f"the server answered {head.status}")
         if fault is None:
             return Outcome(Fault.SERVER_ERROR, text, True)
-        return Outcome(fault, text, held=Held(self.server, head, first))
+        return Outcome(fault, text, held=Held(self.server, head, length, first))
 
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
         """Send the request until the server answers, and give the head of its answer and whether
@@ -9034,7 +9047,7 @@ class Exchange:
             return WELL
         self.server, self.response.end = held.url, fault.label
         whole = Framing(len(held.content))
-        framing = returned_framing(held.head, None, self.head, whole)
+        framing = returned_framing(held.head, held.length, self.head, whole)
         added = named_server(held.url, self.settings)
         self.response.begin(held.head, framing, held.content, True, added)
         return WELL
@@ -9435,7 +9448,7 @@ def local(*paths: str) -> Callable[[Local], Local]:
     return register
 
 
-@functools.lru_cache(HEADS_KEPT)
+@remembered_text
 def find_local(path: str) -> Local | None:
     """The function for a path; only /v1/models/{id} has a variable part."""
     path = (inference_path(path) or path).rstrip("/")

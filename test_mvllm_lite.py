@@ -39,6 +39,7 @@ import threading
 import time
 import unicodedata
 import tomllib
+import tracemalloc
 from collections import Counter, OrderedDict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -442,6 +443,17 @@ def test_heads_that_differ_in_their_length_alone_are_read_once():
     assert lite.parse_response_head(answer % 1)[0] is lite.parse_response_head(answer % 2)[0]
     long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * lite.HEAD_KEPT_BYTES)
     assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]  # memory has an end
+
+
+def test_nothing_is_kept_of_long_paths():
+    lite.inference_path("/v1/x"), lite.find_local("/v1/x")
+    tracemalloc.start()
+    try:
+        for n in range(2 * lite.HEADS_KEPT):
+            assert lite.inference_path(path := f"/v1/v1/{n:010000}") and lite.find_local(path) is None
+        assert tracemalloc.get_traced_memory()[0] < 500_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("lines, length", table(
@@ -3625,7 +3637,7 @@ def outcome(word):
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL}  # fmt: skip
-    held = lite.Held("s?", answer_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
+    held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
 
@@ -5619,6 +5631,48 @@ async def test_other_names_for_a_request_s_id(field):
     async with balancing(server := Server()) as running:
         got = await (await running.client()).post(fields=[f"{field}: abc"])
     assert got.get("x-request-id") == "abc" and server.asked[0].get("x-request-id") == ["abc"]
+
+
+@asynchronous
+async def test_a_failure_shown_to_head_keeps_its_length():
+    async def busy(asked, conn):
+        await conn.send(b"HTTP/1.1 503 Busy\r\ncontent-length: 30\r\n\r\n")
+
+    async with balancing(Server(busy)) as running:
+        client = await running.client()
+        await client.ask("HEAD", "/v1/x", b"", ())
+        assert b"503 Busy" in (head := await client.reader.readuntil(b"\r\n\r\n")) and b"Content-Length: 30\r\n" in head
+
+
+@asynchronous
+async def test_nothing_is_written_behind_a_gap():
+    """A client that is cut off gets none of what comes for it in the same turn of the loop."""
+    async def wire(side):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            peer = socket.create_connection(listener.getsockname())
+            sock, _ = listener.accept()
+        one = lite.Wire(side)
+        one.sock = sock if side is lite.Blame.CLIENT else None
+        await one.loop.connect_accepted_socket(lambda: one, sock)
+        return peer, one
+
+    (peer, client), (other, server) = await wire(lite.Blame.CLIENT), await wire(lite.Blame.SERVER)
+    while not client.transport.get_write_buffer_size():
+        client.transport.write(b"A" * 20_000)
+    pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False, 9, 9, lite.Ledger().gaps, None)
+    with peer, other:
+        peer.settimeout(5)
+        peer.recv(1 << 20)
+        client.abort()
+        lite.RECEIVED[:4] = b"BBBB"
+        server.buffer_updated(4)
+        await asyncio.sleep(0.01)
+        got = b""
+        while piece := peer.recv(1 << 20):
+            got += piece
+        assert b"B" not in got
+        pump.done.cancel()
+        server.abort()
 
 
 @asynchronous
