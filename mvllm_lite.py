@@ -3410,7 +3410,8 @@ class Unified(Policy):
         return full
 
     def terms(self, scene: Scene) -> list[str]:
-        tokens, speeds, moment = scene.call.prompt.tokens, relative_speeds(scene.views), scene.moment
+        tokens, moment = scene.call.prompt.tokens, scene.moment
+        speeds = relative_speeds(scene.views)
         return [unified_terms(view.pending, tokens - cached, speed, crowding_of(view, moment),
                               room_of(view, moment))
                 for view, cached, speed in zip(scene.views, scene.cached, speeds)]  # fmt: skip
@@ -4497,9 +4498,10 @@ def access_line(f: RequestFacts) -> str:
     """A request as key=value pairs; a value with spaces is quoted."""
     failed = ",".join([result for _, _, result in f.attempts if result != "ok"])
     return (
-        f"id={f.id if f.id.isalnum() else as_word(f.id)} client={as_word(f.client)} key={as_word(f.key)}"
-        f" method={as_word(f.method)} path={as_word(f.path)} model={as_word(f.model)} stream={f.stream}"
-        f" server={as_word(f.server)} attempts={len(f.attempts)} failed={failed or '-'}"
+        f"id={f.id if f.id.isalnum() else as_word(f.id)} client={as_word(f.client)}"
+        f" key={as_word(f.key)} method={as_word(f.method)} path={as_word(f.path)}"
+        f" model={as_word(f.model)} stream={f.stream} server={as_word(f.server)}"
+        f" attempts={len(f.attempts)} failed={failed or '-'}"
         f" status={f.status} queue_s={f.queue_s:.4f}"
         f" first_byte_s={'-' if f.first_byte_s is None else f'{f.first_byte_s:.4f}'}"
         f" duration_s={f.duration_s:.4f} request_bytes={f.request_bytes}"
@@ -4518,8 +4520,9 @@ def request_record(at: float, f: RequestFacts) -> str:
         for server, reason, result in f.attempts])  # fmt: skip
     return (
         f'{{"time": "{utc(at)}", "event": "request", "id": {json_word(f.id)},'
-        f' "client": {json_word(f.client)}, "key": {json_word(f.key)}, "method": {json_word(f.method)},'
-        f' "path": {json_word(f.path)}, "model": {json_word(f.model)},'
+        f' "client": {json_word(f.client)}, "key": {json_word(f.key)},'
+        f' "method": {json_word(f.method)}, "path": {json_word(f.path)},'
+        f' "model": {json_word(f.model)},'
         f' "stream": {"true" if f.stream else "false"}, "server": {json_word(f.server)},'
         f' "attempts": [{attempts}], "status": {f.status}, "queue_s": {f.queue_s:.4f},'
         f' "first_byte_s": {"null" if f.first_byte_s is None else f"{f.first_byte_s:.4f}"},'
@@ -7559,7 +7562,8 @@ class Pump:
     ) -> None:  # fmt: skip
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
         self.done: asyncio.Future[None] = client.loop.create_future()
-        self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))  # pieces go on as they are
+        # Pieces go on as they are.
+        self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))
         self.sent_bytes = 0
         self.first_at: float | None = None  # when the first piece came
         self.tail: deque[bytes] = deque(maxlen=TAIL_PIECES)  # the last pieces
