@@ -866,9 +866,7 @@ def return_response(
 
 
 @remembered
-def returned_lines(
-    fields: Fields, status: int, reason: str, added: Pairs, with_id: bool
-) -> str:
+def returned_lines(fields: Fields, status: int, reason: str, added: Pairs, with_id: bool) -> str:
     """The first line and field lines of a response to pass on, but for its framing."""
     dropped = ["content-length"] + ["x-request-id"] * with_id
     if any(name.startswith("Access-Control-") for name, _ in added):
@@ -3283,6 +3281,7 @@ class Moment(NamedTuple):
 
 
 def load_of(view: ServerView, moment: Moment) -> float:
+    """Requests with a server, ours exactly and those of others as far as they are known."""
     load = view.load
     if (load.running or 0) + (load.waiting or 0) <= view.own_then:
         return view.in_flight
@@ -3290,6 +3289,7 @@ def load_of(view: ServerView, moment: Moment) -> float:
 
 
 def crowding_of(view: ServerView, moment: Moment) -> float:
+    """How full it would be with one more."""
     crowding = (load_of(view, moment) + 1) / (view.configured or view.learned)
     if moment.now - view.health.since >= moment.slow_start_s:
         return crowding
@@ -3306,11 +3306,9 @@ class Scene(NamedTuple):
     draw: random.Random
 
     def loads(self) -> list[float]:
-        """Requests with each server, ours exactly and those of others as far as they are known."""
         return [load_of(view, self.moment) for view in self.views]
 
     def crowding(self) -> list[float]:
-        """How full each would be with the call."""
         return [crowding_of(view, self.moment) for view in self.views]
 
     def uncached(self) -> list[int]:
@@ -3360,9 +3358,7 @@ def policy(name: str) -> Callable[[P], P]:
 ANSWER_TOKENS = 512
 OVERFULL_POWER = 4
 KV_LIMIT = 1.05  # so that full is not infinitely bad
-
-
-FULLNESS_KEPT_S = 0.1
+FULLNESS_KEPT_S = 0.1  # in which time alone changes it little
 
 
 def room_of(view: ServerView, moment: Moment) -> float:
@@ -3373,9 +3369,11 @@ def room_of(view: ServerView, moment: Moment) -> float:
     return 1.0 - (used if used < 1 else 1.0) / KV_LIMIT
 
 
-def fullness(crowding: float, room: float) -> float:
-    """What all work takes the longer, the fuller a server is."""
-    return (crowding if crowding <= 1 else crowding ** (1 + OVERFULL_POWER)) / room
+def fullness_of(view: ServerView, moment: Moment) -> float:
+    """What all work there takes the longer for."""
+    crowding = crowding_of(view, moment)
+    slowed = crowding if crowding <= 1 else crowding ** (1 + OVERFULL_POWER)
+    return slowed / room_of(view, moment)
 
 
 @policy("unified")
@@ -3387,7 +3385,7 @@ class Unified(Policy):
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
-        # How full each server of the last scene was; what is None was never seen.
+        # How full each server of the last scene was.
         self._kept: Sequence[tuple[ServerView | None, float]] = []
         self._kept_at = -INFINITY
 
@@ -3403,8 +3401,7 @@ class Unified(Policy):
         views, moment, kept = scene.views, scene.moment, self._kept
         if len(kept) != len(views) or not 0 <= moment.now - self._kept_at < FULLNESS_KEPT_S:
             kept, self._kept_at = [(None, 0.0)] * len(views), moment.now
-        full = [known if view is seen
-                else fullness(crowding_of(view, moment), room_of(view, moment))
+        full = [known if view is seen else fullness_of(view, moment)
                 for view, (seen, known) in zip(views, kept)]  # fmt: skip
         self._kept = list(zip(views, full))
         return full
@@ -7358,6 +7355,7 @@ class Pool:
         wire.abort()
 
 
+# Of this machine, in every network.
 OWN_ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 
