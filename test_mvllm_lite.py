@@ -5585,6 +5585,14 @@ async def test_a_server_is_reached_by_any_name(host):
 
 
 @asynchronous
+async def test_a_server_that_never_shakes_hands_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(lite.PeerGone, match=r"no connection within 0\.1 s") as caught:
+            await lite.Pool(f"https://127.0.0.1:{silent.getsockname()[1]}").dial(0.1)
+    assert caught.value.fault is Fault.CONNECT_TIMEOUT
+
+
+@asynchronous
 async def test_a_connection_that_does_not_stand_at_once_is_waited_for(monkeypatch):
     monkeypatch.setattr(lite.socket.socket, "connect_ex", lambda sock, address: lite.errno.EALREADY)
     async with balancing(Server()) as running:
