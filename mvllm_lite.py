@@ -14,58 +14,60 @@ of itself and of earlier rooms only.
     ──  ────────────  ─────────────────────────────────────────────────────────────────────
      0  front matter  this map, the imports, the limits that are not settings
      1  faults        every way to fail, as one table: status, blame, may it be retried
-     2  messages      HTTP/1.1 heads, and the framing of content, as the RFCs have them
-     3  forwarding    what an intermediary does to messages; responses of our own; CORS
-     4  exposition    the Prometheus text format, read and written
-     5  settings      all that can be set, each with its default, check and meaning
-     6  reading       from TOML to settings; complaints with file, line and key
-     7  content       JSON and forms: where the members that matter stand
-     8  prompts       how long a prompt is, and what of it each server has probably cached
-     9  calls         which paths are passed on, and what a request wants: its model, a stream
-    10  dialect       what vLLM says: events, ends, failures, metric names, lists of models
-    11  access        who may come in: keys, and what each may use; proxies that are trusted
-    12  health        whether a server can be asked, by checks and by what became of requests
-    13  views         all that is known of a server at one moment
-    14  fleet         the servers, requests in flight, what is learned of each
-    15  policies      what a server is worth for a call, by a dozen rules
-    16  ranking       who may be asked, who is asked, and why
-    17  plans         how a call is answered, step by step; retries, the queue
-    18  reports       what people and machines are shown
-    19  live          what was changed by hand, and the last minute of each server
-    20  cells         text on a terminal: what it means, how wide it is; numbers in few characters
-    21  table         the servers in lines, as many columns as there is room for
-    22  screen        what is seen there: the table and the lines around it
-    23  keys          what keys do to it, and ask of the balancer
-    24  page          the same for a browser: one HTML string
-    25  traces        requests of the past: from files, or made up
-    26  engine        a model of a vLLM server, in simulated time
-    27  replay        those requests sent to such servers by any policy
+     2  messages      HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
+     3  framing       where a message's content ends: by length, in chunks, at the close
+     4  forwarding    what an intermediary does to messages; responses of our own; CORS
+     5  exposition    the Prometheus text format, read and written
+     6  settings      all that can be set, each with its default, check and meaning
+     7  reading       from TOML to settings; complaints with file, line and key
+     8  content       JSON and forms: where the members that matter stand
+     9  prompts       how long a prompt is, and what of it each server has probably cached
+    10  calls         which paths are passed on, and what a request wants: its model, a stream
+    11  dialect       what vLLM says: events, ends, failures, metric names, lists of models
+    12  access        who may come in: keys, and what each may use; proxies that are trusted
+    13  health        whether a server can be asked, by checks and by what became of requests
+    14  views         all that is known of a server at one moment
+    15  fleet         the servers, requests in flight, what is learned of each
+    16  policies      what a server is worth for a call, by a dozen rules
+    17  ranking       who may be asked, who is asked, and why
+    18  plans         how a call is answered, step by step; retries, the queue
+    19  reports       what people and machines are shown
+    20  lines         what is written of requests and transitions: log lines, records, shapes
+    21  live          what was changed by hand, and the last minute of each server
+    22  cells         text on a terminal: what it means, how wide it is; numbers in few characters
+    23  table         the servers in lines, as many columns as there is room for
+    24  screen        what is seen there: the table and the lines around it
+    25  keys          what keys do to it, and ask of the balancer
+    26  page          the same for a browser: one HTML string
+    27  traces        requests of the past: from files, or made up
+    28  engine        a model of a vLLM server, in simulated time
+    29  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    28  wire          one connection: its buffer, its deadline, its end
-    29  pool          the connections to one server, kept and reused; keys and certificates
-    30  pump          bytes on their way through, with back-pressure
-    31  response      the client's side of an exchange
-    32  journal       lines for readers that may be slow: the log, the shape of the traffic
-    33  terminal      those lines onto a terminal, in a thread that nothing waits for
-    34  core          what the rooms below share: settings, fleet, ledger, pools
-    35  conversation  one attempt: a request said to one server, its answer judged and passed on
-    36  exchange      one request, from its head to its last byte
-    37  watch         health checks, load reports, the settings file
-    38  local         what the balancer answers itself
-    39  door          where clients come in: connections accepted, requests let in
-    40  balancer      assembly: reloading, draining, handing over to a successor
-    41  doctor        what is amiss with servers and settings, and what to do about it
-    42  demo          simulated vLLM servers, so that everything runs on a laptop
-    43  process       signals, the terminal, systemd, limits of the system
-    44  command line  arguments, environment, logging, exit codes
+    30  wire          one connection: its buffer, its deadline, its end
+    31  pool          the connections to one server, kept and reused; keys and certificates
+    32  pump          bytes on their way through, with back-pressure
+    33  response      the client's side of an exchange
+    34  journal       lines for readers that may be slow: the log, the shape of the traffic
+    35  terminal      those lines onto a terminal, in a thread that nothing waits for
+    36  core          what the rooms below share: settings, fleet, ledger, pools
+    37  conversation  one attempt: a request said to one server, its answer judged and passed on
+    38  exchange      one request, from its head to its last byte
+    39  watch         health checks, load reports, the settings file
+    40  local         what the balancer answers itself
+    41  door          where clients come in: connections accepted, requests let in
+    42  balancer      assembly: reloading, draining, handing over to a successor
+    43  doctor        what is amiss with servers and settings, and what to do about it
+    44  demo          simulated vLLM servers, so that everything runs on a laptop
+    45  process       signals, the terminal, systemd, limits of the system
+    46  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (39) reads a head from the client's
-`Wire` (28) and parses it (2).  A local path is answered in room 38; everything else is an
-`Exchange` (36): the content is gathered and read as a `Call` (9) with its `Prompt` (8), the
-`Gate` (11) lets it in, and `relay_plan` (17) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (16) in the view of the fleet (14) by a policy (15).  A
-`Conversation` (35) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (31) begins, and a `Pump` (30) moves the rest.  What went wrong on the
+A request walks through the rooms like this.  The `Door` (41) reads a head from the client's
+`Wire` (30) and parses it (2).  A local path is answered in room 40; everything else is an
+`Exchange` (38): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
+`Gate` (12) lets it in, and `relay_plan` (18) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (17) in the view of the fleet (15) by a policy (16).  A
+`Conversation` (37) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (33) begins, and a `Pump` (32) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -366,11 +368,8 @@ FIELD_LINE = re.compile(rf"{TOKEN}:{TEXT}")
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
-LENGTH = re.compile(r"[0-9]{1,18}")
 LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]{0,9};[\t\x20-\x7e\x80-\xff]{0,4000})?\r\n")
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Fields:
@@ -483,17 +482,6 @@ class ResponseHead:
         return self.fields.get("content-type")[:16].lower() == "application/json"
 
 
-class Framing(NamedTuple):
-    """How the end of a message's content is found: after `length` bytes, by the `chunked` coding,
-    or, with neither, by the close of the connection (responses only)."""
-
-    length: int | None = None
-    chunked: bool = False
-
-
-NO_CONTENT = Framing(0)
-CHUNKED = Framing(chunked=True)
-UNTIL_CLOSE = Framing()
 # Stands in for a request that could not be read, where one is answered.
 NO_REQUEST = RequestHead("", "", None, 1, Fields([], {}))
 
@@ -601,6 +589,31 @@ def parse_response_rest(raw: bytes) -> ResponseHead:
 
 
 parse_response_once = functools.lru_cache(HEADS_KEPT)(parse_response_rest)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  3  framing
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Where a message's content ends, RFC 9112 §6 and §7: by its length, in chunks, or with the
+# connection.
+
+LENGTH = re.compile(r"[0-9]{1,18}")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]{0,9};[\t\x20-\x7e\x80-\xff]{0,4000})?\r\n")
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Framing(NamedTuple):
+    """How the end of a message's content is found: after `length` bytes, by the `chunked` coding,
+    or, with neither, by the close of the connection (responses only)."""
+
+    length: int | None = None
+    chunked: bool = False
+
+
+NO_CONTENT = Framing(0)
+CHUNKED = Framing(chunked=True)
+UNTIL_CLOSE = Framing()
 
 
 def request_framing(head: RequestHead, length: Length) -> Framing:
@@ -762,7 +775,7 @@ def encode_chunk(content: bytes) -> bytes:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  3  forwarding
+#  4  forwarding
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
@@ -932,7 +945,7 @@ def cors_fields(head: RequestHead, origins: Iterable[str]) -> list[tuple[str, st
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  4  exposition
+#  5  exposition
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The Prometheus text format 0.0.4, both directions.  Reading happens twice a second for each
@@ -1089,7 +1102,7 @@ def expose(families: Iterable[Family]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  5  settings
+#  6  settings
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
@@ -1464,7 +1477,7 @@ SYNONYMS = {"capacity": "max_concurrent_requests"}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  6  reading
+#  7  reading
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
@@ -1721,7 +1734,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  content
+#  8  content
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # JSON and forms as far as a balancer must read them: where the members that matter stand.  Content
@@ -1951,7 +1964,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  prompts
+#  9  prompts
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
@@ -2154,7 +2167,7 @@ class Memory:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  calls
+#  10  calls
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
@@ -2264,7 +2277,7 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  dialect
+#  11  dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end
@@ -2489,7 +2502,7 @@ def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  access
+#  12  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
@@ -2590,7 +2603,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  health
+#  13  health
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -2742,7 +2755,7 @@ class Health(NamedTuple):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  views
+#  14  views
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # All that is known of a server at one moment, as one frozen value, and what follows from it.  A
@@ -2912,7 +2925,7 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  fleet
+#  15  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -3254,14 +3267,14 @@ def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  policies
+#  16  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What a server is worth for a call.  A policy sees a Scene: the servers that may be asked, in the
 # fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest is
 # asked, and one is drawn among equals; nobody is asked anything for it.
 #
-# To add a policy: a class with @policy("name"), its name in POLICY_NAMES (5), a line in the README.
+# To add a policy: a class with @policy("name"), its name in POLICY_NAMES (6), a line in the README.
 
 
 class Moment(NamedTuple):
@@ -3642,7 +3655,7 @@ class Expression(Policy):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  ranking
+#  17  ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may be asked, who is asked, and why.  Some servers are passed over for a reason of their own;
@@ -3884,12 +3897,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  plans
+#  18  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (36) is the only driver.
+# steps.  The exchange (38) is the only driver.
 
 
 class Held(NamedTuple):
@@ -4115,11 +4128,11 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  reports
+#  19  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What people and machines are shown: views in; JSON documents, metric families and lines of text
-# out.  The JSON documents are supersets of mvllm's: its names, its types.
+# What people and machines are shown: views in, JSON documents and metric families out.  The JSON
+# documents are supersets of mvllm's: its names, its types.
 
 
 class Clock(NamedTuple):
@@ -4395,6 +4408,14 @@ def gauges(
     return families
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  20  lines
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is written of each request, and of each change of a server's state: for people, for programs,
+# and for `replay`.
+
+
 def shape_line(
     call: Call, at: float, first_s: float | None, duration_s: float, output_tokens: int,
     server: str, status: int, end: str,
@@ -4527,7 +4548,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  live
+#  21  live
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have changed while it runs, and what they want to see: the last minute of each server.
@@ -4731,7 +4752,7 @@ def status_report(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  cells
+#  22  cells
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -5008,7 +5029,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  table
+#  23  table
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -5240,7 +5261,7 @@ def marked(line: Line, width: int) -> Line:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  screen
+#  24  screen
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -5530,7 +5551,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  keys
+#  25  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -5663,7 +5684,7 @@ def keys_of(text: str, over: bool) -> tuple[list[str], str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  page
+#  26  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -6051,7 +6072,7 @@ start();
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  traces
+#  27  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -6240,7 +6261,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  engine
+#  28  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -6580,7 +6601,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  replay
+#  29  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -6815,7 +6836,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  wire
+#  30  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -7204,7 +7225,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  pool
+#  31  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -7486,7 +7507,7 @@ async def fetch(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  pump
+#  32  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -7685,7 +7706,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  response
+#  33  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -7843,7 +7864,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  journal
+#  34  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -8140,7 +8161,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  terminal
+#  35  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, in a thread of its own.  The terminal is opened
@@ -8394,7 +8415,7 @@ class Terminal:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  core
+#  36  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -8612,7 +8633,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  conversation
+#  37  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -8812,7 +8833,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  exchange
+#  38  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -9206,7 +9227,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  watch
+#  39  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -9392,7 +9413,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  local
+#  40  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -9677,7 +9698,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  door
+#  41  door
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -9971,7 +9992,7 @@ class Door:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  balancer
+#  42  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -10296,7 +10317,7 @@ def pace(s: Settings) -> tuple[Any, ...]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  doctor
+#  43  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -10478,7 +10499,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  demo
+#  44  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -10727,7 +10748,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  process
+#  45  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -10916,7 +10937,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  command line
+#  46  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be

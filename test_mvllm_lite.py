@@ -181,7 +181,7 @@ def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  2  messages
+#  2 and 3  messages and framing
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -429,7 +429,7 @@ def test_content_of_a_known_length(how):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  3  forwarding
+#  4  forwarding
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -583,7 +583,7 @@ def test_cors():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  2 and 3  messages by chance: what is accepted, a second and stricter reader reads the same
+#  2 to 4  messages by chance: what is accepted, a second and stricter reader reads the same
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 # The second reader: RFC 9112 to the letter, by splitting.  It shares nothing with the first.
@@ -947,7 +947,7 @@ def test_two_readers_of_one_message_never_disagree(judge, originals, seed):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  4  exposition
+#  5  exposition
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 SAMPLES = table(
@@ -1015,7 +1015,7 @@ def test_label_sets_are_bounded():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  5 and 6  settings
+#  6 and 7  settings
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 MVLLM_FILE = """
@@ -1184,7 +1184,7 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7 to 10  content, prompts, calls and dialect
+#  8 to 11  content, prompts, calls and dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1505,7 +1505,7 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  access
+#  12  access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1576,7 +1576,7 @@ def test_who_asks(peer, said, networks, address):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  12 and 14  health and fleet
+#  13 and 15  health and fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1721,7 +1721,7 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15 and 16  policies and ranking
+#  16 and 17  policies and ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1928,7 +1928,7 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  5 and 6  settings of routing
+#  6 and 7  settings of routing
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2113,7 +2113,7 @@ def test_a_formula_whose_value_is_complex_for_some_servers_only_is_infinite_ther
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8 and 9  prompts and calls
+#  9 and 10  prompts and calls
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2410,7 +2410,7 @@ def test_what_is_used_again_is_forgotten_last():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  dialect: loads by engine, tokens of answers
+#  11  dialect: loads by engine, tokens of answers
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 # vLLM 0.32.0 with --data-parallel-size 2 under load, and a LoRA server; a few lines of each.
@@ -2490,7 +2490,7 @@ def test_tokens_of_an_answer(tail, size, tokens):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  fleet: leases, and what is learned
+#  15  fleet: leases, and what is learned
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2964,7 +2964,7 @@ def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_dra
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15 and 16  policies and ranking, on scenes by hand
+#  16 and 17  policies and ranking, on scenes by hand
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -3624,7 +3624,7 @@ def test_shapes_of_turns_share_the_start_of_their_chains():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  plans
+#  18  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -3789,7 +3789,7 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  reports
+#  19 and 20  reports and lines
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLOCK = lite.Clock(100.0, 1_700_000_100.0)
@@ -3935,7 +3935,7 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20 to 23 and 32  cells, screen, keys and terminal
+#  22 to 25 and 35  cells, screen, keys and terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -4600,7 +4600,7 @@ def test_a_process_that_ends_leaves_its_terminal_as_it_was(crash):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  page
+#  26  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
@@ -4808,7 +4808,7 @@ def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25 to 27  traces, engine and replay
+#  27 to 29  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -5569,7 +5569,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28 to 36  a request on its way
+#  30 to 38  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -7711,7 +7711,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  watch
+#  39  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -7802,7 +7802,7 @@ async def test_without_active_checks_time_brings_a_server_back():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  local
+#  40  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -8076,7 +8076,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39 and 40  balancer: settings that change, and stopping
+#  41 and 42  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -8330,7 +8330,7 @@ async def test_a_second_stop_does_not_wait():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  doctor
+#  43  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -8418,7 +8418,7 @@ async def test_a_server_is_examined():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  demo
+#  44  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -8489,7 +8489,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  command line
+#  46  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
