@@ -84,31 +84,6 @@ yields *steps* and is told the *outcome* of each.  An *errand* is a request read
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__" and "__file__" in globals() and sys.platform == "linux":
-    # CPython keeps the syntax tree of a file that it runs as a script until that ends, 20 MB of
-    # this one.  So what was compiled goes on as a fresh image of the same process, which has no
-    # __file__: the same pid, arguments and descriptors, 20 ms later.  Where that cannot be, or
-    # somebody else runs us (a debugger, a profiler), it goes on here.
-    import fcntl
-    import marshal
-    import os
-
-    this = sys._getframe()
-    flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    try:
-        if this.f_back is None and sys.orig_argv[1:] == [*flags, *sys.argv]:
-            data = marshal.dumps((sys.orig_argv, sys.argv, this.f_code))
-            file = os.memfd_create("mvllm_lite")
-            image = fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # not in the place of a closed stdout
-            if os.pwrite(image, data, 0) == len(data):
-                resume = (f"import marshal, sys\nwith open({image}, 'rb') as image:"
-                          " sys.orig_argv, sys.argv, code = marshal.load(image)\nexec(code)")
-                os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", resume, *sys.argv])
-    except (OSError, AttributeError, ValueError):
-        pass
-
 import argparse
 import ast
 import asyncio
@@ -146,6 +121,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import sys
 import tempfile
 import termios
 import threading

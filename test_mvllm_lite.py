@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import pty
+import py_compile
 import random
 import re
 import resource
@@ -8742,37 +8743,32 @@ def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch)
                      "WARNING full", "WARNING 1 times more: full"]  # fmt: skip
 
 
-@asynchronous
-async def test_a_process_at_rest_is_small_and_known_by_its_file():
-    async with Server() as server, process("--server", server.url) as child:
-        await line_with(child, "listens on")
-        status = Path(f"/proc/{child.pid}/status").read_text()
-        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 50,000
-        assert b"mvllm_lite.py\0--server" in Path(f"/proc/{child.pid}/cmdline").read_bytes()
-
-
-@pytest.mark.parametrize("runner", [["-m", "cProfile"], [__import__("cProfile").__file__]])
-def test_a_profiler_that_runs_the_file_sees_what_it_does(runner):
-    done = subprocess.run([sys.executable, *runner, str(HERE / "mvllm_lite.py"), "version"], capture_output=True, text=True, timeout=60)
-    assert "(argument_parser)" in done.stdout
-
-
-def test_it_runs_where_no_fresh_image_can_be_made_and_imports_nothing_from_here(tmp_path):
+def test_compiled_and_cut_off_from_its_surroundings_it_is_small_and_imports_nothing_from_there(tmp_path):
+    compiled = py_compile.compile(str(HERE / "mvllm_lite.py"), str(tmp_path / "mvllm_lite.pyc"), doraise=True)
     (tmp_path / "argparse.py").write_text("print('from here')")
-    command = [sys.executable, str(HERE / "mvllm_lite.py"), "version"]
-    expected = f"mvllm_lite {lite.__version__}\n"
-    for change in ("del os.memfd_create", "os.pwrite = lambda *_: 0", "sys.executable = ''"):
-        (tmp_path / "sitecustomize.py").write_text(f"import os, sys\n{change}\n")
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=60)
-        assert done.stdout == expected
-        (site := tmp_path / "site").mkdir(exist_ok=True)
-        (tmp_path / "sitecustomize.py").rename(site / "sitecustomize.py")
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60)
-        assert (done.stdout, done.stderr) == (expected, ""), change
-    with open(os.devnull, "w") as nowhere:
-        for closed in (1, 2):
-            done = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], stdout=nowhere, stderr=nowhere, timeout=60)
-            assert done.returncode == 0
+    args = ["--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen([sys.executable, "-I", "-S", compiled, *args], cwd=tmp_path, env=CLEAN,
+                          stdout=subprocess.PIPE, text=True) as child:  # fmt: skip
+        said = itertools.takewhile(lambda line: "listens on" not in line, child.stdout)
+        assert "from here\n" not in said
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 52,000
+        child.terminate()
+
+
+def test_an_isolated_python_without_site_packages_runs_the_demo():
+    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "demo", "--servers", "1", "--port", "0"]
+    with subprocess.Popen(command, env=CLEAN, stdout=subprocess.PIPE, text=True) as child:
+        assert any("listens on" in line for line in child.stdout)
+        child.terminate()
+        assert "stopped" in child.stdout.read()
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_it_runs_where_an_output_is_closed(closed):
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, HERE / "mvllm_lite.py"]
+    done = subprocess.run([*command, "version"], capture_output=True, timeout=60)
+    assert done.returncode == 0
 
 
 @asynchronous
@@ -9663,6 +9659,10 @@ def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     assert re.findall(r"^[A-Z]+", container, re.MULTILINE)[0] == "FROM" and "curl" not in container
     (check,) = re.findall(r'^HEALTHCHECK.*?CMD \["python", "-c", "(.*)"\]$', container, re.MULTILINE)
     compile(check, "HEALTHCHECK", "exec")
+    (compiles,) = re.findall(r'^RUN \["python", "-c", "(.*)"\]$', container, re.MULTILINE)
+    compile(compiles, "RUN", "exec")
+    (entry,) = re.findall(r'^ENTRYPOINT \["python", "-I", "-S", "(.*)"\]$', container, re.MULTILINE)
+    assert f"'{entry}', doraise=True" in compiles
     (kubernetes,) = snippets("yaml")
     assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= set(lite.LOCAL)
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
