@@ -159,6 +159,8 @@ HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while o
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
+# Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
@@ -6838,6 +6840,17 @@ class Sink(Protocol):
 Piece = memoryview | bytes
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel see whether the peer is still there, and remind those on the way (NAT,
+    firewalls) of a connection on which nothing is said for long.  Systems name the times
+    differently; those that one does not have are its own."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if (number := getattr(socket, option, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
 class Discard:
     """A sink for what nobody reads any more."""
 
@@ -6883,6 +6896,8 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.lost = transport, False  # type: ignore[assignment]
         self.is_tls = transport.get_extra_info("sslcontext") is not None
+        if self.side is Blame.SERVER:
+            keep_alive(transport.get_extra_info("socket"))
         address = transport.get_extra_info("peername")
         self.peer = address[:2] if isinstance(address, tuple) else ("unknown", 0)
 
@@ -7120,6 +7135,7 @@ class Listener:
         self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
         self._room, self._full, self._take, self._failed = room, full, take, failed
         sock.setblocking(False)
+        keep_alive(sock)  # what it accepts is like it
         self.resume()
 
     def resume(self) -> None:

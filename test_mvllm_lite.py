@@ -5600,6 +5600,21 @@ async def test_a_connection_that_does_not_stand_at_once_is_waited_for(monkeypatc
         assert (await (await running.client()).post(body=CHAT)).status == 200
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@asynchronous
+async def test_the_kernel_looks_after_connections_on_both_sides(host):
+    """At once and after waiting are two ways to connect."""
+    async with Server() as server, balancing(f"http://{host}:{server.port}") as running:
+        await (await running.client()).post(body=CHAT)
+        wires = [*running.core.clients, *running.core.pools[f"http://{host}:{server.port}"].idle]
+        assert {wire.side for wire in wires} == {Blame.CLIENT, Blame.SERVER}
+        for wire in wires:
+            sock = wire.transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            times = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [sock.getsockopt(socket.IPPROTO_TCP, one) for one in times] == [60, 15, 4]
+
+
 @pytest.mark.parametrize("path", [
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank",
     "/v2/rerank", "/tokenize", "/detokenize", "/score", "/v1/score", "/rerank", "/pooling", "/classify",
