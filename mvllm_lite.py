@@ -1292,7 +1292,8 @@ class ServerSettings:
     url: str = setting(REQUIRED, base_url, "where the server listens")
     max_concurrent_requests: int = setting(
         AUTO, capacity, 'requests it runs well at the same time; "auto": learned')
-    weight: float = setting(1.0, share_weight, "its share, for policies that go by weight")
+    weight: float = setting(
+        1.0, share_weight, "what its capacity is multiplied by, or its share; 0: it gets none")
     tier: int = setting(1, whole(1), "asked only when lower tiers are full")
     pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
     data_parallel_size: int = setting(
@@ -2801,8 +2802,18 @@ class ServerView(NamedTuple):
         return self.configured or self.learned
 
     @property
+    def size(self) -> float:
+        """Its capacity as far as it is to be used: what policies ask for."""
+        return (self.configured or self.learned) * self.weight
+
+    @property
+    def limit(self) -> float:
+        """How many requests it takes at once.  No weight raises a capacity that was configured."""
+        return (self.configured or self.learned) * min(1.0, self.weight)
+
+    @property
     def open(self) -> bool:
-        return not (self.draining or self.drained)
+        return self.weight > 0 and not (self.draining or self.drained)
 
     @property
     def healthy(self) -> bool:
@@ -2814,15 +2825,16 @@ class ServerView(NamedTuple):
         was sent since it last spoke, or by twice as many.  One that said 429 just now is full."""
         if self.busy_until > now:
             return True
+        limit = self.limit
         if self.configured:
-            return self.in_flight >= self.configured
+            return self.in_flight >= limit
         load = self.in_flight + self.foreign(now, interval_s)
-        if load < FULL_RATIO * self.learned:
+        if load < FULL_RATIO * limit:
             return False
         if not self.reports(now, interval_s):
-            return load >= BLIND_RATIO * self.learned
+            return load >= BLIND_RATIO * limit
         sent_since = self.in_flight - self.own_then
-        return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * self.learned
+        return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * limit
 
     def ramp(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
@@ -3274,7 +3286,7 @@ def load_of(view: ServerView, moment: Moment) -> float:
 
 def crowding_of(view: ServerView, moment: Moment) -> float:
     """How full it would be with one more."""
-    crowding = (load_of(view, moment) + 1) / (view.configured or view.learned)
+    crowding = (load_of(view, moment) + 1) / view.size
     if moment.now - view.health.since >= moment.slow_start_s:
         return crowding
     return crowding / view.ramp(moment.now, moment.slow_start_s)
@@ -3304,6 +3316,7 @@ class Policy:
     """One way to choose.  One object serves all calls for one model."""
 
     name: ClassVar[str] = ""
+    weighs: ClassVar[bool] = True  # servers' weights matter; those without any are never seen
     tie: ClassVar[float] = 1.0  # costs up to so many times the lowest are as good
 
     def __init__(self, s: Settings) -> None:
@@ -3316,10 +3329,16 @@ class Policy:
     def terms(self, scene: Scene) -> list[str]:
         """The numbers behind the costs, in words.  For people, after `costs` of the same scene."""
         return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1)"
-                f" / {v.capacity:.4g}" for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
+                f" / {v.capacity:.4g}{weighed(v)}"
+                for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
 
     def chosen(self, view: ServerView) -> None:
         """That server is asked."""
+
+
+def weighed(view: ServerView) -> str:
+    """A weight as a cost's words have it, where there is one."""
+    return f" / weight {view.weight:g}" if view.weight != 1 else ""
 
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -3450,17 +3469,14 @@ class RoundRobin(Policy):
         return [self.turn(view) + n * 1e-6 for n, view in enumerate(scene.views)]
 
     def turn(self, view: ServerView) -> float:
-        if not view.weight:
-            return INFINITY
         return max(self.turns.setdefault(view.url, self.now + 1 / view.weight), self.now)
 
     def terms(self, scene: Scene) -> list[str]:
         return [f"its turn, weight {view.weight:g}" for view in scene.views]
 
     def chosen(self, view: ServerView) -> None:
-        if view.weight:
-            self.now = self.turn(view)
-            self.turns[view.url] = self.now + 1 / view.weight
+        self.now = self.turn(view)
+        self.turns[view.url] = self.now + 1 / view.weight
 
 
 @policy("random")
@@ -3468,8 +3484,7 @@ class Drawn(Policy):
     """By chance, by weight: the first to arrive of processes with these rates."""
 
     def costs(self, scene: Scene) -> list[float]:
-        return [scene.draw.expovariate(view.weight) if view.weight else INFINITY
-                for view in scene.views]  # fmt: skip
+        return [scene.draw.expovariate(view.weight) for view in scene.views]
 
     def terms(self, scene: Scene) -> list[str]:
         return [f"drawn, weight {view.weight:g}" for view in scene.views]
@@ -3496,7 +3511,7 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
         weight = view.weight * (view.configured or START_CAPACITY)
         digest = hashlib.blake2b(view.url.encode(), key=key, digest_size=8).digest()
         chance = (int.from_bytes(digest, "big") + 1) / 2**64
-        out.append(-math.log(chance) / weight if weight else INFINITY)
+        out.append(-math.log(chance) / weight)
     return out
 
 
@@ -3504,9 +3519,9 @@ def bounded(costs: list[float], scene: Scene) -> list[float]:
     """The same costs, but servers that have more than their share of all requests, by capacity,
     come after all others: no key melts a server.  Under an eighth of its capacity none does."""
     loads = scene.loads()
-    sizes = [view.weight * view.capacity for view in scene.views]
-    share = LOAD_FACTOR * (sum(loads) + 1) / (sum(sizes) or 1)
-    most = max((cost for cost in costs if cost < INFINITY), default=0.0)
+    sizes = [view.size for view in scene.views]
+    share = LOAD_FACTOR * (sum(loads) + 1) / sum(sizes)
+    most = max(costs)
     return [cost if load < max(math.ceil(share * size), size / 8) else cost + most
             for cost, load, size in zip(costs, loads, sizes)]  # fmt: skip
 
@@ -3519,8 +3534,7 @@ class Hashed(Policy):
 
     def costs(self, scene: Scene) -> list[float]:
         if not (key := self.key(scene.call)):
-            return [cost if view.weight else INFINITY
-                    for cost, view in zip(scene.crowding(), scene.views)]  # fmt: skip
+            return scene.crowding()
         digest = hashlib.blake2b(key, digest_size=32).digest()
         return bounded(hashed(digest, scene.views), scene)
 
@@ -3555,7 +3569,7 @@ class CacheAware(Policy):
     them."""
 
     def costs(self, scene: Scene) -> list[float]:
-        s, loads = self.settings, scene.loads()
+        s, loads = self.settings, self.shares(scene)
         low, high = min(loads), max(loads)
         most = min(s.balance_abs_threshold, scene.views[loads.index(high)].capacity)
         known = max(scene.cached)
@@ -3564,9 +3578,14 @@ class CacheAware(Policy):
             return loads
         return [load if cached == known else INFINITY for load, cached in zip(loads, scene.cached)]
 
+    def shares(self, scene: Scene) -> list[float]:
+        """Requests with each, by its weight."""
+        return [load / view.weight for load, view in zip(scene.loads(), scene.views)]
+
     def terms(self, scene: Scene) -> list[str]:
-        return [f"{load:.1f} requests, {cached} of {scene.call.prompt.tokens} tokens cached"
-                for load, cached in zip(scene.loads(), scene.cached)]  # fmt: skip
+        return [f"{load:.1f} requests{weighed(view)}, {cached} of {scene.call.prompt.tokens} tokens"
+                " cached" for load, view, cached
+                in zip(scene.loads(), scene.views, scene.cached)]  # fmt: skip
 
 
 @policy("lmetric")
@@ -3574,17 +3593,20 @@ class LMetric(Policy):
     """Prompt tokens to read × requests in the batch (arXiv 2603.15202); it needs no capacities."""
 
     def costs(self, scene: Scene) -> list[float]:
-        return [(view.pending + uncached + 1) * (load + 1) for view, uncached, load
+        return [(view.pending + uncached + 1) * (load + 1) / view.weight for view, uncached, load
                 in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
 
     def terms(self, scene: Scene) -> list[str]:
-        return [f"({view.pending} + {uncached} + 1) × ({load:.1f} + 1)" for view, uncached, load
+        return [f"({view.pending} + {uncached} + 1) × ({load:.1f} + 1){weighed(view)}"
+                for view, uncached, load
                 in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
 
 
 @policy("mvllm")
 class Mvllm(Policy):
     """As mvllm: any server under 0.5, else the lowest; by the last report alone."""
+
+    weighs = False  # bit for bit what it was
 
     def costs(self, scene: Scene) -> list[float]:
         return [0.0 if score < 0.5 else score for score in map(self.score, scene.views)]
@@ -3610,25 +3632,35 @@ class VllmRouter(Mvllm):
 
 @policy("expression")
 class Expression(Policy):
-    """By a formula of the user's own, the setting `score`."""
+    """By a formula of the user's own, the setting `score`.  One that does not speak of the weight
+    has it in the capacity or, where it does not ask for that either, as a share."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s)
+        self.used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", s.score)]
 
     def costs(self, scene: Scene) -> list[float]:
-        return list(map(compiled(self.settings.score), self.values(scene)))
+        costs = map(compiled(self.settings.score), self.values(scene))
+        if "weight" in self.used or "capacity" in self.used:
+            return list(costs)
+        return [cost / view.weight if cost > 0 else cost * view.weight
+                for cost, view in zip(costs, scene.views)]  # fmt: skip
 
     def values(self, scene: Scene) -> list[dict[str, float]]:
         """What each of SCORE_NAMES is."""
         speeds, loads = relative_speeds(scene.views), scene.loads()
+        raw = "weight" in self.used
         return [
             dict(zip(SCORE_NAMES, map(float, (  # whole numbers may grow for ever
                 v.load.running or 0, v.load.waiting or 0, v.in_flight, load - v.in_flight,
-                v.capacity, v.load.kv_usage_ratio or 0, v.pending, scene.call.prompt.tokens, cached,
-                speed, v.weight))))
+                v.capacity if raw else v.size, v.load.kv_usage_ratio or 0, v.pending,
+                scene.call.prompt.tokens, cached, speed, v.weight))))
             for v, cached, speed, load in zip(scene.views, scene.cached, speeds, loads)
         ]  # fmt: skip
 
     def terms(self, scene: Scene) -> list[str]:
-        used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", self.settings.score)]
-        return [f"{self.settings.score} with " + ", ".join(f"{n} {values[n]:.4g}" for n in used)
+        return [f"{self.settings.score} with "
+                + ", ".join(f"{name} {values[name]:.4g}" for name in self.used)
                 for values in self.values(scene)]  # fmt: skip
 
 
@@ -3676,7 +3708,7 @@ class Ranking(NamedTuple):
     @property
     def undecided(self) -> bool:
         """Whether a server that was not checked yet may still turn out to be the one."""
-        return any(v.health.state is State.CHECKING and not v.draining for v in self.views)
+        return any(v.health.state is State.CHECKING and v.open for v in self.views)
 
     @property
     def scene(self) -> Scene:
@@ -3761,7 +3793,8 @@ def obstacle(
     servers are in `trials`."""
     health = view.health
     if not view.open:
-        return "is draining" if view.draining else "was drained by hand"
+        return ("is draining" if view.draining else "was drained by hand" if view.drained
+                else "has weight 0")  # fmt: skip
     if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
         if not (health.answers and (needed or trial)):
@@ -3771,7 +3804,7 @@ def obstacle(
     if not view.share:
         return f"gets none: its pool has 0 % ({view.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
-        return f"is full ({view.in_flight} of {view.capacity:.4g})"
+        return f"is full ({view.in_flight} of {view.limit:.4g})"
     return "was tried already" if tried and view.server in tried else ""
 
 
@@ -3795,7 +3828,7 @@ def narrowed(
 
     def roomy(view: ServerView) -> bool:
         load = view.in_flight + view.foreign(moment.now, moment.interval_s)
-        return bool(load < view.capacity)
+        return bool(load < view.limit)
 
     keep(lambda view: view.busy_until <= now, "said 429 just now")
     eligible = [view for view, reason in zip(views, reasons) if not reason]
@@ -4175,7 +4208,8 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     health = view.health
     return {
         "url": view.url, "healthy": view.healthy, "health_status": health.state.value,
-        "reason": health.reason, "since": clock.iso(health.since), "draining": not view.open,
+        "reason": health.reason, "since": clock.iso(health.since),
+        "draining": view.draining or view.drained,
         "circuit": health.circuit(clock.monotonic),
         "last_check": clock.iso(health.checked_at), "consecutive_failures": health.failures,
         "success_rate": health.success_rate, "avg_response_time": health.mean_time_s,
@@ -10478,6 +10512,12 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         findings.append(Finding(
             f"file descriptors are enough for {clients} clients, max_connections is"
             f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
+    for name in sorted({s.policy, *s.policies.values()}):
+        weights = {server.weight for server in s.servers} - {0.0, 1.0}
+        if weights and not POLICIES[name].weighs:
+            findings.append(Finding(
+                f"weights other than 0 have no effect under policy {name}, which keeps to the rule"
+                " it is named after", "choose unified, or give other max_concurrent_requests"))
     known = {name for one in examined for name in one.models or ()}
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]

@@ -3192,9 +3192,71 @@ def test_round_robin_is_a_strict_rotation_also_when_servers_come_and_go(weight):
     assert max(back.values()) - min(back.values()) <= 1
 
 
-def test_servers_without_weight_are_asked_where_there_is_no_other():
-    for policy in ("round_robin", "random"):
-        assert judged([server(0, weight=0), server(1, state=State.UNHEALTHY)], policy).best == "s0"
+@pytest.mark.parametrize("policy", lite.POLICY_NAMES)
+def test_a_server_of_weight_0_is_no_choice_under_any_policy(policy):
+    views, draw = [server(0, weight=0.0), server(1, 1, in_flight=30), server(2, 1, in_flight=30)], random.Random(4)
+    for session in ("", "user: 1", "user: 2"):
+        asked = lite.Call("m", prompt=lite.Prompt(900, opening=b"a"), session=session)
+        found = {judged(views, policy, [900, 0, 0], call=asked, draw=draw, score="1").best for _ in range(40)}
+        assert found <= {"s1", "s2"}
+    ranking = judged([server(0, weight=0.0), server(1, state=State.UNHEALTHY)], policy, score="1")
+    assert (ranking.best, ranking.reasons[0]) == (None, "has weight 0")
+
+
+SIZED = table(  # policy, requests at one instant, and how many of them a server of half the weight gets
+    ("unified", "unified", {}, 30, 10),
+    ("least", "least", {}, 30, 10),
+    ("power_of_two: of two, both", "power_of_two", {}, 30, 10),
+    ("lmetric: a share", "lmetric", {}, 30, 10),
+    ("cache_aware: a share", "cache_aware", {}, 30, 10),
+    ("consistent_hash: anonymous", "consistent_hash", {}, 30, 10),
+    ("prefix: without one", "prefix", {}, 30, 10),
+    ("round_robin", "round_robin", {}, 30, 10),
+    ("expression: of capacity", "expression", {"score": "(in_flight + 1) / capacity"}, 30, 10),
+    ("expression: of weight, too", "expression", {"score": "(in_flight + 1) / (capacity * weight)"}, 30, 10),
+    ("expression: of neither, a share", "expression", {"score": "in_flight + 1"}, 30, 10),
+    ("expression: of neither, below zero", "expression", {"score": "in_flight - 99"}, 40, 0),
+    ("mvllm keeps to its rule", "mvllm", {}, 30, 15),
+    ("vllm_router, too", "vllm_router", {}, 30, 15),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy, settings, count, expected", SIZED)
+def test_weight_is_a_part_of_the_capacity_or_a_share(policy, settings, count, expected):
+    fleet, draw, by = lite.Fleet(), random.Random(2), lite.POLICIES[policy](Settings(**settings))
+    fleet.apply([lite.ServerSettings("s0", 16, weight=0.5), lite.ServerSettings("s1", 16)], 0.0)
+    for view in fleet.views():
+        fleet.judge(view.url, lite.Health.become, State.HEALTHY, "x", 0.0)
+    taken = Counter()
+    for _ in range(count):
+        best = ranking_of(fleet, by, draw=draw).best
+        by.chosen(fleet.view(best))
+        fleet.lease(best, 0.0)
+        taken[best] += 1
+    assert taken["s0"] == pytest.approx(expected, abs=1 if by.weighs else 8)
+
+
+def test_a_weight_lowers_what_is_enforced_and_does_not_raise_it():
+    assert [server(0, 8, weight=w, in_flight=4).full(NOW, 0.5) for w in (0.5, 0.6, 1.0)] == [True, False, False]
+    assert [server(0, 8, weight=w, in_flight=8).full(NOW, 0.5) for w in (1.0, 3.0)] == [True, True]
+    assert server(0, 1, weight=0.5).full(NOW, 0.5) is False  # one request is always room enough
+    lower, higher = server(0, 8, weight=0.25, in_flight=2), server(1, 8, tier=2)
+    assert judged([lower, higher]).best == "s1"  # its tier has no room any more
+
+
+def test_weights_are_said_where_costs_are_explained():
+    assert judged([server(0, weight=0.5)], "least").why().endswith("(0 in flight + 0.0 foreign + 1) / 16 / weight 0.5")
+    assert judged([server(0, weight=2.0)], "lmetric").why().endswith("(0 + 0 + 1) x (0.0 + 1) / weight 2")
+
+
+def test_check_config_tells_which_policies_do_not_look_at_weights():
+    def found(policy, *weights, **settings):
+        servers = tuple(lite.ServerSettings(f"http://{n}", 8, weight=w) for n, w in enumerate(weights))
+        return [one.text for one in lite.own_findings(Settings(servers, policy=policy, **settings), [], 10**6)]
+
+    assert found("unified", 0.5, 2.0) == found("mvllm", 0.0, 1.0) == []
+    assert ["policy vllm_router" in text for text in found("vllm_router", 0.5)] == [True]
+    assert ["policy mvllm" in text for text in found("least", 2.0, policies={"m": "mvllm"})] == [True]
 
 
 @pytest.mark.parametrize("in_flight, shares", table(
@@ -3386,7 +3448,7 @@ def random_scenes():
 
 def may_be_asked(view, model, tried, moment):
     """The second opinion."""
-    if view.draining or view.health.state is not State.HEALTHY or view.server in tried or not view.share:
+    if view.draining or view.health.state is not State.HEALTHY or view.server in tried or not (view.share and view.weight):
         return False
     if moment.enforced and view.full(moment.now, moment.interval_s):
         return False
