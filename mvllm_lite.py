@@ -2860,6 +2860,10 @@ class ServerView(NamedTuple):
         request three times."""
         return tuple.__new__(ServerView, self[:-3] + (in_flight, on_trial, pending))
 
+    def has(self, model: str | None) -> bool:
+        """Whether it may be asked for that model; one that has not told its models may."""
+        return model is None or self.models is None or model in self.models
+
     def shares_models(self, other: ServerView) -> bool:
         """Whether they may run the same; a server that has not said may."""
         mine, theirs = self.models, other.models
@@ -3008,6 +3012,8 @@ class Fleet:
         self._expected: dict[str, Expected] = {}
         self._has_engines = False  # some servers are several, or were
         self.changes = 0  # of anything that may keep requests from a server, but for counts
+        self._steady: dict[str | None, float] = {}  # by model, as long as nothing changes:
+        self._steady_of = -1
         self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
         self._numbers = itertools.count()
 
@@ -3031,6 +3037,20 @@ class Fleet:
             if view.models and model in view.models:
                 return True
         return False
+
+    def steady_since(self, model: str | None) -> float:
+        """Since when the first of a model's healthy servers is there: a slow start is for those
+        that come later than that."""
+        if self._steady_of != self.changes:
+            self._steady.clear()
+            self._steady_of = self.changes
+        if (known := self._steady.get(model)) is not None:
+            return known
+        found = min((view.health.since for view in self._views.values()
+                     if view.healthy and view.open and view.has(model)), default=INFINITY)
+        if model is None or self.knows(model):
+            self._steady[model] = found
+        return found
 
     def engines(self, server: str) -> list[ServerView]:
         """The views of one server."""
@@ -3274,6 +3294,7 @@ class Moment(NamedTuple):
     interval_s: float  # between two reports of load
     enforced: bool = False  # a server takes no more requests at once than its capacity
     slow_start_s: float = 0.0
+    steady_since: float = -INFINITY  # since when the first of the servers has been there
 
 
 def load_of(view: ServerView, moment: Moment) -> float:
@@ -3287,8 +3308,11 @@ def load_of(view: ServerView, moment: Moment) -> float:
 def crowding_of(view: ServerView, moment: Moment) -> float:
     """How full it would be with one more."""
     crowding = (load_of(view, moment) + 1) / view.size
-    if moment.now - view.health.since >= moment.slow_start_s:
+    since = view.health.since
+    if moment.now - since >= moment.slow_start_s:
         return crowding
+    if since - moment.steady_since < moment.slow_start_s:
+        return crowding  # they have come together: nobody is there to spare it work
     return crowding / view.ramp(moment.now, moment.slow_start_s)
 
 
@@ -3317,7 +3341,7 @@ class Policy:
 
     name: ClassVar[str] = ""
     weighs: ClassVar[bool] = True  # servers' weights matter; those without any are never seen
-    tie: ClassVar[float] = 1.0  # costs up to so many times the lowest are as good
+    tie: ClassVar[float] = 1.02  # costs up to so many times the lowest are as good
 
     def __init__(self, s: Settings) -> None:
         self.settings = s
@@ -3331,6 +3355,10 @@ class Policy:
         return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1)"
                 f" / {v.capacity:.4g}{weighed(v)}"
                 for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
+
+    def tie_for(self, call: Call) -> float:
+        """How far apart the costs of equals may be, as a factor."""
+        return self.tie
 
     def chosen(self, view: ServerView) -> None:
         """That server is asked."""
@@ -3383,8 +3411,6 @@ def fullness_of(view: ServerView, moment: Moment) -> float:
 class Unified(Policy):
     """The work ahead of the call's first token × how crowded the server will be ÷ the room in its
     KV cache."""
-
-    tie = 1.02
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
@@ -3459,6 +3485,8 @@ class Least(Policy):
 class RoundRobin(Policy):
     """In turn, by weight: each server's next turn comes after 1 / weight more."""
 
+    tie = 1.0
+
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
         self.turns: dict[str, float] = {}
@@ -3482,6 +3510,8 @@ class RoundRobin(Policy):
 @policy("random")
 class Drawn(Policy):
     """By chance, by weight: the first to arrive of processes with these rates."""
+
+    tie = 1.0
 
     def costs(self, scene: Scene) -> list[float]:
         return [scene.draw.expovariate(view.weight) for view in scene.views]
@@ -3531,6 +3561,9 @@ class Hashed(Policy):
 
     def key(self, call: Call) -> bytes:
         raise NotImplementedError
+
+    def tie_for(self, call: Call) -> float:
+        return 1.0 if self.key(call) else self.tie
 
     def costs(self, scene: Scene) -> list[float]:
         if not (key := self.key(scene.call)):
@@ -3606,7 +3639,7 @@ class LMetric(Policy):
 class Mvllm(Policy):
     """As mvllm: any server under 0.5, else the lowest; by the last report alone."""
 
-    weighs = False  # bit for bit what it was
+    weighs, tie = False, 1.0  # bit for bit what it was
 
     def costs(self, scene: Scene) -> list[float]:
         return [0.0 if score < 0.5 else score for score in map(self.score, scene.views)]
@@ -3799,7 +3832,7 @@ def obstacle(
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
         if not (health.answers and (needed or trial)):
             return f"is {health.state.value} ({health.reason})"
-    if model is not None and view.models is not None and model not in view.models:
+    if not view.has(model):
         return f"does not serve {shown(model)}"
     if not view.share:
         return f"gets none: its pool has 0 % ({view.pool or 'of no pool'})"
@@ -3900,7 +3933,8 @@ def rank(
         return Ranking(None, views, cached, call, tried, by, moment, reasons, [])
     costs = by.costs(scene)
     lowest = min(costs)
-    limit = lowest * by.tie if lowest > 0 else lowest
+    tie = by.tie_for(call)
+    limit = lowest * tie if lowest > 0 else lowest / tie
     good = [n for n, cost in enumerate(costs) if cost <= limit]
     at = good[0] if len(good) == 1 else draw.choice(good)
     best, expected = scene.views[at], scene.cached[at]
@@ -6659,7 +6693,7 @@ class PolicyRouter:
         if by is None:
             name = s.policies.get(arrival.model or "", s.policy)
             by = self.policies[arrival.model] = POLICIES[name](s)
-        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start, 0.0)
         views, cached = self.fleet.views(), self.fleet.cached(prompt)
         best = rank(views, cached, call, frozenset(), by, moment, self.draw).best
         if best is None:
@@ -8562,9 +8596,10 @@ class Core:
             known[call.model] = standing(self.fleet.views(), call.model, moment)
         return known[call.model]
 
-    def moment(self, now: float) -> Moment:
+    def moment(self, now: float, model: str | None) -> Moment:
         s = self.settings
-        return Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        return Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start,
+                      self.fleet.steady_since(model))  # fmt: skip
 
     def has_place(self) -> bool:
         """Whether any server could take a request more."""
@@ -8963,7 +8998,8 @@ class Exchange:
         return False
 
     def choose(self, tried: frozenset[str]) -> Ranking:
-        core, call, moment = self.core, self.call, self.core.moment(self.loop.time())
+        core, call = self.core, self.call
+        moment = core.moment(self.loop.time(), call.model)
         views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
         passed = core.standing(call, tried, moment)
         if self.only:

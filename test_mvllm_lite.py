@@ -3024,6 +3024,59 @@ def test_costs_within_two_percent_are_as_good(pending, share):
     assert found["s0"] / 1000 == pytest.approx(share, abs=0.05)
 
 
+NEARLY = {"configured": lite.AUTO, "learned": 16.1, "load": (100, 0)}  # costs of s1 are 0.6 or 1 % less
+TIES = table(  # policy, what s0 and s1 are, the session, and whether both are asked
+    ("least", "least", {}, "", True),
+    ("power_of_two", "power_of_two", {}, "", True),
+    ("lmetric", "lmetric", {}, "", True),
+    ("cache_aware", "cache_aware", {}, "", True),
+    ("consistent_hash: nobody's", "consistent_hash", {}, "", True),
+    ("consistent_hash: a session's home", "consistent_hash", {}, "user: 1", False),
+    ("prefix: without one", "prefix", {}, "", True),
+    ("expression", "expression", {"score": "(in_flight + foreign + 1) / capacity"}, "", True),
+    ("expression: below zero", "expression", {"score": "capacity - 9999"}, "", True),
+    ("mvllm: bit for bit", "mvllm", {}, "", False),
+    ("vllm_router: bit for bit", "vllm_router", {}, "", False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy, settings, session, both", TIES)
+def test_costs_within_two_percent_are_equals_but_where_a_rule_is_exact(policy, settings, session, both):
+    views, draw = [server(0, load=(101, 0)), server(1, **NEARLY)], random.Random(3)
+    asked = lite.Call("m", session=session)
+    assert (len({judged(views, policy, call=asked, draw=draw, **settings).best for _ in range(40)}) == 2) is both
+
+
+@pytest.mark.parametrize("policy", ["unified", "least", "power_of_two", "consistent_hash", "expression"])
+def test_a_fleet_that_starts_together_does_not_start_slowly_against_itself(policy):
+    """Checks of its servers end at other moments; requests come one after the other."""
+    fleet, draw = lite.Fleet(), random.Random(3)
+    fleet.apply([lite.ServerSettings(f"s{n}", 16) for n in range(3)], 0.0)
+    for n, came_at in enumerate((0.1, 0.10001, 1.4)):
+        fleet.judge(f"s{n}", lite.Health.become, State.HEALTHY, "x", came_at)
+        fleet.learned(f"s{n}", {"m": {}}, came_at)
+    by, taken = lite.POLICIES[policy](Settings(score="(in_flight + 1) / capacity")), Counter()
+    for n in range(60):
+        moment = lite.Moment(1.5 + n / 20, 0.5, False, 5.0, fleet.steady_since("m"))
+        taken[lite.rank(fleet.views(), [0] * 3, lite.Call("m"), frozenset(), by, moment, draw).best] += 1
+    assert min(taken.values()) > 8 and len(taken) == 3
+
+
+def test_who_comes_later_than_the_first_starts_slowly():
+    fleet = fleet_of(16, 16, 16, models=["m"])
+    assert fleet.steady_since("m") == fleet.steady_since(None) == 0.0
+    fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 50.0)
+    fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 100.0)
+    moment = lite.Moment(101.0, 0.5, False, 10.0, fleet.steady_since("m"))
+    assert lite.crowding_of(fleet.view("s0"), moment) == pytest.approx(1 / 16 / 0.19)
+    assert lite.crowding_of(fleet.view("s1"), moment) == 1 / 16
+    fleet.learned("s0", {"n": {}}, 100.0)  # the first of another model
+    assert fleet.steady_since("n") == 100.0 and fleet.steady_since("m") == 0.0
+    for n in (1, 2):
+        fleet.judge(f"s{n}", lite.Health.become, State.UNHEALTHY, "x", 102.0)
+    assert fleet.steady_since("m") == math.inf and fleet.steady_since(None) == 100.0
+
+
 def in_numbers(words):
     """What the terms of the default policy come to."""
     sum_of = re.sub(r"\b(A|u|speed|rho|room) ", "", words).replace("×", "*").replace("^", "**").replace("rho ", "")
