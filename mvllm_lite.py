@@ -459,6 +459,11 @@ class ResponseHead:
     def is_json(self) -> bool:
         return self.fields.get("content-type")[:16].lower() == "application/json"
 
+    @functools.cached_property
+    def is_encoded(self) -> bool:
+        """Whether its content has a content coding (RFC 9110 §8.4): it cannot be looked into."""
+        return any(coding != "identity" for coding in self.fields.members("content-encoding"))
+
 
 # Stands in for a request that could not be read, where one is answered.
 NO_REQUEST = RequestHead("", "", None, 1, Fields([], {}))
@@ -794,10 +799,11 @@ def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) ->
 
 @remembered
 def forwarded_fields(
-    fields: Fields, peer: str, tls: bool, trusted: bool, shows_key: bool
+    fields: Fields, peer: str, tls: bool, trusted: bool, shows_key: bool, stream: bool
 ) -> tuple[str, str]:
     """A client's field lines for servers, but for X-Request-Id; and those with its key, if they
-    may see it.  Whom the `peer` speaks for counts if it is `trusted`."""
+    may see it.  Whom the `peer` speaks for counts if it is `trusted`.  For a `stream` nobody on
+    the way shall collect events to compress them."""
     get = fields.get
     host = (trusted and get("x-forwarded-host")) or get("host")
     proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
@@ -808,6 +814,8 @@ def forwarded_fields(
     ]
     if host:
         added.append(("X-Forwarded-Host", host))
+    if stream or "text/event-stream" in get("accept").lower():
+        added.append(("Accept-Encoding", "identity"))
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
     key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                         if shows_key and key in KEY_FIELD_NAMES)  # fmt: skip
@@ -2202,10 +2210,11 @@ def read_call(
         refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
     if not content and head.query:  # beside content, servers do not look there
-        found = urllib.parse.parse_qs(head.query).get("model", [None])
+        query = urllib.parse.parse_qs(head.query)
+        found = query.get("model", [None])
         if len(found) > 1:
             raise BadMessage("the query says model twice")
-        asked = found[0]
+        asked, members["stream"] = found[0], query.get("stream", [None])[-1]
     if asked is None and content:
         asked = default_model or None
     if not isinstance(asked, str):  # a number, say: a server will refuse it
@@ -7808,7 +7817,7 @@ class Response:
         self.persists = persists  # the wire may carry another request afterwards
         self.cors = cors_fields(request, settings.cors_allowed_origins)
         self.status = 0  # shown to the client; 0 until then
-        self.streams = False  # it is an event stream
+        self.streams = False  # it is an event stream, and its events can be read
         self.opened = False  # of which the client has seen comments, and no answer yet
         self.framing: Framing | None = None
         self.sent_bytes = 0
@@ -7827,10 +7836,11 @@ class Response:
         the rest is wanted, too."""
         if self.opened:
             return self.go_on(head, content, done)
-        self.status, self.framing, self.streams = head.status, framing, head.is_event_stream
+        self.status, self.framing = head.status, framing
+        self.streams = head.is_event_stream and not head.is_encoded
         self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, *self.cors]
-        if self.streams:
+        if head.is_event_stream:
             fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
         out = return_response(head, self.request, framing, self.persists, fields, self.id)
         if content:
@@ -7853,13 +7863,15 @@ class Response:
         self.write(b": waiting\n\n")
 
     def go_on(self, head: ResponseHead, content: bytes, done: bool) -> bool:
-        """A server's answer, after comments.  What is no event stream becomes an error event."""
+        """A server's answer, after comments.  What is no event stream, or one in a coding that
+        our head did not announce, becomes an error event."""
         self.status = 200
-        if not head.is_event_stream or head.status != 200:
+        if not head.is_event_stream or head.status != 200 or head.is_encoded:
             self.persists, self.end = False, "server_error"
-            line = content if done and content and b"\n" not in content else json.dumps(
-                {"error": {"message": f"the server answered {head.status}", "code": head.status}}
-            ).encode()
+            plain = done and content and b"\n" not in content and not head.is_encoded
+            text = f"the server answered {head.status}{' in a coding' * head.is_encoded}"
+            line = content if plain else json.dumps(
+                {"error": {"message": text, "code": head.status}}).encode()
             self.write(b"data: " + line + b"\n\n")
             return False
         if content:
@@ -8830,11 +8842,15 @@ class Conversation(Attempt):
         self, wire: Wire, head: ResponseHead, framing: Framing, decoder: Decoder
     ) -> tuple[Fault | None, bytes]:
         """Read as much of an answer as it takes to see whether it is one: of an event stream its
-        first event; of a failure all, since it may be shown later; of a short JSON document all,
-        since it comes at once.  The fault it is, or None, and the content so far."""
+        first event, or byte where it is compressed; of a failure all, since it may be shown later;
+        of a short JSON document all, since it comes at once.  The fault it is, or None, and the
+        content so far."""
         deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
         fault, held = self.fault_of(head), b""
         if fault is None and head.is_event_stream and not decoder.done:
+            if head.is_encoded:  # its first byte has to do
+                held = await wire.read_content(decoder, deadline)
+                return None if held else Fault.STREAM_FAILED, held
             while len(held) <= HELD_LIMIT_BYTES and (begun := stream_begun(held)) is Begun.NOT_YET:
                 if decoder.done:
                     return Fault.STREAM_FAILED, held
@@ -9175,7 +9191,8 @@ class Exchange:
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         shows_key = s.pass_client_key or not self.core.gate.closed
-        lines, key_lines = forwarded_fields(self.head.fields, peer, tls, trusted, shows_key)
+        lines, key_lines = forwarded_fields(
+            self.head.fields, peer, tls, trusted, shows_key, self.call.stream)
         return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
 
     async def relay(self, step: Relay) -> Outcome:

@@ -489,6 +489,22 @@ def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
     ]  # fmt: skip
 
 
+CODED = "Host: a\nAccept-Encoding: gzip, br"
+
+
+@pytest.mark.parametrize("fields, stream, asked", table(
+    ("a plain answer may be compressed", CODED, False, ["gzip, br"]),
+    ("a stream may not", CODED, True, ["identity"]),
+    ("nor where the client says nothing, RFC 9110 12.5.3", "Host: a", True, ["identity"]),
+    ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False, ["identity"]),
+    ("nor where it is said twice", f"{CODED}\nAccept-Encoding: zstd", True, ["identity"]),
+))  # fmt: skip
+def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
+    head = head_of(f"POST /v1/x HTTP/1.1\n{fields}")
+    lines, _ = lite.forwarded_fields(head.fields, "1.1.1.1", False, False, False, stream)
+    assert re.findall("(?i)accept-encoding: (.*)\r\n", lines) == asked
+
+
 @pytest.mark.parametrize("method, length, framed", table(
     ("GET without content", "GET", None, []),
     ("POST says 0, RFC 9110 8.6", "POST", None, ["Content-Length: 0"]),
@@ -1305,6 +1321,7 @@ CALLS = table(
     ("quoted boundary", {"body": FORM, "fields": FORM_TYPE.replace("XX", '"XX"')}, ("whisper", False)),
     ("query", {"body": b"", "query": "?model=m"}, ("m", False)),
     ("content before query", {"body": b'{"model":"m"}', "query": "?model=x"}, ("m", False)),
+    ("a stream that the query asks for", {"body": b"", "query": "?stream=true"}, (None, True)),
     ("default", {"body": b"{}", "default": "d"}, ("d", False)),
     ("alias", {"body": b'{"model":"a"}', "aliases": {"a": "real"}}, ("real", False)),
     ("default may be an alias", {"body": b"{}", "default": "a", "aliases": {"a": "real"}}, ("real", False)),
@@ -6080,6 +6097,50 @@ async def test_nothing_of_a_stream_is_shown_before_its_first_event():
         assert (await reading).body == b": keep-alive\n\n" + FIRST
 
 
+GZIPPED_HEAD = STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+
+
+@pytest.mark.parametrize("then", ["ends", "breaks"])
+@asynchronous
+async def test_a_stream_that_a_hop_compresses_is_shown_from_its_first_byte_on(then):
+    """Nobody can look inside: it is not run again, and no event of ours is mixed in."""
+    sent, rest = gzip.compress(FIRST + DONE), asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.send(GZIPPED_HEAD, chunk(sent[:1]))
+        await rest.wait()
+        await conn.send(chunk(sent[1:]))
+        if then == "breaks":
+            return "close"
+        await conn.send(b"0\r\n\r\n")
+
+    async with balancing(server := Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}', ["Accept-Encoding: gzip"])
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert b"Content-Encoding: gzip" in head and b"X-Accel-Buffering: no" in head
+        assert await client.reader.readexactly(6) == chunk(sent[:1])
+        rest.set()
+        end = chunk(sent[1:])
+        if then == "ends":
+            assert await client.reader.readexactly(len(end) + 5) == end + b"0\r\n\r\n"
+        else:
+            with contextlib.suppress(ConnectionError):
+                assert end.startswith(await client.reader.read())
+    assert len(server.asked) == 1 and server.asked[0].get("accept-encoding") == ["identity"]
+
+
+@asynchronous
+async def test_a_compressed_stream_that_never_begins_is_asked_of_another():
+    async def empty(asked, conn):
+        await conn.send(GZIPPED_HEAD, b"0\r\n\r\n")
+
+    first = Server(empty)
+    first.capacity = 1000
+    async with balancing(first, second := Server()) as running:
+        assert (await (await running.client()).post(body=b'{"stream":true}')).get("x-mvllm-server") == second.url
+
+
 @asynchronous
 async def test_a_slow_client_slows_its_server_and_fills_no_memory():
     block, sent, stuck = b"x" * 65536, 0, asyncio.Event()
@@ -7087,11 +7148,17 @@ async def test_a_full_queue_is_429_and_a_long_wait_503_with_a_time_to_come_back(
             assert await running.metric("mvllm_limits_met_total", limit=limit) == 1
 
 
-@pytest.mark.parametrize("then", ["answer", "error", "timeout"])
+@pytest.mark.parametrize("then", ["answer", "error", "compressed", "compressed error", "timeout"])
 @asynchronous
 async def test_a_stream_s_client_can_see_that_it_waits(then):
     async def answer(asked, conn):
-        await gated(asked, conn) if b'"n":1' in asked.body or then == "answer" else await conn.json({"error": "no"}, "400 X")
+        if b'"n":1' in asked.body or then == "answer":
+            await gated(asked, conn)
+        elif then == "compressed":
+            await conn.send(GZIPPED_HEAD, chunk(gzip.compress(FIRST)), b"0\r\n\r\n")
+        else:
+            error = b'{"error": "no"}' if then == "error" else b"\x1f\x8b\x08"
+            await conn.json(error, "400 X", "content-encoding: gzip\r\n" * ("compressed" in then))
 
     server, gated = Server(answer), Gated()
     server.capacity = 1
@@ -7111,7 +7178,8 @@ async def test_a_stream_s_client_can_see_that_it_waits(then):
         else:
             raw = await second.reader.read()
             assert not raw.endswith(b"0\r\n\r\n")
-            assert b'data: {"error": "no"}\n\n' in raw if then == "error" else b"queue_timeout" in raw
+            said = {"error": b'data: {"error": "no"}\n\n', "timeout": b"queue_timeout"}
+            assert said.get(then, b"in a coding") in raw and b"\x1f\x8b" not in raw
 
 
 @asynchronous
