@@ -184,7 +184,13 @@ REPEATS_S = 60.0  # for which a warning that comes again and again is only count
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at,
 SAMPLE_LIMIT = 4096  # and how long each may be
-MODELS_LIMIT = 2000  # of one server's models that are known by name
+PAGE_SLICE = 64 * 1024  # characters of it that are read before others get their turn: a few ms
+ENGINES_LIMIT = 256  # of one server that are told apart; data_parallel_size allows no more
+MODELS_LIMIT = 2000  # of one server's models that are known by name,
+MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 ms to parse
+MODEL_NAME_LIMIT = 512  # characters; the longest path that is a model's name is shorter
+MODEL_ENTRY_LIMIT = 4096  # characters of what is said of a model; vLLM's own has 600,
+MODEL_ENTRY_DEPTH = 8  # and is nested twice
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
 LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
@@ -953,11 +959,13 @@ class Sample(NamedTuple):
     value: float
 
 
-def parse_samples(page: str, names: Iterable[str] | None = None) -> Iterator[Sample]:
+def parse_samples(
+    page: str, names: Iterable[str] | None = None, limit: int = SAMPLES_LIMIT
+) -> Iterator[Sample]:
     """The samples of the named metrics, or of all.  Comments and malformed lines are skipped: one
     bad line must not hide the load of a server."""
     lines = page.split("\n") if names is None else named_lines(page, names)
-    for line in itertools.islice(lines, SAMPLES_LIMIT):
+    for line in itertools.islice(lines, limit):
         if len(line) > SAMPLE_LIMIT or (match := SAMPLE_LINE.fullmatch(line)) is None:
             continue
         try:
@@ -2289,8 +2297,31 @@ CLIENT_ERROR = re.compile(rb'"code"\s*:\s*"?4\d\d\b')
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
+class StreamStart:
+    """The beginning of an event stream as it comes, each byte looked at once: comments and events
+    of the preamble may come in any number of pieces."""
+
+    __slots__ = ("held", "_event", "_seen")
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+        self._event = self._seen = 0  # where an event begins, and up to where it has no end
+
+    def feed(self, piece: bytes) -> Begun:
+        """Judges what is there so far."""
+        held = self.held
+        held += piece
+        while end := BLANK_LINE.search(held, self._seen):
+            begun = stream_begun(bytes(held[self._event : end.end()]))
+            self._event = self._seen = end.end()
+            if begun is not Begun.NOT_YET:
+                return begun
+        self._seen = max(self._event, len(held) - 3)  # \r\n\r, say
+        return Begun.NOT_YET
+
+
 def stream_begun(content: bytes) -> Begun:
-    """Judges an event stream's content so far.  A stream that begins with an error event, or with
+    """Judges whole events from a stream's start.  One that begins with an error event, or with
     the [DONE] that a stopping vLLM sends to queued requests, failed before it began; unless the
     error is the client's, which every server would repeat."""
     for event in BLANK_LINE.split(content)[:-1]:
@@ -2425,16 +2456,33 @@ class EngineLoad(NamedTuple):
 COUNTS = ("running", "waiting", "max_fds", "tokens", "generation_tokens", "prefix_hits")
 
 
-def engine_loads(page: str) -> dict[str, EngineLoad]:
+def read_loads(page: str) -> Generator[None, None, dict[str, EngineLoad]]:
     """The load in a /metrics page of any vLLM since 0.8: of each engine by its label, and of all
-    together under ''."""
+    together under ''.  Of a large page a slice is read at a time; then it is others' turn."""
     pages: dict[str, list[Sample]] = {"": []}
-    for sample in parse_samples(page, VLLM_NAMES):
-        if 0 <= sample.value < PLAUSIBLE_LIMIT:
-            pages[""].append(sample)
-            if engine := sample.labels.get("engine"):
-                pages.setdefault(engine, []).append(sample)
+    begin, left = 0, SAMPLES_LIMIT
+    while begin < len(page) and left > 0:
+        end = page.find("\n", begin + PAGE_SLICE) + 1 or len(page)
+        for sample in parse_samples(page[begin:end], VLLM_NAMES, left):
+            left -= 1
+            if 0 <= sample.value < PLAUSIBLE_LIMIT:
+                pages[""].append(sample)
+                engine = sample.labels.get("engine")
+                if engine and (engine in pages or len(pages) <= ENGINES_LIMIT):
+                    pages.setdefault(engine, []).append(sample)
+        begin = end
+        yield
     return {engine: joined_load(samples) for engine, samples in pages.items()}
+
+
+def engine_loads(page: str) -> dict[str, EngineLoad]:
+    """The same, read at once."""
+    reading = read_loads(page)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def joined_load(samples: Iterable[Sample]) -> EngineLoad:
@@ -2478,15 +2526,39 @@ def kv_size(config: Mapping[str, str]) -> int:
     return int(blocks[:9]) * int(block[:6]) if blocks.isdecimal() and block.isdecimal() else 0
 
 
+MODEL_MEMBERS = ("id", "object", "created", "owned_by", "root", "parent", "max_model_len")
+
+
 def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
     """The models in an answer to /v1/models, by id with everything said of them; None if it is
-    not such an answer.  An id becomes a label and a word in log lines, so it must be printable."""
+    not such an answer.  An id becomes a label and a word in log lines, so it must be printable,
+    and no longer than a name."""
+    if sum(map(content.count, (b"[", b"{", b","))) > MODELS_MARKS_LIMIT:
+        return None
     try:
         entries = json.loads(content)["data"][:MODELS_LIMIT]
         found = {entry["id"]: entry for entry in entries}
-        return {name: entry for name, entry in found.items() if name.isprintable()}
+        return {name: model_entry(entry) for name, entry in found.items()
+                if name.isprintable() and len(name) <= MODEL_NAME_LIMIT}  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a server says of a model, as it can be shown to everybody; of one that says too much,
+    or numbers that are none in JSON, what is simple of vLLM's own members."""
+    if is_plain(entry, MODEL_ENTRY_DEPTH) and len(json.dumps(entry)) <= MODEL_ENTRY_LIMIT:
+        return entry
+    return {name: entry[name] for name in MODEL_MEMBERS if name in entry
+            and is_plain(entry[name], 0) and len(str(entry[name])) <= MODEL_NAME_LIMIT}  # fmt: skip
+
+
+def is_plain(value: Any, depth: int) -> bool:
+    """Whether a value is nested no deeper, and its numbers are such as occur."""
+    if isinstance(value, (dict, list)):
+        within = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(is_plain(one, depth - 1) for one in within)
+    return not isinstance(value, (int, float)) or abs(value) < PLAUSIBLE_LIMIT  # so no NaN
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -8846,29 +8918,28 @@ class Conversation(Attempt):
         of a short JSON document all, since it comes at once.  The fault it is, or None, and the
         content so far."""
         deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
-        fault, held = self.fault_of(head), b""
+        fault, held = self.fault_of(head), bytearray()
         if fault is None and head.is_event_stream and not decoder.done:
             if head.is_encoded:  # its first byte has to do
-                held = await wire.read_content(decoder, deadline)
-                return None if held else Fault.STREAM_FAILED, held
-            while len(held) <= HELD_LIMIT_BYTES and (begun := stream_begun(held)) is Begun.NOT_YET:
+                first = await wire.read_content(decoder, deadline)
+                return None if first else Fault.STREAM_FAILED, first
+            start, begun = StreamStart(), Begun.NOT_YET
+            while len(start.held) <= HELD_LIMIT_BYTES and begun is Begun.NOT_YET:
                 if decoder.done:
-                    return Fault.STREAM_FAILED, held
-                held += await wire.read_content(decoder, deadline)
+                    return Fault.STREAM_FAILED, bytes(start.held)
+                begun = start.feed(await wire.read_content(decoder, deadline))
             if decoder.done:  # it came at once
-                fault = bad_end(held[-TAIL_BYTES:])
-            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, held
+                fault = bad_end(bytes(start.held[-TAIL_BYTES:]))
+            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, bytes(start.held)
         if wire.buffer and not decoder.done:
-            held = decoder.feed(wire.take())
+            held += decoder.feed(wire.take())
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
         whole = head.status == 500 or short or self.errand.response.opened
-        if fault is None and not whole:
-            return None, held
-        while not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
+        while (fault or whole) and not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
             held += await wire.read_content(decoder, deadline)
-        if not decoder.done:
-            return None, held  # too much to be kept
-        return fault or bad_answer(head.status, held), held
+        if not (fault or whole) or not decoder.done:
+            return None, bytes(held)  # no failure as far as seen, or too much to be kept
+        return fault or bad_answer(head.status, held), bytes(held)
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""
@@ -9379,6 +9450,16 @@ async def watch_health(core: Core, url: str) -> None:
         await asyncio.sleep(min(s.health_check_interval, INFINITY if active else 1.0))
 
 
+async def in_turns(work: Generator[None, None, Result]) -> Result:
+    """What a long piece of work gives, with others' turns between its steps."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        await asyncio.sleep(0)
+
+
 async def watch_load(core: Core, url: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
     pool, loop, agreed_at = core.pool(url), asyncio.get_running_loop(), dict[str, float]()
@@ -9389,7 +9470,8 @@ async def watch_load(core: Core, url: str) -> None:
             status, page = await fetch(pool, "/metrics", max(1.0, 2 * interval_s))
             result = "ok" if status == 200 else "refused"
             if status == 200:
-                loads, now = engine_loads(page.decode("utf-8", "replace")), loop.time()
+                loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
+                now = loop.time()
                 for view in core.fleet.engines(url):
                     own_then = max(own.get(view.url, 0), view.in_flight)
                     load = loads.get(view.rank, EngineLoad())

@@ -1000,6 +1000,20 @@ def test_a_page_that_is_made_to_take_long_does_not():
     assert engine_load(many).running == lite.SAMPLES_LIMIT
 
 
+def test_a_large_page_is_read_in_slices_and_so_many_engines_are_told_apart():
+    labels = ",".join(f'l{n}="{n}"' for n in range(300))
+    page = "".join(f'vllm:num_requests_running{{engine="{n}",{labels}}} 1\n' for n in range(1000))
+    reading, steps = lite.read_loads(page), 0
+    with pytest.raises(StopIteration) as end:
+        for steps in itertools.count():
+            next(reading)
+    loads = end.value.value
+    assert steps >= len(page) // (lite.PAGE_SLICE + lite.SAMPLE_LIMIT)
+    assert list(loads) == ["", *map(str, range(lite.ENGINES_LIMIT))]
+    assert loads[""].running == 1000 and loads["7"].running == 1 and loads == lite.engine_loads(page)
+    assert list(lite.engine_loads("\n" * 1000 + page[:-1])) == list(loads)  # without an end of its line
+
+
 def test_not_a_number_is_read_as_such():
     assert math.isnan(next(lite.parse_samples("a NaN")).value)
 
@@ -1442,6 +1456,27 @@ def test_when_a_stream_has_begun(content, begun):
     assert lite.stream_begun(content) is lite.Begun[begun]
 
 
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("content, begun", BEGINNINGS)
+def test_when_a_stream_has_begun_however_it_arrives(content, begun, how):
+    start, found = lite.StreamStart(), lite.Begun.NOT_YET
+    for piece in pieces_of(content, how) if content else []:
+        if found is lite.Begun.NOT_YET:
+            found = start.feed(piece)
+    assert found is lite.Begun[begun]
+
+
+@pytest.mark.parametrize("piece, count", table(
+    ("comments", b":\n\n", 20_000), ("bytes of one event", b"x", 60_000), ("line ends", b"\r\n", 30_000),
+    ("events before the engine", b"event: response.queued\ndata: {}\n\n", 2000),
+))  # fmt: skip
+def test_a_stream_that_does_not_begin_costs_no_more_for_coming_in_pieces(piece, count):
+    begun, start = time.process_time(), lite.StreamStart()
+    for _ in range(count):
+        assert start.feed(piece) is lite.Begun.NOT_YET
+    assert start.held == piece * count and time.process_time() - begun < 2  # minutes, it would take
+
+
 def engine_load(page):
     """Of all engines together."""
     return lite.engine_loads(page)[""]
@@ -1510,10 +1545,37 @@ def test_what_a_plain_answer_admits(status, content, fault):
     ("entries without id", b'{"data":[{}]}', None),
     ("an id that is none", b'{"data":[{"id":5}]}', None),
     ("ids that cannot be shown", b'{"data":[{"id":"a\\nb"},{"id":"\\ud800"},{"id":"c"}]}', ["c"]),
+    ("a name that is no name", b'{"data":[{"id":"%b"},{"id":"%b"}]}' % (b"a" * 513, b"b" * 512), ["b" * 512]),
+    ("more names than are known", b'{"data":[%b]}' % b",".join(b'{"id":"%d"}' % n for n in range(2001)), [*map(str, range(2000))]),
+    ("made to take long", b'{"data":[%b0]}' % (b"[]," * 200_000), None),
+    ("nested too deeply to be read", b'{"data":[{"id":"a","x":%b}]}' % (b"[" * 99_000 + b"]" * 99_000), None),
 ))  # fmt: skip
 def test_model_lists(content, names):
     models = lite.model_list(content)
     assert (models if models is None else list(models)) == names
+
+
+SAID = '{"id":"m","object":"model","owned_by":"vllm","max_model_len":2048,"permission":[{"id":"p"}]}'
+SIMPLE = {"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 2048}
+
+
+@pytest.mark.parametrize("said, kept", table(
+    ("vLLM's own stays as it is", "", json.loads(SAID)),
+    ("so do members of others", ',"x":{"a":[1,-2.5,null,true,"b"]}', {**json.loads(SAID), "x": {"a": [1, -2.5, None, True, "b"]}}),
+    ("nested too deeply to be written again", ',"x":' + "[" * 500 + "]" * 500, SIMPLE),
+    ("nested as deeply as may be", ',"x":' + "[" * 7 + "]" * 7, {**json.loads(SAID), "x": [[[[[[[]]]]]]]}),
+    ("nested a level more", ',"x":' + "[" * 8 + "]" * 8, SIMPLE),
+    ("no number", ',"x":[NaN]', SIMPLE),
+    ("nor infinite ones", ',"x":-Infinity', SIMPLE),
+    ("nor a number too large for one", ',"x":1e999', SIMPLE),
+    ("a number nobody means", ',"max_model_len":' + "9" * 4000, {k: v for k, v in SIMPLE.items() if k != "max_model_len"}),
+    ("a long text", ',"x":"' + "a" * 5000 + '"', SIMPLE),
+    ("a long text where vLLM has a short one", ',"root":"' + "a" * 5000 + '"', SIMPLE),
+    ("another shape of a member", ',"x":NaN,"root":["a"]', SIMPLE),
+))  # fmt: skip
+def test_what_a_server_says_of_a_model_is_bounded(said, kept):
+    entry = lite.model_list(f'{{"data":[{SAID[:-1]}{said}}}]}}'.encode())["m"]
+    assert entry == kept and json.loads(json.dumps(entry, allow_nan=False)) == kept
 
 
 def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
