@@ -4201,6 +4201,7 @@ class WaitQueue:
     def __init__(self) -> None:
         self._lines: dict[Wants, deque[Waiter]] = {}
         self._served, self._served_at = 0.0, 0.0  # places that became free, fading
+        self._since = INFINITY  # when they began to be counted
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -4212,6 +4213,7 @@ class WaitQueue:
         return max((now - line[0].since for line in self._lines.values()), default=0.0)
 
     def join(self, waiter: Waiter) -> None:
+        self._since = min(self._since, waiter.since)
         self._lines.setdefault(waiter.wants, deque()).append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
@@ -4243,14 +4245,18 @@ class WaitQueue:
 
     def served(self, now: float) -> None:
         """A place has become free."""
+        self._since = min(self._since, now)
         self._served = 1 + self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
         self._served_at = now
 
     def clears_in_s(self, now: float) -> int:
-        """When a request that came now might have its turn, by the rate of late: 1 to 60 s."""
-        fading = math.exp((self._served_at - now) / DRAIN_MEMORY_S)
-        rate = self._served * fading / DRAIN_MEMORY_S
-        return math.ceil(min(60.0, max(1.0, (len(self) + 1) / rate if rate > 0.001 else INFINITY)))
+        """When a request that came now might have its turn, by the rate of late: 1 to 60 s.  As
+        long as there is none, it may take about as long again as the first has waited so far."""
+        served = self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
+        counted_s = DRAIN_MEMORY_S * -math.expm1((self._since - now) / DRAIN_MEMORY_S)
+        known = served >= 1 and counted_s > 0
+        seconds = (len(self) + 1) * counted_s / served if known else self.longest_wait_s(now)
+        return math.ceil(min(60.0, max(1.0, seconds)))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -8589,8 +8595,25 @@ class Attempt:
             wire.abort()
 
 
+class Policies:
+    """The policies of one set of settings, with what they remember: by name and model."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.known: dict[tuple[str, str], Policy] = {}
+
+    def get(self, model: str | None, label: str) -> Policy:
+        """The one for calls for that model; all whom nobody serves (`label`) share one."""
+        s = self.settings
+        key = s.policies.get(model or "", s.policy), label
+        if key not in self.known:
+            self.known[key] = POLICIES[key[0]](s)
+        return self.known[key]
+
+
 class Core:
-    """The balancer owns it, and replaces its settings on reload."""
+    """The balancer owns it, and replaces its settings on reload; a request keeps those that it
+    came under to its end."""
 
     def __init__(self, settings: Settings, draw: random.Random) -> None:
         self.settings = settings
@@ -8600,7 +8623,7 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.queue = WaitQueue()
-        self.policies: dict[tuple[str, str], Policy] = {}  # by name and model
+        self.policies = Policies(settings)  # of the settings in force, which replace it
         # Reasons to pass over servers, by model, and which change of the fleet they follow from.
         self._standings: dict[str | None, list[str] | None] = {}
         self._standings_of = -1
@@ -8659,14 +8682,6 @@ class Core:
             self.fleet.views(now.monotonic), self.minutes, now, self.settings, process, self.events,
             [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
 
-    def policy(self, model: str | None, label: str) -> Policy:
-        """The one for calls for that model; all whom nobody serves (`label`) share one."""
-        s = self.settings
-        key = s.policies.get(model or "", s.policy), label
-        if key not in self.policies:
-            self.policies[key] = POLICIES[key[0]](s)
-        return self.policies[key]
-
     def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
         """As the function of that name says, found out once for each change of the fleet; for
         models that some server has, of which there are not too many."""
@@ -8680,9 +8695,11 @@ class Core:
             known[call.model] = standing(self.fleet.views(), call.model, moment)
         return known[call.model]
 
-    def moment(self, now: float, model: str | None) -> Moment:
-        s = self.settings
-        return Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start,
+    def moment(self, s: Settings, now: float, model: str | None) -> Moment:
+        """For a request that came under these settings; a queue that was given up since then holds
+        nobody up any more, and one that is new is for those who come to it."""
+        enforced = s.queue_size > 0 and self.settings.queue_size > 0
+        return Moment(now, s.metrics_interval, enforced, s.slow_start,
                       self.fleet.steady_since(model))  # fmt: skip
 
     def has_place(self) -> bool:
@@ -8996,14 +9013,15 @@ class Exchange:
 
     def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
         self.core, self.client, self.head = core, client, head
-        self.settings = core.settings  # those in force when the request came
+        # Those in force when the request came.
+        self.settings, self.policies = core.settings, core.policies
         self.loop = client.loop
         self.framing = request_framing(head, length)
         self.says_length = length is not None or self.framing.chunked  # also of no content
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
         persists = head.persists and not core.stopping
         id = request_id(head.fields, core.draw)
-        self.response = Response(client, head, id, core.settings, persists)
+        self.response = Response(client, head, id, self.settings, persists)
         self.path = inference_path(head.path)
         self.call = NO_CALL  # until the content is there
         self.content_bytes = 0  # of the request, in all,
@@ -9086,13 +9104,13 @@ class Exchange:
 
     def choose(self, tried: frozenset[str]) -> Ranking:
         core, call = self.core, self.call
-        moment = core.moment(self.loop.time(), call.model)
+        moment = core.moment(self.settings, self.loop.time(), call.model)
         views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
         passed = core.standing(call, tried, moment)
         if self.only:
             kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
             views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
-        by = core.policy(call.model, self.model_label)
+        by = self.policies.get(call.model, self.model_label)
         ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
         waiting = moment.enforced and not self.waiting
         if waiting and core.queue.waiting((call.model, self.only, tried)):
@@ -9113,7 +9131,7 @@ class Exchange:
 
     async def wait(self, step: Wait) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
-        core, s, queue, began = self.core, self.core.settings, self.core.queue, self.loop.time()
+        core, s, queue, began = self.core, self.settings, self.core.queue, self.loop.time()
         beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
         beat_s = s.queue_heartbeat if beats else INFINITY
         if len(queue) >= s.queue_size:
@@ -9152,7 +9170,7 @@ class Exchange:
         with place:
             self.place = None
         core = self.core
-        if core.settings.queue_size:
+        if core.settings.queue_size or core.queue:
             core.queue.served(self.loop.time())
             core.queue.hand_over(core.has_place)
 
@@ -9261,7 +9279,7 @@ class Exchange:
         client, s = self.client, self.settings
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
-        shows_key = s.pass_client_key or not self.core.gate.closed
+        shows_key = s.pass_client_key or not s.keys
         lines, key_lines = forwarded_fields(
             self.head.fields, peer, tls, trusted, shows_key, self.call.stream)
         return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
@@ -10444,7 +10462,7 @@ class Balancer:
         added, draining = core.fleet.apply(
             settings.servers, now, settings.pools, core.live.drained)
         if settings is not old:
-            core.policies.clear()
+            core.policies = Policies(settings)
         if settings.shape_file != self._shape_file:
             if core.shape is not None:  # which may take a second
                 asyncio.get_running_loop().run_in_executor(None, core.shape.close)

@@ -3943,12 +3943,30 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
 
 def test_when_a_queue_clears_is_told_from_the_rate_of_late():
     queue = lite.WaitQueue()
-    assert queue.clears_in_s(0.0) == 60
     for n in range(1, 401):
         queue.served(n / 4)  # four a second
     for _ in range(39):
         queue.join(lite.Waiter(100.0, (None, "", frozenset()), print, print, print))
     assert queue.clears_in_s(100.0) in (10, 11)
+
+
+@pytest.mark.parametrize("waiting, freed, now, said", table(
+    ("nobody has waited yet", [], [], 0.0, [1]),
+    ("a queue that is full at once", [0.0] * 50, [], 0.01, [1]),
+    ("it has not moved for some seconds", [0.0] * 50, [], 7.2, [8]),
+    ("nor for long", [0.0] * 50, [], 300.0, [60]),
+    ("it begins to move: four a second", [0.0] * 39, [0.25, 0.5, 0.75, 1.0], 1.0, [10, 11]),
+    ("one is no rate", [0.0] * 39, [0.25], 2.5, [3]),
+    ("it moved long ago, and is new now", [1000.0] * 39, [n / 4 for n in range(100)], 1002.5, [3]),
+    ("it moves so slowly that nobody knows", [0.0] * 3, [50.0], 95.0, [60]),
+))  # fmt: skip
+def test_a_queue_without_a_rate_yet_says_a_small_number_that_grows(waiting, freed, now, said):
+    queue = lite.WaitQueue()
+    for since in waiting:
+        queue.join(lite.Waiter(since, (None, "", frozenset()), print, print, print))
+    for then in freed:
+        queue.served(then)
+    assert queue.clears_in_s(now) in said
 
 
 def test_a_plan_waits_for_servers_that_were_not_checked_yet():
@@ -7563,7 +7581,7 @@ async def test_a_request_that_cannot_be_judged_harms_no_other():
     server = Server(held)
     server.capacity = 1
     async with balancing(server, queue_size=10, policy="least") as running:
-        running.core.policies["least", "m"] = Broken(running.core.settings)
+        running.core.policies.known["least", "m"] = Broken(running.core.settings)
         first, poison, last = [await running.client() for _ in range(3)]
         for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
             await client.ask("POST", "/v1/chat/completions", CHAT, fields)
@@ -8588,6 +8606,56 @@ async def test_a_second_stop_does_not_wait():
         with contextlib.suppress(ConnectionError):
             assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
     assert server.asked
+
+
+@asynchronous
+async def test_a_request_works_with_the_settings_it_came_under():
+    """They change between its head and its content; and what is made for it serves no other."""
+    a, b = Server(), Server()
+    async with balancing(a, b, policy="expression", score="foreign") as running:
+        core, client, later = running.core, await running.client(), await running.client()
+        by = {url: dataclasses.replace(core.settings, score=f"{sign}weight", servers=(
+            lite.ServerSettings(a.url, 10, weight=2.0), lite.ServerSettings(b.url, 10)))
+            for url, sign in ((a.url, "-"), (b.url, ""))}  # fmt: skip
+        running.balancer.adopt(by[a.url])
+        await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
+        while len(core.exchanges) != 1 or None in core.exchanges.values():
+            await asyncio.sleep(0)
+        running.balancer.adopt(by[b.url])
+        await client.send(b'":"m"}')
+        assert (await client.answer()).get("x-mvllm-server") == a.url
+        assert (await later.post()).get("x-mvllm-server") == b.url
+
+
+@asynchronous
+async def test_a_request_that_came_before_there_was_a_queue_does_not_wait_in_it():
+    server = Server(gated := Gated())
+    server.capacity = 1
+    async with balancing(server) as running:
+        early, before = await running.client(), await running.client()
+        await early.ask("POST", "/v1/x", b"{}")
+        await before.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
+        while len(running.core.exchanges) < 2 or None in running.core.exchanges.values():
+            await asyncio.sleep(0)
+        running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=1))
+        await before.send(b'":"m"}')
+        while running.in_flight() < 2:
+            await asyncio.sleep(0)
+        gated.let(2)
+        assert (await early.answer()).status == (await before.answer()).status == 200
+
+
+@asynchronous
+async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given_up_meanwhile():
+    async with balancing(server := Server(), keys=(lite.KeySettings("a", "sk-a"),)) as running:
+        core, client = running.core, await running.client()
+        await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-a\r\n'
+                          b'Content-Length: 13\r\n\r\n{"model')  # fmt: skip
+        while len(core.exchanges) != 1 or None in core.exchanges.values():
+            await asyncio.sleep(0)
+        running.balancer.adopt(dataclasses.replace(core.settings, keys=()))
+        await client.send(b'":"m"}')
+        assert (await client.answer()).status == 200 and server.asked[0].get("authorization") == []
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
