@@ -1392,6 +1392,9 @@ class Settings:
     queue_heartbeat: float = setting(
         0.0, number(0), "between comments to clients of streams that wait; 0 is none")
 
+    comment_after: float = setting(
+        15.0, number(0), "wait of a stream's client, after which a server's comments are shown")
+
     request_timeout: float = setting(
         600.0, number(0.001), "silence of a server that ends a request", "REQUEST_TIMEOUT")
     connect_timeout: float = setting(5.0, number(0.001), "time for a connection to a server")
@@ -2295,16 +2298,18 @@ FAILED_EVENTS = frozenset((b"error", b"response.failed"))
 ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:\s*[{"]|type"\s*:\s*"error")')
 CLIENT_ERROR = re.compile(rb'"code"\s*:\s*"?4\d\d\b')
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+COMMENT = re.compile(rb"(?::[^\n]*\n)+\r?\n")  # one that stands alone, in place of an event
 
 
 class StreamStart:
     """The beginning of an event stream as it comes, each byte looked at once: comments and events
     of the preamble may come in any number of pieces."""
 
-    __slots__ = ("held", "_event", "_seen")
+    __slots__ = ("held", "comments", "_event", "_seen")
 
     def __init__(self) -> None:
         self.held = bytearray()
+        self.comments: list[slice] = []  # in it, those that stand alone
         self._event = self._seen = 0  # where an event begins, and up to where it has no end
 
     def feed(self, piece: bytes) -> Begun:
@@ -2312,12 +2317,27 @@ class StreamStart:
         held = self.held
         held += piece
         while end := BLANK_LINE.search(held, self._seen):
-            begun = stream_begun(bytes(held[self._event : end.end()]))
+            event = slice(self._event, end.end())
+            begun = stream_begun(bytes(held[event]))
+            if COMMENT.fullmatch(held, event.start, event.stop):
+                self.comments.append(event)
             self._event = self._seen = end.end()
             if begun is not Begun.NOT_YET:
                 return begun
         self._seen = max(self._event, len(held) - 3)  # \r\n\r, say
         return Begun.NOT_YET
+
+    def take_comments(self) -> bytes:
+        """The comments so far, which are held no more."""
+        taken, rest, at = bytearray(), bytearray(), 0
+        for one in self.comments:
+            taken += self.held[one]
+            rest += self.held[at : one.start]
+            at = one.stop
+        self.held = rest + self.held[at:]
+        self._event, self._seen = self._event - len(taken), self._seen - len(taken)
+        self.comments.clear()
+        return bytes(taken)
 
 
 def stream_begun(content: bytes) -> Begun:
@@ -7927,8 +7947,11 @@ class Response:
         self.client.transport.write(out + LAST_CHUNK if done and framing == CHUNKED else out)
         return not done
 
-    def beat(self) -> None:
-        """A comment, which readers of events skip, for one that waits for its turn."""
+    def beat(self, comment: bytes = b": waiting\n\n") -> None:
+        """A comment, which readers of events skip, for one that waits.  With the first, the head
+        is ours, and any server's answer may still follow."""
+        if self.client.blocked:
+            return  # it has not taken the last ones
         if not self.opened:
             self.opened = self.streams = True
             self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
@@ -7938,7 +7961,7 @@ class Response:
             head = ResponseHead(200, "OK", 1, Fields([], {}))
             self.client.transport.write(
                 return_response(head, self.request, self.framing, self.persists, fields, self.id))
-        self.write(b": waiting\n\n")
+        self.write(comment)
 
     def go_on(self, head: ResponseHead, content: bytes, done: bool) -> bool:
         """A server's answer, after comments.  What is no event stream, or one in a coding that
@@ -8810,6 +8833,7 @@ class Errand(Protocol):
     head: RequestHead
     path: str
     response: Response
+    asked_at: float  # when it was understood
     content: Content
     says_length: bool  # also of no content
     fields: str  # lines for any server
@@ -8940,14 +8964,7 @@ class Conversation(Attempt):
             if head.is_encoded:  # its first byte has to do
                 first = await wire.read_content(decoder, deadline)
                 return None if first else Fault.STREAM_FAILED, first
-            start, begun = StreamStart(), Begun.NOT_YET
-            while len(start.held) <= HELD_LIMIT_BYTES and begun is Begun.NOT_YET:
-                if decoder.done:
-                    return Fault.STREAM_FAILED, bytes(start.held)
-                begun = start.feed(await wire.read_content(decoder, deadline))
-            if decoder.done:  # it came at once
-                fault = bad_end(bytes(start.held[-TAIL_BYTES:]))
-            return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, bytes(start.held)
+            return await self.first_event(wire, decoder, deadline, head.status == 200)
         if wire.buffer and not decoder.done:
             held += decoder.feed(wire.take())
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
@@ -8957,6 +8974,28 @@ class Conversation(Attempt):
         if not (fault or whole) or not decoder.done:
             return None, bytes(held)  # no failure as far as seen, or too much to be kept
         return fault or bad_answer(head.status, held), bytes(held)
+
+    async def first_event(
+        self, wire: Wire, decoder: Decoder, deadline: float, shows: bool
+    ) -> tuple[Fault | None, bytes]:
+        """An event stream up to its first event.  Comments before that are shown to a client that
+        has waited for `comment_after`, so that it and those on the way see that somebody is there;
+        they are no answer, and do not commit."""
+        start, begun, response = StreamStart(), Begun.NOT_YET, self.errand.response
+        show_at = self.errand.asked_at + self.settings.comment_after
+        while len(start.held) <= HELD_LIMIT_BYTES and begun is Begun.NOT_YET:
+            if decoder.done:
+                return Fault.STREAM_FAILED, bytes(start.held)
+            if shows and start.comments and (response.opened or wire.loop.time() >= show_at):
+                response.beat(start.take_comments())
+            until = min(deadline, show_at) if shows and start.comments else deadline
+            try:
+                begun = start.feed(await wire.read_content(decoder, until))
+            except TimeoutError:
+                if until == deadline:
+                    raise
+        fault = bad_end(bytes(start.held[-TAIL_BYTES:])) if decoder.done else None  # came at once
+        return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, bytes(start.held)
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""

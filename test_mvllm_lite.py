@@ -1498,6 +1498,26 @@ LOADS = table(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("content, comments, rest", table(
+    ("nothing", b"", b"", b""),
+    ("one", b": a\n\n", b": a\n\n", b""),
+    ("several, of more lines, with other line ends", b": a\n: b\n\n:\r\n\r\n", b": a\n: b\n\n:\r\n\r\n", b""),
+    ("between events", b"event: x\n\n: a\n\n: b\n\nevent: y\n\n", b": a\n\n: b\n\n", b"event: x\n\nevent: y\n\n"),
+    ("after an event with other line ends", b"event: 1\r\n\r\n: a\r\n\r\n", b": a\r\n\r\n", b"event: 1\r\n\r\n"),
+    ("not yet whole", b": a\n\n: b\n", b": a\n\n", b": b\n"),
+    ("a part of an event stays there", b": a\ndata: 1\n\n", b"", b": a\ndata: 1\n\n"),
+    ("at its end, too", b"data: 1\n: a\n\n", b"", b"data: 1\n: a\n\n"),
+    ("a colon within data is none", b"data: 1\ndata:\n\n", b"", b"data: 1\ndata:\n\n"),
+))  # fmt: skip
+@pytest.mark.parametrize("how", ["whole", "bytes"])
+def test_comments_of_a_stream_that_stand_alone(content, comments, rest, how):
+    start, taken = lite.StreamStart(), b""
+    for piece in pieces_of(content, how):
+        start.feed(piece)
+        taken += start.take_comments() if how == "bytes" else b""
+    assert (taken + start.take_comments(), start.held) == (comments, rest)
+
+
 @pytest.mark.parametrize("page, expected", LOADS)
 def test_load_is_read_from_pages_old_and_new(page, expected):
     assert engine_load(page)[:4] == expected
@@ -6219,6 +6239,86 @@ async def test_a_compressed_stream_that_never_begins_is_asked_of_another():
     first.capacity = 1000
     async with balancing(first, second := Server()) as running:
         assert (await (await running.client()).post(body=b'{"stream":true}')).get("x-mvllm-server") == second.url
+
+
+BEAT = b": keep-alive\n\n"
+
+
+async def seen_comment(running, fields=()):
+    """A client that has asked for a stream, and what it saw up to a server's comment."""
+    client = await running.client()
+    await client.ask("POST", "/v1/x", b'{"stream":true}', fields)
+    return client, await client.reader.readuntil(BEAT)
+
+
+@pytest.mark.parametrize("then", ["goes on", "another", "error", "nobody", "an error event"])
+@asynchronous
+async def test_comments_before_a_stream_s_first_event_are_shown_and_commit_to_nobody(then):
+    created, go = b"event: response.created\ndata: {}\n\n", asyncio.Event()
+    ends = {"error": b'{"error":"no"}', "an error event": b'data: {"error": {"code": 400}}\n\n'}
+
+    async def answer(asked, conn):
+        if conn.server is second and then == "error":
+            return await conn.json(ends[then], "400 X")
+        await conn.send(STREAM_HEAD, chunk(created + BEAT))
+        if conn.server is first or then != "another":
+            await go.wait()
+            if then not in ("goes on", "an error event"):
+                return "close"
+        await conn.send(chunk(ends.get(then, FIRST)), b"0\r\n\r\n")
+
+    first, second = Server(answer), Server(answer)
+    first.capacity = 1000
+    async with balancing(first, second, comment_after=0, max_retries=1) as running:
+        client, raw = await seen_comment(running, ["Origin: http://a"])
+        head = raw.partition(b"\r\n\r\n")[0].lower()
+        assert head.startswith(b"http/1.1 200") and b"text/event-stream" in head and b"allow-origin" in head
+        assert not re.search(b"uvicorn|x-mvllm-server|response.created", raw)
+        go.set()
+        if then in ("goes on", "another", "an error event"):
+            body = (raw + await client.reader.readuntil(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")[2]
+            plain = lite.ChunkedDecoder().feed(body)
+            assert plain.replace(BEAT, b"") == created + ends.get(then, FIRST)
+            assert plain.count(BEAT) == len(first.asked + second.asked)
+        else:
+            raw = await client.reader.read()
+            assert not raw.endswith(b"0\r\n\r\n")
+            assert ends["error"] in raw if then == "error" else b"broke off" in raw
+        await running.quiet()
+        assert [len(server.asked) for server in (first, second)] == [1, then in ("another", "error", "nobody")]
+
+
+@asynchronous
+async def test_a_comment_is_shown_when_its_time_comes_though_nothing_follows():
+    async def answer(asked, conn):
+        await conn.send(STREAM_HEAD, chunk(BEAT))
+        await conn.left()
+        return "close"
+
+    async with balancing(Server(answer), comment_after=0.05) as running:
+        began = asyncio.get_running_loop().time()
+        client, _ = await seen_comment(running)
+        assert asyncio.get_running_loop().time() - began >= 0.05
+        client.close()
+        await running.quiet()
+    assert running.requests()[-1]["end"] == "client_gone"
+
+
+@asynchronous
+async def test_a_client_of_http_1_0_sees_comments_too():
+    go = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.send(STREAM_HEAD, chunk(BEAT))
+        await go.wait()
+        await conn.send(chunk(FIRST), b"0\r\n\r\n")
+
+    async with balancing(Server(answer), comment_after=0) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b'{"stream":true}', version="1.0")
+        assert b"Connection: close" in await client.reader.readuntil(BEAT)
+        go.set()
+        assert await client.reader.read() == FIRST
 
 
 @asynchronous
