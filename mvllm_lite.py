@@ -275,6 +275,8 @@ class Fault(Enum):
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
     SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
+    # The way leads back to where it came from: we say so, or a server does that is a balancer, too.
+    LOOP_DETECTED = 508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError"
     # Our own mistake.
     INTERNAL = 500, Blame.NOBODY, Retry.NEVER, "InternalServerError"
 
@@ -353,6 +355,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN}:{TEXT}\r\n)*+")
 HOST = re.compile(AUTHORITY)
 ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGNORECASE)
 LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
+MAX_FORWARDS = re.compile(r"[0-9]{1,9}")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 
 
@@ -380,6 +383,12 @@ class Fields:
         """The members of a list-valued field, in lower case."""
         members = (member.strip(" \t") for member in self.get(key).lower().split(","))
         return [member for member in members if member]
+
+    def replaced(self, name: str, value: str) -> Fields:
+        """The same with this one line in place of any of that name."""
+        key = name.lower()
+        lines = [line for line in self.lines if line[0] != key]
+        return Fields([*lines, (key, name, value)], {**self.values, key: value}, self.short)
 
     def with_member(self, key: str, member: str) -> str:
         """A list-valued field's value with one more member at its end."""
@@ -437,6 +446,17 @@ class RequestHead:
         """Whether it asks to change to websocket, the only protocol that vLLM changes to."""
         asks = self.minor >= 1 and self.fields.get("upgrade").lower() == "websocket"
         return asks and "upgrade" in self.fields.members("connection")
+
+    @functools.cached_property
+    def hops_left(self) -> int | None:
+        """How often an OPTIONS request may still be passed on, RFC 9110 §7.6.2; None: it does not
+        say.  Raises BadMessage."""
+        said = self.fields.values.get("max-forwards")
+        if said is None or self.method != "OPTIONS":
+            return None
+        if not MAX_FORWARDS.fullmatch(said):
+            raise BadMessage(f"Max-Forwards is {shown(said)}, expected one number")
+        return int(said)
 
     @functools.cached_property
     def is_preflight(self) -> bool:
@@ -539,25 +559,28 @@ def parse_request_rest(raw: bytes) -> RequestHead:
         raise BadMessage("the request has no Host field")
     if host and not HOST.fullmatch(host):
         raise BadMessage(f"Host is {shown(host)}, expected one host[:port]")
-    path, mark, query = origin_form(method, target).partition("?")
+    authority, target = origin_form(method, target)
+    if authority:
+        fields = fields.replaced("Host", authority)
+    path, mark, query = target.partition("?")
     return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
 
 
 parse_request_once = functools.lru_cache(HEADS_KEPT)(parse_request_rest)
 
 
-def origin_form(method: str, target: str) -> str:
-    """The target as path and query; an absolute-form target loses scheme and authority, §3.2.
-    CONNECT and TRACE are for proxies and debuggers; a gateway that passed them on would let
+def origin_form(method: str, target: str) -> tuple[str, str]:
+    """The target as authority, which only an absolute-form one has and which stands for Host
+    (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway that passed them on would let
     clients reach past it, or read what it adds."""
     if method in ("CONNECT", "TRACE"):
         raise BadMessage(f"the method {method} is not served here", Fault.NOT_IMPLEMENTED)
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
-        return target
+        return "", target
     if (origin := ABSOLUTE_FORM.match(target)) is None:
         raise BadMessage(f"the request target is {shown(target)}, expected one that begins with /")
     path = target[origin.end() :]
-    return path if path.startswith("/") else f"/{path}"
+    return origin[0].partition("//")[2], path if path.startswith("/") else f"/{path}"
 
 
 def parse_response_head(raw: bytes) -> tuple[ResponseHead, Length]:
@@ -782,6 +805,7 @@ HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transf
 CORS_FIELDS = tuple(f"access-control-{name}" for name in (
     "allow-origin", "allow-credentials", "allow-methods", "allow-headers", "expose-headers",
     "max-age"))  # fmt: skip
+MAX_FORWARDS_LINE = re.compile(r"(?im)^max-forwards:.*\r\n")
 Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
 
@@ -803,21 +827,36 @@ def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) ->
     return kept_lines(fields, tuple(added), ("host", "content-length", "expect", *ours, *dropped))
 
 
+OUR_NAME = "mvllm-lite-"  # how the name of each process in Via begins, RFC 9110 §7.6.3
+
+
+class Hop(NamedTuple):
+    """The last stretch of a request's way to us.  Whom the `peer` speaks for counts if it is
+    `trusted`; `name` is this process's in Via."""
+
+    peer: str
+    tls: bool
+    trusted: bool
+    name: str
+
+
+def came_by(fields: Fields, name: str) -> bool:
+    """Whether Via says that a message was with the process of that name already."""
+    via = fields.values.get("via")
+    return via is not None and name in via
+
+
 @remembered
-def forwarded_fields(
-    fields: Fields, peer: str, tls: bool, trusted: bool, shows_key: bool, stream: bool
-) -> tuple[str, str]:
+def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) -> tuple[str, str]:
     """A client's field lines for servers, but for X-Request-Id; and those with its key, if they
-    may see it.  Whom the `peer` speaks for counts if it is `trusted`.  For a `stream` nobody on
-    the way shall collect events to compress them."""
-    get = fields.get
+    may see it.  For a `stream` nobody on the way shall collect events to compress them."""
+    get, (peer, tls, trusted, name) = fields.get, hop
     host = (trusted and get("x-forwarded-host")) or get("host")
     proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
     added = [
         ("X-Forwarded-For", fields.with_member("x-forwarded-for", peer) if trusted else peer),
-        ("X-Forwarded-Proto", proto),
-        ("Via", fields.with_member("via", "1.1 mvllm_lite")),  # RFC 9110 §7.6.3
-    ]
+        ("X-Forwarded-Proto", proto), ("Via", fields.with_member("via", f"1.1 {name}")),
+    ]  # fmt: skip
     if host:
         added.append(("X-Forwarded-Host", host))
     if stream or "text/event-stream" in get("accept").lower():
@@ -836,6 +875,8 @@ def forward_request(
     if length is None and head.method in ("POST", "PUT", "PATCH"):
         length = 0  # RFC 9110 §8.6: these say so
     framed = "" if length is None else f"Content-Length: {length}\r\n"
+    if head.hops_left:
+        fields = MAX_FORWARDS_LINE.sub(f"Max-Forwards: {head.hops_left - 1}\r\n", fields)
     if head.wants_upgrade:
         framed += "Connection: upgrade\r\nUpgrade: websocket\r\n"
     text = f"{head.method} {target} HTTP/1.1\r\nHost: {authority}\r\n{fields}{framed}\r\n"
@@ -2549,15 +2590,39 @@ def kv_size(config: Mapping[str, str]) -> int:
 MODEL_MEMBERS = ("id", "object", "created", "owned_by", "root", "parent", "max_model_len")
 
 
-def model_list(content: bytes) -> dict[str, dict[str, Any]] | None:
+# A balancer tells others, and nobody else, through which ones it knows a model.  So two that ask
+# each other do not keep alive what neither of them has, however many stand between them.
+KNOWN_THROUGH = "mvllm_via"
+
+
+def known_through(entry: Mapping[str, Any]) -> list[str]:
+    """The names of those balancers, the nearest first; [] for a server's own model."""
+    said = entry.get(KNOWN_THROUGH, [])
+    names = said[:HOPS_LIMIT] if isinstance(said, list) else []
+    return [one[:100] for one in names if isinstance(one, str) and one.startswith(OUR_NAME)]
+
+
+def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, Any] | None:
+    """What who asks is told of a model: balancers, whom `via` names, through whom we know it, and
+    None if that is one of them."""
+    through = known_through(entry)
+    if any(one in via for one in through):
+        return None
+    if OUR_NAME in via:
+        return {**entry, KNOWN_THROUGH: [own_name, *through]}
+    return {k: v for k, v in entry.items() if k != KNOWN_THROUGH} if through else entry
+
+
+def model_list(content: bytes, own_name: str = "") -> dict[str, dict[str, Any]] | None:
     """The models in an answer to /v1/models, by id with everything said of them; None if it is
-    not such an answer.  An id becomes a label and a word in log lines, so it must be printable,
-    and no longer than a name."""
+    not such an answer.  Those do not count that a balancer knows through the one of `own_name`.
+    An id becomes a label and a word in log lines, so it must be printable, and no longer than a
+    name."""
     if sum(map(content.count, (b"[", b"{", b","))) > MODELS_MARKS_LIMIT:
         return None
     try:
         entries = json.loads(content)["data"][:MODELS_LIMIT]
-        found = {entry["id"]: entry for entry in entries}
+        found = {entry["id"]: entry for entry in entries if own_name not in known_through(entry)}
         return {name: model_entry(entry) for name, entry in found.items()
                 if name.isprintable() and len(name) <= MODEL_NAME_LIMIT}  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -2569,8 +2634,9 @@ def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
     or numbers that are none in JSON, what is simple of vLLM's own members."""
     if is_plain(entry, MODEL_ENTRY_DEPTH) and len(json.dumps(entry)) <= MODEL_ENTRY_LIMIT:
         return entry
-    return {name: entry[name] for name in MODEL_MEMBERS if name in entry
+    kept = {name: entry[name] for name in MODEL_MEMBERS if name in entry
             and is_plain(entry[name], 0) and len(str(entry[name])) <= MODEL_NAME_LIMIT}  # fmt: skip
+    return kept | ({KNOWN_THROUGH: through} if (through := known_through(entry)) else {})
 
 
 def is_plain(value: Any, depth: int) -> bool:
@@ -4409,14 +4475,18 @@ def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any
     return {"servers": servers, "total_servers": len(views), "healthy_servers": healthy}
 
 
-def models_report(views: list[ServerView], aliases: Mapping[str, str]) -> dict[str, Any]:
+def models_report(
+    views: list[ServerView], aliases: Mapping[str, str], via: str = "", own_name: str = ""
+) -> dict[str, Any]:
     """GET /v1/models: what the healthy servers serve, each model once, with all that its first
-    server says of it; aliases stand beside the models they name, and hide one of the same name."""
+    server says of it; aliases stand beside the models they name, and hide one of the same name.
+    `via` is the field of who asks."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
         if view.health.answers and view.open:
             for name, entry in (view.models or {}).items():
-                models.setdefault(name, entry)
+                if name not in models and (told := told_to(via, entry, own_name)) is not None:
+                    models[name] = told
     named = [(alias, models[name]) for alias, name in aliases.items() if name in models]
     models.update((alias, {**entry, "id": alias}) for alias, entry in named)
     return {"object": "list", "data": list(models.values())}
@@ -7419,6 +7489,7 @@ class Pool:
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.tls else 80)
         self.authority, self.prefix = parts.netloc, parts.path
         self.key = ""  # for the server, in place of a client's
+        self.name = ""  # ours, for servers that are balancers, too
         self.context: ssl.SSLContext | None = None  # for https, in place of the usual one
         self.idle: dict[Wire, None] = {}
 
@@ -7654,6 +7725,8 @@ async def fetch(
     content).  Raises PeerGone, BadMessage, TimeoutError."""
     request = f"{'GET' if content is None else 'POST'} {pool.prefix}{path} HTTP/1.1\r\n"
     request += f"Host: {pool.authority}\r\nAccept: */*\r\n{pool.key_line}"
+    if pool.name:
+        request += f"Via: 1.1 {pool.name}\r\n"
     if content is not None:
         request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
 
@@ -7905,6 +7978,10 @@ def own_id(fields: Fields) -> str:
     return ""
 
 
+def date_field() -> tuple[str, str]:
+    return "Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+
+
 class Response:
     """The response to one request on one client's wire."""
 
@@ -7938,6 +8015,8 @@ class Response:
         self.streams = head.is_event_stream and not head.is_encoded
         self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, *self.cors]
+        if "date" not in head.fields.values:
+            fields.append(date_field())  # RFC 9110 §6.6.1
         if head.is_event_stream:
             fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
         out = return_response(head, self.request, framing, self.persists, fields, self.id)
@@ -7956,7 +8035,7 @@ class Response:
             self.opened = self.streams = True
             self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
             self.persists = self.persists and self.framing == CHUNKED
-            fields = [("Content-Type", "text/event-stream; charset=utf-8"),
+            fields = [date_field(), ("Content-Type", "text/event-stream; charset=utf-8"),
                       ("X-Accel-Buffering", "no"), *self.cors]
             head = ResponseHead(200, "OK", 1, Fields([], {}))
             self.client.transport.write(
@@ -7995,7 +8074,7 @@ class Response:
     def whole(self, reply: Reply) -> None:
         """Write a response of our own."""
         self.status, self.sent_bytes = reply.status, len(reply.content)
-        fields = [("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()))]
+        fields = [date_field()]
         if reply.content:
             fields.append(("Content-Type", reply.content_type))
         fields += [*reply.fields, ("X-Request-Id", self.id), *self.cors]
@@ -8642,6 +8721,7 @@ class Core:
         self.settings = settings
         self.settings_error = ""  # why the settings file could not be used when it was last read
         self.draw = draw
+        self.name = f"{OUR_NAME}{draw.getrandbits(48):012x}"
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.budget = RetryBudget()
@@ -8680,6 +8760,7 @@ class Core:
     def pool(self, url: str) -> Pool:
         if url not in self.pools:
             self.pools[url] = self.secrets.pool(url)
+            self.pools[url].name = self.name
         return self.pools[url]
 
     def minute(self, url: str) -> Minute:
@@ -8999,6 +9080,8 @@ class Conversation(Attempt):
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""
+        if head.status == 508:  # it is a balancer, and led the request back to us
+            return Fault.LOOP_DETECTED
         if head.status in self.settings.retry_statuses:
             return Fault.SERVER_ERROR
         return Fault.SERVER_BUSY if head.status == 429 else None
@@ -9320,7 +9403,7 @@ class Exchange:
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         shows_key = s.pass_client_key or not s.keys
         lines, key_lines = forwarded_fields(
-            self.head.fields, peer, tls, trusted, shows_key, self.call.stream)
+            self.head.fields, Hop(peer, tls, trusted, self.core.name), shows_key, self.call.stream)
         return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
 
     async def relay(self, step: Relay) -> Outcome:
@@ -9474,7 +9557,7 @@ async def check_server(
         return None if ours else Check(False, loop.time() - begun, str(error))
     except TimeoutError:
         return Check(False, loop.time() - begun, f"no answer to a check within {timeout_s:g} s")
-    models = model_list(content) if status == 200 else None
+    models = model_list(content, pool.name) if status == 200 else None
     if models is not None:
         return Check(True, seconds, "", models)
     why = f"/v1/models answered {status}" + " without a list of models" * (status == 200)
@@ -9769,7 +9852,8 @@ async def models(core: Core, head: RequestHead) -> Reply:
 def models_for(core: Core, head: RequestHead) -> list[Any]:
     """The models that the request's key allows, or all."""
     aliases, key = core.settings.aliases, core.gate.recognised(head.fields)
-    entries: list[Any] = models_report(core.fleet.views(), aliases)["data"]
+    entries: list[Any] = models_report(
+        core.fleet.views(), aliases, head.fields.get("via"), core.name)["data"]
     if key is None or not key.models:
         return entries
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
@@ -10120,6 +10204,9 @@ class Door:
             response.refuse(*refusal)
             self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
+        elif head.hops_left == 0:  # it is for us, RFC 9110 §7.6.2
+            response.persists = response.persists and not exchange.unread
+            response.whole(Reply(204))
         elif head.path in ADMIN:
             content, _ = await exchange.gather()
             response.whole(await change_by_hand(self.core, head, bytes(content)))
@@ -10161,6 +10248,9 @@ class Door:
             text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
             return Refusal(Fault.NOT_SERVED, text)
         works = function is None or wants_explanation(head)
+        if works and came_by(head.fields, core.name):
+            text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
+            return Refusal(Fault.LOOP_DETECTED, text[:1000])
         refusal = None
         if works or function in (models, one_model):
             refusal = stopped(key, admin) if gate.closed or admin else None

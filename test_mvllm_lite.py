@@ -490,6 +490,43 @@ def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
 
 
 CODED = "Host: a\nAccept-Encoding: gzip, br"
+HOP = lite.Hop("1.1.1.1", False, False, "mvllm-lite-0")
+
+
+@pytest.mark.parametrize("target, host", table(
+    ("the target stands for Host, RFC 9112 3.2.2", "http://b:80/v1/x", "b:80"),
+    ("also without a path", "HTTP://b?q", "b"),
+    ("and an IPv6 address", "https://[::1]:8/", "[::1]:8"),
+    ("Host, where the target says none", "/v1/x", "a"),
+))  # fmt: skip
+def test_the_host_that_a_client_means_goes_along(target, host):
+    for minor in (0, 1):
+        head = head_of(f"GET {target} HTTP/1.{minor}\nHost: a")
+        assert head.fields.get("host") == host
+        assert f"X-Forwarded-Host: {host}\r\n" in lite.forwarded_fields(head.fields, HOP, False, False)[0]
+    assert head_of("GET http://b/ HTTP/1.0").fields.get("host") == "b"
+
+
+@pytest.mark.parametrize("method, said, left, sent", table(
+    ("OPTIONS is counted down, RFC 9110 7.6.2", "OPTIONS", "3", 3, "2"),
+    ("to nothing", "OPTIONS", "01", 1, "0"),
+    ("and ends here", "OPTIONS", "0", 0, None),
+    ("other methods are not", "GET", "3", None, "3"),
+))  # fmt: skip
+def test_max_forwards(method, said, left, sent):
+    head = head_of(f"{method} /v1/x HTTP/1.1\nHost: a\nMAX-forwards: {said}\nB: c")
+    assert head.hops_left == left
+    lines, _ = lite.forwarded_fields(head.fields, HOP, False, False)
+    out = lite.forward_request(head, "/v1/x", "gpu", lines, None).decode()
+    assert sent is None or re.findall("(?i)\r\nmax-forwards: (.*)(?=\r\n)", out) == [sent]
+    assert "\r\nB: c\r\n" in out
+
+
+@pytest.mark.parametrize("said", ["", "-1", "x", "1.5", "9" * 30, "1\nMax-Forwards: 2"])
+def test_max_forwards_that_is_no_number_is_refused(said):
+    head = head_of(f"OPTIONS /v1/x HTTP/1.1\nHost: a\nMax-Forwards: {said}")
+    with pytest.raises(lite.BadMessage, match="Max-Forwards is"):
+        assert head.hops_left
 
 
 @pytest.mark.parametrize("fields, stream, asked", table(
@@ -501,7 +538,7 @@ CODED = "Host: a\nAccept-Encoding: gzip, br"
 ))  # fmt: skip
 def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
     head = head_of(f"POST /v1/x HTTP/1.1\n{fields}")
-    lines, _ = lite.forwarded_fields(head.fields, "1.1.1.1", False, False, False, stream)
+    lines, _ = lite.forwarded_fields(head.fields, HOP, False, stream)
     assert re.findall("(?i)accept-encoding: (.*)\r\n", lines) == asked
 
 
@@ -5876,9 +5913,104 @@ async def test_a_request_arrives_as_it_was_sent():
     assert asked.get("cookie") == ["1", "2"] and asked.get("authorization") == ["Bearer k"]
     assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
     assert asked.get("x-forwarded-for") == ["127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
-    assert asked.get("x-forwarded-host") == ["front"] and asked.get("via") == ["1.1 mvllm_lite"]
+    assert asked.get("x-forwarded-host") == ["front"] and asked.get("via") == [f"1.1 {running.core.name}"]
     assert not asked.get("x-secret") and not asked.get("connection")
     assert got.get("x-request-id") == "my-id" and got.get("connection") == "close"
+
+
+@asynchronous
+async def test_max_forwards_of_nothing_is_answered_here_and_asks_no_server():
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        assert (await client.get("/v1/x", ["Max-Forwards: 1"], "OPTIONS")).status == 200
+        assert [asked.get("max-forwards") for asked in server.asked] == [["0"]]
+        assert (await client.get("/v1/x", ["Max-Forwards: 0"], "OPTIONS")).status == 204
+        assert (await client.get("/v1/x", ["Max-Forwards: x"], "OPTIONS")).status == 400
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("theirs, expected", [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"), ("Date: then\r\n", "then")])
+@asynchronous
+async def test_an_answer_has_a_date_rfc_9110_6_6_1(theirs, expected):
+    async def dated(asked, conn):
+        await conn.json({}, fields=theirs)
+
+    async with balancing(Server(dated)) as running:
+        got = await (await running.client()).post()
+    assert [bool(re.fullmatch(expected, value)) for key, value in got.fields if key.lower() == "date"] == [True]
+
+
+@contextlib.asynccontextmanager
+async def ring(*asked):
+    """Balancers, each of which has these servers and the next balancer, the last the first."""
+    async with contextlib.AsyncExitStack() as stack:
+        balancers = [await stack.enter_async_context(balancing(*servers, wait=False)) for servers in asked]
+        for one, following in zip(balancers, [*balancers[1:], balancers[0]]):
+            body = json.dumps({"url": f"http://127.0.0.1:{following.balancer.port}"}).encode()
+            client = await one.client()
+            assert (await client.post("/admin/servers", body, ["Content-Type: application/json"])).status == 200
+            await one.until(lambda: "checking" not in one.states())
+        yield balancers
+
+
+async def learn(*balancers):
+    """Have each ask its servers for their models, one after the other."""
+    for one in balancers:
+        assert (await (await one.client()).get("/server-models?refresh=1")).status == 200
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@asynchronous
+async def test_a_request_that_comes_back_is_508_and_names_its_way(count):
+    """Balancers that have nobody but each other ask each other once."""
+    async with ring(*[()] * count) as balancers:
+        got = await (await balancers[0].client()).post(body=b"{}")
+        assert got.status == 508 and got.get("x-mvllm-error") == "loop_detected"
+        names = [f"1.1 {one.core.name}" for one in balancers]
+        assert f"where it was: {', '.join(names)}." in got.error["message"]
+        for one in balancers:
+            await one.quiet()
+            assert one.states() == ["healthy"] and not one.core.fleet.views()[0].health.request_failures
+
+
+@asynchronous
+async def test_after_a_peer_s_508_another_server_is_asked():
+    async def looping(asked, conn):
+        await conn.json({}, "508 Loop Detected")
+
+    a, b = Server(looping), Server()
+    a.capacity = 1000
+    async with balancing(a, b, retry_statuses=(508,), failure_threshold=1) as running:
+        got = await (await running.client()).post()
+        assert got.status == 200 and got.get("x-mvllm-server") == b.url
+        assert len(a.asked) == 1 and running.states() == ["healthy", "healthy"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@asynchronous
+async def test_a_model_that_is_known_only_through_ourselves_is_not_a_peer_s(count):
+    async def listed(one):
+        return {entry["id"]: entry for entry in (await (await one.client()).get("/v1/models")).json["data"]}
+
+    async with Server() as own, ring((own,), *[()] * (count - 1)) as balancers:
+        await learn(*reversed(balancers), *balancers)
+        for one in balancers:
+            assert await listed(one) == {"m": {"id": "m"}}
+        first, peer = balancers[0].core.fleet.views()
+        assert list(first.models) == ["m"] and peer.models == {}
+        own.pages["/v1/models"] = {"data": []}
+        await learn(balancers[0], *reversed(balancers))
+        for one in balancers:
+            assert await listed(one) == {}
+
+
+@asynchronous
+async def test_a_peer_s_own_models_count():
+    async with Server() as a, Server(models=["m", "n"]) as b, ring((a,), (b,)) as balancers:
+        await learn(*balancers, *balancers)
+        assert [sorted(one.core.fleet.views()[1].models) for one in balancers] == [["m", "n"], ["m"]]
+        got = await (await balancers[0].client()).post(body=b'{"model":"n"}')
+        assert got.status == 200 and len(b.asked) == 1
 
 
 @pytest.mark.parametrize("field", ["X-Correlation-Id", "X-Trace-Id", "Request-Id"])
