@@ -154,6 +154,8 @@ HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again
 HEAD_KEPT_BYTES = 2048  # of those that are no longer than this;
 TEXT_KEPT_BYTES = 200  # and as many short texts, with what is made of them
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
+CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
+PLAUSIBLE_TOKENS = 1e9
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
@@ -2335,9 +2337,6 @@ class Begun(Enum):
 # vLLM sends the head of a stream as soon as the request is queued, and these events before the
 # engine has done anything; an answer has begun with the first event that is none of them.
 PREAMBLE_EVENTS = frozenset((b"response.created", b"response.in_progress", b"response.queued"))
-FAILED_EVENTS = frozenset((b"error", b"response.failed"))
-ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:\s*[{"]|type"\s*:\s*"error")')
-CLIENT_ERROR = re.compile(rb'"code"\s*:\s*"?4\d\d\b')
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 COMMENT = re.compile(rb"(?::[^\n]*\n)+\r?\n")  # one that stands alone, in place of an event
 
@@ -2381,72 +2380,234 @@ class StreamStart:
         return bytes(taken)
 
 
+class Notation(Enum):
+    """How an answer is written that tells of its own request's end.  What is said of that is
+    believed at its place only: servers repeat much of what a client says, above all /v1/responses
+    its tools and metadata, which may look like anything."""
+
+    OPAQUE = "opaque"  # nothing is read from it
+    EVENTS = "events"
+    CHOICES = "choices"  # a document with a list of these, or with none
+    RESPONSE = "response"  # one of /v1/responses
+
+
+def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
+    """That of an answer; what is stored of earlier ones (/v1/responses/ID) tells of their ends."""
+    meant = urllib.parse.unquote(path) if "%" in path else path
+    if method != "POST" or meant.startswith("/v1/responses/") or head.is_encoded:
+        return Notation.OPAQUE
+    if head.is_event_stream:
+        return Notation.EVENTS
+    if not head.is_json:
+        return Notation.OPAQUE
+    return Notation.RESPONSE if meant == "/v1/responses" else Notation.CHOICES
+
+
+def split_events(content: bytes) -> list[bytes]:
+    """The events of a stream, and after them what follows the last one's blank line."""
+    return BLANK_LINE.split(content) if b"\r" in content else content.split(b"\n\n")
+
+
+def parse_event(event: bytes) -> tuple[bytes, bytes]:
+    """An event's name and data."""
+    name, data = b"", list[bytes]()
+    for line in event.splitlines():
+        field, _, value = line.partition(b":")
+        if field == b"event":
+            name = value.strip()
+        elif field == b"data":
+            data.append(value.strip())
+    return name, b"\n".join(data)
+
+
 def stream_begun(content: bytes) -> Begun:
     """Judges whole events from a stream's start.  One that begins with an error event, or with
     the [DONE] that a stopping vLLM sends to queued requests, failed before it began; unless the
     error is the client's, which every server would repeat."""
-    for event in BLANK_LINE.split(content)[:-1]:
-        name = data = b""
-        for line in event.splitlines():
-            field, _, value = line.partition(b":")
-            if field == b"event":
-                name = value.strip()
-            elif field == b"data":
-                data = data or value.strip()
-        if name in FAILED_EVENTS or ERROR_DATA.match(data) or data == b"[DONE]":
-            return Begun.CONTENT if CLIENT_ERROR.search(data) else Begun.FAILED
+    for event in split_events(content)[:-1]:
+        name, data = parse_event(event)
+        if data == b"[DONE]":
+            return Begun.FAILED
+        if may_admit(event) and fault_admitted(name, document_at_end(data)) is Fault.STREAM_FAILED:
+            return Begun.FAILED
         if data and name not in PREAMBLE_EVENTS:
             return Begun.CONTENT
     return Begun.NOT_YET
 
 
-# What a dying, stopping or draining vLLM says in answers that end as if all were well; in text that
-# a model has generated, the quotes would be escaped.
-ABORT_REASON = re.compile(rb'"finish_reason"\s*:\s*"abort"')
-ERROR_EVENT = re.compile(
-    rb"^(?:event:\s*(?:error|response\.failed)\s*$|data:\s*" + ERROR_DATA.pattern + rb")",
-    re.MULTILINE)
-NO_ENGINE = re.compile(rb"(?i)EngineCore|EngineDead|engine (?:loop )?(?:is|has|was) |"
-                       rb"cannot schedule new futures")  # fmt: skip
+# Of JSON that is read backwards from its end, where a string cannot have begun unseen: a string,
+# whose own quotes stand before an odd number of backslashes; a bracket; or the quote of a string
+# that goes on beyond what is there.
+BACKWARDS = re.compile(
+    rb'[^]["{}]*+("[^"]*+(?:"\\(?:\\\\)*+(?!\\)[^"]*+)*+"|[]["{}])')
+OPENINGS = {b"}": b'{"":', b"]": b"["}
 
 
-def bad_end(tail: bytes) -> Fault | None:
-    """The failure that the last events of a stream, or a plain answer, admit to."""
-    if b'"abort"' in tail and ABORT_REASON.search(tail):
-        return Fault.ABORTED
-    if b"error" not in tail and b"failed" not in tail:
+def closing_part(end: bytes) -> bytes:
+    """JSON again, of a document of which only the end is there: its members that are whole, at
+    their depth; one that is cut has the name "".  A document that is whole stays as it is."""
+    depth, at, cut, inside, goes_on = list[bytes](), 0, 0, list[bytes](), True
+    turned = end[::-1]
+    while goes_on:
+        mark = BACKWARDS.match(turned, at)
+        comma = turned.rfind(b",", at, mark.start(1) if mark else len(turned))
+        if comma >= 0:
+            cut, inside = comma, depth[:]
+        sign = mark[1] if mark else b'"'
+        goes_on, at = sign != b'"' and len(depth) < CLOSING_DEPTH, mark.end() if mark else at
+        if sign in b"]}":
+            depth.append(sign)
+        elif sign in b"[{" and len(depth) < 2:
+            return end[len(end) - at :]
+        elif sign in b"[{":
+            depth.pop()
+    opening = b"".join(map(OPENINGS.__getitem__, inside)).removesuffix(b'"":')
+    return opening + end[len(end) - cut :]
+
+
+def document_at_end(text: bytes) -> dict[str, Any]:
+    """The JSON object that the text is, or the end of; {} if it is neither."""
+    text = text.strip()
+    for read in (bytes, closing_part):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = JSON.decode(str(read(text), "utf-8", "replace"))
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+# Words of a dying, stopping or draining vLLM, in answers that end as if all were well: without any
+# of them there is nothing to be looked at more closely.
+ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed")
+REQUEST_ERRORS = frozenset(
+    "BadRequestError invalid_request_error NotFoundError not_found_error UnprocessableEntityError"
+    " request_too_large invalid_prompt".split())
+
+
+def may_admit(content: bytes) -> bool:
+    return any(word in content for word in ADMISSIONS)
+
+
+def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
+    """The failure that a document admits to, or an event of that name; None also for an error that
+    is the request's, which every server would repeat."""
+    kind = name.decode("latin-1") or said.get("type")
+    if isinstance(kind, str) and kind.startswith("response."):
+        whole = member(said, "response", dict) or member(said, "", dict)
+        if kind == "response.failed":
+            return None if of_request(member(whole, "error", dict)) else Fault.STREAM_FAILED
+        return response_fault(whole)
+    error = said.get("error")
+    if kind == "error" or isinstance(error, (dict, str)):
+        said = error if isinstance(error, dict) else said
+        return None if of_request(said) else Fault.STREAM_FAILED
+    choices = [*member(said, "choices", list), *member(said, "", list)]
+    reasons = [one.get("finish_reason") for one in choices if isinstance(one, dict)]
+    reasons.append(said.get("stop_reason") or member(said, "delta", dict).get("stop_reason"))
+    return Fault.ABORTED if "abort" in reasons else None
+
+
+def response_fault(said: Mapping[str, Any]) -> Fault | None:
+    """The same of a document of /v1/responses; those in the background their clients cancel."""
+    cancelled = said.get("status") == "cancelled" and not said.get("background")
+    return Fault.ABORTED if cancelled else None
+
+
+def member(said: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A member's value if it is of that kind; else an empty one."""
+    found = said.get(name)
+    return found if isinstance(found, kind) else kind()
+
+
+def of_request(error: Mapping[str, Any]) -> bool:
+    """Whether an error names the request as its cause."""
+    code = str(error.get("code"))
+    return code.isdecimal() and 400 <= int(code[:9]) < 500 or not REQUEST_ERRORS.isdisjoint(
+        value for value in (error.get("type"), code) if isinstance(value, str))
+
+
+def events_at_end(tail: bytes, words: Sequence[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Of a stream's last events those with any of the words, by name, the last one first; the
+    first may be cut."""
+    for event in reversed(split_events(tail)):
+        if any(word in event for word in words):
+            name, data = parse_event(event)
+            yield name, document_at_end(data or event)
+
+
+def bad_end(tail: bytes, notation: Notation) -> Fault | None:
+    """The failure that the last events of a stream, or the end of a document, admit to."""
+    if notation is Notation.OPAQUE or not may_admit(tail):
         return None
-    failed = (m for m in ERROR_EVENT.finditer(tail) if not CLIENT_ERROR.search(tail, m.start()))
-    return Fault.STREAM_FAILED if any(failed) else None
+    if notation is Notation.EVENTS:
+        events = events_at_end(tail, ADMISSIONS)
+        return next((fault for event in events if (fault := fault_admitted(*event))), None)
+    said = document_at_end(tail)
+    fault = response_fault(said) if notation is Notation.RESPONSE else fault_admitted(b"", said)
+    return fault if fault is Fault.ABORTED else None
 
 
-def bad_answer(status: int, content: bytes) -> Fault | None:
+# What vLLM's errors begin with when there is no engine any more; further on, they may quote.
+NO_ENGINE = re.compile(
+    r"(?i)(?:\w*EngineDead(?:Error)?: ?)?(?:EngineCore (?:encountered an issue|has |died)"
+    r"|cannot schedule new futures|Background loop (?:is|has) "
+    r"|(?:the )?engine (?:loop |process )?(?:is|has|was) )")
+
+
+def says_no_engine(content: bytes) -> bool:
+    """Whether an error, as it came, says that the server's engine has gone."""
+    said = document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])
+    error = said.get("error", said)
+    text = error.get("message") if isinstance(error, dict) else error
+    return isinstance(text, str) and NO_ENGINE.match(text) is not None
+
+
+def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     """The failure that a whole plain answer admits to, which another server may not have."""
     if status == 500:
-        return Fault.ENGINE_FAILED if NO_ENGINE.search(content[:4096]) else None
-    return Fault.ABORTED if b'"abort"' in content and ABORT_REASON.search(content) else None
+        return Fault.ENGINE_FAILED if says_no_engine(content) else None
+    return bad_end(content, notation)
 
 
-COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})')
-USAGE_TOKENS = re.compile(rb'"(prompt|input|cached|completion|output)_tokens"\s*:\s*(\d{1,9})')
-USAGE_KINDS = {b"prompt": "prompt", b"input": "prompt", b"cached": "cached",
-               b"completion": "completion", b"output": "completion"}  # fmt: skip
+USAGE_PLACES = {
+    "prompt": (("prompt_tokens",), ("input_tokens",)),
+    "cached": (("prompt_tokens_details", "cached_tokens"),
+               ("input_tokens_details", "cached_tokens"), ("cache_read_input_tokens",)),
+    "completion": (("completion_tokens",), ("output_tokens",)),
+}  # fmt: skip
 
 
-def usage_of(tail: bytes) -> dict[str, int]:
+def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
     """What an answer's end says of its tokens: prompt, cached and completion; {} if nothing."""
-    found = dict[str, int]()
-    if (at := tail.rfind(b'"usage"')) >= 0:
-        for word, tokens in USAGE_TOKENS.findall(tail, at):
-            found.setdefault(USAGE_KINDS[word], int(tokens))
-    return found
+    if notation is Notation.OPAQUE or b'"usage"' not in tail:
+        return {}
+    if notation is Notation.EVENTS:
+        ends = events_at_end(tail, (b'"usage"',))
+    else:  # the last one that is said should be it, and what follows it is short
+        near = tail[max(0, tail.rfind(b",", 0, tail.rfind(b'"usage"'))) :]
+        ends = ((b"", document_at_end(text)) for text in (near, tail))
+    for name, said in ends:
+        kind = name.decode("latin-1") or said.get("type")
+        if isinstance(kind, str) and kind.startswith("response."):
+            said = member(said, "response", dict) or member(said, "", dict)
+        if usage := member(said, "usage", dict):
+            found = {word: max(tokens_at(usage, place) for place in places)
+                     for word, places in USAGE_PLACES.items()}  # fmt: skip
+            return {word: tokens for word, tokens in found.items() if tokens >= 0}
+    return {}
 
 
-def completion_tokens(tail: bytes, size: int) -> int:
+def tokens_at(usage: Any, place: Iterable[str]) -> int:
+    """The number at that place, -1 if there is none that could be a number of tokens."""
+    for name in place:  # a step deeper with each
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and 0 <= usage < PLAUSIBLE_TOKENS else -1
+
+
+def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
     """How many tokens an answer of so many bytes had: by its own word if it said so at its end;
     else about one for each event of a stream, or for each word of a plain answer."""
-    if said := COMPLETION_TOKENS.findall(tail):
-        return int(said[-1])
+    if "completion" in usage:
+        return usage["completion"]
     events = tail.count(b"data:")
     return size * events // len(tail) if events else size // BYTES_PER_TOKEN
 
@@ -7769,15 +7930,16 @@ class Pump:
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
-        "moved_at", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen", "_gaps",
+        "moved_at", "_notation", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen", "_gaps",
         "_gaps_child",
     )  # fmt: skip
 
     def __init__(
-        self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, silence_s: float,
-        patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
+        self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, notation: Notation,
+        silence_s: float, patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
     ) -> None:  # fmt: skip
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
+        self._notation = notation
         self.done: asyncio.Future[None] = client.loop.create_future()
         # Pieces go on as they are.
         self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))
@@ -7838,7 +8000,7 @@ class Pump:
     def _finish(self, out: bytes) -> None:
         """The last bytes.  An end that is well-formed may still be that of an answer cut short;
         it stays away then, unless the server's own last event tells the client."""
-        fault = bad_end(b"".join(self.tail)[-TAIL_BYTES:])
+        fault = bad_end(b"".join(self.tail)[-TAIL_BYTES:], self._notation)
         if fault is not Fault.ABORTED:
             self.client.transport.write(out + LAST_CHUNK if self.chunked else out)
         self._end(fault and BadMessage("the server ended the answer before it was whole", fault))
@@ -7993,6 +8155,7 @@ class Response:
         self.cors = cors_fields(request, settings.cors_allowed_origins)
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream, and its events can be read
+        self.notation = Notation.OPAQUE  # of what a server says in it
         self.opened = False  # of which the client has seen comments, and no answer yet
         self.framing: Framing | None = None
         self.sent_bytes = 0
@@ -8976,6 +9139,7 @@ class Conversation(Attempt):
             head, length, sent_whole = await self.send_and_listen(wire)
             framing = response_framing(head, length, errand.head.method)
             decoder = decoder_for(framing)
+            errand.response.notation = notation_of(errand.head.method, errand.path, head)
             if head.status != 101:
                 fault, first = await self.hold_back(wire, head, framing, decoder)
         finally:
@@ -9054,7 +9218,8 @@ class Conversation(Attempt):
             held += await wire.read_content(decoder, deadline)
         if not (fault or whole) or not decoder.done:
             return None, bytes(held)  # no failure as far as seen, or too much to be kept
-        return fault or bad_answer(head.status, held), bytes(held)
+        said = bytes(held)
+        return fault or bad_answer(head.status, said, self.errand.response.notation), said
 
     async def first_event(
         self, wire: Wire, decoder: Decoder, deadline: float, shows: bool
@@ -9075,8 +9240,10 @@ class Conversation(Attempt):
             except TimeoutError:
                 if until == deadline:
                     raise
-        fault = bad_end(bytes(start.held[-TAIL_BYTES:])) if decoder.done else None  # came at once
-        return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, bytes(start.held)
+        fault, said = None, bytes(start.held)
+        if decoder.done:  # it came at once
+            fault = bad_end(said[-TAIL_BYTES:], response.notation)
+        return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, said
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""
@@ -9092,7 +9259,8 @@ class Conversation(Attempt):
         child = gaps.child(self.errand.model_label) if response.streams else None
         chunked, s = response.framing == CHUNKED, self.settings
         self.pump = pump = Pump(
-            client, wire, decoder, chunked, s.request_timeout, s.body_timeout, gaps, child)
+            client, wire, decoder, chunked, response.notation, s.request_timeout, s.body_timeout,
+            gaps, child)
         try:
             await pump.done
         finally:
@@ -9479,7 +9647,7 @@ class Exchange:
             self.remember(now, first_s)
             key = self.key.name if self.key else ""
             ledger.key_requests.add(key, model)
-            usage = usage_of(response.tail)
+            usage = usage_of(response.tail, response.notation)
             for kind, tokens in usage.items():
                 ledger.usage.add(key, model, kind, amount=tokens)
         ledger.durations.note(now - self.began_at, model)
@@ -9487,7 +9655,7 @@ class Exchange:
         ledger.response_sizes.note(response.sent_bytes, model)
         if self.core.shape is not None and self.server and response.status < 500:
             age_s, call = now - self.asked_at, self.call._replace(model=self.model_label or None)
-            tokens = completion_tokens(response.tail, response.sent_bytes)
+            tokens = completion_tokens(usage, response.tail, response.sent_bytes)
             self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
                                            self.server, response.status, response.end))  # fmt: skip
         self.core.happened(RequestFacts, lambda: self.facts(now, first_s, usage))

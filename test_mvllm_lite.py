@@ -1575,23 +1575,149 @@ ENDS = table(
     ("the client's own mistake", b'data: {"error": {"message": "too long", "code": 400}}\n\n', None),
     ("text about it", rb'data: {"choices":[{"delta":{"content":"\"finish_reason\":\"abort\" data: {\"error\": {}"}}]}' b"\n\n", None),
     ("text that is an error event", b'data: {"choices":[{"delta":{"content":"\\ndata: {\\"error\\": {}}"}}]}\n\n', None),
+    ("a request's error in Anthropic's words", b'event: error\n'
+     b'data: {"type":"error","error":{"type":"invalid_request_error"}}\n\n', None),
+    ("a code that only the client said", b'event: response.failed\n'
+     b'data: {"response":{"metadata":{"code":"400"},"error":{"code":"server_error"}}}\n\n',
+     "STREAM_FAILED"),
+    ("a prompt that responses refuse", b'event: response.failed\n'
+     b'data: {"response":{"error":{"code":"invalid_prompt"}}}\n\n', None),
+    ("metadata that speak of an end", b'event: response.completed\n'
+     b'data: {"response":{"metadata":{"finish_reason":"abort"},"tools":'
+     b'[{"finish_reason":"abort","error":{}}],"status":"completed"}}\n\n', None),
+    ("a response that was cut short", b'event: response.completed\n'
+     b'data: {"response":{"status":"cancelled"}}\n\n', "ABORTED"),
+    ("one in the background, which its client cancels", b'event: response.completed\n'
+     b'data: {"response":{"background":true,"status":"cancelled"}}\n\n', None),
+    ("a stop string of that name",
+     b'data: {"choices":[{"finish_reason":"stop","stop_reason":"abort"}]}\n\n', None),
+    ("usage after it", b'data: {"choices":[{"index":0,"finish_reason":"abort"}]}\n\n'
+     b'data: {"choices":[],"usage":{}}\n\ndata: [DONE]\n\n', "ABORTED"),
+    ("the end of an event", b'es":"x\\"y","tools":[{"finish_reason":"abort"}],"status":"completed",'
+     b'"metadata":{"status":"cancelled"}},"type":"response.completed"}\n\n', None),
+    ("the end of an event of one cut short",
+     b'xx","tools":[],"status":"cancelled","x":1},"type":"response.completed"}\n\n', "ABORTED"),
+    ("the end of a large event",
+     b'content":"{\\"error\\""},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n', "ABORTED"),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("tail, fault", ENDS)
 def test_what_the_last_events_admit(tail, fault):
-    assert lite.bad_end(tail) is (fault and Fault[fault])
+    assert lite.bad_end(tail, lite.Notation.EVENTS) is (fault and Fault[fault])
+
+
+@pytest.mark.parametrize("end, whole", table(
+    ("all of it", b'{"a":[1,{"b":"c"}]}', {"a": [1, {"b": "c"}]}),
+    ("cut in a number", b'23,"b":2}', {"b": 2}),
+    ("cut in a name", b'me":1,"b":2}', {"b": 2}),
+    ("cut in a string with brackets", b'{x]", "b":2}', {"b": 2}),
+    ("cut in a string with quotes", b'x\\",\\"y\\\\\\"","b":2}', {"b": 2}),
+    ("a string that ends with a backslash", b'x\\\\","b":"\\\\","c":[]}', {"b": "\\", "c": []}),
+    ("deeper", b'1],"x":1,"y":2},3],"b":2}', {"": [{"x": 1, "y": 2}, 3], "b": 2}),
+    ("in a list of a list", b'1,2],[3]],"b":2}', {"": [[2], [3]], "b": 2}),
+    ("between members", b',"b":2}', {"b": 2}),
+    ("nothing whole", b'xyz"}', {}),
+    ("a list", b"1,2]", {}),
+    ("no JSON", b"<html>", {}),
+    ("empty", b"", {}),
+    ("too deep to be looked at", b"1" + b"]" * 100 + b',"b":2}', {"b": 2}),
+    ("nothing but brackets", b"[" * 9000, {}),
+    ("only closing ones", b"]" * 9000, {}),
+))  # fmt: skip
+def test_the_end_of_a_document_is_read_at_its_depth(end, whole):
+    assert lite.document_at_end(end) == whole
+
+
+def test_however_a_document_is_cut_what_is_read_of_its_end_stands_in_it():
+    draw = random.Random(5)
+
+    def anything(depth):
+        kind = draw.choice("sn[{" if depth else "[{")
+        if depth > 4 or kind in "sn":
+            text = "".join(draw.choices('"\\,[]{}: aé', k=draw.randrange(9)))
+            return text if kind == "s" else draw.randrange(99)
+        items = [anything(depth + 1) for _ in range(draw.randrange(4))]
+        return items if kind == "[" else {f"k{n}": item for n, item in enumerate(items)}
+
+    def stands(part, whole):
+        """Whether a part is what is left of something at the end of it."""
+        if isinstance(part, dict) and isinstance(whole, dict):
+            cut = part.get("")
+            known = all(whole.get(key) == value for key, value in part.items() if key)
+            return known and (not cut or any(stands(cut, other) for other in whole.values()))
+        if isinstance(part, list) and isinstance(whole, list):
+            tail = whole[len(whole) - len(part) :]
+            same = len(part) <= len(whole) and part[1:] == tail[1:]
+            return same and (not part or stands(part[0], tail[0]))
+        return part == whole
+
+    for _ in range(300):
+        whole = {"a": anything(1), "b": anything(1), "last": 1}
+        text = json.dumps(whole, ensure_ascii=draw.random() < 0.5).encode()
+        for at in range(len(text)):
+            part = lite.document_at_end(text[at:])
+            assert stands(part, whole), (text, at, part)
+            assert at > text.rindex(b', "last"') or part["last"] == 1
+
+
+@pytest.mark.parametrize("method, path, kind, notation", table(
+    ("a chat", "POST", "/v1/chat/completions", "application/json", "CHOICES"),
+    ("a stream", "POST", "/v1/chat/completions", "text/event-stream; charset=utf-8", "EVENTS"),
+    ("a response", "POST", "/v1/responses", "application/json", "RESPONSE"),
+    ("the same path in other letters", "POST", "/v1/%72esponses", "application/json", "RESPONSE"),
+    ("an earlier response", "GET", "/v1/responses/resp_1", "application/json", "OPAQUE"),
+    ("one its client cancels", "POST", "/v1/responses/r_1/cancel", "application/json", "OPAQUE"),
+    ("text of somebody", "POST", "/v1/audio/transcriptions", "text/plain", "OPAQUE"),
+))  # fmt: skip
+def test_of_which_answers_the_end_is_read(method, path, kind, notation):
+    head = answer_of(f"HTTP/1.1 200 OK\nContent-Type: {kind}")
+    assert lite.notation_of(method, path, head) is lite.Notation[notation]
 
 
 @pytest.mark.parametrize("status, content, fault", table(
     ("good", 200, b'{"choices":[{"finish_reason":"stop"}]}', None),
     ("cut short by a stop", 200, b'{"choices":[{"finish_reason":"abort"}]}', "ABORTED"),
-    ("no engine", 500, b'{"error":{"message":"EngineCore encountered an issue. See stack trace"}}', "ENGINE_FAILED"),
-    ("draining", 500, b'{"error":{"message":"cannot schedule new futures after shutdown"}}', "ENGINE_FAILED"),
+    ("not at its place", 200, b'{"choices":[{"message":{"finish_reason":"abort"},'
+     b'"finish_reason":"stop"}],"x":{"finish_reason":"abort"}}', None),
+    ("a message that was cut short", 200, b'{"type":"message","stop_reason":"abort"}', "ABORTED"),
+    ("what a tool was asked for", 200,
+     b'{"type":"message","content":[{"type":"tool_use","input":{"stop_reason":"abort"}}]}', None),
+    ("no engine", 500, b'{"error":{"message":"EngineCore encountered an issue. See stack trace"}}',
+     "ENGINE_FAILED"),
+    ("no engine, in words of long ago", 500,
+     b'{"object":"error","message":"Background loop has errored already."}', "ENGINE_FAILED"),
+    ("draining", 500, b'{"error":{"message":"cannot schedule new futures after shutdown"}}',
+     "ENGINE_FAILED"),
     ("a failure of this request", 500, b'{"error":{"message":"division by zero"}}', None),
+    ("one that quotes the client", 500,
+     b'{"error":{"message":"no tool named EngineCore encountered an issue"}}', None),
+    ("one with the client's words beside", 500,
+     b'{"error":{"message":"x"},"input":"EngineCore encountered an issue"}', None),
 ))  # fmt: skip
 def test_what_a_plain_answer_admits(status, content, fault):
-    assert lite.bad_answer(status, content) is (fault and Fault[fault])
+    assert lite.bad_answer(status, content, lite.Notation.CHOICES) is (fault and Fault[fault])
+
+
+LIES = {"finish_reason": "abort", "status": "cancelled", "error": {}}
+
+
+@pytest.mark.parametrize("content, fault", table(
+    ("whole", {"status": "completed"}, None),
+    ("too long for its limit", {"status": "incomplete"}, None),
+    ("cut short by a stop", {"status": "cancelled"}, "ABORTED"),
+    ("by its client, in the background", {"status": "cancelled", "background": True}, None),
+    ("metadata", {"metadata": LIES, "status": "completed"}, None),
+    ("tools", {"tools": [LIES], "choices": [LIES], "status": "completed"}, None),
+    ("text formats", {"text": {"format": {"schema": LIES}}, "status": "completed"}, None),
+    ("large tools", {"tools": [{"x": "y" * 9000, **LIES}, LIES], "status": "completed"}, None),
+    ("large ones of one cut short", {"tools": ["y" * 9000, LIES], "status": "cancelled"}, "ABORTED"),
+))  # fmt: skip
+def test_what_a_response_admits_and_never_what_its_client_said(content, fault):
+    text = json.dumps(content).encode()
+    assert lite.bad_answer(200, text, lite.Notation.RESPONSE) is (fault and Fault[fault])
+    tail = text[-lite.TAIL_BYTES :]
+    assert lite.bad_end(tail, lite.Notation.RESPONSE) is (fault and Fault[fault])
 
 
 @pytest.mark.parametrize("content, names", table(
@@ -2617,13 +2743,12 @@ def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
 @pytest.mark.parametrize("tail, size, tokens", table(
     ("by its word", b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: [DONE]\n\n', 9999, 42),
     ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999, 17),
-    ("the last word", b'"completion_tokens":1 "completion_tokens":2', 9999, 2),
     ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
     ("a plain answer", b'{"choices":[]}', 400, 100),
     ("nothing", b"", 0, 0),
 ))  # fmt: skip
 def test_tokens_of_an_answer(tail, size, tokens):
-    assert lite.completion_tokens(tail, size) == tokens
+    assert lite.completion_tokens(lite.usage_of(tail, lite.Notation.EVENTS), tail, size) == tokens
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -7894,8 +8019,8 @@ def failing(*said, how="close"):
     return Server(answer)
 
 
-ABORTED_ANSWER = (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 38\r\n\r\n'
-                  b'{"choices":[{"finish_reason":"abort"}]}'[:-1])  # fmt: skip
+ABORTED_ANSWER = (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 39\r\n\r\n'
+                  b'{"choices":[{"finish_reason":"abort"}]}')  # fmt: skip
 ABORTED_END = (b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\n', DONE)
 RETRIED = table(
     ("closes without a word", failing),
@@ -7913,7 +8038,9 @@ RETRIED = table(
         STREAM_HEAD + chunk(FIRST) + b"".join(map(chunk, ABORTED_END)) + b"0\r\n\r\n")),
     ("a plain answer cut short by a stopping server", lambda: failing(ABORTED_ANSWER)),
     ("a plain answer without end", lambda: failing(ABORTED_ANSWER[:-5])),
-    ("500 of a server without engine", lambda: failing(b"HTTP/1.1 500 X\r\ncontent-length: 11\r\n\r\nEngineCore!")),
+    ("500 of a server without engine", lambda: failing(
+        b"HTTP/1.1 500 X\r\ncontent-length: 58\r\n\r\n"
+        b'{"error": {"message": "EngineCore encountered an issue."}}')),
 )  # fmt: skip
 
 
@@ -8086,6 +8213,42 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_is_seen_as_cut(
 
 
 FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', DONE)
+
+
+ECHO = {"metadata": {"finish_reason": "abort", "error": "x", "code": "400"},
+        "tools": [{"finish_reason": "abort", "usage": {"input_tokens": 99}}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 200_000])
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_a_client_s_words_that_a_server_repeats_are_not_the_server_s(stream, size):
+    usage = {"input_tokens": 5, "output_tokens": 2}
+    said = {**ECHO, "x": "y" * size, "status": "completed", "usage": usage}
+
+    def event(kind):
+        data = json.dumps({"response": said, "type": f"response.{kind}"})
+        return f"event: response.{kind}\ndata: {data}\n\n".encode()
+
+    async def repeating(asked, conn):
+        if stream:
+            await conn.events(event("created"), event("completed"))
+        else:
+            await conn.json(said)
+
+    async with balancing(Server(repeating), Server(repeating)) as running:
+        client = await running.client()
+        for _ in range(3):
+            body = json.dumps({"model": "m", "stream": stream, **ECHO}).encode()
+            got = await client.post("/v1/responses", body)
+            assert got.status == 200 and b'"status": "completed"' in got.body
+        await running.quiet()
+        assert running.states() == ["healthy"] * 2
+        assert await running.metric("mvllm_attempts_total") == 3
+        assert await running.metric("mvllm_attempts_total", result="ok") == 3
+        ends = {(one["end"], one["prompt_tokens"], one["completion_tokens"])
+                for one in running.requests()}  # fmt: skip
+        assert ends == {("complete", 5, 2)}
 
 
 @pytest.mark.parametrize("end, label, whole", [(ABORTED_END, "aborted", False), (FAILED_END, "stream_failed", True)])
@@ -8533,9 +8696,24 @@ async def test_the_page_is_for_everybody_and_its_facts_are_not():
     ("embeddings", b'{"data":[],"usage":{"prompt_tokens":7,"total_tokens":7,"completion_tokens":0}}', {"prompt": 7, "completion": 0}),
     ("none asked for", b'data: {"usage":null}\n\ndata: [DONE]\n\n', {}),
     ("text about it", rb'{"content":"\"usage\":{\"prompt_tokens\":5}"}', {}),
+    ("a response's", b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":5,'
+     b'"input_tokens_details":{"cached_tokens":1},"output_tokens":2},'
+     b'"metadata":{"usage":{"input_tokens":99}}},"type":"response.completed"}\n\n',
+     {"prompt": 5, "cached": 1, "completion": 2}),
+    ("the client's words after it",
+     b'{"usage":{"input_tokens":5},"metadata":{"usage":{"input_tokens":99}},"user":"x"}',
+     {"prompt": 5}),
+    ("the client's words alone", b'{"usage":null,"tools":[{"usage":{"input_tokens":99}}]}', {}),
+    ("of a large answer", b'23,0.25]}],"model":"m","usage":{"prompt_tokens":7}}', {"prompt": 7}),
+    ("of a large one", b'x"}],"usage":{"input_tokens":5},"metadata":{"usage":{"input_tokens":99}}},'
+     b'"type":"response.completed"}\n\n', {"prompt": 5}),
+    ("with each event, the last", b'data: {"usage":{"completion_tokens":1}}\n\n'
+     b'data: {"usage":{"completion_tokens":2}}\n\n', {"completion": 2}),
+    ("nonsense", b'{"usage":{"prompt_tokens":true,"completion_tokens":-1,"input_tokens":1e99}}', {}),
 ))  # fmt: skip
 def test_what_an_answer_says_of_its_tokens(tail, usage):
-    assert lite.usage_of(tail) == usage
+    notation = lite.Notation.EVENTS if tail.endswith(b"\n\n") else lite.Notation.CHOICES
+    assert lite.usage_of(tail, notation) == usage
 
 
 @asynchronous
