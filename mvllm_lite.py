@@ -1929,10 +1929,21 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
         return {}  # a server will say what is wrong with it
 
 
-EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")  # RFC 2231, which only some readers know
+# Of a part, what only some readers know: names of RFC 2231, encodings (of those that change nothing
+# old clients speak), a line that goes on in the next.
+EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")
+DISPOSITION = re.compile(
+    rb'(?i)content-disposition:[ \t]*+form-data(?:[ \t]*+;[ \t]*+[^\s=;"]++[ \t]*+=[ \t]*+'
+    rb'(?:"(?:[^"\\]|\\.)*+"|[^\s;"]++))*+[ \t]*+;?[ \t]*+')
+PLAIN_ENCODING = re.compile(rb"(?i)content-transfer-encoding:[ \t]*+(?:binary|[78]bit)[ \t]*+")
+PART_FIELD = re.compile(rb"[!#-'*+.0-9A-Z^-z|~-]++:[^\r\n\0]*+")
+OTHER_CHARSET = re.compile(
+    r'(?i)charset[ \t]*=(?![ \t]*"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*(?:[;\r]|$))')
+BEHIND_BOUNDARY = re.compile(rb"(--)?[ \t]*+(?:\r\n|\Z)(?(1)\s*+\Z)")
 PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(
-    r'(?i)multipart/form-data(?:[ \t]*;[^;"]*)*?[ \t]*;[ \t]*boundary=(?:"([^"]+)"|([^\s;"]+))'
+    r'(?i)multipart/form-data(?:[ \t]*;[^;"]*)*?[ \t]*;[ \t]*boundary='
+    r'(?:"([^"\\]*[^"\\ ])"|([^\s;"]+))'
     r'(?:[ \t]*;[^"]*)?')
 
 
@@ -1944,20 +1955,30 @@ def form_boundary(content_type: str) -> bytes:
     found = BOUNDARY.fullmatch(content_type)
     if found is None or content_type.lower().count("boundary") > 1:
         raise BadMessage(f"Content-Type is {shown(content_type)}, expected one boundary")
+    if OTHER_CHARSET.search(content_type):
+        raise BadMessage(f"Content-Type is {shown(content_type)}, expected UTF-8")
     return b"--" + (found[1] or found[2]).encode("latin-1") if found else b""
 
 
 def form_spans(content: Content, boundary: bytes) -> Spans:
     """Where the values of CALL_MEMBERS stand in a form, RFC 7578: audio uploads name their model
     so.  Raises BadMessage for forms that others may read differently: with too many parts, one
-    whose fields are too long, or a name that is said twice."""
+    whose fields are too long, a name that is said twice, or a delimiter of doubtful form."""
     spans, delimiter = Spans(), b"\r\n" + boundary
-    at = 0 if content.startswith(boundary) else content.find(delimiter)
+    if not content:
+        return spans
+    if not content.startswith(boundary):
+        raise BadMessage("the form does not begin with its boundary")
+    if content.count(b"\n" + boundary) + content.count(b"\r" + boundary) > content.count(delimiter):
+        raise BadMessage("a boundary of the form stands behind half a line end")
+    at, last = part_start(content, len(boundary))
     for _ in range(FORM_PARTS_LIMIT):
-        following = content.find(delimiter, at + len(boundary))
-        if at < 0 or following < 0:
+        if last:
             return spans
-        head = content.find(b"\r\n\r\n", at, min(following, at + FORM_HEAD_LIMIT_BYTES))
+        following = content.find(delimiter, at - 2)  # after no fields, say
+        if following < 0:
+            raise BadMessage("the form has no end")
+        head = content.find(b"\r\n\r\n", at - 2, min(following, at + FORM_HEAD_LIMIT_BYTES))
         if head < 0:
             raise BadMessage(f"a part of the form has no end of its fields within"
                              f" {FORM_HEAD_LIMIT_BYTES} bytes")  # fmt: skip
@@ -1966,17 +1987,42 @@ def form_spans(content: Content, boundary: bytes) -> Spans:
                 raise BadMessage(f"the form says {name} twice")
             if name in CALL_MEMBERS:
                 spans[name] = (head + 4, following)
-        at = following
+        at, last = part_start(content, following + len(delimiter))
     raise BadMessage(f"the form has more than {FORM_PARTS_LIMIT} parts")
 
 
+def part_start(content: Content, at: int) -> tuple[int, bool]:
+    """Where the part behind a boundary begins, and whether it was the last boundary.  Nothing but
+    padding may stand there."""
+    behind = BEHIND_BOUNDARY.match(content, at)
+    if behind is None:
+        raise BadMessage("something stands behind a boundary of the form")
+    return behind.end(), behind[1] is not None
+
+
 def part_names(fields: bytes) -> list[str]:
-    """The name of a form's part; [] if it has none."""
-    lines = [line for line in fields.split(b"\r\n") if line[:20].lower() == b"content-disposition:"]
+    """The name of a form's part, as a list of one.  Raises BadMessage for a part that two readers
+    may name, or decode, differently."""
+    lines = [line for line in fields.split(b"\r\n") if line]
+    if not all(map(PART_FIELD.fullmatch, lines)):
+        raise BadMessage("a part of the form has a bad field line")
+    if any(line[:26].lower() == b"content-transfer-encoding:" and not PLAIN_ENCODING.fullmatch(line)
+           for line in lines):  # fmt: skip
+        raise BadMessage("a part of the form is encoded")
+    lines = [line for line in lines if line[:20].lower() == b"content-disposition:"]
     found = [named[1] or named[2] for line in lines for named in PART_NAME.finditer(line)]
     if len(lines) > 1 or len(found) > 1 or any(EXTENDED_NAME.search(line) for line in lines):
         raise BadMessage("a part of the form has more than one name")
-    return [name.decode("latin-1") for name in found]
+    if not found or not found[0] or not DISPOSITION.fullmatch(lines[0]):
+        raise BadMessage("a part of the form has no clear name")
+    name = found[0].decode("latin-1")
+    if "\\" in name or (name not in CALL_MEMBERS and urllib.parse.unquote(name) in CALL_MEMBERS):
+        raise BadMessage("a part of the form has an encoded name")
+    if name in CALL_MEMBERS and b"filename" in lines[0].lower():
+        raise BadMessage(f"the form's {name} is a file")
+    if name in CALL_MEMBERS and OTHER_CHARSET.search(fields.decode("latin-1")):
+        raise BadMessage(f"the form's {name} is not in UTF-8")
+    return [name]
 
 
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
@@ -2872,6 +2918,29 @@ class Gate:
         self._running[key.name] -= 1
         if not self._running[key.name]:
             del self._running[key.name]
+
+
+# Beside the one form whose model is read (multipart/form-data), servers may read these.
+FORM_TYPES = re.compile(r"(?i)multipart/|x-www-form-urlencoded")
+
+
+def unheld(key: KeySettings, head: RequestHead) -> Refusal | None:
+    """Why a request cannot be held to the models of its key, or None: where a server may read
+    another model than we do, or be told another one later."""
+    if not key.models:
+        return None
+    content_type, name = head.fields.get("content-type"), shown(key.name)
+    kinds = [kind.lower() for kind in FORM_TYPES.findall(content_type)]
+    is_form = content_type[:19].lower() == "multipart/form-data"
+    if kinds and not (is_form and kinds == ["multipart/"]):
+        text = (f"The key {name} is for some models only, and no model is read from content of"
+                f" the type {shown(content_type)}.")  # fmt: skip
+        return Refusal(Fault.FORBIDDEN, text)
+    if head.wants_upgrade:
+        text = (f"The key {name} is for some models only, and a connection that is upgraded may"
+                " change its model at any time (session.update).")  # fmt: skip
+        return Refusal(Fault.FORBIDDEN, text)
+    return None
 
 
 def digest(secret: str) -> bytes:
@@ -10422,6 +10491,8 @@ class Door:
         refusal = None
         if works or function in (models, one_model):
             refusal = stopped(key, admin) if gate.closed or admin else None
+            if refusal is None and key is not None and works:
+                refusal = unheld(key, head)
         if refusal is None and function not in (None, models, one_model, liveness, readiness):
             refusal = self.status_refusal(exchange, key)
         if refusal is not None:

@@ -1431,6 +1431,17 @@ def test_nor_in_large_content(body, named):
 
 
 PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
+MODEL = b'\r\nContent-Disposition: form-data; name="model'
+
+
+def other(part, by):
+    """FORM with another part."""
+    assert part in FORM
+    return FORM.replace(part, by)
+
+
+def with_field(line):
+    return other(b"\r\n\r\nwhisper", b"\r\n%b\r\n\r\nwhisper" % line)
 
 
 @pytest.mark.parametrize("form, named", table(
@@ -1439,6 +1450,29 @@ PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
     ("two models", PART % b"model" + FORM, "says model twice"),
     ("two names for one part", PART % b'x"; name="model' + FORM, "more than one name"),
     ("a name that only some readers know", FORM.replace(b'name="file"', b"name*=utf-8''model"), "more than one name"),
+    ("a line before the first boundary", b"\r\n" + FORM, "does not begin"),
+    ("a text before it", b"x\r\n" + FORM, "does not begin"),
+    ("a longer boundary that begins alike", other(MODEL, b"Y" + MODEL), "something stands behind"),
+    ("a bare LF behind a boundary", other(MODEL, MODEL[1:]), "something stands behind"),
+    ("a bare LF before one", other(b"\r\n\r\n--XX", b"\r\n\n--XX"), "half a line end"),
+    ("a bare CR before one", other(b"\r\n\r\n--XX", b"\r\n\r--XX"), "half a line end"),
+    ("something behind the end", FORM + FORM, "something stands behind"),
+    ("an end that is none", other(b"--XX--", b"--XX-"), "something stands behind"),
+    ("no end", other(b"--XX--\r\n", b""), "no end"),
+    ("nothing but a boundary", b"--XX", "no end"),
+    ("a part without a line of its own", b"--XX\r\n" + FORM, "no end of its fields"),
+    ("a folded field", other(b'; name="model', b';\r\n name="model'), "bad field line"),
+    ("a bare LF in a field", other(b'; name="model', b';\n name="model'), "bad field line"),
+    ("a space before the colon", other(MODEL, MODEL.replace(b":", b" :")), "bad field line"),
+    ("no name", other(b'; name="model"', b""), "no clear name"),
+    ("an empty name", other(b'name="model"', b'name=""'), "no clear name"),
+    ("a name without its closing quote", other(b'"model"', b'"model'), "no clear name"),
+    ("another disposition", other(MODEL, MODEL.replace(b"form-data", b"inline")), "no clear name"),
+    ("a quoted character", other(b"model", rb"m\odel"), "encoded name"),
+    ("a percent sign", other(b"model", b"%6dodel"), "encoded name"),
+    ("base64", with_field(b"Content-Transfer-Encoding: base64"), "is encoded"),
+    ("a model in another alphabet", with_field(b"Content-Type: x; charset=utf-16"), "not in UTF-8"),
+    ("a model that is a file", other(b'"model"', b'"model"; filename="x"'), "is a file"),
     ("two dispositions", FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"), "more than one name"),
 ))  # fmt: skip
 def test_forms_that_two_readers_might_take_differently_are_refused(form, named):
@@ -1450,6 +1484,29 @@ def test_forms_that_two_readers_might_take_differently_are_refused(form, named):
 def test_forms_with_other_than_one_boundary_are_refused(kind):
     with pytest.raises(lite.BadMessage, match="one boundary"):
         call(FORM, f"Content-Type: multipart/form-data; {kind}")
+
+
+@pytest.mark.parametrize("form, kind", table(
+    ("padding behind a boundary", other(MODEL, b" \t" + MODEL), ""),
+    ("no line end behind the last", FORM.removesuffix(b"\r\n"), ""),
+    ("empty lines behind it", FORM + b"\r\n\r\n", ""),
+    ("a part's encoding that is none", with_field(b"Content-Transfer-Encoding: 8bit"), ""),
+    ("a part's alphabet", with_field(b"Content-Type: text/plain; charset=ISO-8859-1"), ""),
+    ("a name without quotes", other(b'"model"', b"model"), ""),
+    ("a file's name twice", other(b'"a.wav"', "\"\u00e9\"; filename*=UTF-8''%C3%A9".encode()), ""),
+    ("the alphabet of all", FORM, "; charset=UTF-8"),
+))
+def test_forms_as_clients_send_them_are_read(form, kind):
+    assert call(form, FORM_TYPE + kind)[0].model == "whisper"
+
+
+def test_an_empty_form_has_no_model():
+    assert call(b"--XX--\r\n", FORM_TYPE)[0].model is None
+
+
+def test_a_form_is_read_in_one_alphabet():
+    with pytest.raises(lite.BadMessage, match="UTF-8"):
+        call(FORM, FORM_TYPE + "; charset=utf-16")
 
 
 def test_a_query_that_says_model_twice_is_refused():
@@ -1799,6 +1856,30 @@ def test_a_key_allows_its_models():
     assert gate.enter(key, "a", 0.0) is None
     assert gate.enter(key, "c", 0.0)[0] is Fault.FORBIDDEN and "`c`" in gate.enter(key, "c", 0.0).text
     assert gate.enter(key, None, 0.0).fault is Fault.FORBIDDEN
+
+
+UPGRADE = "Connection: upgrade\nUpgrade: websocket"
+URLENCODED = "Content-Type: application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize("fields, said", table(
+    ("JSON", "Content-Type: application/json", None),
+    ("nothing said", "X: y", None),
+    ("the form that is read", FORM_TYPE, None),
+    ("a form of another kind", URLENCODED, "x-www-form-urlencoded"),
+    ("in capitals, with a parameter", f"{URLENCODED.upper()}; charset=utf-8", "no model is read"),
+    ("another multipart", "Content-Type: multipart/mixed; boundary=XX", "no model is read"),
+    ("JSON first, then a form", f"Content-Type: application/json\n{FORM_TYPE}", "no model is read"),
+    ("two forms", f"{FORM_TYPE}\n{URLENCODED}", "no model is read"),
+    ("an upgrade", UPGRADE, "session.update"),
+    ("an upgrade to what is not passed on", UPGRADE.replace("websocket", "h2c"), None),
+))
+def test_what_a_key_with_models_cannot_be_held_to_is_refused(fields, said):
+    head = head_of(f"POST /v1/realtime?model=m HTTP/1.1\nHost: a\n{fields}")
+    refusal = lite.unheld(lite.KeySettings("team", models=("m",)), head)
+    assert (refusal and refusal.fault) == (said and Fault.FORBIDDEN)
+    assert said is None or said in refusal.text
+    assert lite.unheld(lite.KeySettings("all"), head) is None
 
 
 def test_a_key_allows_so_many_requests_at_once():
@@ -7245,6 +7326,19 @@ async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(ca
         assert (await client.get("/liveness")).status == 200 == (await client.get("/health")).status
     assert len(server.asked) == 2 and "team" in {facts["key"] for facts in running.requests()}
     assert "sk-" not in caplog.text + str(running.heard)
+
+
+@asynchronous
+async def test_a_key_with_models_gets_no_upgrade_and_no_form_whose_model_is_not_read():
+    some, all = lite.KeySettings("some", "sk-some", models=("m",)), lite.KeySettings("all", "sk-all")
+    async with balancing(server := Server(models=["m", "n"]), keys=(some, all)) as running:
+        for key, status in (("sk-some", 403), ("sk-all", 200)):
+            for fields in ([URLENCODED], UPGRADE.split("\n")):
+                fields = [f"Authorization: Bearer {key}", *fields]
+                client = await running.client()
+                got = await client.post("/v1/realtime", b"model=n&file=x", fields)
+                assert got.status == status, got.body
+    assert len(server.asked) == 2
 
 
 @asynchronous
