@@ -107,6 +107,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -8361,70 +8362,77 @@ DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
 
-class Writer:
-    """Has lines written by a thread of its own, and what they go to closed in the end.  When that
-    is stuck in a terminal, pipe or disk that takes nothing, lines are dropped and counted: it must
-    not stop answers, nor our end."""
+class Writer(logging.handlers.QueueListener):
+    """Has lines written by a thread of its own.  When that is stuck in a terminal, pipe or disk
+    that takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
 
-    def __init__(
-        self, write: Callable[[str], object], end: Callable[[], object] = lambda: None
-    ) -> None:
-        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    def __init__(self, target: logging.Handler) -> None:
+        """`target` is used by this thread alone, and what it raises is counted."""
+        super().__init__(queue.SimpleQueue(), target)
         self.dropped = 0
-        self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(write, end), daemon=True)
-        self.thread.start()
+        self.closing, self.closed = threading.Event(), threading.Event()
+        self.start()
 
     def say(self, line: str) -> None:
-        if self.lines.qsize() < LOG_LINES_LIMIT:
-            self.lines.put(line)
+        if self.queue.qsize() < LOG_LINES_LIMIT:
+            self.queue.put(line)
         else:
             self.dropped += 1
 
-    def _run(self, write: Callable[[str], object], end: Callable[[], object]) -> None:
-        """What comes within LOG_PAUSE_S goes out together: to wake this thread for each line took
+    def dequeue(self, block: bool) -> logging.LogRecord | None:
+        """All that comes within LOG_PAUSE_S, as one record: to wake this thread for each line took
         a third of the time of a small request."""
-        last = False
-        while not last:
-            batch = [self.lines.get()]
-            self.closing.wait(LOG_PAUSE_S)
-            batch += [self.lines.get() for _ in range(self.lines.qsize())]
-            last = None in batch
-            lines = [line for line in batch if line is not None]
-            if self.dropped:
-                lines.append(DROPPED % self.dropped)
-                self.dropped = 0
-            try:
-                if lines:
-                    write("\n".join(lines))
-            except OSError:  # nobody reads any more, or the disk is full
-                self.dropped += len(lines)
-        with contextlib.suppress(OSError):
-            end()
+        batch = [self.queue.get(block)]
+        self.closing.wait(LOG_PAUSE_S)
+        batch += [self.queue.get() for _ in range(self.queue.qsize())]
+        lines = [line for line in batch if line is not None]
+        if self.dropped:
+            lines.append(DROPPED % self.dropped)
+            self.dropped = 0
+        if not lines:
+            self.closed.set()
+            return None
+        if None in batch:
+            self.enqueue_sentinel()
+        return logging.makeLogRecord({"msg": "\n".join(lines)})
 
-    def close(self) -> None:
+    def handle(self, record: logging.LogRecord) -> None:
+        """Without the handler's lock, since Python waits for that when it ends."""
+        try:
+            self.handlers[0].emit(record)
+        except OSError:  # nobody reads any more, or the disk is full
+            if not self.closing.is_set():
+                self.dropped += record.msg.count("\n") + 1
+
+    def stop(self) -> None:
         """Everything that waits is written, if that takes no longer than a second."""
-        self.lines.put(None)
         self.closing.set()
-        self.thread.join(1.0)
+        self.enqueue_sentinel()
+        self.closed.wait(1.0)
 
 
-def to_descriptor(descriptor: int) -> Callable[[str], object]:
-    def write(lines: str) -> None:
-        data = f"{lines}\n".encode("utf-8", "backslashreplace")
+class Descriptor(logging.Handler):
+    """Writes to a descriptor that may take nothing.  A stream's own lock would be held then, for
+    which Python waits when it ends.  Raises OSError."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{record.msg}\n".encode("utf-8", "backslashreplace")
         while data:
-            data = data[os.write(descriptor, data) :]
-
-    return write
+            data = data[os.write(self.descriptor, data) :]
 
 
-class LineWriter(logging.Handler):
+class LineWriter(logging.handlers.QueueHandler):
     """Log lines, from `level` on, for a Writer.  A warning that comes again and again is a line,
     and then a count."""
 
     def __init__(self, writer: Writer, level: int = logging.DEBUG) -> None:
-        super().__init__(level)
+        super().__init__(writer.queue)
         self.writer = writer
+        self.setLevel(level)
         self.setFormatter(logging.Formatter(*LINE_FORM))
         self._last, self._since, self._repeats = "", 0.0, 0
 
@@ -8436,7 +8444,13 @@ class LineWriter(logging.Handler):
             return
         self.say_repeats()
         self._last, self._since = said, record.created
-        self.writer.say(self.format(record))
+        super().emit(record)
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, line: str) -> None:  # type: ignore[override]
+        self.writer.say(line)
 
     def say_repeats(self) -> None:
         if self._repeats:
@@ -8455,71 +8469,60 @@ def local_second(at: int) -> str:
     return time.strftime(LINE_FORM[1], time.localtime(at))
 
 
-class LogFile:
-    """A log of which a Writer's thread writes.  Beyond a size it goes on in a new file; old ones,
-    named by the time, are compressed, and removed when they are `days` old.  One that was moved
-    away, by logrotate or another process of ours, is opened anew.
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Writes to the end of a file, which is opened for each batch of lines, since logrotate or
+    another process of ours may have moved it away.  Beyond a size it goes on in a new one; old
+    ones are compressed, and removed when they are `days` old.  Their names are times: numbers are
+    moved on from file to file, which destroys them on a full disk, and between two processes."""
 
-    logging.handlers numbers old files and moves them all, which destroys them on a full disk, and
-    between two processes.
-    """
-
-    def __init__(self, path: str, size: int, days: float) -> None:
-        self.path, self.size, self.days = path, size, days
-        self.file: io.TextIOWrapper | None = None
+    def __init__(self, path: str, size: int = 0, days: float = INFINITY) -> None:
+        super().__init__(path, maxBytes=size, backupCount=1, encoding="utf-8",
+                         errors="backslashreplace", delay=True)  # fmt: skip
+        self.days = days
         self.rotate_from = 0.0  # after a failure, in Unix time
         self.expire()
 
-    def write(self, lines: str) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         """Raises OSError."""
-        if self.file is not None and not self.in_place(self.file):
+        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+        super().emit(record)
+        self.close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
             self.close()
-        if self.file is not None and self.file.tell() >= self.size:
-            self.rotate()
-        if self.file is None:
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            self.file = open(  # noqa: SIM115
-                self.path, "a", encoding="utf-8", errors="backslashreplace")
-        self.file.write(f"{lines}\n")
-        self.file.flush()
+        raise  # noqa: PLE0704: what `emit` has caught
 
-    def in_place(self, file: io.TextIOWrapper) -> bool:
-        """Whether the path still means that file."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
-        except OSError:
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        if time.time() < self.rotate_from or not os.path.exists(self.baseFilename):
             return False
+        return os.path.getsize(self.baseFilename) > 0 and bool(super().shouldRollover(record))
 
-    def rotate(self) -> None:
+    def rotation_filename(self, default_name: str) -> str:
+        return f"{self.baseFilename}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}.gz"
+
+    def rotate(self, source: str, dest: str) -> None:
         """Move it away at once, so that other processes see that; then compress it at leisure.
         Whatever fails, lines go on, and nothing that is there is lost."""
-        if time.time() < self.rotate_from:
-            return
-        old = f"{self.path}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
+        old, part = dest.removesuffix(".gz"), f"{dest}.part"
         try:
-            os.rename(self.path, old)
-            self.close()
-            with open(old, "rb") as plain, gzip.open(f"{old}.part", "wb") as compressed:
+            os.rename(source, old)
+            with open(old, "rb") as plain, gzip.open(part, "wb") as compressed:
                 shutil.copyfileobj(plain, compressed)
-            os.replace(f"{old}.part", f"{old}.gz")
+            os.replace(part, dest)
             os.remove(old)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.remove(f"{old}.part")
+                os.remove(part)
             self.rotate_from = time.time() + REPEATS_S
-            log.warning("%s is not rotated: %s", self.path, reason_of(error))
+            log.warning("%s is not rotated: %s", shown(source), reason_of(error))
         self.expire()
 
     def expire(self) -> None:
-        for name in glob.glob(f"{glob.escape(self.path)}.[12]*"):
+        for name in glob.glob(f"{glob.escape(self.baseFilename)}.[12]*"):
             with contextlib.suppress(OSError):  # another process does the same
                 if os.path.getmtime(name) < time.time() - self.days * 86400:
                     os.remove(name)
-
-    def close(self) -> None:
-        if self.file is not None:
-            file, self.file = self.file, None
-            file.close()
 
 
 class EventKeeper(logging.Handler):
@@ -8571,7 +8574,7 @@ def say_request(on_console: Callable[[], bool], facts: RequestFacts) -> None:
 @contextlib.contextmanager
 def logging_to_stdout(level: str) -> Iterator[None]:
     """Log lines go to stdout."""
-    writer = Writer(to_descriptor(sys.stdout.fileno()))
+    writer = Writer(Descriptor(sys.stdout.fileno()))
     console = Console(writer)
     log.setLevel(level)
     log.propagate = False
@@ -8581,7 +8584,7 @@ def logging_to_stdout(level: str) -> Iterator[None]:
     finally:
         log.removeHandler(console)
         console.say_repeats()
-        writer.close()
+        writer.stop()
 
 
 @contextlib.contextmanager
@@ -8609,7 +8612,7 @@ def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
             handler.say_repeats()
         for writer in (lines, errors, facts):
             if writer is not None:
-                writer.close()
+                writer.stop()
 
 
 def log_file_writer(s: Settings, name: str, size: int, days: float) -> Writer | None:
@@ -8622,8 +8625,7 @@ def log_file_writer(s: Settings, name: str, size: int, days: float) -> Writer | 
     if why := not_writable(path):
         log.warning("no log file %s: %s", shown(path), why)
         return None
-    file = LogFile(path, size, days)
-    return Writer(file.write, file.close)
+    return Writer(LogFile(path, size, days))
 
 
 RECORDS: dict[type, Callable[[float, Any], str]] = {
@@ -8640,8 +8642,7 @@ def shape_writer(path: str) -> Writer | None:
     if why := not_writable(path):
         log.error("no shape is written to %s: %s", shown(path), why)
         return None
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    return Writer(to_descriptor(descriptor), functools.partial(os.close, descriptor))
+    return Writer(LogFile(path))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -10617,7 +10618,7 @@ class Balancer:
         for pool in core.pools.values():
             pool.close()
         if core.shape is not None:
-            core.shape.close()
+            core.shape.stop()
 
     def listen(self) -> list[socket.socket]:
         """Raises SettingsError."""
@@ -10833,7 +10834,7 @@ class Balancer:
             core.policies = Policies(settings)
         if settings.shape_file != self._shape_file:
             if core.shape is not None:  # which may take a second
-                asyncio.get_running_loop().run_in_executor(None, core.shape.close)
+                asyncio.get_running_loop().run_in_executor(None, core.shape.stop)
             self._shape_file = settings.shape_file
             core.shape = shape_writer(self._shape_file) if self._shape_file else None
         wanted = {server.url for server in settings.servers}

@@ -9511,6 +9511,12 @@ async def test_where_no_files_can_be_written_there_is_a_warning(tmp_path):
         await line_with(child, "is healthy")
 
 
+def write(file, *lines):
+    """Lines that come one by one."""
+    for line in lines:
+        file.emit(logging.makeLogRecord({"msg": line}))
+
+
 def test_a_log_is_rotated_by_size_compressed_and_removed_by_age(tmp_path):
     path, old = tmp_path / "x.log", tmp_path / "x.log.2020-01-01T00-00-00.000000.gz"
     old.write_bytes(gzip.compress(b"old"))
@@ -9519,9 +9525,7 @@ def test_a_log_is_rotated_by_size_compressed_and_removed_by_age(tmp_path):
     os.utime(tmp_path / "x.log.notes", (0, 0))
     file = lite.LogFile(str(path), 1000, 1)
     said = [f"{n:04d} {'x' * 90}" for n in range(50)]
-    for line in said:
-        file.write(line)
-    file.close()
+    write(file, *said)
     found, count = written(path)
     assert found.splitlines() == said and count == 5 and (tmp_path / "x.log.notes").exists()
 
@@ -9530,9 +9534,7 @@ def test_two_processes_that_write_one_log_lose_nothing(tmp_path):
     path = tmp_path / "x.log"
     files = [lite.LogFile(str(path), 1000, 1) for _ in range(2)]
     for n in range(60):
-        files[n % 2].write(f"{n:04d} {'x' * 90}")
-    for file in files:
-        file.close()
+        write(files[n % 2], f"{n:04d} {'x' * 90}")
     found, count = written(path)
     assert sorted(line[:4] for line in found.splitlines()) == [f"{n:04d}" for n in range(60)] and count < 12
 
@@ -9541,9 +9543,7 @@ def test_a_log_that_cannot_be_rotated_goes_on(tmp_path, monkeypatch, caplog):
     path = tmp_path / "x.log"
     monkeypatch.setattr(lite.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     file = lite.LogFile(str(path), 100, 1)
-    for n in range(10):
-        file.write(f"{n:04d} {'x' * 90}")
-    file.close()
+    write(file, *(f"{n:04d} {'x' * 90}" for n in range(10)))
     found = sorted(one for one in tmp_path.iterdir())
     assert sum(len(one.read_text().splitlines()) for one in found) == 10 and not [one for one in found if "part" in one.name]
     assert caplog.text.count("is not rotated: no space left on device") == 1  # and not again before a while
@@ -9552,25 +9552,96 @@ def test_a_log_that_cannot_be_rotated_goes_on(tmp_path, monkeypatch, caplog):
 def test_a_directory_of_logs_that_vanishes_is_made_again(tmp_path):
     path = tmp_path / "logs" / "x.log"
     file = lite.LogFile(str(path), 1000, 1)
-    file.write("one")
+    write(file, "one")
     path.unlink()
     path.parent.rmdir()
-    file.write("two")
-    file.close()
+    write(file, "two")
     assert path.read_text() == "two\n"
 
 
+@pytest.mark.parametrize("lines", [1, 3])
+def test_lines_that_are_longer_than_a_log_may_be_are_written_whole(tmp_path, lines):
+    path = tmp_path / "x.log"
+    said = [f"{n} {'x' * 150}" for n in range(lines)]
+    write(lite.LogFile(str(path), 100, 1), *said)
+    assert written(path) == ("\n".join(said) + "\n", lines)  # and there is no empty one among them
+
+
+def test_what_a_full_disk_did_not_take_is_an_error_and_later_lines_are_written(tmp_path):
+    path = tmp_path / "x.log"
+    path.symlink_to("/dev/full")
+    file = lite.LogFile(str(path))
+    with pytest.raises(OSError, match="No space left"):
+        write(file, "one")
+    path.unlink()
+    write(file, "two")
+    assert path.read_text() == "two\n"
+
+
+class Said(logging.Handler):
+    """What a Writer has written, batch by batch; `broken`, it takes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.broken, self.gate = [], False, threading.Event()
+        self.gate.set()
+
+    def emit(self, record):
+        assert self.gate.wait(10)
+        if self.broken:
+            raise OSError(28, "full")
+        self.batches.append(record.msg)
+
+
+def test_lines_that_come_together_are_written_together_and_all_of_them():
+    said = Said()
+    writer = lite.Writer(said)
+    for n in range(1000):
+        writer.say(str(n))
+    writer.stop()
+    assert "\n".join(said.batches).split("\n") == list(map(str, range(1000))) and len(said.batches) < 100
+
+
+def test_lines_for_what_is_stuck_are_bounded_and_counted_and_do_not_delay_the_end():
+    said = Said()
+    said.gate.clear()
+    writer = lite.Writer(said)
+    for n in range(2 * lite.LOG_LINES_LIMIT):
+        writer.say(str(n))
+    begun = time.monotonic()
+    writer.stop()  # waits for a second, and no longer
+    assert time.monotonic() - begun < 5 and not said.batches
+    said.gate.set()
+    assert writer.closed.wait(10)
+    lines = "\n".join(said.batches).splitlines()
+    (dropped,) = [line for line in lines if "log lines were dropped" in line]
+    assert len(lines) - 1 + int(dropped.split()[1]) == 2 * lite.LOG_LINES_LIMIT
+
+
+def test_what_could_not_be_written_is_counted_once_it_can_be():
+    said = Said()
+    said.broken = True
+    writer = lite.Writer(said)
+    writer.say("one")
+    while not writer.dropped:
+        assert not writer.closed.wait(0.001)
+    said.broken = False
+    writer.say("two")
+    writer.stop()
+    assert said.batches == ["two\nmvllm_lite: 1 log lines were dropped"]
+
+
 def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch):
-    said = []
-    writer = lite.Writer(said.append)
+    said = Said()
+    writer = lite.Writer(said)
     handler = lite.LineWriter(writer)
     broken = (ValueError, ValueError("x"), None)
     for level, text, error in ((30, "full", None), (30, "full", None), (30, "full", None), (20, "info", None), (20, "info", None),
                                (40, "mistake", broken), (40, "mistake", broken), (30, "full", None), (30, "full", None)):  # fmt: skip
         handler.handle(logging.LogRecord("x", level, "", 0, text, (), error))
     handler.say_repeats()
-    writer.close()
-    words = [line.split(" ", 1)[1] for line in "\n".join(said).splitlines() if line[:2] == "20"]
+    writer.stop()
+    words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines() if line[:2] == "20"]
     assert words == ["WARNING full", "WARNING 2 times more: full", "INFO info", "INFO info", "ERROR mistake", "ERROR mistake",
                      "WARNING full", "WARNING 1 times more: full"]  # fmt: skip
 
