@@ -7305,6 +7305,17 @@ def table(rows: Mapping[str, Summary]) -> str:
 RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
 
 
+def reason_of(error: OSError) -> str:
+    """What the system says, or TLS, without numbers and addresses."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message.rstrip('.')}"
+    if isinstance(error, ssl.SSLError):  # whose numbers are none of the system's
+        said = (error.reason or "").replace("_", " ").lower()
+        return "TLS: " + (said or re.sub(r"^\[.*?\] | \(_ssl.*$", "", str(error.strerror)))
+    number = error.errno or 0
+    return (os.strerror(number) if number > 0 else str(error)).lower()
+
+
 class Sink(Protocol):
     """Takes what happens on a wire, in place of its buffer.  A piece is lent for the call."""
 
@@ -7340,7 +7351,7 @@ class Wire(asyncio.BufferedProtocol):
 
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
-        "lost", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls", "sock",
+        "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls", "sock",
         "_waiter", "_timer", "_timer_at",
     )  # fmt: skip
 
@@ -7355,6 +7366,7 @@ class Wire(asyncio.BufferedProtocol):
         self.clean = False  # by an orderly close (FIN), which may end a message
         self.on_gone: Callable[[], object] | None = None
         self.lost = True  # there is no connection yet, or any more
+        self.trouble = ""  # that ended it, where TLS has said so
         self.blocked = False  # the peer takes no more bytes at present
         self.held = False  # we take no more of the peer's
         self.reused = False  # it carried an exchange before
@@ -7402,6 +7414,8 @@ class Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
+        if isinstance(error, ssl.SSLError):
+            self.trouble = f": {reason_of(error)}"
         if self._timer is not None:
             self._timer.cancel()
         self._ended(clean=False)  # the peer's orderly end was heard before, if there was one
@@ -7437,7 +7451,7 @@ class Wire(asyncio.BufferedProtocol):
         alive all that was on the stack when it was raised."""
         fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
         how = "closed" if self.clean else "lost"
-        return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
+        return PeerGone(f"the {self.side.value}'s connection was {how}{self.trouble}", fault)
 
     # Deadlines.
 
@@ -7879,7 +7893,7 @@ class Secrets:
         try:
             return make(given)
         except OSError as error:  # ssl.SSLError is one
-            text = f"no usable certificate or key: {error}"
+            text = f"no usable certificate or key: {reason_of(error).removeprefix('TLS: ')}"
             raise SettingsError([Complaint(", ".join(self.files), 0, "", text)]) from None
 
 
@@ -7920,12 +7934,6 @@ def read_file(path: str) -> bytes:
     raise SettingsError([Complaint(path, 0, "", f"cannot be read: {text}")])
 
 
-def reason_of(error: OSError) -> str:
-    """What the system says, without numbers and addresses."""
-    number = error.errno or 0
-    return (os.strerror(number) if number > 0 else str(error)).lower()
-
-
 async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead, Length]:
     """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
     TimeoutError."""
@@ -7934,7 +7942,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
     except BadMessage as bad:
         raise BadMessage(str(bad), Fault.BAD_ANSWER) from None
     if raw is None:
-        text = "the server's connection was closed without an answer"
+        text = f"the server's connection was closed without an answer{wire.trouble}"
         raise (Stale if wire.reused else PeerGone)(text, Fault.SERVER_GONE)
     wire.reused = False  # it is alive; from here on an end is a loss
     return parse_response_head(raw)
@@ -10967,13 +10975,25 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
     return None
 
 
+# What to do about words that TLS says; the first that fits.
+TLS_ADVICE = {
+    "alert certificate required": "it asks for ours: name a file with it in client_cert",
+    "certificate is not valid for": "give it the URL of a name that is in its certificate",
+    "certificate has expired": "have its certificate renewed",
+    "certificate": "name the authority that signed it in ca_file",
+    "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
+    "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+}
+
+
 def unusable_finding(server: ServerSettings, why: str) -> Finding:
     """About a server that did not answer as it should."""
     if re.search(r"answered 40[13]", why):
         has = "another" if server.api_key or server.api_key_file else "an"
         return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
-    if "certificate" in why.lower():
-        return Finding(f"its certificate: {why}", "name the authority that signed it in ca_file")
+    for word, advice in TLS_ADVICE.items():
+        if word in why:
+            return Finding(f"its certificate: {why}" if "cert" in word else why, advice)
     return Finding(why, f"see whether it runs, and try: curl -v {server.url}/v1/models")
 
 

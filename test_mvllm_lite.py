@@ -7539,6 +7539,76 @@ async def test_https_servers(tmp_path, given, state, caplog):
     assert ("NOT verified" in caplog.text) is ("verify" in given)
 
 
+class Plain(Server):
+    """One that says at once that it was not spoken to in HTTP."""
+
+    async def serve(self, reader, writer):
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+
+@pytest.mark.parametrize("given, plain, words", table(
+    ("nobody vouches for it", {}, False, r"cannot connect: certificate verify failed: self-signed certificate"),
+    ("another name", {"ca_file": "cert"}, False, r"certificate verify failed: hostname mismatch, certificate is not valid for '127\.1'"),
+    ("it speaks no TLS", {}, True, r"cannot connect: TLS: (wrong version number|record layer failure)"),
+))  # fmt: skip
+@asynchronous
+async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, given, plain, words, caplog):
+    (tmp_path / "cert").write_text(CERTIFICATE)
+    given = {key: str(tmp_path / value) if isinstance(value, str) else value for key, value in given.items()}
+    server = Plain() if plain else Secure()
+    if not plain:
+        server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.context.load_cert_chain(tmp_path / "cert")
+    async with server:
+        settings = lite.ServerSettings(f"https://127.1:{server.port}", 10, **given)
+        async with balancing(servers=(settings,)) as running:
+            client, shown = await running.client(), re.compile(words, re.IGNORECASE)
+            (entry,) = (await client.get("/health")).json["servers"]
+            said = (await client.post()).error["message"]
+            page = (await client.get("/status.json")).body.decode()
+            examined = await lite.examine(settings, Settings((settings,)), running.core.secrets)
+    for text in (entry["reason"], said, page, caplog.text, examined.findings[0].text):
+        assert shown.search(text) and "not permitted" not in text, text
+
+
+@asynchronous
+async def test_a_server_that_wants_a_certificate_of_ours_is_heard(tmp_path):
+    """It says so after the handshake, with the first thing that is read of it."""
+    (tmp_path / "cert").write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert")
+    context.load_verify_locations(tmp_path / "cert")
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def serve(listener):
+        client, _ = listener.accept()
+        with client.dup() as kept:  # a close over what it did not read would be a reset
+            with contextlib.suppress(OSError):
+                context.wrap_socket(client, server_side=True)
+            kept.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        served = asyncio.ensure_future(asyncio.to_thread(serve, listener))
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        pool = lite.Pool(url)
+        pool.context = lite.server_context(lite.ServerSettings(url, verify=False))
+        with pytest.raises(lite.PeerGone, match="TLS: tlsv13 alert certificate required"):
+            await lite.fetch(pool, "/health", 5.0)
+        await served
+
+
+def test_a_file_that_is_no_certificate_is_named_with_what_is_wrong(tmp_path):
+    path, other = tmp_path / "cert", tmp_path / "other"
+    path.write_text(CERTIFICATE)
+    other.write_text(OTHER_CERTIFICATE)
+    for settings, words in ((Settings(tls_cert=str(path), tls_key=str(other)), "key values mismatch"),
+                            (Settings((lite.ServerSettings("https://a", ca_file=str(HERE / "README.md")),)), "no certificate or crl found")):
+        with pytest.raises(lite.SettingsError, match=f"no usable certificate or key: {words}$"):
+            lite.Secrets(settings)
+
+
 @asynchronous
 async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, caplog):
     path = tmp_path / "cert"
@@ -9202,7 +9272,11 @@ def test_what_a_stream_shows_to_be_amiss(streamed, word):
 @pytest.mark.parametrize("why, keys, advice", table(
     ("no key", "/v1/models answered 401", {}, "give the server an api_key"),
     ("a wrong key", "/v1/models answered 403", {"api_key": "x"}, "give the server another api_key"),
-    ("certificate", "cannot connect: certificate verify failed", {}, "ca_file"),
+    ("certificate", "cannot connect: certificate verify failed: self-signed certificate", {}, "ca_file"),
+    ("its time is up", "cannot connect: certificate verify failed: certificate has expired", {}, "renewed"),
+    ("another's", "certificate verify failed: IP address mismatch, certificate is not valid for '1.2.3.4'", {}, "a name that is in"),
+    ("ours is wanted", "the server's connection was lost: TLS: tlsv13 alert certificate required", {}, "client_cert"),
+    ("no TLS at all", "cannot connect: TLS: wrong version number", {}, "http://"),
     ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
 ))  # fmt: skip
 def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
