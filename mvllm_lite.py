@@ -251,6 +251,7 @@ class Fault(Enum):
     CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
     TARGET_TOO_LONG = 414, Blame.CLIENT, Retry.NEVER, "BadRequestError"
+    NOT_JSON = 415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError"
     BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     RATE_LIMITED = 429, Blame.CLIENT, Retry.NEVER, "RateLimitError"
     HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
@@ -905,8 +906,7 @@ def return_response(
     head: ResponseHead, request: RequestHead, framing: Framing | None, persists: bool,
     added: Pairs = (), id: str = "",
 ) -> bytes:  # fmt: skip
-    """A response's head as sent to the client, with the request's `id`.  CORS fields among the
-    `added` speak for the whole matter, so that none of a server's stay."""
+    """A response's head as sent to the client, with the request's `id`."""
     lines = returned_lines(head.fields, head.status, head.reason, tuple(added), id != "")
     if id:
         lines += f"X-Request-Id: {id}\r\n"
@@ -916,10 +916,9 @@ def return_response(
 
 @remembered
 def returned_lines(fields: Fields, status: int, reason: str, added: Pairs, with_id: bool) -> str:
-    """The first line and field lines of a response to pass on, but for its framing."""
-    dropped = ["content-length"] + ["x-request-id"] * with_id
-    if any(name.startswith("Access-Control-") for name, _ in added):
-        dropped += CORS_FIELDS
+    """The first line and field lines of a response to pass on, but for its framing.  Which web
+    origins may read it is for us to say: vLLM lets in all of them, unless it is told not to."""
+    dropped = ("content-length", *CORS_FIELDS, *["x-request-id"] * with_id)
     lines = f"HTTP/1.1 {status} {reason}\r\n{kept_lines(fields, added, dropped)}"
     return f"{lines}Connection: upgrade\r\nUpgrade: websocket\r\n" if status == 101 else lines
 
@@ -1483,7 +1482,7 @@ class Settings:
     drain_timeout: float = setting(30.0, number(0), "time for running answers when stopping")
     server_header: bool = setting(True, truth, "name the server in X-MVLLM-Server")
     cors_allowed_origins: tuple[str, ...] = setting(
-        ("*",), list_of(words), "web origins that may call; [] leaves CORS to the servers")
+        (), list_of(words), "web origins whose pages may call; with [[keys]] the default is all")
     log_level: str = setting(
         "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "what is logged", "LOG_LEVEL")
     log_to_console: bool = setting(
@@ -1597,6 +1596,8 @@ class SettingsReader:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys = self.aliases(), self.keys()
+        if keys:
+            values.setdefault("cors_allowed_origins", ("*",))
         policies = {aliases.get(model, model):
                     self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
                     for model, value in self.table("policies").items()}  # fmt: skip
@@ -2265,10 +2266,13 @@ class Memory:
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
 INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
                             " /generative_scoring".split())  # fmt: skip
-# But for these, which change a server and not its answers; and dot segments, which a server that
-# resolves them would take for a path of another name.
+# But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
-DOT_SEGMENT = re.compile(r"[/\\]\.{1,2}(?:[/\\]|$)")
+# What one reader of a path takes literally, and another for a path of another name: empty and dot
+# segments, slashes in disguise, parameters, controls, escapes that are none.
+AMBIGUITY = re.compile(
+    r"//|[\\;]|%(?:2f|5c|3b|[01][0-9a-f]|7f|(?![0-9a-f]{2}))|/(?:\.|%2e){1,2}(?=/|$)",
+    re.IGNORECASE)
 
 
 @remembered_text
@@ -2280,7 +2284,7 @@ def inference_path(path: str) -> str:
     if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
         return ""
     meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it
-    return "" if meant.rstrip("/") in CONTROL_PATHS or DOT_SEGMENT.search(meant) else path
+    return "" if meant.rstrip("/") in CONTROL_PATHS or AMBIGUITY.search(path) else path
 
 
 class Call(NamedTuple):
@@ -2861,12 +2865,19 @@ def is_plain(value: Any, depth: int) -> bool:
 #
 # Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
 # is compared by its digest, with all keys, in constant time.
+#
+# A browser on a machine that may come in carries the words of any page that is open in it, and its
+# `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A page may give a name of its own our
+# address (DNS rebinding), so what is for local people is asked for by a local name.
+#
+# To add a kind of path: a row of Kind, its GUARDS, and its RIGHTS if it is not for everybody.
 
 
 class Refusal(NamedTuple):
     fault: Fault
     text: str
     retry_after_s: int = 0
+    warning: str = ""  # for the operator
 
 
 class Gate:
@@ -2925,25 +2936,6 @@ class Gate:
 FORM_TYPES = re.compile(r"(?i)multipart/|x-www-form-urlencoded")
 
 
-def unheld(key: KeySettings, head: RequestHead) -> Refusal | None:
-    """Why a request cannot be held to the models of its key, or None: where a server may read
-    another model than we do, or be told another one later."""
-    if not key.models:
-        return None
-    content_type, name = head.fields.get("content-type"), shown(key.name)
-    kinds = [kind.lower() for kind in FORM_TYPES.findall(content_type)]
-    is_form = content_type[:19].lower() == "multipart/form-data"
-    if kinds and not (is_form and kinds == ["multipart/"]):
-        text = (f"The key {name} is for some models only, and no model is read from content of"
-                f" the type {shown(content_type)}.")  # fmt: skip
-        return Refusal(Fault.FORBIDDEN, text)
-    if head.wants_upgrade:
-        text = (f"The key {name} is for some models only, and a connection that is upgraded may"
-                " change its model at any time (session.update).")  # fmt: skip
-        return Refusal(Fault.FORBIDDEN, text)
-    return None
-
-
 def digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
 
@@ -2967,6 +2959,232 @@ def is_trusted(host: str, networks: Iterable[str]) -> bool:
 @functools.lru_cache
 def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text)
+
+
+class Kind(Enum):
+    """What a path is to those who ask for it."""
+
+    INFERENCE = "passed on to any server"
+    MODELS = "the list of models"
+    PROBE = "liveness and readiness"
+    PAGE = "the status page, which holds no fact"
+    STATUS = "facts"
+    EXPLAIN = "what would be done with a request"
+    ADMIN = "changes by hand"
+    CONTROL = "one of admin_paths, passed on to one server"
+    AMBIGUOUS = "taken differently by two readers"
+    NOTHING = "not served"
+
+
+FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
+
+
+Origin = tuple[str, str, str]  # scheme, host and port, RFC 6454 §4
+WEB_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]/:@?#,\s]+)(?::([0-9]*))?")
+
+
+def web_origin(text: str) -> Origin | None:
+    """None for `null`, for pages from files, and whatever else no browser finds us by."""
+    if (found := WEB_ORIGIN.fullmatch(text.lower())) is None:
+        return None
+    scheme, host, port = found.groups()
+    return scheme, host, port or {"http": "80", "https": "443"}[scheme]
+
+
+class Visit(NamedTuple):
+    """A request at the door, as far as it decides whether that opens."""
+
+    kind: Kind
+    head: RequestHead
+    has_content: bool
+    peer: str  # its address
+    tls: bool
+    key: KeySettings | None  # that it shows, if it is one of ours
+    keyed: bool  # whether there are [[keys]]
+    settings: Settings
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it comes from a proxy of ours."""
+        return is_trusted(self.peer, self.settings.trusted_proxies)
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks on behalf of a page, which it does without a key."""
+        return self.head.is_preflight and self.kind in FOR_PAGES
+
+    def origin(self) -> Origin | None:
+        """That by which the client knows us; None where it is none."""
+        members, ours = self.head.fields.members, self.is_trusted
+        hosts = (ours and members("x-forwarded-host")) or [self.head.fields.get("host")]
+        schemes = (ours and members("x-forwarded-proto")) or ["https" if self.tls else "http"]
+        return web_origin(f"{schemes[0]}://{hosts[0]}")
+
+
+def unclear(v: Visit) -> Refusal | None:
+    text = (f"The path is {shown(v.head.path)}, expected one without //, dot segments, ';',"
+            " backslashes, controls and their escapes, or an escaped slash.")  # fmt: skip
+    return Refusal(Fault.BAD_REQUEST, text)
+
+
+def unknown(v: Visit) -> Refusal | None:
+    text = f"{shown(v.head.path)} is neither an inference path of vLLM nor one of ours."
+    return Refusal(Fault.NOT_SERVED, text)
+
+
+def foreign(v: Visit) -> Refusal | None:
+    """Why what a browser sends is not from a page of ours, or from a person at it."""
+    fields = v.head.fields.values
+    site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
+    if site not in ("same-origin", "none"):
+        text = f"Sec-Fetch-Site is {shown(site)}, expected same-origin or none."
+    elif origin is None:
+        return None
+    elif (ours := v.origin()) is not None and web_origin(origin) == ours:
+        return None
+    else:
+        here = "{}://{}:{}".format(*ours) if ours else "unknown"
+        text = f"Origin is {shown(origin)}, and this is {shown(here)}."
+    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is not for pages of other sites: {text}")
+
+
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+# Fields by which proxies tell of others; beside all that begin with x-forwarded-.
+PROXY_SIGNS = ("via", "forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip",
+               "cdn-loop")  # fmt: skip
+STRANGERS = ("a proxy on this machine passes on requests of others (it says %s): what is for this"
+             " machine only is closed to them. If it says in X-Forwarded-For who asks, name it in"
+             " trusted_proxies")  # fmt: skip
+
+
+def remote(v: Visit) -> Refusal | None:
+    """Why who asks is nobody on this machine, who asks by a local name."""
+    fields, why, warning = v.head.fields, "", ""
+    signs = [key for key in fields.values if key in PROXY_SIGNS or key.startswith("x-forwarded-")]
+    if not is_trusted(v.peer, LOOPBACK):
+        why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
+    elif signs and not v.is_trusted:
+        why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
+    elif signs and not all_local(fields):
+        why = ", and not for whom a proxy speaks for"
+    elif (ours := v.origin()) is None or not (
+        ours[1].removesuffix(".") == "localhost" or is_trusted(ours[1].strip("[]"), LOOPBACK)
+    ):
+        host = fields.get("host")
+        why = f": Host is {shown(host)}, expected localhost or a loopback address"
+    else:
+        return None
+    warning = warning and warning % signs[0]
+    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is for this machine only{why}.", 0, warning)
+
+
+def all_local(fields: Fields) -> bool:
+    """Whether a proxy of ours says that it speaks for this machine, and nothing else."""
+    hops = fields.members("x-forwarded-for")
+    hosts = hops[:HOPS_LIMIT] + fields.members("x-real-ip")
+    told = 0 < len(hops) <= HOPS_LIMIT and "forwarded" not in fields.values
+    return told and all(is_trusted(host, LOOPBACK) for host in hosts)
+
+
+def keyless(v: Visit) -> Refusal | None:
+    if v.key is None:
+        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
+    return None
+
+
+def no_admin(v: Visit) -> Refusal | None:
+    if v.key is not None and not v.key.admin:
+        return Refusal(Fault.FORBIDDEN, f"The key {shown(v.key.name)} is not an admin's.")
+    return keyless(v)
+
+
+# Who may: by the words of status_access.  And what it takes for a kind of path; others are open.
+Guard = Callable[[Visit], Refusal | None]
+RIGHTS: dict[str, Guard] = {
+    "open": lambda v: None, "key": keyless, "admin": no_admin, "loopback": remote,
+}  # fmt: skip
+NEEDED: dict[Kind, Callable[[Visit], tuple[str, ...]]] = {
+    Kind.INFERENCE: lambda v: ("key",) if v.keyed else (),
+    Kind.MODELS: lambda v: ("key",) if v.keyed else (),
+    Kind.PAGE: lambda v: ("loopback",) if v.settings.status_access == "loopback" else (),
+    Kind.STATUS: lambda v: (v.settings.status_access,),
+    Kind.EXPLAIN: lambda v: ("key" if v.keyed else "open", v.settings.status_access),
+    Kind.ADMIN: lambda v: ("admin",) if v.keyed else ("loopback",),
+    Kind.CONTROL: lambda v: ("admin",),
+}
+
+
+def unentitled(v: Visit) -> Refusal | None:
+    if v.is_preflight:
+        return None
+    refusals = (RIGHTS[right](v) for right in NEEDED[v.kind](v))
+    return next(filter(None, refusals), None)
+
+
+def unruly(v: Visit) -> Refusal | None:
+    """Why a request cannot be held to the models of its key, or None: where a server may read
+    another model than we do, or be told another one later."""
+    if v.key is None or not v.key.models:
+        return None
+    head, name = v.head, shown(v.key.name)
+    content_type = head.fields.get("content-type")
+    kinds = [kind.lower() for kind in FORM_TYPES.findall(content_type)]
+    is_form = content_type[:19].lower() == "multipart/form-data"
+    if kinds and not (is_form and kinds == ["multipart/"]):
+        text = (f"The key {name} is for some models only, and no model is read from content of"
+                f" the type {shown(content_type)}.")  # fmt: skip
+        return Refusal(Fault.FORBIDDEN, text)
+    if head.wants_upgrade:
+        text = (f"The key {name} is for some models only, and a connection that is upgraded may"
+                " change its model at any time (session.update).")  # fmt: skip
+        return Refusal(Fault.FORBIDDEN, text)
+    return None
+
+
+def changing(v: Visit) -> Refusal | None:
+    if v.head.method in ("GET", "HEAD") or v.is_preflight:
+        return None
+    return Refusal(Fault.BAD_METHOD, f"{v.head.path} is asked for with GET.")
+
+
+def no_json(v: Visit) -> Refusal | None:
+    """Content that a browser would send for any page without asking first."""
+    said = v.head.fields.get("content-type")
+    if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
+        return None
+    return Refusal(Fault.NOT_JSON, f"Content-Type is {shown(said)}, expected application/json.")
+
+
+# In this order; the first that has a reason refuses.
+GUARDS: dict[Kind, tuple[Guard, ...]] = {
+    Kind.INFERENCE: (unentitled, unruly),
+    Kind.MODELS: (unentitled, changing),
+    Kind.PROBE: (foreign, changing),
+    Kind.PAGE: (foreign, unentitled, changing),
+    Kind.STATUS: (foreign, unentitled, changing),
+    Kind.EXPLAIN: (foreign, unentitled, unruly),
+    Kind.ADMIN: (foreign, unentitled, no_json),
+    Kind.CONTROL: (foreign, unentitled, unruly, no_json),
+    Kind.AMBIGUOUS: (unclear,),
+    Kind.NOTHING: (unknown,),
+}
+
+
+def refusal_of(v: Visit) -> Refusal | None:
+    """Why a request does not come in, or None.  Which model it may use is for the Gate to say, once
+    that is known."""
+    for guard in GUARDS[v.kind]:
+        if (refusal := guard(v)) is not None:
+            return refusal
+    return None
+
+
+def open_line(s: Settings) -> str:
+    """What it means that there are no keys."""
+    line = "there are no [[keys]]: whoever reaches this address may use the servers"
+    if not s.cors_allowed_origins:
+        return f"{line}; web pages of other origins may not (cors_allowed_origins)"
+    return f"{line}, and so may web pages of {', '.join(s.cors_allowed_origins)}"
 
 
 def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
@@ -8230,7 +8448,8 @@ class Response:
     ) -> None:
         self.client, self.request, self.id, self.settings = client, request, id, settings
         self.persists = persists  # the wire may carry another request afterwards
-        self.cors = cors_fields(request, settings.cors_allowed_origins)
+        crosses = "origin" in request.fields.values and inference_path(request.path)
+        self.cors = cors_fields(request, settings.cors_allowed_origins) if crosses else []
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream, and its events can be read
         self.notation = Notation.OPAQUE  # of what a server says in it
@@ -9421,7 +9640,7 @@ class Exchange:
                 refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
                 if refusal is not None:
                     self.core.met(LIMITS.get(refusal.fault, ""))
-                    response.refuse(*refusal)
+                    response.refuse(*refusal[:3])
                     return
                 self.entered = True
             if wants_explanation(self.head):
@@ -9971,12 +10190,14 @@ class SettingsFile:
 
 Local = Callable[[Core, RequestHead], Awaitable[Reply]]
 LOCAL: dict[str, Local] = {}
+KINDS: dict[Local, Kind] = {}
 MODEL_PREFIX = "/v1/models/"
 
 
-def local(*paths: str) -> Callable[[Local], Local]:
+def local(*paths: str, kind: Kind = Kind.STATUS) -> Callable[[Local], Local]:
     def register(function: Local) -> Local:
         LOCAL.update(dict.fromkeys(paths, function))
+        KINDS[function] = kind
         return function
 
     return register
@@ -9987,6 +10208,24 @@ def find_local(path: str) -> Local | None:
     """The function for a path; only /v1/models/{id} has a variable part."""
     path = (inference_path(path) or path).rstrip("/")
     return one_model if path.startswith(MODEL_PREFIX) else LOCAL.get(path or "/")
+
+
+def kind_of(head: RequestHead, s: Settings) -> Kind:
+    """What is asked for."""
+    if head.path in s.admin_paths and path_kind(head.path) in (Kind.INFERENCE, Kind.NOTHING):
+        return Kind.CONTROL
+    return Kind.EXPLAIN if wants_explanation(head) else path_kind(head.path)
+
+
+@remembered_text
+def path_kind(path: str) -> Kind:
+    if AMBIGUITY.search(path):
+        return Kind.AMBIGUOUS
+    if path in ADMIN:
+        return Kind.ADMIN
+    if function := find_local(path):
+        return KINDS[function]
+    return Kind.INFERENCE if inference_path(path) else Kind.NOTHING
 
 
 def as_json(document: Any, status: int = 200) -> Reply:
@@ -10007,12 +10246,12 @@ async def version(core: Core, head: RequestHead) -> Reply:
     return as_json({"version": __version__, "pid": os.getpid()})
 
 
-@local("/liveness", "/ping")
+@local("/liveness", "/ping", kind=Kind.PROBE)
 async def liveness(core: Core, head: RequestHead) -> Reply:
     return Reply(200, b"OK", "text/plain; charset=utf-8")
 
 
-@local("/readiness")
+@local("/readiness", kind=Kind.PROBE)
 async def readiness(core: Core, head: RequestHead) -> Reply:
     status, document = readiness_report(core.fleet.views(), core.stopping)
     return as_json(document, status)
@@ -10044,7 +10283,7 @@ async def explain(core: Core, head: RequestHead) -> Reply:
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
-@local("/status")
+@local("/status", kind=Kind.PAGE)
 async def status_page(core: Core, head: RequestHead) -> Reply:
     """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
@@ -10090,7 +10329,7 @@ async def refresh_models(core: Core) -> None:
             core.fleet.learned(url, found.models, asyncio.get_running_loop().time())
 
 
-@local("/v1/models")
+@local("/v1/models", kind=Kind.MODELS)
 async def models(core: Core, head: RequestHead) -> Reply:
     return as_json({"object": "list", "data": models_for(core, head)})
 
@@ -10105,6 +10344,7 @@ def models_for(core: Core, head: RequestHead) -> list[Any]:
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
 
 
+@local(kind=Kind.MODELS)
 async def one_model(core: Core, head: RequestHead) -> Reply:
     name = urllib.parse.unquote(head.path.partition(MODEL_PREFIX)[2].rstrip("/"))
     known = models_for(core, head)
@@ -10252,18 +10492,6 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 # Where clients come in: connections are accepted while there is room, each is served in a task of
 # its own, and each request is let in, answered here, or made an Exchange.
 
-LOOPBACK = ("127.0.0.0/8", "::1/128")
-
-
-def stopped(key: KeySettings | None, admin: bool = False) -> Refusal | None:
-    """Why who shows this key does not come in, or None."""
-    if key is None:
-        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
-    if admin and not key.admin:
-        return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} is not an admin's.")
-    return None
-
-
 def descriptors_allow() -> int:
     """How many clients, each with a connection to a server."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -10278,6 +10506,7 @@ class Door:
     ) -> None:
         self.core, self._tasks = core, tasks
         self._hosts: dict[str, int] = {}  # connections by client address
+        self._warned = False  # of a proxy of strangers
         self.listeners = [Listener(one, self.has_room, self.make_room, self.take,
                                    self.cannot_accept) for one in sockets]  # fmt: skip
 
@@ -10440,24 +10669,24 @@ class Door:
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
-        head, response, function = exchange.head, exchange.response, find_local(exchange.head.path)
-        if head.is_preflight and exchange.settings.cors_allowed_origins:
+        head, response = exchange.head, exchange.response
+        kind, function = kind_of(head, exchange.settings), find_local(head.path)
+        if refusal := self.refusal(exchange, kind):
             response.persists = response.persists and not exchange.unread
-            response.whole(Reply(204))
-            return
-        if refusal := self.entrance(exchange, function):
-            response.persists = response.persists and not exchange.unread
-            response.refuse(*refusal)
+            response.refuse(*refusal[:3])
             self.core.met(LIMITS.get(refusal.fault, ""))
             exchange.book()
         elif head.hops_left == 0:  # it is for us, RFC 9110 §7.6.2
             response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
-        elif head.path in ADMIN:
+        elif kind is Kind.ADMIN:
             content, _ = await exchange.gather()
             response.whole(await change_by_hand(self.core, head, bytes(content)))
             exchange.let_go()
-        elif function is None or wants_explanation(head):
+        elif head.is_preflight and kind in FOR_PAGES:
+            response.persists = response.persists and not exchange.unread
+            response.whole(Reply(204))
+        elif function is None or kind is Kind.EXPLAIN:
             self.core.forwarding += 1
             try:
                 await exchange.run()
@@ -10482,69 +10711,33 @@ class Door:
         if response.framing == CHUNKED:
             client.transport.write(LAST_CHUNK)
 
-    def entrance(self, exchange: Exchange, function: Local | None) -> Refusal | None:
-        """Whether a request may come in at all: is there such a path, is it for everybody, is
-        there room?  For which model is for the gate to say, once that is known."""
+    def refusal(self, exchange: Exchange, kind: Kind) -> Refusal | None:
+        """Why a request does not come in, or None: may it, and is there room?"""
         core, s, head, gate = self.core, exchange.settings, exchange.head, self.core.gate
-        key = exchange.key = gate.recognised(head.fields) if gate.closed else None
-        if head.path in ADMIN:
-            return self.admin_refusal(exchange, key)
-        admin = function is None and head.path in s.admin_paths
-        if function is None and not (exchange.path or admin):
-            text = f"{shown(head.path)} is neither an inference path of vLLM nor one of ours."
-            return Refusal(Fault.NOT_SERVED, text)
-        works = function is None or wants_explanation(head)
+        asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
+        works = kind in (Kind.INFERENCE, Kind.EXPLAIN, Kind.CONTROL) and not asks
         if works and came_by(head.fields, core.name):
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
-        refusal = None
-        if works or function in (models, one_model):
-            refusal = stopped(key, admin) if gate.closed or admin else None
-            if refusal is None and key is not None and works:
-                refusal = unheld(key, head)
-        if refusal is None and function not in (None, models, one_model, liveness, readiness):
-            refusal = self.status_refusal(exchange, key)
+        exchange.key = gate.recognised(head.fields) if gate.closed else None
+        peer, tls = exchange.client.peer[0], exchange.client.is_tls
+        refusal = refusal_of(
+            Visit(kind, head, exchange.unread, peer, tls, exchange.key, gate.closed, s))
         if refusal is not None:
+            if refusal.warning and not self._warned:
+                self._warned = True
+                log.warning("%s", refusal.warning)
             return refusal
-        if not works and head.method not in ("GET", "HEAD"):
-            return Refusal(Fault.BAD_METHOD, f"{head.path} is asked for with GET.")
         if works and 0 < s.max_requests <= core.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
-        if admin:
+        if kind is Kind.CONTROL:
             exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
             if not core.fleet.engines(exchange.only):
                 known = ", ".join(view.url for view in core.fleet.views())
                 text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
                 return Refusal(Fault.BAD_REQUEST, text)
         return None
-
-    def admin_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
-        """Who may change things by hand: an admin's key; without any [[keys]], who is on this
-        machine, and no page of another site in a browser there."""
-        if self.core.gate.closed:
-            return stopped(key, True)
-        fields = exchange.head.fields
-        who = client_address(exchange.client.peer[0], fields, exchange.settings.trusted_proxies)
-        if not is_trusted(who, LOOPBACK):
-            text = "is for this machine only, as long as there are no [[keys]]."
-            return Refusal(Fault.FORBIDDEN, f"{exchange.head.path} {text}")
-        origin = fields.get("origin").partition("://")[2]
-        if origin != "" and origin != fields.get("host"):
-            text = f"{exchange.head.path} is not for pages of other sites."
-            return Refusal(Fault.FORBIDDEN, text)
-        return None
-
-    def status_refusal(self, exchange: Exchange, key: KeySettings | None) -> Refusal | None:
-        """Why a status path is not for who asks, or None."""
-        access, path = exchange.settings.status_access, exchange.head.path
-        if find_local(path) is status_page and access != "loopback":
-            return None
-        who = client_address(
-            exchange.client.peer[0], exchange.head.fields, exchange.settings.trusted_proxies)
-        if access == "loopback" and not is_trusted(who, LOOPBACK):
-            return Refusal(Fault.FORBIDDEN, f"{path} is for this machine only.")
-        return stopped(key, access == "admin") if access in ("key", "admin") else None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -10608,7 +10801,7 @@ class Balancer:
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings, secrets)
             if not core.gate.closed:
-                log.info("there are no [[keys]]: whoever reaches this address may use the servers")
+                log.info("%s", open_line(core.settings))
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
             pulse = self._tasks.create_task(self.guarded("the pulse", self.pulse))
             self._door = Door(core, sockets, self._tasks)
@@ -11535,8 +11728,9 @@ SIGUSR2 has a new process take over.
 DEMO_HINT = """
 Ask it something:
 
-    curl -N {url}/v1/chat/completions -d '{{"model": "demo-model", "stream": true,
-        "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{{"model": "demo-model", "stream": true, "messages": [{{"role": "user",
+             "content": "Hello"}}]}}'
 
 Look at it:          curl {url}/load-stats
 Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)

@@ -1875,11 +1875,11 @@ URLENCODED = "Content-Type: application/x-www-form-urlencoded"
     ("an upgrade to what is not passed on", UPGRADE.replace("websocket", "h2c"), None),
 ))
 def test_what_a_key_with_models_cannot_be_held_to_is_refused(fields, said):
-    head = head_of(f"POST /v1/realtime?model=m HTTP/1.1\nHost: a\n{fields}")
-    refusal = lite.unheld(lite.KeySettings("team", models=("m",)), head)
+    visit = visit_of("INFERENCE", f"Host: a\n{fields}", keyed=True, key=lite.KeySettings("team", models=("m",)), method="POST")
+    refusal = lite.refusal_of(visit)
     assert (refusal and refusal.fault) == (said and Fault.FORBIDDEN)
     assert said is None or said in refusal.text
-    assert lite.unheld(lite.KeySettings("all"), head) is None
+    assert lite.refusal_of(visit._replace(key=lite.KeySettings("all"))) is None
 
 
 def test_a_key_allows_so_many_requests_at_once():
@@ -1899,6 +1899,197 @@ def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
     gate, key = gate_with(requests_per_second=10)
     assert sum(gate.enter(key, None, 5.0) is None for _ in range(15)) == 10
     assert sum(gate.enter(key, None, 5.5) is None for _ in range(15)) == 5
+
+
+def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False, method="GET", **settings):
+    head = head_of(f"{method} /x HTTP/1.1\n{lines or 'Host: localhost:8888'}")
+    return lite.Visit(lite.Kind[kind], head, content, peer, tls, key, keyed, Settings(**settings))
+
+
+def status_of_visit(*args, **more):
+    refusal = lite.refusal_of(visit_of(*args, **more))
+    return refusal.fault.status if refusal else 200
+
+
+OURS = {"trusted_proxies": ("127.0.0.1/32", "10.0.0.0/8")}
+LOCALLY = table(
+    ("no browser", "Host: localhost:8888", {}, 200),
+    ("by address", "Host: 127.0.0.1:8888", {}, 200),
+    ("by another loopback address", "Host: 127.8.0.1", {}, 200),
+    ("by IPv6 address", "Host: [::1]:8888", {"peer": "::1"}, 200),
+    ("IPv4 in IPv6", "Host: localhost", {"peer": "::ffff:127.0.0.1"}, 200),
+    ("the whole name", "Host: LOCALHOST.", {}, 200),
+    ("from elsewhere", "Host: localhost", {"peer": "10.0.0.1"}, 403),
+    ("a rebound name", "Host: evil.example:8888", {}, 403),
+    ("that looks local", "Host: localhost.evil.example", {}, 403),
+    ("or like an address", "Host: 127.0.0.1.evil.example", {}, 403),
+    ("the address of all", "Host: 0.0.0.0:8888", {}, 403),
+    ("an empty name", "Host:", {}, 403),
+    ("a rebound name and its own Origin", "Host: evil.example\nOrigin: http://evil.example", {}, 403),
+    ("the page itself", "Host: localhost:8888\nOrigin: http://localhost:8888\nSec-Fetch-Site: same-origin", {}, 200),
+    ("another port's page", "Host: localhost:8888\nOrigin: http://localhost:3000", {}, 403),
+    ("a port that is the scheme's", "Host: localhost\nOrigin: http://localhost:80", {}, 200),
+    ("https and its port", "Host: localhost\nOrigin: https://localhost:443", {"tls": True}, 200),
+    ("another scheme's page", "Host: localhost\nOrigin: https://localhost", {}, 403),
+    ("no scheme", "Host: localhost\nOrigin: localhost", {}, 403),
+    ("null", "Host: localhost\nOrigin: null", {}, 403),
+    ("empty", "Host: localhost\nOrigin:", {}, 403),
+    ("a file", "Host: localhost\nOrigin: file://", {}, 403),
+    ("nothing but a scheme", "Host: localhost\nOrigin: http://", {}, 403),
+    ("both empty", "Host:\nOrigin: http://", {}, 403),
+    ("two of them", "Host: localhost\nOrigin: http://localhost\nOrigin: http://localhost", {}, 403),
+    ("with a path", "Host: localhost\nOrigin: http://localhost/", {}, 403),
+    ("a port of many digits", f"Host: localhost\nOrigin: http://localhost:{'9' * 5000}", {}, 403),
+    ("an extension's page", "Host: localhost\nOrigin: chrome-extension://localhost", {}, 403),
+    ("a link elsewhere", "Host: localhost\nSec-Fetch-Site: cross-site", {}, 403),
+    ("another port of the site", "Host: localhost\nSec-Fetch-Site: same-site", {}, 403),
+    ("typed by a person", "Host: localhost\nSec-Fetch-Site: none", {}, 200),
+    ("said twice", "Host: localhost\nSec-Fetch-Site: same-origin\nSec-Fetch-Site: cross-site", {}, 403),
+    ("a proxy of strangers", "Host: localhost\nX-Forwarded-For: 127.0.0.1", {}, 403),
+    ("that says nothing", "Host: localhost\nX-Forwarded-For:", {}, 403),
+    ("the standard's field", "Host: localhost\nForwarded: for=127.0.0.1", {}, 403),
+    ("nginx's field", "Host: localhost\nX-Real-IP: 127.0.0.1", {}, 403),
+    ("any proxy's", "Host: localhost\nVia: 1.1 varnish", {}, 403),
+    ("one that tells little", "Host: localhost\nX-Forwarded-Proto: https", {}, 403),
+    ("a tunnel's", "Host: localhost\nCF-Connecting-IP: 9.9.9.9", {}, 403),
+    ("our proxy speaks for us", "Host: localhost\nX-Forwarded-For: 127.0.0.1", OURS, 200),
+    ("for a stranger", "Host: localhost\nX-Forwarded-For: 9.9.9.9", OURS, 403),
+    ("for a stranger who lies", "Host: localhost\nX-Forwarded-For: 127.0.0.1, 9.9.9.9", OURS, 403),
+    ("for another proxy of ours", "Host: localhost\nX-Forwarded-For: 10.0.0.2", OURS, 403),
+    ("for nobody knows whom", "Host: localhost\nVia: 1.1 nginx", OURS, 403),
+    ("in two ways", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Real-IP: 9.9.9.9", OURS, 403),
+    ("and in a third", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nForwarded: for=9.9.9.9", OURS, 403),
+    ("its machine is not ours", "Host: localhost\nX-Forwarded-For: 127.0.0.1", {"peer": "10.0.0.1", **OURS}, 403),
+    ("by what name our proxy was asked", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: evil.example", OURS, 403),
+    ("our proxy's scheme and name", "Host: a\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
+     "X-Forwarded-Proto: https\nOrigin: https://localhost:8443", OURS, 200),
+    ("no scheme of the web", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Proto: ws\nOrigin: null", OURS, 403),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("lines, more, status", LOCALLY)
+def test_what_is_for_this_machine_only(lines, more, status):
+    assert status_of_visit("ADMIN", lines, **more) == status
+    for kind in ("STATUS", "PAGE", "EXPLAIN"):
+        assert status_of_visit(kind, lines, status_access="loopback", **more) == status
+
+
+PAGES = table(
+    ("a stranger's page", "Host: a\nOrigin: http://evil", {}, 403),
+    ("a name that a proxy is not trusted with", "Host: a\nX-Forwarded-Host: b\nOrigin: http://b", {}, 403),
+    ("behind our proxy", "Host: inner\nX-Forwarded-Host: front:8443\nX-Forwarded-Proto: https\nOrigin: https://front:8443",
+     {"peer": "10.0.0.9", **OURS}, 200),
+    ("that keeps the name", "Host: front\nX-Forwarded-Proto: https\nOrigin: https://front", {"peer": "10.0.0.9", **OURS}, 200),
+    ("its own name is not the page's", "Host: inner\nX-Forwarded-Host: front\nOrigin: http://inner", {"peer": "10.0.0.9", **OURS}, 403),
+    ("a key does not help", "Host: a\nOrigin: http://b", {"keyed": True, "key": lite.KeySettings("x", "k", admin=True)}, 403),
+    ("the page itself", "Host: a:8888\nOrigin: http://A:8888", {}, 200),
+)
+
+
+@pytest.mark.parametrize("lines, more, status", PAGES)
+def test_pages_of_other_sites_get_inference_and_models_at_most(lines, more, status):
+    for kind in ("PROBE", "PAGE", "STATUS", "EXPLAIN"):
+        assert status_of_visit(kind, lines, **more) == status
+    for kind in ("INFERENCE", "MODELS"):
+        assert status_of_visit(kind, lines, **more) == 200
+
+
+USER, ADMIN = lite.KeySettings("user", "sk-u"), lite.KeySettings("root", "sk-r", admin=True)
+ENTITLED = table(
+    ("no keys", {}, (200, 200, 200, 200, 200, 200, 401)),
+    ("no key shown", {"keyed": True}, (401, 401, 200, 200, 401, 401, 401)),
+    ("a key", {"keyed": True, "key": USER}, (200, 200, 200, 200, 200, 403, 403)),
+    ("an admin's", {"keyed": True, "key": ADMIN}, (200, 200, 200, 200, 200, 200, 200)),
+    ("status for keys, none shown", {"keyed": True, "status_access": "key"}, (401, 401, 200, 401, 401, 401, 401)),
+    ("status for keys, one shown", {"keyed": True, "status_access": "key", "key": USER}, (200, 200, 200, 200, 200, 403, 403)),
+    ("status for admins", {"keyed": True, "status_access": "admin", "key": USER}, (200, 200, 200, 403, 403, 403, 403)),
+    ("status for this machine", {"status_access": "loopback", "peer": "10.0.0.1"}, (200, 200, 200, 403, 403, 403, 401)),
+    ("with a key, too", {"keyed": True, "status_access": "loopback"}, (401, 401, 200, 200, 401, 401, 401)),
+)
+
+
+@pytest.mark.parametrize("more, statuses", ENTITLED)
+def test_who_may_use_which_kind_of_path(more, statuses):
+    kinds = ("INFERENCE", "MODELS", "PROBE", "STATUS", "EXPLAIN", "ADMIN", "CONTROL")
+    assert tuple(status_of_visit(kind, **more) for kind in kinds) == statuses
+    assert [status_of_visit(kind, **more) for kind in ("AMBIGUOUS", "NOTHING")] == [400, 404]
+
+
+@pytest.mark.parametrize("said, status", table(
+    ("JSON", "application/json", 200),
+    ("with a parameter", "Application/JSON ; charset=utf-8", 200),
+    ("what forms may send", "text/plain", 415),
+    ("what curl says", "application/x-www-form-urlencoded", 415),
+    ("JSON in a parameter", "text/plain; application/json", 415),
+    ("a list", "text/plain, application/json", 415),
+    ("twice", "application/json\nContent-Type: text/plain", 415),
+    ("another that is built on it", "application/json-patch", 415),
+    ("none", "", 415),
+))  # fmt: skip
+def test_content_that_changes_something_is_json(said, status):
+    lines = "Host: localhost" + f"\nContent-Type: {said}" * bool(said)
+    more = {"keyed": True, "key": ADMIN, "method": "POST"}
+    for kind in ("ADMIN", "CONTROL"):
+        assert status_of_visit(kind, lines, content=True, **more) == status
+        assert status_of_visit(kind, lines, content=False, **more) == 200
+    assert status_of_visit("INFERENCE", lines, content=True, **more) == 200
+
+
+def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
+    lines = "Host: a\nOrigin: https://page\nAccess-Control-Request-Method: DELETE"
+    kinds = ("INFERENCE", "MODELS", "STATUS", "EXPLAIN", "ADMIN", "CONTROL", "PROBE")
+    found = [status_of_visit(kind, lines, keyed=True, method="OPTIONS") for kind in kinds]
+    assert found == [200, 200, 403, 403, 403, 403, 403]
+    assert [status_of_visit(kind, method="POST") for kind in kinds] == [200, 405, 405, 200, 200, 401, 405]
+
+
+@pytest.mark.parametrize("path, kind", table(
+    ("inference", "/v1/chat/completions", "INFERENCE"),
+    ("said twice", "/v1/v1/chat/completions", "INFERENCE"),
+    ("an end", "/v1/responses/", "INFERENCE"),
+    ("an escape that hides nothing", "/v1/files/a%20b", "INFERENCE"),
+    ("a tilde, a dot and a colon", "/v2/~x.y:z/...", "INFERENCE"),
+    ("root", "/", "STATUS"),
+    ("everything's options", "*", "NOTHING"),
+    ("no such path", "/sleep", "NOTHING"),
+    ("a model", "/v1/models/a/b", "MODELS"),
+    ("admin", "/admin/servers", "ADMIN"),
+    ("an empty segment", "/v1//chat", "AMBIGUOUS"),
+    ("at the beginning", "//admin/servers", "AMBIGUOUS"),
+    ("at the end", "/health//", "AMBIGUOUS"),
+    ("of nothing else", "//", "AMBIGUOUS"),
+    ("a slash", "/v1/models/a%2Fb", "AMBIGUOUS"),
+    ("a backslash", "/v1/x%5csleep", "AMBIGUOUS"),
+    ("said plainly", "/v1/x\\sleep", "AMBIGUOUS"),
+    ("a dot segment", "/v1/../sleep", "AMBIGUOUS"),
+    ("one that means nothing", "/v1/./x", "AMBIGUOUS"),
+    ("the last", "/v1/..", "AMBIGUOUS"),
+    ("the first", "/../metrics", "AMBIGUOUS"),
+    ("escaped", "/v1/%2E%2e/x", "AMBIGUOUS"),
+    ("half of it", "/v1/.%2e", "AMBIGUOUS"),
+    ("a parameter", "/admin/servers;x", "AMBIGUOUS"),
+    ("that hides dots", "/v1/..;/sleep", "AMBIGUOUS"),
+    ("escaped", "/v1/..%3B/sleep", "AMBIGUOUS"),
+    ("on a path of nobody's", "/nowhere;x", "AMBIGUOUS"),
+    ("the end of a text", "/v1/x%00", "AMBIGUOUS"),
+    ("a line", "/v1/x%0d%0aHost:", "AMBIGUOUS"),
+    ("no escape", "/v1/%zz", "AMBIGUOUS"),
+    ("half an escape", "/v1/x%2", "AMBIGUOUS"),
+))  # fmt: skip
+def test_kinds_of_paths(path, kind):
+    assert lite.path_kind(path).name == kind
+    control = lite.kind_of(head_of(f"OPTIONS {path} HTTP/1.1\nHost: a"), Settings(admin_paths=(path,))).name
+    assert control == ("CONTROL" if kind in ("INFERENCE", "NOTHING") else kind)
+
+
+def test_without_keys_no_web_page_may_call_unless_the_settings_say_so():
+    read = lambda toml: lite.parse_settings("servers = []\n" + toml)[0].cors_allowed_origins  # noqa: E731
+    keys = "[[keys]]\nname = 'a'\nkey = 'k'\n"
+    assert read("") == () and read(keys) == ("*",)
+    assert read("[config]\ncors_allowed_origins = ['http://a']") == read(keys + "[config]\ncors_allowed_origins = ['http://a']") == ("http://a",)
+    assert read(keys + "[config]\ncors_allowed_origins = []") == ()
+    assert "web pages of other origins may not" in lite.open_line(Settings())
+    assert "so may web pages of http://a" in lite.open_line(Settings(cors_allowed_origins=("http://a",)))
 
 
 ADDRESSES = table(
@@ -5923,6 +6114,9 @@ class Server:
             await conn.json(page if isinstance(page, dict) else page.encode())
 
 
+AS_JSON = ["Content-Type: application/json"]
+
+
 class Got(NamedTuple):
     """A response as a client saw it."""
 
@@ -5955,7 +6149,7 @@ class Client:
 
     async def ask(self, method, path, body=b"", fields=(), version="1.1"):
         """Send a request; `answer` reads what comes back."""
-        lines = [f"{method} {path} HTTP/{version}", "Host: front", *fields]
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *fields]
         if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")
         await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -6119,7 +6313,7 @@ async def test_a_request_arrives_as_it_was_sent():
     assert asked.get("cookie") == ["1", "2"] and asked.get("authorization") == ["Bearer k"]
     assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
     assert asked.get("x-forwarded-for") == ["127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
-    assert asked.get("x-forwarded-host") == ["front"] and asked.get("via") == [f"1.1 {running.core.name}"]
+    assert asked.get("x-forwarded-host") == ["localhost"] and asked.get("via") == [f"1.1 {running.core.name}"]
     assert not asked.get("x-secret") and not asked.get("connection")
     assert got.get("x-request-id") == "my-id" and got.get("connection") == "close"
 
@@ -7200,7 +7394,7 @@ async def test_cors_is_answered_here_and_servers_fields_give_way():
     async def answer(asked, conn):
         await conn.json({}, fields="access-control-allow-origin: http://wrong\r\naccess-control-allow-credentials: true\r\n")
 
-    async with balancing(server := Server(answer)) as running:
+    async with balancing(server := Server(answer), cors_allowed_origins=("*",)) as running:
         client = await running.client()
         await client.ask("OPTIONS", "/v1/chat/completions", b"", [
             "Origin: https://page", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x"])  # fmt: skip
@@ -7210,9 +7404,17 @@ async def test_cors_is_answered_here_and_servers_fields_give_way():
         assert got.get("access-control-allow-origin") == "*" and not got.get("access-control-allow-credentials")
         got = await client.get("/v1/models", ["Origin: https://page"])
         assert got.get("access-control-allow-origin") == "*"
-    async with balancing(Server(answer), cors_allowed_origins=()) as running:
-        got = await (await running.client()).post(fields=["Origin: https://page"])
-        assert got.get("access-control-allow-origin") == "http://wrong"
+        for path in ("/metrics", "/status.json", "/liveness", "/", "/nowhere"):
+            got = await client.get(path, ["Origin: https://page"])
+            assert got.status in (403, 404) and not got.get("access-control-allow-origin")
+    async with balancing(server := Server(answer)) as running:  # nor do they let in whom we do not
+        client = await running.client()
+        await client.ask("OPTIONS", "/v1/chat/completions", b"", ["Origin: https://page", "Access-Control-Request-Method: POST"])
+        assert (await client.answer()).status == 204 and not server.asked
+        for path in ("/v1/chat/completions", "/v1/models"):
+            await client.ask("GET", path, b"", ["Origin: https://page"])
+            got = await client.answer()
+            assert got.status == 200 and not any(key.lower().startswith("access-control-") for key, _ in got.fields)
 
 
 @asynchronous
@@ -7438,7 +7640,7 @@ async def test_only_our_own_proxies_are_believed(trusted):
         assert (await (await running.client()).post(fields=said)).status == 200
     (asked,) = server.asked
     found = [asked.get(f"x-forwarded-{name}")[0] for name in ("for", "proto", "host")]
-    assert found == (["9.9.9.9, 127.0.0.1", "https", "h"] if trusted else ["127.0.0.1", "http", "front"])
+    assert found == (["9.9.9.9, 127.0.0.1", "https", "h"] if trusted else ["127.0.0.1", "http", "localhost"])
     for name in ("x-real-ip", "x-data-parallel-rank", "forwarded"):
         assert bool(asked.get(name)) is bool(trusted)
     assert not asked.get("x-mvllm-secret") and (running.requests()[0]["client"] == "9.9.9.9") is bool(trusted)
@@ -8667,7 +8869,7 @@ async def test_local_paths_answer_while_every_server_hangs():
 async def test_local_errors_have_the_same_form():
     async with balancing(Server()) as running:
         client = await running.client()
-        got = await client.get("/v1/models/a%2Fb")
+        got = await client.get("/v1/models/a/b")
         assert (got.status, got.get("x-mvllm-error")) == (404, "unknown_model") and "`a/b`" in got.error["message"]
         assert (await client.get("/nope")).status == 404
         got = await client.get("/health", method="POST")
@@ -8709,7 +8911,7 @@ async def test_servers_are_added_and_removed_by_hand_without_losing_a_request():
         slow, client = await running.client(), await running.client()
         await slow.ask("POST", "/v1/chat/completions", CHAT)
         await a.came.wait()
-        got = await client.post("/admin/servers", json.dumps({"url": b.url, "max_concurrent_requests": 5}).encode())
+        got = await client.post("/admin/servers", json.dumps({"url": b.url, "max_concurrent_requests": 5}).encode(), AS_JSON)
         assert got.status == 200 and got.json["done"] == f"{b.url} added"
         await running.until(lambda: running.states() == ["healthy"] * 2)
         await client.ask("DELETE", f"/admin/servers?url={a.url}")
@@ -8747,7 +8949,7 @@ async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
         client = await running.client()
         for query in (f"/drain?url={a.url}", f"/weight?url={b.url}&weight=0.5"):
             assert (await client.post(f"/admin/servers{query}", b"")).status == 200
-        await client.post("/admin/servers", json.dumps({"url": c.url}).encode())
+        await client.post("/admin/servers", json.dumps({"url": c.url}).encode(), AS_JSON)
         path.write_text(settings_text(a, b, max_retries=7))
         while running.core.settings.max_retries != 7:
             await asyncio.sleep(0.01)
@@ -8779,7 +8981,7 @@ async def test_wrong_changes_by_hand_change_nothing(method, path, body, status, 
     async with balancing(Server()) as running:
         name = running.core.settings.servers[0].url.partition("://")[2]
         client = await running.client()
-        await client.ask(method, path.replace("SERVER", name), body.replace(b"SERVER", name.encode()))
+        await client.ask(method, path.replace("SERVER", name), body.replace(b"SERVER", name.encode()), AS_JSON)
         got = await client.answer()
         assert got.status == status and text in got.error["message"]
         assert not any(running.core.live.report().values()) and len(running.core.fleet.views()) == 1
@@ -8794,11 +8996,36 @@ async def test_changes_by_hand_are_for_admins_only():
             assert (await (await running.client()).post(path, b"", fields)).status == status
     async with balancing(Server()) as running:  # without keys: for this machine, but for no other site's page
         path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
-        for fields, status in (["Origin: http://evil.example"], 403), (["Origin: http://front"], 200):
+        for fields, status in (["Origin: http://evil.example"], 403), (["Origin: http://localhost"], 200):
             assert (await (await running.client()).post(path, b"", fields)).status == status
     async with balancing(Server(), trusted_proxies=("127.0.0.1/32",)) as running:
         got = await (await running.client()).post("/admin/servers", b"{}", ["X-Forwarded-For: 192.0.2.1"])
         assert got.status == 403 and "for this machine only" in got.error["message"]
+
+
+@asynchronous
+async def test_a_proxy_of_strangers_is_told_of_once(caplog):
+    async with balancing(Server()) as running:
+        path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
+        for field in ("Via: 1.1 nginx", "X-Forwarded-For: 127.0.0.1"):
+            got = await (await running.client()).post(path, b"", [field])
+            assert got.status == 403 and "a proxy that is not in trusted_proxies" in got.error["message"]
+            assert (await (await running.client()).post(fields=[field])).status == 200
+        assert not running.core.live.drained
+    (told,) = [record for record in caplog.records if "trusted_proxies" in record.message]
+    assert told.levelname == "WARNING" and "(it says via)" in told.message
+
+
+@asynchronous
+async def test_paths_of_two_readings_are_400_and_the_connection_stays():
+    async with balancing(server := Server(), keys=KEYS, admin_paths=("/v1/..;/sleep",)) as running:
+        client = await running.client()
+        for path in ("/v1/..;/sleep", "/v1/models/a%2Fb", "//", "/admin/servers;x", "/nowhere//"):
+            got = await client.get(path, bearer("sk-root"))
+            assert got.status == 400 and "dot segments" in got.error["message"]
+        assert (await client.post("/v1/v1/chat/completions", fields=bearer("sk-root"))).status == 200
+    (asked,) = server.asked
+    assert asked.line == "POST /v1/chat/completions HTTP/1.1"
 
 
 @asynchronous
@@ -9882,7 +10109,7 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
 
         async def change(method, path, base="/admin/servers", body=b""):
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
-            await client.ask(method, base + path, body)
+            await client.ask(method, base + path, body, AS_JSON)
             got = await client.answer()
             client.close()
             return got
@@ -10594,6 +10821,13 @@ def test_the_readme_names_every_path_setting_and_metric():
         assert f"`{name}`" in README, name
     for family in (*lite.Ledger().families(), *gauges_of(lite.Fleet())):
         assert f"`{family.name}`" in README, family.name
+
+
+def test_commands_with_content_say_that_it_is_json():
+    commands = re.findall(r"^ *curl .*", (README + lite.DEMO_HINT).replace("\\\n", ""), re.MULTILINE)
+    with_content = [one for one in commands if " -d " in one and "/simulate" not in one]
+    assert len(with_content) == 3 and all("-H 'Content-Type: application/json'" in one for one in with_content)
+    assert '{"Content-Type": "application/json"}' in (HERE / ".ci" / "run").read_text()
 
 
 def test_the_readme_s_systemd_unit_is_whole():
