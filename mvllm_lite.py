@@ -2619,6 +2619,22 @@ def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     return bad_end(content, notation)
 
 
+# How vLLM says that it has enough to do (--max-num-queued-reqs, --max-num-queued-tokens).
+OVERLOAD_TYPES = ("Service Unavailable", "ServiceUnavailableError")
+
+
+def says_busy(head: ResponseHead, content: bytes) -> bool:
+    """Whether a failure is back-pressure: 429, or a 503 that says when to come again or has
+    vLLM's form for an overload.  Any other 503 is that of something broken."""
+    if head.status != 503 or head.fields.get("retry-after"):
+        return head.status in (429, 503)
+    try:
+        error = json.loads(content)["error"]
+        return error["code"] == 503 and error["type"] in OVERLOAD_TYPES
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 USAGE_PLACES = {
     "prompt": (("prompt_tokens",), ("input_tokens",)),
     "cached": (("prompt_tokens_details", "cached_tokens"),
@@ -3391,7 +3407,7 @@ class ServerView(NamedTuple):
     pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
     learned: float = START_CAPACITY  # what its pace says of its capacity
     trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
-    busy_until: float = -INFINITY  # it said 429
+    busy_until: float = -INFINITY  # it said 429, or a 503 that means the same
     progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
@@ -3438,7 +3454,7 @@ class ServerView(NamedTuple):
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
         a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
-        was sent since it last spoke, or by twice as many.  One that said 429 just now is full."""
+        was sent since it last spoke, or by twice as many.  One that is busy by its word is full."""
         if self.busy_until > now:
             return True
         limit = self.limit
@@ -3451,6 +3467,12 @@ class ServerView(NamedTuple):
             return load >= BLIND_RATIO * limit
         sent_since = self.in_flight - self.own_then
         return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * limit
+
+    def has_room(self, now: float) -> bool:
+        """Whether it may take a request more, by our own counts and its last word."""
+        if self.busy_until > now:
+            return False
+        return not self.configured or self.in_flight < self.limit
 
     def ramp(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
@@ -3542,7 +3564,7 @@ def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
 # replaces it when it is told something new.  Views are kept by URL, so they survive a reload of the
 # settings.
 
-BUSY_S = 0.25  # for which a server that answered 429 is spared
+BUSY_S = 0.25  # for which a server that says it is busy is spared
 
 
 class Lease:
@@ -3767,7 +3789,7 @@ class Fleet:
         self._views[url] = view.counting(in_flight, view.on_trial + trials, view.pending + tokens)
 
     def busy(self, url: str, now: float) -> None:
-        """It answered 429."""
+        """It said that it has enough to do."""
         self.changes += 1
         if (view := self._views.get(url)) is not None:
             self._views[url] = view._replace(busy_until=now + BUSY_S)
@@ -4355,6 +4377,13 @@ class Ranking(NamedTuple):
         return self.behind or not all(passed_over(self.views, self.call.model, self.tried, anyhow))
 
     @property
+    def has_room(self) -> bool:
+        """Whether a server that is well has room for the call; in the queue it waits for that."""
+        well = (view.healthy and view.has_room(self.moment.now)
+                for view, reason in zip(self.views, self.reasons) if not reason)  # fmt: skip
+        return self.waits if self.best is None else any(well)
+
+    @property
     def undecided(self) -> bool:
         """Whether a server that was not checked yet may still turn out to be the one."""
         return any(v.health.state is State.CHECKING and v.open for v in self.views)
@@ -4479,7 +4508,7 @@ def narrowed(
         load = view.in_flight + view.foreign(moment.now, moment.interval_s)
         return bool(load < view.limit)
 
-    keep(lambda view: view.busy_until <= now, "said 429 just now")
+    keep(lambda view: view.busy_until <= now, "said that it is busy just now")
     eligible = [view for view, reason in zip(views, reasons) if not reason]
     shares = {view.pool: view.share for view in eligible}
     if len(shares) > 1:
@@ -4627,8 +4656,8 @@ DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
 
 
 class RetryBudget:
-    """Retries may add a share to the requests of the last BUDGET_SPAN_S seconds, and BUDGET_FLOOR
-    in any case, so that a failing fleet is not hammered to death."""
+    """Retries that are not free may add a share to the requests of the last BUDGET_SPAN_S seconds,
+    and BUDGET_FLOOR in any case, so that a failing fleet is not hammered to death."""
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
@@ -4659,22 +4688,20 @@ def relay_plan(
 ) -> Plan:
     """One good answer from one server; others are asked as long as nothing was shown.
 
-    A server that failed is not asked again while there is another.  A request that was never
-    heard, or whose server died with it, is tried once more in any case; other retries are made
-    only while somebody can `afford` them.
+    A server that failed is not asked again while there is another.  Retries that are not free are
+    made only while somebody can `afford` them.
     """
     tried, failure = frozenset[str](), WELL
     for attempt in range(1, s.max_retries + 2):
-        ranking = choose(tried)
-        while not tried and ranking.best is None and ranking.undecided:
-            waited = yield Settle(s.health_check_timeout)
+        if failure.fault is None:
+            ranking = yield from first_choice(choose, s)
+        else:
             ranking = choose(tried)
-            if waited.fault is not None:
-                break
-        if failure.fault is not None:
             # Only servers that failed already are left.
             again = ranking.best is None and not ranking.waits
             if again and failure.fault.retry is Retry.ELSEWHERE:
+                break
+            if not is_free(failure.fault, attempt - 1, ranking) and not afford():
                 break
             if again or failure.fault.retry is not Retry.AT_ONCE:
                 yield Pause(backoff_s(attempt - 2, s, draw))
@@ -4696,11 +4723,27 @@ def relay_plan(
             return
         if not may_retry(failure.fault, s) or attempt > s.max_retries:
             break
-        free = failure.fault.retry is Retry.AT_ONCE and (attempt == 1 or failure.fault in UNHEARD)
-        if not free and not afford():
-            break
         tried |= {server_of(best)}  # not another engine of the same server, either
     yield Answer(failure)
+
+
+def first_choice(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranking]:
+    """A ranking of servers of which enough is known."""
+    ranking = choose(frozenset())
+    while ranking.best is None and ranking.undecided:
+        waited = yield Settle(s.health_check_timeout)
+        ranking = choose(frozenset())
+        if waited.fault is not None:
+            break
+    return ranking
+
+
+def is_free(fault: Fault, retry: int, ranking: Ranking) -> bool:
+    """Whether the n-th retry, from 1, can be no part of a storm: nobody heard the request, or it
+    goes to a second server that is well and has room, or in place of an answer that was lost."""
+    elsewhere = ranking.best is not None or ranking.waits
+    lost = fault.retry is Retry.AT_ONCE
+    return fault in UNHEARD or (retry == 1 and elsewhere and (lost or ranking.has_room))
 
 
 def may_retry(fault: Fault, s: Settings) -> bool:
@@ -9510,12 +9553,14 @@ class Conversation(Attempt):
         if wire.buffer and not decoder.done:
             held += decoder.feed(wire.take())
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
-        whole = head.status == 500 or short or self.errand.response.opened
+        whole = head.status in (500, 503) or short or self.errand.response.opened
         while (fault or whole) and not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
             held += await wire.read_content(decoder, deadline)
         if not (fault or whole) or not decoder.done:
             return None, bytes(held)  # no failure as far as seen, or too much to be kept
         said = bytes(held)
+        if says_busy(head, said):
+            return Fault.SERVER_BUSY, said
         return fault or bad_answer(head.status, said, self.errand.response.notation), said
 
     async def first_event(

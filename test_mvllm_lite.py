@@ -1777,6 +1777,20 @@ def test_what_a_response_admits_and_never_what_its_client_said(content, fault):
     assert lite.bad_end(tail, lite.Notation.RESPONSE) is (fault and Fault[fault])
 
 
+@pytest.mark.parametrize("status, fields, content, busy", table(
+    ("429", 429, "", b"", True),
+    ("vLLM with --max-num-queued-reqs", 503, "",
+     b'{"error":{"message":"x","type":"Service Unavailable","param":null,"code":503}}', True),
+    ("any 503 that says when to come again", 503, "\nretry-after: 1", b"<html>", True),
+    ("a 503 of something broken", 503, "", b"upstream connect error", False),
+    ("of another kind", 503, "", b'{"error":{"message":"x","type":"proxy","code":503}}', False),
+    ("no object", 503, "", b'{"error":"Service Unavailable"}', False),
+    ("500 that says so", 500, "\nretry-after: 1", b"", False),
+))  # fmt: skip
+def test_busy_is_not_broken(status, fields, content, busy):
+    assert lite.says_busy(response_of(f"HTTP/1.1 {status} X{fields}")[0], content) is busy
+
+
 @pytest.mark.parametrize("content, names", table(
     ("a list", b'{"object":"list","data":[{"id":"a","max_model_len":9},{"id":"b"}]}', ["a", "b"]),
     ("empty list", b'{"data":[]}', []),
@@ -4333,7 +4347,13 @@ PLANS = table(
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
      ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
     ("no server", (), [], {}, ["answer no_server"]),
-    ("a retry that cannot be afforded", (2, 1), ["503!"], {"affordable": 0}, ["ask s0", "answer server_error as held"]),
+    ("a first try elsewhere is no storm", (3, 2, 1), ["503!", "503!"], {"affordable": 0},
+     ["ask s0", "pause", "ask s1", "answer server_error as held"]),
+    ("nor after 429", (2, 1), ["busy!", "ok"], {"affordable": 0}, ["ask s0", "pause", "ask s1"]),
+    ("the same server again may be one", (1,), ["503!"], {"affordable": 0},
+     ["ask s0", "answer server_error as held"]),
+    ("also of an answer that was lost", (1,), ["cut?"], {"affordable": 0},
+     ["ask s0", "answer server_gone"]),
     ("the first is free where a server died with it", (3, 2, 1), ["cut?", "cut?"], {"affordable": 0},
      ["ask s0", "ask s1", "answer server_gone"]),
     ("it is always free where nobody was reached", (3, 2, 1), ["refused", "refused", "ok"], {"affordable": 0},
@@ -4344,6 +4364,26 @@ PLANS = table(
 @pytest.mark.parametrize("capacities, outcomes, settings, steps", PLANS)
 def test_plans(capacities, outcomes, settings, steps):
     assert play(fleet_of(*capacities), outcomes, **settings) == steps
+
+
+ROOM = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
+    ("with places by its settings", 2, 1, None, True),
+    ("with none", 2, 2, None, False),
+    ("that learns its capacity: nobody knows that it is full", 0, 200, None, True),
+    ("busy by its own word", 9, 0, lambda fleet: fleet.busy("s1", 0.0), False),
+    ("not well itself: asked only for want of another", 9, 0, lambda fleet: [
+        fleet.judge(url, lite.Health.opened, "x", 0.0, Settings()) for url in ("s0", "s1")], False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity, in_flight, before, free", ROOM)
+def test_a_first_try_elsewhere_is_free_where_there_is_room(capacity, in_flight, before, free):
+    fleet = fleet_of(1000, capacity)
+    fleet.count("s1", in_flight)
+    if before is not None:
+        before(fleet)
+    then = ["pause", "ask s1"] if free else ["answer server_error as held"]
+    assert play(fleet, ["503!", "ok"], affordable=0)[1:] == then
 
 
 QUEUED = table(  # with all places of s0 and s1 taken
@@ -8426,9 +8466,18 @@ async def test_before_anything_was_shown_another_server_answers(bad):
         assert await running.metric("mvllm_requests_total", status="200", server=good.url, model="m") == 8
 
 
+OVERLOAD = b'{"error":{"message":"x","type":"Service Unavailable","param":null,"code":503}}'
+BUSY = table(
+    ("429", b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
+    ("503 with Retry-After", b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
+    ("vLLM's overload", b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n%b" % (len(OVERLOAD), OVERLOAD)),
+)
+
+
+@pytest.mark.parametrize("said", BUSY)
 @asynchronous
-async def test_a_server_that_is_too_busy_is_spared_for_a_moment():
-    busy, good = failing(b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"), Server()
+async def test_a_server_that_is_too_busy_is_spared_for_a_moment(said):
+    busy, good = failing(said), Server()
     busy.capacity = 1000
     async with balancing(busy, good) as running:
         client = await running.client()
@@ -8437,7 +8486,7 @@ async def test_a_server_that_is_too_busy_is_spared_for_a_moment():
             assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
         assert len(busy.asked) < 8 and running.states() == ["healthy"] * 2
         running.core.fleet.busy(busy.url, asyncio.get_running_loop().time())
-        assert "said 429 just now" in (await client.post("/explain", CHAT)).body.decode()
+        assert "said that it is busy just now" in (await client.post("/explain", CHAT)).body.decode()
         assert (await client.post("/explain", CHAT)).json["attempts"][0]["servers"][1]["cached_tokens"] == 0  # it read nothing
 
 
@@ -8460,6 +8509,7 @@ SHOWN = table(
     ("422", b"HTTP/1.1 422 X\r\ncontent-length: 2\r\n\r\nno", 422),
     ("500", b"HTTP/1.1 500 X\r\ncontent-length: 2\r\n\r\nno", 500),
     ("429 with its wish", b"HTTP/1.1 429 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 429),
+    ("503", b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\nno", 503),
     ("503 with its wish", b"HTTP/1.1 503 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 503),
 )  # fmt: skip
 
@@ -8475,7 +8525,8 @@ async def test_a_server_s_own_error_comes_through_unchanged(said, status):
         body = said.partition(b"\r\n\r\n")[2]
         assert (got.status, got.body, got.get("x-mvllm-error")) == (status, body, None)
         assert got.get("retry-after") == ("42" if b"retry-after" in said else None)
-        assert len(server.asked) == (3 if status == 503 else 1)
+        broken = status == 503 and b"retry-after" not in said
+        assert len(server.asked) == (3 if broken else 1)
 
 
 @asynchronous
