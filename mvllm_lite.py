@@ -130,6 +130,7 @@ import time
 import tomllib
 import unicodedata
 import urllib.parse
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import (
     AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence,
@@ -137,6 +138,11 @@ from collections.abc import (
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+try:
+    from compression import zstd  # since Python 3.14
+except ImportError:
+    zstd = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
@@ -170,6 +176,11 @@ FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
 SCAN_STEPS_LIMIT = 1_000_000  # of find_members for one request; real ones take a few thousand
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
+CODED_SLICE_BYTES = 64 * 1024  # of compressed content that are read before others get their turn,
+DECODED_SLICE_BYTES = 256 * 1024  # and what may come of them: about a millisecond
+CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
+CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
+ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
 FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
@@ -252,6 +263,7 @@ class Fault(Enum):
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
     TARGET_TOO_LONG = 414, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     NOT_JSON = 415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError"
+    UNSUPPORTED_CODING = 415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError"
     BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     RATE_LIMITED = 429, Blame.CLIENT, Retry.NEVER, "RateLimitError"
     HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
@@ -868,7 +880,8 @@ def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) ->
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
     key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                         if shows_key and key in KEY_FIELD_NAMES)  # fmt: skip
-    return forward_fields(fields, added, ("x-request-id", *dropped)), key_lines
+    dropped = dropped.union(("x-request-id", "content-encoding"))  # which was undone
+    return forward_fields(fields, added, dropped), key_lines
 
 
 def forward_request(
@@ -1781,7 +1794,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # JSON and forms as far as a balancer must read them: where the members that matter stand.  Content
-# is read, never rewritten, but for the one value of `model`.
+# is read, never rewritten, but for the one value of `model`, and compression, which is undone.
 
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 # Members by which servers talk to each other about one of their caches.  From a client's mouth,
@@ -1797,6 +1810,68 @@ READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS)
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
+
+
+# Content codings, RFC 9110 §8.4.1, that are undone, because no vLLM undoes any: by name, what gives
+# a decoder for content that begins so, with zlib's decompress(data, max_length), eof, unused_data.
+# To add one: add a row.
+CODINGS: dict[str, Callable[[bytes], Any]] = {
+    "gzip": lambda _: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "x-gzip": lambda _: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "deflate": lambda begin: zlib.decompressobj(zlib.MAX_WBITS * (1 if is_zlib(begin) else -1)),
+}
+UNDECODABLE: tuple[type[Exception], ...] = (zlib.error,)
+if zstd is not None:
+    CODINGS["zstd"] = lambda _: zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
+    UNDECODABLE += (zstd.ZstdError,)
+ACCEPTED_CODINGS = ", ".join(name for name in CODINGS if not name.startswith("x-"))
+
+
+def is_zlib(begin: bytes) -> bool:
+    """Whether it is the zlib format, as it should, RFC 1950 §2.2; some send deflate's bare one."""
+    return begin[:1] != b"" and begin[0] & 15 == 8 and int.from_bytes(begin[:2], "big") % 31 == 0
+
+
+def content_codings(fields: Fields) -> list[str]:
+    """The codings of a request's content, in the order in which they are undone.  Raises
+    BadMessage for any that is not understood."""
+    if "content-encoding" not in fields.values:
+        return []
+    codings = [coding for coding in fields.members("content-encoding") if coding != "identity"]
+    if len(codings) > CODINGS_LIMIT or not CODINGS.keys() >= set(codings):
+        found = shown(fields.get("content-encoding"))
+        text = f"Content-Encoding is {found}, expected one of {ACCEPTED_CODINGS}"
+        raise BadMessage(text, Fault.UNSUPPORTED_CODING)
+    return codings[::-1]
+
+
+def decode_content(content: Content, coding: str, limit: int, found: bytearray) -> Iterator[None]:
+    """Undoes a coding and puts what comes of it into `found`, a slice at a time; then it is
+    others' turn.  Raises BadMessage for what is not so coded, is cut, or grows beyond the limit."""
+    begin, data, at, members = CODINGS[coding], b"", 0, 1
+    decoder = begin(bytes(content[:2]))
+    while data or at < len(content) or not decoder.eof:
+        if decoder.eof:  # files one behind the other are one, RFC 1952 §2.2
+            decoder, members = begin(data[:2] or bytes(content[at : at + 2])), members + 1
+        if not data and getattr(decoder, "needs_input", True):
+            data = bytes(memoryview(content)[at : at + CODED_SLICE_BYTES])
+            at += len(data)
+        try:
+            piece = decoder.decompress(data, DECODED_SLICE_BYTES)
+        except UNDECODABLE as error:
+            text = f"the content is not the {coding} that Content-Encoding says: {error}"
+            raise BadMessage(text) from None
+        data = decoder.unused_data if decoder.eof else getattr(decoder, "unconsumed_tail", b"")
+        found += piece
+        if len(found) > limit:
+            text = f"the content has more than {limit} bytes when decoded, as max_body_bytes allows"
+            raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+        if members > CODED_MEMBERS_LIMIT:
+            raise BadMessage(f"the content is more than {CODED_MEMBERS_LIMIT} files of {coding}")
+        if not (piece or data or decoder.eof or at < len(content)):
+            raise BadMessage(f"the content ends within its {coding}")
+        yield
 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
@@ -8483,6 +8558,14 @@ def date_field() -> tuple[str, str]:
     return "Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
+# What a refusal says beside, RFC 9110 §15.5.2, §15.5.6, §15.5.16.
+REFUSAL_FIELDS = {
+    Fault.UNAUTHORIZED: ("WWW-Authenticate", "Bearer"),
+    Fault.BAD_METHOD: ("Allow", "GET, HEAD"),
+    Fault.UNSUPPORTED_CODING: ("Accept-Encoding", ACCEPTED_CODINGS),
+}
+
+
 class Response:
     """The response to one request on one client's wire."""
 
@@ -8597,10 +8680,8 @@ class Response:
             retry_after_s = min(30, max(1, math.ceil(self.settings.health_check_interval)))
         if retry_after_s:
             fields.append(("Retry-After", str(retry_after_s)))
-        if fault is Fault.BAD_METHOD:
-            fields.append(("Allow", "GET, HEAD"))
-        if fault is Fault.UNAUTHORIZED:
-            fields.append(("WWW-Authenticate", "Bearer"))
+        if fault in REFUSAL_FIELDS:
+            fields.append(REFUSAL_FIELDS[fault])
         param = "model" if fault is Fault.UNKNOWN_MODEL else None
         content = error_body(fault, text, self.request.path, param)
         self.whole(Reply(fault.status, content, fields=fields))
@@ -9835,6 +9916,27 @@ class Exchange:
     # The request's content.
 
     async def gather(self) -> tuple[Content, Spans | None]:
+        """The whole content, uncompressed, and where the members of large JSON stand."""
+        if self.framing == NO_CONTENT or not (codings := content_codings(self.head.fields)):
+            return await self.receive()
+        content, _ = await self.receive(False)
+        for coding in codings if content else ():
+            found, limit = bytearray(), self.settings.max_body_bytes
+            for _ in decode_content(content, coding, limit, found):
+                self.keep_room(len(content) + len(found))
+                await asyncio.sleep(0)
+            content = found
+        self.keep_room(len(content))
+        if len(content) <= SMALL_CONTENT_BYTES:
+            return content, None
+        spans = Spans()
+        scan = find_members(spans, FOUND_MEMBERS)
+        next(scan)
+        while not (form_boundary(self.head.fields.get("content-type")) or scan.send(content)):
+            await asyncio.sleep(0)
+        return content, spans
+
+    async def receive(self, looks: bool = True) -> tuple[Content, Spans | None]:
         """The whole content: it must be there to be sent again.  Large JSON is looked through
         piece by piece as it comes in, so that it does not hold up other streams."""
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
@@ -9853,7 +9955,7 @@ class Exchange:
                 found = length or f"more than {limit}"
                 text = f"the content has {found} bytes, max_body_bytes allows {limit}"
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
-            if len(content) > SMALL_CONTENT_BYTES and not form:
+            if len(content) > SMALL_CONTENT_BYTES and looks and not form:
                 if scan is None:
                     scan = find_members(spans, FOUND_MEMBERS)
                     next(scan)

@@ -40,6 +40,7 @@ import threading
 import time
 import unicodedata
 import tomllib
+import zlib
 import tracemalloc
 from collections import Counter, OrderedDict
 from html.parser import HTMLParser
@@ -140,7 +141,8 @@ def test_only_the_standard_library_is_imported_and_nothing_is_global():
         if isinstance(node, ast.Import):
             assert {a.name.split(".")[0] for a in node.names} <= sys.stdlib_module_names
         if isinstance(node, ast.ImportFrom):
-            assert node.module.split(".")[0] in {*sys.stdlib_module_names, "__future__"}
+            known = {*sys.stdlib_module_names, "__future__", "compression"}  # the last since 3.14
+            assert node.module.split(".")[0] in known
 
 
 def test_no_function_is_longer_than_60_lines_and_most_are_short():
@@ -1428,6 +1430,88 @@ def test_nor_in_large_content(body, named):
         pass
     with pytest.raises(lite.BadMessage, match="UTF-8" if named == "UTF-8" else "kv_transfer_params"):
         lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
+
+
+# Compressed content.
+
+PLAIN = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 50_000}]}).encode()
+BARE = zlib.compressobj(wbits=-15)
+BARE_DEFLATE = BARE.compress(PLAIN) + BARE.flush()
+
+
+def decoded(content, coding, limit=1 << 20):
+    found, sizes = bytearray(), [0]
+    for _ in lite.decode_content(content, coding, limit, found):
+        sizes.append(len(found))
+    assert max(b - a for a, b in itertools.pairwise(sizes)) <= lite.DECODED_SLICE_BYTES
+    return bytes(found)
+
+
+@pytest.mark.parametrize("content, coding, plain", table(
+    ("gzip", gzip.compress(PLAIN), "gzip", PLAIN),
+    ("its old name", gzip.compress(PLAIN), "x-gzip", PLAIN),
+    ("gzip of nothing", gzip.compress(b""), "gzip", b""),
+    ("a byte more than a slice is read", gzip.compress(random.Random(1).randbytes(65536 + 1)), "gzip", random.Random(1).randbytes(65537)),
+    ("files one behind the other, RFC 1952 2.2", gzip.compress(PLAIN) + gzip.compress(b"x"), "gzip", PLAIN + b"x"),
+    ("a file that ends with a slice", gzip.compress(random.Random(1).randbytes(65536 - 28), 0) + gzip.compress(b"x"), "gzip",
+     random.Random(1).randbytes(65536 - 28) + b"x"),
+    ("deflate is the zlib format, RFC 9110 8.4.1.2", zlib.compress(PLAIN), "deflate", PLAIN),
+    ("at another level", zlib.compress(PLAIN, 1), "deflate", PLAIN),
+    ("though some send it bare", BARE_DEFLATE, "deflate", PLAIN),
+))  # fmt: skip
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_compressed_content_is_decoded_a_slice_at_a_time(kind, content, coding, plain):
+    assert decoded(kind(content), coding) == plain
+
+
+@pytest.mark.parametrize("content, coding, named", table(
+    ("empty", b"", "gzip", "ends within"),
+    ("cut", gzip.compress(PLAIN)[:-1], "gzip", "ends within"),
+    ("cut before its first letter", gzip.compress(PLAIN)[:10], "gzip", "ends within"),
+    ("another coding", zlib.compress(PLAIN), "gzip", "not the gzip"),
+    ("plain", PLAIN, "gzip", "not the gzip"),
+    ("plain, said to be deflate", PLAIN, "deflate", "not the deflate"),
+    ("a wrong checksum", gzip.compress(PLAIN)[:-8] + b"12345678", "gzip", "not the gzip"),
+    ("something behind it", gzip.compress(PLAIN) + b"x" * 20, "gzip", "not the gzip"),
+    ("a bomb", gzip.compress(bytes(100 << 20)), "gzip", "max_body_bytes"),
+    ("a byte too much", gzip.compress(bytes((1 << 20) + 1)), "gzip", "max_body_bytes"),
+    ("files without end", gzip.compress(b"") * 5000, "gzip", "more than 4096 files"),
+))  # fmt: skip
+def test_compressed_content_that_cannot_be_taken(content, coding, named):
+    with pytest.raises(lite.BadMessage, match=named) as caught:
+        decoded(content, coding)
+    too_large = named == "max_body_bytes"
+    assert caught.value.fault is (Fault.CONTENT_TOO_LARGE if too_large else Fault.BAD_REQUEST)
+
+
+@pytest.mark.skipif(lite.zstd is None, reason="since Python 3.14")
+def test_zstd_is_decoded_where_the_library_knows_it():
+    packed = lite.zstd.compress(PLAIN)
+    assert decoded(packed, "zstd") == PLAIN and decoded(packed * 2, "zstd") == PLAIN * 2
+    large = {lite.zstd.CompressionParameter.window_log: 27}
+    for bad in (packed[:-1], PLAIN, packed + b"x", lite.zstd.compress(PLAIN * 200, options=large),
+                lite.zstd.compress(bytes(100 << 20))):  # fmt: skip
+        with pytest.raises(lite.BadMessage):
+            decoded(bad, "zstd")
+
+
+@pytest.mark.parametrize("said, codings", table(
+    ("one", "gzip", ["gzip"]),
+    ("in capitals", "GZIP", ["gzip"]),
+    ("none", "identity", []),
+    ("two are undone in reverse", "deflate, gzip", ["gzip", "deflate"]),
+    ("three", "gzip, gzip, gzip", Fault.UNSUPPORTED_CODING),
+    ("unknown", "br", Fault.UNSUPPORTED_CODING),
+    ("known and unknown", "gzip, br", Fault.UNSUPPORTED_CODING),
+))  # fmt: skip
+def test_which_codings_a_request_s_content_has(said, codings):
+    fields = head_of(f"POST / HTTP/1.1\nHost: a\nContent-Encoding: {said}").fields
+    if isinstance(codings, list):
+        assert lite.content_codings(fields) == codings
+        return
+    with pytest.raises(lite.BadMessage, match="gzip, deflate") as caught:
+        lite.content_codings(fields)
+    assert caught.value.fault is codings
 
 
 PART = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\nm\r\n'
@@ -6501,6 +6585,70 @@ async def test_nothing_is_written_behind_a_gap():
         assert b"B" not in got
         pump.done.cancel()
         server.abort()
+
+
+@pytest.mark.parametrize("coding, pack", table(
+    ("gzip", "gzip", gzip.compress),
+    ("deflate", "deflate", zlib.compress),
+    ("both", "deflate, gzip", lambda content: gzip.compress(zlib.compress(content))),
+))  # fmt: skip
+@pytest.mark.parametrize("content", [b'{"model":"alias","stream":false}', PLAIN.replace(b'"m"', b'"alias"'), b""], ids=["small", "large", "empty"])
+@asynchronous
+async def test_a_compressed_request_is_read_and_arrives_as_a_server_can_read_it(coding, pack, content):
+    a, b = Server(models=["a"]), Server(models=["b"])
+    async with balancing(a, b, aliases={"alias": "b"}) as running:
+        for _ in range(3):
+            got = await (await running.client()).post(
+                body=pack(content) if content else b"", fields=[f"Content-Encoding: {coding}"])
+            assert got.status == 200
+        assert running.core.buffered_bytes == 0
+    came = b.asked if content else a.asked + b.asked
+    assert len(came) == 3 and not any(asked.get("content-encoding") for asked in came)
+    assert [asked.body.replace(b": ", b":") for asked in came] == [content.replace(b"alias", b"b").replace(b": ", b":")] * 3
+
+
+@asynchronous
+async def test_a_compressed_request_may_come_in_chunks():
+    packed = gzip.compress(PLAIN)
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+                          + chunk(packed[:20]) + chunk(packed[20:]) + b"0\r\n\r\n")  # fmt: skip
+        assert (await client.answer()).status == 200
+        assert server.asked[0].body == PLAIN and server.asked[0].get("content-length") == [str(len(PLAIN))]
+
+
+@pytest.mark.parametrize("fields, body, status, label, named", table(
+    ("unknown", ["Content-Encoding: br"], b"x", 415, "unsupported_coding", "'br'"),
+    ("unknown, nobody waits for its content", ["Content-Encoding: br", "Expect: 100-continue"], b"x", 415, "unsupported_coding", "'br'"),
+    ("a bomb", ["Content-Encoding: gzip"], gzip.compress(bytes(10 << 20)), 413, "content_too_large", "max_body_bytes"),
+    ("a bomb in a bomb", ["Content-Encoding: gzip, gzip"], gzip.compress(gzip.compress(bytes(100 << 20))), 413,
+     "content_too_large", "max_body_bytes"),
+    ("not gzip", ["Content-Encoding: gzip"], b"x" * 99, 400, "bad_request", "gzip"),
+    ("words that are not for clients", ["Content-Encoding: gzip"], gzip.compress(b'{"kv_transfer_params":{}}'), 400,
+     "bad_request", "kv_transfer_params"),
+))  # fmt: skip
+@asynchronous
+async def test_compressed_requests_that_are_refused(fields, body, status, label, named):
+    async with balancing(server := Server(), max_body_bytes=1 << 20) as running:
+        got = await (await running.client()).post(body=body, fields=fields)
+        assert (got.status, got.get("x-mvllm-error")) == (status, label) and named in got.error["message"]
+        if status == 415:
+            assert got.get("accept-encoding").startswith("gzip, deflate")
+        assert running.core.buffered_bytes == 0 and not server.asked
+        assert (await (await running.client()).get("/v1/x", ["Content-Encoding: br"])).status == 200  # of nothing
+
+
+@asynchronous
+async def test_what_compressed_requests_grow_to_counts_as_held():
+    async with balancing(server := Server(gated := Gated()), max_buffered_bytes=500_000) as running:
+        first = await running.client()
+        await first.ask("POST", "/v1/x", gzip.compress(PLAIN), ["Content-Encoding: gzip"])
+        await server.came.wait()
+        got = await (await running.client()).post(body=gzip.compress(PLAIN * 2), fields=["Content-Encoding: gzip"])
+        assert (got.status, got.get("x-mvllm-error")) == (503, "too_much_content")
+        gated.let(1)
+        assert (await first.answer()).status == 200
 
 
 @asynchronous
