@@ -3526,6 +3526,16 @@ class ServerView(NamedTuple):
     def healthy(self) -> bool:
         return self.health.state is State.HEALTHY
 
+    @property
+    def available(self) -> bool:
+        """Whether it can be asked, if need be."""
+        return self.health.answers and self.open and not self.load.asleep
+
+    @property
+    def woken(self) -> ServerView:
+        """As if it were awake: for what is no work of its engine."""
+        return self._replace(load=self.load._replace(asleep=False)) if self.load.asleep else self
+
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
         a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
@@ -3738,7 +3748,7 @@ class Fleet:
 
     def has_place(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
-        return any(v.health.answers and v.open and not v.full(now, interval_s)
+        return any(v.available and not v.full(now, interval_s)
                    for v in self._views.values())  # fmt: skip
 
     def view(self, url: str) -> ServerView | None:
@@ -3912,7 +3922,8 @@ class Fleet:
         view = self._views.get(url)
         if view is None:
             return 0
-        self.changes += load.adapters != view.load.adapters
+        known = view.load
+        self.changes += load.adapters != known.adapters or load.asleep != known.asleep
         memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
         memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
         began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
@@ -3967,8 +3978,12 @@ class Fleet:
         new = after(old, *news)
         if new is not old:
             self.changes += 1
+            back = new.state is State.HEALTHY and old.state is State.UNHEALTHY
             for view in views:
-                self._views[view.url] = view._replace(health=new)
+                load = view.load
+                if back and view.load_at < old.since:  # it spoke before it was away
+                    load = load._replace(asleep=False)
+                self._views[view.url] = view._replace(health=new, load=load)
         if new.state is old.state:
             return None
         return Transition(server, old.state, new.state, new.reason)
@@ -4554,6 +4569,8 @@ def obstacle(
             return f"is {health.state.value} ({health.reason})"
     if not view.has(model):
         return f"does not serve {shown(model)}"
+    if view.load.asleep:
+        return "is asleep"
     if not view.share:
         return f"gets none: its pool has 0 % ({view.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
@@ -5061,9 +5078,9 @@ def models_report(
 
 def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
     """GET /readiness: 503 when a request would find no server, or the balancer is stopping."""
-    healthy = sum(view.healthy and view.open for view in views)
+    healthy = sum(view.healthy and view.available for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
-    if any(view.health.answers and view.open for view in views) and not stopping:
+    if any(view.available for view in views) and not stopping:
         return 200, {"status": "ready", **counts}
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
@@ -5154,6 +5171,7 @@ class Ledger:
 SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "requests_in_flight": ("Requests now with a server.", lambda v: v.in_flight),
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
+    "server_asleep": ("Whether it says that it sleeps.", lambda v: v.load.asleep),
     "server_circuit_open": (
         "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
     "server_capacity": ("Its max_concurrent_requests, or what was learned.",
@@ -5480,7 +5498,7 @@ def state_word(view: ServerView, now: float) -> str:
         return "draining" if view.in_flight else "drained"
     if not view.healthy and view.health.open_until is not None:
         return f"circuit {view.health.circuit(now)}"
-    return view.health.state.value
+    return "asleep" if view.healthy and view.load.asleep else view.health.state.value
 
 
 def status_of(
@@ -5840,11 +5858,11 @@ def load_ratio(server: Document) -> float | None:
 
 SHORT_STATES = {
     "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
-    "circuit open": "trip", "circuit half-open": "try",
+    "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
 }  # fmt: skip
 STATE_STYLES = {
     "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
-    "circuit half-open": Style.WARN,
+    "circuit half-open": Style.WARN, "asleep": Style.WARN,
 }  # fmt: skip
 
 
@@ -9261,15 +9279,17 @@ EVENTS_KEPT = 100
 class Attempt:
     """A request that is with a server, for the server's watcher to see and to end."""
 
-    def __init__(self, content_bytes: int, now: float) -> None:
-        self.content_bytes, self.begun_at = content_bytes, now
+    def __init__(self, content_bytes: int, now: float, for_engine: bool) -> None:
+        self.content_bytes, self.begun_at, self.for_engine = content_bytes, now, for_engine
         self.wire: Wire | None = None  # while nothing of an answer was shown
         self.pump: Pump | None = None
         self.frozen = False
 
     @property
     def waits(self) -> bool:
-        """Whether it is the server's turn, and not a slow client's or a websocket's."""
+        """Whether it is the engine's turn, and not a slow client's or a websocket's."""
+        if not self.for_engine:  # it wakes the server up, say
+            return False
         return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
 
     def give_up(self, even_begun: bool) -> None:
@@ -9505,6 +9525,7 @@ class Errand(Protocol):
     key_lines: str  # the client's key, for servers that have none of their own
     model_label: str
     why: str  # the server was chosen; shown if somebody wants to know
+    only: str  # the one server that may be asked, for something that is no inference; or ''
 
     def let_go(self) -> None:
         """Of the content: there can be no other attempt."""
@@ -9525,7 +9546,7 @@ class Conversation(Attempt):
     """An errand at one server."""
 
     def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
-        super().__init__(len(errand.content), errand.client.loop.time())
+        super().__init__(len(errand.content), errand.client.loop.time(), not errand.only)
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
         self.pool = core.pool(server)
@@ -9822,7 +9843,7 @@ class Exchange:
         passed = core.standing(call, tried, moment)
         if self.only:
             kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
-            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
+            views, cached, passed = [views[n].woken for n in kept], [cached[n] for n in kept], None
         by = self.policies.get(call.model, self.model_label)
         ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
         waiting = moment.enforced and not self.waiting
@@ -10229,6 +10250,9 @@ async def watch_load(core: Core, url: str) -> None:
                     load = loads.get(view.rank, EngineLoad())
                     hits = core.fleet.scraped(view.url, load, own_then, now)
                     core.ledger.prefix_hits.add(view.url, amount=hits)
+                    if load.asleep != view.load.asleep:
+                        log.info("%s %s", view.url, "sleeps" if load.asleep else "is awake again")
+                        core.tell()
                     say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError):
             result = "failed"
@@ -10261,6 +10285,10 @@ async def watch_progress(core: Core, url: str) -> None:
     for view in views:
         attempts = core.attempts.get(view.url, set())
         waiting = [attempt for attempt in attempts if attempt.waits]
+        if view.load.asleep:  # nobody's failure; what has begun may go on when it wakes up
+            for attempt in waiting:
+                attempt.give_up(even_begun=False)
+            continue
         work = Work(
             len(waiting), min((a.begun_at for a in waiting), default=now),
             max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),

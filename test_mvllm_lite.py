@@ -2345,6 +2345,47 @@ def test_the_load_of_others(load, own, age, expected):
     assert fleet.views()[0].foreign(100.0 + age, 0.5) == pytest.approx(expected)
 
 
+ASLEEP, AWAKE = lite.EngineLoad(asleep=True), lite.EngineLoad()
+
+
+@pytest.mark.parametrize("script, asleep", table(
+    ("a report that says so", "z", True),
+    ("one that says awake", "za", False),
+    ("none for long", "z" + "." * 99, True),
+    ("failed requests and good ones in between", "z" + "ff" + "." * 40 + "zgg", True),
+    ("away, and back before the first report of its new life", "z---+", False),
+    ("away in the eyes of checks, while its reports go on", "z---z+", True),
+))  # fmt: skip
+def test_a_server_sleeps_until_a_report_says_otherwise_or_it_was_away(script, asleep):
+    fleet, s = fleet_of(1), Settings()
+    health = lite.Health
+    news = {"-": (health.checked, False, 0.0, "x"), "+": (health.checked, True, 0.0, ""),
+            "f": (health.failed, "x", True), "g": (health.succeeded,)}  # fmt: skip
+    for now, letter in enumerate(script, 1):
+        if letter in "za":
+            before = fleet.changes
+            fleet.scraped("s0", ASLEEP if letter == "z" else AWAKE, 0, float(now))
+            assert fleet.changes > before or letter in script[: now - 1]
+        elif letter in news:
+            fleet.judge("s0", *news[letter], float(now), s)
+    (view,) = fleet.views()
+    assert view.load.asleep is asleep and view.available is (view.healthy and not asleep)
+
+
+def test_a_sleeping_server_gets_no_requests_and_does_not_count_as_ready_but_is_not_ill():
+    fleet, s = fleet_of(1, 1), Settings()
+    fleet.scraped("s0", ASLEEP, 0, 1.0)
+    ranking = ranking_of(fleet, model="m")
+    assert ranking.best == "s1" and ("s0", "is asleep") in {c[::2] for c in ranking.candidates()}
+    assert lite.readiness_report(fleet.views(), False)[1]["healthy_workers"] == 1
+    fleet.scraped("s1", ASLEEP, 0, 1.0)
+    fault, text = ranking_of(fleet, model="m").refusal(True)
+    assert fault is Fault.NO_SERVER and "s0 is asleep; s1 is asleep" in text
+    assert lite.readiness_report(fleet.views(), False)[0] == 503
+    assert lite.health_report(fleet.views(), s, lite.Clock(1.0, 1.0))["healthy_servers"] == 2
+    assert lite.state_word(fleet.views()[0], 1.0) == "asleep" and not fleet.has_place(1.0, 0.5)
+
+
 def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
     fleet, s = fleet_of(1), Settings(models_interval=30)
     assert not fleet.models_due("s0", 29.0, s) and fleet.models_due("s0", 30.0, s)
@@ -9038,6 +9079,44 @@ async def test_without_active_checks_time_brings_a_server_back():
         await server.start()
         await running.until(lambda: running.states() == ["healthy"])
         assert (await client.post()).status == 200
+
+
+@asynchronous
+async def test_a_server_that_falls_asleep_is_left_and_is_back_with_the_report_that_says_awake():
+    awake = True
+
+    async def metrics():
+        return f'vllm:engine_sleep_state{{engine="0",sleep_state="awake"}} {int(awake)}.0'
+
+    async def answer(asked, conn):
+        if "/wake_up" in asked.line:
+            nonlocal awake
+            awake = True
+            await running.until(lambda: not asleep())
+        elif awake:
+            await running.until(asleep)  # as vLLM does: a request that comes too late hangs
+            await conn.left()
+        await conn.json({"by": conn.server.url})
+
+    def asleep():
+        return running.core.fleet.views()[0].load.asleep
+
+    sleeper, other = Server(answer, **{"/metrics": metrics}), Server()
+    sleeper.capacity = 1000
+    keys = (lite.KeySettings("root", "sk-root", admin=True),)
+    async with balancing(sleeper, other, policy="least", metrics_interval=0.02, slow_start=0.001,
+                         keys=keys, admin_paths=("/wake_up",)) as running:  # fmt: skip
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", CHAT, bearer("sk-root"))
+        await sleeper.came.wait()
+        awake = False
+        got = await client.answer()
+        assert (got.status, got.get("x-mvllm-server")) == (200, other.url)
+        assert asleep() and running.states() == ["healthy"] * 2
+        assert await running.metric("mvllm_server_asleep", server=sleeper.url) == 1
+        fields = [f"X-MVLLM-Server: {sleeper.url}", *bearer("sk-root")]
+        assert (await client.post("/wake_up", b"", fields)).status == 200
+        assert not asleep() and running.states() == ["healthy"] * 2
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
