@@ -166,6 +166,7 @@ PLAUSIBLE_TOKENS = 1e9
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
+STALE_S = 0.25  # from a request to the close of a connection that was idle, as far as one goes
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
 # Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
@@ -344,8 +345,8 @@ class PeerGone(Exception):
 
 
 class Stale(PeerGone):
-    """A reused connection that ended before it said a word: its server had closed it while it was
-    idle.  Nobody's failure; the request is sent again on a fresh one."""
+    """A reused connection that ended before it said a word, and at once: its server had closed it
+    while it was idle.  Nobody's failure; the request is sent again on a fresh one."""
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -7706,7 +7707,7 @@ class Wire(asyncio.BufferedProtocol):
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls", "sock",
-        "_waiter", "_timer", "_timer_at",
+        "taken_at", "_waiter", "_timer", "_timer_at",
     )  # fmt: skip
 
     def __init__(self, side: Blame) -> None:
@@ -7723,7 +7724,8 @@ class Wire(asyncio.BufferedProtocol):
         self.trouble = ""  # that ended it, where TLS has said so
         self.blocked = False  # the peer takes no more bytes at present
         self.held = False  # we take no more of the peer's
-        self.reused = False  # it carried an exchange before
+        self.reused = False  # it carried an exchange before,
+        self.taken_at = -INFINITY  # and was taken for another then
         self.reusable = False  # and may carry another
         self.deadline = INFINITY
         self.peer: tuple[str, int] = ("unknown", 0)  # the other end's address
@@ -8096,16 +8098,26 @@ class Pool:
         self, conversation: Callable[[Wire], Awaitable[Result]], connect_timeout_s: float
     ) -> Result:
         """Have a conversation over an idle connection or a new one.  When an idle one turns out
-        to be closed, it is had again over a new one.  Raises PeerGone and what it raises."""
-        wire = self.idle_wire() or await self.dial(connect_timeout_s)
-        while True:
+        to be closed, it is had again over a new one; where there is none to be had, the server
+        may have died of what was said.  Raises PeerGone and what it raises."""
+        if (wire := self.idle_wire()) is not None:
             try:
                 return await conversation(wire)
-            except Stale:
-                pass
+            except Stale as stale:
+                lost = str(stale)
             finally:
                 self.keep(wire)
+            try:
+                wire = await self.dial(connect_timeout_s)
+            except PeerGone as gone:
+                fault = Fault.SERVER_GONE if gone.fault is Fault.CONNECT_FAILED else gone.fault
+                raise PeerGone(f"{lost}; then: {gone}", fault) from None
+        else:
             wire = await self.dial(connect_timeout_s)
+        try:
+            return await conversation(wire)
+        finally:
+            self.keep(wire)
 
     def idle_wire(self) -> Wire | None:
         while self.idle:
@@ -8113,6 +8125,7 @@ class Pool:
             wire.sink = None
             if not (wire.gone or wire.transport.is_closing()):
                 wire.reused, wire.reusable = True, False
+                wire.taken_at = wire.loop.time()
                 return wire
         return None
 
@@ -8297,7 +8310,8 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
         raise BadMessage(str(bad), Fault.BAD_ANSWER) from None
     if raw is None:
         text = f"the server's connection was closed without an answer{wire.trouble}"
-        raise (Stale if wire.reused else PeerGone)(text, Fault.SERVER_GONE)
+        at_once = wire.loop.time() - wire.taken_at <= STALE_S
+        raise (Stale if wire.reused and at_once else PeerGone)(text, Fault.SERVER_GONE)
     wire.reused = False  # it is alive; from here on an end is a loss
     return parse_response_head(raw)
 

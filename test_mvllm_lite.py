@@ -7314,6 +7314,25 @@ async def test_a_connection_the_server_had_closed_is_replaced_without_a_mark():
         assert running.core.fleet.views()[0].health.request_failures == ()
 
 
+@pytest.mark.parametrize("retries, executions", [(0, 1), (1, 2)])
+@asynchronous
+async def test_work_that_is_lost_with_a_kept_connection_is_not_done_again_unseen(retries, executions):
+    async def answer(asked, conn):
+        if b"work" in asked.body:
+            await asyncio.sleep(lite.STALE_S * 1.2)
+            return "close"
+        await conn.json({})
+
+    servers = Server(answer), Server(answer)
+    async with balancing(*servers, max_retries=retries, failure_threshold=99) as running:
+        clients = [await running.client() for _ in range(8)]
+        await asyncio.gather(*(client.post() for client in clients))  # connections to be kept
+        got = await clients[0].post(body=b"work")
+        worked = [sum(asked.body == b"work" for asked in server.asked) for server in servers]
+        assert (got.status, sum(worked), max(worked) - min(worked)) == (502, executions, executions % 2)
+        assert await running.metric("mvllm_attempts_total", result="server_gone") == executions
+
+
 @asynchronous
 async def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again():
     async def answer(asked, conn):
