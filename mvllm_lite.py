@@ -92,6 +92,7 @@ import base64
 import bisect
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -133,7 +134,8 @@ import urllib.parse
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import (
-    AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence,
+    AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping,
+    Sequence,
 )
 from enum import Enum
 from http import HTTPStatus
@@ -1215,6 +1217,11 @@ def words(value: Any) -> str:
     return value
 
 
+def file_path(value: Any) -> str:
+    """Of a file that is read: only the settings file may name one."""
+    return words(value)
+
+
 def file_name(value: Any) -> str:
     if "/" in (name := words(value)) or name in (".", ".."):
         raise ValueError("a name without a directory")
@@ -1372,9 +1379,9 @@ class ServerSettings:
     data_parallel_size: int = setting(
         1, whole(1, 256), "its engines (vLLM's --data-parallel-size), each chosen by itself")
     api_key: str = setting("", secret, "its key, for requests and checks, in place of the client's")
-    api_key_file: str = setting("", words, "a file that holds it")
-    ca_file: str = setting("", words, "https: certificates to trust, in place of the system's")
-    client_cert: str = setting("", words, "https: a file with our certificate and its key")
+    api_key_file: str = setting("", file_path, "a file that holds it")
+    ca_file: str = setting("", file_path, "https: certificates to trust, in place of the system's")
+    client_cert: str = setting("", file_path, "https: a file with our certificate and its key")
     verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
 
 
@@ -1384,7 +1391,7 @@ class KeySettings:
 
     name: str = setting(REQUIRED, named, "what it is called in the log")
     key: str = setting("", secret, "what clients send; or")
-    key_file: str = setting("", words, "a file that holds it")
+    key_file: str = setting("", file_path, "a file that holds it")
     models: tuple[str, ...] = setting((), list_of(words), "models it allows; [] is all")
     requests_per_second: float = setting(0.0, number(0), "0 is no limit")
     max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
@@ -1404,12 +1411,14 @@ class Settings:
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
-    tls_cert: str = setting("", words, "a file with a certificate: clients speak https")
-    tls_key: str = setting("", words, "a file with its key")
+    tls_cert: str = setting("", file_path, "a file with a certificate: clients speak https")
+    tls_key: str = setting("", file_path, "a file with its key")
     trusted_proxies: tuple[str, ...] = setting(
         (), list_of(network), "addresses whose X-Forwarded fields are believed")
     pass_client_key: bool = setting(
         False, truth, "with [[keys]]: servers are shown the client's key, too")
+    added_get_client_key: bool = setting(
+        False, truth, "servers that were added over HTTP are shown the client's key, too")
     status_access: str = setting(
         "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
     admin_paths: tuple[str, ...] = setting(
@@ -1523,6 +1532,7 @@ class Settings:
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
+SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
 SECRET_FIELDS = ("key", "api_key")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
@@ -5363,6 +5373,18 @@ def transition_line(change: Transition, models: Models | None) -> str:
 # What people have changed while it runs, and what they want to see: the last minute of each server.
 
 
+def server_by_hand(entry: dict[str, Any]) -> ServerSettings:
+    """A server that comes over HTTP.  It names no file, or who adds it could have any that we may
+    read sent to an address of theirs.  Raises SettingsError."""
+    text = "what comes over HTTP names no file; write it into the settings file"
+    if named_files := [name for name in SERVER_FILES if name in entry]:
+        raise SettingsError([Complaint("request", 0, name, text) for name in named_files])
+    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
+    if warnings:
+        raise SettingsError(warnings)
+    return settings.servers[0]
+
+
 class Live:
     """Changes of the fleet that were made by hand.  They win over the settings file, also over a
     new one, until that agrees with them; and they end with the process and its successors."""
@@ -5391,6 +5413,11 @@ class Live:
         self.removed.discard(server.url)
         self.added[server.url] = server
 
+    def may_see_key(self, url: str, s: Settings) -> bool:
+        """Whether a client's key, where servers see it, is for this one: one that came over HTTP
+        is only as honest as who added it."""
+        return url not in self.added or s.added_get_client_key
+
     def remove(self, url: str) -> None:
         if self.added.pop(url, None) is None:
             self.removed.add(url)
@@ -5411,8 +5438,7 @@ class Live:
         """What a predecessor, maybe of another version, had.  Raises ValueError, TypeError,
         KeyError or SettingsError when it is not understood; then nothing is taken."""
         said = json.loads(text)
-        given = {"servers": (said["added"], "servers added by hand")}
-        servers = parse_settings("", "a predecessor", given)[0].servers
+        servers = list(map(server_by_hand, said["added"]))
         weights = {str(url): (share_weight(new), share_weight(old))
                    for url, (new, old) in said["weights"].items()}
         removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
@@ -8220,18 +8246,33 @@ class Secrets:
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
         for server in settings.servers:
-            files = [path for path in (server.ca_file, server.client_cert) if path]
-            if files or not server.verify:
-                url, wanted = server.url, (server, *map(self._read, files))
-                known = before is not None and before._made_of.get(url) == wanted
-                self.contexts[url] = (before.contexts[url] if before is not None and known
-                                      else self._checked(server_context, server))  # fmt: skip
-                self._made_of[url] = wanted
+            self._trust(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
             for path in (settings.tls_cert, settings.tls_key):
                 self._read(path)
             self.listener = self._checked(listener_context, settings)
+
+    def also_for(self, added: Collection[ServerSettings]) -> Secrets:
+        """These, and those of servers that came over HTTP.  No file is read."""
+        both = copy.copy(self)
+        both.server_keys = self.server_keys | {server.url: server.api_key for server in added}
+        both.contexts, both._made_of = dict(self.contexts), dict(self._made_of)
+        for server in added:
+            both._trust(server, self)
+        return both
+
+    def _trust(self, server: ServerSettings, before: Secrets | None) -> None:
+        """Make what an https server is verified with, where that is not the usual."""
+        files = [path for path in (server.ca_file, server.client_cert) if path]
+        url, wanted = server.url, (server, *map(self._read, files))
+        if server.verify and not files:
+            self.contexts.pop(url, None)
+            return
+        known = before is not None and before._made_of.get(url) == wanted
+        self.contexts[url] = (before.contexts[url] if before is not None and known
+                              else self._checked(server_context, server))  # fmt: skip
+        self._made_of[url] = wanted
 
     def pool(self, url: str) -> Pool:
         pool = Pool(url)
@@ -9563,7 +9604,7 @@ class Conversation(Attempt):
         super().__init__(len(errand.content), errand.client.loop.time(), not errand.only)
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
-        self.pool = core.pool(server)
+        self.pool, self.may_see_key = core.pool(server), core.live.may_see_key(server, settings)
 
     async def outcome(self) -> Outcome:
         """What became of asking one server, whatever it did."""
@@ -9629,7 +9670,7 @@ class Conversation(Attempt):
         errand, pool, silence_s = self.errand, self.pool, self.settings.request_timeout
         content, path = errand.content, pool.prefix + errand.path
         size = len(content) if content or errand.says_length else None
-        fields = errand.fields + (pool.key_line or errand.key_lines)
+        fields = errand.fields + (pool.key_line or (errand.key_lines if self.may_see_key else ""))
         if self.rank:
             fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {self.rank}\r\n"
         request = forward_request(errand.head, path, pool.authority, fields, size)
@@ -10609,13 +10650,9 @@ async def add_server(core: Core, query: dict[str, str], content: bytes) -> Reply
     entry = read_members(content, None)
     if not entry:
         raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
-    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
-    if warnings:
-        raise SettingsError(warnings)
-    (server,) = settings.servers
+    server = server_by_hand(entry)
     if any(view.server == server.url and not view.draining for view in core.fleet.views()):
         raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
-    Secrets(dataclasses.replace(core.settings, servers=(server,)))  # are its files readable?
     core.live.add(server)
     return changed(core, f"{server.url} added")
 
@@ -10975,7 +11012,7 @@ class Balancer:
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
-        core.changed = lambda: self.adopt(self._settings)
+        core.changed = lambda: self.adopt(self._settings, core.secrets)
         keeper = EventKeeper(core.events)
         log.addHandler(keeper)
         try:
@@ -11203,9 +11240,10 @@ class Balancer:
         """Make these settings the ones in force, with what was changed by hand.  Servers keep all
         that is known of them; new ones are checked at once."""
         core, old, self._settings = self.core, self.core.settings, settings
-        if (servers := core.live.applied(settings.servers)) != settings.servers:
-            settings, secrets = dataclasses.replace(settings, servers=servers), None
         secrets = secrets or Secrets(settings, core.secrets)
+        if (servers := core.live.applied(settings.servers)) != settings.servers:
+            settings = dataclasses.replace(settings, servers=servers)
+            secrets = secrets.also_for(core.live.added.values())
         core.settings, core.secrets = settings, secrets
         for url, pool in core.pools.items():
             secrets.equip(pool, url)

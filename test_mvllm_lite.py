@@ -9266,7 +9266,10 @@ BY_HAND = table(
     ("no JSON", "POST", "/admin/servers", b"url=http://a", 400, 'expected JSON like {"url"'),
     ("no URL", "POST", "/admin/servers", b'{"weight": 1}', 400, "servers[1].url: found nothing, expected where the server listens"),
     ("an unknown key", "POST", "/admin/servers", b'{"url": "http://a", "wieght": 1}', 400, "did you mean weight?"),
-    ("an unreadable key", "POST", "/admin/servers", b'{"url": "http://a", "api_key_file": "/nowhere"}', 400, "/nowhere: cannot be read"),
+    ("a key's file", "POST", "/admin/servers", b'{"url": "http://a", "api_key_file": "/nowhere"}', 400, "api_key_file: what comes over HTTP names no file"),
+    ("one that is there", "POST", "/admin/servers", b'{"url": "http://a", "api_key_file": "/etc/hostname"}', 400, "names no file"),
+    ("an authority's", "POST", "/admin/servers", b'{"url": "https://a", "ca_file": "/etc/hostname"}', 400, "ca_file: what comes over HTTP"),
+    ("a certificate's", "POST", "/admin/servers", b'{"url": "https://a", "client_cert": ""}', 400, "client_cert: what comes over HTTP"),
     ("no weight", "POST", "/admin/servers/weight?url=SERVER", b"", 400, "weight: found 'nothing', expected a number, 0 to 1000"),
     ("there already", "POST", "/admin/servers", b'{"url": "http://SERVER"}', 400, "is there already"),
 )  # fmt: skip
@@ -9323,6 +9326,54 @@ async def test_paths_of_two_readings_are_400_and_the_connection_stays():
         assert (await client.post("/v1/v1/chat/completions", fields=bearer("sk-root"))).status == 200
     (asked,) = server.asked
     assert asked.line == "POST /v1/chat/completions HTTP/1.1"
+
+
+@pytest.mark.parametrize("settings, shown", table(
+    ("by default", {}, ["", "", "Bearer sk-own"]),
+    ("where keys are passed", {"keys": KEYS, "pass_client_key": True}, ["", "", "Bearer sk-own"]),
+    ("where the settings say so", {"added_get_client_key": True}, ["Bearer sk-root", "k", "Bearer sk-own"]),
+    ("where no server sees keys", {"keys": KEYS, "added_get_client_key": True}, ["", "", "Bearer sk-own"]),
+))
+@asynchronous
+async def test_a_server_that_came_over_http_gets_no_key_but_its_own(settings, shown):
+    async with Server() as ours, Server() as added, Server() as keyed, balancing(ours, **settings) as running:
+        client, said = await running.client(), bearer("sk-root")
+        for entry in ({"url": added.url}, {"url": keyed.url, "api_key": "sk-own"}):
+            assert (await client.post("/admin/servers", json.dumps(entry).encode(), [*said, *AS_JSON])).status == 200
+        await running.until(lambda: running.states() == ["healthy"] * 3)
+        while not (ours.asked and len(added.asked) > 1 and keyed.asked):
+            for fields in (said, [*said, "x-api-key: k"]):
+                assert (await client.post(fields=fields)).status == 200
+    by_server = [{(asked.get(name) or [""])[0] for asked in server.asked} for server, name in (
+        (added, "authorization"), (added, "x-api-key"), (keyed, "authorization"))]  # fmt: skip
+    assert [max(found) for found in by_server] == shown
+    expected = settings.get("pass_client_key") or not settings.get("keys")
+    assert {bool(asked.get("authorization")) for asked in ours.asked} == {expected}
+
+
+@asynchronous
+async def test_a_change_by_hand_reads_no_file_and_tells_of_none(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("sk-file")
+    async with Server() as server, Server() as other:
+        listed = (lite.ServerSettings(server.url, 5, api_key_file=str(path)),)
+        async with balancing(servers=listed) as running:
+            path.unlink()
+            client = await running.client()
+            got = await client.post(f"/admin/servers/weight?weight=2&url={server.url}", b"")
+            assert got.status == 200 and not running.core.settings_error
+            got = await client.post("/admin/servers", json.dumps({"url": other.url, "verify": False}).encode(), AS_JSON)
+            assert got.status == 200 and other.url in running.core.secrets.contexts
+            assert (await client.post(f"/admin/servers/drain?url={other.url}", b"")).status == 200
+            await client.post()
+    assert server.asked[0].get("authorization") == ["Bearer sk-file"]
+
+
+def test_a_predecessor_hands_over_no_names_of_files():
+    live = lite.Live()
+    live.add(lite.ServerSettings("http://a", api_key_file="/etc/hostname"))
+    with pytest.raises(lite.SettingsError, match="names no file"):
+        lite.Live().load(live.dump())
 
 
 @asynchronous
