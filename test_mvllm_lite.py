@@ -6612,7 +6612,8 @@ async def test_nothing_is_written_behind_a_gap():
     (peer, client), (other, server) = await wire(lite.Blame.CLIENT), await wire(lite.Blame.SERVER)
     while not client.transport.get_write_buffer_size():
         client.transport.write(b"A" * 20_000)
-    pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False, 9, 9, lite.Ledger().gaps, None)
+    pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False, lite.Notation.OPAQUE, 9, 9,
+                     lite.Ledger().gaps, None)
     with peer, other:
         peer.settimeout(5)
         peer.recv(1 << 20)
@@ -7030,7 +7031,8 @@ async def test_comments_before_a_stream_s_first_event_are_shown_and_commit_to_no
 
     first, second = Server(answer), Server(answer)
     first.capacity = 1000
-    async with balancing(first, second, comment_after=0, max_retries=1) as running:
+    async with balancing(first, second, comment_after=0, max_retries=1,
+                         cors_allowed_origins=("*",)) as running:
         client, raw = await seen_comment(running, ["Origin: http://a"])
         head = raw.partition(b"\r\n\r\n")[0].lower()
         assert head.startswith(b"http/1.1 200") and b"text/event-stream" in head and b"allow-origin" in head
