@@ -11250,6 +11250,9 @@ class Balancer:
         for server in settings.servers:
             if not server.verify and (server not in old.servers or settings is old):
                 log.warning("%s: its certificate is NOT verified (verify = false)", server.url)
+        if old.keys and not settings.keys:
+            log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
+                        open_line(settings))
         core.gate.adopt(
             (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
              word) for key, word in secrets.keys)
@@ -11464,6 +11467,22 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
                         "turn response buffering off in what stands before the server (nginx:"
                         " proxy_buffering off)")]  # fmt: skip
     return []
+
+
+def secret_files(path: str, s: Settings) -> list[str]:
+    """Those that hold keys: of the settings file at `path` and the files that it names."""
+    entries = (s, *s.servers, *s.keys)
+    own = [path] if any(getattr(one, key, "") for one in entries for key in SECRET_FIELDS) else []
+    files = [key.key_file for key in s.keys] + [s.tls_key]
+    files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
+    return own + list(dict.fromkeys(filter(None, files)))
+
+
+def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
+    """About files that hold keys, by their modes."""
+    return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
+                    f"chmod o-rwx {path}")
+            for path, mode in modes.items() if mode & stat.S_IRWXO]  # fmt: skip
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
@@ -12287,6 +12306,8 @@ def check_config(args: argparse.Namespace) -> int:
         print(printable(f"{server.url}  capacity {capacity}  {one.words}"))
         print_findings(one.findings)
     print_findings(own_findings(settings, found, descriptors_allow()))
+    print_findings(mode_findings({
+        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
     usable = sum(one.usable for one in found)
     capacity = sum(server.max_concurrent_requests for server in settings.servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")

@@ -9809,6 +9809,22 @@ async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given
         assert (await client.answer()).status == 200 and server.asked[0].get("authorization") == []
 
 
+@asynchronous
+async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
+    key = lite.KeySettings("a", "sk-a")
+    async with balancing(Server(), keys=(key, lite.KeySettings("b", "sk-b"))) as running:
+        adopt = lambda **changed: running.balancer.adopt(dataclasses.replace(running.core.settings, **changed))  # noqa: E731
+        warned = lambda: [record.levelname for record in caplog.records if "is OPEN" in record.message]  # noqa: E731
+        adopt(keys=(key,))
+        assert not warned()
+        adopt(keys=())
+        adopt(max_retries=9)
+        assert warned() == ["WARNING"]
+        adopt(keys=(key,))
+        adopt(keys=(), cors_allowed_origins=("http://page",))
+        assert warned() == ["WARNING"] * 2 and caplog.text.count("so may web pages of http://page") == 1
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  43  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -9899,6 +9915,20 @@ async def test_a_server_is_examined():
     assert not found[0].findings and ["tokens came at once" in one.text for one in found[1].findings] == [True]
     (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
     assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
+
+
+def test_files_with_keys_that_others_may_read_are_found():
+    plain, keyed = lite.ServerSettings("http://a"), lite.ServerSettings("http://b", api_key="k")
+    filed = lite.ServerSettings("https://c", api_key_file="word", client_cert="cert", ca_file="public")
+    key = lite.KeySettings("a", key_file="word")
+    assert lite.secret_files("s.toml", Settings((plain,))) == []
+    assert lite.secret_files("s.toml", Settings((plain, keyed))) == ["s.toml"]
+    assert lite.secret_files("s.toml", Settings(keys=(lite.KeySettings("a", "sk-a"),))) == ["s.toml"]
+    assert lite.secret_files("s.toml", Settings((filed,), keys=(key,), tls_cert="c", tls_key="t")) == ["word", "t", "cert"]
+    modes = {"a": 0o100600, "b": 0o100640, "c": 0o100644, "d": 0o100602}
+    found = [(one.text, one.advice) for one in lite.mode_findings(modes)]
+    assert found == [("c holds a key and is open to others (mode 0644)", "chmod o-rwx c"),
+                     ("d holds a key and is open to others (mode 0602)", "chmod o-rwx d")]  # fmt: skip
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -10543,8 +10573,10 @@ async def test_check_config_asks_every_server(tmp_path):
     path = tmp_path / "servers.toml"
     async with Server(models=["a", "b"], **{"/version": '{"version":"0.32.0"}'}) as good, Server() as dead:
         await dead.kill()
-        path.write_text(settings_text(good, dead, max_retrys=3))
+        path.write_text(settings_text(good, dead, max_retrys=3) + '\n[[keys]]\nname = "a"\nkey = "k"\n')
+        path.chmod(0o644)
         code, out, _ = await check(str(path))
+        assert f"  ! {path} holds a key and is open to others (mode 0644)\n    chmod o-rwx {path}\n" in out
         assert code == 0 and f"warning: {path}:10: config.max_retrys: unknown key" in out
         assert f"try: curl -v {dead.url}/v1/models" in out
         assert f"{good.url}  capacity 5  usable, answered in " in out and "vLLM 0.32.0  models: a, b" in out
