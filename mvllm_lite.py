@@ -290,6 +290,7 @@ class Fault(Enum):
     # A server answered, with a failure of its own; it is shown as it came if nobody does better.
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
+    DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
@@ -1250,6 +1251,13 @@ def list_of(check_one: Clean) -> Clean:
 URL_TEXT = re.compile(r"[!#-;=?-Z\[\]_a-z~]+")
 
 
+def retry_status(value: Any) -> int:
+    with contextlib.suppress(ValueError):
+        if (found := whole(400, 599)(value)) >= 500 or found in (408, 429):
+            return int(found)
+    raise ValueError("408, 429 or 500 to 599")
+
+
 def base_url(value: Any) -> str:
     """A server's URL without trailing slash.  A trailing /v1 is taken off: people copy it from
     their client's base_url, and our paths begin with it anyway."""
@@ -1468,7 +1476,7 @@ class Settings:
     retry_delay: float = setting(0.1, number(0), "first pause between attempts; it doubles")
     retry_delay_max: float = setting(2.0, number(0), "longest pause between attempts")
     retry_statuses: tuple[int, ...] = setting(
-        (502, 503, 504), list_of(whole(500, 599)), "answers to ask another server after")
+        (502, 503, 504), list_of(retry_status), "answers to ask another server after")
     retry_timed_out: bool = setting(
         False, truth, "run a request again that met request_timeout; it may run twice")
     retry_budget: float = setting(
@@ -1817,7 +1825,8 @@ LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-p
 # What a server generates from, and what it puts before that.
 PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
-READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS)
+SESSION_PARAMS = "session_params"  # before them the session_id in this
+READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS)
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
@@ -2427,6 +2436,10 @@ def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
     """What names the session that a request belongs to, or ''."""
     first, last = session_fields(fields, s.session_headers)
     if not first:
+        params = members.get(SESSION_PARAMS)
+        if isinstance(params, dict) and (said := params.get("session_id")):
+            if isinstance(said, str):
+                return f"{SESSION_PARAMS}.session_id: {said}"
         for name in SESSION_MEMBERS:
             said = members.get(name)
             if said and isinstance(said, str):
@@ -3321,7 +3334,8 @@ class Health(NamedTuple):
     By checks it goes out when one limit is met: checks failed in a row, share of passed checks in
     the window, mean time of the window's checks.  It comes back after enough passed checks in a
     row, whatever was before: the window then starts anew, so that an hour of downtime does not
-    have to be outweighed by an hour of good checks.
+    have to be outweighed by an hour of good checks.  Where it was the window that took it out, the
+    window has to be good again, or it would come and go.
 
     By requests it goes out when enough of them failed in a row: its circuit opens.  Good checks
     do not close it, since they were good all the while; but after some time it is half-open, one
@@ -3338,6 +3352,8 @@ class Health(NamedTuple):
     open_until: float | None = None  # the circuit is open, then half-open; None: it is closed
     trials: int = 0  # good trials in a row
     frozen: bool = False  # its engine stands still: clients' requests are no trials then
+    problem: str = ""  # of the last check that failed
+    shaky: bool = False  # the window took it out, and it was not away since then
     checked_at: float | None = None
     checks: int = 0
 
@@ -3370,7 +3386,7 @@ class Health(NamedTuple):
             return self._replace(reason=reason)
         return self._replace(
             state=state, reason=reason, since=now, successes=0, request_failures=(),
-            open_until=None, trials=0, frozen=False)
+            open_until=None, trials=0, frozen=False, shaky=False)
 
     def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
         """After one more check; `why` names a problem, also with a check that passed."""
@@ -3381,13 +3397,19 @@ class Health(NamedTuple):
             successes=self.successes + 1 if passed and in_time else 0,
             checked_at=now,
             checks=self.checks + 1,
+            problem=self.problem if passed else why,
         )
+        away = health.failures >= s.health_check_consecutive_failures
         good = f"check {'passed, but ' if passed else 'failed: '}{why}" if why else "check passed"
         if self.state is State.HEALTHY:
-            limit = health.limit_met(why, s)
-            return health.become(State.UNHEALTHY if limit else State.HEALTHY, limit or good, now)
+            if limit := health.limit_met(s):
+                return health.become(State.UNHEALTHY, limit, now)._replace(shaky=not away)
+            return health.become(State.HEALTHY, good, now)
         if self.open_until is not None and passed and (self.frozen or not self.failures):
             return health
+        health = health._replace(shaky=self.shaky and not away)
+        if health.shaky and (limit := health.window_limit_met(s)):
+            return health.become(State.UNHEALTHY, limit, now)
         if health.successes >= s.health_check_consecutive_successes:
             return health._replace(window=health.window[-1:]).become(State.HEALTHY, good, now)
         if health.successes:
@@ -3395,14 +3417,19 @@ class Health(NamedTuple):
         why = f"a check took {seconds:.1f} s" if passed else why
         return health.become(State.UNHEALTHY, why, now)
 
-    def limit_met(self, why: str, s: Settings) -> str:
+    def limit_met(self, s: Settings) -> str:
         """Which limit the checks have met, in words, or ''."""
-        count, rate, mean_s = len(self.window), self.success_rate, self.mean_time_s
         if self.failures >= s.health_check_consecutive_failures:
-            return f"{self.failures} checks failed in a row: {why}"
+            return f"{self.failures} checks failed in a row: {self.problem}"
+        return self.window_limit_met(s)
+
+    def window_limit_met(self, s: Settings) -> str:
+        """The same of the window alone."""
+        count, rate, mean_s = len(self.window), self.success_rate, self.mean_time_s
         judged = count >= min(5, s.health_check_window_size)  # one check is no rate
         if judged and rate < s.health_check_min_success_rate:
-            return f"{rate:.0%} of the last {count} checks passed, the last problem: {why}"
+            return (f"{rate:.0%} of the last {count} checks passed, the last problem:"
+                    f" {self.problem}")
         if mean_s > s.health_check_max_response_time:
             return f"the last {count} checks took {mean_s:.1f} s on average"
         return ""
@@ -3497,6 +3524,7 @@ class ServerView(NamedTuple):
     progress_at: float = -INFINITY  # when its token counters last moved
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
+    load_trouble: str = ""  # why it says nothing of it any more,
     own_then: int = 0  # and how many of the requests it counted were ours
     models: Models | None = None  # None: it has not said yet
     models_at: float = -INFINITY
@@ -3518,6 +3546,12 @@ class ServerView(NamedTuple):
     @property
     def capacity(self) -> float:
         return self.configured or self.learned
+
+    @property
+    def reason(self) -> str:
+        """Why it is in its state, in words; and what else is the matter with it."""
+        trouble = self.load_trouble if self.healthy else ""
+        return f"{self.health.reason}; {trouble}" if trouble else self.health.reason
 
     @property
     def size(self) -> float:
@@ -3956,10 +3990,18 @@ class Fleet:
             if speed and view.speed_at < view.load_at and (usual := self.usual_speed(view)):
                 speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
         self._views[url] = view._replace(
-            load=load, load_at=now, own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
+            load=load, load_at=now, load_trouble="", own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
             speed=speed, progress_at=now if load.tokens != before.tokens else view.progress_at,
         )  # fmt: skip
         return hits if before.prefix_hits is not None else 0
+
+    def unscraped(self, server: str, why: str) -> bool:
+        """Its pages of metrics do not come any more.  Whether that is news: its illness would say
+        enough, and a loss is one however long it lasts."""
+        views = [v for v in self.engines(server) if v.healthy and not v.load_trouble]
+        for view in views:
+            self._views[view.url] = view._replace(load_trouble=why)
+        return bool(views)
 
     def capacity_after(self, view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
         """A server's capacity, by a report: if it has a queue, it runs as many as it can; if not,
@@ -4985,6 +5027,11 @@ def service_report() -> dict[str, Any]:
     return {"service": "mvllm_lite", "version": __version__, "status": "running"}
 
 
+def whole_if(value: float) -> float:
+    """A whole number as one."""
+    return int(value) if value == int(value) else value
+
+
 def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
     """GET /health."""
     healthy = sum(view.healthy for view in views)
@@ -4999,7 +5046,7 @@ def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[st
         "servers": [server_health(view, clock) for view in views],
         "config": {
             "health_check_enabled": s.enable_active_health_check,
-            "health_check_interval": s.health_check_interval,
+            "health_check_interval": whole_if(s.health_check_interval),  # as mvllm's always is
             "min_success_rate": s.health_check_min_success_rate,
             "max_response_time": s.health_check_max_response_time,
         },
@@ -5010,7 +5057,7 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     health = view.health
     return {
         "url": view.url, "healthy": view.healthy, "health_status": health.state.value,
-        "reason": health.reason, "since": clock.iso(health.since),
+        "reason": view.reason, "since": clock.iso(health.since),
         "draining": view.draining or view.drained,
         "circuit": health.circuit(clock.monotonic),
         "last_check": clock.iso(health.checked_at), "consecutive_failures": health.failures,
@@ -5536,7 +5583,7 @@ def status_of(
     before, firsts = minute.since(now - MINUTE_S), minute.firsts_since(now - MINUTE_S)
     return {
         "url": view.url, "name": view.url.partition("://")[2], "state": state_word(view, now),
-        "reason": view.health.reason, "since_s": round(now - view.health.since, 1),
+        "reason": view.reason, "since_s": round(now - view.health.since, 1),
         "models": list(view.models or ()), "running": said.running, "waiting": said.waiting,
         "in_flight": view.in_flight, "capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
@@ -9716,7 +9763,7 @@ class Conversation(Attempt):
         if not (fault or whole) or not decoder.done:
             return None, bytes(held)  # no failure as far as seen, or too much to be kept
         said = bytes(held)
-        if says_busy(head, said):
+        if fault is not Fault.DECLINED and says_busy(head, said):
             return Fault.SERVER_BUSY, said
         return fault or bad_answer(head.status, said, self.errand.response.notation), said
 
@@ -9749,7 +9796,7 @@ class Conversation(Attempt):
         if head.status == 508:  # it is a balancer, and led the request back to us
             return Fault.LOOP_DETECTED
         if head.status in self.settings.retry_statuses:
-            return Fault.SERVER_ERROR
+            return Fault.SERVER_ERROR if head.status >= 500 else Fault.DECLINED
         return Fault.SERVER_BUSY if head.status == 429 else None
 
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
@@ -10115,7 +10162,7 @@ class Exchange:
                     core.judge(url, Health.succeeded, now, self.settings)
             elif fault.blame is Blame.SERVER:
                 core.judge(url, Health.failed, text, fault not in UNHEARD, now, self.settings)
-            elif fault is Fault.SERVER_BUSY:
+            elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
         finally:
             core.ledger.attempts.add(url, label)
@@ -10291,13 +10338,15 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
 async def watch_load(core: Core, url: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
     pool, loop, agreed_at = core.pool(url), asyncio.get_running_loop(), dict[str, float]()
+    lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
-        begun, own = loop.time(), {v.url: v.in_flight for v in core.fleet.engines(url)}
+        trouble, begun, own = "", loop.time(), {v.url: v.in_flight for v in core.fleet.engines(url)}
         try:
             status, page = await fetch(pool, "/metrics", max(1.0, 2 * interval_s))
-            result = "ok" if status == 200 else "refused"
+            result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
+                result, trouble = "ok", ""
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
                 now = loop.time()
                 for view in core.fleet.engines(url):
@@ -10309,9 +10358,14 @@ async def watch_load(core: Core, url: str) -> None:
                         log.info("%s %s", view.url, "sleeps" if load.asleep else "is awake again")
                         core.tell()
                     say_disagreement(view, now, agreed_at)
-        except (PeerGone, BadMessage, TimeoutError):
-            result = "failed"
+        except (PeerGone, BadMessage, TimeoutError) as error:
+            result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
         core.ledger.scrapes.add(url, result)
+        if not trouble and lost >= KEPT_REPORTS:
+            log.info("%s: /metrics answers again", url)
+        lost = lost + 1 if trouble else 0
+        if lost >= KEPT_REPORTS and core.fleet.unscraped(url, trouble):
+            log.warning("%s: %s: only our own requests there are known", url, trouble)
         if core.stalled_at < begun - interval_s:
             await watch_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))

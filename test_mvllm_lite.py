@@ -1156,11 +1156,16 @@ COMPLAINTS = table(
     ("fraction", "max_retries = 1.5", "s.toml:3: config.max_retries: found 1.5, expected a whole number, 0 to 100"),
     ("truth", "server_header = 3", "s.toml:3: config.server_header: found 3, expected true or false"),
     ("word", 'policy = "best"', "s.toml:3: config.policy: found 'best', expected one of " + ", ".join(lite.POLICY_NAMES)),
-    ("list", "retry_statuses = [404]", "s.toml:3: config.retry_statuses: found [404], expected a whole number, 500 to 599"),
+    ("list", "retry_statuses = [404]", "s.toml:3: config.retry_statuses: found [404], expected 408, 429 or 500 to 599"),
     ("not finite", "request_timeout = inf", "s.toml:3: config.request_timeout: found inf, expected a number, 0.001 or more"),
     ("beyond any number", f"request_timeout = {'9' * 400}", f"s.toml:3: config.request_timeout: found {'9' * 80}, expected a number, 0.001 or more"),
     ("truth is no number", "port = true", "s.toml:3: config.port: found True, expected a whole number, 0 to 65535"),
 )  # fmt: skip
+
+
+def test_statuses_that_may_be_retried_beyond_500():
+    settings, _ = lite.parse_settings("servers = []\n[config]\nretry_statuses = [408, 429, 500]")
+    assert settings.retry_statuses == (408, 429, 500)
 
 
 @pytest.mark.parametrize("line, expected", COMPLAINTS)
@@ -2243,6 +2248,15 @@ HEALTHS = table(
     ("the rate in the window", "+++-+-", {}, "unhealthy", "67% of the last 6 checks passed, the last problem: refused"),
     ("a rate needs a few checks", "+-+", {}, "healthy", "check passed"),
     ("a long good past is no excuse", "+" * 50 + "-+-+-", {}, "unhealthy", "70% of the last 10 checks passed, the last problem: refused"),
+    ("the rate, met with a check that passes", "+-+-+", {}, "unhealthy", "60% of the last 5 checks passed, the last problem: refused"),
+    ("one good check does not outweigh that window", "+-+-+-+", {}, "unhealthy", "57% of the last 7 checks passed, the last problem: refused"),
+    ("nor do four", "+-+-+-++++", {}, "unhealthy", "70% of the last 10 checks passed, the last problem: refused"),
+    ("but it is back when it is good again", "+-+-+-++++++", {}, "healthy", "check passed"),
+    ("and then it begins anew", "+-+-+-++++++--", {}, "healthy", "check failed: refused"),
+    ("and is judged as before", "+-+-+-++++++-+-+", {}, "unhealthy", "60% of the last 5 checks passed, the last problem: refused"),
+    ("who was away since then is back at once", "+-+-+-++---+", {}, "healthy", "check passed"),
+    ("so is who was away for longer", "+-+-+-++---" + "-" * 60 + "+", {}, "healthy", "check passed"),
+    ("slow checks have to become fast on the whole", "+sss+", {"health_check_max_response_time": 5}, "unhealthy", "the last 5 checks took 6.6 s on average"),
     ("slow checks", "+s", {"health_check_max_response_time": 5}, "unhealthy", "the last 2 checks took 5.5 s on average"),
     ("a slow check does not bring back", "s", {}, "unhealthy", "a check took 11.0 s"),
     ("an hour down, one check up", "+" + "-" * 60 + "+", {}, "healthy", "check passed"),
@@ -2978,7 +2992,7 @@ def sessions(fields="", members=None, **settings):
     return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields, members or {}, Settings(**settings))
 
 
-EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3"}
+EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3", "session_params": {"session_id": "0"}}
 ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\nX-Session-Id: a"
 
 
@@ -2987,7 +3001,11 @@ ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: 
     ("the next", "\n".join(ALL_FIELDS.split("\n")[:-1]), EVERYTHING, "x-user-id: b"),
     ("the next but one", "\n".join(ALL_FIELDS.split("\n")[:-2]), EVERYTHING, "x-tenant-id: c"),
     ("the last of them", "X-Trace-Id: e\nX-Correlation-Id: d", EVERYTHING, "x-correlation-id: d"),
-    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING, "session_id: 1"),
+    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING, "session_params.session_id: 0"),
+    ("as vllm-project/router's users send it, first", "", EVERYTHING, "session_params.session_id: 0"),
+    ("then of its own", "", {**EVERYTHING, "session_params": {}}, "session_id: 1"),
+    ("what is no text or no object is none", "", {"session_params": "x", "user": "u"}, "user: u"),
+    ("nor is a number in it", "", {"session_params": {"session_id": 5}, "user": "u"}, "user: u"),
     ("user before user_id", "X-Trace-Id: e", {"user_id": "3", "user": "2"}, "user: 2"),
     ("user_id", "X-Request-Id: f", {"user_id": "3"}, "user_id: 3"),
     ("a trace before a request", "X-Request-Id: f\nX-Trace-Id: e", {}, "x-trace-id: e"),
@@ -3002,15 +3020,15 @@ def test_what_names_a_session(fields, members, session):
 
 def test_session_fields_are_a_setting():
     assert sessions("X-Session-Id: a\nX-Mine: b", session_headers=("X-Mine",)) == "X-Mine: b"
-    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING, session_headers=()) == "session_id: 1"
+    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING, session_headers=()) == "session_params.session_id: 0"
 
 
 def test_calls_have_prompt_and_session_in_small_and_large_content():
     for pad in (10, 100_000):
-        body = json.dumps({"user": "u", "messages": talk(pad), "stream": True, "model": "m"}).encode()
+        body = json.dumps({"user": "u", "session_params": {"session_id": "s"}, "messages": talk(pad), "stream": True, "model": "m"}).encode()
         spans = lite.member_spans(body, lite.FOUND_MEMBERS) if pad > 1000 else None
         found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
-        assert (found.model, found.stream, found.session, content) == ("m", True, "user: u", body)
+        assert (found.model, found.stream, found.session, content) == ("m", True, "session_params.session_id: s", body)
         assert found.prompt.tokens == pytest.approx(pad / 4, abs=40)
 
 
@@ -4646,7 +4664,7 @@ def test_health_has_all_of_mvllm_s_fields_with_their_types():
     assert server.items() <= {k: v for k, v in found["servers"][0].items() if k != "servers"}.items() or all(
         found["servers"][0][k] == v for k, v in server.items())  # fmt: skip
     assert all(found[k] == v for k, v in top.items())
-    assert found["config"] == {"health_check_enabled": "bool", "health_check_interval": "float",
+    assert found["config"] == {"health_check_enabled": "bool", "health_check_interval": "int",
                                "min_success_rate": "float", "max_response_time": "float"}  # fmt: skip
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", report["servers"][0]["last_check"])
 
@@ -9140,6 +9158,40 @@ async def test_a_server_that_falls_asleep_is_left_and_is_back_with_the_report_th
         assert not asleep() and running.states() == ["healthy"] * 2
 
 
+@asynchronous
+async def test_that_metrics_are_lost_is_said_once_and_in_the_reason(caplog):
+    caplog.set_level("INFO", "mvllm_lite")
+    server = Server(**{"/metrics": 404})
+    async with balancing(server, metrics_interval=0.05) as running:
+        async def looked_at(times):
+            while server.probes["/metrics"] < seen + times:
+                await asyncio.sleep(0.01)
+
+        def lines():
+            return [record.message.partition(": ")[2] for record in caplog.records if "/metrics" in record.message]
+
+        seen = 0
+        await looked_at(12)
+        lost = "/metrics answered 404: only our own requests there are known"
+        assert lines() == [lost] and running.states() == ["healthy"]
+        client = await running.client()
+        for path in ("/health", "/status.json"):
+            assert (await client.get(path)).json["servers"][0]["reason"] == "check passed; /metrics answered 404"
+        server.pages["/metrics"], seen = "", server.probes["/metrics"]
+        await looked_at(2)
+        assert lines() == [lost, "/metrics answers again"]
+        assert (await client.get("/health")).json["servers"][0]["reason"] == "check passed"
+
+
+def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
+    fleet = fleet_of(8)
+    assert fleet.unscraped("s0", "x") and not fleet.unscraped("s0", "y") and fleet.view("s0").reason.endswith("; x")
+    fleet.scraped("s0", lite.EngineLoad(), 0, 1.0)
+    assert fleet.view("s0").reason == "check passed"
+    fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "refused", 1.0)
+    assert not fleet.unscraped("s0", "x") and fleet.view("s0").reason == "refused"
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  40  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -9757,6 +9809,27 @@ async def test_a_second_stop_does_not_wait():
         with contextlib.suppress(ConnectionError):
             assert not (await client.reader.read()).endswith(b"0\r\n\r\n")
     assert server.asked
+
+
+@pytest.mark.parametrize("status, listed, asked, shown", table(
+    ("408 is the client's answer", 408, (503,), 1, 408),
+    ("unless it is listed: then others are asked, and the same again", 408, (408,), 4, 200),
+    ("429 goes to each server once", 429, (503,), 2, 429),
+    ("and if it is listed, to the same again", 429, (429,), 4, 200),
+))  # fmt: skip
+@asynchronous
+async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, shown):
+    """Nobody is to blame for them, however many come."""
+    answers = []
+
+    async def busy(_, conn):
+        answers.append(conn.server)
+        await conn.json({}, "200 OK" if len(answers) == 4 else f"{status} X")
+
+    async with balancing(Server(busy), Server(busy), retry_statuses=listed, failure_threshold=1) as running:
+        got = await (await running.client()).post(body=CHAT)
+        assert (got.status, len(answers)) == (shown, asked) and running.states() == ["healthy"] * 2
+        assert len({id(server) for server in answers[:2]}) == min(asked, 2)
 
 
 @asynchronous
