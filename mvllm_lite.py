@@ -208,6 +208,10 @@ MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 m
 MODEL_NAME_LIMIT = 512  # characters; the longest path that is a model's name is shorter
 MODEL_ENTRY_LIMIT = 4096  # characters of what is said of a model; vLLM's own has 600,
 MODEL_ENTRY_DEPTH = 8  # and is nested twice
+RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 8 MB at most
+RESPONSE_ID_LIMIT = 200  # characters of their ids, of which vLLM's have 21
+RESPONSE_START_BYTES = 512  # of the document of a response: its id stands in front
+SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers who made it
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
 LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
@@ -261,6 +265,7 @@ class Fault(Enum):
     FORBIDDEN = 403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError"
     NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
+    UNKNOWN_RESPONSE = 404, Blame.CLIENT, Retry.NEVER, "invalid_request_error"  # vLLM's, for this
     BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
     CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
@@ -291,6 +296,7 @@ class Fault(Enum):
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
+    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have made
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
@@ -1826,7 +1832,8 @@ LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-p
 PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
-READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS)
+RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
+READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS)
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
@@ -2389,6 +2396,9 @@ class Call(NamedTuple):
     stream: bool = False
     prompt: Prompt = NO_PROMPT
     session: str = ""  # "" where it belongs to none
+    stored: str = ""  # the id of the stored response that it asks for, or goes on from
+    makes_response: bool = False  # that may be stored,
+    names_response: bool = False  # under an id of the client's own
 
 
 NO_CALL = Call(None)
@@ -2424,7 +2434,38 @@ def read_call(
     if content and model is not None and model != named and asked in (named, default_model):
         content = with_model(content, boundary, spans, model)
     stream = members.get("stream") in (True, "true", "True", "1")
-    return Call(model, stream, prompt, session_of(head.fields, members, s)), content
+    session, meant = session_of(head.fields, members, s), meant_path(head.path)
+    if not meant.startswith(RESPONSES_PATH):
+        return Call(model, stream, prompt, session), content
+    makes, names = head.method == "POST" and meant == RESPONSES_PATH, "request_id" in members
+    return Call(model, stream, prompt, session, stored_response(head.method, meant, members, spans),
+                makes, names or "request_id" in (spans or ())), content
+
+
+RESPONSES_PATH = "/v1/responses"
+STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/+[^/]+)?/*")
+
+
+def meant_path(path: str) -> str:
+    """The path as servers read it, or '' if it is not one that is passed on."""
+    path = inference_path(path)
+    return (urllib.parse.unquote(path) if "%" in path else path).rstrip("/")
+
+
+def stored_response(
+    method: str, path: str, members: Mapping[str, Any], spans: Spans | None
+) -> str:
+    """The id of the stored response that a request asks for (GET or DELETE …/ID, POST …/ID/cancel)
+    or goes on from, or ''."""
+    found = STORED_PATH.fullmatch(path)
+    if found is not None and (method != "POST" or found[2]):
+        return found[1]
+    said = members.get("previous_response_id", "")
+    if not said and spans is not None and "previous_response_id" in spans:
+        begin, end = spans["previous_response_id"]
+        if end - begin > MEMBER_LIMIT_BYTES:
+            raise BadMessage("previous_response_id is too long for an id")
+    return said if isinstance(said, str) else ""
 
 
 def wants_explanation(head: RequestHead) -> bool:
@@ -2778,6 +2819,21 @@ def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
     return size * events // len(tail) if events else size // BYTES_PER_TOKEN
 
 
+RESPONSE_ID = rb'\s*+"id"\s*+:\s*+"([^"\\]{1,%d})"' % RESPONSE_ID_LIMIT
+RESPONSE_START = other_members((b"id",)).pattern + RESPONSE_ID
+DOCUMENT_ID = re.compile(rb"\s*+\{" + RESPONSE_START, re.DOTALL)
+EVENT_ID = re.compile(  # of response.created, say
+    rb"(?:(?!data:)[^\n]*+\n)*+data:\s*+\{" + other_members((b"response",)).pattern
+    + rb'\s*+"response"\s*+:\s*+\{' + RESPONSE_START, re.DOTALL)
+
+
+def response_id(start: bytes, streams: bool) -> str:
+    """The id of the response that an answer of /v1/responses, of which this is the start, makes;
+    '' where it is not seen.  Read at its place alone: the rest may be a client's words."""
+    found = (EVENT_ID if streams else DOCUMENT_ID).match(start)
+    return found[1].decode("utf-8", "replace") if found else ""
+
+
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
     """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
     /v1/messages, look for `type` beside it."""
@@ -3049,6 +3105,49 @@ class Gate:
 
 # Beside the one form whose model is read (multipart/form-data), servers may read these.
 FORM_TYPES = re.compile(r"(?i)multipart/|x-www-form-urlencoded")
+
+
+class Stored(NamedTuple):
+    """A response that a server may keep."""
+
+    server: str
+    key: str  # the name of the key that had it made; '' where that is not known, or there are none
+    model: str | None
+
+
+class StoredResponses:
+    """Which server made which response, and for whom; of those that were used last."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Stored] = OrderedDict()  # by id
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def made(self, id: str, stored: Stored) -> None:
+        """A server has made it, or has it.  Who says another's id again does not get it so."""
+        known = self._known.setdefault(id, stored)
+        if known.key == stored.key:
+            self._known[id] = stored
+            self._known.move_to_end(id)
+        if len(self._known) > RESPONSES_LIMIT:
+            self._known.popitem(last=False)
+
+    def find(self, id: str) -> Stored | None:
+        if id in self._known:
+            self._known.move_to_end(id)
+        return self._known.get(id)
+
+    def forget(self, id: str) -> None:
+        self._known.pop(id, None)
+
+    def refusal(self, id: str, key: KeySettings | None) -> Refusal | None:
+        """Why a key does not get it, in vLLM's words, or None: it is its maker's alone, and where
+        that is not known, of no key that is for some models only."""
+        maker = self._known[id].key if id in self._known else ""
+        if key is None or maker == key.name or not (maker or key.models):
+            return None
+        return Refusal(Fault.UNKNOWN_RESPONSE, f"Response with id '{id[:200]}' not found.")
 
 
 def digest(secret: str) -> bytes:
@@ -4881,6 +4980,41 @@ def first_choice(choose: Choose, s: Settings) -> Generator[Step, Outcome, Rankin
         if waited.fault is not None:
             break
     return ranking
+
+
+def search_plan(choose: Choose, s: Settings) -> Plan:
+    """The server that has a stored response of which nobody remembers who made it: servers are
+    asked in turn, until one has it.  That one does not is no failure of anybody.
+
+    A server that died has lost it, and one that is busy may have it; but a request that two
+    servers have died of is not shown to a third.
+    """
+    tried, missing, failure, lost = frozenset[str](), WELL, WELL, 0
+    for attempt in range(1, SEARCH_LIMIT + 1):
+        ranking = choose(tried) if tried else (yield from first_choice(choose, s))
+        best = ranking.best
+        if best is None and ranking.waits:
+            waited = yield Wait(ranking.tried)
+            if waited.fault is not None:
+                yield Answer(waited)
+                return
+            best = waited.place or None
+        if best is None and not tried:
+            failure = Outcome(*ranking.refusal(s.server_header))
+        if best is None:
+            break
+        outcome = yield Relay(best, attempt)
+        if outcome.fault is None or outcome.committed:
+            return
+        if outcome.fault is Fault.NOT_THERE:
+            missing = missing if missing.fault else outcome
+        elif not failure.held:
+            failure = outcome
+        lost += outcome.held is None and outcome.fault not in UNHEARD
+        if lost > 1 or not may_retry(outcome.fault, s):
+            break
+        tried |= {server_of(best)}
+    yield Answer(failure if failure.held or not missing.fault else missing)
 
 
 def is_free(fault: Fault, retry: int, ranking: Ranking) -> bool:
@@ -8651,6 +8785,10 @@ class Tunnel:
 REQUEST_ID_FIELDS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
 
 
+# Of what a fault is, in vLLM's words.
+PARAMETERS = {Fault.UNKNOWN_MODEL: "model", Fault.UNKNOWN_RESPONSE: "response_id"}
+
+
 class Reply(NamedTuple):
     """A response of the balancer's own."""
 
@@ -8802,8 +8940,7 @@ class Response:
             fields.append(("Retry-After", str(retry_after_s)))
         if fault in REFUSAL_FIELDS:
             fields.append(REFUSAL_FIELDS[fault])
-        param = "model" if fault is Fault.UNKNOWN_MODEL else None
-        content = error_body(fault, text, self.request.path, param)
+        content = error_body(fault, text, self.request.path, PARAMETERS.get(fault))
         self.whole(Reply(fault.status, content, fields=fields))
 
     def break_off(self, fault: Fault, text: str) -> None:
@@ -9447,6 +9584,7 @@ class Core:
         self.listeners: list[Listening] = []
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.gate = Gate()
+        self.stored = StoredResponses()
         self.secrets = Secrets()
         self.pools: dict[str, Pool] = {}
         self.attempts: dict[str, set[Attempt]] = {}  # by server
@@ -9627,7 +9765,11 @@ class Errand(Protocol):
     key_lines: str  # the client's key, for servers that have none of their own
     model_label: str
     why: str  # the server was chosen; shown if somebody wants to know
-    only: str  # the one server that may be asked, for something that is no inference; or ''
+    infers: bool  # it wants something of an engine
+    searches: bool  # for the server that has what is asked for
+
+    def answered(self, head: ResponseHead, start: bytes) -> None:
+        """The client is shown this answer, which begins so."""
 
     def let_go(self) -> None:
         """Of the content: there can be no other attempt."""
@@ -9644,11 +9786,14 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
 
 
+WITHOUT_IT = frozenset((404, 405, 501))  # a server has not what is asked for, or no such path
+
+
 class Conversation(Attempt):
     """An errand at one server."""
 
     def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
-        super().__init__(len(errand.content), errand.client.loop.time(), not errand.only)
+        super().__init__(len(errand.content), errand.client.loop.time(), errand.infers)
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
         self.pool, self.may_see_key = core.pool(server), core.live.may_see_key(server, settings)
@@ -9698,6 +9843,7 @@ class Conversation(Attempt):
                 added.append(("Location", local))
             if errand.why:
                 added.append(("X-MVLLM-Why", errand.why))
+            errand.answered(head, first)
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
             errand.let_go()  # there is no other server from here on
             if wanted:
@@ -9758,7 +9904,11 @@ class Conversation(Attempt):
             held += decoder.feed(wire.take())
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
         whole = head.status in (500, 503) or short or self.errand.response.opened
-        while (fault or whole) and not decoder.done and len(held) <= HELD_FAILURE_LIMIT_BYTES:
+        named = self.errand.response.notation is Notation.RESPONSE
+        limit = RESPONSE_START_BYTES if named else 0
+        if fault or whole:
+            limit = HELD_FAILURE_LIMIT_BYTES + 1
+        while not decoder.done and len(held) < limit:
             held += await wire.read_content(decoder, deadline)
         if not (fault or whole) or not decoder.done:
             return None, bytes(held)  # no failure as far as seen, or too much to be kept
@@ -9795,6 +9945,8 @@ class Conversation(Attempt):
         """The failure that a status alone tells, where another server may do better."""
         if head.status == 508:  # it is a balancer, and led the request back to us
             return Fault.LOOP_DETECTED
+        if head.status in WITHOUT_IT and self.errand.searches:
+            return Fault.NOT_THERE
         if head.status in self.settings.retry_statuses:
             return Fault.SERVER_ERROR if head.status >= 500 else Fault.DECLINED
         return Fault.SERVER_BUSY if head.status == 429 else None
@@ -9865,6 +10017,8 @@ class Exchange:
         self.model_label = ""
         self.key: KeySettings | None = None  # by which it came in
         self.only = ""  # the one server that may be asked
+        self.infers = True  # it wants something of an engine
+        self.searches = False  # for the server that has a stored response
         self.content: Content = b""  # as long as it may have to be said again
         self.fields = self.key_lines = self.why = ""
         self.server = ""  # the one asked last
@@ -9885,8 +10039,10 @@ class Exchange:
         try:
             self.understand(*read_call(self.head, *await self.gather(), s))
             self.asked_at = self.loop.time()
+            if self.call.stored and not self.only:
+                self.find_maker()
             if self.key is not None:
-                refusal = self.core.gate.enter(self.key, self.call.model, self.asked_at)
+                refusal = self.enter(self.key)
                 if refusal is not None:
                     self.core.met(LIMITS.get(refusal.fault, ""))
                     response.refuse(*refusal[:3])
@@ -9897,7 +10053,7 @@ class Exchange:
                 return
             self.core.budget.came(self.asked_at)
             with abandoned_if_gone(self.client, self.core.clients.get(self.client)):
-                await self.carry_out(relay_plan(self.choose, s, self.core.draw, self.afford_retry))
+                await self.carry_out(self.plan())
         except BadMessage as bad:
             response.persists = False
             response.refuse(bad.fault, f"Bad request: {bad}.")
@@ -9920,6 +10076,45 @@ class Exchange:
                 self.core.gate.leave(self.key)
             if not wants_explanation(self.head):
                 self.book()
+
+    def find_maker(self) -> None:
+        """Of a stored response only the server that made it can tell, if it is still there."""
+        stored = self.core.stored.find(self.call.stored)
+        if stored is not None and self.core.fleet.engines(stored.server):
+            self.only = stored.server
+        self.searches = not self.only
+        self.infers = self.call.makes_response
+
+    def enter(self, key: KeySettings) -> Refusal | None:
+        """Through the gate, or why not."""
+        core, id, model = self.core, self.call.stored, self.call.model
+        if id:
+            if refusal := core.stored.refusal(id, key):
+                return refusal
+            if model is None and (stored := core.stored.find(id)) is not None:
+                model = stored.model
+        return core.gate.enter(key, model, self.asked_at)
+
+    def answered(self, head: ResponseHead, start: bytes) -> None:
+        """A server's answer is shown: remember which response it has made, or has."""
+        call, stored, server = self.call, self.core.stored, server_of(self.server)
+        if call.makes_response and head.status == 200:
+            if id := response_id(start, head.is_event_stream):
+                # Whoever can say an id can say another's.
+                own = own_id(self.head.fields)
+                chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
+                name = self.key.name if self.key and not chosen else ""
+                stored.made(id, Stored(server, name, call.model))
+        if call.stored and head.status < 300:
+            if self.head.method == "DELETE":
+                stored.forget(call.stored)
+            elif self.searches:
+                stored.made(call.stored, Stored(server, "", None))
+
+    def plan(self) -> Plan:
+        if self.searches:
+            return search_plan(self.choose, self.settings)
+        return relay_plan(self.choose, self.settings, self.core.draw, self.afford_retry)
 
     async def carry_out(self, plan: Plan) -> None:
         try:
@@ -10029,7 +10224,9 @@ class Exchange:
             self.core.met(LIMITS.get(fault, ""))
             self.response.refuse(fault, text, after_s)
             return WELL
-        self.server, self.response.end = held.url, fault.label
+        self.server = held.url
+        if fault is not Fault.NOT_THERE:  # that is an answer like any other
+            self.response.end = fault.label
         whole = Framing(len(held.content))
         framing = returned_framing(held.head, held.length, self.head, whole)
         added = named_server(held.url, self.settings)
@@ -10168,7 +10365,7 @@ class Exchange:
             core.ledger.attempts.add(url, label)
             self.attempts.append((url, reason, label))
             self.give_back(self.place)
-        if fault is None:
+        if fault is None or fault is Fault.NOT_THERE:
             return outcome
         if not outcome.committed:
             self.failures.append(label)
@@ -11013,6 +11210,7 @@ class Door:
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if kind is Kind.CONTROL:
             exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
+            exchange.infers = False
             if not core.fleet.engines(exchange.only):
                 known = ", ".join(view.url for view in core.fleet.views())
                 text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."

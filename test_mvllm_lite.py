@@ -172,12 +172,13 @@ def test_importing_does_nothing():
 def test_every_fault_is_a_row_of_its_own():
     assert len({fault.label for fault in Fault}) == len(Fault) == len(list(Fault))
     for fault in Fault:
-        assert 400 <= fault.status < 600 and fault.type_name.endswith(("Error", "Request"))
+        assert 400 <= fault.status < 600
+        assert fault.type_name.endswith(("Error", "Request", "_error"))
 
 
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda f: f.label)
 def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
-    if fault.status < 500 and fault not in (Fault.SERVER_BUSY, Fault.QUEUE_FULL):
+    if fault.status < 500 and fault not in (Fault.SERVER_BUSY, Fault.NOT_THERE, Fault.QUEUE_FULL):
         assert fault.blame is Blame.CLIENT and fault.retry is Retry.NEVER
     if fault.blame is Blame.SERVER:
         assert fault.status in (502, 504)
@@ -1603,6 +1604,40 @@ def test_a_query_that_says_model_twice_is_refused():
         call(b"", query="?model=a&model=b")
 
 
+PREVIOUS = b'{"model":"m","input":"x","previous_response_id":"resp_1"}'
+ESCAPED = PREVIOUS.replace(b"us_", rb"us\u005f")
+MEANT = table(
+    ("one to read", "GET /v1/responses/resp_1", b"", ("resp_1", False, False)),
+    ("its events", "GET /v1/responses/resp_1?stream=true", b"", ("resp_1", False, False)),
+    ("one to delete", "DELETE /v1/responses/resp_1/", b"", ("resp_1", False, False)),
+    ("one to cancel", "POST /v1/responses/resp_1/cancel", b"", ("resp_1", False, False)),
+    ("with content", "POST /v1/responses/resp_0/cancel", PREVIOUS, ("resp_0", False, False)),
+    ("in another spelling", "GET /v1/v1/r%65sponses/r%65sp_1", b"", ("resp_1", False, False)),
+    ("one to go on from", "POST /v1/responses", PREVIOUS, ("resp_1", True, False)),
+    ("in other letters", "POST /v1/responses", ESCAPED, ("resp_1", True, False)),
+    ("none", "POST /v1/responses", b'{"model":"m","previous_response_id":null}', ("", True, False)),
+    ("a number is none", "POST /v1/responses", b'{"previous_response_id":5}', ("", True, False)),
+    ("a name of the client's", "POST /v1/responses", b'{"request_id":"resp_9"}', ("", True, True)),
+    ("a call beside them", "POST /v1/responses/compact", PREVIOUS, ("resp_1", False, False)),
+    ("elsewhere it is a word", "POST /v1/chat/completions", PREVIOUS, ("", False, False)),
+    ("no other path", "GET /v1/responsesX/resp_1", b"", ("", False, False)),
+)
+
+
+@pytest.mark.parametrize("line, body, meant", MEANT)
+def test_which_stored_response_is_meant_and_whether_one_is_made(line, body, meant):
+    head = head_of(f"{line} HTTP/1.1\nHost: a")
+    for spans in (None, lite.member_spans(body, lite.FOUND_MEMBERS) if body else None):
+        assert lite.read_call(head, body, spans, Settings())[0][-3:] == meant
+
+
+def test_an_id_too_long_to_be_read_is_refused():
+    head = head_of("POST /v1/responses HTTP/1.1\nHost: a")
+    body = PREVIOUS.replace(b"_1", b"1" * 5000)
+    with pytest.raises(lite.BadMessage, match="previous_response_id is too long"):
+        lite.read_call(head, body, lite.member_spans(body, lite.FOUND_MEMBERS), Settings())
+
+
 def test_null_is_not_said():
     assert call(b'{"model":"m","kv_transfer_params":null}')[0].model == "m"
 
@@ -1921,6 +1956,29 @@ def test_what_a_server_says_of_a_model_is_bounded(said, kept):
     assert entry == kept and json.loads(json.dumps(entry, allow_nan=False)) == kept
 
 
+CREATED = b"event: response.created\ndata: "
+RESPONSE_IDS = table(
+    ("vLLM's", b'{"id":"resp_1","created_at":1', False, "resp_1"),
+    ("behind other members", b'{ "a":{"id":"x","b":[{}]}, "n":null,"id": "resp_1"}', False, "resp_1"),
+    ("not one within another", b'{"metadata":{"id":"resp_x"},"object":"response"}', False, ""),
+    ("not one in a text", rb'{"text":"\",\"id\":\"resp_x\"","a":1}', False, ""),
+    ("not whole yet", b'{"id":"resp_1', False, ""),
+    ("too long to be one", b'{"id":"' + b"r" * 201 + b'"}', False, ""),
+    ("no document", b"[]", False, ""),
+    ("vLLM's stream", CREATED + b'{"response":{"id":"resp_1","x', True, "resp_1"),
+    ("OpenAI's", CREATED + b'{"type":"x","n":0,"response":{"id":"resp_1"}}\n\n', True, "resp_1"),
+    ("in alphabetic order", CREATED + b'{"response":{"error":null,"id":"resp_1"}}', True, "resp_1"),
+    ("after comments", b": ping\n\n" + CREATED + b'{"response":{"id":"resp_1"}}', True, "resp_1"),
+    ("not a client's words", CREATED + b'{"response":{"metadata":{"id":"resp_x"}}}', True, ""),
+    ("nor in another event", CREATED + b'{"a":1}\n\ndata: {"response":{"id":"resp_x"}}', True, ""),
+)
+
+
+@pytest.mark.parametrize("start, streams, id", RESPONSE_IDS)
+def test_the_id_of_a_response_is_read_at_its_place(start, streams, id):
+    assert lite.response_id(start, streams) == id
+
+
 def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
     body = json.loads(lite.error_body(Fault.UNKNOWN_MODEL, "text", "/v1/x", "model"))
     assert body == {"error": {"message": "text", "type": "NotFoundError", "param": "model", "code": 404}}
@@ -2193,6 +2251,44 @@ def test_without_keys_no_web_page_may_call_unless_the_settings_say_so():
     assert read(keys + "[config]\ncors_allowed_origins = []") == ()
     assert "web pages of other origins may not" in lite.open_line(Settings())
     assert "so may web pages of http://a" in lite.open_line(Settings(cors_allowed_origins=("http://a",)))
+
+
+A, B, FEW = lite.KeySettings("a"), lite.KeySettings("b"), lite.KeySettings("few", models=("m",))
+
+
+@pytest.mark.parametrize("maker, key, found", table(
+    ("its maker's", "a", A, True),
+    ("nobody else's", "a", B, False),
+    ("its maker's, also for some models", "few", FEW, True),
+    ("a maker that is not known: of all models", "", A, True),
+    ("but not of some", "", FEW, False),
+    ("not remembered: somebody may have it", None, A, True),
+    ("but not for some models", None, FEW, False),
+    ("without keys", "", None, True),
+    ("keys that are no more", "a", None, True),
+))
+def test_a_stored_response_is_its_maker_s_alone(maker, key, found):
+    stored = lite.StoredResponses()
+    if maker is not None:
+        stored.made("resp_1", lite.Stored("s1", maker, "m"))
+    refusal = stored.refusal("resp_1", key)
+    assert refusal is None if found else refusal.fault is Fault.UNKNOWN_RESPONSE
+
+
+def test_stored_responses_are_remembered_while_they_are_used_and_there_is_room():
+    stored, one = lite.StoredResponses(), lite.Stored("s1", "a", "m")
+    stored.made("old", one)
+    stored.made("used", one)
+    stored.made("used", one._replace(key="b", server="s2"))  # nobody gets it by saying its id
+    assert stored.find("used") == one
+    stored.made("used", one._replace(server="s3"))
+    for n in range(lite.RESPONSES_LIMIT):
+        assert stored.find("used").server == "s3"
+        stored.made(str(n), one)
+    assert len(stored) == lite.RESPONSES_LIMIT and stored.find("old") is None
+    stored.forget("used")
+    stored.forget("used")
+    assert stored.find("used") is None
 
 
 ADDRESSES = table(
@@ -4442,17 +4538,18 @@ def outcome(word):
         return lite.Outcome(place=word.removesuffix("s") if word == "s" else word)
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
-              "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL}  # fmt: skip
+              "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE}  # fmt: skip
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
 
-def play(fleet, outcomes, affordable=99, enforced=False, **settings):
+def play(fleet, outcomes, affordable=99, enforced=False, search=False, **settings):
     """The steps of a plan against these outcomes, in words, with so many affordable retries."""
     s, draw, steps = Settings(**settings), random.Random(5), []
     afford = iter([True] * affordable + [False] * 99).__next__
     choose = functools.partial(ranking_of, fleet, "least", None, enforced=enforced)
     plan = lite.relay_plan(choose, s, draw, afford)
+    plan = lite.search_plan(choose, s) if search else plan
     told, outcomes = None, iter(outcomes)
     with contextlib.suppress(StopIteration):
         while True:
@@ -4527,6 +4624,39 @@ def test_a_first_try_elsewhere_is_free_where_there_is_room(capacity, in_flight, 
         before(fleet)
     then = ["pause", "ask s1"] if free else ["answer server_error as held"]
     assert play(fleet, ["503!", "ok"], affordable=0)[1:] == then
+
+
+NOT_THERE = "answer not_there as held"
+SEARCHES = table(
+    ("the first has it", 3, ["ok"], ["ask s0"]),
+    ("the last has it", 3, ["404!", "404!", "ok"], ["ask s0", "ask s1", "ask s2"]),
+    ("nobody has it", 2, ["404!"] * 2, ["ask s0", "ask s1", NOT_THERE]),
+    ("so many are asked", 12, ["404!"] * 8, [*map("ask s{}".format, range(8)), NOT_THERE]),
+    ("who cannot be reached has lost it", 3, ["refused", "404!", "refused"],
+     ["ask s0", "ask s1", "ask s2", NOT_THERE]),
+    ("so has who dies", 2, ["bad", "404!"], ["ask s0", "ask s1", NOT_THERE]),
+    ("two died: no third", 4, ["404!", "bad", "bad"], ["ask s0", "ask s1", "ask s2", NOT_THERE]),
+    ("nobody is there", 2, ["refused"] * 2, ["ask s0", "ask s1", "answer connect_failed"]),
+    ("who is busy may have it", 2, ["busy!", "404!"],
+     ["ask s0", "ask s1", "answer server_busy as held"]),
+    ("who is silent may be at it", 2, ["silent"], ["ask s0", "answer server_silent"]),
+    ("nothing after the commit", 2, ["404!", "cut"], ["ask s0", "ask s1"]),
+    ("no server", 0, [], ["answer no_server"]),
+)
+
+
+@pytest.mark.parametrize("servers, outcomes, steps", SEARCHES)
+def test_who_has_a_response_that_nobody_remembers_is_found_out_in_turn(servers, outcomes, steps):
+    fleet = fleet_of(*range(servers, 0, -1))
+    assert play(fleet, outcomes, affordable=0, search=True) == steps
+
+
+def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
+    assert play(fleet_of(1, healthy=False), [], search=True) == ["settle", "answer no_server"]
+    for outcomes, end in ((["s0", "ok"], "ask s0"), (["full"], "answer queue_full")):
+        fleet = fleet_of(1)
+        fleet.lease("s0", 0.0)
+        assert play(fleet, outcomes, enforced=True, search=True) == ["wait", end]
 
 
 QUEUED = table(  # with all places of s0 and s1 taken
@@ -7796,6 +7926,163 @@ async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(ca
         assert (await client.get("/liveness")).status == 200 == (await client.get("/health")).status
     assert len(server.asked) == 2 and "team" in {facts["key"] for facts in running.requests()}
     assert "sk-" not in caplog.text + str(running.heard)
+
+
+def unknown(id):
+    """As vLLM says it."""
+    return {"error": {"message": f"Response with id '{id}' not found.", "param": "response_id",
+                      "type": "invalid_request_error", "code": 404}}  # fmt: skip
+
+
+def keeper(long=False):
+    """A server that keeps responses, as vLLM does with its store."""
+    kept = {}
+
+    async def answer(asked, conn):
+        method, path, _ = asked.line.split()
+        said = json.loads(asked.body or b"{}")
+        id = said.get("previous_response_id") or "".join(path.split("/")[3:4])
+        if id and id not in kept:
+            await conn.json(unknown(id), "404 Not Found")
+        elif method == "POST" and path == "/v1/responses":
+            id = said.get("request_id") or f"resp_{conn.server.port}_{len(kept)}"
+            document = {"id": id, "output": ["x" * 300_000] if long else [], "object": "response"}
+            kept[id] = document
+            if said.get("stream"):
+                event = json.dumps({"response": document, "type": "response.created"}).encode()
+                more = b"event: response.completed\ndata: " + event + b"\n\n"
+                await conn.events(CREATED + event + b"\n\n", more)
+            elif long:
+                head = STREAM_HEAD.replace(b"text/event-stream", b"application/json")
+                body = json.dumps(document).encode()
+                await conn.send(head, chunk(body[:3]), chunk(body[3:]), b"0\r\n\r\n")
+            else:
+                await conn.json(document)
+        else:
+            if method == "DELETE":
+                del kept[id]
+            await conn.json({"id": id, "deleted": method == "DELETE"})
+
+    return Server(answer)
+
+
+async def ask_for(client, method, path, said=None, key=""):
+    body = json.dumps(said).encode() if said is not None else b""
+    await client.ask(method, path, body, [f"Authorization: Bearer {key}"] * bool(key))
+    return await client.answer()
+
+
+def made_id(got):
+    return re.search(rb'"id": "(resp_[^"]+)"', got.body)[1].decode()
+
+
+@pytest.mark.parametrize("long, stream", table(
+    ("a document", False, False), ("a long one in pieces", True, False), ("a stream", False, True)))
+@asynchronous
+async def test_a_stored_response_is_found_at_the_server_that_made_it(long, stream):
+    servers = [keeper(long) for _ in range(4)]
+    async with balancing(*servers) as running:
+        client, made = await running.client(), {"model": "m", "input": "x", "stream": stream}
+        for _ in range(8):
+            got = await ask_for(client, "POST", "/v1/responses", made)
+            home, path = got.get("x-mvllm-server"), f"/v1/responses/{made_id(got)}"
+            wishes = [("GET", path, None), ("POST", f"{path}/cancel", None),
+                      ("POST", "/v1/responses", {**made, "previous_response_id": made_id(got)})]
+            for wish in wishes:
+                got = await ask_for(client, *wish)
+                assert (got.status, got.get("x-mvllm-server")) == (200, home)
+        assert sum(len(server.asked) for server in servers) == 8 * 4
+        assert (await ask_for(client, "DELETE", path)).status == 200
+        assert running.core.stored.find(path.split("/")[3]) is None
+        running.balancer.adopt(dataclasses.replace(running.core.settings, max_retries=1))
+        assert len(running.core.stored) == 8 * 2 - 1
+
+
+@asynchronous
+async def test_a_response_that_nobody_remembers_is_looked_for_in_turn_without_blame():
+    servers = [keeper() for _ in range(4)]
+    async with balancing(*servers, retry_budget=0, failure_threshold=1, max_retries=0) as running:
+        client = await running.client()
+        for _ in range(20):
+            got = await ask_for(client, "POST", "/v1/responses", {"model": "m"})
+            running.core.stored.forget(made_id(got))  # as a successor has
+            more = await ask_for(client, "GET", f"/v1/responses/{made_id(got)}")
+            assert (more.status, more.get("x-mvllm-server")) == (200, got.get("x-mvllm-server"))
+        before = sum(len(server.asked) for server in servers)
+        for wish in (("GET", "/v1/responses/resp_x"), ("DELETE", "/v1/responses/resp_x"),
+                     ("POST", "/v1/responses/resp_x/cancel"),
+                     ("POST", "/v1/responses", {"model": "m", "previous_response_id": "resp_x"})):
+            got = await ask_for(client, *wish)
+            assert got.status == 404 and b"'resp_x' not found" in got.body
+        assert sum(len(server.asked) for server in servers) == before + 4 * 4
+        assert not await running.metric("mvllm_retries_total")
+        assert running.states() == ["healthy"] * 4
+        assert {request["end"] for request in running.requests()} == {"complete"}
+
+
+@asynchronous
+async def test_of_many_servers_eight_are_asked_for_an_unknown_response():
+    servers = [keeper() for _ in range(10)]
+    async with balancing(*servers) as running:
+        got = await ask_for(await running.client(), "GET", "/v1/responses/resp_x")
+        assert got.status == 404 and sum(len(server.asked) for server in servers) == 8
+
+
+@asynchronous
+async def test_a_key_gets_no_response_of_another():
+    keys = (lite.KeySettings("few", "sk-few", models=("m",)), lite.KeySettings("all", "sk-all"))
+    servers = [keeper() for _ in range(3)]
+    async with balancing(*servers, keys=keys) as running:
+        client, made = await running.client(), {"model": "m", "input": "x"}
+        ids = {key: made_id(await ask_for(client, "POST", "/v1/responses", made, key))
+               for key in ("sk-few", "sk-all")}
+        for key, other in (("sk-few", "sk-all"), ("sk-all", "sk-few")):
+            before = sum(len(server.asked) for server in servers)
+            for id, status in ((ids[key], 200), (ids[other], 404)):
+                path = f"/v1/responses/{id}"
+                for wish in (("GET", path), ("POST", f"{path}/cancel"),
+                             ("POST", "/v1/responses", {**made, "previous_response_id": id}),
+                             ("DELETE", f"/v1/v1/r%65sponses/{id}/")):
+                    got = await ask_for(client, *wish[:2], *(wish[2:] or [None]), key)
+                    assert got.status == status, wish
+            assert sum(len(server.asked) for server in servers) == before + 4
+            assert json.loads(got.body) == unknown(ids[other])
+            ids[key] = made_id(await ask_for(client, "POST", "/v1/responses", made, key))
+
+
+@asynchronous
+async def test_a_key_with_models_gets_no_response_by_saying_its_id():
+    """Nor one that nobody remembers, which a key for all models does."""
+    keys = (lite.KeySettings("few", "sk-few", models=("m",)), lite.KeySettings("all", "sk-all"))
+    async with balancing(server := keeper(), keys=keys) as running:
+        client, made = await running.client(), {"model": "m", "input": "x"}
+        id = made_id(await ask_for(client, "POST", "/v1/responses", made, "sk-all"))
+        for forgotten in (False, True):
+            if forgotten:
+                running.core.stored.forget(id)
+            said = {**made, "request_id": id}
+            assert made_id(await ask_for(client, "POST", "/v1/responses", said, "sk-few")) == id
+            for path in (f"/v1/responses/{id}", "/v1/responses/resp_x"):
+                assert (await ask_for(client, "GET", path, None, "sk-few")).status == 404
+            got = await ask_for(client, "GET", f"/v1/responses/{id}", None, "sk-all")
+            assert got.status == 200
+        assert not [asked for asked in server.asked if "resp_x" in asked.line]
+
+
+@asynchronous
+async def test_nor_by_the_id_of_its_request():
+    """Where a server makes a response's id of that."""
+    async def answer(asked, conn):
+        await conn.json({"id": f"resp_{asked.get('x-request-id')[0]}"})
+
+    key = lite.KeySettings("few", "sk-few", models=("m",))
+    async with balancing(Server(answer), keys=(key,)) as running:
+        client = await running.client()
+        for fields, status in (([], 200), (["X-Request-Id: 1a2b"], 404)):
+            fields.append("Authorization: Bearer sk-few")
+            got = await client.post("/v1/responses", b'{"model":"m"}', fields)
+            path = f"/v1/responses/{made_id(got)}"
+            assert (await ask_for(client, "GET", path, None, "sk-few")).status == status
 
 
 @asynchronous
