@@ -383,6 +383,9 @@ ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGN
 LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
 MAX_FORWARDS = re.compile(r"[0-9]{1,9}")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
+# A request line, as far as it has come; from wherever the last look ended.
+REQUEST_PIECE = re.compile(rb"(?:\A[!#$%&'*+\-.^_`|~0-9A-Za-z]|(?!\A))[\x20-\x7e]*+\r?")
+BROKEN_LINE = re.compile(rb"(?:\A|[^\r])\n|\r[^\n]")  # it does not end with CRLF
 
 
 class Fields:
@@ -526,6 +529,52 @@ def shown(text: str, limit: int = 60) -> str:
     return ascii(text) if len(text) <= limit else f"{ascii(text[:limit])}…"
 
 
+def bad_first_line(found: str, side: Blame) -> BadMessage:
+    if side is Blame.SERVER:
+        text = f"the status line is {shown(found)}, expected 'HTTP/1.1 status reason'"
+        return BadMessage(text, Fault.BAD_ANSWER)
+    text = f"the request line is {shown(found)}, expected 'METHOD target HTTP/1.1'"
+    if found.startswith(("PROXY ", "\0\r\nQUIT\n")):
+        text += "; only trusted_proxies may speak the PROXY protocol"
+    return BadMessage(text)
+
+
+class HeadSearch:
+    """Finds the end of a head of one side that comes in pieces, and looks at each byte once.  What
+    can be no head is told at once: a TLS hello, an SSH banner or a line that ends with a bare LF
+    would be waited with until a timeout."""
+
+    __slots__ = ("side", "_at", "_in_first")
+
+    def __init__(self, side: Blame) -> None:
+        self.side, self._at, self._in_first = side, 0, True
+
+    def end(self, data: bytes | bytearray) -> int:
+        """Where the head ends in all that has come; -1: not yet.  Raises BadMessage."""
+        at, self._at = self._at, len(data)
+        if self._in_first:
+            self._first_line(data, at)
+        if (end := data.find(b"\r\n\r\n", max(0, at - 3))) >= 0:
+            return end + 4
+        if BROKEN_LINE.search(data, max(0, at - 1)):
+            fault = Fault.BAD_ANSWER if self.side is Blame.SERVER else Fault.BAD_REQUEST
+            raise BadMessage("a line of the head ends with a bare CR or LF, expected CRLF", fault)
+        return -1
+
+    def _first_line(self, data: bytes | bytearray, at: int) -> None:
+        server, end = self.side is Blame.SERVER, data.find(b"\r\n", max(0, at - 1))
+        if end >= 0:
+            self._in_first = False
+            pattern = STATUS_LINE if server else REQUEST_LINE
+            good = pattern.fullmatch(data[:end].decode("latin-1")) is not None
+        elif server:
+            good = data.startswith(b"HTTP/1."[: len(data)])
+        else:
+            good = not data or REQUEST_PIECE.fullmatch(data, at) is not None
+        if not good:
+            raise bad_first_line(data[:200].decode("latin-1"), self.side)
+
+
 def connection_persists(minor: int, fields: Fields) -> bool:
     if "connection" not in fields.values:
         return minor >= 1
@@ -575,7 +624,7 @@ def parse_request_rest(raw: bytes) -> RequestHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
-        raise BadMessage(f"the request line is {shown(first)}, expected 'METHOD target HTTP/1.1'")
+        raise bad_first_line(first, Blame.CLIENT)
     method, target, major, minor = line.groups()
     if major != "1":
         raise BadMessage(f"HTTP/{major}.{minor} is not spoken here, HTTP/1.1 is", Fault.BAD_VERSION)
@@ -597,8 +646,8 @@ parse_request_once = functools.lru_cache(HEADS_KEPT)(parse_request_rest)
 
 def origin_form(method: str, target: str) -> tuple[str, str]:
     """The target as authority, which only an absolute-form one has and which stands for Host
-    (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway that passed them on would let
-    clients reach past it, or read what it adds."""
+    (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway
+    that passed them on would let clients reach past it, or read what it adds."""
     if method in ("CONNECT", "TRACE"):
         raise BadMessage(f"the method {method} is not served here", Fault.NOT_IMPLEMENTED)
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
@@ -620,13 +669,72 @@ def parse_response_rest(raw: bytes) -> ResponseHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
-        text = f"the status line is {shown(first)}, expected 'HTTP/1.1 status reason'"
-        raise BadMessage(text, Fault.BAD_ANSWER)
+        raise bad_first_line(first, Blame.SERVER)
     fields = parse_fields(block, Fault.BAD_ANSWER)
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
 parse_response_once = functools.lru_cache(HEADS_KEPT)(parse_response_rest)
+
+
+# The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
+# each whose it is.
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # of version 2; version 1 is a line
+PROXY_LINE = re.compile(
+    rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP([46]) (\S+) (\S+) (\d{1,5}) (\d{1,5}))")
+PROXY_LINE_LIMIT_BYTES = 107
+PROXY_ADDRESSES = {0x11: (4, struct.Struct("!4x4xHH")), 0x21: (16, struct.Struct("!16x16xHH"))}
+Address = tuple[str, int]
+
+
+def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
+    """The size of the PROXY header that a connection's first bytes begin with, and whose connection
+    it says it is (None: the proxy's own, or nobody knows).  The size is 0 where there is no such
+    header; None: more bytes are needed.  Raises BadMessage."""
+    if data.startswith(PROXY_SIGNATURE):
+        return proxy_header_2(data)
+    if not data.startswith(b"PROXY "):
+        begun = b"PROXY ".startswith(data) or PROXY_SIGNATURE.startswith(data)
+        return None if begun else (0, None)
+    end = data.find(b"\r\n", 0, PROXY_LINE_LIMIT_BYTES)
+    if end < 0 and len(data) < PROXY_LINE_LIMIT_BYTES:
+        return None
+    line = PROXY_LINE.fullmatch(data[: max(0, end)])
+    if line is None:
+        raise BadMessage(f"the PROXY line is {shown(data[:200].decode('latin-1'))}")
+    if line[1] is None:
+        return end + 2, None
+    host, port = ip_of(line[2], line[1]), int(line[4])
+    if not (host and ip_of(line[3], line[1]) and port < 65536 > int(line[5])):
+        raise BadMessage(f"the PROXY line is {shown(data[:end].decode('latin-1'))}")
+    return end + 2, (host, port)
+
+
+def ip_of(said: bytes, version: bytes) -> str:
+    """An address of that IP version as it is usually written; '' for what is none."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(said.decode("latin-1"))
+        return str(address) if address.version == int(version) else ""
+    return ""
+
+
+def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
+    """The same of version 2: binary, and with extensions (TLV), which are not looked at."""
+    if len(data) < 16:
+        return None
+    command, family, length = data[12], data[13], int.from_bytes(data[14:16], "big")
+    if command not in (0x20, 0x21) or family >> 4 > 3 or family & 15 > 2:
+        found = f"{command:#04x} {family:#04x}"
+        raise BadMessage(f"the PROXY header has the command and family {found}, which are unknown")
+    size, layout = PROXY_ADDRESSES.get(family, (0, struct.Struct("")))
+    if command == 0x21 and length < layout.size:
+        raise BadMessage(f"the PROXY header has {length} bytes, expected {layout.size} or more")
+    if len(data) < 16 + length:
+        return None
+    if command == 0x20 or not size:
+        return 16 + length, None
+    port, _ = layout.unpack_from(data, 16)
+    return 16 + length, (str(ipaddress.ip_address(data[16 : 16 + size])), port)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -794,6 +902,8 @@ class ChunkedDecoder(Decoder):
         if (len(data) if end < 0 else end) - at >= self._trailer_left:
             raise BadMessage("the trailer section is too long")
         if end < 0:
+            if data.find(b"\n", at) >= 0:
+                raise BadMessage("a trailer ends with a bare LF, expected CRLF")
             self._pending = data[at:]
             return at
         line = data[at:end].decode("latin-1")
@@ -7878,6 +7988,14 @@ def reason_of(error: OSError) -> str:
     return (os.strerror(number) if number > 0 else str(error)).lower()
 
 
+UNKNOWN: Address = ("unknown", 0)
+
+
+def address_of(name: Any) -> Address:
+    """The address in a socket's name for its peer."""
+    return name[:2] if isinstance(name, tuple) else UNKNOWN
+
+
 class Sink(Protocol):
     """Takes what happens on a wire, in place of its buffer.  A piece is lent for the call."""
 
@@ -7935,7 +8053,7 @@ class Wire(asyncio.BufferedProtocol):
         self.taken_at = -INFINITY  # and was taken for another then
         self.reusable = False  # and may carry another
         self.deadline = INFINITY
-        self.peer: tuple[str, int] = ("unknown", 0)  # the other end's address
+        self.peer: Address = UNKNOWN  # who is at the other end, maybe beyond a proxy
         self.is_tls = False
         self.sock: socket.socket | None = None  # where one may be written to beside the transport
         self._waiter: asyncio.Future[None] | None = None
@@ -7949,8 +8067,8 @@ class Wire(asyncio.BufferedProtocol):
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         if self.side is Blame.SERVER:
             keep_alive(transport.get_extra_info("socket"))
-        address = transport.get_extra_info("peername")
-        self.peer = address[:2] if isinstance(address, tuple) else ("unknown", 0)
+        if self.peer is UNKNOWN:
+            self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return RECEIVED
@@ -8071,21 +8189,21 @@ class Wire(asyncio.BufferedProtocol):
     async def read_head(self, deadline: float, limit: int = HEAD_LIMIT_BYTES) -> bytes | None:
         """Up to and with the next empty line; None if the peer left without beginning one.
         Raises PeerGone in the middle of one, BadMessage when it is too long, TimeoutError."""
-        searched = 0
-        while (end := self.buffer.find(b"\r\n\r\n", searched)) < 0:
+        end = self.buffer.find(b"\r\n\r\n") + 4  # nearly always it is there at once
+        search = HeadSearch(self.side) if end < 4 else None
+        while search is not None and (end := search.end(self.buffer)) < 0:
             if len(self.buffer) > limit:
                 break
             if self.gone:
                 if self.buffer:
                     raise self.departure()
                 return None
-            searched = max(0, len(self.buffer) - 3)
             await self.news(deadline)
-        if not 0 <= end <= limit:
+        if not 0 <= end <= limit + 4:
             target = b"\r\n" not in self.buffer[:limit]
             fault = Fault.TARGET_TOO_LONG if target else Fault.HEAD_TOO_LARGE
             raise BadMessage(f"the head is longer than {limit} bytes", fault)
-        return self.take(end + 4)
+        return self.take(end)
 
     def take(self, size: int | None = None) -> bytes:
         """The first bytes of the buffer, or all."""
@@ -8175,6 +8293,37 @@ class Wire(asyncio.BufferedProtocol):
         self.transport.close()
         while not self.lost:  # with TLS, only then is all out
             await self.news(self.loop.time() + silence_s)
+
+
+async def peeked(sock: socket.socket, size: int) -> bytes:
+    """What has come on a socket that has no transport yet, as soon as there is something; it stays
+    there to be read.  b"" is an orderly end.  Raises OSError."""
+    loop = asyncio.get_running_loop()
+    while True:
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            return sock.recv(size, socket.MSG_PEEK)
+        came = loop.create_future()
+        loop.add_reader(sock, lambda: came.done() or came.set_result(None))
+        try:
+            await came
+        finally:
+            loop.remove_reader(sock)
+
+
+async def read_proxy_header(sock: socket.socket) -> tuple[Address | None, bytes]:
+    """Whose connection it is, if a PROXY header says so, and what was read that is none.  No byte
+    behind the header is read: it may be of a TLS handshake.  Raises BadMessage, OSError."""
+    said = bytearray()
+    while True:
+        piece = await peeked(sock, RECEIVED_BYTES)
+        if (found := proxy_header(bytes(said + piece))) is not None:
+            size, address = found
+            if size:
+                sock.recv(size - len(said))
+            return address, b"" if size else bytes(said)
+        if not piece:
+            return None, bytes(said)
+        said += sock.recv(len(piece))
 
 
 class Listener:
@@ -11020,33 +11169,60 @@ class Door:
 
     def take(self, sock: socket.socket, address: Any) -> None:
         """A client has come."""
-        core, hosts, wire = self.core, self._hosts, Wire(Blame.CLIENT)
-        host = address[0] if isinstance(address, tuple) else ""
-        limit = core.settings.max_connections_per_client
-        if limit and hosts.get(host, 0) >= limit:
-            core.met("max_connections_per_client")
+        core, wire = self.core, Wire(Blame.CLIENT)
+        if not self.belongs(wire, address_of(address)):
             sock.close()
             return
 
         def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
             del core.clients[wire]
-            hosts[host] -= 1
-            if not hosts[host]:
-                del hosts[host]
+            self.one_less(wire.peer[0])
             wire.abort()
             sock.close()
             for listener in self.listeners:
                 listener.resume()
 
-        hosts[host] = hosts.get(host, 0) + 1
         core.clients[wire] = self._tasks.create_task(self.serve(wire, sock))
         core.clients[wire].add_done_callback(forget)
+
+    def belongs(self, wire: Wire, peer: Address) -> bool:
+        """Count a connection as that peer's; False if it has as many as it may."""
+        (host, _), limit = peer, self.core.settings.max_connections_per_client
+        if limit and self._hosts.get(host, 0) >= limit:
+            self.core.met("max_connections_per_client")
+            return False
+        self._hosts[host] = self._hosts.get(host, 0) + 1
+        wire.peer = peer
+        return True
+
+    def one_less(self, host: str) -> None:
+        self._hosts[host] -= 1
+        if not self._hosts[host]:
+            del self._hosts[host]
+
+    async def hear_proxy(self, wire: Wire, sock: socket.socket) -> None:
+        """Learn from a proxy of ours whose connection it passes on, if it says so.  Raises PeerGone,
+        TimeoutError, OSError."""
+        proxy = wire.peer[0]
+        try:
+            async with within(self.core.settings.keep_alive_timeout):
+                address, rest = await read_proxy_header(sock)
+        except BadMessage as bad:
+            log.warning("%s: %s", proxy, bad)
+            raise wire.departure() from None
+        wire.buffer += rest
+        if address is not None:
+            if not self.belongs(wire, address):
+                raise wire.departure()
+            self.one_less(proxy)
 
     async def serve(self, wire: Wire, sock: socket.socket) -> None:
         """One client's connection: its requests, one after the other."""
         try:
             sock.setblocking(False)
             s, tls = self.core.settings, self.core.secrets.listener
+            if s.trusted_proxies and is_trusted(wire.peer[0], s.trusted_proxies):
+                await self.hear_proxy(wire, sock)
             wire.sock = sock if tls is None else None
             await wire.loop.connect_accepted_socket(
                 lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None,

@@ -343,6 +343,145 @@ def test_bad_answers_are_the_server_s_fault(text):
     assert caught.value.fault is Fault.BAD_ANSWER
 
 
+def pieces_of(data, how):
+    """`data` whole, byte by byte, or cut at random places."""
+    if how == "whole":
+        return [data]
+    if how == "bytes":
+        return [data[i : i + 1] for i in range(len(data))]
+    draw = random.Random(how)
+    cuts = sorted(draw.sample(range(len(data)), min(len(data), draw.randint(1, 6))))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
+
+
+FEEDS = ["whole", "bytes", *range(12)]
+TLS_HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(range(100))
+
+
+def search_in(data, how, side=Blame.CLIENT):
+    """Where a head ends that comes in such pieces; -1: not yet."""
+    search, come = lite.HeadSearch(side), bytearray()
+    for piece in pieces_of(data, how):
+        come += piece
+        if (end := search.end(come)) >= 0:
+            return end
+    return -1
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("side, data, end", table(
+    ("a request", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\n\r\nnext\n", 27),
+    ("without fields", Blame.CLIENT, b"GET / HTTP/1.0\r\n\r\n", 18),
+    ("in the middle of its first line", Blame.CLIENT, b"GET /v1/x?a=b HT", -1),
+    ("in the middle of a line's end", Blame.CLIENT, b"GET / HTTP/1.1\r", -1),
+    ("before its empty line", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\n\r", -1),
+    ("HTTP/2 is told its version later", Blame.CLIENT, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 18),
+    ("a response", Blame.SERVER, b"HTTP/1.1 200 \xe9 OK\r\nA: b\r\n\r\n{\n}", 27),
+    ("the beginning of one", Blame.SERVER, b"HTTP/1.1 2", -1),
+))  # fmt: skip
+def test_the_end_of_a_head_is_found_however_it_arrives(side, data, end, how):
+    assert search_in(data, how, side) == end
+
+
+@pytest.mark.parametrize("side, data, after, named", table(
+    ("a bare LF ends the first line", Blame.CLIENT, b"GET / HTTP/1.1\nHost: a\n\n", 15, "request line"),
+    ("or a field", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\nB: c\r\n", 24, "bare CR or LF"),
+    ("or stands where the head ends", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\n\nxx", 26, "bare CR or LF"),
+    ("a bare CR", Blame.CLIENT, b"GET / HTTP/1.1\rHost: a\r\r", 16, "request line|bare CR"),
+    ("a bare CR after a field", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\rB: c\r", 25, "bare CR or LF"),
+    ("nothing but LF", Blame.CLIENT, b"\n\n\n", 1, "request line"),
+    ("TLS", Blame.CLIENT, TLS_HELLO, 1, "request line"),
+    ("SSH", Blame.CLIENT, b"SSH-2.0-OpenSSH_9.2\r\nxxxx", 21, "SSH-2.0"),
+    ("Redis", Blame.CLIENT, b"*1\r\n$4\r\nPING\r\n", 4, "request line"),
+    ("PostgreSQL", Blame.CLIENT, b"\0\0\0\x08\x04\xd2\x16\x2f", 1, "request line"),
+    ("SMTP", Blame.CLIENT, b"EHLO me\r\n", 9, "EHLO me"),
+    ("a control character", Blame.CLIENT, b"GET /\0 HTTP/1.1", 6, "request line"),
+    ("PROXY from others", Blame.CLIENT, b"PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n", 33, "only trusted_proxies"),
+    ("and version 2", Blame.CLIENT, lite.PROXY_SIGNATURE[4:] + b"\x21\x11\0\x0c", 1, "request line"),
+    ("a server's bare LF", Blame.SERVER, b"HTTP/1.1 200 OK\nA: b\n\n", 16, "bare CR or LF"),
+    ("in a field", Blame.SERVER, b"HTTP/1.1 200 OK\r\nA: b\n\n", 22, "bare CR or LF"),
+    ("a server that speaks TLS", Blame.SERVER, b"\x15\x03\x01\0\x02\x02\x46", 1, "status line"),
+    ("or SSH", Blame.SERVER, b"SSH-2.0-x\r\n", 1, "status line"),
+    ("or HTTP/2", Blame.SERVER, b"HTTP/2 200\r\n", 6, "status line"),
+    ("or no status", Blame.SERVER, b"HTTP/1.1 OK\r\n", 13, "status line"),
+))  # fmt: skip
+def test_what_can_be_no_head_is_refused_where_it_is_seen(side, data, after, named):
+    assert after == 1 or search_in(data[: after - 1], "bytes", side) == -1
+    for how in ("whole", "bytes"):
+        with pytest.raises(lite.BadMessage, match=named) as caught:
+            search_in(data[:after], how, side)
+        assert caught.value.fault is (Fault.BAD_REQUEST if side is Blame.CLIENT else Fault.BAD_ANSWER)
+
+
+def test_each_byte_of_a_head_is_looked_at_once():
+    class Counting(bytearray):
+        looked = 0
+
+        def find(self, part, at=0):
+            Counting.looked += len(self) - at
+            return super().find(part, at)
+
+    come, search = Counting(), lite.HeadSearch(Blame.CLIENT)
+    for piece in pieces_of(b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nA:" + b"b" * 5000, "bytes"):
+        come += piece
+        assert search.end(come) < 0
+    assert Counting.looked < 10 * len(come)
+
+
+def proxied(family, addresses, command=0x21, tlv=b""):
+    return lite.PROXY_SIGNATURE + bytes((command, family)) + struct.pack("!H", len(addresses + tlv)) + addresses + tlv
+
+
+V4 = bytes((1, 2, 3, 4, 5, 6, 7, 8)) + struct.pack("!HH", 900, 80)
+V6 = bytes(15) + b"\1" + bytes(16) + struct.pack("!HH", 900, 80)
+PROXIED = table(
+    ("version 1, IPv4", b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", ("1.2.3.4", 900)),
+    ("IPv6", b"PROXY TCP6 0:0::1 ::2 65535 0\r\n", ("::1", 65535)),
+    ("not known", b"PROXY UNKNOWN\r\n", None),
+    ("not known, with what it would be", b"PROXY UNKNOWN ::1 ::1 1 2\r\n", None),
+    ("version 2, IPv4", proxied(0x11, V4), ("1.2.3.4", 900)),
+    ("IPv6", proxied(0x21, V6), ("::1", 900)),
+    ("extensions are skipped", proxied(0x11, V4, tlv=b"\x01\0\x02h2" + b"\xea" * 3000), ("1.2.3.4", 900)),
+    ("the proxy's own", proxied(0, b"", 0x20), None),
+    ("whatever it says beside", proxied(0x11, V4, 0x20), None),
+    ("not known in version 2", proxied(0, b"xyz"), None),
+    ("a Unix socket", proxied(0x31, bytes(216)), None),
+    ("datagrams", proxied(0x12, V4), None),
+)
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("header, address", PROXIED)
+def test_a_proxy_says_whose_connection_it_is(header, address, how):
+    come = b""
+    for piece in pieces_of(header, how):
+        assert lite.proxy_header(come) is None
+        come += piece
+    assert lite.proxy_header(come) == lite.proxy_header(come + b"\r\nGET /") == (len(header), address)
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("header", [
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 900\r\n", b"PROXY TCP4 ::1 ::2 1 2\r\n", b"PROXY TCP6 1.2.3.4 5.6.7.8 1 2\r\n",
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 1 65536\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8 70000 6\r\n", b"PROXY TCP4 1.2.3.4 x 1 2\r\n",
+    b"PROXY TCP4  1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY tcp4 1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY / HTTP/1.1\r\n",
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\nGET /\r\n", b"PROXY UNKNOWN" + b" " * 100, b"PROXY UNKNOWN" + b"x" * 200,
+    proxied(0x11, V4, 0x11), proxied(0x11, V4, 0x22), proxied(0x41, V4), proxied(0x13, V4), proxied(0x11, V4[:-1]),
+    proxied(0x21, V4),
+])  # fmt: skip
+def test_a_proxy_that_speaks_unclearly_is_refused(header, how):
+    with pytest.raises(lite.BadMessage, match="the PROXY"):
+        come = b""
+        for piece in pieces_of(header, how):
+            come += piece
+            assert lite.proxy_header(come) is None
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n", b"POST", b"PROPFIND /", b"\r\nGET", b"\r\n\r\n\r", b"PUT /", TLS_HELLO])
+def test_other_first_bytes_are_no_proxy_s(data):
+    assert lite.proxy_header(data) == (0, None)
+
+
 def test_a_reason_phrase_may_be_missing():
     head = answer_of("HTTP/1.1 200")
     assert (head.status, head.reason, head.minor) == (200, "", 1)
@@ -358,18 +497,6 @@ def test_persistence_of_connections(text, persists):
     assert head_of(text).persists is persists
 
 
-def pieces_of(data, how):
-    """`data` whole, byte by byte, or cut at random places."""
-    if how == "whole":
-        return [data]
-    if how == "bytes":
-        return [data[i : i + 1] for i in range(len(data))]
-    draw = random.Random(how)
-    cuts = sorted(draw.sample(range(len(data)), min(len(data), draw.randint(1, 6))))
-    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
-
-
-FEEDS = ["whole", "bytes", *range(12)]
 CHUNKED_MESSAGES = table(
     ("one chunk", b"5\r\nhello\r\n0\r\n\r\n", b"hello", b""),
     ("several", b"3\r\nfoo\r\n4\r\nbarb\r\n0\r\n\r\n", b"foobarb", b""),
@@ -6640,6 +6767,93 @@ async def test_max_forwards_of_nothing_is_answered_here_and_asks_no_server():
         assert (await client.get("/v1/x", ["Max-Forwards: 0"], "OPTIONS")).status == 204
         assert (await client.get("/v1/x", ["Max-Forwards: x"], "OPTIONS")).status == 400
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("said, named", table(
+    ("a bare LF", b"GET /v1/x HTTP/1.1\nHost: a\n\n", "bare"),
+    ("a bare LF further on", b"GET /v1/x HTTP/1.1\r\nHost: a\nB: c", "bare CR or LF"),
+    ("TLS", TLS_HELLO, "request line"),
+    ("an empty line before it", b"\r\nSSH-2.0-x\r\n", "SSH"),
+    ("PROXY, version 1", b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", "only trusted_proxies may"),
+    ("PROXY, version 2", proxied(0x11, V4), "only trusted_proxies may"),
+    ("a trailer", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: b\n\n", "bare LF"),
+))  # fmt: skip
+@asynchronous
+async def test_a_client_that_speaks_something_else_is_told_so_at_once(said, named):
+    async with balancing(server := Server()) as running:
+        client = await running.client()
+        await client.send(said)
+        got = await client.answer()
+        assert got.status == 400 and named in got.error["message"].replace("\\n", "bare")
+        assert got.get("connection") == "close"
+    assert not server.asked
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\nA: b\n\n", b"HTTP/1.1 200 OK\r\nA: b\n\n", b"SSH-2.0-x\r\n", TLS_HELLO])
+@asynchronous
+async def test_a_server_that_speaks_something_else_is_left_at_once(said):
+    async def other(asked, conn):
+        await conn.send(said)
+        await conn.left()
+        return "close"
+
+    async with balancing(Server(other)) as running:
+        got = await (await running.client()).post()
+        assert got.status == 502 and got.get("x-mvllm-error") == "bad_answer"
+
+
+@pytest.mark.parametrize("header, address", [row for row in PROXIED if row.id in ("version 1, IPv4", "IPv6", "the proxy's own", "extensions are skipped")])
+@pytest.mark.parametrize("how", ["whole", "bytes"])
+@asynchronous
+async def test_who_a_trusted_proxy_passes_on_is_the_peer(header, address, how):
+    host = address[0] if address else "127.0.0.1"
+    async with balancing(server := Server(), trusted_proxies=("127.0.0.1",), status_access="loopback") as running:
+        client = await running.client()
+        for piece in pieces_of(header, how):
+            await client.send(piece)
+        assert (await client.post(fields=["X-Forwarded-For: 9.9.9.9"])).status == 200
+        believed = [] if address else ["9.9.9.9"]
+        assert server.asked[0].get("x-forwarded-for") == [", ".join([*believed, host])]
+        assert (await client.get("/metrics")).status == (200 if host in ("127.0.0.1", "::1") else 403)
+        assert running.requests()[0]["client"].partition(":")[0] in (host, "9.9.9.9", "")
+        assert running.balancer._door._hosts == {host: 1}
+
+
+@pytest.mark.parametrize("first", [b"", b"\r\n", b"P", b"PR"])
+@asynchronous
+async def test_a_trusted_proxy_may_also_say_nothing_of_whom_it_passes_on(first):
+    async with balancing(server := Server(), trusted_proxies=("127.0.0.1",)) as running:
+        client = await running.client()
+        if first:
+            await client.send(first)
+        method = {b"PR": b"OPFIND"}.get(first, b"OST" if first == b"P" else b"POST")
+        await asyncio.sleep(0)
+        await client.send(method + b" /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        assert (await client.answer()).status == 200
+    assert server.asked[0].line.split()[0] in ("POST", "PROPFIND")
+
+
+@asynchronous
+async def test_a_trusted_proxy_that_speaks_unclearly_is_closed_on(caplog):
+    async with balancing(Server(), trusted_proxies=("127.0.0.1",)) as running:
+        client = await running.client()
+        await client.send(proxied(0x41, V4) + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await client.reader.read() == b""
+    assert "127.0.0.1: the PROXY header has" in caplog.text
+
+
+@asynchronous
+async def test_connections_are_counted_by_whom_a_proxy_passes_on():
+    async with balancing(Server(), trusted_proxies=("127.0.0.1",), max_connections_per_client=1) as running:
+        for n in (1, 2, 1):
+            client = await running.client()
+            await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\nHost: a\r\n\r\n" % n)
+            if n == 2 or len(running.core.clients) < 2:
+                assert (await client.answer()).status == 200
+        with contextlib.suppress(ConnectionError):
+            assert await client.reader.read() == b""
+        assert running.core.ledger.limits.children[("max_connections_per_client",)] == 1
 
 
 @pytest.mark.parametrize("theirs, expected", [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"), ("Date: then\r\n", "then")])
