@@ -249,6 +249,7 @@ class Retry(Enum):
     AT_ONCE = "at once"  # no work was begun or it is lost: the next server, without a pause
     LATER = "later"  # the next server, after a growing pause
     ELSEWHERE = "elsewhere"  # only a server that was not asked yet
+    LARGER = "larger"  # only a server that takes longer prompts, without a pause
     IF_ALLOWED = "if allowed"  # the work may still be running there: only where settings say so
 
 
@@ -297,6 +298,7 @@ class Fault(Enum):
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
     NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have made
+    CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # of one server
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
@@ -2279,6 +2281,7 @@ LINK_ENDS = (
     *range(2**16 + 4096, 2**18 + 1, 4096),
 )  # fmt: skip
 BYTES_PER_TOKEN = 4  # of English and of JSON; a ratio that is wrong everywhere misleads nobody
+ESTIMATE_ROOM = 1.5  # a prompt may have so many times as many: code, or another script
 MEDIA_MARK = b";base64,"
 MEDIA_TOKENS = 1000  # of an image, about, whatever its bytes
 MEDIA_LIMIT = 100  # pieces that are looked for
@@ -2862,8 +2865,23 @@ def says_no_engine(content: bytes) -> bool:
     return isinstance(text, str) and NO_ENGINE.match(text) is not None
 
 
+# How vLLM refuses prompts, or numbers of tokens to generate, that are too long for it.
+TOO_LONG = re.compile(r"(?i)context[ _]length|max_model_len|maximum model length")
+
+
+def exceeds_context(content: bytes) -> bool:
+    """Whether a 400 names the length of the model's context."""
+    try:
+        document = json.loads(content)
+        return TOO_LONG.search(document.get("error", document)["message"]) is not None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
 def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     """The failure that a whole plain answer admits to, which another server may not have."""
+    if status == 400:
+        return Fault.CONTEXT_LENGTH_EXCEEDED if exceeds_context(content) else None
     if status == 500:
         return Fault.ENGINE_FAILED if says_no_engine(content) else None
     return bad_end(content, notation)
@@ -3841,6 +3859,18 @@ class ServerView(NamedTuple):
         """Whether it may be asked for that model; one that has not told its models may."""
         return model is None or self.models is None or model in self.models
 
+    def context(self, model: str | None) -> float:
+        """Tokens that a prompt and its answer may have together (max_model_len); infinity where
+        it does not say.  An adapter has its base's; the first model is a server's own."""
+        models = self.models or {}
+        name = next(iter(models), None) if model is None else model
+        for _ in range(2):
+            entry = models.get(name, {}) if isinstance(name, str) else {}
+            length, name = entry.get("max_model_len"), entry.get("parent")
+            if type(length) is int and length > 0:
+                return length
+        return INFINITY
+
     def shares_models(self, other: ServerView) -> bool:
         """Whether they may run the same; a server that has not said may."""
         mine, theirs = self.models, other.models
@@ -4735,6 +4765,13 @@ class Ranking(NamedTuple):
                 for view, reason in zip(self.views, self.reasons) if not reason)  # fmt: skip
         return self.waits if self.best is None else any(well)
 
+    def as_short(self, url: str) -> frozenset[str]:
+        """The servers that take no longer prompts than this one."""
+        model = self.call.model
+        context = {view.server: view.context(model) for view in self.views if view.has(model)}
+        return frozenset(view.server for view in self.views if context.get(view.server, 0.0)
+                         <= context.get(server_of(url), INFINITY))  # fmt: skip
+
     @property
     def undecided(self) -> bool:
         """Whether a server that was not checked yet may still turn out to be the one."""
@@ -4843,11 +4880,13 @@ def obstacle(
 def narrowed(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> None:
-    """Passes over who is eligible, but not now: other pools than the one that is drawn, servers
-    without the LoRA adapter while others with it have room, higher tiers while lower ones have."""
+    """Passes over who is eligible, but not now: servers that the prompt may not fit, while it fits
+    others better; other pools than the one that is drawn, servers without the LoRA adapter while
+    others with it have room, higher tiers while lower ones have."""
 
-    now = moment.now
-    if not any(chosen_by_turns(view, now) for view in views):
+    now, tokens = moment.now, call.prompt.tokens
+    fit = tokens * ESTIMATE_ROOM > shortest_context(views, call.model)
+    if not fit and not any(chosen_by_turns(view, now) for view in views):
         return
 
     def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
@@ -4862,6 +4901,11 @@ def narrowed(
         load = view.in_flight + view.foreign(moment.now, moment.interval_s)
         return bool(load < view.limit)
 
+    if fit:
+        contexts = [view.context(call.model) for view, reason in zip(views, reasons) if not reason]
+        least = min(tokens * ESTIMATE_ROOM, max(contexts, default=0.0))
+        keep(lambda view: view.context(call.model) >= least,
+             f"has a context that may be too short for about {tokens} tokens")
     keep(lambda view: view.busy_until <= now, "said that it is busy just now")
     eligible = [view for view, reason in zip(views, reasons) if not reason]
     shares = {view.pool: view.share for view in eligible}
@@ -4883,6 +4927,11 @@ def narrowed(
 def chosen_by_turns(view: ServerView, now: float) -> bool:
     """Whether it depends on the moment, or on chance, if it is passed over for others."""
     return bool(view.pool or view.tier > 1 or view.load.adapters or view.busy_until > now)
+
+
+def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
+    """Prompts that are shorter fit every server that has the model."""
+    return min((view.context(model) for view in views if view.has(model)), default=INFINITY)
 
 
 def standing(views: list[ServerView], model: str | None, moment: Moment) -> list[str] | None:
@@ -5003,7 +5052,8 @@ Step = Relay | Pause | Wait | Settle | Answer
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
-UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT)  # the server had no work with the request
+# The server had no work with the request.
+UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED)
 BUDGET_SPAN_S = 10
 BUDGET_FLOOR = 10
 DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
@@ -5053,11 +5103,11 @@ def relay_plan(
             ranking = choose(tried)
             # Only servers that failed already are left.
             again = ranking.best is None and not ranking.waits
-            if again and failure.fault.retry is Retry.ELSEWHERE:
+            if again and failure.fault.retry in (Retry.ELSEWHERE, Retry.LARGER):
                 break
             if not is_free(failure.fault, attempt - 1, ranking) and not afford():
                 break
-            if again or failure.fault.retry is not Retry.AT_ONCE:
+            if again or failure.fault.retry not in (Retry.AT_ONCE, Retry.LARGER):
                 yield Pause(backoff_s(attempt - 2, s, draw))
                 ranking = choose(frozenset() if again else tried)
         best = ranking.best
@@ -5078,6 +5128,8 @@ def relay_plan(
         if not may_retry(failure.fault, s) or attempt > s.max_retries:
             break
         tried |= {server_of(best)}  # not another engine of the same server, either
+        if failure.fault.retry is Retry.LARGER:
+            tried |= ranking.as_short(best)
     yield Answer(failure)
 
 
@@ -9719,8 +9771,9 @@ class Core:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.policies = Policies(settings)  # of the settings in force, which replace it
-        # Reasons to pass over servers, by model, and which change of the fleet they follow from.
-        self._standings: dict[str | None, list[str] | None] = {}
+        # Reasons to pass over servers and the shortest context, by model, and which change of the
+        # fleet they follow from.
+        self._standings: dict[str | None, tuple[list[str] | None, float]] = {}
         self._standings_of = -1
         self.live = Live()
         self.minutes: dict[str, Minute] = {}  # by server
@@ -9789,8 +9842,11 @@ class Core:
             known.clear()
             self._standings_of = self.fleet.changes
         if call.model not in known:
-            known[call.model] = standing(self.fleet.views(), call.model, moment)
-        return known[call.model]
+            views = self.fleet.views()
+            known[call.model] = (standing(views, call.model, moment),
+                                 shortest_context(views, call.model))  # fmt: skip
+        reasons, context = known[call.model]
+        return reasons if call.prompt.tokens * ESTIMATE_ROOM <= context else None
 
     def moment(self, s: Settings, now: float, model: str | None) -> Moment:
         """For a request that came under these settings; a queue that was given up since then holds
@@ -9923,6 +9979,9 @@ class Errand(Protocol):
     def let_go(self) -> None:
         """Of the content: there can be no other attempt."""
 
+    def has_larger(self, url: str) -> bool:
+        """Whether another server takes longer prompts than this one."""
+
 
 # Where the status alone would not tell what was wrong.
 WHAT_IT_DID: dict[Fault | None, str] = {
@@ -10053,6 +10112,7 @@ class Conversation(Attempt):
             held += decoder.feed(wire.take())
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
         whole = head.status in (500, 503) or short or self.errand.response.opened
+        whole = whole or (head.status == 400 and self.errand.has_larger(self.server))
         named = self.errand.response.notation is Notation.RESPONSE
         limit = RESPONSE_START_BYTES if named else 0
         if fault or whole:
@@ -10064,7 +10124,10 @@ class Conversation(Attempt):
         said = bytes(held)
         if fault is not Fault.DECLINED and says_busy(head, said):
             return Fault.SERVER_BUSY, said
-        return fault or bad_answer(head.status, said, self.errand.response.notation), said
+        fault = fault or bad_answer(head.status, said, self.errand.response.notation)
+        if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not self.errand.has_larger(self.server):
+            return None, said
+        return fault, said
 
     async def first_event(
         self, wire: Wire, decoder: Decoder, deadline: float, shows: bool
@@ -10304,6 +10367,11 @@ class Exchange:
     def explained(self) -> Reply:
         """How a server would be chosen now."""
         return Reply(200, json.dumps(explain_report([self.choose(frozenset())])).encode())
+
+    def has_larger(self, url: str) -> bool:
+        ranking = self.ranking
+        return ranking is not None and len(ranking.as_short(url)) < len(
+            {view.server for view in ranking.views})
 
     async def pause(self, step: Pause) -> Outcome:
         await asyncio.sleep(step.seconds)

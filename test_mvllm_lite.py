@@ -179,7 +179,9 @@ def test_every_fault_is_a_row_of_its_own():
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda f: f.label)
 def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
     if fault.status < 500 and fault not in (Fault.SERVER_BUSY, Fault.NOT_THERE, Fault.QUEUE_FULL):
-        assert fault.blame is Blame.CLIENT and fault.retry is Retry.NEVER
+        differs = fault is Fault.CONTEXT_LENGTH_EXCEEDED  # from server to server
+        assert fault.blame is Blame.CLIENT
+        assert fault.retry is (Retry.LARGER if differs else Retry.NEVER)
     if fault.blame is Blame.SERVER:
         assert fault.status in (502, 504)
 
@@ -663,7 +665,8 @@ def test_max_forwards_that_is_no_number_is_refused(said):
     ("a plain answer may be compressed", CODED, False, ["gzip, br"]),
     ("a stream may not", CODED, True, ["identity"]),
     ("nor where the client says nothing, RFC 9110 12.5.3", "Host: a", True, ["identity"]),
-    ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False, ["identity"]),
+    ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False,
+     ["identity"]),
     ("nor where it is said twice", f"{CODED}\nAccept-Encoding: zstd", True, ["identity"]),
 ))  # fmt: skip
 def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
@@ -1567,7 +1570,8 @@ def test_nor_in_large_content(body, named):
 
 # Compressed content.
 
-PLAIN = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 50_000}]}).encode()
+PLAIN = json.dumps({"model": "m", "messages": [{"content": "word " * 50_000}]}).encode()
+NOISE = random.Random(1).randbytes(65536 + 1)
 BARE = zlib.compressobj(wbits=-15)
 BARE_DEFLATE = BARE.compress(PLAIN) + BARE.flush()
 
@@ -1584,10 +1588,11 @@ def decoded(content, coding, limit=1 << 20):
     ("gzip", gzip.compress(PLAIN), "gzip", PLAIN),
     ("its old name", gzip.compress(PLAIN), "x-gzip", PLAIN),
     ("gzip of nothing", gzip.compress(b""), "gzip", b""),
-    ("a byte more than a slice is read", gzip.compress(random.Random(1).randbytes(65536 + 1)), "gzip", random.Random(1).randbytes(65537)),
-    ("files one behind the other, RFC 1952 2.2", gzip.compress(PLAIN) + gzip.compress(b"x"), "gzip", PLAIN + b"x"),
-    ("a file that ends with a slice", gzip.compress(random.Random(1).randbytes(65536 - 28), 0) + gzip.compress(b"x"), "gzip",
-     random.Random(1).randbytes(65536 - 28) + b"x"),
+    ("a byte more than a slice is read", gzip.compress(NOISE), "gzip", NOISE),
+    ("files one behind the other, RFC 1952 2.2", gzip.compress(PLAIN) + gzip.compress(b"x"),
+     "gzip", PLAIN + b"x"),
+    ("a file that ends with a slice", gzip.compress(NOISE[:-29], 0) + gzip.compress(b"x"), "gzip",
+     NOISE[:-29] + b"x"),
     ("deflate is the zlib format, RFC 9110 8.4.1.2", zlib.compress(PLAIN), "deflate", PLAIN),
     ("at another level", zlib.compress(PLAIN, 1), "deflate", PLAIN),
     ("though some send it bare", BARE_DEFLATE, "deflate", PLAIN),
@@ -1843,12 +1848,39 @@ LOADS = table(
 )  # fmt: skip
 
 
+TOO_LONG = ("This model's maximum context length is 2048 tokens. However, your prompt contains at"
+            " least 2049 input tokens, which exceeds this limit even without any output tokens."
+            " (parameter=input_tokens, value=2049)")  # fmt: skip
+TOO_LONG_ERROR = {"error": {"message": TOO_LONG, "param": "input_tokens", "code": 400}}
+
+
+@pytest.mark.parametrize("status, said, longer", table(
+    ("a prompt", 400, TOO_LONG_ERROR, True),
+    ("tokens to generate", 400, {"error": {
+        "message": "max_tokens=99999 cannot be greater than max_model_len=2048. Please"}}, True),
+    ("an older form", 400, {"object": "error", "message": TOO_LONG}, True),
+    ("a multimodal prompt", 400, {"error": {"message": "The decoder prompt (length 3000) is longer"
+                                            " than the maximum model length of 2048"}}, True),
+    ("another error", 400, {"error": {"message": "max_tokens must be at least 1"}}, False),
+    ("not in the message", 400, {"error": {"message": "no", "param": "context length"}}, False),
+    ("another status", 422, TOO_LONG_ERROR, False),
+    ("no message", 400, {"error": "context length"}, False),
+    ("no error", 400, ["context length"], False),
+))  # fmt: skip
+def test_a_400_that_a_server_with_a_longer_context_would_not_give(status, said, longer):
+    found = lite.bad_answer(status, json.dumps(said).encode(), lite.Notation.CHOICES)
+    assert found is (Fault.CONTEXT_LENGTH_EXCEEDED if longer else None)
+
+
 @pytest.mark.parametrize("content, comments, rest", table(
     ("nothing", b"", b"", b""),
     ("one", b": a\n\n", b": a\n\n", b""),
-    ("several, of more lines, with other line ends", b": a\n: b\n\n:\r\n\r\n", b": a\n: b\n\n:\r\n\r\n", b""),
-    ("between events", b"event: x\n\n: a\n\n: b\n\nevent: y\n\n", b": a\n\n: b\n\n", b"event: x\n\nevent: y\n\n"),
-    ("after an event with other line ends", b"event: 1\r\n\r\n: a\r\n\r\n", b": a\r\n\r\n", b"event: 1\r\n\r\n"),
+    ("several, of more lines, with other line ends", b": a\n: b\n\n:\r\n\r\n",
+     b": a\n: b\n\n:\r\n\r\n", b""),
+    ("between events", b"event: x\n\n: a\n\n: b\n\nevent: y\n\n", b": a\n\n: b\n\n",
+     b"event: x\n\nevent: y\n\n"),
+    ("after an event with other line ends", b"event: 1\r\n\r\n: a\r\n\r\n", b": a\r\n\r\n",
+     b"event: 1\r\n\r\n"),
     ("not yet whole", b": a\n\n: b\n", b": a\n\n", b": b\n"),
     ("a part of an event stays there", b": a\ndata: 1\n\n", b"", b": a\ndata: 1\n\n"),
     ("at its end, too", b"data: 1\n: a\n\n", b"", b"data: 1\n: a\n\n"),
@@ -4066,7 +4098,8 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
         *[calm] * 4,
         lambda url: fleet.judge(url, lite.Health.become, draw.choice(list(State)), "x", now),
         lambda url: fleet.judge(url, lite.Health.failed, "x", True, now, Settings(failure_threshold=1, breaker_open_time=0.3)),
-        lambda url: fleet.learned(url, {name: {} for name in draw.sample("mno", 2)}, now),
+        lambda url: fleet.learned(url, {name: {"max_model_len": draw.choice((None, 2000, 8000))}
+                                        for name in draw.sample("mno", 2)}, now),
         lambda url: fleet.busy(url, now),
         lambda url: fleet.scraped(url, lite.EngineLoad(1, 0, 0.0, adapters=frozenset(draw.choice(("", "m")))), 0, now),
         lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16, tier=draw.choice((1, 1, 1, 2))) for n in range(4)], now, drained={url}),
@@ -4078,7 +4111,8 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
         draw.choice(changes)(f"s{draw.randrange(4)}")
         now += draw.choice((0.0, 0.0, 0.1))
         for model in ("m", "n", None):
-            call, moment = lite.Call(model), lite.Moment(now, 0.5)
+            call = lite.Call(model, prompt=lite.Prompt(draw.choice((0, 1500, 9000))))
+            moment = lite.Moment(now, 0.5)
             if (reasons := core.standing(call, frozenset(), moment)) is not None:
                 fresh = lite.passed_over(fleet.views(), model, frozenset(), moment)
                 lite.narrowed(fleet.views(), fresh, call, moment, draw)
@@ -4513,6 +4547,55 @@ def test_a_session_stays_with_its_pool():
     assert [round(shares[name] / 400, 1) for name in ("a", "b", "")] == [0.3, 0.2, 0.5]
 
 
+ADAPTED = {"base": {"max_model_len": 4096}, "m": {"max_model_len": None, "parent": "base"}}
+
+
+@pytest.mark.parametrize("models, model, context", table(
+    ("as it says", {"m": {"max_model_len": 2048}}, "m", 2048),
+    ("it does not say", {"m": {}}, "m", math.inf),
+    ("it has not told its models", None, "m", math.inf),
+    ("an adapter has its base's", ADAPTED, "m", 4096),
+    ("no model is named: the server's own", ADAPTED, None, 4096),
+    ("no model at all", {}, None, math.inf),
+    ("nonsense", {"m": {"max_model_len": "8", "parent": ["m"]}}, "m", math.inf),
+    ("no length", {"m": {"max_model_len": True, "parent": "m"}}, "m", math.inf),
+))  # fmt: skip
+def test_the_longest_prompt_that_a_server_takes(models, model, context):
+    assert server(0, models=models).context(model) == context
+
+
+@pytest.mark.parametrize("lengths, tokens, asked", table(
+    ("a short prompt: all", (2000, 8000), 1000, {"s0", "s1"}),
+    ("a long one: whom it fits", (2000, 8000), 3000, {"s1"}),
+    ("with room for the error of our estimate", (2000, 8000), 1400, {"s1"}),
+    ("it fits several", (2000, 8000, 9000), 3000, {"s1", "s2"}),
+    ("nobody surely: the longest", (2000, 8000, 4000), 90_000, {"s1"}),
+    ("who does not say may", (2000, None), 3000, {"s1"}),
+    ("all are alike", (2000, 2000), 90_000, {"s0", "s1"}),
+    ("no prompt that we can see", (2000, 8000), 0, {"s0", "s1"}),
+))  # fmt: skip
+def test_a_long_prompt_goes_to_a_server_that_it_fits(lengths, tokens, asked):
+    views = [server(n, models={"m": {"max_model_len": length}}) for n, length in enumerate(lengths)]
+    rankings = [judged(views, "random", tokens=tokens, draw=random.Random(n)) for n in range(40)]
+    assert {ranking.best for ranking in rankings} == asked
+    reasons = {row.url: row.reason for row in rankings[0].candidates() if row.url not in asked}
+    assert all("context" in reason and f"{tokens} tokens" in reason for reason in reasons.values())
+
+
+def test_a_prompt_that_nobody_else_can_take_goes_to_a_server_that_it_may_not_fit():
+    small = server(0, models={"m": {"max_model_len": 2000}})
+    down, other = server(1, state=State.UNHEALTHY), server(2, models={"n": {"max_model_len": 9000}})
+    ranking = judged([small, down, other], tokens=9000)
+    assert ranking.best == "s0" and ranking.as_short("s0") == {"s0", "s2"}
+
+
+def test_who_fits_comes_before_pools_and_tiers():
+    lengths = {"s0": 2000, "s1": 8000}
+    views = [server(n, models={"m": {"max_model_len": lengths[f"s{n}"]}}, **more)
+             for n, more in enumerate(({"pool": "a", "share": 99.0}, {"tier": 2, "share": 1.0}))]
+    assert {judged(views, tokens=3000, draw=random.Random(n)).best for n in range(20)} == {"s1"}
+
+
 TIERS = table(  # capacity and in flight of servers of tiers 1, 1, 2, 3: who may be asked
     ("the first", (4, 4, 4, 4), (0, 0, 0, 0), {"s0", "s1"}),
     ("the first, as long as one has room", (4, 4, 4, 4), (4, 3, 0, 0), {"s0", "s1"}),
@@ -4665,7 +4748,8 @@ def outcome(word):
         return lite.Outcome(place=word.removesuffix("s") if word == "s" else word)
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
-              "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE}  # fmt: skip
+              "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE,
+              "long": Fault.CONTEXT_LENGTH_EXCEEDED}  # fmt: skip
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
@@ -4731,6 +4815,24 @@ PLANS = table(
 @pytest.mark.parametrize("capacities, outcomes, settings, steps", PLANS)
 def test_plans(capacities, outcomes, settings, steps):
     assert play(fleet_of(*capacities), outcomes, **settings) == steps
+
+
+@pytest.mark.parametrize("lengths, outcomes, settings, steps", table(
+    ("the next that takes more, at once and free", (2000, 2000, 8000), ["long!", "ok"],
+     {"affordable": 0}, ["ask s0", "ask s2"]),
+    ("and the next", (2000, 8000, 4000, 9000), ["long!", "long!", "ok"], {"affordable": 0},
+     ["ask s0", "ask s1", "ask s3"]),
+    ("who does not say may take more", (2000, None), ["long!", "ok"], {}, ["ask s0", "ask s1"]),
+    ("nobody takes more", (2000, 2000), ["long!"], {},
+     ["ask s0", "answer context_length_exceeded as held"]),
+    ("no retries wanted", (2000, 8000), ["long!"], {"max_retries": 0},
+     ["ask s0", "answer context_length_exceeded as held"]),
+))  # fmt: skip
+def test_what_is_too_long_for_a_server_goes_to_larger_ones(lengths, outcomes, settings, steps):
+    fleet = fleet_of(*range(len(lengths), 0, -1))
+    for n, length in enumerate(lengths):
+        fleet.learned(f"s{n}", {"m": {"max_model_len": length}}, 0.0)
+    assert play(fleet, outcomes, **settings) == steps
 
 
 ROOM = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
@@ -6996,9 +7098,13 @@ async def test_nothing_is_written_behind_a_gap():
     ("deflate", "deflate", zlib.compress),
     ("both", "deflate, gzip", lambda content: gzip.compress(zlib.compress(content))),
 ))  # fmt: skip
-@pytest.mark.parametrize("content", [b'{"model":"alias","stream":false}', PLAIN.replace(b'"m"', b'"alias"'), b""], ids=["small", "large", "empty"])
+@pytest.mark.parametrize("content", table(
+    ("small", b'{"model":"alias","stream":false}'),
+    ("large", PLAIN.replace(b": ", b":").replace(b'"m"', b'"alias"')),
+    ("none", b""),
+))  # fmt: skip
 @asynchronous
-async def test_a_compressed_request_is_read_and_arrives_as_a_server_can_read_it(coding, pack, content):
+async def test_a_compressed_request_arrives_as_its_server_can_read_it(coding, pack, content):
     a, b = Server(models=["a"]), Server(models=["b"])
     async with balancing(a, b, aliases={"alias": "b"}) as running:
         for _ in range(3):
@@ -7008,7 +7114,7 @@ async def test_a_compressed_request_is_read_and_arrives_as_a_server_can_read_it(
         assert running.core.buffered_bytes == 0
     came = b.asked if content else a.asked + b.asked
     assert len(came) == 3 and not any(asked.get("content-encoding") for asked in came)
-    assert [asked.body.replace(b": ", b":") for asked in came] == [content.replace(b"alias", b"b").replace(b": ", b":")] * 3
+    assert [asked.body for asked in came] == [content.replace(b"alias", b"b")] * 3
 
 
 @asynchronous
@@ -7016,31 +7122,37 @@ async def test_a_compressed_request_may_come_in_chunks():
     packed = gzip.compress(PLAIN)
     async with balancing(server := Server()) as running:
         client = await running.client()
-        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\n"
+                          b"Transfer-Encoding: chunked\r\n\r\n"
                           + chunk(packed[:20]) + chunk(packed[20:]) + b"0\r\n\r\n")  # fmt: skip
         assert (await client.answer()).status == 200
-        assert server.asked[0].body == PLAIN and server.asked[0].get("content-length") == [str(len(PLAIN))]
+    (asked,) = server.asked
+    assert asked.body == PLAIN and asked.get("content-length") == [str(len(PLAIN))]
 
 
 @pytest.mark.parametrize("fields, body, status, label, named", table(
     ("unknown", ["Content-Encoding: br"], b"x", 415, "unsupported_coding", "'br'"),
-    ("unknown, nobody waits for its content", ["Content-Encoding: br", "Expect: 100-continue"], b"x", 415, "unsupported_coding", "'br'"),
-    ("a bomb", ["Content-Encoding: gzip"], gzip.compress(bytes(10 << 20)), 413, "content_too_large", "max_body_bytes"),
-    ("a bomb in a bomb", ["Content-Encoding: gzip, gzip"], gzip.compress(gzip.compress(bytes(100 << 20))), 413,
+    ("unknown, nobody waits for its content", ["Content-Encoding: br", "Expect: 100-continue"],
+     b"x", 415, "unsupported_coding", "'br'"),
+    ("a bomb", ["Content-Encoding: gzip"], gzip.compress(bytes(10 << 20)), 413,
      "content_too_large", "max_body_bytes"),
+    ("a bomb in a bomb", ["Content-Encoding: gzip, gzip"],
+     gzip.compress(gzip.compress(bytes(100 << 20))), 413, "content_too_large", "max_body_bytes"),
     ("not gzip", ["Content-Encoding: gzip"], b"x" * 99, 400, "bad_request", "gzip"),
-    ("words that are not for clients", ["Content-Encoding: gzip"], gzip.compress(b'{"kv_transfer_params":{}}'), 400,
-     "bad_request", "kv_transfer_params"),
+    ("words that are not for clients", ["Content-Encoding: gzip"],
+     gzip.compress(b'{"kv_transfer_params":{}}'), 400, "bad_request", "kv_transfer_params"),
 ))  # fmt: skip
 @asynchronous
 async def test_compressed_requests_that_are_refused(fields, body, status, label, named):
     async with balancing(server := Server(), max_body_bytes=1 << 20) as running:
         got = await (await running.client()).post(body=body, fields=fields)
-        assert (got.status, got.get("x-mvllm-error")) == (status, label) and named in got.error["message"]
+        assert (got.status, got.get("x-mvllm-error")) == (status, label)
+        assert named in got.error["message"]
         if status == 415:
             assert got.get("accept-encoding").startswith("gzip, deflate")
         assert running.core.buffered_bytes == 0 and not server.asked
-        assert (await (await running.client()).get("/v1/x", ["Content-Encoding: br"])).status == 200  # of nothing
+        got = await (await running.client()).get("/v1/x", ["Content-Encoding: br"])  # of nothing
+        assert got.status == 200
 
 
 @asynchronous
@@ -7049,7 +7161,8 @@ async def test_what_compressed_requests_grow_to_counts_as_held():
         first = await running.client()
         await first.ask("POST", "/v1/x", gzip.compress(PLAIN), ["Content-Encoding: gzip"])
         await server.came.wait()
-        got = await (await running.client()).post(body=gzip.compress(PLAIN * 2), fields=["Content-Encoding: gzip"])
+        second, packed = await running.client(), gzip.compress(PLAIN * 2)
+        got = await second.post(body=packed, fields=["Content-Encoding: gzip"])
         assert (got.status, got.get("x-mvllm-error")) == (503, "too_much_content")
         gated.let(1)
         assert (await first.answer()).status == 200
@@ -7362,7 +7475,8 @@ async def test_a_compressed_stream_that_never_begins_is_asked_of_another():
     first = Server(empty)
     first.capacity = 1000
     async with balancing(first, second := Server()) as running:
-        assert (await (await running.client()).post(body=b'{"stream":true}')).get("x-mvllm-server") == second.url
+        got = await (await running.client()).post(body=b'{"stream":true}')
+        assert got.get("x-mvllm-server") == second.url
 
 
 BEAT = b": keep-alive\n\n"
@@ -7397,7 +7511,8 @@ async def test_comments_before_a_stream_s_first_event_are_shown_and_commit_to_no
                          cors_allowed_origins=("*",)) as running:
         client, raw = await seen_comment(running, ["Origin: http://a"])
         head = raw.partition(b"\r\n\r\n")[0].lower()
-        assert head.startswith(b"http/1.1 200") and b"text/event-stream" in head and b"allow-origin" in head
+        assert head.startswith(b"http/1.1 200")
+        assert b"text/event-stream" in head and b"allow-origin" in head
         assert not re.search(b"uvicorn|x-mvllm-server|response.created", raw)
         go.set()
         if then in ("goes on", "another", "an error event"):
@@ -7410,7 +7525,8 @@ async def test_comments_before_a_stream_s_first_event_are_shown_and_commit_to_no
             assert not raw.endswith(b"0\r\n\r\n")
             assert ends["error"] in raw if then == "error" else b"broke off" in raw
         await running.quiet()
-        assert [len(server.asked) for server in (first, second)] == [1, then in ("another", "error", "nobody")]
+        both = then in ("another", "error", "nobody")
+        assert [len(server.asked) for server in (first, second)] == [1, both]
 
 
 @asynchronous
@@ -8831,6 +8947,46 @@ async def test_settings_decide_at_any_time_whether_capacity_is_enforced():
 
 
 # How a server is chosen, and why.
+
+def small_and_large():
+    """Two servers of one model; the one that is asked first takes 2,048 tokens."""
+    async def too_long(asked, conn):
+        await conn.json(TOO_LONG_ERROR, "400 Bad Request", "server: small\r\n")
+
+    def server(answer, length):
+        return Server(answer, **{"/v1/models": {"data": [{"id": "m", "max_model_len": length}]}})
+
+    small, large = server(too_long, 2048), server(echo, 32768)
+    small.capacity = 1000
+    return small, large
+
+
+@asynchronous
+async def test_a_prompt_that_turns_out_too_long_is_answered_by_a_larger_server():
+    small, large = small_and_large()
+    async with balancing(small, large, retry_budget=0) as running:
+        for _ in range(20):
+            got = await (await running.client()).post(body=b'{"model":"m","messages":[]}')
+            assert (got.status, got.get("x-mvllm-server")) == (200, large.url)
+        assert len(small.asked) == 20 and running.states() == ["healthy"] * 2
+        long = json.dumps({"model": "m", "messages": [{"content": "word " * 5000}]}).encode()
+        got = await (await running.client()).post(body=long, fields=["X-MVLLM-Why: 1"])
+        assert got.status == 200 and len(small.asked) == 20  # it was not even asked
+        told = (await (await running.client()).post("/explain", body=long)).body.decode()
+        assert "context that may be too short for about" in told
+
+
+@pytest.mark.parametrize("why", ["it is the only one", "the larger one is down"])
+@asynchronous
+async def test_a_prompt_that_fits_nobody_is_refused_in_its_server_s_words(why):
+    small, large = small_and_large()
+    async with balancing(small, *[large] * (why != "it is the only one")) as running:
+        if why != "it is the only one":
+            running.core.judge(large.url, lite.Health.become, State.UNHEALTHY, "x", 0.0)
+        got = await (await running.client()).post(body=b'{"model":"m","stream":true}')
+        assert got.status == 400 and got.json == TOO_LONG_ERROR and got.get("server") == "small"
+        assert got.get("x-mvllm-error") is None and len(small.asked) == 1 and not large.asked
+
 
 CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 1000}]}).encode()
 
