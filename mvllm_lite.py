@@ -293,6 +293,7 @@ class Fault(Enum):
     SERVER_GONE = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     BAD_ANSWER = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     SERVER_SILENT = 504, Blame.SERVER, Retry.IF_ALLOWED, "GatewayTimeoutError"
+    SERVER_SLOW = 504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError"  # it works, on others
     # A server answered, with a failure of its own; it is shown as it came if nobody does better.
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
@@ -3583,12 +3584,15 @@ class Health(NamedTuple):
     shaky: bool = False  # the window took it out, and it was not away since then
     checked_at: float | None = None
     checks: int = 0
+    reached: bool = False  # by the last check: it answered, or kept the connection without a word
 
     @property
     def answers(self) -> bool:
-        """Whether it can be asked where there is no other: only its circuit keeps it out."""
-        kept_out = self.open_until is not None and not (self.failures or self.frozen)
-        return self.state is State.HEALTHY or kept_out
+        """Whether it can be asked where there is no other: only its circuit keeps it out, or
+        checks that hang, are slow or answer an error."""
+        if self.state is State.UNHEALTHY and not self.frozen:
+            return self.reached or (self.open_until is not None and not self.failures)
+        return self.state is State.HEALTHY
 
     def circuit(self, now: float) -> str:
         if self.open_until is None:
@@ -3615,8 +3619,11 @@ class Health(NamedTuple):
             state=state, reason=reason, since=now, successes=0, request_failures=(),
             open_until=None, trials=0, frozen=False, shaky=False)
 
-    def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
-        """After one more check; `why` names a problem, also with a check that passed."""
+    def checked(
+        self, passed: bool, seconds: float, why: str, now: float, s: Settings, reached: bool = False
+    ) -> Health:
+        """After one more check; `why` names a problem, also with a check that passed.  One that
+        failed may still have `reached` a server that could answer requests."""
         in_time = seconds <= s.health_check_max_response_time
         health = self._replace(
             window=(*self.window, (passed, seconds))[-s.health_check_window_size :],
@@ -3625,6 +3632,7 @@ class Health(NamedTuple):
             checked_at=now,
             checks=self.checks + 1,
             problem=self.problem if passed else why,
+            reached=passed or reached,
         )
         away = health.failures >= s.health_check_consecutive_failures
         good = f"check {'passed, but ' if passed else 'failed: '}{why}" if why else "check passed"
@@ -3643,6 +3651,11 @@ class Health(NamedTuple):
             return health
         why = f"a check took {seconds:.1f} s" if passed else why
         return health.become(State.UNHEALTHY, why, now)
+
+    def excused(self, now: float) -> Health:
+        """After a check that hung while answers flowed: it says nothing of a healthy server."""
+        why = "its checks hang, its answers flow"
+        return self._replace(reason=why, checked_at=now, checks=self.checks + 1)
 
     def limit_met(self, s: Settings) -> str:
         """Which limit the checks have met, in words, or ''."""
@@ -3673,7 +3686,8 @@ class Health(NamedTuple):
         why = f"{len(times)} requests failed in a row: " * (len(times) > 1) + why
         if reached:
             return self.opened(f"circuit open: {why}", now, s)
-        return self.become(State.UNHEALTHY, why, now)._replace(failures=self.failures + 1)
+        health = self.become(State.UNHEALTHY, why, now)
+        return health._replace(failures=self.failures + 1, reached=False)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
         """With its circuit open from now on."""
@@ -3902,6 +3916,13 @@ class Work(NamedTuple):
     since: float  # when the first of them came
     moved_at: float  # when the last piece of any of its answers came
     unanswered_bytes: int  # content of requests that have not begun their answer
+
+
+def moves(view: ServerView, streams_at: float, within_s: float, now: float, s: Settings) -> bool:
+    """Whether its engine works: its token counters or streams from it have moved within that time,
+    or within that of a few reports."""
+    since = min(now - within_s, oldest_report(now, s.metrics_interval))
+    return max(view.progress_at, streams_at) > since
 
 
 def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
@@ -4211,6 +4232,7 @@ class Fleet:
         memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
         memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
         began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
+        moved = load.tokens != before.tokens and None not in (load.tokens, before.tokens)
         trust, pace_s, learned, speed = view.trust, view.pace_s, view.learned, view.speed
         hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
         if began_anew or load.asleep:
@@ -4229,8 +4251,8 @@ class Fleet:
             if speed and view.speed_at < view.load_at and (usual := self.usual_speed(view)):
                 speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
         self._views[url] = view._replace(
-            load=load, load_at=now, load_trouble="", own_then=own_then, trust=trust, pace_s=pace_s, learned=learned,
-            speed=speed, progress_at=now if load.tokens != before.tokens else view.progress_at,
+            load=load, load_at=now, load_trouble="", own_then=own_then, trust=trust, pace_s=pace_s,
+            learned=learned, speed=speed, progress_at=now if moved else view.progress_at,
         )  # fmt: skip
         return hits if before.prefix_hits is not None else 0
 
@@ -4835,11 +4857,11 @@ def passed_over(
     views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
 ) -> list[str]:
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
-    is asked only when no other is known to have this one; and when nothing but open circuits
-    keeps the last ones out, they are asked after all."""
+    is asked only when no other is known to have this one; and when nothing but open circuits or
+    troubled checks keep the last ones out, they are asked after all."""
     trials = {view.server for view in views if view.on_trial}
     reasons = [obstacle(view, model, tried, moment, trials) for view in views]
-    if all(reasons) and any(view.health.open_until is not None for view in views):
+    if all(reasons) and any(view.health.answers and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
         if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
             return [obstacle(view, model, tried, moment, trials, True) and reason
@@ -4855,16 +4877,16 @@ def obstacle(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
 ) -> str:  # fmt: skip
-    """The reason why one server is not eligible by itself, or ''.  One whose circuit is open is
-    not, unless it is `needed`, or the circuit is half-open and no other request on trial: those
-    servers are in `trials`."""
+    """The reason why one server is not eligible by itself, or ''.  One that is not healthy and
+    might answer is not, unless it is `needed`, or its circuit is half-open and no other request
+    on trial: those servers are in `trials`."""
     health = view.health
     if not view.open:
         return ("is draining" if view.draining else "was drained by hand" if view.drained
                 else "has weight 0")  # fmt: skip
     if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
-        if not (health.answers and (needed or trial)):
+        if not (health.answers and (needed or trial and not health.failures)):
             return f"is {health.state.value} ({health.reason})"
     if not view.has(model):
         return f"does not serve {shown(model)}"
@@ -5431,11 +5453,12 @@ def models_report(
 
 
 def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
-    """GET /readiness: 503 when a request would find no server, or the balancer is stopping."""
+    """GET /readiness: 503 when a request would find no server, or the balancer is stopping;
+    degraded when it would find only such as are asked as a last resort."""
     healthy = sum(view.healthy and view.available for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
     if any(view.available for view in views) and not stopping:
-        return 200, {"status": "ready", **counts}
+        return 200, {"status": "ready" if healthy else "degraded", **counts}
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
 
@@ -9855,6 +9878,17 @@ class Core:
         return Moment(now, s.metrics_interval, enforced, s.slow_start,
                       self.fleet.steady_since(model))  # fmt: skip
 
+    def moves(self, url: str, within_s: float) -> bool:
+        """Whether the engine of a server, or any of its engines, works: see `moves`."""
+        now, s = asyncio.get_running_loop().time(), self.settings
+        return any(moves(view, self.streams_at(view.url), within_s, now, s)
+                   for view in self.fleet.engines(url))  # fmt: skip
+
+    def streams_at(self, url: str) -> float:
+        """When a piece of a streamed answer came last, of those that it is giving."""
+        pumps = (attempt.pump for attempt in self.attempts.get(url, ()))
+        return max((pump.moved_at for pump in pumps if pump is not None), default=-INFINITY)
+
     def has_place(self) -> bool:
         """Whether any server could take a request more."""
         now = asyncio.get_running_loop().time()
@@ -10020,8 +10054,11 @@ class Conversation(Attempt):
             theirs = bad.fault.blame is Blame.SERVER
             return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
         except TimeoutError:
+            attempts.discard(self)  # others are asked what they have seen
+            works = self.core.moves(self.server, s.request_timeout / 2)
             text = f"the server said nothing for {s.request_timeout:g} s"
-            return Outcome(Fault.SERVER_SILENT, text, response.begun)
+            fault = Fault.SERVER_SLOW if works else Fault.SERVER_SILENT
+            return Outcome(fault, text, response.begun)
         finally:
             attempts.discard(self)
             if not attempts:
@@ -10682,6 +10719,8 @@ class Check(NamedTuple):
     seconds: float
     why: str = ""
     models: Models | None = None
+    reached: bool = True  # it answered, if with an error, or kept the connection
+    hung: bool = False
 
 
 async def check_server(
@@ -10702,10 +10741,12 @@ async def check_server(
         seconds = loop.time() - begun
         status, content = await fetch(pool, "/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
-        ours = error.fault is Fault.NO_RESOURCES
-        return None if ours else Check(False, loop.time() - begun, str(error))
+        ours, seconds = error.fault is Fault.NO_RESOURCES, loop.time() - begun
+        hung = error.fault is Fault.CONNECT_TIMEOUT
+        return None if ours else Check(False, seconds, str(error), None, False, hung)
     except TimeoutError:
-        return Check(False, loop.time() - begun, f"no answer to a check within {timeout_s:g} s")
+        why, seconds = f"no answer to a check within {timeout_s:g} s", loop.time() - begun
+        return Check(False, seconds, why, hung=True)
     models = model_list(content, pool.name) if status == 200 else None
     if models is not None:
         return Check(True, seconds, "", models)
@@ -10733,10 +10774,19 @@ async def watch_health(core: Core, url: str) -> None:
             if found is not None and found.models is not None:
                 core.fleet.learned(url, found.models, loop.time())
             if found is not None and active:
-                core.judge(url, Health.checked, *found[:3], loop.time(), s)
+                note_check(core, url, found, begun)
         if not active:
             core.judge(url, Health.rested, loop.time(), s)
         await asyncio.sleep(min(s.health_check_interval, INFINITY if active else 1.0))
+
+
+def note_check(core: Core, url: str, found: Check, begun: float) -> None:
+    """Judge a server by a check.  One that hung while answers flowed takes no server out."""
+    now, views = asyncio.get_running_loop().time(), core.fleet.engines(url)
+    if found.hung and views and views[0].healthy and core.moves(url, now - begun):
+        core.judge(url, Health.excused, now)
+        return
+    core.judge(url, Health.checked, *found[:3], now, core.settings, found.reached)
 
 
 async def in_turns(work: Generator[None, None, Result]) -> Result:
@@ -10814,7 +10864,7 @@ async def watch_progress(core: Core, url: str) -> None:
             continue
         work = Work(
             len(waiting), min((a.begun_at for a in waiting), default=now),
-            max((a.pump.moved_at for a in attempts if a.pump is not None), default=-INFINITY),
+            core.streams_at(view.url),
             sum(a.content_bytes for a in waiting if a.pump is None),
         )  # fmt: skip
         if why := standstill(view, work, now, s):
@@ -11171,7 +11221,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
         return Reply(503, error_body(Fault.NO_RESOURCES, "It could not be asked now."))
     if found.models is not None:
         core.fleet.learned(server, found.models, now)
-    core.judge(server, Health.checked, found.passed, found.seconds, found.why, now, s)
+    note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
     core.tell()
     state = [state_word(view, now) for view in core.fleet.engines(server)]

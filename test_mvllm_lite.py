@@ -2614,6 +2614,86 @@ def test_the_load_of_others(load, own, age, expected):
     assert fleet.views()[0].foreign(100.0 + age, 0.5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("script, answers", table(
+    ("checks that hang or answer an error", "+hhh", True),
+    ("from the start", "h", True),
+    ("refused connections", "+---", False),
+    ("refused in the end", "+hhh-", False),
+    ("somebody is there again", "+---h", True),
+    ("checks that are too slow", "+sss", True),
+    ("nobody could be reached by requests", "+hhhuu", True),
+    ("nor was by the last request", "+uu", False),
+    ("an open circuit besides", "+ffh", True),
+    ("an open circuit and a refused check", "+ff-", False),
+    ("a frozen engine behind checks that hang", "+zh", False),
+    ("healthy", "+h", True),
+    ("not checked yet", "", False),
+))  # fmt: skip
+def test_who_is_asked_as_a_last_resort(script, answers):
+    s, health = Settings(), lite.Health(State.CHECKING, "", 0.0)
+    for now, letter in enumerate(script):
+        if letter in "+-hs":
+            passed, seconds = letter in "+s", 99.0 if letter == "s" else 0.1
+            health = health.checked(passed, seconds, "x" * (not passed), now, s, letter == "h")
+        elif letter == "z":
+            health = health.stood_still("frozen", now, s)
+        else:
+            health = health.failed("x", letter == "f", now, s)
+    assert health.answers is answers
+
+
+def test_troubled_checks_take_a_server_out_but_not_the_last_ones():
+    fleet, s = fleet_of(1, 1, 1), Settings()
+    for reached, url in ((True, "s0"), (False, "s1"), (True, "s2")):
+        assert ranking_of(fleet, model="m", now=5.0).best is not None
+        status, said = lite.readiness_report(fleet.views(), False)
+        assert (status, said["status"]) == (200, "ready")
+        for _ in range(3):
+            fleet.judge(url, lite.Health.checked, False, 5.0, "no answer", 1.0, s, reached)
+        asked = {ranking_of(fleet, policy="random", model="m", now=5.0, draw=random.Random(n)).best
+                 for n in range(30)}  # fmt: skip
+        assert asked == {"s0": {"s1", "s2"}, "s1": {"s2"}, "s2": {"s0", "s2"}}[url]
+    status, said = lite.readiness_report(fleet.views(), False)
+    assert (status, said["status"], said["healthy_workers"]) == (200, "degraded", 0)
+    assert ranking_of(fleet, model="m", tried={"s0", "s2"}, now=5.0).best is None
+    for url in ("s0", "s2"):
+        fleet.judge(url, lite.Health.checked, False, 0.0, "refused", 2.0, s)
+    assert ranking_of(fleet, model="m", now=5.0).best is None
+    assert lite.readiness_report(fleet.views(), False)[0] == 503
+
+
+@pytest.mark.parametrize("counters, streams, works", table(
+    ("its counters moved just now", 1.0, None, True),
+    ("its streams did", None, 1.0, True),
+    ("long ago", 50.0, 50.0, False),
+    ("within what its reports take", 2.4, None, True),
+    ("within what is asked for", 9.0, None, True),
+    ("never", None, None, False),
+))  # fmt: skip
+def test_whether_an_engine_works(counters, streams, works):
+    now, s = 1000.0, Settings(metrics_interval=0.5)
+    then = [-math.inf if ago is None else now - ago for ago in (counters, streams)]
+    view = fleet_of(1).views()[0]._replace(progress_at=then[0])
+    assert lite.moves(view, then[1], 10.0, now, s) is works
+    assert lite.moves(view, then[1], 0.1, now, s) is (works and 9.0 not in (counters, streams))
+
+
+def test_only_counters_that_were_known_before_can_move():
+    fleet = fleet_of(1)
+    for n, tokens in enumerate((None, 5, 5, None, 5)):
+        fleet.scraped("s0", lite.EngineLoad(tokens=tokens), 0, float(n))
+    assert fleet.views()[0].progress_at == -math.inf
+    fleet.scraped("s0", lite.EngineLoad(tokens=6), 0, 9.0)
+    assert fleet.views()[0].progress_at == 9.0
+
+
+def test_a_check_that_hangs_while_answers_flow_leaves_the_server_as_it_was():
+    health = health_after("+--")
+    excused = health.excused(5.0)
+    assert (excused.state, excused.failures, excused.window) == (State.HEALTHY, 2, health.window)
+    assert excused.reason == "its checks hang, its answers flow"
+
+
 ASLEEP, AWAKE = lite.EngineLoad(asleep=True), lite.EngineLoad()
 
 
@@ -9847,6 +9927,124 @@ def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
     assert fleet.view("s0").reason == "check passed"
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "refused", 1.0)
     assert not fleet.unscraped("s0", "x") and fleet.view("s0").reason == "refused"
+
+
+@pytest.mark.parametrize("page, passed, reached, hung", table(
+    ("good", "", True, True, False),
+    ("an error", 503, False, True, False),
+    ("a failure of its own", 500, False, True, False),
+    ("hangs", None, False, True, True),
+    ("nobody there", "refused", False, False, False),
+))  # fmt: skip
+@asynchronous
+async def test_what_a_check_finds(page, passed, reached, hung):
+    async with Server(**{"/health": page}) as server, balancing() as running:
+        if page == "refused":
+            await server.kill()
+        found = await lite.check_server(running.core.pool(server.url), 0.2, True, False)
+        assert (found.passed, found.reached, found.hung) == (passed, reached, hung)
+
+
+def counting(tokens):
+    """A page of metrics on which tokens are generated."""
+
+    async def metrics():
+        return f'vllm:generation_tokens_total{{engine="0"}} {next(tokens)}'
+
+    return metrics
+
+
+async def silent(asked, conn):
+    await conn.left()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("moves", [False, True])
+@asynchronous
+async def test_an_answer_that_takes_too_long_is_held_against_a_server_only_if_that_does_nothing(
+    moves, stream
+):
+    async def answer(asked, conn):
+        if stream:
+            await conn.events(FIRST, token(1), end=False)
+        await conn.left()
+
+    tokens = itertools.count() if moves else itertools.repeat(0)
+    server = Server(answer, **{"/metrics": counting(tokens)})
+    async with balancing(server, request_timeout=0.1, metrics_interval=0.05) as running:
+        while moves and running.core.fleet.views()[0].progress_at < 0:
+            await asyncio.sleep(0)
+        label = "server_slow" if moves else "server_silent"
+        for _ in range(3):
+            client = await running.client()
+            with contextlib.suppress(asyncio.IncompleteReadError):  # a stream ends broken
+                got = await client.post(body=CHAT)
+                assert (stream, got.status, got.get("x-mvllm-error")) == (False, 504, label)
+        await running.quiet()
+        assert running.states() == ["healthy" if moves else "unhealthy"]
+        assert await running.metric("mvllm_attempts_total", result=label) == 3
+
+
+@asynchronous
+async def test_other_streams_that_move_speak_for_a_server_without_metrics():
+    flows = asyncio.Event()
+
+    async def answer(asked, conn):
+        if b"flow" not in asked.body:
+            await conn.left()
+        await conn.events(FIRST, end=False)
+        while not conn.writer.is_closing():
+            flows.set()
+            await conn.send(chunk(token(1)))
+            await asyncio.sleep(0.01)
+
+    server = Server(answer, **{"/metrics": 404})
+    async with balancing(server, request_timeout=0.2, metrics_interval=0.05) as running:
+        await (await running.client()).ask("POST", "/v1/completions", b'{"model":"m","user":"flow"}')
+        await flows.wait()
+        for _ in range(2):
+            got = await (await running.client()).post(body=CHAT)
+            assert (got.status, got.get("x-mvllm-error")) == (504, "server_slow")
+        assert running.states() == ["healthy"]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@asynchronous
+async def test_checks_that_hang_take_a_server_out_unless_its_tokens_flow(moves):
+    pages = {"/health": ""}
+
+    async def health():
+        if pages["/health"] is None:
+            await asyncio.Event().wait()
+        return pages["/health"]
+
+    tokens = itertools.count() if moves else itertools.repeat(0)
+    server = Server(**{"/health": health, "/metrics": counting(tokens)})
+    async with balancing(server, Server(), metrics_interval=0.05, health_check_timeout=0.05,
+                         health_check_interval=0.01) as running:  # fmt: skip
+        while moves and running.core.fleet.views()[0].progress_at < 0:
+            await asyncio.sleep(0)
+        pages["/health"] = None
+        checks = running.core.fleet.views()[0].health.checks
+        await running.until(lambda: running.core.fleet.views()[0].health.checks > checks + 5)
+        assert running.states() == ["healthy" if moves else "unhealthy", "healthy"]
+        if moves:
+            report = (await (await running.client()).get("/health")).json["servers"][0]
+            assert report["reason"] == "its checks hang, its answers flow"
+
+
+@pytest.mark.parametrize("page", [None, 503])
+@asynchronous
+async def test_the_last_servers_stay_in_use_though_their_checks_hang_or_fail(page):
+    servers = [Server(**{"/health": page}) for _ in range(2)]
+    async with balancing(*servers, health_check_timeout=0.05) as running:
+        client = await running.client()
+        assert running.states() == ["unhealthy"] * 2
+        assert {(await client.post(body=CHAT)).status for _ in range(9)} == {200}
+        got = await client.get("/readiness")
+        assert (got.status, got.json["status"]) == (200, "degraded")
+        await servers[0].kill()
+        assert {(await client.post(body=CHAT)).status for _ in range(9)} == {200}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
