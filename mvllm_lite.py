@@ -1538,6 +1538,9 @@ class Settings:
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
+    operator_host: str = setting(
+        "", words, "address of a listener of its own for metrics, status and admin", restart=True)
+    operator_port: int = setting(0, whole(0, 65535), "its port", restart=True)
     tls_cert: str = setting("", file_path, "a file with a certificate: clients speak https")
     tls_key: str = setting("", file_path, "a file with its key")
     trusted_proxies: tuple[str, ...] = setting(
@@ -3304,19 +3307,39 @@ def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text)
 
 
-class Kind(Enum):
-    """What a path is to those who ask for it."""
+class Audience(Enum):
+    """Whom a listener serves, and whom a path is for."""
 
-    INFERENCE = "passed on to any server"
-    MODELS = "the list of models"
-    PROBE = "liveness and readiness"
-    PAGE = "the status page, which holds no fact"
-    STATUS = "facts"
-    EXPLAIN = "what would be done with a request"
-    ADMIN = "changes by hand"
-    CONTROL = "one of admin_paths, passed on to one server"
-    AMBIGUOUS = "taken differently by two readers"
-    NOTHING = "not served"
+    EVERYBODY = "everybody"  # the only listener; what each has
+    CLIENTS = "clients"
+    OPERATORS = "operators"
+
+
+class Kind(Enum):
+    """What a path is to those who ask for it, and where there are two listeners, on which it is."""
+
+    INFERENCE = "passed on to any server", Audience.CLIENTS
+    MODELS = "the list of models", Audience.CLIENTS
+    PROBE = "liveness and readiness", Audience.EVERYBODY
+    PAGE = "the status page, which holds no fact", Audience.OPERATORS
+    STATUS = "facts", Audience.OPERATORS
+    EXPLAIN = "what would be done with a request", Audience.OPERATORS
+    ADMIN = "changes by hand", Audience.OPERATORS
+    CONTROL = "one of admin_paths, passed on to one server", Audience.OPERATORS
+    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY
+    NOTHING = "not served", Audience.EVERYBODY
+
+    def __init__(self, meaning: str, audience: Audience) -> None:
+        self.audience = audience
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+def operator_address(s: Settings) -> tuple[str, int] | None:
+    """Where operators are listened to; None for the same place as everybody else."""
+    if not (s.operator_host or s.operator_port):
+        return None
+    return s.operator_host or "127.0.0.1", s.operator_port
 
 
 FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
@@ -3345,6 +3368,7 @@ class Visit(NamedTuple):
     key: KeySettings | None  # that it shows, if it is one of ours
     keyed: bool  # whether there are [[keys]]
     settings: Settings
+    audience: Audience = Audience.EVERYBODY  # of the listener
 
     @property
     def is_trusted(self) -> bool:
@@ -3371,8 +3395,10 @@ def unclear(v: Visit) -> Refusal | None:
 
 
 def unknown(v: Visit) -> Refusal | None:
-    text = f"{shown(v.head.path)} is neither an inference path of vLLM nor one of ours."
-    return Refusal(Fault.NOT_SERVED, text)
+    text = f"{shown(v.head.path)} is neither an inference path of vLLM nor one of ours"
+    if v.kind is not Kind.NOTHING:
+        text = f"{shown(v.head.path)} is not served on this port"
+    return Refusal(Fault.NOT_SERVED, f"{text}.")
 
 
 def foreign(v: Visit) -> Refusal | None:
@@ -3516,6 +3542,8 @@ GUARDS: dict[Kind, tuple[Guard, ...]] = {
 def refusal_of(v: Visit) -> Refusal | None:
     """Why a request does not come in, or None.  Which model it may use is for the Gate to say, once
     that is known."""
+    if v.audience is not v.kind.audience and Audience.EVERYBODY not in (v.audience, v.kind.audience):
+        return unknown(v)
     for guard in GUARDS[v.kind]:
         if (refusal := guard(v)) is not None:
             return refusal
@@ -11242,17 +11270,28 @@ def descriptors_allow() -> int:
     return max(1, (allowed - SPARE_DESCRIPTORS) // 2)
 
 
+OPERATORS_SPARE = 16  # connections for operators, when clients have taken all
+
+
 class Door:
-    """Serves clients on some sockets.  `tasks` outlives it."""
+    """Serves clients on some sockets; and operators on others, if there are any.  `tasks` outlives
+    it."""
 
     def __init__(
-        self, core: Core, sockets: Iterable[socket.socket], tasks: asyncio.TaskGroup
-    ) -> None:
+        self, core: Core, sockets: Iterable[socket.socket], tasks: asyncio.TaskGroup,
+        operator_sockets: Sequence[socket.socket] = (),
+    ) -> None:  # fmt: skip
         self.core, self._tasks = core, tasks
+        self._audience = Audience.CLIENTS if operator_sockets else Audience.EVERYBODY
+        self._operators = set[Wire]()  # who came by their sockets
         self._hosts: dict[str, int] = {}  # connections by client address
         self._warned = False  # of a proxy of strangers
         self.listeners = [Listener(one, self.has_room, self.make_room, self.take,
                                    self.cannot_accept) for one in sockets]  # fmt: skip
+        room = functools.partial(self.has_room, OPERATORS_SPARE)
+        take = functools.partial(self.take, operator=True)
+        self.listeners += [Listener(one, room, self.make_room, take, self.cannot_accept)
+                           for one in operator_sockets]  # fmt: skip
 
     def close(self, to_the_last: bool) -> None:
         """Accept no more, after those who have come already; unless others serve them."""
@@ -11263,9 +11302,9 @@ class Door:
                 listener.accept()
             listener.close()
 
-    def has_room(self) -> bool:
+    def has_room(self, spare: int = 0) -> bool:
         """Whether one more connection may be accepted."""
-        return len(self.core.clients) < self.core.clients_limit
+        return len(self.core.clients) < self.core.clients_limit + spare
 
     def crowded(self) -> bool:
         """Whether others wait to be accepted."""
@@ -11285,7 +11324,7 @@ class Door:
         log.error("cannot accept a connection: %s; trying again in %g s",
                   reason_of(error), ACCEPT_PAUSE_S)  # fmt: skip
 
-    def take(self, sock: socket.socket, address: Any) -> None:
+    def take(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
         core, wire = self.core, Wire(Blame.CLIENT)
         if not self.belongs(wire, address_of(address)):
@@ -11294,12 +11333,15 @@ class Door:
 
         def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
             del core.clients[wire]
+            self._operators.discard(wire)
             self.one_less(wire.peer[0])
             wire.abort()
             sock.close()
             for listener in self.listeners:
                 listener.resume()
 
+        if operator:
+            self._operators.add(wire)
         core.clients[wire] = self._tasks.create_task(self.serve(wire, sock))
         core.clients[wire].add_done_callback(forget)
 
@@ -11491,9 +11533,11 @@ class Door:
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
         exchange.key = gate.recognised(head.fields) if gate.closed else None
-        peer, tls = exchange.client.peer[0], exchange.client.is_tls
-        refusal = refusal_of(
-            Visit(kind, head, exchange.unread, peer, tls, exchange.key, gate.closed, s))
+        client, audience = exchange.client, self._audience
+        if client in self._operators:
+            audience = Audience.OPERATORS
+        refusal = refusal_of(Visit(kind, head, exchange.unread, client.peer[0], client.is_tls,
+                                   exchange.key, gate.closed, s, audience))  # fmt: skip
         if refusal is not None:
             if refusal.warning and not self._warned:
                 self._warned = True
@@ -11521,6 +11565,8 @@ class Door:
 
 # How a process tells its successor which descriptors it inherits.
 SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
+OPERATOR_SOCKETS_ENV = "MVLLM_LITE_OPERATOR_SOCKETS"
+Sockets = Mapping[str, Sequence[socket.socket]]  # by those two variables
 LIVE_ENV = "MVLLM_LITE_LIVE"  # what was changed by hand
 
 
@@ -11530,14 +11576,15 @@ class Balancer:
 
     def __init__(
         self, settings: Settings, path: str = "", overrides: Overrides | None = None,
-        inherited: Sequence[socket.socket] = (),
+        inherited: Sockets | None = None,
     ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
-        self.inherited = inherited
+        self.inherited = inherited or {}
         self.before_upgrade: Callable[[], object] = lambda: None  # the screen has to end
         self.file = SettingsFile(path) if path else None
         self.overrides = overrides or {}
-        self.port = 0  # the one it listens on
+        self.port = self.operator_port = 0  # those it listens on
+        self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._succeeded = False  # by another process, on the same sockets
@@ -11554,7 +11601,8 @@ class Balancer:
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
         when the address cannot be listened on."""
-        core, secrets, sockets = self.core, Secrets(self.core.settings), self.listen()
+        core, secrets = self.core, Secrets(self.core.settings)
+        self._sockets = self.listen()
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
@@ -11562,21 +11610,20 @@ class Balancer:
         keeper = EventKeeper(core.events)
         log.addHandler(keeper)
         try:
-            await self.serve(ready, secrets, sockets)
+            await self.serve(ready, secrets)
         finally:
             log.removeHandler(keeper)
 
-    async def serve(
-        self, ready: Callable[[], object], secrets: Secrets, sockets: Sequence[socket.socket]
-    ) -> None:
-        core = self.core
+    async def serve(self, ready: Callable[[], object], secrets: Secrets) -> None:
+        core, sockets = self.core, self._sockets
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings, secrets)
             if not core.gate.closed:
                 log.info("%s", open_line(core.settings))
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
             pulse = self._tasks.create_task(self.guarded("the pulse", self.pulse))
-            self._door = Door(core, sockets, self._tasks)
+            self._door = Door(
+                core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
             await self._stop.wait()
             core.stopping = True
@@ -11593,20 +11640,37 @@ class Balancer:
         if core.shape is not None:
             core.shape.stop()
 
-    def listen(self) -> list[socket.socket]:
+    def listen(self) -> Sockets:
         """Raises SettingsError."""
-        host, port = self.core.settings.host, self.core.settings.port
+        s, inherited = self.core.settings, self.inherited.get(OPERATOR_SOCKETS_ENV, ())
+        operators, address = list[socket.socket](), operator_address(s)
+        if address is not None:
+            operators = list(inherited) or self.sockets_at(*address, "operator_")
+            self.operator_port = operators[0].getsockname()[1]
+        sockets = list(self.inherited.get(SOCKETS_ENV, ()))
         try:
-            sockets = list(self.inherited) or listening_sockets(host, port)
+            sockets = sockets or self.sockets_at(s.host, s.port)
+        except SettingsError:
+            for sock in operators:
+                sock.close()
+            raise
+        for sock in set(inherited).difference(operators):  # the settings name none any more
+            sock.close()
+        self.port = sockets[0].getsockname()[1]
+        self.core.address = f"{s.host or '*'}:{self.port}"
+        return {SOCKETS_ENV: sockets, OPERATOR_SOCKETS_ENV: operators}
+
+    def sockets_at(self, host: str, port: int, prefix: str = "") -> list[socket.socket]:
+        """Raises SettingsError, which says whose word the address was."""
+        try:
+            return listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else str(error)
-            given = [self.overrides[key][1] for key in ("host", "port") if key in self.overrides]
+            keys = (f"{prefix}host", f"{prefix}port")
+            given = [self.overrides[key][1] for key in keys if key in self.overrides]
             origin = ", ".join(given) or (self.file.path if self.file else "defaults")
             text = f"cannot listen on {host}:{port}: {reason}"
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
-        self.port = sockets[0].getsockname()[1]
-        self.core.address = f"{host or '*'}:{self.port}"
-        return sockets
 
     def stop(self) -> None:
         """Stop accepting and let running answers finish; called again, stop at once."""
@@ -11654,17 +11718,19 @@ class Balancer:
     async def hand_over(self, command: Sequence[str]) -> None:
         """Start a successor on the same sockets.  Once it serves, this process finishes its answers
         and leaves; a successor that does not come that far changes nothing."""
-        sockets, child = [listener.sock.fileno() for listener in self._door.listeners], None
+        sockets, child = {name: [sock.fileno() for sock in sockets]
+                          for name, sockets in self._sockets.items()}, None  # fmt: skip
         pair = list[socket.socket]()
         try:
             ours, theirs = pair[:] = socket.socketpair()
             with tempfile.TemporaryFile() as live:  # it may hold servers' keys
                 live.write(self.core.live.dump().encode())
                 live.seek(0)
-                passed = (*sockets, theirs.fileno(), live.fileno())
+                passed = (*sum(sockets.values(), []), theirs.fileno(), live.fileno())
                 child = subprocess.Popen(
                     command, pass_fds=passed, stdin=subprocess.DEVNULL,
-                    env={**os.environ, SOCKETS_ENV: ",".join(map(str, sockets)),
+                    env={**os.environ,
+                         **{name: ",".join(map(str, numbers)) for name, numbers in sockets.items()},
                          READY_ENV: str(theirs.fileno()), LIVE_ENV: str(live.fileno())})
             theirs.close()
             ours.setblocking(False)
@@ -12316,9 +12382,9 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 Runner = Callable[[Balancer], Awaitable[None]]
 
 
-def inherited_sockets() -> list[socket.socket]:
+def inherited_sockets(variable: str) -> list[socket.socket]:
     """Those of the process that this one succeeds; none at an ordinary start."""
-    numbers = os.environ.pop(SOCKETS_ENV, "")
+    numbers = os.environ.pop(variable, "")
     return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
 
 
@@ -12430,21 +12496,24 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
 
 
-def url_here(s: Settings, port: int) -> str:
-    """Where a balancer with these settings is reached from this machine."""
-    host = "127.0.0.1" if s.host in ("", "0.0.0.0", "::") else s.host
+def url_here(s: Settings, host: str, port: int) -> str:
+    """Where what a balancer with these settings listens on is reached from this machine."""
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def announce(balancer: Balancer, hint: str) -> None:
     """It listens."""
     s, limit = balancer.core.settings, balancer.core.clients_limit
-    url = url_here(s, balancer.port)
+    url, second = url_here(s, s.host, balancer.port), operator_address(s)
     if hint:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
     tell_that_we_serve()
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
              __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
+    if second is not None:
+        log.info("metrics, status and admin are on %s alone",
+                 url_here(s, second[0], balancer.operator_port))
     if limit < 0.9 * s.max_connections:
         log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
                     s.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)
@@ -12682,7 +12751,8 @@ def run_balancer(args: argparse.Namespace) -> int:
     with logging_to_stdout(settings.log_level):
         for warning in warnings:
             log.warning("%s", warning)
-        inherited = inherited_sockets()
+        names = (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)
+        inherited = {name: inherited_sockets(name) for name in names}
         lines_wanted = settings.log_to_console  # --console, too
 
         def start(run: Runner) -> Awaitable[None]:
@@ -12692,7 +12762,7 @@ def run_balancer(args: argparse.Namespace) -> int:
 
         return serve_until_stopped(
             start,
-            screen=sys.stdout.isatty() and not (lines_wanted or inherited))
+            screen=sys.stdout.isatty() and not (lines_wanted or inherited[SOCKETS_ENV]))
 
 
 def run_upgrade(args: argparse.Namespace) -> int:
@@ -12700,9 +12770,10 @@ def run_upgrade(args: argparse.Namespace) -> int:
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
     settings, _ = load_settings(path, overrides_from(args, os.environ))
     Secrets(settings)
-    url = url_here(settings, settings.port)
+    addresses = [operator_address(settings), (settings.host, settings.port)]
+    urls = [url_here(settings, *one) for one in addresses if one is not None]
 
-    async def ask() -> int:
+    async def ask(url: str) -> int:
         """The process that answers now, 0 for none that says so."""
         pool = Pool(url)
         if settings.tls_cert:
@@ -12714,7 +12785,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
         return 0
 
     def running() -> int:
-        return asyncio.run(ask())
+        return next(filter(None, (asyncio.run(ask(url)) for url in urls)), 0)
 
     if not (old := args.pid or running()):
         return fail(f"no balancer says on port {settings.port} which process it is; give its --pid")

@@ -2335,6 +2335,29 @@ def test_who_may_use_which_kind_of_path(more, statuses):
     assert [status_of_visit(kind, **more) for kind in ("AMBIGUOUS", "NOTHING")] == [400, 404]
 
 
+def test_where_operators_have_a_listener_each_has_its_own_paths():
+    for kind in lite.Kind:
+        more = {"keyed": True, "key": ADMIN, "status_access": "admin"}
+        visits = {audience: visit_of(kind.name, **more)._replace(audience=audience) for audience in lite.Audience}
+        found = {audience.name: refusal and refusal.fault.status for audience, visit in visits.items()
+                 for refusal in [lite.refusal_of(visit)]}  # fmt: skip
+        always = {"AMBIGUOUS": 400, "NOTHING": 404}.get(kind.name)
+        inference, probe = kind.name in ("INFERENCE", "MODELS"), kind.name == "PROBE"
+        assert found["EVERYBODY"] == always
+        assert found["CLIENTS"] == (always or (None if inference or probe else 404)), kind
+        assert found["OPERATORS"] == (always or (404 if inference else None)), kind
+
+
+@pytest.mark.parametrize("given, address", table(
+    ("off", {}, None),
+    ("a port", {"operator_port": 9000}, ("127.0.0.1", 9000)),
+    ("a host, and any port", {"operator_host": "::1"}, ("::1", 0)),
+    ("both", {"operator_host": "0.0.0.0", "operator_port": 9000}, ("0.0.0.0", 9000)),
+))
+def test_where_operators_are_listened_to(given, address):
+    assert lite.operator_address(Settings(**given)) == address
+
+
 @pytest.mark.parametrize("said, status", table(
     ("JSON", "application/json", 200),
     ("with a parameter", "Application/JSON ; charset=utf-8", 200),
@@ -10738,6 +10761,45 @@ async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given
 
 
 @asynchronous
+async def test_operators_have_a_port_of_their_own():
+    async def to(port):
+        return Client(*await asyncio.open_connection("127.0.0.1", port))
+
+    more = {"keys": KEYS, "status_access": "key", "admin_paths": ("/sleep",), "cors_allowed_origins": ("*",)}
+    async with balancing(server := Server(), operator_host="127.0.0.1", max_connections=1, **more) as running:
+        first, second = await to(running.balancer.port), await to(running.balancer.operator_port)
+        third = await to(running.balancer.operator_port)  # clients have taken their place: operators find one
+        inference, operators, drain = ["/v1/x", "/v1/models", "/v1/models/m"], set(lite.LOCAL), f"/admin/servers/drain?url={server.url}"
+        operators -= {"/v1/models", "/liveness", "/ping", "/readiness"}
+        key = bearer("sk-root")
+        for path in inference:
+            assert (await first.get(path, key)).status == 200 and (await second.get(path, key)).status == 404
+        for path in operators - {"/status/events", "/explain"}:
+            assert (await first.get(path, key)).status == 404 and (await third.get(path, key)).status == 200
+        for path in ("/status/events", drain, "/sleep", "/explain"):
+            got = await first.post(path, b"", key)
+            assert got.status == 404 and "not served on this port" in got.error["message"]
+        for client in (first, second):
+            assert [(await client.get(path)).status for path in ("/liveness", "/ping", "/readiness", "/v1/../x")] == [200, 200, 200, 400]
+        assert (await second.get("/metrics")).status == 401  # by the same rights
+        assert (await second.post("/explain", CHAT, key)).status == 200
+        sleep = await second.post("/sleep", b"", [*key, f"X-MVLLM-Server: {server.url}"])
+        assert sleep.status == 200 and (await second.post(drain, b"", key)).status == 200
+        for client in (first, second, third):
+            client.close()
+    assert [asked.line.split()[1] for asked in server.asked] == ["/v1/x", "/sleep"]
+
+
+@asynchronous
+async def test_an_operators_port_that_is_taken_is_told_of_and_nothing_listens():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        balancer = lite.Balancer(Settings(**{**QUICK, "operator_port": port}))
+        with pytest.raises(lite.SettingsError, match=f"cannot listen on 127.0.0.1:{port}: address already in use"):
+            await balancer.run()
+
+
+@asynchronous
 async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
     key = lite.KeySettings("a", "sk-a")
     async with balancing(Server(), keys=(key, lite.KeySettings("b", "sk-b"))) as running:
@@ -11451,6 +11513,38 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
         long.close()
         while child.returncode is None:  # child.wait() would wait for the successor's stdout, too
             await asyncio.sleep(0.01)
+
+
+@asynchronous
+async def test_a_successor_inherits_the_operators_port_too(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        operator_port = found.getsockname()[1]
+
+    async def ask(port, path):
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+        got = await client.get(path)
+        client.close()
+        return got
+
+    path = tmp_path / "servers.toml"
+    async with Server() as server:
+        with contextlib.suppress(ConnectionError):
+            async with upgradable(path, server, operator_port=operator_port) as (child, port, answering):
+                assert (await ask(port, "/version")).status == 404
+                pids = [(await ask(operator_port, "/version")).json["pid"]]
+                upgrade = await asyncio.create_subprocess_exec(*command("upgrade", str(path)), env=CLEAN, stdout=-1)
+                out, _ = await upgrade.communicate()
+                pids.append((await ask(operator_port, "/version")).json["pid"])
+                try:
+                    assert upgrade.returncode == 0 and pids[0] == child.pid != pids[1]
+                    assert (await ask(port, "/v1/x")).status == 200 and (await ask(operator_port, "/v1/x")).status == 404
+                    while child.returncode is None:
+                        await asyncio.sleep(0.01)
+                    for _ in range(5):  # nobody else listens
+                        assert (await ask(operator_port, "/version")).json["pid"] == pids[1]
+                finally:
+                    os.kill(pids[1], signal.SIGTERM)
 
 
 @asynchronous
