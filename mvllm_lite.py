@@ -2560,7 +2560,7 @@ def read_call(
 
 
 RESPONSES_PATH = "/v1/responses"
-STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/+[^/]+)?/*")
+STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/.*)?")
 
 
 def meant_path(path: str) -> str:
@@ -3244,7 +3244,7 @@ class Stored(NamedTuple):
 
     server: str
     key: str  # the name of the key that had it made; '' where that is not known, or there are none
-    model: str | None
+    model: str
 
 
 class StoredResponses:
@@ -10369,7 +10369,7 @@ class Exchange:
             if refusal := core.stored.refusal(id, key):
                 return refusal
             if model is None and (stored := core.stored.find(id)) is not None:
-                model = stored.model
+                model = stored.model or None
         return core.gate.enter(key, model, self.asked_at)
 
     def answered(self, head: ResponseHead, start: bytes) -> None:
@@ -10381,12 +10381,12 @@ class Exchange:
                 own = own_id(self.head.fields)
                 chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
                 name = self.key.name if self.key and not chosen else ""
-                stored.made(id, Stored(server, name, call.model))
+                stored.made(id, Stored(server, name, (call.model or "")[:MODEL_NAME_LIMIT]))
         if call.stored and head.status < 300:
             if self.head.method == "DELETE":
                 stored.forget(call.stored)
             elif self.searches:
-                stored.made(call.stored, Stored(server, "", None))
+                stored.made(call.stored, Stored(server, "", ""))
 
     def plan(self) -> Plan:
         if self.searches:

@@ -1743,6 +1743,7 @@ MEANT = table(
     ("its events", "GET /v1/responses/resp_1?stream=true", b"", ("resp_1", False, False)),
     ("one to delete", "DELETE /v1/responses/resp_1/", b"", ("resp_1", False, False)),
     ("one to cancel", "POST /v1/responses/resp_1/cancel", b"", ("resp_1", False, False)),
+    ("something of it", "GET /v1/responses/resp_1/a/b", b"", ("resp_1", False, False)),
     ("with content", "POST /v1/responses/resp_0/cancel", PREVIOUS, ("resp_0", False, False)),
     ("in another spelling", "GET /v1/v1/r%65sponses/r%65sp_1", b"", ("resp_1", False, False)),
     ("one to go on from", "POST /v1/responses", PREVIOUS, ("resp_1", True, False)),
