@@ -1098,7 +1098,13 @@ def local_location(location: str, authority: str, prefix: str) -> str:
     return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment))
 
 
-def cors_fields(head: RequestHead, origins: Iterable[str]) -> list[tuple[str, str]]:
+# What a page may read beside the usual, where `*` is none: of answers with credentials.
+EXPOSED_FIELDS = "X-Request-Id, X-MVLLM-Server, X-MVLLM-Error, X-MVLLM-Why, Retry-After"
+
+
+def cors_fields(
+    head: RequestHead, origins: Iterable[str], credentials: bool = False
+) -> list[tuple[str, str]]:
     """What lets a web page of an allowed origin read the answer (Fetch standard); [] for others.
     A preflight's wishes are repeated, because `*` would not cover Authorization."""
     origin, get = head.fields.get("origin"), head.fields.get
@@ -1107,8 +1113,11 @@ def cors_fields(head: RequestHead, origins: Iterable[str]) -> list[tuple[str, st
     fields = [("Access-Control-Allow-Origin", "*" if "*" in origins else origin)]
     if "*" not in origins:
         fields.append(("Vary", "Origin"))
+        if credentials:
+            fields.append(("Access-Control-Allow-Credentials", "true"))
     if not head.is_preflight:
-        return [*fields, ("Access-Control-Expose-Headers", "*")]
+        exposed = EXPOSED_FIELDS if credentials else "*"
+        return [*fields, ("Access-Control-Expose-Headers", exposed)]
     for ours, theirs in (("Methods", "method"), ("Headers", "headers")):
         if wanted := get(f"access-control-request-{theirs}"):
             fields.append((f"Access-Control-Allow-{ours}", wanted))
@@ -1407,6 +1416,10 @@ def named(value: Any) -> str:
     return value
 
 
+def no_secret_or_one(value: Any) -> str:
+    return "" if value == "" else secret(value)
+
+
 def secret(value: Any) -> str:
     """What stands behind `Bearer` in a field."""
     if not isinstance(value, str) or not SECRET.fullmatch(value):
@@ -1541,6 +1554,8 @@ class Settings:
     operator_host: str = setting(
         "", words, "address of a listener of its own for metrics, status and admin", restart=True)
     operator_port: int = setting(0, whole(0, 65535), "its port", restart=True)
+    api_key: str = setting(
+        "", no_secret_or_one, "the key of servers named here that have none of their own")
     tls_cert: str = setting("", file_path, "a file with a certificate: clients speak https")
     tls_key: str = setting("", file_path, "a file with its key")
     trusted_proxies: tuple[str, ...] = setting(
@@ -1636,6 +1651,8 @@ class Settings:
     server_header: bool = setting(True, truth, "name the server in X-MVLLM-Server")
     cors_allowed_origins: tuple[str, ...] = setting(
         (), list_of(words), "web origins whose pages may call; with [[keys]] the default is all")
+    cors_allow_credentials: bool = setting(
+        False, truth, "whether they may send cookies with that; not together with *")
     log_level: str = setting(
         "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "what is logged", "LOG_LEVEL")
     log_to_console: bool = setting(
@@ -1773,6 +1790,9 @@ class SettingsReader:
         if values.get("admin_paths") and not any(key.admin for key in keys):
             path = ("config", "admin_paths")
             self.complain(path, values["admin_paths"], "one of [[keys]] with admin = true")
+        if values.get("cors_allow_credentials") and "*" in values.get("cors_allowed_origins", ()):
+            path = ("config", "cors_allow_credentials")
+            self.complain(path, True, "cors_allowed_origins without *, which would let in any page")
         if "expression" in (values.get("policy"), *policies.values()) and not values.get("score"):
             self.complain(("config", "score"), None, "a formula, for policy expression")
 
@@ -8674,7 +8694,7 @@ class Secrets:
         self.keys = [(key, key.key or self._word(key.key_file)) for key in settings.keys]
         self.server_keys = {
             server.url: server.api_key or (server.api_key_file and self._word(server.api_key_file))
-            for server in settings.servers
+            or settings.api_key for server in settings.servers
         }
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_of: dict[str, tuple[Any, ...]] = {}
@@ -9085,7 +9105,9 @@ class Response:
         self.client, self.request, self.id, self.settings = client, request, id, settings
         self.persists = persists  # the wire may carry another request afterwards
         crosses = "origin" in request.fields.values and inference_path(request.path)
-        self.cors = cors_fields(request, settings.cors_allowed_origins) if crosses else []
+        self.cors = cors_fields(
+            request, settings.cors_allowed_origins, settings.cors_allow_credentials
+        ) if crosses else []
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream, and its events can be read
         self.notation = Notation.OPAQUE  # of what a server says in it
@@ -11803,7 +11825,7 @@ class Balancer:
         """Take over keys and certificates whose files have changed."""
         core = self.core
         try:
-            secrets = Secrets(core.settings, core.secrets)
+            secrets = Secrets(self._settings, core.secrets)
         except SettingsError as error:
             if str(error) != self._secrets_error:
                 log.error("keys and certificates stay as they were:\n%s", error)
@@ -12635,6 +12657,7 @@ def argument_parser() -> argparse.ArgumentParser:
     show.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
     show.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
     show.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    show.add_argument("-c", "--console", action="store_true", help="a log line for each request")
     show.set_defaults(do=run_demo)
     upgrade = commands.add_parser(
         "upgrade", help="have a running balancer continue as a new process, without a gap")
@@ -12705,9 +12728,29 @@ def fail(message: str) -> int:
     return 1
 
 
+def strange_host(environ: Mapping[str, str]) -> str:
+    """A HOST that is no address to listen on: conda and some shells set one, too."""
+    host = environ.get("HOST", "")
+    try:
+        ipaddress.ip_address(host or "::")
+    except ValueError:
+        return "" if host.lower() == "localhost" else host
+    return ""
+
+
+def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
+    """What is wrong with the environment, and ignored."""
+    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
+        return []
+    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
+    return [Complaint("environment HOST", 0, "host", text)]
+
+
 def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
     """What flags and environment say: they win over the file."""
     found: dict[str, tuple[Any, str]] = {}
+    if strange_host(environ):
+        environ = {**environ, "HOST": ""}
     for key, field in CONFIG_FIELDS.items():
         if name := field.metadata["env"] and environ.get(field.metadata["env"]):
             found[key] = name, f"environment {field.metadata['env']}"
@@ -12749,7 +12792,7 @@ def run_balancer(args: argparse.Namespace) -> int:
     overrides = overrides_from(args, os.environ)
     settings, warnings = load_settings(path, overrides)
     with logging_to_stdout(settings.log_level):
-        for warning in warnings:
+        for warning in (*warn_of(os.environ, args), *warnings):
             log.warning("%s", warning)
         names = (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)
         inherited = {name: inherited_sockets(name) for name in names}
@@ -12805,8 +12848,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    given = {"port": (args.port, "--port"), "host": (args.host, "--host")}
-    settings, _ = parse_settings("servers = []", "demo", given)
+    settings, _ = parse_settings("servers = []", "demo", overrides_from(args, {}))
     if args.servers < 1:
         return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
     with logging_to_stdout(settings.log_level):
@@ -12909,7 +12951,7 @@ def check_config(args: argparse.Namespace) -> int:
     """Read the settings, examine every server at the same time, and print what was found."""
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
     settings, warnings = load_settings(path, overrides_from(args, os.environ))
-    for warning in warnings:
+    for warning in (*warn_of(os.environ, args), *warnings):
         print(f"warning: {warning}")
     secrets = Secrets(settings)
     raise_descriptor_limit()

@@ -763,6 +763,11 @@ def test_cors():
     assert dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"] == "https://page"
     assert lite.cors_fields(plain, ["https://other"]) == [] == lite.cors_fields(plain, [])
     assert lite.cors_fields(head_of("GET / HTTP/1.1\nHost: a"), ["*"]) == []
+    for head in (plain, flight):  # cookies, for origins with a name; then * is not all any more
+        assert dict(lite.cors_fields(head, ["https://page"], True))["Access-Control-Allow-Credentials"] == "true"
+        assert not any("Credentials" in name for name, _ in lite.cors_fields(head, ["*"], True) + lite.cors_fields(head, ["https://page"]))
+        assert lite.cors_fields(head, ["https://other"], True) == []
+    assert "X-Request-Id" in dict(lite.cors_fields(plain, ["https://page"], True))["Access-Control-Expose-Headers"]
     allowed = dict(lite.cors_fields(flight, ["*"]))
     assert allowed["Access-Control-Allow-Methods"] == "POST"
     assert allowed["Access-Control-Allow-Headers"] == "authorization"
@@ -1332,6 +1337,10 @@ def test_all_complaints_come_at_once():
     ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'", "s.toml:3: config.status_access: found 'key', expected open or loopback"),
     ("keys are not repeated", "servers = [{url='http://h', api_key='sk-live'}, 5]", "s.toml:1: servers: found another list, expected"),
     ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'", "config.tls_key: found nothing, expected both"),
+    ("cookies for any page", "servers = []\n[config]\ncors_allowed_origins = ['*']\ncors_allow_credentials = true",
+     "s.toml:4: config.cors_allow_credentials: found True, expected cors_allowed_origins without *"),
+    ("also by default", "servers = []\n[config]\ncors_allow_credentials = true\n[[keys]]\nname = 'a'\nkey = 'k'", "expected cors_allowed_origins without *"),
+    ("a key for all that is none", "servers = []\n[config]\napi_key = 'sk live'", "s.toml:3: config.api_key: found something else, expected a key"),
     ("no network", "servers = []\n[config]\ntrusted_proxies = ['10.0.0']", "s.toml:3: config.trusted_proxies: found ['10.0.0'], expected an address like"),
     ("a key in quotes", "servers = []\n[config]\n'port' = -1", "s.toml:3: config.port"),
     ("an unknown key may be what was meant", "servers = []\n[config]\nport = -1\nprot = 80\n",
@@ -10712,6 +10721,23 @@ async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, sh
 
 
 @asynchronous
+async def test_a_key_for_all_servers_is_for_those_that_the_settings_name():
+    async with Server() as plain, Server() as own, Server() as added:
+        listed = (lite.ServerSettings(plain.url, 10), lite.ServerSettings(own.url, 10, api_key="sk-own"))
+        async with balancing(servers=listed, api_key="sk-all", policy="round_robin", config_reload_interval=0.05) as running:
+            client = await running.client()
+            entry = json.dumps({"url": added.url, "max_concurrent_requests": 10}).encode()
+            got = await client.post("/admin/servers", entry, ["Content-Type: application/json"])
+            assert got.status == 200
+            await running.until(lambda: running.states() == ["healthy"] * 3)
+            running.balancer.look_at_secrets()
+            for _ in range(6):
+                assert (await client.post(body=CHAT, fields=bearer("sk-client"))).status == 200
+    said = [{tuple(asked.get("authorization")) for asked in server.asked} for server in (plain, own, added)]
+    assert said == [{("Bearer sk-all",)}, {("Bearer sk-own",)}, {()}]
+
+
+@asynchronous
 async def test_a_request_works_with_the_settings_it_came_under():
     """They change between its head and its content; and what is made for it serves no other."""
     a, b = Server(), Server()
@@ -11054,6 +11080,30 @@ PRECEDENCE = table(
     ("flag over environment", ["--port", "3"], {"PORT": "2"}, "port = 1", 3),
     ("an empty variable is none", [], {"PORT": ""}, "port = 1", 1),
 )
+
+
+@pytest.mark.parametrize("host, flags, listens, warned", table(
+    ("conda's", "x86_64-conda-linux-gnu", [], "0.0.0.0", ["environment HOST: host: found 'x86_64-conda-linux-gnu', expected an IP address or localhost; ignored"]),
+    ("a flag says another", "x86_64-conda-linux-gnu", ["--host", "h"], "h", []),
+    ("an address", "10.0.0.1", [], "10.0.0.1", []),
+    ("of six", "::1", [], "::1", []),
+    ("localhost", "LocalHost", [], "LocalHost", []),
+    ("none", "", [], "0.0.0.0", []),
+))  # fmt: skip
+def test_a_host_of_the_environment_that_is_no_address_is_ignored(host, flags, listens, warned):
+    for words in (["run", *flags], ["check-config"]):
+        args, environ = lite.argument_parser().parse_args(words), {"HOST": host, "PORT": "7"}
+        settings, _ = lite.parse_settings("servers = []", "s", lite.overrides_from(args, environ))
+        assert (settings.host, settings.port) == (listens, 7)
+        assert list(map(str, lite.warn_of(environ, args))) == warned
+        if flags:
+            break
+
+
+def test_the_demo_may_say_each_request_on_a_terminal():
+    args = lite.argument_parser().parse_args(["demo", "--console"])
+    settings, _ = lite.parse_settings("servers = []", "demo", lite.overrides_from(args, {}))
+    assert (settings.log_to_console, settings.host, settings.port) == (True, "127.0.0.1", 8888)
 
 
 @pytest.mark.parametrize("argv, environ, config, port", PRECEDENCE)
