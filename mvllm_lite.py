@@ -303,6 +303,7 @@ class Fault(Enum):
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
+    SERVER_DIED_TWICE = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"  # of the same content
     SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
     # The way leads back to where it came from: we say so, or a server does that is a balancer, too.
     LOOP_DETECTED = 508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError"
@@ -336,7 +337,10 @@ LIMITS = {
     Fault.QUEUE_FULL: "queue_size",
     Fault.QUEUE_TIMEOUT: "queue_timeout",
     Fault.NO_RESOURCES: "descriptors",
+    Fault.SERVER_DIED_TWICE: "poison_hold",
 }
+# Those whose label is the error's code, since the status does not tell what a program must know.
+SAID_BY_NAME = frozenset((Fault.SERVER_DIED_TWICE,))
 
 
 class BadMessage(Exception):
@@ -1619,6 +1623,9 @@ class Settings:
     retry_budget: float = setting(
         0.2, number(0), "share that retries may add to the requests of ten seconds")
 
+    poison_hold: float = setting(
+        30.0, number(0), "how long content with which two servers have died is held off; 0 is off")
+
     metrics_interval: float = setting(0.5, number(0.05), "time between two looks at /metrics")
     models_interval: float = setting(30.0, number(0.1), "age at which a model list is renewed")
     enable_active_health_check: bool = setting(True, truth, "ask servers for their health")
@@ -2881,12 +2888,28 @@ NO_ENGINE = re.compile(
     r"|(?:the )?engine (?:loop |process )?(?:is|has|was) )")
 
 
-def says_no_engine(content: bytes) -> bool:
-    """Whether an error, as it came, says that the server's engine has gone."""
-    said = document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])
+def no_engine(said: Mapping[str, Any]) -> str:
+    """The words of an error that say that the server's engine has gone, or ''."""
     error = said.get("error", said)
     text = error.get("message") if isinstance(error, dict) else error
-    return isinstance(text, str) and NO_ENGINE.match(text) is not None
+    found = NO_ENGINE.match(text) if isinstance(text, str) else None
+    return found[0] if found else ""
+
+
+def says_no_engine(content: bytes) -> bool:
+    """Whether an error, as it came, says that the server's engine has gone."""
+    return no_engine(document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])) != ""
+
+
+def engine_died(said: bytes, notation: Notation) -> bool:
+    """Whether a failure, the last events of a stream or a document, says that the engine is dead;
+    that one which drains takes no more is no death."""
+    if notation is Notation.EVENTS:
+        found = [event for _, event in events_at_end(said, ADMISSIONS)]
+    else:
+        found = [document_at_end(said[:HELD_FAILURE_LIMIT_BYTES])]
+    words = (no_engine(member(one, "response", dict) or one).lower() for one in found)
+    return any(text and "new futures" not in text for text in words)
 
 
 # How vLLM refuses prompts, or numbers of tokens to generate, that are too long for it.
@@ -2989,7 +3012,8 @@ def response_id(start: bytes, streams: bool) -> str:
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
     """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
     /v1/messages, look for `type` beside it."""
-    error = {"message": text, "type": fault.type_name, "param": param, "code": fault.status}
+    code = fault.label if fault in SAID_BY_NAME else fault.status
+    error = {"message": text, "type": fault.type_name, "param": param, "code": code}
     beside = {"type": "error"} if path.startswith("/v1/messages") else {}
     return json.dumps({**beside, "error": error}).encode()
 
@@ -5085,6 +5109,7 @@ class Outcome(NamedTuple):
     committed: bool = False  # the client has seen a part of the answer
     held: Held | None = None
     place: str = ""  # of Wait: the server that has one now
+    deaths: int = 0  # of Relay: how many servers have died with that content, this one, too
 
 
 class Relay(NamedTuple):
@@ -5127,6 +5152,63 @@ UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXC
 BUDGET_SPAN_S = 10
 BUDGET_FLOOR = 10
 DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
+
+
+DEADLY = 2  # deaths of servers, after which content is not sent to another
+DIED_TWICE = ("Two servers have died with this request or one of the same content; it is not sent"
+              " to another for now.")  # fmt: skip
+POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
+POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
+ONE_DEATH_S = 5.0  # within which all answers that are lost are lost to the same death
+WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
+
+
+def digest_of(path: str, content: Content) -> bytes:
+    """What content for a path is known by: once for an attempt that failed or a stream that
+    begins; never more than 0.1 ms."""
+    digest, half = hashlib.blake2b(f"{path} {len(content)}\0".encode(), digest_size=16), 0
+    if len(content) > WHOLE_DIGEST_BYTES:
+        half = WHOLE_DIGEST_BYTES // 2
+        digest.update(content[:half])
+    digest.update(content[-half:])
+    return digest.digest()
+
+
+class Poison:
+    """Contents with which servers have died, by their digests.  A server's death is counted once
+    for each content that it was busy with; a content's first success ends what is said of it."""
+
+    def __init__(self) -> None:
+        self._deaths: OrderedDict[bytes, dict[str, list[float]]] = OrderedDict()  # by server
+
+    def __len__(self) -> int:
+        return len(self._deaths)
+
+    def died(self, content: bytes, server: str, now: float) -> int:
+        """A server has died with that content.  How many have."""
+        known = self._deaths.pop(content, {})
+        known = {url: recent for url, times in known.items()
+                 if (recent := [then for then in times if then > now - POISON_MEMORY_S])}
+        times = known.setdefault(server, [])
+        if not times or now - times[-1] > ONE_DEATH_S:
+            times.append(now)
+        self._deaths[content] = known
+        if len(self._deaths) > POISON_LIMIT:
+            self._deaths.popitem(last=False)
+        return sum(map(len, known.values()))
+
+    def holds(self, content: bytes, now: float, hold_s: float) -> bool:
+        """Whether that content is held off; forgets those of long ago."""
+        while self._deaths:
+            oldest, known = next(iter(self._deaths.items()))
+            if now - max(times[-1] for times in known.values()) <= POISON_MEMORY_S:
+                break
+            del self._deaths[oldest]
+        times = [then for times in self._deaths.get(content, {}).values() for then in times]
+        return len(times) >= DEADLY and now - max(times) < hold_s
+
+    def succeeded(self, content: bytes) -> None:
+        self._deaths.pop(content, None)
 
 
 class RetryBudget:
@@ -5195,6 +5277,8 @@ def relay_plan(
         failure = yield Relay(best, attempt)
         if failure.fault is None or failure.committed:
             return
+        if failure.deaths >= DEADLY:
+            failure = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if not may_retry(failure.fault, s) or attempt > s.max_retries:
             break
         tried |= {server_of(best)}  # not another engine of the same server, either
@@ -5243,7 +5327,7 @@ def search_plan(choose: Choose, s: Settings) -> Plan:
         elif not failure.held:
             failure = outcome
         lost += outcome.held is None and outcome.fault not in UNHEARD
-        if lost > 1 or not may_retry(outcome.fault, s):
+        if max(lost, outcome.deaths) > 1 or not may_retry(outcome.fault, s):
             break
         tried |= {server_of(best)}
     yield Answer(failure if failure.held or not missing.fault else missing)
@@ -5535,6 +5619,7 @@ class Ledger:
         self.attempts = Counter(
             "mvllm_attempts_total", "Attempts to have a server answer, by how they ended.",
             "server", "result")
+        self.deaths = Counter("mvllm_attempts_died_total", "Attempts whose server died.", "server")
         self.retries = Counter(
             "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
         self.transitions = Counter(
@@ -8810,6 +8895,28 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
     return parse_response_head(raw)
 
 
+AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is there
+AUTOPSY_PAUSE_S = 0.05  # one that is dying may still let in whom it does not hear
+
+
+async def has_died(pool: Pool) -> bool:
+    """Whether a server that has lost an answer is dead: it refuses connections, or its health path
+    says that it has no engine."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + AUTOPSY_S
+    while (left_s := deadline - loop.time()) > 0:
+        try:
+            status, _ = await fetch(pool, "/health", left_s)
+            return status == 503
+        except PeerGone as gone:
+            if gone.fault is not Fault.SERVER_GONE:
+                return gone.fault is Fault.CONNECT_FAILED
+            await asyncio.sleep(AUTOPSY_PAUSE_S)
+        except (BadMessage, TimeoutError):
+            break
+    return False
+
+
 async def read_final_head(wire: Wire) -> tuple[ResponseHead, Length]:
     """The next head that is no 1xx, for who has a deadline of its own."""
     for _ in range(INFORMATIONAL_LIMIT):
@@ -9092,6 +9199,7 @@ def date_field() -> tuple[str, str]:
 REFUSAL_FIELDS = {
     Fault.UNAUTHORIZED: ("WWW-Authenticate", "Bearer"),
     Fault.BAD_METHOD: ("Allow", "GET, HEAD"),
+    Fault.SERVER_DIED_TWICE: ("X-Should-Retry", "false"),  # which the official SDKs obey
     Fault.UNSUPPORTED_CODING: ("Accept-Encoding", ACCEPTED_CODINGS),
 }
 
@@ -9842,6 +9950,7 @@ class Core:
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.budget = RetryBudget()
+        self.poison = Poison()
         self.queue = WaitQueue()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         # Reasons to pass over servers and the shortest context, by model, and which change of the
@@ -10060,8 +10169,8 @@ class Errand(Protocol):
     def answered(self, head: ResponseHead, start: bytes) -> None:
         """The client is shown this answer, which begins so."""
 
-    def let_go(self) -> None:
-        """Of the content: there can be no other attempt."""
+    def let_go(self, done: bool) -> None:
+        """Of the content: there can be no other attempt; `done`: nor can this one fail."""
 
     def has_larger(self, url: str) -> bool:
         """Whether another server takes longer prompts than this one."""
@@ -10140,7 +10249,7 @@ class Conversation(Attempt):
                 added.append(("X-MVLLM-Why", errand.why))
             errand.answered(head, first)
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
-            errand.let_go()  # there is no other server from here on
+            errand.let_go(decoder.done)  # there is no other server from here on
             if wanted:
                 await self.pass_on(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
@@ -10319,6 +10428,8 @@ class Exchange:
         self.infers = True  # it wants something of an engine
         self.searches = False  # for the server that has a stored response
         self.content: Content = b""  # as long as it may have to be said again
+        self.known_by = b""  # its digest, once that is needed
+        self.deaths = 0  # of servers with this request
         self.fields = self.key_lines = self.why = ""
         self.server = ""  # the one asked last
         self.ranking: Ranking | None = None  # the last
@@ -10624,8 +10735,10 @@ class Exchange:
         self.content = content
         self.fields, self.key_lines = self.forwarded_fields()
 
-    def let_go(self) -> None:
+    def let_go(self, done: bool = True) -> None:
         """The content is not needed any more: the answer begins, or there will be none."""
+        if not done or self.core.poison:
+            self.digest()  # the server may die with it yet
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
         self.content = b""
@@ -10645,6 +10758,8 @@ class Exchange:
     async def relay(self, step: Relay) -> Outcome:
         """Ask a server, and book how that went."""
         core, url, label = self.core, step.url, "abandoned"
+        if core.poison and self.held_off():
+            return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
         self.server, reason = url, "queue"
@@ -10661,8 +10776,13 @@ class Exchange:
             if fault is None:
                 if (view := core.fleet.view(url)) is not None and view.health.hears_success:
                     core.judge(url, Health.succeeded, now, self.settings)
+                if core.poison and self.known_by:
+                    core.poison.succeeded(self.known_by)
             elif fault.blame is Blame.SERVER:
-                core.judge(url, Health.failed, text, fault not in UNHEARD, now, self.settings)
+                if died := await self.died_there(url, outcome):
+                    outcome = outcome._replace(deaths=self.died(url))
+                reached = fault not in UNHEARD and not died
+                core.judge(url, Health.failed, text, reached, now, self.settings)
             elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
         finally:
@@ -10678,6 +10798,40 @@ class Exchange:
         else:
             self.response.break_off(fault, text)
         return outcome
+
+    def digest(self) -> bytes:
+        """What its content is known by; b"" if it has none."""
+        if not self.known_by and self.content:
+            self.known_by = digest_of(self.path, self.content)
+        return self.known_by
+
+    def held_off(self) -> bool:
+        """Whether its content is one with which servers have died of late."""
+        return self.core.poison.holds(self.digest(), self.loop.time(), self.settings.poison_hold)
+
+    async def died_there(self, url: str, failure: Outcome) -> bool:
+        """Whether a server that should be there has died with this request."""
+        view, gone = self.core.fleet.view(url), failure.fault is Fault.SERVER_GONE
+        if view is None or not view.open:
+            return False
+        if gone:
+            return await has_died(self.core.pool(server_of(url)))
+        said = failure.held.content if failure.held else self.response.tail
+        says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
+        return says_so and engine_died(said, self.response.notation)
+
+    def died(self, url: str) -> int:
+        """Book a server's death.  How many have died with this request, or with its content."""
+        core, s, now = self.core, self.settings, self.loop.time()
+        core.ledger.deaths.add(url)
+        self.deaths += 1
+        if not (s.poison_hold and self.digest()):
+            return self.deaths
+        deaths = max(self.deaths, core.poison.died(self.digest(), server_of(url), now))
+        if deaths >= DEADLY:
+            log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
+                        " died with it, now %s", self.response.id, s.poison_hold, deaths, url)
+        return deaths
 
     def lease(self, url: str) -> Lease:
         """A place with that server.  A plain answer begins when all is generated: its prompt is
