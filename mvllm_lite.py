@@ -2515,10 +2515,10 @@ INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /clas
 # But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 # What one reader of a path takes literally, and another for a path of another name: empty and dot
-# segments, slashes in disguise, parameters, controls, escapes that are none.
+# segments, slashes in disguise, parameters, controls, the same escaped twice, escapes that are none.
 AMBIGUITY = re.compile(
-    r"//|[\\;]|%(?:2f|5c|3b|[01][0-9a-f]|7f|(?![0-9a-f]{2}))|/(?:\.|%2e){1,2}(?=/|$)",
-    re.IGNORECASE)
+    r"//|[\\;]|%(?:25)*(?:2f|5c|3b|[01][0-9a-f]|7f)|%(?![0-9a-f]{2})"
+    r"|/(?:\.|%(?:25)*2e){1,2}(?=/|$)", re.IGNORECASE)
 
 
 @remembered_text
@@ -3413,6 +3413,7 @@ class Visit(NamedTuple):
     keyed: bool  # whether there are [[keys]]
     settings: Settings
     audience: Audience = Audience.EVERYBODY  # of the listener
+    hop: str = ""  # the address of a proxy that has said by the PROXY protocol who the peer is
 
     @property
     def is_trusted(self) -> bool:
@@ -3474,7 +3475,7 @@ def remote(v: Visit) -> Refusal | None:
     """Why who asks is nobody on this machine, who asks by a local name."""
     fields, why, warning = v.head.fields, "", ""
     signs = [key for key in fields.values if key in PROXY_SIGNS or key.startswith("x-forwarded-")]
-    if not is_trusted(v.peer, LOOPBACK):
+    if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
         why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
     elif signs and not v.is_trusted:
         why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
@@ -11712,8 +11713,11 @@ class Door:
         client, audience = exchange.client, self._audience
         if client in self._operators:
             audience = Audience.OPERATORS
+        hop = ""
+        if kind not in FOR_PAGES:
+            hop = address_of(client.transport.get_extra_info("peername"))[0]
         refusal = refusal_of(Visit(kind, head, exchange.unread, client.peer[0], client.is_tls,
-                                   exchange.key, gate.closed, s, audience))  # fmt: skip
+                                   exchange.key, gate.closed, s, audience, hop))  # fmt: skip
         if refusal is not None:
             if refusal.warning and not self._warned:
                 self._warned = True

@@ -2249,9 +2249,9 @@ def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
     assert sum(gate.enter(key, None, 5.5) is None for _ in range(15)) == 5
 
 
-def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False, method="GET", **settings):
+def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False, method="GET", hop="", **settings):
     head = head_of(f"{method} /x HTTP/1.1\n{lines or 'Host: localhost:8888'}")
-    return lite.Visit(lite.Kind[kind], head, content, peer, tls, key, keyed, Settings(**settings))
+    return lite.Visit(lite.Kind[kind], head, content, peer, tls, key, keyed, Settings(**settings), hop=hop)
 
 
 def status_of_visit(*args, **more):
@@ -2308,6 +2308,9 @@ LOCALLY = table(
     ("in two ways", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Real-IP: 9.9.9.9", OURS, 403),
     ("and in a third", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nForwarded: for=9.9.9.9", OURS, 403),
     ("its machine is not ours", "Host: localhost\nX-Forwarded-For: 127.0.0.1", {"peer": "10.0.0.1", **OURS}, 403),
+    ("nor where a connection came from", "Host: localhost", {"hop": "10.0.0.1", **OURS}, 403),
+    ("a connection that our proxy passes on", "Host: localhost", {"peer": "9.9.9.9", "hop": "127.0.0.1", **OURS}, 403),
+    ("from this machine to this machine", "Host: localhost", {"hop": "127.0.0.1", **OURS}, 200),
     ("by what name our proxy was asked", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: evil.example", OURS, 403),
     ("our proxy's scheme and name", "Host: a\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
      "X-Forwarded-Proto: https\nOrigin: https://localhost:8443", OURS, 200),
@@ -2361,6 +2364,12 @@ def test_who_may_use_which_kind_of_path(more, statuses):
     kinds = ("INFERENCE", "MODELS", "PROBE", "STATUS", "EXPLAIN", "ADMIN", "CONTROL")
     assert tuple(status_of_visit(kind, **more) for kind in kinds) == statuses
     assert [status_of_visit(kind, **more) for kind in ("AMBIGUOUS", "NOTHING")] == [400, 404]
+
+
+def test_an_absolute_target_says_by_what_name_we_are_asked():
+    head = head_of("GET http://evil.example/x HTTP/1.1\nHost: localhost")
+    visit = visit_of("STATUS", status_access="loopback")._replace(head=head)
+    assert "Host is 'evil.example'" in lite.refusal_of(visit).text
 
 
 def test_where_operators_have_a_listener_each_has_its_own_paths():
@@ -2445,6 +2454,9 @@ def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
     ("the end of a text", "/v1/x%00", "AMBIGUOUS"),
     ("a line", "/v1/x%0d%0aHost:", "AMBIGUOUS"),
     ("no escape", "/v1/%zz", "AMBIGUOUS"),
+    ("a slash, escaped twice", "/v1/x%252fsleep", "AMBIGUOUS"),
+    ("dots, escaped thrice", "/v1/%25252e./sleep", "AMBIGUOUS"),
+    ("a percent sign", "/v1/100%25", "INFERENCE"),
     ("half an escape", "/v1/x%2", "AMBIGUOUS"),
 ))  # fmt: skip
 def test_kinds_of_paths(path, kind):
