@@ -154,7 +154,9 @@ HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 tak
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
-READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading,
+AHEAD_BYTES = 16 * 1024  # and one to a client, which may speak before it is its turn
+LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
 KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
 INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
@@ -476,6 +478,13 @@ class RequestHead:
     def persists(self) -> bool:
         """Whether the client wants to keep the connection, RFC 9112 §9.3."""
         return connection_persists(self.minor, self.fields)
+
+    @functools.cached_property
+    def held_bytes(self) -> int:
+        """What holding it costs; nothing of a short one, of which there are few."""
+        size = sum(len(name) + len(value) for _, name, value in self.fields.lines)
+        size += len(self.path) + len(self.query or "")
+        return size if size > HEAD_KEPT_BYTES else 0
 
     @functools.cached_property
     def wants_upgrade(self) -> bool:
@@ -1591,7 +1600,7 @@ class Settings:
     max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
     max_buffered_bytes: int = setting(
-        2**30, whole(1), "content of all requests that wait for their answers")
+        2**30, whole(1), "what is held of all requests that wait: content, heads, what came early")
     head_timeout: float = setting(30.0, number(0.001), "from a head's first byte to its last")
     body_timeout: float = setting(
         60.0, number(0.001), "silence of a client that sends content or reads an answer")
@@ -5701,7 +5710,7 @@ PROCESS_GAUGES = {
     "client_connections": "Open connections from clients.",
     "client_connections_limit": "How many there may be.",
     "queue_length": "Requests that wait for a server's place.",
-    "buffered_bytes": "Content of requests that wait for their answers.",
+    "buffered_bytes": "What is held of requests that wait: content, heads, what came early.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
 
@@ -8235,17 +8244,63 @@ class Discard:
     def expired(self, wire: Wire) -> None: ...
 
 
+class Backlog:
+    """What is held of clients' requests, in all: content, and what nobody has read yet.  And which
+    of them leave while reading from them is stopped, for of that the event loop tells nothing."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # max_buffered_bytes
+        self.content_bytes = 0  # of requests, with long heads, that may have to be said again
+        self.unread_bytes = 0
+        self._poll, self._stopped = select.poll(), dict[int, Wire]()  # by descriptor
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.content_bytes + self.unread_bytes
+
+    def full(self, own: int) -> bool:
+        """Whether too much is held; that of one client alone never is."""
+        return self.limit < self.bytes != own
+
+    def watch(self, wire: Wire) -> None:
+        """This wire is not read from any more,"""
+        if (descriptor := wire.transport.get_extra_info("socket").fileno()) >= 0:
+            self._stopped[descriptor] = wire
+            self._poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
+            self._timer = self._timer or wire.loop.call_later(LEAVING_S, self._look, wire.loop)
+            wire.descriptor = descriptor
+
+    def forget(self, wire: Wire) -> None:
+        """and now it is, or it is lost."""
+        if self._stopped.get(wire.descriptor) is wire:
+            self._poll.unregister(wire.descriptor)
+            del self._stopped[wire.descriptor]
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        for descriptor, _ in self._poll.poll(0):
+            self._stopped[descriptor].leave()
+        again = self._stopped and loop.call_later(LEAVING_S, self._look, loop)
+        self._timer = again or None
+
+
 class Wire(asyncio.BufferedProtocol):
-    """One connection.  `side` says who is at the other end."""
+    """One connection.  `side` says who is at the other end; what a client has said before somebody
+    reads it counts in a `backlog`."""
 
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
-        "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls", "sock",
-        "taken_at", "_waiter", "_timer", "_timer_at",
+        "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
+        "sock", "taken_at", "backlog", "counted", "descriptor", "most", "wanted", "_waiter", "_timer",
+        "_timer_at",
     )  # fmt: skip
 
-    def __init__(self, side: Blame) -> None:
-        self.side = side
+    def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
+        self.side, self.backlog = side, backlog
+        self.counted = 0  # bytes of its buffer, in the backlog
+        self.descriptor = -1  # of its socket, once reading was stopped
+        self.most = READ_BUFFER_BYTES if side is Blame.SERVER else AHEAD_BYTES  # to be held
+        self.wanted = 0  # bytes that its sink takes beside, of a client
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # until it stands
         self.buffer = bytearray()
@@ -8280,21 +8335,29 @@ class Wire(asyncio.BufferedProtocol):
             self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return RECEIVED
+        if self.side is Blame.SERVER:
+            return RECEIVED
+        return RECEIVED[: max(1, self.wanted + self.most - len(self.buffer))]
 
     def buffer_updated(self, size: int) -> None:
         if self.sink is not None:
             self.sink.feed(self, RECEIVED[:size])
             return
-        self.buffer += RECEIVED[:size]
-        if len(self.buffer) >= READ_BUFFER_BYTES:
-            if self.on_gone is not None:
-                # A client that says this much while its answer is on the way.  Reading on would
-                # fill our memory; holding it would hide that it leaves.
-                self.abort()
-                return
-            self.hold()
+        self.keep(RECEIVED[:size])
         self.wake()
+
+    def keep(self, piece: Piece) -> None:
+        """Hold it for who reads next."""
+        self.buffer += piece
+        self.count()
+        if len(self.buffer) >= self.most:
+            self.hold()
+
+    def count(self) -> None:
+        """The buffer has changed."""
+        if self.backlog is not None:
+            self.backlog.unread_bytes += len(self.buffer) - self.counted
+            self.counted = len(self.buffer)
 
     def eof_received(self) -> bool:
         """The peer will say no more.  A client may still be listening, so its wire stays open for
@@ -8304,6 +8367,8 @@ class Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
+        if self.backlog is not None:
+            self.backlog.forget(self)
         if isinstance(error, ssl.SSLError):
             self.trouble = f": {reason_of(error)}"
         if self._timer is not None:
@@ -8331,6 +8396,12 @@ class Wire(asyncio.BufferedProtocol):
         if self.on_gone is not None:
             self.on_gone()
         self.wake()
+
+    def leave(self) -> None:
+        """The peer has left, behind bytes that we have not read.  For whom a request of it is
+        answered, that is an end; who reads will come to it."""
+        if self.on_gone is not None:
+            self._ended(clean=True)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -8407,7 +8478,15 @@ class Wire(asyncio.BufferedProtocol):
                 if self.buffer:
                     raise self.departure()
                 return None
+            if self.backlog is not None and self.backlog.full(self.counted):
+                raise BadMessage("heads and content of requests take as many bytes as"
+                                 " max_buffered_bytes allows", Fault.TOO_MUCH_CONTENT)  # fmt: skip
+            if self.held:  # a long one
+                self.most = limit + 1
+                self.release()
             await self.news(deadline)
+        if self.side is Blame.CLIENT:
+            self.most = AHEAD_BYTES
         if not 0 <= end <= limit + 4:
             target = b"\r\n" not in self.buffer[:limit]
             fault = Fault.TARGET_TOO_LONG if target else Fault.HEAD_TOO_LARGE
@@ -8418,7 +8497,8 @@ class Wire(asyncio.BufferedProtocol):
         """The first bytes of the buffer, or all."""
         taken = bytes(self.buffer if size is None else self.buffer[:size])
         del self.buffer[:size]
-        if self.held and len(self.buffer) < READ_BUFFER_BYTES:
+        self.count()
+        if self.held and len(self.buffer) < self.most:
             self.release()
         return taken
 
@@ -8465,10 +8545,19 @@ class Wire(asyncio.BufferedProtocol):
         """Stop reading: the kernel's buffers fill, and the peer has to wait."""
         self.held = True
         self.transport.pause_reading()
+        if self.backlog is not None:
+            self.backlog.watch(self)
 
     def release(self) -> None:
         self.held = False
         self.transport.resume_reading()
+        if self.backlog is not None:
+            self.backlog.forget(self)
+
+    def drop(self) -> None:
+        """Nobody reads what has come."""
+        self.buffer.clear()
+        self.count()
 
     def abort(self) -> None:
         """End it now, whatever was still to be written."""
@@ -8490,7 +8579,7 @@ class Wire(asyncio.BufferedProtocol):
         what it is saying.  Closing over unread bytes would reset the connection, and could take
         our last answer with it.  Raises TimeoutError."""
         self.sink = Discard()
-        self.buffer.clear()
+        self.drop()
         self.release()
         self.transport.set_write_buffer_limits(1, 0)  # `blocked` means now: not all is out
         await self.unblocked(silence_s)
@@ -9107,25 +9196,27 @@ class Intake:
                 await asyncio.sleep(0)
             content += await client.read_content(decoder, client.loop.time() + self._silence_s)
             client.buffer[:0] = decoder.rest
+            client.count()
             return not decoder.done
         self._enough = self.soon
         content += client.take(self._length - len(content))
-        client.sink = self
+        client.sink, client.wanted = self, self._length - len(content)
         try:
             while len(content) < self._enough:
                 if client.gone:
                     raise client.departure()
                 await client.news(client.loop.time() + self._silence_s)
         finally:
-            client.sink = None
+            client.sink, client.wanted = None, 0
         return len(content) < self._length
 
     def feed(self, wire: Wire, piece: Piece) -> None:
         left = self._length - len(self.content)
         if len(piece) > left:  # the client's next request
-            wire.buffer += piece[left:]
+            wire.keep(piece[left:])
             piece = piece[:left]
         self.content += piece
+        wire.wanted = left - len(piece)
         wire.deadline = wire.loop.time() + self._silence_s
         if len(self.content) >= self._enough:
             wire.wake()
@@ -9139,7 +9230,7 @@ class Tunnel:
 
     def __init__(self, wire: Wire, to: Wire, ended: asyncio.Event) -> None:
         self.to, self.ended = to, ended
-        wire.sink, to.feeder = self, wire
+        wire.sink, to.feeder, wire.wanted = self, wire, RECEIVED_BYTES
         wire.expect_by(INFINITY)  # a quiet websocket is a good one
         if wire.buffer:
             to.transport.write(wire.take())
@@ -9978,7 +10069,7 @@ class Core:
         self.clients_limit = settings.max_connections
         self.idle: dict[Wire, None] = {}  # clients between two requests, the longest idle first
         self.forwarding = 0  # requests that were let in, and are not answered yet
-        self.buffered_bytes = 0  # of their content
+        self.backlog = Backlog(settings.max_buffered_bytes)
         self.refreshing: asyncio.Task[None] | None = None  # all servers' models
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
@@ -10130,7 +10221,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
         self._client, self._task = client, task or asyncio.current_task()
 
     def __enter__(self) -> None:
-        if self._client.gone or self._client.held:  # held: it says more than we would keep
+        if self._client.gone:
             raise self._client.departure()
         self._client.on_gone = self._task.cancel  # type: ignore[union-attr]
 
@@ -10472,8 +10563,6 @@ class Exchange:
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.status = response.status or gone.fault.status
             response.end = gone.fault.label
-            if self.client.held:  # it has not, but said too much: nothing may pass for its answer
-                self.client.abort()
         except asyncio.CancelledError:
             response.persists = False
             response.refuse(Fault.STOPPING, "The balancer is stopping.")
@@ -10713,11 +10802,11 @@ class Exchange:
     def keep_room(self, size: int) -> None:
         """So much of the content is held now.  Raises BadMessage when all requests together hold
         too much; one alone never does."""
-        core, limit = self.core, self.settings.max_buffered_bytes
-        core.buffered_bytes += size - self.buffered_bytes
+        backlog, size = self.core.backlog, size + self.head.held_bytes
+        backlog.content_bytes += size - self.buffered_bytes
         self.buffered_bytes = size
-        if limit < core.buffered_bytes != size:
-            text = f"requests hold {limit} bytes of content, as many as max_buffered_bytes allows"
+        if backlog.full(size + self.client.counted):
+            text = f"requests hold {backlog.limit} bytes, as many as max_buffered_bytes allows"
             raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
 
     def expect_continue(self) -> None:
@@ -10743,7 +10832,7 @@ class Exchange:
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
         self.content = b""
-        self.core.buffered_bytes -= self.buffered_bytes
+        self.core.backlog.content_bytes -= self.buffered_bytes
         self.buffered_bytes = 0
 
     def forwarded_fields(self) -> tuple[str, str]:
@@ -11315,7 +11404,7 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
     process = {
         "start_time_seconds": core.started_at, "client_connections": len(core.clients),
         "client_connections_limit": core.clients_limit, "settings_valid": not core.settings_error,
-        "queue_length": len(core.queue), "buffered_bytes": core.buffered_bytes,
+        "queue_length": len(core.queue), "buffered_bytes": core.backlog.bytes,
     }  # fmt: skip
     monotonic = clock().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
@@ -11503,7 +11592,7 @@ class Door:
 
     def take(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
-        core, wire = self.core, Wire(Blame.CLIENT)
+        core, wire = self.core, Wire(Blame.CLIENT, self.core.backlog)
         if not self.belongs(wire, address_of(address)):
             sock.close()
             return
@@ -11512,6 +11601,7 @@ class Door:
             del core.clients[wire]
             self._operators.discard(wire)
             self.one_less(wire.peer[0])
+            wire.drop()
             wire.abort()
             sock.close()
             for listener in self.listeners:
@@ -11538,8 +11628,8 @@ class Door:
             del self._hosts[host]
 
     async def hear_proxy(self, wire: Wire, sock: socket.socket) -> None:
-        """Learn from a proxy of ours whose connection it passes on, if it says so.  Raises PeerGone,
-        TimeoutError, OSError."""
+        """Learn from a proxy of ours whose connection it passes on, if it says so.  Raises
+        PeerGone, TimeoutError, OSError."""
         proxy = wire.peer[0]
         try:
             async with within(self.core.settings.keep_alive_timeout):
@@ -11548,6 +11638,7 @@ class Door:
             log.warning("%s: %s", proxy, bad)
             raise wire.departure() from None
         wire.buffer += rest
+        wire.count()
         if address is not None:
             if not self.belongs(wire, address):
                 raise wire.departure()
@@ -11565,6 +11656,8 @@ class Door:
                 lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None,
                 ssl_shutdown_timeout=s.body_timeout if tls else None)
             wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
+            if tls is not None:
+                wire.transport.set_read_buffer_limits(AHEAD_BYTES)  # of what is not decrypted
             left = s.max_requests_per_connection
             while more := await self.serve_one(wire, left <= 1):
                 left -= 1
@@ -12049,6 +12142,7 @@ class Balancer:
             (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
              word) for key, word in secrets.keys)
         core.clients_limit = min(settings.max_connections, descriptors_allow())
+        core.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)
         now = asyncio.get_running_loop().time()
         added, draining = core.fleet.apply(

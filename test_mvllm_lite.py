@@ -7306,7 +7306,7 @@ async def test_a_compressed_request_arrives_as_its_server_can_read_it(coding, pa
             got = await (await running.client()).post(
                 body=pack(content) if content else b"", fields=[f"Content-Encoding: {coding}"])
             assert got.status == 200
-        assert running.core.buffered_bytes == 0
+        assert running.core.backlog.bytes == 0
     came = b.asked if content else a.asked + b.asked
     assert len(came) == 3 and not any(asked.get("content-encoding") for asked in came)
     assert [asked.body for asked in came] == [content.replace(b"alias", b"b")] * 3
@@ -7345,7 +7345,7 @@ async def test_compressed_requests_that_are_refused(fields, body, status, label,
         assert named in got.error["message"]
         if status == 415:
             assert got.get("accept-encoding").startswith("gzip, deflate")
-        assert running.core.buffered_bytes == 0 and not server.asked
+        assert running.core.backlog.bytes == 0 and not server.asked
         got = await (await running.client()).get("/v1/x", ["Content-Encoding: br"])  # of nothing
         assert got.status == 200
 
@@ -7455,18 +7455,86 @@ async def test_an_empty_line_before_a_request_may_come_in_pieces():
         assert (await client.answer()).status == 200
 
 
+EARLY = b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("ahead, content, at_once", table(
+    ("with a short request", 250_000, b"{}", True),
+    ("with a long one", 20_000, b"x" * 100_000, True),
+    ("while it waits for an answer", 20_000, b"{}", False),
+))  # fmt: skip
 @asynchronous
-async def test_a_client_that_pipelines_without_end_is_cut_off_when_its_requests_pile_up():
-    async with balancing(failing(how="hang")) as running:
+async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_seen(ahead, content, at_once):
+    async with balancing(server := failing(how="hang")) as running:
+        client, early = await running.client(), EARLY * (ahead // len(EARLY) + 1)
+        request = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+        client.writer.write(request + early if at_once else request)
+        await server.came.wait()
+        if not at_once:
+            client.writer.write(early)
+        (wire,) = running.core.clients
+        while not wire.held:
+            await asyncio.sleep(0)
+        assert lite.AHEAD_BYTES == len(wire.buffer) == wire.counted
+        assert running.core.backlog.bytes == len(wire.buffer) + len(content)
+        if ahead > 100_000:  # so much of it is on the way that an orderly end would not come through
+            client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        while running.in_flight():
+            await asyncio.sleep(0.01)
+        assert running.requests()[0]["end"] == "client_gone"
+        while running.core.clients:
+            await asyncio.sleep(0)
+        assert running.core.backlog.bytes == 0 and not running.core.backlog._stopped
+
+
+@asynchronous
+async def test_what_a_client_said_too_early_is_answered_when_it_is_its_turn():
+    async with balancing(Server(gated := Gated())) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
-        while not running.in_flight():
+        sending = asyncio.ensure_future(client.send(EARLY * 2000))
+        (wire,) = running.core.clients
+        while not wire.held:
             await asyncio.sleep(0)
-        with contextlib.suppress(ConnectionError):
-            await client.send(b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n" * 20_000)
-            assert await client.reader.read() == b""
-        await running.quiet()
-        assert await running.metric("mvllm_requests_total", status="499") == 1
+        gated.let(1)
+        for _ in range(2001):
+            assert (await client.answer()).status == 200
+        await sending
+        assert running.core.backlog.bytes == 0
+
+
+@asynchronous
+async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
+    async with balancing(server := Server(gated := Gated()), max_head_bytes=60_000) as running:
+        client = await running.client()
+        head = b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 50_000
+        await client.send(head)
+        while running.core.backlog.bytes < len(head):
+            await asyncio.sleep(0)
+        await client.send(b"\r\n\r\n")
+        await server.came.wait()
+        assert 50_000 < running.core.backlog.bytes < 51_000  # and while it waits for its answer
+        gated.let(1)
+        assert (await client.answer()).status == 200
+        assert running.core.backlog.bytes == 0
+        (wire,) = running.core.clients
+        assert wire.most == lite.AHEAD_BYTES
+        await client.send(head + b"x" * 20_000)
+        assert (await client.answer()).status == 431
+
+
+@asynchronous
+async def test_heads_together_hold_only_so_much():
+    async with balancing(Server(), max_buffered_bytes=100_000, max_head_bytes=60_000) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients:
+            await client.send(b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000)
+        answers = [asyncio.create_task(client.answer()) for client in clients]
+        done, waiting = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        assert [one.result().get("x-mvllm-error") for one in done] == ["too_much_content"]
+        for one in waiting:
+            one.cancel()
 
 
 @asynchronous
@@ -8175,7 +8243,7 @@ async def test_content_that_is_awaited_counts_before_it_is_there():
         done, waiting = await asyncio.wait(refused, timeout=5, return_when=asyncio.FIRST_COMPLETED)
         while len(waiting) > 2:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        assert running.core.buffered_bytes <= 600_000
+        assert running.core.backlog.bytes <= 600_000
         for one in waiting:
             one.cancel()
 
@@ -8201,7 +8269,7 @@ async def test_requests_together_hold_only_so_much_content():
         assert await running.metric("mvllm_buffered_bytes") == 0
         await (await running.client()).ask("POST", "/v1/x", b"x" * 1000)
         first.close()
-    assert running.core.buffered_bytes == 0
+    assert running.core.backlog.bytes == 0
 
 
 @asynchronous
@@ -12047,7 +12115,7 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         await asyncio.gather(*clients)
         await running.quiet()
         assert all(good) and len(good) > 30 and len(storm) >= 1000
-        assert running.in_flight() == len(running.core.queue) == running.core.buffered_bytes == 0
+        assert running.in_flight() == len(running.core.queue) == running.core.backlog.bytes == 0
         assert not running.core.exchanges and running.core.forwarding == 0
         assert not any(running.core.attempts.values())
         assert running.states() == ["healthy"] * 3
