@@ -1586,6 +1586,9 @@ class Settings:
     session_headers: tuple[str, ...] = setting(
         ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id"), list_of(words),
         "fields that name a session, the first that a request has")
+    request_id_headers: tuple[str, ...] = setting(
+        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"), list_of(words),
+        "fields that name a request, the first that it has")
     cache_threshold: float = setting(
         0.3, number(0, 1), "of cache_aware: share of a prompt that must be known to a server")
     balance_abs_threshold: int = setting(
@@ -1976,8 +1979,10 @@ def changes_line(old: Settings, new: Settings) -> str:
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 # Members by which servers talk to each other about one of their caches.  From a client's mouth,
 # vllm's own words, they end the engine of a server that believes them.
-RESERVED_MEMBERS = ("kv_transfer_params",)
-CALL_MEMBERS = ("model", "stream", *RESERVED_MEMBERS)
+RESERVED_MEMBERS = ("kv_transfer_params", "ec_transfer_params")
+# The same in an id of a request, where vLLM's P2P connectors look for it.
+ENGINE_HANDLES = re.compile("___(?:prefill|decode)_addr_")
+CALL_MEMBERS = ("model", "stream", "request_id", *RESERVED_MEMBERS)
 SESSION_MEMBERS = ("session_id", "user", "user_id")  # the first that is there names a session;
 LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-project/router
 # What a server generates from, and what it puts before that.
@@ -2657,6 +2662,9 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
     for name in RESERVED_MEMBERS:
         if members.get(name) is not None or (spans is not None and name in spans):
             raise BadMessage(f"{name} is not for clients to say")
+    said = members.get("request_id", "" if spans is None or "request_id" not in spans else None)
+    if said is None or (isinstance(said, str) and ENGINE_HANDLES.search(said)):
+        raise BadMessage("request_id is too long, or names engines, which is not for clients")
     if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
             raise BadMessage("the content is JSON in another encoding than UTF-8")
@@ -9253,9 +9261,6 @@ class Tunnel:
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
 # words, it is written here, and only here is known what the client has seen of it.
 
-REQUEST_ID_FIELDS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
-
-
 # Of what a fault is, in vLLM's words.
 PARAMETERS = {Fault.UNKNOWN_MODEL: "model", Fault.UNKNOWN_RESPONSE: "response_id"}
 
@@ -9269,18 +9274,26 @@ class Reply(NamedTuple):
     fields: Pairs = ()
 
 
-def request_id(fields: Fields, draw: random.Random) -> str:
-    """The client's own id for its request, or a new one."""
-    return own_id(fields) or f"{draw.getrandbits(128):032x}"
+def request_id(
+    fields: Fields, names: Sequence[str], taken: Collection[str], draw: random.Random
+) -> str:
+    """The client's own id for its request, or a new one.  What is in other fields may be said of
+    several requests: those that are not the first of them in progress get a suffix."""
+    id, of_one = own_id(fields, names)
+    if not id:
+        return f"{draw.getrandbits(128):032x}"
+    return id if of_one or id not in taken else f"{id}-{draw.getrandbits(32):08x}"
 
 
 @remembered
-def own_id(fields: Fields) -> str:
-    for key in REQUEST_ID_FIELDS:
-        value = fields.get(key)
-        if 0 < len(value) <= REQUEST_ID_LIMIT and value.isascii() and value.isprintable():
-            return value
-    return ""
+def own_id(fields: Fields, names: Sequence[str]) -> tuple[str, bool]:
+    """A client's id for its request, or "", and whether it is in the field that is for that."""
+    for name in map(str.lower, names):
+        value = fields.get(name)
+        usable = 0 < len(value) <= REQUEST_ID_LIMIT and value.isascii() and value.isprintable()
+        if usable and not ENGINE_HANDLES.search(value):
+            return value, name == "x-request-id"
+    return "", False
 
 
 def date_field() -> tuple[str, str]:
@@ -10073,6 +10086,7 @@ class Core:
         self.refreshing: asyncio.Task[None] | None = None  # all servers' models
         # Clients in the middle of a request; None while its head is still coming.
         self.exchanges: dict[Wire, Response | None] = {}
+        self.ids = set[str]()  # of these requests
         self.stopping = False
         self.started_at = time.time()
         self._told = asyncio.Event()
@@ -10508,7 +10522,7 @@ class Exchange:
         self.says_length = length is not None or self.framing.chunked  # also of no content
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
         persists = head.persists and not core.stopping
-        id = request_id(head.fields, core.draw)
+        id = request_id(head.fields, self.settings.request_id_headers, core.ids, core.draw)
         self.response = Response(client, head, id, self.settings, persists)
         self.path = inference_path(head.path)
         self.call = NO_CALL  # until the content is there
@@ -10601,7 +10615,7 @@ class Exchange:
         if call.makes_response and head.status == 200:
             if id := response_id(start, head.is_event_stream):
                 # Whoever can say an id can say another's.
-                own = own_id(self.head.fields)
+                own, _ = own_id(self.head.fields, self.settings.request_id_headers)
                 chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
                 name = self.key.name if self.key and not chosen else ""
                 stored.made(id, Stored(server, name, (call.model or "")[:MODEL_NAME_LIMIT]))
@@ -11683,6 +11697,7 @@ class Door:
                 return False
             exchange = Exchange(core, wire, *head)
             running[wire] = exchange.response
+            core.ids.add(exchange.response.id)
             if last:
                 exchange.response.persists = False
                 core.met("max_requests_per_connection")
@@ -11701,7 +11716,8 @@ class Door:
             return False
         finally:
             wire.reused = True
-            del running[wire]
+            if (response := running.pop(wire)) is not None:
+                core.ids.discard(response.id)
 
     async def request_begun(self, wire: Wire) -> bool:
         """Whether a client has begun its next request; it may take a while, but not when others
@@ -11741,7 +11757,7 @@ class Door:
     def reject(self, wire: Wire, bad: BadMessage) -> None:
         """Answer what is not even a request."""
         core, (host, port) = self.core, wire.peer
-        id = request_id(NO_REQUEST.fields, core.draw)
+        id = request_id(NO_REQUEST.fields, (), (), core.draw)
         response = Response(wire, NO_REQUEST, id, core.settings, False)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.ledger.requests.add("", "", str(bad.fault.status))
@@ -12235,8 +12251,14 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
         findings += load_findings(server, status, loads)
         streamed = None
         if check.models:
-            streamed = await stream_of(pool, next(iter(check.models)), timeout_s)
+            model, idle = next(iter(check.models)), is_idle(loads)
+            streamed = await stream_of(pool, model, timeout_s)
             findings += stream_findings(streamed, timeout_s)
+            if idle and came_at_once(streamed):  # once may be chance
+                streamed = await stream_of(pool, model, timeout_s)
+                status, content = await asked(pool, "/metrics", timeout_s)
+                if is_idle(engine_loads(content.decode("utf-8", "replace"))):
+                    findings += buffered_findings(streamed)
     said = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
     words = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
     if streamed is not None and streamed.events:
@@ -12347,12 +12369,28 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
                         "give the server its api_key or api_key_file")]
     if streamed.status >= 500:
         return [Finding(f"a stream was answered {streamed.status}", "look at its log")]
-    # All at once, though that took a while: somebody has collected it.
-    if streamed.events > 3 and streamed.pieces == 1 and streamed.last_s > 0.05:
-        return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
-                        "turn response buffering off in what stands before the server (nginx:"
-                        " proxy_buffering off)")]  # fmt: skip
     return []
+
+
+def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
+    """Whether it says that it has nothing to do; a busy vLLM joins tokens itself."""
+    load = loads.get("", EngineLoad())
+    return load.running == 0 == (load.waiting or 0)
+
+
+def came_at_once(streamed: Streamed | None) -> bool:
+    """Whether tokens came all together, though that took a while: as if they were collected."""
+    return (streamed is not None and streamed.events > 3 and streamed.pieces == 1
+            and streamed.last_s > 0.05)  # fmt: skip
+
+
+def buffered_findings(streamed: Streamed | None) -> list[Finding]:
+    """About a second stream of an idle server, of which the first came at once."""
+    if streamed is None or not came_at_once(streamed):
+        return []
+    return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
+                    "turn response buffering off in what stands before the server (nginx:"
+                    " proxy_buffering off)")]  # fmt: skip
 
 
 def secret_files(path: str, s: Settings) -> list[str]:

@@ -1552,6 +1552,9 @@ def test_only_the_model_s_value_is_rewritten(given, content):
 
 NOT_FOR_CLIENTS = table(
     ("the words of a prefill server", b'{"model":"m","kv_transfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
+    ("an encoder's", b'{"model":"m","ec_transfer_params":{"x":{"peer_host":"10.0.0.9"}}}', "ec_transfer_params"),
+    ("engines named in an id", b'{"request_id":"x___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.9:2_x"}', "request_id"),
+    ("one of them, in another spelling", rb'{"request_\u0069d":"\u005f__decode_addr_10.0.0.9:2"}', "request_id"),
     ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
     ("spelled out", b'{"' + "".join(f"\\u{ord(c):04x}" for c in "kv_transfer_params").encode() + b'":{}}', "kv_transfer_params"),
     ("deep enough to blind a parser", b'{"kv_transfer_params":{},"a":' + b"[" * 30000 + b"]" * 30000 + b"}", "too deeply"),
@@ -1573,7 +1576,7 @@ def test_nor_in_large_content(body, named):
     next(scan)
     while not scan.send(body):
         pass
-    with pytest.raises(lite.BadMessage, match="UTF-8" if named == "UTF-8" else "kv_transfer_params"):
+    with pytest.raises(lite.BadMessage, match="kv_transfer_params" if named == "too deeply" else named):
         lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
 
 
@@ -7237,6 +7240,46 @@ async def test_a_peer_s_own_models_count():
         assert got.status == 200 and len(b.asked) == 1
 
 
+@pytest.mark.parametrize("said, names, id", table(
+    ("the first that is there", "X-Trace-Id: t\nX-Correlation-Id: c", None, "c"),
+    ("the field for it before others", "X-Trace-Id: t\nX-Request-Id: r", None, "r"),
+    ("fields of one's own", "X-Request-Id: r\nX-Mine: m", ("X-Mine", "X-Request-Id"), "m"),
+    ("then the next", "X-Request-Id: r\nX-Mine:", ("X-Mine", "X-Request-Id"), "r"),
+    ("none is heard", "X-Request-Id: r", (), ""),
+    ("what is no id", "X-Request-Id: \xe4\nRequest-Id: q", None, "q"),
+    ("what is too long", "X-Request-Id: " + "x" * 201, None, ""),
+    ("engines are not for clients to name", "X-Request-Id: a___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.8:2_b\nRequest-Id: q", None, "q"),
+    ("nor one of them", "X-Request-Id: ___decode_addr_10.0.0.8:2_b", None, ""),
+))  # fmt: skip
+def test_what_names_a_request(said, names, id):
+    fields = head_of(f"GET / HTTP/1.1\nHost: a\n{said}").fields
+    names = Settings().request_id_headers if names is None else names
+    assert lite.own_id(fields, names)[0] == id
+    found = lite.request_id(fields, names, set(), random.Random(1))
+    assert found == id or (not id and re.fullmatch("[0-9a-f]{32}", found))
+
+
+@pytest.mark.parametrize("field, shared", [("X-Request-Id", True), ("X-Correlation-Id", False), ("X-Trace-Id", False), ("X-Mine", False)])
+@asynchronous
+async def test_an_id_that_is_said_of_several_requests_is_not_shared_by_parallel_ones(field, shared):
+    server = Server(gated := Gated())
+    async with balancing(server, request_id_headers=("x-request-id", "x-correlation-id", "x-trace-id", "x-mine")) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients:
+            await client.ask("POST", "/v1/x", b"{}", [f"{field}: c"])
+        while len(server.asked) < 3:
+            await asyncio.sleep(0)
+        gated.let(3)
+        shown = [(await client.answer()).get("x-request-id") for client in clients]
+        assert sorted(shown) == sorted(asked.get("x-request-id")[0] for asked in server.asked)
+        assert len(set(shown)) == (1 if shared else 3) and all(re.fullmatch(r"c(-[0-9a-f]{8})?", id) for id in shown)
+        while running.core.exchanges:
+            await asyncio.sleep(0)
+        assert not running.core.ids
+        gated.let(1)
+        assert (await clients[0].post("/v1/x", fields=[f"{field}: c"])).get("x-request-id") == "c"  # one after the other
+
+
 @pytest.mark.parametrize("field", ["X-Correlation-Id", "X-Trace-Id", "Request-Id"])
 @asynchronous
 async def test_other_names_for_a_request_s_id(field):
@@ -11127,8 +11170,6 @@ def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
 
 @pytest.mark.parametrize("streamed, word", table(
     ("well", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
-    ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
-    ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
     ("not a model of text", lite.Streamed(404), ""),
     ("failed", lite.Streamed(500), "answered 500"),
     ("a key", lite.Streamed(401), "its key"),
@@ -11137,6 +11178,45 @@ def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
 def test_what_a_stream_shows_to_be_amiss(streamed, word):
     found = lite.stream_findings(streamed, 5.0)
     assert len(found) == bool(word) and all(word in one.text and one.advice for one in found)
+
+
+@pytest.mark.parametrize("streamed, word", table(
+    ("one by one", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
+    ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
+    ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
+    ("no stream", None, ""),
+))  # fmt: skip
+def test_what_a_second_stream_shows_of_an_idle_server(streamed, word):
+    found = lite.buffered_findings(streamed)
+    assert len(found) == bool(word) == lite.came_at_once(streamed) and all(word in one.text for one in found)
+
+
+@pytest.mark.parametrize("load, idle", table(
+    ("nothing to do", (0, 0), True), ("it runs one", (1, 0), False), ("one waits", (0, 1), False),
+    ("it does not say", (None, None), False), ("only how many run", (0, None), True),
+))  # fmt: skip
+def test_when_a_server_is_idle(load, idle):
+    assert lite.is_idle({"": lite.EngineLoad(*load)}) is idle and not lite.is_idle({})
+
+
+@pytest.mark.parametrize("collected, load, told, streams", table(
+    ("twice, and idle", 2, 0, True, 2),
+    ("once", 1, 0, False, 2),
+    ("twice, but it was busy", 2, 3, False, 1),
+))  # fmt: skip
+@asynchronous
+async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_idle_server(collected, load, told, streams):
+    async def answer(asked, conn):
+        if len(server.asked) - 1 <= collected:  # but for /version
+            await asyncio.sleep(0.06)
+            return await conn.events(FIRST, *map(token, range(8)))
+        return await conn.events(FIRST)
+
+    server = Server(answer, **{"/metrics": f"vllm:num_requests_running {load}\nvllm:num_requests_waiting 0\n"})
+    async with server:
+        s = Settings((lite.ServerSettings(server.url),))
+        found = await lite.examine(s.servers[0], s, lite.Secrets(s))
+    assert any("buffered" in one.text for one in found.findings) is told and len(server.asked) == streams + 1
 
 
 @pytest.mark.parametrize("why, keys, advice", table(
