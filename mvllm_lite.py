@@ -2073,7 +2073,10 @@ REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string, up t
 BACKSLASH = 0x5C
 
 
-def find_members(spans: Spans, wanted: Iterable[str]) -> Generator[bool, Content, None]:
+Scan = Generator[bool, Content, None]
+
+
+def find_members(spans: Spans, wanted: Iterable[str]) -> Scan:
     """Finds the values of top-level members of a JSON object without parsing what lies between,
     and puts them into `spans`; of a repeated member the last, as in Python's json.
 
@@ -9438,7 +9441,7 @@ class Response:
             self.client.reset()
             return
         event = error_event(fault, f"The answer broke off: {text.rstrip('.')}.")
-        if not self.tail.endswith((b"\n\n", b"\r\n\r\n")):
+        if self.tail and not self.tail.endswith((b"\n\n", b"\r\n\r\n")):
             event = b"\n\n" + event  # what was cut must not swallow it
         self.write(event)  # and the last chunk stays away
 
@@ -10509,6 +10512,13 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 # closes the server's connection on the way out, so that vLLM stops generating.
 
 
+async def look_through(content: Content, scan: Scan | None) -> None:
+    """Looks at what is new in large content; others have their turn meanwhile."""
+    if scan is not None and len(content) > SMALL_CONTENT_BYTES:
+        while not scan.send(content):
+            await asyncio.sleep(0)
+
+
 class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
@@ -10758,22 +10768,27 @@ class Exchange:
         """The whole content, uncompressed, and where the members of large JSON stand."""
         if self.framing == NO_CONTENT or not (codings := content_codings(self.head.fields)):
             return await self.receive()
-        content, _ = await self.receive(False)
-        for coding in codings if content else ():
-            found, limit = bytearray(), self.settings.max_body_bytes
+        content, _ = await self.receive(looks=False)
+        spans, limit = Spans(), self.settings.max_body_bytes
+        scan = self.scan(spans)
+        for n, coding in enumerate(codings if content else (), 1):
+            found = bytearray()
             for _ in decode_content(content, coding, limit, found):
                 self.keep_room(len(content) + len(found))
                 await asyncio.sleep(0)
+                if n == len(codings):
+                    await look_through(found, scan)
             content = found
         self.keep_room(len(content))
-        if len(content) <= SMALL_CONTENT_BYTES:
-            return content, None
-        spans = Spans()
+        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    def scan(self, spans: Spans) -> Scan | None:
+        """What looks through large content as it grows; forms are read when they are there."""
+        if form_boundary(self.head.fields.get("content-type")):
+            return None
         scan = find_members(spans, FOUND_MEMBERS)
         next(scan)
-        while not (form_boundary(self.head.fields.get("content-type")) or scan.send(content)):
-            await asyncio.sleep(0)
-        return content, spans
+        return scan
 
     async def receive(self, looks: bool = True) -> tuple[Content, Spans | None]:
         """The whole content: it must be there to be sent again.  Large JSON is looked through
@@ -10785,8 +10800,8 @@ class Exchange:
             self.keep_room(length)  # the usual: it came with the head
             self.unread = False
             return client.take(length), None
-        form = form_boundary(self.head.fields.get("content-type"))
-        spans, scan, more = Spans(), None, True
+        spans, more = Spans(), True
+        scan = self.scan(spans) if looks else None
         intake = Intake(client, framing, self.settings.body_timeout)
         content = intake.content
         while True:
@@ -10794,12 +10809,7 @@ class Exchange:
                 found = length or f"more than {limit}"
                 text = f"the content has {found} bytes, max_body_bytes allows {limit}"
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
-            if len(content) > SMALL_CONTENT_BYTES and looks and not form:
-                if scan is None:
-                    scan = find_members(spans, FOUND_MEMBERS)
-                    next(scan)
-                while not scan.send(content):
-                    await asyncio.sleep(0)
+            await look_through(content, scan)
             if not more:
                 break
             try:

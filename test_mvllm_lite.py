@@ -7827,8 +7827,10 @@ async def test_comments_before_a_stream_s_first_event_are_shown_and_commit_to_no
             assert plain.replace(BEAT, b"") == created + ends.get(then, FIRST)
             assert plain.count(BEAT) == len(first.asked + second.asked)
         else:
-            raw = await client.reader.read()
+            raw += await client.reader.read()
             assert not raw.endswith(b"0\r\n\r\n")
+            plain = lite.ChunkedDecoder().feed(raw.partition(b"\r\n\r\n")[2])
+            assert re.fullmatch(b"(: keep-alive\n\n)+data: {.*}\n\n", plain)  # nothing between
             assert ends["error"] in raw if then == "error" else b"broke off" in raw
         await running.quiet()
         both = then in ("another", "error", "nobody")
