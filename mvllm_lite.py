@@ -3452,6 +3452,11 @@ class Visit(NamedTuple):
         schemes = (ours and members("x-forwarded-proto")) or ["https" if self.tls else "http"]
         return web_origin(f"{schemes[0]}://{hosts[0]}")
 
+    def is_own(self, origin: str) -> bool:
+        """Whether a page of that origin is ours."""
+        ours = self.origin()
+        return ours is not None and web_origin(origin) == ours
+
 
 def unclear(v: Visit) -> Refusal | None:
     text = (f"The path is {shown(v.head.path)}, expected one without //, dot segments, ';',"
@@ -3472,14 +3477,24 @@ def foreign(v: Visit) -> Refusal | None:
     site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
     if site not in ("same-origin", "none"):
         text = f"Sec-Fetch-Site is {shown(site)}, expected same-origin or none."
-    elif origin is None:
-        return None
-    elif (ours := v.origin()) is not None and web_origin(origin) == ours:
+    elif origin is None or v.is_own(origin):
         return None
     else:
+        ours = v.origin()
         here = "{}://{}:{}".format(*ours) if ours else "unknown"
         text = f"Origin is {shown(origin)}, and this is {shown(here)}."
     return Refusal(Fault.FORBIDDEN, f"{v.head.path} is not for pages of other sites: {text}")
+
+
+def unasked(v: Visit) -> Refusal | None:
+    """Why a page may not open a websocket, which browsers let it do and read without asking us."""
+    origin, allowed = v.head.fields.values.get("origin"), v.settings.cors_allowed_origins
+    if origin is None or not v.head.wants_upgrade or v.is_own(origin):
+        return None
+    if "*" in allowed or origin in allowed:
+        return None
+    text = f"Origin is {shown(origin)}, which cors_allowed_origins does not name."
+    return Refusal(Fault.FORBIDDEN, text)
 
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -3591,7 +3606,7 @@ def no_json(v: Visit) -> Refusal | None:
 
 # In this order; the first that has a reason refuses.
 GUARDS: dict[Kind, tuple[Guard, ...]] = {
-    Kind.INFERENCE: (unentitled, unruly),
+    Kind.INFERENCE: (unasked, unentitled, unruly),
     Kind.MODELS: (unentitled, changing),
     Kind.PROBE: (foreign, changing),
     Kind.PAGE: (foreign, unentitled, changing),

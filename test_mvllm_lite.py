@@ -2348,6 +2348,20 @@ def test_pages_of_other_sites_get_inference_and_models_at_most(lines, more, stat
         assert status_of_visit(kind, lines, **more) == 200
 
 
+@pytest.mark.parametrize("lines, more, status", table(
+    ("no page", "Host: a", {}, 200),
+    ("our own", "Host: a\nOrigin: http://a", {}, 200),
+    ("another", "Host: a\nOrigin: http://b", {}, 403),
+    ("from a sandbox", "Host: a\nOrigin: null", {}, 403),
+    ("an allowed one", "Host: a\nOrigin: http://b", {"cors_allowed_origins": ("http://b",)}, 200),
+    ("any is", "Host: a\nOrigin: null", {"cors_allowed_origins": ("*",)}, 200),
+))
+def test_a_page_opens_no_websocket_unless_cors_allows_it(lines, more, status):
+    upgrade = "\nConnection: upgrade\nUpgrade: websocket"
+    assert status_of_visit("INFERENCE", lines + upgrade, **more) == status
+    assert status_of_visit("INFERENCE", lines, **more) == 200
+
+
 USER, ADMIN = lite.KeySettings("user", "sk-u"), lite.KeySettings("root", "sk-r", admin=True)
 ENTITLED = table(
     ("no keys", {}, (200, 200, 200, 200, 200, 200, 401)),
