@@ -9230,7 +9230,8 @@ async def test_who_waits_is_told_when_there_is_no_server_left_to_wait_for():
             await asyncio.sleep(0)
         await waiter.ask("POST", "/v1/x", b"{}")
         await queued(running, 1)
-        running.core.judge(server.url, lite.Health.become, State.UNHEALTHY, "gone", 0.0)
+        running.core.judge(server.url, lambda health: health.become(
+            State.UNHEALTHY, "gone", 0.0)._replace(reached=False))
         got = await waiter.answer()
         assert (got.status, got.get("x-mvllm-error")) == (503, "no_server")
         gated.let(1)
