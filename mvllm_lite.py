@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# coding: utf-8
 """mvllm_lite: one OpenAI-compatible address in front of a fleet of vLLM servers.
 
     python mvllm_lite.py servers.toml        serve what the file describes
@@ -84,6 +85,18 @@ yields *steps* and is told the *outcome* of each.  An *errand* is a request read
 
 from __future__ import annotations
 
+import sys
+
+# An older Python has to come this far, and can if it reads all the syntax of this file: that is of
+# Python 3.8, with which even older ones stumble here, and show the line.
+UNFIT = ""
+if (PYTHON := sys.version_info[:3]) < (3, 11):  # mvllm_lite needs Python 3.11 or newer
+    UNFIT = "mvllm_lite needs Python 3.11 or newer, this is Python %d.%d.%d" % PYTHON
+elif sys.platform in ("win32", "cygwin"):
+    UNFIT = "mvllm_lite runs on Linux, macOS and other Unix systems; on Windows, use it in WSL"
+if UNFIT:
+    raise SystemExit(UNFIT) if __name__ == "__main__" else ImportError(UNFIT)
+
 import argparse
 import ast
 import asyncio
@@ -123,7 +136,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import termios
 import threading
@@ -12470,6 +12482,8 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 # fail, hang or slow down, for tests and for showing off.
 
 MODES = ("ok", "fail", "hang", "slow")
+SIMULATED_PATHS = ("/v1/chat/completions", "/v1/completions")
+SIMULATED_LENGTH = 8192  # max_model_len
 WORDS = (
     "the a of to in and is that it for on with as by this from at or an be are not we you they "
     "model token cache server request stream answer queue batch prompt layer attention memory "
@@ -12538,17 +12552,17 @@ class SimulatedServer:
                 while not decoder.done:
                     content += await wire.read_content(decoder, INFINITY)
                 wire.buffer[:0] = decoder.rest
-                wanted = read_members(content, None)
-                await self._answer(wire, head, wanted, read_prompt(content, None, wanted, None))
+                await self._answer(wire, head, content)
 
-    async def _answer(
-        self, wire: Wire, head: RequestHead, wanted: dict[str, Any], prompt: Prompt
-    ) -> None:
+    async def _answer(self, wire: Wire, head: RequestHead, content: Content) -> None:
         if self.mode == "hang" and head.path != "/simulate":
             with abandoned_if_gone(wire):
                 await asyncio.Event().wait()
-        infers = head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions")
-        refusal = self._refusal(wanted) if infers else self._page(head, wanted)
+        wanted = read_members(content, None)
+        prompt = read_prompt(content, None, wanted, None)
+        infers = head.method == "POST" and head.path in SIMULATED_PATHS
+        refusal = (simulated_refusal(head, content, wanted, prompt, self.models)
+                   or self._failure() if infers else self._page(head, wanted))
         if refusal is not None:
             wire.transport.write(simulated_response(head, *refusal))
             return
@@ -12559,35 +12573,33 @@ class SimulatedServer:
             self.aborted += 1
             raise
 
-    def _refusal(self, wanted: dict[str, Any]) -> tuple[int, Any] | None:
-        model = wanted.get("model", self.models[0])
-        if model not in self.models:
-            return 404, vllm_error("NotFoundError", 404, f"The model `{model}` does not exist.")
+    def _failure(self) -> tuple[int, Any] | None:
         if self.mode == "fail":
             return 500, vllm_error("InternalServerError", 500, "EngineCore encountered an issue.")
         return None
 
     def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
         """(status, text or JSON) of everything that generates nothing."""
-        status = 500 if self.mode == "fail" else 200
-        match head.path:
-            case "/simulate":
-                if wanted.get("mode") not in MODES:
-                    text = f"mode is {wanted.get('mode')!r}, expected one of {', '.join(MODES)}"
-                    return 400, vllm_error("BadRequestError", 400, text)
-                self.mode = wanted["mode"]
-                return 200, {"mode": self.mode}
-            case "/health":
-                return status, ""
-            case "/version":
-                return status, {"version": "0.0.0+simulated"}
-            case "/metrics":
-                return status, self._metrics()
-            case "/v1/models":
-                said = {"object": "model", "created": 0, "owned_by": "vllm", "max_model_len": 8192}
-                data = [{"id": name, **said, "root": name, "parent": None} for name in self.models]
-                return status, {"object": "list", "data": data}
-        return 404, {"detail": "Not Found"}
+        pages: dict[str, Callable[[], Any]] = {
+            "/health": str, "/version": lambda: {"version": "0.0.0+simulated"},
+            "/metrics": self._metrics, "/v1/models": self._models}
+        if head.path == "/simulate":
+            if wanted.get("mode") not in MODES:
+                text = f"mode is {wanted.get('mode')!r}, expected one of {', '.join(MODES)}"
+                return 400, vllm_error("BadRequestError", 400, text)
+            self.mode = wanted["mode"]
+            return 200, {"mode": self.mode}
+        if head.path not in (*SIMULATED_PATHS, *pages):
+            return 404, {"detail": "Not Found"}
+        if head.method != "GET" or head.path not in pages:
+            return 405, {"detail": "Method Not Allowed"}
+        return 500 if self.mode == "fail" else 200, pages[head.path]()
+
+    def _models(self) -> Any:
+        said = {"object": "model", "created": 0, "owned_by": "vllm",
+                "max_model_len": SIMULATED_LENGTH}  # fmt: skip
+        data = [{"id": name, **said, "root": name, "parent": None} for name in self.models]
+        return {"object": "list", "data": data}
 
     def _metrics(self) -> str:
         used = min(1.0, 0.9 * self.running / self.kind.capacity)
@@ -12606,8 +12618,70 @@ class SimulatedServer:
         return expose(page)
 
 
-def vllm_error(kind: str, code: int, text: str) -> dict[str, Any]:
-    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
+def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def unreadable(head: RequestHead, content: Content) -> tuple[str, str | None] | None:
+    """What is wrong with a request's content, in vLLM's words, and the part of it that is."""
+    media_type, _, _ = head.fields.get("content-type").partition(";")
+    if media_type.strip().lower() != "application/json":
+        return "Unsupported Media Type: Only 'application/json' is allowed", None
+    try:
+        document = json.loads(content)
+    except json.JSONDecodeError as error:
+        place = f"body.{error.pos}"
+        return (f"{{'type': 'json_invalid', 'loc': '{place}', 'msg': 'JSON decode error', 'input':"
+                f" '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), place
+    except ValueError:  # no UTF-8
+        return "There was an error parsing the body", None
+    if not isinstance(document, dict):
+        return ("{'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input should be a valid"
+                " dictionary or object to extract fields from'}"), "body"
+    needed = "messages" if head.path.endswith("chat/completions") else "prompt"
+    if needed not in document:
+        return (f"{{'type': 'missing', 'loc': 'body.{needed}', 'msg': 'Field required', 'input':"
+                f" '<dict of {len(document)} items>'}}"), f"body.{needed}"
+    return None
+
+
+def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] | None:
+    """Which value cannot be, in vLLM's words, and its parameter."""
+    for name, value in wanted.items():
+        if name not in ("temperature", "max_tokens", "max_completion_tokens"):
+            continue
+        if not isinstance(value, (int, float)):
+            continue  # null is none
+        if name == "temperature" and value < 0:
+            return f"temperature must be non-negative, got {value}.", name
+        if name != "temperature" and value < 1:
+            return f"{name} must be at least 1, got {value}.", name
+        if name != "temperature" and value > SIMULATED_LENGTH:
+            return (f"{name}={value} cannot be greater than max_model_len={SIMULATED_LENGTH}."
+                    " Please request fewer output tokens."), name
+    if prompt.tokens >= SIMULATED_LENGTH:
+        return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
+                f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit"
+                " even without any output tokens. Please reduce the length of the input prompt."
+                ), "input_tokens"  # fmt: skip
+    return None
+
+
+def simulated_refusal(
+    head: RequestHead, content: Content, wanted: Mapping[str, Any], prompt: Prompt,
+    models: Sequence[str],
+) -> tuple[int, Any] | None:  # fmt: skip
+    """(status, JSON) with which vLLM refuses such a request, or None."""
+    if (wrong := unreadable(head, content)) is not None:
+        text, param = wrong
+        return 400, vllm_error("Bad Request", 400, f"1 validation error:\n  {text}", param)
+    model = wanted.get("model") or models[0]
+    if model not in models:
+        text = f"The model `{model}` does not exist. Valid aliases: {', '.join(models)}."
+        return 404, vllm_error("NotFoundError", 404, text, "model")
+    if (wrong := out_of_range(wanted, prompt)) is not None:
+        return 400, vllm_error("BadRequestError", 400, *wrong)
+    return None
 
 
 def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
@@ -12615,6 +12689,8 @@ def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
     content = document.encode() if plain else json.dumps(document).encode()
     kind = "text/plain; charset=utf-8" if plain else "application/json"
     fields = [("server", "simulated"), ("content-type", kind)]
+    if status == 405:
+        fields.append(("allow", "POST" if head.path in SIMULATED_PATHS else "GET"))
     return own_response(status, head, content, True, fields)
 
 

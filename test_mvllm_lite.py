@@ -26,6 +26,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -11329,18 +11330,58 @@ async def in_front_of(*simulated, **settings):
 async def test_a_simulated_server_speaks_as_vllm_does():
     async with in_front_of(one := lite.SimulatedServer(TINY), **FAST) as running:
         client = await running.client()
-        got = await client.post(body=prompt(stream_options={"include_usage": True}))
+        got = await client.post(body=prompt(stream_options={"include_usage": True}), fields=AS_JSON)
         events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
         assert got.body.endswith(DONE) and len(events) == 6 and got.get("content-type").startswith("text/event-stream")
         assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
         assert events[5]["usage"]["completion_tokens"] == 5 and events[0]["choices"][0]["delta"]["role"] == "assistant"
-        plain = (await client.post(body=prompt(stream=False))).json
+        plain = (await client.post(body=prompt(stream=False), fields=AS_JSON)).json
         assert plain["object"] == "chat.completion" and len(plain["choices"][0]["message"]["content"].split()) == 5
-        text = (await client.post("/v1/completions", prompt(stream=False))).json
+        text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"), AS_JSON)).json
         assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
         assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
         page = (await lite.fetch(lite.Pool(one.url), "/metrics", 5))[1].decode()
         assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
+
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+REFUSED_BY_VLLM = table(  # method, path, content type, content, status, kind, parameter, words; as captured of vLLM 0.32
+    ("another type", "POST", CHATS, "text/plain", prompt(), 400, "Bad Request", None, "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"),
+    ("curl's, of a form", "POST", CHATS, "application/x-www-form-urlencoded", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
+    ("none", "POST", CHATS, "", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
+    ("a charset does not matter", "POST", CHATS, "Application/JSON; charset=utf-8", prompt(model="no"), 404, "NotFoundError", "model", "The model `no` does not exist. Valid aliases: demo-model."),
+    ("bad JSON", "POST", CHATS, "application/json", b'{"model": "demo-model", "a": }', 400, "Bad Request", "body.29", "'msg': 'JSON decode error'"),
+    ("no object", "POST", TEXTS, "application/json", b"[1, 2]", 400, "Bad Request", "body", "Input should be a valid dictionary"),
+    ("no messages", "POST", CHATS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request", "body.messages",
+     "{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of 1 items>'}"),
+    ("no prompt", "POST", TEXTS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request", "body.prompt", "Field required"),
+    ("colder than cold", "POST", CHATS, "application/json", prompt(temperature=-3.0), 400, "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
+    ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError", "max_tokens", "must be at least 1"),
+    ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400, "BadRequestError", "max_tokens", "max_tokens=99999 cannot be greater than max_model_len=8192."),
+    ("too long", "POST", TEXTS, "application/json", prompt(prompt="word " * 9000), 400, "BadRequestError", "input_tokens", "This model's maximum context length is 8192 tokens."),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method, path, kind, content, status, error, param, words", REFUSED_BY_VLLM)
+def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, content, status, error, param, words):
+    head, wanted = head_of(f"{method} {path} HTTP/1.1\nHost: a\nContent-Type: {kind}"), lite.read_members(content, None)
+    found, document = lite.simulated_refusal(head, content, wanted, lite.read_prompt(content, None, wanted, None), ("demo-model",))
+    assert (found, document["error"]["type"], document["error"]["param"], document["error"]["code"]) == (status, error, param, status)
+    assert words in document["error"]["message"]
+
+
+@asynchronous
+async def test_a_simulated_server_refuses_over_the_wire_and_knows_its_methods():
+    async with in_front_of(one := lite.SimulatedServer(TINY)) as running:
+        client = await running.client()
+        assert (await client.post(body=prompt())).error["message"].endswith("Only 'application/json' is allowed")
+        assert (await client.post(body=prompt(), fields=AS_JSON)).status == 200
+        direct = Client(*await asyncio.open_connection("127.0.0.1", int(one.url.rpartition(":")[2])))
+        for method, path, allow in (("GET", CHATS, "POST"), ("POST", "/health", "GET")):
+            got = await direct.get(path, method=method)
+            assert (got.status, got.get("allow"), got.json) == (405, allow, {"detail": "Method Not Allowed"})
+        assert running.states() == ["healthy"]
+        direct.close()
 
 
 @asynchronous
@@ -11349,7 +11390,7 @@ async def test_simulated_servers_queue_beyond_their_capacity_and_notice_who_leav
     async with in_front_of(one := lite.SimulatedServer(slow)) as running:
         clients = [await running.client() for _ in range(3)]
         for client in clients:
-            await client.ask("POST", "/v1/chat/completions", prompt())
+            await client.ask("POST", "/v1/chat/completions", prompt(), AS_JSON)
         while (one.running, one.waiting) != (1, 2):
             await asyncio.sleep(0.01)
         for client in clients:
@@ -11367,11 +11408,11 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
         control = Client(*await asyncio.open_connection("127.0.0.1", int(bad.url.rpartition(":")[2])))
         assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
         assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
-        statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
+        statuses = Counter([(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status for _ in range(10)])
         assert statuses == {200: 10} and running.states() == ["unhealthy", "healthy"]
         assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
         running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
-        statuses = Counter([(await (await running.client()).post(body=prompt())).status for _ in range(10)])
+        statuses = Counter([(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status for _ in range(10)])
         assert statuses[504] == 2 and statuses[200] == 8
         control.close()
 
@@ -11393,6 +11434,37 @@ def told(*args, cwd=None, **env):
     with tempfile.TemporaryDirectory() as elsewhere:  # there may be log files
         done = subprocess.run(command(*args), cwd=cwd or elsewhere, env=CLEAN | env, capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout, done.stderr
+
+
+PYTHONS = {n: shutil.which(f"python3.{n}") for n in (8, 9, 10)}
+
+
+@pytest.mark.parametrize("minor", PYTHONS)
+def test_an_older_python_is_told_which_one_is_needed_and_which_was_found(minor):
+    """Where there is none, its grammar at least must do for the file."""
+    ast.parse(SOURCE, feature_version=(3, minor))
+    assert not any(type(node).__name__ in ("Match", "TryStar") for node in ast.walk(TREE))
+    if PYTHONS[minor] is None or subprocess.run([PYTHONS[minor], "-c", ""], capture_output=True).returncode:
+        return
+    done = subprocess.run([PYTHONS[minor], str(HERE / "mvllm_lite.py"), "demo"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert re.match(rf"mvllm_lite needs Python 3\.11 or newer, this is Python 3\.{minor}\.\d+$", done.stderr)
+
+
+def test_pythons_that_cannot_read_the_file_show_the_line_that_says_what_is_needed():
+    """The first line with a syntax of 3.8, of which all before it know nothing but comments."""
+    first = min(node.lineno for node in ast.walk(TREE) if isinstance(node, (ast.NamedExpr, ast.AnnAssign, ast.JoinedStr)))
+    assert SOURCE.splitlines()[first - 1].endswith("# mvllm_lite needs Python 3.11 or newer")
+    assert SOURCE.splitlines()[1] == "# coding: utf-8"
+
+
+@pytest.mark.parametrize("platform, words", table(
+    ("Windows", "win32", "on Windows, use it in WSL"), ("its Unix shell", "cygwin", "on Windows, use it in WSL"),
+))  # fmt: skip
+def test_on_windows_it_says_a_sentence(platform, words):
+    lines = f"import runpy, sys; sys.platform = {platform!r}; runpy.run_path({str(HERE / 'mvllm_lite.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", lines], capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_version_and_help():
@@ -11515,7 +11587,7 @@ async def test_the_demo_streams_an_answer_and_prints_how_to_get_one():
         host, port = re.search(r"http://([\d.]+):(\d+)", hint).groups()
         assert f"http://{host}:{port} for 2 servers" in await line_with(child, "listens on")
         client = Client(*await asyncio.open_connection(host, int(port)))
-        got = await client.post(body=prompt())
+        got = await client.post(body=prompt(), fields=AS_JSON)
         assert got.status == 200 and got.body.endswith(DONE)
         line = await line_with(child, f"id={got.get('x-request-id')}")
         assert all(word in line for word in ("status=200", "end=complete", "model=demo-model", "attempts=1"))
