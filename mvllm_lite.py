@@ -1013,7 +1013,7 @@ def came_by(fields: Fields, name: str) -> bool:
 @remembered
 def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) -> tuple[str, str]:
     """A client's field lines for servers, but for X-Request-Id; and those with its key, if they
-    may see it.  For a `stream` nobody on the way shall collect events to compress them."""
+    may see it.  What is a `stream`, or to be looked into, nobody on the way shall compress."""
     get, (peer, tls, trusted, name) = fields.get, hop
     host = (trusted and get("x-forwarded-host")) or get("host")
     proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
@@ -3583,11 +3583,16 @@ def unentitled(v: Visit) -> Refusal | None:
 
 
 def unruly(v: Visit) -> Refusal | None:
-    """Why a request cannot be held to the models of its key, or None: where a server may read
-    another model than we do, or be told another one later."""
-    if v.key is None or not v.key.models:
+    """Why a request cannot be held to what is its key's, or None: where a server may read another
+    model than we do, or be told another one, or of another key's response, later."""
+    if v.key is None:
         return None
     head, name = v.head, shown(v.key.name)
+    if head.wants_upgrade and meant_path(head.path).startswith(RESPONSES_PATH):
+        text = "A connection that is upgraded may go on from any key's stored response."
+        return Refusal(Fault.FORBIDDEN, text)
+    if not v.key.models:
+        return None
     content_type = head.fields.get("content-type")
     kinds = [kind.lower() for kind in FORM_TYPES.findall(content_type)]
     is_form = content_type[:19].lower() == "multipart/form-data"
@@ -10649,7 +10654,7 @@ class Exchange:
     def answered(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
         call, stored, server = self.call, self.core.stored, server_of(self.server)
-        if call.makes_response and head.status == 200:
+        if call.makes_response and head.status < 300:
             if id := response_id(start, head.is_event_stream):
                 # Whoever can say an id can say another's.
                 own, _ = own_id(self.head.fields, self.settings.request_id_headers)
@@ -10893,7 +10898,8 @@ class Exchange:
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         shows_key = s.pass_client_key or not s.keys
         lines, key_lines = forwarded_fields(
-            self.head.fields, Hop(peer, tls, trusted, self.core.name), shows_key, self.call.stream)
+            self.head.fields, Hop(peer, tls, trusted, self.core.name), shows_key,
+            self.call.stream or self.call.makes_response)
         return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
 
     async def relay(self, step: Relay) -> Outcome:

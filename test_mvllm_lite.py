@@ -2234,6 +2234,13 @@ def test_what_a_key_with_models_cannot_be_held_to_is_refused(fields, said):
     assert lite.refusal_of(visit._replace(key=lite.KeySettings("all"))) is None
 
 
+@pytest.mark.parametrize("path, refused", [("/v1/r%65sponses", True), ("/v1/realtime", False)])
+def test_no_key_goes_on_from_another_s_response_over_an_upgraded_connection(path, refused):
+    visit = visit_of("INFERENCE", f"Host: a\n{UPGRADE}", keyed=True, key=lite.KeySettings("all"))
+    head = head_of(f"GET {path} HTTP/1.1\nHost: a\n{UPGRADE}")
+    assert (lite.refusal_of(visit._replace(head=head)) is not None) is refused
+
+
 def test_a_key_allows_so_many_requests_at_once():
     gate, key = gate_with(max_requests=2)
     assert [gate.enter(key, None, 0.0) for _ in range(2)] == [None, None]
@@ -8730,13 +8737,14 @@ async def test_nor_by_the_id_of_its_request():
         await conn.json({"id": f"resp_{asked.get('x-request-id')[0]}"})
 
     key = lite.KeySettings("few", "sk-few", models=("m",))
-    async with balancing(Server(answer), keys=(key,)) as running:
+    async with balancing(server := Server(answer), keys=(key,)) as running:
         client = await running.client()
-        for fields, status in (([], 200), (["X-Request-Id: 1a2b"], 404)):
+        for fields, status in (([], 200), (["X-Request-Id: 1a2b", "Accept-Encoding: gzip"], 404)):
             fields.append("Authorization: Bearer sk-few")
             got = await client.post("/v1/responses", b'{"model":"m"}', fields)
             path = f"/v1/responses/{made_id(got)}"
             assert (await ask_for(client, "GET", path, None, "sk-few")).status == status
+    assert server.asked[-1].get("accept-encoding") == ["identity"]  # else its id could not be read
 
 
 @asynchronous
