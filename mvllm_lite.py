@@ -6,6 +6,7 @@
     python mvllm_lite.py demo                the whole thing against simulated servers
     python mvllm_lite.py check-config        read the file, examine every server, advise
     python mvllm_lite.py replay              try policies on recorded traffic
+    python mvllm_lite.py top                 look at a balancer that runs elsewhere
     python mvllm_lite.py --help              the rest
 
 One file, standard library only, Python 3.11 and newer.  It reads forwards: a room uses names
@@ -49,7 +50,7 @@ of itself and of earlier rooms only.
     32  pump          bytes on their way through, with back-pressure
     33  response      the client's side of an exchange
     34  journal       lines for readers that may be slow: the log, the shape of the traffic
-    35  terminal      those lines onto a terminal, in a thread that nothing waits for
+    35  terminal      the screen onto a terminal, in a process that nothing waits for
     36  core          what the rooms below share: settings, fleet, ledger, pools
     37  conversation  one attempt: a request said to one server, its answer judged and passed on
     38  exchange      one request, from its head to its last byte
@@ -100,7 +101,6 @@ if UNFIT:
 import argparse
 import ast
 import asyncio
-import atexit
 import base64
 import bisect
 import concurrent.futures
@@ -6223,6 +6223,7 @@ class Ui(NamedTuple):
     question: str = ""
     paused: bool = False
     note: str = ""  # what the last key did, until the next
+    remote: bool = False  # the balancer is another process: to quit does not stop it
 
 
 # Of text.  Terminals count cells: two for wide characters, none for combining ones.
@@ -6727,7 +6728,7 @@ KEYS = (
     ("r", "probe it now", "probe"), ("p", "pause the screen, not the balancer", "pause"),
     ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
     ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
-    ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer", ""),
+    ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
 )  # fmt: skip
 
 
@@ -7016,7 +7017,7 @@ def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     if key == "esc":
         return ui._replace(filter=""), None
     running = status["totals"]["in_flight"]
-    if not running:
+    if ui.remote or not running:
         return ui, Action("quit")
     words = "1 request is" if running == 1 else f"{short_number(running)} requests are"
     return ui._replace(asked=Action("quit"), question=f"quit? {words} in flight"), None
@@ -7041,33 +7042,19 @@ def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action 
     return ui._replace(asked=Action("drain", url), question=question), None
 
 
-ESCAPES = {
-    "[A": "up", "[B": "down", "OA": "up", "OB": "down", "[5~": "pgup", "[6~": "pgdn",
-    "[H": "home", "[F": "end", "OH": "home", "OF": "end", "[1~": "home", "[4~": "end",
-    "[7~": "home", "[8~": "end",
+# By curses' names, and as characters.
+FUNCTION_KEYS = {
+    "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
+    "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
+    "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
 }  # fmt: skip
 CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
             "\x0c": "redraw", "\x1b": "esc"}  # fmt: skip
-SEQUENCE = re.compile(r"\x1b([\[O][0-?]*[ -/]*[@-~])")
-UNFINISHED = re.compile(r"\x1b([\[O][0-?]*[ -/]*)?$")
 
 
-def keys_of(text: str, over: bool) -> tuple[list[str], str]:
-    """The keys in what a terminal has sent, and the start of one whose rest may follow.  If what
-    follows is overdue, Esc was the key."""
-    keys: list[str] = []
-    at = 0
-    while at < len(text):
-        if found := SEQUENCE.match(text, at):
-            keys += [ESCAPES[found[1]]] if found[1] in ESCAPES else []
-            at = found.end()
-        elif UNFINISHED.match(text, at) and not over:
-            break
-        else:
-            char = text[at]
-            keys += [CONTROLS.get(char, char)] if char.isprintable() or char in CONTROLS else []
-            at += 1
-    return keys, text[at:]
+def key_of(char: str) -> str:
+    """The key by which a terminal sends a character; '' for none that means anything."""
+    return char if char.isprintable() else CONTROLS.get(char, "")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -8785,7 +8772,7 @@ class Pool:
         parts = urllib.parse.urlsplit(url)
         self.tls = parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.tls else 80)
-        self.authority, self.prefix = parts.netloc, parts.path
+        self.url, self.authority, self.prefix = url, parts.netloc, parts.path
         self.key = ""  # for the server, in place of a client's
         self.name = ""  # ours, for servers that are balancers, too
         self.context: ssl.SSLContext | None = None  # for https, in place of the usual one
@@ -9779,49 +9766,31 @@ def shape_writer(path: str) -> Writer | None:
 #  35  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# The screen's lines onto a terminal, and its keys, in a thread of its own.  The terminal is opened
-# anew so that it can be written without waiting: one that takes nothing (a dead ssh, a stopped
-# one) is then just a screen that stands still.  Python's curses is of no use for this: while it
-# switches the terminal back, or the cursor off, it waits with the interpreter locked, and so would
-# everybody.  The few sequences below are those all terminals have in common since the VT100.
+# The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
+# process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
+# dead ssh, a stopped one), and has signal handlers of its own.  It is told over a socket what there
+# is to show, tells what keys ask for (a line of JSON each), and leaves when the socket is closed.
+# `top` is the same program, for a balancer elsewhere.
 
-TICK_S = 0.1  # between looks at the size, the newest status, and whether it is time to go
-KEY_S = 0.05  # after which an Esc is the key and not the start of another
-FAREWELL_S = 0.5  # for a terminal that is slow to take its last bytes
-ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[0m\x1b[2J"  # own page, no cursor, no wrapping
-LEAVE = b"\x1b[0m\x1b[2J\x1b[H\x1b[?7h\x1b[?25h\x1b[?1049l"
+SCREEN_S = 0.5  # between two statuses
+UNANSWERED_LIMIT = 20  # of them in a row: then the program hangs, as its terminal may
+FAREWELL_S = 1.0  # for it to end by itself
+TICK_S = 0.1  # between looks at the size and at who is in the foreground
+ESCAPE_MS = 50  # after which an Esc is the key and not the start of another
+NOT_TERMINALS = ("", "unknown", "network", "emacs")
+LIKELY = ("xterm-256color", "xterm", "vt100")  # what a terminal that terminfo does not know is like
+TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons look nowhere
+LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # by terminfo's names; the last for the other
 CANCEL = b"\x18"  # of a sequence that was begun
-NOT_TERMINALS = ("", "dumb", "unknown", "network", "emacs", "vt52", "ansi-mono-none")
-MONO = re.compile(r"vt\d|.*-(mono|m|nc)$")
 
-# Only colours of the terminal's own palette, on its own background, so that light and dark do.
-COLOURS = {
-    Style.DIM: "2", Style.TITLE: "1", Style.HEAD: "1;36", Style.SORTED: "1;7", Style.GOOD: "32",
-    Style.WARN: "33", Style.BAD: "1;31", Style.SELECTED: "7", Style.BAR: "35", Style.KEY: "1;36",
-    Style.ASK: "1;7",
+# A colour of the terminal's own palette, on its own background, so that light and dark do; and what
+# tells it without colours.
+LOOKS = {
+    Style.DIM: (-1, "A_DIM"), Style.TITLE: (-1, "A_BOLD"), Style.HEAD: (6, "A_BOLD"),
+    Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
+    Style.BAD: (1, "A_BOLD"), Style.SELECTED: (-1, "A_REVERSE"), Style.BAR: (5, "A_NORMAL"),
+    Style.KEY: (6, "A_BOLD"), Style.ASK: (-1, "A_REVERSE"),
 }  # fmt: skip
-NO_COLOURS = {
-    Style.TITLE: "1", Style.HEAD: "4", Style.SORTED: "1;7", Style.WARN: "1", Style.BAD: "1",
-    Style.SELECTED: "7", Style.KEY: "1", Style.ASK: "1;7",
-}  # fmt: skip
-
-
-def look_of(environ: Mapping[str, str], encoding: str) -> Look | None:
-    """What a terminal can show, by what it is called; None: not even this."""
-    kind = environ.get("TERM", "")
-    if kind in NOT_TERMINALS:
-        return None
-    utf8 = encoding.lower().replace("-", "") == "utf8"
-    colours = not environ.get("NO_COLOR") and not MONO.match(kind)
-    return Look(utf8 and kind != "linux", colours)  # a console's font has few characters
-
-
-def painted(line: Line, look: Look, width: int) -> str:
-    codes = COLOURS if look.colours else NO_COLOURS
-    parts = (f"\x1b[{codes[style]}m{text}\x1b[0m" if style in codes else text
-             for text, style in line)  # fmt: skip
-    whole = sum(cells(text) for text, _ in line) >= width  # clearing would take the last cell
-    return "".join(parts) + "\x1b[K" * (not whole)
 
 
 def in_foreground(descriptor: int) -> bool:
@@ -9832,201 +9801,306 @@ def in_foreground(descriptor: int) -> bool:
         return True
 
 
-def open_terminal(descriptor: int) -> int:
+@contextlib.contextmanager
+def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
     """That terminal by a description of its own, since not to wait is a matter of descriptions,
     and the shell's is shared.  Raises OSError."""
-    flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+    flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        return os.open(os.ttyname(descriptor), flags)
+        descriptor = os.open(os.ttyname(terminal), flags)
     except OSError:  # after su it is another user's, in a container it may have no name
-        return os.open("/dev/tty", flags)
+        descriptor = os.open("/dev/tty", flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-class Terminal:
-    """Shows the newest status on a terminal, until it is closed.
+def json_line(document: Any) -> bytes:
+    return json.dumps(document).encode() + b"\n"
 
-    The loop's side calls `show` and `close`, and closes before a traceback or another last word
-    is printed, which would go down with the screen's own page.  It is told by `on_action` what
-    keys ask for, and by `on_gone` when the screen has ended by itself, and why.  The two sides
-    share nothing that changes: a status must not, once it is shown."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_action: Callable[[Action], object],
-                 on_gone: Callable[[str], object], descriptor: int = 1) -> None:  # fmt: skip
-        """Raises OSError if that is no terminal, or not ours."""
-        look = look_of(os.environ, getattr(sys.stdout, "encoding", None) or "ascii")
-        if look is None or not in_foreground(descriptor):
-            raise OSError("no screen on this terminal")
-        self.loop, self.on_action, self.on_gone, self.look = loop, on_action, on_gone, look
-        self.descriptor = open_terminal(descriptor)
-        try:
-            self.saved = termios.tcgetattr(self.descriptor)
-        except termios.error as error:
-            os.close(self.descriptor)
-            raise OSError(*error.args) from None
-        self.latest: Document | None = None  # is replaced by the loop, at any time
-        self.taken: Document | None = None  # the one that `status` was made of
-        self.ending = threading.Event()
-        self.ui = Ui()
-        self.unsent = b""  # bytes that the terminal has not taken yet
-        self.typed = b""  # bytes of keys that are not complete
-        self.entered = False
-        self.size = Size(0, 0)
-        self.seen: list[str] = []  # what every line of the terminal shows
-        self.shown: Ui | None = None  # by which that was made
+def known_terminal(curses: Any, name: str) -> str:
+    """By which name terminfo knows it, or one that is like it; '' if it can show no screen.
+    Without this, initscr would end the process."""
+    os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
+    for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
+        with contextlib.suppress(curses.error):
+            curses.setupterm(candidate, 1)
+            return candidate if curses.tigetstr("cup") else ""
+    return ""
+
+
+def run_screen(sock: socket.socket, remote: bool) -> str:
+    """The screen on this process's terminal, until the socket is closed, or one leaves a remote
+    balancer alone; why it has ended by itself, or ''."""
+    try:
+        import curses
+    except ImportError:
+        return "this Python has no curses"
+    given = os.environ.get("TERM", "")
+    os.environ["TERM"] = known_terminal(curses, given)
+    if not os.environ["TERM"]:
+        return f"TERM is {given!r}, no terminal that can show one"
+    for name in ("LINES", "COLUMNS"):  # the size changes
+        os.environ.pop(name, None)
+    try:
+        return CursesScreen(curses, sock, remote).run()
+    except OSError as error:
+        return f"the terminal has gone: {reason_of(error)}"
+    except Exception as error:  # a status of another version, maybe
+        return f"it failed: {type(error).__name__}: {error}"
+
+
+class CursesScreen:
+    """A program that shows the newest status it was told."""
+
+    def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
+        """Told by `setupterm` what the terminal is."""
+        self.curses, self.sock = curses, sock
+        sock.setblocking(False)
+        self.ui = Ui(remote=remote)
+        self.received = b""
+        self.latest: Document | None = None
         self.status: Document | None = None  # what is looked at; an older one while paused
-        self.thread = threading.Thread(target=self._run, name="screen", daemon=True)
-        atexit.register(self.close)
-        self.thread.start()
+        self.over = self.changed = False
+        self.in_front = True
 
-    @staticmethod
-    def possible(descriptor: int = 1) -> bool:
-        """Whether there is a terminal that can show a screen."""
-        if not os.isatty(descriptor) or not in_foreground(descriptor):
-            return False
-        if look_of(os.environ, "ascii") is None:
-            return False
+    def run(self) -> str:
+        """Why it could not begin, or ''.  Raises OSError when the terminal has gone."""
+        known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
+        leave = b"".join(known[:-1] if known[-2] else known)
+        self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
+        while self.latest is None and not self.over:
+            select.select([self.sock], [], [])
+            self.receive()
+            if self.ui.note:
+                return self.ui.note
+        time.sleep(2 * LOG_PAUSE_S)  # for log lines that are on their way to this terminal
+        self.window = self.curses.initscr()
         try:
-            os.close(open_terminal(descriptor))
-        except OSError:
-            return False
-        return True
-
-    def show(self, status: Document) -> None:
-        """From now on, the newest is this.  Never waits."""
-        self.latest = status
-
-    def close(self) -> None:
-        """The terminal is as it was when this returns, after a second at the most."""
-        self.ending.set()
-        atexit.unregister(self.close)
-        if self.thread is not threading.current_thread():
-            self.thread.join(1.0)
-
-    def _run(self) -> None:
-        why = ""
-        # Put behind a shell, we must not be stopped for touching the terminal: streams would be.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU, signal.SIGTTIN))
-        try:
-            while not self.ending.is_set():
-                self._turn()
-        except (OSError, termios.error) as error:
-            why = f"the terminal has gone: {error}"
-        except Exception as error:
-            why = f"the screen failed: {type(error).__name__}: {error}"
+            self.enter()
+            while not self.over:
+                self.turn()
         finally:
-            self._restore()
-        if why:
-            self._tell(self.on_gone, why)
+            self.curses.flushinp()
+            self.curses.endwin()
+        return ""
 
-    def _tell(self, told: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended before us
-            self.loop.call_soon_threadsafe(told, *args)
-
-    def _turn(self) -> None:
-        """Waits for something to do, for a tick at the most, and does it."""
-        if not in_foreground(self.descriptor):
-            self.entered = False
-            self.ending.wait(TICK_S)
-            return
-        if not self.entered:
-            self._enter()
-        if not self.unsent:
-            self._paint()
-        wait_s = KEY_S if self.typed else TICK_S
-        ready = self._wait(select.POLLIN | select.POLLOUT * bool(self.unsent), wait_s)
-        if ready & ~select.POLLOUT:  # or it has gone, which reading will tell
-            self._read()
-        elif self.typed:
-            self._press(over=True)
-        if ready & select.POLLOUT:
-            self._write()
-
-    def _wait(self, events: int, seconds: float) -> int:
-        """What the terminal is ready for; not by select, which knows no descriptor over 1,023."""
-        poll = select.poll()
-        poll.register(self.descriptor, events)
-        return next((ready for _, ready in poll.poll(seconds * 1000)), 0)
-
-    def _enter(self) -> None:
-        mode = termios.tcgetattr(self.descriptor)
+    def enter(self) -> None:
+        curses, window = self.curses, self.window
+        curses.noecho()
+        curses.cbreak()
+        curses.nonl()
+        curses.set_escdelay(ESCAPE_MS)
+        window.keypad(True)
+        window.nodelay(True)
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        mode = termios.tcgetattr(0)
         mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
-        mode[3] &= ~(termios.ICANON | termios.ECHO)  # but Ctrl-C works as ever
-        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
-            mode[6][key] = b"\x00"
-        termios.tcsetattr(self.descriptor, termios.TCSANOW, mode)
-        self.unsent += ENTER
-        self.entered, self.seen = True, []
+        if not self.ui.remote:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and it us
+            for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
+                mode[6][key] = b"\x00"
+        termios.tcsetattr(0, termios.TCSANOW, mode)
+        curses.def_prog_mode()
+        for number in (signal.SIGTTOU, signal.SIGTTIN):  # put behind a shell, we wait
+            signal.signal(number, signal.SIG_IGN)
+        wide = window.encoding.lower().replace("-", "") == "utf8" and hasattr(window, "get_wch")
+        colours = curses.has_colors() and not os.environ.get("NO_COLOR")
+        # The font of Linux's console has few characters.
+        self.look = Look(wide and os.environ["TERM"] != "linux", colours)
+        self.attributes = self.attributes_of(colours)
 
-    def _paint(self) -> None:
-        """What has changed since the last time."""
-        columns, rows = os.get_terminal_size(self.descriptor)
-        size, latest = Size(columns or 80, rows or 24), self.latest  # 0: it does not know
-        if size != self.size:
-            self.size, self.seen = size, []
-        if latest is not self.taken and not (self.ui.paused and self.status):
-            self.taken, self.status = latest, cleaned(latest, self.look)
-        elif self.seen and self.shown is self.ui:
+    def attributes_of(self, colours: bool) -> dict[Style, int]:
+        curses, found = self.curses, dict[Style, int]()
+        if colours:
+            curses.start_color()
+            curses.use_default_colors()
+        for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
+            found[style] = getattr(curses, mark)
+            if colours and colour >= 0:
+                curses.init_pair(n, colour, -1)
+                found[style] |= curses.color_pair(n)
+        return found
+
+    def turn(self) -> None:
+        """Waits for something to do, for a tick at the most, and does it."""
+        in_front = in_foreground(0)
+        if in_front and not self.in_front:
+            self.curses.reset_prog_mode()
+            self.window.clearok(True)
+            self.changed = True
+        self.in_front = in_front
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        if in_front:
+            poll.register(0, select.POLLIN)
+        ready = dict(poll.poll(TICK_S * 1000))
+        if ready.get(0, 0) & (select.POLLHUP | select.POLLERR):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        told = self.receive()
+        if in_front:
+            self.press_keys()
+            self.paint()
+        if told:
+            self.say({})
+
+    def receive(self) -> bool:
+        """Whether the other side has told something."""
+        try:
+            while data := self.sock.recv(1 << 18):
+                self.received += data
+            self.over = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.over = True
+        *lines, self.received = self.received.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            self.latest = message.get("status", self.latest)
+            if "note" in message:
+                self.ui, self.changed = self.ui._replace(note=message["note"]), True
+        return bool(lines)
+
+    def say(self, message: Mapping[str, str]) -> None:
+        with contextlib.suppress(OSError):  # reading will tell
+            self.sock.send(json_line(message))
+
+    def press_keys(self) -> None:
+        while key := self.next_key():
+            self.changed = True
+            if key == "redraw":
+                self.window.clearok(True)
+            elif self.status is not None:
+                self.ui, action = press(key, self.ui, self.status)
+                if action is not None and action.verb == "quit" and self.ui.remote:
+                    self.over = True
+                elif action is not None:
+                    self.say(action._asdict())
+
+    def next_key(self) -> str:
+        """The next key that means something; '' if none was pressed."""
+        read = getattr(self.window, "get_wch", self.window.getch)
+        with contextlib.suppress(self.curses.error):  # none
+            while (code := read()) != -1:
+                if isinstance(code, int) and code > 255:
+                    key = FUNCTION_KEYS.get(self.curses.keyname(code).decode(), "")
+                else:
+                    key = key_of(code if isinstance(code, str) else chr(code))
+                if key:
+                    return key
+        return ""
+
+    def paint(self) -> None:
+        if self.latest is not None and not (self.ui.paused and self.status):
+            self.status, self.latest = cleaned(self.latest, self.look), None
+        elif not self.changed:
             return
         if self.status is None:
             return
-        self.ui = self.shown = settle(self.ui, self.status, self.look, size)
-        lines = [painted(line, self.look, size.columns)
-                 for line in drawn(self.status, self.ui, self.look, size)]  # fmt: skip
-        out = "" if self.seen else "\x1b[2J"
-        for row, line in enumerate(lines):
-            if not self.seen or self.seen[row] != line:
-                out += f"\x1b[{row + 1};1H{line}"
-        self.seen = lines
-        self.unsent += out.encode("utf-8" if self.look.unicode else "ascii", "replace")
-        self._write()
+        self.changed = False
+        rows, columns = self.window.getmaxyx()
+        size = Size(columns, rows)
+        self.ui = settle(self.ui, self.status, self.look, size)
+        self.window.erase()
+        for row, line in enumerate(drawn(self.status, self.ui, self.look, size)):
+            column = 0
+            for text, style in line:
+                with contextlib.suppress(self.curses.error):  # beyond the last cell is no place
+                    self.window.addstr(row, column, text, self.attributes.get(style, 0))
+                column += cells(text)
+        self.window.refresh()
 
-    def _write(self) -> None:
-        if self.unsent:
-            with contextlib.suppress(BlockingIOError):
-                self.unsent = self.unsent[os.write(self.descriptor, self.unsent) :]
 
-    def _read(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(self.descriptor, 1024)
-            if not data:
-                raise OSError("it was closed")
-            self.typed += data
-            self._press(over=False)
+class ScreenProcess:
+    """The screen on our terminal, in its own process, which is killed when it answers no more."""
 
-    def _press(self, over: bool) -> None:
+    def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
+                 hold: Callable[[bool], object], terminal: int = 1) -> None:  # fmt: skip
+        """Begins to start it.  `act` is told what keys ask for, and `hold` whether the terminal is
+        that process's alone."""
+        self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
+        self.why = ""  # it has ended
+        self.leave = b""  # for a terminal that it could not leave
+        self.unanswered = 0
+        self.closing = False
+        self.writer: asyncio.StreamWriter | None = None
+        self.task = asyncio.ensure_future(self.run())
+
+    async def close(self) -> None:
+        """The terminal is as it was when this returns, after a second or so at the most."""
+        self.closing = True
+        if self.writer is not None:
+            self.writer.transport.abort()
+        await self.task
+
+    async def run(self) -> None:
         try:
-            text, rest = self.typed.decode(), b""
-        except UnicodeDecodeError as error:  # the rest of a character may follow
-            late = over or len(self.typed) - error.start > 3
-            text = self.typed[: error.start].decode()
-            rest = b"" if late else self.typed[error.start :]
-        keys, unfinished = keys_of(text, over)
-        self.typed = unfinished.encode() + rest
-        for key in keys:
-            if key == "redraw":
-                self.seen = []
-            elif self.status is not None:
-                self.ui, action = press(key, self.ui, self.status)
-                if action is not None:
-                    self._tell(self.on_action, action)
+            with opened_anew(self.terminal, os.O_NONBLOCK) as terminal:
+                saved = termios.tcgetattr(terminal)
+                if code := await self.converse():
+                    restore(terminal, saved, self.leave)
+                    self.why = self.why or f"its process ended with {code}"
+        except (OSError, termios.error) as error:
+            self.why = str(error)
+        self.hold(False)
+        if not self.closing:
+            log.warning("no screen: %s", self.why)
 
-    def _restore(self) -> None:
-        """Its modes at once; its page after what it was to take before, if it takes anything."""
-        with contextlib.suppress(OSError, termios.error):
-            if self.entered and in_foreground(self.descriptor):
-                termios.tcflush(self.descriptor, termios.TCIFLUSH)
-                termios.tcsetattr(self.descriptor, termios.TCSANOW, self.saved)
-                self.unsent += LEAVE
-                until = time.monotonic() + FAREWELL_S
-                while self.unsent and (left_s := until - time.monotonic()) > 0:
-                    if self._wait(select.POLLOUT, left_s) & select.POLLOUT:
-                        self._write()
-                if self.unsent:  # for when it wakes up
-                    termios.tcflush(self.descriptor, termios.TCOFLUSH)
-                    os.write(self.descriptor, CANCEL + LEAVE)
+    async def converse(self) -> int:
+        """With the process, until it has ended; its exit code.  Raises OSError."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-I", "-S", __file__, "top", "--socket", str(theirs.fileno())]
+        with theirs, opened_anew(self.terminal) as terminal:
+            child = await asyncio.create_subprocess_exec(
+                *command, stdin=terminal, stdout=terminal, stderr=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()])
+        reader, self.writer = await asyncio.open_connection(sock=ours)
+        telling = asyncio.ensure_future(self.tell(child, self.writer))
         with contextlib.suppress(OSError):
-            os.close(self.descriptor)
+            while line := not self.closing and await reader.readline():
+                self.hear(json.loads(line))
+        telling.cancel()
+        self.writer.transport.abort()
+        if self.leave:  # it has begun
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    return await child.wait()
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        return await child.wait()
+
+    async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
+        """Counted, not timed: when we were stopped, it was not at fault."""
+        while self.unanswered < UNANSWERED_LIMIT:
+            self.unanswered += 1
+            if self.leave and not writer.transport.get_write_buffer_size():
+                writer.write(json_line({"status": self.status()}))
+            await asyncio.sleep(SCREEN_S)
+        self.why = "it answers no more"
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+
+    def hear(self, message: Mapping[str, str]) -> None:
+        self.unanswered = 0
+        if "leave" in message:
+            self.leave = CANCEL + message["leave"].encode("latin-1")
+            self.hold(True)
+        elif "verb" in message:
+            self.act(Action(message["verb"], message["url"]))
+        self.why = message.get("why", self.why)
+
+
+def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
+    """A terminal as it was, after a process that could not do that itself."""
+    with contextlib.suppress(OSError, termios.error):
+        if in_foreground(terminal):
+            termios.tcflush(terminal, termios.TCIOFLUSH)
+            termios.tcsetattr(terminal, termios.TCSANOW, saved)
+            os.write(terminal, leave)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -11397,6 +11471,7 @@ async def status(core: Core, head: RequestHead) -> Reply:
 
 
 STATUS_S = 1.0  # between two events of /status/events
+SERVER_VERBS = ("drain", "undrain", "probe")  # of /admin/servers, that keys ask for
 
 
 @local("/status/events")
@@ -11912,7 +11987,7 @@ class Balancer:
     ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
         self.inherited = inherited or {}
-        self.before_upgrade: Callable[[], object] = lambda: None  # the screen has to end
+        self.before_upgrade: Callable[[], Awaitable[object]] | None = None  # the screen has to end
         self.file = SettingsFile(path) if path else None
         self.overrides = overrides or {}
         self.port = self.operator_port = 0  # those it listens on
@@ -12044,7 +12119,6 @@ class Balancer:
         """Have another process, maybe of a newer file, take over."""
         if not (self._upgrading or self._stop.is_set()):
             self._upgrading = True
-            self.before_upgrade()
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
@@ -12054,6 +12128,8 @@ class Balancer:
                           for name, sockets in self._sockets.items()}, None  # fmt: skip
         pair = list[socket.socket]()
         try:
+            if self.before_upgrade is not None:
+                await self.before_upgrade()
             ours, theirs = pair[:] = socket.socketpair()
             with tempfile.TemporaryFile() as live:  # it may hold servers' keys
                 live.write(self.core.live.dump().encode())
@@ -12846,47 +12922,29 @@ async def feed_watchdog() -> None:
             await asyncio.sleep(period_s / 2)
 
 
-SCREEN_S = 0.5  # between two looks at the fleet
-
-
 @contextlib.asynccontextmanager
 async def showing(balancer: Balancer) -> AsyncIterator[None]:
     """The screen, in place of log lines, for as long as the terminal takes part."""
     core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
+    doing = set[asyncio.Future[Any]]()
 
     def act(action: Action) -> None:
         if action.verb == "quit":
             balancer.stop()
-        else:
+        elif action.verb in SERVER_VERBS:
             doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
             task.add_done_callback(doing.discard)
 
-    def gone(why: str) -> None:
+    def hold(held: bool) -> None:
         for one in lines:
-            log.addHandler(one)
-        log.warning("the screen has ended: %s", why)
+            (log.removeHandler if held else log.addHandler)(one)
 
-    async def show() -> None:
-        while True:
-            terminal.show(core.status())
-            await asyncio.sleep(SCREEN_S)
-
-    doing = set[asyncio.Future[Any]]()
-    for one in lines:
-        log.removeHandler(one)
-    def end() -> None:
-        shown.cancel()
-        terminal.close()
-        for one in lines:
-            log.addHandler(one)  # once, however often
-
-    terminal = Terminal(asyncio.get_running_loop(), act, gone)
-    shown = asyncio.ensure_future(show())
-    balancer.before_upgrade = end
+    screen = ScreenProcess(core.status, act, hold)
+    balancer.before_upgrade = screen.close
     try:
         yield
     finally:
-        end()
+        await screen.close()
 
 
 async def act_on_server(core: Core, action: Action) -> None:
@@ -12898,6 +12956,58 @@ async def act_on_server(core: Core, action: Action) -> None:
             log.info("by hand: %s probed: %s", action.url, reply.content.decode())
     except (LookupError, SettingsError) as error:
         log.warning("%s", error.args[0])
+
+
+TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
+
+
+async def feed_screen(pool: Pool, sock: socket.socket) -> None:
+    """Tells a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+
+    async def tell() -> None:
+        while True:
+            writer.write(json_line(await remote_status(pool)))
+            await asyncio.sleep(STATUS_S)
+
+    telling = asyncio.ensure_future(tell())
+    while line := await reader.readline():
+        if verb := (said := json.loads(line)).get("verb"):
+            writer.write(json_line({"note": await act_elsewhere(pool, Action(verb, said["url"]))}))
+    telling.cancel()
+    writer.close()
+
+
+async def remote_status(pool: Pool) -> dict[str, Any]:
+    """For a screen: the status, or a note why there is none."""
+    try:
+        status, content = await fetch(pool, "/status.json", TOP_TIMEOUT_S)
+        found = read_members(content, None)
+    except (PeerGone, BadMessage, TimeoutError) as error:
+        return {"note": f"{pool.url} does not answer: {str(error) or 'in time'}"}
+    if status == 200 and "totals" in found:
+        return {"status": found | {"address": pool.url}}
+    return {"note": f"{pool.url}/status.json: {said_of(status, found)}"}
+
+
+async def act_elsewhere(pool: Pool, action: Action) -> str:
+    """What came of it."""
+    query = urllib.parse.urlencode({"url": server_of(action.url)})
+    path = f"/admin/servers/{action.verb}?{query}"
+    try:
+        status, content = await fetch(pool, path, TOP_TIMEOUT_S, b"")
+        found = read_members(content, None)
+    except (PeerGone, BadMessage, TimeoutError) as error:
+        return f"{action.verb}: {str(error) or 'no answer in time'}"
+    return found.get("done") or f"{action.verb}: {said_of(status, found)}"
+
+
+def said_of(status: int, answer: Mapping[str, Any]) -> str:
+    """An answer in words."""
+    if status == 200:
+        return "passed" if answer.get("passed") else str(answer.get("why") or "not a balancer")
+    error = answer.get("error")
+    return f"{status}{': ' + str(error.get('message')) if isinstance(error, dict) else ''}"
 
 
 def follow_signals(balancer: Balancer, upgradable: bool) -> None:
@@ -12950,7 +13060,7 @@ def serve_until_stopped(
         core.listeners.append(functools.partial(
             saying_requests, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
-        on_screen = screen and Terminal.possible()
+        on_screen = screen and in_foreground(1)
         watchdog = asyncio.ensure_future(feed_watchdog())
         with contextlib.ExitStack() as logs:
             if not hint:
@@ -12998,6 +13108,7 @@ examples:
   mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8
   mvllm_lite.py check-config servers.toml           examine the file and every server
   mvllm_lite.py demo                                try it without any server
+  mvllm_lite.py top http://10.0.0.9:8888            the screen, of a balancer elsewhere
   mvllm_lite.py replay sessions --policy all        compare policies in a model of the servers
 
 A flag wins over the environment, that over the file, and that over the default.  The environment
@@ -13062,6 +13173,14 @@ def argument_parser() -> argparse.ArgumentParser:
     upgrade.add_argument("-p", "--port", help="the port it listens on")
     upgrade.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
     upgrade.set_defaults(do=run_upgrade)
+    top = commands.add_parser("top", help="the screen, of a balancer that runs elsewhere")
+    top.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}", metavar="URL",
+                     help="where it listens (default %(default)s)")  # fmt: skip
+    top.add_argument("--key-file", default="", metavar="FILE", help="holds a key for status and admin")
+    top.add_argument("--ca-file", default="", metavar="FILE", help="https: certificates to trust")
+    top.add_argument("--insecure", action="store_true", help="https: trust any certificate")
+    top.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of the balancer that started it
+    top.set_defaults(do=run_top)
     add_replay(commands)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(do=lambda args: print(f"mvllm_lite {__version__}") or 0)
@@ -13107,7 +13226,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None, where they were closed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    commands = ("run", "check-config", "demo", "upgrade", "replay", "version")
+    commands = ("run", "check-config", "demo", "top", "upgrade", "replay", "version")
     if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser().parse_args(argv)
@@ -13241,6 +13360,27 @@ def run_upgrade(args: argparse.Namespace) -> int:
             return 0 if args.pid else 1
         time.sleep(0.1)
     print(f"process {new} serves in place of {old}, which finishes its answers")
+    return 0
+
+
+def run_top(args: argparse.Namespace) -> int:
+    """The screen: of the balancer that has started this process, or of one elsewhere."""
+    if args.socket is not None:
+        with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
+            sock.send(json_line({"why": run_screen(sock, remote=False)}))
+        return 0
+    entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
+             "verify": not args.insecure}  # fmt: skip
+    settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
+    pool = Secrets(settings).pool(settings.servers[0].url)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return fail("top: expected a terminal")
+    ours, theirs = socket.socketpair()
+    feed = threading.Thread(target=lambda: asyncio.run(feed_screen(pool, theirs)), daemon=True)
+    feed.start()
+    with ours, contextlib.suppress(KeyboardInterrupt):
+        if why := run_screen(ours, remote=True):
+            return fail(f"top: {why}")
     return 0
 
 

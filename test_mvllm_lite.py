@@ -5368,7 +5368,7 @@ def test_transitions_may_name_models():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
-Terminal, Ui, press = lite.Terminal, lite.Ui, lite.press
+Ui, press = lite.Ui, lite.press
 
 
 # A status document
@@ -5765,267 +5765,305 @@ def test_keys_about_a_server_do_nothing_where_there_is_none():
         assert press(key, Ui(filter="nowhere"), shown_STATUS)[1] is None
 
 
-@pytest.mark.parametrize("sent, over, keys, rest", table(
-    ("letters", "jk", False, ["j", "k"], ""), ("arrow", "\x1b[A", False, ["up"], ""),
-    ("arrow of the keypad mode", "\x1bOB", False, ["down"], ""),
-    ("page", "\x1b[6~", False, ["pgdn"], ""), ("half", "\x1b[6", False, [], "\x1b[6"),
-    ("an Esc may be a start", "\x1b", False, [], "\x1b"), ("or not", "\x1b", True, ["esc"], ""),
-    ("unknown sequence", "\x1b[15;2~q", False, ["q"], ""), ("enter", "\r", False, ["enter"], ""),
-    ("wide", "模", False, ["模"], ""), ("control", "\x01", False, [], "")))  # fmt: skip
-def test_keys_are_read_from_what_a_terminal_sends(sent, over, keys, rest):
-    assert lite.keys_of(sent, over) == (keys, rest)
+@pytest.mark.parametrize("char, key", table(
+    ("a letter", "j", "j"), ("a wide one", "模", "模"), ("enter", "\r", "enter"),
+    ("erase, of two terminals", "\x7f", "backspace"), ("and of others", "\b", "backspace"),
+    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))  # fmt: skip
+def test_a_key_that_sends_a_character_is_known_by_it(char, key):
+    assert lite.key_of(char) == key
 
 
-# The terminal
+def test_quit_on_a_screen_of_a_balancer_elsewhere_leaves_it_alone_and_does_not_ask():
+    assert press("q", Ui(remote=True), shown_STATUS)[1] == Action("quit")
 
 
-@pytest.mark.parametrize("environ, encoding, expected", table(
-    ("xterm", {"TERM": "xterm-256color"}, "utf-8", Look(True, True)),
-    ("ASCII", {"TERM": "xterm"}, "ascii", Look(False, True)),
-    ("mono", {"TERM": "vt220"}, "UTF-8", Look(True, False)),
-    ("no colour wanted", {"TERM": "xterm", "NO_COLOR": "1"}, "utf-8", Look(True, False)),
-    ("console", {"TERM": "linux"}, "utf-8", Look(False, True)),
-    ("not known here", {"TERM": "xterm-ghostty"}, "utf-8", Look(True, True)),
-    ("dumb", {"TERM": "dumb"}, "utf-8", None), ("none", {}, "utf-8", None)))  # fmt: skip
-def test_the_environment_tells_what_a_terminal_can_show(environ, encoding, expected):
-    assert lite.look_of(environ, encoding) == expected
+# The terminal: the program in a process of its own, on a pseudo-terminal
+
+
+ROOM = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+UP, DOWN, REDRAW = b"\x1bOA", b"\x1bOB", b"\x0c"
 
 
 class Pty:
-    """A pseudo-terminal, and a Terminal on it whose loop is a list."""
+    """A pseudo-terminal, which a child may have for its own."""
 
     def __init__(self, columns=80, rows=24):
         self.master, self.slave = os.openpty()
         self.resize(columns, rows)
         self.before = termios.tcgetattr(self.slave)
-        self.calls, self.told, self.text = [], threading.Event(), ""
-        self.terminal = Terminal(self, lambda a: a, lambda why: why, self.slave)
+        self.child, self.closing = None, contextlib.ExitStack()
 
-    def call_soon_threadsafe(self, function, *args):
-        self.calls.append(function(*args))
-        self.told.set()
+    def run(self, *command, **more):
+        slave = self.slave
+        self.child = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **{"env": ROOM, **more})
+        return self.child
 
     def resize(self, columns, rows):
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def read_until(self, words, seconds=5.0):
+    def read_until(self, *words, seconds=20.0):
+        """What is written until all these words were, whatever colours they have."""
         end, seen = time.monotonic() + seconds, ""
-        while words not in seen:
-            assert time.monotonic() < end, (words, seen[-500:])
+        while not all(word in re.sub(r"\x1b\[[\d;]*m|\x1b\(B|\x0f", "", seen) for word in words):
+            assert time.monotonic() < end, (words, seen[-3000:])
             if select.select([self.master], [], [], 0.1)[0]:
                 seen += os.read(self.master, 65536).decode(errors="replace")
-        self.text += seen
         return seen
 
-    def press(self, data):
-        os.write(self.master, data)
+    def press(self, keys):
+        os.write(self.master, keys)
 
     def close(self):
-        self.terminal.close()
-        for descriptor in (self.master, self.slave):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+        self.closing.close()
+        os.close(self.master)
+        os.close(self.slave)
+
+    @property
+    def restored(self):
+        return termios.tcgetattr(self.slave) == self.before
 
 
 @pytest.fixture
-def screen(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
+def terminal():
     made = Pty()
     yield made
     made.close()
 
 
-def test_a_terminal_is_painted_and_then_only_what_changed(screen):
-    screen.terminal.show(shown_STATUS)
-    assert "10.0.0.4:8000" in screen.read_until("pause")
-    screen.terminal.show({**shown_STATUS, "time": "14:03:23"})
-    assert "10.0.0.4:8000" not in screen.read_until("14:03:23")
+class Shown:
+    """A balancer's side of the screen."""
+
+    def __init__(self, terminal, **env):
+        self.terminal = terminal
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(20)
+        self.lines = terminal.closing.enter_context(self.sock.makefile())
+        terminal.closing.enter_context(self.sock)
+        command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
+        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()], env=ROOM | env)
+        theirs.close()
+
+    def say(self, **message):
+        self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def heard(self, *wanted):
+        """The next message that has one of these."""
+        return next(m for m in map(json.loads, self.lines) if any(word in m for word in wanted))
+
+    def begin(self, status):
+        """On the screen, once the program has said how to leave it."""
+        self.leave = self.heard("leave")["leave"]
+        self.say(status=status)
+        return self.terminal.read_until("q quit")
 
 
-def test_keys_change_the_screen_and_actions_reach_the_loop(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    screen.press(b"\x1b[B")
-    screen.read_until("\x1b[7m> 10.0.0.2:8000")
-    screen.press(b"d")
-    screen.read_until("y/n: drain 10.0.0.2:8000?")
-    screen.press(b"y")
-    assert screen.told.wait(5) and screen.calls == [Action("drain", SECOND)]
+def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
+    shown = Shown(terminal)
+    seen = shown.begin(shown_STATUS)
+    assert "\x1b[?1049h" in seen and "10.0.0.4:8000" in seen and not terminal.restored
+    assert "\x1b[?1049l" in shown.leave
+    shown.say(status={**shown_STATUS, "time": "14:03:59"})
+    assert "10.0.0.4:8000" not in terminal.read_until("59")  # only what has changed
+    terminal.press(DOWN)
+    assert "7m> 10" in terminal.read_until("> 10.0.0.2:8000")
+    terminal.press(b"d")
+    terminal.read_until("y/n: drain 10.0.0.2:8000?")
+    terminal.press(b"y")
+    assert shown.heard("verb") == {"verb": "drain", "url": SECOND}
+    terminal.press(b"?")
+    terminal.read_until("Keys")
+    terminal.press(b"\x1b")  # alone it is a key
+    terminal.read_until("SERVER")
+    terminal.press(b"p")
+    terminal.read_until("PAUSED")
+    shown.say(status={**shown_STATUS, "time": "14:04:44"})
+    terminal.press(b"k" + REDRAW)
+    assert "14:03:59" in terminal.read_until("> 10.0.0.1:8000")
+    terminal.press(b"p" + REDRAW)
+    terminal.read_until("14:04:44")
+    shown.say(note="a note from elsewhere")
+    terminal.read_until("a note from elsewhere")
+    terminal.press(b"k")  # a note stays until the next key
+    terminal.read_until("q quit")
+    terminal.resize(40, 10)
+    assert "PgUp" not in (seen := terminal.read_until("q quit")) and "\x1b[11" not in seen
+    shown.sock.shutdown(socket.SHUT_WR)
+    assert "\x1b[?1049l" in terminal.read_until("\x1b[?1049l")
+    assert terminal.child.wait(20) == 0 and terminal.restored
 
 
-def test_an_escape_alone_is_a_key(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    screen.press(b"?")
-    screen.read_until("Keys")
-    screen.press(b"\x1b")
-    screen.read_until("SERVER")
+@pytest.mark.parametrize("term, env, unicode, colours", table(
+    ("one that terminfo does not know", "xterm-nobody-has-heard-of", {}, True, True),
+    ("without colours", "vt220", {}, True, False),
+    ("no colours wanted", "xterm", {"NO_COLOR": "1"}, True, False),
+    ("a console", "linux", {}, False, True),
+    ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))  # fmt: skip
+def test_a_terminal_is_shown_what_it_can_show(terminal, term, env, unicode, colours):
+    seen = Shown(terminal, TERM=term, **env).begin(shown_STATUS)
+    assert ("█" in seen, "##" in seen) == (unicode, not unicode)
+    assert bool(re.search(r"\x1b\[(\d+;)*3[1-6]", seen)) == colours
 
 
-def test_a_paused_screen_stands_still_until_it_goes_on(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    screen.press(b"p")
-    screen.read_until("PAUSED")
-    screen.terminal.show({**shown_STATUS, "time": "14:03:59"})
-    screen.press(b"j")
-    assert "14:03:59" not in screen.read_until("> 10.0.0.2:8000")
-    screen.press(b"p")
-    screen.read_until("14:03:59")
+NO_CURSES = "import sys; sys.modules['curses'] = None; import mvllm_lite; mvllm_lite.main()"
 
 
-def test_a_resize_is_followed_without_a_signal(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    screen.resize(40, 10)
-    seen = screen.read_until("\x1b[10;1H")
-    assert "\x1b[2J" in seen and "\x1b[11;1H" not in seen
+@pytest.mark.parametrize("term, code, why", table(
+    ("dumb", "dumb", "import mvllm_lite; mvllm_lite.main()", "TERM is 'dumb', no terminal that can"),
+    ("none", "", "import mvllm_lite; mvllm_lite.main()", "TERM is '', no terminal that can"),
+    ("no curses", "xterm", NO_CURSES, "this Python has no curses")))  # fmt: skip
+def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why):
+    sock, theirs = socket.socketpair()
+    with sock, theirs:
+        descriptor = theirs.fileno()
+        terminal.run(sys.executable, "-c", code, "top", "--socket", str(descriptor), cwd=HERE,
+                     pass_fds=[descriptor], env=ROOM | {"TERM": term})  # fmt: skip
+        theirs.close()
+        assert json.loads(sock.makefile().read())["why"].startswith(why)
+    assert terminal.child.wait(20) == 0 and terminal.restored
 
 
-def test_closing_restores_the_terminal(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    assert termios.tcgetattr(screen.slave) != screen.before
-    screen.terminal.close()
-    assert termios.tcgetattr(screen.slave) == screen.before
-    assert screen.read_until("\x1b[?1049l").endswith("\x1b[?7h\x1b[?25h\x1b[?1049l")
-    screen.terminal.close()  # once more does no harm
+def test_a_status_that_cannot_be_shown_restores_the_terminal_and_is_reported(terminal):
+    shown = Shown(terminal)
+    shown.begin(shown_STATUS)
+    shown.say(status={"totals": {}})
+    assert shown.heard("why")["why"] == "it failed: KeyError: 'servers'"
+    terminal.read_until("\x1b[?1049l")
+    assert terminal.child.wait(20) == 0 and terminal.restored
 
 
-def test_a_terminal_that_nobody_reads_delays_neither_show_nor_close(screen):
-    filler = os.open(os.ttyname(screen.slave), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    longest = 0.0
-    for n in range(200):
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(filler, b"x" * 4096)
-        begun = time.monotonic()
-        screen.terminal.show({**MANY, "uptime_s": float(n)})
-        longest = max(longest, time.monotonic() - begun)
-        screen.terminal.ending.wait(0.002)
-    os.close(filler)
-    assert screen.terminal.unsent  # it is stuck indeed
-    assert longest < 0.1
-    begun = time.monotonic()
-    screen.terminal.close()
-    assert time.monotonic() - begun < 1
-    assert not screen.terminal.thread.is_alive()
-    assert termios.tcgetattr(screen.slave) == screen.before
-    screen.read_until("\x18" + lite.LEAVE.decode())  # when it is read after all
+class Held:
+    """A balancer with a ScreenProcess, which tells what became of it."""
+
+    def __init__(self, terminal, status=shown_STATUS):
+        self.held, self.actions, self.status = asyncio.Queue(), asyncio.Queue(), status
+        self.screen = lite.ScreenProcess(
+            lambda: self.status, self.actions.put_nowait, self.held.put_nowait, terminal.slave)
+
+    async def begun(self, terminal):
+        assert await self.held.get()
+        await asyncio.to_thread(terminal.read_until, "q quit")
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+        return next(int(one) for one in children if b"--socket" in cmdline(one))
 
 
-def test_a_loop_goes_on_at_its_pace_beside_a_terminal_that_nobody_reads(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    master, slave = os.openpty()
-
-    async def beat():
-        loop, gaps = asyncio.get_running_loop(), []
-        terminal = Terminal(loop, print, print, slave)
-        end = before = loop.time()
-        end += 1
-        while before < end:
-            terminal.show({**MANY, "uptime_s": before, "address": f"{before}"})
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 70, 250 + len(gaps) % 2, 0, 0))
-            await asyncio.sleep(0.005)
-            now = loop.time()
-            gaps.append(now - before)
-            before = now
-        stuck = bool(terminal.unsent)
-        terminal.close()
-        return stuck, max(gaps), loop.time() - now
-
-    try:
-        stuck, longest, closing = asyncio.run(beat())
-    finally:
-        os.close(master)
-        os.close(slave)
-    assert stuck and longest < 0.1 and closing < 1
+def cmdline(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_a_terminal_that_is_read_again_shows_the_newest(screen):
-    for n in range(300):
-        screen.terminal.show({**MANY, "time": f"{n:08}"})
-        screen.resize(80 + n % 2, 24)
-        screen.terminal.ending.wait(0.001)
-    screen.read_until(f"{299:08}")
+@pytest.fixture
+def as_xterm(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
 
 
-def test_a_terminal_that_has_gone_is_reported_once(screen):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    os.close(screen.master)
-    os.close(screen.slave)
-    assert screen.told.wait(5)
-    screen.terminal.thread.join(5)
-    assert len(screen.calls) == 1 and "the terminal has gone" in screen.calls[0]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+@asynchronous
+async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(terminal, as_xterm, caplog, number):
+    held = Held(terminal)
+    pid = await held.begun(terminal)
+    os.kill(pid, number)
+    assert not await held.held.get()  # there are log lines again
+    assert terminal.restored and "no screen: its process ended with" in caplog.text
+    await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+    await held.screen.close()
 
 
-def test_a_fault_of_the_screen_restores_the_terminal_and_is_reported(screen, monkeypatch):
-    screen.terminal.show(shown_STATUS)
-    screen.read_until("pause")
-    screen.terminal.show({"totals": {}})
-    assert screen.told.wait(5)
-    screen.terminal.thread.join(5)
-    assert "the screen failed: KeyError" in screen.calls[0]
-    assert termios.tcgetattr(screen.slave) == screen.before
+@asynchronous
+async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    held = Held(terminal)
+    pid = await held.begun(terminal)
+    assert handlers == {number: signal.getsignal(number) for number in signal.valid_signals()}
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        await asyncio.sleep(0.005)  # while it paints, curses ignores this signal
+    os.kill(pid, signal.SIGTSTP)
+    await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+    os.kill(pid, signal.SIGCONT)
+    await asyncio.to_thread(terminal.read_until, "q quit")
+    terminal.resize(40, 10)
+    os.kill(pid, signal.SIGWINCH)
+    await asyncio.to_thread(terminal.read_until, "q quit")
+    await held.screen.close()
+    assert terminal.restored and not await held.held.get()
 
 
-def test_a_screen_is_not_possible_on_pipes_and_dumb_terminals(monkeypatch):
-    master, slave = os.openpty()
-    reader, writer = os.pipe()
-    monkeypatch.setenv("TERM", "xterm")
-    assert Terminal.possible(slave) and not Terminal.possible(writer)
-    monkeypatch.setenv("TERM", "dumb")
-    assert not Terminal.possible(slave)
-    with pytest.raises(OSError, match="no screen"):
-        Terminal(None, print, print, slave)
-    for descriptor in (master, slave, reader, writer):
-        os.close(descriptor)
+@pytest.mark.parametrize("stuck", ["stopped", "a terminal that nobody reads"])
+@asynchronous
+async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(terminal, as_xterm, stuck):
+    held, loop, gaps = Held(terminal, MANY), asyncio.get_running_loop(), []
+    pid = await held.begun(terminal)
+    if stuck == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+    before = loop.time()
+    for n in range(100):
+        if stuck != "stopped":
+            terminal.resize(250 + n % 2, 70)
+            os.kill(pid, signal.SIGWINCH)
+        await asyncio.sleep(0.005)
+        gaps.append(loop.time() - before)
+        before = loop.time()
+    await held.screen.close()
+    assert max(gaps) < 0.1 and loop.time() - before < 5
+    assert terminal.restored and not os.path.exists(f"/proc/{pid}")
+    await asyncio.to_thread(terminal.read_until, "\x18", "\x1b[?1049l")  # when it is read after all
 
 
-PROGRAM = """
-import asyncio, signal, sys
-sys.path.insert(0, {here!r})
-from mvllm_lite import Terminal
-async def main():
-    loop, over = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, over.set)
-    terminal = Terminal(loop, print, print, 0)
-    terminal.show({status!r})
-    if {crash}:
-        await asyncio.sleep(0.1)
-        raise SystemExit(3)  # nobody closes it
-    await over.wait()
-    terminal.close()
-asyncio.run(main())
-"""
+@asynchronous
+async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal, as_xterm, caplog):
+    held = Held(terminal)
+    os.kill(await held.begun(terminal), signal.SIGSTOP)
+    held.screen.unanswered = lite.UNANSWERED_LIMIT
+    assert not await held.held.get()
+    assert terminal.restored and "no screen: it answers no more" in caplog.text
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["SIGTERM", "crash"])
-def test_a_process_that_ends_leaves_its_terminal_as_it_was(crash):
-    master, slave = pty.openpty()
-    before = termios.tcgetattr(slave)
-    source = PROGRAM.format(here=str(HERE), crash=crash, status=shown_STATUS)
-    child = subprocess.Popen([sys.executable, "-c", source], stdin=slave, start_new_session=True,
-                             env={**os.environ, "TERM": "xterm"})  # fmt: skip
-    try:
-        seen, end, told = "", time.monotonic() + 10, False
-        while "\x1b[?1049l" not in seen:
-            assert time.monotonic() < end, seen
-            if select.select([master], [], [], 0.1)[0]:
-                seen += os.read(master, 65536).decode(errors="replace")
-            if "10.0.0.4:8000" in seen and not told and not crash:
-                child.send_signal(signal.SIGTERM)
-                told = True
-        assert child.wait(5) == (3 if crash else 0)
-        assert termios.tcgetattr(slave) == before
-    finally:
-        child.kill()
-        child.wait()
-        os.close(master)
-        os.close(slave)
+@asynchronous
+async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(terminal, as_xterm, caplog):
+    begun = asyncio.get_running_loop().time()
+    await Held(terminal).screen.close()
+    assert terminal.restored and asyncio.get_running_loop().time() - begun < 5 and not caplog.text
+
+
+@asynchronous
+async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, tmp_path):
+    keys = lite.KeySettings("ops", "sk-ops", admin=True), lite.KeySettings("app", "sk-app")
+    (tmp_path / "ops").write_text("sk-ops\n")
+    (tmp_path / "app").write_text("sk-app\n")
+    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
+    async with balancing(Server(), keys=keys, status_access="admin") as running:
+        (url,) = [view.url for view in running.core.fleet.views()]
+        here = f"http://127.0.0.1:{running.balancer.port}"
+        terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
+        await asyncio.to_thread(terminal.read_until, "/status.json: 403: ")
+        assert await asyncio.to_thread(terminal.child.wait, 20) == 1 and terminal.restored
+        top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
+        await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
+        terminal.press(b"d")
+        await asyncio.to_thread(terminal.read_until, "drain ")
+        terminal.press(b"y")
+        await asyncio.to_thread(terminal.read_until, "drained")
+        assert running.core.live.drained == {url}
+        terminal.press(b"q")  # leaves it, and does not stop the balancer
+        await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+        assert await asyncio.to_thread(top.wait, 20) == 0 and terminal.restored
+        assert (await (await running.client()).get("/liveness")).status == 200
+
+
+def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_path):
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nport = 0\nlog_dir = ""\n')
+    command = 'echo "pid $$."; exec "$@"', "sh", sys.executable, str(HERE / "mvllm_lite.py"), path
+    leader = "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.stdin.read()"
+    terminal.run(sys.executable, "-c", leader, "sh", "-c", *command)
+    pid = re.search(r"pid (\d+)\.", terminal.read_until("q quit"))[1]
+    os.kill(int(pid), signal.SIGKILL)
+    terminal.read_until("\x1b[?1049l")
+    while not terminal.restored:
+        time.sleep(0.01)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -12098,33 +12136,15 @@ async def test_check_config_asks_every_server(tmp_path):
     assert code == 1 and "cannot be read" in err
 
 
-def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(tmp_path):
+def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     path = tmp_path / "servers.toml"
     path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nhost = "127.0.0.1"\nport = 0\n')
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    child = subprocess.Popen([sys.executable, str(HERE / "mvllm_lite.py"), str(path)], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path,
-                             start_new_session=True, env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
-                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
-    os.close(slave)
-    try:
-        seen, asked, end = "", False, time.monotonic() + 20
-        while child.poll() is None:
-            assert time.monotonic() < end, seen
-            if select.select([master], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):  # it has closed its side
-                    seen += os.read(master, 65536).decode(errors="replace")
-            if "127.0.0.1:1 " in seen and "0 of 1 healthy" in seen and not asked:
-                os.write(master, b"q")
-                asked = True
-        assert child.wait() == 0 and asked
-        with contextlib.suppress(OSError):
-            while select.select([master], [], [], 0.1)[0] and (more := os.read(master, 65536)):
-                seen += more.decode(errors="replace")
-        assert "\x1b[?1049l" in seen and "stopped" in seen.partition("\x1b[?1049l")[2]  # then there are log lines again
-    finally:
-        child.kill()
-        os.close(master)
+    child = terminal.run(sys.executable, str(HERE / "mvllm_lite.py"), str(path), cwd=tmp_path)
+    terminal.read_until("127.0.0.1:1 ", "0 of 1 healthy", "q quit")
+    terminal.press(b"q")
+    seen = terminal.read_until("\x1b[?1049l", " INFO stopped")
+    assert " INFO stopped" in seen.partition("\x1b[?1049l")[2]  # then there are log lines again
+    assert child.wait(20) == 0 and terminal.restored
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
