@@ -225,6 +225,8 @@ MODEL_ENTRY_DEPTH = 8  # and is nested twice
 RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 8 MB at most
 RESPONSE_ID_LIMIT = 200  # characters of their ids, of which vLLM's have 21
 RESPONSE_START_BYTES = 512  # of the document of a response: its id stands in front
+LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
+LOOK_LIMIT_S = 2.0  # for which a request waits for them
 SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers who made it
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
@@ -312,7 +314,8 @@ class Fault(Enum):
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
-    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have made
+    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have
+    KEY_REJECTED = 502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError"  # ours, or so it seems
     CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # of one server
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
@@ -3709,7 +3712,7 @@ class Health(NamedTuple):
     shaky: bool = False  # the window took it out, and it was not away since then
     checked_at: float | None = None
     checks: int = 0
-    reached: bool = False  # by the last check: it answered, or kept the connection without a word
+    reached: bool = False  # it is out, but the last check had an answer, or an open connection
 
     @property
     def answers(self) -> bool:
@@ -3749,6 +3752,12 @@ class Health(NamedTuple):
     ) -> Health:
         """After one more check; `why` names a problem, also with a check that passed.  One that
         failed may still have `reached` a server that could answer requests."""
+        health = self.counted(passed, seconds, why, now, s)
+        trouble = health.state is not State.HEALTHY and (passed or reached)
+        return health if health.reached is trouble else health._replace(reached=trouble)
+
+    def counted(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
+        """The same, without a word on whom the check has reached."""
         in_time = seconds <= s.health_check_max_response_time
         health = self._replace(
             window=(*self.window, (passed, seconds))[-s.health_check_window_size :],
@@ -3757,7 +3766,6 @@ class Health(NamedTuple):
             checked_at=now,
             checks=self.checks + 1,
             problem=self.problem if passed else why,
-            reached=passed or reached,
         )
         away = health.failures >= s.health_check_consecutive_failures
         good = f"check {'passed, but ' if passed else 'failed: '}{why}" if why else "check passed"
@@ -3776,6 +3784,12 @@ class Health(NamedTuple):
             return health
         why = f"a check took {seconds:.1f} s" if passed else why
         return health.become(State.UNHEALTHY, why, now)
+
+    def refused(self, why: str, now: float) -> Health:
+        """After a check in which our key was rejected: nothing else can come of any request."""
+        health = self.become(State.UNHEALTHY, f"its key is rejected: {why}", now)
+        return health._replace(
+            checked_at=now, checks=self.checks + 1, failures=self.failures + 1, reached=False)
 
     def excused(self, now: float) -> Health:
         """After a check that hung while answers flowed: it says nothing of a healthy server."""
@@ -4925,6 +4939,12 @@ class Ranking(NamedTuple):
         return any(v.health.state is State.CHECKING and v.open for v in self.views)
 
     @property
+    def unheard_of(self) -> bool:
+        """Whether a model is wanted that no server has told of."""
+        model = self.call.model
+        return model is not None and not any(model in (v.models or ()) for v in self.views)
+
+    @property
     def scene(self) -> Scene:
         return scene_of(self.views, self.cached, self.reasons, self.call, self.moment,
                         random.Random(0))  # fmt: skip
@@ -4962,9 +4982,13 @@ class Ranking(NamedTuple):
         if not views:
             return Fault.NO_SERVER, "No server is configured."
         known = {name for view in views for name in view.models or ()}
-        all_known = all(view.models is not None for view in views)
-        if model is not None and model not in known and all_known:
-            return Fault.UNKNOWN_MODEL, unknown_model(model, known)
+        told = [view.models is not None for view in views]
+        # Who has never told any is not waited for for ever.
+        awaited = any(v.models is None and v.health.state is not State.UNHEALTHY for v in views)
+        if model is not None and self.unheard_of and any(told) and not awaited:
+            silent = told.count(False)
+            more = f" {silent} of the servers never told its models." * (silent > 0)
+            return Fault.UNKNOWN_MODEL, unknown_model(model, known) + more
         reasons = "; ".join(f"{row.url if name_servers else f'server {n}'} {row.reason}"
                             for n, row in enumerate(self.candidates(), 1))  # fmt: skip
         what = "this request" if model is None else f"the model `{model[:200]}`"
@@ -5190,18 +5214,26 @@ class Settle(NamedTuple):
     seconds: float
 
 
+class Refresh(NamedTuple):
+    """Have the servers asked for their models once more, since nobody has told of this one."""
+
+    model: str
+
+
 class Answer(NamedTuple):
     """End with this failure: the server's own words if they were held, else ours."""
 
     outcome: Outcome
 
 
-Step = Relay | Pause | Wait | Settle | Answer
+Step = Relay | Pause | Wait | Settle | Refresh | Answer
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
+# A server cannot have what is asked for, whoever else may; it is not asked again.
+LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
 # The server had no work with the request.
-UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED)
+UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
 BUDGET_SPAN_S = 10
 BUDGET_FLOOR = 10
 DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
@@ -5297,11 +5329,12 @@ def relay_plan(
 ) -> Plan:
     """One good answer from one server; others are asked as long as nothing was shown.
 
-    A server that failed is not asked again while there is another.  Retries that are not free are
-    made only while somebody can `afford` them.
+    A server that failed is not asked again while there is another, and one that lacks what is
+    wanted not at all: that is no failure, and shown only if nobody has it.  Retries that are not
+    free are made only while somebody can `afford` them.
     """
-    tried, failure = frozenset[str](), WELL
-    for attempt in range(1, s.max_retries + 2):
+    tried, lacking, failure = frozenset[str](), frozenset[str](), WELL
+    for attempt in itertools.count(1):
         if failure.fault is None:
             ranking = yield from first_choice(choose, s)
         else:
@@ -5312,9 +5345,9 @@ def relay_plan(
                 break
             if not is_free(failure.fault, attempt - 1, ranking) and not afford():
                 break
-            if again or failure.fault.retry not in (Retry.AT_ONCE, Retry.LARGER):
+            if again or not (failure.fault.retry is Retry.AT_ONCE or failure.fault in UNHEARD):
                 yield Pause(backoff_s(attempt - 2, s, draw))
-                ranking = choose(frozenset() if again else tried)
+                ranking = choose(lacking if again else tried)
         best = ranking.best
         if best is None and ranking.waits:
             waited = yield Wait(ranking.tried)
@@ -5322,17 +5355,22 @@ def relay_plan(
                 failure = failure if failure.held else waited
                 break
             if not (best := waited.place or None):  # the fleet has changed: all may be asked again
-                ranking = choose(frozenset())
+                ranking = choose(lacking)
                 best = ranking.best
         if best is None:
             failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
             break
-        failure = yield Relay(best, attempt)
-        if failure.fault is None or failure.committed:
+        outcome = yield Relay(best, attempt)
+        if outcome.fault is None or outcome.committed:
             return
+        if outcome.fault in LACKING and len(lacking) < SEARCH_LIMIT:
+            tried, lacking = tried | {server_of(best)}, lacking | {server_of(best)}
+            failure = outcome if failure.fault in (None, *LACKING) else failure
+            continue
+        failure = outcome
         if failure.deaths >= DEADLY:
             failure = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
-        if not may_retry(failure.fault, s) or attempt > s.max_retries:
+        if not may_retry(failure.fault, s) or attempt - len(lacking) > s.max_retries:
             break
         tried |= {server_of(best)}  # not another engine of the same server, either
         if failure.fault.retry is Retry.LARGER:
@@ -5348,6 +5386,9 @@ def first_choice(choose: Choose, s: Settings) -> Generator[Step, Outcome, Rankin
         ranking = choose(frozenset())
         if waited.fault is not None:
             break
+    if ranking.best is None and ranking.unheard_of:
+        yield Refresh(ranking.call.model or "")
+        ranking = choose(frozenset())
     return ranking
 
 
@@ -10185,6 +10226,11 @@ class Core:
         self.stored = StoredResponses()
         self.secrets = Secrets()
         self.pools: dict[str, Pool] = {}
+        # Servers that are asked for their models at once, since requests want to know; when each
+        # last was; and what wakes their watchers for that.
+        self.looking: set[str] = set()
+        self.looked: dict[str, float] = {}
+        self.looks: dict[str, asyncio.Event] = {}
         self.attempts: dict[str, set[Attempt]] = {}  # by server
         self.stalled_at = -INFINITY  # when this process last turned out to have stood still
         self.clients: dict[Wire, asyncio.Task[None]] = {}
@@ -10251,6 +10297,36 @@ class Core:
         enforced = s.queue_size > 0 and self.settings.queue_size > 0
         return Moment(now, s.metrics_interval, enforced, s.slow_start,
                       self.fleet.steady_since(model))  # fmt: skip
+
+    def look(self, server: str) -> bool:
+        """Have a server asked for its models at once, by its watcher; whether it is: not if it
+        just was, for the same reason."""
+        now = asyncio.get_running_loop().time()
+        if server not in self.looking and now - self.looked.get(server, -INFINITY) > LOOK_PAUSE_S:
+            self.looking.add(server)
+            if server in self.looks:
+                self.looks[server].set()
+        return server in self.looking
+
+    async def look_or_rest(self, server: str, seconds: float) -> None:
+        """For a server's watcher: rest for so long, or until it is to look."""
+        self.looks[server] = wanted = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.0 if server in self.looking else seconds):
+                await wanted.wait()
+
+    def forget(self, server: str) -> None:
+        """It has left."""
+        self.looking.discard(server)
+        self.looks.pop(server, None)
+        self.looked.pop(server, None)
+
+    def has_looked(self, server: str) -> None:
+        """Its watcher has asked for its models."""
+        if server in self.looking:
+            self.looking.discard(server)
+            self.looked[server] = asyncio.get_running_loop().time()
+            self.tell()
 
     def moves(self, url: str, within_s: float) -> bool:
         """Whether the engine of a server, or any of its engines, works: see `moves`."""
@@ -10396,6 +10472,7 @@ WHAT_IT_DID: dict[Fault | None, str] = {
     Fault.STREAM_FAILED: "its stream failed before it began",
     Fault.ABORTED: "it aborted the answer",
     Fault.ENGINE_FAILED: "it answered 500, without its engine",
+    Fault.KEY_REJECTED: "it rejected the key that is set for it",
 }
 
 
@@ -10570,6 +10647,10 @@ class Conversation(Attempt):
             return Fault.LOOP_DETECTED
         if head.status in WITHOUT_IT and self.errand.searches:
             return Fault.NOT_THERE
+        if head.status in (404, 501) and self.errand.infers:  # a model, or the whole path
+            return Fault.NOT_THERE
+        if head.status in (401, 403) and self.pool.key_line:
+            return Fault.KEY_REJECTED
         if head.status in self.settings.retry_statuses:
             return Fault.SERVER_ERROR if head.status >= 500 else Fault.DECLINED
         return Fault.SERVER_BUSY if head.status == 429 else None
@@ -10849,10 +10930,32 @@ class Exchange:
             return Outcome(Fault.NO_SERVER)
         return WELL
 
+    async def refresh(self, step: Refresh) -> Outcome:
+        """Wait for the models of all servers that answer; one look is for all who want one now."""
+        fleet, look = self.core.fleet, self.core.look
+        servers = {view.server for view in fleet.views() if view.health.answers and view.open}
+        await self.looked_at([server for server in servers if look(server)], step.model)
+        self.model_label = self.label()
+        return WELL
+
+    async def looked_at(self, servers: Sequence[str], model: str = "") -> None:
+        """Wait until these have been asked for their models, or the wanted one is found, or for
+        long enough."""
+        core = self.core
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_LIMIT_S):
+                while not core.looking.isdisjoint(servers) and not core.fleet.knows(model):
+                    await core.told()
+
     async def answer(self, step: Answer) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
+        if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
+            await self.looked_at([server_of(held.url)])
+            view = self.core.fleet.view(held.url)
+            held = held if view is not None and view.healthy else None
+            text = "The server rejected the key that is set for it."
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
             after_s = self.core.queue.clears_in_s(self.loop.time()) if queued else 0
@@ -11006,6 +11109,8 @@ class Exchange:
                 core.judge(url, Health.failed, text, reached, now, self.settings)
             elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
+            elif fault in LACKING and not self.searches:
+                core.look(server_of(url))  # has it still what it said it has?
         finally:
             core.ledger.attempts.add(url, label)
             self.attempts.append((url, reason, label))
@@ -11123,7 +11228,7 @@ class Exchange:
             response.end)  # fmt: skip
 
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
-        Relay: relay, Pause: pause, Wait: wait, Settle: settle, Answer: answer,
+        Relay: relay, Pause: pause, Wait: wait, Settle: settle, Refresh: refresh, Answer: answer,
     }  # fmt: skip
 
 
@@ -11144,8 +11249,9 @@ class Check(NamedTuple):
     seconds: float
     why: str = ""
     models: Models | None = None
-    reached: bool = True  # it answered, if with an error, or kept the connection
+    reached: bool = False  # it answered an error, or kept the connection without a word
     hung: bool = False
+    rejected: bool = False  # our key
 
 
 async def check_server(
@@ -11160,7 +11266,7 @@ async def check_server(
             status, _ = await fetch(pool, "/health", timeout_s)
             has_health = status not in (404, 405)
             if has_health and not 200 <= status < 300:
-                return Check(False, loop.time() - begun, f"/health answered {status}")
+                return bad_check(pool, "/health", status, loop.time() - begun)
             if has_health and not want_models:
                 return Check(True, loop.time() - begun)
         seconds = loop.time() - begun
@@ -11171,12 +11277,18 @@ async def check_server(
         return None if ours else Check(False, seconds, str(error), None, False, hung)
     except TimeoutError:
         why, seconds = f"no answer to a check within {timeout_s:g} s", loop.time() - begun
-        return Check(False, seconds, why, hung=True)
+        return Check(False, seconds, why, reached=True, hung=True)
     models = model_list(content, pool.name) if status == 200 else None
     if models is not None:
         return Check(True, seconds, "", models)
-    why = f"/v1/models answered {status}" + " without a list of models" * (status == 200)
-    return Check(has_health, seconds, why)
+    return bad_check(pool, "/v1/models", status, seconds)._replace(passed=has_health)
+
+
+def bad_check(pool: Pool, path: str, status: int, seconds: float) -> Check:
+    """A check that was answered with something else than what is wanted."""
+    why = f"{path} answered {status}" + " without a list of models" * (status == 200)
+    rejected = status in (401, 403) and pool.key_line != ""
+    return Check(False, seconds, why, reached=status >= 500, rejected=rejected)
 
 
 # One token, or one embedding: vLLM needs no model's name where it serves only one.
@@ -11190,7 +11302,7 @@ async def watch_health(core: Core, url: str) -> None:
     while True:
         s = core.settings
         active = s.enable_active_health_check
-        want_models = core.fleet.models_due(url, loop.time(), s)
+        want_models = core.fleet.models_due(url, loop.time(), s) or url in core.looking
         if active or want_models:
             begun = loop.time()
             found = await check_server(pool, s.health_check_timeout, active, want_models)
@@ -11198,16 +11310,22 @@ async def watch_health(core: Core, url: str) -> None:
                 continue
             if found is not None and found.models is not None:
                 core.fleet.learned(url, found.models, loop.time())
-            if found is not None and active:
+            if found is not None and (active or found.rejected):
                 note_check(core, url, found, begun)
+            if want_models:
+                core.has_looked(url)
         if not active:
             core.judge(url, Health.rested, loop.time(), s)
-        await asyncio.sleep(min(s.health_check_interval, INFINITY if active else 1.0))
+        await core.look_or_rest(url, min(s.health_check_interval, INFINITY if active else 1.0))
 
 
 def note_check(core: Core, url: str, found: Check, begun: float) -> None:
-    """Judge a server by a check.  One that hung while answers flowed takes no server out."""
+    """Judge a server by a check.  One that hung while answers flowed takes no server out, one in
+    which our key was rejected does at once."""
     now, views = asyncio.get_running_loop().time(), core.fleet.engines(url)
+    if found.rejected:
+        core.judge(url, Health.refused, found.why, now)
+        return
     if found.hung and views and views[0].healthy and core.moves(url, now - begun):
         core.judge(url, Health.excused, now)
         return
@@ -12304,6 +12422,7 @@ class Balancer:
             del core.minutes[url]
         for url in core.pools.keys() - {view.server for view in core.fleet.views()}:
             core.pools.pop(url).close()
+            core.forget(url)
         if settings is not old:
             counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
             words = [counts, changes_line(old, settings)]

@@ -2785,6 +2785,16 @@ def test_a_check_that_hangs_while_answers_flow_leaves_the_server_as_it_was():
 ASLEEP, AWAKE = lite.EngineLoad(asleep=True), lite.EngineLoad()
 
 
+def test_a_rejected_key_takes_a_server_out_at_once_and_for_no_last_resort():
+    s = Settings()
+    health = health_after("+").refused("/v1/models answered 401", 2.0)
+    assert (health.state, health.answers) == (State.UNHEALTHY, False)
+    assert health.reason == "its key is rejected: /v1/models answered 401"
+    again = health.refused("/v1/models answered 401", 3.0)
+    assert (again.since, again.checks) == (2.0, health.checks + 1)
+    assert again.checked(True, 0.1, "", 4.0, s).state is State.HEALTHY
+
+
 @pytest.mark.parametrize("script, asleep", table(
     ("a report that says so", "z", True),
     ("one that says awake", "za", False),
@@ -4919,7 +4929,7 @@ def outcome(word):
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE,
-              "long": Fault.CONTEXT_LENGTH_EXCEEDED}  # fmt: skip
+              "long": Fault.CONTEXT_LENGTH_EXCEEDED, "key": Fault.KEY_REJECTED}  # fmt: skip
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
@@ -4968,6 +4978,21 @@ PLANS = table(
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
      ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
     ("no server", (), [], {}, ["answer no_server"]),
+    ("404: another may have it, at once and free", (3, 2, 1), ["404!", "ok"], {"affordable": 0},
+     ["ask s0", "ask s1"]),
+    ("so it is where our key is rejected", (3, 2, 1), ["key!", "ok"], {"affordable": 0},
+     ["ask s0", "ask s1"]),
+    ("404 everywhere is shown as it came", (2, 1), ["404!", "404!"], {},
+     ["ask s0", "ask s1", "answer not_there as held"]),
+    ("404 of the only one", (1,), ["404!"], {}, ["ask s0", "answer not_there as held"]),
+    ("to lack it is no attempt", (4, 3, 2, 1), ["404!", "404!", "404!", "ok"], {"max_retries": 0},
+     ["ask s0", "ask s1", "ask s2", "ask s3"]),
+    ("who failed may have it", (2, 1), ["503!", "404!", "ok"], {},
+     ["ask s0", "pause", "ask s1", "pause", "ask s0"]),
+    ("and its failure is shown", (2, 1), ["503!", "404!", "503!"], {"max_retries": 1},
+     ["ask s0", "pause", "ask s1", "pause", "ask s0", "answer server_error as held"]),
+    ("who has it not is not asked again", (2, 1), ["404!", "503!", "503!"], {"max_retries": 1},
+     ["ask s0", "ask s1", "pause", "ask s1", "answer server_error as held"]),
     ("a first try elsewhere is no storm", (3, 2, 1), ["503!", "503!"], {"affordable": 0},
      ["ask s0", "pause", "ask s1", "answer server_error as held"]),
     ("nor after 429", (2, 1), ["busy!", "ok"], {"affordable": 0}, ["ask s0", "pause", "ask s1"]),
@@ -5116,6 +5141,54 @@ QUEUED = table(  # with all places of s0 and s1 taken
     ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True, ["wait", "ask s1", "wait", "answer no_server"]),
     ("the server's own failure is shown", ["s1", "503!", "full"], True, ["wait", "ask s1", "pause", "wait", "answer server_error as held"]),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("found, steps", [(False, "refresh answer"), (True, "refresh relay")])
+def test_a_model_that_nobody_has_told_of_is_looked_for_once(found, steps):
+    fleet, said, told = fleet_of(1, 1), [], None
+    choose = functools.partial(ranking_of, fleet, "least", "new")
+    plan = lite.relay_plan(choose, Settings(), random.Random(1), lambda: True)
+    with contextlib.suppress(StopIteration):
+        while True:
+            step = plan.send(told)
+            said.append(type(step).__name__.lower())
+            if said[-1] == "refresh" and found:
+                fleet.learned("s1", {"m": {}, "new": {}}, 1.0)
+            told = lite.WELL
+            if said[-1] == "answer":
+                assert step.outcome.fault is Fault.UNKNOWN_MODEL
+            if said[-1] == "relay":
+                assert step.url == "s1"
+    assert said == steps.split()
+
+
+def test_a_model_that_somebody_told_of_is_not_looked_for():
+    fleet = fleet_of(1)
+    for _ in range(3):
+        fleet.judge("s0", lite.Health.checked, False, 0.0, "refused", 1.0, Settings())
+    assert not ranking_of(fleet, model="m").unheard_of and ranking_of(fleet, model="x").unheard_of
+
+
+@pytest.mark.parametrize("others, fault", table(
+    ("all have told", {}, "UNKNOWN_MODEL"),
+    ("one never answered", {"state": State.UNHEALTHY, "models": None}, "UNKNOWN_MODEL"),
+    ("one may tell in a moment", {"state": State.CHECKING, "models": None}, "NO_SERVER"),
+    ("one has it and is down", {"state": State.UNHEALTHY, "models": {"b": {}}}, "NO_SERVER"),
+    ("nobody ever told", {"state": State.UNHEALTHY, "models": None, "first": None}, "NO_SERVER"),
+))  # fmt: skip
+def test_whether_a_model_is_unknown_or_only_out_of_reach(others, fault):
+    first, second = fleet_of(1, 1).views()
+    if others:
+        health = second.health._replace(state=others["state"])
+        second = second._replace(models=others["models"], health=health)
+        first = first._replace(models=others.get("first", first.models), health=health)
+    moment, by = lite.Moment(9.0, 0.5), lite.POLICIES["least"](Settings())
+    views, call = [first, second], lite.Call("b")
+    ranking = lite.rank(views, [0, 0], call, frozenset(), by, moment, random.Random(1))
+    found, text = ranking.refusal(True)
+    assert ranking.best is None and found is Fault[fault]
+    assert ("1 of the servers never told" in text) is (others.get("models", 0) is None
+                                                       and fault == "UNKNOWN_MODEL")
 
 
 @pytest.mark.parametrize("outcomes, enforced, steps", QUEUED)
@@ -8571,8 +8644,12 @@ async def test_an_unknown_model_is_404_in_vllm_s_form_and_no_server_is_asked():
 
 @asynchronous
 async def test_with_no_server_left_the_answer_is_503_with_every_server_s_reason():
-    async with balancing("http://127.0.0.1:1", Server(models=["a"])) as running:
-        got = await (await running.client()).post(body=b'{"model":"b"}')
+    b = Server(models=["b"])
+    async with balancing("http://127.0.0.1:1", Server(models=["a"]), b) as running:
+        await b.kill()
+        client = await running.client()
+        await client.post(body=b'{"model":"b"}')  # so that it is known
+        got = await client.post(body=b'{"model":"b"}')
         assert got.status == 503 and 1 <= int(got.get("retry-after")) <= 30
         assert "http://127.0.0.1:1 is unhealthy (cannot connect: connection refused)" in got.error["message"]
         assert "does not serve 'b'" in got.error["message"]
@@ -10330,7 +10407,7 @@ def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
 
 
 @pytest.mark.parametrize("page, passed, reached, hung", table(
-    ("good", "", True, True, False),
+    ("good", "", True, False, False),
     ("an error", 503, False, True, False),
     ("a failure of its own", 500, False, True, False),
     ("hangs", None, False, True, True),
@@ -10445,6 +10522,140 @@ async def test_the_last_servers_stay_in_use_though_their_checks_hang_or_fail(pag
         assert (got.status, got.json["status"]) == (200, "degraded")
         await servers[0].kill()
         assert {(await client.post(body=CHAT)).status for _ in range(9)} == {200}
+
+
+def answering(status, document=None):
+    """A server's answer to every request."""
+
+    async def answer(asked, conn):
+        await conn.json(document or {"error": {"message": "no", "code": status}}, f"{status} X")
+
+    return answer
+
+
+def keyed(*servers):
+    return [lite.ServerSettings(server.url, 1000 if n == 0 else 1, api_key="sk-ours")
+            for n, server in enumerate(servers)]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@asynchronous
+async def test_a_server_that_rejects_our_key_is_out_once_our_own_check_says_so_too(status):
+    async with Server(answering(status)) as bad, Server() as good:
+        async with balancing(servers=keyed(bad, good), policy="least") as running:
+            client, page = await running.client(), bad.pages["/v1/models"]
+            bad.pages["/v1/models"] = status
+            got = await client.post(body=CHAT)
+            assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+            await running.until(lambda: running.states() == ["unhealthy", "healthy"])
+            reason = f"its key is rejected: /v1/models answered {status}"
+            assert running.core.fleet.views()[0].health.reason == reason
+            bad.pages["/v1/models"] = page  # the key is right again
+            running.core.looked.clear()
+            assert running.core.look(bad.url)
+            await running.until(lambda: running.states() == ["healthy"] * 2)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@asynchronous
+async def test_what_is_forbidden_though_our_key_is_good_is_shown_as_it_came(status):
+    async with Server(answering(status)) as one, Server(answering(status)) as two:
+        async with balancing(servers=keyed(one, two)) as running:
+            for _ in range(3):
+                got = await (await running.client()).post(body=CHAT)
+                assert (got.status, got.error) == (status, {"message": "no", "code": status})
+            assert running.states() == ["healthy"] * 2
+
+
+@asynchronous
+async def test_our_own_key_s_fault_is_not_shown_as_the_client_s():
+    async with Server(answering(401)) as server, balancing(servers=keyed(server)) as running:
+        server.pages["/v1/models"] = 401
+        got = await (await running.client()).post(body=CHAT)
+        assert (got.status, got.get("x-mvllm-error")) == (502, "key_rejected")
+        assert running.states() == ["unhealthy"]
+        got = await (await running.client()).post(body=CHAT)
+        assert got.status == 503 and "its key is rejected" in got.error["message"]
+
+
+@asynchronous
+async def test_a_client_s_own_key_that_is_rejected_is_the_client_s_affair():
+    async with balancing(Server(answering(401)), Server(answering(401))) as running:
+        assert (await (await running.client()).post(body=CHAT)).status == 401
+        assert await running.metric("mvllm_attempts_total", result="ok") == 1
+
+
+def listing(*models):
+    return {"data": [{"id": model} for model in models]}
+
+
+@asynchronous
+async def test_a_model_that_a_server_listed_and_has_no_more_is_asked_for_elsewhere():
+    bad, good = Server(answering(404), models=("m", "x")), Server(models=("m",))
+    bad.capacity = 1000
+    async with balancing(bad, good, policy="least") as running:
+        bad.pages["/v1/models"], client = listing("x"), await running.client()
+        got = await client.post(body=CHAT)
+        assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
+        await running.until(lambda: not running.core.looking)
+        assert list(running.core.fleet.views()[0].models) == ["x"]
+        assert (await client.post(body=CHAT)).status == 200
+        assert (len(bad.asked), bad.probes["/v1/models"]) == (1, 2)
+        assert running.states() == ["healthy"] * 2
+
+
+@pytest.mark.parametrize("status", [404, 501])
+@asynchronous
+async def test_a_path_that_one_server_lacks_is_asked_for_at_all_others(status):
+    lacks = [Server(answering(status, {"detail": "Not Found"})) for _ in range(5)]
+    has = Server()
+    for server in lacks:
+        server.capacity = 1000
+    async with balancing(*lacks, has, policy="least") as running:
+        got = await (await running.client()).post("/v1/responses", CHAT)
+        assert (got.status, got.get("x-mvllm-server")) == (200, has.url)
+        has.answer = answering(status)
+        for _ in range(3):
+            got = await (await running.client()).post("/v1/responses", CHAT)
+            assert got.status == status and got.get("x-mvllm-error") is None
+        assert running.states() == ["healthy"] * 6
+        assert {one["end"] for one in running.requests()} == {"complete"}
+
+
+@asynchronous
+async def test_a_model_that_was_loaded_meanwhile_is_found_by_one_look_that_all_share():
+    gate, looked = asyncio.Event(), asyncio.Event()
+
+    async def models():
+        looked.set()
+        await gate.wait()
+        return json.dumps(listing("m", "new"))
+
+    server, other = Server(), Server()
+    async with balancing(server, other) as running:
+        server.pages["/v1/models"], clients = models, [await running.client() for _ in range(5)]
+        for client in clients:
+            await client.ask("POST", "/v1/chat/completions", b'{"model":"new"}')
+        await looked.wait()
+        while running.core.forwarding < 5:
+            await asyncio.sleep(0)
+        gate.set()
+        assert [(await client.answer()).status for client in clients] == [200] * 5
+        assert (server.probes["/v1/models"], other.probes["/v1/models"]) == (2, 2)
+        assert await running.metric("mvllm_requests_total", model="new") == 5
+        for _ in range(9):  # nor is there another look for each typo
+            assert (await clients[0].post(body=b'{"model":"typo"}')).status == 404
+        assert server.probes["/v1/models"] <= 3
+
+
+@asynchronous
+async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_typo_into_503():
+    server = Server()
+    async with balancing("http://127.0.0.1:1", server, health_check_timeout=0.1) as running:
+        server.pages["/v1/models"] = None
+        got = await (await running.client()).post(body=b'{"model":"typo"}')
+        assert got.status == 404
+        assert got.error["message"].startswith("The model `typo` does not exist. Valid names: m.")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -12319,7 +12530,7 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
         assert not any(view.health.request_failures for view in running.core.fleet.views())
         results = {result for _, result in running.core.ledger.attempts.children}
-        assert results == {"ok", "abandoned", "server_busy"}
+        assert results == {"ok", "abandoned", "server_busy", "not_there"}
         assert not sum(running.core.ledger.errors.children.values())
         one = dataclasses.replace(STORM_KEY, max_requests=1)  # whoever had not left would be in the way
         running.balancer.adopt(dataclasses.replace(running.core.settings, keys=(one,)))
