@@ -3252,7 +3252,7 @@ def is_plain(value: Any, depth: int) -> bool:
 # `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A page may give a name of its own our
 # address (DNS rebinding), so what is for local people is asked for by a local name.
 #
-# To add a kind of path: a row of Kind, its GUARDS, and its RIGHTS if it is not for everybody.
+# To add a kind of path: a row of Kind, its GUARDS, and what is NEEDED if it is not for everybody.
 
 
 class Refusal(NamedTuple):
@@ -3530,7 +3530,7 @@ def remote(v: Visit) -> Refusal | None:
     elif signs and not v.is_trusted:
         why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
     elif signs and not all_local(fields):
-        why = ", and not for whom a proxy speaks for"
+        why = ", and not for others whom a proxy speaks for"
     elif (ours := v.origin()) is None or not (
         ours[1].removesuffix(".") == "localhost" or is_trusted(ours[1].strip("[]"), LOOPBACK)
     ):
@@ -3642,7 +3642,8 @@ GUARDS: dict[Kind, tuple[Guard, ...]] = {
 def refusal_of(v: Visit) -> Refusal | None:
     """Why a request does not come in, or None.  Which model it may use is for the Gate to say, once
     that is known."""
-    if v.audience is not v.kind.audience and Audience.EVERYBODY not in (v.audience, v.kind.audience):
+    audiences = {v.audience, v.kind.audience}
+    if len(audiences) > 1 and Audience.EVERYBODY not in audiences:
         return unknown(v)
     for guard in GUARDS[v.kind]:
         if (refusal := guard(v)) is not None:
