@@ -3987,8 +3987,8 @@ class ServerView(NamedTuple):
 
     def ramp(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
-        age_s = now - self.health.since
-        return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * max(0.0, age_s) / slow_start_s
+        age_s = max(0.0, now - self.health.since)
+        return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * age_s / slow_start_s
 
     def foreign(self, now: float, interval_s: float) -> float:
         """Requests it has that are not ours, fading once the report is older than the time
