@@ -3958,9 +3958,11 @@ class ServerView(NamedTuple):
         return self.health.answers and self.open and not self.load.asleep
 
     @property
-    def woken(self) -> ServerView:
-        """As if it were awake: for what is no work of its engine."""
-        return self._replace(load=self.load._replace(asleep=False)) if self.load.asleep else self
+    def by_name(self) -> ServerView:
+        """As it is to a request for it alone that is no work of its engine: asked also while it
+        sleeps, is drained by hand, or gets no share of others."""
+        return self._replace(load=self.load._replace(asleep=False), drained=False,
+                             weight=self.weight or 1.0, share=self.share or 1.0)  # fmt: skip
 
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
@@ -10852,7 +10854,9 @@ class Exchange:
         passed = core.standing(call, tried, moment)
         if self.only:
             kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
-            views, cached, passed = [views[n].woken for n in kept], [cached[n] for n in kept], None
+            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
+            if not self.infers:  # nor does it take a place there
+                views, moment = [v.by_name for v in views], moment._replace(enforced=False)
         by = self.policies.get(call.model, self.model_label)
         ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
         waiting = moment.enforced and not self.waiting

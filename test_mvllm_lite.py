@@ -8807,6 +8807,32 @@ async def test_a_stored_response_is_found_at_the_server_that_made_it(long, strea
 
 
 @asynchronous
+async def test_a_stored_response_is_found_where_nobody_else_may_be_sent():
+    """It costs its server's engine nothing; going on from it does."""
+    async def answer(asked, conn):
+        if b"stream" in asked.body:
+            await conn.events(CREATED + b'{"response":{"id":"resp_1"}}\n\n', FIRST, end=False)
+            await conn.left()
+        await conn.json({"id": "resp_1"})
+
+    async with balancing(a := Server(answer), queue_size=1, queue_timeout=0.05) as running:
+        client, reader = await running.client(), await running.client()
+        server = running.core.settings.servers[0]
+        one = dataclasses.replace(server, max_concurrent_requests=1)
+        running.balancer.adopt(dataclasses.replace(running.core.settings, servers=(one,)))
+        await reader.ask("POST", "/v1/responses", b'{"model":"m","stream":true}')
+        await reader.reader.readuntil(b"resp_1")
+        more, path = {"model": "m", "previous_response_id": "resp_1"}, "/v1/responses/resp_1"
+        for drained in (False, True):
+            if drained:
+                await client.post(f"/admin/servers/drain?url={a.url}", b"")
+            assert (await ask_for(client, "POST", f"{path}/cancel")).status == 200
+            got = await ask_for(client, "POST", "/v1/responses", more)
+            assert (got.status, b"drained by hand" in got.body) == (503, drained)
+        assert (await ask_for(client, "GET", path)).status == 200
+
+
+@asynchronous
 async def test_a_response_that_nobody_remembers_is_looked_for_in_turn_without_blame():
     servers = [keeper() for _ in range(4)]
     async with balancing(*servers, retry_budget=0, failure_threshold=1, max_retries=0) as running:
