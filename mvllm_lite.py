@@ -2547,7 +2547,7 @@ INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /clas
 # But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 # What one reader of a path takes literally, and another for a path of another name: empty and dot
-# segments, slashes in disguise, parameters, controls, the same escaped twice, escapes that are none.
+# segments, slashes in disguise, parameters, controls, the same escaped twice, and no escapes.
 AMBIGUITY = re.compile(
     r"//|[\\;]|%(?:25)*(?:2f|5c|3b|[01][0-9a-f]|7f)|%(?![0-9a-f]{2})"
     r"|/(?:\.|%(?:25)*2e){1,2}(?=/|$)", re.IGNORECASE)
@@ -3642,8 +3642,9 @@ GUARDS: dict[Kind, tuple[Guard, ...]] = {
 def refusal_of(v: Visit) -> Refusal | None:
     """Why a request does not come in, or None.  Which model it may use is for the Gate to say, once
     that is known."""
-    audiences = {v.audience, v.kind.audience}
-    if len(audiences) > 1 and Audience.EVERYBODY not in audiences:
+    if v.audience is not Audience.EVERYBODY and (
+        v.kind.audience not in (v.audience, Audience.EVERYBODY)
+    ):
         return unknown(v)
     for guard in GUARDS[v.kind]:
         if (refusal := guard(v)) is not None:
