@@ -2838,7 +2838,9 @@ def closing_part(end: bytes) -> bytes:
 def document_at_end(text: bytes) -> dict[str, Any]:
     """The JSON object that the text is, or the end of; {} if it is neither."""
     text = text.strip()
-    for read in (bytes, closing_part):
+    # What follows a comma is an object's last members, if these and one bracket are all there is.
+    whole = bytes if text[:1] != b"," else lambda text: b"{" + text[1:]
+    for read in (whole, closing_part):
         with contextlib.suppress(ValueError, RecursionError):
             found = JSON.decode(str(read(text), "utf-8", "replace"))
             return found if isinstance(found, dict) else {}
