@@ -10981,35 +10981,12 @@ class Exchange:
 
     # The request's content.
 
-    async def gather(self) -> tuple[Content, Spans | None]:
-        """The whole content, uncompressed, and where the members of large JSON stand."""
-        if self.framing == NO_CONTENT or not (codings := content_codings(self.head.fields)):
-            return await self.receive()
-        content, _ = await self.receive(looks=False)
-        spans, limit = Spans(), self.settings.max_body_bytes
-        scan = self.scan(spans)
-        for n, coding in enumerate(codings if content else (), 1):
-            found = bytearray()
-            for _ in decode_content(content, coding, limit, found):
-                self.keep_room(len(content) + len(found))
-                await asyncio.sleep(0)
-                if n == len(codings):
-                    await look_through(found, scan)
-            content = found
-        self.keep_room(len(content))
-        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
-
-    def scan(self, spans: Spans) -> Scan | None:
-        """What looks through large content as it grows; forms are read when they are there."""
-        if form_boundary(self.head.fields.get("content-type")):
-            return None
-        scan = find_members(spans, FOUND_MEMBERS)
-        next(scan)
-        return scan
-
-    async def receive(self, looks: bool = True) -> tuple[Content, Spans | None]:
-        """The whole content: it must be there to be sent again.  Large JSON is looked through
-        piece by piece as it comes in, so that it does not hold up other streams."""
+    async def gather(self, coded: bool = True) -> tuple[Content, Spans | None]:
+        """The whole content, not `coded` any more if it was: it must be there to be sent again.
+        Large JSON is looked through piece by piece as it comes in, so that it does not hold up
+        other streams."""
+        if coded and "content-encoding" in self.head.fields.values and self.unread:
+            return await self.decoded()
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
         self.expect_continue()
         length = framing.length or 0
@@ -11018,7 +10995,7 @@ class Exchange:
             self.unread = False
             return client.take(length), None
         spans, more = Spans(), True
-        scan = self.scan(spans) if looks else None
+        scan = self.scan(spans) if coded else None
         intake = Intake(client, framing, self.settings.body_timeout)
         content = intake.content
         while True:
@@ -11039,6 +11016,32 @@ class Exchange:
                 raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
         self.unread = False
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    async def decoded(self) -> tuple[Content, Spans | None]:
+        """The same, of content that may be compressed."""
+        codings = content_codings(self.head.fields)
+        content, _ = await self.gather(coded=False)
+        spans, limit = Spans(), self.settings.max_body_bytes
+        scan = self.scan(spans)
+        for n, coding in enumerate(codings if content else (), 1):
+            found = bytearray()
+            for _ in decode_content(content, coding, limit, found):
+                self.keep_room(len(content) + len(found))
+                await asyncio.sleep(0)
+                if n == len(codings):
+                    await look_through(found, scan)
+            content = found
+        self.keep_room(len(content))
+        await look_through(content, scan)
+        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    def scan(self, spans: Spans) -> Scan | None:
+        """What looks through large content as it grows; forms are read when they are there."""
+        if form_boundary(self.head.fields.get("content-type")):
+            return None
+        scan = find_members(spans, FOUND_MEMBERS)
+        next(scan)
+        return scan
 
     def keep_room(self, size: int) -> None:
         """So much of the content is held now.  Raises BadMessage when all requests together hold
