@@ -6059,36 +6059,40 @@ class Second(NamedTuple):
     tokens: int | None = None  # generated, by its own word
     load_ratio: float = 0.0
     requests: int = 0
+    lost: int = 0
     failed: int = 0
     retries: int = 0
 
 
 class Minute:
-    """The recent past of one server."""
+    """The recent past of one server: requests that it was the last to be asked for, those of them
+    whose clients saw a failure, attempts that failed there, and those that another followed."""
 
-    __slots__ = ("firsts", "samples", "errors", "requests", "failed", "retries")
+    __slots__ = ("firsts", "samples", "errors", "requests", "lost", "failed", "retries")
 
     def __init__(self) -> None:
         self.firsts: deque[tuple[float, float]] = deque(maxlen=FIRSTS_KEPT)  # when, seconds
         self.samples: deque[Second] = deque(maxlen=SAMPLES_KEPT)
         self.errors: deque[str] = deque(maxlen=5)
-        self.requests = self.failed = self.retries = 0
+        self.requests = self.lost = self.failed = self.retries = 0
 
-    def ended(self, now: float, first_s: float | None, why: str, retries: int) -> None:
-        """A request has ended; `why` it failed, or ''."""
+    def ended(self, now: float, first_s: float | None, well: bool) -> None:
+        """A request has ended; `first_s` is of a stream."""
         self.requests += 1
-        self.retries += retries
+        self.lost += not well
         if first_s is not None:
             self.firsts.append((now, first_s))
-        if why:
-            self.failed += 1
-            self.errors.append(why)
+
+    def attempt_failed(self, what: str) -> None:
+        self.failed += 1
+        self.errors.append(what)
 
     def sample(self, view: ServerView, now: float, interval_s: float) -> None:
         """Once a second."""
         load = (view.in_flight + view.foreign(now, interval_s)) / view.capacity
         self.samples.append(Second(
-            now, view.load.generation_tokens, load, self.requests, self.failed, self.retries))
+            now, view.load.generation_tokens, load, self.requests, self.lost, self.failed,
+            self.retries))
 
     def since(self, moment: float) -> Second:
         """The last sample before that moment; where there is none, one of nothing."""
@@ -6164,9 +6168,9 @@ def status_report(
     past = [(view, minutes.get(view.url) or Minute()) for view in views]
     firsts = [first for _, minute in past for first in minute.firsts_since(now - MINUTE_S)]
     ended = [(minute.requests - (then := minute.since(now - MINUTE_S)).requests,
-              minute.failed - then.failed,
+              minute.lost - then.lost,
               minute.requests - minute.since(now - RATE_S).requests) for _, minute in past]
-    requests, failed, late = map(sum, zip(*ended)) if ended else (0, 0, 0)
+    requests, lost, late = map(sum, zip(*ended)) if ended else (0, 0, 0)
     rates = [rate for _, minute in past if (rate := minute.tokens_per_s(now)) is not None]
     totals = {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
@@ -6175,7 +6179,7 @@ def status_report(
         "requests_per_s": round(late / RATE_S, 2),
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(share_of(firsts, 0.5)),
         "ttft_p95_s": rounded(share_of(firsts, 0.95)),
-        "error_ratio": round(failed / requests, 4) if requests else 0.0,
+        "error_ratio": round(lost / requests, 4) if requests else 0.0,
     }  # fmt: skip
     return {
         "version": __version__, "time": (clock.iso(now) or "")[11:19], **process, "totals": totals,
@@ -6921,7 +6925,8 @@ def help_lines(look: Look, width: int) -> list[Line]:
     meanings = (
         "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
         " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
-        " learned.  TTFT (time to first token), ERR and RETRY are of the last minute.  LOAD is"
+        " learned.  TTFT (time to first token, of streams), ERR (attempts that failed there) and"
+        " RETRY (of these, those that another followed) are of the last minute.  LOAD is"
         " the past, newest at the right.  Before a name, ! is out and ? is on its way in or out.")
     lines += [[], [("Numbers", Style.TITLE)]]
     lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
@@ -7204,7 +7209,7 @@ button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); ou
 </noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
 <label><input id="only" type="checkbox"> only servers that are not healthy</label>
 <label><input id="pause" type="checkbox"> pause</label></div>
-<table role="table"><caption>Servers <small>TTFT (time to first token), errors and retries: of the
+<table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and retries: of the
 last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
 <tr role="row" id="heads"></tr></thead></table>
 <h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
@@ -9599,8 +9604,16 @@ class LineWriter(logging.handlers.QueueHandler):
         self.setLevel(level)
         self.setFormatter(logging.Formatter(*LINE_FORM))
         self._last, self._since, self._repeats = "", 0.0, 0
+        self._kinds: dict[str, tuple[float, int]] = {}  # said when, and how often since then
 
     def emit(self, record: logging.LogRecord) -> None:
+        if kind := getattr(record, "kind", ""):  # whatever stands between
+            since, count = self._kinds.get(kind, (-INFINITY, 0))
+            if record.created < since + REPEATS_S:
+                self._kinds[kind] = since, count + 1
+                return
+            self._kinds[kind] = record.created, 0
+            self.say_count(count, kind)
         counts = record.levelno >= logging.WARNING and not record.exc_info
         said = record.getMessage() if counts else ""
         if said and said == self._last and record.created < self._since + REPEATS_S:
@@ -9617,10 +9630,12 @@ class LineWriter(logging.handlers.QueueHandler):
         self.writer.say(line)
 
     def say_repeats(self) -> None:
-        if self._repeats:
-            text = f"{self._repeats} times more: {self._last}"
-            self.writer.say(f"{timed(time.time())} WARNING {text}")
+        self.say_count(self._repeats, self._last)
         self._last, self._repeats = "", 0
+
+    def say_count(self, count: int, text: str) -> None:
+        if count:
+            self.writer.say(f"{timed(time.time())} WARNING {count} times more: {text}")
 
 
 def timed(at: float) -> str:
@@ -9690,16 +9705,28 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 class EventKeeper(logging.Handler):
-    """Keeps what is worth a line in the log for the status page."""
+    """Keeps what is worth a line in the log for the status page.  What is of one `kind`, and comes
+    again, is one event with a count."""
 
     def __init__(self, events: deque[dict[str, str]]) -> None:
         super().__init__(logging.INFO)
         self.events = events
+        # By kind: the event, how often it came, since when and until when.
+        self._kinds: dict[str, tuple[dict[str, str], int, str, float]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = record.getMessage()[:500]
-        self.events.append({"time": when, "level": record.levelname.lower(), "text": text})
+        event = {"time": when, "level": record.levelname.lower(), "text": record.getMessage()[:500]}
+        if kind := getattr(record, "kind", ""):
+            before, count, since, until = self._kinds.get(kind, ({}, 0, when, -INFINITY))
+            if record.created > until + REPEATS_S:
+                before, count, since = {}, 0, when
+            if count:
+                event["text"] += f", {count + 1} times since {since}"
+                with contextlib.suppress(ValueError):
+                    self.events.remove(before)
+            self._kinds[kind] = event, count + 1, since, record.created
+        self.events.append(event)
 
 
 def not_writable(path: str) -> str:
@@ -11097,6 +11124,7 @@ class Exchange:
             return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
+            core.minute(self.server).retries += 1
         self.server, reason = url, "queue"
         if self.place is None:
             self.place = self.lease(url)
@@ -11128,6 +11156,7 @@ class Exchange:
             self.give_back(self.place)
         if fault is None or fault is Fault.NOT_THERE:
             return outcome
+        core.minute(url).attempt_failed(f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}")
         if not outcome.committed:
             self.failures.append(label)
         elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
@@ -11221,10 +11250,9 @@ class Exchange:
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
-        response, why = self.response, ""
-        if response.status >= 500 or response.end not in ("complete", "client_gone"):
-            why = f"{time.strftime('%H:%M:%S')} {response.end}, status {response.status}"
-        self.core.minute(self.server).ended(now, first_s, why, len(self.failures))
+        response = self.response
+        well = response.status < 500 and response.end in ("complete", "client_gone")
+        self.core.minute(self.server).ended(now, first_s if response.streams else None, well)
 
     def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> RequestFacts:
         """What its log lines say."""
@@ -12310,7 +12338,7 @@ class Balancer:
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
-                log.warning("this process stood still for %.1f s", late_s)
+                log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
     async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do background work again and again, whatever happens in it."""

@@ -11020,12 +11020,73 @@ async def test_the_status_tells_the_last_minute_of_each_server():
         status = (await client.get("/status.json")).json
         (row,) = status["servers"]
         assert (row["state"], row["models"], row["errors"], row["retries"], row["capacity"]) == ("healthy", ["m"], 1, 0, 10)
-        assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5 and row["last_errors"][0].endswith("status 500")
+        assert row["ttft_p50_s"] is None and row["last_errors"][0].endswith("server_error: the server answered 500")
         assert row["decisions"] and row["decisions"][0].startswith(f"{row['url']} cost ")
         totals = status["totals"]
         assert totals["requests_per_s"] == 0.3 and totals["error_ratio"] == 0.3333 and totals["healthy"] == totals["servers"] == 1
         assert any("is healthy (was checking)" in event["text"] for event in status["events"])
         assert status["settings"] == "unchanged since the start" and not status["stopping"]
+
+
+@asynchronous
+async def test_failed_attempts_are_booked_where_they_failed_and_not_on_the_rescuer():
+    async def cut(asked, conn):
+        conn.reset()
+
+    async def stream(asked, conn):
+        await conn.events(FIRST, DONE)
+
+    bad, good = Server(cut), Server(stream)
+    bad.capacity = 1000
+    async with balancing(bad, good, failure_threshold=99) as running:
+        client = await running.client()
+        for _ in range(2):
+            assert (await client.post(body=CHAT)).status == 200
+        status = (await client.get("/status.json")).json
+        failed, rescuer = status["servers"]
+        assert (failed["errors"], failed["retries"], len(failed["last_errors"])) == (2, 2, 2)
+        assert re.fullmatch(r"\d\d:\d\d:\d\d server_gone: the server's connection was .*", failed["last_errors"][0])
+        assert (rescuer["errors"], rescuer["retries"], rescuer["last_errors"]) == (0, 0, [])
+        assert status["totals"]["error_ratio"] == 0.0 and 0 < status["totals"]["ttft_p50_s"] == rescuer["ttft_p50_s"]
+
+
+@asynchronous
+async def test_time_to_the_first_token_is_of_streams_alone():
+    async def answer(asked, conn):
+        await (conn.events(FIRST, DONE) if b"stream" in asked.body else conn.json({}))
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.post(body=b'{"model":"m"}')
+        assert (await client.get("/status.json")).json["totals"]["ttft_p50_s"] is None
+        await client.post(body=b'{"model":"m","stream":true}')
+        (row,) = (await client.get("/status.json")).json["servers"]
+        assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5
+        assert len(running.core.minute(row["url"]).firsts) == 1
+
+
+def test_an_event_that_comes_again_and_again_is_one_with_a_count():
+    events = lite.deque(maxlen=9)
+    keeper = lite.EventKeeper(events)
+
+    def say(at, text, **extra):
+        record = logging.LogRecord("x", logging.WARNING, "", 0, "%s", (text,), None)
+        record.created = at
+        vars(record).update(extra)
+        keeper.handle(record)
+        return [event["text"] for event in events]
+
+    since = time.strftime("%H:%M:%S", time.localtime(1000.0))
+    assert say(1000.0, "stood still for 1.0 s", kind="stall") == ["stood still for 1.0 s"]
+    say(1001.0, "a is healthy")
+    assert say(1002.0, "stood still for 2.0 s", kind="stall") == ["a is healthy", f"stood still for 2.0 s, 2 times since {since}"]
+    assert say(1050.0, "stood still for 3.0 s", kind="stall") == ["a is healthy", f"stood still for 3.0 s, 3 times since {since}"]
+    assert say(1051.0, "other", kind="other")[-1] == "other"
+    assert say(1200.0, "stood still for 4.0 s", kind="stall")[-3:] == [
+        f"stood still for 3.0 s, 3 times since {since}", "other", "stood still for 4.0 s"]  # fmt: skip
+    for n in range(9):
+        say(1201.0, f"{n}")
+    assert say(1202.0, "stood still for 5.0 s", kind="stall")[-1].startswith("stood still for 5.0 s, 2 times since")
 
 
 @asynchronous
@@ -11089,12 +11150,16 @@ async def test_tokens_are_counted_by_key_and_model():
 def test_the_last_minute_forgets_what_is_older():
     minute, (view,) = lite.Minute(), fleet_of(10).views()
     for second in range(200):
-        minute.ended(1000.0 + second, 0.1 if second < 150 else 0.5, "x" * (second < 150), 1)
+        minute.ended(1000.0 + second, 0.1 if second < 150 else 0.5, second >= 160)
+        minute.retries += 1
+        if second < 150:
+            minute.attempt_failed("x")
         minute.sample(view, 1000.5 + second, 0.5)
     now = 1200.0
     assert len(minute.samples) == lite.SAMPLES_KEPT and len(minute.errors) == 5
     before = minute.since(now - 60)
     assert (minute.requests - before.requests, minute.failed - before.failed, minute.retries - before.retries) == (60, 10, 60)
+    assert minute.lost - before.lost == 20
     assert sorted(set(minute.firsts_since(now - 60))) == [0.1, 0.5] and set(minute.firsts_since(now - 40)) == {0.5}
 
 
@@ -12164,6 +12229,21 @@ def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch)
     words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines() if line[:2] == "20"]
     assert words == ["WARNING full", "WARNING 2 times more: full", "INFO info", "INFO info", "ERROR mistake", "ERROR mistake",
                      "WARNING full", "WARNING 1 times more: full"]  # fmt: skip
+
+
+def test_what_is_of_one_kind_is_counted_though_other_lines_stand_between():
+    said = Said()
+    writer = lite.Writer(said)
+    handler = lite.LineWriter(writer)
+    for at, text, kind in ((1000.0, "still for 1 s", "stall"), (1001.0, "info", ""), (1002.0, "still for 2 s", "stall"),
+                           (1003.0, "info", ""), (1004.0, "still for 3 s", "stall"), (1061.0, "still for 4 s", "stall")):
+        record = logging.LogRecord("x", 30 if kind else 20, "", 0, text, (), None)
+        record.created = at
+        vars(record).update({"kind": kind} if kind else {})
+        handler.handle(record)
+    writer.stop()
+    words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines()]
+    assert words == ["WARNING still for 1 s", "INFO info", "INFO info", "WARNING 2 times more: stall", "WARNING still for 4 s"]
 
 
 def test_compiled_and_cut_off_from_its_surroundings_it_is_small_and_imports_nothing_from_there(tmp_path):
