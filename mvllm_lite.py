@@ -191,7 +191,8 @@ IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
-SCAN_STEPS_LIMIT = 1_000_000  # of find_members for one request; real ones take a few thousand
+SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
+NESTING_LIMIT = 900  # levels of JSON; Python's reader, which servers have, too, takes about 1,000
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
 CODED_SLICE_BYTES = 64 * 1024  # of compressed content that are read before others get their turn,
 DECODED_SLICE_BYTES = 256 * 1024  # and what may come of them: about a millisecond
@@ -2075,17 +2076,20 @@ def decode_content(content: Content, coding: str, limit: int, found: bytearray) 
 
 # Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
 # of Python.  STRING is a short one (a search for its closing quote skips a long one faster still);
-# NESTED is anything up to a bracket that opens more than four levels, or a long string.  Possessive
-# throughout: they never backtrack.
+# NESTED is anything up to a bracket that opens more than eight levels, or a long string.
+# Possessive throughout: they never backtrack.
 STRING = rb'"[^"\\]{0,200}+(?:\\.[^"\\]{0,200}+){0,20}+"'
 NESTED = rb'[^"\[\]{}]++|' + STRING
-for _ in range(4):
+LEVELS = 8
+for _ in range(LEVELS):
     NESTED = rb'[^"\[\]{}]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}]"
 VALUE = rb'(?:[^"\[\]{},:]++|' + STRING + rb"|[\[{](?:" + NESTED + rb")*+[\]}])*+"
 INSIDE = re.compile(b"(?:" + NESTED + b")*+", re.DOTALL)  # inside a value, all but deep nesting
 MARK = re.compile(rb'["{}\[\]:,]')  # what matters between the members
 REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string, up to its closing quote
 BACKSLASH = 0x5C
+BRACKETS = tuple(bytes((sign,)) for sign in b"[{]}")
+DEEPER = [(sign in b"[{") - (sign in b"]}") for sign in range(256)]
 
 
 Scan = Generator[bool, Content, None]
@@ -2097,50 +2101,92 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Scan:
 
     It is sent the content whenever that has grown, and looks only at what is new.  It says True
     when it has seen all there is, and False when it is others' turn, after about a millisecond:
-    send the content again.  Says nothing about content that is not JSON; raises BadMessage for
-    content made of nothing but brackets, which only an attack is.
+    send the content again.  It stops looking where the content can be no JSON object, of which it
+    says nothing.  Raises BadMessage for more than NESTING_LIMIT levels, and SCAN_MEMBERS_LIMIT.
     """
     names = {name.encode(): name for name in wanted}
-    shortest, longest = min(map(len, names)), 6 * max(map(len, names)) + 2  # written with escapes
-    others, at, depth, steps = other_members(tuple(names)), 0, 0, 0
-    key, value = None, -1  # the member we are in or about to be in, and where its value began
+    longest = 6 * max(map(len, names)) + 2  # written with escapes
+    others, at, depth, steps, members = other_members(tuple(names)), 0, 0, 0, 0
+    # The member we are in or about to be in, where its value began, whether nothing is in it yet.
+    key, value, empty = None, -1, True
     content = yield True
     while True:
         steps += 1
-        if steps > SCAN_STEPS_LIMIT:
-            raise BadMessage("the content is nested too deeply to be read")
-        if steps % SCAN_STEPS == 0:
-            content = yield False
+        if steps >= SCAN_STEPS:
+            content, steps = (yield False), 0
         if depth > 1:
-            at = INSIDE.match(content, at).end()  # type: ignore[union-attr]
+            begun, (at, depth) = at, past_nested(content, at, depth)
+            if at > begun:
+                steps += (at - begun) // 32
+                continue
         elif depth == 1 and key is None:
             at = others.match(content, at).end()
-        if (mark := MARK.search(content, at)) is None:
+        if depth < 0 or (mark := MARK.search(content, at)) is None:
             at = len(content)
             content = yield True
             continue
         sign, at = mark[0], mark.end()
-        if sign == b'"':
+        if not (depth > 1 or may_follow(sign, depth, key is not None, value >= 0, empty)):
+            depth = -1
+            spans.clear()
+        elif sign == b'"':
             begun = at
             while not (string := string_end(content, at))[1]:
                 at = string[0]
                 content = yield True
             at = string[0] + 1
             if depth == 1 and value < 0:
-                key = bytes(content[begun : min(at - 1, begun + longest)])
-                if b"\\" in key and len(key) > shortest:  # "mod\u0065l" is model, too
-                    key = member_name(key)
+                members += 1
+                key = member_name(bytes(content[begun : min(at - 1, begun + longest)]))
+            empty = empty and depth != 1 or value < 0
         elif sign in b"{[":
-            depth += 1
-        elif depth == 1 and sign in b",}]":
-            if key in names and value >= 0:
+            empty = depth == 0
+            depth += 1 if depth or sign == b"{" else 2  # a list has no members
+        elif depth == 1 and sign in b",}":
+            if key in names:
                 spans[names[key]] = (value, at - 1)
-            key, value = None, -1
-            depth -= sign != b","
+            key, value, empty = None, -1, True
+            depth -= 2 * (sign == b"}")  # the object has ended
         elif sign in b"]}":
             depth -= 1
-        elif depth == 1 and value < 0:  # a colon
+        elif depth == 1:  # a colon
             value = at
+        if depth > NESTING_LIMIT or members > SCAN_MEMBERS_LIMIT:
+            what = "nested too deeply" if depth > NESTING_LIMIT else "of too many members"
+            raise BadMessage(f"the content is {what} to be read")
+
+
+def may_follow(sign: bytes, depth: int, named: bool, valued: bool, empty: bool) -> bool:
+    """Whether such a mark can stand there in a JSON object: before it, or among its members,
+    behind a name or not, where a value is wanted or not, of which there is nothing yet or something."""
+    if depth == 0:
+        return sign in b"{["
+    if sign == b'"':
+        return empty if valued else not named
+    if sign in b"{[":
+        return valued and empty
+    if sign == b":":
+        return named and not valued
+    return sign != b"]" and (valued or (sign == b"}" and not named))
+
+
+def past_nested(content: Content, at: int, depth: int) -> tuple[int, int]:
+    """A place further on inside a value and how deep it is there.  Of brackets that INSIDE does not
+    pass, many at once: to where they are least deep, before a string and before it goes out to
+    depth 1 or too deep."""
+    if depth < NESTING_LIMIT - LEVELS:  # which it does not count
+        at = INSIDE.match(content, at).end()  # type: ignore[union-attr]
+    if content[at : at + 1] not in BRACKETS:
+        return at, depth
+    quote = content.find(b'"', at, at + 256)
+    piece = content[at : at + 256 if quote < 0 else quote]
+    depths = list(itertools.accumulate(map(DEEPER.__getitem__, piece), initial=depth))
+    if 1 in depths or NESTING_LIMIT in depths:
+        end = next(n for n, deep in enumerate(depths) if not 1 < deep < NESTING_LIMIT)
+        depths = depths[:end] or [depth]
+    last = len(depths) - 1
+    far = last - depths[::-1].index(min(depths)) or last
+    return at + far, depths[far]
 
 
 def string_end(content: Content, at: int) -> tuple[int, bool]:
@@ -2161,6 +2207,9 @@ def string_end(content: Content, at: int) -> tuple[int, bool]:
 
 
 def member_name(written: bytes) -> bytes:
+    """What a name means: "mod\\u0065l" is model, too."""
+    if b"\\" not in written:
+        return written
     with contextlib.suppress(ValueError):
         return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
     return written
@@ -2193,6 +2242,8 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
     matter stand, for large ones; a value too long for what it should be is left out."""
     try:
         if spans is None:
+            if content.count(b"[") + content.count(b"{") > NESTING_LIMIT:
+                member_spans(content, CALL_MEMBERS)  # which refuses what is too deep
             # UTF-8 is usual; json.loads would look for other encodings, at length.
             if content[:1] == b"{":
                 text = str(content, "utf-8", "surrogatepass")

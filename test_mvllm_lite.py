@@ -1485,20 +1485,82 @@ def test_the_scan_agrees_with_json_on_random_documents():
         assert members_by_scan(content, pieces_of(content, n)) == wanted, content
 
 
-def test_a_scan_gives_others_their_turn_and_gives_up_on_nothing_but_brackets():
-    def turns(body):
-        spans = {}
-        scan, count = lite.find_members(spans, ("model",)), 0
-        next(scan)
-        while not scan.send(body):
+def turns(body, piece=1 << 18):
+    """How often a scan of the content lets others take their turn, and what it finds."""
+    spans, so_far, count = {}, bytearray(), 0
+    scan = lite.find_members(spans, lite.FOUND_MEMBERS)
+    next(scan)
+    for at in range(0, len(body), piece):
+        so_far += body[at : at + piece]
+        while not scan.send(so_far):
             count += 1
-        return count, lite.read_members(body, spans)
+    return count, lite.read_members(body, spans)
 
-    count, members = turns(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b',"model":"m"}')
-    assert count > 10 and members == {"model": "m"}
-    with pytest.raises(lite.BadMessage, match="nested too deeply"):
-        turns(b'{"a":' + b"[" * 2_000_000)
-    assert turns(b'{"model":"' + b"m" * 5000 + b'"}')[1] == {}  # no name is that long
+
+def many(before, one, after):
+    """Of content with many of this, the beginning to a size; and the same to its end."""
+    return lambda size: before + one * (size // len(one)) + after
+
+
+SHAPES = table(
+    ("lists", many(b'{"a":[', b"[[1]],", b'1],"model":"m"}')),
+    *((f"{n} levels", many(b'{"a":[', b"[" * n + b"1" + b"]" * n + b",", b'1],"model":"m"}')) for n in (5, 9, 20, 100, 890)),
+    ("deep, with text", many(b'{"a":[', b'{"a":' * 12 + b'"b"' + b"}" * 12 + b",", b'1],"model":"m"}')),
+    ("text of quotes", many(b'{"a":[', b'"' + b'\\"' * 300 + b'",', b'1],"model":"m"}')),
+    ("members", many(b"{", b'"a":1,', b'"model":"m"}')),
+    ("members with escapes", many(b"{", b'"\\u0061' + b"a" * 200 + b'":1,', b'"model":"m"}')),
+    ("one text", many(b'{"a":"', b"[{\\n", b'","model":"m"}')),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_scan_takes_steps_as_the_content_is_long_and_reads_what_is_valid(shape):
+    """They are counted in turns of the loop: a millisecond or two each."""
+    (few, _), (more, members) = turns(shape(200_000)), turns(shape(800_000))
+    assert members == {"model": "m"} and json.loads(shape(1000))["model"] == "m"
+    assert more <= 4 * few + 4 and more < 60
+
+
+@pytest.mark.parametrize("body", table(
+    ("commas", b"{" + b"," * 800_000), ("colons", b"{" + b":" * 800_000), ("ends", b"{" + b"}" * 800_000),
+    ("texts", b"{" + b'""' * 400_000), ("lists", b"{" + b"[]" * 400_000),
+    ("texts for a value", b'{"a":' + b'""' * 400_000), ("no object", b"x" * 800_000), ("nothing but a text", b'"' + b"{" * 800_000),
+    ("names", b'{"model"' + b'"a"' * 300_000), ("what follows", b'{"model":"m"}' + b'{"model":"n"}' * 60_000),
+))  # fmt: skip
+def test_content_that_can_be_no_json_costs_nothing(body):
+    assert turns(body)[0] == 0
+
+
+@pytest.mark.parametrize("body, named", table(
+    ("lists", b'{"a":' + b"[" * 1_500_000, "nested too deeply"),
+    ("objects", b'{"a":' * 300_000, "nested too deeply"),
+    ("a list of lists", b"[" * 1_500_000, "nested too deeply"),
+    ("closed again", b'{"a":' + b"[" * 900 + b"]" * 900 + b',"model":"m"}', "nested too deeply"),
+    ("with text", b'{"a":' + b'["b",' * 300_000, "nested too deeply"),
+    ("one name many times", b"{" + b'"model":"m",' * 100_000, "too many members"),
+    ("in disguise", b"{" + b'"mod\\u0065l":"m",' * 100_000, "too many members"),
+))  # fmt: skip
+def test_content_that_would_cost_much_is_refused_where_that_is_seen(body, named):
+    so_far = 0
+    with pytest.raises(lite.BadMessage, match=named):
+        for so_far in range(2000, len(body) + 2000, 2000 if named == "nested too deeply" else 200_000):
+            turns(body[:so_far])
+    assert so_far <= 8000 or named != "nested too deeply"
+
+
+@pytest.mark.parametrize("depth", [880, 899, 900, 960, 5000])
+def test_small_content_may_be_as_deep_as_large_content(depth):
+    body = b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b',"model":"m"}'
+    if depth <= lite.NESTING_LIMIT:
+        assert turns(body)[1] == lite.read_members(body, {}) | {"model": "m"}
+        return
+    for read in (turns, lambda body: lite.read_members(body, None)):
+        with pytest.raises(lite.BadMessage, match="nested too deeply"):
+            read(body)
+
+
+def test_long_values_are_no_names():
+    assert turns(b'{"model":"' + b"m" * 5000 + b'"}')[1] == {}
 
 
 def call(body, fields="", query="", aliases=None, default=""):
