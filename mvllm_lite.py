@@ -2814,14 +2814,14 @@ class Notation(Enum):
 
 def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
     """That of an answer; what is stored of earlier ones (/v1/responses/ID) tells of their ends."""
-    meant = urllib.parse.unquote(path) if "%" in path else path
-    if method != "POST" or meant.startswith("/v1/responses/") or head.is_encoded:
+    meant = meant_path(path)
+    if method != "POST" or meant.startswith(f"{RESPONSES_PATH}/") or head.is_encoded:
         return Notation.OPAQUE
     if head.is_event_stream:
         return Notation.EVENTS
     if not head.is_json:
         return Notation.OPAQUE
-    return Notation.RESPONSE if meant == "/v1/responses" else Notation.CHOICES
+    return Notation.RESPONSE if meant == RESPONSES_PATH else Notation.CHOICES
 
 
 def split_events(content: bytes) -> list[bytes]:
