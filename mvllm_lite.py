@@ -318,6 +318,9 @@ class Fault(Enum):
     NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have
     KEY_REJECTED = 502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError"  # ours, or so it seems
     CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # of one server
+    # 500, or an error event in place of a stream: the request's failure or the server's, which the
+    # next server tells.
+    SERVER_FAILED = 502, Blame.SERVER, Retry.ELSEWHERE, "BadGatewayError"
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
     ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
@@ -338,6 +341,11 @@ class Fault(Enum):
         return member
 
     __hash__ = object.__hash__  # Enum's own is slow, and members are compared by identity
+
+
+# What no request can do to a server: whoever asked, it is the server's failure.
+SERVERS_OWN = frozenset((Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.ABORTED,
+                         Fault.ENGINE_FAILED))  # fmt: skip
 
 
 # Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
@@ -2989,6 +2997,12 @@ def says_no_engine(content: bytes) -> bool:
     return no_engine(document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])) != ""
 
 
+def says_failure(events: bytes) -> bool:
+    """Whether a stream has an error event; one of a server that stops ends without any."""
+    found = (fault_admitted(*event) for event in events_at_end(events, ADMISSIONS))
+    return any(fault is Fault.STREAM_FAILED for fault in found)
+
+
 def engine_died(said: bytes, notation: Notation) -> bool:
     """Whether a failure, the last events of a stream or a document, says that the engine is dead;
     that one which drains takes no more is no death."""
@@ -3748,7 +3762,8 @@ class Health(NamedTuple):
     have to be outweighed by an hour of good checks.  Where it was the window that took it out, the
     window has to be good again, or it would come and go.
 
-    By requests it goes out when enough of them failed in a row: its circuit opens.  Good checks
+    By requests it goes out when enough of them failed in a row: its circuit opens.  While others
+    go well there, those of the same content count as one: they may be the content's.  Good checks
     do not close it, since they were good all the while; but after some time it is half-open, one
     request at a time is a trial, and enough good ones in a row bring it back.
     """
@@ -3759,7 +3774,7 @@ class Health(NamedTuple):
     window: tuple[tuple[bool, float], ...] = ()  # the last checks: passed, seconds
     failures: int = 0  # failed checks in a row
     successes: int = 0  # passed checks in a row
-    request_failures: tuple[float, ...] = ()  # when requests failed, in a row
+    request_failures: tuple[tuple[float, bytes], ...] = ()  # in a row: when, and of what content
     open_until: float | None = None  # the circuit is open, then half-open; None: it is closed
     trials: int = 0  # good trials in a row
     frozen: bool = False  # its engine stands still: clients' requests are no trials then
@@ -3868,19 +3883,46 @@ class Health(NamedTuple):
             return f"the last {count} checks took {mean_s:.1f} s on average"
         return ""
 
-    def failed(self, why: str, reached: bool, now: float, s: Settings) -> Health:
+    def failed(
+        self, why: str, reached: bool, now: float, s: Settings, content: bytes = b""
+    ) -> Health:
         """After a request failed in a way the server is to blame for.  Where none could be
-        `reached`, the next good check tells that there is one again."""
-        recent = (then for then in self.request_failures if then > now - s.breaker_window)
-        times = (*recent, now)[-s.failure_threshold :]
+        `reached`, the next good check tells that there is one again.  `content` is given where it
+        may be its failure: others of the same are forgotten for this one."""
+        recent = (one for one in self.request_failures
+                  if one[0] > now - s.breaker_window and (not content or one[1] != content))
+        failures = (*recent, (now, content))[-s.failure_threshold :]
         if self.circuit(now) == "half-open":
             return self.opened(f"circuit open: a trial failed: {why}", now, s)
-        if len(times) < s.failure_threshold or self.state is not State.HEALTHY:
-            return self._replace(request_failures=times)
-        why = f"{len(times)} requests failed in a row: " * (len(times) > 1) + why
+        if len(failures) < s.failure_threshold or self.state is not State.HEALTHY:
+            return self._replace(request_failures=failures)
+        why = f"{len(failures)} requests failed in a row: " * (len(failures) > 1) + why
         if reached:
             return self.opened(f"circuit open: {why}", now, s)
         health = self.become(State.UNHEALTHY, why, now)
+        return health._replace(failures=self.failures + 1, reached=False)
+
+    def confirmed(self, content: bytes, why: str, now: float, s: Settings) -> Health:
+        """After another server has done what failed here: it was the server's failure."""
+        others = tuple(one for one in self.request_failures if not content or one[1] != content)
+        return self._replace(request_failures=others).failed(why, True, now, s)
+
+    def decided_by(self, content: bytes, now: float, s: Settings) -> bool:
+        """Whether one more failure would open its circuit."""
+        return self.failed("", True, now, s, content).open_until != self.open_until
+
+    def probed(self, well: bool, now: float, s: Settings) -> Health:
+        """After a request of our own, shortly before its circuit is half-open: clients' requests
+        are on trial only where that went well, which is a good trial, too."""
+        if self.open_until is None or self.trials:
+            return self
+        if not well:
+            return self.opened("circuit open: no answer to a probe", now, s)
+        return self.half_opened(now).succeeded(now, s)
+
+    def died(self, why: str, now: float) -> Health:
+        """After it died with a request: it is out until the next good check."""
+        health = self.become(State.UNHEALTHY, f"it died with a request: {why}", now)
         return health._replace(failures=self.failures + 1, reached=False)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
@@ -5353,6 +5395,23 @@ class Poison:
         self._deaths.pop(content, None)
 
 
+class Suspect(NamedTuple):
+    """A server that failed with a request, which may be the request's failure."""
+
+    url: str
+    text: str
+    told: bool  # its health knows, and takes it for one of that content
+
+
+def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
+    """Of the servers that failed with a request those whose failure it was: all, when another did
+    well with it; of the others one that stands alone, unless its health knows already.  What
+    several say of one request is the request's."""
+    if went_well:
+        return list(suspects)
+    return [one for one in suspects if not one.told and len(suspects) == 1]
+
+
 class RetryBudget:
     """Retries that are not free may add a share to the requests of the last BUDGET_SPAN_S seconds,
     and BUDGET_FLOOR in any case, so that a failing fleet is not hammered to death."""
@@ -5424,10 +5483,11 @@ def relay_plan(
             tried, lacking = tried | {server_of(best)}, lacking | {server_of(best)}
             failure = outcome if failure.fault in (None, *LACKING) else failure
             continue
+        follows = failure.fault is outcome.fault is Fault.SERVER_FAILED  # the request, anywhere
         failure = outcome
         if failure.deaths >= DEADLY:
             failure = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
-        if not may_retry(failure.fault, s) or attempt - len(lacking) > s.max_retries:
+        if follows or not may_retry(failure.fault, s) or attempt - len(lacking) > s.max_retries:
             break
         tried |= {server_of(best)}  # not another engine of the same server, either
         if failure.fault.retry is Retry.LARGER:
@@ -9207,6 +9267,7 @@ class Pump:
     def __init__(
         self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, notation: Notation,
         silence_s: float, patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
+        shown: bytes = b"",
     ) -> None:  # fmt: skip
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
         self._notation = notation
@@ -9215,7 +9276,8 @@ class Pump:
         self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))
         self.sent_bytes = 0
         self.first_at: float | None = None  # when the first piece came
-        self.tail: deque[bytes] = deque(maxlen=TAIL_PIECES)  # the last pieces
+        # The last pieces, of what was shown before, too.
+        self.tail: deque[bytes] = deque((shown,), maxlen=TAIL_PIECES)
         self.moved_at = client.loop.time()  # when the last piece came
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
         self._patience_s, self._look_s = patience_s, min(silence_s, patience_s)
@@ -10412,6 +10474,12 @@ class Core:
             self.looked[server] = asyncio.get_running_loop().time()
             self.tell()
 
+    def goes_well(self, url: str, s: Settings) -> bool:
+        """Whether requests have gone well at a server of late."""
+        now, minute = asyncio.get_running_loop().time(), self.minute(url)
+        before = minute.since(now - s.breaker_window)
+        return minute.requests - minute.lost > before.requests - before.lost
+
     def moves(self, url: str, within_s: float) -> bool:
         """Whether the engine of a server, or any of its engines, works: see `moves`."""
         now, s = asyncio.get_running_loop().time(), self.settings
@@ -10550,10 +10618,14 @@ class Errand(Protocol):
     def has_larger(self, url: str) -> bool:
         """Whether another server takes longer prompts than this one."""
 
+    def is_open(self, url: str) -> bool:
+        """Whether it matters what another server says to what this one answers 500."""
+
 
 # Where the status alone would not tell what was wrong.
 WHAT_IT_DID: dict[Fault | None, str] = {
     Fault.STREAM_FAILED: "its stream failed before it began",
+    Fault.SERVER_FAILED: "the server answered 500",
     Fault.ABORTED: "it aborted the answer",
     Fault.ENGINE_FAILED: "it answered 500, without its engine",
     Fault.KEY_REJECTED: "it rejected the key that is set for it",
@@ -10625,7 +10697,7 @@ class Conversation(Attempt):
                 added.append(("X-MVLLM-Why", errand.why))
             errand.answered(head, first)
             wanted = errand.response.begin(head, theirs, first, decoder.done, added)
-            errand.let_go(decoder.done)  # there is no other server from here on
+            errand.let_go(decoder.done and head.status < 500)  # there is no other from here on
             if wanted:
                 await self.pass_on(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
@@ -10699,6 +10771,8 @@ class Conversation(Attempt):
         fault = fault or bad_answer(head.status, said, self.errand.response.notation)
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not self.errand.has_larger(self.server):
             return None, said
+        if fault is None and head.status == 500 and self.errand.is_open(self.server):
+            fault = Fault.SERVER_FAILED
         return fault, said
 
     async def first_event(
@@ -10746,7 +10820,7 @@ class Conversation(Attempt):
         chunked, s = response.framing == CHUNKED, self.settings
         self.pump = pump = Pump(
             client, wire, decoder, chunked, response.notation, s.request_timeout, s.body_timeout,
-            gaps, child)
+            gaps, child, response.tail)
         try:
             await pump.done
         finally:
@@ -10817,6 +10891,7 @@ class Exchange:
         self.content: Content = b""  # as long as it may have to be said again
         self.known_by = b""  # its digest, once that is needed
         self.deaths = 0  # of servers with this request
+        self.suspects: list[Suspect] = []
         self.fields = self.key_lines = self.why = ""
         self.server = ""  # the one asked last
         self.ranking: Ranking | None = None  # the last
@@ -10921,6 +10996,7 @@ class Exchange:
         finally:
             if self.place is not None:  # it left the moment it had one
                 self.give_back(self.place)
+            self.close_case(False)
 
     def afford_retry(self) -> bool:
         if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
@@ -11192,11 +11268,11 @@ class Exchange:
                     core.judge(url, Health.succeeded, now, self.settings)
                 if core.poison and self.known_by:
                     core.poison.succeeded(self.known_by)
+                if self.suspects and self.response.status < 400:
+                    self.close_case(True)
             elif fault.blame is Blame.SERVER:
-                if died := await self.died_there(url, outcome):
-                    outcome = outcome._replace(deaths=self.died(url))
-                reached = fault not in UNHEARD and not died
-                core.judge(url, Health.failed, text, reached, now, self.settings)
+                outcome = await self.accused(url, outcome)
+                fault = outcome.fault
             elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
             elif fault in LACKING and not self.searches:
@@ -11215,6 +11291,44 @@ class Exchange:
         else:
             self.response.break_off(fault, text)
         return outcome
+
+    async def accused(self, url: str, failure: Outcome) -> Outcome:
+        """Hold a failure against its server, or wait for what another makes of the request.  What
+        it turns out to be."""
+        core, s, fault, held = self.core, self.settings, failure.fault, failure.held
+        if await self.died_there(url, failure):
+            core.judge(url, Health.died, failure.text, self.loop.time())
+            return failure._replace(deaths=self.died(url))
+        if fault is Fault.STREAM_FAILED and held and says_failure(held.content):
+            failure = failure._replace(fault=(fault := Fault.SERVER_FAILED))
+        own = fault in SERVERS_OWN or not core.goes_well(url, s)
+        content, told = b"" if own else self.digest(), fault is not Fault.SERVER_FAILED
+        if told:
+            news = failure.text, fault not in UNHEARD, self.loop.time(), s, content
+            core.judge(url, Health.failed, *news)
+        if content or not told:
+            self.suspects.append(Suspect(url, failure.text, told))
+        return failure
+
+    def close_case(self, went_well: bool) -> None:
+        """Hold against servers what is still to be held against them."""
+        core, now, s = self.core, self.loop.time(), self.settings
+        for url, text, _ in to_blame(self.suspects, went_well):
+            if went_well:
+                core.judge(url, Health.confirmed, self.known_by, text, now, s)
+            else:
+                content = self.known_by if core.goes_well(url, s) else b""
+                core.judge(url, Health.failed, text, True, now, s, content)
+        self.suspects.clear()
+
+    def is_open(self, url: str) -> bool:
+        """Whether another has failed with the request, or this failure would take a server out."""
+        view, now, s = self.core.fleet.view(url), self.loop.time(), self.settings
+        content = self.digest()
+        if view is None or not self.core.goes_well(url, s):
+            content = b""
+        return bool(self.suspects) or (
+            view is not None and view.health.decided_by(content, now, s))
 
     def digest(self) -> bytes:
         """What its content is known by; b"" if it has none."""
@@ -11488,6 +11602,10 @@ async def watch_progress(core: Core, url: str) -> None:
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
+    opens_at = views[0].health.open_until if views else None
+    if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
+        well = await generates(core.pool(url), s.health_check_timeout)
+        core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
         attempts = core.attempts.get(view.url, set())
         waiting = [attempt for attempt in attempts if attempt.waits]

@@ -2679,7 +2679,8 @@ def test_who_asks(peer, said, networks, address):
 def health_after(script, **settings):
     """The health after a script of one letter for each second: + and - are checks that passed
     and failed, s one that passed slowly, f a failed request, u one that reached nobody, g a good
-    one, . nothing."""
+    one; x, y and z failures of such content, X, Y and Z those that went well elsewhere, d a death;
+    p and q probes that went well and not, . nothing."""
     s, health = Settings(**settings), lite.Health(State.CHECKING, "", 0.0)
     for now, letter in enumerate(script):
         if letter in "+-s":
@@ -2687,6 +2688,14 @@ def health_after(script, **settings):
             health = health.checked(letter != "-", seconds, "refused" * (letter == "-"), now, s)
         elif letter in "fu":
             health = health.failed("refused", letter == "f", now, s)
+        elif letter in "xyz":
+            health = health.failed("500", True, now, s, letter.encode())
+        elif letter in "XYZ":
+            health = health.confirmed(letter.lower().encode(), "500", now, s)
+        elif letter == "d":
+            health = health.died("refused", now)
+        elif letter in "pq":
+            health = health.probed(letter == "p", now, s)
         elif letter == "g":
             health = health.succeeded(now, s)
         elif not s.enable_active_health_check:
@@ -2733,6 +2742,25 @@ HEALTHS = table(
     ("and then it may try again", "+ff" + "." * 30 + "f" + "." * 30 + "gg", {}, "healthy", "2 trials went well"),
     ("five failures, as others count", "+ffff", {"failure_threshold": 5}, "healthy", "check passed"),
     ("the fifth opens", "+fffff", {"failure_threshold": 5}, "unhealthy", "circuit open: 5 requests failed in a row: refused"),
+    ("one that died", "+d", {}, "unhealthy", "it died with a request: refused"),
+    ("and is there again", "+d+", {}, "healthy", "check passed"),
+    ("the same content again and again", "+xxxxxx", {}, "healthy", "check passed"),
+    ("others, too", "+xxxy", {}, "unhealthy", "circuit open: 2 requests failed in a row: 500"),
+    ("as many as are wanted", "+xyxy", {"failure_threshold": 3}, "healthy", "check passed"),
+    ("all different", "+xyyz", {"failure_threshold": 3}, "unhealthy",
+     "circuit open: 3 requests failed in a row: 500"),
+    ("well elsewhere: it was no fault of the content's", "+xXxX", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: 500"),
+    ("once", "+xX", {}, "healthy", "check passed"),
+    ("known only because others went well with it", "+XX", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: 500"),
+    ("a bad probe keeps it open", "+ff" + "." * 29 + "q" + "." * 20 + "gg", {}, "unhealthy",
+     "circuit open: no answer to a probe"),
+    ("a good one is a good trial", "+ff" + "." * 29 + "pg", {}, "healthy", "2 trials went well"),
+    ("and may be enough", "+ff" + "." * 29 + "p", {"breaker_success_threshold": 1}, "healthy",
+     "1 trials went well"),
+    ("one probe is enough", "+ff" + "." * 29 + "ppp", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
     ("a server that was away is back with a check", "+ff-+", {}, "healthy", "check passed"),
     ("so is one that nobody could reach", "+uu+", {}, "healthy", "check passed"),
     ("which is no open circuit", "+uu", {}, "unhealthy", "2 requests failed in a row: refused"),
@@ -2746,6 +2774,16 @@ HEALTHS = table(
 def test_health(script, settings, state, reason):
     health = health_after(script, **settings)
     assert (health.state.value, health.reason) == (state, reason)
+
+
+@pytest.mark.parametrize("script, content, decides", table(
+    ("the first", "+", b"x", False), ("the second", "+y", b"x", True),
+    ("the same again", "+x", b"x", False), ("on trial", "+ff" + "." * 30, b"x", True),
+    ("while it is out anyway", "+ff", b"x", False),
+))  # fmt: skip
+def test_whether_a_failure_decides(script, content, decides):
+    health = health_after(script)
+    assert health.decided_by(content, float(len(script)), Settings()) is decides
 
 
 def test_failures_count_on_while_a_server_is_out():
@@ -5044,7 +5082,8 @@ def outcome(word):
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE,
-              "long": Fault.CONTEXT_LENGTH_EXCEEDED, "key": Fault.KEY_REJECTED}  # fmt: skip
+              "long": Fault.CONTEXT_LENGTH_EXCEEDED, "key": Fault.KEY_REJECTED,
+              "500": Fault.SERVER_FAILED}  # fmt: skip
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
@@ -5083,6 +5122,11 @@ PLANS = table(
     ("503: another server after a pause", (2, 1), ["503!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
     ("the last error is shown as it came", (2, 1), ["503!", "503!"], {"max_retries": 1},
      ["ask s0", "pause", "ask s1", "answer server_error as held"]),
+    ("500 that another does not give", (3, 2, 1), ["500!", "ok"], {},
+     ["ask s0", "pause", "ask s1"]),
+    ("500 that follows the request", (3, 2, 1), ["500!", "500!"], {},
+     ["ask s0", "pause", "ask s1", "answer server_failed as held"]),
+    ("500 of the only server", (1,), ["500!"], {}, ["ask s0", "answer server_failed as held"]),
     ("429: elsewhere", (2, 1), ["busy!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
     ("429 everywhere", (2, 1), ["busy!", "busy!"], {}, ["ask s0", "pause", "ask s1", "answer server_busy as held"]),
     ("429 from the only server", (1,), ["busy!"], {}, ["ask s0", "answer server_busy as held"]),
@@ -5143,6 +5187,22 @@ def test_what_is_too_long_for_a_server_goes_to_larger_ones(lengths, outcomes, se
     for n, length in enumerate(lengths):
         fleet.learned(f"s{n}", {"m": {"max_model_len": length}}, 0.0)
     assert play(fleet, outcomes, **settings) == steps
+
+
+SUSPECTS = table(  # servers that failed, those whose health knows in capitals
+    ("well elsewhere", "aB", True, "aB"),
+    ("alone", "a", False, "a"),
+    ("alone, and known", "A", False, ""),
+    ("several: it is the request", "ab", False, ""),
+    ("some of several are known", "aB", False, ""),
+    ("nobody", "", True, ""),
+)
+
+
+@pytest.mark.parametrize("servers, well, blamed", SUSPECTS)
+def test_who_is_to_blame_for_failures_of_one_request(servers, well, blamed):
+    suspects = [lite.Suspect(name, "", name.isupper()) for name in servers]
+    assert "".join(one.url for one in lite.to_blame(suspects, well)) == blamed
 
 
 ROOM = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
@@ -9906,6 +9966,7 @@ def failing(*said, how="close"):
 ABORTED_ANSWER = (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 39\r\n\r\n'
                   b'{"choices":[{"finish_reason":"abort"}]}')  # fmt: skip
 ABORTED_END = (b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\n', DONE)
+DRAINING = b'{"error":{"message":"cannot schedule new futures after shutdown","code":500}}'
 RETRIED = table(
     ("closes without a word", failing),
     ("resets", lambda: failing(how="reset")),
@@ -9922,9 +9983,8 @@ RETRIED = table(
         STREAM_HEAD + chunk(FIRST) + b"".join(map(chunk, ABORTED_END)) + b"0\r\n\r\n")),
     ("a plain answer cut short by a stopping server", lambda: failing(ABORTED_ANSWER)),
     ("a plain answer without end", lambda: failing(ABORTED_ANSWER[:-5])),
-    ("500 of a server without engine", lambda: failing(
-        b"HTTP/1.1 500 X\r\ncontent-length: 58\r\n\r\n"
-        b'{"error": {"message": "EngineCore encountered an issue."}}')),
+    ("500 of a server that drains", lambda: failing(
+        b"HTTP/1.1 500 X\r\ncontent-length: %d\r\n\r\n%b" % (len(DRAINING), DRAINING))),
 )  # fmt: skip
 
 
@@ -9971,7 +10031,6 @@ async def test_a_server_that_is_too_busy_is_spared_for_a_moment(said):
 ENGINE_DEAD = {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for"
                " the root cause.", "type": "InternalServerError", "param": None, "code": 500}}  # fmt: skip
 ENGINE_DEAD_EVENT = b"data: " + json.dumps(ENGINE_DEAD).encode() + b"\n\n"
-DRAINS = {"error": {"message": "cannot schedule new futures after shutdown", "code": 500}}
 
 
 def killing(how):
@@ -9986,7 +10045,7 @@ def killing(how):
         elif how == "event":
             await conn.events(ENGINE_DEAD_EVENT, DONE)
         elif how == "drains":
-            await conn.json(DRAINS, "500 X")
+            await conn.json(DRAINING, "500 X")
         elif how == "in mid-stream":
             await conn.events(FIRST, end=False)
         if how != "drains":
@@ -10130,9 +10189,113 @@ async def test_client_errors_never_mark_a_server_and_server_errors_do():
         assert (await client.post(body=b"400")).status == 400  # a good answer in between
         assert (await client.post(body=b"500")).status == 500
         assert running.states() == ["healthy"]
-        assert (await client.post(body=b"500")).status == 500
+        assert (await client.post(body=b"500")).status == 500  # the same again may be its fault
+        assert running.states() == ["healthy"]
+        assert (await client.post(body=b"500 of another")).status == 500
         assert running.states() == ["unhealthy"]
         assert (await client.post(body=b"400")).status == 400  # it is asked after all: there is no other
+
+
+FAILURE = b'{"error": {"message": "", "type": "InternalServerError", "param": null, "code": 500}}'
+FAILURE_EVENT = b"data: " + FAILURE + b"\n\n"
+
+
+def failing_with(word, how):
+    """A server that answers what has the word in it with a failure, as vLLM does."""
+
+    async def answer(asked, conn):
+        if word not in asked.body:
+            await conn.json({})
+        elif how == "500":
+            await conn.json(FAILURE, "500 X")
+        elif how == "event":
+            await conn.events(FAILURE_EVENT, DONE)
+        elif how == "event in mid-stream":
+            await conn.events(FIRST, FAILURE_EVENT, DONE)
+        else:
+            return "close"
+
+    return Server(answer)
+
+
+FOLLOWING = table(
+    ("500 for the same content", "500", False), ("500 for any", "500", True),
+    ("error events for the same content", "event", False), ("error events for any", "event", True),
+    ("in mid-stream", "event in mid-stream", False), ("closes", "close", False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how, differ", FOLLOWING)
+@asynchronous
+async def test_failures_that_follow_the_request_open_no_circuit(how, differ):
+    servers = [failing_with(b"poison", how) for _ in range(3)]
+    async with balancing(*servers, policy="round_robin", max_retries=2) as running:
+        client = await running.client()
+        for n in range(6):
+            assert (await client.post(body=b'{"model":"m","user":"good %d"}' % n)).status == 200
+        for n in range(12):
+            one = await running.client()
+            body = b'{"model":"m","user":"poison%d","stream":true}' % (n * differ)
+            got = await one.post(body=body)
+            assert got.status == {"500": 500, "close": 502}.get(how, 200)
+            assert how == "close" or FAILURE in got.body
+        assert running.states() == ["healthy"] * 3
+        if how in ("500", "event"):
+            asked = sum(b"poison" in one.body for server in servers for one in server.asked)
+            assert asked <= 24  # never more than a second opinion
+
+
+@asynchronous
+async def test_a_500_that_decides_is_no_client_s_while_another_server_does_better():
+    bad, good = failing_with(b"", "500"), Server()
+    bad.capacity = 1000
+    async with balancing(bad, good) as running:
+        client = await running.client()
+        got = [(await client.post(body=b'{"model":"m","user":"%d"}' % n)).status for n in range(6)]
+        assert got == [500, 200, 200, 200, 200, 200]
+        assert running.states() == ["unhealthy", "healthy"]
+        running.core.judge(bad.url, lite.Health.half_opened, asyncio.get_running_loop().time())
+        asked = len(bad.asked)
+        got = await client.post()
+        assert (got.status, got.get("x-mvllm-server"), len(bad.asked)) == (200, good.url, asked + 1)
+        assert "a trial failed" in running.core.fleet.views()[0].health.reason
+
+
+@asynchronous
+async def test_a_server_is_probed_before_a_client_s_request_is_on_trial():
+    bad, good = failing_with(b"", "500"), Server()
+    times = {"metrics_interval": 0.02, "breaker_open_time": 0.05}
+    async with balancing(bad, good, **times) as running:
+        running.core.judge(bad.url, lite.Health.opened, "x", asyncio.get_running_loop().time(),
+                           running.core.settings)  # fmt: skip
+        await bad.came.wait()
+        probe = bad.asked[0]
+        assert probe.line.startswith("POST /v1/completions") and b"max_tokens" in probe.body
+        health = lambda: running.core.fleet.views()[0].health  # noqa: E731
+        while "probe" not in health().reason:
+            await asyncio.sleep(0.01)
+        bad.answer = echo
+        while not health().trials:
+            await asyncio.sleep(0.01)
+        assert running.states() == ["unhealthy", "healthy"]  # a client's request is still wanted
+
+
+@asynchronous
+async def test_an_error_event_beside_the_first_token_is_seen():
+    seen = asyncio.Event()
+
+    async def answer(asked, conn):
+        await conn.send(STREAM_HEAD + chunk(FIRST) + chunk(FAILURE_EVENT) + chunk(DONE))
+        await seen.wait()
+        await conn.send(b"0\r\n\r\n")
+
+    async with balancing(Server(answer)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"stream":true}')
+        await client.reader.readuntil(DONE)
+        seen.set()
+        await running.quiet()
+        assert running.requests()[0]["end"] == "stream_failed"
 
 
 @asynchronous
