@@ -10801,6 +10801,8 @@ class Conversation(Attempt):
 
     def fault_of(self, head: ResponseHead) -> Fault | None:
         """The failure that a status alone tells, where another server may do better."""
+        if head.status < 400:
+            return None
         if head.status == 508:  # it is a balancer, and led the request back to us
             return Fault.LOOP_DETECTED
         if head.status in WITHOUT_IT and self.errand.searches:
