@@ -3052,12 +3052,14 @@ def says_busy(head: ResponseHead, content: bytes) -> bool:
         return False
 
 
-USAGE_PLACES = {
-    "prompt": (("prompt_tokens",), ("input_tokens",)),
-    "cached": (("prompt_tokens_details", "cached_tokens"),
-               ("input_tokens_details", "cached_tokens"), ("cache_read_input_tokens",)),
-    "completion": (("completion_tokens",), ("output_tokens",)),
-}  # fmt: skip
+# Where an answer says how many tokens there were: the kind, the member it is in, its name.
+USAGE_PLACES = (
+    ("prompt", "", "prompt_tokens"), ("prompt", "", "input_tokens"),
+    ("cached", "prompt_tokens_details", "cached_tokens"),
+    ("cached", "input_tokens_details", "cached_tokens"),
+    ("cached", "", "cache_read_input_tokens"),
+    ("completion", "", "completion_tokens"), ("completion", "", "output_tokens"),
+)  # fmt: skip
 
 
 def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
@@ -3074,17 +3076,19 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
         if isinstance(kind, str) and kind.startswith("response."):
             said = member(said, "response", dict) or member(said, "", dict)
         if usage := member(said, "usage", dict):
-            found = {word: max(tokens_at(usage, place) for place in places)
-                     for word, places in USAGE_PLACES.items()}  # fmt: skip
-            return {word: tokens for word, tokens in found.items() if tokens >= 0}
+            return usage_tokens(usage)
     return {}
 
 
-def tokens_at(usage: Any, place: Iterable[str]) -> int:
-    """The number at that place, -1 if there is none that could be a number of tokens."""
-    for name in place:  # a step deeper with each
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and 0 <= usage < PLAUSIBLE_TOKENS else -1
+def usage_tokens(usage: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers that could be those of tokens, by kind; of two for one kind the larger."""
+    found = dict[str, int]()
+    for kind, within, name in USAGE_PLACES:
+        place = usage.get(within) if within else usage
+        tokens = place.get(name) if isinstance(place, dict) else None
+        if type(tokens) is int and found.get(kind, 0) <= tokens < PLAUSIBLE_TOKENS:
+            found[kind] = tokens
+    return found
 
 
 def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
