@@ -2637,6 +2637,7 @@ class Call(NamedTuple):
 
 
 NO_CALL = Call(None)
+TRUE_WORDS = frozenset(("true", "1", "on", "t", "y", "yes"))  # pydantic's
 
 
 def read_call(
@@ -2668,7 +2669,7 @@ def read_call(
     prompt = NO_PROMPT if boundary else read_prompt(content, spans, members, model)
     if content and model is not None and model != named and asked in (named, default_model):
         content = with_model(content, boundary, spans, model)
-    stream = members.get("stream") in (True, "true", "True", "1")
+    stream = is_true(members.get("stream"))
     session, meant = session_of(head.fields, members, s), meant_path(head.path)
     if not meant.startswith(RESPONSES_PATH):
         return Call(model, stream, prompt, session), content
@@ -2701,6 +2702,11 @@ def stored_response(
         if end - begin > MEMBER_LIMIT_BYTES:
             raise BadMessage("previous_response_id is too long for an id")
     return said if isinstance(said, str) else ""
+
+
+def is_true(said: Any) -> bool:
+    """As servers read it, in JSON, forms and queries."""
+    return said == 1 or (isinstance(said, str) and said.lower() in TRUE_WORDS)
 
 
 def wants_explanation(head: RequestHead) -> bool:
