@@ -11171,6 +11171,7 @@ async def test_paths_of_two_readings_are_400_and_the_connection_stays():
 
 @pytest.mark.parametrize("settings, shown", table(
     ("by default", {}, ["", "", "Bearer sk-own"]),
+    ("beside a key for all in the file", {"api_key": "sk-all"}, ["", "", "Bearer sk-own"]),
     ("where keys are passed", {"keys": KEYS, "pass_client_key": True}, ["", "", "Bearer sk-own"]),
     ("where the settings say so", {"added_get_client_key": True},
      ["Bearer sk-root", "k", "Bearer sk-own"]),
@@ -11186,6 +11187,7 @@ async def test_a_server_that_came_over_http_gets_no_key_but_its_own(settings, sh
             assert (await client.post("/admin/servers", json.dumps(entry).encode(),
                                       [*said, *AS_JSON])).status == 200
         await running.until(lambda: running.states() == ["healthy"] * 3)
+        running.balancer.look_at_secrets()
         while not (ours.asked and added.asked and keyed.asked):
             assert (await client.post(fields=[*said, "x-api-key: k"])).status == 200
     by_server = [{(asked.get(name) or [""])[0] for asked in server.asked} for server, name in (
