@@ -9219,11 +9219,11 @@ async def read_final_head(wire: Wire) -> tuple[ResponseHead, Length]:
     return head, length
 
 
-async def fetch(
-    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
-) -> tuple[int, bytes]:
-    """GET something small from a server, or POST some JSON, for the balancer's own use: (status,
-    content).  Raises PeerGone, BadMessage, TimeoutError."""
+async def ask(
+    pool: Pool, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
+) -> ResponseHead:
+    """GET something from a server, or POST some JSON, for the balancer's own use.  Each piece of
+    its content is taken as it comes.  Raises PeerGone, BadMessage, TimeoutError."""
     request = f"{'GET' if content is None else 'POST'} {pool.prefix}{path} HTTP/1.1\r\n"
     request += f"Host: {pool.authority}\r\nAccept: */*\r\n{pool.key_line}"
     if pool.name:
@@ -9231,20 +9231,39 @@ async def fetch(
     if content is not None:
         request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
 
-    async def conversation(wire: Wire) -> tuple[int, bytes]:
+    async def conversation(wire: Wire) -> ResponseHead:
         wire.transport.write(f"{request}\r\n".encode("latin-1") + (content or b""))
         head, length = await read_final_head(wire)
-        decoder, answer = decoder_for(response_framing(head, length, "GET")), bytearray()
+        decoder, left_bytes = decoder_for(response_framing(head, length, "GET")), FETCH_LIMIT_BYTES
         while not decoder.done:
-            answer += await wire.read_content(decoder, INFINITY)
-            if len(answer) > FETCH_LIMIT_BYTES:
+            piece = await wire.read_content(decoder, INFINITY)
+            left_bytes -= len(piece)
+            if left_bytes < 0:
                 text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
                 raise BadMessage(text, Fault.BAD_ANSWER)
+            take(piece)
         wire.reusable = head.persists and not decoder.rest
-        return head.status, bytes(answer)
+        return head
 
     async with within(timeout_s):
         return await pool.talk(conversation, timeout_s)
+
+
+async def fetch(
+    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
+) -> tuple[int, bytes]:
+    """The status and the whole content.  Raises what `ask` raises."""
+    pieces = list[bytes]()
+    head = await ask(pool, path, timeout_s, content, pieces.append)
+    return head.status, b"".join(pieces)
+
+
+async def fetch_members(
+    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The status, and the members of the JSON object.  Raises what `ask` raises."""
+    status, found = await fetch(pool, path, timeout_s, content)
+    return status, read_members(found, None)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -12739,28 +12758,18 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
     """Have some tokens streamed; None when there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}  # fmt: skip
-    content = json.dumps(wanted).encode()
-    request = (f"POST {pool.prefix}/v1/completions HTTP/1.1\r\nHost: {pool.authority}\r\n"
-               f"{pool.key_line}Content-Type: application/json\r\n"
-               f"Content-Length: {len(content)}\r\n\r\n").encode("latin-1")  # fmt: skip
+    begun, came = clock().monotonic, list[tuple[float, int]]()  # when, how many events
 
-    async def conversation(wire: Wire) -> Streamed:
-        begun = wire.loop.time()
-        wire.transport.write(request + content)
-        head, length = await read_final_head(wire)
-        decoder = decoder_for(response_framing(head, length, "POST"))
-        found = Streamed(head.status)
-        while head.is_event_stream and not decoder.done:
-            piece = await wire.read_content(decoder, INFINITY)
-            if events := piece.count(b"data: {"):
-                now = wire.loop.time() - begun
-                found = Streamed(head.status, found.pieces + 1, found.events + events,
-                                 found.first_s or now, now)  # fmt: skip
-        return found
+    def take(piece: bytes) -> None:
+        if events := piece.count(b"data: {"):
+            came.append((clock().monotonic - begun, events))
 
     with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        async with within(timeout_s):
-            return await pool.talk(conversation, timeout_s)
+        head = await ask(pool, "/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
+        if not came:
+            return Streamed(head.status)
+        events = sum(count for _, count in came)
+        return Streamed(head.status, len(came), events, came[0][0], came[-1][0])
     return None
 
 
@@ -13320,8 +13329,7 @@ async def feed_screen(pool: Pool, sock: socket.socket) -> None:
 async def remote_status(pool: Pool) -> dict[str, Any]:
     """For a screen: the status, or a note why there is none."""
     try:
-        status, content = await fetch(pool, "/status.json", TOP_TIMEOUT_S)
-        found = read_members(content, None)
+        status, found = await fetch_members(pool, "/status.json", TOP_TIMEOUT_S)
     except (PeerGone, BadMessage, TimeoutError) as error:
         return {"note": f"{pool.url} does not answer: {str(error) or 'in time'}"}
     if status == 200 and "totals" in found:
@@ -13334,8 +13342,7 @@ async def act_elsewhere(pool: Pool, action: Action) -> str:
     query = urllib.parse.urlencode({"url": server_of(action.url)})
     path = f"/admin/servers/{action.verb}?{query}"
     try:
-        status, content = await fetch(pool, path, TOP_TIMEOUT_S, b"")
-        found = read_members(content, None)
+        status, found = await fetch_members(pool, path, TOP_TIMEOUT_S, b"")
     except (PeerGone, BadMessage, TimeoutError) as error:
         return f"{action.verb}: {str(error) or 'no answer in time'}"
     return found.get("done") or f"{action.verb}: {said_of(status, found)}"
@@ -13677,8 +13684,8 @@ def run_upgrade(args: argparse.Namespace) -> int:
         if settings.tls_cert:
             pool.context = server_context(ServerSettings("", verify=False))
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError), contextlib.closing(pool):
-            status, content = await fetch(pool, "/version", 2.0)
-            pid = read_members(content, None).get("pid") if status == 200 else None
+            status, found = await fetch_members(pool, "/version", 2.0)
+            pid = found.get("pid") if status == 200 else None
             return pid if isinstance(pid, int) else 0
         return 0
 

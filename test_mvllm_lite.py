@@ -6286,12 +6286,18 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
     (tmp_path / "ops").write_text("sk-ops\n")
     (tmp_path / "app").write_text("sk-app\n")
     command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
-    async with balancing(Server(), keys=keys, status_access="admin") as running:
+    async with balancing(Server(), keys=keys, status_access="key") as running:
         (url,) = [view.url for view in running.core.fleet.views()]
         here = f"http://127.0.0.1:{running.balancer.port}"
-        terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
-        await asyncio.to_thread(terminal.read_until, "/status.json: 403: ")
+        terminal.run(*command, here)
+        await asyncio.to_thread(terminal.read_until, "/status.json: 401: ")
         assert await asyncio.to_thread(terminal.child.wait, 20) == 1 and terminal.restored
+        top = terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
+        await asyncio.to_thread(terminal.read_until, "q quit")
+        terminal.press(b"dy")
+        await asyncio.to_thread(terminal.read_until, "403: ")  # as curses sends it
+        terminal.press(b"q")
+        assert await asyncio.to_thread(top.wait, 20) == 0 and not running.core.live.drained
         top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
         await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
         terminal.press(b"d")
