@@ -7330,8 +7330,8 @@ button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); ou
 </noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
 <label><input id="only" type="checkbox"> only servers that are not healthy</label>
 <label><input id="pause" type="checkbox"> pause</label></div>
-<table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and retries: of the
-last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
+<table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and
+retries: of the last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
 <tr role="row" id="heads"></tr></thead></table>
 <h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
 <div class="tools"><h2>Operate</h2><form id="unlock" class="row">
