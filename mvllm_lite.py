@@ -93,7 +93,7 @@ import sys
 UNFIT = ""
 if (PYTHON := sys.version_info[:3]) < (3, 11):  # mvllm_lite needs Python 3.11 or newer
     UNFIT = "mvllm_lite needs Python 3.11 or newer, this is Python %d.%d.%d" % PYTHON
-elif sys.platform in ("win32", "cygwin"):
+elif sys.platform == "win32":
     UNFIT = "mvllm_lite runs on Linux, macOS and other Unix systems; on Windows, use it in WSL"
 if UNFIT:
     raise SystemExit(UNFIT) if __name__ == "__main__" else ImportError(UNFIT)
