@@ -204,7 +204,9 @@ FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
 LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
 IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
-UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one
+UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one,
+UPGRADE_TRIAL_S = 10.0  # and for which it has to before this one leaves,
+UPGRADE_LOOK_S = 0.05  # and between two looks whether it does
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
 PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
@@ -8836,6 +8838,7 @@ class Listener:
         take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
     ) -> None:  # fmt: skip
         self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
+        self.resting = False  # another process accepts
         self._room, self._full, self._take, self._failed = room, full, take, failed
         sock.setblocking(False)
         keep_alive(sock)  # what it accepts is like it
@@ -8843,7 +8846,7 @@ class Listener:
 
     def resume(self) -> None:
         """There may be room again."""
-        if not self.reading and self.sock.fileno() >= 0:
+        if not (self.reading or self.resting) and self.sock.fileno() >= 0:
             self.reading = True
             self.loop.add_reader(self.sock, self.accept, ACCEPT_BATCH)
 
@@ -12057,6 +12060,12 @@ class Door:
                 listener.accept()
             listener.close()
 
+    def rest(self, resting: bool) -> None:
+        """Leave those who come to another process, or accept them again."""
+        for listener in self.listeners:
+            listener.resting = resting
+            (listener.pause if resting else listener.resume)()
+
     def has_room(self, spare: int = 0) -> bool:
         """Whether one more connection may be accepted."""
         return len(self.core.clients) < self.core.clients_limit + spare
@@ -12064,7 +12073,7 @@ class Door:
     def crowded(self) -> bool:
         """Whether others wait to be accepted."""
         for listener in self.listeners:
-            if not listener.reading:
+            if not (listener.reading or listener.resting):
                 return True
         return False
 
@@ -12351,6 +12360,8 @@ class Balancer:
         self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self.taken_back: Callable[[], object] = lambda: None  # what a successor was to do
+        self.trial_s = UPGRADE_TRIAL_S
         self._succeeded = False  # by another process, on the same sockets
         self._upgrading = False
         self._handing_over: asyncio.Task[None] | None = None
@@ -12479,11 +12490,41 @@ class Balancer:
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
-        """Start a successor on the same sockets.  Once it serves, this process finishes its answers
-        and leaves; a successor that does not come that far changes nothing."""
+        """Have a successor serve on the same sockets.  Once it has for a while, this process
+        finishes its answers and leaves; one that does not come that far changes nothing."""
+        child = await self.successor(command)
+        if child is not None and await self.lasts(child):
+            log.info("process %d serves now; this one finishes its answers", child.pid)
+            self._stop.set()
+        elif not self._stop.is_set():
+            self.core.ledger.upgrades.add("failed")
+        self._upgrading = False
+
+    async def lasts(self, child: subprocess.Popen[bytes]) -> bool:
+        """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
+        could; if the other ends, it does."""
+        loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        self._succeeded = True
+        self._door.rest(True)
+        try:
+            while child.poll() is None and loop.time() < begun + self.trial_s:
+                await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
+            code = child.returncode
+        finally:
+            child.returncode = child.returncode or 0  # nobody waits for it, or warns that it runs
+        if code is not None and not self._stop.is_set():
+            self._succeeded = False
+            self._door.rest(False)
+            self.taken_back()
+            log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
+                      " serves again", child.pid, loop.time() - begun, code)  # fmt: skip
+        return code is None
+
+    async def successor(self, command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+        """A new process that serves; None if none came that far."""
         sockets, child = {name: [sock.fileno() for sock in sockets]
                           for name, sockets in self._sockets.items()}, None  # fmt: skip
-        pair = list[socket.socket]()
+        pair, word = list[socket.socket](), b""
         try:
             if self.before_upgrade is not None:
                 await self.before_upgrade()
@@ -12501,7 +12542,6 @@ class Balancer:
             ours.setblocking(False)
             async with within(UPGRADE_TIMEOUT_S):
                 word = await asyncio.get_running_loop().sock_recv(ours, 1)
-            self._succeeded = word != b""
         except OSError as error:  # TimeoutError is one
             log.error("waiting for a successor: %s", reason_of(error) or "it took too long")
         except Exception:
@@ -12509,18 +12549,14 @@ class Balancer:
         finally:
             for end in pair:
                 end.close()
-            self._upgrading = False
-            if child is not None and not self._succeeded:
+            if child is not None and not word:
                 child.kill()
                 child.wait()
-        if self._succeeded and child is not None:
-            log.info("process %d serves now; this one finishes its answers", child.pid)
-            child.returncode = 0  # so that nobody waits for it, or warns that it still runs
-            self._stop.set()
-        else:
-            code = child.returncode if child else "none"
-            log.error("no successor came to serve (exit code %s); this process goes on", code)
-            self.core.ledger.upgrades.add("failed")
+        if word:
+            return child
+        code = child.returncode if child else "none"
+        log.error("no successor came to serve (exit code %s); this process goes on", code)
+        return None
 
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a core that
@@ -13366,6 +13402,7 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
+    balancer.taken_back = tell_that_we_serve
     if upgradable:
         command = [sys.executable, *sys.orig_argv[1:]]
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)

@@ -12671,8 +12671,9 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
         stop.set()
         await asyncio.gather(*clients)
         assert set(answers) == {(200, FIRST + DONE)}
+        child.send_signal(signal.SIGTERM)  # it need not wait whether the new one lasts
         gate.set()
-        assert (await long.reader.read()).endswith(chunk(DONE) + b"0\r\n\r\n")
+        assert (await long.reader.readuntil(b"0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
         long.close()
         while child.returncode is None:  # child.wait() would wait for the successor's stdout, too
             await asyncio.sleep(0.01)
@@ -12705,6 +12706,7 @@ async def test_a_successor_inherits_the_operators_port_too(tmp_path):
                     assert upgrade.returncode == 0 and pids[0] == child.pid != pids[1]
                     assert (await ask(port, "/v1/x")).status == 200
                     assert (await ask(operator_port, "/v1/x")).status == 404
+                    child.terminate()  # it need not wait whether the new one lasts
                     while child.returncode is None:
                         await asyncio.sleep(0.01)
                     for _ in range(5):  # nobody else listens
@@ -12732,6 +12734,50 @@ async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
         assert code[0] == 1 and "no balancer says on port 1" in code[2]
         path.write_text(settings_text(server, port=-1))
         assert (await asyncio.to_thread(told, "upgrade", str(path)))[0] == 1
+
+
+# Says that it serves, and ends when a file is there.
+SHORT_LIVED = """if True:
+    import os, pathlib, signal, socket, sys, time
+    with socket.socket(fileno=int(os.environ["MVLLM_LITE_READY"])) as ready:
+        ready.send(b"1")
+    while not pathlib.Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "kill" else sys.exit(int(sys.argv[2]))"""
+
+
+@pytest.mark.parametrize("end, code", [("0", "0"), ("3", "3"), ("kill", "-9")])
+@asynchronous
+async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_path, caplog, end, code):
+    async with balancing(Server()) as running:
+        balancer, taken_back = running.balancer, asyncio.Event()
+        balancer.taken_back = taken_back.set
+        kept = await running.client()
+        assert (await kept.get("/liveness")).status == 200
+        balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), end])
+        while not balancer._door.listeners[0].resting:
+            await asyncio.sleep(0.01)
+        late = await running.client()
+        await late.ask("GET", "/liveness")
+        for _ in range(3):
+            assert (await kept.get("/liveness")).status == 200  # who is here already stays
+        assert len(running.core.clients) == 1 and not taken_back.is_set()
+        (tmp_path / "end").touch()
+        assert (await late.answer()).status == 200
+        assert taken_back.is_set() and running.core.ledger.upgrades.children[("failed",)] == 1
+        assert f"(exit code {code}); this process serves again" in caplog.text
+        assert not balancer._stop.is_set() and not balancer._upgrading
+
+
+@asynchronous
+async def test_a_predecessor_leaves_once_its_successor_has_served_for_a_while(tmp_path, caplog):
+    async with balancing(Server()) as running:
+        running.balancer.trial_s = 0.1
+        running.balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), "0"])
+        await running.balancer._stop.wait()
+        assert "serves now; this one finishes its answers" in caplog.text
+        assert running.core.ledger.upgrades.children[("failed",)] == 0
+        (tmp_path / "end").touch()
 
 
 @asynchronous
