@@ -2168,7 +2168,7 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Scan:
 
 def may_follow(sign: bytes, depth: int, named: bool, valued: bool, empty: bool) -> bool:
     """Whether such a mark can stand there in a JSON object: before it, or among its members,
-    behind a name or not, where a value is wanted or not, of which there is nothing yet or something."""
+    behind a name or not, where a value is wanted or not, of which there is nothing yet or some."""
     if depth == 0:
         return sign in b"{["
     if sign == b'"':
@@ -8496,8 +8496,8 @@ class Wire(asyncio.BufferedProtocol):
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
-        "sock", "taken_at", "backlog", "counted", "descriptor", "most", "wanted", "_waiter", "_timer",
-        "_timer_at",
+        "sock", "taken_at", "backlog", "counted", "descriptor", "most", "wanted", "_waiter",
+        "_timer", "_timer_at",
     )  # fmt: skip
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
