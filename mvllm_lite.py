@@ -56,17 +56,17 @@ of itself and of earlier rooms only.
     38  exchange      one request, from its head to its last byte
     39  watch         health checks, load reports, the settings file
     40  local         what the balancer answers itself
-    41  door          where clients come in: connections accepted, requests let in
+    41  front         where clients come in: connections accepted, requests let in
     42  balancer      assembly: reloading, draining, handing over to a successor
     43  doctor        what is amiss with servers and settings, and what to do about it
     44  demo          simulated vLLM servers, so that everything runs on a laptop
     45  process       signals, the terminal, systemd, limits of the system
     46  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Door` (41) reads a head from the client's
+A request walks through the rooms like this.  The `Front` (41) reads a head from the client's
 `Wire` (30) and parses it (2).  A local path is answered in room 40; everything else is an
 `Exchange` (38): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
-`Gate` (12) lets it in, and `relay_plan` (18) says step by step what to do.  Each `Relay` step
+`Keys` (12) lets it in, and `relay_plan` (18) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (17) in the view of the fleet (15) by a policy (16).  A
 `Conversation` (37) with that server holds the answer back until it is certain that it is one, and
 then commits: the `Response` (33) begins, and a `Pump` (32) moves the rest.  What went wrong on the
@@ -3341,7 +3341,7 @@ class Refusal(NamedTuple):
     warning: str = ""  # for the operator
 
 
-class Gate:
+class Keys:
     """The clients' keys, and what each is using.  What is used is kept by the key's name, so that
     it survives a reload."""
 
@@ -3357,19 +3357,19 @@ class Gate:
         self._buckets = {name: left for name, left in self._buckets.items() if name in names}
 
     @property
-    def closed(self) -> bool:
+    def required(self) -> bool:
         return bool(self._keys)
 
-    def recognised(self, fields: Fields) -> KeySettings | None:
+    def authenticate(self, fields: Fields) -> KeySettings | None:
         """The key that a request shows, if it is one of ours."""
-        said, found = digest(shown_key(fields)), None
+        said, found = digest(key_in(fields)), None
         for known, key in self._keys:
             if hmac.compare_digest(known, said):
                 found = key
         return found
 
-    def enter(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
-        """Let a request in, which has to `leave`; or say why not."""
+    def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
+        """Let a request in, which has to be followed by `release`; or say why not."""
         if key.models and model not in key.models:
             what = "a request without a model" if model is None else f"the model `{model[:200]}`"
             return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
@@ -3387,7 +3387,7 @@ class Gate:
         self._running[key.name] = self._running.get(key.name, 0) + 1
         return None
 
-    def leave(self, key: KeySettings) -> None:
+    def release(self, key: KeySettings) -> None:
         self._running[key.name] -= 1
         if not self._running[key.name]:
             del self._running[key.name]
@@ -3444,7 +3444,7 @@ def digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
 
 
-def shown_key(fields: Fields) -> str:
+def key_in(fields: Fields) -> str:
     """The key in a request: as OpenAI's clients send it, or as Anthropic's do."""
     scheme, _, secret = fields.get("authorization").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
@@ -3719,7 +3719,7 @@ GUARDS: dict[Kind, tuple[Guard, ...]] = {
 
 
 def refusal_of(v: Visit) -> Refusal | None:
-    """Why a request does not come in, or None.  Which model it may use is for the Gate to say, once
+    """Why a request does not come in, or None.  Which model it may use is for the Keys to say, once
     that is known."""
     if v.audience is not Audience.EVERYBODY and (
         v.kind.audience not in (v.audience, Audience.EVERYBODY)
@@ -6171,11 +6171,11 @@ class Live:
 MINUTE_S = 60.0
 RATE_S = 10.0  # over which tokens and requests per second are counted
 SAMPLES_KEPT = 61  # one a second
-FIRSTS_KEPT = 300  # of one server's times to the first byte, of which quantiles are told
+TTFB_KEPT = 300  # of one server's times to the first byte, of which quantiles are told
 DECISIONS_SHOWN = 3  # of each server, among the last
 
 
-class Second(NamedTuple):
+class HistorySample(NamedTuple):
     """One server at one second; counts are since the start."""
 
     at: float
@@ -6187,15 +6187,15 @@ class Second(NamedTuple):
     retries: int = 0
 
 
-class Minute:
+class History:
     """The recent past of one server: requests that it was the last to be asked for, those of them
     whose clients saw a failure, attempts that failed there, and those that another followed."""
 
-    __slots__ = ("firsts", "samples", "errors", "requests", "lost", "failed", "retries")
+    __slots__ = ("ttfb", "samples", "errors", "requests", "lost", "failed", "retries")
 
     def __init__(self) -> None:
-        self.firsts: deque[tuple[float, float]] = deque(maxlen=FIRSTS_KEPT)  # when, seconds
-        self.samples: deque[Second] = deque(maxlen=SAMPLES_KEPT)
+        self.ttfb: deque[tuple[float, float]] = deque(maxlen=TTFB_KEPT)  # when, seconds
+        self.samples: deque[HistorySample] = deque(maxlen=SAMPLES_KEPT)
         self.errors: deque[str] = deque(maxlen=5)
         self.requests = self.lost = self.failed = self.retries = 0
 
@@ -6204,7 +6204,7 @@ class Minute:
         self.requests += 1
         self.lost += not well
         if first_s is not None:
-            self.firsts.append((now, first_s))
+            self.ttfb.append((now, first_s))
 
     def attempt_failed(self, what: str) -> None:
         self.failed += 1
@@ -6213,19 +6213,19 @@ class Minute:
     def sample(self, view: ServerView, now: float, interval_s: float) -> None:
         """Once a second."""
         load = (view.in_flight + view.foreign(now, interval_s)) / view.capacity
-        self.samples.append(Second(
+        self.samples.append(HistorySample(
             now, view.load.generation_tokens, load, self.requests, self.lost, self.failed,
             self.retries))
 
-    def since(self, moment: float) -> Second:
+    def since(self, moment: float) -> HistorySample:
         """The last sample before that moment; where there is none, one of nothing."""
         for sample in reversed(self.samples):
             if sample.at <= moment:
                 return sample
-        return Second(moment)
+        return HistorySample(moment)
 
-    def firsts_since(self, moment: float) -> list[float]:
-        return [seconds for at, seconds in self.firsts if at > moment]
+    def ttfb_since(self, moment: float) -> list[float]:
+        return [seconds for at, seconds in self.ttfb if at > moment]
 
     def tokens_per_s(self, now: float) -> float | None:
         known = [one for one in self.samples if one.tokens is not None and one.at > now - RATE_S]
@@ -6235,7 +6235,7 @@ class Minute:
         return max(0, made) / (known[-1].at - known[0].at)
 
 
-def share_of(values: Sequence[float], share: float) -> float | None:
+def quantile(values: Sequence[float], share: float) -> float | None:
     """A quantile; None of nothing."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
@@ -6255,11 +6255,11 @@ def state_word(view: ServerView, now: float) -> str:
 
 
 def status_of(
-    view: ServerView, minute: Minute, clock: Clock, s: Settings, decisions: Sequence[str]
+    view: ServerView, minute: History, clock: Clock, s: Settings, decisions: Sequence[str]
 ) -> dict[str, Any]:
     """One server, as the status page and the screen show it."""
     now, said = clock.monotonic, view.load
-    before, firsts = minute.since(now - MINUTE_S), minute.firsts_since(now - MINUTE_S)
+    before, firsts = minute.since(now - MINUTE_S), minute.ttfb_since(now - MINUTE_S)
     return {
         "url": view.url, "name": view.url.partition("://")[2], "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
@@ -6268,7 +6268,7 @@ def status_of(
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
         "kv_usage_ratio": said.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
         "tokens_per_s": rounded(minute.tokens_per_s(now), 1),
-        "ttft_p50_s": rounded(share_of(firsts, 0.5)), "ttft_p95_s": rounded(share_of(firsts, 0.95)),
+        "ttft_p50_s": rounded(quantile(firsts, 0.5)), "ttft_p95_s": rounded(quantile(firsts, 0.95)),
         "errors": minute.failed - before.failed, "retries": minute.retries - before.retries,
         "pending_prompt_tokens": view.pending, "prompt_tokens_per_second": round(view.speed),
         "stale": not view.reports(now, s.metrics_interval),
@@ -6278,7 +6278,7 @@ def status_of(
 
 
 def status_report(
-    views: Sequence[ServerView], minutes: Mapping[str, Minute], clock: Clock, s: Settings,
+    views: Sequence[ServerView], minutes: Mapping[str, History], clock: Clock, s: Settings,
     process: Mapping[str, Any], events: Iterable[Mapping[str, str]], rankings: Iterable[Ranking],
 ) -> dict[str, Any]:  # fmt: skip
     """GET /status.json: what the status page and the screen show.  `process` has what is known of
@@ -6288,8 +6288,8 @@ def status_report(
         told = decisions.setdefault(ranking.best or "", [])
         if len(told) < DECISIONS_SHOWN:
             told.append(ranking.why())
-    past = [(view, minutes.get(view.url) or Minute()) for view in views]
-    firsts = [first for _, minute in past for first in minute.firsts_since(now - MINUTE_S)]
+    past = [(view, minutes.get(view.url) or History()) for view in views]
+    firsts = [first for _, minute in past for first in minute.ttfb_since(now - MINUTE_S)]
     ended = [(minute.requests - (then := minute.since(now - MINUTE_S)).requests,
               minute.lost - then.lost,
               minute.requests - minute.since(now - RATE_S).requests) for _, minute in past]
@@ -6300,8 +6300,8 @@ def status_report(
         "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
         "connections": process["connections"],
         "requests_per_s": round(late / RATE_S, 2),
-        "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(share_of(firsts, 0.5)),
-        "ttft_p95_s": rounded(share_of(firsts, 0.95)),
+        "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(firsts, 0.5)),
+        "ttft_p95_s": rounded(quantile(firsts, 0.95)),
         "error_ratio": round(lost / requests, 4) if requests else 0.0,
     }  # fmt: skip
     return {
@@ -9669,9 +9669,9 @@ class Response:
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
 # to wait.
 
-Telling = Callable[[Any], object]
+Subscriber = Callable[[Any], object]
 # Asked, for a kind of event (RequestFacts or Transition), who is told of each.
-Listening = Callable[[type], Telling | None]
+Subscribe = Callable[[type], Subscriber | None]
 DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
@@ -9892,7 +9892,7 @@ class Console(LineWriter):
     """Lines on stdout, which a screen takes the place of."""
 
 
-def saying_requests(on_console: Callable[[], bool], kind: type) -> Telling | None:
+def saying_requests(on_console: Callable[[], bool], kind: type) -> Subscriber | None:
     """A request's line wherever there are lines, at a fraction of what the logging module takes."""
     if kind is not RequestFacts or not log.isEnabledFor(logging.INFO):
         return None
@@ -9924,7 +9924,7 @@ def logging_to_stdout(level: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_to_files(s: Settings, listeners: list[Listening]) -> Iterator[None]:
+def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
     """Log lines go to files, too, and what `listeners` are told; to those that can be written."""
     before, kept = list(listeners), list[LineWriter]()
     lines = log_file_writer(s, s.log_file, s.log_file_bytes, s.log_days)
@@ -10391,16 +10391,16 @@ class Core:
         self._standings: dict[str | None, tuple[list[str] | None, float]] = {}
         self._standings_of = -1
         self.live = Live()
-        self.minutes: dict[str, Minute] = {}  # by server
+        self.histories: dict[str, History] = {}  # by server
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.reloaded_at: float | None = None  # on the loop's clock
         self.address = ""
-        self.changed: Callable[[], None] = lambda: None  # to be called after a change by hand
+        self.on_manual_change: Callable[[], None] = lambda: None
         self.shape: Writer | None = None  # where the traffic's shape is written
         # Who is told of each request that has ended, and of each transition.
-        self.listeners: list[Listening] = []
+        self.subscribers: list[Subscribe] = []
         self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
-        self.gate = Gate()
+        self.keys = Keys()
         self.stored = StoredResponses()
         self.secrets = Secrets()
         self.pools: dict[str, Pool] = {}
@@ -10422,7 +10422,7 @@ class Core:
         self.ids = set[str]()  # of these requests
         self.stopping = False
         self.started_at = time.time()
-        self._told = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def pool(self, url: str) -> Pool:
         if url not in self.pools:
@@ -10430,9 +10430,9 @@ class Core:
             self.pools[url].name = self.name
         return self.pools[url]
 
-    def minute(self, url: str) -> Minute:
-        if (minute := self.minutes.get(url)) is None:
-            minute = self.minutes[url] = Minute()
+    def history(self, url: str) -> History:
+        if (minute := self.histories.get(url)) is None:
+            minute = self.histories[url] = History()
         return minute
 
     def status(self) -> dict[str, Any]:
@@ -10450,8 +10450,8 @@ class Core:
         }  # fmt: skip
         late = itertools.islice(reversed(self.recent.values()), 30)
         return status_report(
-            self.fleet.views(now.monotonic), self.minutes, now, self.settings, process, self.events,
-            [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
+            self.fleet.views(now.monotonic), self.histories, now, self.settings, process,
+            self.events, [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
 
     def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
         """As the function of that name says, found out once for each change of the fleet; for
@@ -10504,11 +10504,11 @@ class Core:
         if server in self.looking:
             self.looking.discard(server)
             self.looked[server] = asyncio.get_running_loop().time()
-            self.tell()
+            self.notify()
 
     def goes_well(self, url: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
-        now, minute = asyncio.get_running_loop().time(), self.minute(url)
+        now, minute = asyncio.get_running_loop().time(), self.history(url)
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
@@ -10556,19 +10556,19 @@ class Core:
             views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
-            self.happened(Transition, lambda: change)
+            self.publish(Transition, lambda: change)
         if change is not None or after is Health.checked:
-            self.tell()
+            self.notify()
 
-    def happened(self, kind: type, event: Callable[[], Any]) -> None:
+    def publish(self, kind: type, event: Callable[[], Any]) -> None:
         """Tell those who want to hear of this kind of event."""
-        tellers = [tell for hears in self.listeners if (tell := hears(kind)) is not None]
+        tellers = [tell for hears in self.subscribers if (tell := hears(kind)) is not None]
         if tellers:
             said = event()
             for tell in tellers:
                 tell(said)
 
-    def mistake(self, doing: str) -> None:
+    def internal_error(self, doing: str) -> None:
         """Of our own: to be called while its exception is handled."""
         log.exception("internal error while %s", doing)
         self.ledger.errors.add()
@@ -10579,19 +10579,19 @@ class Core:
         for wire in list(itertools.islice(self.idle, count)):
             wire.expect_by(wire.loop.time())
 
-    def met(self, limit: str) -> None:
+    def count_limit(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
         if limit:
             self.ledger.limits.add(limit)
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wake all who wait for news of the fleet."""
-        self._told.set()
-        self._told = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
         self.queue.hand_over()
 
-    async def told(self) -> None:
-        await self._told.wait()
+    async def changed(self) -> None:
+        await self._changed.wait()
 
 
 class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
@@ -10950,7 +10950,7 @@ class Exchange:
             if self.key is not None:
                 refusal = self.enter(self.key)
                 if refusal is not None:
-                    self.core.met(LIMITS.get(refusal.fault, ""))
+                    self.core.count_limit(LIMITS.get(refusal.fault, ""))
                     response.refuse(*refusal[:3])
                     return
                 self.entered = True
@@ -10963,7 +10963,7 @@ class Exchange:
         except BadMessage as bad:
             response.persists = False
             response.refuse(bad.fault, f"Bad request: {bad}.")
-            self.core.met(bad.limit)
+            self.core.count_limit(bad.limit)
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.status = response.status or gone.fault.status
             response.end = gone.fault.label
@@ -10977,7 +10977,7 @@ class Exchange:
         finally:
             self.let_go()
             if self.entered and self.key is not None:
-                self.core.gate.leave(self.key)
+                self.core.keys.release(self.key)
             if not wants_explanation(self.head):
                 self.book()
 
@@ -10997,7 +10997,7 @@ class Exchange:
                 return refusal
             if model is None and (stored := core.stored.find(id)) is not None:
                 model = stored.model or None
-        return core.gate.enter(key, model, self.asked_at)
+        return core.keys.admit(key, model, self.asked_at)
 
     def answered(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
@@ -11035,7 +11035,7 @@ class Exchange:
     def afford_retry(self) -> bool:
         if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
             return True
-        self.core.met("retry_budget")
+        self.core.count_limit("retry_budget")
         return False
 
     def choose(self, tried: frozenset[str]) -> Ranking:
@@ -11121,7 +11121,7 @@ class Exchange:
         left_s = self.asked_at + step.seconds - self.loop.time()
         try:
             async with asyncio.timeout(max(0.0, left_s)):
-                await self.core.told()
+                await self.core.changed()
         except TimeoutError:
             return Outcome(Fault.NO_SERVER)
         return WELL
@@ -11141,7 +11141,7 @@ class Exchange:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_LIMIT_S):
                 while not core.looking.isdisjoint(servers) and not core.fleet.knows(model):
-                    await core.told()
+                    await core.changed()
 
     async def answer(self, step: Answer) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
@@ -11155,7 +11155,7 @@ class Exchange:
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
             after_s = self.core.queue.clears_in_s(self.loop.time()) if queued else 0
-            self.core.met(LIMITS.get(fault, ""))
+            self.core.count_limit(LIMITS.get(fault, ""))
             self.response.refuse(fault, text, after_s)
             return WELL
         self.server = held.url
@@ -11285,7 +11285,7 @@ class Exchange:
             return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
-            core.minute(self.server).retries += 1
+            core.history(self.server).retries += 1
         self.server, reason = url, "queue"
         if self.place is None:
             self.place = self.lease(url)
@@ -11317,7 +11317,7 @@ class Exchange:
             self.give_back(self.place)
         if fault is None or fault is Fault.NOT_THERE:
             return outcome
-        core.minute(url).attempt_failed(f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}")
+        core.history(url).attempt_failed(f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}")
         if not outcome.committed:
             self.failures.append(label)
         elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
@@ -11445,13 +11445,13 @@ class Exchange:
             tokens = completion_tokens(usage, response.tail, response.sent_bytes)
             self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
                                            self.server, response.status, response.end))  # fmt: skip
-        self.core.happened(RequestFacts, lambda: self.facts(now, first_s, usage))
+        self.core.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
         response = self.response
         well = response.status < 500 and response.end in ("complete", "client_gone")
-        self.core.minute(self.server).ended(now, first_s if response.streams else None, well)
+        self.core.history(self.server).ended(now, first_s if response.streams else None, well)
 
     def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> RequestFacts:
         """What its log lines say."""
@@ -11601,7 +11601,7 @@ async def watch_load(core: Core, url: str) -> None:
                     core.ledger.prefix_hits.add(view.url, amount=hits)
                     if load.asleep != view.load.asleep:
                         log.info("%s %s", view.url, "sleeps" if load.asleep else "is awake again")
-                        core.tell()
+                        core.notify()
                     say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
@@ -11631,14 +11631,14 @@ async def watch_progress(core: Core, url: str) -> None:
     views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
         if views[0].health.circuit(now) == "half-open":
-            if await generates(core.pool(url), s.health_check_timeout):
+            if await engine_responds(core.pool(url), s.health_check_timeout):
                 core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
     opens_at = views[0].health.open_until if views else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
-        well = await generates(core.pool(url), s.health_check_timeout)
+        well = await engine_responds(core.pool(url), s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
         attempts = core.attempts.get(view.url, set())
@@ -11659,7 +11659,7 @@ async def watch_progress(core: Core, url: str) -> None:
                 attempt.give_up(even_begun=not view.healthy)
 
 
-async def generates(pool: Pool, timeout_s: float) -> bool:
+async def engine_responds(pool: Pool, timeout_s: float) -> bool:
     """Whether a server's engine does the least that can be asked of it."""
     try:
         for path, content in ENGINE_PROBES:
@@ -11870,7 +11870,7 @@ async def models(core: Core, head: RequestHead) -> Reply:
 
 def models_for(core: Core, head: RequestHead) -> list[Any]:
     """The models that the request's key allows, or all."""
-    aliases, key = core.settings.aliases, core.gate.recognised(head.fields)
+    aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
     entries: list[Any] = models_report(
         core.fleet.views(), aliases, head.fields.get("via"), core.name)["data"]
     if key is None or not key.models:
@@ -11943,7 +11943,7 @@ def known_server(core: Core, query: Mapping[str, str]) -> str:
 
 
 def changed(core: Core, what: str) -> Reply:
-    core.changed()
+    core.on_manual_change()
     log.info("by hand: %s", what)
     return as_json({"done": what, "live": core.live.report()})
 
@@ -12009,14 +12009,14 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
         core.fleet.learned(server, found.models, now)
     note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
-    core.tell()
+    core.notify()
     state = [state_word(view, now) for view in core.fleet.engines(server)]
     return as_json({"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
                     "state": state[0] if state else "gone"})  # fmt: skip
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  door
+#  41  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12031,7 +12031,7 @@ def descriptors_allow() -> int:
 OPERATORS_SPARE = 16  # connections for operators, when clients have taken all
 
 
-class Door:
+class Front:
     """Serves clients on some sockets; and operators on others, if there are any.  `tasks` outlives
     it."""
 
@@ -12044,11 +12044,11 @@ class Door:
         self._operators = set[Wire]()  # who came by their sockets
         self._hosts: dict[str, int] = {}  # connections by client address
         self._warned = False  # of a proxy of strangers
-        self.listeners = [Listener(one, self.has_room, self.make_room, self.take,
+        self.listeners = [Listener(one, self.has_room, self.shed_idle, self.accept_client,
                                    self.cannot_accept) for one in sockets]  # fmt: skip
         room = functools.partial(self.has_room, OPERATORS_SPARE)
-        take = functools.partial(self.take, operator=True)
-        self.listeners += [Listener(one, room, self.make_room, take, self.cannot_accept)
+        take = functools.partial(self.accept_client, operator=True)
+        self.listeners += [Listener(one, room, self.shed_idle, take, self.cannot_accept)
                            for one in operator_sockets]  # fmt: skip
 
     def close(self, to_the_last: bool) -> None:
@@ -12070,25 +12070,25 @@ class Door:
         """Whether one more connection may be accepted."""
         return len(self.core.clients) < self.core.clients_limit + spare
 
-    def crowded(self) -> bool:
+    def clients_are_waiting(self) -> bool:
         """Whether others wait to be accepted."""
         for listener in self.listeners:
             if not (listener.reading or listener.resting):
                 return True
         return False
 
-    def make_room(self) -> None:
+    def shed_idle(self) -> None:
         """Idle connections give way: who was served and has no request on the way loses nothing
         but a handshake."""
-        self.core.met("max_connections")
+        self.core.count_limit("max_connections")
         self.core.end_idle(ACCEPT_BATCH)
 
     def cannot_accept(self, error: OSError) -> None:
-        self.core.met("descriptors")
+        self.core.count_limit("descriptors")
         log.error("cannot accept a connection: %s; trying again in %g s",
                   reason_of(error), ACCEPT_PAUSE_S)  # fmt: skip
 
-    def take(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
+    def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
         core, wire = self.core, Wire(Blame.CLIENT, self.core.backlog)
         if not self.belongs(wire, address_of(address)):
@@ -12114,7 +12114,7 @@ class Door:
         """Count a connection as that peer's; False if it has as many as it may."""
         (host, _), limit = peer, self.core.settings.max_connections_per_client
         if limit and self._hosts.get(host, 0) >= limit:
-            self.core.met("max_connections_per_client")
+            self.core.count_limit("max_connections_per_client")
             return False
         self._hosts[host] = self._hosts.get(host, 0) + 1
         wire.peer = peer
@@ -12164,7 +12164,7 @@ class Door:
         except (PeerGone, TimeoutError, OSError, asyncio.CancelledError):
             pass  # it left in the middle of a head, it was idle for too long, we are stopping
         except Exception:  # the broad except for clients: a mistake ends one connection
-            self.core.mistake("serving a client")
+            self.core.internal_error("serving a client")
 
     async def serve_one(self, wire: Wire, last: bool) -> bool | None:
         """One request; False if it was the connection's last, None if none came."""
@@ -12184,7 +12184,7 @@ class Door:
             core.ids.add(exchange.response.id)
             if last:
                 exchange.response.persists = False
-                core.met("max_requests_per_connection")
+                core.count_limit("max_requests_per_connection")
             await self.dispatch(exchange)
             return exchange.response.persists and not (exchange.unread or wire.gone)
         except BadMessage as bad:
@@ -12193,7 +12193,7 @@ class Door:
         except (PeerGone, TimeoutError):
             raise
         except Exception:  # the same, so that the client hears of it
-            core.mistake("serving a client")
+            core.internal_error("serving a client")
             if (response := running[wire]) is not None and not response.status:
                 response.persists = False
                 response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
@@ -12210,7 +12210,7 @@ class Door:
         idle_until = expires_at = now + core.settings.keep_alive_timeout
         if core.stopping:  # it was not told, since its answer had begun before
             idle_until = now + IDLE_GRACE_S
-        elif wire.reused and self.crowded():
+        elif wire.reused and self.clients_are_waiting():
             idle_until = now
         while bytes(wire.buffer[:2]) in (b"", b"\r", b"\r\n") and not wire.gone:
             if lines := EMPTY_LINES.match(wire.buffer).end():  # type: ignore[union-attr]
@@ -12222,7 +12222,7 @@ class Door:
                 await wire.news(idle_until)
             except TimeoutError:
                 if wire.loop.time() >= expires_at:  # and not: somebody wanted its place
-                    core.met("keep_alive_timeout")
+                    core.count_limit("keep_alive_timeout")
                 return False
             finally:
                 core.idle.pop(wire, None)
@@ -12245,10 +12245,10 @@ class Door:
         response = Response(wire, NO_REQUEST, id, core.settings, False)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.ledger.requests.add("", "", str(bad.fault.status))
-        core.met(bad.limit)
+        core.count_limit(bad.limit)
         # And not what was said: it may hold a key.
         facts = RequestFacts(id, f"{host}:{port}", status=bad.fault.status, end=bad.fault.label)
-        core.happened(RequestFacts, lambda: facts)
+        core.publish(RequestFacts, lambda: facts)
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
@@ -12257,7 +12257,7 @@ class Door:
         if refusal := self.refusal(exchange, kind):
             response.persists = response.persists and not exchange.unread
             response.refuse(*refusal[:3])
-            self.core.met(LIMITS.get(refusal.fault, ""))
+            self.core.count_limit(LIMITS.get(refusal.fault, ""))
             exchange.book()
         elif head.hops_left == 0:  # it is for us, RFC 9110 §7.6.2
             response.persists = response.persists and not exchange.unread
@@ -12296,13 +12296,13 @@ class Door:
 
     def refusal(self, exchange: Exchange, kind: Kind) -> Refusal | None:
         """Why a request does not come in, or None: may it, and is there room?"""
-        core, s, head, gate = self.core, exchange.settings, exchange.head, self.core.gate
+        core, s, head, keys = self.core, exchange.settings, exchange.head, self.core.keys
         asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
         works = kind in (Kind.INFERENCE, Kind.EXPLAIN, Kind.CONTROL) and not asks
         if works and came_by(head.fields, core.name):
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
-        exchange.key = gate.recognised(head.fields) if gate.closed else None
+        exchange.key = keys.authenticate(head.fields) if keys.required else None
         client, audience = exchange.client, self._audience
         if client in self._operators:
             audience = Audience.OPERATORS
@@ -12310,7 +12310,7 @@ class Door:
         if kind not in FOR_PAGES:
             hop = address_of(client.transport.get_extra_info("peername"))[0]
         refusal = refusal_of(Visit(kind, head, exchange.unread, client.peer[0], client.is_tls,
-                                   exchange.key, gate.closed, s, audience, hop))  # fmt: skip
+                                   exchange.key, keys.required, s, audience, hop))  # fmt: skip
         if refusal is not None:
             if refusal.warning and not self._warned:
                 self._warned = True
@@ -12370,7 +12370,7 @@ class Balancer:
         self._secrets_error = ""
         self._shape_file = ""
         self._settings = settings  # as the file has them
-        self._door: Door = None  # type: ignore[assignment]  # while it runs
+        self._front: Front = None  # type: ignore[assignment]  # while it runs
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
@@ -12381,7 +12381,7 @@ class Balancer:
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
-        core.changed = lambda: self.adopt(self._settings, core.secrets)
+        core.on_manual_change = lambda: self.adopt(self._settings, core.secrets)
         keeper = EventKeeper(core.events)
         log.addHandler(keeper)
         try:
@@ -12393,18 +12393,18 @@ class Balancer:
         core, sockets = self.core, self._sockets
         async with asyncio.TaskGroup() as self._tasks:
             self.adopt(core.settings, secrets)
-            if not core.gate.closed:
+            if not core.keys.required:
                 log.info("%s", open_line(core.settings))
             follower = self._tasks.create_task(self.guarded("following the file", self.follow))
             pulse = self._tasks.create_task(self.guarded("the pulse", self.pulse))
-            self._door = Door(
+            self._front = Front(
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
             await self._stop.wait()
             core.stopping = True
             if not self._succeeded:
-                await self.stopped_at_once(core.settings.drain_delay)
-            self._door.close(to_the_last=not self._succeeded)
+                await self.wait_for_second_stop(core.settings.drain_delay)
+            self._front.close(to_the_last=not self._succeeded)
             await self.drain()
             watchers = sum(self._watchers.values(), [follower, pulse])
             for task in (*core.clients.values(), *watchers, self._handing_over):
@@ -12455,7 +12455,7 @@ class Balancer:
                 task.cancel()
         self._stop.set()
 
-    async def stopped_at_once(self, seconds: float) -> None:
+    async def wait_for_second_stop(self, seconds: float) -> None:
         """Wait, unless we are told a second time to stop."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -12505,7 +12505,7 @@ class Balancer:
         could; if the other ends, it does."""
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         self._succeeded = True
-        self._door.rest(True)
+        self._front.rest(True)
         try:
             while child.poll() is None and loop.time() < begun + self.trial_s:
                 await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
@@ -12514,7 +12514,7 @@ class Balancer:
             child.returncode = child.returncode or 0  # nobody waits for it, or warns that it runs
         if code is not None and not self._stop.is_set():
             self._succeeded = False
-            self._door.rest(False)
+            self._front.rest(False)
             self.taken_back()
             log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
                       " serves again", child.pid, loop.time() - begun, code)  # fmt: skip
@@ -12545,7 +12545,7 @@ class Balancer:
         except OSError as error:  # TimeoutError is one
             log.error("waiting for a successor: %s", reason_of(error) or "it took too long")
         except Exception:
-            self.core.mistake("starting a successor")
+            self.core.internal_error("starting a successor")
         finally:
             for end in pair:
                 end.close()
@@ -12570,7 +12570,7 @@ class Balancer:
                 sampled_at = loop.time()
                 for view in self.core.fleet.views():
                     interval_s = self.core.settings.metrics_interval
-                    self.core.minute(view.url).sample(view, sampled_at, interval_s)
+                    self.core.history(view.url).sample(view, sampled_at, interval_s)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
@@ -12582,7 +12582,7 @@ class Balancer:
             try:
                 await work()
             except Exception:  # the broad except for background tasks
-                self.core.mistake(what)
+                self.core.internal_error(what)
                 await asyncio.sleep(self.core.settings.health_check_interval)
 
     # Settings.
@@ -12666,7 +12666,7 @@ class Balancer:
         if old.keys and not settings.keys:
             log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
                         open_line(settings))
-        core.gate.adopt(
+        core.keys.adopt(
             (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
              word) for key, word in secrets.keys)
         core.clients_limit = min(settings.max_connections, descriptors_allow())
@@ -12684,7 +12684,7 @@ class Balancer:
             core.shape = shape_writer(self._shape_file) if self._shape_file else None
         wanted = {server.url for server in settings.servers}
         for url in list(self._watchers):
-            if url not in wanted or pace(old) != pace(settings):
+            if url not in wanted or watch_intervals(old) != watch_intervals(settings):
                 for task in self._watchers.pop(url):
                     task.cancel()
         for url in wanted - self._watchers.keys():
@@ -12693,8 +12693,8 @@ class Balancer:
                     f"watching {url}", functools.partial(watch, core, url)))
                 for watch in (watch_health, watch_load)
             ]  # fmt: skip
-        for url in core.minutes.keys() - {view.url for view in core.fleet.views()}:
-            del core.minutes[url]
+        for url in core.histories.keys() - {view.url for view in core.fleet.views()}:
+            del core.histories[url]
         for url in core.pools.keys() - {view.server for view in core.fleet.views()}:
             core.pools.pop(url).close()
             core.forget(url)
@@ -12702,10 +12702,10 @@ class Balancer:
             counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
             words = [counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
-        core.tell()
+        core.notify()
 
 
-def pace(s: Settings) -> tuple[Any, ...]:
+def watch_intervals(s: Settings) -> tuple[Any, ...]:
     """What the watchers' sleeping times follow from."""
     return s.health_check_interval, s.metrics_interval, s.enable_active_health_check
 
@@ -13279,7 +13279,7 @@ def inherited_changes(live: Live) -> None:
             log.warning("changes by hand were not taken over: %s", error)
 
 
-def tell_that_we_serve() -> None:
+def notify_ready() -> None:
     """To the process that this one succeeds, and to systemd."""
     if descriptor := os.environ.pop(READY_ENV, ""):
         with socket.socket(fileno=int(descriptor)) as sock:
@@ -13307,7 +13307,7 @@ async def feed_watchdog() -> None:
 
 
 @contextlib.asynccontextmanager
-async def showing(balancer: Balancer) -> AsyncIterator[None]:
+async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
     """The screen, in place of log lines, for as long as the terminal takes part."""
     core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
     doing = set[asyncio.Future[Any]]()
@@ -13402,13 +13402,13 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
-    balancer.taken_back = tell_that_we_serve
+    balancer.taken_back = notify_ready
     if upgradable:
         command = [sys.executable, *sys.orig_argv[1:]]
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
 
 
-def url_here(s: Settings, host: str, port: int) -> str:
+def own_url(s: Settings, host: str, port: int) -> str:
     """Where what a balancer with these settings listens on is reached from this machine."""
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -13417,15 +13417,15 @@ def url_here(s: Settings, host: str, port: int) -> str:
 def announce(balancer: Balancer, hint: str) -> None:
     """It listens."""
     s, limit = balancer.core.settings, balancer.core.clients_limit
-    url, second = url_here(s, s.host, balancer.port), operator_address(s)
+    url, second = own_url(s, s.host, balancer.port), operator_address(s)
     if hint:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
-    tell_that_we_serve()
+    notify_ready()
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
              __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
     if second is not None:
         log.info("metrics, status and admin are on %s alone",
-                 url_here(s, second[0], balancer.operator_port))
+                 own_url(s, second[0], balancer.operator_port))
     if limit < 0.9 * s.max_connections:
         log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
                     s.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)
@@ -13440,15 +13440,15 @@ def serve_until_stopped(
     async def run(balancer: Balancer) -> None:
         core, terminal = balancer.core, sys.stdout.isatty()
         follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
-        core.listeners.append(functools.partial(
+        core.subscribers.append(functools.partial(
             saying_requests, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
         on_screen = screen and in_foreground(1)
         watchdog = asyncio.ensure_future(feed_watchdog())
         with contextlib.ExitStack() as logs:
             if not hint:
-                logs.enter_context(logging_to_files(core.settings, core.listeners))
-            async with showing(balancer) if on_screen else contextlib.nullcontext():
+                logs.enter_context(logging_to_files(core.settings, core.subscribers))
+            async with screen_shown(balancer) if on_screen else contextlib.nullcontext():
                 await balancer.run(functools.partial(announce, balancer, hint))
             log.info("stopped")
         watchdog.cancel()
@@ -13456,12 +13456,12 @@ def serve_until_stopped(
     async def started() -> None:
         await start(run)
 
-    tidy_memory()
+    freeze_gc()
     asyncio.run(started())
     return 0
 
 
-def tidy_memory() -> None:
+def freeze_gc() -> None:
     """After loading, before serving: what is there now stays, so the collector of garbage need not
     look at it again and again, nor as often; some 5 to 10 % of a small request."""
     gc.collect()
@@ -13713,7 +13713,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
     settings, _ = load_settings(path, overrides_from(args, os.environ))
     Secrets(settings)
     addresses = [operator_address(settings), (settings.host, settings.port)]
-    urls = [url_here(settings, *one) for one in addresses if one is not None]
+    urls = [own_url(settings, *one) for one in addresses if one is not None]
 
     async def ask(url: str) -> int:
         """The process that answers now, 0 for none that says so."""

@@ -2272,7 +2272,7 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 
 def gate_with(**limits):
-    gate, key = lite.Gate(), lite.KeySettings("team", **limits)
+    gate, key = lite.Keys(), lite.KeySettings("team", **limits)
     gate.adopt([(key, "sk-1"), (lite.KeySettings("other"), "sk-2")])
     return gate, key
 
@@ -2289,15 +2289,15 @@ def gate_with(**limits):
     ("empty", "Authorization: Bearer ", None),
 ))  # fmt: skip
 def test_keys_are_recognised(fields, name):
-    found = gate_with()[0].recognised(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
+    found = gate_with()[0].authenticate(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
     assert (found and found.name) == name
 
 
 def test_a_key_allows_its_models():
     gate, key = gate_with(models=("a", "b"))
-    assert gate.enter(key, "a", 0.0) is None
-    assert gate.enter(key, "c", 0.0)[0] is Fault.FORBIDDEN and "`c`" in gate.enter(key, "c", 0.0).text
-    assert gate.enter(key, None, 0.0).fault is Fault.FORBIDDEN
+    assert gate.admit(key, "a", 0.0) is None
+    assert gate.admit(key, "c", 0.0)[0] is Fault.FORBIDDEN and "`c`" in gate.admit(key, "c", 0.0).text
+    assert gate.admit(key, None, 0.0).fault is Fault.FORBIDDEN
 
 
 UPGRADE = "Connection: upgrade\nUpgrade: websocket"
@@ -2334,21 +2334,21 @@ def test_no_key_goes_on_from_another_s_response_over_an_upgraded_connection(path
 
 def test_a_key_allows_so_many_requests_at_once():
     gate, key = gate_with(max_requests=2)
-    assert [gate.enter(key, None, 0.0) for _ in range(2)] == [None, None]
-    assert gate.enter(key, None, 0.0)[::2] == (Fault.RATE_LIMITED, 1)
-    gate.leave(key)
-    assert gate.enter(key, None, 0.0) is None
+    assert [gate.admit(key, None, 0.0) for _ in range(2)] == [None, None]
+    assert gate.admit(key, None, 0.0)[::2] == (Fault.RATE_LIMITED, 1)
+    gate.release(key)
+    assert gate.admit(key, None, 0.0) is None
 
 
 def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
     gate, key = gate_with(requests_per_second=0.5)
-    assert gate.enter(key, None, 100.0) is None
-    assert gate.enter(key, None, 100.5)[::2] == (Fault.RATE_LIMITED, 2)
+    assert gate.admit(key, None, 100.0) is None
+    assert gate.admit(key, None, 100.5)[::2] == (Fault.RATE_LIMITED, 2)
     gate.adopt([(key, "sk-new")])
-    assert gate.enter(key, None, 101.5) is not None and gate.enter(key, None, 102.0) is None
+    assert gate.admit(key, None, 101.5) is not None and gate.admit(key, None, 102.0) is None
     gate, key = gate_with(requests_per_second=10)
-    assert sum(gate.enter(key, None, 5.0) is None for _ in range(15)) == 10
-    assert sum(gate.enter(key, None, 5.5) is None for _ in range(15)) == 5
+    assert sum(gate.admit(key, None, 5.0) is None for _ in range(15)) == 10
+    assert sum(gate.admit(key, None, 5.5) is None for _ in range(15)) == 5
 
 
 def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False,
@@ -7234,7 +7234,7 @@ class Running:
     def __init__(self, balancer, stack):
         self.balancer, self.core, self.stack = balancer, balancer.core, stack
         self.heard = []  # requests and transitions, as for the logs
-        self.core.listeners.append(lambda kind: self.heard.append)
+        self.core.subscribers.append(lambda kind: self.heard.append)
 
     def requests(self):
         return [event._asdict() for event in self.heard if isinstance(event, lite.RequestFacts)]
@@ -7248,7 +7248,7 @@ class Running:
     async def until(self, condition):
         """Wait for news of the fleet until the condition holds."""
         while not condition():
-            await self.core.told()
+            await self.core.changed()
 
     def states(self):
         return [view.health.state.value for view in self.core.fleet.views()]
@@ -7435,7 +7435,7 @@ async def test_who_a_trusted_proxy_passes_on_is_the_peer(header, address, how):
         assert server.asked[0].get("x-forwarded-for") == [", ".join([*believed, host])]
         assert (await client.get("/metrics")).status == (200 if host in ("127.0.0.1", "::1") else 403)
         assert running.requests()[0]["client"].partition(":")[0] in (host, "9.9.9.9", "")
-        assert running.balancer._door._hosts == {host: 1}
+        assert running.balancer._front._hosts == {host: 1}
 
 
 @pytest.mark.parametrize("first", [b"", b"\r\n", b"P", b"PR"])
@@ -11299,7 +11299,7 @@ async def test_time_to_the_first_token_is_of_streams_alone():
         await client.post(body=b'{"model":"m","stream":true}')
         (row,) = (await client.get("/status.json")).json["servers"]
         assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5
-        assert len(running.core.minute(row["url"]).firsts) == 1
+        assert len(running.core.history(row["url"]).ttfb) == 1
 
 
 def test_an_event_that_comes_again_and_again_is_one_with_a_count():
@@ -11385,7 +11385,7 @@ async def test_tokens_are_counted_by_key_and_model():
 
 
 def test_the_last_minute_forgets_what_is_older():
-    minute, (view,) = lite.Minute(), fleet_of(10).views()
+    minute, (view,) = lite.History(), fleet_of(10).views()
     for second in range(200):
         minute.ended(1000.0 + second, 0.1 if second < 150 else 0.5, second >= 160)
         minute.retries += 1
@@ -11397,7 +11397,7 @@ def test_the_last_minute_forgets_what_is_older():
     before = minute.since(now - 60)
     assert (minute.requests - before.requests, minute.failed - before.failed, minute.retries - before.retries) == (60, 10, 60)
     assert minute.lost - before.lost == 20
-    assert sorted(set(minute.firsts_since(now - 60))) == [0.1, 0.5] and set(minute.firsts_since(now - 40)) == {0.5}
+    assert sorted(set(minute.ttfb_since(now - 60))) == [0.1, 0.5] and set(minute.ttfb_since(now - 40)) == {0.5}
 
 
 @asynchronous
@@ -11552,11 +11552,11 @@ async def test_a_mistake_while_following_the_file_does_not_end_it(tmp_path):
 @asynchronous
 async def test_a_mistake_of_our_own_ends_one_connection_and_is_counted():
     async with balancing(Server()) as running:
-        gate, running.core.gate = running.core.gate, None
+        gate, running.core.keys = running.core.keys, None
         client = await running.client()
         got = await client.post()
         assert (got.status, got.get("x-mvllm-error"), got.get("connection")) == (500, "internal", "close")
-        running.core.gate = gate
+        running.core.keys = gate
         assert (await (await running.client()).post()).status == 200
         assert await running.metric("mvllm_internal_errors_total") == 1
 
@@ -12755,7 +12755,7 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         kept = await running.client()
         assert (await kept.get("/liveness")).status == 200
         balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), end])
-        while not balancer._door.listeners[0].resting:
+        while not balancer._front.listeners[0].resting:
             await asyncio.sleep(0.01)
         late = await running.client()
         await late.ask("GET", "/liveness")
