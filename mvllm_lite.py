@@ -3104,7 +3104,7 @@ def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
     else about one for each event of a stream, or for each word of a plain answer."""
     if "completion" in usage:
         return usage["completion"]
-    events = tail.count(b"data:")
+    events = (b"\n" + tail).count(b"\ndata:")  # in text, line ends are escaped
     return size * events // len(tail) if events else size // BYTES_PER_TOKEN
 
 
@@ -5124,8 +5124,11 @@ def passed_over(
     if all(reasons) and any(view.health.answers and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
         if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
-            return [obstacle(view, model, tried, moment, trials, True) and reason
-                    for view, reason in zip(views, reasons)]  # fmt: skip
+            # Of a model that nobody has told of nothing is guessed.
+            guess = model is None or not any(view.models for view in views)
+            guess = guess or any(model in (view.models or ()) for view in views)
+            return [obstacle(view, model, tried, moment, trials, guess or view.models is not None)
+                    and reason for view, reason in zip(views, reasons)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
             return [reason or ("has not told its models" if view.models is None else "")

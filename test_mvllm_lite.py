@@ -2907,6 +2907,28 @@ def test_troubled_checks_take_a_server_out_but_not_the_last_ones():
     assert lite.readiness_report(fleet.views(), False)[0] == 503
 
 
+@pytest.mark.parametrize("model, told, asked", table(
+    ("its own", "m", "m", True),
+    ("a typo", "typo", "m", False),
+    ("a typo, and nobody ever told any", "typo", None, True),
+    ("none", None, "m", True),
+))  # fmt: skip
+def test_a_troubled_server_that_never_told_its_models_is_no_last_resort_for_typos(
+    model, told, asked
+):
+    fleet, s = fleet_of(1, 1), Settings()
+    for url, reached in (("s0", False), ("s1", True)):
+        for _ in range(3):
+            fleet.judge(url, lite.Health.checked, False, 5.0, "no answer", 1.0, s, reached)
+    first, second = fleet.views()
+    views = [first._replace(models=told and {told: {}}), second._replace(models=None)]
+    by, moment = lite.POLICIES["random"](s), lite.Moment(9.0, 0.5)
+    call, draw = lite.Call(model), random.Random(1)
+    ranking = lite.rank(views, [0, 0], call, frozenset(), by, moment, draw)
+    assert ranking.best == ("s1" if asked else None)
+    assert asked or ranking.refusal(True)[0] is Fault.UNKNOWN_MODEL
+
+
 @pytest.mark.parametrize("counters, streams, works", table(
     ("its counters moved just now", 1.0, None, True),
     ("its streams did", None, 1.0, True),
@@ -3764,6 +3786,7 @@ def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
     ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999, 17),
     ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
     ("a plain answer", b'{"choices":[]}', 400, 100),
+    ("a plain answer that speaks of events", b'{"x":"data: data: data:\\ndata:"}', 400, 100),
     ("nothing", b"", 0, 0),
 ))  # fmt: skip
 def test_tokens_of_an_answer(tail, size, tokens):
