@@ -200,6 +200,7 @@ CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
 CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
 ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
 FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
+FORM_SLICE_BYTES = 2**20  # of a form before others get their turn: about a millisecond
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
 LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
@@ -2301,21 +2302,27 @@ def form_boundary(content_type: str) -> bytes:
 
 
 def form_spans(content: Content, boundary: bytes) -> Spans:
-    """Where the values of CALL_MEMBERS stand in a form, RFC 7578: audio uploads name their model
-    so.  Raises BadMessage for forms that others may read differently: with too many parts, one
-    whose fields are too long, a name that is said twice, or a delimiter of doubtful form."""
-    spans, delimiter = Spans(), b"\r\n" + boundary
+    """Where the values of CALL_MEMBERS stand in a form.  Raises BadMessage."""
+    spans = Spans()
+    for _ in find_parts(spans, content, boundary):
+        pass
+    return spans
+
+
+def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None]:
+    """The same of a form that may be large, RFC 7578 (audio uploads name their model so); each time
+    it says something, it is others' turn.  Raises BadMessage for forms that others may read
+    differently: with too many parts, one whose fields are too long, a name that is said twice, or a
+    delimiter of doubtful form."""
     if not content:
-        return spans
+        return
     if not content.startswith(boundary):
         raise BadMessage("the form does not begin with its boundary")
-    if content.count(b"\n" + boundary) + content.count(b"\r" + boundary) > content.count(delimiter):
-        raise BadMessage("a boundary of the form stands behind half a line end")
     at, last = part_start(content, len(boundary))
     for _ in range(FORM_PARTS_LIMIT):
         if last:
-            return spans
-        following = content.find(delimiter, at - 2)  # after no fields, say
+            return
+        following = yield from next_boundary(content, boundary, at - 2)  # after no fields, say
         if following < 0:
             raise BadMessage("the form has no end")
         head = content.find(b"\r\n\r\n", at - 2, min(following, at + FORM_HEAD_LIMIT_BYTES))
@@ -2327,8 +2334,22 @@ def form_spans(content: Content, boundary: bytes) -> Spans:
                 raise BadMessage(f"the form says {name} twice")
             if name in CALL_MEMBERS:
                 spans[name] = (head + 4, following)
-        at, last = part_start(content, following + len(delimiter))
+        at, last = part_start(content, following + 2 + len(boundary))
     raise BadMessage(f"the form has more than {FORM_PARTS_LIMIT} parts")
+
+
+def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None, None, int]:
+    """Where the line end before the next boundary stands; -1 if there is none."""
+    while at < len(content):
+        end = at + FORM_SLICE_BYTES + 1 + len(boundary)
+        half, whole = (content.find(sign + boundary, at, end) for sign in (b"\r", b"\n"))
+        if half >= 0 or (whole >= 0 and content[whole - 1 : whole] != b"\r"):
+            raise BadMessage("a boundary of the form stands behind half a line end")
+        if whole >= 0:
+            return whole - 1
+        at += FORM_SLICE_BYTES
+        yield
+    return -1
 
 
 def part_start(content: Content, at: int) -> tuple[int, bool]:
@@ -2651,7 +2672,7 @@ def read_call(
     aliases, default_model = s.aliases, s.default_model
     members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
     if boundary:
-        spans = form_spans(content, boundary)
+        spans = form_spans(content, boundary) if spans is None else spans
         members = {name: bytes(content[a:b]).decode("utf-8", "replace")
                    for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
     elif content:
@@ -10901,6 +10922,13 @@ async def look_through(content: Content, scan: Scan | None) -> None:
             await asyncio.sleep(0)
 
 
+async def look_through_form(head: RequestHead, content: Content, spans: Spans | None) -> None:
+    """The same of a large form, which is all there.  Raises BadMessage."""
+    if spans is not None and (boundary := form_boundary(head.fields.get("content-type"))):
+        for _ in find_parts(spans, content, boundary):
+            await asyncio.sleep(0)
+
+
 class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
@@ -10946,7 +10974,9 @@ class Exchange:
         """Have a server answer.  However it ends, the client has been told and it is booked."""
         response, s = self.response, self.settings
         try:
-            self.understand(*read_call(self.head, *await self.gather(), s))
+            content, spans = await self.gather()
+            await look_through_form(self.head, content, spans)
+            self.understand(*read_call(self.head, content, spans, s))
             self.asked_at = self.loop.time()
             if self.call.stored and not self.only:
                 self.find_maker()

@@ -1745,6 +1745,16 @@ def with_field(line):
     return other(b"\r\n\r\nwhisper", b"\r\n%b\r\n\r\nwhisper" % line)
 
 
+@pytest.mark.parametrize("offset", range(-12, 4))
+def test_a_large_form_is_looked_through_in_slices_wherever_they_end(offset):
+    head = b'--XX\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+    file = b"\n\r--X" * (2 * lite.FORM_SLICE_BYTES // 6 + 1)
+    file = file[: 2 * lite.FORM_SLICE_BYTES + offset - 2] + b"."
+    spans, form = {}, head + file + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--XX--\r\n'
+    turns = sum(1 for _ in lite.find_parts(spans, form, b"--XX"))
+    assert turns in (1, 2) and {name: form[a:b] for name, (a, b) in spans.items()} == {"model": b"m"}
+
+
 @pytest.mark.parametrize("form, named", table(
     ("too many parts", PART % b"x" * 101 + FORM, "more than 100 parts"),
     ("fields that never end", FORM.replace(b"form-data", b"form-data" + b"x" * 5000), "no end of its fields"),
@@ -7409,6 +7419,19 @@ async def test_max_forwards_of_nothing_is_answered_here_and_asks_no_server():
         assert (await client.get("/v1/x", ["Max-Forwards: 0"], "OPTIONS")).status == 204
         assert (await client.get("/v1/x", ["Max-Forwards: x"], "OPTIONS")).status == 400
     assert len(server.asked) == 1
+
+
+@asynchronous
+async def test_a_large_form_goes_to_a_server_that_has_its_model():
+    a, b = Server(models=["a"]), Server(models=["b"])
+    form = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 3_000_000
+            + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--XX--\r\n')  # fmt: skip
+    async with balancing(a, b) as running:
+        client = await running.client()
+        for cut in (form, form[:-20] + b"\n--XX--\r\n"):
+            got = await client.post("/v1/audio/transcriptions", cut, ["Content-Type: multipart/form-data; boundary=XX"])
+            assert got.status == (200 if cut is form else 400)
+    assert len(b.asked) == 1 and b.asked[0].body == form and not a.asked
 
 
 @pytest.mark.parametrize("said, named", table(
