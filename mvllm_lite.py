@@ -4060,8 +4060,8 @@ class ServerView(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is in its state, in words; and what else is the matter with it."""
-        trouble = self.load_trouble if self.healthy else ""
-        return f"{self.health.reason}; {trouble}" if trouble else self.health.reason
+        troubles = ["its weight is 0"] * (not self.weight) + [self.load_trouble]
+        return "; ".join([self.health.reason, *filter(None, troubles if self.healthy else ())])
 
     @property
     def size(self) -> float:
@@ -8429,9 +8429,11 @@ def reason_of(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')}"
     if isinstance(error, ssl.SSLError):  # whose numbers are none of the system's
-        said = (error.reason or "").replace("_", " ").lower()
+        said = (getattr(error, "reason", "") or "").replace("_", " ").lower()
         return "TLS: " + (said or re.sub(r"^\[.*?\] | \(_ssl.*$", "", str(error.strerror)))
     number = error.errno or 0
+    if not (number or str(error)):  # asyncio's, of a handshake that nobody finished
+        number = errno.ECONNRESET
     return (os.strerror(number) if number > 0 else str(error)).lower()
 
 

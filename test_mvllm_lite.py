@@ -9368,6 +9368,17 @@ async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, gi
         assert shown.search(text) and "not permitted" not in text, text
 
 
+@pytest.mark.parametrize("error, words", table(
+    ("the system's", ConnectionRefusedError(111, "x"), "connection refused"),
+    ("a name that is not known", socket.gaierror(-2, "Name or service not known"), "name or service not known"),
+    ("without a word", ConnectionResetError(), "connection reset by peer"),
+    ("of TLS", ssl.SSLEOFError(8, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred (_ssl.c:1006)"), "TLS: EOF occurred"),
+    ("of asyncio's", ConnectionAbortedError("SSL handshake is taking longer than 5 seconds"), "ssl handshake is taking longer"),
+))  # fmt: skip
+def test_why_there_is_no_connection_in_words(error, words):
+    assert words in lite.reason_of(error)
+
+
 @asynchronous
 async def test_a_server_that_wants_a_certificate_of_ours_is_heard(tmp_path):
     """It says so after the handshake, with the first thing that is read of it."""
@@ -10768,6 +10779,7 @@ def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
     assert fleet.view("s0").reason == "check passed"
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "refused", 1.0)
     assert not fleet.unscraped("s0", "x") and fleet.view("s0").reason == "refused"
+    assert server(0, weight=0.0, load_trouble="y").reason == "x; its weight is 0; y"
 
 
 @pytest.mark.parametrize("page, passed, reached, hung", table(
