@@ -2416,8 +2416,9 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
-# longer starts of it.  Servers keep what they have read (vLLM's prefix cache), so a Memory of what
-# each was sent tells how much of a prompt one of them need not read again.  No text is kept.
+# longer starts of it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models
+# that from what each was sent, and tells how much of a prompt need not be read again.  No text is
+# kept.
 
 # A chain has a link up to each of these, in bytes from the prompt's start: fine where prompts part,
 # coarse where they have long been the same; the end is where a prompt costs 0.2 ms to hash.
@@ -2431,38 +2432,38 @@ MEDIA_MARK = b";base64,"
 MEDIA_TOKENS = 1000  # of an image, about, whatever its bytes
 MEDIA_LIMIT = 100  # pieces that are looked for
 MEDIA_FROM_BYTES = 4096  # of content that may hold one
-MEMORY_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
-MEMORY_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
+CACHE_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
+CACHE_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
 LOOK_CLOSELY_BYTES = 2**20  # of content in which it is not clear where the prompt begins
 MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 
 class Prompt(NamedTuple):
-    """What a request wants read before the answer.  `chain` has hashes of ever longer starts of
-    it: of what leads (if `lead`, which are its tokens), then up to each of `ends`, as far as they
-    reach; equal hashes, equal starts.  They are this process's own (PYTHONHASHSEED); `opening` is
-    one of the beginning that anybody can make."""
+    """What a request wants read before the answer.  `prefix_hashes` has hashes of ever longer
+    starts of it: of the leading members (if there are `leading_tokens` of them), then up to each
+    of `hash_ends`, as far as they reach; equal hashes, equal starts.  They are this process's own
+    (PYTHONHASHSEED); `first_hash` is one of the beginning that anybody can make."""
 
     tokens: int = 0  # about; 0 is unknown
-    chain: tuple[int, ...] = ()
-    ends: Sequence[int] = LINK_ENDS
-    per_token: float = BYTES_PER_TOKEN  # the unit of `ends`
-    lead: int = 0
-    opening: bytes = b""
+    prefix_hashes: tuple[int, ...] = ()
+    hash_ends: Sequence[int] = LINK_ENDS
+    per_token: float = BYTES_PER_TOKEN  # how many units of `hash_ends` one token has
+    leading_tokens: int = 0
+    first_hash: bytes = b""
 
     def tokens_in(self, links: int) -> int:
         """How many tokens of the prompt so many links cover."""
         if not links:
             return 0
-        at = links - (self.lead > 0)
-        reach = self.lead + (int(self.ends[at - 1] / self.per_token) if at else 0)
+        at = links - (self.leading_tokens > 0)
+        reach = self.leading_tokens + (int(self.hash_ends[at - 1] / self.per_token) if at else 0)
         return min(self.tokens, reach)
 
     def totals(self) -> list[int]:
         """The same for 1 link, 2 links, and so on to all."""
-        tokens, lead, per_token = self.tokens, self.lead, self.per_token
+        tokens, lead, per_token = self.tokens, self.leading_tokens, self.per_token
         leading = [min(tokens, lead)] if lead else []
-        ends = self.ends[: len(self.chain) - len(leading)]
+        ends = self.hash_ends[: len(self.prefix_hashes) - len(leading)]
         return leading + [min(tokens, lead + int(end / per_token)) for end in ends]
 
 
@@ -2548,12 +2549,12 @@ def prompt_tokens(raw: bytes, size: int) -> int:
     return max(0, size - skipped) // BYTES_PER_TOKEN + media * MEDIA_TOKENS
 
 
-class Memory:
+class PrefixCache:
     """What a server has probably in its prefix cache: the links of what it was sent, as many as
     fit into its KV cache, the oldest forgotten first.
 
-    A link's predecessors are always younger than it is, so what is remembered of a chain is a
-    start of it, and its length is found by bisection.
+    A link's predecessors are always younger than it is, so what is cached of a chain is a start
+    of it, and its length is found by bisection.
     """
 
     __slots__ = ("_links", "_tokens", "_unsure", "limit_tokens")
@@ -2563,10 +2564,10 @@ class Memory:
         self._tokens = 0
         # Links that one unanswered request alone has brought, each with what that one brought.
         self._unsure = dict[int, tuple[int, ...]]()
-        self.limit_tokens = MEMORY_TOKENS
+        self.limit_tokens = CACHE_TOKENS
 
-    def known(self, chain: Sequence[int]) -> int:
-        """How many of a chain's links are remembered."""
+    def cached_links(self, chain: Sequence[int]) -> int:
+        """How many of a chain's links are cached."""
         links = self._links
         if not chain or chain[0] not in links:
             return 0
@@ -2579,11 +2580,11 @@ class Memory:
                 high = middle - 1
         return low
 
-    def learn(self, prompt: Prompt) -> tuple[int, ...]:
-        """A server is to read this prompt.  The links that are new to it; they are `read` later,
-        or not."""
-        links, chain = self._links, prompt.chain
-        known = self.known(chain)
+    def sent(self, prompt: Prompt) -> tuple[int, ...]:
+        """The server is sent this prompt.  Returns the links that are new to it, which are to be
+        confirmed when the prompt is read, or withdrawn."""
+        links, chain = self._links, prompt.prefix_hashes
+        known = self.cached_links(chain)
         for link in chain if self._unsure else ():
             self._unsure.pop(link, None)
         if fresh := chain[known:]:
@@ -2595,19 +2596,24 @@ class Memory:
             self._unsure.update(dict.fromkeys(fresh, fresh))
         for link in reversed(chain[:known]):
             links.move_to_end(link)
-        while links and (self._tokens > self.limit_tokens or len(links) > MEMORY_LINKS):
+        while links and (self._tokens > self.limit_tokens or len(links) > CACHE_LINKS):
             link, tokens = links.popitem(last=False)
             self._tokens -= tokens
             self._unsure.pop(link, None)
         return fresh
 
-    def read(self, fresh: tuple[int, ...], really: bool) -> None:
-        """What `learn` gave has been read; or not: what nobody else has brought is forgotten."""
-        for link in fresh:
-            if self._unsure.get(link) is fresh:
-                del self._unsure[link]
-                if not really:
-                    self._tokens -= self._links.pop(link, 0)
+    def confirm(self, fresh: tuple[int, ...]) -> list[int]:
+        """These links, as `sent` returned them, were read.  Returns those that no other request
+        had brought meanwhile."""
+        own = [link for link in fresh if self._unsure.get(link) is fresh]
+        for link in own:
+            del self._unsure[link]
+        return own
+
+    def withdraw(self, fresh: tuple[int, ...]) -> None:
+        """They were perhaps not read: what no other request has brought is forgotten."""
+        for link in self.confirm(fresh):
+            self._tokens -= self._links.pop(link, 0)
 
     def forget(self) -> None:
         self._links.clear()
@@ -3818,7 +3824,7 @@ class Health(NamedTuple):
     reached: bool = False  # it is out, but the last check had an answer, or an open connection
 
     @property
-    def answers(self) -> bool:
+    def may_be_last_resort(self) -> bool:
         """Whether it can be asked where there is no other: only its circuit keeps it out, or
         checks that hang, are slow or answer an error."""
         if self.state is State.UNHEALTHY and not self.frozen:
@@ -3831,7 +3837,7 @@ class Health(NamedTuple):
         return "open" if now < self.open_until else "half-open"
 
     @property
-    def hears_success(self) -> bool:
+    def success_matters(self) -> bool:
         """Whether a request that goes well may change anything."""
         return bool(self.request_failures) or self.open_until is not None
 
@@ -4027,7 +4033,7 @@ class ServerView(NamedTuple):
     drained: bool = False  # by hand: it stays, and is not asked
     speed: float = 0.0  # prompt tokens it reads per second, as learned; 0 is unknown
     speed_at: float = -INFINITY  # when that was seen last
-    pace_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
+    tpot_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
     learned: float = START_CAPACITY  # what its pace says of its capacity
     trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
     busy_until: float = -INFINITY  # it said 429, or a 503 that means the same
@@ -4035,7 +4041,7 @@ class ServerView(NamedTuple):
     load: EngineLoad = EngineLoad()  # what it said of itself,
     load_at: float = -INFINITY  # when,
     load_trouble: str = ""  # why it says nothing of it any more,
-    own_then: int = 0  # and how many of the requests it counted were ours
+    ours_at_scrape: int = 0  # and how many of the requests it counted were ours
     models: Models | None = None  # None: it has not said yet
     models_at: float = -INFINITY
     # What changes with each request stands last, for `counting`.
@@ -4084,7 +4090,7 @@ class ServerView(NamedTuple):
     @property
     def available(self) -> bool:
         """Whether it can be asked, if need be."""
-        return self.health.answers and self.open and not self.load.asleep
+        return self.health.may_be_last_resort and self.open and not self.load.asleep
 
     @property
     def by_name(self) -> ServerView:
@@ -4107,7 +4113,7 @@ class ServerView(NamedTuple):
             return False
         if not self.reports(now, interval_s):
             return load >= BLIND_RATIO * limit
-        sent_since = self.in_flight - self.own_then
+        sent_since = self.in_flight - self.ours_at_scrape
         return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * limit
 
     def has_room(self, now: float) -> bool:
@@ -4116,7 +4122,7 @@ class ServerView(NamedTuple):
             return False
         return not self.configured or self.in_flight < self.limit
 
-    def ramp(self, now: float, slow_start_s: float) -> float:
+    def slow_start_share(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
         age_s = max(0.0, now - self.health.since)
         return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * age_s / slow_start_s
@@ -4125,7 +4131,7 @@ class ServerView(NamedTuple):
         """Requests it has that are not ours, fading once the report is older than the time
         between reports: exact counts stay, hearsay does not."""
         load = self.load
-        reported = (load.running or 0) + (load.waiting or 0) - self.own_then
+        reported = (load.running or 0) + (load.waiting or 0) - self.ours_at_scrape
         if reported <= 0:
             return 0.0
         late = now - self.load_at - interval_s
@@ -4164,7 +4170,7 @@ class ServerView(NamedTuple):
 
 def disagreement(view: ServerView) -> str:
     """That a server's pace says another capacity than its settings, or ''."""
-    if not (view.configured and view.pace_s):
+    if not (view.configured and view.tpot_s):
         return ""
     ratio = view.learned / view.configured
     known = 0.5 <= ratio <= 2.0
@@ -4196,7 +4202,7 @@ def moves(view: ServerView, streams_at: float, within_s: float, now: float, s: S
     return max(view.progress_at, streams_at) > since
 
 
-def standstill(view: ServerView, work: Work, now: float, s: Settings) -> str:
+def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
     """Why its engine seems frozen, or ''.  A server with requests must read prompts or generate
     tokens, and count them; reading a long prompt takes time without a sign of progress."""
     since = work.since
@@ -4244,7 +4250,7 @@ class Lease:
             return
         if view.health.open_until is not None:
             self._trial = view.health.circuit(now) == "half-open"
-        self._cached, self._fresh = fleet.remembers(url, prompt)
+        self._cached, self._fresh = fleet.record_prompt(url, prompt)
         self.pending = prompt.tokens - int(self._cached * view.trust)
         if not view.load.queued:  # else the time to the first byte says nothing of its speed
             self._ahead = view.pending + self.pending
@@ -4279,12 +4285,12 @@ PACE_MEMORY_S = 15.0
 CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median pace
 CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
 CAPACITY_LIMITS = 1.0, 4096.0
-HITS_DOUBT_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
+HIT_PRIOR_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
 HITS_FADE = 0.9  # by report
 HITS_SLACK = 1.3  # our count of tokens is an estimate, and so is their fate
 
 
-class Expected:
+class HitRate:
     """Cached tokens that requests should find at a server, against what it says they found."""
 
     __slots__ = ("since", "sum", "found")
@@ -4298,7 +4304,7 @@ class Expected:
         self.sum = self.sum * HITS_FADE + self.since
         self.found = self.found * HITS_FADE + hits
         self.since = 0
-        share = (self.found + HITS_DOUBT_TOKENS) / (self.sum + HITS_DOUBT_TOKENS)
+        share = (self.found + HIT_PRIOR_TOKENS) / (self.sum + HIT_PRIOR_TOKENS)
         return min(1.0, HITS_SLACK * share)
 
 
@@ -4307,8 +4313,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._views: dict[str, ServerView] = {}
-        self._memories: dict[str, Memory] = {}
-        self._expected: dict[str, Expected] = {}
+        self._memories: dict[str, PrefixCache] = {}
+        self._expected: dict[str, HitRate] = {}
         self._has_engines = False  # some servers are several, or were
         self.changes = 0  # of anything that may keep requests from a server, but for counts
         self._steady: dict[str | None, float] = {}  # by model, as long as nothing changes:
@@ -4322,7 +4328,7 @@ class Fleet:
             self.catch_up(now)
         return list(self._views.values())
 
-    def has_place(self, now: float, interval_s: float) -> bool:
+    def has_room(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
         return any(v.available and not v.full(now, interval_s)
                    for v in self._views.values())  # fmt: skip
@@ -4394,8 +4400,8 @@ class Fleet:
             if view.in_flight:
                 self._views[view.url] = view._replace(draining=True)
         self._has_engines = any(view.rank for view in self._views.values())
-        self._memories = {url: self._memories.get(url) or Memory() for url in self._views}
-        self._expected = {url: self._expected.get(url) or Expected() for url in self._views}
+        self._memories = {url: self._memories.get(url) or PrefixCache() for url in self._views}
+        self._expected = {url: self._expected.get(url) or HitRate() for url in self._views}
         return added, [view.url for view in leaving if not view.draining]
 
     def in_flight(self, url: str) -> int:
@@ -4404,11 +4410,11 @@ class Fleet:
 
     def cached(self, prompt: Prompt) -> list[int]:
         """How many of a prompt's tokens each server has probably cached, in the order of views."""
-        chain, out = prompt.chain, list[int]()
+        chain, out = prompt.prefix_hashes, list[int]()
         if not chain:
             return [0] * len(self._views)
         for view, memory in zip(self._views.values(), self._memories.values()):
-            known = memory.known(chain)
+            known = memory.cached_links(chain)
             out.append(int(prompt.tokens_in(known) * view.trust) if known else 0)
         return out
 
@@ -4425,16 +4431,17 @@ class Fleet:
         while self._reading and self._reading[0][0] <= now:
             heapq.heappop(self._reading)[2].answered(now, False)
 
-    def remembers(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
+    def record_prompt(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
         """How many of the prompt's tokens it was sent before, and the links that it was not; from
         now on, it was sent all."""
-        fresh = self._memories[url].learn(prompt)
-        return prompt.tokens_in(len(prompt.chain) - len(fresh)), fresh
+        fresh = self._memories[url].sent(prompt)
+        return prompt.tokens_in(len(prompt.prefix_hashes) - len(fresh)), fresh
 
     def read(self, url: str, links: tuple[int, ...], really: bool) -> None:
         """A request that brought these links was answered, or not."""
         if links and url in self._memories:
-            self._memories[url].read(links, really)
+            memory = self._memories[url]
+            (memory.confirm if really else memory.withdraw)(links)
 
     def count(self, url: str, requests: int, trials: int = 0, tokens: int = 0) -> None:
         """So many more are with a server.  A draining one leaves with its last request."""
@@ -4486,7 +4493,7 @@ class Fleet:
         views = self.engines(url)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
-    def learned(self, url: str, models: Models, now: float) -> None:
+    def models_listed(self, url: str, models: Models, now: float) -> None:
         self.changes += 1
         for view in self.engines(url):
             self._views[view.url] = view._replace(models=models, models_at=now)
@@ -4501,15 +4508,15 @@ class Fleet:
         known = view.load
         self.changes += load.adapters != known.adapters or load.asleep != known.asleep
         memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
-        memory.limit_tokens = load.kv_tokens or MEMORY_TOKENS
+        memory.limit_tokens = load.kv_tokens or CACHE_TOKENS
         began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
         moved = load.tokens != before.tokens and None not in (load.tokens, before.tokens)
-        trust, pace_s, learned, speed = view.trust, view.pace_s, view.learned, view.speed
+        trust, pace_s, learned, speed = view.trust, view.tpot_s, view.learned, view.speed
         hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
         if began_anew or load.asleep:
             memory.forget()
         if began_anew or not load.caches:
-            trust, self._expected[url] = float(load.caches), Expected()
+            trust, self._expected[url] = float(load.caches), HitRate()
         elif before.prefix_hits is None:
             self._expected[url].since = 0
         elif self._expected[url].since:
@@ -4522,8 +4529,9 @@ class Fleet:
             if speed and view.speed_at < view.load_at and (usual := self.usual_speed(view)):
                 speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
         self._views[url] = view._replace(
-            load=load, load_at=now, load_trouble="", own_then=own_then, trust=trust, pace_s=pace_s,
-            learned=learned, speed=speed, progress_at=now if moved else view.progress_at,
+            load=load, load_at=now, load_trouble="", ours_at_scrape=own_then, trust=trust,
+            tpot_s=pace_s, learned=learned, speed=speed,
+            progress_at=now if moved else view.progress_at,
         )  # fmt: skip
         return hits if before.prefix_hits is not None else 0
 
@@ -4544,12 +4552,12 @@ class Fleet:
             most = min(running, 2 * most) if running > most else max(running, CAPACITY_FALL * most)
         elif most < running:
             most = min(running, max(most, START_CAPACITY))
-        elif view.pace_s and running >= most / 2:
-            paces = sorted(other.pace_s for other in self._views.values()
-                           if other.pace_s and other.healthy and other.shares_models(view))
+        elif view.tpot_s and running >= most / 2:
+            paces = sorted(other.tpot_s for other in self._views.values()
+                           if other.tpot_s and other.healthy and other.shares_models(view))
             if len(paces) > 1:
                 median = (paces[len(paces) // 2] + paces[(len(paces) - 1) // 2]) / 2
-                deviation = min(1.0, max(-1.0, median / view.pace_s - 1))
+                deviation = min(1.0, max(-1.0, median / view.tpot_s - 1))
                 most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
         return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
 
@@ -4578,13 +4586,13 @@ def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
     """The seconds between two tokens of one answer, by one more report: so many requests ran for
     so long, and so many tokens were generated."""
     if load.generation_tokens is None or view.load.generation_tokens is None:
-        return view.pace_s
+        return view.tpot_s
     made = load.generation_tokens - view.load.generation_tokens
     running = ((load.running or 0) + (view.load.running or 0)) / 2
     if made <= 0 or running < 1:
-        return view.pace_s
+        return view.tpot_s
     found = elapsed_s * running / made
-    pace_s = view.pace_s or found
+    pace_s = view.tpot_s or found
     weight = 1 - math.exp(-elapsed_s / PACE_MEMORY_S)
     return pace_s + weight * (min(found, SPEED_CLAMP * pace_s) - pace_s)
 
@@ -4593,7 +4601,7 @@ def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
 #  16  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What a server is worth for a call.  A policy sees a Scene: the servers that may be asked, in the
+# What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in the
 # fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest is
 # asked, and one is drawn among equals; nobody is asked anything for it.
 #
@@ -4613,12 +4621,12 @@ class Moment(NamedTuple):
 def load_of(view: ServerView, moment: Moment) -> float:
     """Requests with a server, ours exactly and those of others as far as they are known."""
     load = view.load
-    if (load.running or 0) + (load.waiting or 0) <= view.own_then:
+    if (load.running or 0) + (load.waiting or 0) <= view.ours_at_scrape:
         return view.in_flight
     return view.in_flight + view.foreign(moment.now, moment.interval_s)
 
 
-def crowding_of(view: ServerView, moment: Moment) -> float:
+def utilization(view: ServerView, moment: Moment) -> float:
     """How full it would be with one more."""
     crowding = (load_of(view, moment) + 1) / view.size
     since = view.health.since
@@ -4626,10 +4634,10 @@ def crowding_of(view: ServerView, moment: Moment) -> float:
         return crowding
     if since - moment.steady_since < moment.slow_start_s:
         return crowding  # they have come together: nobody is there to spare it work
-    return crowding / view.ramp(moment.now, moment.slow_start_s)
+    return crowding / view.slow_start_share(moment.now, moment.slow_start_s)
 
 
-class Scene(NamedTuple):
+class Eligible(NamedTuple):
     """What a policy judges."""
 
     views: Sequence[ServerView]
@@ -4642,7 +4650,7 @@ class Scene(NamedTuple):
         return [load_of(view, self.moment) for view in self.views]
 
     def crowding(self) -> list[float]:
-        return [crowding_of(view, self.moment) for view in self.views]
+        return [utilization(view, self.moment) for view in self.views]
 
     def uncached(self) -> list[int]:
         """Tokens of the prompt that each would have to read."""
@@ -4659,11 +4667,11 @@ class Policy:
     def __init__(self, s: Settings) -> None:
         self.settings = s
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         """A cost for each server of the scene; once for each attempt."""
         raise NotImplementedError
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         """The numbers behind the costs, in words.  For people, after `costs` of the same scene."""
         return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1)"
                 f" / {v.capacity:.4g}{weighed(v)}"
@@ -4705,7 +4713,7 @@ KV_LIMIT = 1.05  # so that full is not infinitely bad
 FULLNESS_KEPT_S = 0.1  # in which time alone changes it little
 
 
-def room_of(view: ServerView, moment: Moment) -> float:
+def kv_free_ratio(view: ServerView, moment: Moment) -> float:
     """What is left of its KV cache, as far as that is known."""
     used = view.load.kv_usage_ratio
     if not used or view.load_at < oldest_report(moment.now, moment.interval_s):
@@ -4713,11 +4721,11 @@ def room_of(view: ServerView, moment: Moment) -> float:
     return 1.0 - (used if used < 1 else 1.0) / KV_LIMIT
 
 
-def fullness_of(view: ServerView, moment: Moment) -> float:
+def cost_factor(view: ServerView, moment: Moment) -> float:
     """What all work there takes the longer for."""
-    crowding = crowding_of(view, moment)
+    crowding = utilization(view, moment)
     slowed = crowding if crowding <= 1 else crowding ** (1 + OVERFULL_POWER)
-    return slowed / room_of(view, moment)
+    return slowed / kv_free_ratio(view, moment)
 
 
 @policy("unified")
@@ -4731,28 +4739,28 @@ class Unified(Policy):
         self._kept: Sequence[tuple[ServerView | None, float]] = []
         self._kept_at = -INFINITY
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         views, tokens = scene.views, scene.call.prompt.tokens
         speeds, full = relative_speeds(views), self.fullness(scene)
         return [((view.pending + tokens - cached) / speed + ANSWER_TOKENS) * fuller
                 for view, cached, speed, fuller in zip(views, scene.cached, speeds, full)]
 
-    def fullness(self, scene: Scene) -> list[float]:
+    def fullness(self, scene: Eligible) -> list[float]:
         """From one call to the next all views but one or two stay the same, and the time hardly
         tells: that spares a quarter of a choice among fifty, or more."""
         views, moment, kept = scene.views, scene.moment, self._kept
         if len(kept) != len(views) or not 0 <= moment.now - self._kept_at < FULLNESS_KEPT_S:
             kept, self._kept_at = [(None, 0.0)] * len(views), moment.now
-        full = [known if view is seen else fullness_of(view, moment)
+        full = [known if view is seen else cost_factor(view, moment)
                 for view, (seen, known) in zip(views, kept)]  # fmt: skip
         self._kept = list(zip(views, full))
         return full
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         tokens, moment = scene.call.prompt.tokens, scene.moment
         speeds = relative_speeds(scene.views)
-        return [unified_terms(view.pending, tokens - cached, speed, crowding_of(view, moment),
-                              room_of(view, moment))
+        return [unified_terms(view.pending, tokens - cached, speed, utilization(view, moment),
+                              kv_free_ratio(view, moment))
                 for view, cached, speed in zip(scene.views, scene.cached, speeds)]  # fmt: skip
 
 
@@ -4790,7 +4798,7 @@ class Least(Policy):
     """How full it will be with this request.  Own requests count exactly and at once, so a burst
     between two reports spreads; those of others as reported."""
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         return scene.crowding()
 
 
@@ -4805,14 +4813,14 @@ class RoundRobin(Policy):
         self.turns: dict[str, float] = {}
         self.now = 0.0  # the turn that was taken last; who comes new, or again, begins here
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         # In their order within a round: a millionth part of a turn apart.
         return [self.turn(view) + n * 1e-6 for n, view in enumerate(scene.views)]
 
     def turn(self, view: ServerView) -> float:
         return max(self.turns.setdefault(view.url, self.now + 1 / view.weight), self.now)
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"its turn, weight {view.weight:g}" for view in scene.views]
 
     def chosen(self, view: ServerView) -> None:
@@ -4826,10 +4834,10 @@ class Drawn(Policy):
 
     tie = 1.0
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         return [scene.draw.expovariate(view.weight) for view in scene.views]
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"drawn, weight {view.weight:g}" for view in scene.views]
 
 
@@ -4837,7 +4845,7 @@ class Drawn(Policy):
 class PowerOfTwo(Policy):
     """Of two drawn by chance the less crowded."""
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         drawn = scene.draw.sample(range(len(scene.views)), min(2, len(scene.views)))
         return [cost if n in drawn else INFINITY for n, cost in enumerate(scene.crowding())]
 
@@ -4858,7 +4866,7 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
     return out
 
 
-def bounded(costs: list[float], scene: Scene) -> list[float]:
+def bounded(costs: list[float], scene: Eligible) -> list[float]:
     """The same costs, but servers that have more than their share of all requests, by capacity,
     come after all others: no key melts a server.  Under an eighth of its capacity none does."""
     loads = scene.loads()
@@ -4878,13 +4886,13 @@ class Hashed(Policy):
     def tie_for(self, call: Call) -> float:
         return 1.0 if self.key(call) else self.tie
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         if not (key := self.key(scene.call)):
             return scene.crowding()
         digest = hashlib.blake2b(key, digest_size=32).digest()
         return bounded(hashed(digest, scene.views), scene)
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         words = super().terms(scene)
         return [f"hashed; {line}" for line in words] if self.key(scene.call) else words
 
@@ -4903,7 +4911,7 @@ class Prefix(Hashed):
 
     def key(self, call: Call) -> bytes:
         model = (call.model or "").encode("utf-8", "surrogatepass")
-        return model + call.prompt.opening if call.prompt.opening else b""
+        return model + call.prompt.first_hash if call.prompt.first_hash else b""
 
 
 @policy("cache_aware")
@@ -4914,7 +4922,7 @@ class CacheAware(Policy):
     equals are drawn, not taken in their order; chats are seen, and nobody is asked to render
     them."""
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         s, loads = self.settings, self.shares(scene)
         low, high = min(loads), max(loads)
         most = min(s.balance_abs_threshold, scene.views[loads.index(high)].capacity)
@@ -4924,11 +4932,11 @@ class CacheAware(Policy):
             return loads
         return [load if cached == known else INFINITY for load, cached in zip(loads, scene.cached)]
 
-    def shares(self, scene: Scene) -> list[float]:
+    def shares(self, scene: Eligible) -> list[float]:
         """Requests with each, by its weight."""
         return [load / view.weight for load, view in zip(scene.loads(), scene.views)]
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"{load:.1f} requests{weighed(view)}, {cached} of {scene.call.prompt.tokens} tokens"
                 " cached" for load, view, cached
                 in zip(scene.loads(), scene.views, scene.cached)]  # fmt: skip
@@ -4938,11 +4946,11 @@ class CacheAware(Policy):
 class LMetric(Policy):
     """Prompt tokens to read × requests in the batch (arXiv 2603.15202); it needs no capacities."""
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         return [(view.pending + uncached + 1) * (load + 1) / view.weight for view, uncached, load
                 in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"({view.pending} + {uncached} + 1) × ({load:.1f} + 1){weighed(view)}"
                 for view, uncached, load
                 in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
@@ -4954,13 +4962,13 @@ class Mvllm(Policy):
 
     weighs, tie = False, 1.0  # bit for bit what it was
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         return [0.0 if score < 0.5 else score for score in map(self.score, scene.views)]
 
     def score(self, view: ServerView) -> float:
         return ((view.load.running or 0) + 0.5 * (view.load.waiting or 0)) / view.capacity
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"{v.load.running or 0} running, {v.load.waiting or 0} waiting, capacity"
                 f" {v.capacity:.4g}: {self.score(v):.3f}" for v in scene.views]  # fmt: skip
 
@@ -4969,7 +4977,7 @@ class Mvllm(Policy):
 class VllmRouter(Mvllm):
     """As mvllm's predecessor: the lowest, a running request counting three times."""
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         return [self.score(view) for view in scene.views]
 
     def score(self, view: ServerView) -> float:
@@ -4985,14 +4993,14 @@ class Expression(Policy):
         super().__init__(s)
         self.used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", s.score)]
 
-    def costs(self, scene: Scene) -> list[float]:
+    def costs(self, scene: Eligible) -> list[float]:
         costs = map(compiled(self.settings.score), self.values(scene))
         if "weight" in self.used or "capacity" in self.used:
             return list(costs)
         return [cost / view.weight if cost > 0 else cost * view.weight
                 for cost, view in zip(costs, scene.views)]  # fmt: skip
 
-    def values(self, scene: Scene) -> list[dict[str, float]]:
+    def values(self, scene: Eligible) -> list[dict[str, float]]:
         """What each of SCORE_NAMES is."""
         speeds, loads = relative_speeds(scene.views), scene.loads()
         raw = "weight" in self.used
@@ -5004,7 +5012,7 @@ class Expression(Policy):
             for v, cached, speed, load in zip(scene.views, scene.cached, speeds, loads)
         ]  # fmt: skip
 
-    def terms(self, scene: Scene) -> list[str]:
+    def terms(self, scene: Eligible) -> list[str]:
         return [f"{self.settings.score} with "
                 + ", ".join(f"{name} {values[name]:.4g}" for name in self.used)
                 for values in self.values(scene)]  # fmt: skip
@@ -5049,7 +5057,7 @@ class Ranking(NamedTuple):
         if not self.moment.enforced:
             return False
         anyhow = self.moment._replace(enforced=False)
-        return self.behind or not all(passed_over(self.views, self.call.model, self.tried, anyhow))
+        return self.behind or not all(exclusions(self.views, self.call.model, self.tried, anyhow))
 
     @property
     def has_room(self) -> bool:
@@ -5077,8 +5085,8 @@ class Ranking(NamedTuple):
         return model is not None and not any(model in (v.models or ()) for v in self.views)
 
     @property
-    def scene(self) -> Scene:
-        return scene_of(self.views, self.cached, self.reasons, self.call, self.moment,
+    def scene(self) -> Eligible:
+        return eligible_of(self.views, self.cached, self.reasons, self.call, self.moment,
                         random.Random(0))  # fmt: skip
 
     def candidates(self) -> list[Candidate]:
@@ -5134,22 +5142,23 @@ def unknown_model(model: str, known: Iterable[str]) -> str:
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
-def passed_over(
+def exclusions(
     views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
 ) -> list[str]:
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits or
     troubled checks keep the last ones out, they are asked after all."""
     trials = {view.server for view in views if view.on_trial}
-    reasons = [obstacle(view, model, tried, moment, trials) for view in views]
-    if all(reasons) and any(view.health.answers and not view.healthy for view in views):
+    reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
+    if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
-        if all(obstacle(view, model, frozenset(), ever, trials) for view in views):
+        if all(exclusion_reason(view, model, frozenset(), ever, trials) for view in views):
             # Of a model that nobody has told of nothing is guessed.
             guess = model is None or not any(view.models for view in views)
             guess = guess or any(model in (view.models or ()) for view in views)
-            return [obstacle(view, model, tried, moment, trials, guess or view.models is not None)
-                    and reason for view, reason in zip(views, reasons)]  # fmt: skip
+            needed = [guess or view.models is not None for view in views]
+            return [exclusion_reason(view, model, tried, moment, trials, last) and reason
+                    for view, reason, last in zip(views, reasons, needed)]  # fmt: skip
     if model is not None and any(view.models is None for view in views):
         if any(view.models and not reason for view, reason in zip(views, reasons)):
             return [reason or ("has not told its models" if view.models is None else "")
@@ -5157,7 +5166,7 @@ def passed_over(
     return reasons
 
 
-def obstacle(
+def exclusion_reason(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
 ) -> str:  # fmt: skip
@@ -5170,7 +5179,7 @@ def obstacle(
                 else "has weight 0")  # fmt: skip
     if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
-        if not (health.answers and (needed or trial and not health.failures)):
+        if not (health.may_be_last_resort and (needed or trial and not health.failures)):
             return f"is {health.state.value} ({health.reason})"
     if not view.has(model):
         return f"does not serve {shown(model)}"
@@ -5183,7 +5192,7 @@ def obstacle(
     return "was tried already" if tried and view.server in tried else ""
 
 
-def narrowed(
+def apply_preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> None:
     """Passes over who is eligible, but not now: servers that the prompt may not fit, while it fits
@@ -5192,7 +5201,7 @@ def narrowed(
 
     now, tokens = moment.now, call.prompt.tokens
     fit = tokens * ESTIMATE_ROOM > shortest_context(views, call.model)
-    if not fit and not any(chosen_by_turns(view, now) for view in views):
+    if not fit and not any(depends_on_the_moment(view, now) for view in views):
         return
 
     def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
@@ -5230,7 +5239,7 @@ def narrowed(
                 break
 
 
-def chosen_by_turns(view: ServerView, now: float) -> bool:
+def depends_on_the_moment(view: ServerView, now: float) -> bool:
     """Whether it depends on the moment, or on chance, if it is passed over for others."""
     return bool(view.pool or view.tier > 1 or view.load.adapters or view.busy_until > now)
 
@@ -5240,13 +5249,15 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
     return min((view.context(model) for view in views if view.has(model)), default=INFINITY)
 
 
-def standing(views: list[ServerView], model: str | None, moment: Moment) -> list[str] | None:
+def lasting_exclusions(
+    views: list[ServerView], model: str | None, moment: Moment
+) -> list[str] | None:
     """The reasons to pass over servers for a call that nobody has tried yet, if these stay the
     same until one of the servers changes in more than its counts; None if not."""
     for view in views:
-        if view.health.open_until is not None or chosen_by_turns(view, moment.now):
+        if view.health.open_until is not None or depends_on_the_moment(view, moment.now):
             return None
-    return passed_over(views, model, frozenset(), moment)
+    return exclusions(views, model, frozenset(), moment)
 
 
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
@@ -5263,26 +5274,27 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
     return pool
 
 
-def scene_of(
+def eligible_of(
     views: Sequence[ServerView], cached: Sequence[int], reasons: Sequence[str], call: Call,
     moment: Moment, draw: random.Random,
-) -> Scene:  # fmt: skip
+) -> Eligible:  # fmt: skip
     """What is left to choose from."""
     if not any(reasons):
-        return Scene(views, cached, call, moment, draw)
+        return Eligible(views, cached, call, moment, draw)
     left = [n for n, reason in enumerate(reasons) if not reason]
-    return Scene([views[n] for n in left], [cached[n] for n in left], call, moment, draw)
+    return Eligible([views[n] for n in left], [cached[n] for n in left], call, moment, draw)
 
 
 def rank(
     views: list[ServerView], cached: list[int], call: Call, tried: frozenset[str], by: Policy,
     moment: Moment, draw: random.Random, reasons: list[str] | None = None,
 ) -> Ranking:  # fmt: skip
-    """The best server for a call; once for each attempt.  `reasons` is what `standing` gave."""
+    """The best server for a call; once for each attempt.  `reasons` are those of
+    `lasting_exclusions`."""
     if reasons is None:
-        reasons = passed_over(views, call.model, tried, moment)
-        narrowed(views, reasons, call, moment, draw)
-    scene = scene_of(views, cached, reasons, call, moment, draw)
+        reasons = exclusions(views, call.model, tried, moment)
+        apply_preferences(views, reasons, call, moment, draw)
+    scene = eligible_of(views, cached, reasons, call, moment, draw)
     if not scene.views:
         return Ranking(None, views, cached, call, tried, by, moment, reasons, [])
     costs = by.costs(scene)
@@ -5822,7 +5834,7 @@ def models_report(
     `via` is the field of who asks."""
     models: dict[str, Mapping[str, Any]] = {}
     for view in views:
-        if view.health.answers and view.open:
+        if view.health.may_be_last_resort and view.open:
             for name, entry in (view.models or {}).items():
                 if name not in models and (told := told_to(via, entry, own_name)) is not None:
                     models[name] = told
@@ -5987,10 +5999,10 @@ def shape_line(
 ) -> str:  # fmt: skip
     """One request for `replay`: no text of it, and hashes that are seeded in each process
     (unless PYTHONHASHSEED says otherwise).  Of the prompt's links some are enough."""
-    chain, prompt = call.prompt.chain, call.prompt
-    kept, covered, leads = list[int](), 0, prompt.lead > 0
+    chain, prompt = call.prompt.prefix_hashes, call.prompt
+    kept, covered, leads = list[int](), 0, prompt.leading_tokens > 0
     for n in range(len(chain)):
-        upto = prompt.ends[n - leads] if n >= leads else 0
+        upto = prompt.hash_ends[n - leads] if n >= leads else 0
         if upto % shape_step(upto) == 0 and prompt.tokens_in(n + 1) > covered:
             kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
@@ -7661,8 +7673,8 @@ class Arrival(NamedTuple):
     at_s: float  # since the first
     prompt_tokens: int
     output_tokens: int
-    chain: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
-    ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
+    prefix_hashes: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
+    hash_ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
     model: str | None = None
     session: str = ""
 
@@ -8100,7 +8112,7 @@ class Engine:
         """Let the first one waiting run if there is room for all its prompt, as vLLM does by
         default (scheduler_reserve_full_isl); how much of it is computed in this step."""
         links, found, sizes = list[Link](), 0, self.cache.sizes
-        for link in job.arrival.chain:
+        for link in job.arrival.prefix_hashes:
             if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
                 break
             links.append(link)
@@ -8132,7 +8144,7 @@ class Engine:
 
     def _name_links(self, job: Job) -> None:
         """What was computed of a prompt can be found from now on."""
-        chain, ends = job.arrival.chain, job.arrival.ends
+        chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
         while job.passed < len(chain) and ends[job.passed] <= job.done:
             link, size = chain[job.passed], ends[job.passed] - job.reach
             if link not in self.cache.sizes and size > 0:
@@ -8212,9 +8224,10 @@ class PolicyRouter:
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
         s = self.settings
-        opening = repr(arrival.chain[:1]).encode() if arrival.chain else b""
+        opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
-            arrival.prompt_tokens, arrival.chain, arrival.ends, per_token=1, opening=opening)
+            arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
+            first_hash=opening)
         call = Call(arrival.model, True, prompt, arrival.session)
         by = self.policies.get(arrival.model)
         if by is None:
@@ -10490,7 +10503,7 @@ class Core:
             self._standings_of = self.fleet.changes
         if call.model not in known:
             views = self.fleet.views()
-            known[call.model] = (standing(views, call.model, moment),
+            known[call.model] = (lasting_exclusions(views, call.model, moment),
                                  shortest_context(views, call.model))  # fmt: skip
         reasons, context = known[call.model]
         return reasons if call.prompt.tokens * ESTIMATE_ROOM <= context else None
@@ -10549,10 +10562,10 @@ class Core:
         pumps = (attempt.pump for attempt in self.attempts.get(url, ()))
         return max((pump.moved_at for pump in pumps if pump is not None), default=-INFINITY)
 
-    def has_place(self) -> bool:
+    def has_room(self) -> bool:
         """Whether any server could take a request more."""
         now = asyncio.get_running_loop().time()
-        return self.fleet.has_place(now, self.settings.metrics_interval)
+        return self.fleet.has_room(now, self.settings.metrics_interval)
 
     def decided(self, id: str, ranking: Ranking, attempt: int) -> str:
         """A server is asked, because of this ranking.  What decided, in a word."""
@@ -11125,7 +11138,7 @@ class Exchange:
         waiter = Waiter(began, wants, lambda: self.choose(step.tried), take, turn.set_exception)
         queue.join(waiter)
         self.waiting = True
-        queue.hand_over(core.has_place)  # time may have made one eligible
+        queue.hand_over(core.has_room)  # time may have made one eligible
         try:
             while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
                 await asyncio.wait((turn,), timeout=min(left_s, beat_s))
@@ -11150,7 +11163,7 @@ class Exchange:
         core = self.core
         if core.settings.queue_size or core.queue:
             core.queue.served(self.loop.time())
-            core.queue.hand_over(core.has_place)
+            core.queue.hand_over(core.has_room)
 
     async def settle(self, step: Settle) -> Outcome:
         left_s = self.asked_at + step.seconds - self.loop.time()
@@ -11164,7 +11177,8 @@ class Exchange:
     async def refresh(self, step: Refresh) -> Outcome:
         """Wait for the models of all servers that answer; one look is for all who want one now."""
         fleet, look = self.core.fleet, self.core.look
-        servers = {view.server for view in fleet.views() if view.health.answers and view.open}
+        servers = {view.server for view in fleet.views()
+                   if view.health.may_be_last_resort and view.open}  # fmt: skip
         await self.looked_at([server for server in servers if look(server)], step.model)
         self.model_label = self.label()
         return WELL
@@ -11333,7 +11347,7 @@ class Exchange:
             fault, text, now = outcome.fault, outcome.text, self.loop.time()
             label = fault.label if fault else "ok"
             if fault is None:
-                if (view := core.fleet.view(url)) is not None and view.health.hears_success:
+                if (view := core.fleet.view(url)) is not None and view.health.success_matters:
                     core.judge(url, Health.succeeded, now, self.settings)
                 if core.poison and self.known_by:
                     core.poison.succeeded(self.known_by)
@@ -11582,7 +11596,7 @@ async def watch_health(core: Core, url: str) -> None:
             if core.stalled_at >= begun:  # then its time, and maybe its failure, was ours
                 continue
             if found is not None and found.models is not None:
-                core.fleet.learned(url, found.models, loop.time())
+                core.fleet.models_listed(url, found.models, loop.time())
             if found is not None and (active or found.rejected):
                 note_check(core, url, found, begun)
             if want_models:
@@ -11687,7 +11701,7 @@ async def watch_progress(core: Core, url: str) -> None:
             core.streams_at(view.url),
             sum(a.content_bytes for a in waiting if a.pump is None),
         )  # fmt: skip
-        if why := standstill(view, work, now, s):
+        if why := frozen_reason(view, work, now, s):
             if view.healthy:
                 core.judge(url, Health.stood_still, why, now, s)
             for attempt in waiting:
@@ -11895,7 +11909,7 @@ async def refresh_models(core: Core) -> None:
     checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
     for url, found in zip(urls, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
-            core.fleet.learned(url, found.models, asyncio.get_running_loop().time())
+            core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
 
 
 @local("/v1/models", kind=Kind.MODELS)
@@ -12041,7 +12055,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
     if found is None:
         return Reply(503, error_body(Fault.NO_RESOURCES, "It could not be asked now."))
     if found.models is not None:
-        core.fleet.learned(server, found.models, now)
+        core.fleet.models_listed(server, found.models, now)
     note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
     core.notify()
@@ -12600,7 +12614,7 @@ class Balancer:
         while True:
             due = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
-            self.core.queue.hand_over(self.core.has_place)
+            self.core.queue.hand_over(self.core.has_room)
             if loop.time() >= sampled_at + 1:
                 sampled_at = loop.time()
                 for view in self.core.fleet.views():
@@ -13014,7 +13028,7 @@ class SimulatedServer:
         self.mode = "ok"
         self.url = ""
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
-        self.cache, self.cached_tokens = Memory(), 0
+        self.cache, self.cached_tokens = PrefixCache(), 0
         self.slots = asyncio.Semaphore(kind.capacity)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -13231,8 +13245,8 @@ class Generation:
 
     async def generate(self) -> None:
         kind, server, said = self.server.kind, self.server, list[str]()
-        cached = self.prompt.tokens_in(server.cache.known(self.prompt.chain))
-        server.cache.learn(self.prompt)
+        cached = self.prompt.tokens_in(server.cache.cached_links(self.prompt.prefix_hashes))
+        server.cache.sent(self.prompt)
         server.prompt_tokens += self.prompt_tokens
         server.cached_tokens += cached
         await asyncio.sleep((self.prompt_tokens - cached) / kind.prefill_tokens_per_s)

@@ -2811,7 +2811,7 @@ def fleet_of(*capacities, healthy=True, models=None):
     fleet.apply([lite.ServerSettings(f"s{i}", c) for i, c in enumerate(capacities)], now)
     for view in fleet.views() if healthy else ():
         fleet.judge(view.url, lite.Health.checked, True, 0.01, "", now, Settings())
-        fleet.learned(view.url, {name: {"id": name} for name in models or ["m"]}, now)
+        fleet.models_listed(view.url, {name: {"id": name} for name in models or ["m"]}, now)
     return fleet
 
 
@@ -2848,7 +2848,7 @@ def test_news_of_a_server_that_has_left_are_ignored():
     with fleet.lease("s0", 0.0):
         fleet.apply([], 1.0)
     fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
-    fleet.learned("s0", {}, 1.0)
+    fleet.models_listed("s0", {}, 1.0)
     assert fleet.judge("s0", lite.Health.failed, "x", True, 1.0, Settings()) is None and fleet.views() == []
 
 
@@ -2894,7 +2894,7 @@ def test_who_is_asked_as_a_last_resort(script, answers):
             health = health.stood_still("frozen", now, s)
         else:
             health = health.failed("x", letter == "f", now, s)
-    assert health.answers is answers
+    assert health.may_be_last_resort is answers
 
 
 def test_troubled_checks_take_a_server_out_but_not_the_last_ones():
@@ -2977,7 +2977,7 @@ ASLEEP, AWAKE = lite.EngineLoad(asleep=True), lite.EngineLoad()
 def test_a_rejected_key_takes_a_server_out_at_once_and_for_no_last_resort():
     s = Settings()
     health = health_after("+").refused("/v1/models answered 401", 2.0)
-    assert (health.state, health.answers) == (State.UNHEALTHY, False)
+    assert (health.state, health.may_be_last_resort) == (State.UNHEALTHY, False)
     assert health.reason == "its key is rejected: /v1/models answered 401"
     again = health.refused("/v1/models answered 401", 3.0)
     assert (again.since, again.checks) == (2.0, health.checks + 1)
@@ -3019,7 +3019,7 @@ def test_a_sleeping_server_gets_no_requests_and_does_not_count_as_ready_but_is_n
     assert fault is Fault.NO_SERVER and "s0 is asleep; s1 is asleep" in text
     assert lite.readiness_report(fleet.views(), False)[0] == 503
     assert lite.health_report(fleet.views(), s, lite.Clock(1.0, 1.0))["healthy_servers"] == 2
-    assert lite.state_word(fleet.views()[0], 1.0) == "asleep" and not fleet.has_place(1.0, 0.5)
+    assert lite.state_word(fleet.views()[0], 1.0) == "asleep" and not fleet.has_room(1.0, 0.5)
 
 
 def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
@@ -3043,7 +3043,7 @@ def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.in
     for _ in range(failed):
         fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1000.0, Settings())
     work = lite.Work(waiting, since, moved_at, unanswered)
-    return lite.standstill(fleet.views()[0], work, now, Settings(**settings))
+    return lite.frozen_reason(fleet.views()[0], work, now, Settings(**settings))
 
 
 STANDSTILLS = table(
@@ -3196,7 +3196,7 @@ def test_capacity_decides_how_a_burst_is_shared():
 
 def test_every_candidate_has_a_reason_in_words_and_numbers():
     fleet = with_load(fleet_of(4, 4, 4, 4), (1, 0), (2, 2), (0, 0), (0, 0))
-    fleet.learned("s2", {"other": {}}, 0.0)
+    fleet.models_listed("s2", {"other": {}}, 0.0)
     for _ in range(3):
         fleet.judge("s3", lite.Health.checked, False, 0.1, "refused", 0.0, Settings())
     rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
@@ -3230,7 +3230,7 @@ def test_refusals_can_keep_the_servers_names_back():
 def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_to_have_one():
     fleet = fleet_of(1, 1)
     assert ranking_of(fleet, model="x").best is None
-    fleet.learned("s0", None, 0.0)
+    fleet.models_listed("s0", None, 0.0)
     assert ranking_of(fleet, model="x").best == "s0"
     ranking = ranking_of(fleet, model="m")
     assert ranking.best == "s1" and "has not told its models" in {c.reason for c in ranking.candidates()}
@@ -3445,7 +3445,7 @@ def talk(*sizes, seed=0):
 
 
 def common_links(one, other):
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.chain, other.chain)))
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.prefix_hashes, other.prefix_hashes)))
 
 
 def links_within(size):
@@ -3468,7 +3468,7 @@ def test_a_growing_chat_keeps_the_links_that_do_not_cover_its_end(sizes, large):
     for before, after in zip(turns, turns[1:]):
         same = len(os.path.commonprefix([before, after])) - before.index(b"[{")
         one, other = read_prompt_of(before, large), read_prompt_of(after, large)
-        assert common_links(one, other) == links_within(same - 1) >= len(one.chain) - 1  # there is one space before [
+        assert common_links(one, other) == links_within(same - 1) >= len(one.prefix_hashes) - 1  # there is one space before [
 
 
 @pytest.mark.parametrize("sizes", TALKS)
@@ -3492,9 +3492,9 @@ OTHERS = table(
 @pytest.mark.parametrize("members", OTHERS)
 def test_prompts_that_servers_read_differently_have_no_link_in_common(members, large):
     prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
-    assert not set(prompt.chain) & set(other.chain) and len(prompt.chain) > 12
+    assert not set(prompt.prefix_hashes) & set(other.prefix_hashes) and len(prompt.prefix_hashes) > 12
     if "tools" in members:
-        assert not set(prompt_in(large, **{**members, "tools": [{"name": "c"}]}).chain) & set(other.chain)
+        assert not set(prompt_in(large, **{**members, "tools": [{"name": "c"}]}).prefix_hashes) & set(other.prefix_hashes)
 
 
 SAME = table(
@@ -3513,7 +3513,7 @@ SAME = table(
 @pytest.mark.parametrize("members", SAME)
 def test_where_the_messages_stand_does_not_matter(members, large):
     prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
-    assert common_links(prompt, other) >= len(prompt.chain) - 1
+    assert common_links(prompt, other) >= len(prompt.prefix_hashes) - 1
     assert abs(prompt.tokens - other.tokens) < 30
 
 
@@ -3522,7 +3522,7 @@ def test_spaces_and_the_order_of_members_before_the_messages_do_not_matter(large
     messages = json.dumps(LONG).encode()
     forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}', b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
     prompts = [read_prompt_of(form % messages, large) for form in forms]
-    assert len({prompt.chain for prompt in prompts}) == 1 and len(prompts[0].chain) > 12
+    assert len({prompt.prefix_hashes for prompt in prompts}) == 1 and len(prompts[0].prefix_hashes) > 12
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -3565,7 +3565,7 @@ def test_a_long_system_prompt_before_a_short_question_is_known():
 ])
 def test_prompts_of_all_kinds_are_read(members):
     prompt, again, other = prompt_in(**members), prompt_in(**members, user="x"), prompt_in(**{**members, "model": "x"})
-    assert len(prompt.chain) >= 7 and common_links(prompt, again) >= len(prompt.chain) - 1 and not set(prompt.chain) & set(other.chain)
+    assert len(prompt.prefix_hashes) >= 7 and common_links(prompt, again) >= len(prompt.prefix_hashes) - 1 and not set(prompt.prefix_hashes) & set(other.prefix_hashes)
     assert prompt.tokens == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20)
 
 
@@ -3583,8 +3583,8 @@ def test_forms_have_no_prompt_nor_session():
 
 def test_a_chain_begins_with_the_model_that_is_meant():
     body = json.dumps({"model": "alias", "messages": LONG}).encode()
-    chain = call(body, aliases={"alias": "m"})[0].prompt.chain
-    assert chain == call(body.replace(b"alias", b"m"))[0].prompt.chain != call(body)[0].prompt.chain
+    chain = call(body, aliases={"alias": "m"})[0].prompt.prefix_hashes
+    assert chain == call(body.replace(b"alias", b"m"))[0].prompt.prefix_hashes != call(body)[0].prompt.prefix_hashes
 
 
 @pytest.mark.parametrize("count, size", [(1, 5_000), (3, 50_000), (40, 5_000)])
@@ -3598,15 +3598,15 @@ def test_hashing_is_bounded():
     content = b'{"model":"m","messages":[{"role":"user","content":"' + b"a" * 10_000_000 + b'"}]}'
     for large in (False, True):
         prompt = read_prompt_of(content, large)
-        assert len(prompt.chain) == len(lite.LINK_ENDS) < 200 and len(prompt.opening) <= 256
+        assert len(prompt.prefix_hashes) == len(lite.LINK_ENDS) < 200 and len(prompt.first_hash) <= 256
         assert prompt.tokens == pytest.approx(2_500_000, rel=0.01)
-        assert prompt.tokens_in(len(prompt.chain)) == pytest.approx(2**16, rel=0.01)
+        assert prompt.tokens_in(len(prompt.prefix_hashes)) == pytest.approx(2**16, rel=0.01)
 
 
 def test_tokens_of_links_rise_to_those_of_the_prompt():
     for size in (10, 255, 256, 300, 20_000, 300_000):
         prompt = prompt_in(messages=talk(size))
-        counts = [prompt.tokens_in(n) for n in range(len(prompt.chain) + 1)]
+        counts = [prompt.tokens_in(n) for n in range(len(prompt.prefix_hashes) + 1)]
         assert counts == sorted(counts) and counts[0] == 0 and counts[-1] <= prompt.tokens
 
 
@@ -3660,7 +3660,7 @@ def prompt_of_links(chain, tokens_per_link=64):
 
 def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
     """10,000 chats that begin, go on and part, against a memory that walks link by link."""
-    draw, memory, names = random.Random(5), lite.Memory(), itertools.count(1)
+    draw, memory, names = random.Random(5), lite.PrefixCache(), itertools.count(1)
     memory.limit_tokens = 20_000
     chains, naive = [()], OrderedDict()  # naive: link → tokens, the oldest first
 
@@ -3668,7 +3668,7 @@ def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_l
         return sum(1 for _ in itertools.takewhile(naive.__contains__, chain))
 
     def check(chain):
-        assert memory.known(chain) == walked(chain)
+        assert memory.cached_links(chain) == walked(chain)
         assert not any(link in naive for link in chain[walked(chain) :])  # a start of it, and nothing beyond
 
     for n in range(10_000):
@@ -3676,7 +3676,7 @@ def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_l
         chain = (*parent[: draw.randrange(len(parent) + 1)], *(next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
         prompt = prompt_of_links(chain, draw.choice((1, 64, 300)))
         check(chain)
-        memory.learn(prompt)
+        memory.sent(prompt)
         for k in range(walked(chain), len(chain)):
             naive[chain[k]] = prompt.tokens_in(k + 1) - prompt.tokens_in(k)
         for link in reversed(chain):
@@ -3694,33 +3694,33 @@ def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_l
             if n == 7500:
                 memory.forget()
                 naive.clear()
-                assert not any(map(memory.known, chains))
-    assert any(map(memory.known, chains)) and sum(naive.values()) <= 5_000
+                assert not any(map(memory.cached_links, chains))
+    assert any(map(memory.cached_links, chains)) and sum(naive.values()) <= 5_000
 
 
 def test_a_memory_holds_so_many_links_whatever_its_limit():
-    memory = lite.Memory()
+    memory = lite.PrefixCache()
     memory.limit_tokens = 10**12
     chains = [tuple(range(1000 * n, 1000 * n + 160)) for n in range(1, 200)]
     for chain in chains:
-        memory.learn(prompt_of_links(chain))
-    assert lite.MEMORY_LINKS - 160 < sum(map(memory.known, chains)) <= lite.MEMORY_LINKS
-    assert memory.known(chains[-1]) == 160 and memory.known(chains[0]) == 0
+        memory.sent(prompt_of_links(chain))
+    assert lite.CACHE_LINKS - 160 < sum(map(memory.cached_links, chains)) <= lite.CACHE_LINKS
+    assert memory.cached_links(chains[-1]) == 160 and memory.cached_links(chains[0]) == 0
 
 
 def test_a_prompt_larger_than_a_memory_is_remembered_by_its_start():
-    memory = lite.Memory()
+    memory = lite.PrefixCache()
     memory.limit_tokens = 640
-    memory.learn(prompt_of_links(range(1, 101)))
-    assert memory.known(range(1, 101)) == 10
+    memory.sent(prompt_of_links(range(1, 101)))
+    assert memory.cached_links(range(1, 101)) == 10
 
 
 def test_what_is_used_again_is_forgotten_last():
-    memory = lite.Memory()
+    memory = lite.PrefixCache()
     memory.limit_tokens = 64 * 20
     for chain in (range(10), range(20, 30), range(10), range(40, 50)):
-        memory.learn(prompt_of_links(chain))
-    assert [memory.known(range(start, start + 10)) for start in (0, 20, 40)] == [10, 0, 10]
+        memory.sent(prompt_of_links(chain))
+    assert [memory.cached_links(range(start, start + 10)) for start in (0, 20, 40)] == [10, 0, 10]
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -3899,7 +3899,7 @@ def test_leases_add_up_whatever_happens_meanwhile():
             assert view.in_flight == held.pop(view.url, 0)
             assert 0 <= view.on_trial <= sum(one.in_flight for one in fleet.views() if one.server == view.server)
             assert view.pending == sum(lease.pending for url, lease in open_leases if url == view.url) >= 0
-            assert 0 <= view.trust <= 1 and view.speed >= 0 and view.pace_s >= 0 and 1 <= view.learned <= 4096
+            assert 0 <= view.trust <= 1 and view.speed >= 0 and view.tpot_s >= 0 and 1 <= view.learned <= 4096
         assert not held
     for _, lease in open_leases:
         with lease:
@@ -4010,7 +4010,7 @@ def test_the_pace_of_a_server_is_learned_from_its_counters(reports, pace_s):
     fleet = fleet_of(16)
     for at, running, generated in reports:
         reported(fleet, "s0", at, running=running, tokens=generated, generation_tokens=generated)
-    assert fleet.view("s0").pace_s == pytest.approx(pace_s)
+    assert fleet.view("s0").tpot_s == pytest.approx(pace_s)
 
 
 def paced(*paces, capacity=lite.AUTO, models=None):
@@ -4019,7 +4019,7 @@ def paced(*paces, capacity=lite.AUTO, models=None):
     for n, pace_s in enumerate(paces):
         reported(fleet, f"s{n}", 0.0, running=10, generation_tokens=0)
         reported(fleet, f"s{n}", 1.0, running=10, generation_tokens=round(10 / pace_s) if pace_s else 0)
-        fleet.learned(f"s{n}", {(models or "m" * 9)[n]: {}}, 0.0)
+        fleet.models_listed(f"s{n}", {(models or "m" * 9)[n]: {}}, 0.0)
     return fleet
 
 
@@ -4066,7 +4066,7 @@ def test_paces_of_other_models_are_not_compared():
 def test_learned_capacities_are_bounded():
     fleet = paced(0.01, 0.1, 0.1, capacity=4000)
     assert fleet.capacity_after(fleet.view("s0"), lite.EngineLoad(4000, 0), 2.0) == 4096
-    small = server(0, lite.AUTO, learned=1.0, pace_s=0.1)
+    small = server(0, lite.AUTO, learned=1.0, tpot_s=0.1)
     assert fleet.capacity_after(small, lite.EngineLoad(1, 0), 2.0) == fleet.capacity_after(small, lite.EngineLoad(1, 9), 2.0) == 1
     assert fleet.capacity_after(small, lite.EngineLoad(9, 0), 2.0) == 9  # it runs them
     assert fleet.capacity_after(small, lite.EngineLoad(10**6, 1), 2.0) == 2  # one report is no proof
@@ -4092,7 +4092,7 @@ def test_requests_that_wait_for_an_adapter_or_a_grammar_are_no_queue():
     ("nothing was configured", lite.AUTO, 90.0, 0.02, ""),
 ))  # fmt: skip
 def test_a_capacity_that_a_server_does_not_behave_like_is_named(configured, learned, pace_s, said):
-    view = lite.ServerView("s0", configured, lite.Health(State.HEALTHY, "", 0.0), learned=learned, pace_s=pace_s)
+    view = lite.ServerView("s0", configured, lite.Health(State.HEALTHY, "", 0.0), learned=learned, tpot_s=pace_s)
     assert lite.disagreement(view) == said
     assert view.capacity == (configured or learned)
 
@@ -4232,13 +4232,13 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
     ("configured: below", {"configured": 4, "in_flight": 3}, False),
     ("configured: a limit", {"configured": 4, "in_flight": 4}, True),
     ("configured: the load of others is no limit", {"configured": 4, "in_flight": 3, "load": (9, 9)}, False),
-    ("learned: beyond, and it says so", {"learned": 8.0, "in_flight": 10, "load": (8, 1), "own_then": 9}, True),
-    ("learned: below", {"learned": 8.0, "in_flight": 9, "load": (8, 1), "own_then": 9}, False),
-    ("learned: beyond, but it has no queue", {"learned": 8.0, "in_flight": 20, "load": (20, 0), "own_then": 20}, False),
-    ("learned: beyond, but its word is old", {"learned": 8.0, "in_flight": 15, "load": (8, 9), "own_then": 15, "load_at": NOW - 2.6}, False),
-    ("learned: far beyond, and its word is old", {"learned": 8.0, "in_flight": 16, "load": (8, 9), "own_then": 16, "load_at": NOW - 2.6}, True),
-    ("learned: a burst since its word", {"learned": 8.0, "in_flight": 12, "load": (8, 0), "own_then": 10}, True),
-    ("learned: a word that is nearly old", {"learned": 8.0, "in_flight": 20, "load": (8, 9), "own_then": 20, "load_at": NOW - 2.4}, True),
+    ("learned: beyond, and it says so", {"learned": 8.0, "in_flight": 10, "load": (8, 1), "ours_at_scrape": 9}, True),
+    ("learned: below", {"learned": 8.0, "in_flight": 9, "load": (8, 1), "ours_at_scrape": 9}, False),
+    ("learned: beyond, but it has no queue", {"learned": 8.0, "in_flight": 20, "load": (20, 0), "ours_at_scrape": 20}, False),
+    ("learned: beyond, but its word is old", {"learned": 8.0, "in_flight": 15, "load": (8, 9), "ours_at_scrape": 15, "load_at": NOW - 2.6}, False),
+    ("learned: far beyond, and its word is old", {"learned": 8.0, "in_flight": 16, "load": (8, 9), "ours_at_scrape": 16, "load_at": NOW - 2.6}, True),
+    ("learned: a burst since its word", {"learned": 8.0, "in_flight": 12, "load": (8, 0), "ours_at_scrape": 10}, True),
+    ("learned: a word that is nearly old", {"learned": 8.0, "in_flight": 20, "load": (8, 9), "ours_at_scrape": 20, "load_at": NOW - 2.4}, True),
     ("learned: full of others' requests", {"learned": 8.0, "in_flight": 0, "load": (8, 9)}, True),
     ("learned: never reported", {"learned": 8.0, "in_flight": 15, "load": (None, None), "load_at": -math.inf}, False),
     ("learned: never reported, and far beyond", {"learned": 8.0, "in_flight": 16, "load": (None, None), "load_at": -math.inf}, True),
@@ -4246,12 +4246,12 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
 def test_when_a_server_is_full(known, full):
     view = server(0, **{"configured": lite.AUTO, **known})
     assert view.full(NOW, 0.5) is full
-    assert (lite.obstacle(view, "m", frozenset(), lite.Moment(NOW, 0.5, True)) == f"is full ({view.in_flight} of {view.capacity:.4g})") is full
+    assert (lite.exclusion_reason(view, "m", frozenset(), lite.Moment(NOW, 0.5, True)) == f"is full ({view.in_flight} of {view.capacity:.4g})") is full
 
 
 @pytest.mark.parametrize("age_s, slow_start_s, share", [(0, 10, 0.1), (5, 10, 0.55), (9, 10, 0.91), (10, 10, 1), (99, 10, 1), (0, 0, 1), (-1, 10, 0.1)])
 def test_a_server_that_came_back_gets_its_share_slowly(age_s, slow_start_s, share):
-    assert server(0, since=NOW - age_s).ramp(NOW, slow_start_s) == pytest.approx(share)
+    assert server(0, since=NOW - age_s).slow_start_share(NOW, slow_start_s) == pytest.approx(share)
 
 
 def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
@@ -4261,7 +4261,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
     assert [v.url for v in fleet.engines("a")] == ["a@0", "a@1"] and [v.url for v in fleet.engines("b")] == ["b"]
     change = fleet.judge("a@1", lite.Health.checked, True, 0.1, "", 0.0, Settings())
     assert change.url == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
-    fleet.learned("a", {"m": {}}, 0.0)
+    fleet.models_listed("a", {"m": {}}, 0.0)
     prompt = prompt_of_links(range(1, 11))
     with fleet.lease("a@1", 0.0, prompt):
         assert [v.in_flight for v in fleet.views()] == [0, 1, 0] and fleet.cached(prompt) == [0, 640, 0]
@@ -4307,7 +4307,7 @@ UNIFIED = table(  # views, tokens of the prompt, cached, and the cost of each se
     ("by one that is just not old", [{"load": (0, 0, 0.5), "load_at": NOW - 2.4}], 0, [0], [IDLE * 1.05 / 0.55]),
     ("unknown memory", [{"load": (0, 0, None)}], 0, [0], [IDLE]),
     ("others' requests", [{"load": (5, 2, 0.0)}], 0, [0], [IDLE * 8]),
-    ("ours among them", [{"in_flight": 4, "load": (5, 2, 0.0), "own_then": 4}], 0, [0], [IDLE * 8]),
+    ("ours among them", [{"in_flight": 4, "load": (5, 2, 0.0), "ours_at_scrape": 4}], 0, [0], [IDLE * 8]),
     ("others' requests of long ago", [{"load": (5, 2, 0.0), "load_at": NOW - 1.5}], 0, [0], [IDLE * (7 / math.e + 1)]),
     ("no number configured", [{"configured": lite.AUTO, "learned": 32.0}], 0, [0], [IDLE / 2]),
     ("a number configured rules", [{"configured": 8, "learned": 99.0}], 0, [0], [IDLE * 2]),
@@ -4367,7 +4367,7 @@ def test_a_fleet_that_starts_together_does_not_start_slowly_against_itself(polic
     fleet.apply([lite.ServerSettings(f"s{n}", 16) for n in range(3)], 0.0)
     for n, came_at in enumerate((0.1, 0.10001, 1.4)):
         fleet.judge(f"s{n}", lite.Health.become, State.HEALTHY, "x", came_at)
-        fleet.learned(f"s{n}", {"m": {}}, came_at)
+        fleet.models_listed(f"s{n}", {"m": {}}, came_at)
     by, taken = lite.POLICIES[policy](Settings(score="(in_flight + 1) / capacity")), Counter()
     for n in range(60):
         moment = lite.Moment(1.5 + n / 20, 0.5, False, 5.0, fleet.steady_since("m"))
@@ -4381,9 +4381,9 @@ def test_who_comes_later_than_the_first_starts_slowly():
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 50.0)
     fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 100.0)
     moment = lite.Moment(101.0, 0.5, False, 10.0, fleet.steady_since("m"))
-    assert lite.crowding_of(fleet.view("s0"), moment) == pytest.approx(1 / 16 / 0.19)
-    assert lite.crowding_of(fleet.view("s1"), moment) == 1 / 16
-    fleet.learned("s0", {"n": {}}, 100.0)  # the first of another model
+    assert lite.utilization(fleet.view("s0"), moment) == pytest.approx(1 / 16 / 0.19)
+    assert lite.utilization(fleet.view("s1"), moment) == 1 / 16
+    fleet.models_listed("s0", {"n": {}}, 100.0)  # the first of another model
     assert fleet.steady_since("n") == 100.0 and fleet.steady_since("m") == 0.0
     for n in (1, 2):
         fleet.judge(f"s{n}", lite.Health.become, State.UNHEALTHY, "x", 102.0)
@@ -4466,7 +4466,7 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
         *[calm] * 4,
         lambda url: fleet.judge(url, lite.Health.become, draw.choice(list(State)), "x", now),
         lambda url: fleet.judge(url, lite.Health.failed, "x", True, now, Settings(failure_threshold=1, breaker_open_time=0.3)),
-        lambda url: fleet.learned(url, {name: {"max_model_len": draw.choice((None, 2000, 8000))}
+        lambda url: fleet.models_listed(url, {name: {"max_model_len": draw.choice((None, 2000, 8000))}
                                         for name in draw.sample("mno", 2)}, now),
         lambda url: fleet.busy(url, now),
         lambda url: fleet.scraped(url, lite.EngineLoad(1, 0, 0.0, adapters=frozenset(draw.choice(("", "m")))), 0, now),
@@ -4482,8 +4482,8 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
             call = lite.Call(model, prompt=lite.Prompt(draw.choice((0, 1500, 9000))))
             moment = lite.Moment(now, 0.5)
             if (reasons := core.standing(call, frozenset(), moment)) is not None:
-                fresh = lite.passed_over(fleet.views(), model, frozenset(), moment)
-                lite.narrowed(fleet.views(), fresh, call, moment, draw)
+                fresh = lite.exclusions(fleet.views(), model, frozenset(), moment)
+                lite.apply_preferences(fleet.views(), fresh, call, moment, draw)
                 assert reasons == fresh
                 kept += 1
     assert kept > 1000
@@ -4500,7 +4500,7 @@ def test_what_a_policy_remembers_of_servers_never_differs_from_a_fresh_judgement
         else:
             fleet.scraped(url, lite.EngineLoad(draw.randrange(20), draw.randrange(3), draw.random()), 0, NOW)
         views = [view for view in fleet.views() if draw.random() < 0.95]
-        scene = lite.Scene(views, [0] * len(views), lite.Call("m", prompt=lite.Prompt(900)), lite.Moment(NOW, 0.5), draw)
+        scene = lite.Eligible(views, [0] * len(views), lite.Call("m", prompt=lite.Prompt(900)), lite.Moment(NOW, 0.5), draw)
         assert by.costs(scene) == lite.POLICIES["unified"](Settings()).costs(scene)
 
 
@@ -4564,7 +4564,7 @@ def test_round_robin_is_a_strict_rotation_also_when_servers_come_and_go(weight):
 def test_a_server_of_weight_0_is_no_choice_under_any_policy(policy):
     views, draw = [server(0, weight=0.0), server(1, 1, in_flight=30), server(2, 1, in_flight=30)], random.Random(4)
     for session in ("", "user: 1", "user: 2"):
-        asked = lite.Call("m", prompt=lite.Prompt(900, opening=b"a"), session=session)
+        asked = lite.Call("m", prompt=lite.Prompt(900, first_hash=b"a"), session=session)
         found = {judged(views, policy, [900, 0, 0], call=asked, draw=draw, score="1").best for _ in range(40)}
         assert found <= {"s1", "s2"}
     ranking = judged([server(0, weight=0.0), server(1, state=State.UNHEALTHY)], policy, score="1")
@@ -4751,7 +4751,7 @@ def test_cache_aware(in_flight, capacity, cached, tokens, settings, asked):
 
 
 COSTS = table(  # policy, view, cached of 1000 tokens, its cost
-    ("least: own, foreign and this one", "least", {"in_flight": 3, "load": (4, 0), "own_then": 0}, 0, 8 / 16),
+    ("least: own, foreign and this one", "least", {"in_flight": 3, "load": (4, 0), "ours_at_scrape": 0}, 0, 8 / 16),
     ("least: no number configured", "least", {"configured": lite.AUTO, "learned": 20.0, "in_flight": 3}, 0, 4 / 20),
     ("lmetric: tokens times batch", "lmetric", {"pending": 500, "in_flight": 3}, 400, (500 + 600 + 1) * 4),
     ("lmetric: all cached is not free", "lmetric", {"in_flight": 3}, 1000, 4),
@@ -4761,8 +4761,8 @@ COSTS = table(  # policy, view, cached of 1000 tokens, its cost
     ("mvllm: by the report alone", "mvllm", {"load": (8, 4), "in_flight": 99}, 0, 10 / 16),
     ("mvllm: nothing said", "mvllm", {"load": (None, None)}, 0, 0.0),
     ("vllm_router: running counts thrice", "vllm_router", {"load": (4, 2)}, 0, 14 / 16),
-    ("cache_aware: requests", "cache_aware", {"in_flight": 4, "load": (9, 0), "own_then": 6}, 0, 7.0),
-    ("expression: names", "expression", {"in_flight": 4, "load": (9, 2, 0.25), "own_then": 5, "pending": 70, "weight": 3.0, "speed": 5.0}, 400,
+    ("cache_aware: requests", "cache_aware", {"in_flight": 4, "load": (9, 0), "ours_at_scrape": 6}, 0, 7.0),
+    ("expression: names", "expression", {"in_flight": 4, "load": (9, 2, 0.25), "ours_at_scrape": 5, "pending": 70, "weight": 3.0, "speed": 5.0}, 400,
      9 + 2 + 4 + 6 + 16 + 0.25 + 70 + 1000 + 400 + 1 + 3),
 )  # fmt: skip
 
@@ -4784,7 +4784,7 @@ def test_an_expression_chooses_the_lowest_and_shows_its_numbers():
 
 def test_an_expression_calculates_with_floats_for_counts_would_grow_for_ever():
     began = time.process_time()  # 9 ** 9 ** 6 has half a million digits
-    assert judged([server(0, load=(9, 9), in_flight=6, own_then=18)], "expression", score="running ** waiting ** in_flight").costs == [math.inf]
+    assert judged([server(0, load=(9, 9), in_flight=6, ours_at_scrape=18)], "expression", score="running ** waiting ** in_flight").costs == [math.inf]
     assert time.process_time() - began < 0.02
 
 
@@ -4797,7 +4797,7 @@ def random_server(n, draw):
         pool=draw.choice(("", "", "a")), share=draw.choice((50.0, 50.0, 50.0, 0.0)), draining=draw.random() < 0.1,
         in_flight=draw.choice((0, 0, 1, 4, 30)), pending=draw.choice((0, 0, 100, 90_000)), speed=draw.choice((0.0, 0.0, 900.0, 20_000.0)),
         learned=draw.choice((1.0, 64.0, 3.7)), adapters=draw.sample(("m", "x", "z"), draw.choice((0, 0, 1, 2))),
-        own_then=draw.choice((0, 4)), models=draw.choice(({"m": {}}, {"m": {}}, {"m": {}, "x": {}}, {}, None)),
+        ours_at_scrape=draw.choice((0, 4)), models=draw.choice(({"m": {}}, {"m": {}}, {"m": {}, "x": {}}, {}, None)),
     )  # fmt: skip
 
 
@@ -4806,7 +4806,7 @@ def random_scenes():
     draw, scenes = random.Random(17), []
     for _ in range(10_000):
         views = [random_server(n, draw) for n in range(draw.choice((0, 1, 2, 3, 5, 8)))]
-        prompt = draw.choice((lite.NO_PROMPT, lite.Prompt(900, opening=b"a"), lite.Prompt(50_000, opening=draw.randbytes(8))))
+        prompt = draw.choice((lite.NO_PROMPT, lite.Prompt(900, first_hash=b"a"), lite.Prompt(50_000, first_hash=draw.randbytes(8))))
         asked = lite.Call(draw.choice(("m", "m", "x", "gone", None)), False, prompt, draw.choice(("", "user: 1", f"user: {draw.random()}")))
         cached = [draw.randrange(prompt.tokens + 1) if draw.random() < 0.5 else 0 for _ in views]
         tried = frozenset(draw.sample(sorted({view.server for view in views}), draw.choice((0, 0, 1))) if views else ())
@@ -4852,7 +4852,7 @@ def fleet_in_pools(pools, *servers, models=("m",)):
     for view in fleet.views():
         fleet.judge(view.url, lite.Health.checked, True, 0.01, "", 0.0, Settings())
     for n in range(len(servers)):
-        fleet.learned(f"s{n}", {name: {} for name in models}, 0.0)
+        fleet.models_listed(f"s{n}", {name: {} for name in models}, 0.0)
     return fleet
 
 
@@ -4901,7 +4901,7 @@ def test_a_pool_that_cannot_be_asked_is_not_drawn(how):
         fleet.lease("s0", 0.0)
         more = {"enforced": True}
     if how == "another model":
-        fleet.learned("s0", {"x": {}}, 1.0)
+        fleet.models_listed("s0", {"x": {}}, 1.0)
         more = {"model": "m"}
     assert picks(fleet, "unified", 50, tried=["s0"] if how == "tried" else (), **more) == {"s1": 50}
 
@@ -5047,7 +5047,7 @@ def test_the_choice_in_one_line():
     views = [server(0, load=(0, 0, 0.25)), server(1, load=(0, 0, 0.25)), server(2, draining=True)]
     ranking = judged(views, cached=[600, 0, 0], tokens=1000)
     assert ranking.why() == "s0 cost 74.81 = (A 0 + u 400 + 512) x rho 0.06 / room 0.76; next s1 x1.7"
-    views = [server(0, 8, load=(2, 0, 0.55), in_flight=9, own_then=2, pending=3000, speed=3000.0), server(1, 8, load=(0, 0, 0.55), in_flight=15, speed=1000.0)]
+    views = [server(0, 8, load=(2, 0, 0.55), in_flight=9, ours_at_scrape=2, pending=3000, speed=3000.0), server(1, 8, load=(0, 0, 0.55), in_flight=15, speed=1000.0)]
     assert judged(views, tokens=1000).why() == "s0 cost 2.037e+04 = ((A 3000 + u 1000) / speed 1.50 + 512) x rho 1.25^5 / room 0.48; next s1 x8.3"
     assert judged([server(0)], "least").why() == "s0 cost 0.0625 = (0 in flight + 0.0 foreign + 1) / 16"
     assert judged([server(0, state=State.UNHEALTHY)]).why() == "no server"
@@ -5088,7 +5088,7 @@ def test_the_shape_of_a_request_has_no_text_of_it():
         "ttft": 0.5124, "duration": 2.0, "server": "http://a", "status": 200, "end": "ok"}  # fmt: skip
     assert re.fullmatch(r"[0-9a-f]{8}", found["session"]) and "secret" not in line and talk(300_000)[0]["content"][:40] not in line
     assert len(found["chain"]) == len(found["ends"]) < 80 and found["ends"] == sorted(set(found["ends"])) and found["ends"][0] == prompt.tokens_in(1)
-    assert all(0 <= link < 2**48 for link in found["chain"]) and found["ends"][-1] == prompt.tokens_in(len(prompt.chain))
+    assert all(0 <= link < 2**48 for link in found["chain"]) and found["ends"][-1] == prompt.tokens_in(len(prompt.prefix_hashes))
 
 
 def test_the_shape_of_a_request_without_prompt_session_or_answer():
@@ -5222,7 +5222,7 @@ def test_plans(capacities, outcomes, settings, steps):
 def test_what_is_too_long_for_a_server_goes_to_larger_ones(lengths, outcomes, settings, steps):
     fleet = fleet_of(*range(len(lengths), 0, -1))
     for n, length in enumerate(lengths):
-        fleet.learned(f"s{n}", {"m": {"max_model_len": length}}, 0.0)
+        fleet.models_listed(f"s{n}", {"m": {"max_model_len": length}}, 0.0)
     assert play(fleet, outcomes, **settings) == steps
 
 
@@ -5365,7 +5365,7 @@ def test_a_model_that_nobody_has_told_of_is_looked_for_once(found, steps):
             step = plan.send(told)
             said.append(type(step).__name__.lower())
             if said[-1] == "refresh" and found:
-                fleet.learned("s1", {"m": {}, "new": {}}, 1.0)
+                fleet.models_listed("s1", {"m": {}, "new": {}}, 1.0)
             told = lite.WELL
             if said[-1] == "answer":
                 assert step.outcome.fault is Fault.UNKNOWN_MODEL
@@ -5560,9 +5560,9 @@ def test_load_counts_our_requests_and_those_of_others_once():
 
 def test_models_of_the_healthy_servers_are_merged():
     fleet = fleet_of(1, 1, 1)
-    fleet.learned("s0", {"a": {"id": "a", "max_model_len": 10}}, 0.0)
-    fleet.learned("s1", {"lora": {"id": "lora", "parent": "a"}, "a": {"id": "a", "max_model_len": 20}}, 0.0)
-    fleet.learned("s2", {"gone": {"id": "gone"}}, 0.0)
+    fleet.models_listed("s0", {"a": {"id": "a", "max_model_len": 10}}, 0.0)
+    fleet.models_listed("s1", {"lora": {"id": "lora", "parent": "a"}, "a": {"id": "a", "max_model_len": 20}}, 0.0)
+    fleet.models_listed("s2", {"gone": {"id": "gone"}}, 0.0)
     for _ in range(3):
         fleet.judge("s2", lite.Health.checked, False, 0.1, "x", 0.0, Settings())
     report = lite.models_report(fleet.views(), {"gpt": "a", "nobody": "gone"})
@@ -6784,7 +6784,7 @@ def test_a_request_that_comes_in_mid_step_waits_for_its_end():
 
 def test_the_same_prompt_is_found_in_the_cache():
     prompt = Arrival(0.0, 1000, 5, (11, 12, 13), (400, 800, 1000))
-    arrivals = [prompt, prompt._replace(at_s=5.0), prompt._replace(at_s=6.0, chain=(11, 99, 13))]
+    arrivals = [prompt, prompt._replace(at_s=5.0), prompt._replace(at_s=6.0, prefix_hashes=(11, 99, 13))]
     records, (engine,), _ = replayed(arrivals, [A100])
     # The last token is always computed, so the third link does not count.
     assert [record.cached_tokens for record in records] == [0, 800, 400]
@@ -7034,8 +7034,8 @@ def test_made_up_traffic_is_what_it_says(kind):
     made = lite.MADE_UP[kind]
     arrivals = lite.made_up(made, 60.0, random.Random(5))
     assert len(arrivals) / 60 == pytest.approx(made.rate, rel=0.5)
-    assert arrivals == sorted(arrivals) and all(a.prompt_tokens > 0 and len(a.chain) <= len(a.ends) for a in arrivals)
-    shared = Counter(link for a in arrivals for link in a.chain)
+    assert arrivals == sorted(arrivals) and all(a.prompt_tokens > 0 and len(a.prefix_hashes) <= len(a.hash_ends) for a in arrivals)
+    shared = Counter(link for a in arrivals for link in a.prefix_hashes)
     assert bool(shared) is (kind != "chat") and all(n > 1 for n in list(shared.values())[:1])
 
 
