@@ -8713,7 +8713,9 @@ class Wire(asyncio.BufferedProtocol):
     async def read_head(self, deadline: float, limit: int = HEAD_LIMIT_BYTES) -> bytes | None:
         """Up to and with the next empty line; None if the peer left without beginning one.
         Raises PeerGone in the middle of one, BadMessage when it is too long, TimeoutError."""
-        end = self.buffer.find(b"\r\n\r\n") + 4  # nearly always it is there at once
+        while not (self.buffer or self.gone):
+            await self.news(deadline)
+        end = self.buffer.find(b"\r\n\r\n") + 4  # nearly always it comes in one piece
         search = HeadSearch(self.side) if end < 4 else None
         while search is not None and (end := search.end(self.buffer)) < 0:
             if len(self.buffer) > limit:
