@@ -4703,6 +4703,11 @@ def policy(name: str) -> Callable[[P], P]:
     return register
 
 
+def unweighed(s: Settings) -> list[str]:
+    """The policies in force to which only weights of 0 matter."""
+    return [name for name in sorted({s.policy, *s.policies.values()}) if not POLICIES[name].weighs]
+
+
 # The default.  An answer is some work, too, about as much as reading so many tokens; so a prompt
 # that is cached is not free.  Beyond its capacity a server gets slow for all it serves, far more
 # than in proportion.  On a simulated fleet, half and twice of either changed the share of requests
@@ -12045,7 +12050,9 @@ async def weigh_server(core: Core, query: dict[str, str], content: bytes) -> Rep
     before = next(s.weight for s in core.settings.servers if s.url == server)
     _, of_file = core.live.weights.get(server, (before, before))
     core.live.weights[server] = weight, of_file
-    return changed(core, f"{server} has weight {weight:g}")
+    names = ", ".join(unweighed(core.settings)) if weight else ""
+    note = f" (to policy {names} only 0 would matter)" if names else ""
+    return changed(core, f"{server} has weight {weight:g}{note}")
 
 
 @admin("POST", "/admin/servers/probe")
@@ -12971,12 +12978,11 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         findings.append(Finding(
             f"file descriptors are enough for {clients} clients, max_connections is"
             f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
-    for name in sorted({s.policy, *s.policies.values()}):
-        weights = {server.weight for server in s.servers} - {0.0, 1.0}
-        if weights and not POLICIES[name].weighs:
-            findings.append(Finding(
-                f"weights other than 0 have no effect under policy {name}, which keeps to the rule"
-                " it is named after", "choose unified, or give other max_concurrent_requests"))
+    if {server.weight for server in s.servers} - {0.0, 1.0}:
+        findings += [Finding(
+            f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
+            " is named after", "choose unified, or give other max_concurrent_requests")
+            for name in unweighed(s)]  # fmt: skip
     known = {name for one in examined for name in one.models or ()}
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]

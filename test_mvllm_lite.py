@@ -11754,6 +11754,21 @@ async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, sh
         assert len({id(server) for server in answers[:2]}) == min(asked, 2)
 
 
+@pytest.mark.parametrize("policy, weight, said", table(
+    ("it matters", "least", "0.5", "has weight 0.5"),
+    ("it does not", "mvllm", "0.5", "has weight 0.5 (to policy mvllm only 0 would matter)"),
+    ("but 0 does", "mvllm", "0", "has weight 0"),
+))  # fmt: skip
+@asynchronous
+async def test_a_weight_given_by_hand_is_not_said_to_do_what_it_does_not(policy, weight, said):
+    async with balancing(a := Server(), b := Server(), policy=policy) as running:
+        client = await running.client()
+        got = await client.post(f"/admin/servers/weight?url={a.url}&weight={weight}", b"")
+        assert got.json["done"] == f"{a.url} {said}"
+        for _ in range(8 if weight == "0" else 0):
+            assert (await client.post(body=CHAT)).get("x-mvllm-server") == b.url
+
+
 @asynchronous
 async def test_a_key_for_all_servers_is_for_those_that_the_settings_name():
     async with Server() as plain, Server() as own, Server() as added:
