@@ -5066,10 +5066,13 @@ class Ranking(NamedTuple):
 
     @property
     def has_room(self) -> bool:
-        """Whether a server that is well has room for the call; in the queue it waits for that."""
-        well = (view.healthy and view.has_room(self.moment.now)
-                for view, reason in zip(self.views, self.reasons) if not reason)  # fmt: skip
-        return self.waits if self.best is None else any(well)
+        """Whether a server that is well, and has not failed just now, has room for the call; in
+        the queue it waits for that."""
+        if self.best is None:
+            return self.waits
+        return any(view.healthy and not view.health.request_failures
+                   and view.has_room(self.moment.now)
+                   for view, reason in zip(self.views, self.reasons) if not reason)  # fmt: skip
 
     def as_short(self, url: str) -> frozenset[str]:
         """The servers that take no longer prompts than this one."""
@@ -5397,12 +5400,13 @@ DIED_TWICE = ("Two servers have died with this request or one of the same conten
 POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
 POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
 ONE_DEATH_S = 5.0  # within which all answers that are lost are lost to the same death
+KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
 WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
 
 
 def digest_of(path: str, content: Content) -> bytes:
-    """What content for a path is known by: once for an attempt that failed or a stream that
-    begins; never more than 0.1 ms."""
+    """What content for a path is known by: once for a request that failed, or of which a longer
+    content is let go while its stream goes on; never more than 0.1 ms."""
     digest, half = hashlib.blake2b(f"{path} {len(content)}\0".encode(), digest_size=16), 0
     if len(content) > WHOLE_DIGEST_BYTES:
         half = WHOLE_DIGEST_BYTES // 2
@@ -11315,11 +11319,12 @@ class Exchange:
 
     def let_go(self, done: bool = True) -> None:
         """The content is not needed any more: the answer begins, or there will be none."""
-        if not done or self.core.poison:
-            self.digest()  # the server may die with it yet
+        keeps = not done and len(self.content) <= KEPT_CONTENT_BYTES  # it may fail yet, or kill
+        if self.core.poison or not (done or keeps):
+            self.digest()
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
-        self.content = b""
+        self.content = self.content if keeps else b""
         self.core.backlog.content_bytes -= self.buffered_bytes
         self.buffered_bytes = 0
 
@@ -11692,7 +11697,7 @@ async def watch_progress(core: Core, url: str) -> None:
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
-    opens_at = views[0].health.open_until if views else None
+    opens_at = views[0].health.open_until if views and views[0].open else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
         well = await engine_responds(core.pool(url), s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)

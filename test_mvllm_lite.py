@@ -5247,6 +5247,8 @@ ROOM = table(  # of the second server, in front of which a 503 cannot be afforde
     ("with none", 2, 2, None, False),
     ("that learns its capacity: nobody knows that it is full", 0, 200, None, True),
     ("busy by its own word", 9, 0, lambda fleet: fleet.busy("s1", 0.0), False),
+    ("that has failed just now, too", 9, 0, lambda fleet: fleet.judge(
+        "s1", lite.Health.failed, "x", True, 0.0, Settings()), False),
     ("not well itself: asked only for want of another", 9, 0, lambda fleet: [
         fleet.judge(url, lite.Health.opened, "x", 0.0, Settings()) for url in ("s0", "s1")], False),
 )  # fmt: skip
