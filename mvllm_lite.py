@@ -46,7 +46,7 @@ of itself and of earlier rooms only.
     29  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
     30  wire          one connection: its buffer, its deadline, its end
-    31  pool          the connections to one server, kept and reused; keys and certificates
+    31  pool          the connections to one server, kept and reused; what we ask it ourselves
     32  pump          bytes on their way through, with back-pressure
     33  response      the client's side of an exchange
     34  journal       lines for readers that may be slow: the log, the shape of the traffic
@@ -13443,7 +13443,7 @@ async def act_elsewhere(pool: Pool, action: Action) -> str:
         status, found = await fetch_members(pool, path, TOP_TIMEOUT_S, b"")
     except (PeerGone, BadMessage, TimeoutError) as error:
         return f"{action.verb}: {str(error) or 'no answer in time'}"
-    return found.get("done") or f"{action.verb}: {said_of(status, found)}"
+    return str(found.get("done") or f"{action.verb}: {said_of(status, found)}")
 
 
 def said_of(status: int, answer: Mapping[str, Any]) -> str:
@@ -13825,7 +13825,7 @@ def run_top(args: argparse.Namespace) -> int:
     feed.start()
     with ours, contextlib.suppress(KeyboardInterrupt):
         if why := run_screen(ours, remote=True):
-            return fail(f"top: {why}")
+            return fail(printable(f"top: {why}"))
     return 0
 
 

@@ -12311,7 +12311,12 @@ async def process(*args, cwd=None, **env):
             if child.returncode is None:
                 child.terminate()
             out, err = await child.communicate()
+            err = SLOW_TURN.sub(b"", err)
             assert (child.returncode, err) == (0, b""), err.decode()
+
+
+# What asyncio says in its debug mode of a turn that takes long, as any does on a busy machine.
+SLOW_TURN = re.compile(rb"^Executing <.* took [\d.]+ seconds\n", re.MULTILINE)
 
 
 async def line_with(child, *words):
@@ -12564,7 +12569,7 @@ def test_compiled_and_cut_off_from_its_surroundings_it_is_small_and_imports_noth
         said = itertools.takewhile(lambda line: "listens on" not in line, child.stdout)
         assert "from here\n" not in said
         status = Path(f"/proc/{child.pid}/status").read_text()
-        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 52,000
+        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 59,000
         child.terminate()
 
 
