@@ -5399,7 +5399,6 @@ DIED_TWICE = ("Two servers have died with this request or one of the same conten
               " to another for now.")  # fmt: skip
 POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
 POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
-ONE_DEATH_S = 5.0  # within which all answers that are lost are lost to the same death
 KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
 WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
 
@@ -5416,37 +5415,32 @@ def digest_of(path: str, content: Content) -> bytes:
 
 
 class Poison:
-    """Contents with which servers have died, by their digests.  A server's death is counted once
-    for each content that it was busy with; a content's first success ends what is said of it."""
+    """Contents with which servers have died one after another, by their digests.  A death counts
+    where the content was sent after the last one: that those who were busy with it die at the same
+    time is not of its doing.  A content's first success ends what is said of it."""
 
     def __init__(self) -> None:
-        self._deaths: OrderedDict[bytes, dict[str, list[float]]] = OrderedDict()  # by server
+        self._deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
 
     def __len__(self) -> int:
         return len(self._deaths)
 
-    def died(self, content: bytes, server: str, now: float) -> int:
+    def died(self, content: bytes, sent_at: float, now: float) -> int:
         """A server has died with that content.  How many have."""
-        known = self._deaths.pop(content, {})
-        known = {url: recent for url, times in known.items()
-                 if (recent := [then for then in times if then > now - POISON_MEMORY_S])}
-        times = known.setdefault(server, [])
-        if not times or now - times[-1] > ONE_DEATH_S:
-            times.append(now)
-        self._deaths[content] = known
-        if len(self._deaths) > POISON_LIMIT:
-            self._deaths.popitem(last=False)
-        return sum(map(len, known.values()))
+        count, last_at = self._deaths.get(content, (0, -INFINITY))
+        if sent_at >= last_at:
+            self._deaths[content] = count, last_at = count + 1, now
+            self._deaths.move_to_end(content)
+            if len(self._deaths) > POISON_LIMIT:
+                self._deaths.popitem(last=False)
+        return count
 
     def holds(self, content: bytes, now: float, hold_s: float) -> bool:
         """Whether that content is held off; forgets those of long ago."""
-        while self._deaths:
-            oldest, known = next(iter(self._deaths.items()))
-            if now - max(times[-1] for times in known.values()) <= POISON_MEMORY_S:
-                break
-            del self._deaths[oldest]
-        times = [then for times in self._deaths.get(content, {}).values() for then in times]
-        return len(times) >= DEADLY and now - max(times) < hold_s
+        while self._deaths and next(iter(self._deaths.values()))[1] < now - POISON_MEMORY_S:
+            self._deaths.popitem(last=False)
+        count, last_at = self._deaths.get(content, (0, -INFINITY))
+        return count >= DEADLY and now - last_at < hold_s
 
     def succeeded(self, content: bytes) -> None:
         self._deaths.pop(content, None)
@@ -11355,6 +11349,7 @@ class Exchange:
             if self.wants_why():
                 self.why = self.ranking.why()
         try:
+            sent_at = self.loop.time()
             outcome = await Conversation(core, self, url, self.settings).outcome()
             fault, text, now = outcome.fault, outcome.text, self.loop.time()
             label = fault.label if fault else "ok"
@@ -11366,7 +11361,7 @@ class Exchange:
                 if self.suspects and self.response.status < 400:
                     self.close_case(True)
             elif fault.blame is Blame.SERVER:
-                outcome = await self.accused(url, outcome)
+                outcome = await self.accused(url, outcome, sent_at)
                 fault = outcome.fault
             elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
@@ -11387,13 +11382,13 @@ class Exchange:
             self.response.break_off(fault, text)
         return outcome
 
-    async def accused(self, url: str, failure: Outcome) -> Outcome:
+    async def accused(self, url: str, failure: Outcome, sent_at: float) -> Outcome:
         """Hold a failure against its server, or wait for what another makes of the request.  What
         it turns out to be."""
         core, s, fault, held = self.core, self.settings, failure.fault, failure.held
         if await self.died_there(url, failure):
             core.judge(url, Health.died, failure.text, self.loop.time())
-            return failure._replace(deaths=self.died(url))
+            return failure._replace(deaths=self.died(url, sent_at))
         if fault is Fault.STREAM_FAILED and held and says_failure(held.content):
             failure = failure._replace(fault=(fault := Fault.SERVER_FAILED))
         own = fault in SERVERS_OWN or not core.goes_well(url, s)
@@ -11446,14 +11441,14 @@ class Exchange:
         says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
         return says_so and engine_died(said, self.response.notation)
 
-    def died(self, url: str) -> int:
+    def died(self, url: str, sent_at: float) -> int:
         """Book a server's death.  How many have died with this request, or with its content."""
         core, s, now = self.core, self.settings, self.loop.time()
         core.ledger.deaths.add(url)
         self.deaths += 1
         if not (s.poison_hold and self.digest()):
             return self.deaths
-        deaths = max(self.deaths, core.poison.died(self.digest(), server_of(url), now))
+        deaths = max(self.deaths, core.poison.died(self.digest(), sent_at, now))
         if deaths >= DEADLY:
             log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
                         " died with it, now %s", self.response.id, s.poison_hold, deaths, url)

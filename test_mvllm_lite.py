@@ -5309,22 +5309,23 @@ def test_a_request_is_done_after_the_second_death(deaths, steps):
     assert play(fleet_of(3, 2, 1), deaths) == steps
 
 
-POISONED = table(  # deaths as (moment, server), then whether its content is held off at a moment
-    ("one death", [(0, "a")], 1, False),
-    ("two", [(0, "a"), (1, "b")], 2, True),
-    ("the hold ends", [(0, "a"), (1, "b")], 31, False),
-    ("one more is enough for the next", [(0, "a"), (1, "b"), (40, "c")], 41, True),
-    ("many lost answers of one death", [(0, "a"), (1, "a"), (2, "a")], 3, False),
-    ("a server that was started anew", [(0, "a"), (60, "a")], 61, True),
-    ("long ago", [(0, "a"), (700, "b")], 701, False),
+POISONED = table(  # deaths as (sent, died), then whether the content is held off at a moment
+    ("one death", [(0, 1)], 2, False),
+    ("two", [(0, 1), (2, 3)], 4, True),
+    ("the hold ends", [(0, 1), (2, 3)], 33, False),
+    ("one more is enough for the next", [(0, 1), (2, 3), (40, 41)], 42, True),
+    ("many lost answers of one death", [(0, 1), (0, 1), (0.5, 1.1)], 2, False),
+    ("a host with several servers that falls", [(0, 1), (0, 1.01)], 2, False),
+    ("long ago", [(0, 1), (602, 603)], 604, False),
 )
 
 
 @pytest.mark.parametrize("deaths, now, held", POISONED)
-def test_content_with_which_servers_die_is_held_off(deaths, now, held):
+def test_content_with_which_servers_die_one_after_another_is_held_off(deaths, now, held):
     poison, x, y = lite.Poison(), lite.digest_of("/v1/x", b"x"), lite.digest_of("/v1/x", b"y")
-    for then, server in deaths:
-        poison.died(x, server, then)
+    for sent_at, died_at in deaths:
+        poison.holds(x, sent_at, 30.0)
+        poison.died(x, sent_at, died_at)
     assert poison.holds(x, now, 30.0) is held and not poison.holds(y, now, 30.0)
     assert not poison.holds(x, now, 0.0)
     poison.succeeded(x)
@@ -5334,7 +5335,7 @@ def test_content_with_which_servers_die_is_held_off(deaths, now, held):
 def test_what_is_remembered_of_deaths_is_bounded():
     poison = lite.Poison()
     for n in range(3 * lite.POISON_LIMIT):
-        poison.died(b"%d" % n, "a", 0.0)
+        poison.died(b"%d" % n, 0.0, 0.0)
     assert len(poison) == lite.POISON_LIMIT
     assert not poison.holds(b"x", 601.0, 30.0) and len(poison) == 0
 
