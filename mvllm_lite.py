@@ -8539,7 +8539,7 @@ class Wire(asyncio.BufferedProtocol):
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "backlog", "counted", "descriptor", "most", "wanted", "_waiter",
-        "_timer", "_timer_at",
+        "_reads", "_timer", "_timer_at",
     )  # fmt: skip
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -8568,6 +8568,7 @@ class Wire(asyncio.BufferedProtocol):
         self.is_tls = False
         self.sock: socket.socket | None = None  # where one may be written to beside the transport
         self._waiter: asyncio.Future[None] | None = None
+        self._reads = False  # who waits, and will take what comes
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = INFINITY
 
@@ -8597,7 +8598,7 @@ class Wire(asyncio.BufferedProtocol):
         """Hold it for who reads next."""
         self.buffer += piece
         self.count()
-        if len(self.buffer) >= self.most:
+        if len(self.buffer) >= self.most and not self._reads:
             self.hold()
 
     def count(self) -> None:
@@ -8698,6 +8699,14 @@ class Wire(asyncio.BufferedProtocol):
         finally:
             self._waiter = None
 
+    async def more(self, deadline: float) -> None:
+        """The same, for who reads."""
+        self._reads = True
+        try:
+            await self.news(deadline)
+        finally:
+            self._reads = False
+
     async def news_or_progress(self, silence_s: float) -> None:
         """The same, or that a slow peer took some of what is written to it.  Raises TimeoutError
         when it takes nothing for so long."""
@@ -8730,10 +8739,11 @@ class Wire(asyncio.BufferedProtocol):
             if self.backlog is not None and self.backlog.full(self.counted):
                 raise BadMessage("heads and content of requests take as many bytes as"
                                  " max_buffered_bytes allows", Fault.TOO_MUCH_CONTENT)  # fmt: skip
-            if self.held:  # a long one
+            if len(self.buffer) >= self.most:  # a long one
                 self.most = limit + 1
-                self.release()
-            await self.news(deadline)
+                if self.held:
+                    self.release()
+            await self.more(deadline)
         if self.side is Blame.CLIENT:
             self.most = AHEAD_BYTES
         if not 0 <= end <= limit + 4:
@@ -8751,6 +8761,14 @@ class Wire(asyncio.BufferedProtocol):
             self.release()
         return taken
 
+    def fill(self, size: int) -> None:
+        """Have so much in the buffer, if it has come already: that saves a turn of the loop."""
+        missing = size - len(self.buffer)
+        if missing > 0 and self.sock is not None and not self.held:
+            with contextlib.suppress(OSError):
+                self.buffer += self.sock.recv(missing)
+                self.count()
+
     async def read_content(self, decoder: Decoder, deadline: float) -> bytes:
         """The next piece of a message's content; b"" once `decoder` is done.  Raises PeerGone,
         BadMessage, TimeoutError."""
@@ -8759,7 +8777,7 @@ class Wire(asyncio.BufferedProtocol):
                 if (content := decoder.feed(self.take(decoder.at_once_bytes))) or decoder.done:
                     return content
             elif not self.gone:
-                await self.news(deadline)
+                await self.more(deadline)
             elif decoder.until_close and self.clean:
                 decoder.done = True
             else:
@@ -11232,7 +11250,10 @@ class Exchange:
         client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
         self.expect_continue()
         length = framing.length or 0
-        if not framing.chunked and length <= min(len(client.buffer), limit, SMALL_CONTENT_BYTES):
+        small = not framing.chunked and length <= min(limit, SMALL_CONTENT_BYTES)
+        if small:
+            client.fill(length)
+        if small and length <= len(client.buffer):
             self.keep_room(length)  # the usual: it came with the head
             self.unread = False
             return client.take(length), None
@@ -12277,7 +12298,7 @@ class Front:
             if wire.reused:
                 core.idle[wire] = None
             try:
-                await wire.news(idle_until)
+                await wire.more(idle_until)
             except TimeoutError:
                 if wire.loop.time() >= expires_at:  # and not: somebody wanted its place
                     core.count_limit("keep_alive_timeout")
