@@ -9418,6 +9418,30 @@ def test_a_file_that_is_no_certificate_is_named_with_what_is_wrong(tmp_path):
             lite.Secrets(settings)
 
 
+@pytest.mark.parametrize("header", [proxied(0x11, V4, tlv=bytes(500)), b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", b""])
+@pytest.mark.parametrize("how", ["whole", "bytes"])
+@asynchronous
+async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wait_behind_it(tmp_path, header, how):
+    path = tmp_path / "cert"
+    path.write_text(CERTIFICATE)
+    async with balancing(server := failing(how="hang"), trusted_proxies=("127.0.0.1",), tls_cert=str(path), tls_key=str(path)) as running:
+        client = await running.client()
+        for piece in pieces_of(header, how) if header else ():
+            await client.send(piece)
+        await client.writer.start_tls(context_for(path), server_hostname="127.0.0.1")
+        await client.ask("POST", "/v1/x", b"{}")
+        await server.came.wait()
+        assert server.asked[0].get("x-forwarded-for") == ["1.2.3.4" if header else "127.0.0.1"]
+        client.writer.write(EARLY * 600)
+        (wire,) = running.core.clients
+        while not wire.held:
+            await asyncio.sleep(0)
+        assert len(wire.buffer) == lite.AHEAD_BYTES
+        client.close()
+        while running.in_flight():
+            await asyncio.sleep(0.01)
+
+
 @asynchronous
 async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, caplog):
     path = tmp_path / "cert"
