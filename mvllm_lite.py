@@ -10152,10 +10152,10 @@ class CursesScreen:
         known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
         leave = b"".join(known[:-1] if known[-2] else known)
         self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
-        while self.latest is None and not self.over:
+        while self.latest is None:
             select.select([self.sock], [], [])
             self.receive()
-            if self.ui.note:
+            if self.over or self.ui.note:
                 return self.ui.note
         time.sleep(2 * LOG_PAUSE_S)  # for log lines that are on their way to this terminal
         self.window = self.curses.initscr()
@@ -10181,7 +10181,6 @@ class CursesScreen:
         mode = termios.tcgetattr(0)
         mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
         if not self.ui.remote:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and it us
             for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
                 mode[6][key] = b"\x00"
         termios.tcsetattr(0, termios.TCSANOW, mode)
@@ -10195,14 +10194,16 @@ class CursesScreen:
         self.attributes = self.attributes_of(colours)
 
     def attributes_of(self, colours: bool) -> dict[Style, int]:
-        curses, found = self.curses, dict[Style, int]()
+        curses, found, background = self.curses, dict[Style, int](), 0
         if colours:
             curses.start_color()
-            curses.use_default_colors()
+            with contextlib.suppress(curses.error):  # it has no default colours
+                curses.use_default_colors()
+                background = -1
         for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
             found[style] = getattr(curses, mark)
             if colours and colour >= 0:
-                curses.init_pair(n, colour, -1)
+                curses.init_pair(n, colour, background)
                 found[style] |= curses.color_pair(n)
         return found
 
@@ -10323,7 +10324,8 @@ class ScreenProcess:
             with opened_anew(self.terminal, os.O_NONBLOCK) as terminal:
                 saved = termios.tcgetattr(terminal)
                 if code := await self.converse():
-                    restore(terminal, saved, self.leave)
+                    if self.leave:
+                        restore(terminal, saved, self.leave)
                     self.why = self.why or f"its process ended with {code}"
         except (OSError, termios.error) as error:
             self.why = str(error)
@@ -13429,45 +13431,35 @@ async def feed_screen(pool: Pool, sock: socket.socket) -> None:
 
     async def tell() -> None:
         while True:
-            writer.write(json_line(await remote_status(pool)))
+            found, why = await answer_of(pool, "/status.json")
+            if not why and "totals" not in found:
+                why = "it is no balancer's status"
+            writer.write(json_line({"note": f"{pool.url}/status.json: {why}"} if why else
+                                   {"status": found | {"address": pool.url}}))  # fmt: skip
             await asyncio.sleep(STATUS_S)
 
     telling = asyncio.ensure_future(tell())
     while line := await reader.readline():
         if verb := (said := json.loads(line)).get("verb"):
-            writer.write(json_line({"note": await act_elsewhere(pool, Action(verb, said["url"]))}))
+            query = urllib.parse.urlencode({"url": server_of(said["url"])})
+            found, why = await answer_of(pool, f"/admin/servers/{verb}?{query}", b"")
+            note = why or found.get("done") or found.get("why") or "passed"
+            writer.write(json_line({"note": f"{verb}: {note}"}))
     telling.cancel()
     writer.close()
 
 
-async def remote_status(pool: Pool) -> dict[str, Any]:
-    """For a screen: the status, or a note why there is none."""
+async def answer_of(
+    pool: Pool, path: str, content: bytes | None = None
+) -> tuple[dict[str, Any], str]:
+    """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
     try:
-        status, found = await fetch_members(pool, "/status.json", TOP_TIMEOUT_S)
+        status, found = await fetch_members(pool, path, TOP_TIMEOUT_S, content)
     except (PeerGone, BadMessage, TimeoutError) as error:
-        return {"note": f"{pool.url} does not answer: {str(error) or 'in time'}"}
-    if status == 200 and "totals" in found:
-        return {"status": found | {"address": pool.url}}
-    return {"note": f"{pool.url}/status.json: {said_of(status, found)}"}
-
-
-async def act_elsewhere(pool: Pool, action: Action) -> str:
-    """What came of it."""
-    query = urllib.parse.urlencode({"url": server_of(action.url)})
-    path = f"/admin/servers/{action.verb}?{query}"
-    try:
-        status, found = await fetch_members(pool, path, TOP_TIMEOUT_S, b"")
-    except (PeerGone, BadMessage, TimeoutError) as error:
-        return f"{action.verb}: {str(error) or 'no answer in time'}"
-    return str(found.get("done") or f"{action.verb}: {said_of(status, found)}")
-
-
-def said_of(status: int, answer: Mapping[str, Any]) -> str:
-    """An answer in words."""
-    if status == 200:
-        return "passed" if answer.get("passed") else str(answer.get("why") or "not a balancer")
-    error = answer.get("error")
-    return f"{status}{': ' + str(error.get('message')) if isinstance(error, dict) else ''}"
+        return {}, str(error) or "no answer in time"
+    error = found.get("error")
+    message = error.get("message") if isinstance(error, dict) else "no reason is told"
+    return found, "" if status == 200 else f"{status}: {message}"
 
 
 def follow_signals(balancer: Balancer, upgradable: bool) -> None:
@@ -13827,6 +13819,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 def run_top(args: argparse.Namespace) -> int:
     """The screen: of the balancer that has started this process, or of one elsewhere."""
     if args.socket is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and that us
         with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
             sock.send(json_line({"why": run_screen(sock, remote=False)}))
         return 0
