@@ -10435,15 +10435,147 @@ class Policies:
         return self.known[key]
 
 
+class Clients:
+    """Connections of clients, and what each has going on."""
+
+    def __init__(self, s: Settings) -> None:
+        self.tasks: dict[Wire, asyncio.Task[None]] = {}
+        self.limit = s.max_connections
+        self.idle: dict[Wire, None] = {}  # between two requests, the longest idle first
+        # In the middle of a request; None while its head is still coming.
+        self.exchanges: dict[Wire, Response | None] = {}
+        self.ids = set[str]()  # of these requests
+        self.forwarding = 0  # requests that were let in, and are not answered yet
+        self.backlog = Backlog(s.max_buffered_bytes)
+
+    def end_idle(self, count: int) -> None:
+        """End so many idle connections, the longest idle first, as if their time were up: a request
+        that arrives this very moment is still heard."""
+        for wire in list(itertools.islice(self.idle, count)):
+            wire.expect_by(wire.loop.time())
+
+
+class Pools:
+    """The connections to each server, with the keys and certificates that they need."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.secrets = Secrets()
+        self.by_server: dict[str, Pool] = {}
+
+    def get(self, url: str) -> Pool:
+        if url not in self.by_server:
+            self.by_server[url] = self.secrets.pool(url)
+            self.by_server[url].name = self.name
+        return self.by_server[url]
+
+
+class News:
+    """Wakes whoever waits for news of the fleet, and tells subscribers of each request that has
+    ended and of each transition."""
+
+    def __init__(self, queue: WaitQueue) -> None:
+        self.subscribers: list[Subscribe] = []
+        self._queue, self._changed = queue, asyncio.Event()
+
+    def publish(self, kind: type, event: Callable[[], Any]) -> None:
+        """Tell those who want to hear of this kind of event."""
+        tellers = [tell for hears in self.subscribers if (tell := hears(kind)) is not None]
+        if tellers:
+            said = event()
+            for tell in tellers:
+                tell(said)
+
+    def notify(self) -> None:
+        """Wake all who wait for news of the fleet."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._queue.hand_over()
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+
+class Recent:
+    """The recent past, for people: each server's history, events, and rankings by request."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, History] = {}
+        self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
+        self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
+
+    def history(self, url: str) -> History:
+        if (history := self.histories.get(url)) is None:
+            history = self.histories[url] = History()
+        return history
+
+    def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
+        earlier = self.rankings.pop(id, [])
+        self.rankings[id] = [*earlier, ranking] if attempt > 1 else [ranking]
+        if len(self.rankings) > RECENT_LIMIT:
+            self.rankings.popitem(last=False)
+
+
+class Looks:
+    """Servers that are asked for their models at once, since requests want to know."""
+
+    def __init__(self) -> None:
+        self.wanted = set[str]()
+        self.ended: dict[str, float] = {}  # when each was last asked so
+        self.refreshing: asyncio.Task[None] | None = None  # all servers' models
+        self._wakers: dict[str, asyncio.Event] = {}  # of their watchers
+
+    def want(self, server: str) -> bool:
+        """Have a server asked by its watcher.  Returns whether it will be: not if it just was, for
+        the same reason."""
+        now = asyncio.get_running_loop().time()
+        if server not in self.wanted and now - self.ended.get(server, -INFINITY) > LOOK_PAUSE_S:
+            self.wanted.add(server)
+            if server in self._wakers:
+                self._wakers[server].set()
+        return server in self.wanted
+
+    async def rest(self, server: str, seconds: float) -> None:
+        """For a server's watcher: rest for so long, or until it is to look."""
+        self._wakers[server] = waker = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.0 if server in self.wanted else seconds):
+                await waker.wait()
+
+    def done(self, server: str) -> bool:
+        """A server was asked.  Returns whether that was wanted."""
+        if wanted := server in self.wanted:
+            self.wanted.discard(server)
+            self.ended[server] = asyncio.get_running_loop().time()
+        return wanted
+
+    def forget(self, server: str) -> None:
+        """It has left."""
+        self.wanted.discard(server)
+        self._wakers.pop(server, None)
+        self.ended.pop(server, None)
+
+
+class Process:
+    """What is known of this process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # in Via
+        self.address = ""
+        self.started_at = time.time()
+        self.reloaded_at: float | None = None  # on the loop's clock
+        self.settings_error = ""  # why the settings file could not be used when it was last read
+        self.stopping = False
+        self.stalled_at = -INFINITY  # when it last turned out to have stood still
+
+
 class Core:
     """The balancer owns it, and replaces its settings on reload; a request keeps those that it
     came under to its end."""
 
     def __init__(self, settings: Settings, draw: random.Random) -> None:
         self.settings = settings
-        self.settings_error = ""  # why the settings file could not be used when it was last read
         self.draw = draw
-        self.name = f"{OUR_NAME}{draw.getrandbits(48):012x}"
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.budget = RetryBudget()
@@ -10455,67 +10587,37 @@ class Core:
         self._standings: dict[str | None, tuple[list[str] | None, float]] = {}
         self._standings_of = -1
         self.live = Live()
-        self.histories: dict[str, History] = {}  # by server
-        self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
-        self.reloaded_at: float | None = None  # on the loop's clock
-        self.address = ""
         self.on_manual_change: Callable[[], None] = lambda: None
         self.shape: Writer | None = None  # where the traffic's shape is written
-        # Who is told of each request that has ended, and of each transition.
-        self.subscribers: list[Subscribe] = []
-        self.recent: OrderedDict[str, list[Ranking]] = OrderedDict()  # by request, for /explain
         self.keys = Keys()
         self.stored = StoredResponses()
-        self.secrets = Secrets()
-        self.pools: dict[str, Pool] = {}
-        # Servers that are asked for their models at once, since requests want to know; when each
-        # last was; and what wakes their watchers for that.
-        self.looking: set[str] = set()
-        self.looked: dict[str, float] = {}
-        self.looks: dict[str, asyncio.Event] = {}
         self.attempts: dict[str, set[Attempt]] = {}  # by server
-        self.stalled_at = -INFINITY  # when this process last turned out to have stood still
-        self.clients: dict[Wire, asyncio.Task[None]] = {}
-        self.clients_limit = settings.max_connections
-        self.idle: dict[Wire, None] = {}  # clients between two requests, the longest idle first
-        self.forwarding = 0  # requests that were let in, and are not answered yet
-        self.backlog = Backlog(settings.max_buffered_bytes)
-        self.refreshing: asyncio.Task[None] | None = None  # all servers' models
-        # Clients in the middle of a request; None while its head is still coming.
-        self.exchanges: dict[Wire, Response | None] = {}
-        self.ids = set[str]()  # of these requests
-        self.stopping = False
-        self.started_at = time.time()
-        self._changed = asyncio.Event()
-
-    def pool(self, url: str) -> Pool:
-        if url not in self.pools:
-            self.pools[url] = self.secrets.pool(url)
-            self.pools[url].name = self.name
-        return self.pools[url]
-
-    def history(self, url: str) -> History:
-        if (minute := self.histories.get(url)) is None:
-            minute = self.histories[url] = History()
-        return minute
+        self.clients = Clients(settings)
+        self.recent = Recent()
+        self.news = News(self.queue)
+        self.looks = Looks()
+        self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
+        self.pools = Pools(self.process.name)
 
     def status(self) -> dict[str, Any]:
         """What the status page and the screen show."""
         now = Clock(asyncio.get_running_loop().time(), time.time())
         settings = "unchanged since the start"
-        if self.reloaded_at is not None:
-            settings = f"reloaded {now.monotonic - self.reloaded_at:.0f} s ago"
+        this = self.process
+        if this.reloaded_at is not None:
+            settings = f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago"
         if any(self.live.report().values()):
             settings += ", and changed by hand"
         process = {
-            "uptime_s": round(now.wall - self.started_at, 1), "address": self.address,
-            "stopping": self.stopping, "settings": settings, "settings_error": self.settings_error,
-            "connections": len(self.clients), "queue": len(self.queue),
+            "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
+            "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
+            "connections": len(self.clients.tasks), "queue": len(self.queue),
         }  # fmt: skip
-        late = itertools.islice(reversed(self.recent.values()), 30)
+        late = itertools.islice(reversed(self.recent.rankings.values()), 30)
         return status_report(
-            self.fleet.views(now.monotonic), self.histories, now, self.settings, process,
-            self.events, [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
+            self.fleet.views(now.monotonic), self.recent.histories, now, self.settings, process,
+            self.recent.events,
+            [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
 
     def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
         """As the function of that name says, found out once for each change of the fleet; for
@@ -10540,39 +10642,9 @@ class Core:
         return Moment(now, s.metrics_interval, enforced, s.slow_start,
                       self.fleet.steady_since(model))  # fmt: skip
 
-    def look(self, server: str) -> bool:
-        """Have a server asked for its models at once, by its watcher; whether it is: not if it
-        just was, for the same reason."""
-        now = asyncio.get_running_loop().time()
-        if server not in self.looking and now - self.looked.get(server, -INFINITY) > LOOK_PAUSE_S:
-            self.looking.add(server)
-            if server in self.looks:
-                self.looks[server].set()
-        return server in self.looking
-
-    async def look_or_rest(self, server: str, seconds: float) -> None:
-        """For a server's watcher: rest for so long, or until it is to look."""
-        self.looks[server] = wanted = asyncio.Event()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.0 if server in self.looking else seconds):
-                await wanted.wait()
-
-    def forget(self, server: str) -> None:
-        """It has left."""
-        self.looking.discard(server)
-        self.looks.pop(server, None)
-        self.looked.pop(server, None)
-
-    def has_looked(self, server: str) -> None:
-        """Its watcher has asked for its models."""
-        if server in self.looking:
-            self.looking.discard(server)
-            self.looked[server] = asyncio.get_running_loop().time()
-            self.notify()
-
     def goes_well(self, url: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
-        now, minute = asyncio.get_running_loop().time(), self.history(url)
+        now, minute = asyncio.get_running_loop().time(), self.recent.history(url)
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
@@ -10606,10 +10678,7 @@ class Core:
             if any(ranking.cached):
                 ledger.cached_tokens.add(amount=cached)
                 ledger.missed_tokens.add(amount=ranking.missed_tokens())
-        earlier = self.recent.pop(id, [])
-        self.recent[id] = [*earlier, ranking] if attempt > 1 else [ranking]
-        if len(self.recent) > RECENT_LIMIT:
-            self.recent.popitem(last=False)
+        self.recent.ranked(id, ranking, attempt)
         return reason
 
     def judge(self, url: str, after: Callable[..., Health], *news: Any) -> None:
@@ -10620,42 +10689,19 @@ class Core:
             views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
-            self.publish(Transition, lambda: change)
+            self.news.publish(Transition, lambda: change)
         if change is not None or after is Health.checked:
-            self.notify()
-
-    def publish(self, kind: type, event: Callable[[], Any]) -> None:
-        """Tell those who want to hear of this kind of event."""
-        tellers = [tell for hears in self.subscribers if (tell := hears(kind)) is not None]
-        if tellers:
-            said = event()
-            for tell in tellers:
-                tell(said)
+            self.news.notify()
 
     def internal_error(self, doing: str) -> None:
         """Of our own: to be called while its exception is handled."""
         log.exception("internal error while %s", doing)
         self.ledger.errors.add()
 
-    def end_idle(self, count: int) -> None:
-        """End so many of the clients' idle connections, the longest idle first, as if their time
-        were up: a request that arrives this very moment is still heard."""
-        for wire in list(itertools.islice(self.idle, count)):
-            wire.expect_by(wire.loop.time())
-
     def count_limit(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
         if limit:
             self.ledger.limits.add(limit)
-
-    def notify(self) -> None:
-        """Wake all who wait for news of the fleet."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-        self.queue.hand_over()
-
-    async def changed(self) -> None:
-        await self._changed.wait()
 
 
 class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
@@ -10741,7 +10787,8 @@ class Conversation(Attempt):
         super().__init__(len(errand.content), errand.client.loop.time(), errand.infers)
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
-        self.pool, self.may_see_key = core.pool(server), core.live.may_see_key(server, settings)
+        self.pool = core.pools.get(server)
+        self.may_see_key = core.live.may_see_key(server, settings)
 
     async def outcome(self) -> Outcome:
         """What became of asking one server, whatever it did."""
@@ -10981,8 +11028,8 @@ class Exchange:
         self.framing = request_framing(head, length)
         self.says_length = length is not None or self.framing.chunked  # also of no content
         self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
-        persists = head.persists and not core.stopping
-        id = request_id(head.fields, self.settings.request_id_headers, core.ids, core.draw)
+        persists = head.persists and not core.process.stopping
+        id = request_id(head.fields, self.settings.request_id_headers, core.clients.ids, core.draw)
         self.response = Response(client, head, id, self.settings, persists)
         self.path = inference_path(head.path)
         self.call = NO_CALL  # until the content is there
@@ -11031,7 +11078,7 @@ class Exchange:
                 response.whole(self.explained())
                 return
             self.core.budget.came(self.asked_at)
-            with abandoned_if_gone(self.client, self.core.clients.get(self.client)):
+            with abandoned_if_gone(self.client, self.core.clients.tasks.get(self.client)):
                 await self.carry_out(self.plan())
         except BadMessage as bad:
             response.persists = False
@@ -11194,14 +11241,14 @@ class Exchange:
         left_s = self.asked_at + step.seconds - self.loop.time()
         try:
             async with asyncio.timeout(max(0.0, left_s)):
-                await self.core.changed()
+                await self.core.news.changed()
         except TimeoutError:
             return Outcome(Fault.NO_SERVER)
         return WELL
 
     async def refresh(self, step: Refresh) -> Outcome:
         """Wait for the models of all servers that answer; one look is for all who want one now."""
-        fleet, look = self.core.fleet, self.core.look
+        fleet, look = self.core.fleet, self.core.looks.want
         servers = {view.server for view in fleet.views()
                    if view.health.may_be_last_resort and view.open}  # fmt: skip
         await self.looked_at([server for server in servers if look(server)], step.model)
@@ -11214,8 +11261,8 @@ class Exchange:
         core = self.core
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_LIMIT_S):
-                while not core.looking.isdisjoint(servers) and not core.fleet.knows(model):
-                    await core.changed()
+                while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
+                    await core.news.changed()
 
     async def answer(self, step: Answer) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
@@ -11311,7 +11358,7 @@ class Exchange:
     def keep_room(self, size: int) -> None:
         """So much of the content is held now.  Raises BadMessage when all requests together hold
         too much; one alone never does."""
-        backlog, size = self.core.backlog, size + self.head.held_bytes
+        backlog, size = self.core.clients.backlog, size + self.head.held_bytes
         backlog.content_bytes += size - self.buffered_bytes
         self.buffered_bytes = size
         if backlog.full(size + self.client.counted):
@@ -11342,7 +11389,7 @@ class Exchange:
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
         self.content = self.content if keeps else b""
-        self.core.backlog.content_bytes -= self.buffered_bytes
+        self.core.clients.backlog.content_bytes -= self.buffered_bytes
         self.buffered_bytes = 0
 
     def forwarded_fields(self) -> tuple[str, str]:
@@ -11352,7 +11399,7 @@ class Exchange:
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         shows_key = s.pass_client_key or not s.keys
         lines, key_lines = forwarded_fields(
-            self.head.fields, Hop(peer, tls, trusted, self.core.name), shows_key,
+            self.head.fields, Hop(peer, tls, trusted, self.core.process.name), shows_key,
             self.call.stream or self.call.makes_response)
         return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
 
@@ -11363,7 +11410,7 @@ class Exchange:
             return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
-            core.history(self.server).retries += 1
+            core.recent.history(self.server).retries += 1
         self.server, reason = url, "queue"
         if self.place is None:
             self.place = self.lease(url)
@@ -11389,14 +11436,15 @@ class Exchange:
             elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(url, now)
             elif fault in LACKING and not self.searches:
-                core.look(server_of(url))  # has it still what it said it has?
+                core.looks.want(server_of(url))  # has it still what it said it has?
         finally:
             core.ledger.attempts.add(url, label)
             self.attempts.append((url, reason, label))
             self.give_back(self.place)
         if fault is None or fault is Fault.NOT_THERE:
             return outcome
-        core.history(url).attempt_failed(f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}")
+        what = f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}"
+        core.recent.history(url).attempt_failed(what)
         if not outcome.committed:
             self.failures.append(label)
         elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
@@ -11459,7 +11507,7 @@ class Exchange:
         if view is None or not view.open:
             return False
         if gone:
-            return await has_died(self.core.pool(server_of(url)))
+            return await has_died(self.core.pools.get(server_of(url)))
         said = failure.held.content if failure.held else self.response.tail
         says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
         return says_so and engine_died(said, self.response.notation)
@@ -11524,13 +11572,14 @@ class Exchange:
             tokens = completion_tokens(usage, response.tail, response.sent_bytes)
             self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
                                            self.server, response.status, response.end))  # fmt: skip
-        self.core.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
+        self.core.news.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
 
     def remember(self, now: float, first_s: float | None) -> None:
         """For people who look at the last minute."""
         response = self.response
         well = response.status < 500 and response.end in ("complete", "client_gone")
-        self.core.history(self.server).ended(now, first_s if response.streams else None, well)
+        history = self.core.recent.history(self.server)
+        history.ended(now, first_s if response.streams else None, well)
 
     def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> RequestFacts:
         """What its log lines say."""
@@ -11615,25 +11664,26 @@ ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
 
 async def watch_health(core: Core, url: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
-    pool, loop = core.pool(url), asyncio.get_running_loop()
+    pool, loop = core.pools.get(url), asyncio.get_running_loop()
     while True:
         s = core.settings
         active = s.enable_active_health_check
-        want_models = core.fleet.models_due(url, loop.time(), s) or url in core.looking
+        want_models = core.fleet.models_due(url, loop.time(), s) or url in core.looks.wanted
         if active or want_models:
             begun = loop.time()
             found = await check_server(pool, s.health_check_timeout, active, want_models)
-            if core.stalled_at >= begun:  # then its time, and maybe its failure, was ours
+            if core.process.stalled_at >= begun:  # then its time, and maybe its failure, was ours
                 continue
             if found is not None and found.models is not None:
                 core.fleet.models_listed(url, found.models, loop.time())
             if found is not None and (active or found.rejected):
                 note_check(core, url, found, begun)
             if want_models:
-                core.has_looked(url)
+                if core.looks.done(url):
+                    core.news.notify()
         if not active:
             core.judge(url, Health.rested, loop.time(), s)
-        await core.look_or_rest(url, min(s.health_check_interval, INFINITY if active else 1.0))
+        await core.looks.rest(url, min(s.health_check_interval, INFINITY if active else 1.0))
 
 
 def note_check(core: Core, url: str, found: Check, begun: float) -> None:
@@ -11661,7 +11711,7 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
 
 async def watch_load(core: Core, url: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
-    pool, loop, agreed_at = core.pool(url), asyncio.get_running_loop(), dict[str, float]()
+    pool, loop, agreed_at = core.pools.get(url), asyncio.get_running_loop(), dict[str, float]()
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
@@ -11680,7 +11730,7 @@ async def watch_load(core: Core, url: str) -> None:
                     core.ledger.prefix_hits.add(view.url, amount=hits)
                     if load.asleep != view.load.asleep:
                         log.info("%s %s", view.url, "sleeps" if load.asleep else "is awake again")
-                        core.notify()
+                        core.news.notify()
                     say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
@@ -11690,7 +11740,7 @@ async def watch_load(core: Core, url: str) -> None:
         lost = lost + 1 if trouble else 0
         if lost >= KEPT_REPORTS and core.fleet.unscraped(url, trouble):
             log.warning("%s: %s: only our own requests there are known", url, trouble)
-        if core.stalled_at < begun - interval_s:
+        if core.process.stalled_at < begun - interval_s:
             await watch_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
 
@@ -11710,14 +11760,14 @@ async def watch_progress(core: Core, url: str) -> None:
     views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
         if views[0].health.circuit(now) == "half-open":
-            if await engine_responds(core.pool(url), s.health_check_timeout):
+            if await engine_responds(core.pools.get(url), s.health_check_timeout):
                 core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
     opens_at = views[0].health.open_until if views and views[0].open else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
-        well = await engine_responds(core.pool(url), s.health_check_timeout)
+        well = await engine_responds(core.pools.get(url), s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
         attempts = core.attempts.get(view.url, set())
@@ -11865,7 +11915,7 @@ async def liveness(core: Core, head: RequestHead) -> Reply:
 
 @local("/readiness", kind=Kind.PROBE)
 async def readiness(core: Core, head: RequestHead) -> Reply:
-    status, document = readiness_report(core.fleet.views(), core.stopping)
+    status, document = readiness_report(core.fleet.views(), core.process.stopping)
     return as_json(document, status)
 
 
@@ -11888,8 +11938,8 @@ async def explain(core: Core, head: RequestHead) -> Reply:
     """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
     request's content, for that request: `Exchange.explained`.)"""
     id = urllib.parse.parse_qs(head.query or "").get("id", [""])[0]
-    if id in core.recent:
-        return as_json({"id": id, **explain_report(core.recent[id])})
+    if id in core.recent.rankings:
+        return as_json({"id": id, **explain_report(core.recent.rankings[id])})
     text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
             f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
     return Reply(404, error_body(Fault.NOT_SERVED, text))
@@ -11928,15 +11978,15 @@ async def server_models(core: Core, head: RequestHead) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time; once for all who want
     that now."""
     if urllib.parse.parse_qs(head.query or "").get("refresh") in (["1"], ["true"]):
-        if core.refreshing is None or core.refreshing.done():
-            core.refreshing = asyncio.ensure_future(refresh_models(core))
-        await asyncio.shield(core.refreshing)
+        if core.looks.refreshing is None or core.looks.refreshing.done():
+            core.looks.refreshing = asyncio.ensure_future(refresh_models(core))
+        await asyncio.shield(core.looks.refreshing)
     return as_json(server_models_report(core.fleet.views(), clock()))
 
 
 async def refresh_models(core: Core) -> None:
     urls, timeout_s = {v.server for v in core.fleet.views()}, core.settings.health_check_timeout
-    checks = (check_server(core.pool(url), timeout_s, False, True) for url in urls)
+    checks = (check_server(core.pools.get(url), timeout_s, False, True) for url in urls)
     for url, found in zip(urls, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
             core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
@@ -11951,7 +12001,7 @@ def models_for(core: Core, head: RequestHead) -> list[Any]:
     """The models that the request's key allows, or all."""
     aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
     entries: list[Any] = models_report(
-        core.fleet.views(), aliases, head.fields.get("via"), core.name)["data"]
+        core.fleet.views(), aliases, head.fields.get("via"), core.process.name)["data"]
     if key is None or not key.models:
         return entries
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
@@ -11973,9 +12023,11 @@ async def one_model(core: Core, head: RequestHead) -> Reply:
 @local("/metrics")
 async def metrics(core: Core, head: RequestHead) -> Reply:
     process = {
-        "start_time_seconds": core.started_at, "client_connections": len(core.clients),
-        "client_connections_limit": core.clients_limit, "settings_valid": not core.settings_error,
-        "queue_length": len(core.queue), "buffered_bytes": core.backlog.bytes,
+        "start_time_seconds": core.process.started_at,
+        "client_connections": len(core.clients.tasks),
+        "client_connections_limit": core.clients.limit,
+        "settings_valid": not core.process.settings_error,
+        "queue_length": len(core.queue), "buffered_bytes": core.clients.backlog.bytes,
     }  # fmt: skip
     monotonic = clock().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
@@ -12082,7 +12134,7 @@ async def weigh_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
     """Check it now; a circuit that is open gets its trial."""
     server, s = known_server(core, query), core.settings
-    found = await check_server(core.pool(server), s.health_check_timeout, True, True)
+    found = await check_server(core.pools.get(server), s.health_check_timeout, True, True)
     now = asyncio.get_running_loop().time()
     if found is None:
         return Reply(503, error_body(Fault.NO_RESOURCES, "It could not be asked now."))
@@ -12090,7 +12142,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
         core.fleet.models_listed(server, found.models, now)
     note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
-    core.notify()
+    core.news.notify()
     state = [state_word(view, now) for view in core.fleet.engines(server)]
     return as_json({"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
                     "state": state[0] if state else "gone"})  # fmt: skip
@@ -12135,7 +12187,7 @@ class Front:
     def close(self, to_the_last: bool) -> None:
         """Accept no more, after those who have come already; unless others serve them."""
         if to_the_last:
-            self.core.clients_limit = descriptors_allow()
+            self.core.clients.limit = descriptors_allow()
         for listener in self.listeners:
             if to_the_last:
                 listener.accept()
@@ -12149,7 +12201,7 @@ class Front:
 
     def has_room(self, spare: int = 0) -> bool:
         """Whether one more connection may be accepted."""
-        return len(self.core.clients) < self.core.clients_limit + spare
+        return len(self.core.clients.tasks) < self.core.clients.limit + spare
 
     def clients_are_waiting(self) -> bool:
         """Whether others wait to be accepted."""
@@ -12162,7 +12214,7 @@ class Front:
         """Idle connections give way: who was served and has no request on the way loses nothing
         but a handshake."""
         self.core.count_limit("max_connections")
-        self.core.end_idle(ACCEPT_BATCH)
+        self.core.clients.end_idle(ACCEPT_BATCH)
 
     def cannot_accept(self, error: OSError) -> None:
         self.core.count_limit("descriptors")
@@ -12171,13 +12223,13 @@ class Front:
 
     def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
-        core, wire = self.core, Wire(Blame.CLIENT, self.core.backlog)
+        core, wire = self.core, Wire(Blame.CLIENT, self.core.clients.backlog)
         if not self.belongs(wire, address_of(address)):
             sock.close()
             return
 
         def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
-            del core.clients[wire]
+            del core.clients.tasks[wire]
             self._operators.discard(wire)
             self.one_less(wire.peer[0])
             wire.drop()
@@ -12188,8 +12240,8 @@ class Front:
 
         if operator:
             self._operators.add(wire)
-        core.clients[wire] = self._tasks.create_task(self.serve(wire, sock))
-        core.clients[wire].add_done_callback(forget)
+        core.clients.tasks[wire] = self._tasks.create_task(self.serve(wire, sock))
+        core.clients.tasks[wire].add_done_callback(forget)
 
     def belongs(self, wire: Wire, peer: Address) -> bool:
         """Count a connection as that peer's; False if it has as many as it may."""
@@ -12227,7 +12279,7 @@ class Front:
         """One client's connection: its requests, one after the other."""
         try:
             sock.setblocking(False)
-            s, tls = self.core.settings, self.core.secrets.listener
+            s, tls = self.core.settings, self.core.pools.secrets.listener
             if s.trusted_proxies and is_trusted(wire.peer[0], s.trusted_proxies):
                 await self.hear_proxy(wire, sock)
             wire.sock = sock if tls is None else None
@@ -12249,7 +12301,7 @@ class Front:
 
     async def serve_one(self, wire: Wire, last: bool) -> bool | None:
         """One request; False if it was the connection's last, None if none came."""
-        core, running = self.core, self.core.exchanges
+        core, running = self.core, self.core.clients.exchanges
         if wire.blocked:  # by the answer before
             await wire.unblocked(core.settings.body_timeout)
         if wire.buffer:  # sent without waiting for it: others first
@@ -12262,7 +12314,7 @@ class Front:
                 return False
             exchange = Exchange(core, wire, *head)
             running[wire] = exchange.response
-            core.ids.add(exchange.response.id)
+            core.clients.ids.add(exchange.response.id)
             if last:
                 exchange.response.persists = False
                 core.count_limit("max_requests_per_connection")
@@ -12282,14 +12334,14 @@ class Front:
         finally:
             wire.reused = True
             if (response := running.pop(wire)) is not None:
-                core.ids.discard(response.id)
+                core.clients.ids.discard(response.id)
 
     async def request_begun(self, wire: Wire) -> bool:
         """Whether a client has begun its next request; it may take a while, but not when others
         are waiting for its place."""
         core, now = self.core, wire.loop.time()
         idle_until = expires_at = now + core.settings.keep_alive_timeout
-        if core.stopping:  # it was not told, since its answer had begun before
+        if core.process.stopping:  # it was not told, since its answer had begun before
             idle_until = now + IDLE_GRACE_S
         elif wire.reused and self.clients_are_waiting():
             idle_until = now
@@ -12298,7 +12350,7 @@ class Front:
                 wire.take(lines)
                 continue
             if wire.reused:
-                core.idle[wire] = None
+                core.clients.idle[wire] = None
             try:
                 await wire.more(idle_until)
             except TimeoutError:
@@ -12306,7 +12358,7 @@ class Front:
                     core.count_limit("keep_alive_timeout")
                 return False
             finally:
-                core.idle.pop(wire, None)
+                core.clients.idle.pop(wire, None)
         return True
 
     async def read_head(self, wire: Wire) -> tuple[RequestHead, Length] | None:
@@ -12329,7 +12381,7 @@ class Front:
         core.count_limit(bad.limit)
         # And not what was said: it may hold a key.
         facts = RequestFacts(id, f"{host}:{port}", status=bad.fault.status, end=bad.fault.label)
-        core.publish(RequestFacts, lambda: facts)
+        core.news.publish(RequestFacts, lambda: facts)
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
@@ -12351,11 +12403,11 @@ class Front:
             response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
         elif function is None or kind is Kind.EXPLAIN:
-            self.core.forwarding += 1
+            self.core.clients.forwarding += 1
             try:
                 await exchange.run()
             finally:
-                self.core.forwarding -= 1
+                self.core.clients.forwarding -= 1
         elif function is status_events and head.method == "GET":
             await self.stream_status(exchange)
         else:
@@ -12367,8 +12419,8 @@ class Front:
         core, client, response = self.core, exchange.client, exchange.response
         response.persists = False
         response.beat()
-        with abandoned_if_gone(client, core.clients.get(client)):
-            while not core.stopping:
+        with abandoned_if_gone(client, core.clients.tasks.get(client)):
+            while not core.process.stopping:
                 response.write(status_event(core))
                 await client.unblocked(core.settings.body_timeout)
                 await asyncio.sleep(STATUS_S)
@@ -12380,7 +12432,7 @@ class Front:
         core, s, head, keys = self.core, exchange.settings, exchange.head, self.core.keys
         asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
         works = kind in (Kind.INFERENCE, Kind.EXPLAIN, Kind.CONTROL) and not asks
-        if works and came_by(head.fields, core.name):
+        if works and came_by(head.fields, core.process.name):
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
         exchange.key = keys.authenticate(head.fields) if keys.required else None
@@ -12397,7 +12449,7 @@ class Front:
                 self._warned = True
                 log.warning("%s", refusal.warning)
             return refusal
-        if works and 0 < s.max_requests <= core.forwarding:
+        if works and 0 < s.max_requests <= core.clients.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if kind is Kind.CONTROL:
@@ -12462,8 +12514,8 @@ class Balancer:
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
-        core.on_manual_change = lambda: self.adopt(self._settings, core.secrets)
-        keeper = EventKeeper(core.events)
+        core.on_manual_change = lambda: self.adopt(self._settings, core.pools.secrets)
+        keeper = EventKeeper(core.recent.events)
         log.addHandler(keeper)
         try:
             await self.serve(ready, secrets)
@@ -12482,16 +12534,16 @@ class Balancer:
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
             await self._stop.wait()
-            core.stopping = True
+            core.process.stopping = True
             if not self._succeeded:
                 await self.wait_for_second_stop(core.settings.drain_delay)
             self._front.close(to_the_last=not self._succeeded)
             await self.drain()
             watchers = sum(self._watchers.values(), [follower, pulse])
-            for task in (*core.clients.values(), *watchers, self._handing_over):
+            for task in (*core.clients.tasks.values(), *watchers, self._handing_over):
                 if task is not None:
                     task.cancel()
-        for pool in core.pools.values():
+        for pool in core.pools.by_server.values():
             pool.close()
         if core.shape is not None:
             core.shape.stop()
@@ -12513,7 +12565,7 @@ class Balancer:
         for sock in set(inherited).difference(operators):  # the settings name none any more
             sock.close()
         self.port = sockets[0].getsockname()[1]
-        self.core.address = f"{s.host or '*'}:{self.port}"
+        self.core.process.address = f"{s.host or '*'}:{self.port}"
         return {SOCKETS_ENV: sockets, OPERATOR_SOCKETS_ENV: operators}
 
     def sockets_at(self, host: str, port: int, prefix: str = "") -> list[socket.socket]:
@@ -12532,7 +12584,7 @@ class Balancer:
         """Stop accepting and let running answers finish; called again, stop at once."""
         if self._stop.is_set():
             self._stop_now.set()
-            for task in self.core.clients.values():
+            for task in self.core.clients.tasks.values():
                 task.cancel()
         self._stop.set()
 
@@ -12546,7 +12598,7 @@ class Balancer:
         """Let running answers finish, for drain_timeout at most.  On an idle connection a request
         may be on its way: it is answered, too, if it comes soon; or, where a successor serves
         already and nothing is urgent, whenever it comes."""
-        core, running = self.core, self.core.exchanges
+        core, running = self.core, self.core.clients.exchanges
         timeout_s = core.settings.drain_timeout
         grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
@@ -12555,10 +12607,10 @@ class Balancer:
         if running:
             log.info("stopping: %d answers are still running", len(running))
         for seconds in (grace_s, timeout_s - grace_s):
-            if core.clients:
-                await asyncio.wait(core.clients.values(), timeout=seconds)
-            core.end_idle(len(core.idle))
-            for wire, task in core.clients.items():
+            if core.clients.tasks:
+                await asyncio.wait(core.clients.tasks.values(), timeout=seconds)
+            core.clients.end_idle(len(core.clients.idle))
+            for wire, task in core.clients.tasks.items():
                 if not (wire.reused or wire.buffer or wire in running):
                     task.cancel()  # it never said anything
         if running:
@@ -12651,9 +12703,9 @@ class Balancer:
                 sampled_at = loop.time()
                 for view in self.core.fleet.views():
                     interval_s = self.core.settings.metrics_interval
-                    self.core.history(view.url).sample(view, sampled_at, interval_s)
+                    self.core.recent.history(view.url).sample(view, sampled_at, interval_s)
             if (late_s := loop.time() - due) > STALL_S:
-                self.core.stalled_at = loop.time()
+                self.core.process.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
@@ -12685,14 +12737,14 @@ class Balancer:
         """Take over keys and certificates whose files have changed."""
         core = self.core
         try:
-            secrets = Secrets(self._settings, core.secrets)
+            secrets = Secrets(self._settings, core.pools.secrets)
         except SettingsError as error:
             if str(error) != self._secrets_error:
                 log.error("keys and certificates stay as they were:\n%s", error)
             self._secrets_error = str(error)
             return
         self._secrets_error = ""
-        if secrets.files != core.secrets.files:
+        if secrets.files != core.pools.secrets.files:
             log.info("keys or certificates have changed")
             self.adopt(self._settings, secrets)
 
@@ -12702,7 +12754,7 @@ class Balancer:
     async def look(self, file: SettingsFile, asked: bool) -> None:
         """Take over what the file holds, if that is new and can be used.  Who asked for a look is
         answered in any case."""
-        core, old, refused = self.core, self._settings, self.core.settings_error
+        core, old, refused = self.core, self._settings, self.core.process.settings_error
         try:
             text = await file.changed()
             if text is None:
@@ -12712,9 +12764,9 @@ class Balancer:
                             " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
                 return
             settings, warnings = parse_settings(text, file.path, self.overrides)
-            secrets = Secrets(settings, core.secrets)
+            secrets = Secrets(settings, core.pools.secrets)
         except SettingsError as error:
-            core.settings_error = str(error)
+            core.process.settings_error = str(error)
             core.ledger.reloads.add("refused")
             log.error("the settings stay as they were:\n%s", error)
             return
@@ -12722,10 +12774,10 @@ class Balancer:
             log.warning("%s", warning)
         if refused:
             log.info("the settings file can be used again")
-        core.settings_error = ""
+        core.process.settings_error = ""
         if settings != old:
             core.ledger.reloads.add("applied")
-            core.reloaded_at = asyncio.get_running_loop().time()
+            core.process.reloaded_at = asyncio.get_running_loop().time()
             self.adopt(settings, secrets)
         elif asked:
             log.info("new settings: %d servers, nothing changed", len(settings.servers))
@@ -12734,12 +12786,12 @@ class Balancer:
         """Make these settings the ones in force, with what was changed by hand.  Servers keep all
         that is known of them; new ones are checked at once."""
         core, old, self._settings = self.core, self.core.settings, settings
-        secrets = secrets or Secrets(settings, core.secrets)
+        secrets = secrets or Secrets(settings, core.pools.secrets)
         if (servers := core.live.applied(settings.servers)) != settings.servers:
             settings = dataclasses.replace(settings, servers=servers)
             secrets = secrets.also_for(core.live.added.values())
-        core.settings, core.secrets = settings, secrets
-        for url, pool in core.pools.items():
+        core.settings, core.pools.secrets = settings, secrets
+        for url, pool in core.pools.by_server.items():
             secrets.equip(pool, url)
         for server in settings.servers:
             if not server.verify and (server not in old.servers or settings is old):
@@ -12750,8 +12802,8 @@ class Balancer:
         core.keys.adopt(
             (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
              word) for key, word in secrets.keys)
-        core.clients_limit = min(settings.max_connections, descriptors_allow())
-        core.backlog.limit = settings.max_buffered_bytes
+        core.clients.limit = min(settings.max_connections, descriptors_allow())
+        core.clients.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)
         now = asyncio.get_running_loop().time()
         added, draining = core.fleet.apply(
@@ -12774,16 +12826,16 @@ class Balancer:
                     f"watching {url}", functools.partial(watch, core, url)))
                 for watch in (watch_health, watch_load)
             ]  # fmt: skip
-        for url in core.histories.keys() - {view.url for view in core.fleet.views()}:
-            del core.histories[url]
-        for url in core.pools.keys() - {view.server for view in core.fleet.views()}:
-            core.pools.pop(url).close()
-            core.forget(url)
+        for url in core.recent.histories.keys() - {view.url for view in core.fleet.views()}:
+            del core.recent.histories[url]
+        for url in core.pools.by_server.keys() - {view.server for view in core.fleet.views()}:
+            core.pools.by_server.pop(url).close()
+            core.looks.forget(url)
         if settings is not old:
             counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
             words = [counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
-        core.notify()
+        core.news.notify()
 
 
 def watch_intervals(s: Settings) -> tuple[Any, ...]:
@@ -13486,7 +13538,7 @@ def own_url(s: Settings, host: str, port: int) -> str:
 
 def announce(balancer: Balancer, hint: str) -> None:
     """It listens."""
-    s, limit = balancer.core.settings, balancer.core.clients_limit
+    s, limit = balancer.core.settings, balancer.core.clients.limit
     url, second = own_url(s, s.host, balancer.port), operator_address(s)
     if hint:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
@@ -13510,14 +13562,14 @@ def serve_until_stopped(
     async def run(balancer: Balancer) -> None:
         core, terminal = balancer.core, sys.stdout.isatty()
         follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
-        core.subscribers.append(functools.partial(
+        core.news.subscribers.append(functools.partial(
             saying_requests, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
         on_screen = screen and in_foreground(1)
         watchdog = asyncio.ensure_future(feed_watchdog())
         with contextlib.ExitStack() as logs:
             if not hint:
-                logs.enter_context(logging_to_files(core.settings, core.subscribers))
+                logs.enter_context(logging_to_files(core.settings, core.news.subscribers))
             async with screen_shown(balancer) if on_screen else contextlib.nullcontext():
                 await balancer.run(functools.partial(announce, balancer, hint))
             log.info("stopped")

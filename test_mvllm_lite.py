@@ -7270,7 +7270,7 @@ class Running:
     def __init__(self, balancer, stack):
         self.balancer, self.core, self.stack = balancer, balancer.core, stack
         self.heard = []  # requests and transitions, as for the logs
-        self.core.subscribers.append(lambda kind: self.heard.append)
+        self.core.news.subscribers.append(lambda kind: self.heard.append)
 
     def requests(self):
         return [event._asdict() for event in self.heard if isinstance(event, lite.RequestFacts)]
@@ -7284,7 +7284,7 @@ class Running:
     async def until(self, condition):
         """Wait for news of the fleet until the condition holds."""
         while not condition():
-            await self.core.changed()
+            await self.core.news.changed()
 
     def states(self):
         return [view.health.state.value for view in self.core.fleet.views()]
@@ -7299,7 +7299,7 @@ class Running:
 
     async def quiet(self):
         """Until no request is in flight."""
-        while self.in_flight() or self.core.exchanges:
+        while self.in_flight() or self.core.clients.exchanges:
             await asyncio.sleep(0)
 
 
@@ -7369,7 +7369,7 @@ async def test_the_kernel_looks_after_connections_on_both_sides(host):
     """At once and after waiting are two ways to connect."""
     async with Server() as server, balancing(f"http://{host}:{server.port}") as running:
         await (await running.client()).post(body=CHAT)
-        wires = [*running.core.clients, *running.core.pools[f"http://{host}:{server.port}"].idle]
+        wires = [*running.core.clients.tasks, *running.core.pools.by_server[f"http://{host}:{server.port}"].idle]
         assert {wire.side for wire in wires} == {Blame.CLIENT, Blame.SERVER}
         for wire in wires:
             sock = wire.transport.get_extra_info("socket")
@@ -7408,7 +7408,7 @@ async def test_a_request_arrives_as_it_was_sent():
     assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
     assert asked.get("x-forwarded-for") == ["127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
     assert asked.get("x-forwarded-host") == ["localhost"]
-    assert asked.get("via") == [f"1.1 {running.core.name}"]
+    assert asked.get("via") == [f"1.1 {running.core.process.name}"]
     assert not asked.get("x-secret") and not asked.get("connection")
     assert got.get("x-request-id") == "my-id" and got.get("connection") == "close"
 
@@ -7517,7 +7517,7 @@ async def test_connections_are_counted_by_whom_a_proxy_passes_on():
         for n in (1, 2, 1):
             client = await running.client()
             await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\nHost: a\r\n\r\n" % n)
-            if n == 2 or len(running.core.clients) < 2:
+            if n == 2 or len(running.core.clients.tasks) < 2:
                 assert (await client.answer()).status == 200
         with contextlib.suppress(ConnectionError):
             assert await client.reader.read() == b""
@@ -7561,7 +7561,7 @@ async def test_a_request_that_comes_back_is_508_and_names_its_way(count):
     async with ring(*[()] * count) as balancers:
         got = await (await balancers[0].client()).post(body=b"{}")
         assert got.status == 508 and got.get("x-mvllm-error") == "loop_detected"
-        names = [f"1.1 {one.core.name}" for one in balancers]
+        names = [f"1.1 {one.core.process.name}" for one in balancers]
         assert f"where it was: {', '.join(names)}." in got.error["message"]
         for one in balancers:
             await one.quiet()
@@ -7641,9 +7641,9 @@ async def test_an_id_that_is_said_of_several_requests_is_not_shared_by_parallel_
         shown = [(await client.answer()).get("x-request-id") for client in clients]
         assert sorted(shown) == sorted(asked.get("x-request-id")[0] for asked in server.asked)
         assert len(set(shown)) == (1 if shared else 3) and all(re.fullmatch(r"c(-[0-9a-f]{8})?", id) for id in shown)
-        while running.core.exchanges:
+        while running.core.clients.exchanges:
             await asyncio.sleep(0)
-        assert not running.core.ids
+        assert not running.core.clients.ids
         gated.let(1)
         assert (await clients[0].post("/v1/x", fields=[f"{field}: c"])).get("x-request-id") == "c"  # one after the other
 
@@ -7717,7 +7717,7 @@ async def test_a_compressed_request_arrives_as_its_server_can_read_it(coding, pa
             got = await (await running.client()).post(
                 body=pack(content) if content else b"", fields=[f"Content-Encoding: {coding}"])
             assert got.status == 200
-        assert running.core.backlog.bytes == 0
+        assert running.core.clients.backlog.bytes == 0
     came = b.asked if content else a.asked + b.asked
     assert len(came) == 3 and not any(asked.get("content-encoding") for asked in came)
     assert [asked.body for asked in came] == [content.replace(b"alias", b"b")] * 3
@@ -7756,7 +7756,7 @@ async def test_compressed_requests_that_are_refused(fields, body, status, label,
         assert named in got.error["message"]
         if status == 415:
             assert got.get("accept-encoding").startswith("gzip, deflate")
-        assert running.core.backlog.bytes == 0 and not server.asked
+        assert running.core.clients.backlog.bytes == 0 and not server.asked
         got = await (await running.client()).get("/v1/x", ["Content-Encoding: br"])  # of nothing
         assert got.status == 200
 
@@ -7883,20 +7883,20 @@ async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_see
         await server.came.wait()
         if not at_once:
             client.writer.write(early)
-        (wire,) = running.core.clients
+        (wire,) = running.core.clients.tasks
         while not wire.held:
             await asyncio.sleep(0)
         assert lite.AHEAD_BYTES == len(wire.buffer) == wire.counted
-        assert running.core.backlog.bytes == len(wire.buffer) + len(content)
+        assert running.core.clients.backlog.bytes == len(wire.buffer) + len(content)
         if ahead > 100_000:  # so much of it is on the way that an orderly end would not come through
             client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
         while running.in_flight():
             await asyncio.sleep(0.01)
         assert running.requests()[0]["end"] == "client_gone"
-        while running.core.clients:
+        while running.core.clients.tasks:
             await asyncio.sleep(0)
-        assert running.core.backlog.bytes == 0 and not running.core.backlog._stopped
+        assert running.core.clients.backlog.bytes == 0 and not running.core.clients.backlog._stopped
 
 
 @asynchronous
@@ -7905,14 +7905,14 @@ async def test_what_a_client_said_too_early_is_answered_when_it_is_its_turn():
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
         sending = asyncio.ensure_future(client.send(EARLY * 2000))
-        (wire,) = running.core.clients
+        (wire,) = running.core.clients.tasks
         while not wire.held:
             await asyncio.sleep(0)
         gated.let(1)
         for _ in range(2001):
             assert (await client.answer()).status == 200
         await sending
-        assert running.core.backlog.bytes == 0
+        assert running.core.clients.backlog.bytes == 0
 
 
 @asynchronous
@@ -7921,15 +7921,15 @@ async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
         client = await running.client()
         head = b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 50_000
         await client.send(head)
-        while running.core.backlog.bytes < len(head):
+        while running.core.clients.backlog.bytes < len(head):
             await asyncio.sleep(0)
         await client.send(b"\r\n\r\n")
         await server.came.wait()
-        assert 50_000 < running.core.backlog.bytes < 51_000  # and while it waits for its answer
+        assert 50_000 < running.core.clients.backlog.bytes < 51_000  # and while it waits for its answer
         gated.let(1)
         assert (await client.answer()).status == 200
-        assert running.core.backlog.bytes == 0
-        (wire,) = running.core.clients
+        assert running.core.clients.backlog.bytes == 0
+        (wire,) = running.core.clients.tasks
         assert wire.most == lite.AHEAD_BYTES
         await client.send(head + b"x" * 20_000)
         assert (await client.answer()).status == 431
@@ -7955,7 +7955,7 @@ async def test_pipelined_local_requests_are_all_answered_at_the_client_s_pace():
         sending = asyncio.ensure_future(client.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 3000))
         for _ in range(20):
             await (await running.client()).get("/liveness")  # others are served meanwhile
-        assert max(w.transport.get_write_buffer_size() for w in running.core.clients) < 1 << 20
+        assert max(w.transport.get_write_buffer_size() for w in running.core.clients.tasks) < 1 << 20
         for _ in range(3000):
             assert (await client.answer()).status == 200
         await sending
@@ -8262,7 +8262,7 @@ async def test_a_slow_client_slows_its_server_and_fills_no_memory():
             last = sent
             await asyncio.sleep(0.1)
         assert sent < 1000
-        (wire,) = [w for w in running.core.clients if w.blocked]
+        (wire,) = [w for w in running.core.clients.tasks if w.blocked]
         assert wire.transport.get_write_buffer_size() < 300_000
         received = 0
         while received < len(block) * 2000:
@@ -8296,7 +8296,7 @@ async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
     async with balancing(Server(models=many), **settings) as running:
         client = await small_window(running)
         await client.ask("GET", "/v1/models")
-        while not any(wire.blocked for wire in running.core.clients):
+        while not any(wire.blocked for wire in running.core.clients.tasks):
             await asyncio.sleep(0)
         if then == "stop":
             running.balancer.stop()
@@ -8310,13 +8310,13 @@ async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
 async def test_a_client_that_asks_and_never_reads_fills_no_memory():
     async with balancing(Server()) as running:
         client, asked = await small_window(running), b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"
-        while not any(wire.blocked for wire in running.core.clients):
+        while not any(wire.blocked for wire in running.core.clients.tasks):
             await client.send(asked)
             await asyncio.sleep(0)
         for _ in range(300):
             await client.send(asked)
             await asyncio.sleep(0)
-        assert max(wire.transport.get_write_buffer_size() for wire in running.core.clients) < 300_000
+        assert max(wire.transport.get_write_buffer_size() for wire in running.core.clients.tasks) < 300_000
 
 
 @asynchronous
@@ -8439,7 +8439,7 @@ async def test_a_client_that_leaves_while_it_sends_costs_nothing():
         client = await running.client()
         await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
         client.close()
-        while running.core.clients:
+        while running.core.clients.tasks:
             await asyncio.sleep(0)
         assert await running.metric("mvllm_requests_total", status="499") == 1
     assert not server.asked
@@ -8656,7 +8656,7 @@ async def test_content_that_is_awaited_counts_before_it_is_there():
         done, waiting = await asyncio.wait(refused, timeout=5, return_when=asyncio.FIRST_COMPLETED)
         while len(waiting) > 2:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        assert running.core.backlog.bytes <= 600_000
+        assert running.core.clients.backlog.bytes <= 600_000
         for one in waiting:
             one.cancel()
 
@@ -8682,7 +8682,7 @@ async def test_requests_together_hold_only_so_much_content():
         assert await running.metric("mvllm_buffered_bytes") == 0
         await (await running.client()).ask("POST", "/v1/x", b"x" * 1000)
         first.close()
-    assert running.core.backlog.bytes == 0
+    assert running.core.clients.backlog.bytes == 0
 
 
 @asynchronous
@@ -8694,7 +8694,7 @@ async def test_connections_from_one_address_can_be_limited():
         with contextlib.suppress(ConnectionError):
             assert await clients[2].reader.read() == b""
         clients[0].close()
-        while len(running.core.clients) > 1:
+        while len(running.core.clients.tasks) > 1:
             await asyncio.sleep(0)
         assert await running.metric("mvllm_limits_met_total", limit="max_connections_per_client") == 1
 
@@ -8718,7 +8718,7 @@ async def test_when_all_connections_are_taken_idle_ones_give_way_and_new_ones_wa
         assert limits[("max_connections",)] and not limits[("keep_alive_timeout",)]
         assert (await late.get("/liveness")).status == 200
         assert await late.reader.read() == b""
-        assert (await later.get("/liveness")).status == 200 and len(running.core.clients) == 3
+        assert (await later.get("/liveness")).status == 200 and len(running.core.clients.tasks) == 3
         gate.set()
         assert [(await client.answer()).status for client in busy] == [200, 200]
 
@@ -8766,7 +8766,7 @@ async def test_a_timeout_that_is_only_late_because_the_process_stood_still_is_no
 async def test_when_our_own_descriptors_run_out_no_server_is_blamed():
     async with balancing(Server()) as running:
         client = await running.client()
-        for pool in running.core.pools.values():
+        for pool in running.core.pools.by_server.values():
             pool.close()
         await client.get("/liveness")  # time for closing them
         with all_descriptors_taken():
@@ -8903,7 +8903,7 @@ async def test_a_request_that_comes_before_the_first_check_waits_for_it():
     async with balancing(Server(**{"/health": health}), wait=False) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b'{"model":"m"}')
-        while not running.core.exchanges:
+        while not running.core.clients.exchanges:
             await asyncio.sleep(0)
         gate.set()
         assert (await client.answer()).status == 200
@@ -9366,7 +9366,7 @@ async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, gi
             (entry,) = (await client.get("/health")).json["servers"]
             said = (await client.post()).error["message"]
             page = (await client.get("/status.json")).body.decode()
-            examined = await lite.examine(settings, Settings((settings,)), running.core.secrets)
+            examined = await lite.examine(settings, Settings((settings,)), running.core.pools.secrets)
     for text in (entry["reason"], said, page, caplog.text, examined.findings[0].text):
         assert shown.search(text) and "not permitted" not in text, text
 
@@ -9778,7 +9778,7 @@ async def test_explain_says_where_a_request_would_go_and_does_not_send_it():
             assert said["prompt_tokens"] > 1000 and said["model"] == "m"
             assert [(row["url"], row["reason"]) for row in said["servers"]] == [
                 (a.url, "cost 1 = its turn, weight 1"), (b.url, "does not serve 'm'")]  # fmt: skip
-        assert not a.asked and not b.asked and not running.core.recent
+        assert not a.asked and not b.asked and not running.core.recent.rankings
         assert (await client.get("/explain", method="PUT")).status == 405
 
 
@@ -9799,7 +9799,7 @@ async def test_explain_says_why_a_request_of_late_went_where_it_went():
         assert await running.metric("mvllm_decisions_total", reason="retry") == 1
         for n in range(lite.RECENT_LIMIT):
             await client.post()
-        assert len(running.core.recent) == lite.RECENT_LIMIT and (await client.get("/explain?id=mine")).status == 404
+        assert len(running.core.recent.rankings) == lite.RECENT_LIMIT and (await client.get("/explain?id=mine")).status == 404
 
 
 @asynchronous
@@ -9994,7 +9994,7 @@ async def test_rankings_are_kept_for_so_many_requests_and_no_text_with_them():
         client = await running.client()
         for _ in range(3):
             await client.post(body=CHAT, fields=["X-Request-Id: same"])
-        (kept,) = running.core.recent["same"]
+        (kept,) = running.core.recent.rankings["same"]
         assert b"word" not in repr(kept).encode()
 
 
@@ -10004,7 +10004,7 @@ async def test_who_explains_is_counted_and_limited_like_who_asks():
     async with balancing(Server(), keys=keys) as running:
         for fields, status in ([], 401), (bearer("sk-a"), 403), (bearer("sk-b"), 200), (bearer("sk-b"), 429):
             assert (await (await running.client()).post("/explain", CHAT, fields)).status == status
-        assert not running.core.forwarding and await running.metric("mvllm_requests_total", status="200") == 0
+        assert not running.core.clients.forwarding and await running.metric("mvllm_requests_total", status="200") == 0
 
 
 @asynchronous
@@ -10584,7 +10584,7 @@ async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_el
         await client.ask("POST", "/v1/x", b"{}")
         await bad.came.wait()
         bad.listener.close()  # as a vLLM that stops: nobody new is let in, and nothing more is said
-        for pool in running.core.pools.values():
+        for pool in running.core.pools.by_server.values():
             pool.close()
         got = await client.answer()
         assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
@@ -10598,7 +10598,7 @@ async def test_a_stream_at_a_server_that_is_gone_but_keeps_its_connections_is_se
         await client.ask("POST", "/v1/x", b'{"stream":true}')
         await client.reader.readuntil(FIRST)
         server.listener.close()
-        for pool in running.core.pools.values():
+        for pool in running.core.pools.by_server.values():
             pool.close()
         raw = await client.reader.read()
         assert b"broke off" in raw and not raw.endswith(b"0\r\n\r\n")
@@ -10821,7 +10821,7 @@ async def test_what_a_check_finds(page, passed, reached, hung):
     async with Server(**{"/health": page}) as server, balancing() as running:
         if page == "refused":
             await server.kill()
-        found = await lite.check_server(running.core.pool(server.url), 0.2, True, False)
+        found = await lite.check_server(running.core.pools.get(server.url), 0.2, True, False)
         assert (found.passed, found.reached, found.hung) == (passed, reached, hung)
 
 
@@ -10954,8 +10954,8 @@ async def test_a_server_that_rejects_our_key_is_out_once_our_own_check_says_so_t
             reason = f"its key is rejected: /v1/models answered {status}"
             assert running.core.fleet.views()[0].health.reason == reason
             bad.pages["/v1/models"] = page  # the key is right again
-            running.core.looked.clear()
-            assert running.core.look(bad.url)
+            running.core.looks.ended.clear()
+            assert running.core.looks.want(bad.url)
             await running.until(lambda: running.states() == ["healthy"] * 2)
 
 
@@ -11000,7 +11000,7 @@ async def test_a_model_that_a_server_listed_and_has_no_more_is_asked_for_elsewhe
         bad.pages["/v1/models"], client = listing("x"), await running.client()
         got = await client.post(body=CHAT)
         assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
-        await running.until(lambda: not running.core.looking)
+        await running.until(lambda: not running.core.looks.wanted)
         assert list(running.core.fleet.views()[0].models) == ["x"]
         assert (await client.post(body=CHAT)).status == 200
         assert (len(bad.asked), bad.probes["/v1/models"]) == (1, 2)
@@ -11040,7 +11040,7 @@ async def test_a_model_that_was_loaded_meanwhile_is_found_by_one_look_that_all_s
         for client in clients:
             await client.ask("POST", "/v1/chat/completions", b'{"model":"new"}')
         await looked.wait()
-        while running.core.forwarding < 5:
+        while running.core.clients.forwarding < 5:
             await asyncio.sleep(0)
         gate.set()
         assert [(await client.answer()).status for client in clients] == [200] * 5
@@ -11069,7 +11069,7 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
 @asynchronous
 async def test_local_paths_answer_while_every_server_hangs():
     async with balancing(Server(), Server(models=["b"])) as running:
-        for server in running.core.pools:
+        for server in running.core.pools.by_server:
             running.core.judge(server, lite.Health.failed, "x", True, 0.0, running.core.settings)
         client = await running.client()
         assert (await client.get("/")).json == {"service": "mvllm_lite", "version": lite.__version__, "status": "running"}
@@ -11298,10 +11298,10 @@ async def test_a_change_by_hand_reads_no_file_and_tells_of_none(tmp_path):
             path.unlink()
             client = await running.client()
             got = await client.post(f"/admin/servers/weight?weight=2&url={server.url}", b"")
-            assert got.status == 200 and not running.core.settings_error
+            assert got.status == 200 and not running.core.process.settings_error
             entry = json.dumps({"url": other.url, "verify": False}).encode()
             got = await client.post("/admin/servers", entry, AS_JSON)
-            assert got.status == 200 and other.url in running.core.secrets.contexts
+            assert got.status == 200 and other.url in running.core.pools.secrets.contexts
             assert (await client.post(f"/admin/servers/drain?url={other.url}", b"")).status == 200
             await client.post()
     assert server.asked[0].get("authorization") == ["Bearer sk-file"]
@@ -11384,7 +11384,7 @@ async def test_time_to_the_first_token_is_of_streams_alone():
         await client.post(body=b'{"model":"m","stream":true}')
         (row,) = (await client.get("/status.json")).json["servers"]
         assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5
-        assert len(running.core.history(row["url"]).ttfb) == 1
+        assert len(running.core.recent.history(row["url"]).ttfb) == 1
 
 
 def test_an_event_that_comes_again_and_again_is_one_with_a_count():
@@ -11582,7 +11582,7 @@ async def test_a_bad_file_changes_nothing_and_is_complained_about_once(tmp_path,
     path = tmp_path / "servers.toml"
     async with Server() as server, following(path, server) as running:
         path.write_text(text)
-        while not running.core.settings_error:
+        while not running.core.process.settings_error:
             await asyncio.sleep(0.01)
         good = settings_text(server, max_retries=5)
         assert (await (await running.client()).post()).status == 200
@@ -11601,9 +11601,9 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         good = settings_text(server).encode()
 
         async def complaint(known):
-            while running.core.settings_error == known:
+            while running.core.process.settings_error == known:
                 await asyncio.sleep(0.01)
-            return running.core.settings_error
+            return running.core.process.settings_error
 
         os.mkfifo(tmp_path / "fifo")
         (tmp_path / "fifo").replace(path)
@@ -11615,7 +11615,7 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         path.write_bytes(b"# caf\xe9\n" + good)
         assert (await complaint("")).endswith("is not UTF-8: byte 0xe9 at position 5")
         path.unlink()
-        while not running.core.settings_error.endswith("no such file or directory"):
+        while not running.core.process.settings_error.endswith("no such file or directory"):
             await asyncio.sleep(0.01)
         assert (await (await running.client()).post()).status == 200
 
@@ -11740,7 +11740,7 @@ async def test_answers_that_begin_while_stopping_say_that_they_are_the_last():
         await client.ask("POST", "/v1/x", b"{}")
         await server.came.wait()
         running.balancer.stop()
-        while not running.core.stopping:
+        while not running.core.process.stopping:
             await asyncio.sleep(0)
         gate.set()
         assert (await client.answer()).get("connection") == "close"
@@ -11824,7 +11824,7 @@ async def test_a_request_works_with_the_settings_it_came_under():
             for url, sign in ((a.url, "-"), (b.url, ""))}  # fmt: skip
         running.balancer.adopt(by[a.url])
         await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
-        while len(core.exchanges) != 1 or None in core.exchanges.values():
+        while len(core.clients.exchanges) != 1 or None in core.clients.exchanges.values():
             await asyncio.sleep(0)
         running.balancer.adopt(by[b.url])
         await client.send(b'":"m"}')
@@ -11840,7 +11840,7 @@ async def test_a_request_that_came_before_there_was_a_queue_does_not_wait_in_it(
         early, before = await running.client(), await running.client()
         await early.ask("POST", "/v1/x", b"{}")
         await before.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
-        while len(running.core.exchanges) < 2 or None in running.core.exchanges.values():
+        while len(running.core.clients.exchanges) < 2 or None in running.core.clients.exchanges.values():
             await asyncio.sleep(0)
         running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=1))
         await before.send(b'":"m"}')
@@ -11856,7 +11856,7 @@ async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given
         core, client = running.core, await running.client()
         await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-a\r\n'
                           b'Content-Length: 13\r\n\r\n{"model')  # fmt: skip
-        while len(core.exchanges) != 1 or None in core.exchanges.values():
+        while len(core.clients.exchanges) != 1 or None in core.clients.exchanges.values():
             await asyncio.sleep(0)
         running.balancer.adopt(dataclasses.replace(core.settings, keys=()))
         await client.send(b'":"m"}')
@@ -12632,7 +12632,7 @@ async def test_readiness_turns_before_the_door_is_closed():
         before = await running.client()
         assert (await before.get("/readiness")).status == 200
         running.balancer.stop()
-        while not running.core.stopping:
+        while not running.core.process.stopping:
             await asyncio.sleep(0)
         late = await running.client()  # a connection is still taken, and a request answered
         got = await late.post()
@@ -12866,7 +12866,7 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         await late.ask("GET", "/liveness")
         for _ in range(3):
             assert (await kept.get("/liveness")).status == 200  # who is here already stays
-        assert len(running.core.clients) == 1 and not taken_back.is_set()
+        assert len(running.core.clients.tasks) == 1 and not taken_back.is_set()
         (tmp_path / "end").touch()
         assert (await late.answer()).status == 200
         assert taken_back.is_set() and running.core.ledger.upgrades.children[("failed",)] == 1
@@ -12949,7 +12949,7 @@ HELD = (lite.Exchange, lite.Wire, lite.Response, lite.Pump, lite.Attempt, lite.L
 
 def footprint(running):
     """What would grow if something were not let go of.  Idle connections to servers may stay, so they are ended."""
-    for pool in running.core.pools.values():
+    for pool in running.core.pools.by_server.values():
         pool.close()
     gc.collect()
     found = Counter(type(one).__name__ for one in gc.get_objects() if type(one) in HELD)
@@ -12957,7 +12957,7 @@ def footprint(running):
 
 
 async def settled(running):
-    for pool in running.core.pools.values():
+    for pool in running.core.pools.by_server.values():
         pool.close()
     for _ in range(3):  # a connection that is closed ends in one of the next turns
         await asyncio.sleep(0)
@@ -13105,8 +13105,8 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         await asyncio.gather(*clients)
         await running.quiet()
         assert all(good) and len(good) > 30 and len(storm) >= 1000
-        assert running.in_flight() == len(running.core.queue) == running.core.backlog.bytes == 0
-        assert not running.core.exchanges and running.core.forwarding == 0
+        assert running.in_flight() == len(running.core.queue) == running.core.clients.backlog.bytes == 0
+        assert not running.core.clients.exchanges and running.core.clients.forwarding == 0
         assert not any(running.core.attempts.values())
         assert running.states() == ["healthy"] * 3
         assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
@@ -13141,7 +13141,7 @@ async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
                 await asyncio.sleep(0)
         gate.release()
         await queued(running, 2)  # the next has its place
-        while len(running.core.exchanges) == 4 and len(running.core.queue) == 2:  # it was answered, or waits again
+        while len(running.core.clients.exchanges) == 4 and len(running.core.queue) == 2:  # it was answered, or waits again
             await asyncio.sleep(0)
         for _ in range(20):
             gate.release()
@@ -13349,7 +13349,7 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
         assert set(answers) == {(200, True)} and answers.total() > 100
         now = running.core.fleet.view(a.url).health
         assert now.since == since.since and now.checks >= since.checks and running.core.fleet.view(a.url).models
-        assert not running.core.settings_error and not sum(running.core.ledger.errors.children.values())
+        assert not running.core.process.settings_error and not sum(running.core.ledger.errors.children.values())
         assert running.core.ledger.transitions.children[a.url, "healthy"] == 1
         for server in (a, b):  # none was lost
             server.asked.clear()
@@ -13428,7 +13428,7 @@ async def test_a_connection_that_was_not_told_of_our_stopping_has_one_more_reque
         await client.ask("POST", "/v1/x", b'{"stream":true}')
         assert b"connection: close" not in (await client.reader.readuntil(b"\r\n\r\n")).lower()
         running.balancer.stop()
-        while not running.core.stopping:
+        while not running.core.process.stopping:
             await asyncio.sleep(0)
         gate.set()
         assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
@@ -13492,7 +13492,7 @@ async def test_two_thousand_idle_connections_and_two_hundred_streams_side_by_sid
             for _ in range(20):
                 idlers += await asyncio.gather(*(idle() for _ in range(100)))
             assert all(await asyncio.gather(*(one(n) for n in range(200)))) and open_at_once == 200
-            assert len(running.core.clients) >= 2000 and running.states() == ["healthy"] * 4
+            assert len(running.core.clients.tasks) >= 2000 and running.states() == ["healthy"] * 4
             assert resident_bytes() - resident < 60_000_000
             for sock in idlers:
                 sock.setblocking(True)
