@@ -5442,6 +5442,10 @@ class Poison:
         count, last_at = self._deaths.get(content, (0, -INFINITY))
         return count >= DEADLY and now - last_at < hold_s
 
+    def knows(self, content: bytes) -> bool:
+        """Whether a server has died with that content, which is sent to one at a time then."""
+        return content in self._deaths
+
     def succeeded(self, content: bytes) -> None:
         self._deaths.pop(content, None)
 
@@ -10580,6 +10584,7 @@ class Core:
         self.ledger = Ledger()
         self.budget = RetryBudget()
         self.poison = Poison()
+        self.tests: dict[bytes, asyncio.Event] = {}  # contents it knows that are with a server
         self.queue = WaitQueue()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         # Reasons to pass over servers and the shortest context, by model, and which change of the
@@ -11043,6 +11048,7 @@ class Exchange:
         self.content: Content = b""  # as long as it may have to be said again
         self.known_by = b""  # its digest, once that is needed
         self.deaths = 0  # of servers with this request
+        self.test: asyncio.Event | None = None  # while others of its content wait for it
         self.suspects: list[Suspect] = []
         self.fields = self.key_lines = self.why = ""
         self.server = ""  # the one asked last
@@ -11386,6 +11392,7 @@ class Exchange:
         keeps = not done and len(self.content) <= KEPT_CONTENT_BYTES  # it may fail yet, or kill
         if self.core.poison or not (done or keeps):
             self.digest()
+        self.end_test()
         if self.place is not None:
             self.place.answered(self.loop.time(), self.response.streams)
         self.content = self.content if keeps else b""
@@ -11406,7 +11413,7 @@ class Exchange:
     async def relay(self, step: Relay) -> Outcome:
         """Ask a server, and book how that went."""
         core, url, label = self.core, step.url, "abandoned"
-        if core.poison and self.held_off():
+        if core.poison and await self.held_off():
             return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
         if self.failures:
             core.ledger.retries.add(self.failures[-1])
@@ -11438,6 +11445,7 @@ class Exchange:
             elif fault in LACKING and not self.searches:
                 core.looks.want(server_of(url))  # has it still what it said it has?
         finally:
+            self.end_test()
             core.ledger.attempts.add(url, label)
             self.attempts.append((url, reason, label))
             self.give_back(self.place)
@@ -11497,9 +11505,24 @@ class Exchange:
             self.known_by = digest_of(self.path, self.content)
         return self.known_by
 
-    def held_off(self) -> bool:
-        """Whether its content is one with which servers have died of late."""
-        return self.core.poison.holds(self.digest(), self.loop.time(), self.settings.poison_hold)
+    async def held_off(self) -> bool:
+        """Whether its content is one with which servers have died of late.  Where one has, it is
+        with one server at a time until an answer begins: waits for its turn."""
+        core, content = self.core, self.digest()
+        while (test := core.tests.get(content)) is not None:
+            await test.wait()
+        if core.poison.holds(content, self.loop.time(), self.settings.poison_hold):
+            return True
+        if self.settings.poison_hold and core.poison.knows(content):
+            self.test = core.tests[content] = asyncio.Event()
+        return False
+
+    def end_test(self) -> None:
+        """The next may have its turn."""
+        if self.test is not None:
+            del self.core.tests[self.known_by]
+            self.test.set()
+            self.test = None
 
     async def died_there(self, url: str, failure: Outcome) -> bool:
         """Whether a server that should be there has died with this request."""

@@ -10200,6 +10200,20 @@ async def test_what_is_no_death_is_not_held_against_the_request(bad, status):
 
 
 @asynchronous
+async def test_copies_of_a_request_that_kills_wait_for_what_becomes_of_one():
+    servers = [killing("500") for _ in range(6)]
+    async with balancing(*servers, policy="round_robin") as running:
+        assert (await (await running.client()).post(body=b'{"model":"m"}')).status == 200
+        clients = [await running.client() for _ in range(8)]
+        now = asyncio.get_running_loop().time()
+        running.core.poison.died(lite.digest_of("/v1/chat/completions", KILL), now, now)
+        got = await asyncio.gather(*(client.post(body=KILL) for client in clients))
+        assert {one.error["code"] for one in got} == {"server_died_twice"}
+        assert sum(asked.body == KILL for server in servers for asked in server.asked) == 1
+        assert running.core.tests == {}
+
+
+@asynchronous
 async def test_without_a_hold_each_request_has_its_two_deaths():
     async with balancing(*(killing("500") for _ in range(5)), poison_hold=0) as running:
         client = await running.client()
