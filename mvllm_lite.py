@@ -10765,7 +10765,7 @@ class Errand(Protocol):
     def has_larger(self, url: str) -> bool:
         """Whether another server takes longer prompts than this one."""
 
-    def is_open(self, url: str) -> bool:
+    def wants_second_opinion(self, url: str) -> bool:
         """Whether it matters what another server says to what this one answers 500."""
 
 
@@ -10919,7 +10919,7 @@ class Conversation(Attempt):
         fault = fault or bad_answer(head.status, said, self.errand.response.notation)
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not self.errand.has_larger(self.server):
             return None, said
-        if fault is None and head.status == 500 and self.errand.is_open(self.server):
+        if fault is None and head.status == 500 and self.errand.wants_second_opinion(self.server):
             fault = Fault.SERVER_FAILED
         return fault, said
 
@@ -11490,14 +11490,13 @@ class Exchange:
                 core.judge(url, Health.failed, text, True, now, s, content)
         self.suspects.clear()
 
-    def is_open(self, url: str) -> bool:
+    def wants_second_opinion(self, url: str) -> bool:
         """Whether another has failed with the request, or this failure would take a server out."""
-        view, now, s = self.core.fleet.view(url), self.loop.time(), self.settings
+        core, now, s = self.core, self.loop.time(), self.settings
+        if (view := core.fleet.view(url)) is None or self.suspects:
+            return bool(self.suspects)
         content = self.digest()
-        if view is None or not self.core.goes_well(url, s):
-            content = b""
-        return bool(self.suspects) or (
-            view is not None and view.health.decided_by(content, now, s))
+        return view.health.decided_by(content if core.goes_well(url, s) else b"", now, s)
 
     def digest(self) -> bytes:
         """What its content is known by; b"" if it has none."""
