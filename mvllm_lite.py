@@ -2018,7 +2018,7 @@ LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
 RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
 READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS)
-FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS)
+FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS, *PROMPT_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
 
@@ -2434,7 +2434,6 @@ MEDIA_LIMIT = 100  # pieces that are looked for
 MEDIA_FROM_BYTES = 4096  # of content that may hold one
 CACHE_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
 CACHE_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
-LOOK_CLOSELY_BYTES = 2**20  # of content in which it is not clear where the prompt begins
 MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 
@@ -2502,22 +2501,15 @@ def read_prompt(
 
 
 def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> int:
-    """Where the messages begin, or 0.  They are looked for at the beginning and behind each member
-    that was found, which is all that clients put before them."""
+    """Where the messages begin, or 0."""
     for name, mark in MEMBER_MARKS.items():
-        if spans is None:
-            if name not in members:
-                continue
+        if spans is not None and name in spans:
+            return spans[name][0]
+        if spans is None and name in members:
             at = content.find(mark)  # within a text, its quotes are escaped
             if content.find(mark, at + 1) < 0:
                 return content.find(b":", at) + 1
             return member_spans(content, (name,)).get(name, (0, 0))[0]
-        for place in (0, *(end for _, end in spans.values())):
-            window = place + SMALL_CONTENT_BYTES
-            if (at := content.find(mark, place, window)) >= 0:
-                if content.find(mark, at + 1, window) >= 0 and len(content) < LOOK_CLOSELY_BYTES:
-                    return member_spans(content, (name,)).get(name, (0, 0))[0]
-                return content.find(b":", at) + 1
     return 0
 
 
