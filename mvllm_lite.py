@@ -5391,6 +5391,7 @@ DIED_TWICE = ("Two servers have died with this request or one of the same conten
               " to another for now.")  # fmt: skip
 POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
 POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
+TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
 KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
 WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
 
@@ -11498,13 +11499,15 @@ class Exchange:
 
     async def held_off(self) -> bool:
         """Whether its content is one with which servers have died of late.  Where one has, it is
-        with one server at a time until an answer begins: waits for its turn."""
+        with one server at a time until an answer begins, or takes long: waits for its turn."""
         core, content = self.core, self.digest()
-        while (test := core.tests.get(content)) is not None:
-            await test.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TEST_LIMIT_S):
+                while (test := core.tests.get(content)) is not None:
+                    await test.wait()
         if core.poison.holds(content, self.loop.time(), self.settings.poison_hold):
             return True
-        if self.settings.poison_hold and core.poison.knows(content):
+        if core.poison.knows(content) and content not in core.tests:
             self.test = core.tests[content] = asyncio.Event()
         return False
 
