@@ -2279,13 +2279,13 @@ DISPOSITION = re.compile(
 PLAIN_ENCODING = re.compile(rb"(?i)content-transfer-encoding:[ \t]*+(?:binary|[78]bit)[ \t]*+")
 PART_FIELD = re.compile(rb"[!#-'*+.0-9A-Z^-z|~-]++:[^\r\n\0]*+")
 OTHER_CHARSET = re.compile(
-    r'(?i)charset[ \t]*=(?![ \t]*"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*(?:[;\r]|$))')
+    r'(?i)charset[ \t]*+=(?![ \t]*+"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*+(?:[;\r]|$))')
 BEHIND_BOUNDARY = re.compile(rb"(--)?[ \t]*+(?:\r\n|\Z)(?(1)\s*+\Z)")
 PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(
-    r'(?i)multipart/form-data(?:[ \t]*;[^;"]*)*?[ \t]*;[ \t]*boundary='
-    r'(?:"([^"\\]*[^"\\ ])"|([^\s;"]+))'
-    r'(?:[ \t]*;[^"]*)?')
+    r'(?i)multipart/form-data[ \t]*+(?:;(?![ \t]*+boundary=)[^;"]*+)*+;[ \t]*+boundary='
+    r'(?:"([^"\\]++(?<! ))"|([^\s;"]++))'
+    r'(?:[ \t]*+;[^"]*+)?')
 
 
 def form_boundary(content_type: str) -> bytes:
@@ -2794,7 +2794,7 @@ class Begun(Enum):
 # engine has done anything; an answer has begun with the first event that is none of them.
 PREAMBLE_EVENTS = frozenset((b"response.created", b"response.in_progress", b"response.queued"))
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-COMMENT = re.compile(rb"(?::[^\n]*\n)+\r?\n")  # one that stands alone, in place of an event
+COMMENT = re.compile(rb"(?::[^\n]*+\n)++\r?\n")  # one that stands alone, in place of an event
 
 
 class StreamStart:

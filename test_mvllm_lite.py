@@ -152,6 +152,31 @@ def test_no_function_is_longer_than_60_lines_and_most_are_short():
     assert sizes[-1] <= 60 and sizes[len(sizes) // 2] <= 10 and sizes[len(sizes) * 9 // 10] <= 30
 
 
+def repeats_within(tree, inside=False):
+    """The repeats without end that stand in another, where neither is possessive."""
+    for kind, said in tree:
+        name = str(kind)
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            endless = said[1] > 50
+            yield from [name] * (endless and inside)
+            yield from repeats_within(said[2], inside or endless)
+        elif name in ("POSSESSIVE_REPEAT", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+            yield from repeats_within(said[-1] if isinstance(said, tuple) else said)
+        elif name == "SUBPATTERN":
+            yield from repeats_within(said[3], inside)
+        elif name in ("BRANCH", "GROUPREF_EXISTS"):
+            for one in filter(None, said[1] if name == "BRANCH" else said[1:]):
+                yield from repeats_within(one, inside)
+
+
+def test_no_pattern_takes_exponential_time():
+    patterns = {name: one for name, one in vars(lite).items() if isinstance(one, re.Pattern)}
+    assert len(patterns) > 40
+    for name, one in patterns.items():
+        assert not list(repeats_within(re._parser.parse(one.pattern, one.flags))), name
+    assert list(repeats_within(re._parser.parse(r"(?:a*;?)*")))
+
+
 def test_importing_does_nothing():
     code = """if True:
         import sys, threading
@@ -1809,6 +1834,17 @@ def test_forms_with_other_than_one_boundary_are_refused(kind):
 ))
 def test_forms_as_clients_send_them_are_read(form, kind):
     assert call(form, FORM_TYPE + kind)[0].model == "whisper"
+
+
+@pytest.mark.parametrize("many", [";x ", "; ", ";", ' ;boundary ', '; boundary=" '])
+def test_a_form_s_type_of_many_parameters_is_refused_in_time_that_grows_with_it(many):
+    with pytest.raises(lite.BadMessage, match="one boundary"):
+        call(FORM, f"Content-Type: multipart/form-data{many * (60_000 // len(many))}")
+
+
+def test_a_boundary_may_follow_other_parameters():
+    for kind in ("charset=utf-8; boundary=XX", "x ;; a=b ;\tboundary=\"XX\" ; charset=utf-8"):
+        assert call(FORM, f"Content-Type: multipart/form-data ; {kind}")[0].model == "whisper"
 
 
 def test_an_empty_form_has_no_model():
