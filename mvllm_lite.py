@@ -12413,9 +12413,7 @@ class Front:
             response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
         elif kind is Kind.ADMIN:
-            content, _ = await exchange.gather()
-            response.whole(await change_by_hand(self.core, head, bytes(content)))
-            exchange.let_go()
+            await self.change(exchange)
         elif head.is_preflight and kind in FOR_PAGES:
             response.persists = response.persists and not exchange.unread
             response.whole(Reply(204))
@@ -12430,6 +12428,18 @@ class Front:
         else:
             response.persists = response.persists and not exchange.unread
             response.whole(await function(self.core, head))
+
+    async def change(self, exchange: Exchange) -> None:
+        """Carry out a change by hand.  Raises BadMessage, PeerGone."""
+        try:
+            content, _ = await exchange.gather()
+            if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
+                text = f"the content has {len(content)} bytes, expected {SMALL_CONTENT_BYTES} at most"
+                raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+            exchange.response.whole(
+                await change_by_hand(self.core, exchange.head, bytes(content)))
+        finally:
+            exchange.let_go()
 
     async def stream_status(self, exchange: Exchange) -> None:
         """Until the client leaves or we do."""

@@ -7972,6 +7972,22 @@ async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
 
 
 @asynchronous
+async def test_changes_by_hand_take_small_content_and_hold_nothing_afterwards():
+    async with balancing(Server()) as running:
+        said = b"POST /admin/servers HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 300000\r\n\r\n"
+        client, leaving = await running.client(), await running.client()
+        await client.send(said + b"[1" + b",1" * 149_998 + b" ]")
+        assert (await client.answer()).status == 413
+        await leaving.send(said + b"x" * 100_000)
+        while running.core.clients.backlog.bytes < 100_000:
+            await asyncio.sleep(0)
+        leaving.close()
+        while len(running.core.clients.tasks) > 1:
+            await asyncio.sleep(0)
+        assert running.core.clients.backlog.bytes == 0
+
+
+@asynchronous
 async def test_heads_together_hold_only_so_much():
     async with balancing(Server(), max_buffered_bytes=100_000, max_head_bytes=60_000) as running:
         clients = [await running.client() for _ in range(3)]
@@ -9469,7 +9485,7 @@ async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wai
         await server.came.wait()
         assert server.asked[0].get("x-forwarded-for") == ["1.2.3.4" if header else "127.0.0.1"]
         client.writer.write(EARLY * 600)
-        (wire,) = running.core.clients
+        (wire,) = running.core.clients.tasks
         while not wire.held:
             await asyncio.sleep(0)
         assert len(wire.buffer) == lite.AHEAD_BYTES
