@@ -728,11 +728,12 @@ PROXY_LINE = re.compile(
 PROXY_LINE_LIMIT_BYTES = 107
 PROXY_ADDRESSES = {0x11: (4, struct.Struct("!4x4xHH")), 0x21: (16, struct.Struct("!16x16xHH"))}
 Address = tuple[str, int]
+UNKNOWN: Address = ("unknown", 0)  # which is nobody's, and so not local
 
 
 def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
     """The size of the PROXY header that a connection's first bytes begin with, and whose connection
-    it says it is (None: the proxy's own, or nobody knows).  The size is 0 where there is no such
+    it says it is (None: the proxy's own, UNKNOWN: it does not know).  The size is 0 where there is no such
     header; None: more bytes are needed.  Raises BadMessage."""
     if data.startswith(PROXY_SIGNATURE):
         return proxy_header_2(data)
@@ -746,7 +747,7 @@ def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
     if line is None:
         raise BadMessage(f"the PROXY line is {shown(data[:200].decode('latin-1'))}")
     if line[1] is None:
-        return end + 2, None
+        return end + 2, UNKNOWN
     host, port = ip_of(line[2], line[1]), int(line[4])
     if not (host and ip_of(line[3], line[1]) and port < 65536 > int(line[5])):
         raise BadMessage(f"the PROXY line is {shown(data[:end].decode('latin-1'))}")
@@ -757,7 +758,8 @@ def ip_of(said: bytes, version: bytes) -> str:
     """An address of that IP version as it is usually written; '' for what is none."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(said.decode("latin-1"))
-        return str(address) if address.version == int(version) else ""
+        zoned = b"%" in said  # the zone is of the proxy's machine, and could be any text
+        return str(address) if address.version == int(version) and not zoned else ""
     return ""
 
 
@@ -775,7 +777,7 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
     if len(data) < 16 + length:
         return None
     if command == 0x20 or not size:
-        return 16 + length, None
+        return 16 + length, None if command == 0x20 else UNKNOWN
     port, _ = layout.unpack_from(data, 16)
     return 16 + length, (str(ipaddress.ip_address(data[16 : 16 + size])), port)
 
@@ -3414,6 +3416,8 @@ class Keys:
 
 # Beside the one form whose model is read (multipart/form-data), servers may read these.
 FORM_TYPES = re.compile(r"(?i)multipart/|x-www-form-urlencoded")
+# Fields that vLLM's /invocations takes the model from, whatever the content says.
+ADAPTER_FIELDS = "x-amzn-sagemaker-adapter-"
 
 
 class Stored(NamedTuple):
@@ -3558,6 +3562,11 @@ class Visit(NamedTuple):
         """Whether a browser asks on behalf of a page, which it does without a key."""
         return self.head.is_preflight and self.kind in FOR_PAGES
 
+    def names(self) -> list[str]:
+        """All that it calls us: with a page's own fields it might come as if by a proxy."""
+        names = self.head.fields.members("x-forwarded-host") if self.is_trusted else []
+        return [*names, self.head.fields.get("host")]
+
     def origin(self) -> Origin | None:
         """That by which the client knows us; None where it is none."""
         members, ours = self.head.fields.members, self.is_trusted
@@ -3629,15 +3638,18 @@ def remote(v: Visit) -> Refusal | None:
         why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
     elif signs and not all_local(fields):
         why = ", and not for others whom a proxy speaks for"
-    elif (ours := v.origin()) is None or not (
-        ours[1].removesuffix(".") == "localhost" or is_trusted(ours[1].strip("[]"), LOOPBACK)
-    ):
-        host = fields.get("host")
-        why = f": Host is {shown(host)}, expected localhost or a loopback address"
+    elif strangers := [name for name in v.names() if not is_local_name(name)]:
+        why = f": Host is {shown(strangers[0])}, expected localhost or a loopback address"
     else:
         return None
     warning = warning and warning % signs[0]
     return Refusal(Fault.FORBIDDEN, f"{v.head.path} is for this machine only{why}.", 0, warning)
+
+
+def is_local_name(authority: str) -> bool:
+    found = web_origin(f"http://{authority}")
+    return found is not None and (
+        found[1].removesuffix(".") == "localhost" or is_trusted(found[1].strip("[]"), LOOPBACK))
 
 
 def all_local(fields: Fields) -> bool:
@@ -3700,6 +3712,9 @@ def unruly(v: Visit) -> Refusal | None:
     if kinds and not (is_form and kinds == ["multipart/"]):
         text = (f"The key {name} is for some models only, and no model is read from content of"
                 f" the type {shown(content_type)}.")  # fmt: skip
+        return Refusal(Fault.FORBIDDEN, text)
+    if said := next(filter(lambda key: key.startswith(ADAPTER_FIELDS), head.fields.values), ""):
+        text = f"The key {name} is for some models only, and {said} would name another."
         return Refusal(Fault.FORBIDDEN, text)
     if head.wants_upgrade:
         text = (f"The key {name} is for some models only, and a connection that is upgraded may"
@@ -8450,9 +8465,6 @@ def reason_of(error: OSError) -> str:
     return (os.strerror(number) if number > 0 else str(error)).lower()
 
 
-UNKNOWN: Address = ("unknown", 0)
-
-
 def address_of(name: Any) -> Address:
     """The address in a socket's name for its peer."""
     return name[:2] if isinstance(name, tuple) else UNKNOWN
@@ -8576,7 +8588,6 @@ class Wire(asyncio.BufferedProtocol):
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         if self.side is Blame.SERVER:
             keep_alive(transport.get_extra_info("socket"))
-        if self.peer is UNKNOWN:
             self.peer = address_of(transport.get_extra_info("peername"))
 
     def get_buffer(self, sizehint: int) -> memoryview:

@@ -465,16 +465,16 @@ V6 = bytes(15) + b"\1" + bytes(16) + struct.pack("!HH", 900, 80)
 PROXIED = table(
     ("version 1, IPv4", b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", ("1.2.3.4", 900)),
     ("IPv6", b"PROXY TCP6 0:0::1 ::2 65535 0\r\n", ("::1", 65535)),
-    ("not known", b"PROXY UNKNOWN\r\n", None),
-    ("not known, with what it would be", b"PROXY UNKNOWN ::1 ::1 1 2\r\n", None),
+    ("not known", b"PROXY UNKNOWN\r\n", lite.UNKNOWN),
+    ("not known, with what it would be", b"PROXY UNKNOWN ::1 ::1 1 2\r\n", lite.UNKNOWN),
     ("version 2, IPv4", proxied(0x11, V4), ("1.2.3.4", 900)),
     ("IPv6", proxied(0x21, V6), ("::1", 900)),
     ("extensions are skipped", proxied(0x11, V4, tlv=b"\x01\0\x02h2" + b"\xea" * 3000), ("1.2.3.4", 900)),
     ("the proxy's own", proxied(0, b"", 0x20), None),
     ("whatever it says beside", proxied(0x11, V4, 0x20), None),
-    ("not known in version 2", proxied(0, b"xyz"), None),
-    ("a Unix socket", proxied(0x31, bytes(216)), None),
-    ("datagrams", proxied(0x12, V4), None),
+    ("not known in version 2", proxied(0, b"xyz"), lite.UNKNOWN),
+    ("a Unix socket", proxied(0x31, bytes(216)), lite.UNKNOWN),
+    ("datagrams", proxied(0x12, V4), lite.UNKNOWN),
 )
 
 
@@ -495,7 +495,7 @@ def test_a_proxy_says_whose_connection_it_is(header, address, how):
     b"PROXY TCP4  1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY tcp4 1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY / HTTP/1.1\r\n",
     b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\nGET /\r\n", b"PROXY UNKNOWN" + b" " * 100, b"PROXY UNKNOWN" + b"x" * 200,
     proxied(0x11, V4, 0x11), proxied(0x11, V4, 0x22), proxied(0x41, V4), proxied(0x13, V4), proxied(0x11, V4[:-1]),
-    proxied(0x21, V4),
+    proxied(0x21, V4), b"PROXY TCP6 fe80::1%\x1b[2J ::2 1 2\r\n",
 ])  # fmt: skip
 def test_a_proxy_that_speaks_unclearly_is_refused(header, how):
     with pytest.raises(lite.BadMessage, match="the PROXY"):
@@ -2359,6 +2359,8 @@ URLENCODED = "Content-Type: application/x-www-form-urlencoded"
     ("another multipart", "Content-Type: multipart/mixed; boundary=XX", "no model is read"),
     ("JSON first, then a form", f"Content-Type: application/json\n{FORM_TYPE}", "no model is read"),
     ("two forms", f"{FORM_TYPE}\n{URLENCODED}", "no model is read"),
+    ("an adapter that /invocations takes for the model", "X-Amzn-SageMaker-Adapter-Identifier: b",
+     "would name another"),
     ("an upgrade", UPGRADE, "session.update"),
     ("an upgrade to what is not passed on", UPGRADE.replace("websocket", "h2c"), None),
 ))
@@ -2470,8 +2472,15 @@ LOCALLY = table(
     ("by what name our proxy was asked",
      "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: evil.example", OURS, 403),
     ("our proxy's scheme and name",
-     "Host: a\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
+     "Host: 127.0.0.1:80\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
      "X-Forwarded-Proto: https\nOrigin: https://localhost:8443", OURS, 200),
+    ("a rebound page that speaks as if it were our proxy",
+     "Host: evil.example\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost", OURS, 403),
+    ("two names, of which one is a stranger's",
+     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost, evil.example", OURS,
+     403),
+    ("a connection of nobody knows whom", "Host: localhost",
+     {"peer": "unknown", "hop": "127.0.0.1", **OURS}, 403),
     ("no scheme of the web",
      "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Proto: ws\nOrigin: null", OURS, 403),
 )  # fmt: skip
@@ -7506,7 +7515,8 @@ async def test_a_server_that_speaks_something_else_is_left_at_once(said):
         assert got.status == 502 and got.get("x-mvllm-error") == "bad_answer"
 
 
-@pytest.mark.parametrize("header, address", [row for row in PROXIED if row.id in ("version 1, IPv4", "IPv6", "the proxy's own", "extensions are skipped")])
+@pytest.mark.parametrize("header, address", [row for row in PROXIED if row.id in (
+    "version 1, IPv4", "IPv6", "the proxy's own", "extensions are skipped", "not known", "a Unix socket")])
 @pytest.mark.parametrize("how", ["whole", "bytes"])
 @asynchronous
 async def test_who_a_trusted_proxy_passes_on_is_the_peer(header, address, how):
