@@ -8536,8 +8536,8 @@ class Backlog:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         for descriptor, _ in self._poll.poll(0):
             self._stopped[descriptor].leave()
-        again = self._stopped and loop.call_later(LEAVING_S, self._look, loop)
-        self._timer = again or None
+        again = bool(self._stopped)
+        self._timer = loop.call_later(LEAVING_S, self._look, loop) if again else None
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -12445,7 +12445,7 @@ class Front:
         try:
             content, _ = await exchange.gather()
             if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
-                text = f"the content has {len(content)} bytes, expected {SMALL_CONTENT_BYTES} at most"
+                text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
                 raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
             exchange.response.whole(
                 await change_by_hand(self.core, exchange.head, bytes(content)))
