@@ -3081,6 +3081,123 @@ def says_busy(head: ResponseHead, content: bytes) -> bool:
         return False
 
 
+TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
+
+
+class Terms(NamedTuple):
+    """What one attempt makes of an answer: whether another server may do better, and on what that
+    depends besides the answer itself."""
+
+    notation: Notation
+    retry_statuses: Sequence[int]
+    infers: bool = True  # the request wants something of an engine
+    searches: bool = False  # it looks for the server that has what it asks for
+    our_key: bool = False  # the server was shown a key of ours
+    opened: bool = False  # the client was shown comments, so that only a stream can follow
+    has_larger: bool = False  # another server takes longer prompts than this one
+    wants_second_opinion: bool = False  # it matters what another server says to what this one answers 500
+
+
+WITHOUT_IT = frozenset((404, 405, 501))  # a server has not what is asked for, or no such path
+
+
+def fault_of_status(status: int, terms: Terms) -> Fault | None:
+    """The failure that a status alone tells, where another server may do better."""
+    if status < 400:
+        return None
+    if status == 508:  # it is a balancer, and led the request back to us
+        return Fault.LOOP_DETECTED
+    if terms.searches and status in WITHOUT_IT or terms.infers and status in (404, 501):
+        return Fault.NOT_THERE  # a model, or the whole path
+    if terms.our_key and status in (401, 403):
+        return Fault.KEY_REJECTED
+    if status in terms.retry_statuses:
+        return Fault.SERVER_ERROR if status >= 500 else Fault.DECLINED
+    return Fault.SERVER_BUSY if status == 429 else None
+
+
+class AnswerJudge:
+    """Judges an answer, fed with its content piece by piece until it is certain what it is.
+
+    An event stream is judged by its first event, or by its first byte where it is compressed.  A
+    failure is held back whole, since it may be shown later, and so is a short JSON document, since
+    it comes at once.  Anything else is an answer as soon as its head is there.
+    """
+
+    __slots__ = ("head", "terms", "fault", "_held", "_start", "_enough_bytes", "_whole")
+
+    def __init__(self, head: ResponseHead, framing: Framing, terms: Terms) -> None:
+        self.head, self.terms = head, terms
+        self.fault = fault_of_status(head.status, terms)  # None: as far as seen, it is an answer
+        self._held = bytearray()
+        self._start: StreamStart | None = None  # of an event stream that can be read
+        self._enough_bytes = 0  # of content, at which the verdict stands
+        self._whole = False  # it is held back to its end
+        if self.fault is None and head.is_event_stream and framing != NO_CONTENT:
+            self._enough_bytes = 1 if head.is_encoded else HELD_LIMIT_BYTES + 1
+            if not head.is_encoded:
+                self._start = StreamStart()
+                self._held = self._start.held
+            return
+        short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
+        self._whole = bool(
+            self.fault or short or terms.opened or head.status in (500, 503)
+            or (head.status == 400 and terms.has_larger))
+        if self._whole:
+            self._enough_bytes = HELD_FAILURE_LIMIT_BYTES + 1
+        elif terms.notation is Notation.RESPONSE:
+            self._enough_bytes = RESPONSE_START_BYTES
+
+    @property
+    def content(self) -> bytes:
+        """What it was fed with, but for the comments that were taken."""
+        return bytes(self._held if self._start is None else self._start.held)
+
+    @property
+    def comments(self) -> bool:
+        """Whether the stream has said nothing yet but comments, which may be shown."""
+        return self._start is not None and bool(self._start.comments) and self.head.status == 200
+
+    def take_comments(self) -> bytes:
+        return self._start.take_comments() if self._start else b""
+
+    def feed(self, piece: bytes, done: bool) -> bool:
+        """Take a piece, maybe empty, of the content, which may be `done`.  Whether the verdict
+        stands: `fault`, or None for an answer."""
+        if self._start is not None:
+            return self._feed_stream(self._start, piece, done)
+        self._held += piece
+        if not done and len(self._held) < self._enough_bytes:
+            return False
+        if self.head.is_event_stream and self._enough_bytes == 1 and not self._held:
+            self.fault = Fault.STREAM_FAILED
+        elif self._whole:
+            self.fault = self._fault_of_document(bytes(self._held)) if done else None
+        return True
+
+    def _feed_stream(self, start: StreamStart, piece: bytes, done: bool) -> bool:
+        begun = start.feed(piece)
+        if begun is Begun.NOT_YET and not done:
+            return len(start.held) >= self._enough_bytes
+        if begun is not Begun.CONTENT:
+            self.fault = Fault.STREAM_FAILED
+        elif done:  # it came at once
+            self.fault = bad_end(bytes(start.held[-TAIL_BYTES:]), self.terms.notation)
+        return True
+
+    def _fault_of_document(self, said: bytes) -> Fault | None:
+        """Of an answer that is all there."""
+        head, fault, terms = self.head, self.fault, self.terms
+        if fault is not Fault.DECLINED and says_busy(head, said):
+            return Fault.SERVER_BUSY
+        fault = fault or bad_answer(head.status, said, terms.notation)
+        if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not terms.has_larger:
+            return None
+        if fault is None and head.status == 500 and terms.wants_second_opinion:
+            return Fault.SERVER_FAILED
+        return fault
+
+
 # Where an answer says how many tokens there were: the kind, the member it is in, its name.
 USAGE_PLACES = (
     ("prompt", "", "prompt_tokens"), ("prompt", "", "input_tokens"),
@@ -9349,7 +9466,6 @@ async def fetch_members(
 
 
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
-TAIL_BYTES = 8192
 
 
 class Pump:
@@ -10786,9 +10902,6 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
 
 
-WITHOUT_IT = frozenset((404, 405, 501))  # a server has not what is asked for, or no such path
-
-
 class Conversation(Attempt):
     """An errand at one server."""
 
@@ -10832,9 +10945,12 @@ class Conversation(Attempt):
             head, length, sent_whole = await self.send_and_listen(wire)
             framing = response_framing(head, length, errand.head.method)
             decoder = decoder_for(framing)
-            errand.response.notation = notation_of(errand.head.method, errand.path, head)
+            notation = notation_of(errand.head.method, errand.path, head)
+            errand.response.notation = notation
+            judge = AnswerJudge(head, framing, self.terms(head.status, notation))
             if head.status != 101:
-                fault, first = await self.hold_back(wire, head, framing, decoder)
+                await self.hold_back(wire, judge, decoder)
+                fault, first = judge.fault, judge.content
         finally:
             self.wire = None  # which may be followed by another
         if head.status == 101:
@@ -10890,82 +11006,36 @@ class Conversation(Attempt):
             at = await wire.send(content, at, silence_s)
         raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
 
-    async def hold_back(
-        self, wire: Wire, head: ResponseHead, framing: Framing, decoder: Decoder
-    ) -> tuple[Fault | None, bytes]:
-        """Read as much of an answer as it takes to see whether it is one: of an event stream its
-        first event, or byte where it is compressed; of a failure all, since it may be shown later;
-        of a short JSON document all, since it comes at once.  The fault it is, or None, and the
-        content so far."""
+    async def hold_back(self, wire: Wire, judge: AnswerJudge, decoder: Decoder) -> None:
+        """Read as much of an answer as its judge wants to see.  Comments before a stream's first
+        event are shown to a client that has waited for `comment_after`, so that it and those on
+        the way see that somebody is there; they are no answer, and do not commit."""
         deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
-        fault, held = self.fault_of(head), bytearray()
-        if fault is None and head.is_event_stream and not decoder.done:
-            if head.is_encoded:  # its first byte has to do
-                first = await wire.read_content(decoder, deadline)
-                return None if first else Fault.STREAM_FAILED, first
-            return await self.first_event(wire, decoder, deadline, head.status == 200)
-        if wire.buffer and not decoder.done:
-            held += decoder.feed(wire.take())
-        short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
-        whole = head.status in (500, 503) or short or self.errand.response.opened
-        whole = whole or (head.status == 400 and self.errand.has_larger(self.server))
-        named = self.errand.response.notation is Notation.RESPONSE
-        limit = RESPONSE_START_BYTES if named else 0
-        if fault or whole:
-            limit = HELD_FAILURE_LIMIT_BYTES + 1
-        while not decoder.done and len(held) < limit:
-            held += await wire.read_content(decoder, deadline)
-        if not (fault or whole) or not decoder.done:
-            return None, bytes(held)  # no failure as far as seen, or too much to be kept
-        said = bytes(held)
-        if fault is not Fault.DECLINED and says_busy(head, said):
-            return Fault.SERVER_BUSY, said
-        fault = fault or bad_answer(head.status, said, self.errand.response.notation)
-        if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not self.errand.has_larger(self.server):
-            return None, said
-        if fault is None and head.status == 500 and self.errand.wants_second_opinion(self.server):
-            fault = Fault.SERVER_FAILED
-        return fault, said
-
-    async def first_event(
-        self, wire: Wire, decoder: Decoder, deadline: float, shows: bool
-    ) -> tuple[Fault | None, bytes]:
-        """An event stream up to its first event.  Comments before that are shown to a client that
-        has waited for `comment_after`, so that it and those on the way see that somebody is there;
-        they are no answer, and do not commit."""
-        start, begun, response = StreamStart(), Begun.NOT_YET, self.errand.response
-        show_at = self.errand.asked_at + self.settings.comment_after
-        while len(start.held) <= HELD_LIMIT_BYTES and begun is Begun.NOT_YET:
-            if decoder.done:
-                return Fault.STREAM_FAILED, bytes(start.held)
-            if shows and start.comments and (response.opened or wire.loop.time() >= show_at):
-                response.beat(start.take_comments())
-            until = min(deadline, show_at) if shows and start.comments else deadline
+        piece = decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
+        while not judge.feed(piece, decoder.done):
+            until = self.show_comments(judge, deadline) if judge.comments else deadline
             try:
-                begun = start.feed(await wire.read_content(decoder, until))
+                piece = await wire.read_content(decoder, until)
             except TimeoutError:
                 if until == deadline:
                     raise
-        fault, said = None, bytes(start.held)
-        if decoder.done:  # it came at once
-            fault = bad_end(said[-TAIL_BYTES:], response.notation)
-        return Fault.STREAM_FAILED if begun is Begun.FAILED else fault, said
+                piece = b""
 
-    def fault_of(self, head: ResponseHead) -> Fault | None:
-        """The failure that a status alone tells, where another server may do better."""
-        if head.status < 400:
-            return None
-        if head.status == 508:  # it is a balancer, and led the request back to us
-            return Fault.LOOP_DETECTED
-        if head.status in WITHOUT_IT and self.errand.searches:
-            return Fault.NOT_THERE
-        if head.status in (404, 501) and self.errand.infers:  # a model, or the whole path
-            return Fault.NOT_THERE
-        if head.status in (401, 403) and self.pool.key_line:
-            return Fault.KEY_REJECTED
-        if head.status in self.settings.retry_statuses:
-            return Fault.SERVER_ERROR if head.status >= 500 else Fault.DECLINED
-        return Fault.SERVER_BUSY if head.status == 429 else None
+    def show_comments(self, judge: AnswerJudge, deadline: float) -> float:
+        """A stream's comments, if it is time; the moment of the next look."""
+        response = self.errand.response
+        show_at = self.errand.asked_at + self.settings.comment_after
+        if response.opened or self.errand.client.loop.time() >= show_at:
+            response.beat(judge.take_comments())
+            return deadline
+        return min(deadline, show_at)
+
+    def terms(self, status: int, notation: Notation) -> Terms:
+        errand, url = self.errand, self.server
+        return Terms(
+            notation, self.settings.retry_statuses, errand.infers, errand.searches,
+            self.pool.key_line != "", errand.response.opened,
+            status == 400 and errand.has_larger(url), status == 500 and errand.wants_second_opinion(url))
 
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""

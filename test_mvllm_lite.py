@@ -3848,6 +3848,95 @@ def test_tokens_of_an_answer(tail, size, tokens):
     assert lite.completion_tokens(lite.usage_of(tail, lite.Notation.EVENTS), tail, size) == tokens
 
 
+# Answers as a judge sees them: their heads, their content, what the attempt is like; the verdict.
+SSE, A_MB = "content-type: text/event-stream\ntransfer-encoding: chunked", b"x" * (1 << 20)
+OVERLOAD = b'{"error":{"message":"m","type":"Service Unavailable","code":503}}'
+LONG = b'{"error":{"message":"the maximum context length is 9","code":400}}'
+NO_ENGINE = b'{"error":{"message":"EngineCore encountered an issue. x","code":500}}'
+ABORT = b'{"choices":[{"finish_reason":"abort"}]}'
+VERDICTS = table(
+    ("a stream's first event", f"200\n{SSE}", b'data: {"a":1}\n\ndata: x', {}, None),
+    ("an error event", f"200\n{SSE}", b'data: {"error":"x"}\n\n', {}, "STREAM_FAILED"),
+    ("a stream of nothing", f"200\n{SSE}", b"", {}, "STREAM_FAILED"),
+    ("a stream of comments", f"200\n{SSE}", b": a\n\n: b\n\n", {}, "STREAM_FAILED"),
+    ("a whole stream that is cut", f"200\n{SSE}", b"data: " + ABORT + b"\n\n", {}, "ABORTED"),
+    ("a compressed stream's first byte", f"200\n{SSE}\ncontent-encoding: gzip", b"\x1f", {}, None),
+    ("a compressed stream of nothing", f"200\n{SSE}\ncontent-encoding: gzip", b"", {},
+     "STREAM_FAILED"),
+    ("a document", "200", b'{"choices":[]}', {}, None),
+    ("a document that was aborted", "200", ABORT, {}, "ABORTED"),
+    ("a long document, as it may end", "200\ncontent-length: 999999", b"{", {}, None),
+    ("not JSON", "200\ncontent-type: text/plain", ABORT, {}, None),
+    ("a 500 is an answer", "500", b'{"error":{"message":"x"}}', {}, None),
+    ("where others are asked, it is not yet", "500", b"x", {"wants_second_opinion": True}, "SERVER_FAILED"),
+    ("an engine that died", "500", NO_ENGINE, {}, "ENGINE_FAILED"),
+    ("a 503 of something broken", "503", b"x", {}, "SERVER_ERROR"),
+    ("vLLM's overload", "503", OVERLOAD, {}, "SERVER_BUSY"),
+    ("a 503 with a time", "503\nretry-after: 2", b"x", {}, "SERVER_BUSY"),
+    ("a 502 too long to be kept", "502\ncontent-length: 9999999", A_MB + b"x", {}, None),
+    ("a 504 that is not to be retried", "504", b"x", {"retry_statuses": ()}, None),
+    ("429", "429", b"x", {}, "SERVER_BUSY"),
+    ("429 that settings name", "429", b"x", {"retry_statuses": (429,)}, "DECLINED"),
+    ("too long for all", "400", LONG, {}, None),
+    ("too long, another has more room", "400", LONG, {"has_larger": True},
+     "CONTEXT_LENGTH_EXCEEDED"),
+    ("another 400", "400", b"x", {"has_larger": True}, None),
+    ("a model it has not", "404", b"x", {}, "NOT_THERE"),
+    ("no inference", "404", b"x", {"infers": False}, None),
+    ("no such stored response", "405", b"x", {"infers": False, "searches": True}, "NOT_THERE"),
+    ("our key", "401", b"x", {"our_key": True}, "KEY_REJECTED"),
+    ("a client's key", "401", b"x", {}, None),
+    ("a loop", "508", b"x", {}, "LOOP_DETECTED"),
+)  # fmt: skip
+
+
+def verdict_on(head, content, more, how):
+    """An answer's judge, after as much of it as it wanted."""
+    status, _, fields = head.partition("\n")
+    fields = fields or "content-type: application/json"
+    if "content-type" not in fields:
+        fields += "\ncontent-type: application/json"
+    if "content-length" not in fields and "chunked" not in fields:
+        fields += f"\ncontent-length: {len(content)}"
+    parsed = response_of(f"HTTP/1.1 {status} X\n{fields}")
+    framing = lite.response_framing(*parsed, "POST")
+    notation = lite.notation_of("POST", "/v1/chat/completions", parsed[0])
+    terms = lite.Terms(notation, Settings().retry_statuses)._replace(**more)
+    judge, left = lite.AnswerJudge(parsed[0], framing, terms), len(content)
+    if left > 1000 and how == "bytes":
+        how = 1
+    for piece in pieces_of(content, how) if content else [b""]:
+        left -= len(piece)
+        if judge.feed(piece, left == 0 and "999999" not in fields):
+            break
+    return judge
+
+
+@pytest.mark.parametrize("how", ["whole", "bytes", 1, 2])
+@pytest.mark.parametrize("head, content, more, fault", VERDICTS)
+def test_what_an_answer_is_however_it_arrives(head, content, more, fault, how):
+    judge = verdict_on(head, content, more, how)
+    assert judge.fault is (fault and Fault[fault])
+    assert content.startswith(judge.content)
+
+
+def test_a_judge_wants_no_more_than_it_takes():
+    document = b'{"choices":[]}'
+    assert verdict_on("200\ncontent-type: text/plain", b"abc", {}, "bytes").content == b"a"
+    assert verdict_on("200", document, {}, "bytes").content == document  # it comes at once
+    assert verdict_on(f"200\n{SSE}", b"data: a\n\ndata: b\n\n", {}, "bytes").content == b"data: a\n\n"
+
+
+def test_comments_are_taken_from_a_judge_and_are_no_answer():
+    head, length = response_of(f"HTTP/1.1 200 X\n{SSE}")
+    terms = lite.Terms(lite.Notation.EVENTS, ())
+    judge = lite.AnswerJudge(head, lite.response_framing(head, length, "POST"), terms)
+    assert not judge.feed(b": a\n\nevent: response.created\ndata: {}\n\n: b\n\n", False)
+    assert judge.comments and judge.take_comments() == b": a\n\n: b\n\n" and not judge.comments
+    assert judge.feed(b"data: x\n\n", False) and judge.fault is None
+    assert judge.content == b"event: response.created\ndata: {}\n\ndata: x\n\n"
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  15  fleet: leases, and what is learned
 # ════════════════════════════════════════════════════════════════════════════════════════════
