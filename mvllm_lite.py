@@ -11236,6 +11236,7 @@ class Exchange:
         if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
             return True
         self.core.count_limit("retry_budget")
+        self.suspects.clear()  # nobody is asked whose failure it was
         return False
 
     def choose(self, tried: frozenset[str]) -> Ranking:

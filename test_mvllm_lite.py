@@ -10492,7 +10492,7 @@ async def test_failures_that_follow_the_request_open_no_circuit(how, differ):
         client = await running.client()
         for n in range(6):
             assert (await client.post(body=b'{"model":"m","user":"good %d"}' % n)).status == 200
-        for n in range(12):
+        for n in range(30):  # more than the retries that are always allowed
             one = await running.client()
             body = b'{"model":"m","user":"poison%d","stream":true}' % (n * differ)
             got = await one.post(body=body)
@@ -10501,7 +10501,7 @@ async def test_failures_that_follow_the_request_open_no_circuit(how, differ):
         assert running.states() == ["healthy"] * 3
         if how in ("500", "event"):
             asked = sum(b"poison" in one.body for server in servers for one in server.asked)
-            assert asked <= 24  # never more than a second opinion
+            assert asked <= 60  # never more than a second opinion
 
 
 @asynchronous
