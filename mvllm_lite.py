@@ -30,46 +30,47 @@ of itself and of earlier rooms only.
     13  health        whether a server can be asked, by checks and by what became of requests
     14  views         all that is known of a server at one moment
     15  fleet         the servers, requests in flight, what is learned of each
-    16  policies      what a server is worth for a call, by a dozen rules
-    17  ranking       who may be asked, who is asked, and why
-    18  plans         how a call is answered, step by step; retries, the queue
-    19  reports       what people and machines are shown
-    20  lines         what is written of requests and transitions: log lines, records, shapes
-    21  live          what was changed by hand, and the last minute of each server
-    22  cells         text on a terminal: what it means, how wide it is; numbers in few characters
-    23  table         the servers in lines, as many columns as there is room for
-    24  screen        what is seen there: the table and the lines around it
-    25  keys          what keys do to it, and ask of the balancer
-    26  page          the same for a browser: one HTML string
-    27  traces        requests of the past: from files, or made up
-    28  engine        a model of a vLLM server, in simulated time
-    29  replay        those requests sent to such servers by any policy
+    16  roster        which servers there are: named by the file, by hand, merged by one rule
+    17  policies      what a server is worth for a call, by a dozen rules
+    18  ranking       who may be asked, who is asked, and why
+    19  plans         how a call is answered, step by step; retries, the queue
+    20  reports       what people and machines are shown
+    21  lines         what is written of requests and transitions: log lines, records, shapes
+    22  status        the last minute of each server; what screen, page and /status.json show
+    23  cells         text on a terminal: what it means, how wide it is; numbers in few characters
+    24  table         the servers in lines, as many columns as there is room for
+    25  screen        what is seen there: the table and the lines around it
+    26  keys          what keys do to it, and ask of the balancer
+    27  page          the same for a browser: one HTML string
+    28  traces        requests of the past: from files, or made up
+    29  engine        a model of a vLLM server, in simulated time
+    30  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    30  wire          one connection: its buffer, its deadline, its end
-    31  pool          the connections to one server, kept and reused; what we ask it ourselves
-    32  pump          bytes on their way through, with back-pressure
-    33  response      the client's side of an exchange
-    34  journal       lines for readers that may be slow: the log, the shape of the traffic
-    35  terminal      the screen onto a terminal, in a process that nothing waits for
-    36  core          what the rooms below share: settings, fleet, ledger, pools
-    37  conversation  one attempt: a request said to one server, its answer judged and passed on
-    38  exchange      one request, from its head to its last byte
-    39  watch         health checks, load reports, the settings file
-    40  local         what the balancer answers itself
-    41  front         where clients come in: connections accepted, requests let in
-    42  balancer      assembly: reloading, draining, handing over to a successor
-    43  doctor        what is amiss with servers and settings, and what to do about it
-    44  demo          simulated vLLM servers, so that everything runs on a laptop
-    45  process       signals, the terminal, systemd, limits of the system
-    46  command line  arguments, environment, logging, exit codes
+    31  wire          one connection: its buffer, its deadline, its end
+    32  pool          the connections to one server, kept and reused; what we ask it ourselves
+    33  pump          bytes on their way through, with back-pressure
+    34  response      the client's side of an exchange
+    35  journal       lines for readers that may be slow: the log, the shape of the traffic
+    36  terminal      the screen onto a terminal, in a process that nothing waits for
+    37  core          what the rooms below share: settings, fleet, ledger, pools
+    38  conversation  one attempt: a request said to one server, its answer judged and passed on
+    39  exchange      one request, from its head to its last byte
+    40  watch         health checks, load reports, the settings file
+    41  local         what the balancer answers itself
+    42  front         where clients come in: connections accepted, requests let in
+    43  balancer      assembly: reloading, draining, handing over to a successor
+    44  doctor        what is amiss with servers and settings, and what to do about it
+    45  demo          simulated vLLM servers, so that everything runs on a laptop
+    46  process       signals, the terminal, systemd, limits of the system
+    47  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (41) reads a head from the client's
-`Wire` (30) and parses it (2).  A local path is answered in room 40; everything else is an
-`Exchange` (38): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
-`Keys` (12) lets it in, and `relay_plan` (18) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (17) in the view of the fleet (15) by a policy (16).  A
-`Conversation` (37) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (33) begins, and a `Pump` (32) moves the rest.  What went wrong on the
+A request walks through the rooms like this.  The `Front` (42) reads a head from the client's
+`Wire` (31) and parses it (2).  A local path is answered in room 41; everything else is an
+`Exchange` (39): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
+`Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  A
+`Conversation` (38) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (34) begins, and a `Pump` (33) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -151,7 +152,7 @@ from collections.abc import (
 )
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar
 
 try:
     from compression import zstd  # since Python 3.14
@@ -4722,7 +4723,151 @@ def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  policies
+#  16  roster
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
+# is known of a server is kept elsewhere, by the id under which it stands here: its URL.
+#
+# To add a source: a row of Source, where its definitions are to count, and somebody who calls
+# `Roster.define` with all that it names, whenever that changes.
+
+
+class Source(Enum):
+    """Who names servers.  Where several name the same, the first of these defines it."""
+
+    FILE = "file"  # or the command line
+    BY_HAND = "by_hand"
+    POOL = "pool"
+    REGISTERED = "registered"
+    DISCOVERED = "discovered"
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+class Entry(NamedTuple):
+    """A server on the roster."""
+
+    settings: ServerSettings  # with the weight that was given by hand, if any
+    source: Source
+    drained: bool = False  # by hand
+
+
+class ByHand(NamedTuple):
+    """What was done to servers by hand.  It holds for those of every source until it is undone, or
+    nobody names the server any more."""
+
+    removed: Collection[str] = ()
+    drained: Collection[str] = ()
+    weights: Mapping[str, float] = {}
+
+
+Named = Mapping[Source, Mapping[str, ServerSettings]]  # what each source names, by id
+
+
+def merged(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
+    """The roster by id: for each server the definition of the first source that names it."""
+    entries = dict[str, Entry]()
+    for source in Source:
+        for id, server in named.get(source, {}).items():
+            if id not in entries and id not in by_hand.removed:
+                if (weight := by_hand.weights.get(id, server.weight)) != server.weight:
+                    server = dataclasses.replace(server, weight=weight)
+                entries[id] = Entry(server, source, id in by_hand.drained)
+    return entries
+
+
+def server_by_hand(entry: dict[str, Any]) -> ServerSettings:
+    """A server that comes over HTTP.  It names no file, or who adds it could have any that we may
+    read sent to an address of theirs.  Raises SettingsError."""
+    text = "what comes over HTTP names no file; write it into the settings file"
+    if named_files := [name for name in SERVER_FILES if name in entry]:
+        raise SettingsError([Complaint("request", 0, name, text) for name in named_files])
+    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
+    if warnings:
+        raise SettingsError(warnings)
+    return settings.servers[0]
+
+
+class Roster:
+    """Owns what each source names and what was done by hand; what is by hand ends with the process
+    and its successors.  After each change `on_change` is called, with new `entries` in place."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.on_change: Callable[[], object] = lambda: None
+        self._named = {source: dict[str, ServerSettings]() for source in Source}
+        self._removed, self._drained = set[str](), set[str]()
+        self._weights: dict[str, float] = {}
+
+    def define(self, source: Source, servers: Iterable[ServerSettings]) -> None:
+        """These are all servers that a source names from now on."""
+        self._named[source] = {server.url: server for server in servers}
+        self._merge()
+
+    def _merge(self) -> None:
+        added = self._named[Source.BY_HAND]
+        for id in added.keys() & self._named[Source.FILE].keys():  # the file has what was wanted
+            del added[id]
+        known = set[str]().union(*self._named.values())
+        self._removed &= known
+        self._drained &= known
+        self._weights = {id: weight for id, weight in self._weights.items() if id in known}
+        self.entries = merged(self._named, ByHand(self._removed, self._drained, self._weights))
+        self.on_change()
+
+    def add(self, server: ServerSettings) -> None:
+        self._removed.discard(server.url)
+        self._named[Source.BY_HAND][server.url] = server
+        self._merge()
+
+    def remove(self, id: str) -> None:
+        """Whoever names it."""
+        self._named[Source.BY_HAND].pop(id, None)
+        self._removed.add(id)
+        self._merge()
+
+    def drain(self, id: str) -> None:
+        self._drained.add(id)
+        self._merge()
+
+    def undrain(self, id: str) -> None:
+        self._drained.discard(id)
+        self._merge()
+
+    def weigh(self, id: str, weight: float) -> None:
+        """The weight that its definition has undoes what was given before."""
+        self._weights[id] = weight
+        if weight == next(of[id].weight for of in self._named.values() if id in of):
+            del self._weights[id]
+        self._merge()
+
+    def report(self) -> dict[str, Any]:
+        """What was done by hand."""
+        return {"added": list(self._named[Source.BY_HAND]), "removed": sorted(self._removed),
+                "drained": sorted(self._drained), "weights": dict(self._weights)}
+
+    def dump(self) -> str:
+        """The same for a successor, with all that is known of the servers that were added."""
+        added = [{key: value for key, value in dataclasses.asdict(server).items()
+                  if value != getattr(ServerSettings(""), key)}
+                 for server in self._named[Source.BY_HAND].values()]  # fmt: skip
+        weights = {id: (weight, weight) for id, weight in self._weights.items()}  # as 0.1.0 reads
+        return json.dumps(self.report() | {"added": added, "weights": weights})
+
+    def load(self, text: str) -> None:
+        """Take what a predecessor, maybe of another version, has dumped, before the first `define`.
+        Raises ValueError, TypeError, KeyError or SettingsError; then nothing is taken."""
+        said = json.loads(text)
+        added = {one.url: one for one in map(server_by_hand, said["added"])}
+        weights = {str(id): share_weight(weight) for id, (weight, _) in said["weights"].items()}
+        removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
+        self._named[Source.BY_HAND], self._weights = added, weights
+        self._removed, self._drained = removed, drained
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  17  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in the
@@ -4785,6 +4930,7 @@ class Policy:
     """One way to choose.  One object serves all calls for one model."""
 
     name: ClassVar[str] = ""
+    uses: ClassVar[tuple[str, ...]] = ()  # settings; what it remembers ends when one changes
     weighs: ClassVar[bool] = True  # servers' weights matter; those without any are never seen
     tie: ClassVar[float] = 1.02  # costs up to so many times the lowest are as good
 
@@ -5051,6 +5197,8 @@ class CacheAware(Policy):
     equals are drawn, not taken in their order; chats are seen, and nobody is asked to render
     them."""
 
+    uses = ("balance_abs_threshold", "balance_rel_threshold", "cache_threshold")
+
     def costs(self, scene: Eligible) -> list[float]:
         s, loads = self.settings, self.shares(scene)
         low, high = min(loads), max(loads)
@@ -5118,6 +5266,8 @@ class Expression(Policy):
     """By a formula of the user's own, the setting `score`.  One that does not speak of the weight
     has it in the capacity or, where it does not ask for that either, as a share."""
 
+    uses = ("score",)
+
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
         self.used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", s.score)]
@@ -5148,7 +5298,7 @@ class Expression(Policy):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  ranking
+#  18  ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may be asked, who is asked, and why.  Some servers are passed over for a reason of their own;
@@ -5440,12 +5590,12 @@ def rank(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  plans
+#  19  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (38) is the only driver.
+# steps.  The exchange (39) is the only driver.
 
 
 class Held(NamedTuple):
@@ -5824,7 +5974,7 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  reports
+#  20  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in, JSON documents and metric families out.  The JSON
@@ -5909,15 +6059,20 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
+def load_report(
+    views: list[ServerView], s: Settings, clock: Clock, roster: Mapping[str, Entry] = {}
+) -> dict[str, Any]:
     """GET /load-stats.  A server's load is our requests, exactly, and those of others as far as
     they are known; servers that have left are in no sum."""
     now, interval_s = clock.monotonic, s.metrics_interval
     loads = [v.in_flight + round(v.foreign(now, interval_s)) for v in views]
     capacity = sum(round(view.capacity) for view in views)
     return {
-        "servers": [server_load(view, load, not view.reports(now, interval_s), clock)
-                    for view, load in zip(views, loads)],
+        "servers": [
+            server_load(view, load, not view.reports(now, interval_s), clock)
+            | {"source": roster[view.server].source.value if view.server in roster else ""}
+            for view, load in zip(views, loads)
+        ],
         "summary": {
             "total_servers": len(views),
             "healthy_servers": sum(view.healthy for view in views),
@@ -6118,7 +6273,7 @@ def gauges(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  lines
+#  21  lines
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -6257,83 +6412,11 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  live
+#  22  status
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What people have changed while it runs, and what they want to see: the last minute of each server.
-
-
-def server_by_hand(entry: dict[str, Any]) -> ServerSettings:
-    """A server that comes over HTTP.  It names no file, or who adds it could have any that we may
-    read sent to an address of theirs.  Raises SettingsError."""
-    text = "what comes over HTTP names no file; write it into the settings file"
-    if named_files := [name for name in SERVER_FILES if name in entry]:
-        raise SettingsError([Complaint("request", 0, name, text) for name in named_files])
-    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
-    if warnings:
-        raise SettingsError(warnings)
-    return settings.servers[0]
-
-
-class Live:
-    """Changes of the fleet that were made by hand.  They win over the settings file, also over a
-    new one, until that agrees with them; and they end with the process and its successors."""
-
-    def __init__(self) -> None:
-        self.added: dict[str, ServerSettings] = {}
-        self.removed = set[str]()
-        self.drained = set[str]()
-        self.weights: dict[str, tuple[float, float]] = {}  # by hand, and the file's at that time
-
-    def applied(self, servers: Sequence[ServerSettings]) -> tuple[ServerSettings, ...]:
-        """The servers of a file with these changes; those that it has made itself are forgotten."""
-        listed = {server.url: server for server in servers}
-        self.added = {url: s for url, s in self.added.items() if url not in listed}
-        self.removed &= listed.keys()
-        all_known = {**listed, **self.added}
-        self.drained &= all_known.keys()
-        self.weights = {url: (new, old) for url, (new, old) in self.weights.items()
-                        if url in all_known and all_known[url].weight == old}  # fmt: skip
-        return tuple(
-            dataclasses.replace(server, weight=self.weights[url][0]) if url in self.weights
-            else server for url, server in all_known.items() if url not in self.removed
-        )  # fmt: skip
-
-    def add(self, server: ServerSettings) -> None:
-        self.removed.discard(server.url)
-        self.added[server.url] = server
-
-    def may_see_key(self, url: str, s: Settings) -> bool:
-        """Whether a client's key, where servers see it, is for this one: one that came over HTTP
-        is only as honest as who added it."""
-        return url not in self.added or s.added_get_client_key
-
-    def remove(self, url: str) -> None:
-        if self.added.pop(url, None) is None:
-            self.removed.add(url)
-
-    def report(self) -> dict[str, Any]:
-        return {"added": list(self.added), "removed": sorted(self.removed),
-                "drained": sorted(self.drained),
-                "weights": {url: new for url, (new, _) in self.weights.items()}}  # fmt: skip
-
-    def dump(self) -> str:
-        """All of it, for a successor."""
-        added = [{key: value for key, value in dataclasses.asdict(server).items()
-                  if value != getattr(ServerSettings(""), key)} for server in self.added.values()]
-        return json.dumps({"added": added, "removed": sorted(self.removed),
-                           "drained": sorted(self.drained), "weights": self.weights})
-
-    def load(self, text: str) -> None:
-        """What a predecessor, maybe of another version, had.  Raises ValueError, TypeError,
-        KeyError or SettingsError when it is not understood; then nothing is taken."""
-        said = json.loads(text)
-        servers = list(map(server_by_hand, said["added"]))
-        weights = {str(url): (share_weight(new), share_weight(old))
-                   for url, (new, old) in said["weights"].items()}
-        removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
-        self.added = {server.url: server for server in servers}
-        self.removed, self.drained, self.weights = removed, drained, weights
+# What people see of the fleet: the last minute of each server, and the document that the screen,
+# the page and /status.json share.
 
 
 MINUTE_S = 60.0
@@ -6341,6 +6424,8 @@ RATE_S = 10.0  # over which tokens and requests per second are counted
 SAMPLES_KEPT = 61  # one a second
 TTFB_KEPT = 300  # of one server's times to the first byte, of which quantiles are told
 DECISIONS_SHOWN = 3  # of each server, among the last
+RANKINGS_LOOKED_AT = 30
+EVENTS_KEPT = 100
 
 
 class HistorySample(NamedTuple):
@@ -6403,6 +6488,41 @@ class History:
         return max(0, made) / (known[-1].at - known[0].at)
 
 
+class Recent:
+    """The recent past, for people: each server's history, events, and rankings by request."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, History] = {}
+        self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
+        self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
+
+    def history(self, url: str) -> History:
+        if (history := self.histories.get(url)) is None:
+            history = self.histories[url] = History()
+        return history
+
+    def decisions(self) -> dict[str, list[str]]:
+        """Why each server was chosen, of late."""
+        found = dict[str, list[str]]()
+        for rankings in itertools.islice(reversed(self.rankings.values()), RANKINGS_LOOKED_AT):
+            for ranking in reversed(rankings):
+                of_server = found.setdefault(ranking.best or "", [])
+                if len(of_server) < DECISIONS_SHOWN:
+                    of_server.append(ranking.why())
+        return found
+
+    def keep(self, urls: Collection[str]) -> None:
+        """Forget the history of all others."""
+        for url in self.histories.keys() - urls:
+            del self.histories[url]
+
+    def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
+        earlier = self.rankings.pop(id, [])
+        self.rankings[id] = [*earlier, ranking] if attempt > 1 else [ranking]
+        if len(self.rankings) > RECENT_LIMIT:
+            self.rankings.popitem(last=False)
+
+
 def quantile(values: Sequence[float], share: float) -> float | None:
     """A quantile; None of nothing."""
     ordered = sorted(values)
@@ -6422,66 +6542,133 @@ def state_word(view: ServerView, now: float) -> str:
     return "asleep" if view.healthy and view.load.asleep else view.health.state.value
 
 
+class ServerStatus(TypedDict):
+    """One server in the status document."""
+
+    url: str
+    name: str  # the same for people
+    source: str  # of its definition: a Source; "" of one that has left and still answers
+    state: str  # one of a State's words, "circuit open", "asleep", "drained", "draining" …
+    reason: str  # for it
+    since_s: float  # for so long
+    models: list[str]
+    running: float | None  # requests, by the server's own word,
+    waiting: float | None
+    in_flight: int  # and those that it has from us
+    capacity: int  # requests that it runs well at once
+    capacity_learned: bool
+    capacity_note: str
+    kv_usage_ratio: float | None
+    weight: float
+    tier: int
+    tokens_per_s: float | None  # generated, over the last ten seconds
+    ttft_p50_s: float | None  # of streams of the last minute
+    ttft_p95_s: float | None
+    errors: int  # attempts that failed in the last minute
+    retries: int  # and those that another followed
+    pending_prompt_tokens: int
+    prompt_tokens_per_second: int
+    stale: bool  # its metrics are old
+    history: list[float]  # its load's share of the capacity, a second each
+    last_errors: list[str]
+    decisions: list[str]  # why it was chosen of late
+
+
+class Totals(TypedDict):
+    """All servers in the status document."""
+
+    healthy: int  # servers that are asked,
+    servers: int  # of so many
+    queue: int
+    in_flight: int
+    connections: int  # of clients
+    requests_per_s: float  # over the last ten seconds
+    tokens_per_s: float
+    ttft_p50_s: float | None  # of streams of the last minute
+    ttft_p95_s: float | None
+    error_ratio: float  # of the last minute's requests
+
+
+class StatusDocument(TypedDict):
+    """GET /status.json, and what the page and the screen show."""
+
+    version: str
+    time: str  # HH:MM:SS, UTC
+    uptime_s: float
+    address: str
+    stopping: bool
+    settings: str  # since when they are in force, for people
+    settings_error: str  # why the file could not be used when it was last read
+    connections: int  # of clients
+    queue: int
+    totals: Totals
+    servers: list[ServerStatus]
+    events: list[dict[str, str]]  # the last lines of the log: time, level, text
+    live: dict[str, Any]  # what was changed by hand: added, removed, drained, weights
+
+
 def status_of(
-    view: ServerView, minute: History, clock: Clock, s: Settings, decisions: Sequence[str]
-) -> dict[str, Any]:
-    """One server, as the status page and the screen show it."""
-    now, said = clock.monotonic, view.load
-    before, firsts = minute.since(now - MINUTE_S), minute.ttfb_since(now - MINUTE_S)
+    view: ServerView, entry: Entry | None, recent: Recent, clock: Clock, s: Settings,
+) -> ServerStatus:  # fmt: skip
+    """All but the decisions."""
+    now, load, history = clock.monotonic, view.load, recent.histories.get(view.url) or History()
+    before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
-        "url": view.url, "name": view.url.partition("://")[2], "state": state_word(view, now),
+        "url": view.url, "name": view.url.partition("://")[2],
+        "source": entry.source.value if entry else "", "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
-        "models": list(view.models or ()), "running": said.running, "waiting": said.waiting,
+        "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
         "in_flight": view.in_flight, "capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
-        "kv_usage_ratio": said.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
-        "tokens_per_s": rounded(minute.tokens_per_s(now), 1),
-        "ttft_p50_s": rounded(quantile(firsts, 0.5)), "ttft_p95_s": rounded(quantile(firsts, 0.95)),
-        "errors": minute.failed - before.failed, "retries": minute.retries - before.retries,
+        "kv_usage_ratio": load.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
+        "tokens_per_s": rounded(history.tokens_per_s(now), 1),
+        "ttft_p50_s": rounded(quantile(ttfb, 0.5)), "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
+        "errors": history.failed - before.failed, "retries": history.retries - before.retries,
         "pending_prompt_tokens": view.pending, "prompt_tokens_per_second": round(view.speed),
         "stale": not view.reports(now, s.metrics_interval),
-        "history": [round(one.load_ratio, 3) for one in minute.samples],
-        "last_errors": list(minute.errors), "decisions": list(decisions),
+        "history": [round(one.load_ratio, 3) for one in history.samples],
+        "last_errors": list(history.errors), "decisions": [],
+    }  # fmt: skip
+
+
+def totals_of(
+    views: Sequence[ServerView], recent: Recent, now: float, process: Mapping[str, Any]
+) -> Totals:
+    histories = [recent.histories.get(view.url) or History() for view in views]
+    minute_ago = [history.since(now - MINUTE_S) for history in histories]
+    requests = sum(h.requests - then.requests for h, then in zip(histories, minute_ago))
+    lost = sum(h.lost - then.lost for h, then in zip(histories, minute_ago))
+    late = sum(h.requests - h.since(now - RATE_S).requests for h in histories)
+    rates = [rate for h in histories if (rate := h.tokens_per_s(now)) is not None]
+    ttfb = [first for h in histories for first in h.ttfb_since(now - MINUTE_S)]
+    return {
+        "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
+        "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
+        "connections": process["connections"], "requests_per_s": round(late / RATE_S, 2),
+        "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
+        "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
+        "error_ratio": round(lost / requests, 4) if requests else 0.0,
     }  # fmt: skip
 
 
 def status_report(
-    views: Sequence[ServerView], minutes: Mapping[str, History], clock: Clock, s: Settings,
-    process: Mapping[str, Any], events: Iterable[Mapping[str, str]], rankings: Iterable[Ranking],
-) -> dict[str, Any]:  # fmt: skip
-    """GET /status.json: what the status page and the screen show.  `process` has what is known of
-    the process, `rankings` are the last, the newest first."""
-    now, decisions = clock.monotonic, dict[str, list[str]]()
-    for ranking in rankings:
-        told = decisions.setdefault(ranking.best or "", [])
-        if len(told) < DECISIONS_SHOWN:
-            told.append(ranking.why())
-    past = [(view, minutes.get(view.url) or History()) for view in views]
-    firsts = [first for _, minute in past for first in minute.ttfb_since(now - MINUTE_S)]
-    ended = [(minute.requests - (then := minute.since(now - MINUTE_S)).requests,
-              minute.lost - then.lost,
-              minute.requests - minute.since(now - RATE_S).requests) for _, minute in past]
-    requests, lost, late = map(sum, zip(*ended)) if ended else (0, 0, 0)
-    rates = [rate for _, minute in past if (rate := minute.tokens_per_s(now)) is not None]
-    totals = {
-        "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
-        "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
-        "connections": process["connections"],
-        "requests_per_s": round(late / RATE_S, 2),
-        "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(firsts, 0.5)),
-        "ttft_p95_s": rounded(quantile(firsts, 0.95)),
-        "error_ratio": round(lost / requests, 4) if requests else 0.0,
-    }  # fmt: skip
+    views: Sequence[ServerView], roster: Roster, recent: Recent, clock: Clock, s: Settings,
+    process: Mapping[str, Any],
+) -> StatusDocument:  # fmt: skip
+    """`process` has the members that are of the process."""
+    servers = [status_of(view, roster.entries.get(view.server), recent, clock, s) for view in views]
+    decisions = recent.decisions()
+    for server in servers:
+        server["decisions"] = decisions.get(server["url"], [])
     return {
-        "version": __version__, "time": (clock.iso(now) or "")[11:19], **process, "totals": totals,
-        "servers": [status_of(view, minute, clock, s, decisions.get(view.url, ()))
-                    for view, minute in past],
-        "events": list(events),
-    }  # fmt: skip
+        "version": __version__, "time": (clock.iso(clock.monotonic) or "")[11:19], **process,
+        "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
+        "events": list(recent.events), "live": roster.report(),
+    }  # type: ignore[typeddict-item]  # fmt: skip
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  cells
+#  23  cells
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -6759,7 +6946,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  table
+#  24  table
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -6991,7 +7178,7 @@ def marked(line: Line, width: int) -> Line:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  screen
+#  25  screen
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -7282,7 +7469,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  keys
+#  26  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -7401,7 +7588,7 @@ def key_of(char: str) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  page
+#  27  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -7789,7 +7976,7 @@ start();
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  traces
+#  28  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -7978,7 +8165,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  engine
+#  29  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -8318,7 +8505,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  replay
+#  30  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -8554,7 +8741,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  wire
+#  31  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9110,7 +9297,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  pool
+#  32  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -9137,6 +9324,7 @@ class Pool:
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.tls else 80)
         self.url, self.authority, self.prefix = url, parts.netloc, parts.path
         self.key = ""  # for the server, in place of a client's
+        self.sees_client_keys = True  # where it has none of its own
         self.name = ""  # ours, for servers that are balancers, too
         self.context: ssl.SSLContext | None = None  # for https, in place of the usual one
         self.idle: dict[Wire, None] = {}
@@ -9259,6 +9447,7 @@ class Secrets:
 
     def __init__(self, settings: Settings = Settings(), before: Secrets | None = None) -> None:
         self.files: dict[str, bytes] = {}  # all that was read
+        self.strangers = set[str]()  # servers that are shown no client's key
         self.keys = [(key, key.key or self._word(key.key_file)) for key in settings.keys]
         self.server_keys = {
             server.url: server.api_key or (server.api_key_file and self._word(server.api_key_file))
@@ -9274,14 +9463,12 @@ class Secrets:
                 self._read(path)
             self.listener = self._checked(listener_context, settings)
 
-    def also_for(self, added: Collection[ServerSettings]) -> Secrets:
-        """These, and those of servers that came over HTTP.  No file is read."""
-        both = copy.copy(self)
-        both.server_keys = self.server_keys | {server.url: server.api_key for server in added}
-        both.contexts, both._made_of = dict(self.contexts), dict(self._made_of)
-        for server in added:
-            both._trust(server, self)
-        return both
+    def adopt(self, server: ServerSettings) -> None:
+        """Take over a server that the settings do not name: it gets its own key alone, as it is
+        only as honest as who has named it.  No file is read."""
+        self.server_keys[server.url] = server.api_key
+        self.strangers.add(server.url)
+        self._trust(server, self)
 
     def _trust(self, server: ServerSettings, before: Secrets | None) -> None:
         """Make what an https server is verified with, where that is not the usual."""
@@ -9302,6 +9489,7 @@ class Secrets:
 
     def equip(self, pool: Pool, url: str) -> None:
         """Give a pool what is now its key and context; with others, its connections end."""
+        pool.sees_client_keys = url not in self.strangers
         now = self.server_keys.get(url, ""), self.contexts.get(url)
         if now != (pool.key, pool.context):
             pool.key, pool.context = now
@@ -9457,7 +9645,7 @@ async def fetch_members(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  pump
+#  33  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -9660,7 +9848,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  response
+#  34  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -9849,7 +10037,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  journal
+#  35  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10168,7 +10356,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  terminal
+#  36  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -10511,12 +10699,10 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  core
+#  37  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
-
-EVENTS_KEPT = 100
 
 class Attempt:
     """A request that is with a server, for the server's watcher to see and to end."""
@@ -10549,6 +10735,14 @@ class Policies:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.known: dict[tuple[str, str], Policy] = {}
+
+    def following(self, s: Settings) -> Policies:
+        """Those of new settings; one that uses nothing that has changed goes on as it is."""
+        new = Policies(s)
+        new.known = {key: policy for key, policy in self.known.items()
+                     if all(getattr(s, name) == getattr(self.settings, name)
+                            for name in policy.uses)}  # fmt: skip
+        return new
 
     def get(self, model: str | None, label: str) -> Policy:
         """The one for calls for that model; all whom nobody serves (`label`) share one."""
@@ -10593,6 +10787,21 @@ class Pools:
             self.by_server[url].name = self.name
         return self.by_server[url]
 
+    def adopt(self, secrets: Secrets) -> None:
+        self.secrets = secrets
+        for url in self.by_server:
+            self.equip(url)
+
+    def equip(self, url: str) -> None:
+        """A server's secrets may be others now."""
+        if url in self.by_server:
+            self.secrets.equip(self.by_server[url], url)
+
+    def keep(self, servers: Collection[str]) -> None:
+        """Close the connections to all other servers."""
+        for url in self.by_server.keys() - servers:
+            self.by_server.pop(url).close()
+
 
 class News:
     """Wakes whoever waits for news of the fleet, and tells subscribers of each request that has
@@ -10618,26 +10827,6 @@ class News:
 
     async def changed(self) -> None:
         await self._changed.wait()
-
-
-class Recent:
-    """The recent past, for people: each server's history, events, and rankings by request."""
-
-    def __init__(self) -> None:
-        self.histories: dict[str, History] = {}
-        self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
-        self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
-
-    def history(self, url: str) -> History:
-        if (history := self.histories.get(url)) is None:
-            history = self.histories[url] = History()
-        return history
-
-    def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
-        earlier = self.rankings.pop(id, [])
-        self.rankings[id] = [*earlier, ranking] if attempt > 1 else [ranking]
-        if len(self.rankings) > RECENT_LIMIT:
-            self.rankings.popitem(last=False)
 
 
 class Looks:
@@ -10673,11 +10862,12 @@ class Looks:
             self.ended[server] = asyncio.get_running_loop().time()
         return wanted
 
-    def forget(self, server: str) -> None:
-        """It has left."""
-        self.wanted.discard(server)
-        self._wakers.pop(server, None)
-        self.ended.pop(server, None)
+    def keep(self, servers: Collection[str]) -> None:
+        """Forget all others."""
+        self.wanted.intersection_update(servers)
+        for known in (self.ended, self._wakers):
+            for server in known.keys() - servers:
+                del known[server]
 
 
 class Process:
@@ -10711,8 +10901,7 @@ class Core:
         # fleet they follow from.
         self._standings: dict[str | None, tuple[list[str] | None, float]] = {}
         self._standings_of = -1
-        self.live = Live()
-        self.on_manual_change: Callable[[], None] = lambda: None
+        self.roster = Roster()
         self.shape: Writer | None = None  # where the traffic's shape is written
         self.keys = Keys()
         self.stored = StoredResponses()
@@ -10724,25 +10913,21 @@ class Core:
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusDocument:
         """What the status page and the screen show."""
-        now = Clock(asyncio.get_running_loop().time(), time.time())
+        now, this = Clock(asyncio.get_running_loop().time(), time.time()), self.process
         settings = "unchanged since the start"
-        this = self.process
         if this.reloaded_at is not None:
             settings = f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago"
-        if any(self.live.report().values()):
+        if any(self.roster.report().values()):
             settings += ", and changed by hand"
         process = {
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
             "connections": len(self.clients.tasks), "queue": len(self.queue),
         }  # fmt: skip
-        late = itertools.islice(reversed(self.recent.rankings.values()), 30)
-        return status_report(
-            self.fleet.views(now.monotonic), self.recent.histories, now, self.settings, process,
-            self.recent.events,
-            [ranking for rankings in late for ranking in reversed(rankings)])  # fmt: skip
+        views = self.fleet.views(now.monotonic)
+        return status_report(views, self.roster, self.recent, now, self.settings, process)
 
     def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
         """As the function of that name says, found out once for each change of the fleet; for
@@ -10851,7 +11036,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  conversation
+#  38  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -10910,7 +11095,7 @@ class Conversation(Attempt):
         self.core, self.errand, self.server, self.settings = core, errand, url, settings
         server, _, self.rank = url.partition("@")
         self.pool = core.pools.get(server)
-        self.may_see_key = core.live.may_see_key(server, settings)
+        self.may_see_key = self.pool.sees_client_keys or settings.added_get_client_key
 
     async def outcome(self) -> Outcome:
         """What became of asking one server, whatever it did."""
@@ -11072,7 +11257,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  exchange
+#  39  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -11698,7 +11883,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  watch
+#  40  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -11899,6 +12084,44 @@ async def engine_responds(pool: Pool, timeout_s: float) -> bool:
     return True  # it has neither: nothing more can be asked
 
 
+async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Do background work again and again, whatever happens in it."""
+    while True:
+        try:
+            await work()
+        except Exception:  # the broad except for background tasks
+            core.internal_error(what)
+            await asyncio.sleep(core.settings.health_check_interval)
+
+
+class Watchers:
+    """Each server's two tasks."""
+
+    def __init__(self, core: Core, group: asyncio.TaskGroup) -> None:
+        self._core, self._group = core, group
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._intervals: tuple[Any, ...] = ()
+
+    def adopt(self, servers: Iterable[str], s: Settings) -> None:
+        """Watch these servers and no others.  Sleeping times that change begin anew."""
+        known, self._intervals = self._intervals, (
+            s.health_check_interval, s.metrics_interval, s.enable_active_health_check)
+        wanted = set(servers)
+        self.stop(self._tasks.keys() - (wanted if known == self._intervals else ()))
+        for url in wanted - self._tasks.keys():
+            self._tasks[url] = [
+                self._group.create_task(guarded(
+                    self._core, f"watching {url}", functools.partial(watch, self._core, url)))
+                for watch in (watch_health, watch_load)
+            ]  # fmt: skip
+
+    def stop(self, servers: Iterable[str] | None = None) -> None:
+        """Those of these servers, or all."""
+        for url in list(self._tasks if servers is None else servers):
+            for task in self._tasks.pop(url):
+                task.cancel()
+
+
 class SettingsFile:
     """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
 
@@ -11940,7 +12163,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  local
+#  41  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12029,7 +12252,7 @@ async def load_stats(core: Core, head: RequestHead) -> Reply:
     waiting = {"length": len(queue), "size": core.settings.queue_size,
                "longest_wait_s": queue.longest_wait_s(now.monotonic)}  # fmt: skip
     views = core.fleet.views(now.monotonic)
-    return as_json(load_report(views, core.settings, now) | {"queue": waiting})
+    return as_json(load_report(views, core.settings, now, core.roster.entries) | {"queue": waiting})
 
 
 @local("/explain")
@@ -12055,7 +12278,7 @@ async def status_page(core: Core, head: RequestHead) -> Reply:
 @local("/status.json")
 async def status(core: Core, head: RequestHead) -> Reply:
     """What the status page and the screen show."""
-    return as_json(core.status() | {"live": core.live.report()})
+    return as_json(core.status())
 
 
 STATUS_S = 1.0  # between two events of /status/events
@@ -12069,7 +12292,7 @@ async def status_events(core: Core, head: RequestHead) -> Reply:
 
 
 def status_event(core: Core) -> bytes:
-    return b"data: " + json.dumps(core.status() | {"live": core.live.report()}).encode() + b"\n\n"
+    return b"data: " + json.dumps(core.status()).encode() + b"\n\n"
 
 
 @local("/server-models")
@@ -12164,7 +12387,7 @@ async def change_by_hand(core: Core, head: RequestHead, content: bytes) -> Reply
 
 def known_server(core: Core, query: Mapping[str, str]) -> str:
     """The URL of the server that is meant: whole, or as host:port.  Raises LookupError."""
-    wanted, servers = query.get("url", "").rstrip("/"), {v.server for v in core.fleet.views()}
+    wanted, servers = query.get("url", "").rstrip("/"), core.roster.entries
     for server in servers:
         if wanted in (server, server.partition("://")[2]):
             return server
@@ -12173,9 +12396,8 @@ def known_server(core: Core, query: Mapping[str, str]) -> str:
 
 
 def changed(core: Core, what: str) -> Reply:
-    core.on_manual_change()
     log.info("by hand: %s", what)
-    return as_json({"done": what, "live": core.live.report()})
+    return as_json({"done": what, "live": core.roster.report()})
 
 
 @admin("POST", "/admin/servers")
@@ -12185,9 +12407,9 @@ async def add_server(core: Core, query: dict[str, str], content: bytes) -> Reply
     if not entry:
         raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
     server = server_by_hand(entry)
-    if any(view.server == server.url and not view.draining for view in core.fleet.views()):
+    if server.url in core.roster.entries:
         raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
-    core.live.add(server)
+    core.roster.add(server)
     return changed(core, f"{server.url} added")
 
 
@@ -12195,21 +12417,21 @@ async def add_server(core: Core, query: dict[str, str], content: bytes) -> Reply
 async def remove_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
     """Have no new requests sent to it; it leaves with its last one."""
     server = known_server(core, query)
-    core.live.remove(server)
+    core.roster.remove(server)
     return changed(core, f"{server} removed")
 
 
 @admin("POST", "/admin/servers/drain")
 async def drain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
     server = known_server(core, query)
-    core.live.drained.add(server)
+    core.roster.drain(server)
     return changed(core, f"{server} drained")
 
 
 @admin("POST", "/admin/servers/undrain")
 async def undrain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
     server = known_server(core, query)
-    core.live.drained.discard(server)
+    core.roster.undrain(server)
     return changed(core, f"{server} in use")
 
 
@@ -12221,9 +12443,7 @@ async def weigh_server(core: Core, query: dict[str, str], content: bytes) -> Rep
     except ValueError as expected:
         text = f"found {shown(query.get('weight', 'nothing'))}, expected {expected}"
         raise SettingsError([Complaint("request", 0, "weight", text)]) from None
-    before = next(s.weight for s in core.settings.servers if s.url == server)
-    _, of_file = core.live.weights.get(server, (before, before))
-    core.live.weights[server] = weight, of_file
+    core.roster.weigh(server, weight)
     names = ", ".join(unweighed(core.settings)) if weight else ""
     note = f" (to policy {names} only 0 would matter)" if names else ""
     return changed(core, f"{server} has weight {weight:g}{note}")
@@ -12248,7 +12468,7 @@ async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Rep
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  front
+#  42  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12572,7 +12792,7 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  balancer
+#  43  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -12608,11 +12828,11 @@ class Balancer:
         self._upgrading = False
         self._handing_over: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
-        self._watchers: dict[str, list[asyncio.Task[None]]] = {}
         self._secrets_error = ""
         self._shape_file = ""
-        self._settings = settings  # as the file has them
+        self._roster: Mapping[str, Entry] = {}  # that was adopted
         self._front: Front = None  # type: ignore[assignment]  # while it runs
+        self._watchers: Watchers = None  # type: ignore[assignment]  # while it runs
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
@@ -12623,7 +12843,6 @@ class Balancer:
         # Names are looked up in threads; a few that hang must not hold up all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
-        core.on_manual_change = lambda: self.adopt(self._settings, core.pools.secrets)
         keeper = EventKeeper(core.recent.events)
         log.addHandler(keeper)
         try:
@@ -12634,11 +12853,13 @@ class Balancer:
     async def serve(self, ready: Callable[[], object], secrets: Secrets) -> None:
         core, sockets = self.core, self._sockets
         async with asyncio.TaskGroup() as self._tasks:
+            self._watchers = Watchers(core, self._tasks)
+            core.roster.on_change = self.adopt_roster
             self.adopt(core.settings, secrets)
             if not core.keys.required:
                 log.info("%s", open_line(core.settings))
-            follower = self._tasks.create_task(self.guarded("following the file", self.follow))
-            pulse = self._tasks.create_task(self.guarded("the pulse", self.pulse))
+            follower = self._tasks.create_task(guarded(core, "following the file", self.follow))
+            pulse = self._tasks.create_task(guarded(core, "the pulse", self.pulse))
             self._front = Front(
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
@@ -12648,12 +12869,11 @@ class Balancer:
                 await self.wait_for_second_stop(core.settings.drain_delay)
             self._front.close(to_the_last=not self._succeeded)
             await self.drain()
-            watchers = sum(self._watchers.values(), [follower, pulse])
-            for task in (*core.clients.tasks.values(), *watchers, self._handing_over):
+            self._watchers.stop()
+            for task in (*core.clients.tasks.values(), follower, pulse, self._handing_over):
                 if task is not None:
                     task.cancel()
-        for pool in core.pools.by_server.values():
-            pool.close()
+        core.pools.keep(())
         if core.shape is not None:
             core.shape.stop()
 
@@ -12772,7 +12992,7 @@ class Balancer:
                 await self.before_upgrade()
             ours, theirs = pair[:] = socket.socketpair()
             with tempfile.TemporaryFile() as live:  # it may hold servers' keys
-                live.write(self.core.live.dump().encode())
+                live.write(self.core.roster.dump().encode())
                 live.seek(0)
                 passed = (*sum(sockets.values(), []), theirs.fileno(), live.fileno())
                 child = subprocess.Popen(
@@ -12818,15 +13038,6 @@ class Balancer:
                 self.core.ledger.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
-    async def guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do background work again and again, whatever happens in it."""
-        while True:
-            try:
-                await work()
-            except Exception:  # the broad except for background tasks
-                self.core.internal_error(what)
-                await asyncio.sleep(self.core.settings.health_check_interval)
-
     # Settings.
 
     async def follow(self) -> None:
@@ -12846,7 +13057,7 @@ class Balancer:
         """Take over keys and certificates whose files have changed."""
         core = self.core
         try:
-            secrets = Secrets(self._settings, core.pools.secrets)
+            secrets = Secrets(core.settings, core.pools.secrets)
         except SettingsError as error:
             if str(error) != self._secrets_error:
                 log.error("keys and certificates stay as they were:\n%s", error)
@@ -12855,7 +13066,7 @@ class Balancer:
         self._secrets_error = ""
         if secrets.files != core.pools.secrets.files:
             log.info("keys or certificates have changed")
-            self.adopt(self._settings, secrets)
+            self.adopt_secrets(secrets)
 
     def look_now(self) -> None:
         self._look_now.set()
@@ -12863,7 +13074,7 @@ class Balancer:
     async def look(self, file: SettingsFile, asked: bool) -> None:
         """Take over what the file holds, if that is new and can be used.  Who asked for a look is
         answered in any case."""
-        core, old, refused = self.core, self._settings, self.core.process.settings_error
+        core, old, refused = self.core, self.core.settings, self.core.process.settings_error
         try:
             text = await file.changed()
             if text is None:
@@ -12887,73 +13098,72 @@ class Balancer:
         if settings != old:
             core.ledger.reloads.add("applied")
             core.process.reloaded_at = asyncio.get_running_loop().time()
+            known = core.roster.entries.keys()
             self.adopt(settings, secrets)
+            now = core.roster.entries.keys()
+            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
+            words = [counts, changes_line(old, settings)]
+            log.info("new settings: %s", "; ".join(filter(None, words)))
         elif asked:
             log.info("new settings: %d servers, nothing changed", len(settings.servers))
 
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
-        """Make these settings the ones in force, with what was changed by hand.  Servers keep all
-        that is known of them; new ones are checked at once."""
-        core, old, self._settings = self.core, self.core.settings, settings
-        secrets = secrets or Secrets(settings, core.pools.secrets)
-        if (servers := core.live.applied(settings.servers)) != settings.servers:
-            settings = dataclasses.replace(settings, servers=servers)
-            secrets = secrets.also_for(core.live.added.values())
-        core.settings, core.pools.secrets = settings, secrets
-        for url, pool in core.pools.by_server.items():
-            secrets.equip(pool, url)
-        for server in settings.servers:
-            if not server.verify and (server not in old.servers or settings is old):
-                log.warning("%s: its certificate is NOT verified (verify = false)", server.url)
-        if old.keys and not settings.keys:
-            log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
-                        open_line(settings))
-        core.keys.adopt(
-            (dataclasses.replace(key, models=tuple(settings.aliases.get(m, m) for m in key.models)),
-             word) for key, word in secrets.keys)
+        """Make these the settings in force: each owner takes over what is its own.  Requests that
+        are under way keep those that they came under."""
+        core, old = self.core, self.core.settings
+        core.settings, core.policies = settings, core.policies.following(settings)
         core.clients.limit = min(settings.max_connections, descriptors_allow())
         core.clients.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)
-        now = asyncio.get_running_loop().time()
-        added, draining = core.fleet.apply(
-            settings.servers, now, settings.pools, core.live.drained)
-        if settings is not old:
-            core.policies = Policies(settings)
-        if settings.shape_file != self._shape_file:
-            if core.shape is not None:  # which may take a second
-                asyncio.get_running_loop().run_in_executor(None, core.shape.stop)
-            self._shape_file = settings.shape_file
-            core.shape = shape_writer(self._shape_file) if self._shape_file else None
-        wanted = {server.url for server in settings.servers}
-        for url in list(self._watchers):
-            if url not in wanted or watch_intervals(old) != watch_intervals(settings):
-                for task in self._watchers.pop(url):
-                    task.cancel()
-        for url in wanted - self._watchers.keys():
-            self._watchers[url] = [
-                self._tasks.create_task(self.guarded(
-                    f"watching {url}", functools.partial(watch, core, url)))
-                for watch in (watch_health, watch_load)
-            ]  # fmt: skip
-        for url in core.recent.histories.keys() - {view.url for view in core.fleet.views()}:
-            del core.recent.histories[url]
-        for url in core.pools.by_server.keys() - {view.server for view in core.fleet.views()}:
-            core.pools.by_server.pop(url).close()
-            core.looks.forget(url)
-        if settings is not old:
-            counts = f"{len(wanted)} servers, {len(added)} added, {len(draining)} draining"
-            words = [counts, changes_line(old, settings)]
-            log.info("new settings: %s", "; ".join(filter(None, words)))
+        self.adopt_shape_file(settings.shape_file)
+        core.roster.define(Source.FILE, settings.servers)
+        self.adopt_secrets(secrets or Secrets(settings, core.pools.secrets))
+        if old.keys and not settings.keys:
+            log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
+                        open_line(settings))
+
+    def adopt_secrets(self, secrets: Secrets) -> None:
+        core, aliases = self.core, self.core.settings.aliases
+        for entry in core.roster.entries.values():
+            if entry.source is not Source.FILE:
+                secrets.adopt(entry.settings)
+        core.pools.adopt(secrets)
+        core.keys.adopt(
+            (dataclasses.replace(key, models=tuple(aliases.get(m, m) for m in key.models)), word)
+            for key, word in secrets.keys)
+
+    def adopt_roster(self) -> None:
+        """Servers that are new, or defined anew, are taken over, and those that are gone drain;
+        the others keep all that they have."""
+        core, s, old, new = self.core, self.core.settings, self._roster, self.core.roster.entries
+        self._roster = new
+        for url, entry in new.items():
+            if entry != old.get(url):
+                if entry.source is not Source.FILE:
+                    core.pools.secrets.adopt(entry.settings)
+                core.pools.equip(url)
+                if not entry.settings.verify and (url not in old or old[url].settings.verify):
+                    log.warning("%s: its certificate is NOT verified (verify = false)", url)
+        core.fleet.apply([entry.settings for entry in new.values()],
+                         asyncio.get_running_loop().time(), s.pools,
+                         [url for url, entry in new.items() if entry.drained])  # fmt: skip
+        self._watchers.adopt(new, s)
+        servers = {view.server for view in core.fleet.views()}
+        core.recent.keep({view.url for view in core.fleet.views()})
+        core.pools.keep(servers)
+        core.looks.keep(servers)
         core.news.notify()
 
-
-def watch_intervals(s: Settings) -> tuple[Any, ...]:
-    """What the watchers' sleeping times follow from."""
-    return s.health_check_interval, s.metrics_interval, s.enable_active_health_check
+    def adopt_shape_file(self, path: str) -> None:
+        if path != self._shape_file:
+            if self.core.shape is not None:  # which may take a second
+                asyncio.get_running_loop().run_in_executor(None, self.core.shape.stop)
+            self._shape_file = path
+            self.core.shape = shape_writer(path) if path else None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  doctor
+#  44  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13180,7 +13390,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  demo
+#  45  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -13493,7 +13703,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  process
+#  46  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13508,13 +13718,13 @@ def inherited_sockets(variable: str) -> list[socket.socket]:
     return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
 
 
-def inherited_changes(live: Live) -> None:
+def inherited_changes(roster: Roster) -> None:
     """What was changed by hand in the process that this one succeeds."""
     if descriptor := os.environ.pop(LIVE_ENV, ""):
         with open(int(descriptor), "rb") as handed_over:
             text = handed_over.read().decode()
         try:
-            live.load(text)
+            roster.load(text)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError,
                 SettingsError) as error:
             log.warning("changes by hand were not taken over: %s", error)
@@ -13708,7 +13918,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  command line
+#  47  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -13930,7 +14140,7 @@ def run_balancer(args: argparse.Namespace) -> int:
 
         def start(run: Runner) -> Awaitable[None]:
             balancer = Balancer(settings, path, overrides, inherited)
-            inherited_changes(balancer.core.live)
+            inherited_changes(balancer.core.roster)
             return run(balancer)
 
         return serve_until_stopped(

@@ -15,6 +15,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -43,6 +44,8 @@ import unicodedata
 import tomllib
 import zlib
 import tracemalloc
+import types
+import typing
 from collections import Counter, OrderedDict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,7 +132,8 @@ def test_rooms_above_the_waterline_know_no_socket_clock_file_or_loop():
     clocks = {"time", "monotonic", "perf_counter", "time_ns", "urandom"}
     for node in ast.walk(TREE):
         if isinstance(node, ast.Name) and room_at(node.lineno) and node.lineno < waterline:
-            assert node.id not in wet, f"line {node.lineno}: {node.id}"
+            used = isinstance(node.ctx, ast.Load)
+            assert not (used and node.id in wet), f"line {node.lineno}: {node.id}"
         if isinstance(node, ast.Attribute) and room_at(node.lineno) and node.lineno < waterline:
             owner = getattr(node.value, "id", "")
             assert not (owner == "time" and node.attr in clocks), f"line {node.lineno}: {node.attr}"
@@ -3076,7 +3080,7 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16 and 17  policies and ranking
+#  17 and 18  policies and ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -4412,7 +4416,66 @@ def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_dra
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16 and 17  policies and ranking, on scenes by hand
+#  16  roster
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def named(**sources):
+    """What each source names: servers' weights by id."""
+    return {lite.Source[source]: {id: lite.ServerSettings(id, weight=weight) for id, weight in servers.items()}
+            for source, servers in sources.items()}  # fmt: skip
+
+
+MERGED = table(
+    ("nobody names any", {}, lite.ByHand(), {}),
+    ("the file counts before all", {"DISCOVERED": {"a": 5}, "BY_HAND": {"a": 2}, "FILE": {"a": 1}},
+     lite.ByHand(), {"a": ("file", 1, False)}),
+    ("by hand before a pool", {"POOL": {"a": 3}, "BY_HAND": {"a": 2}}, lite.ByHand(),
+     {"a": ("by_hand", 2, False)}),
+    ("a pool before who registers", {"REGISTERED": {"a": 4}, "POOL": {"a": 3}}, lite.ByHand(),
+     {"a": ("pool", 3, False)}),
+    ("who registers before what is found", {"DISCOVERED": {"a": 5}, "REGISTERED": {"a": 4}},
+     lite.ByHand(), {"a": ("registered", 4, False)}),
+    ("each names its own", {"DISCOVERED": {"c": 1}, "FILE": {"b": 1, "a": 1}}, lite.ByHand(),
+     {"b": ("file", 1, False), "a": ("file", 1, False), "c": ("discovered", 1, False)}),
+    ("drain and weight hold over every source", {"FILE": {"a": 1}, "DISCOVERED": {"c": 1}},
+     lite.ByHand((), {"a", "c"}, {"c": 0.5}), {"a": ("file", 1, True), "c": ("discovered", 0.5, True)}),
+    ("whoever names what was removed", {"FILE": {"a": 1}, "POOL": {"a": 2, "b": 1}},
+     lite.ByHand({"a"}), {"b": ("pool", 1, False)}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sources, by_hand, expected", MERGED)
+def test_the_first_source_that_names_a_server_defines_it(sources, by_hand, expected):
+    found = lite.merged(named(**sources), by_hand)
+    assert {id: (entry.source.value, entry.settings.weight, entry.drained)
+            for id, entry in found.items()} == expected  # fmt: skip
+    assert list(found) == list(expected)
+
+
+def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_server():
+    roster, told = lite.Roster(), []
+    roster.on_change = lambda: told.append({id: (entry.settings.weight, entry.drained) for id, entry in roster.entries.items()})
+    roster.define(lite.Source.FILE, [lite.ServerSettings("a"), lite.ServerSettings("b")])
+    roster.weigh("a", 0.5)
+    roster.drain("b")
+    roster.define(lite.Source.FILE, [lite.ServerSettings("a", weight=3), lite.ServerSettings("b")])
+    assert told[-1] == {"a": (0.5, False), "b": (1, True)}  # it holds over a new definition
+    roster.weigh("a", 3)
+    roster.undrain("b")
+    assert told[-1] == {"a": (3, False), "b": (1, False)} and not any(roster.report().values())
+    roster.drain("a")
+    roster.define(lite.Source.FILE, [lite.ServerSettings("b")])
+    roster.define(lite.Source.FILE, [lite.ServerSettings("a")])
+    assert told[-1] == {"a": (1, False)} and len(told) == 9
+    roster.add(lite.ServerSettings("c"))
+    roster.define(lite.Source.FILE, [lite.ServerSettings("c", weight=2)])  # it has it now
+    roster.define(lite.Source.FILE, [])
+    assert told[-1] == {}
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  17 and 18  policies and ranking, on scenes by hand
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -5238,7 +5301,7 @@ def test_shapes_of_turns_share_the_start_of_their_chains():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  plans
+#  19  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -5640,7 +5703,7 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19 and 20  reports and lines
+#  20 and 21  reports and lines
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLOCK = lite.Clock(100.0, 1_700_000_100.0)
@@ -5786,7 +5849,45 @@ def test_transitions_may_name_models():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22 to 25 and 35  cells, screen, keys and terminal
+#  22  status
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def is_as_stated(value, stated):
+    """Whether a value has a TypedDict's keys, or is of a type."""
+    if typing.is_typeddict(stated):
+        members = typing.get_type_hints(stated)
+        return value.keys() == members.keys() and all(
+            is_as_stated(value[name], kind) for name, kind in members.items())
+    if isinstance(stated, types.UnionType):
+        return any(is_as_stated(value, kind) for kind in typing.get_args(stated))
+    origin, inner = typing.get_origin(stated) or stated, typing.get_args(stated)
+    if stated is float:
+        return type(value) in (int, float)
+    if stated is typing.Any:
+        return True
+    if origin is dict:
+        return all(is_as_stated(one, inner[1]) for one in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(is_as_stated(one, inner[0]) for one in value)
+    return type(value) is stated
+
+
+@asynchronous
+async def test_the_status_document_has_its_stated_shape():
+    async with Server() as more, balancing(Server(), "http://127.0.0.1:1") as running:
+        client = await running.client()
+        assert (await client.post(fields=["X-Request-Id: a"])).status == 200
+        await client.post("/admin/servers", json.dumps({"url": more.url}).encode(), AS_JSON)
+        await running.until(lambda: running.states()[-1] == "healthy")
+        document = (await client.get("/status.json")).json
+    assert is_as_stated(document, lite.StatusDocument)
+    assert [row["source"] for row in document["servers"]] == ["file", "file", "by_hand"]
+    assert document["events"] and document["servers"][0]["decisions"] and document["live"]["added"] == [more.url]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  23 to 26 and 36  cells, screen, keys and terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -6467,14 +6568,14 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
         terminal.press(b"dy")
         await asyncio.to_thread(terminal.read_until, "403: ")  # as curses sends it
         terminal.press(b"q")
-        assert await asyncio.to_thread(top.wait, 20) == 0 and not running.core.live.drained
+        assert await asyncio.to_thread(top.wait, 20) == 0 and not running.core.roster.report()["drained"]
         top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
         await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
         terminal.press(b"d")
         await asyncio.to_thread(terminal.read_until, "drain ")
         terminal.press(b"y")
         await asyncio.to_thread(terminal.read_until, "drained")
-        assert running.core.live.drained == {url}
+        assert running.core.roster.report()["drained"] == [url]
         terminal.press(b"q")  # leaves it, and does not stop the balancer
         await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
         assert await asyncio.to_thread(top.wait, 20) == 0 and terminal.restored
@@ -6495,7 +6596,7 @@ def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_p
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  page
+#  27  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
@@ -6703,7 +6804,7 @@ def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27 to 29  traces, engine and replay
+#  28 to 30  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -7467,7 +7568,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30 to 38  a request on its way
+#  31 to 39  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -10811,7 +10912,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  watch
+#  40  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -11227,7 +11328,7 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  local
+#  41  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -11328,6 +11429,51 @@ async def test_a_drained_server_stays_and_is_asked_for_nothing():
         assert (await client.post()).get("x-mvllm-server") == a.url
 
 
+@pytest.mark.parametrize("change", ["/admin/servers/drain?url={}", "/admin/servers", "/admin/servers/weight?url={}&weight=2"])
+@asynchronous
+async def test_a_change_of_one_server_touches_only_that(change, tmp_path, caplog):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, Server() as b, Server() as c, following(path, a, b, policy='"round_robin"') as running:
+        client, core = await running.client(), running.core
+        for _ in range(2):
+            assert (await client.post()).status == 200
+        other = [view for view in core.fleet.views() if view.url == a.url]
+        kept = core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url], core.keys
+        watching, idle = list(asyncio.all_tasks()), core.pools.by_server[a.url].idle.keys()
+        body = b"" if "?" in change else json.dumps({"url": c.url}).encode()
+        await client.ask("POST", change.format(b.url), body, AS_JSON)
+        assert (await client.answer()).status == 200
+        assert (core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url], core.keys) == kept
+        assert [view for view in core.fleet.views() if view.url == a.url] == other
+        assert not any(task.cancelling() for task in watching) and core.policies.known
+        assert idle and not any(wire.gone for wire in idle)
+    assert "new settings" not in caplog.text and "by hand: " in caplog.text
+
+
+@asynchronous
+async def test_a_policy_s_memory_outlives_settings_that_it_does_not_use(tmp_path):
+    path = tmp_path / "servers.toml"
+    async with Server() as a, following(path, a, policy='"cache_aware"') as running:
+        client = await running.client()
+        assert (await client.post()).status == 200
+        ((_, policy),) = running.core.policies.known.items()
+        for config, same in (("max_retries = 7", True), ("cache_threshold = 0.25", False)):
+            path.write_text(f"{path.read_text()}\n{config}")
+            key, value = config.split(" = ")
+            while getattr(running.core.settings, key) != float(value):
+                await asyncio.sleep(0.01)
+            assert (await client.post()).status == 200
+            assert (list(running.core.policies.known.values()) == [policy]) is same
+
+
+def test_a_policy_names_the_settings_that_it_uses():
+    """Or it would go on with old ones."""
+    for policy in lite.POLICIES.values():
+        words = "".join(inspect.getsource(kind) for kind in policy.__mro__ if kind.__module__ == lite.__name__)
+        used = set(re.findall(r"(?:self\.settings|\bs)\.(\w+)", words))
+        assert used == set(policy.uses), policy.name
+
+
 @asynchronous
 async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
     path = tmp_path / "servers.toml"
@@ -11344,7 +11490,7 @@ async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
         path.write_text(settings_text(b, c, max_retries=8))
         while running.core.settings.max_retries != 8:
             await asyncio.sleep(0.01)
-        assert running.core.live.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
+        assert running.core.roster.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
         assert {view.url for view in running.core.fleet.views()} == {b.url, c.url}
 
 
@@ -11378,7 +11524,7 @@ async def test_wrong_changes_by_hand_change_nothing(method, path, body, status, 
                          body.replace(b"SERVER", name.encode()), AS_JSON)
         got = await client.answer()
         assert got.status == status and text in got.error["message"]
-        assert not any(running.core.live.report().values()) and len(running.core.fleet.views()) == 1
+        assert not any(running.core.roster.report().values()) and len(running.core.fleet.views()) == 1
 
 
 @asynchronous
@@ -11407,7 +11553,7 @@ async def test_a_proxy_of_strangers_is_told_of_once(caplog):
             assert got.status == 403
             assert "a proxy that is not in trusted_proxies" in got.error["message"]
             assert (await (await running.client()).post(fields=[field])).status == 200
-        assert not running.core.live.drained
+        assert not running.core.roster.report()["drained"]
     (told,) = [record for record in caplog.records if "trusted_proxies" in record.message]
     assert told.levelname == "WARNING" and "(it says via)" in told.message
 
@@ -11473,10 +11619,10 @@ async def test_a_change_by_hand_reads_no_file_and_tells_of_none(tmp_path):
 
 
 def test_a_predecessor_hands_over_no_names_of_files():
-    live = lite.Live()
-    live.add(lite.ServerSettings("http://a", api_key_file="/etc/hostname"))
+    roster = lite.Roster()
+    roster.add(lite.ServerSettings("http://a", api_key_file="/etc/hostname"))
     with pytest.raises(lite.SettingsError, match="names no file"):
-        lite.Live().load(live.dump())
+        lite.Roster().load(roster.dump())
 
 
 @asynchronous
@@ -11672,7 +11818,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41 and 42  balancer: settings that change, and stopping
+#  42 and 43  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -12096,7 +12242,7 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  doctor
+#  44  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -12243,7 +12389,7 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  demo
+#  45  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -12354,7 +12500,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  command line
+#  47  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
@@ -12806,19 +12952,26 @@ async def test_readiness_turns_before_the_door_is_closed():
 
 
 def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
-    old, new = lite.Live(), lite.Live()
+    old, new = lite.Roster(), lite.Roster()
     old.add(lite.ServerSettings("http://a", 4, api_key="k"))
     old.add(lite.ServerSettings("http://c"))
-    old.removed, old.drained, old.weights = {"http://b"}, {"http://a"}, {"http://a": (2.0, 1.0)}
+    file = [lite.ServerSettings("http://b")]
+    old.define(lite.Source.FILE, file)
+    old.remove("http://b")
+    old.drain("http://a")
+    old.weigh("http://a", 2.0)
     new.load(old.dump())
-    assert vars(new) == vars(old)
+    new.define(lite.Source.FILE, file)
+    assert (new.entries, new.report()) == (old.entries, old.report())
+    assert new.report() == {"added": ["http://a", "http://c"], "removed": ["http://b"],
+                            "drained": ["http://a"], "weights": {"http://a": 2.0}}
     for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""), ('{"url": "http://a", "weight": "heavy"}', ""), ("", '"a": [NaN, 1]')):
         with pytest.raises((ValueError, TypeError, KeyError, lite.SettingsError)):
             new.load('{"added": [%s], "removed": [], "drained": [], "weights": {%s}}' % (added, weights))
     for text in ("", "[]", "{}"):
         with pytest.raises((ValueError, TypeError, KeyError)):
             new.load(text)
-    assert vars(new) == vars(old)
+    assert new.report() == old.report()
 
 
 @asynchronous
