@@ -110,6 +110,7 @@ import copy
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
 import gc
 import glob
@@ -8796,6 +8797,17 @@ def keep_alive(sock: socket.socket) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
+def is_unheard(sock: socket.socket | None) -> bool:
+    """Whether what was written last has not come in at the peer's system, as it does not where the
+    connection was closed there before; where ours does not tell, it may not have."""
+    if sock is None or sock.fileno() < 0:  # below TLS it has gone already
+        return True
+    try:
+        return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
+    except OSError:
+        return True
+
+
 class Discard:
     """A sink for what nobody reads any more."""
 
@@ -8851,8 +8863,8 @@ class Wire(asyncio.BufferedProtocol):
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
-        "sock", "taken_at", "backlog", "counted", "descriptor", "most", "wanted", "_waiter",
-        "_reads", "_timer", "_timer_at",
+        "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
+        "_waiter", "_reads", "_timer", "_timer_at",
     )  # fmt: skip
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -8874,7 +8886,8 @@ class Wire(asyncio.BufferedProtocol):
         self.blocked = False  # the peer takes no more bytes at present
         self.held = False  # we take no more of the peer's
         self.reused = False  # it carried an exchange before,
-        self.taken_at = -INFINITY  # and was taken for another then
+        self.taken_at = -INFINITY  # and was taken for another then,
+        self.unheard = False  # which met its close: nothing of it came in at the peer's system
         self.reusable = False  # and may carry another
         self.deadline = INFINITY
         self.peer: Address = UNKNOWN  # who is at the other end, maybe beyond a proxy
@@ -8951,6 +8964,8 @@ class Wire(asyncio.BufferedProtocol):
         if self.gone:
             return
         self.gone, self.clean = True, clean
+        if self.reused:
+            self.unheard = is_unheard(self.transport.get_extra_info("socket"))
         if self.sink is not None:
             self.sink.lost(self)
         if self.on_gone is not None:
@@ -9554,14 +9569,15 @@ def read_file(path: str) -> bytes:
 async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead, Length]:
     """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
     TimeoutError."""
+    refused = wire.transport.is_closing()  # what was written found a reset
     try:
         raw = await wire.read_head(deadline)
     except BadMessage as bad:
         raise BadMessage(str(bad), Fault.BAD_ANSWER) from None
     if raw is None:
         text = f"the server's connection was closed without an answer{wire.trouble}"
-        at_once = wire.loop.time() - wire.taken_at <= STALE_S
-        raise (Stale if wire.reused and at_once else PeerGone)(text, Fault.SERVER_GONE)
+        unheard = (refused or wire.unheard) and wire.loop.time() - wire.taken_at <= STALE_S
+        raise (Stale if wire.reused and unheard else PeerGone)(text, Fault.SERVER_GONE)
     wire.reused = False  # it is alive; from here on an end is a loss
     return parse_response_head(raw)
 

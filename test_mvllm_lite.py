@@ -8706,28 +8706,43 @@ async def test_connections_to_servers_are_reused():
     assert server.connections <= 2  # one of them for probes
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
 @asynchronous
-async def test_a_connection_the_server_had_closed_is_replaced_without_a_mark():
-    async def answer(asked, conn):
-        if conn.asked == 2:  # the second request on each connection meets its close
-            return "close"
-        await conn.json({})
+async def test_a_connection_whose_close_met_the_request_is_replaced(reset):
+    loop = asyncio.get_running_loop()
 
-    async with balancing(Server(answer)) as running:
-        client = await running.client()
-        for _ in range(6):
-            assert (await client.post()).status == 200
-        assert running.states() == ["healthy"]
-        assert await running.metric("mvllm_attempts_total") == await running.metric("mvllm_attempts_total", result="ok")
-        assert running.core.fleet.views()[0].health.request_failures == ()
+    async def conversation(wire):
+        wire.transport.write(b"POST /v1/x HTTP/1.1\r\n\r\n")
+        head, _ = await lite.read_response_head(wire, lite.INFINITY)
+        wire.reusable = True
+        return head.status, wire.reused
+
+    async def answer_one():
+        sock, _ = await loop.sock_accept(listener)
+        assert (await loop.sock_recv(sock, 999)).startswith(b"POST")
+        await loop.sock_sendall(sock, b"HTTP/1.1 204 X\r\n\r\n")
+        return sock
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        pool = lite.Pool("http://127.0.0.1:%d" % listener.getsockname()[1])
+        for _ in range(3):
+            sock, answer = await asyncio.gather(answer_one(), pool.talk(conversation, 1))
+            assert answer == (204, False) and len(pool.idle) == 1
+            if reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()  # which nobody has seen yet when the next request is written
+        pool.close()
 
 
+@pytest.mark.parametrize("worked_s", [0, lite.STALE_S * 1.2])
 @pytest.mark.parametrize("retries, executions", [(0, 1), (1, 2)])
 @asynchronous
-async def test_work_lost_with_a_kept_connection_is_not_done_again_unseen(retries, executions):
+async def test_work_lost_with_a_kept_connection_is_not_done_again_unseen(retries, executions, worked_s):
     async def answer(asked, conn):
         if b"work" in asked.body:
-            await asyncio.sleep(lite.STALE_S * 1.2)
+            await asyncio.sleep(worked_s)
+            conn.writer.close()
             return "close"
         await conn.json({})
 
