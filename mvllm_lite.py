@@ -8757,7 +8757,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
 
 
-def reason_of(error: OSError) -> str:
+def error_text(error: OSError) -> str:
     """What the system says, or TLS, without numbers and addresses."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')}"
@@ -8943,7 +8943,7 @@ class Wire(asyncio.BufferedProtocol):
         if self.backlog is not None:
             self.backlog.forget(self)
         if isinstance(error, ssl.SSLError):
-            self.trouble = f": {reason_of(error)}"
+            self.trouble = f": {error_text(error)}"
         if self._timer is not None:
             self._timer.cancel()
         self._ended(clean=False)  # the peer's orderly end was heard before, if there was one
@@ -9323,7 +9323,7 @@ Result = TypeVar("Result")
 
 
 @functools.cache
-def client_tls() -> ssl.SSLContext:
+def usual_context() -> ssl.SSLContext:
     """Made when the first https:// server is dialled: loading the trust store takes 20 ms."""
     return ssl.create_default_context()
 
@@ -9383,10 +9383,10 @@ class Pool:
         """A new connection.  Raises PeerGone."""
         loop, tls = asyncio.get_running_loop(), None
         if self.tls:
-            tls = self.context or client_tls()
+            tls = self.context or usual_context()
         try:
             here = self.host in OWN_ADDRESSES and tls is None
-            if here and (sock := connect_at_once(self.host, self.port)) is not None:
+            if here and (sock := connect_locally(self.host, self.port)) is not None:
                 return (await loop.create_connection(lambda: Wire(Blame.SERVER), sock=sock))[1]
             async with within(timeout_s):
                 return (await loop.create_connection(
@@ -9395,7 +9395,7 @@ class Pool:
             text = f"no connection within {timeout_s:g} s"
             raise PeerGone(text, Fault.CONNECT_TIMEOUT) from None
         except OSError as error:
-            text = f"cannot connect: {reason_of(error)}"
+            text = f"cannot connect: {error_text(error)}"
             ours = error.errno in OUT_OF_RESOURCES
             fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
             raise PeerGone(text, fault) from None
@@ -9438,7 +9438,7 @@ class Pool:
 OWN_ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 
-def connect_at_once(host: str, port: int) -> socket.socket | None:
+def connect_locally(host: str, port: int) -> socket.socket | None:
     """A connection within this machine, which stands without waiting: half the time of one that is
     waited for.  None if it does not.  Raises OSError."""
     sock = socket.socket(OWN_ADDRESSES[host], socket.SOCK_STREAM)
@@ -9511,7 +9511,7 @@ class Secrets:
             pool.close()
 
     def _read(self, path: str) -> bytes:
-        self.files[path] = read_file(path)
+        self.files[path] = read_regular_file(path)
         return self.files[path]
 
     def _word(self, path: str) -> str:
@@ -9525,7 +9525,7 @@ class Secrets:
         try:
             return make(given)
         except OSError as error:  # ssl.SSLError is one
-            text = f"no usable certificate or key: {reason_of(error).removeprefix('TLS: ')}"
+            text = f"no usable certificate or key: {error_text(error).removeprefix('TLS: ')}"
             raise SettingsError([Complaint(", ".join(self.files), 0, "", text)]) from None
 
 
@@ -9551,7 +9551,7 @@ def listener_context(s: Settings) -> ssl.SSLContext:
     return context
 
 
-def read_file(path: str) -> bytes:
+def read_regular_file(path: str) -> bytes:
     """A regular file's bytes.  Raises SettingsError."""
     try:
         # Without waiting for the other end of a pipe, should it be one.
@@ -9560,7 +9560,7 @@ def read_file(path: str) -> bytes:
                 return file.read()
         text = "not a regular file"
     except OSError as error:
-        text = reason_of(error)
+        text = error_text(error)
     except ValueError:
         text = "no name of a file"
     raise SettingsError([Complaint(path, 0, "", f"cannot be read: {text}")])
@@ -9586,7 +9586,7 @@ AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is
 AUTOPSY_PAUSE_S = 0.05  # one that is dying may still let in whom it does not hear
 
 
-async def has_died(pool: Pool) -> bool:
+async def is_dead(pool: Pool) -> bool:
     """Whether a server that has lost an answer is dead: it refuses connections, or its health path
     says that it has no engine."""
     loop = asyncio.get_running_loop()
@@ -10229,7 +10229,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
             with contextlib.suppress(OSError):
                 os.remove(part)
             self.rotate_from = time.time() + REPEATS_S
-            log.warning("%s is not rotated: %s", shown(source), reason_of(error))
+            log.warning("%s is not rotated: %s", shown(source), error_text(error))
         self.expire()
 
     def expire(self) -> None:
@@ -10272,7 +10272,7 @@ def not_writable(path: str) -> str:
         descriptor = os.open(path, flags, 0o640)
         return "" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "it is not a regular file"
     except OSError as error:
-        return reason_of(error)
+        return error_text(error)
     finally:
         if descriptor >= 0:
             os.close(descriptor)
@@ -10456,7 +10456,7 @@ def run_screen(sock: socket.socket, remote: bool) -> str:
     try:
         return CursesScreen(curses, sock, remote).run()
     except OSError as error:
-        return f"the terminal has gone: {reason_of(error)}"
+        return f"the terminal has gone: {error_text(error)}"
     except Exception as error:  # a status of another version, maybe
         return f"it failed: {type(error).__name__}: {error}"
 
@@ -11807,7 +11807,7 @@ class Exchange:
         if view is None or not view.open:
             return False
         if gone:
-            return await has_died(self.core.pools.get(server_of(url)))
+            return await is_dead(self.core.pools.get(server_of(url)))
         said = failure.held.content if failure.held else self.response.tail
         says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
         return says_so and engine_died(said, self.response.notation)
@@ -12147,17 +12147,17 @@ class SettingsFile:
 
     def text(self) -> str:
         """What the file holds now.  Raises SettingsError."""
-        return self._decoded(read_file(self.path))
+        return self._decoded(read_regular_file(self.path))
 
     async def changed(self) -> str | None:
         """What the file holds, if that is new; two looks must agree, because the first may fall
         between an editor's truncating and its writing.  Raises SettingsError, once for each
         trouble."""
         try:
-            found = read_file(self.path)
+            found = read_regular_file(self.path)
             while found != self.held:
                 await asyncio.sleep(SETTLE_S)
-                if found == (again := read_file(self.path)):
+                if found == (again := read_regular_file(self.path)):
                     break
                 found = again
         except SettingsError as error:
@@ -12554,7 +12554,7 @@ class Front:
     def cannot_accept(self, error: OSError) -> None:
         self.core.count_limit("descriptors")
         log.error("cannot accept a connection: %s; trying again in %g s",
-                  reason_of(error), ACCEPT_PAUSE_S)  # fmt: skip
+                  error_text(error), ACCEPT_PAUSE_S)  # fmt: skip
 
     def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
@@ -12918,7 +12918,7 @@ class Balancer:
         try:
             return listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else str(error)
+            reason = error_text(error) if isinstance(error, OSError) else str(error)
             keys = (f"{prefix}host", f"{prefix}port")
             given = [self.overrides[key][1] for key in keys if key in self.overrides]
             origin = ", ".join(given) or (self.file.path if self.file else "defaults")
@@ -13021,7 +13021,7 @@ class Balancer:
             async with within(UPGRADE_TIMEOUT_S):
                 word = await asyncio.get_running_loop().sock_recv(ours, 1)
         except OSError as error:  # TimeoutError is one
-            log.error("waiting for a successor: %s", reason_of(error) or "it took too long")
+            log.error("waiting for a successor: %s", error_text(error) or "it took too long")
         except Exception:
             self.core.internal_error("starting a successor")
         finally:
@@ -14191,7 +14191,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
     try:
         os.kill(old, signal.SIGUSR2)
     except OSError as error:
-        return fail(f"process {old}: {reason_of(error)}")
+        return fail(f"process {old}: {error_text(error)}")
     until = time.monotonic() + UPGRADE_TIMEOUT_S
     while (new := running()) in (0, old):
         if time.monotonic() > until or (args.pid and not new):
@@ -14311,7 +14311,7 @@ def read_trace(name: str, seconds: float) -> list[Arrival]:
             return read_arrivals(lines, name)
     except OSError as error:
         known = ", ".join(MADE_UP)
-        raise ValueError(f"{name}: {reason_of(error)}; made-up traffic is {known}") from None
+        raise ValueError(f"{name}: {error_text(error)}; made-up traffic is {known}") from None
 
 
 def progress_bar(name: str) -> Callable[[float], None]:

@@ -9646,7 +9646,7 @@ async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, gi
     ("of asyncio's", ConnectionAbortedError("SSL handshake is taking longer than 5 seconds"), "ssl handshake is taking longer"),
 ))  # fmt: skip
 def test_why_there_is_no_connection_in_words(error, words):
-    assert words in lite.reason_of(error)
+    assert words in lite.error_text(error)
 
 
 @asynchronous
