@@ -56,16 +56,17 @@ of itself and of earlier rooms only.
     38  conversation  one attempt: a request said to one server, its answer judged and passed on
     39  exchange      one request, from its head to its last byte
     40  watch         health checks, load reports, the settings file
-    41  local         what the balancer answers itself
-    42  front         where clients come in: connections accepted, requests let in
-    43  balancer      assembly: reloading, draining, handing over to a successor
-    44  doctor        what is amiss with servers and settings, and what to do about it
-    45  demo          simulated vLLM servers, so that everything runs on a laptop
-    46  process       signals, the terminal, systemd, limits of the system
-    47  command line  arguments, environment, logging, exit codes
+    41  operations    what people have done to servers: drained, weighed, probed, added, removed
+    42  endpoints     the paths that the balancer answers itself, in one table
+    43  front         where clients come in: connections accepted, requests let in
+    44  balancer      assembly: reloading, draining, handing over to a successor
+    45  doctor        what is amiss with servers and settings, and what to do about it
+    46  demo          simulated vLLM servers, so that everything runs on a laptop
+    47  process       signals, the terminal, systemd, limits of the system
+    48  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (42) reads a head from the client's
-`Wire` (31) and parses it (2).  A local path is answered in room 41; everything else is an
+A request walks through the rooms like this.  The `Front` (43) reads a head from the client's
+`Wire` (31) and parses it (2).  A local path is answered in room 42; everything else is an
 `Exchange` (39): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
 `Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  A
@@ -3479,6 +3480,7 @@ class Refusal(NamedTuple):
     text: str
     retry_after_s: int = 0
     warning: str = ""  # for the operator
+    fields: Pairs = ()  # of the response
 
 
 class Keys:
@@ -3618,19 +3620,19 @@ class Audience(Enum):
 class Kind(Enum):
     """What a path is to those who ask for it, and where there are two listeners, on which it is."""
 
-    INFERENCE = "passed on to any server", Audience.CLIENTS
+    INFERENCE = "passed on to any server", Audience.CLIENTS, True
     MODELS = "the list of models", Audience.CLIENTS
     PROBE = "liveness and readiness", Audience.EVERYBODY
     PAGE = "the status page, which holds no fact", Audience.OPERATORS
     STATUS = "facts", Audience.OPERATORS
-    EXPLAIN = "what would be done with a request", Audience.OPERATORS
+    EXPLAIN = "what would be done with a request", Audience.OPERATORS, True
     ADMIN = "changes by hand", Audience.OPERATORS
-    CONTROL = "one of admin_paths, passed on to one server", Audience.OPERATORS
+    CONTROL = "one of admin_paths, passed on to one server", Audience.OPERATORS, True
     AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY
     NOTHING = "not served", Audience.EVERYBODY
 
-    def __init__(self, meaning: str, audience: Audience) -> None:
-        self.audience = audience
+    def __init__(self, meaning: str, audience: Audience, is_exchange: bool = False) -> None:
+        self.audience, self.is_exchange = audience, is_exchange  # answered by an Exchange
 
     __hash__ = object.__hash__  # as Fault's
 
@@ -3842,12 +3844,6 @@ def unruly(v: Visit) -> Refusal | None:
     return None
 
 
-def changing(v: Visit) -> Refusal | None:
-    if v.head.method in ("GET", "HEAD") or v.is_preflight:
-        return None
-    return Refusal(Fault.BAD_METHOD, f"{v.head.path} is asked for with GET.")
-
-
 def no_json(v: Visit) -> Refusal | None:
     """Content that a browser would send for any page without asking first."""
     said = v.head.fields.get("content-type")
@@ -3859,10 +3855,10 @@ def no_json(v: Visit) -> Refusal | None:
 # In this order; the first that has a reason refuses.
 GUARDS: dict[Kind, tuple[Guard, ...]] = {
     Kind.INFERENCE: (unasked, unentitled, unruly),
-    Kind.MODELS: (unentitled, changing),
-    Kind.PROBE: (foreign, changing),
-    Kind.PAGE: (foreign, unentitled, changing),
-    Kind.STATUS: (foreign, unentitled, changing),
+    Kind.MODELS: (unentitled,),
+    Kind.PROBE: (foreign,),
+    Kind.PAGE: (foreign, unentitled),
+    Kind.STATUS: (foreign, unentitled),
     Kind.EXPLAIN: (foreign, unentitled, unruly),
     Kind.ADMIN: (foreign, unentitled, no_json),
     Kind.CONTROL: (foreign, unentitled, unruly, no_json),
@@ -9912,7 +9908,6 @@ def date_field() -> tuple[str, str]:
 # What a refusal says beside, RFC 9110 §15.5.2, §15.5.6, §15.5.16.
 REFUSAL_FIELDS = {
     Fault.UNAUTHORIZED: ("WWW-Authenticate", "Bearer"),
-    Fault.BAD_METHOD: ("Allow", "GET, HEAD"),
     Fault.SERVER_DIED_TWICE: ("X-Should-Retry", "false"),  # which the official SDKs obey
     Fault.UNSUPPORTED_CODING: ("Accept-Encoding", ACCEPTED_CODINGS),
 }
@@ -10022,14 +10017,16 @@ class Response:
             own_response(reply.status, self.request, reply.content, self.persists, fields)
         )
 
-    def refuse(self, fault: Fault, text: str, retry_after_s: int = 0) -> None:
+    def refuse(
+        self, fault: Fault, text: str, retry_after_s: int = 0, more: Pairs = ()
+    ) -> None:
         """Write an error of our own, in place of the answer or where it breaks off."""
         if self.begun or self.opened:
             self.status = self.status or 200
             self.break_off(fault, text)
             return
         self.end = fault.label
-        fields = [("X-MVLLM-Error", fault.label)]
+        fields = [("X-MVLLM-Error", fault.label), *more]
         if fault.status == 503 and not retry_after_s:
             retry_after_s = min(30, max(1, math.ceil(self.settings.health_check_interval)))
         if retry_after_s:
@@ -12179,52 +12176,184 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  local
+#  41  operations
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
+# buttons.  An operation returns a document that says what was done.  What is wrong with it is said
+# in words, as SettingsError, LookupError or PeerGone, and nothing has changed then.
+
+Operation = Callable[[Core, str], Awaitable[dict[str, Any]]]
+
+
+def server_named(core: Core, name: str) -> str:
+    """The id of the server that is meant: its URL, whole or as host:port.  Raises LookupError."""
+    name, servers = name.rstrip("/"), core.roster.entries
+    for server in servers:
+        if name in (server, server.partition("://")[2]):
+            return server
+    known = ", ".join(sorted(servers)) or "none"
+    raise LookupError(f"No server {shown(name)} here; ?url= is one of {known}.")
+
+
+def done(core: Core, what: str) -> dict[str, Any]:
+    log.info("by hand: %s", what)
+    return {"done": what, "live": core.roster.report()}
+
+
+async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
+    """`entry` is one of `servers`, as the settings file has them.  Raises SettingsError."""
+    if not entry:
+        raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
+    server = server_by_hand(entry)
+    if server.url in core.roster.entries:
+        raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
+    core.roster.add(server)
+    return done(core, f"{server.url} added")
+
+
+async def remove_server(core: Core, server: str) -> dict[str, Any]:
+    """Have no new requests sent to it; it leaves with its last one."""
+    core.roster.remove(server)
+    return done(core, f"{server} removed")
+
+
+async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, Any]:
+    """Raises SettingsError."""
+    try:
+        weight = SERVER_FIELDS["weight"].metadata["check"](given)
+    except ValueError as expected:
+        text = f"found {shown(given or 'nothing')}, expected {expected}"
+        raise SettingsError([Complaint("request", 0, "weight", text)]) from None
+    core.roster.weigh(server, weight)
+    names = ", ".join(unweighed(core.settings)) if weight else ""
+    note = f" (to policy {names} only 0 would matter)" if names else ""
+    return done(core, f"{server} has weight {weight:g}{note}")
+
+
+async def drain_server(core: Core, server: str) -> dict[str, Any]:
+    core.roster.drain(server)
+    return done(core, f"{server} drained")
+
+
+async def undrain_server(core: Core, server: str) -> dict[str, Any]:
+    core.roster.undrain(server)
+    return done(core, f"{server} in use")
+
+
+async def probe_server(core: Core, server: str) -> dict[str, Any]:
+    """Check it now; a circuit that is open gets its trial.  Raises PeerGone."""
+    s = core.settings
+    found = await check_server(core.pools.get(server), s.health_check_timeout, True, True)
+    now = asyncio.get_running_loop().time()
+    if found is None:
+        raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
+    if found.models is not None:
+        core.fleet.models_listed(server, found.models, now)
+    note_check(core, server, found, now - found.seconds)
+    core.judge(server, Health.half_opened, now)
+    core.news.notify()
+    state = [state_word(view, now) for view in core.fleet.engines(server)]
+    return {"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
+            "state": state[0] if state else "gone"}  # fmt: skip
+
+
+# Those that need no more than a server, and so have a key on the screen and a button on the page.
+OPERATIONS: dict[str, Operation] = {
+    "drain": drain_server, "undrain": undrain_server, "probe": probe_server,
+}  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  42  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
 # answer at once even when every server hangs.
 #
-# To add a path: a function (core, head) -> Reply with @local("/path"), and a line in the README.
-# GET and HEAD are all that any of them answers.
-
-Local = Callable[[Core, RequestHead], Awaitable[Reply]]
-LOCAL: dict[str, Local] = {}
-KINDS: dict[Local, Kind] = {}
-MODEL_PREFIX = "/v1/models/"
+# To add a path: a function with @endpoint, and a line in the README.  Rooms after this one may add
+# theirs, too: the table is complete when the module is loaded.
 
 
-def local(*paths: str, kind: Kind = Kind.STATUS) -> Callable[[Local], Local]:
-    def register(function: Local) -> Local:
-        LOCAL.update(dict.fromkeys(paths, function))
-        KINDS[function] = kind
-        return function
+class Asked(NamedTuple):
+    """A request for an endpoint."""
+
+    head: RequestHead
+    content: bytes = b""  # where it is read
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The last of each name counts."""
+        return dict(urllib.parse.parse_qsl(self.head.query or "", keep_blank_values=True))
+
+
+# Pieces are streamed, as server-sent events, until there are no more or the client has left.
+Handler = Callable[[Core, Asked], Awaitable[Reply | AsyncIterator[bytes]]]
+
+
+class Endpoint(NamedTuple):
+    kind: Kind  # which says who may
+    handle: Handler | None  # None: it is for an Exchange to answer
+    reads_content: bool = False  # SMALL_CONTENT_BYTES of it at most
+
+
+ENDPOINTS: dict[str, dict[str, Endpoint]] = {  # by path and method
+    "/explain": {"POST": Endpoint(Kind.EXPLAIN, None)},
+}
+
+
+def endpoint(
+    *paths: str, method: str = "GET", kind: Kind = Kind.STATUS, reads_content: bool = False
+) -> Callable[[Handler], Handler]:
+    """Register a function.  GET answers HEAD, too; a last part like {id} is variable, and may have
+    slashes."""
+
+    def register(handle: Handler) -> Handler:
+        for path in paths:
+            row = Endpoint(kind, handle, reads_content)
+            ENDPOINTS.setdefault(path, {})[method] = row
+        return handle
 
     return register
 
 
 @remembered_text
-def find_local(path: str) -> Local | None:
-    """The function for a path; only /v1/models/{id} has a variable part."""
-    path = (inference_path(path) or path).rstrip("/")
-    return one_model if path.startswith(MODEL_PREFIX) else LOCAL.get(path or "/")
+def endpoints_at(path: str) -> Mapping[str, Endpoint]:
+    """Those of a path by method; none where it is not ours."""
+    path = (inference_path(path) or path).rstrip("/") or "/"
+    if path in ENDPOINTS:
+        return ENDPOINTS[path]
+    variable = (rows for row, rows in ENDPOINTS.items()
+                if row.endswith("}") and path.startswith(row.partition("{")[0]))  # fmt: skip
+    return next(variable, {})
+
+
+def endpoint_for(head: RequestHead) -> Endpoint | None:
+    """None where it has another method."""
+    return endpoints_at(head.path).get("GET" if head.method == "HEAD" else head.method)
+
+
+def wrong_method(head: RequestHead) -> Refusal:
+    methods = list(endpoints_at(head.path))
+    allowed = [one for method in methods for one in (method, "HEAD")[: 1 + (method == "GET")]]
+    text = f"{head.path} is asked for with {' or '.join(methods)}."
+    return Refusal(Fault.BAD_METHOD, text, fields=[("Allow", ", ".join(allowed))])
 
 
 def kind_of(head: RequestHead, s: Settings) -> Kind:
     """What is asked for."""
-    if head.path in s.admin_paths and path_kind(head.path) in (Kind.INFERENCE, Kind.NOTHING):
+    kind = path_kind(head.path)
+    if head.path in s.admin_paths and kind in (Kind.INFERENCE, Kind.NOTHING):
         return Kind.CONTROL
-    return Kind.EXPLAIN if wants_explanation(head) else path_kind(head.path)
+    return Kind.EXPLAIN if kind is Kind.STATUS and wants_explanation(head) else kind
 
 
 @remembered_text
 def path_kind(path: str) -> Kind:
     if AMBIGUITY.search(path):
         return Kind.AMBIGUOUS
-    if path in ADMIN:
-        return Kind.ADMIN
-    if function := find_local(path):
-        return KINDS[function]
+    if rows := endpoints_at(path):
+        return rows.get("GET", next(iter(rows.values()))).kind
     return Kind.INFERENCE if inference_path(path) else Kind.NOTHING
 
 
@@ -12236,86 +12365,90 @@ def clock() -> Clock:
     return Clock(asyncio.get_running_loop().time(), time.time())
 
 
-@local("/")
-async def service(core: Core, head: RequestHead) -> Reply:
+@endpoint("/")
+async def service(core: Core, asked: Asked) -> Reply:
     return as_json(service_report())
 
 
-@local("/version")
-async def version(core: Core, head: RequestHead) -> Reply:
+@endpoint("/version")
+async def version(core: Core, asked: Asked) -> Reply:
     return as_json({"version": __version__, "pid": os.getpid()})
 
 
-@local("/liveness", "/ping", kind=Kind.PROBE)
-async def liveness(core: Core, head: RequestHead) -> Reply:
+@endpoint("/liveness", "/ping", kind=Kind.PROBE)
+async def liveness(core: Core, asked: Asked) -> Reply:
     return Reply(200, b"OK", "text/plain; charset=utf-8")
 
 
-@local("/readiness", kind=Kind.PROBE)
-async def readiness(core: Core, head: RequestHead) -> Reply:
+@endpoint("/readiness", kind=Kind.PROBE)
+async def readiness(core: Core, asked: Asked) -> Reply:
     status, document = readiness_report(core.fleet.views(), core.process.stopping)
     return as_json(document, status)
 
 
-@local("/health")
-async def health(core: Core, head: RequestHead) -> Reply:
+@endpoint("/health")
+async def health(core: Core, asked: Asked) -> Reply:
     return as_json(health_report(core.fleet.views(), core.settings, clock()))
 
 
-@local("/load-stats")
-async def load_stats(core: Core, head: RequestHead) -> Reply:
+@endpoint("/load-stats")
+async def load_stats(core: Core, asked: Asked) -> Reply:
     now, queue = clock(), core.queue
     waiting = {"length": len(queue), "size": core.settings.queue_size,
                "longest_wait_s": queue.longest_wait_s(now.monotonic)}  # fmt: skip
     views = core.fleet.views(now.monotonic)
-    return as_json(load_report(views, core.settings, now, core.roster.entries) | {"queue": waiting})
+    report = load_report(views, core.settings, now, core.roster.entries)
+    return as_json(report | {"queue": waiting})
 
 
-@local("/explain")
-async def explain(core: Core, head: RequestHead) -> Reply:
+@endpoint("/explain")
+async def explain(core: Core, asked: Asked) -> Reply:
     """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
     request's content, for that request: `Exchange.explained`.)"""
-    id = urllib.parse.parse_qs(head.query or "").get("id", [""])[0]
-    if id in core.recent.rankings:
-        return as_json({"id": id, **explain_report(core.recent.rankings[id])})
+    id, rankings = asked.query.get("id", ""), core.recent.rankings
+    if id in rankings:
+        return as_json({"id": id, **explain_report(rankings[id])})
     text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
             f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
-@local("/status", kind=Kind.PAGE)
-async def status_page(core: Core, head: RequestHead) -> Reply:
+@endpoint("/status", kind=Kind.PAGE)
+async def status_page(core: Core, asked: Asked) -> Reply:
     """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
-@local("/status.json")
-async def status(core: Core, head: RequestHead) -> Reply:
-    """What the status page and the screen show."""
+@endpoint("/status.json")
+async def status(core: Core, asked: Asked) -> Reply:
     return as_json(core.status())
 
 
 STATUS_S = 1.0  # between two events of /status/events
-SERVER_VERBS = ("drain", "undrain", "probe")  # of /admin/servers, that keys ask for
 
 
-@local("/status/events")
-async def status_events(core: Core, head: RequestHead) -> Reply:
-    """The same as /status.json, as server-sent events; the door streams it."""
-    return Reply(200, status_event(core), "text/event-stream")
+@endpoint("/status/events")
+async def status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
+    """The same as /status.json, again and again."""
+
+    def event() -> bytes:
+        return b"data: " + json.dumps(core.status()).encode() + b"\n\n"
+
+    async def events() -> AsyncIterator[bytes]:
+        while not core.process.stopping:
+            yield event()
+            await asyncio.sleep(STATUS_S)
+
+    return Reply(200, event(), "text/event-stream") if asked.head.method == "HEAD" else events()
 
 
-def status_event(core: Core) -> bytes:
-    return b"data: " + json.dumps(core.status()).encode() + b"\n\n"
-
-
-@local("/server-models")
-async def server_models(core: Core, head: RequestHead) -> Reply:
+@endpoint("/server-models")
+async def server_models(core: Core, asked: Asked) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time; once for all who want
     that now."""
-    if urllib.parse.parse_qs(head.query or "").get("refresh") in (["1"], ["true"]):
+    if asked.query.get("refresh") in ("1", "true"):
         if core.looks.refreshing is None or core.looks.refreshing.done():
             core.looks.refreshing = asyncio.ensure_future(refresh_models(core))
         await asyncio.shield(core.looks.refreshing)
@@ -12330,9 +12463,9 @@ async def refresh_models(core: Core) -> None:
             core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
 
 
-@local("/v1/models", kind=Kind.MODELS)
-async def models(core: Core, head: RequestHead) -> Reply:
-    return as_json({"object": "list", "data": models_for(core, head)})
+@endpoint("/v1/models", kind=Kind.MODELS)
+async def models(core: Core, asked: Asked) -> Reply:
+    return as_json({"object": "list", "data": models_for(core, asked.head)})
 
 
 def models_for(core: Core, head: RequestHead) -> list[Any]:
@@ -12345,9 +12478,10 @@ def models_for(core: Core, head: RequestHead) -> list[Any]:
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
 
 
-@local(kind=Kind.MODELS)
-async def one_model(core: Core, head: RequestHead) -> Reply:
-    name = urllib.parse.unquote(head.path.partition(MODEL_PREFIX)[2].rstrip("/"))
+@endpoint("/v1/models/{id}", kind=Kind.MODELS)
+async def one_model(core: Core, asked: Asked) -> Reply:
+    head = asked.head
+    name = urllib.parse.unquote(head.path.partition("/v1/models/")[2].rstrip("/"))
     known = models_for(core, head)
     for entry in known:
         if entry["id"] == name:
@@ -12358,8 +12492,8 @@ async def one_model(core: Core, head: RequestHead) -> Reply:
     return Reply(fault.status, content, fields=[("X-MVLLM-Error", fault.label)])
 
 
-@local("/metrics")
-async def metrics(core: Core, head: RequestHead) -> Reply:
+@endpoint("/metrics")
+async def metrics(core: Core, asked: Asked) -> Reply:
     process = {
         "start_time_seconds": core.process.started_at,
         "client_connections": len(core.clients.tasks),
@@ -12373,118 +12507,44 @@ async def metrics(core: Core, head: RequestHead) -> Reply:
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-# Changes by hand.  Each path is asked for with one method; ?url= names the server.
-Admin = Callable[[Core, dict[str, str], bytes], Awaitable[Reply]]
-ADMIN: dict[str, dict[str, Admin]] = {}  # by path and method
+Operate = Callable[[Core, Asked], Awaitable[dict[str, Any]]]
 
 
-def admin(method: str, path: str) -> Callable[[Admin], Admin]:
-    def register(function: Admin) -> Admin:
-        ADMIN.setdefault(path, {})[method] = function
-        return function
-
-    return register
-
-
-async def change_by_hand(core: Core, head: RequestHead, content: bytes) -> Reply:
-    """Carry out one.  What is wrong with it is said in words, and nothing is changed."""
-    function = ADMIN[head.path].get(head.method)
-    if function is None:
-        text = f"{head.path} is asked for with {' or '.join(ADMIN[head.path])}."
-        return Reply(405, error_body(Fault.BAD_METHOD, text))
-    query = dict(urllib.parse.parse_qsl(head.query or "", keep_blank_values=True))
+async def by_hand(operate: Operate, core: Core, asked: Asked) -> Reply:
+    """Have an operation carried out, or say what is wrong with it."""
     try:
-        return await function(core, query, content)
+        return as_json(await operate(core, asked))
     except SettingsError as error:
-        return Reply(400, error_body(Fault.BAD_REQUEST, str(error)))
+        fault, text = Fault.BAD_REQUEST, str(error)
     except LookupError as error:
-        return Reply(404, error_body(Fault.NOT_SERVED, str(error.args[0])))
+        fault, text = Fault.NOT_SERVED, str(error.args[0])
+    except PeerGone as gone:
+        fault, text = gone.fault, str(gone)
+    return Reply(fault.status, error_body(fault, text))
 
 
-def known_server(core: Core, query: Mapping[str, str]) -> str:
-    """The URL of the server that is meant: whole, or as host:port.  Raises LookupError."""
-    wanted, servers = query.get("url", "").rstrip("/"), core.roster.entries
-    for server in servers:
-        if wanted in (server, server.partition("://")[2]):
-            return server
-    known = ", ".join(sorted(servers)) or "none"
-    raise LookupError(f"No server {shown(wanted)} here; ?url= is one of {known}.")
+def on_server(operation: Operation) -> Operate:
+    """?url= names the server."""
+    return lambda core, asked: operation(core, server_named(core, asked.query.get("url", "")))
 
 
-def changed(core: Core, what: str) -> Reply:
-    log.info("by hand: %s", what)
-    return as_json({"done": what, "live": core.roster.report()})
-
-
-@admin("POST", "/admin/servers")
-async def add_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    """Add the server in the content: JSON with the keys of an entry of `servers`."""
-    entry = read_members(content, None)
-    if not entry:
-        raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
-    server = server_by_hand(entry)
-    if server.url in core.roster.entries:
-        raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
-    core.roster.add(server)
-    return changed(core, f"{server.url} added")
-
-
-@admin("DELETE", "/admin/servers")
-async def remove_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    """Have no new requests sent to it; it leaves with its last one."""
-    server = known_server(core, query)
-    core.roster.remove(server)
-    return changed(core, f"{server} removed")
-
-
-@admin("POST", "/admin/servers/drain")
-async def drain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    server = known_server(core, query)
-    core.roster.drain(server)
-    return changed(core, f"{server} drained")
-
-
-@admin("POST", "/admin/servers/undrain")
-async def undrain_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    server = known_server(core, query)
-    core.roster.undrain(server)
-    return changed(core, f"{server} in use")
-
-
-@admin("POST", "/admin/servers/weight")
-async def weigh_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    server = known_server(core, query)
-    try:
-        weight = SERVER_FIELDS["weight"].metadata["check"](query.get("weight"))
-    except ValueError as expected:
-        text = f"found {shown(query.get('weight', 'nothing'))}, expected {expected}"
-        raise SettingsError([Complaint("request", 0, "weight", text)]) from None
-    core.roster.weigh(server, weight)
-    names = ", ".join(unweighed(core.settings)) if weight else ""
-    note = f" (to policy {names} only 0 would matter)" if names else ""
-    return changed(core, f"{server} has weight {weight:g}{note}")
-
-
-@admin("POST", "/admin/servers/probe")
-async def probe_server(core: Core, query: dict[str, str], content: bytes) -> Reply:
-    """Check it now; a circuit that is open gets its trial."""
-    server, s = known_server(core, query), core.settings
-    found = await check_server(core.pools.get(server), s.health_check_timeout, True, True)
-    now = asyncio.get_running_loop().time()
-    if found is None:
-        return Reply(503, error_body(Fault.NO_RESOURCES, "It could not be asked now."))
-    if found.models is not None:
-        core.fleet.models_listed(server, found.models, now)
-    note_check(core, server, found, now - found.seconds)
-    core.judge(server, Health.half_opened, now)
-    core.news.notify()
-    state = [state_word(view, now) for view in core.fleet.engines(server)]
-    return as_json({"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
-                    "state": state[0] if state else "gone"})  # fmt: skip
+ADMIN: dict[str, dict[str, Operate]] = {
+    "/admin/servers": {
+        "POST": lambda core, asked: add_server(core, read_members(asked.content, None)),
+        "DELETE": on_server(remove_server),
+    },
+    "/admin/servers/weight": {"POST": lambda core, asked: weigh_server(
+        core, server_named(core, asked.query.get("url", "")), asked.query.get("weight"))},
+    **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
+}  # fmt: skip
+ENDPOINTS |= {
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(by_hand, operate), reads_content=True)
+           for method, operate in rows.items()} for path, rows in ADMIN.items()
+}  # fmt: skip
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  front
+#  43  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12720,55 +12780,62 @@ class Front:
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Answer here what is ours to answer, and have a server answer the rest."""
-        head, response = exchange.head, exchange.response
-        kind, function = kind_of(head, exchange.settings), find_local(head.path)
+        head, clients = exchange.head, self.core.clients
+        kind = kind_of(head, exchange.settings)
         if refusal := self.refusal(exchange, kind):
-            response.persists = response.persists and not exchange.unread
-            response.refuse(*refusal[:3])
-            self.core.count_limit(LIMITS.get(refusal.fault, ""))
-            exchange.book()
-        elif head.hops_left == 0:  # it is for us, RFC 9110 §7.6.2
-            response.persists = response.persists and not exchange.unread
-            response.whole(Reply(204))
-        elif kind is Kind.ADMIN:
-            await self.change(exchange)
-        elif head.is_preflight and kind in FOR_PAGES:
-            response.persists = response.persists and not exchange.unread
-            response.whole(Reply(204))
-        elif function is None or kind is Kind.EXPLAIN:
-            self.core.clients.forwarding += 1
+            self.refuse(exchange, refusal)
+        elif head.hops_left == 0 or (head.is_preflight and kind in FOR_PAGES):
+            self.say(exchange, Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
+        elif kind.is_exchange:
+            clients.forwarding += 1
             try:
                 await exchange.run()
             finally:
-                self.core.clients.forwarding -= 1
-        elif function is status_events and head.method == "GET":
-            await self.stream_status(exchange)
+                clients.forwarding -= 1
+        elif (row := endpoint_for(head)) is None:
+            self.refuse(exchange, wrong_method(head))
         else:
-            response.persists = response.persists and not exchange.unread
-            response.whole(await function(self.core, head))
+            await self.answer(exchange, row)
 
-    async def change(self, exchange: Exchange) -> None:
-        """Carry out a change by hand.  Raises BadMessage, PeerGone."""
-        try:
-            content, _ = await exchange.gather()
-            if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
-                text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
-                raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
-            exchange.response.whole(
-                await change_by_hand(self.core, exchange.head, bytes(content)))
-        finally:
-            exchange.let_go()
+    def say(self, exchange: Exchange, reply: Reply) -> None:
+        response = exchange.response
+        response.persists = response.persists and not exchange.unread
+        response.whole(reply)
 
-    async def stream_status(self, exchange: Exchange) -> None:
-        """Until the client leaves or we do."""
+    def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
+        response = exchange.response
+        response.persists = response.persists and not exchange.unread
+        response.refuse(*refusal[:3], refusal.fields)
+        self.core.count_limit(LIMITS.get(refusal.fault, ""))
+        exchange.book()
+
+    async def answer(self, exchange: Exchange, row: Endpoint) -> None:
+        """Raises BadMessage, PeerGone."""
+        assert row.handle is not None
+        content = b""
+        if row.reads_content:
+            try:
+                content = bytes((await exchange.gather())[0])
+            finally:
+                exchange.let_go()
+        if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
+            text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
+            raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+        answer = await row.handle(self.core, Asked(exchange.head, content))
+        if isinstance(answer, Reply):
+            self.say(exchange, answer)
+        else:
+            await self.stream(exchange, answer)
+
+    async def stream(self, exchange: Exchange, events: AsyncIterator[bytes]) -> None:
+        """Until they end or the client leaves.  Raises PeerGone."""
         core, client, response = self.core, exchange.client, exchange.response
         response.persists = False
         response.beat()
         with abandoned_if_gone(client, core.clients.tasks.get(client)):
-            while not core.process.stopping:
-                response.write(status_event(core))
+            async for event in events:
+                response.write(event)
                 await client.unblocked(core.settings.body_timeout)
-                await asyncio.sleep(STATUS_S)
         if response.framing == CHUNKED:
             client.transport.write(LAST_CHUNK)
 
@@ -12776,7 +12843,7 @@ class Front:
         """Why a request does not come in, or None: may it, and is there room?"""
         core, s, head, keys = self.core, exchange.settings, exchange.head, self.core.keys
         asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
-        works = kind in (Kind.INFERENCE, Kind.EXPLAIN, Kind.CONTROL) and not asks
+        works = kind.is_exchange and not asks
         if works and came_by(head.fields, core.process.name):
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
@@ -12808,7 +12875,7 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  balancer
+#  44  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
@@ -13179,7 +13246,7 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  doctor
+#  45  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13406,7 +13473,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  demo
+#  46  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -13719,7 +13786,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  process
+#  47  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13782,7 +13849,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
     def act(action: Action) -> None:
         if action.verb == "quit":
             balancer.stop()
-        elif action.verb in SERVER_VERBS:
+        elif action.verb in OPERATIONS:
             doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
             task.add_done_callback(doing.discard)
 
@@ -13800,12 +13867,12 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
 
 async def act_on_server(core: Core, action: Action) -> None:
     """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
-    function = ADMIN[f"/admin/servers/{action.verb}"]["POST"]
     try:
-        reply = await function(core, {"url": server_of(action.url)}, b"")
+        server = server_named(core, server_of(action.url))
+        found = await OPERATIONS[action.verb](core, server)
         if action.verb == "probe":
-            log.info("by hand: %s probed: %s", action.url, reply.content.decode())
-    except (LookupError, SettingsError) as error:
+            log.info("by hand: %s probed: %s", action.url, json.dumps(found))
+    except (LookupError, PeerGone) as error:
         log.warning("%s", error.args[0])
 
 
@@ -13934,7 +14001,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  command line
+#  48  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be

@@ -609,11 +609,11 @@ def test_heads_that_differ_in_their_length_alone_are_read_once():
 
 
 def test_nothing_is_kept_of_long_paths():
-    lite.inference_path("/v1/x"), lite.find_local("/v1/x")
+    lite.inference_path("/v1/x"), lite.endpoints_at("/v1/x")
     tracemalloc.start()
     try:
         for n in range(2 * lite.HEADS_KEPT):
-            assert lite.inference_path(path := f"/v1/v1/{n:010000}") and lite.find_local(path) is None
+            assert lite.inference_path(path := f"/v1/v1/{n:010000}") and not lite.endpoints_at(path)
         assert tracemalloc.get_traced_memory()[0] < 500_000
     finally:
         tracemalloc.stop()
@@ -2617,8 +2617,6 @@ def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
     kinds = ("INFERENCE", "MODELS", "STATUS", "EXPLAIN", "ADMIN", "CONTROL", "PROBE")
     found = [status_of_visit(kind, lines, keyed=True, method="OPTIONS") for kind in kinds]
     assert found == [200, 200, 403, 403, 403, 403, 403]
-    assert [status_of_visit(kind, method="POST") for kind in kinds] == [200, 405, 405, 200, 200,
-                                                                        401, 405]
 
 
 @pytest.mark.parametrize("path, kind", table(
@@ -11343,7 +11341,7 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  local
+#  42  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -11376,6 +11374,41 @@ async def test_local_errors_have_the_same_form():
         got = await client.get("/health", method="POST")
         assert (got.status, got.get("allow")) == (405, "GET, HEAD")
         assert (await client.get("/sleep", method="POST")).get("x-mvllm-error") == "not_served"
+
+
+@pytest.mark.parametrize("method, path, allow", table(
+    ("facts", "POST", "/status.json", "GET, HEAD"),
+    ("a stream of them", "PUT", "/status/events", "GET, HEAD"),
+    ("a probe", "DELETE", "/readiness", "GET, HEAD"),
+    ("with a slash behind", "DELETE", "/liveness/", "GET, HEAD"),
+    ("a model, with slashes", "POST", "/v1/models/a/b", "GET, HEAD"),
+    ("two methods", "GET", "/admin/servers", "POST, DELETE"),
+    ("one operation", "DELETE", "/admin/servers/drain", "POST"),
+    ("what is explained", "PUT", "/explain", "POST, GET, HEAD"),
+))
+@asynchronous
+async def test_another_method_than_a_path_has_is_405_and_told_those(method, path, allow):
+    async with balancing(Server()) as running:
+        client = await running.client()
+        got = await client.get(path, method=method)
+        assert (got.status, got.get("allow"), got.get("x-mvllm-error")) == (405, allow, "bad_method")
+        assert f"{path} is asked for with " in got.error["message"]
+        assert (await client.get("/liveness")).status == 200  # the connection stays
+
+
+def test_each_endpoint_has_one_kind_and_those_that_read_content_are_operations():
+    for path, rows in lite.ENDPOINTS.items():
+        kinds = {row.kind for row in rows.values()}
+        assert len(kinds) == 1 or path == "/explain"
+        assert {row.reads_content for row in rows.values()} == {lite.Kind.ADMIN in kinds}
+        assert lite.endpoints_at(path.replace("{id}", "a/b")) == rows
+
+
+@asynchronous
+async def test_the_head_of_a_stream_of_events_ends_at_once():
+    async with balancing(Server()) as running:
+        got = await (await running.client()).get("/status/events", method="HEAD")
+        assert (got.status, got.get("content-type")) == (200, "text/event-stream")
 
 
 @asynchronous
@@ -11833,7 +11866,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42 and 43  balancer: settings that change, and stopping
+#  43 and 44  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -12200,9 +12233,10 @@ async def test_operators_have_a_port_of_their_own():
                          **more) as running:
         first, second = await to(running.balancer.port), await to(running.balancer.operator_port)
         third = await to(running.balancer.operator_port)  # clients have taken all of theirs
-        inference, operators = ["/v1/x", "/v1/models", "/v1/models/m"], set(lite.LOCAL)
+        inference = ["/v1/x", "/v1/models", "/v1/models/m"]
+        operators = {path for path, rows in lite.ENDPOINTS.items()
+                     if "GET" in rows and rows["GET"].kind.audience is lite.Audience.OPERATORS}
         drain = f"/admin/servers/drain?url={server.url}"
-        operators -= {"/v1/models", "/liveness", "/ping", "/readiness"}
         key = bearer("sk-root")
         for path in inference:
             found = [(await client.get(path, key)).status for client in (first, second)]
@@ -12257,7 +12291,7 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  doctor
+#  45  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -12404,7 +12438,7 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  demo
+#  46  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -12515,7 +12549,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  command line
+#  48  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
@@ -13855,8 +13889,8 @@ def test_the_readme_s_settings_can_be_used():
 
 
 def test_the_readme_names_every_path_setting_and_metric():
-    for name in (*lite.LOCAL, *lite.CONFIG_FIELDS):
-        assert f"`{name}`" in README, name
+    for name in (*lite.ENDPOINTS, *lite.CONFIG_FIELDS):
+        assert f"`{name}`" in README or (name.startswith("/admin/") and f"HOST:8888{name}" in README), name
     for family in (*lite.Ledger().families(), *gauges_of(lite.Fleet())):
         assert f"`{family.name}`" in README, family.name
 
@@ -13915,7 +13949,7 @@ def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     (entry,) = re.findall(r'^ENTRYPOINT \["python", "-I", "-S", "(.*)"\]$', container, re.MULTILINE)
     assert f"'{entry}', doraise=True" in compiles
     (kubernetes,) = snippets("yaml")
-    assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= set(lite.LOCAL)
+    assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= lite.ENDPOINTS.keys()
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
     assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
     assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
