@@ -2285,7 +2285,7 @@ PLAIN_ENCODING = re.compile(rb"(?i)content-transfer-encoding:[ \t]*+(?:binary|[7
 PART_FIELD = re.compile(rb"[!#-'*+.0-9A-Z^-z|~-]++:[^\r\n\0]*+")
 OTHER_CHARSET = re.compile(
     r'(?i)charset[ \t]*+=(?![ \t]*+"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*+(?:[;\r]|$))')
-BEHIND_BOUNDARY = re.compile(rb"(--)?[ \t]*+(?:\r\n|\Z)(?(1)\s*+\Z)")
+BEHIND_BOUNDARY = re.compile(rb"(--)?[ \t]{0,999}+(?:\r\n|\Z)(?(1)\s{0,999}+\Z)")
 PART_NAME = re.compile(rb'(?i);[ \t]*+name[ \t]*+=[ \t]*+(?:"([^"]*)"|([^\s;"]+))')
 BOUNDARY = re.compile(
     r'(?i)multipart/form-data[ \t]*+(?:;(?![ \t]*+boundary=)[^;"]*+)*+;[ \t]*+boundary='
@@ -2629,6 +2629,7 @@ class PrefixCache:
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
 INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
                             " /generative_scoring".split())  # fmt: skip
+TWICE = re.compile("(?:/v1(?=/v1/))*+")
 # But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 # What one reader of a path takes literally, and another for a path of another name: empty and dot
@@ -2642,8 +2643,7 @@ AMBIGUITY = re.compile(
 def inference_path(path: str) -> str:
     """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
     base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
-    while path.startswith("/v1/v1/"):
-        path = path[3:]
+    path = path[TWICE.match(path).end() :]  # type: ignore[union-attr]
     if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
         return ""
     meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it

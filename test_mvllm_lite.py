@@ -1438,6 +1438,8 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
     ("anything under /v1", "/v1/some/new/thing", "/v1/some/new/thing"),
     ("said twice", "/v1/v1/embeddings", "/v1/embeddings"),
     ("three times", "/v1/v1/v1/embeddings", "/v1/embeddings"),
+    ("and again", "/v1" * 9 + "/x", "/v1/x"),
+    ("up to a name that begins so", "/v1/v1/v1x", "/v1/v1x"),
     ("v2", "/v2/rerank", "/v2/rerank"),
     ("outside /v1", "/tokenize", "/tokenize"),
     ("more than the path", "/tokenize/x", ""),
@@ -1812,6 +1814,8 @@ def test_a_large_form_is_looked_through_in_slices_wherever_they_end(offset):
     ("a percent sign", other(b"model", b"%6dodel"), "encoded name"),
     ("base64", with_field(b"Content-Transfer-Encoding: base64"), "is encoded"),
     ("a model in another alphabet", with_field(b"Content-Type: x; charset=utf-16"), "not in UTF-8"),
+    ("much padding", other(MODEL, b" " * 1000 + MODEL), "behind a boundary"),
+    ("much behind the last boundary", FORM + b"\n" * 1000, "behind a boundary"),
     ("a model that is a file", other(b'"model"', b'"model"; filename="x"'), "is a file"),
     ("two dispositions", FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"), "more than one name"),
 ))  # fmt: skip
