@@ -59,11 +59,12 @@ of itself and of earlier rooms only.
     41  operations    what people have done to servers: drained, weighed, probed, added, removed
     42  endpoints     the paths that the balancer answers itself, in one table
     43  front         where clients come in: connections accepted, requests let in
-    44  balancer      assembly: reloading, draining, handing over to a successor
-    45  doctor        what is amiss with servers and settings, and what to do about it
-    46  demo          simulated vLLM servers, so that everything runs on a laptop
-    47  process       signals, the terminal, systemd, limits of the system
-    48  command line  arguments, environment, logging, exit codes
+    44  handover      one process takes over from another, without a gap
+    45  balancer      assembly: settings and roster adopted, running, draining, stopping
+    46  doctor        what is amiss with servers and settings, and what to do about it
+    47  demo          simulated vLLM servers, so that everything runs on a laptop
+    48  process       signals, the terminal, systemd, limits of the system
+    49  command line  arguments, environment, logging, exit codes
 
 A request walks through the rooms like this.  The `Front` (43) reads a head from the client's
 `Wire` (31) and parses it (2).  A local path is answered in room 42; everything else is an
@@ -208,9 +209,6 @@ FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
 LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
 IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
-UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one,
-UPGRADE_TRIAL_S = 10.0  # and for which it has to before this one leaves,
-UPGRADE_LOOK_S = 0.05  # and between two looks whether it does
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
 PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
@@ -12875,17 +12873,177 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  balancer
+#  44  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Assembly: opens the door, keeps every server's watchers running, follows the settings file, and
-# stops, or hands over to a successor, without cutting answers short.
+# One process takes over from another without a gap.  The one that goes starts the other and passes
+# on the listening sockets, what was done by hand, and a socket on which the other says that it
+# serves: as descriptors, whose numbers the environment has.
 
-# How a process tells its successor which descriptors it inherits.
-SOCKETS_ENV, READY_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_READY"
-OPERATOR_SOCKETS_ENV = "MVLLM_LITE_OPERATOR_SOCKETS"
-Sockets = Mapping[str, Sequence[socket.socket]]  # by those two variables
-LIVE_ENV = "MVLLM_LITE_LIVE"  # what was changed by hand
+SOCKETS_ENV, OPERATOR_SOCKETS_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_OPERATOR_SOCKETS"
+READY_ENV, BY_HAND_ENV = "MVLLM_LITE_READY", "MVLLM_LITE_LIVE"
+UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one,
+UPGRADE_TRIAL_S = 10.0  # and for which it has to before this one leaves,
+UPGRADE_LOOK_S = 0.05  # and between two looks whether it does
+Sockets = Mapping[str, Sequence[socket.socket]]  # by the first two variables
+
+
+class Handover:
+    """The half of the process that goes."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.before: Callable[[], Awaitable[object]] | None = None  # the screen has to end
+        self.taken_back: Callable[[], object] = lambda: None
+        self.trial_s = UPGRADE_TRIAL_S
+        self.under_way = False
+        self.succeeded = False  # by a process that serves
+
+    async def run(self, command: Sequence[str], sockets: Sockets, front: Front) -> bool:
+        """Have a successor serve on the same sockets.  Returns whether it has for a while; if not,
+        nothing has changed."""
+        self.under_way = True
+        child = await self.successor(command, sockets)
+        lasts = child is not None and await self.lasts(child, front)
+        self.under_way = False
+        if not (lasts or self.core.process.stopping):
+            self.core.ledger.upgrades.add("failed")
+        return lasts
+
+    async def successor(
+        self, command: Sequence[str], sockets: Sockets
+    ) -> subprocess.Popen[bytes] | None:
+        """A new process that serves; None if none came that far."""
+        passed = {name: [sock.fileno() for sock in some] for name, some in sockets.items()}
+        child, word = None, b""
+        try:
+            if self.before is not None:
+                await self.before()
+            ours, theirs = socket.socketpair()
+            with ours, tempfile.TemporaryFile() as by_hand:  # it may hold servers' keys
+                by_hand.write(self.core.roster.dump().encode())
+                by_hand.seek(0)
+                with theirs:
+                    passed |= {READY_ENV: [theirs.fileno()], BY_HAND_ENV: [by_hand.fileno()]}
+                    environ = {name: ",".join(map(str, some)) for name, some in passed.items()}
+                    child = subprocess.Popen(
+                        command, pass_fds=sum(passed.values(), []), stdin=subprocess.DEVNULL,
+                        env=os.environ | environ)
+                ours.setblocking(False)
+                async with within(UPGRADE_TIMEOUT_S):
+                    word = await asyncio.get_running_loop().sock_recv(ours, 1)
+        except OSError as error:  # TimeoutError is one
+            log.error("waiting for a successor: %s", error_text(error) or "it took too long")
+        except Exception:
+            self.core.internal_error("starting a successor")
+        finally:
+            if child is not None and not word:
+                child.kill()
+                child.wait()
+        if word:
+            return child
+        code = child.returncode if child else "none"
+        log.error("no successor came to serve (exit code %s); this process goes on", code)
+        return None
+
+    async def lasts(self, child: subprocess.Popen[bytes], front: Front) -> bool:
+        """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
+        could; if the other ends, it does."""
+        loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        self.succeeded = True
+        front.rest(True)
+        try:
+            while child.poll() is None and loop.time() < begun + self.trial_s:
+                await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
+            code = child.returncode
+        finally:
+            child.returncode = child.returncode or 0  # nobody waits for it, or warns that it runs
+        if code is None:
+            log.info("process %d serves now; this one finishes its answers", child.pid)
+        elif not self.core.process.stopping:
+            self.succeeded = False
+            front.rest(False)
+            self.taken_back()
+            log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
+                      " serves again", child.pid, loop.time() - begun, code)  # fmt: skip
+        return code is None
+
+
+def inherited_sockets() -> Sockets:
+    """Those of the process that this one succeeds; none at an ordinary start."""
+    return {name: [socket.socket(fileno=int(number))
+                   for number in os.environ.pop(name, "").split(",") if number]
+            for name in (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)}  # fmt: skip
+
+
+def inherit_changes(roster: Roster) -> None:
+    """Take over what was done by hand in the process that this one succeeds."""
+    if descriptor := os.environ.pop(BY_HAND_ENV, ""):
+        with open(int(descriptor), "rb") as handed_over:
+            text = handed_over.read().decode()
+        try:
+            roster.load(text)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError,
+                SettingsError) as error:
+            log.warning("changes by hand were not taken over: %s", error)
+
+
+def tell_predecessor() -> None:
+    """That this process serves."""
+    if descriptor := os.environ.pop(READY_ENV, ""):
+        with socket.socket(fileno=int(descriptor)) as sock:
+            sock.send(b"1")
+
+
+def own_url(s: Settings, host: str, port: int) -> str:
+    """Where what a balancer with these settings listens on is reached from this machine."""
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def process_at(url: str) -> int:
+    """The process of the balancer that listens there; 0 if none says so."""
+    with contextlib.closing(Pool(url)) as pool:
+        pool.context = server_context(ServerSettings("", verify=False)) if pool.tls else None
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+            status, found = await fetch_members(pool, "/version", 2.0)
+            pid = found.get("pid") if status == 200 else None
+            return pid if isinstance(pid, int) else 0
+    return 0
+
+
+def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
+    """Have the balancer that runs with these settings hand over, and wait until its successor
+    serves.  `pid` is its process, or 0 to ask for it.  Returns whether that went well, and text."""
+    addresses = [operator_address(s), (s.host, s.port)]
+    urls = [own_url(s, *one) for one in addresses if one is not None]
+
+    def running() -> int:
+        return next(filter(None, (asyncio.run(process_at(url)) for url in urls)), 0)
+
+    if not (old := pid or running()):
+        text = f"no balancer says on port {s.port} which process it is; give its --pid"
+        return False, text
+    try:
+        os.kill(old, signal.SIGUSR2)
+    except OSError as error:
+        return False, f"process {old}: {error_text(error)}"
+    until = time.monotonic() + UPGRADE_TIMEOUT_S
+    while (new := running()) in (0, old):
+        if time.monotonic() > until or (pid and not new):
+            text = "its log tells why, if it does not" if pid else "see its log"
+            return pid != 0, f"process {old} was told; {text}"
+        time.sleep(0.1)
+    return True, f"process {new} serves in place of {old}, which finishes its answers"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  45  balancer
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Assembly: opens the front, keeps every server's watchers running, follows the settings file, and
+# stops without cutting answers short.
+
 
 
 class Balancer:
@@ -12898,17 +13056,13 @@ class Balancer:
     ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
         self.inherited = inherited or {}
-        self.before_upgrade: Callable[[], Awaitable[object]] | None = None  # the screen has to end
         self.file = SettingsFile(path) if path else None
         self.overrides = overrides or {}
         self.port = self.operator_port = 0  # those it listens on
         self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
-        self.taken_back: Callable[[], object] = lambda: None  # what a successor was to do
-        self.trial_s = UPGRADE_TRIAL_S
-        self._succeeded = False  # by another process, on the same sockets
-        self._upgrading = False
+        self.handover = Handover(self.core)
         self._handing_over: asyncio.Task[None] | None = None
         self._look_now = asyncio.Event()
         self._secrets_error = ""
@@ -12948,9 +13102,9 @@ class Balancer:
             ready()
             await self._stop.wait()
             core.process.stopping = True
-            if not self._succeeded:
+            if not self.handover.succeeded:
                 await self.wait_for_second_stop(core.settings.drain_delay)
-            self._front.close(to_the_last=not self._succeeded)
+            self._front.close(to_the_last=not self.handover.succeeded)
             await self.drain()
             self._watchers.stop()
             for task in (*core.clients.tasks.values(), follower, pulse, self._handing_over):
@@ -13012,7 +13166,7 @@ class Balancer:
         already and nothing is urgent, whenever it comes."""
         core, running = self.core, self.core.clients.exchanges
         timeout_s = core.settings.drain_timeout
-        grace_s = timeout_s if self._succeeded else min(timeout_s, IDLE_GRACE_S)
+        grace_s = timeout_s if self.handover.succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
             if response is not None and not response.begun:
                 response.persists = False
@@ -13030,78 +13184,12 @@ class Balancer:
 
     def upgrade(self, command: Sequence[str]) -> None:
         """Have another process, maybe of a newer file, take over."""
-        if not (self._upgrading or self._stop.is_set()):
-            self._upgrading = True
+        if not (self.handover.under_way or self._stop.is_set()):
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
     async def hand_over(self, command: Sequence[str]) -> None:
-        """Have a successor serve on the same sockets.  Once it has for a while, this process
-        finishes its answers and leaves; one that does not come that far changes nothing."""
-        child = await self.successor(command)
-        if child is not None and await self.lasts(child):
-            log.info("process %d serves now; this one finishes its answers", child.pid)
+        if await self.handover.run(command, self._sockets, self._front):
             self._stop.set()
-        elif not self._stop.is_set():
-            self.core.ledger.upgrades.add("failed")
-        self._upgrading = False
-
-    async def lasts(self, child: subprocess.Popen[bytes]) -> bool:
-        """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
-        could; if the other ends, it does."""
-        loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        self._succeeded = True
-        self._front.rest(True)
-        try:
-            while child.poll() is None and loop.time() < begun + self.trial_s:
-                await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
-            code = child.returncode
-        finally:
-            child.returncode = child.returncode or 0  # nobody waits for it, or warns that it runs
-        if code is not None and not self._stop.is_set():
-            self._succeeded = False
-            self._front.rest(False)
-            self.taken_back()
-            log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
-                      " serves again", child.pid, loop.time() - begun, code)  # fmt: skip
-        return code is None
-
-    async def successor(self, command: Sequence[str]) -> subprocess.Popen[bytes] | None:
-        """A new process that serves; None if none came that far."""
-        sockets, child = {name: [sock.fileno() for sock in sockets]
-                          for name, sockets in self._sockets.items()}, None  # fmt: skip
-        pair, word = list[socket.socket](), b""
-        try:
-            if self.before_upgrade is not None:
-                await self.before_upgrade()
-            ours, theirs = pair[:] = socket.socketpair()
-            with tempfile.TemporaryFile() as live:  # it may hold servers' keys
-                live.write(self.core.roster.dump().encode())
-                live.seek(0)
-                passed = (*sum(sockets.values(), []), theirs.fileno(), live.fileno())
-                child = subprocess.Popen(
-                    command, pass_fds=passed, stdin=subprocess.DEVNULL,
-                    env={**os.environ,
-                         **{name: ",".join(map(str, numbers)) for name, numbers in sockets.items()},
-                         READY_ENV: str(theirs.fileno()), LIVE_ENV: str(live.fileno())})
-            theirs.close()
-            ours.setblocking(False)
-            async with within(UPGRADE_TIMEOUT_S):
-                word = await asyncio.get_running_loop().sock_recv(ours, 1)
-        except OSError as error:  # TimeoutError is one
-            log.error("waiting for a successor: %s", error_text(error) or "it took too long")
-        except Exception:
-            self.core.internal_error("starting a successor")
-        finally:
-            for end in pair:
-                end.close()
-            if child is not None and not word:
-                child.kill()
-                child.wait()
-        if word:
-            return child
-        code = child.returncode if child else "none"
-        log.error("no successor came to serve (exit code %s); this process goes on", code)
-        return None
 
     async def pulse(self) -> None:
         """Notice when the whole process stood still (a suspended machine, a debugger, a core that
@@ -13246,7 +13334,7 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  doctor
+#  46  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13473,7 +13561,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  demo
+#  47  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -13786,7 +13874,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  process
+#  48  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13795,29 +13883,9 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 Runner = Callable[[Balancer], Awaitable[None]]
 
 
-def inherited_sockets(variable: str) -> list[socket.socket]:
-    """Those of the process that this one succeeds; none at an ordinary start."""
-    numbers = os.environ.pop(variable, "")
-    return [socket.socket(fileno=int(number)) for number in numbers.split(",") if number]
-
-
-def inherited_changes(roster: Roster) -> None:
-    """What was changed by hand in the process that this one succeeds."""
-    if descriptor := os.environ.pop(LIVE_ENV, ""):
-        with open(int(descriptor), "rb") as handed_over:
-            text = handed_over.read().decode()
-        try:
-            roster.load(text)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError,
-                SettingsError) as error:
-            log.warning("changes by hand were not taken over: %s", error)
-
-
 def notify_ready() -> None:
     """To the process that this one succeeds, and to systemd."""
-    if descriptor := os.environ.pop(READY_ENV, ""):
-        with socket.socket(fileno=int(descriptor)) as sock:
-            sock.send(b"1")
+    tell_predecessor()
     tell_systemd(f"READY=1\nMAINPID={os.getpid()}")
 
 
@@ -13858,7 +13926,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
             (log.removeHandler if held else log.addHandler)(one)
 
     screen = ScreenProcess(core.status, act, hold)
-    balancer.before_upgrade = screen.close
+    balancer.handover.before = screen.close
     try:
         yield
     finally:
@@ -13926,16 +13994,10 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
-    balancer.taken_back = notify_ready
+    balancer.handover.taken_back = notify_ready
     if upgradable:
         command = [sys.executable, *sys.orig_argv[1:]]
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
-
-
-def own_url(s: Settings, host: str, port: int) -> str:
-    """Where what a balancer with these settings listens on is reached from this machine."""
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-    return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def announce(balancer: Balancer, hint: str) -> None:
@@ -14001,7 +14063,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  command line
+#  49  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14217,13 +14279,12 @@ def run_balancer(args: argparse.Namespace) -> int:
     with logging_to_stdout(settings.log_level):
         for warning in (*warn_of(os.environ, args), *warnings):
             log.warning("%s", warning)
-        names = (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)
-        inherited = {name: inherited_sockets(name) for name in names}
+        inherited = inherited_sockets()
         lines_wanted = settings.log_to_console  # --console, too
 
         def start(run: Runner) -> Awaitable[None]:
             balancer = Balancer(settings, path, overrides, inherited)
-            inherited_changes(balancer.core.roster)
+            inherit_changes(balancer.core.roster)
             return run(balancer)
 
         return serve_until_stopped(
@@ -14236,37 +14297,10 @@ def run_upgrade(args: argparse.Namespace) -> int:
     path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
     settings, _ = load_settings(path, overrides_from(args, os.environ))
     Secrets(settings)
-    addresses = [operator_address(settings), (settings.host, settings.port)]
-    urls = [own_url(settings, *one) for one in addresses if one is not None]
-
-    async def ask(url: str) -> int:
-        """The process that answers now, 0 for none that says so."""
-        pool = Pool(url)
-        if settings.tls_cert:
-            pool.context = server_context(ServerSettings("", verify=False))
-        with contextlib.suppress(PeerGone, BadMessage, TimeoutError), contextlib.closing(pool):
-            status, found = await fetch_members(pool, "/version", 2.0)
-            pid = found.get("pid") if status == 200 else None
-            return pid if isinstance(pid, int) else 0
-        return 0
-
-    def running() -> int:
-        return next(filter(None, (asyncio.run(ask(url)) for url in urls)), 0)
-
-    if not (old := args.pid or running()):
-        return fail(f"no balancer says on port {settings.port} which process it is; give its --pid")
-    try:
-        os.kill(old, signal.SIGUSR2)
-    except OSError as error:
-        return fail(f"process {old}: {error_text(error)}")
-    until = time.monotonic() + UPGRADE_TIMEOUT_S
-    while (new := running()) in (0, old):
-        if time.monotonic() > until or (args.pid and not new):
-            text = "its log tells why, if it does not" if args.pid else "see its log"
-            print(f"process {old} was told; {text}")
-            return 0 if args.pid else 1
-        time.sleep(0.1)
-    print(f"process {new} serves in place of {old}, which finishes its answers")
+    well, text = upgrade_running(settings, args.pid or 0)
+    if not well:
+        return fail(text)
+    print(text)
     return 0
 
 

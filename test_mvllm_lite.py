@@ -11870,7 +11870,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43 and 44  balancer: settings that change, and stopping
+#  43 and 45  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -12295,7 +12295,7 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  doctor
+#  46  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -12442,7 +12442,7 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  demo
+#  47  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -12553,7 +12553,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  command line
+#  49  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
@@ -13227,7 +13227,7 @@ SHORT_LIVED = """if True:
 async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_path, caplog, end, code):
     async with balancing(Server()) as running:
         balancer, taken_back = running.balancer, asyncio.Event()
-        balancer.taken_back = taken_back.set
+        balancer.handover.taken_back = taken_back.set
         kept = await running.client()
         assert (await kept.get("/liveness")).status == 200
         balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), end])
@@ -13242,13 +13242,13 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         assert (await late.answer()).status == 200
         assert taken_back.is_set() and running.core.ledger.upgrades.children[("failed",)] == 1
         assert f"(exit code {code}); this process serves again" in caplog.text
-        assert not balancer._stop.is_set() and not balancer._upgrading
+        assert not balancer._stop.is_set() and not balancer.handover.under_way
 
 
 @asynchronous
 async def test_a_predecessor_leaves_once_its_successor_has_served_for_a_while(tmp_path, caplog):
     async with balancing(Server()) as running:
-        running.balancer.trial_s = 0.1
+        running.balancer.handover.trial_s = 0.1
         running.balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), "0"])
         await running.balancer._stop.wait()
         assert "serves now; this one finishes its answers" in caplog.text
