@@ -41,38 +41,38 @@ of itself and of earlier rooms only.
     24  table         the servers in lines, as many columns as there is room for
     25  screen        what is seen there: the table and the lines around it
     26  keys          what keys do to it, and ask of the balancer
-    27  page          the same for a browser: one HTML string
-    28  traces        requests of the past: from files, or made up
-    29  engine        a model of a vLLM server, in simulated time
-    30  replay        those requests sent to such servers by any policy
+    27  traces        requests of the past: from files, or made up
+    28  engine        a model of a vLLM server, in simulated time
+    29  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    31  wire          one connection: its buffer, its deadline, its end
-    32  pool          the connections to one server, kept and reused; what we ask it ourselves
-    33  pump          bytes on their way through, with back-pressure
-    34  response      the client's side of an exchange
-    35  journal       lines for readers that may be slow: the log, the shape of the traffic
-    36  terminal      the screen onto a terminal, in a process that nothing waits for
-    37  core          what the rooms below share: settings, fleet, ledger, pools
-    38  conversation  one attempt: a request said to one server, its answer judged and passed on
-    39  exchange      one request, from its head to its last byte
-    40  watch         health checks, load reports, the settings file
-    41  operations    what people have done to servers: drained, weighed, probed, added, removed
-    42  endpoints     the paths that the balancer answers itself, in one table
-    43  front         where clients come in: connections accepted, requests let in
-    44  handover      one process takes over from another, without a gap
-    45  balancer      assembly: settings and roster adopted, running, draining, stopping
+    30  wire          one connection: its buffer, its deadline, its end
+    31  pool          the connections to one server, kept and reused; what we ask it ourselves
+    32  pump          bytes on their way through, with back-pressure
+    33  response      the client's side of an exchange
+    34  journal       lines for readers that may be slow: the log, the shape of the traffic
+    35  terminal      the screen onto a terminal, in a process that nothing waits for
+    36  core          what the rooms below share: settings, fleet, ledger, pools
+    37  conversation  one attempt: a request said to one server, its answer judged and passed on
+    38  exchange      one request, from its head to its last byte
+    39  watch         health checks, load reports, the settings file
+    40  operations    what people have done to servers: drained, weighed, probed, added, removed
+    41  endpoints     the paths that the balancer answers itself, in one table
+    42  front         where clients come in: connections accepted, requests let in
+    43  handover      one process takes over from another, without a gap
+    44  balancer      assembly: settings and roster adopted, running, draining, stopping
+    45  page          the same for a browser: one HTML string
     46  doctor        what is amiss with servers and settings, and what to do about it
     47  demo          simulated vLLM servers, so that everything runs on a laptop
     48  process       signals, the terminal, systemd, limits of the system
     49  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (43) reads a head from the client's
-`Wire` (31) and parses it (2).  A local path is answered in room 42; everything else is an
-`Exchange` (39): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
+A request walks through the rooms like this.  The `Front` (42) reads a head from the client's
+`Wire` (30) and parses it (2).  A local path is answered in room 41; everything else is an
+`Exchange` (38): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
 `Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  A
-`Conversation` (38) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (34) begins, and a `Pump` (33) moves the rest.  What went wrong on the
+`Conversation` (37) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (33) begins, and a `Pump` (32) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -5590,7 +5590,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (39) is the only driver.
+# steps.  The exchange (38) is the only driver.
 
 
 class Held(NamedTuple):
@@ -7583,395 +7583,7 @@ def key_of(char: str) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  page
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# GET /status: what a browser shows of the document at /status.json.  The page itself holds no
-# fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
-# row is found by its URL and changed in place, so that what is open, marked or in focus stays so.
-
-
-@functools.cache
-def page_policy() -> str:
-    """The Content-Security-Policy: the page's own blocks, by their hashes, and this origin."""
-    allowed: dict[str, list[str]] = {"style": [], "script": []}
-    for name, block in re.findall(r"<(style|script)>(.*?)</\1>", STATUS_PAGE, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-        allowed[name].append(f"'sha256-{digest}'")
-    return "; ".join((
-        "default-src 'none'", f"style-src {' '.join(allowed['style'])}",
-        f"script-src {' '.join(allowed['script'])}", "connect-src 'self'", "img-src data:",
-        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    ))  # fmt: skip
-
-
-STATUS_PAGE = r"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>mvllm_lite</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
-<style>
-:root { --bg: #fff; --card: #f3f5f8; --text: #1b1f24; --muted: #545d68; --line: #c9d0d8;
-  --good: #116329; --warn: #7a4b00; --bad: #a40e26; --accent: #0b57b0 }
-@media screen and (prefers-color-scheme: dark) { :root { --bg: #0d1117; --card: #171d26;
-    --text: #e6edf3; --muted: #a0a9b4; --line: #39424e; --good: #5ad06c; --warn: #e5b84c;
-    --bad: #ff8a80; --accent: #79b8ff } }
-* { box-sizing: border-box; margin: 0; padding: 0 } [hidden] { display: none !important }
-body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--bg); color: var(--text);
-  font: 15px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere }
-h1, h2, caption { font-size: 1.15rem; font-weight: 650; text-align: left }
-h2, caption { padding: 1.2rem 0 .4rem }
-small, dt, h3, thead th { color: var(--muted); font-size: .82rem; font-weight: 400 }
-.row { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: center }
-.good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
-a { color: var(--accent) } #headline { font-size: 1.3rem; font-weight: 650; margin-top: .6rem }
-.banner { border: 2px solid; border-radius: .4rem; padding: .5rem .8rem; margin-top: .5rem;
-  white-space: pre-wrap } .old #data { filter: grayscale(1) }
-#totals { display: grid; grid-template-columns: repeat(9, 1fr); gap: .5rem; margin: .7rem 0;
-  white-space: nowrap }
-#totals div, #events { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .7rem }
-#totals div, .rest { background: var(--card) } #totals dd { font-size: 1.3rem; font-weight: 650 }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .3rem .45rem; text-align: left; vertical-align: top }
-thead th { vertical-align: bottom } tbody { border: solid var(--line); border-width: 1px 0 }
-tbody th { font-weight: 650; min-width: 11rem } td small { display: block; white-space: nowrap }
-td:nth-child(2) { min-width: 7.5em }
-.n { text-align: right; white-space: nowrap } .more > td { padding-top: 0 }
-.bar { width: 5.5rem; height: .65rem; border: 1px solid var(--muted); border-radius: .2rem;
-  overflow: hidden } .bar div { height: 100%; background: currentColor;
-  transform-origin: 0 }
-svg { width: 6rem; height: 1.6rem; display: block; fill: none; stroke: var(--accent);
-  stroke-width: 1.5; overflow: visible } svg path { stroke: var(--line) }
-summary { cursor: pointer; color: var(--muted); font-size: .88rem }
-summary b:not(:empty) { margin-right: .6rem }
-.rest { border-radius: .4rem; padding: .6rem .8rem; margin: .3rem 0; display: flex;
-  flex-wrap: wrap; gap: .6rem 1.5rem } .rest > * { flex: 1 1 15rem }
-.rest > .wide { flex-basis: 32rem } ul, ol { list-style: none; font-size: .88rem }
-#events { max-height: 22rem; overflow: auto } .only .good-server { display: none }
-button, input { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
-  border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
-button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-@media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
-@media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
-  svg, .bar { width: 4.5rem } }
-@media screen and (max-width: 66rem) { #totals { grid-template-columns: repeat(5, 1fr) }
-  table { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
-    gap: 0 .6rem; align-items: start } caption { grid-column: 1 / -1 }
-  caption, tbody, .more, .more > td, .main > * { display: block }
-  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-  tbody { border-width: 1px; border-radius: .5rem; padding: .4rem; margin-bottom: .6rem }
-  .main { display: grid; grid-template-columns: repeat(4, 1fr) }
-  .main > .half { grid-column: span 2; min-width: 0 } .main > .whole { grid-column: 1 / -1 }
-  .n { text-align: left } svg, .bar { width: 100% }
-  [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
-    font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
-@media screen and (max-width: 30rem) { body { padding: .7rem }
-  #totals { grid-template-columns: repeat(3, 1fr) } #totals dd { font-size: 1.1rem } }
-@media print { :root, body { font-size: 7.5pt } body { padding: 0; max-width: none }
-  .tools { display: none } th, td { padding: 1pt 2pt } tbody, #totals div { break-inside: avoid }
-  .bar div { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  .bar, svg { width: 4.5rem } #events { max-height: none; border: 0 } }
-</style></head><body>
-<header class="row"><h1>mvllm_lite <span id="version"></span></h1><span id="address"></span>
-<small id="facts"></small></header>
-<main><div aria-live="polite"><p id="headline">Loading …</p><p id="out"></p>
-<p id="stopping" class="banner warn" hidden>The balancer is stopping: it finishes what it has.</p>
-<p id="lost" class="banner bad" hidden></p><p id="complaint" class="banner bad" hidden></p></div>
-<noscript>This page needs JavaScript; its facts are at <a href="/status.json">/status.json</a>.
-</noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
-<label><input id="only" type="checkbox"> only servers that are not healthy</label>
-<label><input id="pause" type="checkbox"> pause</label></div>
-<table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and
-retries: of the last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
-<tr role="row" id="heads"></tr></thead></table>
-<h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
-<div class="tools"><h2>Operate</h2><form id="unlock" class="row">
-<label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
-<button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
-admin key, servers can be drained and probed: in their details. It is kept until this page is left,
-and nowhere else.</small></form><small><a id="raw" href="status.json">As JSON</a></small></div>
-</main><template><tbody role="rowgroup"><tr role="row" class="main">
-<th scope="row" role="rowheader" class="whole" data-part="name"></th>
-<td role="cell" class="half"><b data-part="state"></b><small data-part="since"></small></td>
-<td role="cell" class="half" data-label="Load"><span data-part="load"></span>
-<div class="bar" aria-hidden="true"><div data-part="bar"></div></div></td>
-<td role="cell" class="half" data-label="Load so far" data-part="last"><svg role="img"
-viewBox="0 0 60 20" preserveAspectRatio="none" data-part="spark"><path d="M0 20H60M0 0H60"
-vector-effect="non-scaling-stroke"/><polyline data-part="line" vector-effect="non-scaling-stroke"/>
-</svg></td></tr><tr role="row" class="more"><td role="cell" colspan="13"><details><summary>
-<span class="sr" data-part="label"></span><b data-part="why"></b><span data-part="models"></span>
-</summary><div class="rest"><dl><dt>Address</dt><dd data-part="url"></dd>
-<dt>State</dt><dd data-part="reason"></dd></dl><dl><dt>Capacity</dt><dd data-part="capacity"></dd>
-<dt>Prompt tokens it has to read</dt><dd data-part="pending_prompt_tokens"></dd>
-<dt>Prompt tokens it reads per second</dt><dd data-part="prompt_tokens_per_second"></dd></dl>
-<div><h3>Models</h3><ul data-part="every_model"></ul></div>
-<div><h3>Last errors</h3><ul data-part="last_errors"></ul></div>
-<div class="wide"><h3>Last decisions</h3><ul data-part="decisions"></ul></div>
-<div class="wide" hidden data-part="acts"><p class="row"><button data-act="drain">Drain</button>
-<button data-act="undrain">Undrain</button><button data-act="probe">Probe now</button></p>
-<p role="status" data-part="answer"></p></div></div></details></td></tr></tbody></template>
-<script>
-"use strict";
-(() => {
-const POLL_MS = 2000, GET_MS = 5000, POST_MS = 30000, SILENT_MS = 10000, STREAM_AGAIN_MS = 30000;
-const $ = id => document.getElementById(id), one = tag => document.querySelector(tag);
-const table = one("table"), base = location.pathname.replace(/\/status\/?$/, ""), rows = new Map();
-let key = "", locked = false, last = null, source = null, timer = 0, run = 0, streamAfter = 0;
-
-const known = v => typeof v === "number" && isFinite(v), list = v => Array.isArray(v) ? v : [];
-const text = v => v === null || v === undefined ? ""  // without what turns the writing around
-  : String(v).replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
-const forms = [0, 1].map(d => new Intl.NumberFormat("en-US", { maximumFractionDigits: d }));
-const num = (v, fine) => known(v) ? forms[fine ? 1 : 0].format(v) : "–";
-const whole = v => num(v), rate = v => num(v, v < 10);
-const share = v => known(v) ? num(100 * v, v < 0.1) + " %" : "–";
-const wait = v => !known(v) ? "–" : v < 0.9995 ? num(1000 * v) + " ms" : num(v, v < 10) + " s";
-const long = v => !known(v) ? "" : v < 60 ? `${Math.floor(v)} s` : v < 3600
-  ? `${Math.floor(v / 60)} min` : v < 172800 ? `${Math.floor(v / 3600)} h `
-  + `${Math.floor(v % 3600 / 60)} min` : `${Math.floor(v / 86400)} days`;
-const few = (items, n) => items.slice(0, n).join(", ")
-  + (items.length > n ? ` and ${items.length - n} more` : "");
-const MARKS = { good: "✓", warn: "!", bad: "✕" };
-const kindOf = s => /^healthy/.test(s) ? "good" : /unhealthy|open/.test(s) ? "bad" : "warn";
-const TOTALS = [["Healthy", "healthy", whole], ["Queue", "queue", whole],
-  ["In flight", "in_flight", whole], ["Requests/s", "requests_per_s", rate],
-  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
-  ["TTFT p95", "ttft_p95_s", wait], ["Errors", "error_ratio", share],
-  ["Connections", "connections", whole]];
-const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole],
-  ["Ours", "in_flight", whole], ["KV cache", "kv_usage_ratio", share],
-  ["Tokens/s", "tokens_per_s", rate, "n half"], ["Errors", "errors", whole],
-  ["Retries", "retries", whole], ["TTFT p50", "ttft_p50_s", wait],
-  ["TTFT p95", "ttft_p95_s", wait]];
-
-const node = (tag, textContent, fields) =>
-  Object.assign(document.createElement(tag), { textContent }, fields);
-function put(where, value, kind) {  // touches only what has changed
-  if (where.textContent !== value) where.textContent = value;
-  if (kind !== undefined && where.className !== kind) where.className = kind;
-}
-function fill(where, items) {
-  const entries = items.length ? items : ["none"], now = JSON.stringify(entries);
-  if (where.dataset.now === now) return;
-  where.dataset.now = now;
-  where.replaceChildren(...entries.map(i => node("li", i.line || i, { className: i.kind || "" })));
-}
-
-function make(url) {
-  const body = one("template").content.firstElementChild.cloneNode(true), part = {};
-  for (const found of body.querySelectorAll("[data-part]")) part[found.dataset.part] = found;
-  for (const [label, name, , className] of FIGURES) {
-    part.last.before(part[name] = node("td", "", { className: className || "n" }));
-    part[name].dataset.label = label;
-    part[name].setAttribute("role", "cell");
-  }
-  for (const button of body.querySelectorAll("[data-act]"))
-    button.addEventListener("click", () => operate(url, button.dataset.act));
-  return rows.set(url, { body, part }).get(url);
-}
-
-function showServer(url, server) {
-  const row = rows.get(url) || make(url), part = row.part, since = long(server.since_s);
-  const state = text(server.state) || "unknown", kind = kindOf(state), reason = text(server.reason);
-  const name = text(server.name) || url, models = list(server.models).map(text);
-  const ours = server.in_flight, all = known(server.running) && !server.stale
-    ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
-  const load = all === null ? ours : Math.max(known(ours) ? ours : 0, all);
-  const full = known(load) && server.capacity > 0 ? load / server.capacity : 0;
-  const history = list(server.history).filter(known).slice(-60), top = Math.max(1, ...history);
-  const capacity = num(server.capacity);
-  const learned = known(server.capacity) && server.capacity_learned;
-  Object.assign(row, { name, state, kind });
-  row.body.className = kind + "-server";
-  put(part.name, name);
-  put(part.state, MARKS[kind] + " " + state, kind);
-  put(part.since, since && "for " + since);
-  put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
-  put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
-  part.bar.style.transform = `scaleX(${Math.min(1, full).toFixed(3)})`;
-  for (const [, figure, form] of FIGURES) put(part[figure], form(server[figure]));
-  part.errors.classList.toggle("bad", server.errors > 0);
-  part.line.setAttribute("points", history.map((v, i) =>
-    `${61 - history.length + i},${(20 - 20 * Math.max(0, v) / top).toFixed(1)}`).join(" "));
-  part.spark.setAttribute("aria-label", history.length ? `now ${share(history[history.length - 1])}`
-    + ` of capacity, at most ${share(Math.max(...history))}` : "not known");
-  put(part.label, `Details of ${name}: `);
-  put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
-    .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
-  put(part.models, few(models, 3) || "no models known");
-  put(part.url, url);
-  put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
-  put(part.capacity, capacity + (learned ? ", learned" : "")
-    + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
-  put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
-  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second));
-  fill(part.every_model, models);
-  fill(part.last_errors, list(server.last_errors).map(text));
-  fill(part.decisions, list(server.decisions).map(text));
-  part.acts.hidden = !key;
-  return row.body;
-}
-
-function show(doc) {
-  const servers = new Map(list(doc.servers).map(s => [text(s && s.url), s || {}]));
-  const totals = doc.totals || {}, focus = document.activeElement;
-  last = doc;
-  for (const [url, row] of rows) if (!servers.has(url)) row.body.remove(), rows.delete(url);
-  let next = table.tBodies[0] || null;
-  for (const [url, server] of servers) {
-    const body = showServer(url, server);
-    if (body === next) next = next.nextElementSibling; else table.insertBefore(body, next);
-  }
-  if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
-  const all = totals.servers, well = totals.healthy, busy = totals.queue > 0;
-  const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
-  const line = all ? healthy + " servers healthy" : "No server is configured";
-  const kind = !well ? "bad" : well < all || busy || failing ? "warn" : "good";
-  put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
-    + (failing ? ", many requests fail" : ""), kind);
-  put($("out"), few([...rows.values()].filter(r => r.kind !== "good")
-    .map(r => `${r.name} (${r.state})`), 5));
-  document.title = `${num(well)}/${num(all)} healthy · mvllm_lite`;
-  for (const [, name, form] of TOTALS) put($("total-" + name), form(totals[name]));
-  put($("total-healthy"), healthy);
-  put($("version"), text(doc.version));
-  put($("address"), text(doc.address));
-  put($("facts"), [text(doc.time), known(doc.uptime_s) && "up " + long(doc.uptime_s),
-    doc.settings && "settings " + text(doc.settings)].filter(Boolean).join(" · "));
-  $("stopping").hidden = !doc.stopping;
-  $("complaint").hidden = !doc.settings_error;
-  put($("complaint"), doc.settings_error ? "The settings file cannot be used as it is; what was set"
-    + " before stays in force.\n" + text(doc.settings_error) : "");
-  fill($("events"), list(doc.events).slice(-200).reverse().map(e => e || {}).map(e => ({
-    line: [e.time, e.level, e.text].map(text).join(" "),
-    kind: e.level === "error" ? "bad" : e.level === "warning" ? "warn" : "" })));
-  $("data").hidden = false;
-}
-
-function lost(why) {  // "" when all is well
-  put($("lost"), why && why + (last ? `, data of ${text(last.time)}` : ""));
-  $("lost").hidden = !why;
-  document.body.classList.toggle("old", why !== "");
-}
-function got(raw) {
-  show(JSON.parse(raw));
-  lost("");
-}
-
-async function ask(method, path, limit_ms) {
-  const abort = new AbortController(), late = setTimeout(() => abort.abort(), limit_ms);
-  const headers = key ? { Authorization: "Bearer " + key } : {};
-  try {
-    const found = await fetch(base + path,
-      { method, headers, cache: "no-store", signal: abort.signal });
-    return { status: found.status, ok: found.ok, raw: await found.text() };
-  } finally { clearTimeout(late) }
-}
-
-function start() {  // anew, or not: nobody looks at a hidden tab
-  run += 1;
-  clearTimeout(timer);
-  if (source) source.close();
-  if ($("pause").checked) lost("Paused"); else if (!document.hidden) poll(run);
-}
-
-async function poll(mine) {
-  let answer = null;
-  try {
-    answer = await ask("GET", "/status.json", GET_MS);
-    if (mine !== run) return;
-    if (answer.status === 401 || answer.status === 403) return lock(answer);
-    if (!answer.ok) throw new Error(answer.status);
-    got(answer.raw);
-    if (!locked && Date.now() >= streamAfter) return stream(mine);
-  } catch (error) {
-    if (mine !== run) return;
-    lost(answer && answer.ok ? `This page failed (${error.message})` : "Connection lost");
-  }
-  timer = setTimeout(poll, POLL_MS, mine);
-}
-
-function stream(mine) {  // until it fails or falls silent: then polling, and later this again
-  const own = source = new EventSource(base + "/status/events"), fail = () => {
-    own.close();
-    if (mine !== run) return;
-    clearTimeout(timer);
-    streamAfter = Date.now() + STREAM_AGAIN_MS;
-    poll(mine);
-  };
-  const awake = () => { clearTimeout(timer); timer = setTimeout(fail, SILENT_MS) };
-  own.onerror = fail;
-  own.onmessage = event => {
-    if (mine !== run) return;
-    try { got(event.data); awake() } catch (error) { fail() }
-  };
-  awake();
-}
-
-function lock(answer) {  // the document itself wants a key, which a stream cannot send
-  locked = true;
-  if (last) lost("No longer let in");
-  else put($("headline"), key ? "✕ This key is not let in" : "A key is needed", "warn");
-  put($("says"), key ? complaint(answer) : "The status is shown to who has a key.");
-  $("key").focus();
-}
-
-function complaint(answer) {
-  let found = answer.raw;
-  try {
-    const said = JSON.parse(found);
-    found = said.error && said.error.message || said.error || said.message || found;
-  } catch (error) { /* no JSON: as it is */ }
-  return `${answer.status}: ${text(found).slice(0, 500)}`;
-}
-
-async function operate(url, what) {
-  const { name, part } = rows.get(url);
-  const path = `/admin/servers/${what}?url=${encodeURIComponent(url)}`;
-  const question = `Drain ${name}?\nIt finishes what it has and gets no more.`;
-  if (what === "drain" && !confirm(question)) return;
-  put(part.answer, `${what}: asked …`, "");
-  try {
-    const answer = await ask("POST", path, POST_MS);
-    if (answer.ok) put(part.answer, `${what}: done`, "good");
-    else put(part.answer, `${what} failed, ${complaint(answer)}`, "bad");
-  } catch (error) { put(part.answer, `${what}: no answer`, "bad") }
-}
-
-function use(typed, line) {
-  key = typed;
-  $("key").value = "";
-  $("forget").hidden = !key;
-  put($("says"), line);
-  for (const row of rows.values()) row.part.acts.hidden = !key;
-  if (locked) start();
-}
-
-for (const label of ["Server", "State", "Load", ...FIGURES.map(f => f[0]), "Load so far"])
-  $("heads").append(node("th", label, { scope: "col", role: "columnheader",
-    className: FIGURES.some(f => f[0] === label) ? "n" : "" }));
-for (const [label, name] of TOTALS) $("totals").appendChild(node("div"))
-  .append(node("dt", label), node("dd", "–", { id: "total-" + name }));
-$("raw").href = base + "/status.json";
-$("unlock").addEventListener("submit", event => {
-  event.preventDefault();
-  const typed = $("key").value.trim();
-  if (/^[\x21-\x7e]+$/.test(typed)) use(typed, "The key is used until this page is left.");
-  else put($("says"), "That cannot be a key.");
-});
-$("forget").addEventListener("click", () => { use("", "The key is forgotten."); $("key").focus() });
-$("only").addEventListener("change", () => table.classList.toggle("only", $("only").checked));
-$("pause").addEventListener("change", start);
-document.addEventListener("visibilitychange", start);
-start();
-})();
-</script></body></html>
-"""
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  traces
+#  27  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -8160,7 +7772,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  engine
+#  28  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -8500,7 +8112,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  replay
+#  29  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -8736,7 +8348,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  wire
+#  30  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9306,7 +8918,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  pool
+#  31  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server, and what is said over them without a client.
@@ -9655,7 +9267,7 @@ async def fetch_members(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  pump
+#  32  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -9858,7 +9470,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  response
+#  33  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -10048,7 +9660,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  journal
+#  34  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10367,7 +9979,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  terminal
+#  35  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -10710,7 +10322,7 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  core
+#  36  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -11047,7 +10659,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  conversation
+#  37  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11268,7 +10880,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  exchange
+#  38  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -11894,7 +11506,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  watch
+#  39  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12174,7 +11786,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  operations
+#  40  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12263,7 +11875,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  endpoints
+#  41  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12411,14 +12023,6 @@ async def explain(core: Core, asked: Asked) -> Reply:
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
-@endpoint("/status", kind=Kind.PAGE)
-async def status_page(core: Core, asked: Asked) -> Reply:
-    """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
-    fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
-              ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
-    return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
-
-
 @endpoint("/status.json")
 async def status(core: Core, asked: Asked) -> Reply:
     return as_json(core.status())
@@ -12542,7 +12146,7 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  front
+#  42  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12873,7 +12477,7 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  handover
+#  43  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13038,7 +12642,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  balancer
+#  44  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, follows the settings file, and
@@ -13331,6 +12935,402 @@ class Balancer:
                 asyncio.get_running_loop().run_in_executor(None, self.core.shape.stop)
             self._shape_file = path
             self.core.shape = shape_writer(path) if path else None
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  45  page
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# GET /status: what a browser shows of the document at /status.json.  The page itself holds no
+# fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
+# row is found by its URL and changed in place, so that what is open, marked or in focus stays so.
+
+
+@functools.cache
+def page_policy() -> str:
+    """The Content-Security-Policy: the page's own blocks, by their hashes, and this origin."""
+    allowed: dict[str, list[str]] = {"style": [], "script": []}
+    for name, block in re.findall(r"<(style|script)>(.*?)</\1>", STATUS_PAGE, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        allowed[name].append(f"'sha256-{digest}'")
+    return "; ".join((
+        "default-src 'none'", f"style-src {' '.join(allowed['style'])}",
+        f"script-src {' '.join(allowed['script'])}", "connect-src 'self'", "img-src data:",
+        "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+    ))  # fmt: skip
+
+
+STATUS_PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>mvllm_lite</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<style>
+:root { --bg: #fff; --card: #f3f5f8; --text: #1b1f24; --muted: #545d68; --line: #c9d0d8;
+  --good: #116329; --warn: #7a4b00; --bad: #a40e26; --accent: #0b57b0 }
+@media screen and (prefers-color-scheme: dark) { :root { --bg: #0d1117; --card: #171d26;
+    --text: #e6edf3; --muted: #a0a9b4; --line: #39424e; --good: #5ad06c; --warn: #e5b84c;
+    --bad: #ff8a80; --accent: #79b8ff } }
+* { box-sizing: border-box; margin: 0; padding: 0 } [hidden] { display: none !important }
+body { margin: 0 auto; padding: 1rem; max-width: 100rem; background: var(--bg); color: var(--text);
+  font: 15px/1.4 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere }
+h1, h2, caption { font-size: 1.15rem; font-weight: 650; text-align: left }
+h2, caption { padding: 1.2rem 0 .4rem }
+small, dt, h3, thead th { color: var(--muted); font-size: .82rem; font-weight: 400 }
+.row { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: center }
+.good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
+a { color: var(--accent) } #headline { font-size: 1.3rem; font-weight: 650; margin-top: .6rem }
+.banner { border: 2px solid; border-radius: .4rem; padding: .5rem .8rem; margin-top: .5rem;
+  white-space: pre-wrap } .old #data { filter: grayscale(1) }
+#totals { display: grid; grid-template-columns: repeat(9, 1fr); gap: .5rem; margin: .7rem 0;
+  white-space: nowrap }
+#totals div, #events { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .7rem }
+#totals div, .rest { background: var(--card) } #totals dd { font-size: 1.3rem; font-weight: 650 }
+table { border-collapse: collapse; width: 100% }
+th, td { padding: .3rem .45rem; text-align: left; vertical-align: top }
+thead th { vertical-align: bottom } tbody { border: solid var(--line); border-width: 1px 0 }
+tbody th { font-weight: 650; min-width: 11rem } td small { display: block; white-space: nowrap }
+td:nth-child(2) { min-width: 7.5em }
+.n { text-align: right; white-space: nowrap } .more > td { padding-top: 0 }
+.bar { width: 5.5rem; height: .65rem; border: 1px solid var(--muted); border-radius: .2rem;
+  overflow: hidden } .bar div { height: 100%; background: currentColor;
+  transform-origin: 0 }
+svg { width: 6rem; height: 1.6rem; display: block; fill: none; stroke: var(--accent);
+  stroke-width: 1.5; overflow: visible } svg path { stroke: var(--line) }
+summary { cursor: pointer; color: var(--muted); font-size: .88rem }
+summary b:not(:empty) { margin-right: .6rem }
+.rest { border-radius: .4rem; padding: .6rem .8rem; margin: .3rem 0; display: flex;
+  flex-wrap: wrap; gap: .6rem 1.5rem } .rest > * { flex: 1 1 15rem }
+.rest > .wide { flex-basis: 32rem } ul, ol { list-style: none; font-size: .88rem }
+#events { max-height: 22rem; overflow: auto } .only .good-server { display: none }
+button, input { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
+  border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
+button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+@media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
+@media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
+  svg, .bar { width: 4.5rem } }
+@media screen and (max-width: 66rem) { #totals { grid-template-columns: repeat(5, 1fr) }
+  table { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+    gap: 0 .6rem; align-items: start } caption { grid-column: 1 / -1 }
+  caption, tbody, .more, .more > td, .main > * { display: block }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+  tbody { border-width: 1px; border-radius: .5rem; padding: .4rem; margin-bottom: .6rem }
+  .main { display: grid; grid-template-columns: repeat(4, 1fr) }
+  .main > .half { grid-column: span 2; min-width: 0 } .main > .whole { grid-column: 1 / -1 }
+  .n { text-align: left } svg, .bar { width: 100% }
+  [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
+    font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
+@media screen and (max-width: 30rem) { body { padding: .7rem }
+  #totals { grid-template-columns: repeat(3, 1fr) } #totals dd { font-size: 1.1rem } }
+@media print { :root, body { font-size: 7.5pt } body { padding: 0; max-width: none }
+  .tools { display: none } th, td { padding: 1pt 2pt } tbody, #totals div { break-inside: avoid }
+  .bar div { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  .bar, svg { width: 4.5rem } #events { max-height: none; border: 0 } }
+</style></head><body>
+<header class="row"><h1>mvllm_lite <span id="version"></span></h1><span id="address"></span>
+<small id="facts"></small></header>
+<main><div aria-live="polite"><p id="headline">Loading …</p><p id="out"></p>
+<p id="stopping" class="banner warn" hidden>The balancer is stopping: it finishes what it has.</p>
+<p id="lost" class="banner bad" hidden></p><p id="complaint" class="banner bad" hidden></p></div>
+<noscript>This page needs JavaScript; its facts are at <a href="/status.json">/status.json</a>.
+</noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
+<label><input id="only" type="checkbox"> only servers that are not healthy</label>
+<label><input id="pause" type="checkbox"> pause</label></div>
+<table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and
+retries: of the last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
+<tr role="row" id="heads"></tr></thead></table>
+<h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
+<div class="tools"><h2>Operate</h2><form id="unlock" class="row">
+<label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
+<button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
+admin key, servers can be drained and probed: in their details. It is kept until this page is left,
+and nowhere else.</small></form><small><a id="raw" href="status.json">As JSON</a></small></div>
+</main><template><tbody role="rowgroup"><tr role="row" class="main">
+<th scope="row" role="rowheader" class="whole" data-part="name"></th>
+<td role="cell" class="half"><b data-part="state"></b><small data-part="since"></small></td>
+<td role="cell" class="half" data-label="Load"><span data-part="load"></span>
+<div class="bar" aria-hidden="true"><div data-part="bar"></div></div></td>
+<td role="cell" class="half" data-label="Load so far" data-part="last"><svg role="img"
+viewBox="0 0 60 20" preserveAspectRatio="none" data-part="spark"><path d="M0 20H60M0 0H60"
+vector-effect="non-scaling-stroke"/><polyline data-part="line" vector-effect="non-scaling-stroke"/>
+</svg></td></tr><tr role="row" class="more"><td role="cell" colspan="13"><details><summary>
+<span class="sr" data-part="label"></span><b data-part="why"></b><span data-part="models"></span>
+</summary><div class="rest"><dl><dt>Address</dt><dd data-part="url"></dd>
+<dt>State</dt><dd data-part="reason"></dd></dl><dl><dt>Capacity</dt><dd data-part="capacity"></dd>
+<dt>Prompt tokens it has to read</dt><dd data-part="pending_prompt_tokens"></dd>
+<dt>Prompt tokens it reads per second</dt><dd data-part="prompt_tokens_per_second"></dd></dl>
+<div><h3>Models</h3><ul data-part="every_model"></ul></div>
+<div><h3>Last errors</h3><ul data-part="last_errors"></ul></div>
+<div class="wide"><h3>Last decisions</h3><ul data-part="decisions"></ul></div>
+<div class="wide" hidden data-part="acts"><p class="row"><button data-act="drain">Drain</button>
+<button data-act="undrain">Undrain</button><button data-act="probe">Probe now</button></p>
+<p role="status" data-part="answer"></p></div></div></details></td></tr></tbody></template>
+<script>
+"use strict";
+(() => {
+const POLL_MS = 2000, GET_MS = 5000, POST_MS = 30000, SILENT_MS = 10000, STREAM_AGAIN_MS = 30000;
+const $ = id => document.getElementById(id), one = tag => document.querySelector(tag);
+const table = one("table"), base = location.pathname.replace(/\/status\/?$/, ""), rows = new Map();
+let key = "", locked = false, last = null, source = null, timer = 0, run = 0, streamAfter = 0;
+
+const known = v => typeof v === "number" && isFinite(v), list = v => Array.isArray(v) ? v : [];
+const text = v => v === null || v === undefined ? ""  // without what turns the writing around
+  : String(v).replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+const forms = [0, 1].map(d => new Intl.NumberFormat("en-US", { maximumFractionDigits: d }));
+const num = (v, fine) => known(v) ? forms[fine ? 1 : 0].format(v) : "–";
+const whole = v => num(v), rate = v => num(v, v < 10);
+const share = v => known(v) ? num(100 * v, v < 0.1) + " %" : "–";
+const wait = v => !known(v) ? "–" : v < 0.9995 ? num(1000 * v) + " ms" : num(v, v < 10) + " s";
+const long = v => !known(v) ? "" : v < 60 ? `${Math.floor(v)} s` : v < 3600
+  ? `${Math.floor(v / 60)} min` : v < 172800 ? `${Math.floor(v / 3600)} h `
+  + `${Math.floor(v % 3600 / 60)} min` : `${Math.floor(v / 86400)} days`;
+const few = (items, n) => items.slice(0, n).join(", ")
+  + (items.length > n ? ` and ${items.length - n} more` : "");
+const MARKS = { good: "✓", warn: "!", bad: "✕" };
+const kindOf = s => /^healthy/.test(s) ? "good" : /unhealthy|open/.test(s) ? "bad" : "warn";
+const TOTALS = [["Healthy", "healthy", whole], ["Queue", "queue", whole],
+  ["In flight", "in_flight", whole], ["Requests/s", "requests_per_s", rate],
+  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
+  ["TTFT p95", "ttft_p95_s", wait], ["Errors", "error_ratio", share],
+  ["Connections", "connections", whole]];
+const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole],
+  ["Ours", "in_flight", whole], ["KV cache", "kv_usage_ratio", share],
+  ["Tokens/s", "tokens_per_s", rate, "n half"], ["Errors", "errors", whole],
+  ["Retries", "retries", whole], ["TTFT p50", "ttft_p50_s", wait],
+  ["TTFT p95", "ttft_p95_s", wait]];
+
+const node = (tag, textContent, fields) =>
+  Object.assign(document.createElement(tag), { textContent }, fields);
+function put(where, value, kind) {  // touches only what has changed
+  if (where.textContent !== value) where.textContent = value;
+  if (kind !== undefined && where.className !== kind) where.className = kind;
+}
+function fill(where, items) {
+  const entries = items.length ? items : ["none"], now = JSON.stringify(entries);
+  if (where.dataset.now === now) return;
+  where.dataset.now = now;
+  where.replaceChildren(...entries.map(i => node("li", i.line || i, { className: i.kind || "" })));
+}
+
+function make(url) {
+  const body = one("template").content.firstElementChild.cloneNode(true), part = {};
+  for (const found of body.querySelectorAll("[data-part]")) part[found.dataset.part] = found;
+  for (const [label, name, , className] of FIGURES) {
+    part.last.before(part[name] = node("td", "", { className: className || "n" }));
+    part[name].dataset.label = label;
+    part[name].setAttribute("role", "cell");
+  }
+  for (const button of body.querySelectorAll("[data-act]"))
+    button.addEventListener("click", () => operate(url, button.dataset.act));
+  return rows.set(url, { body, part }).get(url);
+}
+
+function showServer(url, server) {
+  const row = rows.get(url) || make(url), part = row.part, since = long(server.since_s);
+  const state = text(server.state) || "unknown", kind = kindOf(state), reason = text(server.reason);
+  const name = text(server.name) || url, models = list(server.models).map(text);
+  const ours = server.in_flight, all = known(server.running) && !server.stale
+    ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
+  const load = all === null ? ours : Math.max(known(ours) ? ours : 0, all);
+  const full = known(load) && server.capacity > 0 ? load / server.capacity : 0;
+  const history = list(server.history).filter(known).slice(-60), top = Math.max(1, ...history);
+  const capacity = num(server.capacity);
+  const learned = known(server.capacity) && server.capacity_learned;
+  Object.assign(row, { name, state, kind });
+  row.body.className = kind + "-server";
+  put(part.name, name);
+  put(part.state, MARKS[kind] + " " + state, kind);
+  put(part.since, since && "for " + since);
+  put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
+  put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
+  part.bar.style.transform = `scaleX(${Math.min(1, full).toFixed(3)})`;
+  for (const [, figure, form] of FIGURES) put(part[figure], form(server[figure]));
+  part.errors.classList.toggle("bad", server.errors > 0);
+  part.line.setAttribute("points", history.map((v, i) =>
+    `${61 - history.length + i},${(20 - 20 * Math.max(0, v) / top).toFixed(1)}`).join(" "));
+  part.spark.setAttribute("aria-label", history.length ? `now ${share(history[history.length - 1])}`
+    + ` of capacity, at most ${share(Math.max(...history))}` : "not known");
+  put(part.label, `Details of ${name}: `);
+  put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
+    .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
+  put(part.models, few(models, 3) || "no models known");
+  put(part.url, url);
+  put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
+  put(part.capacity, capacity + (learned ? ", learned" : "")
+    + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
+  put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
+  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second));
+  fill(part.every_model, models);
+  fill(part.last_errors, list(server.last_errors).map(text));
+  fill(part.decisions, list(server.decisions).map(text));
+  part.acts.hidden = !key;
+  return row.body;
+}
+
+function show(doc) {
+  const servers = new Map(list(doc.servers).map(s => [text(s && s.url), s || {}]));
+  const totals = doc.totals || {}, focus = document.activeElement;
+  last = doc;
+  for (const [url, row] of rows) if (!servers.has(url)) row.body.remove(), rows.delete(url);
+  let next = table.tBodies[0] || null;
+  for (const [url, server] of servers) {
+    const body = showServer(url, server);
+    if (body === next) next = next.nextElementSibling; else table.insertBefore(body, next);
+  }
+  if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
+  const all = totals.servers, well = totals.healthy, busy = totals.queue > 0;
+  const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
+  const line = all ? healthy + " servers healthy" : "No server is configured";
+  const kind = !well ? "bad" : well < all || busy || failing ? "warn" : "good";
+  put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
+    + (failing ? ", many requests fail" : ""), kind);
+  put($("out"), few([...rows.values()].filter(r => r.kind !== "good")
+    .map(r => `${r.name} (${r.state})`), 5));
+  document.title = `${num(well)}/${num(all)} healthy · mvllm_lite`;
+  for (const [, name, form] of TOTALS) put($("total-" + name), form(totals[name]));
+  put($("total-healthy"), healthy);
+  put($("version"), text(doc.version));
+  put($("address"), text(doc.address));
+  put($("facts"), [text(doc.time), known(doc.uptime_s) && "up " + long(doc.uptime_s),
+    doc.settings && "settings " + text(doc.settings)].filter(Boolean).join(" · "));
+  $("stopping").hidden = !doc.stopping;
+  $("complaint").hidden = !doc.settings_error;
+  put($("complaint"), doc.settings_error ? "The settings file cannot be used as it is; what was set"
+    + " before stays in force.\n" + text(doc.settings_error) : "");
+  fill($("events"), list(doc.events).slice(-200).reverse().map(e => e || {}).map(e => ({
+    line: [e.time, e.level, e.text].map(text).join(" "),
+    kind: e.level === "error" ? "bad" : e.level === "warning" ? "warn" : "" })));
+  $("data").hidden = false;
+}
+
+function lost(why) {  // "" when all is well
+  put($("lost"), why && why + (last ? `, data of ${text(last.time)}` : ""));
+  $("lost").hidden = !why;
+  document.body.classList.toggle("old", why !== "");
+}
+function got(raw) {
+  show(JSON.parse(raw));
+  lost("");
+}
+
+async function ask(method, path, limit_ms) {
+  const abort = new AbortController(), late = setTimeout(() => abort.abort(), limit_ms);
+  const headers = key ? { Authorization: "Bearer " + key } : {};
+  try {
+    const found = await fetch(base + path,
+      { method, headers, cache: "no-store", signal: abort.signal });
+    return { status: found.status, ok: found.ok, raw: await found.text() };
+  } finally { clearTimeout(late) }
+}
+
+function start() {  // anew, or not: nobody looks at a hidden tab
+  run += 1;
+  clearTimeout(timer);
+  if (source) source.close();
+  if ($("pause").checked) lost("Paused"); else if (!document.hidden) poll(run);
+}
+
+async function poll(mine) {
+  let answer = null;
+  try {
+    answer = await ask("GET", "/status.json", GET_MS);
+    if (mine !== run) return;
+    if (answer.status === 401 || answer.status === 403) return lock(answer);
+    if (!answer.ok) throw new Error(answer.status);
+    got(answer.raw);
+    if (!locked && Date.now() >= streamAfter) return stream(mine);
+  } catch (error) {
+    if (mine !== run) return;
+    lost(answer && answer.ok ? `This page failed (${error.message})` : "Connection lost");
+  }
+  timer = setTimeout(poll, POLL_MS, mine);
+}
+
+function stream(mine) {  // until it fails or falls silent: then polling, and later this again
+  const own = source = new EventSource(base + "/status/events"), fail = () => {
+    own.close();
+    if (mine !== run) return;
+    clearTimeout(timer);
+    streamAfter = Date.now() + STREAM_AGAIN_MS;
+    poll(mine);
+  };
+  const awake = () => { clearTimeout(timer); timer = setTimeout(fail, SILENT_MS) };
+  own.onerror = fail;
+  own.onmessage = event => {
+    if (mine !== run) return;
+    try { got(event.data); awake() } catch (error) { fail() }
+  };
+  awake();
+}
+
+function lock(answer) {  // the document itself wants a key, which a stream cannot send
+  locked = true;
+  if (last) lost("No longer let in");
+  else put($("headline"), key ? "✕ This key is not let in" : "A key is needed", "warn");
+  put($("says"), key ? complaint(answer) : "The status is shown to who has a key.");
+  $("key").focus();
+}
+
+function complaint(answer) {
+  let found = answer.raw;
+  try {
+    const said = JSON.parse(found);
+    found = said.error && said.error.message || said.error || said.message || found;
+  } catch (error) { /* no JSON: as it is */ }
+  return `${answer.status}: ${text(found).slice(0, 500)}`;
+}
+
+async function operate(url, what) {
+  const { name, part } = rows.get(url);
+  const path = `/admin/servers/${what}?url=${encodeURIComponent(url)}`;
+  const question = `Drain ${name}?\nIt finishes what it has and gets no more.`;
+  if (what === "drain" && !confirm(question)) return;
+  put(part.answer, `${what}: asked …`, "");
+  try {
+    const answer = await ask("POST", path, POST_MS);
+    if (answer.ok) put(part.answer, `${what}: done`, "good");
+    else put(part.answer, `${what} failed, ${complaint(answer)}`, "bad");
+  } catch (error) { put(part.answer, `${what}: no answer`, "bad") }
+}
+
+function use(typed, line) {
+  key = typed;
+  $("key").value = "";
+  $("forget").hidden = !key;
+  put($("says"), line);
+  for (const row of rows.values()) row.part.acts.hidden = !key;
+  if (locked) start();
+}
+
+for (const label of ["Server", "State", "Load", ...FIGURES.map(f => f[0]), "Load so far"])
+  $("heads").append(node("th", label, { scope: "col", role: "columnheader",
+    className: FIGURES.some(f => f[0] === label) ? "n" : "" }));
+for (const [label, name] of TOTALS) $("totals").appendChild(node("div"))
+  .append(node("dt", label), node("dd", "–", { id: "total-" + name }));
+$("raw").href = base + "/status.json";
+$("unlock").addEventListener("submit", event => {
+  event.preventDefault();
+  const typed = $("key").value.trim();
+  if (/^[\x21-\x7e]+$/.test(typed)) use(typed, "The key is used until this page is left.");
+  else put($("says"), "That cannot be a key.");
+});
+$("forget").addEventListener("click", () => { use("", "The key is forgotten."); $("key").focus() });
+$("only").addEventListener("change", () => table.classList.toggle("only", $("only").checked));
+$("pause").addEventListener("change", start);
+document.addEventListener("visibilitychange", start);
+start();
+})();
+</script></body></html>
+"""
+
+
+@endpoint("/status", kind=Kind.PAGE)
+async def status_page(core: Core, asked: Asked) -> Reply:
+    """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
+    fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
+              ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+    return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════

@@ -5889,7 +5889,7 @@ async def test_the_status_document_has_its_stated_shape():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23 to 26 and 36  cells, screen, keys and terminal
+#  23 to 26 and 35  cells, screen, keys and terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -6598,215 +6598,7 @@ def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_p
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  page
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
-
-VOID = {"meta", "link", "input", "br", "path", "polyline"}
-LEGAL_PARENTS = {
-    "td": {"tr"},
-    "th": {"tr"},
-    "tr": {"thead", "tbody"},
-    "dt": {"dl", "div"},
-    "dd": {"dl", "div"},
-}
-
-
-class Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: list[tuple[str, str]] = []
-        self.words: list[tuple[tuple[str, ...], str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        fields = dict(attrs)
-        if len(fields) < len(attrs):
-            self.faults.append(f"{tag} has a field twice: {attrs}")
-        if tag in LEGAL_PARENTS and self.open[-1] not in LEGAL_PARENTS[tag]:
-            self.faults.append(f"{tag} in {self.open[-1]}")
-        self.tags.append((tag, fields))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}> at {self.getpos()}")
-
-    def handle_data(self, data: str) -> None:
-        self.words.append((tuple(self.open), data))
-        if self.open and self.open[-1] in ("style", "script"):
-            self.blocks.append((self.open[-1], data))
-
-
-@pytest.fixture(scope="module")
-def page() -> Page:
-    parser = Page()
-    parser.feed(STATUS_PAGE)
-    parser.close()
-    return parser
-
-
-def blocks(page: Page, name: str) -> str:
-    return "".join(data for tag, data in page.blocks if tag == name)
-
-
-def directives() -> dict[str, list[str]]:
-    return {words[0]: words[1:] for part in page_policy().split(";") if (words := part.split())}
-
-
-def test_it_is_well_formed(page: Page) -> None:
-    assert page.faults == [] and page.open == []
-    assert STATUS_PAGE.startswith("<!doctype html>\n<html lang=")
-    names = [fields["id"] for _, fields in page.tags if "id" in fields]
-    assert len(names) == len(set(names))
-
-
-def test_every_id_that_the_script_asks_for_is_there(page: Page) -> None:
-    names = {fields["id"] for _, fields in page.tags if "id" in fields}
-    asked = set(re.findall(r'\$\("([\w-]+)"\)', blocks(page, "script")))
-    made = {f"total-{name}" for name in ("healthy",)}
-    assert asked - names - made == set()
-    parts = {fields["data-part"] for _, fields in page.tags if "data-part" in fields}
-    used = set(re.findall(r"\bpart\.(\w+)", blocks(page, "script")))
-    assert used - parts <= {"errors"}
-
-
-def test_it_is_small() -> None:
-    assert len(STATUS_PAGE.encode()) < 40_000
-    assert "\r" not in STATUS_PAGE  # a parser would make it \n, and the hashes wrong
-    assert max(map(len, STATUS_PAGE.split("\n"))) <= 100
-
-
-@pytest.mark.parametrize("name", ["style", "script"])
-def test_the_policy_has_the_hash_of_each_block_as_a_parser_sees_it(page: Page, name: str) -> None:
-    digest = hashlib.sha256(blocks(page, name).encode()).digest()
-    assert directives()[f"{name}-src"] == [f"'sha256-{base64.b64encode(digest).decode()}'"]
-    assert sum(tag == name for tag, _ in page.tags) == 1
-
-
-def test_the_policy_allows_nothing_else() -> None:
-    rest = {k: v for k, v in directives().items() if k not in ("style-src", "script-src")}
-    assert rest == {
-        "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
-        "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
-    }  # fmt: skip
-    assert "unsafe" not in page_policy() and "\n" not in page_policy()
-    assert page_policy() is page_policy()  # made once
-
-
-def test_nothing_inline_needs_more_than_that_policy(page: Page) -> None:
-    for tag, fields in page.tags:
-        assert not [name for name in fields if name == "style" or name.startswith("on")], tag
-    assert 'setAttribute("style"' not in STATUS_PAGE and "cssText" not in STATUS_PAGE
-
-
-def test_it_needs_nothing_from_outside(page: Page) -> None:
-    assert not re.search(
-        r"https?:|//[\w.-]+\.\w", re.sub(r" // .*|  // .*", "", STATUS_PAGE), re.IGNORECASE
-    )
-    assert not re.search(
-        r"@import|url\(|\bimport\b|importScripts|WebSocket|sendBeacon", STATUS_PAGE
-    )
-    for tag, fields in page.tags:
-        assert "src" not in fields and "srcset" not in fields
-        assert (fields.get("href") or "data:,") in ("data:,", "status.json", "/status.json"), tag
-
-
-def test_it_writes_what_it_is_told_as_text_alone() -> None:
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write", "Function(",
-                "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
-                "javascript:"):  # fmt: skip
-        assert way not in STATUS_PAGE, way
-    assert "textContent" in STATUS_PAGE
-    assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
-        "points", "aria-label", "role"}  # fmt: skip
-
-
-def test_the_key_is_kept_in_memory_alone() -> None:
-    for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
-        assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
-    assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
-        '  const headers = key ? { Authorization: "Bearer " + key } : {};']  # fmt: skip
-
-
-web_KEYS = {
-    "doc": "version time uptime_s address stopping settings settings_error totals servers events",
-    "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
-              " ttft_p95_s error_ratio",
-    "server": "url name state reason since_s models running waiting in_flight capacity"
-              " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
-              " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
-              " last_errors decisions",
-    "e": "time level text",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("thing, key", [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
-def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
-    script = blocks(page, "script")
-    table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
-    rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
-    in_table = rows is not None and f'"{key}"' in rows[0]
-    assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
-
-
-def test_the_paths_are_those_of_the_balancer() -> None:
-    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
-        assert path in STATUS_PAGE, path
-    assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
-
-
-def test_it_can_be_read_by_whoever_does_not_see_it(page: Page) -> None:
-    assert sum(tag == "caption" for tag, _ in page.tags) == 1
-    assert [f.get("scope") for tag, f in page.tags if tag == "th"] == ["row"]
-    assert 'scope: "col"' in STATUS_PAGE
-    live = [f for _, f in page.tags if "aria-live" in f]
-    assert [f["aria-live"] for f in live] == ["polite"]
-    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
-    assert all(f.get("role") not in ("alert", "log") for _, f in page.tags[table:])
-    for _, fields in [t for t in page.tags if t[0] == "input"]:
-        name = re.escape(fields["id"] or "")
-        assert re.search(rf'<label>[^<]*<input id="{name}"[^>]*>[^<]*</label>', STATUS_PAGE)
-
-
-def test_its_colours_have_contrast_in_light_and_dark(page: Page) -> None:
-    def light(colour: str) -> float:
-        digits = colour if len(colour) == 6 else "".join(c + c for c in colour)
-        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        lin = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
-
-    found = re.findall(r":root \{([^}]*--bg[^}]*)\}", blocks(page, "style"))
-    assert len(found) == 2
-    for theme in found:
-        colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", theme))
-        for text in ("text", "muted", "good", "warn", "bad", "accent"):
-            for ground in ("bg", "card"):
-                pair = sorted((light(colours[text]), light(colours[ground])))
-                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, ground)
-
-
-def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
-    style = blocks(page, "style")
-    for query in (
-        "prefers-color-scheme: dark",
-        "prefers-reduced-motion",
-        "@media print",
-        "max-width",
-    ):
-        assert query in style
-    assert style.count("{") == style.count("}")
-    assert not re.search(r":has\(|@container|@layer|\bnesting\b|color-mix", style)  # too new
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  28 to 30  traces, engine and replay
+#  27 to 29  traces, engine and replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -7570,7 +7362,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31 to 39  a request on its way
+#  30 to 38  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -10929,7 +10721,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  watch
+#  39  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -11345,7 +11137,7 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  local
+#  41  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -11870,7 +11662,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43 and 45  balancer: settings that change, and stopping
+#  42 and 44  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -12292,6 +12084,214 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
         adopt(keys=(), cors_allowed_origins=("http://page",))
         assert warned() == ["WARNING"] * 2
         assert caplog.text.count("so may web pages of http://page") == 1
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  45  page
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
+
+VOID = {"meta", "link", "input", "br", "path", "polyline"}
+LEGAL_PARENTS = {
+    "td": {"tr"},
+    "th": {"tr"},
+    "tr": {"thead", "tbody"},
+    "dt": {"dl", "div"},
+    "dd": {"dl", "div"},
+}
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.blocks: list[tuple[str, str]] = []
+        self.words: list[tuple[tuple[str, ...], str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fields = dict(attrs)
+        if len(fields) < len(attrs):
+            self.faults.append(f"{tag} has a field twice: {attrs}")
+        if tag in LEGAL_PARENTS and self.open[-1] not in LEGAL_PARENTS[tag]:
+            self.faults.append(f"{tag} in {self.open[-1]}")
+        self.tags.append((tag, fields))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append((tuple(self.open), data))
+        if self.open and self.open[-1] in ("style", "script"):
+            self.blocks.append((self.open[-1], data))
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    parser = Page()
+    parser.feed(STATUS_PAGE)
+    parser.close()
+    return parser
+
+
+def blocks(page: Page, name: str) -> str:
+    return "".join(data for tag, data in page.blocks if tag == name)
+
+
+def directives() -> dict[str, list[str]]:
+    return {words[0]: words[1:] for part in page_policy().split(";") if (words := part.split())}
+
+
+def test_it_is_well_formed(page: Page) -> None:
+    assert page.faults == [] and page.open == []
+    assert STATUS_PAGE.startswith("<!doctype html>\n<html lang=")
+    names = [fields["id"] for _, fields in page.tags if "id" in fields]
+    assert len(names) == len(set(names))
+
+
+def test_every_id_that_the_script_asks_for_is_there(page: Page) -> None:
+    names = {fields["id"] for _, fields in page.tags if "id" in fields}
+    asked = set(re.findall(r'\$\("([\w-]+)"\)', blocks(page, "script")))
+    made = {f"total-{name}" for name in ("healthy",)}
+    assert asked - names - made == set()
+    parts = {fields["data-part"] for _, fields in page.tags if "data-part" in fields}
+    used = set(re.findall(r"\bpart\.(\w+)", blocks(page, "script")))
+    assert used - parts <= {"errors"}
+
+
+def test_it_is_small() -> None:
+    assert len(STATUS_PAGE.encode()) < 40_000
+    assert "\r" not in STATUS_PAGE  # a parser would make it \n, and the hashes wrong
+    assert max(map(len, STATUS_PAGE.split("\n"))) <= 100
+
+
+@pytest.mark.parametrize("name", ["style", "script"])
+def test_the_policy_has_the_hash_of_each_block_as_a_parser_sees_it(page: Page, name: str) -> None:
+    digest = hashlib.sha256(blocks(page, name).encode()).digest()
+    assert directives()[f"{name}-src"] == [f"'sha256-{base64.b64encode(digest).decode()}'"]
+    assert sum(tag == name for tag, _ in page.tags) == 1
+
+
+def test_the_policy_allows_nothing_else() -> None:
+    rest = {k: v for k, v in directives().items() if k not in ("style-src", "script-src")}
+    assert rest == {
+        "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
+        "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
+    }  # fmt: skip
+    assert "unsafe" not in page_policy() and "\n" not in page_policy()
+    assert page_policy() is page_policy()  # made once
+
+
+def test_nothing_inline_needs_more_than_that_policy(page: Page) -> None:
+    for tag, fields in page.tags:
+        assert not [name for name in fields if name == "style" or name.startswith("on")], tag
+    assert 'setAttribute("style"' not in STATUS_PAGE and "cssText" not in STATUS_PAGE
+
+
+def test_it_needs_nothing_from_outside(page: Page) -> None:
+    assert not re.search(
+        r"https?:|//[\w.-]+\.\w", re.sub(r" // .*|  // .*", "", STATUS_PAGE), re.IGNORECASE
+    )
+    assert not re.search(
+        r"@import|url\(|\bimport\b|importScripts|WebSocket|sendBeacon", STATUS_PAGE
+    )
+    for tag, fields in page.tags:
+        assert "src" not in fields and "srcset" not in fields
+        assert (fields.get("href") or "data:,") in ("data:,", "status.json", "/status.json"), tag
+
+
+def test_it_writes_what_it_is_told_as_text_alone() -> None:
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write", "Function(",
+                "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
+                "javascript:"):  # fmt: skip
+        assert way not in STATUS_PAGE, way
+    assert "textContent" in STATUS_PAGE
+    assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
+        "points", "aria-label", "role"}  # fmt: skip
+
+
+def test_the_key_is_kept_in_memory_alone() -> None:
+    for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
+        assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
+    assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
+        '  const headers = key ? { Authorization: "Bearer " + key } : {};']  # fmt: skip
+
+
+web_KEYS = {
+    "doc": "version time uptime_s address stopping settings settings_error totals servers events",
+    "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
+              " ttft_p95_s error_ratio",
+    "server": "url name state reason since_s models running waiting in_flight capacity"
+              " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
+              " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
+              " last_errors decisions",
+    "e": "time level text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thing, key", [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
+def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
+    script = blocks(page, "script")
+    table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
+    rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
+    in_table = rows is not None and f'"{key}"' in rows[0]
+    assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
+
+
+def test_the_paths_are_those_of_the_balancer() -> None:
+    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
+        assert path in STATUS_PAGE, path
+    assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
+
+
+def test_it_can_be_read_by_whoever_does_not_see_it(page: Page) -> None:
+    assert sum(tag == "caption" for tag, _ in page.tags) == 1
+    assert [f.get("scope") for tag, f in page.tags if tag == "th"] == ["row"]
+    assert 'scope: "col"' in STATUS_PAGE
+    live = [f for _, f in page.tags if "aria-live" in f]
+    assert [f["aria-live"] for f in live] == ["polite"]
+    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
+    assert all(f.get("role") not in ("alert", "log") for _, f in page.tags[table:])
+    for _, fields in [t for t in page.tags if t[0] == "input"]:
+        name = re.escape(fields["id"] or "")
+        assert re.search(rf'<label>[^<]*<input id="{name}"[^>]*>[^<]*</label>', STATUS_PAGE)
+
+
+def test_its_colours_have_contrast_in_light_and_dark(page: Page) -> None:
+    def light(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(c + c for c in colour)
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        lin = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
+
+    found = re.findall(r":root \{([^}]*--bg[^}]*)\}", blocks(page, "style"))
+    assert len(found) == 2
+    for theme in found:
+        colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", theme))
+        for text in ("text", "muted", "good", "warn", "bad", "accent"):
+            for ground in ("bg", "card"):
+                pair = sorted((light(colours[text]), light(colours[ground])))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, ground)
+
+
+def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
+    style = blocks(page, "style")
+    for query in (
+        "prefers-color-scheme: dark",
+        "prefers-reduced-motion",
+        "@media print",
+        "max-width",
+    ):
+        assert query in style
+    assert style.count("{") == style.count("}")
+    assert not re.search(r":has\(|@container|@layer|\bnesting\b|color-mix", style)  # too new
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
