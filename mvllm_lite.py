@@ -11409,15 +11409,19 @@ class Exchange:
             self.test = None
 
     async def died_there(self, url: str, failure: Outcome) -> bool:
-        """Whether a server that should be there has died with this request."""
-        view, gone = self.core.fleet.view(url), failure.fault is Fault.SERVER_GONE
+        """Whether a server that should be there has died with this request.  Where its words leave
+        that open (a newer vLLM's are the same for any failure of its own), it is looked at."""
+        view, fault = self.core.fleet.view(url), failure.fault
         if view is None or not view.open:
             return False
-        if gone:
-            return await is_dead(self.core.pools.get(server_of(url)))
         said = failure.held.content if failure.held else self.response.tail
-        says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
-        return says_so and engine_died(said, self.response.notation)
+        says_so = fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
+        if says_so and engine_died(said, self.response.notation):
+            return True
+        shown_500 = fault is Fault.SERVER_ERROR and self.response.status == 500
+        event = fault is Fault.STREAM_FAILED and says_failure(said)
+        unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
+        return unclear and await is_dead(self.core.pools.get(server_of(url)))
 
     def died(self, url: str, sent_at: float) -> int:
         """Book a server's death.  How many have died with this request, or with its content."""

@@ -10203,6 +10203,11 @@ def killing(how):
             await conn.json(DRAINING, "500 X")
         elif how == "in mid-stream":
             await conn.events(FIRST, end=False)
+        elif how.startswith("newer"):  # its health path tells that its engine has gone
+            server.pages["/health"] = 503
+            if how == "newer 500":
+                return await conn.json(FAILURE, "500 X")
+            return await conn.events(*[FIRST][how == "newer event":], FAILURE_EVENT, DONE)
         if how != "drains":
             server.dying = asyncio.create_task(server.kill())
             await conn.left()
@@ -10228,6 +10233,25 @@ async def test_a_request_that_kills_servers_does_not_walk_through_the_fleet(how,
         assert await running.metric("mvllm_attempts_died_total") == 2
         assert await running.metric("mvllm_limits_met_total", limit="poison_hold") == 3
         assert (await client.post(body=b'{"model":"m","user":"good"}')).status == 200
+
+
+NEWER = table(
+    ("500", "newer 500", KILL, [500, 500, 502]),
+    ("an error event", "newer event", STREAMED_KILL, [502, 502, 502]),
+    ("in mid-stream", "newer stream", STREAMED_KILL, [502, 502, 502]),
+)
+
+
+@pytest.mark.parametrize("how, body, statuses", NEWER)
+@asynchronous
+async def test_a_dead_engine_is_known_whatever_its_server_calls_that(how, body, statuses):
+    servers = [killing(how) for _ in range(5)]
+    async with balancing(*servers) as running:
+        client = await running.client()
+        assert [(await client.post(body=body)).status for _ in range(3)] == statuses
+        assert sum(len(server.asked) for server in servers) == 2
+        assert sorted(running.states()) == ["healthy"] * 3 + ["unhealthy"] * 2
+        assert "it died with a request" in str(running.core.status())
 
 
 @asynchronous
