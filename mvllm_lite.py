@@ -46,33 +46,35 @@ of itself and of earlier rooms only.
     29  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
     30  wire          one connection: its buffer, its deadline, its end
-    31  pool          the connections to one server, kept and reused; what we ask it ourselves
-    32  pump          bytes on their way through, with back-pressure
-    33  response      the client's side of an exchange
-    34  journal       lines for readers that may be slow: the log, the shape of the traffic
-    35  terminal      the screen onto a terminal, in a process that nothing waits for
-    36  core          what the rooms below share: settings, fleet, ledger, pools
-    37  conversation  one attempt: a request said to one server, its answer judged and passed on
-    38  exchange      one request, from its head to its last byte
-    39  watch         health checks, load reports, the settings file
-    40  operations    what people have done to servers: drained, weighed, probed, added, removed
-    41  endpoints     the paths that the balancer answers itself, in one table
-    42  front         where clients come in: connections accepted, requests let in
-    43  handover      one process takes over from another, without a gap
-    44  balancer      assembly: settings and roster adopted, running, draining, stopping
-    45  page          the same for a browser: one HTML string
-    46  doctor        what is amiss with servers and settings, and what to do about it
-    47  demo          simulated vLLM servers, so that everything runs on a laptop
-    48  process       signals, the terminal, systemd, limits of the system
-    49  command line  arguments, environment, logging, exit codes
+    31  secrets       keys and certificates, and how a server is reached with them
+    32  client        what we ask servers ourselves, over asyncio's streams
+    33  pool          the connections to one server over which requests go, kept and reused
+    34  pump          bytes on their way through, with back-pressure
+    35  response      the client's side of an exchange
+    36  journal       lines for readers that may be slow: the log, the shape of the traffic
+    37  terminal      the screen onto a terminal, in a process that nothing waits for
+    38  core          what the rooms below share: settings, fleet, ledger, pools
+    39  conversation  one attempt: a request said to one server, its answer judged and passed on
+    40  exchange      one request, from its head to its last byte
+    41  watch         health checks, load reports, the settings file
+    42  operations    what people have done to servers: drained, weighed, probed, added, removed
+    43  endpoints     the paths that the balancer answers itself, in one table
+    44  front         where clients come in: connections accepted, requests let in
+    45  handover      one process takes over from another, without a gap
+    46  balancer      assembly: settings and roster adopted, running, draining, stopping
+    47  page          the same for a browser: one HTML string
+    48  doctor        what is amiss with servers and settings, and what to do about it
+    49  demo          simulated vLLM servers, so that everything runs on a laptop
+    50  process       signals, the terminal, systemd, limits of the system
+    51  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (42) reads a head from the client's
-`Wire` (30) and parses it (2).  A local path is answered in room 41; everything else is an
-`Exchange` (38): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
+A request walks through the rooms like this.  The `Front` (44) reads a head from the client's
+`Wire` (30) and parses it (2).  A local path is answered in room 43; everything else is an
+`Exchange` (40): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
 `Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  A
-`Conversation` (37) with that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (33) begins, and a `Pump` (32) moves the rest.  What went wrong on the
+`Conversation` (39) with that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (35) begins, and a `Pump` (34) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
@@ -5590,7 +5592,7 @@ def rank(
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (38) is the only driver.
+# steps.  The exchange (40) is the only driver.
 
 
 class Held(NamedTuple):
@@ -8918,147 +8920,17 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  pool
+#  31  secrets
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# The connections to one server, and what is said over them without a client.
-
-# What connecting fails with when it is our own machine that has run out of something.
-OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-Result = TypeVar("Result")
+# Keys and certificates, from the settings and from the files that these name, and how a server is
+# reached with them.
 
 
 @functools.cache
 def usual_context() -> ssl.SSLContext:
     """Made when the first https:// server is dialled: loading the trust store takes 20 ms."""
     return ssl.create_default_context()
-
-
-class Pool:
-    """The connections to one server.  Idle ones are kept for POOL_IDLE_S, a second less than vLLM
-    keeps them, and the newest is used first.  It is the sink of its idle wires: whatever a server
-    says without being asked ends the connection."""
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.tls = parts.scheme == "https"
-        self.host, self.port = parts.hostname or "", parts.port or (443 if self.tls else 80)
-        self.url, self.authority, self.prefix = url, parts.netloc, parts.path
-        self.key = ""  # for the server, in place of a client's
-        self.sees_client_keys = True  # where it has none of its own
-        self.name = ""  # ours, for servers that are balancers, too
-        self.context: ssl.SSLContext | None = None  # for https, in place of the usual one
-        self.idle: dict[Wire, None] = {}
-
-    async def talk(
-        self, conversation: Callable[[Wire], Awaitable[Result]], connect_timeout_s: float
-    ) -> Result:
-        """Have a conversation over an idle connection or a new one.  When an idle one turns out
-        to be closed, it is had again over a new one; where there is none to be had, the server
-        may have died of what was said.  Raises PeerGone and what it raises."""
-        if (wire := self.idle_wire()) is not None:
-            try:
-                return await conversation(wire)
-            except Stale as stale:
-                lost = str(stale)
-            finally:
-                self.keep(wire)
-            try:
-                wire = await self.dial(connect_timeout_s)
-            except PeerGone as gone:
-                fault = Fault.SERVER_GONE if gone.fault is Fault.CONNECT_FAILED else gone.fault
-                raise PeerGone(f"{lost}; then: {gone}", fault) from None
-        else:
-            wire = await self.dial(connect_timeout_s)
-        try:
-            return await conversation(wire)
-        finally:
-            self.keep(wire)
-
-    def idle_wire(self) -> Wire | None:
-        while self.idle:
-            wire, _ = self.idle.popitem()
-            wire.sink = None
-            if not (wire.gone or wire.transport.is_closing()):
-                wire.reused, wire.reusable = True, False
-                wire.taken_at = wire.loop.time()
-                return wire
-        return None
-
-    async def dial(self, timeout_s: float) -> Wire:
-        """A new connection.  Raises PeerGone."""
-        loop, tls = asyncio.get_running_loop(), None
-        if self.tls:
-            tls = self.context or usual_context()
-        try:
-            here = self.host in OWN_ADDRESSES and tls is None
-            if here and (sock := connect_locally(self.host, self.port)) is not None:
-                return (await loop.create_connection(lambda: Wire(Blame.SERVER), sock=sock))[1]
-            async with within(timeout_s):
-                return (await loop.create_connection(
-                    lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
-        except TimeoutError:
-            text = f"no connection within {timeout_s:g} s"
-            raise PeerGone(text, Fault.CONNECT_TIMEOUT) from None
-        except OSError as error:
-            text = f"cannot connect: {error_text(error)}"
-            ours = error.errno in OUT_OF_RESOURCES
-            fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
-            raise PeerGone(text, fault) from None
-
-    def keep(self, wire: Wire) -> None:
-        """For another conversation, if it may have one; otherwise it is ended at once, which tells
-        a vLLM that is still generating to stop."""
-        wire.feeder = wire.sink = None
-        good = wire.reusable and not (wire.gone or wire.buffer)
-        if not good or len(self.idle) >= POOL_IDLE_LIMIT:
-            wire.abort()
-            return
-        if wire.held:
-            wire.release()
-        wire.sink = self
-        wire.expect_by(wire.loop.time() + POOL_IDLE_S)
-        self.idle[wire] = None
-
-    @property
-    def key_line(self) -> str:
-        return f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-
-    def close(self) -> None:
-        for wire in list(self.idle):
-            self.expired(wire)
-
-    def feed(self, wire: Wire, piece: Piece) -> None:
-        self.expired(wire)
-
-    def lost(self, wire: Wire) -> None:
-        self.idle.pop(wire, None)
-
-    def expired(self, wire: Wire) -> None:
-        self.idle.pop(wire, None)
-        wire.sink = None
-        wire.abort()
-
-
-# Of this machine, in every network.
-OWN_ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
-
-
-def connect_locally(host: str, port: int) -> socket.socket | None:
-    """A connection within this machine, which stands without waiting: half the time of one that is
-    waited for.  None if it does not.  Raises OSError."""
-    sock = socket.socket(OWN_ADDRESSES[host], socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):  # it is only said to be on its way
-            sock.connect((host, port))
-        if sock.connect_ex((host, port)) in (0, errno.EISCONN):
-            return sock
-    except OSError:
-        sock.close()
-        raise
-    sock.close()
-    return None
 
 
 class Secrets:
@@ -9102,19 +8974,6 @@ class Secrets:
         self.contexts[url] = (before.contexts[url] if before is not None and known
                               else self._checked(server_context, server))  # fmt: skip
         self._made_of[url] = wanted
-
-    def pool(self, url: str) -> Pool:
-        pool = Pool(url)
-        self.equip(pool, url)
-        return pool
-
-    def equip(self, pool: Pool, url: str) -> None:
-        """Give a pool what is now its key and context; with others, its connections end."""
-        pool.sees_client_keys = url not in self.strangers
-        now = self.server_keys.get(url, ""), self.contexts.get(url)
-        if now != (pool.key, pool.context):
-            pool.key, pool.context = now
-            pool.close()
 
     def _read(self, path: str) -> bytes:
         self.files[path] = read_regular_file(path)
@@ -9172,6 +9031,394 @@ def read_regular_file(path: str) -> bytes:
     raise SettingsError([Complaint(path, 0, "", f"cannot be read: {text}")])
 
 
+class Upstream:
+    """A server as connections to it are made: its address, its key, its TLS context."""
+
+    def __init__(self, url: str, secrets: Secrets = Secrets(), name: str = "") -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.url, self.authority, self.prefix = url, parts.netloc, parts.path
+        self.is_tls = parts.scheme == "https"
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self.is_tls else 80)
+        self.name = name  # ours, for servers that are balancers, too
+        self.key = self.key_line = ""  # for the server, in place of a client's
+        self._context: ssl.SSLContext | None = None  # in place of the usual one
+        self.equip(secrets)
+
+    def equip(self, secrets: Secrets) -> None:
+        """Take the server's key and context from these secrets; if they are others than before,
+        idle connections end."""
+        now = secrets.server_keys.get(self.url, ""), secrets.contexts.get(self.url)
+        if now != (self.key, self._context):
+            self.key, self._context = now
+            self.key_line = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
+            self.close()
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What a new connection is secured with; None for plain http."""
+        return (self._context or usual_context()) if self.is_tls else None
+
+    def close(self) -> None:
+        """End idle connections."""
+
+
+# What connecting fails with when it is our own machine that has run out of something.
+OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+
+def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
+    """The outcome of connecting to a server when that raised this error."""
+    if isinstance(error, TimeoutError):
+        return PeerGone(f"no connection within {timeout_s:g} s", Fault.CONNECT_TIMEOUT)
+    ours = error.errno in OUT_OF_RESOURCES
+    fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
+    return PeerGone(f"cannot connect: {error_text(error)}", fault)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  32  client
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
+# It stands on asyncio's streams, which read plainly and are quick enough for the 25 small questions
+# a second that ten servers cause.  The wires of requests stay on protocols, because a stream wakes
+# a task for each piece: of two minimal relays, the one on streams took 1.3 to 1.6 times the CPU for
+# a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their limits are
+# those of rooms 2 and 3; there is no second parser.
+
+PIECE_BYTES = 32 * 1024  # read at once: taking chunks of a few bytes apart is slow
+
+
+class MessageReader:
+    """Reads the HTTP messages that one side sends over a stream, one after the other."""
+
+    def __init__(self, reader: asyncio.StreamReader, side: Blame) -> None:
+        self.reader, self.side = reader, side
+        self.buffer = bytearray()  # read, but of no message yet
+
+    async def more(self) -> bool:
+        """Read on into the buffer; False at an orderly end.  Raises PeerGone."""
+        try:
+            piece = await self.reader.read(PIECE_BYTES)
+        except OSError as error:
+            raise self._gone(f"lost: {error_text(error)}") from None
+        self.buffer += piece
+        return piece != b""
+
+    def _gone(self, how: str) -> PeerGone:
+        fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
+        return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
+
+    async def read_head(self) -> bytes | None:
+        """The next head, up to and with its empty line; None at an orderly end before it.
+        Raises PeerGone, BadMessage."""
+        search = HeadSearch(self.side)
+        while (end := search.end(self.buffer)) < 0 and len(self.buffer) <= HEAD_LIMIT_BYTES:
+            if not await self.more():
+                if self.buffer:
+                    raise self._gone("closed")
+                return None
+        if not 0 <= end <= HEAD_LIMIT_BYTES + 4:
+            text = f"the head is longer than {HEAD_LIMIT_BYTES} bytes"
+            raise BadMessage(text, Fault.HEAD_TOO_LARGE)
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        return head
+
+    async def read_content(self, decoder: Decoder) -> bytes:
+        """The next piece of a message's content; b"" once `decoder` is done.  Raises PeerGone,
+        BadMessage."""
+        while not decoder.done:
+            if self.buffer or await self.more():
+                content = decoder.feed(bytes(self.buffer))
+                self.buffer[:] = decoder.rest
+                if content:
+                    return content
+            elif decoder.until_close:
+                decoder.done = True
+            else:
+                raise self._gone("closed")
+        return b""
+
+
+class ServerStream(MessageReader):
+    """One of our own connections to a server."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        super().__init__(reader, Blame.SERVER)
+        self.writer = writer
+
+    def is_silent(self) -> bool:
+        """Whether nothing has come since the last answer, neither bytes nor an end: only then does
+        reading wait, which a look at its first step tells."""
+        reading = self.reader.read(1)
+        try:
+            reading.send(None)
+        except (StopIteration, OSError):
+            return False
+        finally:
+            reading.close()
+        return not self.writer.is_closing()
+
+    async def ask(self, request: bytes) -> tuple[ResponseHead, Length]:
+        """Send a request; the head of its answer.  Raises Stale where the connection ended before
+        that, BadMessage."""
+        self.writer.write(request)
+        for _ in range(INFORMATIONAL_LIMIT):
+            try:
+                raw = await self.read_head()
+            except PeerGone as gone:
+                raise Stale(str(gone), gone.fault) from None
+            if raw is None:
+                text = "the server's connection was closed without an answer"
+                raise Stale(text, Fault.SERVER_GONE)
+            head, length = parse_response_head(raw)
+            if head.status >= 200:
+                return head, length
+        raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
+
+    def abort(self) -> None:
+        """End it at once: a vLLM that is still generating stops."""
+        self.writer.transport.abort()
+
+
+class HttpClient(Upstream):
+    """Asks one server for things of our own.  One idle connection is kept, so that a report each
+    half second needs no new one, for POOL_IDLE_S: vLLM ends it a second later."""
+
+    _idle: ServerStream | None = None
+    _expiry: asyncio.TimerHandle | None = None
+
+    async def ask(
+        self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
+    ) -> ResponseHead:
+        """GET, or POST some JSON.  Each piece of the answer's content is taken as it comes, up to
+        FETCH_LIMIT_BYTES.  What a connection that was idle does not answer is asked again over a
+        new one.  Raises PeerGone, BadMessage, TimeoutError."""
+        request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
+        request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}"
+        if self.name:
+            request += f"Via: 1.1 {self.name}\r\n"
+        if content is not None:
+            request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        said = f"{request}\r\n".encode("latin-1") + (content or b"")
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        if (idle := self._take_idle()) is not None:
+            async with within(timeout_s):
+                with contextlib.suppress(Stale):
+                    return await self._exchange(idle, said, path, take)
+        stream = await self._connect(deadline, timeout_s)
+        async with within(deadline - asyncio.get_running_loop().time()):
+            return await self._exchange(stream, said, path, take)
+
+    async def fetch(
+        self, path: str, timeout_s: float, content: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """The status and the whole content.  Raises what `ask` raises."""
+        pieces = list[bytes]()
+        head = await self.ask(path, timeout_s, content, pieces.append)
+        return head.status, b"".join(pieces)
+
+    async def fetch_members(
+        self, path: str, timeout_s: float, content: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """The status, and the members of the JSON object.  Raises what `ask` raises."""
+        status, found = await self.fetch(path, timeout_s, content)
+        return status, read_members(found, None)
+
+    async def _exchange(
+        self, stream: ServerStream, request: bytes, path: str, take: Callable[[bytes], object]
+    ) -> ResponseHead:
+        reusable, size = False, 0
+        try:
+            head, length = await stream.ask(request)
+            decoder = decoder_for(response_framing(head, length, "GET"))
+            while piece := await stream.read_content(decoder):
+                if (size := size + len(piece)) > FETCH_LIMIT_BYTES:
+                    text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
+                    raise BadMessage(text, Fault.BAD_ANSWER)
+                take(piece)
+            reusable = head.persists and not (stream.buffer or decoder.until_close)
+        finally:
+            if not reusable or self._idle is not None:
+                stream.abort()
+        if reusable and self._idle is None:
+            self._idle, loop = stream, asyncio.get_running_loop()
+            self._expiry = loop.call_later(POOL_IDLE_S, self.close)
+        return head
+
+    async def _connect(self, deadline: float, timeout_s: float) -> ServerStream:
+        """A new connection.  Raises PeerGone."""
+        try:
+            async with within(deadline - asyncio.get_running_loop().time()):
+                return ServerStream(
+                    *await asyncio.open_connection(self.host, self.port, ssl=self.tls()))
+        except OSError as error:
+            raise connect_failure(error, timeout_s) from None
+
+    def _take_idle(self) -> ServerStream | None:
+        stream, self._idle = self._idle, None
+        if stream is not None and self._expiry is not None:
+            self._expiry.cancel()
+            if stream.is_silent():
+                return stream
+            stream.abort()
+        return None
+
+    def close(self) -> None:
+        if (stream := self._take_idle()) is not None:
+            stream.abort()
+
+
+AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is there
+AUTOPSY_PAUSE_S = 0.05  # one that is dying may still let in whom it does not hear
+
+
+async def is_dead(client: HttpClient) -> bool:
+    """Whether a server that has lost an answer is dead: it refuses connections, or its health path
+    says that it has no engine."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + AUTOPSY_S
+    while (left_s := deadline - loop.time()) > 0:
+        try:
+            status, _ = await client.fetch("/health", left_s)
+            return status == 503
+        except PeerGone as gone:
+            if gone.fault is not Fault.SERVER_GONE:
+                return gone.fault is Fault.CONNECT_FAILED
+            await asyncio.sleep(AUTOPSY_PAUSE_S)
+        except (BadMessage, TimeoutError):
+            break
+    return False
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  33  pool
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The connections to one server over which requests are passed on.
+
+Result = TypeVar("Result")
+
+
+class Pool(Upstream):
+    """The connections to one server: for requests, and a client for our own questions.  Idle ones
+    are kept for POOL_IDLE_S, a second less than vLLM keeps them, and the newest is used first.  It
+    is the sink of its idle wires: whatever a server says without being asked ends the connection.
+    """
+
+    def __init__(self, url: str, secrets: Secrets = Secrets(), name: str = "") -> None:
+        self.idle: dict[Wire, None] = {}
+        self.client = HttpClient(url, secrets, name)
+        super().__init__(url, secrets, name)
+
+    def equip(self, secrets: Secrets) -> None:
+        self.sees_client_keys = self.url not in secrets.strangers
+        self.client.equip(secrets)
+        super().equip(secrets)
+
+    async def acquire(self, connect_timeout_s: float, stale: Stale | None = None) -> Wire:
+        """An idle connection or a new one, which goes back to `keep`.  Who met a `stale` one gets
+        a new one; where there is none to be had, the server may have died of what was said.
+        Raises PeerGone."""
+        if stale is None and (wire := self._take_idle()) is not None:
+            return wire
+        try:
+            return await self.dial(connect_timeout_s)
+        except PeerGone as gone:
+            if stale is None:
+                raise
+            fault = Fault.SERVER_GONE if gone.fault is Fault.CONNECT_FAILED else gone.fault
+            raise PeerGone(f"{stale}; then: {gone}", fault) from None
+
+    async def talk(
+        self, exchange: Callable[[Wire], Awaitable[Result]], connect_timeout_s: float
+    ) -> Result:
+        """Have an exchange over a connection; again over a new one, if that was stale."""
+        stale: Stale | None = None
+        while True:
+            wire = await self.acquire(connect_timeout_s, stale)
+            try:
+                return await exchange(wire)
+            except Stale as gone:
+                stale = gone
+            finally:
+                self.keep(wire)
+
+    def _take_idle(self) -> Wire | None:
+        while self.idle:
+            wire, _ = self.idle.popitem()
+            wire.sink = None
+            if not (wire.gone or wire.transport.is_closing()):
+                wire.reused, wire.reusable = True, False
+                wire.taken_at = wire.loop.time()
+                return wire
+        return None
+
+    async def dial(self, timeout_s: float) -> Wire:
+        """A new connection.  Raises PeerGone."""
+        loop, tls = asyncio.get_running_loop(), self.tls()
+        try:
+            here = self.host in OWN_ADDRESSES and tls is None
+            if here and (sock := connect_locally(self.host, self.port)) is not None:
+                return (await loop.create_connection(lambda: Wire(Blame.SERVER), sock=sock))[1]
+            async with within(timeout_s):
+                return (await loop.create_connection(
+                    lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
+        except OSError as error:
+            raise connect_failure(error, timeout_s) from None
+
+    def keep(self, wire: Wire) -> None:
+        """For another exchange, if it may have one; otherwise it is ended at once, which tells
+        a vLLM that is still generating to stop."""
+        wire.feeder = wire.sink = None
+        good = wire.reusable and not (wire.gone or wire.buffer)
+        if not good or len(self.idle) >= POOL_IDLE_LIMIT:
+            wire.abort()
+            return
+        if wire.held:
+            wire.release()
+        wire.sink = self
+        wire.expect_by(wire.loop.time() + POOL_IDLE_S)
+        self.idle[wire] = None
+
+    def close(self) -> None:
+        self.client.close()
+        for wire in list(self.idle):
+            self.expired(wire)
+
+    def feed(self, wire: Wire, piece: Piece) -> None:
+        self.expired(wire)
+
+    def lost(self, wire: Wire) -> None:
+        self.idle.pop(wire, None)
+
+    def expired(self, wire: Wire) -> None:
+        self.idle.pop(wire, None)
+        wire.sink = None
+        wire.abort()
+
+
+# Of this machine, in every network.
+OWN_ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+
+
+def connect_locally(host: str, port: int) -> socket.socket | None:
+    """A connection within this machine, which stands without waiting: half the time of one that is
+    waited for.  None if it does not.  Raises OSError."""
+    sock = socket.socket(OWN_ADDRESSES[host], socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # it is only said to be on its way
+            sock.connect((host, port))
+        if sock.connect_ex((host, port)) in (0, errno.EISCONN):
+            return sock
+    except OSError:
+        sock.close()
+        raise
+    sock.close()
+    return None
+
+
 async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead, Length]:
     """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
     TimeoutError."""
@@ -9188,86 +9435,8 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
     return parse_response_head(raw)
 
 
-AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is there
-AUTOPSY_PAUSE_S = 0.05  # one that is dying may still let in whom it does not hear
-
-
-async def is_dead(pool: Pool) -> bool:
-    """Whether a server that has lost an answer is dead: it refuses connections, or its health path
-    says that it has no engine."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + AUTOPSY_S
-    while (left_s := deadline - loop.time()) > 0:
-        try:
-            status, _ = await fetch(pool, "/health", left_s)
-            return status == 503
-        except PeerGone as gone:
-            if gone.fault is not Fault.SERVER_GONE:
-                return gone.fault is Fault.CONNECT_FAILED
-            await asyncio.sleep(AUTOPSY_PAUSE_S)
-        except (BadMessage, TimeoutError):
-            break
-    return False
-
-
-async def read_final_head(wire: Wire) -> tuple[ResponseHead, Length]:
-    """The next head that is no 1xx, for who has a deadline of its own."""
-    for _ in range(INFORMATIONAL_LIMIT):
-        head, length = await read_response_head(wire, INFINITY)
-        if head.status >= 200:
-            break
-    return head, length
-
-
-async def ask(
-    pool: Pool, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
-) -> ResponseHead:
-    """GET something from a server, or POST some JSON, for the balancer's own use.  Each piece of
-    its content is taken as it comes.  Raises PeerGone, BadMessage, TimeoutError."""
-    request = f"{'GET' if content is None else 'POST'} {pool.prefix}{path} HTTP/1.1\r\n"
-    request += f"Host: {pool.authority}\r\nAccept: */*\r\n{pool.key_line}"
-    if pool.name:
-        request += f"Via: 1.1 {pool.name}\r\n"
-    if content is not None:
-        request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-
-    async def conversation(wire: Wire) -> ResponseHead:
-        wire.transport.write(f"{request}\r\n".encode("latin-1") + (content or b""))
-        head, length = await read_final_head(wire)
-        decoder, left_bytes = decoder_for(response_framing(head, length, "GET")), FETCH_LIMIT_BYTES
-        while not decoder.done:
-            piece = await wire.read_content(decoder, INFINITY)
-            left_bytes -= len(piece)
-            if left_bytes < 0:
-                text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
-                raise BadMessage(text, Fault.BAD_ANSWER)
-            take(piece)
-        wire.reusable = head.persists and not decoder.rest
-        return head
-
-    async with within(timeout_s):
-        return await pool.talk(conversation, timeout_s)
-
-
-async def fetch(
-    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
-) -> tuple[int, bytes]:
-    """The status and the whole content.  Raises what `ask` raises."""
-    pieces = list[bytes]()
-    head = await ask(pool, path, timeout_s, content, pieces.append)
-    return head.status, b"".join(pieces)
-
-
-async def fetch_members(
-    pool: Pool, path: str, timeout_s: float, content: bytes | None = None
-) -> tuple[int, dict[str, Any]]:
-    """The status, and the members of the JSON object.  Raises what `ask` raises."""
-    status, found = await fetch(pool, path, timeout_s, content)
-    return status, read_members(found, None)
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  pump
+#  34  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -9470,7 +9639,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  response
+#  35  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -9660,7 +9829,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  journal
+#  36  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -9979,7 +10148,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  terminal
+#  37  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -10322,7 +10491,7 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  core
+#  38  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -10406,8 +10575,7 @@ class Pools:
 
     def get(self, url: str) -> Pool:
         if url not in self.by_server:
-            self.by_server[url] = self.secrets.pool(url)
-            self.by_server[url].name = self.name
+            self.by_server[url] = Pool(url, self.secrets, self.name)
         return self.by_server[url]
 
     def adopt(self, secrets: Secrets) -> None:
@@ -10418,7 +10586,7 @@ class Pools:
     def equip(self, url: str) -> None:
         """A server's secrets may be others now."""
         if url in self.by_server:
-            self.secrets.equip(self.by_server[url], url)
+            self.by_server[url].equip(self.secrets)
 
     def keep(self, servers: Collection[str]) -> None:
         """Close the connections to all other servers."""
@@ -10659,7 +10827,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  conversation
+#  39  conversation
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -10880,7 +11048,7 @@ def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  exchange
+#  40  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
@@ -11421,7 +11589,7 @@ class Exchange:
         shown_500 = fault is Fault.SERVER_ERROR and self.response.status == 500
         event = fault is Fault.STREAM_FAILED and says_failure(said)
         unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
-        return unclear and await is_dead(self.core.pools.get(server_of(url)))
+        return unclear and await is_dead(self.core.pools.get(server_of(url)).client)
 
     def died(self, url: str, sent_at: float) -> int:
         """Book a server's death.  How many have died with this request, or with its content."""
@@ -11510,7 +11678,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  watch
+#  41  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -11532,7 +11700,7 @@ class Check(NamedTuple):
 
 
 async def check_server(
-    pool: Pool, timeout_s: float, want_health: bool, want_models: bool
+    client: HttpClient, timeout_s: float, want_health: bool, want_models: bool
 ) -> Check | None:
     """Ask /health, and /v1/models where there is no /health or models are wanted: a server becomes
     known with its models or not at all.  None when it could not be asked for a reason of ours."""
@@ -11540,14 +11708,14 @@ async def check_server(
     begun, has_health = loop.time(), False
     try:
         if want_health:
-            status, _ = await fetch(pool, "/health", timeout_s)
+            status, _ = await client.fetch("/health", timeout_s)
             has_health = status not in (404, 405)
             if has_health and not 200 <= status < 300:
-                return bad_check(pool, "/health", status, loop.time() - begun)
+                return bad_check(client, "/health", status, loop.time() - begun)
             if has_health and not want_models:
                 return Check(True, loop.time() - begun)
         seconds = loop.time() - begun
-        status, content = await fetch(pool, "/v1/models", timeout_s)
+        status, content = await client.fetch("/v1/models", timeout_s)
     except (PeerGone, BadMessage) as error:
         ours, seconds = error.fault is Fault.NO_RESOURCES, loop.time() - begun
         hung = error.fault is Fault.CONNECT_TIMEOUT
@@ -11555,16 +11723,16 @@ async def check_server(
     except TimeoutError:
         why, seconds = f"no answer to a check within {timeout_s:g} s", loop.time() - begun
         return Check(False, seconds, why, reached=True, hung=True)
-    models = model_list(content, pool.name) if status == 200 else None
+    models = model_list(content, client.name) if status == 200 else None
     if models is not None:
         return Check(True, seconds, "", models)
-    return bad_check(pool, "/v1/models", status, seconds)._replace(passed=has_health)
+    return bad_check(client, "/v1/models", status, seconds)._replace(passed=has_health)
 
 
-def bad_check(pool: Pool, path: str, status: int, seconds: float) -> Check:
+def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Check:
     """A check that was answered with something else than what is wanted."""
     why = f"{path} answered {status}" + " without a list of models" * (status == 200)
-    rejected = status in (401, 403) and pool.key_line != ""
+    rejected = status in (401, 403) and client.key_line != ""
     return Check(False, seconds, why, reached=status >= 500, rejected=rejected)
 
 
@@ -11575,14 +11743,14 @@ ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
 
 async def watch_health(core: Core, url: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
-    pool, loop = core.pools.get(url), asyncio.get_running_loop()
+    client, loop = core.pools.get(url).client, asyncio.get_running_loop()
     while True:
         s = core.settings
         active = s.enable_active_health_check
         want_models = core.fleet.models_due(url, loop.time(), s) or url in core.looks.wanted
         if active or want_models:
             begun = loop.time()
-            found = await check_server(pool, s.health_check_timeout, active, want_models)
+            found = await check_server(client, s.health_check_timeout, active, want_models)
             if core.process.stalled_at >= begun:  # then its time, and maybe its failure, was ours
                 continue
             if found is not None and found.models is not None:
@@ -11622,13 +11790,14 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
 
 async def watch_load(core: Core, url: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
-    pool, loop, agreed_at = core.pools.get(url), asyncio.get_running_loop(), dict[str, float]()
+    client, loop = core.pools.get(url).client, asyncio.get_running_loop()
+    agreed_at = dict[str, float]()
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
         trouble, begun, own = "", loop.time(), {v.url: v.in_flight for v in core.fleet.engines(url)}
         try:
-            status, page = await fetch(pool, "/metrics", max(1.0, 2 * interval_s))
+            status, page = await client.fetch("/metrics", max(1.0, 2 * interval_s))
             result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
                 result, trouble = "ok", ""
@@ -11671,14 +11840,14 @@ async def watch_progress(core: Core, url: str) -> None:
     views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
         if views[0].health.circuit(now) == "half-open":
-            if await engine_responds(core.pools.get(url), s.health_check_timeout):
+            if await engine_responds(core.pools.get(url).client, s.health_check_timeout):
                 core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
             else:
                 core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
     opens_at = views[0].health.open_until if views and views[0].open else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
-        well = await engine_responds(core.pools.get(url), s.health_check_timeout)
+        well = await engine_responds(core.pools.get(url).client, s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
         attempts = core.attempts.get(view.url, set())
@@ -11699,11 +11868,11 @@ async def watch_progress(core: Core, url: str) -> None:
                 attempt.give_up(even_begun=not view.healthy)
 
 
-async def engine_responds(pool: Pool, timeout_s: float) -> bool:
+async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
     """Whether a server's engine does the least that can be asked of it."""
     try:
         for path, content in ENGINE_PROBES:
-            status, _ = await fetch(pool, path, timeout_s, content)
+            status, _ = await client.fetch(path, timeout_s, content)
             if status < 400 or status >= 500:
                 return status < 400
     except (PeerGone, BadMessage, TimeoutError):
@@ -11790,7 +11959,7 @@ class SettingsFile:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  operations
+#  42  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -11858,7 +12027,7 @@ async def undrain_server(core: Core, server: str) -> dict[str, Any]:
 async def probe_server(core: Core, server: str) -> dict[str, Any]:
     """Check it now; a circuit that is open gets its trial.  Raises PeerGone."""
     s = core.settings
-    found = await check_server(core.pools.get(server), s.health_check_timeout, True, True)
+    found = await check_server(core.pools.get(server).client, s.health_check_timeout, True, True)
     now = asyncio.get_running_loop().time()
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
@@ -11879,7 +12048,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  endpoints
+#  43  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12063,7 +12232,7 @@ async def server_models(core: Core, asked: Asked) -> Reply:
 
 async def refresh_models(core: Core) -> None:
     urls, timeout_s = {v.server for v in core.fleet.views()}, core.settings.health_check_timeout
-    checks = (check_server(core.pools.get(url), timeout_s, False, True) for url in urls)
+    checks = (check_server(core.pools.get(url).client, timeout_s, False, True) for url in urls)
     for url, found in zip(urls, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
             core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
@@ -12150,7 +12319,7 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  front
+#  44  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12481,7 +12650,7 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  handover
+#  45  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12611,10 +12780,10 @@ def own_url(s: Settings, host: str, port: int) -> str:
 
 async def process_at(url: str) -> int:
     """The process of the balancer that listens there; 0 if none says so."""
-    with contextlib.closing(Pool(url)) as pool:
-        pool.context = server_context(ServerSettings("", verify=False)) if pool.tls else None
+    trusting = Secrets(Settings((ServerSettings(url, verify=url.startswith("http:")),)))
+    with contextlib.closing(HttpClient(url, trusting)) as client:
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-            status, found = await fetch_members(pool, "/version", 2.0)
+            status, found = await client.fetch_members("/version", 2.0)
             pid = found.get("pid") if status == 200 else None
             return pid if isinstance(pid, int) else 0
     return 0
@@ -12646,7 +12815,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  balancer
+#  46  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, follows the settings file, and
@@ -12942,7 +13111,7 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  page
+#  47  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13338,7 +13507,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  doctor
+#  48  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13373,30 +13542,30 @@ class Streamed(NamedTuple):
 
 async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
     """Ask one server for everything."""
-    pool, timeout_s = secrets.pool(server.url), settings.health_check_timeout
-    with contextlib.closing(pool):
-        check = await check_server(pool, timeout_s, True, True)
+    client, timeout_s = HttpClient(server.url, secrets), settings.health_check_timeout
+    with contextlib.closing(client):
+        check = await check_server(client, timeout_s, True, True)
         if check is None or not check.passed:
             why = check.why if check else "no file descriptors left"
             return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
         findings = list[Finding]()
         if check.models is None:
             findings.append(unusable_finding(server, check.why))
-        status, content = await asked(pool, "/version", timeout_s)
+        status, content = await asked(client, "/version", timeout_s)
         version = None
         with contextlib.suppress(BadMessage):
             version = read_members(content, None).get("version") if status == 200 else None
-        status, content = await asked(pool, "/metrics", timeout_s)
+        status, content = await asked(client, "/metrics", timeout_s)
         loads = engine_loads(content.decode("utf-8", "replace")) if status == 200 else {}
         findings += load_findings(server, status, loads)
         streamed = None
         if check.models:
             model, idle = next(iter(check.models)), is_idle(loads)
-            streamed = await stream_of(pool, model, timeout_s)
+            streamed = await stream_of(client, model, timeout_s)
             findings += stream_findings(streamed, timeout_s)
             if idle and came_at_once(streamed):  # once may be chance
-                streamed = await stream_of(pool, model, timeout_s)
-                status, content = await asked(pool, "/metrics", timeout_s)
+                streamed = await stream_of(client, model, timeout_s)
+                status, content = await asked(client, "/metrics", timeout_s)
                 if is_idle(engine_loads(content.decode("utf-8", "replace"))):
                     findings += buffered_findings(streamed)
     said = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
@@ -13406,10 +13575,10 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
     return Examined(True, "  ".join([*words, said]), findings, check.models)
 
 
-async def asked(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
-    """As `fetch`; status 0 for no answer."""
+async def asked(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """As `HttpClient.fetch`; status 0 for no answer."""
     try:
-        return await fetch(pool, path, timeout_s)
+        return await client.fetch(path, timeout_s)
     except (PeerGone, BadMessage, TimeoutError):
         return 0, b""
 
@@ -13417,7 +13586,7 @@ async def asked(pool: Pool, path: str, timeout_s: float) -> tuple[int, bytes]:
 STREAM_TOKENS = 16
 
 
-async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None:
+async def stream_of(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
     """Have some tokens streamed; None when there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}  # fmt: skip
@@ -13428,7 +13597,7 @@ async def stream_of(pool: Pool, model: str, timeout_s: float) -> Streamed | None
             came.append((clock().monotonic - begun, events))
 
     with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        head = await ask(pool, "/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
+        head = await client.ask("/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
         if not came:
             return Streamed(head.status)
         events = sum(count for _, count in came)
@@ -13565,7 +13734,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  demo
+#  49  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -13878,7 +14047,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  process
+#  50  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13951,24 +14120,24 @@ async def act_on_server(core: Core, action: Action) -> None:
 TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
 
 
-async def feed_screen(pool: Pool, sock: socket.socket) -> None:
+async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
     """Tells a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def tell() -> None:
         while True:
-            found, why = await answer_of(pool, "/status.json")
+            found, why = await answer_of(client, "/status.json")
             if not why and "totals" not in found:
                 why = "it is no balancer's status"
-            writer.write(json_line({"note": f"{pool.url}/status.json: {why}"} if why else
-                                   {"status": found | {"address": pool.url}}))  # fmt: skip
+            writer.write(json_line({"note": f"{client.url}/status.json: {why}"} if why else
+                                   {"status": found | {"address": client.url}}))  # fmt: skip
             await asyncio.sleep(STATUS_S)
 
     telling = asyncio.ensure_future(tell())
     while line := await reader.readline():
         if verb := (said := json.loads(line)).get("verb"):
             query = urllib.parse.urlencode({"url": server_of(said["url"])})
-            found, why = await answer_of(pool, f"/admin/servers/{verb}?{query}", b"")
+            found, why = await answer_of(client, f"/admin/servers/{verb}?{query}", b"")
             note = why or found.get("done") or found.get("why") or "passed"
             writer.write(json_line({"note": f"{verb}: {note}"}))
     telling.cancel()
@@ -13976,11 +14145,11 @@ async def feed_screen(pool: Pool, sock: socket.socket) -> None:
 
 
 async def answer_of(
-    pool: Pool, path: str, content: bytes | None = None
+    client: HttpClient, path: str, content: bytes | None = None
 ) -> tuple[dict[str, Any], str]:
     """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
     try:
-        status, found = await fetch_members(pool, path, TOP_TIMEOUT_S, content)
+        status, found = await client.fetch_members(path, TOP_TIMEOUT_S, content)
     except (PeerGone, BadMessage, TimeoutError) as error:
         return {}, str(error) or "no answer in time"
     error = found.get("error")
@@ -14067,7 +14236,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  command line
+#  51  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14318,11 +14487,11 @@ def run_top(args: argparse.Namespace) -> int:
     entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
              "verify": not args.insecure}  # fmt: skip
     settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
-    pool = Secrets(settings).pool(settings.servers[0].url)
+    client = HttpClient(settings.servers[0].url, Secrets(settings))
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return fail("top: expected a terminal")
     ours, theirs = socket.socketpair()
-    feed = threading.Thread(target=lambda: asyncio.run(feed_screen(pool, theirs)), daemon=True)
+    feed = threading.Thread(target=lambda: asyncio.run(feed_screen(client, theirs)), daemon=True)
     feed.start()
     with ours, contextlib.suppress(KeyboardInterrupt):
         if why := run_screen(ours, remote=True):

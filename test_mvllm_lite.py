@@ -5889,7 +5889,7 @@ async def test_the_status_document_has_its_stated_shape():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23 to 26 and 35  cells, screen, keys and terminal
+#  23 to 26 and 37  cells, screen, keys and terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -7362,7 +7362,7 @@ async def balancing(*asked, wait=True, servers=(), **settings):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30 to 38  a request on its way
+#  30 to 40  a request on its way
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -9462,10 +9462,9 @@ async def test_a_server_that_wants_a_certificate_of_ours_is_heard(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         served = asyncio.ensure_future(asyncio.to_thread(serve, listener))
         url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        pool = lite.Pool(url)
-        pool.context = lite.server_context(lite.ServerSettings(url, verify=False))
+        trusting = lite.Secrets(Settings((lite.ServerSettings(url, verify=False),)))
         with pytest.raises(lite.PeerGone, match="TLS: tlsv13 alert certificate required"):
-            await lite.fetch(pool, "/health", 5.0)
+            await lite.HttpClient(url, trusting).fetch("/health", 5.0)
         await served
 
 
@@ -10745,7 +10744,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  watch
+#  41  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 FAST = {"health_check_interval": 0.05, "metrics_interval": 0.05, "health_check_timeout": 0.3}
@@ -10920,7 +10919,7 @@ async def test_what_a_check_finds(page, passed, reached, hung):
     async with Server(**{"/health": page}) as server, balancing() as running:
         if page == "refused":
             await server.kill()
-        found = await lite.check_server(running.core.pools.get(server.url), 0.2, True, False)
+        found = await lite.check_server(running.core.pools.get(server.url).client, 0.2, True, False)
         assert (found.passed, found.reached, found.hung) == (passed, reached, hung)
 
 
@@ -11161,7 +11160,7 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  local
+#  43  local
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -11686,7 +11685,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42 and 44  balancer: settings that change, and stopping
+#  44 and 46  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -12111,7 +12110,7 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  page
+#  47  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
@@ -12319,7 +12318,7 @@ def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  doctor
+#  48  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -12466,7 +12465,7 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  demo
+#  49  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -12499,7 +12498,7 @@ async def test_a_simulated_server_speaks_as_vllm_does():
         text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"), AS_JSON)).json
         assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
         assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
-        page = (await lite.fetch(lite.Pool(one.url), "/metrics", 5))[1].decode()
+        page = (await lite.HttpClient(one.url).fetch("/metrics", 5))[1].decode()
         assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
 
 
@@ -12577,7 +12576,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  command line
+#  51  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
