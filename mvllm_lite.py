@@ -21,7 +21,7 @@ of itself and of earlier rooms only.
      4  forwarding    what an intermediary does to messages; responses of our own; CORS
      5  exposition    the Prometheus text format, read and written
      6  settings      all that can be set, each with its default, check and meaning
-     7  reading       from TOML to settings; complaints with file, line and key
+     7  settings file  from TOML to settings; complaints with file, line and key
      8  content       JSON and forms: where the members that matter stand
      9  prompts       how long a prompt is, and what of it each server has probably cached
     10  calls         which paths are passed on, and what a request wants: its model, a stream
@@ -56,17 +56,18 @@ of itself and of earlier rooms only.
     38  core          what the rooms below share: settings, fleet, ledger, pools
     39  conversation  one attempt: a request said to one server, its answer judged and passed on
     40  exchange      one request, from its head to its last byte
-    41  watch         health checks, load reports, the settings file
+    41  watch         health checks, load reports
     42  operations    what people have done to servers: drained, weighed, probed, added, removed
     43  endpoints     the paths that the balancer answers itself, in one table
     44  front         where clients come in: connections accepted, requests let in
     45  handover      one process takes over from another, without a gap
-    46  balancer      assembly: settings and roster adopted, running, draining, stopping
-    47  page          the same for a browser: one HTML string
-    48  doctor        what is amiss with servers and settings, and what to do about it
-    49  demo          simulated vLLM servers, so that everything runs on a laptop
-    50  process       signals, the terminal, systemd, limits of the system
-    51  command line  arguments, environment, logging, exit codes
+    46  following     the settings file, and the files that it names
+    47  balancer      assembly: settings and roster adopted, running, draining, stopping
+    48  page          the status for a browser: one HTML string
+    49  doctor        what is amiss with servers and settings, and what to do about it
+    50  demo          simulated vLLM servers, so that everything runs on a laptop
+    51  process       signals, the terminal, systemd, limits of the system
+    52  command line  arguments, environment, logging, exit codes
 
 A request walks through the rooms like this.  The `Front` (44) reads a head from the client's
 `Wire` (30) and parses it (2).  A local path is answered in room 43; everything else is an
@@ -1740,7 +1741,7 @@ SYNONYMS = {"capacity": "max_concurrent_requests"}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  reading
+#  7  settings file
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
@@ -1937,7 +1938,7 @@ class SettingsReader:
         elif path[-1] not in CONFIG_FIELDS and isinstance(found, (list, dict)):
             found = "a table" if isinstance(found, dict) else "another list"  # with keys in it
         what = "nothing" if found is None else str(found)[:80]
-        self.errors.append(self.place(path, f"found {what}, expected {expected}", origin))
+        self.errors.append(self.complaint_at(path, f"found {what}, expected {expected}", origin))
 
     def warn_unknown(self, table: Iterable[str], known: Iterable[str], path: Path) -> None:
         for key in sorted(set(table) - set(known)):
@@ -1946,9 +1947,9 @@ class SettingsReader:
                 text = f"ignored: {OLD_KEYS[key]}"
             elif key in CONFIG_FIELDS:
                 text = "ignored here: it belongs into [config]"
-            self.warnings.append(self.place((*path, key), text))
+            self.warnings.append(self.complaint_at((*path, key), text))
 
-    def place(self, path: Path, text: str, origin: str = "") -> Complaint:
+    def complaint_at(self, path: Path, text: str, origin: str = "") -> Complaint:
         """A complaint that says where its key stands, like `servers.toml:12: servers[2].url`."""
         key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path)
         if self.bare is None:
@@ -11682,9 +11683,7 @@ class Exchange:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
-# and one that reads its load, so that a hanging server makes nobody else's numbers old.  And the
-# settings file is read again and again: it is a few kB, which is cheaper than being clever about
-# times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
+# and one that reads its load, so that a hanging server makes nobody else's numbers old.
 
 
 class Check(NamedTuple):
@@ -11918,46 +11917,6 @@ class Watchers:
                 task.cancel()
 
 
-class SettingsFile:
-    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.held: bytes | str = ""
-
-    def text(self) -> str:
-        """What the file holds now.  Raises SettingsError."""
-        return self._decoded(read_regular_file(self.path))
-
-    async def changed(self) -> str | None:
-        """What the file holds, if that is new; two looks must agree, because the first may fall
-        between an editor's truncating and its writing.  Raises SettingsError, once for each
-        trouble."""
-        try:
-            found = read_regular_file(self.path)
-            while found != self.held:
-                await asyncio.sleep(SETTLE_S)
-                if found == (again := read_regular_file(self.path)):
-                    break
-                found = again
-        except SettingsError as error:
-            if self.held == str(error):
-                return None
-            self.held = str(error)
-            raise
-        if found == self.held:
-            return None
-        self.held = found
-        return self._decoded(found)
-
-    def _decoded(self, found: bytes) -> str:
-        try:
-            return found.decode("utf-8-sig")  # some editors begin a file with a mark
-        except UnicodeDecodeError as error:
-            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
-            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  42  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -12148,14 +12107,22 @@ def clock() -> Clock:
     return Clock(asyncio.get_running_loop().time(), time.time())
 
 
-@endpoint("/")
-async def service(core: Core, asked: Asked) -> Reply:
-    return as_json(service_report())
+async def as_document(make: Callable[[Core], Any], core: Core, asked: Asked) -> Reply:
+    return as_json(make(core))
 
 
-@endpoint("/version")
-async def version(core: Core, asked: Asked) -> Reply:
-    return as_json({"version": __version__, "pid": os.getpid()})
+DOCUMENTS: dict[str, Callable[[Core], Any]] = {
+    "/": lambda core: service_report(),
+    "/version": lambda core: {"version": __version__, "pid": os.getpid()},
+    "/health": lambda core: health_report(core.fleet.views(), core.settings, clock()),
+    "/load-stats": lambda core: load_report(
+        core.fleet.views(clock().monotonic), core.settings, clock(), core.roster.entries)
+        | {"queue": {"length": len(core.queue), "size": core.settings.queue_size,
+                     "longest_wait_s": core.queue.longest_wait_s(clock().monotonic)}},
+    "/status.json": lambda core: core.status(),
+}  # fmt: skip
+ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make))}
+              for path, make in DOCUMENTS.items()}  # fmt: skip
 
 
 @endpoint("/liveness", "/ping", kind=Kind.PROBE)
@@ -12169,21 +12136,6 @@ async def readiness(core: Core, asked: Asked) -> Reply:
     return as_json(document, status)
 
 
-@endpoint("/health")
-async def health(core: Core, asked: Asked) -> Reply:
-    return as_json(health_report(core.fleet.views(), core.settings, clock()))
-
-
-@endpoint("/load-stats")
-async def load_stats(core: Core, asked: Asked) -> Reply:
-    now, queue = clock(), core.queue
-    waiting = {"length": len(queue), "size": core.settings.queue_size,
-               "longest_wait_s": queue.longest_wait_s(now.monotonic)}  # fmt: skip
-    views = core.fleet.views(now.monotonic)
-    report = load_report(views, core.settings, now, core.roster.entries)
-    return as_json(report | {"queue": waiting})
-
-
 @endpoint("/explain")
 async def explain(core: Core, asked: Asked) -> Reply:
     """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
@@ -12194,11 +12146,6 @@ async def explain(core: Core, asked: Asked) -> Reply:
     text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
             f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
     return Reply(404, error_body(Fault.NOT_SERVED, text))
-
-
-@endpoint("/status.json")
-async def status(core: Core, asked: Asked) -> Reply:
-    return as_json(core.status())
 
 
 STATUS_S = 1.0  # between two events of /status/events
@@ -12815,12 +12762,139 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  balancer
+#  46  following
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Assembly: opens the front, keeps every server's watchers running, follows the settings file, and
-# stops without cutting answers short.
+# The settings file is read again and again: it is a few kB, which is cheaper than being clever
+# about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
 
+
+class SettingsFile:
+    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.held: bytes | str = ""
+
+    def text(self) -> str:
+        """What the file holds now.  Raises SettingsError."""
+        return self._decoded(read_regular_file(self.path))
+
+    async def changed(self) -> str | None:
+        """What the file holds, if that is new; two looks must agree, because the first may fall
+        between an editor's truncating and its writing.  Raises SettingsError, once for each
+        trouble."""
+        try:
+            found = read_regular_file(self.path)
+            while found != self.held:
+                await asyncio.sleep(SETTLE_S)
+                if found == (again := read_regular_file(self.path)):
+                    break
+                found = again
+        except SettingsError as error:
+            if self.held == str(error):
+                return None
+            self.held = str(error)
+            raise
+        if found == self.held:
+            return None
+        self.held = found
+        return self._decoded(found)
+
+    def _decoded(self, found: bytes) -> str:
+        try:
+            return found.decode("utf-8-sig")  # some editors begin a file with a mark
+        except UnicodeDecodeError as error:
+            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
+            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
+
+
+class Follower:
+    """Takes over what the settings file holds anew, and the keys and certificates that it names.
+    What cannot be used is said once, and changes nothing."""
+
+    def __init__(
+        self, core: Core, path: str, overrides: Overrides,
+        adopt: Callable[[Settings, Secrets], None], adopt_secrets: Callable[[Secrets], None],
+    ) -> None:  # fmt: skip
+        self.core, self.overrides = core, overrides
+        self.file = SettingsFile(path) if path else None
+        self._adopt, self._adopt_secrets = adopt, adopt_secrets
+        self._look_now = asyncio.Event()
+        self._secrets_error = ""
+
+    def look_now(self) -> None:
+        self._look_now.set()
+
+    async def follow(self) -> None:
+        """Look at the files after a while, or at once when told to `look_now`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.core.settings.config_reload_interval):
+                await self._look_now.wait()
+        asked = self._look_now.is_set()
+        self._look_now.clear()
+        self.look_at_secrets()
+        if self.file is not None:
+            await self.look(self.file, asked)
+        elif asked:
+            log.info("there is no settings file to look at")
+
+    def look_at_secrets(self) -> None:
+        known = self.core.pools.secrets
+        try:
+            secrets = Secrets(self.core.settings, known)
+        except SettingsError as error:
+            if str(error) != self._secrets_error:
+                log.error("keys and certificates stay as they were:\n%s", error)
+            self._secrets_error = str(error)
+            return
+        self._secrets_error = ""
+        if secrets.files != known.files:
+            log.info("keys or certificates have changed")
+            self._adopt_secrets(secrets)
+
+    async def look(self, file: SettingsFile, asked: bool) -> None:
+        """Who `asked` for a look is answered in any case."""
+        core, this, old = self.core, self.core.process, self.core.settings
+        refused = this.settings_error
+        try:
+            if (text := await file.changed()) is None:
+                if asked:
+                    unchanged = f"{len(old.servers)} servers, nothing changed"
+                    log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
+                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
+                return
+            settings, warnings = parse_settings(text, file.path, self.overrides)
+            secrets = Secrets(settings, core.pools.secrets)
+        except SettingsError as error:
+            this.settings_error = str(error)
+            core.ledger.reloads.add("refused")
+            log.error("the settings stay as they were:\n%s", error)
+            return
+        for warning in warnings:
+            log.warning("%s", warning)
+        if refused:
+            log.info("the settings file can be used again")
+        this.settings_error = ""
+        if settings != old:
+            core.ledger.reloads.add("applied")
+            this.reloaded_at = asyncio.get_running_loop().time()
+            known = core.roster.entries.keys()
+            self._adopt(settings, secrets)
+            now = core.roster.entries.keys()
+            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
+            words = [counts, changes_line(old, settings)]
+            log.info("new settings: %s", "; ".join(filter(None, words)))
+        elif asked:
+            log.info("new settings: %d servers, nothing changed", len(settings.servers))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  47  balancer
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
+# over by their owners, and stops without cutting answers short.
 
 
 class Balancer:
@@ -12833,17 +12907,14 @@ class Balancer:
     ) -> None:  # fmt: skip
         self.core = Core(settings, random.Random())
         self.inherited = inherited or {}
-        self.file = SettingsFile(path) if path else None
-        self.overrides = overrides or {}
+        self.follower = Follower(
+            self.core, path, overrides or {}, self.adopt, self.adopt_secrets)
         self.port = self.operator_port = 0  # those it listens on
         self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self.handover = Handover(self.core)
         self._handing_over: asyncio.Task[None] | None = None
-        self._look_now = asyncio.Event()
-        self._secrets_error = ""
-        self._shape_file = ""
         self._roster: Mapping[str, Entry] = {}  # that was adopted
         self._front: Front = None  # type: ignore[assignment]  # while it runs
         self._watchers: Watchers = None  # type: ignore[assignment]  # while it runs
@@ -12872,7 +12943,8 @@ class Balancer:
             self.adopt(core.settings, secrets)
             if not core.keys.required:
                 log.info("%s", open_line(core.settings))
-            follower = self._tasks.create_task(guarded(core, "following the file", self.follow))
+            follower = self._tasks.create_task(
+                guarded(core, "following the file", self.follower.follow))
             pulse = self._tasks.create_task(guarded(core, "the pulse", self.pulse))
             self._front = Front(
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
@@ -12918,8 +12990,9 @@ class Balancer:
         except (OSError, UnicodeError) as error:
             reason = error_text(error) if isinstance(error, OSError) else str(error)
             keys = (f"{prefix}host", f"{prefix}port")
-            given = [self.overrides[key][1] for key in keys if key in self.overrides]
-            origin = ", ".join(given) or (self.file.path if self.file else "defaults")
+            file, overrides = self.follower.file, self.follower.overrides
+            given = [overrides[key][1] for key in keys if key in overrides]
+            origin = ", ".join(given) or (file.path if file else "defaults")
             text = f"cannot listen on {host}:{port}: {reason}"
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
 
@@ -12986,75 +13059,6 @@ class Balancer:
                 self.core.ledger.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
-    # Settings.
-
-    async def follow(self) -> None:
-        """Look at the settings file after a while, or at once when told to `look_now`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.core.settings.config_reload_interval):
-                await self._look_now.wait()
-        asked = self._look_now.is_set()
-        self._look_now.clear()
-        self.look_at_secrets()
-        if self.file is not None:
-            await self.look(self.file, asked)
-        elif asked:
-            log.info("there is no settings file to look at")
-
-    def look_at_secrets(self) -> None:
-        """Take over keys and certificates whose files have changed."""
-        core = self.core
-        try:
-            secrets = Secrets(core.settings, core.pools.secrets)
-        except SettingsError as error:
-            if str(error) != self._secrets_error:
-                log.error("keys and certificates stay as they were:\n%s", error)
-            self._secrets_error = str(error)
-            return
-        self._secrets_error = ""
-        if secrets.files != core.pools.secrets.files:
-            log.info("keys or certificates have changed")
-            self.adopt_secrets(secrets)
-
-    def look_now(self) -> None:
-        self._look_now.set()
-
-    async def look(self, file: SettingsFile, asked: bool) -> None:
-        """Take over what the file holds, if that is new and can be used.  Who asked for a look is
-        answered in any case."""
-        core, old, refused = self.core, self.core.settings, self.core.process.settings_error
-        try:
-            text = await file.changed()
-            if text is None:
-                if asked:
-                    unchanged = f"{len(old.servers)} servers, nothing changed"
-                    log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
-                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
-                return
-            settings, warnings = parse_settings(text, file.path, self.overrides)
-            secrets = Secrets(settings, core.pools.secrets)
-        except SettingsError as error:
-            core.process.settings_error = str(error)
-            core.ledger.reloads.add("refused")
-            log.error("the settings stay as they were:\n%s", error)
-            return
-        for warning in warnings:
-            log.warning("%s", warning)
-        if refused:
-            log.info("the settings file can be used again")
-        core.process.settings_error = ""
-        if settings != old:
-            core.ledger.reloads.add("applied")
-            core.process.reloaded_at = asyncio.get_running_loop().time()
-            known = core.roster.entries.keys()
-            self.adopt(settings, secrets)
-            now = core.roster.entries.keys()
-            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
-            words = [counts, changes_line(old, settings)]
-            log.info("new settings: %s", "; ".join(filter(None, words)))
-        elif asked:
-            log.info("new settings: %d servers, nothing changed", len(settings.servers))
-
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
         """Make these the settings in force: each owner takes over what is its own.  Requests that
         are under way keep those that they came under."""
@@ -13063,7 +13067,10 @@ class Balancer:
         core.clients.limit = min(settings.max_connections, descriptors_allow())
         core.clients.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)
-        self.adopt_shape_file(settings.shape_file)
+        if settings.shape_file != old.shape_file or (settings.shape_file and core.shape is None):
+            if core.shape is not None:  # which may take a second
+                asyncio.get_running_loop().run_in_executor(None, core.shape.stop)
+            core.shape = shape_writer(settings.shape_file) if settings.shape_file else None
         core.roster.define(Source.FILE, settings.servers)
         self.adopt_secrets(secrets or Secrets(settings, core.pools.secrets))
         if old.keys and not settings.keys:
@@ -13102,16 +13109,9 @@ class Balancer:
         core.looks.keep(servers)
         core.news.notify()
 
-    def adopt_shape_file(self, path: str) -> None:
-        if path != self._shape_file:
-            if self.core.shape is not None:  # which may take a second
-                asyncio.get_running_loop().run_in_executor(None, self.core.shape.stop)
-            self._shape_file = path
-            self.core.shape = shape_writer(path) if path else None
-
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  page
+#  48  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13507,7 +13507,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  doctor
+#  49  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13734,7 +13734,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  demo
+#  50  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14047,7 +14047,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  process
+#  51  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14166,7 +14166,7 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, balancer.look_now)
+    loop.add_signal_handler(signal.SIGHUP, balancer.follower.look_now)
     balancer.handover.taken_back = notify_ready
     if upgradable:
         command = [sys.executable, *sys.orig_argv[1:]]
@@ -14236,7 +14236,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  command line
+#  52  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be

@@ -2391,7 +2391,7 @@ def test_no_key_goes_on_from_another_s_response_over_an_upgraded_connection(path
 def test_a_key_allows_so_many_requests_at_once():
     gate, key = gate_with(max_requests=2)
     assert [gate.admit(key, None, 0.0) for _ in range(2)] == [None, None]
-    assert gate.admit(key, None, 0.0)[::2] == (Fault.RATE_LIMITED, 1)
+    assert gate.admit(key, None, 0.0)[:3:2] == (Fault.RATE_LIMITED, 1)
     gate.release(key)
     assert gate.admit(key, None, 0.0) is None
 
@@ -2399,7 +2399,7 @@ def test_a_key_allows_so_many_requests_at_once():
 def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
     gate, key = gate_with(requests_per_second=0.5)
     assert gate.admit(key, None, 100.0) is None
-    assert gate.admit(key, None, 100.5)[::2] == (Fault.RATE_LIMITED, 2)
+    assert gate.admit(key, None, 100.5)[:3:2] == (Fault.RATE_LIMITED, 2)
     gate.adopt([(key, "sk-new")])
     assert gate.admit(key, None, 101.5) is not None and gate.admit(key, None, 102.0) is None
     gate, key = gate_with(requests_per_second=10)
@@ -11456,7 +11456,7 @@ async def test_a_server_that_came_over_http_gets_no_key_but_its_own(settings, sh
             assert (await client.post("/admin/servers", json.dumps(entry).encode(),
                                       [*said, *AS_JSON])).status == 200
         await running.until(lambda: running.states() == ["healthy"] * 3)
-        running.balancer.look_at_secrets()
+        running.balancer.follower.look_at_secrets()
         while not (ours.asked and added.asked and keyed.asked):
             assert (await client.post(fields=[*said, "x-api-key: k"])).status == 200
     by_server = [{(asked.get(name) or [""])[0] for asked in server.asked} for server, name in (
@@ -11685,7 +11685,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44 and 46  balancer: settings that change, and stopping
+#  44 and 47  balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -11802,11 +11802,11 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
 async def test_a_mistake_while_following_the_file_does_not_end_it(tmp_path):
     path = tmp_path / "servers.toml"
     async with Server() as server, following(path, server, health_check_interval=0.05) as running:
-        running.balancer.overrides = {"port": 5}  # nothing that can be unpacked
+        running.balancer.follower.overrides = {"port": 5}  # nothing that can be unpacked
         path.write_text(settings_text(server, max_retries=5))
         while not await running.metric("mvllm_internal_errors_total"):
             await asyncio.sleep(0.01)
-        running.balancer.overrides = {}
+        running.balancer.follower.overrides = {}
         path.write_text(settings_text(server, max_retries=6))
         while running.core.settings.max_retries != 6:
             await asyncio.sleep(0.01)
@@ -11984,7 +11984,7 @@ async def test_a_key_for_all_servers_is_for_those_that_the_settings_name():
             got = await client.post("/admin/servers", entry, ["Content-Type: application/json"])
             assert got.status == 200
             await running.until(lambda: running.states() == ["healthy"] * 3)
-            running.balancer.look_at_secrets()
+            running.balancer.follower.look_at_secrets()
             for _ in range(6):
                 assert (await client.post(body=CHAT, fields=bearer("sk-client"))).status == 200
     said = [{tuple(asked.get("authorization")) for asked in server.asked} for server in (plain, own, added)]
@@ -12110,7 +12110,7 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  page
+#  48  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
@@ -12318,7 +12318,7 @@ def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  doctor
+#  49  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
@@ -12465,7 +12465,7 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  demo
+#  50  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 TINY = lite.Simulated(2, 0.001, 1e6)
@@ -12576,7 +12576,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  command line
+#  52  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
