@@ -183,6 +183,8 @@ WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, wi
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
 HEAD_KEPT_BYTES = 2048  # of those that are no longer than this;
 TEXT_KEPT_BYTES = 200  # and as many short texts, with what is made of them
+FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101,
+LINE_BYTES = 300  # and what holding one takes beside its characters
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
 CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
 PLAUSIBLE_TOKENS = 1e9
@@ -513,7 +515,7 @@ class RequestHead:
     @functools.cached_property
     def held_bytes(self) -> int:
         """What holding it costs; nothing of a short one, of which there are few."""
-        size = sum(len(name) + len(value) for _, name, value in self.fields.lines)
+        size = sum(LINE_BYTES + len(name) + len(value) for _, name, value in self.fields.lines)
         size += len(self.path) + len(self.query or "")
         return size if size > HEAD_KEPT_BYTES else 0
 
@@ -635,6 +637,9 @@ def parse_fields(block: str, fault: Fault) -> Fields:
         bad = next(line for line in block.split("\r\n") if not FIELD_LINE.fullmatch(line))
         raise BadMessage(f"a field line is {shown(bad)}, expected 'Name: value' without control"
                          " characters, folding or a space before the colon", fault)  # fmt: skip
+    if block.count("\n") > FIELDS_LIMIT:
+        text = f"the head has more than {FIELDS_LIMIT} field lines"
+        raise BadMessage(text, fault if fault is Fault.BAD_ANSWER else Fault.HEAD_TOO_LARGE)
     lines, values = [], dict[str, str]()
     for line in block.split("\r\n")[:-1]:
         name, _, value = line.partition(":")
@@ -3742,9 +3747,11 @@ def unasked(v: Visit) -> Refusal | None:
 
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
-# Fields by which proxies tell of others; beside all that begin with x-forwarded-.
-PROXY_SIGNS = ("via", "forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip",
-               "cdn-loop")  # fmt: skip
+# Fields by which proxies, tunnels and clouds tell of others.
+PROXY_SIGN = re.compile(
+    r"via|(?:x-)?forwarded(?:-.+)?|x-(?:original|envoy|azure|appengine|arr|cluster|proxy)[a-z]*-.+"
+    r"|(?:x-)?(?:real|client|true-client|remote|originating)-(?:ip|addr)|(?:cf|fastly|ngrok)-.+"
+    r"|tailscale-.+|x-amzn-trace-id|cdn-loop")
 STRANGERS = ("a proxy on this machine passes on requests of others (it says %s): what is for this"
              " machine only is closed to them. If it says in X-Forwarded-For who asks, name it in"
              " trusted_proxies")  # fmt: skip
@@ -3753,7 +3760,7 @@ STRANGERS = ("a proxy on this machine passes on requests of others (it says %s):
 def remote(v: Visit) -> Refusal | None:
     """Why who asks is nobody on this machine, who asks by a local name."""
     fields, why, warning = v.head.fields, "", ""
-    signs = [key for key in fields.values if key in PROXY_SIGNS or key.startswith("x-forwarded-")]
+    signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
     if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
         why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
     elif signs and not v.is_trusted:
@@ -8473,7 +8480,7 @@ class Wire(asyncio.BufferedProtocol):
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
-        "_waiter", "_reads", "_timer", "_timer_at",
+        "_waiter", "_reads", "_timer", "_timer_at", "at_once",
     )  # fmt: skip
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
@@ -8504,6 +8511,7 @@ class Wire(asyncio.BufferedProtocol):
         self.sock: socket.socket | None = None  # where one may be written to beside the transport
         self._waiter: asyncio.Future[None] | None = None
         self._reads = False  # who waits, and will take what comes
+        self.at_once = RECEIVED  # where what is read at once is put
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = INFINITY
 
@@ -8518,7 +8526,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self.side is Blame.SERVER:
-            return RECEIVED
+            return self.at_once
         return RECEIVED[: max(1, self.wanted + self.most - len(self.buffer))]
 
     def buffer_updated(self, size: int) -> None:
@@ -9448,6 +9456,9 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 
 
+TINY_CHUNKS_BYTES = 16 * 1024  # of a piece's framing; taking it apart takes some ms
+
+
 class Pump:
     """Moves an answer's content from a server to the client: the sink of the server's wire.
 
@@ -9512,6 +9523,8 @@ class Pump:
             self.sent_bytes += len(content)
             if self.chunked:
                 out = data if decoder.verbatim else encode_chunk(content)
+        if len(data) - len(content) > TINY_CHUNKS_BYTES:  # others have their turn between them
+            wire.at_once = RECEIVED[:TINY_CHUNKS_BYTES]
         wire.deadline = now + self._look_s
         if decoder.done:
             self._finish(bytes(out))

@@ -460,6 +460,20 @@ def test_each_byte_of_a_head_is_looked_at_once():
     assert Counting.looked < 10 * len(come)
 
 
+def test_a_head_has_so_many_lines_and_counts_for_what_holding_it_takes():
+    lines = b"A: b\r\n" * (lite.FIELDS_LIMIT - 1)
+    asks, says = b"GET / HTTP/1.1\r\nHost: a\r\n", b"HTTP/1.1 200 OK\r\nHost: a\r\n"
+    head, _ = lite.parse_request_head(asks + lines + b"\r\n")
+    assert head.held_bytes > 300 * lite.FIELDS_LIMIT
+    assert lite.parse_response_head(says + lines + b"\r\n")[0].status == 200
+    with pytest.raises(lite.BadMessage) as refused:
+        lite.parse_request_head(asks + lines + b"C: d\r\n\r\n")
+    assert refused.value.fault is Fault.HEAD_TOO_LARGE
+    with pytest.raises(lite.BadMessage) as refused:
+        lite.parse_response_head(says + lines + b"C: d\r\n\r\n")
+    assert refused.value.fault is Fault.BAD_ANSWER
+
+
 def proxied(family, addresses, command=0x21, tlv=b""):
     return lite.PROXY_SIGNATURE + bytes((command, family)) + struct.pack("!H", len(addresses + tlv)) + addresses + tlv
 
@@ -2463,6 +2477,13 @@ LOCALLY = table(
     ("any proxy's", "Host: localhost\nVia: 1.1 varnish", {}, 403),
     ("one that tells little", "Host: localhost\nX-Forwarded-Proto: https", {}, 403),
     ("a tunnel's", "Host: localhost\nCF-Connecting-IP: 9.9.9.9", {}, 403),
+    *((name, f"Host: localhost\n{name}: x", {}, 403) for name in (
+        "X-Cluster-Client-IP", "X-Original-Forwarded-For", "X-Envoy-External-Address",
+        "X-Azure-ClientIP", "Fastly-Client-IP", "X-ProxyUser-IP", "X-Forwarded", "Forwarded-For",
+        "X-Client-IP", "True-Client-IP", "Tailscale-User-Login", "CDN-Loop", "X-Amzn-Trace-Id",
+        "X-Remote-Addr")),
+    ("a page's own", "Host: localhost\nX-Requested-With: a\nX-Trace-Id: a\nX-Request-Id: b", {},
+     200),
     ("our proxy speaks for us", "Host: localhost\nX-Forwarded-For: 127.0.0.1", OURS, 200),
     ("for a stranger", "Host: localhost\nX-Forwarded-For: 9.9.9.9", OURS, 403),
     ("for a stranger who lies", "Host: localhost\nX-Forwarded-For: 127.0.0.1, 9.9.9.9", OURS, 403),
@@ -7727,6 +7748,29 @@ async def test_nothing_is_written_behind_a_gap():
         assert b"B" not in got
         pump.done.cancel()
         server.abort()
+
+
+@pytest.mark.parametrize("content, at_once", [(b"x", 16 * 1024), (b"x" * 200, 256 * 1024)])
+@asynchronous
+async def test_a_server_that_says_little_in_each_chunk_is_heard_a_little_at_a_time(content, at_once):
+    read, go = [], asyncio.Event()
+
+    async def tiny(asked, conn):
+        await conn.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(content))
+        await go.wait()
+        await conn.send(chunk(content) * (400_000 // len(chunk(content))) + b"0\r\n\r\n")
+
+    async with balancing(Server(tiny)) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/x", b"{}")
+        await client.reader.readuntil(b"x\r\n")
+        ((attempt,),) = running.core.attempts.values()
+        pump = attempt.pump
+        go.set()
+        while not pump.done.done():
+            read.append(len(pump.server.get_buffer(-1)))
+            await asyncio.sleep(0)
+        assert read[-1] == at_once
 
 
 @pytest.mark.parametrize("coding, pack", table(
