@@ -54,35 +54,37 @@ of itself and of earlier rooms only.
     36  journal       lines for readers that may be slow: the log, the shape of the traffic
     37  terminal      the screen onto a terminal, in a process that nothing waits for
     38  core          what the rooms below share: settings, fleet, ledger, pools
-    39  conversation  one attempt: a request said to one server, its answer judged and passed on
-    40  exchange      one request, from its head to its last byte
-    41  watch         health checks, load reports
-    42  operations    what people have done to servers: drained, weighed, probed, added, removed
-    43  endpoints     the paths that the balancer answers itself, in one table
-    44  front         where clients come in: connections accepted, requests let in
-    45  handover      one process takes over from another, without a gap
-    46  following     the settings file, and the files that it names
-    47  balancer      assembly: settings and roster adopted, running, draining, stopping
-    48  page          the status for a browser: one HTML string
-    49  doctor        what is amiss with servers and settings, and what to do about it
-    50  demo          simulated vLLM servers, so that everything runs on a laptop
-    51  process       signals, the terminal, systemd, limits of the system
-    52  command line  arguments, environment, logging, exit codes
+    39  intake        a request's content: gathered, decoded, held as long as it is needed
+    40  attempt       a request said to one server; its answer judged and passed on
+    41  case          whose failure it was: suspects, deaths, content that is held off
+    42  exchange      one request, from its head to its last byte
+    43  watch         health checks, load reports
+    44  operations    what people have done to servers: drained, weighed, probed, added, removed
+    45  endpoints     the paths that the balancer answers itself, in one table
+    46  front         where clients come in: connections accepted, requests let in
+    47  handover      one process takes over from another, without a gap
+    48  following     the settings file, and the files that it names
+    49  balancer      assembly: settings and roster adopted, running, draining, stopping
+    50  page          the status for a browser: one HTML string
+    51  doctor        what is amiss with servers and settings, and what to do about it
+    52  demo          simulated vLLM servers, so that everything runs on a laptop
+    53  process       signals, the terminal, systemd, limits of the system
+    54  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (44) reads a head from the client's
-`Wire` (30) and parses it (2).  A local path is answered in room 43; everything else is an
+A request walks through the rooms like this.  The `Front` (46) reads a head from the client's
+`Wire` (30) and parses it (2).  A local path is answered in room 45; everything else is an
 `Exchange` (40): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
 `Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  A
-`Conversation` (39) with that server holds the answer back until it is certain that it is one, and
+names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  An
+`Attempt` (39) at that server holds the answer back until it is certain that it is one, and
 then commits: the `Response` (35) begins, and a `Pump` (34) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
 frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan*
-yields *steps* and is told the *outcome* of each.  An *errand* is a request ready to be said, a
-*conversation* is one attempt at it.  A *lease* counts a request in flight, in its server's *place*.
+yields *steps* and is told the *outcome* of each.  An *attempt* is a request said to one server.
+A *lease* counts a request in flight at its server.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
 """
 
@@ -2744,6 +2746,48 @@ def is_true(said: Any) -> bool:
 def wants_explanation(head: RequestHead) -> bool:
     """Whether the request is not to be sent to a server: only where it would go is asked."""
     return head.method == "POST" and head.path == "/explain"
+
+
+@remembered
+def asks_why(fields: Fields) -> bool:
+    """Whether the client asks why its server was chosen."""
+    return fields.get("x-mvllm-why").lower() in ("1", "true", "yes")
+
+
+class HeldContent:
+    """A request's content as long as it may have to be said again."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+
+
+class OutboundRequest(NamedTuple):
+    """A request as it is said to a server.  Several can be made of one client's, with other
+    content (see `splice`), fields or path."""
+
+    head: RequestHead  # the client's: its method, query and protocol
+    path: str  # behind a server's prefix
+    fields: str  # lines for any server
+    key_lines: str  # the client's key, for servers that have none of their own
+    body: HeldContent
+    framed: bool  # the length of its content is said, also of none
+    infers: bool  # it wants something of an engine
+    searches: bool  # for the server that has what is asked for
+    asked_at: float  # when it was understood, on the loop's clock
+    model_label: str
+
+    def encode_head(self, prefix: str, authority: str, key_line: str, rank: str) -> bytes:
+        """The head for one server, or for its engine of that rank."""
+        size = len(self.body.content) if self.body.content or self.framed else None
+        fields = self.fields + key_line
+        if rank:
+            fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {rank}\r\n"
+        return forward_request(self.head, prefix + self.path, authority, fields, size)
+
+
+RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
 
 
 def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
@@ -5619,15 +5663,30 @@ class Outcome(NamedTuple):
     text: str = ""
     committed: bool = False  # the client has seen a part of the answer
     held: Held | None = None
-    place: str = ""  # of Wait: the server that has one now
+    lease: Lease | None = None  # of Queue: with the server that has room now,
+    ranking: Ranking | None = None  # and why it is that one
     deaths: int = 0  # of Relay: how many servers have died with that content, this one, too
 
 
 class Relay(NamedTuple):
-    """Ask this server and, if its answer is one, pass it to the client."""
+    """Ask the server that the ranking names best and, if its answer is one, pass it to the client.
+    Its lease is there already if it was waited for."""
 
-    url: str
-    attempt: int
+    request: OutboundRequest
+    ranking: Ranking
+    lease: Lease | None
+    attempt: int  # from 1
+
+    @property
+    def server(self) -> str:
+        assert self.ranking.best is not None
+        return self.ranking.best
+
+    @property
+    def has_larger(self) -> bool:
+        """Whether another server takes longer prompts than this one."""
+        servers = {view.server for view in self.ranking.views}
+        return len(self.ranking.as_short(self.server)) < len(servers)
 
 
 class Pause(NamedTuple):
@@ -5636,13 +5695,13 @@ class Pause(NamedTuple):
     seconds: float
 
 
-class Wait(NamedTuple):
-    """Wait in the queue for a place."""
+class Queue(NamedTuple):
+    """Wait in the queue until a server has room."""
 
     tried: frozenset[str]
 
 
-class Settle(NamedTuple):
+class AwaitHealth(NamedTuple):
     """Wait until more is known about the fleet; a fault once the request is this old."""
 
     seconds: float
@@ -5654,13 +5713,19 @@ class Refresh(NamedTuple):
     model: str
 
 
-class Answer(NamedTuple):
+class GiveUp(NamedTuple):
     """End with this failure: the server's own words if they were held, else ours."""
 
     outcome: Outcome
 
 
-Step = Relay | Pause | Wait | Settle | Refresh | Answer
+class BreakOff(NamedTuple):
+    """End an answer that was begun and cannot be finished so that nobody takes it for whole."""
+
+    outcome: Outcome
+
+
+Step = Relay | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
@@ -5668,6 +5733,8 @@ WELL = Outcome()
 LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
 # The server had no work with the request.
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
+# The client was shown the server's own words for what went wrong.
+SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
 BUDGET_SPAN_S = 10
 BUDGET_FLOOR = 10
 DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
@@ -5775,66 +5842,85 @@ class RetryBudget:
         return True
 
 
-def relay_plan(
-    choose: Choose, s: Settings, draw: random.Random, afford: Callable[[], bool]
-) -> Plan:
+class Retries:
+    """Which servers a request has tried, and whether it may try another one.  Retries that are not
+    free are made only while somebody can `afford` them."""
+
+    def __init__(
+        self, choose: Choose, s: Settings, draw: random.Random, afford: Callable[[], bool]
+    ) -> None:
+        self.choose, self.settings, self._draw, self._afford = choose, s, draw, afford
+        self.attempts = 0
+        self.tried = frozenset[str]()
+        self.lacking = frozenset[str]()  # of these, those that lack what is wanted
+
+    def ranked(self, failure: Outcome) -> Generator[Step, Outcome, Ranking | None]:
+        """The ranking for the next attempt, after that failure; None if there is to be none."""
+        self.attempts += 1
+        fault = failure.fault
+        if fault is None:
+            return (yield from first_ranking(self.choose, self.settings))
+        ranking = self.choose(self.tried)
+        again = ranking.best is None and not ranking.waits  # only those are left that failed
+        if again and fault.retry in (Retry.ELSEWHERE, Retry.LARGER):
+            return None
+        if not is_free(fault, self.attempts - 1, ranking) and not self._afford():
+            return None
+        if again or not (fault.retry is Retry.AT_ONCE or fault in UNHEARD):
+            yield Pause(backoff_s(self.attempts - 2, self.settings, self._draw))
+            ranking = self.choose(self.lacking if again else self.tried)
+        return ranking
+
+    def may_go_on(self, outcome: Outcome, ranking: Ranking) -> bool:
+        """Whether another attempt may follow one of that outcome at the server ranked best, which
+        is tried from now on: no other engine of that server is asked, either."""
+        fault, server = outcome.fault, server_of(ranking.best or "")
+        self.tried |= {server}
+        if fault in LACKING and len(self.lacking) < SEARCH_LIMIT:
+            self.lacking |= {server}
+            return True
+        if fault is Fault.CONTEXT_LENGTH_EXCEEDED:
+            self.tried |= ranking.as_short(ranking.best or "")
+        left = self.settings.max_retries + 1 - (self.attempts - len(self.lacking))
+        return fault is not None and may_retry(fault, self.settings) and left > 0
+
+
+def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
     """One good answer from one server; others are asked as long as nothing was shown.
 
     A server that failed is not asked again while there is another, and one that lacks what is
-    wanted not at all: that is no failure, and shown only if nobody has it.  Retries that are not
-    free are made only while somebody can `afford` them.
+    wanted not at all: that is no failure, and shown only if nobody has it.
     """
-    tried, lacking, failure = frozenset[str](), frozenset[str](), WELL
-    for attempt in itertools.count(1):
-        if failure.fault is None:
-            ranking = yield from first_choice(choose, s)
-        else:
-            ranking = choose(tried)
-            # Only servers that failed already are left.
-            again = ranking.best is None and not ranking.waits
-            if again and failure.fault.retry in (Retry.ELSEWHERE, Retry.LARGER):
-                break
-            if not is_free(failure.fault, attempt - 1, ranking) and not afford():
-                break
-            if again or not (failure.fault.retry is Retry.AT_ONCE or failure.fault in UNHEARD):
-                yield Pause(backoff_s(attempt - 2, s, draw))
-                ranking = choose(lacking if again else tried)
-        best = ranking.best
-        if best is None and ranking.waits:
-            waited = yield Wait(ranking.tried)
-            if waited.fault is not None:
-                failure = failure if failure.held else waited
-                break
-            if not (best := waited.place or None):  # the fleet has changed: all may be asked again
-                ranking = choose(lacking)
-                best = ranking.best
-        if best is None:
-            failure = failure if failure.held else Outcome(*ranking.refusal(s.server_header))
+    failure, s = WELL, retries.settings
+    while (ranking := (yield from retries.ranked(failure))) is not None:
+        ranking, found = yield from given_room(ranking, retries.choose, retries.lacking, s)
+        if found.fault is not None:
+            failure = failure if failure.held else found
             break
-        outcome = yield Relay(best, attempt)
-        if outcome.fault is None or outcome.committed:
+        outcome = yield Relay(request, ranking, found.lease, retries.attempts)
+        if outcome.committed and outcome.fault is not None:
+            yield BreakOff(outcome)
+        if outcome.committed or outcome.fault is None:
             return
-        if outcome.fault in LACKING and len(lacking) < SEARCH_LIMIT:
-            tried, lacking = tried | {server_of(best)}, lacking | {server_of(best)}
+        goes_on = retries.may_go_on(outcome, ranking)
+        if outcome.fault in LACKING and goes_on:
             failure = outcome if failure.fault in (None, *LACKING) else failure
             continue
         follows = failure.fault is outcome.fault is Fault.SERVER_FAILED  # the request, anywhere
         failure = outcome
         if failure.deaths >= DEADLY:
             failure = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
-        if follows or not may_retry(failure.fault, s) or attempt - len(lacking) > s.max_retries:
             break
-        tried |= {server_of(best)}  # not another engine of the same server, either
-        if failure.fault.retry is Retry.LARGER:
-            tried |= ranking.as_short(best)
-    yield Answer(failure)
+        if follows or not goes_on:
+            break
+    yield GiveUp(failure)
 
 
-def first_choice(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranking]:
+def first_ranking(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranking]:
     """A ranking of servers of which enough is known."""
     ranking = choose(frozenset())
     while ranking.best is None and ranking.undecided:
-        waited = yield Settle(s.health_check_timeout)
+        waited = yield AwaitHealth(s.health_check_timeout)
         ranking = choose(frozenset())
         if waited.fault is not None:
             break
@@ -5844,28 +5930,42 @@ def first_choice(choose: Choose, s: Settings) -> Generator[Step, Outcome, Rankin
     return ranking
 
 
-def search_plan(choose: Choose, s: Settings) -> Plan:
+def given_room(
+    ranking: Ranking, choose: Choose, lacking: frozenset[str], s: Settings
+) -> Generator[Step, Outcome, tuple[Ranking, Outcome]]:
+    """The ranking whose best server has room for the request, if need be after a wait in the
+    queue; and the wait's outcome, or that there is no server."""
+    waited = WELL
+    if ranking.best is None and ranking.waits:
+        waited = yield Queue(ranking.tried)
+        if waited.fault is not None:
+            return ranking, waited
+        # Without a ranking the fleet has changed: all may be asked again.
+        ranking = waited.ranking or choose(lacking)
+    if ranking.best is None:
+        return ranking, Outcome(*ranking.refusal(s.server_header))
+    return ranking, waited
+
+
+def search_plan(request: OutboundRequest, retries: Retries) -> Plan:
     """The server that has a stored response of which nobody remembers who made it: servers are
     asked in turn, until one has it.  That one does not is no failure of anybody.
 
     A server that died has lost it, and one that is busy may have it; but a request that two
     servers have died of is not shown to a third.
     """
+    choose, s = retries.choose, retries.settings
     tried, missing, failure, lost = frozenset[str](), WELL, WELL, 0
     for attempt in range(1, SEARCH_LIMIT + 1):
-        ranking = choose(tried) if tried else (yield from first_choice(choose, s))
-        best = ranking.best
-        if best is None and ranking.waits:
-            waited = yield Wait(ranking.tried)
-            if waited.fault is not None:
-                yield Answer(waited)
-                return
-            best = waited.place or None
-        if best is None and not tried:
-            failure = Outcome(*ranking.refusal(s.server_header))
-        if best is None:
+        ranking = choose(tried) if tried else (yield from first_ranking(choose, s))
+        ranking, found = yield from given_room(ranking, choose, tried, s)
+        if found.fault is not None:
+            waited = found.fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
+            failure, missing = (found, WELL) if waited or not tried else (failure, missing)
             break
-        outcome = yield Relay(best, attempt)
+        outcome = yield Relay(request, ranking, found.lease, attempt)
+        if outcome.committed and outcome.fault is not None:
+            yield BreakOff(outcome)
         if outcome.fault is None or outcome.committed:
             return
         if outcome.fault is Fault.NOT_THERE:
@@ -5875,8 +5975,8 @@ def search_plan(choose: Choose, s: Settings) -> Plan:
         lost += outcome.held is None and outcome.fault not in UNHEARD
         if max(lost, outcome.deaths) > 1 or not may_retry(outcome.fault, s):
             break
-        tried |= {server_of(best)}
-    yield Answer(failure if failure.held or not missing.fault else missing)
+        tried |= {server_of(ranking.best or "")}
+    yield GiveUp(failure if failure.held or not missing.fault else missing)
 
 
 def is_free(fault: Fault, retry: int, ranking: Ranking) -> bool:
@@ -5903,12 +6003,12 @@ Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, 
 
 class Waiter(NamedTuple):
     """A request in the queue.  `choose` says which server has a place for it now, if one has;
-    `take` is told that it has it, or '' when there is none that it could wait for any more."""
+    `take` is told the ranking by which it has it, or that there is none it could wait for any more."""
 
     since: float
     wants: Wants
     choose: Callable[[], Ranking]
-    take: Callable[[str], object]
+    take: Callable[[Ranking], object]
     fail: Callable[[Exception], object]
 
 
@@ -5955,7 +6055,7 @@ class WaitQueue:
                 if ranking.best is None and ranking.waits:
                     continue  # nor has anybody else of that line a place
                 self.leave(waiter)
-                waiter.take(ranking.best or "")
+                waiter.take(ranking)
             except Exception as error:  # its own request's mistake, and nobody else's
                 self.leave(waiter)
                 waiter.fail(error)
@@ -9706,14 +9806,22 @@ REFUSAL_FIELDS = {
 }
 
 
+class Unread(Protocol):
+    """A request's content, as far as a response depends on it."""
+
+    unread: bool  # some was not taken off the wire yet
+
+
 class Response:
     """The response to one request on one client's wire."""
 
     def __init__(
-        self, client: Wire, request: RequestHead, id: str, settings: Settings, persists: bool
+        self, client: Wire, request: RequestHead, id: str, settings: Settings,
+        body: Unread | None = None,
     ) -> None:
         self.client, self.request, self.id, self.settings = client, request, id, settings
-        self.persists = persists  # the wire may carry another request afterwards
+        self._body = body  # of the request, which may not have been read to its end
+        self.persists = body is not None and request.persists  # so may the wire, for another one
         crosses = "origin" in request.fields.values and inference_path(request.path)
         self.cors = cors_fields(
             request, settings.cors_allowed_origins, settings.cors_allow_credentials
@@ -9721,7 +9829,7 @@ class Response:
         self.status = 0  # shown to the client; 0 until then
         self.streams = False  # it is an event stream, and its events can be read
         self.notation = Notation.OPAQUE  # of what a server says in it
-        self.opened = False  # of which the client has seen comments, and no answer yet
+        self.heartbeat_sent = False  # of which the client has seen comments, and no answer yet
         self.framing: Framing | None = None
         self.sent_bytes = 0
         self.tail = b""  # the last pieces of content that were sent
@@ -9737,8 +9845,8 @@ class Response:
     ) -> bool:
         """Write a server's head and the first of its content, or all if it is `done`.  Whether
         the rest is wanted, too."""
-        if self.opened:
-            return self.go_on(head, content, done)
+        if self.heartbeat_sent:
+            return self.continue_stream(head, content, done)
         self.status, self.framing = head.status, framing
         self.streams = head.is_event_stream and not head.is_encoded
         self.persists = self.persists and framing != UNTIL_CLOSE
@@ -9754,13 +9862,13 @@ class Response:
         self.client.transport.write(out + LAST_CHUNK if done and framing == CHUNKED else out)
         return not done
 
-    def beat(self, comment: bytes = b": waiting\n\n") -> None:
+    def heartbeat(self, comment: bytes = b": waiting\n\n") -> None:
         """A comment, which readers of events skip, for one that waits.  With the first, the head
         is ours, and any server's answer may still follow."""
         if self.client.blocked:
             return  # it has not taken the last ones
-        if not self.opened:
-            self.opened = self.streams = True
+        if not self.heartbeat_sent:
+            self.heartbeat_sent = self.streams = True
             self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
             self.persists = self.persists and self.framing == CHUNKED
             fields = [date_field(), ("Content-Type", "text/event-stream; charset=utf-8"),
@@ -9770,7 +9878,7 @@ class Response:
                 return_response(head, self.request, self.framing, self.persists, fields, self.id))
         self.write(comment)
 
-    def go_on(self, head: ResponseHead, content: bytes, done: bool) -> bool:
+    def continue_stream(self, head: ResponseHead, content: bytes, done: bool) -> bool:
         """A server's answer, after comments.  What is no event stream, or one in a coding that
         our head did not announce, becomes an error event."""
         self.status = 200
@@ -9789,6 +9897,29 @@ class Response:
             self.client.transport.write(LAST_CHUNK)
         return not done
 
+    def inform(self, head: ResponseHead) -> None:
+        """Pass a server's 1xx on to a client that may know it."""
+        if self.request.minor >= 1 and not self.heartbeat_sent:
+            self.client.transport.write(return_response(head, self.request, None, True))
+
+    def switch_protocols(self, head: ResponseHead) -> None:
+        """The server agreed to another protocol; what follows is not ours to read."""
+        self.status, self.persists = 101, False
+        self.client.on_gone = None  # an end like any other
+        self.client.transport.write(return_response(head, self.request, None, True))
+
+    def close_after(self) -> None:
+        """No other request is taken from this connection."""
+        self.persists = False
+
+    def abandoned(self, fault: Fault) -> None:
+        """The client has left."""
+        self.status, self.end = self.status or fault.status, fault.label
+
+    def failed(self, fault: Fault) -> None:
+        """What is shown are a server's own words for a failure."""
+        self.end = fault.label
+
     def write(self, content: bytes) -> None:
         chunked = self.framing == CHUNKED
         self.client.transport.write(encode_chunk(content) if chunked else content)
@@ -9799,8 +9930,10 @@ class Response:
         self.tail = tail or self.tail
         self.first_byte_at = self.first_byte_at or first_at
 
-    def whole(self, reply: Reply) -> None:
+    def send(self, reply: Reply) -> None:
         """Write a response of our own."""
+        if self._body is not None and self._body.unread:
+            self.persists = False
         self.status, self.sent_bytes = reply.status, len(reply.content)
         fields = [date_field()]
         if reply.content:
@@ -9814,7 +9947,7 @@ class Response:
         self, fault: Fault, text: str, retry_after_s: int = 0, more: Pairs = ()
     ) -> None:
         """Write an error of our own, in place of the answer or where it breaks off."""
-        if self.begun or self.opened:
+        if self.begun or self.heartbeat_sent:
             self.status = self.status or 200
             self.break_off(fault, text)
             return
@@ -9827,7 +9960,7 @@ class Response:
         if fault in REFUSAL_FIELDS:
             fields.append(REFUSAL_FIELDS[fault])
         content = error_body(fault, text, self.request.path, PARAMETERS.get(fault))
-        self.whole(Reply(fault.status, content, fields=fields))
+        self.send(Reply(fault.status, content, fields=fields))
 
     def break_off(self, fault: Fault, text: str) -> None:
         """It was begun and cannot be finished.  A stream's reader gets an error event; whoever
@@ -10510,29 +10643,16 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
 
-class Attempt:
-    """A request that is with a server, for the server's watcher to see and to end."""
+class Running(Protocol):
+    """A request that is with a server, for the server's watcher to see and to end: an Attempt."""
 
-    def __init__(self, content_bytes: int, now: float, for_engine: bool) -> None:
-        self.content_bytes, self.begun_at, self.for_engine = content_bytes, now, for_engine
-        self.wire: Wire | None = None  # while nothing of an answer was shown
-        self.pump: Pump | None = None
-        self.frozen = False
+    begun_at: float
+    content_bytes: int
+    pump: Pump | None
 
     @property
-    def waits(self) -> bool:
-        """Whether it is the engine's turn, and not a slow client's or a websocket's."""
-        if not self.for_engine:  # it wakes the server up, say
-            return False
-        return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
-
-    def give_up(self, even_begun: bool) -> None:
-        """Another server may do it: this one stands still; or, where its answer has begun and will
-        never end, let that be seen."""
-        wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
-        if wire is not None:
-            self.frozen, wire.reused = True, False
-            wire.abort()
+    def waits(self) -> bool: ...
+    def give_up(self, even_begun: bool) -> None: ...
 
 
 class Policies:
@@ -10710,7 +10830,7 @@ class Core:
         self.shape: Writer | None = None  # where the traffic's shape is written
         self.keys = Keys()
         self.stored = StoredResponses()
-        self.attempts: dict[str, set[Attempt]] = {}  # by server
+        self.attempts: dict[str, set[Running]] = {}  # by server
         self.clients = Clients(settings)
         self.recent = Recent()
         self.news = News(self.queue)
@@ -10841,42 +10961,151 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  conversation
+#  39  intake
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# A request's content: gathered from the client, decoded, looked through as it comes, and held as
+# long as it may have to be said to a server.  All that is held counts in `max_buffered_bytes`.
+
+
+class RequestContent(HeldContent):
+    """The content of one request of a client.  Raises BadMessage when it has no clear end."""
+
+    __slots__ = ("client", "head", "unread", "size", "framed", "_framing", "_settings",
+                 "_backlog", "_held_bytes")  # fmt: skip
+
+    def __init__(
+        self, client: Wire, head: RequestHead, length: Length, s: Settings, backlog: Backlog
+    ) -> None:
+        super().__init__(b"")
+        self.client, self.head, self._settings, self._backlog = client, head, s, backlog
+        self._framing = request_framing(head, length)
+        self.framed = length is not None or self._framing.chunked  # also where there is none
+        self.unread = self._framing != NO_CONTENT  # some was not taken off the wire yet
+        self.size = 0  # bytes, in all, once it is there
+        self._held_bytes = 0  # as they are counted
+
+    async def gather(self) -> tuple[Content, Spans | None]:
+        """The whole content, decoded, and where the members of large content stand.  Raises
+        BadMessage, PeerGone."""
+        coded = self.unread and "content-encoding" in self.head.fields.values
+        content, spans = await (self._decoded() if coded else self._received(True))
+        boundary = form_boundary(self.head.fields.get("content-type")) if spans is not None else b""
+        if spans is not None and boundary:
+            for _ in find_parts(spans, content, boundary):
+                await asyncio.sleep(0)
+        return content, spans
+
+    def keep(self, content: Content) -> None:
+        """Hold what is to be said to servers."""
+        self.content, self.size = content, len(content)
+
+    def release(self) -> None:
+        """It is not needed any more: the answer begins, or there will be none."""
+        self.content = b""
+        self.count_out()
+
+    def count_out(self) -> None:
+        """What is held on is too little to be counted."""
+        self._backlog.content_bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    async def _received(self, looks: bool) -> tuple[Content, Spans | None]:
+        """The content as it comes.  Large JSON is looked through meanwhile, if `looks`, so that it
+        does not hold up other streams."""
+        client, framing, limit = self.client, self._framing, self._settings.max_body_bytes
+        self._expect_continue()
+        length = framing.length or 0
+        small = not framing.chunked and length <= min(limit, SMALL_CONTENT_BYTES)
+        if small:
+            client.fill(length)
+        if small and length <= len(client.buffer):
+            self._count(length)  # the usual: it came with the head
+            self.unread = False
+            return client.take(length), None
+        spans, more = Spans(), True
+        scan = self._scan(spans) if looks else None
+        intake = Intake(client, framing, self._settings.body_timeout)
+        content = intake.content
+        while True:
+            if max(length, len(content)) > limit:
+                found = length or f"more than {limit}"
+                text = f"the content has {found} bytes, max_body_bytes allows {limit}"
+                raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+            await look_through(content, scan)
+            if not more:
+                break
+            try:
+                self._count(intake.soon)  # what comes while we wait is held, too
+                more = await intake.more()
+                self._count(len(content))
+            except TimeoutError:
+                silence_s = self._settings.body_timeout
+                text = f"no more of the request's content came for {silence_s:g} s (body_timeout)"
+                raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
+        self.unread = False
+        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    async def _decoded(self) -> tuple[Content, Spans | None]:
+        """The same, of content that may be compressed."""
+        codings = content_codings(self.head.fields)
+        content, _ = await self._received(False)
+        spans, limit = Spans(), self._settings.max_body_bytes
+        scan = self._scan(spans)
+        for n, coding in enumerate(codings if content else (), 1):
+            found = bytearray()
+            for _ in decode_content(content, coding, limit, found):
+                self._count(len(content) + len(found))
+                await asyncio.sleep(0)
+                if n == len(codings):
+                    await look_through(found, scan)
+            content = found
+        self._count(len(content))
+        await look_through(content, scan)
+        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
+
+    def _scan(self, spans: Spans) -> Scan | None:
+        """What looks through large content as it grows; forms are read when they are there."""
+        if form_boundary(self.head.fields.get("content-type")):
+            return None
+        scan = find_members(spans, FOUND_MEMBERS)
+        next(scan)
+        return scan
+
+    def _count(self, size: int) -> None:
+        """So much of the content is held now.  Raises BadMessage when all requests together hold
+        too much; one alone never does."""
+        backlog, size = self._backlog, size + self.head.held_bytes
+        backlog.content_bytes += size - self._held_bytes
+        self._held_bytes = size
+        if backlog.full(size + self.client.counted):
+            text = f"requests hold {backlog.limit} bytes, as many as max_buffered_bytes allows"
+            raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
+
+    def _expect_continue(self) -> None:
+        """RFC 9110 §10.1.1.  We want the content ourselves, so the answer is ours."""
+        expected = self.head.fields.get("expect").lower()
+        if expected not in ("", "100-continue"):
+            text = f"Expect is {shown(expected)}, only 100-continue is understood"
+            raise BadMessage(text, Fault.BAD_EXPECTATION)
+        if expected and self.unread and self.head.minor >= 1 and not self.client.buffer:
+            self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+async def look_through(content: Content, scan: Scan | None) -> None:
+    """Look at what is new in large content; others have their turn meanwhile."""
+    if scan is not None and len(content) > SMALL_CONTENT_BYTES:
+        while not scan.send(content):
+            await asyncio.sleep(0)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  40  attempt
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
 # is judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
 # leaving and our own stopping come through as exceptions.
-
-
-class Errand(Protocol):
-    """A request as each attempt needs it; an Exchange is one."""
-
-    client: Wire
-    head: RequestHead
-    path: str
-    response: Response
-    asked_at: float  # when it was understood
-    content: Content
-    says_length: bool  # also of no content
-    fields: str  # lines for any server
-    key_lines: str  # the client's key, for servers that have none of their own
-    model_label: str
-    why: str  # the server was chosen; shown if somebody wants to know
-    infers: bool  # it wants something of an engine
-    searches: bool  # for the server that has what is asked for
-
-    def answered(self, head: ResponseHead, start: bytes) -> None:
-        """The client is shown this answer, which begins so."""
-
-    def let_go(self, done: bool) -> None:
-        """Of the content: there can be no other attempt; `done`: nor can this one fail."""
-
-    def has_larger(self, url: str) -> bool:
-        """Whether another server takes longer prompts than this one."""
-
-    def wants_second_opinion(self, url: str) -> bool:
-        """Whether it matters what another server says to what this one answers 500."""
 
 
 # Where the status alone would not tell what was wrong.
@@ -10889,22 +11118,62 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 }
 
 
-RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
+Commit = Callable[["Answer"], bool]  # shows an answer; whether the rest is wanted, too
 
 
-class Conversation(Attempt):
-    """An errand at one server."""
+class Answer(NamedTuple):
+    """A server's answer as far as it was held back; it is to be shown."""
 
-    def __init__(self, core: Core, errand: Errand, url: str, settings: Settings) -> None:
-        super().__init__(len(errand.content), errand.client.loop.time(), errand.infers)
-        self.core, self.errand, self.server, self.settings = core, errand, url, settings
-        server, _, self.rank = url.partition("@")
+    server: str
+    head: ResponseHead
+    length: Length
+    framing: Framing
+    first: bytes  # of its content
+    done: bool  # that is all of it
+
+
+def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
+    return [("X-MVLLM-Server", url)] if s.server_header else []
+
+
+class Attempt:
+    """A request said to one server, for which the server's watcher may see it wait, and end it."""
+
+    def __init__(
+        self, core: Core, step: Relay, response: Response,
+        wants_second_opinion: Callable[[str], bool],
+    ) -> None:
+        self.core, self.step, self.response = core, step, response
+        self.request, self.settings = step.request, response.settings
+        self.server, (server, _, self.rank) = step.server, step.server.partition("@")
         self.pool = core.pools.get(server)
-        self.may_see_key = self.pool.sees_client_keys or settings.added_get_client_key
+        self.begun_at = response.client.loop.time()
+        self.content_bytes = len(step.request.body.content)
+        self.wire: Wire | None = None  # while nothing of an answer was shown
+        self.pump: Pump | None = None
+        self.frozen = False
+        self._wants_second_opinion = wants_second_opinion
+        self._commit: Commit = lambda answer: False
 
-    async def outcome(self) -> Outcome:
-        """What became of asking one server, whatever it did."""
-        s, response = self.settings, self.errand.response
+    @property
+    def waits(self) -> bool:
+        """Whether it is the engine's turn, and not a slow client's or a websocket's."""
+        if not self.request.infers:  # it wakes the server up, say
+            return False
+        return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
+
+    def give_up(self, even_begun: bool) -> None:
+        """Another server may do it: this one stands still; or, where its answer has begun and will
+        never end, let that be seen."""
+        wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
+        if wire is not None:
+            self.frozen, wire.reused = True, False
+            wire.abort()
+
+    async def outcome(self, commit: Commit) -> Outcome:
+        """What became of asking the server, whatever it did.  `commit` is called once it has an
+        answer to show; the rest follows if it wants that."""
+        s, response, self._commit = self.settings, self.response, commit
         attempts = self.core.attempts.setdefault(self.server, set())
         attempts.add(self)
         try:
@@ -10929,34 +11198,20 @@ class Conversation(Attempt):
     async def converse(self, wire: Wire) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
         be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
-        errand, pool = self.errand, self.pool
-        self.wire = wire
+        request, self.wire = self.request, wire
         try:
             head, length, sent_whole = await self.send_and_listen(wire)
-            framing = response_framing(head, length, errand.head.method)
-            decoder = decoder_for(framing)
-            notation = notation_of(errand.head.method, errand.path, head)
-            errand.response.notation = notation
-            judge = AnswerJudge(head, framing, self.terms(head.status, notation))
-            if head.status != 101:
-                await self.hold_back(wire, judge, decoder)
-                fault, first = judge.fault, judge.content
+            if head.status == 101:
+                return await self.tunnel(wire, head)
+            framing = response_framing(head, length, request.head.method)
+            decoder, judge = decoder_for(framing), self.judge_of(head, framing)
+            await self.hold_back(wire, judge, decoder)
         finally:
             self.wire = None  # which may be followed by another
-        if head.status == 101:
-            return await self.tunnel(wire, head)
+        fault, first = judge.fault, judge.content
         if fault is None:
-            theirs = returned_framing(head, length, errand.head, framing)
-            added = named_server(self.server, self.settings)
-            if location := head.fields.get("location"):
-                local = local_location(location, pool.authority, pool.prefix)
-                added.append(("Location", local))
-            if errand.why:
-                added.append(("X-MVLLM-Why", errand.why))
-            errand.answered(head, first)
-            wanted = errand.response.begin(head, theirs, first, decoder.done, added)
-            errand.let_go(decoder.done and head.status < 500)  # there is no other from here on
-            if wanted:
+            answer = Answer(self.server, head, length, framing, first, decoder.done)
+            if self._commit(answer):
                 await self.pass_on(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
         failed = head.status >= 500 and head.status not in REQUEST_FAILURES
@@ -10970,31 +11225,40 @@ class Conversation(Attempt):
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
         """Send the request until the server answers, and give the head of its answer and whether
         it heard the whole request.  A server may say 1xx at any time before."""
-        errand, pool, silence_s = self.errand, self.pool, self.settings.request_timeout
-        content, path = errand.content, pool.prefix + errand.path
-        size = len(content) if content or errand.says_length else None
-        fields = errand.fields + (pool.key_line or (errand.key_lines if self.may_see_key else ""))
-        if self.rank:
-            fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {self.rank}\r\n"
-        request = forward_request(errand.head, path, pool.authority, fields, size)
+        request, pool, response = self.request, self.pool, self.response
+        silence_s, content = self.settings.request_timeout, request.body.content
+        key_line = pool.key_line
+        if not key_line and (pool.sees_client_keys or self.settings.added_get_client_key):
+            key_line = request.key_lines
+        head_bytes = request.encode_head(pool.prefix, pool.authority, key_line, self.rank)
         at = len(content)
         if at <= WRITE_SLICE_BYTES:
-            wire.transport.write(request + content)
+            wire.transport.write(head_bytes + content)
         else:
-            wire.transport.write(request)
+            wire.transport.write(head_bytes)
             at = await wire.send(content, 0, silence_s)
         for _ in range(INFORMATIONAL_LIMIT):
             head, length = await read_response_head(wire, wire.loop.time() + silence_s)
             if head.status >= 200:
                 return head, length, at == len(content)
             if head.status == 101:
-                if errand.response.opened or not errand.head.wants_upgrade:
+                if response.heartbeat_sent or not request.head.wants_upgrade:
                     raise BadMessage("101 Switching Protocols without being asked to")
                 return head, length, True
-            if head.status != 100 and errand.head.minor >= 1 and not errand.response.opened:
-                errand.client.transport.write(return_response(head, errand.head, None, True))
+            if head.status != 100:
+                response.inform(head)
             at = await wire.send(content, at, silence_s)
         raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
+
+    def judge_of(self, head: ResponseHead, framing: Framing) -> AnswerJudge:
+        request, response = self.request, self.response
+        response.notation = notation_of(request.head.method, request.path, head)
+        terms = Terms(
+            response.notation, self.settings.retry_statuses, request.infers, request.searches,
+            self.pool.key_line != "", response.heartbeat_sent,
+            head.status == 400 and self.step.has_larger,
+            head.status == 500 and self._wants_second_opinion(self.server))
+        return AnswerJudge(head, framing, terms)
 
     async def hold_back(self, wire: Wire, judge: AnswerJudge, decoder: Decoder) -> None:
         """Read as much of an answer as its judge wants to see.  Comments before a stream's first
@@ -11012,42 +11276,33 @@ class Conversation(Attempt):
                 piece = b""
 
     def show_comments(self, judge: AnswerJudge, deadline: float) -> float:
-        """A stream's comments, if it is time; the moment of the next look."""
-        response = self.errand.response
-        show_at = self.errand.asked_at + self.settings.comment_after
-        if response.opened or self.errand.client.loop.time() >= show_at:
-            response.beat(judge.take_comments())
+        """Show a stream's comments, if it is time.  Returns the moment of the next look."""
+        response = self.response
+        show_at = self.request.asked_at + self.settings.comment_after
+        if response.heartbeat_sent or response.client.loop.time() >= show_at:
+            response.heartbeat(judge.take_comments())
             return deadline
         return min(deadline, show_at)
 
-    def terms(self, status: int, notation: Notation) -> Terms:
-        errand, url = self.errand, self.server
-        return Terms(
-            notation, self.settings.retry_statuses, errand.infers, errand.searches,
-            self.pool.key_line != "", errand.response.opened,
-            status == 400 and errand.has_larger(url), status == 500 and errand.wants_second_opinion(url))
-
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""
-        client, response, gaps = self.errand.client, self.errand.response, self.core.ledger.gaps
-        child = gaps.child(self.errand.model_label) if response.streams else None
-        chunked, s = response.framing == CHUNKED, self.settings
+        response, s, gaps = self.response, self.settings, self.core.ledger.gaps
+        child = gaps.child(self.request.model_label) if response.streams else None
         self.pump = pump = Pump(
-            client, wire, decoder, chunked, response.notation, s.request_timeout, s.body_timeout,
-            gaps, child, response.tail)
+            response.client, wire, decoder, response.framing == CHUNKED, response.notation,
+            s.request_timeout, s.body_timeout, gaps, child, response.tail)
         try:
             await pump.done
         finally:
-            wire.sink = client.feeder = None
+            wire.sink = response.client.feeder = None
             tail = b"".join(pump.tail)[-TAIL_BYTES:]
             response.sent(pump.sent_bytes, tail, pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
         """The server agreed to another protocol: from here on bytes go both ways, untouched."""
-        client, response, ended = self.errand.client, self.errand.response, asyncio.Event()
-        response.status, response.persists = 101, False
-        client.on_gone = None  # an end like any other
-        client.transport.write(return_response(head, self.errand.head, None, True))
+        self.wire = None
+        client, ended = self.response.client, asyncio.Event()
+        self.response.switch_protocols(head)
         Tunnel(wire, client, ended)
         Tunnel(client, wire, ended)
         try:
@@ -11057,32 +11312,164 @@ class Conversation(Attempt):
         return WELL
 
 
-def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
-    return [("X-MVLLM-Server", url)] if s.server_header else []
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  exchange
+#  41  case
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# One request, from its head to its last byte.  An Exchange gathers the content, has it read as a
-# Call, and carries out the steps of a plan; it decides nothing itself.  A server's failure
-# becomes an Outcome for the plan.  A client's leaving cancels the task wherever it stands, which
-# closes the server's connection on the way out, so that vLLM stops generating.
+# Whose failure it was.  Servers that failed with a request are suspects until it is known whether
+# another does well with it; a server that died is counted against the content it died with, which
+# is sent to nobody for a while after its second death.
 
 
-async def look_through(content: Content, scan: Scan | None) -> None:
-    """Looks at what is new in large content; others have their turn meanwhile."""
-    if scan is not None and len(content) > SMALL_CONTENT_BYTES:
-        while not scan.send(content):
-            await asyncio.sleep(0)
+class Case:
+    """What one request is to servers, and they to it."""
+
+    def __init__(self, core: Core, settings: Settings, id: str) -> None:
+        self.core, self.settings, self.id = core, settings, id
+        self.request: OutboundRequest | None = None  # once it is read
+        self.known_by = b""  # the digest of its content, once that is needed
+        self.suspects: list[Suspect] = []
+        self._deaths = 0  # of servers with this request
+        self._test: asyncio.Event | None = None  # while others of its content wait for it
+
+    def digest(self) -> bytes:
+        """What its content is known by; b"" if it has none."""
+        if not self.known_by and self.request is not None and (body := self.request.body).content:
+            self.known_by = digest_of(self.request.path, body.content)
+        return self.known_by
+
+    async def held_off(self) -> bool:
+        """Whether its content is one with which servers have died of late.  Where one has, it is
+        with one server at a time until an answer begins, or takes long: waits for its turn."""
+        core, content = self.core, self.digest()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TEST_LIMIT_S):
+                while (test := core.tests.get(content)) is not None:
+                    await test.wait()
+        if core.poison.holds(content, asyncio.get_running_loop().time(), self.settings.poison_hold):
+            return True
+        if core.poison.knows(content) and content not in core.tests:
+            self._test = core.tests[content] = asyncio.Event()
+        return False
+
+    def end_test(self) -> None:
+        """The next may have its turn."""
+        if self._test is not None:
+            del self.core.tests[self.known_by]
+            self._test.set()
+            self._test = None
+
+    def answered(self, server: str, response: Response) -> None:
+        """A server's answer was whole."""
+        core, now = self.core, response.client.loop.time()
+        if (view := core.fleet.view(server)) is not None and view.health.success_matters:
+            core.judge(server, Health.succeeded, now, self.settings)
+        if core.poison and self.known_by:
+            core.poison.succeeded(self.known_by)
+        if self.suspects and response.status < 400:
+            self.close(True)
+
+    async def accuse(
+        self, server: str, failure: Outcome, sent_at: float, response: Response
+    ) -> Outcome:
+        """Hold a failure against its server, or wait for what another makes of the request.  What
+        it turns out to be."""
+        core, s, fault, held = self.core, self.settings, failure.fault, failure.held
+        now = response.client.loop.time
+        if await self.died_there(server, failure, response):
+            core.judge(server, Health.died, failure.text, now())
+            return failure._replace(deaths=self.died(server, sent_at, now()))
+        if fault is Fault.STREAM_FAILED and held and says_failure(held.content):
+            failure = failure._replace(fault=(fault := Fault.SERVER_FAILED))
+        own = fault in SERVERS_OWN or not core.goes_well(server, s)
+        content, told = b"" if own else self.digest(), fault is not Fault.SERVER_FAILED
+        if told:
+            news = failure.text, fault not in UNHEARD, now(), s, content
+            core.judge(server, Health.failed, *news)
+        if content or not told:
+            self.suspects.append(Suspect(server, failure.text, told))
+        return failure
+
+    def close(self, went_well: bool) -> None:
+        """Hold against servers what is still to be held against them."""
+        core, s = self.core, self.settings
+        for server, text, _ in to_blame(self.suspects, went_well):
+            now = asyncio.get_running_loop().time()
+            if went_well:
+                core.judge(server, Health.confirmed, self.known_by, text, now, s)
+            else:
+                content = self.known_by if core.goes_well(server, s) else b""
+                core.judge(server, Health.failed, text, True, now, s, content)
+        self.suspects.clear()
+
+    def wants_second_opinion(self, server: str) -> bool:
+        """Whether another has failed with the request, or this failure would take a server out."""
+        core, s = self.core, self.settings
+        if (view := core.fleet.view(server)) is None or self.suspects:
+            return bool(self.suspects)
+        content, now = self.digest(), asyncio.get_running_loop().time()
+        return view.health.decided_by(content if core.goes_well(server, s) else b"", now, s)
+
+    async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
+        """Whether a server that should be there has died with this request.  Where its words leave
+        that open (a newer vLLM's are the same for any failure of its own), it is looked at."""
+        view, fault = self.core.fleet.view(server), failure.fault
+        if view is None or not view.open:
+            return False
+        said = failure.held.content if failure.held else response.tail
+        says_so = fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
+        if says_so and engine_died(said, response.notation):
+            return True
+        shown_500 = fault is Fault.SERVER_ERROR and response.status == 500
+        event = fault is Fault.STREAM_FAILED and says_failure(said)
+        unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
+        return unclear and await is_dead(self.core.pools.get(server_of(server)).client)
+
+    def died(self, server: str, sent_at: float, now: float) -> int:
+        """Count a server's death.  Returns how many have died with this request or its content."""
+        core, s = self.core, self.settings
+        core.ledger.deaths.add(server)
+        self._deaths += 1
+        if not (s.poison_hold and self.digest()):
+            return self._deaths
+        deaths = max(self._deaths, core.poison.died(self.digest(), sent_at, now))
+        if deaths >= DEADLY:
+            log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
+                        " died with it, now %s", self.id, s.poison_hold, deaths, server)
+        return deaths
 
 
-async def look_through_form(head: RequestHead, content: Content, spans: Spans | None) -> None:
-    """The same of a large form, which is all there.  Raises BadMessage."""
-    if spans is not None and (boundary := form_boundary(head.fields.get("content-type"))):
-        for _ in find_parts(spans, content, boundary):
-            await asyncio.sleep(0)
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  42  exchange
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# One request, from its head to its last byte.  An Exchange has the content read as a Call, and
+# carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
+# Outcome for the plan.  A client's leaving cancels the task wherever it stands, which closes the
+# server's connection on the way out, so that vLLM stops generating.
+
+
+class Trail:
+    """What is noted of a request on its way, for metrics and logs.  Times are the loop's."""
+
+    __slots__ = ("began_at", "asked_at", "queued_s", "server", "attempts", "failures", "model")
+
+    def __init__(self, now: float) -> None:
+        self.began_at = self.asked_at = now  # its head was there; it was understood
+        self.queued_s = 0.0
+        self.server = ""  # the one asked last
+        self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
+        self.failures: list[str] = []  # of the attempts before the last
+        self.model = ""  # as a label: only names that servers told us
+
+
+class Destination(NamedTuple):
+    """What of the fleet a request is for."""
+
+    path: str  # at servers
+    only: str = ""  # the one server that may be asked
+    infers: bool = True  # it wants something of an engine
+    searches: bool = False  # for the server that has a stored response
 
 
 class Exchange:
@@ -11090,108 +11477,238 @@ class Exchange:
     content has no clear end."""
 
     def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
-        self.core, self.client, self.head = core, client, head
+        self.core, self.client, self.head, self.loop = core, client, head, client.loop
         # Those in force when the request came.
-        self.settings, self.policies = core.settings, core.policies
-        self.loop = client.loop
-        self.framing = request_framing(head, length)
-        self.says_length = length is not None or self.framing.chunked  # also of no content
-        self.unread = self.framing != NO_CONTENT  # content that was not taken off the wire yet
-        persists = head.persists and not core.process.stopping
-        id = request_id(head.fields, self.settings.request_id_headers, core.clients.ids, core.draw)
-        self.response = Response(client, head, id, self.settings, persists)
-        self.path = inference_path(head.path)
+        self.settings, self.policies = s, _ = core.settings, core.policies
+        self.body = RequestContent(client, head, length, s, core.clients.backlog)
+        id = request_id(head.fields, s.request_id_headers, core.clients.ids, core.draw)
+        self.response = Response(client, head, id, s, self.body)
+        if core.process.stopping:
+            self.response.close_after()
+        self.destination = Destination(inference_path(head.path))
         self.call = NO_CALL  # until the content is there
-        self.content_bytes = 0  # of the request, in all,
-        self.buffered_bytes = 0  # and as far as it is held now
-        self.model_label = ""
         self.key: KeySettings | None = None  # by which it came in
-        self.only = ""  # the one server that may be asked
-        self.infers = True  # it wants something of an engine
-        self.searches = False  # for the server that has a stored response
-        self.content: Content = b""  # as long as it may have to be said again
-        self.known_by = b""  # its digest, once that is needed
-        self.deaths = 0  # of servers with this request
-        self.test: asyncio.Event | None = None  # while others of its content wait for it
-        self.suspects: list[Suspect] = []
-        self.fields = self.key_lines = self.why = ""
-        self.server = ""  # the one asked last
-        self.ranking: Ranking | None = None  # the last
-        self.place: Lease | None = None  # with a server
-        self.waiting = False  # in the queue
-        self.entered = False  # through the gate
-        self.queued_s = 0.0
-        self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
-        self.failures: list[str] = []  # of the attempts before the last
-        self.began_at = self.asked_at = self.loop.time()
+        self.admitted = False  # by that key
+        self.case = Case(core, s, id)
+        self.trail = Trail(self.loop.time())
 
     # The life of a request.
 
     async def run(self) -> None:
-        """Have a server answer.  However it ends, the client has been told and it is booked."""
-        response, s = self.response, self.settings
+        """Have a server answer.  However it ends, the client has been told and it is accounted."""
+        response, explains = self.response, wants_explanation(self.head)
         try:
-            content, spans = await self.gather()
-            await look_through_form(self.head, content, spans)
-            self.understand(*read_call(self.head, content, spans, s))
-            self.asked_at = self.loop.time()
-            if self.call.stored and not self.only:
-                self.find_maker()
-            if self.key is not None:
-                refusal = self.enter(self.key)
-                if refusal is not None:
-                    self.core.count_limit(LIMITS.get(refusal.fault, ""))
-                    response.refuse(*refusal[:3])
-                    return
-                self.entered = True
-            if wants_explanation(self.head):
-                response.whole(self.explained())
-                return
-            self.core.budget.came(self.asked_at)
-            with abandoned_if_gone(self.client, self.core.clients.tasks.get(self.client)):
-                await self.carry_out(self.plan())
+            call, content = read_call(self.head, *await self.body.gather(), self.settings)
+            if refusal := self.admit(call):
+                self.core.count_limit(LIMITS.get(refusal.fault, ""))
+                response.refuse(*refusal[:3])
+            elif explains:
+                report = explain_report([self.choose(frozenset())])
+                response.send(Reply(200, json.dumps(report).encode()))
+            else:
+                request = self.prepare(content)
+                with abandoned_if_gone(self.client, self.core.clients.tasks.get(self.client)):
+                    await self.carry_out(self.plan(request))
         except BadMessage as bad:
-            response.persists = False
+            response.close_after()
             response.refuse(bad.fault, f"Bad request: {bad}.")
             self.core.count_limit(bad.limit)
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
-            response.status = response.status or gone.fault.status
-            response.end = gone.fault.label
+            response.abandoned(gone.fault)
         except asyncio.CancelledError:
-            response.persists = False
+            response.close_after()
             response.refuse(Fault.STOPPING, "The balancer is stopping.")
             raise
         except Exception:
             response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             raise
         finally:
-            self.let_go()
-            if self.entered and self.key is not None:
+            self.release(True)
+            if self.admitted and self.key is not None:
                 self.core.keys.release(self.key)
-            if not wants_explanation(self.head):
-                self.book()
+            if not explains:
+                self.account()
 
-    def find_maker(self) -> None:
-        """Of a stored response only the server that made it can tell, if it is still there."""
-        stored = self.core.stored.find(self.call.stored)
-        if stored is not None and self.core.fleet.engines(stored.server):
-            self.only = stored.server
-        self.searches = not self.only
-        self.infers = self.call.makes_response
-
-    def enter(self, key: KeySettings) -> Refusal | None:
-        """Through the gate, or why not."""
-        core, id, model = self.core, self.call.stored, self.call.model
-        if id:
-            if refusal := core.stored.refusal(id, key):
+    def admit(self, call: Call) -> Refusal | None:
+        """Take note of what is wanted.  Returns why the request's key does not allow it, or None."""
+        self.call, self.trail.asked_at = call, self.loop.time()
+        self.trail.model = self.label()
+        if call.stored and not self.destination.only:
+            self.find_maker(call)
+        if (key := self.key) is None:
+            return None
+        core, model = self.core, call.model
+        if call.stored:
+            if refusal := core.stored.refusal(call.stored, key):
                 return refusal
-            if model is None and (stored := core.stored.find(id)) is not None:
+            if model is None and (stored := core.stored.find(call.stored)) is not None:
                 model = stored.model or None
-        return core.keys.admit(key, model, self.asked_at)
+        refusal = core.keys.admit(key, model, self.trail.asked_at)
+        self.admitted = refusal is None
+        return refusal
 
-    def answered(self, head: ResponseHead, start: bytes) -> None:
+    def find_maker(self, call: Call) -> None:
+        """Of a stored response only the server that made it can tell, if it is still there."""
+        stored = self.core.stored.find(call.stored)
+        only = stored.server if stored and self.core.fleet.engines(stored.server) else ""
+        self.destination = Destination(
+            self.destination.path, only, infers=call.makes_response, searches=not only)
+
+    def prepare(self, content: Content) -> OutboundRequest:
+        """The request as it is said to servers; its content is held from now on."""
+        self.body.keep(content)
+        self.core.budget.came(self.trail.asked_at)
+        client, s, call, to = self.client, self.settings, self.call, self.destination
+        peer, tls = client.peer[0], client.is_tls
+        trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
+        fields, key_lines = forwarded_fields(
+            self.head.fields, Hop(peer, tls, trusted, self.core.process.name),
+            s.pass_client_key or not s.keys, call.stream or call.makes_response)
+        self.case.request = request = OutboundRequest(
+            self.head, to.path, f"{fields}X-Request-Id: {self.response.id}\r\n", key_lines,
+            self.body, self.body.framed, to.infers, to.searches, self.trail.asked_at,
+            self.trail.model)
+        return request
+
+    def plan(self, request: OutboundRequest) -> Plan:
+        retries = Retries(self.choose, self.settings, self.core.draw, self.afford_retry)
+        return (search_plan if request.searches else relay_plan)(request, retries)
+
+    async def carry_out(self, plan: Plan) -> None:
+        try:
+            step = next(plan)
+            while True:
+                step = plan.send(await self.CARRY_OUT[type(step)](self, step))
+        except StopIteration:
+            pass
+        finally:
+            self.case.close(False)
+
+    def afford_retry(self) -> bool:
+        if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
+            return True
+        self.core.count_limit("retry_budget")
+        self.case.suspects.clear()  # nobody is asked whose failure it was
+        return False
+
+    def choose(self, tried: frozenset[str], waiting: bool = False) -> Ranking:
+        """The fleet's ranking for the call, passing over servers tried.  Who is not `waiting` comes
+        after those who are."""
+        core, call, (_, only, infers, _) = self.core, self.call, self.destination
+        moment = core.moment(self.settings, self.loop.time(), call.model)
+        views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
+        passed = core.standing(call, tried, moment)
+        if only:
+            kept = [n for n, view in enumerate(views) if only in (view.url, view.server)]
+            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
+            if not infers:  # nor does it take a place there
+                views, moment = [v.by_name for v in views], moment._replace(enforced=False)
+        by = self.policies.get(call.model, self.trail.model)
+        ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
+        if moment.enforced and not waiting and core.queue.waiting((call.model, only, tried)):
+            ranking = ranking._replace(best=None, behind=True)
+        if log.isEnabledFor(logging.DEBUG):
+            reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
+            log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
+        return ranking
+
+    # Steps.
+
+    async def relay(self, step: Relay) -> Outcome:
+        """Ask a server, and pass its answer on if it is one."""
+        core, case, lease = self.core, self.case, step.lease
+        try:
+            if core.poison and await case.held_off():
+                return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
+            lease = lease or self.lease(step.server)
+            return await self.attempt(step, lease)
+        finally:
+            case.end_test()
+            if lease is not None:
+                self.end_lease(lease)
+
+    async def attempt(self, step: Relay, lease: Lease) -> Outcome:
+        """The same, in its place; and note how it went."""
+        core, case, trail, server = self.core, self.case, self.trail, step.server
+        if trail.failures:
+            core.ledger.retries.add(trail.failures[-1])
+            core.recent.history(trail.server).retries += 1
+        trail.server, label, sent_at = server, "abandoned", self.loop.time()
+        reason = core.decided(self.response.id, step.ranking, step.attempt)
+        try:
+            attempt = Attempt(core, step, self.response, case.wants_second_opinion)
+            outcome = await attempt.outcome(functools.partial(self.commit, step, lease))
+            label = outcome.fault.label if outcome.fault else "ok"
+            if outcome.fault is None:
+                case.answered(server, self.response)
+            elif outcome.fault.blame is Blame.SERVER:
+                outcome = await case.accuse(server, outcome, sent_at, self.response)
+            elif outcome.fault in (Fault.SERVER_BUSY, Fault.DECLINED):
+                core.fleet.busy(server, self.loop.time())
+            elif outcome.fault in LACKING and not step.request.searches:
+                core.looks.want(server_of(server))  # has it still what it said it has?
+        finally:
+            core.ledger.attempts.add(server, label)
+            trail.attempts.append((server, reason, label))
+        if outcome.fault is not None and outcome.fault is not Fault.NOT_THERE:
+            what = f"{time.strftime('%H:%M:%S')} {label}: {outcome.text[:200]}"
+            core.recent.history(server).attempt_failed(what)
+            if not outcome.committed:
+                trail.failures.append(label)
+        return outcome
+
+    def lease(self, server: str) -> Lease:
+        """A lease with that server.  A plain answer begins when all is generated: its prompt is
+        taken to be read after as long as that should take."""
+        fleet, now = self.core.fleet, self.loop.time()
+        lease = fleet.lease(server, now, self.call.prompt)
+        if lease.pending and not self.call.stream:
+            view = fleet.view(server)
+            seconds = lease.pending / ((view.speed if view else 0.0) or ASSUMED_SPEED)
+            fleet.answers_by(lease, now + seconds)
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        """A server has room again, for whoever is waiting for it."""
+        with lease:
+            pass
+        core = self.core
+        if core.settings.queue_size or core.queue:
+            core.queue.served(self.loop.time())
+            core.queue.hand_over(core.has_room)
+
+    def commit(self, step: Relay, lease: Lease, answer: Answer) -> bool:
+        """The client is shown a server's answer: there is no other attempt from here on.  Returns
+        whether the rest of the answer is wanted, too."""
+        head, s, pool = answer.head, self.settings, self.core.pools.get(server_of(answer.server))
+        added = named_server(answer.server, s)
+        if location := head.fields.get("location"):
+            added.append(("Location", local_location(location, pool.authority, pool.prefix)))
+        if s.server_header and (s.why_header or asks_why(self.head.fields)):
+            added.append(("X-MVLLM-Why", step.ranking.why()))
+        self.note_stored(head, answer.first)
+        framing = returned_framing(head, answer.length, self.head, answer.framing)
+        wanted = self.response.begin(head, framing, answer.first, answer.done, added)
+        self.release(answer.done and head.status < 500)
+        lease.answered(self.loop.time(), self.response.streams)
+        return wanted
+
+    def release(self, done: bool) -> None:
+        """The content is not needed any more; but what is known of it may be, unless the request
+        is `done`: it may fail yet, or kill."""
+        body = self.body
+        keeps = not done and len(body.content) <= KEPT_CONTENT_BYTES
+        if self.core.poison or not (done or keeps):
+            self.case.digest()
+        self.case.end_test()
+        if keeps:
+            body.count_out()
+        else:
+            body.release()
+
+    def note_stored(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
-        call, stored, server = self.call, self.core.stored, server_of(self.server)
+        call, stored, server = self.call, self.core.stored, server_of(self.trail.server)
         if call.makes_response and head.status < 300:
             if id := response_id(start, head.is_event_stream):
                 # Whoever can say an id can say another's.
@@ -11202,68 +11719,14 @@ class Exchange:
         if call.stored and head.status < 300:
             if self.head.method == "DELETE":
                 stored.forget(call.stored)
-            elif self.searches:
+            elif self.destination.searches:
                 stored.made(call.stored, Stored(server, "", ""))
-
-    def plan(self) -> Plan:
-        if self.searches:
-            return search_plan(self.choose, self.settings)
-        return relay_plan(self.choose, self.settings, self.core.draw, self.afford_retry)
-
-    async def carry_out(self, plan: Plan) -> None:
-        try:
-            step = next(plan)
-            while True:
-                step = plan.send(await self.CARRY_OUT[type(step)](self, step))
-        except StopIteration:
-            pass
-        finally:
-            if self.place is not None:  # it left the moment it had one
-                self.give_back(self.place)
-            self.close_case(False)
-
-    def afford_retry(self) -> bool:
-        if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
-            return True
-        self.core.count_limit("retry_budget")
-        self.suspects.clear()  # nobody is asked whose failure it was
-        return False
-
-    def choose(self, tried: frozenset[str]) -> Ranking:
-        core, call = self.core, self.call
-        moment = core.moment(self.settings, self.loop.time(), call.model)
-        views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
-        passed = core.standing(call, tried, moment)
-        if self.only:
-            kept = [n for n, view in enumerate(views) if self.only in (view.url, view.server)]
-            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
-            if not self.infers:  # nor does it take a place there
-                views, moment = [v.by_name for v in views], moment._replace(enforced=False)
-        by = self.policies.get(call.model, self.model_label)
-        ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
-        waiting = moment.enforced and not self.waiting
-        if waiting and core.queue.waiting((call.model, self.only, tried)):
-            ranking = ranking._replace(best=None, behind=True)
-        if log.isEnabledFor(logging.DEBUG):
-            reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
-            log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
-        self.ranking = ranking
-        return ranking
-
-    def explained(self) -> Reply:
-        """How a server would be chosen now."""
-        return Reply(200, json.dumps(explain_report([self.choose(frozenset())])).encode())
-
-    def has_larger(self, url: str) -> bool:
-        ranking = self.ranking
-        return ranking is not None and len(ranking.as_short(url)) < len(
-            {view.server for view in ranking.views})
 
     async def pause(self, step: Pause) -> Outcome:
         await asyncio.sleep(step.seconds)
         return WELL
 
-    async def wait(self, step: Wait) -> Outcome:
+    async def queue(self, step: Queue) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
         core, s, queue, began = self.core, self.settings, self.core.queue, self.loop.time()
         beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
@@ -11273,43 +11736,35 @@ class Exchange:
             return Outcome(Fault.QUEUE_FULL, text)
         turn = self.loop.create_future()
 
-        def take(url: str) -> None:
-            self.place = self.lease(url) if url else None
-            turn.set_result(None)
+        def take(ranking: Ranking) -> None:
+            best = ranking.best
+            turn.set_result(Outcome(lease=self.lease(best), ranking=ranking) if best else WELL)
 
-        wants = self.call.model, self.only, step.tried
-        waiter = Waiter(began, wants, lambda: self.choose(step.tried), take, turn.set_exception)
+        wants = self.call.model, self.destination.only, step.tried
+        choose = functools.partial(self.choose, step.tried, waiting=True)
+        waiter, granted = Waiter(began, wants, choose, take, turn.set_exception), False
         queue.join(waiter)
-        self.waiting = True
         queue.hand_over(core.has_room)  # time may have made one eligible
         try:
             while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
                 await asyncio.wait((turn,), timeout=min(left_s, beat_s))
                 if beat_s < left_s and not turn.done():
-                    self.response.beat()
+                    self.response.heartbeat()
+            granted = turn.done()
         finally:
-            self.waiting = False
             queue.leave(waiter)
-        waits = core.ledger.waits
-        waits.note(queued_s := self.loop.time() - began, self.model_label)
-        self.queued_s += queued_s
-        if turn.done():
-            turn.result()
-            return Outcome(place=self.place.url if self.place else "")
+            if turn.done() and not granted and (lease := turn.result().lease):
+                self.end_lease(lease)  # it left the moment it had one
+        queued_s = self.loop.time() - began
+        core.ledger.waits.note(queued_s, self.trail.model)
+        self.trail.queued_s += queued_s
+        if granted:
+            return turn.result()
         text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
         return Outcome(Fault.QUEUE_TIMEOUT, text)
 
-    def give_back(self, place: Lease) -> None:
-        """End a lease, for whoever is waiting for its place."""
-        with place:
-            self.place = None
-        core = self.core
-        if core.settings.queue_size or core.queue:
-            core.queue.served(self.loop.time())
-            core.queue.hand_over(core.has_room)
-
-    async def settle(self, step: Settle) -> Outcome:
-        left_s = self.asked_at + step.seconds - self.loop.time()
+    async def await_health(self, step: AwaitHealth) -> Outcome:
+        left_s = self.trail.asked_at + step.seconds - self.loop.time()
         try:
             async with asyncio.timeout(max(0.0, left_s)):
                 await self.core.news.changed()
@@ -11321,9 +11776,9 @@ class Exchange:
         """Wait for the models of all servers that answer; one look is for all who want one now."""
         fleet, look = self.core.fleet, self.core.looks.want
         servers = {view.server for view in fleet.views()
-                   if view.health.may_be_last_resort and view.open}  # fmt: skip
+                   if view.health.may_be_last_resort and view.open}
         await self.looked_at([server for server in servers if look(server)], step.model)
-        self.model_label = self.label()
+        self.trail.model = self.label()
         return WELL
 
     async def looked_at(self, servers: Sequence[str], model: str = "") -> None:
@@ -11335,7 +11790,7 @@ class Exchange:
                 while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
                     await core.news.changed()
 
-    async def answer(self, step: Answer) -> Outcome:
+    async def give_up(self, step: GiveUp) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
@@ -11350,290 +11805,27 @@ class Exchange:
             self.core.count_limit(LIMITS.get(fault, ""))
             self.response.refuse(fault, text, after_s)
             return WELL
-        self.server = held.url
+        self.trail.server = held.url
         if fault is not Fault.NOT_THERE:  # that is an answer like any other
-            self.response.end = fault.label
+            self.response.failed(fault)
         whole = Framing(len(held.content))
         framing = returned_framing(held.head, held.length, self.head, whole)
         added = named_server(held.url, self.settings)
         self.response.begin(held.head, framing, held.content, True, added)
         return WELL
 
-    # The request's content.
-
-    async def gather(self, coded: bool = True) -> tuple[Content, Spans | None]:
-        """The whole content, not `coded` any more if it was: it must be there to be sent again.
-        Large JSON is looked through piece by piece as it comes in, so that it does not hold up
-        other streams."""
-        if coded and "content-encoding" in self.head.fields.values and self.unread:
-            return await self.decoded()
-        client, framing, limit = self.client, self.framing, self.settings.max_body_bytes
-        self.expect_continue()
-        length = framing.length or 0
-        small = not framing.chunked and length <= min(limit, SMALL_CONTENT_BYTES)
-        if small:
-            client.fill(length)
-        if small and length <= len(client.buffer):
-            self.keep_room(length)  # the usual: it came with the head
-            self.unread = False
-            return client.take(length), None
-        spans, more = Spans(), True
-        scan = self.scan(spans) if coded else None
-        intake = Intake(client, framing, self.settings.body_timeout)
-        content = intake.content
-        while True:
-            if max(length, len(content)) > limit:
-                found = length or f"more than {limit}"
-                text = f"the content has {found} bytes, max_body_bytes allows {limit}"
-                raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
-            await look_through(content, scan)
-            if not more:
-                break
-            try:
-                self.keep_room(intake.soon)  # what comes while we wait is held, too
-                more = await intake.more()
-                self.keep_room(len(content))
-            except TimeoutError:
-                silence_s = self.settings.body_timeout
-                text = f"no more of the request's content came for {silence_s:g} s (body_timeout)"
-                raise BadMessage(text, Fault.CLIENT_SLOW, "body_timeout") from None
-        self.unread = False
-        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
-
-    async def decoded(self) -> tuple[Content, Spans | None]:
-        """The same, of content that may be compressed."""
-        codings = content_codings(self.head.fields)
-        content, _ = await self.gather(coded=False)
-        spans, limit = Spans(), self.settings.max_body_bytes
-        scan = self.scan(spans)
-        for n, coding in enumerate(codings if content else (), 1):
-            found = bytearray()
-            for _ in decode_content(content, coding, limit, found):
-                self.keep_room(len(content) + len(found))
-                await asyncio.sleep(0)
-                if n == len(codings):
-                    await look_through(found, scan)
-            content = found
-        self.keep_room(len(content))
-        await look_through(content, scan)
-        return content, spans if len(content) > SMALL_CONTENT_BYTES else None
-
-    def scan(self, spans: Spans) -> Scan | None:
-        """What looks through large content as it grows; forms are read when they are there."""
-        if form_boundary(self.head.fields.get("content-type")):
-            return None
-        scan = find_members(spans, FOUND_MEMBERS)
-        next(scan)
-        return scan
-
-    def keep_room(self, size: int) -> None:
-        """So much of the content is held now.  Raises BadMessage when all requests together hold
-        too much; one alone never does."""
-        backlog, size = self.core.clients.backlog, size + self.head.held_bytes
-        backlog.content_bytes += size - self.buffered_bytes
-        self.buffered_bytes = size
-        if backlog.full(size + self.client.counted):
-            text = f"requests hold {backlog.limit} bytes, as many as max_buffered_bytes allows"
-            raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
-
-    def expect_continue(self) -> None:
-        """RFC 9110 §10.1.1.  We want the content ourselves, so the answer is ours."""
-        expected = self.head.fields.get("expect").lower()
-        if expected not in ("", "100-continue"):
-            text = f"Expect is {shown(expected)}, only 100-continue is understood"
-            raise BadMessage(text, Fault.BAD_EXPECTATION)
-        if expected and self.unread and self.head.minor >= 1 and not self.client.buffer:
-            self.client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def understand(self, call: Call, content: Content) -> None:
-        """What is wanted is known: make it ready to be said to servers."""
-        self.call, self.content_bytes = call, len(content)
-        self.model_label = self.label()
-        self.content = content
-        self.fields, self.key_lines = self.forwarded_fields()
-
-    def let_go(self, done: bool = True) -> None:
-        """The content is not needed any more: the answer begins, or there will be none."""
-        keeps = not done and len(self.content) <= KEPT_CONTENT_BYTES  # it may fail yet, or kill
-        if self.core.poison or not (done or keeps):
-            self.digest()
-        self.end_test()
-        if self.place is not None:
-            self.place.answered(self.loop.time(), self.response.streams)
-        self.content = self.content if keeps else b""
-        self.core.clients.backlog.content_bytes -= self.buffered_bytes
-        self.buffered_bytes = 0
-
-    def forwarded_fields(self) -> tuple[str, str]:
-        """The request's field lines for servers, and those with the client's key."""
-        client, s = self.client, self.settings
-        peer, tls = client.peer[0], client.is_tls
-        trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
-        shows_key = s.pass_client_key or not s.keys
-        lines, key_lines = forwarded_fields(
-            self.head.fields, Hop(peer, tls, trusted, self.core.process.name), shows_key,
-            self.call.stream or self.call.makes_response)
-        return f"{lines}X-Request-Id: {self.response.id}\r\n", key_lines
-
-    async def relay(self, step: Relay) -> Outcome:
-        """Ask a server, and book how that went."""
-        core, url, label = self.core, step.url, "abandoned"
-        if core.poison and await self.held_off():
-            return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
-        if self.failures:
-            core.ledger.retries.add(self.failures[-1])
-            core.recent.history(self.server).retries += 1
-        self.server, reason = url, "queue"
-        if self.place is None:
-            self.place = self.lease(url)
-        if self.ranking is not None and self.ranking.best == url:
-            reason = core.decided(self.response.id, self.ranking, step.attempt)
-            if self.wants_why():
-                self.why = self.ranking.why()
-        try:
-            sent_at = self.loop.time()
-            outcome = await Conversation(core, self, url, self.settings).outcome()
-            fault, text, now = outcome.fault, outcome.text, self.loop.time()
-            label = fault.label if fault else "ok"
-            if fault is None:
-                if (view := core.fleet.view(url)) is not None and view.health.success_matters:
-                    core.judge(url, Health.succeeded, now, self.settings)
-                if core.poison and self.known_by:
-                    core.poison.succeeded(self.known_by)
-                if self.suspects and self.response.status < 400:
-                    self.close_case(True)
-            elif fault.blame is Blame.SERVER:
-                outcome = await self.accused(url, outcome, sent_at)
-                fault = outcome.fault
-            elif fault in (Fault.SERVER_BUSY, Fault.DECLINED):
-                core.fleet.busy(url, now)
-            elif fault in LACKING and not self.searches:
-                core.looks.want(server_of(url))  # has it still what it said it has?
-        finally:
-            self.end_test()
-            core.ledger.attempts.add(url, label)
-            self.attempts.append((url, reason, label))
-            self.give_back(self.place)
-        if fault is None or fault is Fault.NOT_THERE:
-            return outcome
-        what = f"{time.strftime('%H:%M:%S')} {label}: {text[:200]}"
-        core.recent.history(url).attempt_failed(what)
-        if not outcome.committed:
-            self.failures.append(label)
-        elif fault in (Fault.SERVER_ERROR, Fault.STREAM_FAILED):  # the server's own words say so
-            self.response.end = fault.label
+    async def break_off(self, step: BreakOff) -> Outcome:
+        fault, text = step.outcome.fault or Fault.INTERNAL, step.outcome.text
+        if fault in SAID_BY_SERVER:
+            self.response.failed(fault)
         else:
             self.response.break_off(fault, text)
-        return outcome
+        return WELL
 
-    async def accused(self, url: str, failure: Outcome, sent_at: float) -> Outcome:
-        """Hold a failure against its server, or wait for what another makes of the request.  What
-        it turns out to be."""
-        core, s, fault, held = self.core, self.settings, failure.fault, failure.held
-        if await self.died_there(url, failure):
-            core.judge(url, Health.died, failure.text, self.loop.time())
-            return failure._replace(deaths=self.died(url, sent_at))
-        if fault is Fault.STREAM_FAILED and held and says_failure(held.content):
-            failure = failure._replace(fault=(fault := Fault.SERVER_FAILED))
-        own = fault in SERVERS_OWN or not core.goes_well(url, s)
-        content, told = b"" if own else self.digest(), fault is not Fault.SERVER_FAILED
-        if told:
-            news = failure.text, fault not in UNHEARD, self.loop.time(), s, content
-            core.judge(url, Health.failed, *news)
-        if content or not told:
-            self.suspects.append(Suspect(url, failure.text, told))
-        return failure
-
-    def close_case(self, went_well: bool) -> None:
-        """Hold against servers what is still to be held against them."""
-        core, now, s = self.core, self.loop.time(), self.settings
-        for url, text, _ in to_blame(self.suspects, went_well):
-            if went_well:
-                core.judge(url, Health.confirmed, self.known_by, text, now, s)
-            else:
-                content = self.known_by if core.goes_well(url, s) else b""
-                core.judge(url, Health.failed, text, True, now, s, content)
-        self.suspects.clear()
-
-    def wants_second_opinion(self, url: str) -> bool:
-        """Whether another has failed with the request, or this failure would take a server out."""
-        core, now, s = self.core, self.loop.time(), self.settings
-        if (view := core.fleet.view(url)) is None or self.suspects:
-            return bool(self.suspects)
-        content = self.digest()
-        return view.health.decided_by(content if core.goes_well(url, s) else b"", now, s)
-
-    def digest(self) -> bytes:
-        """What its content is known by; b"" if it has none."""
-        if not self.known_by and self.content:
-            self.known_by = digest_of(self.path, self.content)
-        return self.known_by
-
-    async def held_off(self) -> bool:
-        """Whether its content is one with which servers have died of late.  Where one has, it is
-        with one server at a time until an answer begins, or takes long: waits for its turn."""
-        core, content = self.core, self.digest()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TEST_LIMIT_S):
-                while (test := core.tests.get(content)) is not None:
-                    await test.wait()
-        if core.poison.holds(content, self.loop.time(), self.settings.poison_hold):
-            return True
-        if core.poison.knows(content) and content not in core.tests:
-            self.test = core.tests[content] = asyncio.Event()
-        return False
-
-    def end_test(self) -> None:
-        """The next may have its turn."""
-        if self.test is not None:
-            del self.core.tests[self.known_by]
-            self.test.set()
-            self.test = None
-
-    async def died_there(self, url: str, failure: Outcome) -> bool:
-        """Whether a server that should be there has died with this request.  Where its words leave
-        that open (a newer vLLM's are the same for any failure of its own), it is looked at."""
-        view, fault = self.core.fleet.view(url), failure.fault
-        if view is None or not view.open:
-            return False
-        said = failure.held.content if failure.held else self.response.tail
-        says_so = fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
-        if says_so and engine_died(said, self.response.notation):
-            return True
-        shown_500 = fault is Fault.SERVER_ERROR and self.response.status == 500
-        event = fault is Fault.STREAM_FAILED and says_failure(said)
-        unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
-        return unclear and await is_dead(self.core.pools.get(server_of(url)).client)
-
-    def died(self, url: str, sent_at: float) -> int:
-        """Book a server's death.  How many have died with this request, or with its content."""
-        core, s, now = self.core, self.settings, self.loop.time()
-        core.ledger.deaths.add(url)
-        self.deaths += 1
-        if not (s.poison_hold and self.digest()):
-            return self.deaths
-        deaths = max(self.deaths, core.poison.died(self.digest(), sent_at, now))
-        if deaths >= DEADLY:
-            log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
-                        " died with it, now %s", self.response.id, s.poison_hold, deaths, url)
-        return deaths
-
-    def lease(self, url: str) -> Lease:
-        """A place with that server.  A plain answer begins when all is generated: its prompt is
-        taken to be read after as long as that should take."""
-        fleet, now = self.core.fleet, self.loop.time()
-        place = fleet.lease(url, now, self.call.prompt)
-        if place.pending and not self.call.stream:
-            view = fleet.view(url)
-            seconds = place.pending / ((view.speed if view else 0.0) or ASSUMED_SPEED)
-            fleet.answers_by(place, now + seconds)
-        return place
-
-    def wants_why(self) -> bool:
-        """Whether the client asks why, and may know servers by name."""
-        s, said = self.settings, self.head.fields.values.get("x-mvllm-why", "")
-        asked = said != "" and said.lower() in ("1", "true", "yes")
-        return (asked or s.why_header) and s.server_header
+    CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
+        Relay: relay, Pause: pause, Queue: queue, AwaitHealth: await_health, Refresh: refresh,
+        GiveUp: give_up, BreakOff: break_off,
+    }  # fmt: skip
 
     # The end.
 
@@ -11642,57 +11834,49 @@ class Exchange:
         model = self.call.model
         return model or "" if model is None or self.core.fleet.knows(model) else "unknown"
 
-    def book(self) -> None:
+    def account(self) -> None:
         """Count the request, and write its line."""
-        now, ledger, model = self.loop.time(), self.core.ledger, self.model_label
-        response, first_s, usage = self.response, None, dict[str, int]()
-        ledger.requests.add(self.server, model, str(response.status))
+        core, trail, response, first_s = self.core, self.trail, self.response, None
+        now, ledger, usage = self.loop.time(), core.ledger, dict[str, int]()
+        model, server = trail.model, trail.server
+        ledger.requests.add(server, model, str(response.status))
         if response.first_byte_at is not None:
-            first_s = response.first_byte_at - self.asked_at
+            first_s = response.first_byte_at - trail.asked_at
             ledger.first_byte.note(first_s, model)
-        if self.server:
-            self.remember(now, first_s)
+        if server:
+            well = response.status < 500 and response.end in ("complete", "client_gone")
+            core.recent.history(server).ended(now, first_s if response.streams else None, well)
             key = self.key.name if self.key else ""
             ledger.key_requests.add(key, model)
             usage = usage_of(response.tail, response.notation)
             for kind, tokens in usage.items():
                 ledger.usage.add(key, model, kind, amount=tokens)
-        ledger.durations.note(now - self.began_at, model)
-        ledger.request_sizes.note(self.content_bytes, model)
+        ledger.durations.note(now - trail.began_at, model)
+        ledger.request_sizes.note(self.body.size, model)
         ledger.response_sizes.note(response.sent_bytes, model)
-        if self.core.shape is not None and self.server and response.status < 500:
-            age_s, call = now - self.asked_at, self.call._replace(model=self.model_label or None)
+        if core.shape is not None and server and response.status < 500:
+            age_s, call = now - trail.asked_at, self.call._replace(model=model or None)
             tokens = completion_tokens(usage, response.tail, response.sent_bytes)
-            self.core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
-                                           self.server, response.status, response.end))  # fmt: skip
-        self.core.news.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
-
-    def remember(self, now: float, first_s: float | None) -> None:
-        """For people who look at the last minute."""
-        response = self.response
-        well = response.status < 500 and response.end in ("complete", "client_gone")
-        history = self.core.recent.history(self.server)
-        history.ended(now, first_s if response.streams else None, well)
+            core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
+                                      server, response.status, response.end))
+        core.news.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
 
     def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> RequestFacts:
         """What its log lines say."""
-        response, (peer, port), model = self.response, self.client.peer, self.call.model
+        response, trail, model = self.response, self.trail, self.call.model
+        (peer, port), call = self.client.peer, self.call
         host = client_address(peer, self.head.fields, self.settings.trusted_proxies)
         return RequestFacts(
             response.id, f"{peer}:{port}" if host == peer else host,
             self.key.name if self.key else None, self.head.method, self.head.path[:200],
-            model and model[:100], self.call.stream, self.server or None, self.attempts,
-            response.status, self.queued_s, first_s, now - self.began_at, self.content_bytes,
+            model and model[:100], call.stream, trail.server or None, trail.attempts,
+            response.status, trail.queued_s, first_s, now - trail.began_at, self.body.size,
             response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
-            response.end)  # fmt: skip
-
-    CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
-        Relay: relay, Pause: pause, Wait: wait, Settle: settle, Refresh: refresh, Answer: answer,
-    }  # fmt: skip
+            response.end)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  watch
+#  43  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -11931,7 +12115,7 @@ class Watchers:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  operations
+#  44  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12020,7 +12204,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  endpoints
+#  45  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12279,7 +12463,7 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  front
+#  46  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12446,10 +12630,10 @@ class Front:
             running[wire] = exchange.response
             core.clients.ids.add(exchange.response.id)
             if last:
-                exchange.response.persists = False
+                exchange.response.close_after()
                 core.count_limit("max_requests_per_connection")
             await self.dispatch(exchange)
-            return exchange.response.persists and not (exchange.unread or wire.gone)
+            return exchange.response.persists and not (exchange.body.unread or wire.gone)
         except BadMessage as bad:
             self.reject(wire, bad)
             return False
@@ -12458,7 +12642,7 @@ class Front:
         except Exception:  # the same, so that the client hears of it
             core.internal_error("serving a client")
             if (response := running[wire]) is not None and not response.status:
-                response.persists = False
+                response.close_after()
                 response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             return False
         finally:
@@ -12505,7 +12689,7 @@ class Front:
         """Answer what is not even a request."""
         core, (host, port) = self.core, wire.peer
         id = request_id(NO_REQUEST.fields, (), (), core.draw)
-        response = Response(wire, NO_REQUEST, id, core.settings, False)
+        response = Response(wire, NO_REQUEST, id, core.settings)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.ledger.requests.add("", "", str(bad.fault.status))
         core.count_limit(bad.limit)
@@ -12534,15 +12718,13 @@ class Front:
 
     def say(self, exchange: Exchange, reply: Reply) -> None:
         response = exchange.response
-        response.persists = response.persists and not exchange.unread
-        response.whole(reply)
+        response.send(reply)
 
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         response = exchange.response
-        response.persists = response.persists and not exchange.unread
         response.refuse(*refusal[:3], refusal.fields)
         self.core.count_limit(LIMITS.get(refusal.fault, ""))
-        exchange.book()
+        exchange.account()
 
     async def answer(self, exchange: Exchange, row: Endpoint) -> None:
         """Raises BadMessage, PeerGone."""
@@ -12550,9 +12732,9 @@ class Front:
         content = b""
         if row.reads_content:
             try:
-                content = bytes((await exchange.gather())[0])
+                content = bytes((await exchange.body.gather())[0])
             finally:
-                exchange.let_go()
+                exchange.release(True)
         if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
             text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
             raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
@@ -12565,8 +12747,8 @@ class Front:
     async def stream(self, exchange: Exchange, events: AsyncIterator[bytes]) -> None:
         """Until they end or the client leaves.  Raises PeerGone."""
         core, client, response = self.core, exchange.client, exchange.response
-        response.persists = False
-        response.beat()
+        response.close_after()
+        response.heartbeat()
         with abandoned_if_gone(client, core.clients.tasks.get(client)):
             async for event in events:
                 response.write(event)
@@ -12589,7 +12771,7 @@ class Front:
         hop = ""
         if kind not in FOR_PAGES:
             hop = address_of(client.transport.get_extra_info("peername"))[0]
-        refusal = refusal_of(Visit(kind, head, exchange.unread, client.peer[0], client.is_tls,
+        refusal = refusal_of(Visit(kind, head, exchange.body.unread, client.peer[0], client.is_tls,
                                    exchange.key, keys.required, s, audience, hop))  # fmt: skip
         if refusal is not None:
             if refusal.warning and not self._warned:
@@ -12600,17 +12782,17 @@ class Front:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)
         if kind is Kind.CONTROL:
-            exchange.path, exchange.only = head.path, head.fields.get("x-mvllm-server")
-            exchange.infers = False
-            if not core.fleet.engines(exchange.only):
+            only = head.fields.get("x-mvllm-server")
+            exchange.destination = Destination(head.path, only, infers=False)
+            if not core.fleet.engines(only):
                 known = ", ".join(view.url for view in core.fleet.views())
-                text = f"X-MVLLM-Server is {shown(exchange.only)}, expected one of {known}."
+                text = f"X-MVLLM-Server is {shown(only)}, expected one of {known}."
                 return Refusal(Fault.BAD_REQUEST, text)
         return None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  handover
+#  47  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12775,7 +12957,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  following
+#  48  following
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -12903,7 +13085,7 @@ class Follower:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  balancer
+#  49  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -13032,7 +13214,7 @@ class Balancer:
         grace_s = timeout_s if self.handover.succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
             if response is not None and not response.begun:
-                response.persists = False
+                response.close_after()
         if running:
             log.info("stopping: %d answers are still running", len(running))
         for seconds in (grace_s, timeout_s - grace_s):
@@ -13124,7 +13306,7 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  page
+#  50  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13520,7 +13702,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  doctor
+#  51  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13747,7 +13929,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  demo
+#  52  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14060,7 +14242,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  process
+#  53  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14249,7 +14431,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  52  command line
+#  54  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be

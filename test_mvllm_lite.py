@@ -3878,7 +3878,7 @@ def test_tokens_of_an_answer(tail, size, tokens):
 # Answers as a judge sees them: their heads, their content, what the attempt is like; the verdict.
 SSE, A_MB = "content-type: text/event-stream\ntransfer-encoding: chunked", b"x" * (1 << 20)
 OVERLOAD = b'{"error":{"message":"m","type":"Service Unavailable","code":503}}'
-LONG = b'{"error":{"message":"the maximum context length is 9","code":400}}'
+TOO_LONG = b'{"error":{"message":"the maximum context length is 9","code":400}}'
 NO_ENGINE = b'{"error":{"message":"EngineCore encountered an issue. x","code":500}}'
 ABORT = b'{"choices":[{"finish_reason":"abort"}]}'
 VERDICTS = table(
@@ -3904,8 +3904,8 @@ VERDICTS = table(
     ("a 504 that is not to be retried", "504", b"x", {"retry_statuses": ()}, None),
     ("429", "429", b"x", {}, "SERVER_BUSY"),
     ("429 that settings name", "429", b"x", {"retry_statuses": (429,)}, "DECLINED"),
-    ("too long for all", "400", LONG, {}, None),
-    ("too long, another has more room", "400", LONG, {"has_larger": True},
+    ("too long for all", "400", TOO_LONG, {}, None),
+    ("too long, another has more room", "400", TOO_LONG, {"has_larger": True},
      "CONTEXT_LENGTH_EXCEEDED"),
     ("another 400", "400", b"x", {"has_larger": True}, None),
     ("a model it has not", "404", b"x", {}, "NOT_THERE"),
@@ -5328,12 +5328,18 @@ def test_shapes_of_turns_share_the_start_of_their_chains():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
+OUTBOUND = lite.OutboundRequest(
+    None, "/v1/x", "", "", lite.HeldContent(b""), False, True, False, 0.0, "")
+
+
 def outcome(word):
     """'refused', or 'busy!' for one whose answer was held back; 'cut' after the commit."""
     if word == "ok":
         return lite.WELL
-    if word == "s" or word[1:].isdigit():
-        return lite.Outcome(place=word.removesuffix("s") if word == "s" else word)
+    if word == "s":  # the fleet has changed
+        return lite.WELL
+    if word[1:].isdigit():  # a server that has room now
+        return lite.Outcome(ranking=ranking_of(fleet_of(2, 1))._replace(best=word))
     if word.startswith("dead"):
         return lite.Outcome(Fault.SERVER_GONE, word, "seen" in word, deaths=int(word[5]))
     faults = {"refused": Fault.CONNECT_FAILED, "busy": Fault.SERVER_BUSY, "503": Fault.SERVER_ERROR,
@@ -5350,22 +5356,25 @@ def play(fleet, outcomes, affordable=99, enforced=False, search=False, **setting
     s, draw, steps = Settings(**settings), random.Random(5), []
     afford = iter([True] * affordable + [False] * 99).__next__
     choose = functools.partial(ranking_of, fleet, "least", None, enforced=enforced)
-    plan = lite.relay_plan(choose, s, draw, afford)
-    plan = lite.search_plan(choose, s) if search else plan
+    plan = (lite.search_plan if search else lite.relay_plan)(
+        OUTBOUND, lite.Retries(choose, s, draw, afford))
     told, outcomes = None, iter(outcomes)
     with contextlib.suppress(StopIteration):
         while True:
             step = plan.send(told)
             told = lite.WELL
             if isinstance(step, lite.Relay):
-                steps.append(f"ask {step.url}")
+                steps.append(f"ask {step.server}")
+                assert step.request is OUTBOUND
                 told = outcome(next(outcomes))
-            elif isinstance(step, lite.Answer):
+            elif isinstance(step, lite.BreakOff):
+                steps.append(f"break off {step.outcome.fault.label}")
+            elif isinstance(step, lite.GiveUp):
                 steps.append(f"answer {step.outcome.fault.label}" + " as held" * bool(step.outcome.held))
             else:
                 steps.append(type(step).__name__.lower())
-                told = outcome("time") if isinstance(step, lite.Settle) else lite.WELL
-                if isinstance(step, lite.Wait):
+                told = outcome("time") if isinstance(step, lite.AwaitHealth) else lite.WELL
+                if isinstance(step, lite.Queue):
                     told = outcome(next(outcomes))
     return steps
 
@@ -5389,7 +5398,7 @@ PLANS = table(
     ("429 from the only server", (1,), ["busy!"], {}, ["ask s0", "answer server_busy as held"]),
     ("silence is not run again", (2, 1), ["silent"], {}, ["ask s0", "answer server_silent"]),
     ("unless allowed", (2, 1), ["silent", "ok"], {"retry_timed_out": True}, ["ask s0", "pause", "ask s1"]),
-    ("nothing after the commit", (2, 1), ["cut"], {}, ["ask s0"]),
+    ("nothing after the commit", (2, 1), ["cut"], {}, ["ask s0", "break off server_gone"]),
     ("no retries wanted", (2, 1), ["refused"], {"max_retries": 0}, ["ask s0", "answer connect_failed"]),
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
      ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
@@ -5498,7 +5507,8 @@ SEARCHES = table(
     ("who is busy may have it", 2, ["busy!", "404!"],
      ["ask s0", "ask s1", "answer server_busy as held"]),
     ("who is silent may be at it", 2, ["silent"], ["ask s0", "answer server_silent"]),
-    ("nothing after the commit", 2, ["404!", "cut"], ["ask s0", "ask s1"]),
+    ("nothing after the commit", 2, ["404!", "cut"],
+     ["ask s0", "ask s1", "break off server_gone"]),
     ("no server", 0, [], ["answer no_server"]),
 )
 
@@ -5510,11 +5520,11 @@ def test_who_has_a_response_that_nobody_remembers_is_found_out_in_turn(servers, 
 
 
 def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
-    assert play(fleet_of(1, healthy=False), [], search=True) == ["settle", "answer no_server"]
+    assert play(fleet_of(1, healthy=False), [], search=True) == ["awaithealth", "answer no_server"]
     for outcomes, end in ((["s0", "ok"], "ask s0"), (["full"], "answer queue_full")):
         fleet = fleet_of(1)
         fleet.lease("s0", 0.0)
-        assert play(fleet, outcomes, enforced=True, search=True) == ["wait", end]
+        assert play(fleet, outcomes, enforced=True, search=True) == ["queue", end]
 
 
 @pytest.mark.parametrize("deaths, steps", table(
@@ -5523,7 +5533,7 @@ def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
     ("one died with another of the same content", ["dead 2"],
      ["ask s0", "answer server_died_twice"]),
     ("one was lost without a death", ["dead 1", "cut?", "ok"], ["ask s0", "ask s1", "ask s2"]),
-    ("the client has seen a part", ["dead 2 seen"], ["ask s0"]),
+    ("the client has seen a part", ["dead 2 seen"], ["ask s0", "break off server_gone"]),
 ))  # fmt: skip
 def test_a_request_is_done_after_the_second_death(deaths, steps):
     assert play(fleet_of(3, 2, 1), deaths) == steps
@@ -5570,19 +5580,20 @@ def test_content_is_known_by_its_path_and_all_or_its_ends():
 
 QUEUED = table(  # with all places of s0 and s1 taken
     ("nobody waits where capacity is not enforced", ["ok"], False, ["ask s0"]),
-    ("a place becomes free", ["s1", "ok"], True, ["wait", "ask s1"]),
-    ("the queue is full", ["full"], True, ["wait", "answer queue_full"]),
-    ("a retry waits, too", ["s1", "refused", "s0", "ok"], True, ["wait", "ask s1", "wait", "ask s0"]),
-    ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True, ["wait", "ask s1", "wait", "answer no_server"]),
-    ("the server's own failure is shown", ["s1", "503!", "full"], True, ["wait", "ask s1", "pause", "wait", "answer server_error as held"]),
+    ("a place becomes free", ["s1", "ok"], True, ["queue", "ask s1"]),
+    ("the queue is full", ["full"], True, ["queue", "answer queue_full"]),
+    ("a retry waits, too", ["s1", "refused", "s0", "ok"], True, ["queue", "ask s1", "queue", "ask s0"]),
+    ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True, ["queue", "ask s1", "queue", "answer no_server"]),
+    ("the server's own failure is shown", ["s1", "503!", "full"], True, ["queue", "ask s1", "pause", "queue", "answer server_error as held"]),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("found, steps", [(False, "refresh answer"), (True, "refresh relay")])
+@pytest.mark.parametrize("found, steps", [(False, "refresh giveup"), (True, "refresh relay")])
 def test_a_model_that_nobody_has_told_of_is_looked_for_once(found, steps):
     fleet, said, told = fleet_of(1, 1), [], None
     choose = functools.partial(ranking_of, fleet, "least", "new")
-    plan = lite.relay_plan(choose, Settings(), random.Random(1), lambda: True)
+    plan = lite.relay_plan(
+        OUTBOUND, lite.Retries(choose, Settings(), random.Random(1), lambda: True))
     with contextlib.suppress(StopIteration):
         while True:
             step = plan.send(told)
@@ -5590,10 +5601,10 @@ def test_a_model_that_nobody_has_told_of_is_looked_for_once(found, steps):
             if said[-1] == "refresh" and found:
                 fleet.models_listed("s1", {"m": {}, "new": {}}, 1.0)
             told = lite.WELL
-            if said[-1] == "answer":
+            if said[-1] == "giveup":
                 assert step.outcome.fault is Fault.UNKNOWN_MODEL
             if said[-1] == "relay":
-                assert step.url == "s1"
+                assert step.server == "s1"
     assert said == steps.split()
 
 
@@ -5639,8 +5650,8 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
     ranking = ranking_of(lite.Fleet(), enforced=True)
 
     def waiter(since, model):
-        def take(server):
-            free[server] = None
+        def take(ranking):
+            free[ranking.best] = None
             took.append(since)
 
         def choose():
@@ -5694,13 +5705,14 @@ def test_a_queue_without_a_rate_yet_says_a_small_number_that_grows(waiting, free
 
 
 def test_a_plan_waits_for_servers_that_were_not_checked_yet():
-    assert play(fleet_of(1, healthy=False), []) == ["settle", "answer no_server"]
+    assert play(fleet_of(1, healthy=False), []) == ["awaithealth", "answer no_server"]
 
 
 def test_when_the_fleet_dies_the_answer_says_so():
     fleet = fleet_of(1)
     choose = functools.partial(ranking_of, fleet, "least", None)
-    plan = lite.relay_plan(choose, Settings(), random.Random(1), lambda: True)
+    plan = lite.relay_plan(
+        OUTBOUND, lite.Retries(choose, Settings(), random.Random(1), lambda: True))
     assert isinstance(next(plan), lite.Relay)
     for _ in range(2):
         fleet.judge("s0", lite.Health.failed, "refused", False, 0.0, Settings())
