@@ -355,8 +355,7 @@ class Fault(Enum):
 
 
 # What no request can do to a server: whoever asked, it is the server's failure.
-SERVERS_OWN = frozenset((Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.ABORTED,
-                         Fault.ENGINE_FAILED))  # fmt: skip
+SERVERS_OWN = frozenset((Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.ENGINE_FAILED))
 
 
 # Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
@@ -1399,6 +1398,12 @@ def words(value: Any) -> str:
     return value
 
 
+def field_name(value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch(TOKEN, value)):
+        raise ValueError("a field's name in quotes")
+    return value
+
+
 def file_path(value: Any) -> str:
     """Of a file that is read: only the settings file may name one."""
     return words(value)
@@ -1624,10 +1629,10 @@ class Settings:
     policy: str = setting("unified", one_of(*POLICY_NAMES), "how a server is chosen")
     score: str = setting("", formula, "of policy expression: the server with the lowest is asked")
     session_headers: tuple[str, ...] = setting(
-        ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id"), list_of(words),
+        ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id"), list_of(field_name),
         "fields that name a session, the first that a request has")
     request_id_headers: tuple[str, ...] = setting(
-        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"), list_of(words),
+        ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"), list_of(field_name),
         "fields that name a request, the first that it has")
     cache_threshold: float = setting(
         0.3, number(0, 1), "of cache_aware: share of a prompt that must be known to a server")

@@ -1380,6 +1380,8 @@ def test_all_complaints_come_at_once():
     ("admin paths for nobody", "servers = []\n[config]\nadmin_paths = ['/sleep']", "s.toml:3: config.admin_paths: found ('/sleep',), expected one of [[keys]] with admin = true"),
     ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'", "s.toml:3: config.status_access: found 'key', expected open or loopback"),
     ("keys are not repeated", "servers = [{url='http://h', api_key='sk-live'}, 5]", "s.toml:1: servers: found another list, expected"),
+    ("no field's name", "[config]\nrequest_id_headers = ['x-id', 'x id']", "config.request_id_headers: found"
+     " ['x-id', 'x id'], expected a field's name in quotes"),
     ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'", "config.tls_key: found nothing, expected both"),
     ("cookies for any page", "servers = []\n[config]\ncors_allowed_origins = ['*']\ncors_allow_credentials = true",
      "s.toml:4: config.cors_allow_credentials: found True, expected cors_allowed_origins without *"),
@@ -10460,6 +10462,8 @@ def failing_with(word, how):
             await conn.events(FAILURE_EVENT, DONE)
         elif how == "event in mid-stream":
             await conn.events(FIRST, FAILURE_EVENT, DONE)
+        elif how == "abort":
+            await conn.json(b'{"choices":[{"finish_reason":"abort"}]}')
         else:
             return "close"
 
@@ -10470,6 +10474,7 @@ FOLLOWING = table(
     ("500 for the same content", "500", False), ("500 for any", "500", True),
     ("error events for the same content", "event", False), ("error events for any", "event", True),
     ("in mid-stream", "event in mid-stream", False), ("closes", "close", False),
+    ("aborts", "abort", False),
 )  # fmt: skip
 
 
@@ -10486,7 +10491,7 @@ async def test_failures_that_follow_the_request_open_no_circuit(how, differ):
             body = b'{"model":"m","user":"poison%d","stream":true}' % (n * differ)
             got = await one.post(body=body)
             assert got.status == {"500": 500, "close": 502}.get(how, 200)
-            assert how == "close" or FAILURE in got.body
+            assert how in ("close", "abort") or FAILURE in got.body
         assert running.states() == ["healthy"] * 3
         if how in ("500", "event"):
             asked = sum(b"poison" in one.body for server in servers for one in server.asked)
