@@ -155,8 +155,8 @@ import urllib.parse
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import (
-    AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping,
-    Sequence,
+    AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator,
+    Mapping, Sequence,
 )
 from enum import Enum
 from http import HTTPStatus
@@ -9209,18 +9209,24 @@ class MessageReader:
         self.reader, self.side = reader, side
         self.buffer = bytearray()  # read, but of no message yet
 
+    def gone_error(self, how: str) -> PeerGone:
+        fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
+        return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
+
     async def more(self) -> bool:
         """Read on into the buffer; False at an orderly end.  Raises PeerGone."""
         try:
             piece = await self.reader.read(PIECE_BYTES)
         except OSError as error:
-            raise self._gone(f"lost: {error_text(error)}") from None
+            raise self.gone_error(f"lost: {error_text(error)}") from None
         self.buffer += piece
         return piece != b""
 
-    def _gone(self, how: str) -> PeerGone:
-        fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
-        return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
+    async def departure(self) -> None:
+        """Raises PeerGone once the peer leaves, or has sent more ahead than a head may take."""
+        while len(self.buffer) <= HEAD_LIMIT_BYTES and await self.more():
+            pass
+        raise self.gone_error("closed")
 
     async def read_head(self) -> bytes | None:
         """The next head, up to and with its empty line; None at an orderly end before it.
@@ -9229,11 +9235,12 @@ class MessageReader:
         while (end := search.end(self.buffer)) < 0 and len(self.buffer) <= HEAD_LIMIT_BYTES:
             if not await self.more():
                 if self.buffer:
-                    raise self._gone("closed")
+                    raise self.gone_error("closed")
                 return None
         if not 0 <= end <= HEAD_LIMIT_BYTES + 4:
-            text = f"the head is longer than {HEAD_LIMIT_BYTES} bytes"
-            raise BadMessage(text, Fault.HEAD_TOO_LARGE)
+            asked = self.side is Blame.CLIENT
+            fault = Fault.HEAD_TOO_LARGE if asked else Fault.BAD_ANSWER
+            raise BadMessage(f"the head is longer than {HEAD_LIMIT_BYTES} bytes", fault)
         head = bytes(self.buffer[:end])
         del self.buffer[:end]
         return head
@@ -9250,137 +9257,104 @@ class MessageReader:
             elif decoder.until_close:
                 decoder.done = True
             else:
-                raise self._gone("closed")
+                raise self.gone_error("closed")
         return b""
 
 
-class ServerStream(MessageReader):
-    """One of our own connections to a server."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        super().__init__(reader, Blame.SERVER)
-        self.writer = writer
-
-    def is_silent(self) -> bool:
-        """Whether nothing has come since the last answer, neither bytes nor an end: only then does
-        reading wait, which a look at its first step tells."""
-        reading = self.reader.read(1)
-        try:
-            reading.send(None)
-        except (StopIteration, OSError):
-            return False
-        finally:
-            reading.close()
-        return not self.writer.is_closing()
-
-    async def ask(self, request: bytes) -> tuple[ResponseHead, Length]:
-        """Send a request; the head of its answer.  Raises Stale where the connection ended before
-        that, BadMessage."""
-        self.writer.write(request)
-        for _ in range(INFORMATIONAL_LIMIT):
-            try:
-                raw = await self.read_head()
-            except PeerGone as gone:
-                raise Stale(str(gone), gone.fault) from None
-            if raw is None:
-                text = "the server's connection was closed without an answer"
-                raise Stale(text, Fault.SERVER_GONE)
-            head, length = parse_response_head(raw)
-            if head.status >= 200:
-                return head, length
-        raise BadMessage(f"more than {INFORMATIONAL_LIMIT} informational responses")
-
-    def abort(self) -> None:
-        """End it at once: a vLLM that is still generating stops."""
-        self.writer.transport.abort()
+Stream = tuple[MessageReader, asyncio.StreamWriter]  # one of our own connections to a server
 
 
 class HttpClient(Upstream):
     """Asks one server for things of our own.  One idle connection is kept, so that a report each
     half second needs no new one, for POOL_IDLE_S: vLLM ends it a second later."""
 
-    _idle: ServerStream | None = None
+    _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
-
-    async def ask(
-        self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
-    ) -> ResponseHead:
-        """GET, or POST some JSON.  Each piece of the answer's content is taken as it comes, up to
-        FETCH_LIMIT_BYTES.  What a connection that was idle does not answer is asked again over a
-        new one.  Raises PeerGone, BadMessage, TimeoutError."""
-        request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
-        request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}"
-        if self.name:
-            request += f"Via: 1.1 {self.name}\r\n"
-        if content is not None:
-            request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        said = f"{request}\r\n".encode("latin-1") + (content or b"")
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        if (idle := self._take_idle()) is not None:
-            async with within(timeout_s):
-                with contextlib.suppress(Stale):
-                    return await self._exchange(idle, said, path, take)
-        stream = await self._connect(deadline, timeout_s)
-        async with within(deadline - asyncio.get_running_loop().time()):
-            return await self._exchange(stream, said, path, take)
 
     async def fetch(
         self, path: str, timeout_s: float, content: bytes | None = None
     ) -> tuple[int, bytes]:
         """The status and the whole content.  Raises what `ask` raises."""
         pieces = list[bytes]()
-        head = await self.ask(path, timeout_s, content, pieces.append)
-        return head.status, b"".join(pieces)
+        status = await self.ask(path, timeout_s, content, pieces.append)
+        return status, b"".join(pieces)
 
-    async def fetch_members(
-        self, path: str, timeout_s: float, content: bytes | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        """The status, and the members of the JSON object.  Raises what `ask` raises."""
-        status, found = await self.fetch(path, timeout_s, content)
-        return status, read_members(found, None)
-
-    async def _exchange(
-        self, stream: ServerStream, request: bytes, path: str, take: Callable[[bytes], object]
-    ) -> ResponseHead:
-        reusable, size = False, 0
+    async def ask(
+        self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
+    ) -> int:
+        """GET, or POST some JSON, and return the status.  Each piece of the answer's content is
+        taken as it comes, up to FETCH_LIMIT_BYTES.  When an idle connection turns out to be closed,
+        a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
+        request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
+        request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}"
+        if self.name:
+            request += f"Via: 1.1 {self.name}\r\n"
+        if content is not None:
+            request += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        message = f"{request}\r\n".encode("latin-1") + (content or b"")
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        if (stream := self._take_idle()) is not None:
+            with contextlib.suppress(Stale):
+                async with within(timeout_s):
+                    return await self._exchange(stream, message, take)
+        left_s = deadline - asyncio.get_running_loop().time()
         try:
-            head, length = await stream.ask(request)
-            decoder = decoder_for(response_framing(head, length, "GET"))
-            while piece := await stream.read_content(decoder):
-                if (size := size + len(piece)) > FETCH_LIMIT_BYTES:
-                    text = f"{path} is longer than {FETCH_LIMIT_BYTES} bytes"
-                    raise BadMessage(text, Fault.BAD_ANSWER)
-                take(piece)
-            reusable = head.persists and not (stream.buffer or decoder.until_close)
-        finally:
-            if not reusable or self._idle is not None:
-                stream.abort()
-        if reusable and self._idle is None:
-            self._idle, loop = stream, asyncio.get_running_loop()
-            self._expiry = loop.call_later(POOL_IDLE_S, self.close)
-        return head
-
-    async def _connect(self, deadline: float, timeout_s: float) -> ServerStream:
-        """A new connection.  Raises PeerGone."""
-        try:
-            async with within(deadline - asyncio.get_running_loop().time()):
-                return ServerStream(
-                    *await asyncio.open_connection(self.host, self.port, ssl=self.tls()))
+            async with within(left_s):
+                reader, writer = await asyncio.open_connection(
+                    self.host, self.port, ssl=self.tls())
         except OSError as error:
             raise connect_failure(error, timeout_s) from None
+        async with within(deadline - asyncio.get_running_loop().time()):
+            return await self._exchange(
+                (MessageReader(reader, Blame.SERVER), writer), message, take)
 
-    def _take_idle(self) -> ServerStream | None:
+    async def _exchange(
+        self, stream: Stream, message: bytes, take: Callable[[bytes], object]
+    ) -> int:
+        """Raises Stale where the connection ends before an answer has begun."""
+        (server, writer), left_bytes, reusable = stream, FETCH_LIMIT_BYTES, False
+        try:
+            writer.write(message)
+            try:
+                head, length = await read_final_head(server)
+            except PeerGone as gone:
+                raise Stale(str(gone), gone.fault) from None
+            decoder = decoder_for(response_framing(head, length, "GET"))
+            while piece := await server.read_content(decoder):
+                if (left_bytes := left_bytes - len(piece)) < 0:
+                    text = f"the answer is longer than {FETCH_LIMIT_BYTES} bytes"
+                    raise BadMessage(text, Fault.BAD_ANSWER)
+                take(piece)
+            reusable = head.persists and not (server.buffer or decoder.until_close or self._idle)
+            return head.status
+        finally:
+            if reusable:
+                loop, self._idle = asyncio.get_running_loop(), stream
+                self._expiry = loop.call_later(POOL_IDLE_S, self.close)
+            else:  # which also stops a vLLM that still generates
+                writer.transport.abort()
+
+    def _take_idle(self) -> Stream | None:
         stream, self._idle = self._idle, None
-        if stream is not None and self._expiry is not None:
+        if self._expiry is not None:
             self._expiry.cancel()
-            if stream.is_silent():
-                return stream
-            stream.abort()
-        return None
+        return stream
 
     def close(self) -> None:
         if (stream := self._take_idle()) is not None:
-            stream.abort()
+            stream[1].transport.abort()
+
+
+async def read_final_head(server: MessageReader) -> tuple[ResponseHead, Length]:
+    """The next head that is no 1xx.  Raises PeerGone, BadMessage."""
+    for _ in range(INFORMATIONAL_LIMIT):
+        if (raw := await server.read_head()) is None:
+            raise server.gone_error("closed without an answer")
+        head, length = parse_response_head(raw)
+        if head.status >= 200:
+            return head, length
+    text = f"more than {INFORMATIONAL_LIMIT} informational responses"
+    raise BadMessage(text, Fault.BAD_ANSWER)
 
 
 AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is there
@@ -12930,8 +12904,8 @@ async def process_at(url: str) -> int:
     trusting = Secrets(Settings((ServerSettings(url, verify=url.startswith("http:")),)))
     with contextlib.closing(HttpClient(url, trusting)) as client:
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-            status, found = await client.fetch_members("/version", 2.0)
-            pid = found.get("pid") if status == 200 else None
+            status, found = await client.fetch("/version", 2.0)
+            pid = read_members(found, None).get("pid") if status == 200 else None
             return pid if isinstance(pid, int) else 0
     return 0
 
@@ -13797,11 +13771,11 @@ async def stream_of(client: HttpClient, model: str, timeout_s: float) -> Streame
             came.append((clock().monotonic - begun, events))
 
     with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        head = await client.ask("/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
+        status = await client.ask("/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
         if not came:
-            return Streamed(head.status)
+            return Streamed(status)
         events = sum(count for _, count in came)
-        return Streamed(head.status, len(came), events, came[0][0], came[-1][0])
+        return Streamed(status, len(came), events, came[0][0], came[-1][0])
     return None
 
 
@@ -13971,73 +13945,62 @@ class SimulatedServer:
 
     def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0):
         self.kind, self.models, self.draw = kind, models, random.Random(seed)
-        self.mode = "ok"
-        self.url = ""
+        self.mode, self.url = "ok", ""
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
         self.cache, self.cached_tokens = PrefixCache(), 0
         self.slots = asyncio.Semaphore(kind.capacity)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any] | None] = set()
 
     async def __aenter__(self) -> SimulatedServer:
-        (sock,) = listening_sockets("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        self._listener = Listener(sock, lambda: True, list, self._accept, log.error)
+        self._listener = await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, backlog=LISTEN_BACKLOG)
+        self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """As kill -9 would: nothing is finished."""
         self._listener.close()
-        for task in self._tasks:
+        for task in filter(None, self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*filter(None, self._tasks), return_exceptions=True)
 
-    def _accept(self, sock: socket.socket, address: Any) -> None:
-        wire = Wire(Blame.CLIENT)
-
-        def forget(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            wire.abort()
-            sock.close()
-
-        task = asyncio.ensure_future(self._serve(wire, sock))
-        self._tasks.add(task)
-        task.add_done_callback(forget)
-
-    async def _serve(self, wire: Wire, sock: socket.socket) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection, one after the other."""
+        self._tasks.add(task := asyncio.current_task())
+        client = MessageReader(reader, Blame.CLIENT)
         with contextlib.suppress(PeerGone, BadMessage, OSError, asyncio.CancelledError):
-            sock.setblocking(False)
-            await wire.loop.connect_accepted_socket(lambda: wire, sock)
-            while (raw := await wire.read_head(INFINITY)) is not None:
+            while (raw := await client.read_head()) is not None:
                 (head, length), content = parse_request_head(raw), bytearray()
                 decoder = decoder_for(request_framing(head, length))
-                while not decoder.done:
-                    content += await wire.read_content(decoder, INFINITY)
-                wire.buffer[:0] = decoder.rest
-                await self._answer(wire, head, content)
+                while piece := await client.read_content(decoder):
+                    content += piece
+                await self._answer(client, writer, head, content)
+        self._tasks.discard(task)
+        writer.transport.abort()
 
-    async def _answer(self, wire: Wire, head: RequestHead, content: Content) -> None:
+    async def _answer(
+        self, client: MessageReader, writer: asyncio.StreamWriter, head: RequestHead,
+        content: Content,
+    ) -> None:  # fmt: skip
         if self.mode == "hang" and head.path != "/simulate":
-            with abandoned_if_gone(wire):
-                await asyncio.Event().wait()
+            await unless_gone(client, asyncio.Event().wait())
         wanted = read_members(content, None)
         prompt = read_prompt(content, None, wanted, None)
-        infers = head.method == "POST" and head.path in SIMULATED_PATHS
-        refusal = (simulated_refusal(head, content, wanted, prompt, self.models)
-                   or self._failure() if infers else self._page(head, wanted))
+        if head.method != "POST" or head.path not in SIMULATED_PATHS:
+            refusal: tuple[int, Any] | None = self._page(head, wanted)
+        else:
+            refusal = simulated_refusal(head, content, wanted, prompt, self.models)
+            if refusal is None and self.mode == "fail":
+                text = "EngineCore encountered an issue."
+                refusal = 500, vllm_error("InternalServerError", 500, text)
         if refusal is not None:
-            wire.transport.write(simulated_response(head, *refusal))
+            writer.write(simulated_response(head, *refusal))
             return
         try:
-            with abandoned_if_gone(wire):
-                await Generation(self, wire, head, wanted, prompt).run()
-        except PeerGone:
+            await unless_gone(client, Generation(self, writer, head, wanted, prompt).run())
+        except (PeerGone, OSError):
             self.aborted += 1
             raise
-
-    def _failure(self) -> tuple[int, Any] | None:
-        if self.mode == "fail":
-            return 500, vllm_error("InternalServerError", 500, "EngineCore encountered an issue.")
-        return None
 
     def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
         """(status, text or JSON) of everything that generates nothing."""
@@ -14079,6 +14042,18 @@ class SimulatedServer:
         return expose(page)
 
 
+async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
+    """Do this, or as much of it as is done when the client leaves.  Raises PeerGone."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client.departure())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        (working if working.done() else leaving).result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait((working, leaving))
+
+
 def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}
 
@@ -14091,41 +14066,39 @@ def unreadable(head: RequestHead, content: Content) -> tuple[str, str | None] | 
     try:
         document = json.loads(content)
     except json.JSONDecodeError as error:
-        place = f"body.{error.pos}"
-        return (f"{{'type': 'json_invalid', 'loc': '{place}', 'msg': 'JSON decode error', 'input':"
-                f" '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), place
+        part = f"body.{error.pos}"
+        return (f"{{'type': 'json_invalid', 'loc': '{part}', 'msg': 'JSON decode error', 'input':"
+                f" '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), part
     except ValueError:  # no UTF-8
         return "There was an error parsing the body", None
     if not isinstance(document, dict):
         return ("{'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input should be a valid"
                 " dictionary or object to extract fields from'}"), "body"
     needed = "messages" if head.path.endswith("chat/completions") else "prompt"
-    if needed not in document:
-        return (f"{{'type': 'missing', 'loc': 'body.{needed}', 'msg': 'Field required', 'input':"
-                f" '<dict of {len(document)} items>'}}"), f"body.{needed}"
-    return None
+    if needed in document:
+        return None
+    return (f"{{'type': 'missing', 'loc': 'body.{needed}', 'msg': 'Field required', 'input':"
+            f" '<dict of {len(document)} items>'}}"), f"body.{needed}"  # fmt: skip
 
 
 def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] | None:
     """Which value cannot be, in vLLM's words, and its parameter."""
-    for name, value in wanted.items():
-        if name not in ("temperature", "max_tokens", "max_completion_tokens"):
-            continue
-        if not isinstance(value, (int, float)):
+    heat = wanted.get("temperature")
+    if isinstance(heat, (int, float)) and heat < 0:
+        return f"temperature must be non-negative, got {heat}.", "temperature"
+    for name in ("max_tokens", "max_completion_tokens"):
+        if not isinstance(tokens := wanted.get(name), (int, float)):
             continue  # null is none
-        if name == "temperature" and value < 0:
-            return f"temperature must be non-negative, got {value}.", name
-        if name != "temperature" and value < 1:
-            return f"{name} must be at least 1, got {value}.", name
-        if name != "temperature" and value > SIMULATED_LENGTH:
-            return (f"{name}={value} cannot be greater than max_model_len={SIMULATED_LENGTH}."
+        if tokens < 1:
+            return f"{name} must be at least 1, got {tokens}.", name
+        if tokens > SIMULATED_LENGTH:
+            return (f"{name}={tokens} cannot be greater than max_model_len={SIMULATED_LENGTH}."
                     " Please request fewer output tokens."), name
-    if prompt.tokens >= SIMULATED_LENGTH:
-        return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
-                f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit"
-                " even without any output tokens. Please reduce the length of the input prompt."
-                ), "input_tokens"  # fmt: skip
-    return None
+    if prompt.tokens < SIMULATED_LENGTH:
+        return None
+    return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your prompt"
+            f" contains at least {prompt.tokens} input tokens, which exceeds this limit even without"
+            " any output tokens. Please reduce the length of the input prompt."), "input_tokens"
 
 
 def simulated_refusal(
@@ -14136,8 +14109,7 @@ def simulated_refusal(
     if (wrong := unreadable(head, content)) is not None:
         text, param = wrong
         return 400, vllm_error("Bad Request", 400, f"1 validation error:\n  {text}", param)
-    model = wanted.get("model") or models[0]
-    if model not in models:
+    if (model := wanted.get("model") or models[0]) not in models:
         text = f"The model `{model}` does not exist. Valid aliases: {', '.join(models)}."
         return 404, vllm_error("NotFoundError", 404, text, "model")
     if (wrong := out_of_range(wanted, prompt)) is not None:
@@ -14159,16 +14131,15 @@ class Generation:
     """One answer of a simulated server."""
 
     def __init__(
-        self, server: SimulatedServer, wire: Wire, head: RequestHead, wanted: dict[str, Any],
-        prompt: Prompt,
+        self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
+        wanted: dict[str, Any], prompt: Prompt,
     ) -> None:  # fmt: skip
-        self.server, self.wire, self.head, self.prompt = server, wire, head, prompt
+        self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
         limit = wanted.get("max_completion_tokens") or wanted.get("max_tokens")
-        self.tokens = limit if isinstance(limit, int) and limit > 0 else 0
-        self.tokens = self.tokens or server.draw.randint(40, 120)
-        self.prompt_tokens = prompt.tokens
+        given = isinstance(limit, int) and limit > 0
+        self.tokens = limit if given else server.draw.randint(40, 120)
         options = wanted.get("stream_options")
         self.usage_wanted = isinstance(options, dict) and options.get("include_usage") is True
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{server.draw.getrandbits(64):016x}"
@@ -14176,7 +14147,7 @@ class Generation:
     async def run(self) -> None:
         server = self.server
         if self.streams:  # as vLLM does, before there is anything to say
-            self.wire.transport.write(STREAM_HEAD)
+            self.writer.write(STREAM_HEAD)
         server.waiting += 1
         try:
             await server.slots.acquire()
@@ -14190,47 +14161,45 @@ class Generation:
             server.slots.release()
 
     async def generate(self) -> None:
-        kind, server, said = self.server.kind, self.server, list[str]()
+        kind, server, text = self.server.kind, self.server, list[str]()
         cached = self.prompt.tokens_in(server.cache.cached_links(self.prompt.prefix_hashes))
         server.cache.sent(self.prompt)
-        server.prompt_tokens += self.prompt_tokens
+        server.prompt_tokens += self.prompt.tokens
         server.cached_tokens += cached
-        await asyncio.sleep((self.prompt_tokens - cached) / kind.prefill_tokens_per_s)
+        await asyncio.sleep((self.prompt.tokens - cached) / kind.prefill_tokens_per_s)
         for n in range(self.tokens):
             pace = (1 + server.running / kind.capacity) * (5 if server.mode == "slow" else 1)
             await asyncio.sleep(kind.token_s * pace * server.draw.uniform(0.8, 1.2))
             word = server.draw.choice(WORDS)
-            said.append(f" {word}" if n else word.capitalize())
+            text.append(f" {word}" if n else word.capitalize())
             server.generated_tokens += 1
             if self.streams:
-                await self.event([self.choice("delta", said[-1], n)])
-        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens,
-                 "total_tokens": self.prompt_tokens + self.tokens}  # fmt: skip
+                await self.event([self.choice("delta", text[-1], n)])
+        usage = {"prompt_tokens": self.prompt.tokens, "completion_tokens": self.tokens,
+                 "total_tokens": self.prompt.tokens + self.tokens}  # fmt: skip
         if not self.streams:
-            document = self.document([self.choice("message", "".join(said), self.tokens - 1)])
-            whole = simulated_response(self.head, 200, document | {"usage": usage})
-            self.wire.transport.write(whole)
+            document = self.document([self.choice("message", "".join(text), self.tokens - 1)])
+            self.writer.write(simulated_response(self.head, 200, document | {"usage": usage}))
             return
         if self.usage_wanted:
             await self.event([], usage=usage)
-        self.wire.transport.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+        self.writer.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
 
     def choice(self, part: str, text: str, n: int) -> dict[str, Any]:
         role = {"role": "assistant"} if part == "message" or n == 0 else {}
-        said = {part: {**role, "content": text}} if self.chat else {"text": text}
+        content = {part: {**role, "content": text}} if self.chat else {"text": text}
         last = "length" if n == self.tokens - 1 else None
-        return {"index": 0, **said, "logprobs": None, "finish_reason": last}
+        return {"index": 0, **content, "logprobs": None, "finish_reason": last}
 
     def document(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = f"chat.completion{'.chunk' * self.streams}" if self.chat else "text_completion"
-        created, model = int(time.time()), self.server.models[0]
-        said = {"id": self.id, "object": kind, "created": created, "model": model}
-        return {**said, "choices": choices}
+        return {"id": self.id, "object": kind, "created": int(time.time()),
+                "model": self.server.models[0], "choices": choices}  # fmt: skip
 
     async def event(self, choices: list[dict[str, Any]], **more: Any) -> None:
         event = b"data: " + json.dumps(self.document(choices) | more).encode() + b"\n\n"
-        self.wire.transport.write(encode_chunk(event))
-        await self.wire.unblocked(INFINITY)
+        self.writer.write(encode_chunk(event))
+        await self.writer.drain()
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
@@ -14349,7 +14318,8 @@ async def answer_of(
 ) -> tuple[dict[str, Any], str]:
     """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
     try:
-        status, found = await client.fetch_members(path, TOP_TIMEOUT_S, content)
+        status, answer = await client.fetch(path, TOP_TIMEOUT_S, content)
+        found = read_members(answer, None)
     except (PeerGone, BadMessage, TimeoutError) as error:
         return {}, str(error) or "no answer in time"
     error = found.get("error")

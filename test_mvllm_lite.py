@@ -10805,6 +10805,109 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  32  client
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@contextlib.asynccontextmanager
+async def asking(*scripts):
+    """A client of a raw server, each of whose connections follows the next script, and how many
+    there were."""
+    came, left = [], list(scripts)
+
+    async def serve(reader, writer):
+        came.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            for said in left.pop(0):
+                await reader.readuntil(b"\r\n\r\n")
+                for piece in [said] if isinstance(said, bytes) else said:
+                    writer.write(piece)
+                    await asyncio.sleep(0)
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    with contextlib.closing(client):
+        yield client, came
+    listener.close()
+
+
+SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("scripts, answers, connections", table(
+    ("one is kept", ([SMALL] * 3,), 3, 1),
+    ("a closed one is replaced", ([SMALL], [SMALL], [SMALL]), 3, 3),
+    ("one that says it ends", ([SMALL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [SMALL]), 2, 2),
+    ("of HTTP/1.0", ([SMALL.replace(b"1.1", b"1.0")], [SMALL]), 2, 2),
+    ("with bytes behind its answer", ([SMALL + SMALL], [SMALL]), 2, 2),
+))  # fmt: skip
+@asynchronous
+async def test_our_own_questions_need_as_many_connections_as_end(scripts, answers, connections):
+    async with asking(*scripts) as (client, came):
+        for _ in range(answers):
+            assert await client.fetch("/health", 5.0) == (200, b"ok")
+        assert len(came) == connections
+
+
+@asynchronous
+async def test_an_idle_connection_that_dies_unheard_is_replaced_once():
+    async with asking([SMALL, b""], [b""]) as (client, came):
+        assert await client.fetch("/health", 5.0) == (200, b"ok")
+        with pytest.raises(lite.PeerGone, match="the server's connection was closed without an answer"):
+            await client.fetch("/health", 5.0)
+        assert len(came) == 2
+
+
+@asynchronous
+async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept():
+    async with asking([SMALL] * 3, [SMALL] * 3) as (client, came):
+        both = [client.fetch("/health", 5.0), client.fetch("/metrics", 5.0)]
+        assert await asyncio.gather(*both) == [(200, b"ok")] * 2
+        assert await client.fetch("/health", 5.0) == (200, b"ok") and len(came) == 2
+
+
+@pytest.mark.parametrize("said, found", table(
+    ("in pieces", [SMALL[n : n + 1] for n in range(len(SMALL))], (200, b"ok")),
+    ("in chunks", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n", (200, b"ok")),
+    ("up to the close", b"HTTP/1.1 200 OK\r\n\r\nok", (200, b"ok")),
+    ("without content", b"HTTP/1.1 204 No\r\n\r\n", (204, b"")),
+    ("behind others", b"HTTP/1.1 103 Early Hints\r\n\r\n" + SMALL, (200, b"ok")),
+    ("too many others", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 17 + SMALL, "more than 16 informational"),
+    ("cut", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection was closed"),
+    ("cut in its head", b"HTTP/1.1 200 OK\r\nContent-Le", "connection was closed"),
+    ("of two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", "Content-Length"),
+    ("another protocol", b"SSH-2.0-OpenSSH\r\n", "SSH"),
+    ("an endless head", [b"HTTP/1.1 200 OK\r\n"] + [b"A: %s\r\n" % (b"a" * 1000)] * 70, "the head is longer than 65536"),
+    ("an endless answer", [b"HTTP/1.1 200 OK\r\n\r\n"] + [b"a" * 1_000_000] * 9, "the answer is longer than 8388608"),
+))  # fmt: skip
+@asynchronous
+async def test_answers_to_our_own_questions_are_framed_and_bounded_as_all_are(said, found):
+    async with asking([said]) as (client, came):
+        if isinstance(found, tuple):
+            assert await client.fetch("/metrics", 5.0) == found
+            return
+        with pytest.raises((lite.PeerGone, lite.BadMessage), match=found) as caught:
+            await client.fetch("/metrics", 5.0)
+        assert caught.value.fault.blame is lite.Blame.SERVER
+
+
+@asynchronous
+async def test_our_own_questions_have_one_deadline_however_much_is_said():
+    async def trickle(reader, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"a")
+            await asyncio.sleep(0.01)
+
+    listener = await asyncio.start_server(trickle, "127.0.0.1", 0)
+    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    with pytest.raises(TimeoutError):
+        await client.fetch("/metrics", 0.1)
+    listener.close()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  41  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
