@@ -5580,6 +5580,16 @@ def test_content_is_known_by_its_path_and_all_or_its_ends():
     assert lite.digest_of("/v1/x", bytearray(long)) == lite.digest_of("/v1/x", long)
 
 
+@pytest.mark.parametrize("size", [9, 200_000])
+def test_a_form_is_the_same_whatever_its_boundary(size):
+    def known_by(boundary, sound):
+        lines = (f'--{boundary}\r\nContent-Disposition: form-data; name="file"\r\n\r\n{sound * size}\r\n'
+                 f"--{boundary}--\r\n")  # fmt: skip
+        return lite.digest_of("/v1/audio/transcriptions", lines.encode())
+
+    assert known_by("0a" * 16, "a") == known_by("f7" * 16, "a") != known_by("0a" * 16, "b")
+
+
 QUEUED = table(  # with all places of s0 and s1 taken
     ("nobody waits where capacity is not enforced", ["ok"], False, ["ask s0"]),
     ("a place becomes free", ["s1", "ok"], True, ["queue", "ask s1"]),
