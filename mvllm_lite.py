@@ -913,6 +913,16 @@ class ChunkedDecoder(Decoder):
         """Every chunk in `data`; what is incomplete stays in `_pending`."""
         content, at, self._pending = [], 0, b""
         while at < len(data) and not self.done and not self._pending:
+            while not (self._left or self._trailer_left):  # whole ones; they may be tiny
+                line = CHUNK_SIZE.match(data, at)
+                size = int(line[1], 16) if line else 0
+                end = line.end() + size if line else 0
+                if not size or data[end : end + 2] != b"\r\n":
+                    break
+                content.append(data[end - size : end])
+                at = end + 2
+            if at == len(data):
+                break
             if self._left > 2:
                 piece = data[at : at + self._left - 2]
                 content.append(piece)
