@@ -10802,6 +10802,18 @@ class Process:
         self.stalled_at = -INFINITY  # when it last turned out to have stood still
 
 
+class Requests:
+    """What all requests that are under way have in common."""
+
+    def __init__(self) -> None:
+        self.budget = RetryBudget()
+        self.queue = WaitQueue()
+        self.poison = Poison()
+        self.tests: dict[bytes, asyncio.Event] = {}  # contents it knows that are with a server
+        self.stored = StoredResponses()
+        self.running: dict[str, set[Running]] = {}  # by server
+
+
 class Core:
     """The balancer owns it, and replaces its settings on reload; a request keeps those that it
     came under to its end."""
@@ -10811,10 +10823,7 @@ class Core:
         self.draw = draw
         self.fleet = Fleet()
         self.ledger = Ledger()
-        self.budget = RetryBudget()
-        self.poison = Poison()
-        self.tests: dict[bytes, asyncio.Event] = {}  # contents it knows that are with a server
-        self.queue = WaitQueue()
+        self.requests = Requests()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         # Reasons to pass over servers and the shortest context, by model, and which change of the
         # fleet they follow from.
@@ -10823,11 +10832,9 @@ class Core:
         self.roster = Roster()
         self.shape: Writer | None = None  # where the traffic's shape is written
         self.keys = Keys()
-        self.stored = StoredResponses()
-        self.attempts: dict[str, set[Running]] = {}  # by server
         self.clients = Clients(settings)
         self.recent = Recent()
-        self.news = News(self.queue)
+        self.news = News(self.requests.queue)
         self.looks = Looks()
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
@@ -10843,7 +10850,7 @@ class Core:
         process = {
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
-            "connections": len(self.clients.tasks), "queue": len(self.queue),
+            "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
         }  # fmt: skip
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
@@ -10885,7 +10892,7 @@ class Core:
 
     def streams_at(self, url: str) -> float:
         """When a piece of a streamed answer came last, of those that it is giving."""
-        pumps = (attempt.pump for attempt in self.attempts.get(url, ()))
+        pumps = (attempt.pump for attempt in self.requests.running.get(url, ()))
         return max((pump.moved_at for pump in pumps if pump is not None), default=-INFINITY)
 
     def has_room(self) -> bool:
@@ -11168,7 +11175,7 @@ class Attempt:
         """What became of asking the server, whatever it did.  `commit` is called once it has an
         answer to show; the rest follows if it wants that."""
         s, response, self._commit = self.settings, self.response, commit
-        attempts = self.core.attempts.setdefault(self.server, set())
+        attempts = self.core.requests.running.setdefault(self.server, set())
         attempts.add(self)
         try:
             return await self.pool.talk(self.converse, s.connect_timeout)
@@ -11187,7 +11194,7 @@ class Attempt:
         finally:
             attempts.discard(self)
             if not attempts:
-                self.core.attempts.pop(self.server, None)
+                self.core.requests.running.pop(self.server, None)
 
     async def converse(self, wire: Wire) -> Outcome:
         """One request and its answer on one connection: send, listen, hold back what may still
@@ -11338,18 +11345,19 @@ class Case:
         core, content = self.core, self.digest()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TEST_LIMIT_S):
-                while (test := core.tests.get(content)) is not None:
+                while (test := core.requests.tests.get(content)) is not None:
                     await test.wait()
-        if core.poison.holds(content, asyncio.get_running_loop().time(), self.settings.poison_hold):
+        now = asyncio.get_running_loop().time()
+        if core.requests.poison.holds(content, now, self.settings.poison_hold):
             return True
-        if core.poison.knows(content) and content not in core.tests:
-            self._test = core.tests[content] = asyncio.Event()
+        if core.requests.poison.knows(content) and content not in core.requests.tests:
+            self._test = core.requests.tests[content] = asyncio.Event()
         return False
 
     def end_test(self) -> None:
         """The next may have its turn."""
         if self._test is not None:
-            del self.core.tests[self.known_by]
+            del self.core.requests.tests[self.known_by]
             self._test.set()
             self._test = None
 
@@ -11358,8 +11366,8 @@ class Case:
         core, now = self.core, response.client.loop.time()
         if (view := core.fleet.view(server)) is not None and view.health.success_matters:
             core.judge(server, Health.succeeded, now, self.settings)
-        if core.poison and self.known_by:
-            core.poison.succeeded(self.known_by)
+        if core.requests.poison and self.known_by:
+            core.requests.poison.succeeded(self.known_by)
         if self.suspects and response.status < 400:
             self.close(True)
 
@@ -11426,7 +11434,7 @@ class Case:
         self._deaths += 1
         if not (s.poison_hold and self.digest()):
             return self._deaths
-        deaths = max(self._deaths, core.poison.died(self.digest(), sent_at, now))
+        deaths = max(self._deaths, core.requests.poison.died(self.digest(), sent_at, now))
         if deaths >= DEADLY:
             log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
                         " died with it, now %s", self.id, s.poison_hold, deaths, server)
@@ -11533,9 +11541,9 @@ class Exchange:
             return None
         core, model = self.core, call.model
         if call.stored:
-            if refusal := core.stored.refusal(call.stored, key):
+            if refusal := core.requests.stored.refusal(call.stored, key):
                 return refusal
-            if model is None and (stored := core.stored.find(call.stored)) is not None:
+            if model is None and (stored := core.requests.stored.find(call.stored)) is not None:
                 model = stored.model or None
         refusal = core.keys.admit(key, model, self.trail.asked_at)
         self.admitted = refusal is None
@@ -11543,7 +11551,7 @@ class Exchange:
 
     def find_maker(self, call: Call) -> None:
         """Of a stored response only the server that made it can tell, if it is still there."""
-        stored = self.core.stored.find(call.stored)
+        stored = self.core.requests.stored.find(call.stored)
         only = stored.server if stored and self.core.fleet.engines(stored.server) else ""
         self.destination = Destination(
             self.destination.path, only, infers=call.makes_response, searches=not only)
@@ -11551,7 +11559,7 @@ class Exchange:
     def prepare(self, content: Content) -> OutboundRequest:
         """The request as it is said to servers; its content is held from now on."""
         self.body.keep(content)
-        self.core.budget.came(self.trail.asked_at)
+        self.core.requests.budget.came(self.trail.asked_at)
         client, s, call, to = self.client, self.settings, self.call, self.destination
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
@@ -11579,7 +11587,7 @@ class Exchange:
             self.case.close(False)
 
     def afford_retry(self) -> bool:
-        if self.core.budget.spend(self.loop.time(), self.settings.retry_budget):
+        if self.core.requests.budget.spend(self.loop.time(), self.settings.retry_budget):
             return True
         self.core.count_limit("retry_budget")
         self.case.suspects.clear()  # nobody is asked whose failure it was
@@ -11599,7 +11607,8 @@ class Exchange:
                 views, moment = [v.by_name for v in views], moment._replace(enforced=False)
         by = self.policies.get(call.model, self.trail.model)
         ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
-        if moment.enforced and not waiting and core.queue.waiting((call.model, only, tried)):
+        queue = core.requests.queue
+        if moment.enforced and not waiting and queue.waiting((call.model, only, tried)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
@@ -11612,7 +11621,7 @@ class Exchange:
         """Ask a server, and pass its answer on if it is one."""
         core, case, lease = self.core, self.case, step.lease
         try:
-            if core.poison and await case.held_off():
+            if core.requests.poison and await case.held_off():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
             lease = lease or self.lease(step.server)
             return await self.attempt(step, lease)
@@ -11667,9 +11676,9 @@ class Exchange:
         with lease:
             pass
         core = self.core
-        if core.settings.queue_size or core.queue:
-            core.queue.served(self.loop.time())
-            core.queue.hand_over(core.has_room)
+        if core.settings.queue_size or core.requests.queue:
+            core.requests.queue.served(self.loop.time())
+            core.requests.queue.hand_over(core.has_room)
 
     def commit(self, step: Relay, lease: Lease, answer: Answer) -> bool:
         """The client is shown a server's answer: there is no other attempt from here on.  Returns
@@ -11692,7 +11701,7 @@ class Exchange:
         is `done`: it may fail yet, or kill."""
         body = self.body
         keeps = not done and len(body.content) <= KEPT_CONTENT_BYTES
-        if self.core.poison or not (done or keeps):
+        if self.core.requests.poison or not (done or keeps):
             self.case.digest()
         self.case.end_test()
         if keeps:
@@ -11702,7 +11711,7 @@ class Exchange:
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
-        call, stored, server = self.call, self.core.stored, server_of(self.trail.server)
+        call, stored, server = self.call, self.core.requests.stored, server_of(self.trail.server)
         if call.makes_response and head.status < 300:
             if id := response_id(start, head.is_event_stream):
                 # Whoever can say an id can say another's.
@@ -11722,7 +11731,7 @@ class Exchange:
 
     async def queue(self, step: Queue) -> Outcome:
         """Stand in the queue; a stream's client may see from comments that it does."""
-        core, s, queue, began = self.core, self.settings, self.core.queue, self.loop.time()
+        core, s, queue, began = self.core, self.settings, self.core.requests.queue, self.loop.time()
         beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
         beat_s = s.queue_heartbeat if beats else INFINITY
         if len(queue) >= s.queue_size:
@@ -11795,7 +11804,7 @@ class Exchange:
             text = "The server rejected the key that is set for it."
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
-            after_s = self.core.queue.clears_in_s(self.loop.time()) if queued else 0
+            after_s = self.core.requests.queue.clears_in_s(self.loop.time()) if queued else 0
             self.core.count_limit(LIMITS.get(fault, ""))
             self.response.refuse(fault, text, after_s)
             return WELL
@@ -12040,7 +12049,7 @@ async def watch_progress(core: Core, url: str) -> None:
         well = await engine_responds(core.pools.get(url).client, s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
-        attempts = core.attempts.get(view.url, set())
+        attempts = core.requests.running.get(view.url, set())
         waiting = [attempt for attempt in attempts if attempt.waits]
         if view.load.asleep:  # nobody's failure; what has begun may go on when it wakes up
             for attempt in waiting:
@@ -12308,8 +12317,8 @@ DOCUMENTS: dict[str, Callable[[Core], Any]] = {
     "/health": lambda core: health_report(core.fleet.views(), core.settings, clock()),
     "/load-stats": lambda core: load_report(
         core.fleet.views(clock().monotonic), core.settings, clock(), core.roster.entries)
-        | {"queue": {"length": len(core.queue), "size": core.settings.queue_size,
-                     "longest_wait_s": core.queue.longest_wait_s(clock().monotonic)}},
+        | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
+                     "longest_wait_s": core.requests.queue.longest_wait_s(clock().monotonic)}},
     "/status.json": lambda core: core.status(),
 }  # fmt: skip
 ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make))}
@@ -12412,7 +12421,7 @@ async def metrics(core: Core, asked: Asked) -> Reply:
         "client_connections": len(core.clients.tasks),
         "client_connections_limit": core.clients.limit,
         "settings_valid": not core.process.settings_error,
-        "queue_length": len(core.queue), "buffered_bytes": core.clients.backlog.bytes,
+        "queue_length": len(core.requests.queue), "buffered_bytes": core.clients.backlog.bytes,
     }  # fmt: skip
     monotonic = clock().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
@@ -13237,7 +13246,7 @@ class Balancer:
         while True:
             due = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
-            self.core.queue.hand_over(self.core.has_room)
+            self.core.requests.queue.hand_over(self.core.has_room)
             if loop.time() >= sampled_at + 1:
                 sampled_at = loop.time()
                 for view in self.core.fleet.views():

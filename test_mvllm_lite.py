@@ -7788,7 +7788,7 @@ async def test_a_server_that_says_little_in_each_chunk_is_heard_a_little_at_a_ti
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
         await client.reader.readuntil(b"x\r\n")
-        ((attempt,),) = running.core.attempts.values()
+        ((attempt,),) = running.core.requests.running.values()
         pump = attempt.pump
         go.set()
         while not pump.done.done():
@@ -9135,9 +9135,9 @@ async def test_a_stored_response_is_found_at_the_server_that_made_it(long, strea
                 assert (got.status, got.get("x-mvllm-server")) == (200, home)
         assert sum(len(server.asked) for server in servers) == 8 * 4
         assert (await ask_for(client, "DELETE", path)).status == 200
-        assert running.core.stored.find(path.split("/")[3]) is None
+        assert running.core.requests.stored.find(path.split("/")[3]) is None
         running.balancer.adopt(dataclasses.replace(running.core.settings, max_retries=1))
-        assert len(running.core.stored) == 8 * 2 - 1
+        assert len(running.core.requests.stored) == 8 * 2 - 1
 
 
 @asynchronous
@@ -9173,7 +9173,7 @@ async def test_a_response_that_nobody_remembers_is_looked_for_in_turn_without_bl
         client = await running.client()
         for _ in range(20):
             got = await ask_for(client, "POST", "/v1/responses", {"model": "m"})
-            running.core.stored.forget(made_id(got))  # as a successor has
+            running.core.requests.stored.forget(made_id(got))  # as a successor has
             more = await ask_for(client, "GET", f"/v1/responses/{made_id(got)}")
             assert (more.status, more.get("x-mvllm-server")) == (200, got.get("x-mvllm-server"))
         before = sum(len(server.asked) for server in servers)
@@ -9227,7 +9227,7 @@ async def test_a_key_with_models_gets_no_response_by_saying_its_id():
         id = made_id(await ask_for(client, "POST", "/v1/responses", made, "sk-all"))
         for forgotten in (False, True):
             if forgotten:
-                running.core.stored.forget(id)
+                running.core.requests.stored.forget(id)
             said = {**made, "request_id": id}
             assert made_id(await ask_for(client, "POST", "/v1/responses", said, "sk-few")) == id
             for path in (f"/v1/responses/{id}", "/v1/responses/resp_x"):
@@ -9658,7 +9658,7 @@ class Gated:
 
 
 async def queued(running, count):
-    while len(running.core.queue) != count:
+    while len(running.core.requests.queue) != count:
         await asyncio.sleep(0)
 
 
@@ -9671,9 +9671,9 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
         for n in range(6):
             clients.append(await running.client())
             await clients[-1].ask("POST", "/v1/x", b'{"model":"m","n":%d}' % n)
-            while running.in_flight() + len(running.core.queue) <= n:
+            while running.in_flight() + len(running.core.requests.queue) <= n:
                 await asyncio.sleep(0)
-        assert (running.in_flight(), len(running.core.queue)) == (2, 4)
+        assert (running.in_flight(), len(running.core.requests.queue)) == (2, 4)
         stats = (await (await running.client()).get("/load-stats")).json["queue"]
         assert stats["length"] == 4 and stats["size"] == 10 and stats["longest_wait_s"] > 0
         assert await running.metric("mvllm_queue_length") == 4
@@ -9685,7 +9685,7 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
         assert [(await clients[n].answer()).status for n in (0, 1, 2, 4, 5)] == [200] * 5
         assert gated.order == [b'{"model":"m","n":%d}' % n for n in (0, 1, 2, 4, 5)] and gated.most == 2
         await running.quiet()
-        assert not running.core.queue and await running.metric("mvllm_queue_wait_seconds_count") == 3
+        assert not running.core.requests.queue and await running.metric("mvllm_queue_wait_seconds_count") == 3
 
 
 @asynchronous
@@ -10108,7 +10108,7 @@ async def test_a_request_that_cannot_be_judged_harms_no_other():
         first, poison, last = [await running.client() for _ in range(3)]
         for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
             await client.ask("POST", "/v1/chat/completions", CHAT, fields)
-            while running.in_flight() + len(running.core.queue) <= n:
+            while running.in_flight() + len(running.core.requests.queue) <= n:
                 await asyncio.sleep(0)
         release.set()
         assert (await first.answer()).status == 200
@@ -10358,11 +10358,11 @@ async def test_copies_of_a_request_that_kills_wait_for_what_becomes_of_one():
         assert (await (await running.client()).post(body=b'{"model":"m"}')).status == 200
         clients = [await running.client() for _ in range(8)]
         now = asyncio.get_running_loop().time()
-        running.core.poison.died(lite.digest_of("/v1/chat/completions", KILL), now, now)
+        running.core.requests.poison.died(lite.digest_of("/v1/chat/completions", KILL), now, now)
         got = await asyncio.gather(*(client.post(body=KILL) for client in clients))
         assert {one.error["code"] for one in got} == {"server_died_twice"}
         assert sum(asked.body == KILL for server in servers for asked in server.asked) == 1
-        assert running.core.tests == {}
+        assert running.core.requests.tests == {}
 
 
 @asynchronous
@@ -10391,9 +10391,9 @@ async def test_a_success_ends_a_hold():
         await asyncio.wait([asyncio.create_task(server.came.wait()) for server in servers],
                            return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
         got = await second.post("/v1/x", KILL)
-        assert got.error["code"] == "server_died_twice" and len(running.core.poison) == 1
+        assert got.error["code"] == "server_died_twice" and len(running.core.requests.poison) == 1
         slow.set()
-        assert (await first.answer()).status == 200 and len(running.core.poison) == 0
+        assert (await first.answer()).status == 200 and len(running.core.requests.poison) == 0
 
 
 @asynchronous
@@ -13673,9 +13673,9 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         await asyncio.gather(*clients)
         await running.quiet()
         assert all(good) and len(good) > 30 and len(storm) >= 1000
-        assert running.in_flight() == len(running.core.queue) == running.core.clients.backlog.bytes == 0
+        assert running.in_flight() == len(running.core.requests.queue) == running.core.clients.backlog.bytes == 0
         assert not running.core.clients.exchanges and running.core.clients.forwarding == 0
-        assert not any(running.core.attempts.values())
+        assert not any(running.core.requests.running.values())
         assert running.states() == ["healthy"] * 3
         assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
         assert not any(view.health.request_failures for view in running.core.fleet.views())
@@ -13705,11 +13705,11 @@ async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
         clients = [await running.client() for _ in range(4)]
         for n, body in enumerate((b"busy", b"", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
-            while running.in_flight() + len(running.core.queue) <= n:
+            while running.in_flight() + len(running.core.requests.queue) <= n:
                 await asyncio.sleep(0)
         gate.release()
         await queued(running, 2)  # the next has its place
-        while len(running.core.clients.exchanges) == 4 and len(running.core.queue) == 2:  # it was answered, or waits again
+        while len(running.core.clients.exchanges) == 4 and len(running.core.requests.queue) == 2:  # it was answered, or waits again
             await asyncio.sleep(0)
         for _ in range(20):
             gate.release()
@@ -13732,7 +13732,7 @@ async def test_who_waits_for_another_server_leaves_a_free_place_to_those_behind(
         clients = [await running.client() for _ in range(4)]
         for n, body in enumerate((b"long", b"busy", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
-            while running.in_flight() + len(running.core.queue) <= n:
+            while running.in_flight() + len(running.core.requests.queue) <= n:
                 await asyncio.sleep(0)
         gate.release()
         await queued(running, 1)  # the next has the place of who was refused,
