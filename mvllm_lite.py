@@ -9214,7 +9214,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 # a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their limits are
 # those of rooms 2 and 3; there is no second parser.
 
-PIECE_BYTES = 32 * 1024  # read at once: taking chunks of a few bytes apart is slow
+PIECE_BYTES = 16 * 1024  # read at once: taking chunks of a few bytes apart is slow
 
 
 class MessageReader:
@@ -9265,8 +9265,10 @@ class MessageReader:
         BadMessage."""
         while not decoder.done:
             if self.buffer or await self.more():
-                content = decoder.feed(bytes(self.buffer))
+                size, content = len(self.buffer), decoder.feed(bytes(self.buffer))
                 self.buffer[:] = decoder.rest
+                if 2 * len(content) < size:  # tiny chunks take long: others have their turn
+                    await asyncio.sleep(0)
                 if content:
                     return content
             elif decoder.until_close:
@@ -13723,7 +13725,7 @@ class Examined(NamedTuple):
     """What was found at a server; `models` is None where it did not say."""
 
     usable: bool
-    words: str
+    summary: str
     findings: list[Finding]
     models: Models | None = None
 
@@ -13740,51 +13742,49 @@ class Streamed(NamedTuple):
 
 async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
     """Ask one server for everything."""
-    client, timeout_s = HttpClient(server.url, secrets), settings.health_check_timeout
-    with contextlib.closing(client):
+    timeout_s, streamed = settings.health_check_timeout, None
+    with contextlib.closing(HttpClient(server.url, secrets)) as client:
         check = await check_server(client, timeout_s, True, True)
         if check is None or not check.passed:
             why = check.why if check else "no file descriptors left"
             return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
-        findings = list[Finding]()
-        if check.models is None:
-            findings.append(unusable_finding(server, check.why))
-        status, content = await asked(client, "/version", timeout_s)
+        _, content = await fetch_if_there(client, "/version", timeout_s)
         version = None
         with contextlib.suppress(BadMessage):
-            version = read_members(content, None).get("version") if status == 200 else None
-        status, content = await asked(client, "/metrics", timeout_s)
-        loads = engine_loads(content.decode("utf-8", "replace")) if status == 200 else {}
+            version = read_members(content, None).get("version")
+        status, content = await fetch_if_there(client, "/metrics", timeout_s)
+        loads = engine_loads(content.decode("utf-8", "replace"))
+        findings = [] if check.models is not None else [unusable_finding(server, check.why)]
         findings += load_findings(server, status, loads)
-        streamed = None
         if check.models:
-            model, idle = next(iter(check.models)), is_idle(loads)
-            streamed = await stream_of(client, model, timeout_s)
+            model = next(iter(check.models))
+            streamed = await time_stream(client, model, timeout_s)
             findings += stream_findings(streamed, timeout_s)
-            if idle and came_at_once(streamed):  # once may be chance
-                streamed = await stream_of(client, model, timeout_s)
-                status, content = await asked(client, "/metrics", timeout_s)
+            if is_idle(loads) and came_at_once(streamed):  # once may be chance
+                streamed = await time_stream(client, model, timeout_s)
+                _, content = await fetch_if_there(client, "/metrics", timeout_s)
                 if is_idle(engine_loads(content.decode("utf-8", "replace"))):
                     findings += buffered_findings(streamed)
-    said = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
-    words = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
+    models = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
+    parts = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
     if streamed is not None and streamed.events:
-        words.append(f"first token after {streamed.first_s * 1000:.0f} ms")
-    return Examined(True, "  ".join([*words, said]), findings, check.models)
+        parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
+    return Examined(True, "  ".join([*parts, models]), findings, check.models)
 
 
-async def asked(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
-    """As `HttpClient.fetch`; status 0 for no answer."""
+async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """The status, 0 for no answer, and the content of a good answer."""
     try:
-        return await client.fetch(path, timeout_s)
+        status, content = await client.fetch(path, timeout_s)
     except (PeerGone, BadMessage, TimeoutError):
         return 0, b""
+    return status, content if status == 200 else b""
 
 
 STREAM_TOKENS = 16
 
 
-async def stream_of(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
+async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
     """Have some tokens streamed; None when there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}  # fmt: skip
@@ -13794,13 +13794,13 @@ async def stream_of(client: HttpClient, model: str, timeout_s: float) -> Streame
         if events := piece.count(b"data: {"):
             came.append((clock().monotonic - begun, events))
 
-    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        status = await client.ask("/v1/completions", timeout_s, json.dumps(wanted).encode(), take)
-        if not came:
-            return Streamed(status)
-        events = sum(count for _, count in came)
-        return Streamed(status, len(came), events, came[0][0], came[-1][0])
-    return None
+    try:
+        content = json.dumps(wanted).encode()
+        status = await client.ask("/v1/completions", timeout_s, content, take)
+    except (PeerGone, BadMessage, TimeoutError):
+        return None
+    events = sum(count for _, count in came)
+    return Streamed(status, len(came), events, came[0][0], came[-1][0]) if came else Streamed(status)
 
 
 # What to do about words that TLS says; the first that fits.
@@ -13829,31 +13829,23 @@ def load_findings(
     server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
 ) -> list[Finding]:
     """About its page of metrics."""
-    load, findings = loads.get("", EngineLoad()), list[Finding]()
     if status != 200:
-        said = f"/metrics answered {status}" if status else "/metrics did not answer"
-        return [Finding(f"{said}: its load is not known, only our own requests are counted",
+        how = f"answered {status}" if status else "did not answer"
+        return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
                         "let the balancer reach /metrics, past whatever stands before the server")]
-    missing = [name for name, value in (
-        (VLLM_METRICS["running"].names[0], load.running),
-        (VLLM_METRICS["waiting"].names[0], load.waiting),
-        (VLLM_METRICS["kv_usage"].names[0], load.kv_usage_ratio),
-        (VLLM_METRICS["generation_tokens"].names[0], load.generation_tokens),
-    ) if value is None]  # fmt: skip
-    if missing:
-        findings.append(Finding(f"/metrics does not say {', '.join(missing)}",
-                                "start vLLM without --disable-log-stats"))
-    if not load.caches:
-        findings.append(Finding("it keeps no prefixes: each turn of a conversation is read anew",
-                                "start vLLM with --enable-prefix-caching"))
-    if load.asleep:
-        findings.append(Finding("it is asleep", f"wake it: curl -X POST {server.url}/wake_up"))
-    engines = max(1, len(loads) - 1)
-    if not missing and engines != server.data_parallel_size:
-        findings.append(Finding(
-            f"it runs {engines} engine(s), its data_parallel_size here is"
-            f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"))
-    return findings
+    load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
+    missing = ", ".join(VLLM_METRICS[key].names[0] for key, value in (
+        ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
+        ("generation_tokens", load.generation_tokens)) if value is None)  # fmt: skip
+    uneven = not missing and engines != server.data_parallel_size
+    return [Finding(text, advice) for amiss, text, advice in (
+        (missing, f"/metrics does not say {missing}", "start vLLM without --disable-log-stats"),
+        (not load.caches, "it keeps no prefixes: each turn of a conversation is read anew",
+         "start vLLM with --enable-prefix-caching"),
+        (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
+        (uneven, f"it runs {engines} engine(s), its data_parallel_size here is"
+         f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
+    ) if amiss]  # fmt: skip
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
@@ -13861,12 +13853,10 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
     if streamed is None:
         return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
                         " (health_check_timeout)", "look at its load, or at its log")]
+    answered = f"a stream was answered {streamed.status}"
     if streamed.status in (401, 403):
-        return [Finding(f"its key: a stream was answered {streamed.status}",
-                        "give the server its api_key or api_key_file")]
-    if streamed.status >= 500:
-        return [Finding(f"a stream was answered {streamed.status}", "look at its log")]
-    return []
+        return [Finding(f"its key: {answered}", "give the server its api_key or api_key_file")]
+    return [Finding(answered, "look at its log")] if streamed.status >= 500 else []
 
 
 def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
@@ -14808,7 +14798,7 @@ def check_config(args: argparse.Namespace) -> int:
     found = asyncio.run(examine_all())
     for server, one in zip(settings.servers, found):
         capacity = server.max_concurrent_requests or "auto"
-        print(printable(f"{server.url}  capacity {capacity}  {one.words}"))
+        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
         print_findings(one.findings)
     print_findings(own_findings(settings, found, descriptors_allow()))
     print_findings(mode_findings({

@@ -12585,7 +12585,7 @@ async def test_a_server_that_says_nonsense_does_not_end_the_report():
         async with Server(**{"/version": said}) as server:
             s = Settings((lite.ServerSettings(server.url),))
             found = await lite.examine(s.servers[0], s, lite.Secrets(s))
-        assert found.usable and lite.printable(found.words).isprintable()
+        assert found.usable and lite.printable(found.summary).isprintable()
 
 
 def test_what_is_amiss_here():
@@ -12614,7 +12614,7 @@ async def test_a_server_is_examined():
     async with Server(one_by_one, **{"/metrics": page}) as well, Server(collected, **{"/metrics": page}) as amiss:
         s = Settings(tuple(lite.ServerSettings(one.url) for one in (well, amiss)))
         found = [await lite.examine(server, s, lite.Secrets(s)) for server in s.servers]
-    assert all(one.usable and list(one.models) == ["m"] and "first token after" in one.words for one in found)
+    assert all(one.usable and list(one.models) == ["m"] and "first token after" in one.summary for one in found)
     assert not found[0].findings and ["tokens came at once" in one.text for one in found[1].findings] == [True]
     (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
     assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
