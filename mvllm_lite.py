@@ -1312,8 +1312,11 @@ class Histogram(Family):
         child[-1] += value
 
     def note(self, value: float, *values: str) -> None:
-        """A value of the child with these label values."""
-        self.observe(self.child(*values), value)
+        """A value of the child with these label values.  As `observe`, in a third of the calls:
+        each request has five."""
+        child = self.children.get(values) or self.child(*values)
+        child[bisect.bisect_left(self.bounds, value)] += 1
+        child[-1] += value
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for values, child in self.children.items():
@@ -3012,7 +3015,10 @@ REQUEST_ERRORS = frozenset(
 
 
 def may_admit(content: bytes) -> bool:
-    return any(word in content for word in ADMISSIONS)
+    for word in ADMISSIONS:
+        if word in content:
+            return True
+    return False
 
 
 def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
@@ -5687,15 +5693,11 @@ class Relay(NamedTuple):
     """Ask the server that the ranking names best and, if its answer is one, pass it to the client.
     Its lease is there already if it was waited for."""
 
+    server: str  # its id, or its engine's
     request: OutboundRequest
     ranking: Ranking
     lease: Lease | None
     attempt: int  # from 1
-
-    @property
-    def server(self) -> str:
-        assert self.ranking.best is not None
-        return self.ranking.best
 
     @property
     def has_larger(self) -> bool:
@@ -5787,34 +5789,31 @@ class Poison:
     time is not of its doing.  A content's first success ends what is said of it."""
 
     def __init__(self) -> None:
-        self._deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
-
-    def __len__(self) -> int:
-        return len(self._deaths)
+        self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
 
     def died(self, content: bytes, sent_at: float, now: float) -> int:
         """A server has died with that content.  How many have."""
-        count, last_at = self._deaths.get(content, (0, -INFINITY))
+        count, last_at = self.deaths.get(content, (0, -INFINITY))
         if sent_at >= last_at:
-            self._deaths[content] = count, last_at = count + 1, now
-            self._deaths.move_to_end(content)
-            if len(self._deaths) > POISON_LIMIT:
-                self._deaths.popitem(last=False)
+            self.deaths[content] = count, last_at = count + 1, now
+            self.deaths.move_to_end(content)
+            if len(self.deaths) > POISON_LIMIT:
+                self.deaths.popitem(last=False)
         return count
 
     def holds(self, content: bytes, now: float, hold_s: float) -> bool:
         """Whether that content is held off; forgets those of long ago."""
-        while self._deaths and next(iter(self._deaths.values()))[1] < now - POISON_MEMORY_S:
-            self._deaths.popitem(last=False)
-        count, last_at = self._deaths.get(content, (0, -INFINITY))
+        while self.deaths and next(iter(self.deaths.values()))[1] < now - POISON_MEMORY_S:
+            self.deaths.popitem(last=False)
+        count, last_at = self.deaths.get(content, (0, -INFINITY))
         return count >= DEADLY and now - last_at < hold_s
 
     def knows(self, content: bytes) -> bool:
         """Whether a server has died with that content, which is sent to one at a time then."""
-        return content in self._deaths
+        return content in self.deaths
 
     def succeeded(self, content: bytes) -> None:
-        self._deaths.pop(content, None)
+        self.deaths.pop(content, None)
 
 
 class Suspect(NamedTuple):
@@ -5917,7 +5916,7 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
         if found.fault is not None:
             failure = failure if failure.held else found
             break
-        outcome = yield Relay(request, ranking, found.lease, retries.attempts)
+        outcome = yield Relay(ranking.best or "", request, ranking, found.lease, retries.attempts)
         if outcome.committed and outcome.fault is not None:
             yield BreakOff(outcome)
         if outcome.committed or outcome.fault is None:
@@ -5983,7 +5982,7 @@ def search_plan(request: OutboundRequest, retries: Retries) -> Plan:
             waited = found.fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
             failure, missing = (found, WELL) if waited or not tried else (failure, missing)
             break
-        outcome = yield Relay(request, ranking, found.lease, attempt)
+        outcome = yield Relay(ranking.best or "", request, ranking, found.lease, attempt)
         if outcome.committed and outcome.fault is not None:
             yield BreakOff(outcome)
         if outcome.fault is None or outcome.committed:
@@ -8659,15 +8658,15 @@ class Wire(asyncio.BufferedProtocol):
     def keep(self, piece: Piece) -> None:
         """Hold it for who reads next."""
         self.buffer += piece
-        self.count()
+        if self.backlog is not None:
+            self.count()
         if len(self.buffer) >= self.most and not self._reads:
             self.hold()
 
     def count(self) -> None:
-        """The buffer has changed."""
-        if self.backlog is not None:
-            self.backlog.unread_bytes += len(self.buffer) - self.counted
-            self.counted = len(self.buffer)
+        """The buffer has changed, of a wire that counts."""
+        self.backlog.unread_bytes += len(self.buffer) - self.counted  # type: ignore[union-attr]
+        self.counted = len(self.buffer)
 
     def eof_received(self) -> bool:
         """The peer will say no more.  A client may still be listening, so its wire stays open for
@@ -8820,7 +8819,8 @@ class Wire(asyncio.BufferedProtocol):
         """The first bytes of the buffer, or all."""
         taken = bytes(self.buffer if size is None else self.buffer[:size])
         del self.buffer[:size]
-        self.count()
+        if self.backlog is not None:
+            self.count()
         if self.held and len(self.buffer) < self.most:
             self.release()
         return taken
@@ -8888,7 +8888,8 @@ class Wire(asyncio.BufferedProtocol):
     def drop(self) -> None:
         """Nobody reads what has come."""
         self.buffer.clear()
-        self.count()
+        if self.backlog is not None:
+            self.count()
 
     def abort(self) -> None:
         """End it now, whatever was still to be written."""
@@ -11003,13 +11004,11 @@ class RequestContent(HeldContent):
         """Hold what is to be said to servers."""
         self.content, self.size = content, len(content)
 
-    def release(self) -> None:
-        """It is not needed any more: the answer begins, or there will be none."""
-        self.content = b""
-        self.count_out()
-
-    def count_out(self) -> None:
-        """What is held on is too little to be counted."""
+    def release(self, keeps: bool = False) -> None:
+        """It is not needed any more: the answer begins, or there will be none.  What it `keeps` is
+        too little to be counted."""
+        if not keeps:
+            self.content = b""
         self._backlog.content_bytes -= self._held_bytes
         self._held_bytes = 0
 
@@ -11333,7 +11332,7 @@ class Case:
         self.known_by = b""  # the digest of its content, once that is needed
         self.suspects: list[Suspect] = []
         self._deaths = 0  # of servers with this request
-        self._test: asyncio.Event | None = None  # while others of its content wait for it
+        self.test: asyncio.Event | None = None  # while others of its content wait for it
 
     def digest(self) -> bytes:
         """What its content is known by; b"" if it has none."""
@@ -11353,22 +11352,22 @@ class Case:
         if core.requests.poison.holds(content, now, self.settings.poison_hold):
             return True
         if core.requests.poison.knows(content) and content not in core.requests.tests:
-            self._test = core.requests.tests[content] = asyncio.Event()
+            self.test = core.requests.tests[content] = asyncio.Event()
         return False
 
     def end_test(self) -> None:
         """The next may have its turn."""
-        if self._test is not None:
+        if self.test is not None:
             del self.core.requests.tests[self.known_by]
-            self._test.set()
-            self._test = None
+            self.test.set()
+            self.test = None
 
     def answered(self, server: str, response: Response) -> None:
         """A server's answer was whole."""
         core, now = self.core, response.client.loop.time()
         if (view := core.fleet.view(server)) is not None and view.health.success_matters:
             core.judge(server, Health.succeeded, now, self.settings)
-        if core.requests.poison and self.known_by:
+        if core.requests.poison.deaths and self.known_by:
             core.requests.poison.succeeded(self.known_by)
         if self.suspects and response.status < 400:
             self.close(True)
@@ -11623,12 +11622,13 @@ class Exchange:
         """Ask a server, and pass its answer on if it is one."""
         core, case, lease = self.core, self.case, step.lease
         try:
-            if core.requests.poison and await case.held_off():
+            if core.requests.poison.deaths and await case.held_off():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
             lease = lease or self.lease(step.server)
             return await self.attempt(step, lease)
         finally:
-            case.end_test()
+            if case.test is not None:
+                case.end_test()
             if lease is not None:
                 self.end_lease(lease)
 
@@ -11703,13 +11703,11 @@ class Exchange:
         is `done`: it may fail yet, or kill."""
         body = self.body
         keeps = not done and len(body.content) <= KEPT_CONTENT_BYTES
-        if self.core.requests.poison or not (done or keeps):
+        if self.core.requests.poison.deaths or not (done or keeps):
             self.case.digest()
-        self.case.end_test()
-        if keeps:
-            body.count_out()
-        else:
-            body.release()
+        if self.case.test is not None:
+            self.case.end_test()
+        body.release(keeps)
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""

@@ -5561,15 +5561,15 @@ def test_content_with_which_servers_die_one_after_another_is_held_off(deaths, no
     assert poison.holds(x, now, 30.0) is held and not poison.holds(y, now, 30.0)
     assert not poison.holds(x, now, 0.0)
     poison.succeeded(x)
-    assert not poison.holds(x, now, 30.0) and len(poison) == 0
+    assert not poison.holds(x, now, 30.0) and len(poison.deaths) == 0
 
 
 def test_what_is_remembered_of_deaths_is_bounded():
     poison = lite.Poison()
     for n in range(3 * lite.POISON_LIMIT):
         poison.died(b"%d" % n, 0.0, 0.0)
-    assert len(poison) == lite.POISON_LIMIT
-    assert not poison.holds(b"x", 601.0, 30.0) and len(poison) == 0
+    assert len(poison.deaths) == lite.POISON_LIMIT
+    assert not poison.holds(b"x", 601.0, 30.0) and len(poison.deaths) == 0
 
 
 def test_content_is_known_by_its_path_and_all_or_its_ends():
@@ -10391,9 +10391,9 @@ async def test_a_success_ends_a_hold():
         await asyncio.wait([asyncio.create_task(server.came.wait()) for server in servers],
                            return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
         got = await second.post("/v1/x", KILL)
-        assert got.error["code"] == "server_died_twice" and len(running.core.requests.poison) == 1
+        assert got.error["code"] == "server_died_twice" and len(running.core.requests.poison.deaths) == 1
         slow.set()
-        assert (await first.answer()).status == 200 and len(running.core.requests.poison) == 0
+        assert (await first.answer()).status == 200 and len(running.core.requests.poison.deaths) == 0
 
 
 @asynchronous
