@@ -2659,9 +2659,10 @@ TWICE = re.compile("(?:/v1(?=/v1/))*+")
 # But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 # What one reader of a path takes literally, and another for a path of another name: empty and dot
-# segments, slashes in disguise, parameters, controls, the same escaped twice, and no escapes.
+# segments, slashes in disguise, parameters, controls, the same escaped twice or in more bytes than
+# UTF-8 takes, and no escapes.
 AMBIGUITY = re.compile(
-    r"//|[\\;]|%(?:25)*(?:2f|5c|3b|[01][0-9a-f]|7f)|%(?![0-9a-f]{2})"
+    r"//|[\\;]|%(?:25)*(?:2f|5c|3b|[01][0-9a-f]|7f|c[01]|e0%[89])|%(?![0-9a-f]{2})"
     r"|/(?:\.|%(?:25)*2e){1,2}(?=/|$)", re.IGNORECASE)
 
 
