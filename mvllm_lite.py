@@ -3150,10 +3150,16 @@ def says_busy(head: ResponseHead, content: bytes) -> bool:
     if head.status != 503 or head.fields.get("retry-after"):
         return head.status in (429, 503)
     try:
-        error = json.loads(content)["error"]
-        return error["code"] == 503 and error["type"] in OVERLOAD_TYPES
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return is_overload(json.loads(content))
+    except (ValueError, RecursionError):
         return False
+
+
+def is_overload(said: Any) -> bool:
+    """Whether a document, or an event, has vLLM's form for an overload."""
+    error = said.get("error") if isinstance(said, dict) else None
+    return (isinstance(error, dict) and error.get("code") == 503
+            and error.get("type") in OVERLOAD_TYPES)  # fmt: skip
 
 
 TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
@@ -3254,8 +3260,9 @@ class AnswerJudge:
         begun = start.feed(piece)
         if begun is Begun.NOT_YET and not done:
             return len(start.held) >= self._enough_bytes
-        if begun is not Begun.CONTENT:
-            self.fault = Fault.STREAM_FAILED
+        if begun is not Begun.CONTENT:  # a vLLM that is paused says so when the stream has its head
+            busy = any(is_overload(said) for _, said in events_at_end(start.held, (b"error",)))
+            self.fault = Fault.SERVER_BUSY if busy else Fault.STREAM_FAILED
         elif done:  # it came at once
             self.fault = bad_end(bytes(start.held[-TAIL_BYTES:]), self.terms.notation)
         return True

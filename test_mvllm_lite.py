@@ -3889,6 +3889,8 @@ ABORT = b'{"choices":[{"finish_reason":"abort"}]}'
 VERDICTS = table(
     ("a stream's first event", f"200\n{SSE}", b'data: {"a":1}\n\ndata: x', {}, None),
     ("an error event", f"200\n{SSE}", b'data: {"error":"x"}\n\n', {}, "STREAM_FAILED"),
+    ("a pause, in an event", f"200\n{SSE}", b"data: " + OVERLOAD + b"\n\ndata: [DONE]\n\n", {},
+     "SERVER_BUSY"),
     ("a stream of nothing", f"200\n{SSE}", b"", {}, "STREAM_FAILED"),
     ("a stream of comments", f"200\n{SSE}", b": a\n\n: b\n\n", {}, "STREAM_FAILED"),
     ("a whole stream that is cut", f"200\n{SSE}", b"data: " + ABORT + b"\n\n", {}, "ABORTED"),
@@ -10234,6 +10236,7 @@ BUSY = table(
     ("429", b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
     ("503 with Retry-After", b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
     ("vLLM's overload", b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n%b" % (len(OVERLOAD), OVERLOAD)),
+    ("the same, in a stream", STREAM_HEAD + chunk(b"data: " + OVERLOAD + b"\n\n" + DONE) + b"0\r\n\r\n"),
 )
 
 
