@@ -3551,7 +3551,7 @@ def is_plain(value: Any, depth: int) -> bool:
 # `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A page may give a name of its own our
 # address (DNS rebinding), so what is for local people is asked for by a local name.
 #
-# To add a kind of path: a row of Kind, its GUARDS, and what is NEEDED if it is not for everybody.
+# To add a kind of path: a row of Kind, with the guards that may refuse it.
 
 
 class Refusal(NamedTuple):
@@ -3696,34 +3696,11 @@ class Audience(Enum):
     OPERATORS = "operators"
 
 
-class Kind(Enum):
-    """What a path is to those who ask for it, and where there are two listeners, on which it is."""
-
-    INFERENCE = "passed on to any server", Audience.CLIENTS, True
-    MODELS = "the list of models", Audience.CLIENTS
-    PROBE = "liveness and readiness", Audience.EVERYBODY
-    PAGE = "the status page, which holds no fact", Audience.OPERATORS
-    STATUS = "facts", Audience.OPERATORS
-    EXPLAIN = "what would be done with a request", Audience.OPERATORS, True
-    ADMIN = "changes by hand", Audience.OPERATORS
-    CONTROL = "one of admin_paths, passed on to one server", Audience.OPERATORS, True
-    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY
-    NOTHING = "not served", Audience.EVERYBODY
-
-    def __init__(self, meaning: str, audience: Audience, is_exchange: bool = False) -> None:
-        self.audience, self.is_exchange = audience, is_exchange  # answered by an Exchange
-
-    __hash__ = object.__hash__  # as Fault's
-
-
 def operator_address(s: Settings) -> tuple[str, int] | None:
     """Where operators are listened to; None for the same place as everybody else."""
     if not (s.operator_host or s.operator_port):
         return None
     return s.operator_host or "127.0.0.1", s.operator_port
-
-
-FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
 
 
 Origin = tuple[str, str, str]  # scheme, host and port, RFC 6454 §4
@@ -3874,27 +3851,24 @@ def no_admin(v: Visit) -> Refusal | None:
     return keyless(v)
 
 
-# Who may: by the words of status_access.  And what it takes for a kind of path; others are open.
-Guard = Callable[[Visit], Refusal | None]
-RIGHTS: dict[str, Guard] = {
-    "open": lambda v: None, "key": keyless, "admin": no_admin, "loopback": remote,
-}  # fmt: skip
-NEEDED: dict[Kind, Callable[[Visit], tuple[str, ...]]] = {
-    Kind.INFERENCE: lambda v: ("key",) if v.keyed else (),
-    Kind.MODELS: lambda v: ("key",) if v.keyed else (),
-    Kind.PAGE: lambda v: ("loopback",) if v.settings.status_access == "loopback" else (),
-    Kind.STATUS: lambda v: (v.settings.status_access,),
-    Kind.EXPLAIN: lambda v: ("key" if v.keyed else "open", v.settings.status_access),
-    Kind.ADMIN: lambda v: ("admin",) if v.keyed else ("loopback",),
-    Kind.CONTROL: lambda v: ("admin",),
-}
+def key_wanted(v: Visit) -> Refusal | None:
+    return keyless(v) if v.keyed and not v.is_preflight else None
 
 
-def unentitled(v: Visit) -> Refusal | None:
-    if v.is_preflight:
-        return None
-    refusals = (RIGHTS[right](v) for right in NEEDED[v.kind](v))
-    return next(filter(None, refusals), None)
+def may_not_see(v: Visit) -> Refusal | None:
+    """By the words of status_access."""
+    guards = {"key": keyless, "admin": no_admin, "loopback": remote}
+    guard = guards.get(v.settings.status_access)
+    return guard(v) if guard is not None else None
+
+
+def may_not_open(v: Visit) -> Refusal | None:
+    """The page itself, which a browser asks for without a key."""
+    return remote(v) if v.settings.status_access == "loopback" else None
+
+
+def may_not_change(v: Visit) -> Refusal | None:
+    return no_admin(v) if v.keyed else remote(v)
 
 
 def unruly(v: Visit) -> Refusal | None:
@@ -3933,19 +3907,35 @@ def no_json(v: Visit) -> Refusal | None:
     return Refusal(Fault.NOT_JSON, f"Content-Type is {shown(said)}, expected application/json.")
 
 
-# In this order; the first that has a reason refuses.
-GUARDS: dict[Kind, tuple[Guard, ...]] = {
-    Kind.INFERENCE: (unasked, unentitled, unruly),
-    Kind.MODELS: (unentitled,),
-    Kind.PROBE: (foreign,),
-    Kind.PAGE: (foreign, unentitled),
-    Kind.STATUS: (foreign, unentitled),
-    Kind.EXPLAIN: (foreign, unentitled, unruly),
-    Kind.ADMIN: (foreign, unentitled, no_json),
-    Kind.CONTROL: (foreign, unentitled, unruly, no_json),
-    Kind.AMBIGUOUS: (unclear,),
-    Kind.NOTHING: (unknown,),
-}
+Guard = Callable[[Visit], Refusal | None]
+
+
+class Kind(Enum):
+    """What a path is to those who ask for it: where there are two listeners, on which it is; what
+    may refuse it, in this order; and whether an Exchange answers."""
+
+    INFERENCE = ("passed on to any server", Audience.CLIENTS, (unasked, key_wanted, unruly), True)
+    MODELS = "the list of models", Audience.CLIENTS, (key_wanted,)
+    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign,)
+    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign, may_not_open)
+    STATUS = "facts", Audience.OPERATORS, (foreign, may_not_see)
+    EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
+               (foreign, key_wanted, may_not_see, unruly), True)  # fmt: skip
+    ADMIN = "changes by hand", Audience.OPERATORS, (foreign, may_not_change, no_json)
+    CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
+               (foreign, no_admin, unruly, no_json), True)  # fmt: skip
+    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (unclear,)
+    NOTHING = "not served", Audience.EVERYBODY, (unknown,)
+
+    def __init__(
+        self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
+    ) -> None:
+        self.audience, self.guards, self.is_exchange = audience, guards, is_exchange
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
 
 
 def refusal_of(v: Visit) -> Refusal | None:
@@ -3955,7 +3945,7 @@ def refusal_of(v: Visit) -> Refusal | None:
         v.kind.audience not in (v.audience, Audience.EVERYBODY)
     ):
         return unknown(v)
-    for guard in GUARDS[v.kind]:
+    for guard in v.kind.guards:
         if (refusal := guard(v)) is not None:
             return refusal
     return None
