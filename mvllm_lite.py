@@ -2301,6 +2301,17 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
         return {}  # a server will say what is wrong with it
 
 
+EMPTY_OBJECT = re.compile(rb"[ \t\r\n]*+\{[ \t\r\n]*+\}[ \t\r\n]*+")
+
+
+def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> bool:
+    """Whether content whose members were read is a JSON object.  What we cannot read, a number of
+    5,000 digits say, another may, and find a model there."""
+    if spans is not None:
+        return content[:100].lstrip()[:1] == b"{"
+    return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
+
+
 # Of a part, what only some readers know: names of RFC 2231, encodings (of those that change nothing
 # old clients speak), a line that goes on in the next.
 EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")
@@ -2714,7 +2725,7 @@ def read_call(
         if len(found) > 1:
             raise BadMessage("the query says model twice")
         asked, members["stream"] = found[0], query.get("stream", [None])[-1]
-    if asked is None and content:
+    if asked is None and content and (boundary or is_object(content, spans, members)):
         asked = default_model or None
     if not isinstance(asked, str):  # a number, say: a server will refuse it
         asked = None

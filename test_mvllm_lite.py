@@ -1924,6 +1924,22 @@ def test_null_is_not_said():
     assert call(b'{"model":"m","kv_transfer_params":null}')[0].model == "m"
 
 
+@pytest.mark.parametrize("content, model", table(
+    ("an object", b'{"a": 1}', "default"),
+    ("an empty one", b" {\n}", "default"),
+    ("a large one", b'\n{"a": "' + b"x" * 70_000 + b'"}', "default"),
+    ("a number that Python does not read", b'{"model": "x", "a": 1%b}' % (b"0" * 5000), None),
+    ("a comment", b'{/**/ "model": "x"}', None),
+    ("a list", b'[{"model": "x"}]', None),
+    ("a large list", b'[{"model": "x", "a": "' + b"x" * 70_000 + b'"}]', None),
+))
+def test_the_default_model_is_only_for_content_that_is_seen_to_name_none(content, model):
+    spans = lite.member_spans(content, lite.FOUND_MEMBERS) if len(content) > 65536 else None
+    found, sent = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), content, spans,
+                                 Settings(default_model="default"))
+    assert found.model == model and (model is None) == (sent == content)
+
+
 def test_a_default_model_is_put_into_a_form_without_one():
     form = FORM.replace(b'name="model"', b'name="other"')
     out = call(form, FORM_TYPE, default="d")[1]
