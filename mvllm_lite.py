@@ -3291,14 +3291,14 @@ class AnswerJudge:
         return fault
 
 
-# Where an answer says how many tokens there were: the kind, the member it is in, its name.
-USAGE_PLACES = (
-    ("prompt", "", "prompt_tokens"), ("prompt", "", "input_tokens"),
-    ("cached", "prompt_tokens_details", "cached_tokens"),
-    ("cached", "input_tokens_details", "cached_tokens"),
-    ("cached", "", "cache_read_input_tokens"),
-    ("completion", "", "completion_tokens"), ("completion", "", "output_tokens"),
-)  # fmt: skip
+# Where an answer says how many tokens there were: by the member of `usage`, the kind, and the
+# member of that member.
+USAGE_PLACES = {
+    "prompt_tokens": ("prompt", ""), "input_tokens": ("prompt", ""),
+    "completion_tokens": ("completion", ""), "output_tokens": ("completion", ""),
+    "prompt_tokens_details": ("cached", "cached_tokens"),
+    "input_tokens_details": ("cached", "cached_tokens"), "cache_read_input_tokens": ("cached", ""),
+}
 
 
 def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
@@ -3322,10 +3322,11 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
 def usage_tokens(usage: Mapping[str, Any]) -> dict[str, int]:
     """The numbers that could be those of tokens, by kind; of two for one kind the larger."""
     found = dict[str, int]()
-    for kind, within, name in USAGE_PLACES:
-        place = usage.get(within) if within else usage
-        tokens = place.get(name) if isinstance(place, dict) else None
-        if type(tokens) is int and found.get(kind, 0) <= tokens < PLAUSIBLE_TOKENS:
+    for name, tokens in usage.items():
+        kind, within = USAGE_PLACES.get(name, ("", ""))
+        if within:
+            tokens = tokens.get(within) if isinstance(tokens, dict) else None
+        if kind and type(tokens) is int and found.get(kind, 0) <= tokens < PLAUSIBLE_TOKENS:
             found[kind] = tokens
     return found
 
