@@ -3364,9 +3364,10 @@ def error_body(fault: Fault, text: str, path: str = "", param: str | None = None
     return json.dumps({**beside, "error": error}).encode()
 
 
-def error_event(fault: Fault, text: str) -> bytes:
-    """The same as the last event of a stream that breaks."""
-    return b"data: " + error_body(fault, text) + b"\n\n"
+def error_event(body: bytes, path: str) -> bytes:
+    """An error as the last event of a stream; Anthropic's clients go by its name."""
+    name = b"event: error\n" if path.startswith("/v1/messages") else b""
+    return name + b"data: " + body + b"\n\n"
 
 
 # Metric names of vLLM, the first that a page has is taken.  `per_engine` says how several engines
@@ -9895,7 +9896,7 @@ class Response:
             text = f"the server answered {head.status}{' in a coding' * head.is_encoded}"
             line = content if plain else json.dumps(
                 {"error": {"message": text, "code": head.status}}).encode()
-            self.write(b"data: " + line + b"\n\n")
+            self.write(error_event(line, self.request.path))
             return False
         if content:
             self.write(content)
@@ -9976,7 +9977,8 @@ class Response:
         if not self.streams or self.framing not in (CHUNKED, UNTIL_CLOSE):
             self.client.reset()
             return
-        event = error_event(fault, f"The answer broke off: {text.rstrip('.')}.")
+        path, text = self.request.path, f"The answer broke off: {text.rstrip('.')}."
+        event = error_event(error_body(fault, text, path), path)
         if self.tail and not self.tail.endswith((b"\n\n", b"\r\n\r\n")):
             event = b"\n\n" + event  # what was cut must not swallow it
         self.write(event)  # and the last chunk stays away

@@ -10664,6 +10664,24 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_is_seen_as_cut(
         assert running.states() == ["unhealthy"]
 
 
+@pytest.mark.parametrize("then", ["close", "400"])
+@asynchronous
+async def test_an_anthropic_client_s_stream_ends_with_an_event_that_it_knows_by_name(then):
+    async def answer(asked, conn):
+        if conn.server.asked[1:]:
+            return await conn.json(FAILURE, "400 X")
+        await conn.send(STREAM_HEAD, chunk(b": keep-alive\n\n"))
+        return "close"
+
+    async with balancing(Server(answer), comment_after=0, max_retries=int(then == "400")) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/messages", b'{"stream":true}')
+        raw = (await client.reader.read()).decode()
+        event, = re.findall(r"event: error\ndata: (\{.*\})\n\n", raw)
+        assert json.loads(event)["error"]["code"] == (502 if then == "close" else 500)
+        assert then == "400" or json.loads(event)["type"] == "error"
+
+
 FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', DONE)
 
 
