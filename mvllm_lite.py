@@ -28,57 +28,58 @@ of itself and of earlier rooms only.
     11  dialect       what vLLM says: events, ends, failures, metric names, lists of models
     12  access        who may come in: keys, and what each may use; proxies that are trusted
     13  health        whether a server can be asked, by checks and by what became of requests
-    14  views         all that is known of a server at one moment
-    15  fleet         the servers, requests in flight, what is learned of each
-    16  roster        which servers there are: named by the file, by hand, merged by one rule
-    17  policies      what a server is worth for a call, by a dozen rules
-    18  ranking       who may be asked, who is asked, and why
-    19  plans         how a call is answered, step by step; retries, the queue
-    20  reports       what people and machines are shown
-    21  lines         what is written of requests and transitions: log lines, records, shapes
-    22  status        the last minute of each server; what screen, page and /status.json show
-    23  cells         text on a terminal: what it means, how wide it is; numbers in few characters
-    24  table         the servers in lines, as many columns as there is room for
-    25  screen        what is seen there: the table and the lines around it
-    26  keys          what keys do to it, and ask of the balancer
-    27  traces        requests of the past: from files, or made up
-    28  engine        a model of a vLLM server, in simulated time
-    29  replay        those requests sent to such servers by any policy
+    14  servers       what is known of each: settings, health, report, what was learned, counts
+    15  learning      what answers and reports teach of a server
+    16  fleet         the servers, and requests of ours with them
+    17  roster        which servers there are: named by the file, by hand, merged by one rule
+    18  policies      what a server is worth for a call, by a dozen rules
+    19  ranking       who may be asked, who is asked, and why
+    20  plans         how a call is answered, step by step; retries, the queue
+    21  reports       what people and machines are shown
+    22  lines         what is written of requests and transitions: log lines, records, shapes
+    23  status        the last minute of each server; what screen, page and /status.json show
+    24  cells         text on a terminal: what it means, how wide it is; numbers in few characters
+    25  table         the servers in lines, as many columns as there is room for
+    26  screen        what is seen there: the table and the lines around it
+    27  keys          what keys do to it, and ask of the balancer
+    28  traces        requests of the past: from files, or made up
+    29  engine        a model of a vLLM server, in simulated time
+    30  replay        those requests sent to such servers by any policy
         ── waterline: above, pure functions and owned state; below, thin I/O ──
-    30  wire          one connection: its buffer, its deadline, its end
-    31  secrets       keys and certificates, and how a server is reached with them
-    32  client        what we ask servers ourselves, over asyncio's streams
-    33  pool          the connections to one server over which requests go, kept and reused
-    34  pump          bytes on their way through, with back-pressure
-    35  response      the client's side of an exchange
-    36  journal       lines for readers that may be slow: the log, the shape of the traffic
-    37  terminal      the screen onto a terminal, in a process that nothing waits for
-    38  core          what the rooms below share: settings, fleet, ledger, pools
-    39  intake        a request's content: gathered, decoded, held as long as it is needed
-    40  attempt       a request said to one server; its answer judged and passed on
-    41  case          whose failure it was: suspects, deaths, content that is held off
-    42  exchange      one request, from its head to its last byte
-    43  watch         health checks, load reports
-    44  operations    what people have done to servers: drained, weighed, probed, added, removed
-    45  endpoints     the paths that the balancer answers itself, in one table
-    46  front         where clients come in: connections accepted, requests let in
-    47  handover      one process takes over from another, without a gap
-    48  following     the settings file, and the files that it names
-    49  balancer      assembly: settings and roster adopted, running, draining, stopping
-    50  page          the status for a browser: one HTML string
-    51  doctor        what is amiss with servers and settings, and what to do about it
-    52  demo          simulated vLLM servers, so that everything runs on a laptop
-    53  process       signals, the terminal, systemd, limits of the system
-    54  command line  arguments, environment, logging, exit codes
+    31  wire          one connection: its buffer, its deadline, its end
+    32  secrets       keys and certificates, and how a server is reached with them
+    33  client        what we ask servers ourselves, over asyncio's streams
+    34  pool          the connections to one server over which requests go, kept and reused
+    35  pump          bytes on their way through, with back-pressure
+    36  response      the client's side of an exchange
+    37  journal       lines for readers that may be slow: the log, the shape of the traffic
+    38  terminal      the screen onto a terminal, in a process that nothing waits for
+    39  core          what the rooms below share: settings, fleet, ledger, pools
+    40  intake        a request's content: gathered, decoded, held as long as it is needed
+    41  attempt       a request said to one server; its answer judged and passed on
+    42  case          whose failure it was: suspects, deaths, content that is held off
+    43  exchange      one request, from its head to its last byte
+    44  watch         health checks, load reports
+    45  operations    what people have done to servers: drained, weighed, probed, added, removed
+    46  endpoints     the paths that the balancer answers itself, in one table
+    47  front         where clients come in: connections accepted, requests let in
+    48  handover      one process takes over from another, without a gap
+    49  following     the settings file, and the files that it names
+    50  balancer      assembly: settings and roster adopted, running, draining, stopping
+    51  page          the status for a browser: one HTML string
+    52  doctor        what is amiss with servers and settings, and what to do about it
+    53  demo          simulated vLLM servers, so that everything runs on a laptop
+    54  process       signals, the terminal, systemd, limits of the system
+    55  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (46) reads a head from the client's
-`Wire` (30) and parses it (2).  A local path is answered in room 45; everything else is an
-`Exchange` (40): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
-`Keys` (12) lets it in, and `relay_plan` (19) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (18) in the view of the fleet (15) by a policy (17).  An
-`Attempt` (39) at that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (35) begins, and a `Pump` (34) moves the rest.  What went wrong on the
-way is a `Fault` (1); the plan decides who is asked next.
+A request walks through the rooms like this.  The `Front` (47) reads a head from the client's
+`Wire` (31) and parses it (NN).  A local path is answered in room 46; everything else is an
+`Exchange` (43): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
+`Keys` (12) lets it in, and `relay_plan` (20) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (19) in the view of the fleet (16) by a policy (18).  An
+`Attempt` (NN) at that server holds the answer back until it is certain that it is one, and
+then commits: the `Response` (36) begins, and a `Pump` (35) moves the rest.  What went wrong on the
+way is a `Fault` (NN); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
@@ -143,6 +144,7 @@ import signal
 import socket
 import ssl
 import stat
+import statistics
 import struct
 import subprocess
 import tempfile
@@ -1519,7 +1521,7 @@ def capacity(value: Any) -> int:
 # What a score may be made of: numbers, arithmetic, comparisons, and these.  Not Python: a settings
 # file is no program.
 SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
-               "prompt", "cached", "speed", "weight")  # fmt: skip
+               "prompt", "cached", "speed", "weight", "slow_start")  # fmt: skip
 SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
 SCORE_ARGUMENTS = {"min": (2, 20), "max": (2, 20), "abs": (1, 1), "sqrt": (1, 1), "log": (1, 2)}
 SCORE_NODES = (
@@ -1530,10 +1532,17 @@ SCORE_NODES = (
 SCORE_LIMIT = 500  # characters
 
 
+class CompiledFormula(NamedTuple):
+    """Which of SCORE_NAMES a formula has, and a function of these names' columns, by server, that
+    returns the formula's value for each; infinity where it has none."""
+
+    names: tuple[str, ...]
+    costs: Callable[[Sequence[Sequence[float]]], list[float]]
+
+
 @functools.cache
-def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
-    """A formula as a function of SCORE_NAMES' values; infinity where it has no value.  Raises
-    ValueError for what is none."""
+def compiled(score: str) -> CompiledFormula:
+    """Raises ValueError for what is no formula."""
     try:
         tree = ast.parse(score.strip()[: SCORE_LIMIT + 1], mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -1556,16 +1565,25 @@ def compiled(score: str) -> Callable[[Mapping[str, float]], float]:
             functions.add(id(node.func))
         elif not isinstance(node, SCORE_NODES):
             raise ValueError("a formula of names, numbers and arithmetic alone")
-    code = compile(tree, "score", "eval")
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names = tuple(name for name in SCORE_NAMES if name in used) or SCORE_NAMES[:1]
+    rows = ast.parse(f"lambda rows: [0 for {', '.join(names)}, in rows]", mode="eval")
+    rows.body.body.elt = tree.body  # type: ignore[attr-defined]
+    code = compile(ast.fix_missing_locations(rows), "score", "eval")
+    values_of = eval(code, {"__builtins__": {}, **SCORE_FUNCTIONS})
 
-    def value_of(values: Mapping[str, float]) -> float:
+    def costs(columns: Sequence[Sequence[float]]) -> list[float]:
         try:
-            found = float(eval(code, {"__builtins__": {}, **SCORE_FUNCTIONS, **values}))
+            found = list(map(float, values_of(zip(*(map(float, column) for column in columns)))))
         except (ArithmeticError, ValueError, TypeError):  # the last: roots of less than nothing
-            return INFINITY
-        return found if math.isfinite(found) else INFINITY
+            if len(columns[0]) == 1:
+                return [INFINITY]
+            return [cost for row in zip(*columns) for cost in costs([[value] for value in row])]
+        if all(map(math.isfinite, found)):
+            return found
+        return [cost if math.isfinite(cost) else INFINITY for cost in found]
 
-    return value_of
+    return CompiledFormula(names, costs)
 
 
 def formula(value: Any) -> str:
@@ -2808,11 +2826,13 @@ class OutboundRequest(NamedTuple):
     asked_at: float  # when it was understood, on the loop's clock
     model_label: str
 
-    def encode_head(self, prefix: str, authority: str, key_line: str, rank: str) -> bytes:
+    def encode_head(
+        self, prefix: str, authority: str, key_line: str, rank: int | None
+    ) -> bytes:
         """The head for one server, or for its engine of that rank."""
         size = len(self.body.content) if self.body.content or self.framed else None
         fields = self.fields + key_line
-        if rank:
+        if rank is not None:
             fields = RANK_LINE.sub("", fields) + f"X-Data-Parallel-Rank: {rank}\r\n"
         return forward_request(self.head, prefix + self.path, authority, fields, size)
 
@@ -4201,17 +4221,19 @@ class Health(NamedTuple):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  views
+#  14  servers
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# All that is known of a server at one moment, as one frozen value, and what follows from it.  A
-# server with several engines (data parallel) has a view for each, `url@rank`; their health is one.
+# What is known of a server: what was set, its health, its last report, what was learned.  All of
+# it is one frozen view, which changes only on news; requests of ours are counted apart, in place.
+# A server with several engines (data parallel) has a view for each; their health is one.
 
 Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
 KEPT_REPORTS = 3  # a single report may be missed
+KV_LIMIT = 1.05  # so that a full KV cache is not infinitely bad
 
 
 def oldest_report(now: float, interval_s: float) -> float:
@@ -4219,75 +4241,100 @@ def oldest_report(now: float, interval_s: float) -> float:
     return now - KEPT_REPORTS * interval_s - 1
 
 
-def server_of(url: str) -> str:
-    """The URL of the server, of an engine's, too: URL@RANK."""
-    return url.partition("@")[0]
+class Counts:
+    """Requests of ours with a server, exact.  The fleet changes them in place."""
+
+    __slots__ = ("in_flight", "on_trial", "pending")
+
+    def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
+        self.in_flight = in_flight
+        self.on_trial = on_trial  # of these, begun while the circuit was half-open
+        self.pending = pending  # tokens of their prompts to be read before they are answered
+
+
+class Report(NamedTuple):
+    """What a server said of its load.  `report_of` makes one."""
+
+    load: EngineLoad = EngineLoad()
+    at: float = -INFINITY  # monotonic, -inf for never
+    ours_at_scrape: int = 0  # of the requests in it, as many as may be ours
+    foreign: int = 0  # the others
+    kv_free_ratio: float = 1.0  # what is left of its KV cache, as far as that is known
+    trouble: str = ""  # why it says nothing any more
+
+
+def report_of(load: EngineLoad, at: float, ours_at_scrape: int) -> Report:
+    reported, used = (load.running or 0) + (load.waiting or 0), load.kv_usage_ratio
+    free = 1.0 - (used if used < 1 else 1.0) / KV_LIMIT if used else 1.0
+    return Report(load, at, ours_at_scrape, max(0, reported - ours_at_scrape), free)
+
+
+class Learned(NamedTuple):
+    """What was learned of a server; 0 is unknown."""
+
+    prefill_tokens_per_s: float = 0.0
+    prefill_at: float = -INFINITY  # when an answer told that last
+    tpot_s: float = 0.0  # time per output token
+    capacity: float = START_CAPACITY  # what its tpot_s says of it
+    hit_ratio: float = 1.0  # of prompt tokens that it should have cached, the share that it had
 
 
 class ServerView(NamedTuple):
-    """All that is known of a server, or of one of its engines, at one moment.  Times are
-    monotonic, -inf for never."""
+    """All that is known of a server, or of one of its engines.  Times are monotonic, -inf for
+    never."""
 
-    url: str  # of an engine: with @rank
-    configured: int  # its max_concurrent_requests, or AUTO
+    id: str  # what all state is kept by: the server's URL, for an engine with its rank
+    settings: ServerSettings
     health: Health
-    weight: float = 1.0
-    tier: int = 1
-    pool: str = ""
+    counts: Counts
+    rank: int | None = None  # the engine's number; None for a server that is one
     share: float = 100.0  # of requests, in percent, that its pool gets
     draining: bool = False  # it leaves, with its last request
     drained: bool = False  # by hand: it stays, and is not asked
-    speed: float = 0.0  # prompt tokens it reads per second, as learned; 0 is unknown
-    speed_at: float = -INFINITY  # when that was seen last
-    tpot_s: float = 0.0  # between two tokens of an answer, as learned; 0 is unknown
-    learned: float = START_CAPACITY  # what its pace says of its capacity
-    trust: float = 1.0  # of prompt tokens that it should have cached, the share that it had
     busy_until: float = -INFINITY  # it said 429, or a 503 that means the same
     progress_at: float = -INFINITY  # when its token counters last moved
-    load: EngineLoad = EngineLoad()  # what it said of itself,
-    load_at: float = -INFINITY  # when,
-    load_trouble: str = ""  # why it says nothing of it any more,
-    ours_at_scrape: int = 0  # and how many of the requests it counted were ours
     models: Models | None = None  # None: it has not said yet
     models_at: float = -INFINITY
-    # What changes with each request stands last, for `counting`.
-    in_flight: int = 0  # requests of ours, exact
-    on_trial: int = 0  # of these, begun while the circuit was half-open
-    pending: int = 0  # of their prompts: tokens it has to read before it answers them
+    report: Report = Report()
+    learned: Learned = Learned()
 
     @property
     def server(self) -> str:
-        """The URL of the server, for an engine, too."""
-        return server_of(self.url)
+        """The server's id, for an engine, too."""
+        return self.settings.url
 
     @property
-    def rank(self) -> str:
-        """The engine's number, '' for a server that is one."""
-        return self.url.partition("@")[2]
+    def load(self) -> EngineLoad:
+        return self.report.load
+
+    @property
+    def configured(self) -> int:
+        """The requests it runs well, as they were set, or AUTO."""
+        return self.settings.max_concurrent_requests
 
     @property
     def capacity(self) -> float:
-        return self.configured or self.learned
-
-    @property
-    def reason(self) -> str:
-        """Why it is in its state, in words; and what else is the matter with it."""
-        troubles = ["its weight is 0"] * (not self.weight) + [self.load_trouble]
-        return "; ".join([self.health.reason, *filter(None, troubles if self.healthy else ())])
+        return self.settings.max_concurrent_requests or self.learned.capacity
 
     @property
     def size(self) -> float:
         """Its capacity as far as it is to be used: what policies ask for."""
-        return (self.configured or self.learned) * self.weight
+        return self.capacity * self.settings.weight
 
     @property
     def limit(self) -> float:
         """How many requests it takes at once.  No weight raises a capacity that was configured."""
-        return (self.configured or self.learned) * min(1.0, self.weight)
+        return self.capacity * min(1.0, self.settings.weight)
+
+    @property
+    def reason(self) -> str:
+        """Why it is in its state, in words; and what else is the matter with it."""
+        troubles = ["its weight is 0"] * (not self.settings.weight) + [self.report.trouble]
+        return "; ".join([self.health.reason, *filter(None, troubles if self.healthy else ())])
 
     @property
     def open(self) -> bool:
-        return self.weight > 0 and not (self.draining or self.drained)
+        return self.settings.weight > 0 and not (self.draining or self.drained)
 
     @property
     def healthy(self) -> bool:
@@ -4299,11 +4346,19 @@ class ServerView(NamedTuple):
         return self.health.may_be_last_resort and self.open and not self.load.asleep
 
     @property
+    def admission(self) -> tuple[Any, ...]:
+        """All of it that may keep requests from the server."""
+        return (self.health, self.settings, self.models, self.share, self.draining, self.drained,
+                self.busy_until, self.load.asleep, self.load.adapters)  # fmt: skip
+
+    @property
     def by_name(self) -> ServerView:
         """As it is to a request for it alone that is no work of its engine: asked also while it
         sleeps, is drained by hand, or gets no share of others."""
-        return self._replace(load=self.load._replace(asleep=False), drained=False,
-                             weight=self.weight or 1.0, share=self.share or 1.0)  # fmt: skip
+        return self._replace(
+            report=self.report._replace(load=self.load._replace(asleep=False)), drained=False,
+            settings=dataclasses.replace(self.settings, weight=self.settings.weight or 1.0),
+            share=self.share or 1.0)  # fmt: skip
 
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
@@ -4311,22 +4366,22 @@ class ServerView(NamedTuple):
         was sent since it last spoke, or by twice as many.  One that is busy by its word is full."""
         if self.busy_until > now:
             return True
-        limit = self.limit
+        limit, in_flight = self.limit, self.counts.in_flight
         if self.configured:
-            return self.in_flight >= limit
-        load = self.in_flight + self.foreign(now, interval_s)
+            return in_flight >= limit
+        load = in_flight + self.foreign(now, interval_s)
         if load < FULL_RATIO * limit:
             return False
         if not self.reports(now, interval_s):
             return load >= BLIND_RATIO * limit
-        sent_since = self.in_flight - self.ours_at_scrape
+        sent_since = in_flight - self.report.ours_at_scrape
         return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * limit
 
     def has_room(self, now: float) -> bool:
         """Whether it may take a request more, by our own counts and its last word."""
         if self.busy_until > now:
             return False
-        return not self.configured or self.in_flight < self.limit
+        return not self.configured or self.counts.in_flight < self.limit
 
     def slow_start_share(self, now: float, slow_start_s: float) -> float:
         """The share of its capacity that it gets since it has come back: from a tenth to all."""
@@ -4336,21 +4391,12 @@ class ServerView(NamedTuple):
     def foreign(self, now: float, interval_s: float) -> float:
         """Requests it has that are not ours, fading once the report is older than the time
         between reports: exact counts stay, hearsay does not."""
-        load = self.load
-        reported = (load.running or 0) + (load.waiting or 0) - self.ours_at_scrape
-        if reported <= 0:
-            return 0.0
-        late = now - self.load_at - interval_s
-        return reported * math.exp(-late / (2 * interval_s)) if late > 0 else float(reported)
+        late, foreign = now - self.report.at - interval_s, self.report.foreign
+        return foreign * math.exp(-late / (2 * interval_s)) if foreign and late > 0 else foreign
 
     def reports(self, now: float, interval_s: float) -> bool:
         """Whether what it says of its load is news; a single report may be missed."""
-        return self.load_at >= oldest_report(now, interval_s)
-
-    def counting(self, in_flight: int, on_trial: int, pending: int) -> ServerView:
-        """With other counts.  What `_replace` does, in a third of its time: this is done for each
-        request three times."""
-        return tuple.__new__(ServerView, self[:-3] + (in_flight, on_trial, pending))
+        return self.report.at >= oldest_report(now, interval_s)
 
     def has(self, model: str | None) -> bool:
         """Whether it may be asked for that model; one that has not told its models may."""
@@ -4375,12 +4421,11 @@ class ServerView(NamedTuple):
 
 
 def disagreement(view: ServerView) -> str:
-    """That a server's pace says another capacity than its settings, or ''."""
-    if not (view.configured and view.tpot_s):
+    """That a server's speed says another capacity than its settings, or ''."""
+    configured, learned = view.configured, view.learned
+    if not (configured and learned.tpot_s) or 0.5 <= learned.capacity / configured <= 2.0:
         return ""
-    ratio = view.learned / view.configured
-    known = 0.5 <= ratio <= 2.0
-    return "" if known else f"configured {view.configured}, behaves like {view.learned:.0f}"
+    return f"configured {configured}, behaves like {learned.capacity:.0f}"
 
 
 class Transition(NamedTuple):
@@ -4430,70 +4475,31 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  fleet
+#  15  learning
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
-# replaces it when it is told something new.  Views are kept by URL, so they survive a reload of the
-# settings.
-
-BUSY_S = 0.25  # for which a server that says it is busy is spared
-
-
-class Lease:
-    """Counts one request in flight, from its making to the end of its `with` block, whatever ends
-    that; and until its answer begins, the tokens of its prompt."""
-
-    __slots__ = ("url", "pending", "_fleet", "_counts", "_trial", "_cached", "_ahead", "_sent_at",
-                 "_fresh")  # fmt: skip
-
-    def __init__(self, fleet: Fleet, url: str, now: float, prompt: Prompt) -> None:
-        self.url, self._fleet, self._sent_at = url, fleet, now
-        self._trial = self.pending = self._ahead = self._cached = 0
-        self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
-        self._counts = (view := fleet.view(url)) is not None
-        if view is None:
-            return
-        if view.health.open_until is not None:
-            self._trial = view.health.circuit(now) == "half-open"
-        self._cached, self._fresh = fleet.record_prompt(url, prompt)
-        self.pending = prompt.tokens - int(self._cached * view.trust)
-        if not view.load.queued:  # else the time to the first byte says nothing of its speed
-            self._ahead = view.pending + self.pending
-        fleet.count(url, 1, self._trial, self.pending)
-
-    def answered(self, now: float, learn: bool) -> None:
-        """The answer begins.  `learn` from that, if it begins when the prompt is read."""
-        if self.pending or self._cached:
-            ahead = self._ahead if learn else 0
-            self._fleet.heard(self.url, self.pending, self._cached, ahead, self._sent_at, now)
-            self._fleet.read(self.url, self._fresh, True)
-        self.pending, self._cached, self._fresh = 0, 0, ()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        if self._counts:
-            pending, self.pending, self._cached = self.pending, 0, 0
-            self._fleet.read(self.url, self._fresh, False)  # who knows whether it was
-            self._fleet.count(self.url, -1, -self._trial, -pending)
-
+# What a server's answers and reports teach of it: how fast it reads prompts, its time per output
+# token, its capacity, and how much of what it was sent it really finds in its cache.
 
 # How fast what was learned gives way to what is seen.  On a simulated fleet, half and twice the
 # CAPACITY_GAIN did as well.
-SPEED_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of the engine
-SPEED_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
-SPEED_WEIGHT = 0.05
+PREFILL_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of the engine
+PREFILL_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
+PREFILL_WEIGHT = 0.05
+PREFILL_MEMORY_S = 300.0  # without samples, until it is taken for as fast as others, mostly
 SPEED_CLAMP = 4.0  # one sample is taken for so much faster or slower at most
-SPEED_MEMORY_S = 300.0  # without samples, until it is taken for as fast as others, mostly
-PACE_MEMORY_S = 15.0
-CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median pace
+TPOT_MEMORY_S = 15.0
+CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median time per token
 CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
 CAPACITY_LIMITS = 1.0, 4096.0
 HIT_PRIOR_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
 HITS_FADE = 0.9  # by report
 HITS_SLACK = 1.3  # our count of tokens is an estimate, and so is their fate
+
+
+def restarted(before: EngineLoad, load: EngineLoad) -> bool:
+    """Whether its counters began anew between two reports."""
+    return load.tokens is not None and load.tokens < (before.tokens or 0)
 
 
 class HitRate:
@@ -4502,132 +4508,292 @@ class HitRate:
     __slots__ = ("since", "sum", "found")
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.since = 0  # the last report
         self.sum = self.found = 0.0  # of late
 
-    def trust(self, hits: int) -> float:
-        """After one more report: the share that is really found."""
-        self.sum = self.sum * HITS_FADE + self.since
-        self.found = self.found * HITS_FADE + hits
-        self.since = 0
+    def after(self, before: EngineLoad, load: EngineLoad, ratio: float) -> float:
+        """The share that is really found, after one more report; it was `ratio`."""
+        if restarted(before, load) or not load.caches:
+            self.forget()
+            return float(load.caches)
+        since, self.since = self.since, 0
+        if before.prefix_hits is None or not since:
+            return ratio
+        self.sum = self.sum * HITS_FADE + since
+        self.found = self.found * HITS_FADE + max(0, (load.prefix_hits or 0) - before.prefix_hits)
         share = (self.found + HIT_PRIOR_TOKENS) / (self.sum + HIT_PRIOR_TOKENS)
         return min(1.0, HITS_SLACK * share)
 
 
-class Fleet:
-    """All servers.  What is told of a server that has left meanwhile is ignored."""
+def usual_prefill(view: ServerView, views: Iterable[ServerView]) -> float:
+    """Prompt tokens that others read per second, for the server's capacity; 0 is unknown."""
+    known = [v for v in views
+             if v.learned.prefill_tokens_per_s and v.id != view.id and v.shares_models(view)]
+    capacity = sum(v.capacity for v in known)
+    speeds = sum(v.learned.prefill_tokens_per_s for v in known)
+    return view.capacity * speeds / capacity if known else 0.0
 
-    def __init__(self) -> None:
-        self._views: dict[str, ServerView] = {}
-        self._memories: dict[str, PrefixCache] = {}
-        self._expected: dict[str, HitRate] = {}
-        self._has_engines = False  # some servers are several, or were
-        self.changes = 0  # of anything that may keep requests from a server, but for counts
-        self._steady: dict[str | None, float] = {}  # by model, as long as nothing changes:
-        self._steady_of = -1
+
+def prefill_after(
+    view: ServerView, tokens: int, seconds: float, views: Iterable[ServerView]
+) -> float:
+    """How fast it reads, after an answer: so many prompt tokens were read in that time."""
+    found = tokens / seconds
+    speed = view.learned.prefill_tokens_per_s or usual_prefill(view, views) or found
+    found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
+    return speed + PREFILL_WEIGHT * min(1.0, tokens / PREFILL_TRUSTED_TOKENS) * (found - speed)
+
+
+def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
+    """Its time per output token, after one more report: so many requests ran for so long, and so
+    many tokens were generated."""
+    tpot_s, before = view.learned.tpot_s, view.load
+    if load.generation_tokens is None or before.generation_tokens is None:
+        return tpot_s
+    made = load.generation_tokens - before.generation_tokens
+    running = ((load.running or 0) + (before.running or 0)) / 2
+    if made <= 0 or running < 1:
+        return tpot_s
+    found = elapsed_s * running / made
+    tpot_s = tpot_s or found
+    weight = 1 - math.exp(-elapsed_s / TPOT_MEMORY_S)
+    return tpot_s + weight * (min(found, SPEED_CLAMP * tpot_s) - tpot_s)
+
+
+def capacity_after(
+    view: ServerView, load: EngineLoad, elapsed_s: float, views: Iterable[ServerView]
+) -> float:
+    """Its capacity, after one more report: if it has a queue, it runs as many as it can; if not,
+    it may have more work while its answers come faster than those of others, and the reverse.
+    That it runs many without a queue says little: vLLM takes far more than it runs well."""
+    running, most, tpot_s = load.running or 0, view.learned.capacity, view.learned.tpot_s
+    if load.queued and running:
+        most = min(running, 2 * most) if running > most else max(running, CAPACITY_FALL * most)
+    elif most < running:
+        most = min(running, max(most, START_CAPACITY))
+    elif tpot_s and running >= most / 2:
+        times = [other.learned.tpot_s for other in views
+                 if other.learned.tpot_s and other.healthy and other.shares_models(view)]
+        if len(times) > 1:
+            deviation = min(1.0, max(-1.0, statistics.median(times) / tpot_s - 1))
+            most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
+    return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
+
+
+def learned_after(
+    view: ServerView, load: EngineLoad, now: float, hit_rate: HitRate, views: Iterable[ServerView]
+) -> Learned:
+    """What is known of a server after one more report; `views` are of all servers."""
+    learned, elapsed_s = view.learned, now - view.report.at
+    hit_ratio = hit_rate.after(view.load, load, learned.hit_ratio)
+    if restarted(view.load, load):
+        return learned._replace(prefill_tokens_per_s=0.0, tpot_s=0.0, hit_ratio=hit_ratio)
+    speed = learned.prefill_tokens_per_s
+    if speed and learned.prefill_at < view.report.at and (usual := usual_prefill(view, views)):
+        speed += min(1.0, elapsed_s / PREFILL_MEMORY_S) * (usual - speed)
+    return Learned(speed, learned.prefill_at, tpot_after(view, load, elapsed_s),
+                   capacity_after(view, load, elapsed_s, views), hit_ratio)  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  16  fleet
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
+# replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
+# the settings.
+
+BUSY_S = 0.25  # for which a server that says it is busy is spared
+
+
+class Member:
+    """A server, or one of its engines, in the fleet: its newest view, a model of its prefix
+    cache, and how far that is right."""
+
+    __slots__ = ("view", "cache", "hit_rate")
+
+    def __init__(self, view: ServerView) -> None:
+        self.view, self.cache, self.hit_rate = view, PrefixCache(), HitRate()
+
+
+class Lease:
+    """Counts one request in flight, from its making to its `end`, which is that of a `with` block,
+    too; and until its answer begins, the tokens of its prompt."""
+
+    __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
+                 "_fresh")  # fmt: skip
+
+    def __init__(self, fleet: Fleet, id: str, now: float, prompt: Prompt) -> None:
+        self.id, self._fleet, self._sent_at = id, fleet, now
+        self._trial = self.pending = self._ahead = self._cached = 0
+        self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
+        self._member = member = fleet.member(id)
+        if member is None:
+            return
+        view = member.view
+        counts = view.counts
+        if view.health.open_until is not None:
+            self._trial = view.health.circuit(now) == "half-open"
+        self._fresh = member.cache.sent(prompt)
+        self._cached = prompt.tokens_in(len(prompt.prefix_hashes) - len(self._fresh))
+        self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
+        if not view.report.load.queued:  # else the time to the first byte says nothing of its speed
+            self._ahead = counts.pending + self.pending
+        counts.in_flight += 1
+        counts.on_trial += self._trial
+        counts.pending += self.pending
+
+    def answered(self, now: float, learn: bool) -> None:
+        """The answer begins.  `learn` from that, if it begins when the prompt is read."""
+        if (member := self._member) is None or not (self.pending or self._cached):
+            return
+        member.view.counts.pending -= self.pending
+        member.hit_rate.since += self._cached
+        if learn and self._ahead > PREFILL_SAMPLE_TOKENS and now > self._sent_at:
+            self._fleet.prompt_read(member, self._ahead, now - self._sent_at, now)
+        member.cache.confirm(self._fresh)
+        self.pending, self._cached, self._fresh = 0, 0, ()
+
+    def end(self) -> None:
+        member, self._member = self._member, None
+        if member is not None:
+            member.cache.withdraw(self._fresh)  # who knows whether it was read
+            counts = member.view.counts
+            counts.in_flight -= 1
+            counts.on_trial -= self._trial
+            counts.pending -= self.pending
+            self.pending = 0
+            if member.view.draining and not counts.in_flight:
+                self._fleet.left(self.id)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+class Fleet:
+    """All servers.  What is told of a server that has left meanwhile is ignored.  A fleet may
+    begin with views of its servers."""
+
+    def __init__(self, views: Iterable[ServerView] = ()) -> None:
+        self._members = {view.id: Member(view) for view in views}
+        self._has_engines = any(one.view.rank is not None for one in self._members.values())
         self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
         self._numbers = itertools.count()
+        # What choosing derives from the views for a model, as long as all of them keep or admit
+        # the same requests: `_put` and what changes the members forget it.
+        self.derived: dict[str | None, Any] = {}
 
     def views(self, now: float | None = None) -> list[ServerView]:
         """All of them; with a moment, prompts that should be read by then are."""
         if now is not None:
             self.catch_up(now)
-        return list(self._views.values())
+        return [member.view for member in self._members.values()]
+
+    def member(self, id: str) -> Member | None:
+        return self._members.get(id)
+
+    def view(self, id: str) -> ServerView | None:
+        member = self._members.get(id)
+        return member and member.view
+
+    def in_flight(self, id: str) -> int:
+        member = self._members.get(id)
+        return member.view.counts.in_flight if member else 0
 
     def has_room(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
-        return any(v.available and not v.full(now, interval_s)
-                   for v in self._views.values())  # fmt: skip
-
-    def view(self, url: str) -> ServerView | None:
-        return self._views.get(url)
+        return any(v.available and not v.full(now, interval_s) for v in self.views())
 
     def knows(self, model: str) -> bool:
         """Whether any server has told of that model."""
-        for view in self._views.values():
-            if view.models and model in view.models:
-                return True
-        return False
-
-    def steady_since(self, model: str | None) -> float:
-        """Since when the first of a model's healthy servers is there: a slow start is for those
-        that come later than that."""
-        if self._steady_of != self.changes:
-            self._steady.clear()
-            self._steady_of = self.changes
-        if (known := self._steady.get(model)) is not None:
-            return known
-        found = min((view.health.since for view in self._views.values()
-                     if view.healthy and view.open and view.has(model)), default=INFINITY)
-        if model is None or self.knows(model):
-            self._steady[model] = found
-        return found
+        return any(model in (view.models or ()) for view in self.views())
 
     def engines(self, server: str) -> list[ServerView]:
         """The views of one server."""
         if not self._has_engines:  # the usual, and this is asked for each request
-            return [self._views[server]] if server in self._views else []
-        begin = f"{server}@"
-        return [view for url, view in self._views.items()
-                if url == server or url.startswith(begin)]  # fmt: skip
+            return [self._members[server].view] if server in self._members else []
+        return [view for view in self.views() if view.server == server]
 
-    def apply(
-        self, wanted: Iterable[ServerSettings], now: float,
-        pools: Mapping[str, float] | None = None, drained: Iterable[str] = (),
-    ) -> tuple[list[str], list[str]]:  # fmt: skip
-        """Make the fleet what the settings say: (URLs added, URLs now draining).  A server that
-        is wanted again while it drains simply stays, with all that is known of it."""
-        old, fresh = self._views, Health(State.CHECKING, "not checked yet", now)
-        pools = pools or {}
-        rest = round(100.0 - sum(pools.values()), 6)
-        wanted = list(wanted)
-        given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
-        start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
-        self._views = {}
-        for server in wanted:
-            kin = next((v for v in old.values() if v.server == server.url),
-                       ServerView(server.url, 0, fresh))  # fmt: skip
-            ranks = range(server.data_parallel_size)
-            urls = [f"{server.url}@{n}" for n in ranks] if len(ranks) > 1 else [server.url]
-            for url in urls:
-                limit = server.max_concurrent_requests
-                view = old.get(url) or ServerView(
-                    url, -1, kin.health, models=kin.models, models_at=kin.models_at)
-                if view.configured != limit:
-                    view = view._replace(learned=limit or start)
-                self._views[url] = view._replace(
-                    configured=limit, draining=False, drained=server.url in drained,
-                    weight=server.weight, tier=server.tier, pool=server.pool,
-                    share=pools.get(server.pool, rest))  # fmt: skip
-        self.changes += 1
-        added = [url for url in self._views if url not in old or old[url].draining]
-        leaving = [view for url, view in old.items() if url not in self._views]
-        for view in leaving:
-            if view.in_flight:
-                self._views[view.url] = view._replace(draining=True)
-        self._has_engines = any(view.rank for view in self._views.values())
-        self._memories = {url: self._memories.get(url) or PrefixCache() for url in self._views}
-        self._expected = {url: self._expected.get(url) or HitRate() for url in self._views}
-        return added, [view.url for view in leaving if not view.draining]
-
-    def in_flight(self, url: str) -> int:
-        view = self._views.get(url)
-        return view.in_flight if view else 0
+    def server_of(self, id: str) -> str:
+        """The id of the server that an engine belongs to; a server's own."""
+        view = self.view(id)
+        return view.server if view else id
 
     def cached(self, prompt: Prompt) -> list[int]:
         """How many of a prompt's tokens each server has probably cached, in the order of views."""
-        chain, out = prompt.prefix_hashes, list[int]()
-        if not chain:
-            return [0] * len(self._views)
-        for view, memory in zip(self._views.values(), self._memories.values()):
-            known = memory.cached_links(chain)
-            out.append(int(prompt.tokens_in(known) * view.trust) if known else 0)
+        if not (chain := prompt.prefix_hashes):
+            return [0] * len(self._members)
+        out, tokens = list[int](), dict[int, int]()
+        for member in self._members.values():
+            if not (links := member.cache.cached_links(chain)):
+                out.append(0)
+                continue
+            if links not in tokens:  # mostly the same few
+                tokens[links] = prompt.tokens_in(links)
+            out.append(int(tokens[links] * member.view.learned.hit_ratio))
         return out
 
-    def lease(self, url: str, now: float, prompt: Prompt = NO_PROMPT) -> Lease:
-        return Lease(self, url, now, prompt)
+    def _put(self, member: Member, view: ServerView) -> None:
+        """Replace a server's view."""
+        if view.admission != member.view.admission:
+            self.derived.clear()
+        member.view = view
+
+    # What settings tell.
+
+    def apply(
+        self, wanted: Sequence[ServerSettings], now: float,
+        pools: Mapping[str, float] | None = None, drained: Iterable[str] = (),
+    ) -> tuple[list[str], list[str]]:  # fmt: skip
+        """Make the fleet what the settings say: (ids added, ids now draining).  A server that is
+        wanted again while it drains simply stays, with all that is known of it."""
+        old, pools, members = self._members, pools or {}, dict[str, Member]()
+        staying = {id for id, member in old.items() if not member.view.draining}
+        rest = round(100.0 - sum(pools.values()), 6)
+        given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
+        start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
+        fresh = Health(State.CHECKING, "not checked yet", now)
+        for server in wanted:
+            kin = next((one.view for one in old.values() if one.view.server == server.url), None)
+            health, models, at = (
+                (kin.health, kin.models, kin.models_at) if kin else (fresh, None, -INFINITY))
+            for id, rank in engine_ids(server):
+                member = old.get(id) or Member(
+                    ServerView(id, server, health, Counts(), rank, models=models, models_at=at))
+                view, limit = member.view, server.max_concurrent_requests
+                if id not in old or view.configured != limit:
+                    view = view._replace(learned=view.learned._replace(capacity=limit or start))
+                member.view = view._replace(
+                    settings=server, draining=False, drained=server.url in drained,
+                    share=pools.get(server.pool, rest))
+                members[id] = member
+        leaving = [id for id in old if id not in members]
+        for id in leaving:
+            member = old[id]
+            if member.view.counts.in_flight:
+                member.view = member.view._replace(draining=True)
+                members[id] = member
+        self._members = members
+        self._has_engines = any(member.view.rank is not None for member in members.values())
+        self.derived.clear()
+        added = [id for id in members if id not in staying and id not in leaving]
+        return added, [id for id in leaving if id in staying]
+
+    def left(self, id: str) -> None:
+        """A draining server's last request has ended."""
+        self._members.pop(id, None)
+        self.derived.clear()
 
     # What leases tell.
+
+    def lease(self, id: str, now: float, prompt: Prompt = NO_PROMPT) -> Lease:
+        return Lease(self, id, now, prompt)
 
     def answers_by(self, lease: Lease, moment: float) -> None:
         """Its prompt is taken to be read by then, if no answer begins before."""
@@ -4637,174 +4803,85 @@ class Fleet:
         while self._reading and self._reading[0][0] <= now:
             heapq.heappop(self._reading)[2].answered(now, False)
 
-    def record_prompt(self, url: str, prompt: Prompt) -> tuple[int, tuple[int, ...]]:
-        """How many of the prompt's tokens it was sent before, and the links that it was not; from
-        now on, it was sent all."""
-        fresh = self._memories[url].sent(prompt)
-        return prompt.tokens_in(len(prompt.prefix_hashes) - len(fresh)), fresh
+    def prompt_read(self, member: Member, tokens: int, seconds: float, now: float) -> None:
+        """So many prompt tokens were read in that time."""
+        view = member.view
+        speed = prefill_after(view, tokens, seconds, self.views())
+        learned = view.learned._replace(prefill_tokens_per_s=speed, prefill_at=now)
+        member.view = view._replace(learned=learned)  # it keeps no request from the server
 
-    def read(self, url: str, links: tuple[int, ...], really: bool) -> None:
-        """A request that brought these links was answered, or not."""
-        if links and url in self._memories:
-            memory = self._memories[url]
-            (memory.confirm if really else memory.withdraw)(links)
-
-    def count(self, url: str, requests: int, trials: int = 0, tokens: int = 0) -> None:
-        """So many more are with a server.  A draining one leaves with its last request."""
-        view = self._views.get(url)
-        if view is None:
-            return
-        in_flight = view.in_flight + requests
-        if view.draining and in_flight == 0:
-            self.changes += 1
-            for known in (self._views, self._memories, self._expected):
-                known.pop(url)
-            return
-        self._views[url] = view.counting(in_flight, view.on_trial + trials, view.pending + tokens)
-
-    def busy(self, url: str, now: float) -> None:
+    def busy(self, id: str, now: float) -> None:
         """It said that it has enough to do."""
-        self.changes += 1
-        if (view := self._views.get(url)) is not None:
-            self._views[url] = view._replace(busy_until=now + BUSY_S)
-
-    def heard(
-        self, url: str, tokens: int, cached: int, ahead: int, since: float, now: float
-    ) -> None:
-        """A prompt was read.  If `ahead`, so many tokens took that long, and tell the speed."""
-        self.count(url, 0, 0, -tokens)
-        view = self._views.get(url)
-        if view is None:
-            return
-        self._expected[url].since += cached
-        if ahead > SPEED_SAMPLE_TOKENS and now > since:
-            found = ahead / (now - since)
-            speed = view.speed or self.usual_speed(view) or found
-            found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
-            speed += SPEED_WEIGHT * min(1.0, ahead / SPEED_TRUSTED_TOKENS) * (found - speed)
-            self._views[url] = view._replace(speed=speed, speed_at=now)
-
-    def usual_speed(self, view: ServerView) -> float:
-        """What others read per second, for the server's capacity; 0 if that is not known."""
-        known = [v for v in self._views.values()
-                 if v.speed and v.url != view.url and v.shares_models(view)]  # fmt: skip
-        capacity = sum(v.capacity for v in known)
-        return view.capacity * sum(v.speed for v in known) / capacity if known else 0.0
+        if (member := self._members.get(id)) is not None:
+            self._put(member, member.view._replace(busy_until=now + BUSY_S))
 
     # What watchers tell.
 
-    def models_due(self, url: str, now: float, s: Settings) -> bool:
+    def models_due(self, server: str, now: float, s: Settings) -> bool:
         """Whether the next check should ask for the models, too: they are unknown, old, or the
         server is coming back and may have been restarted with others."""
-        views = self.engines(url)
+        views = self.engines(server)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
-    def models_listed(self, url: str, models: Models, now: float) -> None:
-        self.changes += 1
-        for view in self.engines(url):
-            self._views[view.url] = view._replace(models=models, models_at=now)
+    def models_listed(self, server: str, models: Models, now: float) -> None:
+        for view in self.engines(server):
+            self._put(self._members[view.id], view._replace(models=models, models_at=now))
 
-    def scraped(self, url: str, load: EngineLoad, own_then: int, now: float) -> int:
+    def scraped(self, id: str, load: EngineLoad, own_then: int, now: float) -> int:
         """A page of metrics came.  `own_then` is how many requests of ours it may have counted:
         the larger of those in flight when it was asked for and when it came, so that none of
         them is taken for a foreign one.  The prompt tokens it found cached since the last one."""
-        view = self._views.get(url)
-        if view is None:
+        if (member := self._members.get(id)) is None:
             return 0
-        known = view.load
-        self.changes += load.adapters != known.adapters or load.asleep != known.asleep
-        memory, before, elapsed_s = self._memories[url], view.load, now - view.load_at
-        memory.limit_tokens = load.kv_tokens or CACHE_TOKENS
-        began_anew = load.tokens is not None and load.tokens < (before.tokens or 0)
+        view, before = member.view, member.view.report.load
+        member.cache.limit_tokens = load.kv_tokens or CACHE_TOKENS
+        if load.asleep or restarted(before, load):
+            member.cache.forget()
         moved = load.tokens != before.tokens and None not in (load.tokens, before.tokens)
-        trust, pace_s, learned, speed = view.trust, view.tpot_s, view.learned, view.speed
-        hits = max(0, (load.prefix_hits or 0) - (before.prefix_hits or 0))
-        if began_anew or load.asleep:
-            memory.forget()
-        if began_anew or not load.caches:
-            trust, self._expected[url] = float(load.caches), HitRate()
-        elif before.prefix_hits is None:
-            self._expected[url].since = 0
-        elif self._expected[url].since:
-            trust = self._expected[url].trust(hits)
-        if began_anew:
-            speed = pace_s = 0.0
-        else:
-            pace_s = pace_after(view, load, elapsed_s)
-            learned = self.capacity_after(view, load, elapsed_s)
-            if speed and view.speed_at < view.load_at and (usual := self.usual_speed(view)):
-                speed += min(1.0, elapsed_s / SPEED_MEMORY_S) * (usual - speed)
-        self._views[url] = view._replace(
-            load=load, load_at=now, load_trouble="", ours_at_scrape=own_then, trust=trust,
-            tpot_s=pace_s, learned=learned, speed=speed,
-            progress_at=now if moved else view.progress_at,
-        )  # fmt: skip
-        return hits if before.prefix_hits is not None else 0
+        self._put(member, view._replace(
+            report=report_of(load, now, own_then),
+            learned=learned_after(view, load, now, member.hit_rate, self.views()),
+            progress_at=now if moved else view.progress_at))  # fmt: skip
+        hits = before.prefix_hits
+        return 0 if hits is None else max(0, (load.prefix_hits or 0) - hits)
 
     def unscraped(self, server: str, why: str) -> bool:
         """Its pages of metrics do not come any more.  Whether that is news: its illness would say
         enough, and a loss is one however long it lasts."""
-        views = [v for v in self.engines(server) if v.healthy and not v.load_trouble]
+        views = [v for v in self.engines(server) if v.healthy and not v.report.trouble]
         for view in views:
-            self._views[view.url] = view._replace(load_trouble=why)
+            report = view.report._replace(trouble=why)
+            self._put(self._members[view.id], view._replace(report=report))
         return bool(views)
 
-    def capacity_after(self, view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
-        """A server's capacity, by a report: if it has a queue, it runs as many as it can; if not,
-        it may have more work while its answers come faster than those of others, and the reverse.
-        That it runs many without a queue says little: vLLM takes far more than it runs well."""
-        running, most = load.running or 0, view.learned
-        if load.queued and running:
-            most = min(running, 2 * most) if running > most else max(running, CAPACITY_FALL * most)
-        elif most < running:
-            most = min(running, max(most, START_CAPACITY))
-        elif view.tpot_s and running >= most / 2:
-            paces = sorted(other.tpot_s for other in self._views.values()
-                           if other.tpot_s and other.healthy and other.shares_models(view))
-            if len(paces) > 1:
-                median = (paces[len(paces) // 2] + paces[(len(paces) - 1) // 2]) / 2
-                deviation = min(1.0, max(-1.0, median / view.tpot_s - 1))
-                most *= 1 + CAPACITY_GAIN * min(2.0, elapsed_s) * deviation
-        return min(CAPACITY_LIMITS[1], max(CAPACITY_LIMITS[0], most))
-
-    def judge(self, url: str, after: Callable[..., Health], *news: Any) -> Transition | None:
+    def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
         """Replace a server's health by what it is after the news: `Health.checked`, say, and its
         arguments.  The transition, if it is one."""
-        server = server_of(url)
+        server = self.server_of(id)
         if not (views := self.engines(server)):
             return None
         old = views[0].health
         new = after(old, *news)
-        if new is not old:
-            self.changes += 1
-            back = new.state is State.HEALTHY and old.state is State.UNHEALTHY
-            for view in views:
-                load = view.load
-                if back and view.load_at < old.since:  # it spoke before it was away
-                    load = load._replace(asleep=False)
-                self._views[view.url] = view._replace(health=new, load=load)
+        back = new.state is State.HEALTHY and old.state is State.UNHEALTHY
+        for view in views if new is not old else ():
+            report = view.report
+            if back and report.at < old.since and report.load.asleep:  # from before it was away
+                report = report._replace(load=report.load._replace(asleep=False))
+            self._put(self._members[view.id], view._replace(health=new, report=report))
         if new.state is old.state:
             return None
         return Transition(server, old.state, new.state, new.reason)
 
 
-def pace_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
-    """The seconds between two tokens of one answer, by one more report: so many requests ran for
-    so long, and so many tokens were generated."""
-    if load.generation_tokens is None or view.load.generation_tokens is None:
-        return view.tpot_s
-    made = load.generation_tokens - view.load.generation_tokens
-    running = ((load.running or 0) + (view.load.running or 0)) / 2
-    if made <= 0 or running < 1:
-        return view.tpot_s
-    found = elapsed_s * running / made
-    pace_s = view.tpot_s or found
-    weight = 1 - math.exp(-elapsed_s / PACE_MEMORY_S)
-    return pace_s + weight * (min(found, SPEED_CLAMP * pace_s) - pace_s)
+def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
+    """The ids of a server's engines, with their ranks; of a server that is one, its own."""
+    if server.data_parallel_size == 1:
+        return [(server.url, None)]
+    return [(f"{server.url}@{rank}", rank) for rank in range(server.data_parallel_size)]
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  roster
+#  17  roster
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -4948,14 +5025,15 @@ class Roster:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  policies
+#  18  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in the
-# fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest is
-# asked, and one is drawn among equals; nobody is asked anything for it.
+# What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
+# the fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest
+# is asked, and one is drawn among equals; nobody is asked anything for it.
 #
 # To add a policy: a class with @policy("name"), its name in POLICY_NAMES (6), a line in the README.
+# One that is a formula of what SCORE_NAMES lists has nothing but that.
 
 
 class Moment(NamedTuple):
@@ -4965,46 +5043,73 @@ class Moment(NamedTuple):
     interval_s: float  # between two reports of load
     enforced: bool = False  # a server takes no more requests at once than its capacity
     slow_start_s: float = 0.0
-    steady_since: float = -INFINITY  # since when the first of the servers has been there
-
-
-def load_of(view: ServerView, moment: Moment) -> float:
-    """Requests with a server, ours exactly and those of others as far as they are known."""
-    load = view.load
-    if (load.running or 0) + (load.waiting or 0) <= view.ours_at_scrape:
-        return view.in_flight
-    return view.in_flight + view.foreign(moment.now, moment.interval_s)
-
-
-def utilization(view: ServerView, moment: Moment) -> float:
-    """How full it would be with one more."""
-    crowding = (load_of(view, moment) + 1) / view.size
-    since = view.health.since
-    if moment.now - since >= moment.slow_start_s:
-        return crowding
-    if since - moment.steady_since < moment.slow_start_s:
-        return crowding  # they have come together: nobody is there to spare it work
-    return crowding / view.slow_start_share(moment.now, moment.slow_start_s)
 
 
 class Eligible(NamedTuple):
-    """What a policy judges."""
+    """What a policy judges: servers in columns, with their counts of that moment."""
 
     views: Sequence[ServerView]
-    cached: Sequence[int]  # tokens of the prompt, by server
+    in_flight: list[int]
+    pending: list[int]
+    cached: Sequence[int]  # tokens of the prompt
+    slow_start: list[float]  # shares of their capacity; none of it where all have the whole
     call: Call
     moment: Moment
     draw: random.Random
 
+    def foreign(self) -> list[float]:
+        """Requests with each that are not ours, as far as they are known."""
+        now, interval_s = self.moment.now, self.moment.interval_s
+        return [view.foreign(now, interval_s) if view.report.foreign else 0 for view in self.views]
+
     def loads(self) -> list[float]:
-        return [load_of(view, self.moment) for view in self.views]
+        """Requests with each."""
+        return [ours + foreign for ours, foreign in zip(self.in_flight, self.foreign())]
 
-    def crowding(self) -> list[float]:
-        return [utilization(view, self.moment) for view in self.views]
+    def capacities(self) -> list[float]:
+        """The capacity of each."""
+        return [view.settings.max_concurrent_requests or view.learned.capacity
+                for view in self.views]  # fmt: skip
 
-    def uncached(self) -> list[int]:
-        """Tokens of the prompt that each would have to read."""
-        return [self.call.prompt.tokens - cached for cached in self.cached]
+    def sizes(self) -> list[float]:
+        """The size of each."""
+        return [(view.settings.max_concurrent_requests or view.learned.capacity)
+                * view.settings.weight for view in self.views]  # fmt: skip
+
+    def utilization(self) -> list[float]:
+        """How full each would be with one more.  Own requests count exactly and at once, so a
+        burst between two reports spreads; those of others as reported."""
+        now, interval_s = self.moment.now, self.moment.interval_s
+        full = [((ours + view.foreign(now, interval_s) if view.report.foreign else ours) + 1)
+                / ((view.settings.max_concurrent_requests or view.learned.capacity)
+                   * view.settings.weight) for view, ours in zip(self.views, self.in_flight)]
+        if not self.slow_start:
+            return full
+        return [one / share for one, share in zip(full, self.slow_start)]
+
+    def kv_free_ratios(self) -> list[float]:
+        """What is left of the KV cache of each."""
+        oldest = oldest_report(self.moment.now, self.moment.interval_s)
+        return [1.0 if view.report.at < oldest else view.report.kv_free_ratio
+                for view in self.views]  # fmt: skip
+
+    def relative_speeds(self) -> list[float]:
+        """How fast each reads, 1 being the mean.  One that is not known yet is taken to be as fast
+        for its capacity as the others are."""
+        speeds = [view.learned.prefill_tokens_per_s for view in self.views]
+        known = sum(speeds)
+        if not known:
+            return [1.0] * len(speeds)
+        if 0.0 in speeds:
+            capacities = self.capacities()
+            per_capacity = known / sum([c for c, speed in zip(capacities, speeds) if speed])
+            speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
+            known = sum(speeds)
+        mean, least, most = known / len(speeds), 1 / SPEED_CLAMP, SPEED_CLAMP
+        relative = [speed / mean for speed in speeds]
+        if least <= min(relative) and max(relative) <= most:  # the usual
+            return relative
+        return [min(most, max(least, speed)) for speed in relative]
 
 
 class Policy:
@@ -5018,15 +5123,14 @@ class Policy:
     def __init__(self, s: Settings) -> None:
         self.settings = s
 
-    def costs(self, scene: Eligible) -> list[float]:
-        """A cost for each server of the scene; once for each attempt."""
+    def costs(self, eligible: Eligible) -> list[float]:
+        """A cost for each of the servers; once for each attempt."""
         raise NotImplementedError
 
-    def terms(self, scene: Eligible) -> list[str]:
-        """The numbers behind the costs, in words.  For people, after `costs` of the same scene."""
-        return [f"({v.in_flight} in flight + {load - v.in_flight:.1f} foreign + 1)"
-                f" / {v.capacity:.4g}{weighed(v)}"
-                for load, v in zip(scene.loads(), scene.views)]  # fmt: skip
+    def terms(self, eligible: Eligible) -> list[str]:
+        """The numbers behind the costs, in words; for people."""
+        return [f"({ours} in flight + {foreign:.1f} foreign + 1) / {v.capacity:.4g}{weighed(v)}"
+                for ours, foreign, v in zip(eligible.in_flight, eligible.foreign(), eligible.views)]
 
     def tie_for(self, call: Call) -> float:
         """How far apart the costs of equals may be, as a factor."""
@@ -5038,7 +5142,7 @@ class Policy:
 
 def weighed(view: ServerView) -> str:
     """A weight as a cost's words have it, where there is one."""
-    return f" / weight {view.weight:g}" if view.weight != 1 else ""
+    return f" / weight {view.settings.weight:g}" if view.settings.weight != 1 else ""
 
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -5059,29 +5163,36 @@ def unweighed(s: Settings) -> list[str]:
     return [name for name in sorted({s.policy, *s.policies.values()}) if not POLICIES[name].weighs]
 
 
+class Policies:
+    """The policies of one set of settings, with what they remember: by name and model."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.known: dict[tuple[str, str], Policy] = {}
+
+    def following(self, s: Settings) -> Policies:
+        """Those of new settings; one that uses nothing that has changed goes on as it is."""
+        new = Policies(s)
+        new.known = {key: policy for key, policy in self.known.items()
+                     if all(getattr(s, name) == getattr(self.settings, name)
+                            for name in policy.uses)}  # fmt: skip
+        return new
+
+    def get(self, model: str | None, label: str) -> Policy:
+        """The one for calls for that model; all whom nobody serves (`label`) share one."""
+        s = self.settings
+        key = s.policies.get(model or "", s.policy), label
+        if key not in self.known:
+            self.known[key] = POLICIES[key[0]](s)
+        return self.known[key]
+
+
 # The default.  An answer is some work, too, about as much as reading so many tokens; so a prompt
 # that is cached is not free.  Beyond its capacity a server gets slow for all it serves, far more
 # than in proportion.  On a simulated fleet, half and twice of either changed the share of requests
 # that were in time by less than two points.
 ANSWER_TOKENS = 512
 OVERFULL_POWER = 4
-KV_LIMIT = 1.05  # so that full is not infinitely bad
-FULLNESS_KEPT_S = 0.1  # in which time alone changes it little
-
-
-def kv_free_ratio(view: ServerView, moment: Moment) -> float:
-    """What is left of its KV cache, as far as that is known."""
-    used = view.load.kv_usage_ratio
-    if not used or view.load_at < oldest_report(moment.now, moment.interval_s):
-        return 1.0
-    return 1.0 - (used if used < 1 else 1.0) / KV_LIMIT
-
-
-def cost_factor(view: ServerView, moment: Moment) -> float:
-    """What all work there takes the longer for."""
-    crowding = utilization(view, moment)
-    slowed = crowding if crowding <= 1 else crowding ** (1 + OVERFULL_POWER)
-    return slowed / kv_free_ratio(view, moment)
 
 
 @policy("unified")
@@ -5089,73 +5200,92 @@ class Unified(Policy):
     """The work ahead of the call's first token × how crowded the server will be ÷ the room in its
     KV cache."""
 
-    def __init__(self, s: Settings) -> None:
-        super().__init__(s)
-        # How full each server of the last scene was.
-        self._kept: Sequence[tuple[ServerView | None, float]] = []
-        self._kept_at = -INFINITY
+    def costs(self, eligible: Eligible) -> list[float]:
+        tokens = eligible.call.prompt.tokens
+        power = 1 + OVERFULL_POWER
+        return [
+            ((pending + tokens - cached) / speed + ANSWER_TOKENS)
+            * ((full if full <= 1 else full**power) / free)
+            for pending, cached, speed, full, free
+            in zip(eligible.pending, eligible.cached, eligible.relative_speeds(),
+                   eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
 
-    def costs(self, scene: Eligible) -> list[float]:
-        views, tokens = scene.views, scene.call.prompt.tokens
-        speeds, full = relative_speeds(views), self.fullness(scene)
-        return [((view.pending + tokens - cached) / speed + ANSWER_TOKENS) * fuller
-                for view, cached, speed, fuller in zip(views, scene.cached, speeds, full)]
-
-    def fullness(self, scene: Eligible) -> list[float]:
-        """From one call to the next all views but one or two stay the same, and the time hardly
-        tells: that spares a quarter of a choice among fifty, or more."""
-        views, moment, kept = scene.views, scene.moment, self._kept
-        if len(kept) != len(views) or not 0 <= moment.now - self._kept_at < FULLNESS_KEPT_S:
-            kept, self._kept_at = [(None, 0.0)] * len(views), moment.now
-        full = [known if view is seen else cost_factor(view, moment)
-                for view, (seen, known) in zip(views, kept)]  # fmt: skip
-        self._kept = list(zip(views, full))
-        return full
-
-    def terms(self, scene: Eligible) -> list[str]:
-        tokens, moment = scene.call.prompt.tokens, scene.moment
-        speeds = relative_speeds(scene.views)
-        return [unified_terms(view.pending, tokens - cached, speed, utilization(view, moment),
-                              kv_free_ratio(view, moment))
-                for view, cached, speed in zip(scene.views, scene.cached, speeds)]  # fmt: skip
+    def terms(self, eligible: Eligible) -> list[str]:
+        tokens = eligible.call.prompt.tokens
+        return [unified_terms(pending, tokens - cached, *rest) for pending, cached, *rest
+                in zip(eligible.pending, eligible.cached, eligible.relative_speeds(),
+                       eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
 
 
-def unified_terms(pending: int, uncached: int, speed: float, crowding: float, room: float) -> str:
+def unified_terms(pending: int, uncached: int, speed: float, full: float, free: float) -> str:
     """A cost in words: prompt tokens that were sent and are not answered yet, those of this prompt
-    that it has to read, its speed relative to the fleet's mean, how full it will be, room in its
-    KV cache."""
-    work = f"A {pending} + u {uncached}"
+    that it has to read, its speed relative to the fleet's mean, how full it will be, what is free
+    of its KV cache."""
+    work = f"pending {pending} + uncached {uncached}"
     if speed != 1.0:
         work = f"({work}) / speed {speed:.2f}"
-    full = "" if crowding <= 1 else f"^{1 + OVERFULL_POWER}"
-    left = f" / room {room:.2f}" if room < 1 else ""
-    return f"({work} + {ANSWER_TOKENS}) × rho {crowding:.2f}{full}{left}"
+    power = "" if full <= 1 else f"^{1 + OVERFULL_POWER}"
+    room = f" / kv_free {free:.2f}" if free < 1 else ""
+    return f"({work} + {ANSWER_TOKENS}) × utilization {full:.2f}{power}{room}"
 
 
-def relative_speeds(views: Sequence[ServerView]) -> list[float]:
-    """How fast each server reads, 1 being the mean.  One that is not known yet is taken to be as
-    fast for its capacity as the others are."""
-    speeds = [view.speed for view in views]
-    known = sum(speeds)
-    if not known:
-        return [1.0] * len(views)
-    if 0.0 in speeds:
-        capacities = [view.configured or view.learned for view in views]
-        per_capacity = known / sum(c for c, speed in zip(capacities, speeds) if speed)
-        speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
-        known = sum(speeds)
-    mean = known / len(speeds)
-    return [speed / mean if 1 / SPEED_CLAMP < speed / mean < SPEED_CLAMP
-            else SPEED_CLAMP if speed > mean else 1 / SPEED_CLAMP for speed in speeds]  # fmt: skip
+class Formula(Policy):
+    """By a formula of SCORE_NAMES.  One that does not speak of the weight has it in the capacity
+    or, where it does not ask for that either, as a share."""
+
+    score: ClassVar[str]
+
+    def __init__(self, s: Settings, score: str = "") -> None:
+        super().__init__(s)
+        self.text = score or self.score
+        self.names, self.values_of = compiled(self.text)
+        columns = SCORES if self.weighs and "weight" not in self.names else SCORES | UNWEIGHED
+        self.columns = [columns[name] for name in self.names]
+        self.shares = self.weighs and not {"weight", "capacity"} & {*self.names}
+
+    def costs(self, eligible: Eligible) -> list[float]:
+        costs = self.values_of([column(eligible) for column in self.columns])
+        if not self.shares:
+            return costs
+        return [cost / view.settings.weight if cost > 0 else cost * view.settings.weight
+                for cost, view in zip(costs, eligible.views)]  # fmt: skip
+
+    def terms(self, eligible: Eligible) -> list[str]:
+        """The formula with a number behind each name."""
+        rows = zip(*(column(eligible) for column in self.columns))
+        known = [dict(zip(self.names, row)) for row in rows]
+        named = not self.weighs or "weight" in self.names
+        return [re.sub(r"\w+", lambda name: told(name[0], values), self.text)
+                + f", weight {view.settings.weight:g}" * (not named and view.settings.weight != 1)
+                for values, view in zip(known, eligible.views)]  # fmt: skip
+
+
+def told(name: str, values: Mapping[str, float]) -> str:
+    return f"{name} {values[name]:.4g}" if name in values else name
+
+
+SCORES: dict[str, Callable[[Eligible], Sequence[float]]] = {  # what each of SCORE_NAMES is
+    "running": lambda e: [view.report.load.running or 0 for view in e.views],
+    "waiting": lambda e: [view.report.load.waiting or 0 for view in e.views],
+    "in_flight": lambda e: e.in_flight,
+    "foreign": Eligible.foreign,
+    "capacity": Eligible.sizes,
+    "kv_usage": lambda e: [view.report.load.kv_usage_ratio or 0 for view in e.views],
+    "pending": lambda e: e.pending,
+    "prompt": lambda e: [e.call.prompt.tokens] * len(e.views),
+    "cached": lambda e: e.cached,
+    "speed": Eligible.relative_speeds,
+    "weight": lambda e: [view.settings.weight for view in e.views],
+    "slow_start": lambda e: e.slow_start or [1.0] * len(e.views),
+}
+UNWEIGHED = {"capacity": Eligible.capacities}  # where the weight counts apart, or not at all
 
 
 @policy("least")
-class Least(Policy):
-    """How full it will be with this request.  Own requests count exactly and at once, so a burst
-    between two reports spreads; those of others as reported."""
+class Least(Formula):
+    """How full it will be with this request."""
 
-    def costs(self, scene: Eligible) -> list[float]:
-        return scene.crowding()
+    score = "(in_flight + foreign + 1) / capacity / slow_start"
 
 
 @policy("round_robin")
@@ -5169,19 +5299,19 @@ class RoundRobin(Policy):
         self.turns: dict[str, float] = {}
         self.now = 0.0  # the turn that was taken last; who comes new, or again, begins here
 
-    def costs(self, scene: Eligible) -> list[float]:
+    def costs(self, eligible: Eligible) -> list[float]:
         # In their order within a round: a millionth part of a turn apart.
-        return [self.turn(view) + n * 1e-6 for n, view in enumerate(scene.views)]
+        return [self.turn(view) + n * 1e-6 for n, view in enumerate(eligible.views)]
 
     def turn(self, view: ServerView) -> float:
-        return max(self.turns.setdefault(view.url, self.now + 1 / view.weight), self.now)
+        return max(self.turns.setdefault(view.id, self.now + 1 / view.settings.weight), self.now)
 
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"its turn, weight {view.weight:g}" for view in scene.views]
+    def terms(self, eligible: Eligible) -> list[str]:
+        return [f"its turn, weight {view.settings.weight:g}" for view in eligible.views]
 
     def chosen(self, view: ServerView) -> None:
         self.now = self.turn(view)
-        self.turns[view.url] = self.now + 1 / view.weight
+        self.turns[view.id] = self.now + 1 / view.settings.weight
 
 
 @policy("random")
@@ -5190,20 +5320,21 @@ class Drawn(Policy):
 
     tie = 1.0
 
-    def costs(self, scene: Eligible) -> list[float]:
-        return [scene.draw.expovariate(view.weight) for view in scene.views]
+    def costs(self, eligible: Eligible) -> list[float]:
+        return [eligible.draw.expovariate(view.settings.weight) for view in eligible.views]
 
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"drawn, weight {view.weight:g}" for view in scene.views]
+    def terms(self, eligible: Eligible) -> list[str]:
+        return [f"drawn, weight {view.settings.weight:g}" for view in eligible.views]
 
 
 @policy("power_of_two")
 class PowerOfTwo(Policy):
     """Of two drawn by chance the less crowded."""
 
-    def costs(self, scene: Eligible) -> list[float]:
-        drawn = scene.draw.sample(range(len(scene.views)), min(2, len(scene.views)))
-        return [cost if n in drawn else INFINITY for n, cost in enumerate(scene.crowding())]
+    def costs(self, eligible: Eligible) -> list[float]:
+        count = len(eligible.views)
+        drawn = eligible.draw.sample(range(count), min(2, count))
+        return [cost if n in drawn else INFINITY for n, cost in enumerate(eligible.utilization())]
 
 
 LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as kubeai's and Envoy's
@@ -5215,18 +5346,17 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
     their size is configured: what is learned changes all the time."""
     out = []
     for view in views:
-        weight = view.weight * (view.configured or START_CAPACITY)
-        digest = hashlib.blake2b(view.url.encode(), key=key, digest_size=8).digest()
+        weight = view.settings.weight * (view.settings.max_concurrent_requests or START_CAPACITY)
+        digest = hashlib.blake2b(view.id.encode(), key=key, digest_size=8).digest()
         chance = (int.from_bytes(digest, "big") + 1) / 2**64
         out.append(-math.log(chance) / weight)
     return out
 
 
-def bounded(costs: list[float], scene: Eligible) -> list[float]:
+def bounded(costs: list[float], eligible: Eligible) -> list[float]:
     """The same costs, but servers that have more than their share of all requests, by capacity,
     come after all others: no key melts a server.  Under an eighth of its capacity none does."""
-    loads = scene.loads()
-    sizes = [view.size for view in scene.views]
+    loads, sizes = eligible.loads(), eligible.sizes()
     share = LOAD_FACTOR * (sum(loads) + 1) / sum(sizes)
     most = max(costs)
     return [cost if load < max(math.ceil(share * size), size / 8) else cost + most
@@ -5242,15 +5372,15 @@ class Hashed(Policy):
     def tie_for(self, call: Call) -> float:
         return 1.0 if self.key(call) else self.tie
 
-    def costs(self, scene: Eligible) -> list[float]:
-        if not (key := self.key(scene.call)):
-            return scene.crowding()
+    def costs(self, eligible: Eligible) -> list[float]:
+        if not (key := self.key(eligible.call)):
+            return eligible.utilization()
         digest = hashlib.blake2b(key, digest_size=32).digest()
-        return bounded(hashed(digest, scene.views), scene)
+        return bounded(hashed(digest, eligible.views), eligible)
 
-    def terms(self, scene: Eligible) -> list[str]:
-        words = super().terms(scene)
-        return [f"hashed; {line}" for line in words] if self.key(scene.call) else words
+    def terms(self, eligible: Eligible) -> list[str]:
+        words = super().terms(eligible)
+        return [f"hashed; {line}" for line in words] if self.key(eligible.call) else words
 
 
 @policy("consistent_hash")
@@ -5280,117 +5410,80 @@ class CacheAware(Policy):
 
     uses = ("balance_abs_threshold", "balance_rel_threshold", "cache_threshold")
 
-    def costs(self, scene: Eligible) -> list[float]:
-        s, loads = self.settings, self.shares(scene)
-        low, high = min(loads), max(loads)
-        most = min(s.balance_abs_threshold, scene.views[loads.index(high)].capacity)
-        known = max(scene.cached)
+    def costs(self, eligible: Eligible) -> list[float]:
+        s, cached = self.settings, eligible.cached
+        loads = [load / view.settings.weight
+                 for load, view in zip(eligible.loads(), eligible.views)]  # fmt: skip
+        low, high, known = min(loads), max(loads), max(cached)
+        most = min(s.balance_abs_threshold, eligible.views[loads.index(high)].capacity)
         unequal = high - low > most and high > low * s.balance_rel_threshold
-        if unequal or known <= s.cache_threshold * scene.call.prompt.tokens:
+        if unequal or known <= s.cache_threshold * eligible.call.prompt.tokens:
             return loads
-        return [load if cached == known else INFINITY for load, cached in zip(loads, scene.cached)]
+        return [load if tokens == known else INFINITY for load, tokens in zip(loads, cached)]
 
-    def shares(self, scene: Eligible) -> list[float]:
-        """Requests with each, by its weight."""
-        return [load / view.weight for load, view in zip(scene.loads(), scene.views)]
-
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"{load:.1f} requests{weighed(view)}, {cached} of {scene.call.prompt.tokens} tokens"
-                " cached" for load, view, cached
-                in zip(scene.loads(), scene.views, scene.cached)]  # fmt: skip
+    def terms(self, eligible: Eligible) -> list[str]:
+        tokens = eligible.call.prompt.tokens
+        return [f"{load:.1f} requests{weighed(view)}, {cached} of {tokens} tokens cached"
+                for load, view, cached
+                in zip(eligible.loads(), eligible.views, eligible.cached)]  # fmt: skip
 
 
 @policy("lmetric")
-class LMetric(Policy):
+class LMetric(Formula):
     """Prompt tokens to read × requests in the batch (arXiv 2603.15202); it needs no capacities."""
 
-    def costs(self, scene: Eligible) -> list[float]:
-        return [(view.pending + uncached + 1) * (load + 1) / view.weight for view, uncached, load
-                in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
-
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"({view.pending} + {uncached} + 1) × ({load:.1f} + 1){weighed(view)}"
-                for view, uncached, load
-                in zip(scene.views, scene.uncached(), scene.loads())]  # fmt: skip
+    score = "(pending + prompt - cached + 1) * (in_flight + foreign + 1) / weight"
 
 
 @policy("mvllm")
-class Mvllm(Policy):
-    """As mvllm: any server under 0.5, else the lowest; by the last report alone."""
+class Mvllm(Formula):
+    """As mvllm, bit for bit: any server under 0.5, else the lowest; by the last report alone."""
 
-    weighs, tie = False, 1.0  # bit for bit what it was
-
-    def costs(self, scene: Eligible) -> list[float]:
-        return [0.0 if score < 0.5 else score for score in map(self.score, scene.views)]
-
-    def score(self, view: ServerView) -> float:
-        return ((view.load.running or 0) + 0.5 * (view.load.waiting or 0)) / view.capacity
-
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"{v.load.running or 0} running, {v.load.waiting or 0} waiting, capacity"
-                f" {v.capacity:.4g}: {self.score(v):.3f}" for v in scene.views]  # fmt: skip
+    weighs, tie = False, 1.0
+    score = ("(running + 0.5 * waiting) / capacity"
+             " if (running + 0.5 * waiting) / capacity >= 0.5 else 0")  # fmt: skip
 
 
 @policy("vllm_router")
-class VllmRouter(Mvllm):
+class VllmRouter(Formula):
     """As mvllm's predecessor: the lowest, a running request counting three times."""
 
-    def costs(self, scene: Eligible) -> list[float]:
-        return [self.score(view) for view in scene.views]
-
-    def score(self, view: ServerView) -> float:
-        return (3 * (view.load.running or 0) + (view.load.waiting or 0)) / view.capacity
+    weighs, tie = False, 1.0
+    score = "(3 * running + waiting) / capacity"
 
 
 @policy("expression")
-class Expression(Policy):
-    """By a formula of the user's own, the setting `score`.  One that does not speak of the weight
-    has it in the capacity or, where it does not ask for that either, as a share."""
+class Expression(Formula):
+    """By a formula of the user's own, the setting `score`."""
 
     uses = ("score",)
 
     def __init__(self, s: Settings) -> None:
-        super().__init__(s)
-        self.used = [name for name in SCORE_NAMES if re.search(rf"\b{name}\b", s.score)]
-
-    def costs(self, scene: Eligible) -> list[float]:
-        costs = map(compiled(self.settings.score), self.values(scene))
-        if "weight" in self.used or "capacity" in self.used:
-            return list(costs)
-        return [cost / view.weight if cost > 0 else cost * view.weight
-                for cost, view in zip(costs, scene.views)]  # fmt: skip
-
-    def values(self, scene: Eligible) -> list[dict[str, float]]:
-        """What each of SCORE_NAMES is."""
-        speeds, loads = relative_speeds(scene.views), scene.loads()
-        raw = "weight" in self.used
-        return [
-            dict(zip(SCORE_NAMES, map(float, (  # whole numbers may grow for ever
-                v.load.running or 0, v.load.waiting or 0, v.in_flight, load - v.in_flight,
-                v.capacity if raw else v.size, v.load.kv_usage_ratio or 0, v.pending,
-                scene.call.prompt.tokens, cached, speed, v.weight))))
-            for v, cached, speed, load in zip(scene.views, scene.cached, speeds, loads)
-        ]  # fmt: skip
-
-    def terms(self, scene: Eligible) -> list[str]:
-        return [f"{self.settings.score} with "
-                + ", ".join(f"{name} {values[name]:.4g}" for name in self.used)
-                for values in self.values(scene)]  # fmt: skip
+        super().__init__(s, s.score)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  ranking
+#  19  ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Who may be asked, who is asked, and why.  Some servers are passed over for a reason of their own;
-# of the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
+# Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
+# the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
 # the policy chooses among what is left.
 
 
-class Candidate(NamedTuple):
-    """A server in a ranking: with its cost, or passed over for a reason."""
+class Wanted(NamedTuple):
+    """What a server is to be found for."""
 
-    url: str
+    call: Call
+    tried: frozenset[str] = frozenset()  # servers that are not asked again
+    pinned_to: str = ""  # the only server, or engine, that may be asked
+    by_name: bool = False  # and it is no work of its engine
+
+
+class Candidate(NamedTuple):
+    """A server in a ranking: with its cost, or excluded for a reason."""
+
+    id: str
     cost: float
     reason: str
 
@@ -5401,15 +5494,38 @@ class Ranking(NamedTuple):
     best: str | None
     views: list[ServerView]
     cached: list[int]
-    call: Call
-    tried: frozenset[str]
+    reasons: Sequence[str]  # by view, why it is excluded, or ''
+    eligible: Eligible  # the others
+    costs: list[float]  # of those, in their order
     policy: Policy
-    moment: Moment
-    reasons: Sequence[str]  # by view, why it was passed over, or ''
-    costs: list[float]  # of the others, in their order
+    tried: frozenset[str]
     asked: ServerView | None = None  # the best one's view,
     expected: int = 0  # and what it has probably cached
     behind: bool = False  # others have been waiting for the same
+
+    @property
+    def call(self) -> Call:
+        return self.eligible.call
+
+    @property
+    def moment(self) -> Moment:
+        return self.eligible.moment
+
+    def server_of(self, id: str) -> str:
+        """The id of the server that an engine belongs to; a server's own."""
+        return next((view.server for view in self.views if view.id == id), id)
+
+    @property
+    def server(self) -> str:
+        """The id of the server to ask, also where `best` is an engine."""
+        return self.asked.server if self.asked else ""
+
+    @property
+    def basis(self) -> str:
+        """What decided, in a word."""
+        if len(self.costs) == 1:
+            return "alone"
+        return "cache" if self.expected and self.expected == max(self.cached) else "load"
 
     @property
     def waits(self) -> bool:
@@ -5426,15 +5542,14 @@ class Ranking(NamedTuple):
         if self.best is None:
             return self.waits
         return any(view.healthy and not view.health.request_failures
-                   and view.has_room(self.moment.now)
-                   for view, reason in zip(self.views, self.reasons) if not reason)  # fmt: skip
+                   and view.has_room(self.moment.now) for view in self.eligible.views)
 
-    def as_short(self, url: str) -> frozenset[str]:
+    def as_short(self, id: str) -> frozenset[str]:
         """The servers that take no longer prompts than this one."""
-        model = self.call.model
-        context = {view.server: view.context(model) for view in self.views if view.has(model)}
-        return frozenset(view.server for view in self.views if context.get(view.server, 0.0)
-                         <= context.get(server_of(url), INFINITY))  # fmt: skip
+        model, views = self.call.model, self.views
+        context = {view.server: view.context(model) for view in views if view.has(model)}
+        most = context.get(self.server_of(id), INFINITY)
+        return frozenset(v.server for v in views if context.get(v.server, 0.0) <= most)
 
     @property
     def undecided(self) -> bool:
@@ -5447,37 +5562,28 @@ class Ranking(NamedTuple):
         model = self.call.model
         return model is not None and not any(model in (v.models or ()) for v in self.views)
 
-    @property
-    def scene(self) -> Eligible:
-        return eligible_of(self.views, self.cached, self.reasons, self.call, self.moment,
-                        random.Random(0))  # fmt: skip
-
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
-        scene = self.scene
-        judged = {view.url: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
-                  in zip(scene.views, self.costs, self.policy.terms(scene))}  # fmt: skip
-        rows = [Candidate(view.url, *judged.get(view.url, (INFINITY, reason)))
+        judged = {view.id: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
+                  in zip(self.eligible.views, self.costs, self.policy.terms(self.eligible))}
+        rows = [Candidate(view.id, *judged.get(view.id, (INFINITY, reason)))
                 for view, reason in zip(self.views, self.reasons)]  # fmt: skip
-        return sorted(rows, key=lambda row: (row.url != self.best, row.cost))
+        return sorted(rows, key=lambda row: (row.id != self.best, row.cost))
 
     def why(self) -> str:
         """The choice in one line, for who asks; in a field's characters."""
         if self.best is None:
             return "no server"
         first, *others = self.candidates()
-        words = f"{first.url} {first.reason}"
+        words = f"{first.id} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
-            words += f"; next {others[0].url} ×{others[0].cost / first.cost:.1f}"
+            words += f"; next {others[0].id} ×{others[0].cost / first.cost:.1f}"
         words = " ".join(words.replace("×", "x").split())
         return words.encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
         """How many more tokens of the prompt another server that might have been asked has."""
-        eligible = [(view.url, cached) for view, cached, reason
-                    in zip(self.views, self.cached, self.reasons) if not reason]  # fmt: skip
-        most = max((cached for _, cached in eligible), default=0)
-        return most - dict(eligible).get(self.best or "", most)
+        return max(self.eligible.cached, default=self.expected) - self.expected
 
     def refusal(self, name_servers: bool) -> tuple[Fault, str]:
         """Why no server can take the call: the model is nobody's, or each server's reason."""
@@ -5492,7 +5598,7 @@ class Ranking(NamedTuple):
             silent = told.count(False)
             more = f" {silent} of the servers never told its models." * (silent > 0)
             return Fault.UNKNOWN_MODEL, unknown_model(model, known) + more
-        reasons = "; ".join(f"{row.url if name_servers else f'server {n}'} {row.reason}"
+        reasons = "; ".join(f"{row.id if name_servers else f'server {n}'} {row.reason}"
                             for n, row in enumerate(self.candidates(), 1))  # fmt: skip
         what = "this request" if model is None else f"the model `{model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
@@ -5511,7 +5617,7 @@ def exclusions(
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits or
     troubled checks keep the last ones out, they are asked after all."""
-    trials = {view.server for view in views if view.on_trial}
+    trials = {view.server for view in views if view.counts.on_trial}
     reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
@@ -5549,9 +5655,9 @@ def exclusion_reason(
     if view.load.asleep:
         return "is asleep"
     if not view.share:
-        return f"gets none: its pool has 0 % ({view.pool or 'of no pool'})"
+        return f"gets none: its pool has 0 % ({view.settings.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
-        return f"is full ({view.in_flight} of {view.limit:.4g})"
+        return f"is full ({view.counts.in_flight} of {view.limit:.4g})"
     return "was tried already" if tried and view.server in tried else ""
 
 
@@ -5576,7 +5682,7 @@ def apply_preferences(
                     reasons[n] = why
 
     def roomy(view: ServerView) -> bool:
-        load = view.in_flight + view.foreign(moment.now, moment.interval_s)
+        load = view.counts.in_flight + view.foreign(moment.now, moment.interval_s)
         return bool(load < view.limit)
 
     if fit:
@@ -5586,41 +5692,31 @@ def apply_preferences(
              f"has a context that may be too short for about {tokens} tokens")
     keep(lambda view: view.busy_until <= now, "said that it is busy just now")
     eligible = [view for view, reason in zip(views, reasons) if not reason]
-    shares = {view.pool: view.share for view in eligible}
+    shares = {view.settings.pool: view.share for view in eligible}
     if len(shares) > 1:
         pool = drawn_pool(shares, call, draw)
-        keep(lambda view: view.pool == pool, f"pool {pool or 'none'} was drawn")
+        keep(lambda view: view.settings.pool == pool, f"pool {pool or 'none'} was drawn")
     keep(lambda view: call.model in view.load.adapters
          and view.reports(now, moment.interval_s) and roomy(view),
          "has the adapter not loaded")  # fmt: skip
-    if len(tiers := {view.tier for view in eligible}) > 1:
+    if len(tiers := {view.settings.tier for view in eligible}) > 1:
         for tier in sorted(tiers):
-            if any(not reason and view.tier == tier and roomy(view)
+            if any(not reason and view.settings.tier == tier and roomy(view)
                    for view, reason in zip(views, reasons)):  # fmt: skip
-                keep(lambda view, tier=tier: view.tier == tier,  # type: ignore[misc]
+                keep(lambda view, tier=tier: view.settings.tier == tier,  # type: ignore[misc]
                      f"tier {tier} has room")  # fmt: skip
                 break
 
 
 def depends_on_the_moment(view: ServerView, now: float) -> bool:
     """Whether it depends on the moment, or on chance, if it is passed over for others."""
-    return bool(view.pool or view.tier > 1 or view.load.adapters or view.busy_until > now)
+    s = view.settings
+    return bool(s.pool or s.tier > 1 or view.load.adapters or view.busy_until > now)
 
 
 def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
     """Prompts that are shorter fit every server that has the model."""
     return min((view.context(model) for view in views if view.has(model)), default=INFINITY)
-
-
-def lasting_exclusions(
-    views: list[ServerView], model: str | None, moment: Moment
-) -> list[str] | None:
-    """The reasons to pass over servers for a call that nobody has tried yet, if these stay the
-    same until one of the servers changes in more than its counts; None if not."""
-    for view in views:
-        if view.health.open_until is not None or depends_on_the_moment(view, moment.now):
-            return None
-    return exclusions(views, model, frozenset(), moment)
 
 
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
@@ -5637,46 +5733,89 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
     return pool
 
 
-def eligible_of(
-    views: Sequence[ServerView], cached: Sequence[int], reasons: Sequence[str], call: Call,
-    moment: Moment, draw: random.Random,
-) -> Eligible:  # fmt: skip
-    """What is left to choose from."""
-    if not any(reasons):
-        return Eligible(views, cached, call, moment, draw)
-    left = [n for n, reason in enumerate(reasons) if not reason]
-    return Eligible([views[n] for n in left], [cached[n] for n in left], call, moment, draw)
+class Lasting(NamedTuple):
+    """What is true for all calls for a model that no server was tried for, until a server changes
+    in more than its counts."""
+
+    reasons: list[str] | None  # to exclude servers; None: they depend on the moment, or on chance
+    context: float  # shorter prompts fit every server that has the model
+    steady_since: float  # since when the first of its servers is there
+    changed_at: float  # when the last one became what it is
+
+
+def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
+    if (found := fleet.derived.get(model)) is not None:
+        return found
+    views, reasons = fleet.views(), None
+    if not any(view.health.open_until is not None or depends_on_the_moment(view, moment.now)
+               for view in views):  # fmt: skip
+        reasons = exclusions(views, model, frozenset(), moment._replace(enforced=False))
+    there = [v.health.since for v in views if v.healthy and v.open and v.has(model)]
+    changed_at = max((view.health.since for view in views), default=-INFINITY)
+    found = Lasting(
+        reasons, shortest_context(views, model), min(there, default=INFINITY), changed_at)
+    if model is None or fleet.knows(model):  # of which there are not too many
+        fleet.derived[model] = found
+    return found
+
+
+def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float) -> list[float]:
+    """The share of its capacity that each gets since it came back.  Those that come together with
+    the first have all: nobody is there to spare them work."""
+    now, slow_start_s = moment.now, moment.slow_start_s
+    return [1.0 if view.health.since - steady_since < slow_start_s
+            else view.slow_start_share(now, slow_start_s) for view in views]  # fmt: skip
 
 
 def rank(
-    views: list[ServerView], cached: list[int], call: Call, tried: frozenset[str], by: Policy,
-    moment: Moment, draw: random.Random, reasons: list[str] | None = None,
-) -> Ranking:  # fmt: skip
-    """The best server for a call; once for each attempt.  `reasons` are those of
-    `lasting_exclusions`."""
-    if reasons is None:
+    fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random
+) -> Ranking:
+    """The best server for a call; once for each attempt."""
+    call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
+    views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
+    lasting = lasting_of(fleet, call.model, moment)
+    reasons = lasting.reasons
+    if pinned_to:
+        kept = [n for n, view in enumerate(views) if pinned_to in (view.id, view.server)]
+        views, cached, reasons = [views[n] for n in kept], [cached[n] for n in kept], None
+        if wanted.by_name:  # nor does it take a place there
+            views, moment = [v.by_name for v in views], moment._replace(enforced=False)
+    if (reasons is None or tried or moment.enforced
+            or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):  # fmt: skip
         reasons = exclusions(views, call.model, tried, moment)
         apply_preferences(views, reasons, call, moment, draw)
-    scene = eligible_of(views, cached, reasons, call, moment, draw)
-    if not scene.views:
-        return Ranking(None, views, cached, call, tried, by, moment, reasons, [])
-    costs = by.costs(scene)
+    left, having = views, cached
+    if any(reasons):
+        left = [view for view, reason in zip(views, reasons) if not reason]
+        having = [tokens for tokens, reason in zip(cached, reasons) if not reason]
+    shares = (slow_starts(left, moment, lasting.steady_since)
+              if moment.now - lasting.changed_at < moment.slow_start_s else [])  # fmt: skip
+    eligible = Eligible(
+        left, [view.counts.in_flight for view in left], [view.counts.pending for view in left],
+        having, shares, call, moment, draw)
+    if not left:
+        return Ranking(None, views, cached, reasons, eligible, [], by, tried)
+    costs = by.costs(eligible)
+    at = lowest_of(costs, by.tie_for(call), draw)
+    best = left[at]
+    return Ranking(best.id, views, cached, reasons, eligible, costs, by, tried, best, having[at])
+
+
+def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
+    """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
     lowest = min(costs)
-    tie = by.tie_for(call)
     limit = lowest * tie if lowest > 0 else lowest / tie
     good = [n for n, cost in enumerate(costs) if cost <= limit]
-    at = good[0] if len(good) == 1 else draw.choice(good)
-    best, expected = scene.views[at], scene.cached[at]
-    return Ranking(best.url, views, cached, call, tried, by, moment, reasons, costs, best, expected)
+    return good[0] if len(good) == 1 else draw.choice(good)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  plans
+#  20  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (40) is the only driver.
+# steps.  The exchange (43) is the only driver.
 
 
 class Held(NamedTuple):
@@ -5904,7 +6043,7 @@ class Retries:
     def may_go_on(self, outcome: Outcome, ranking: Ranking) -> bool:
         """Whether another attempt may follow one of that outcome at the server ranked best, which
         is tried from now on: no other engine of that server is asked, either."""
-        fault, server = outcome.fault, server_of(ranking.best or "")
+        fault, server = outcome.fault, ranking.server
         self.tried |= {server}
         if fault in LACKING and len(self.lacking) < SEARCH_LIMIT:
             self.lacking |= {server}
@@ -6005,7 +6144,7 @@ def search_plan(request: OutboundRequest, retries: Retries) -> Plan:
         lost += outcome.held is None and outcome.fault not in UNHEARD
         if max(lost, outcome.deaths) > 1 or not may_retry(outcome.fault, s):
             break
-        tried |= {server_of(ranking.best or "")}
+        tried |= {ranking.server}
     yield GiveUp(failure if failure.held or not missing.fault else missing)
 
 
@@ -6109,7 +6248,7 @@ class WaitQueue:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  reports
+#  21  reports
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people and machines are shown: views in, JSON documents and metric families out.  The JSON
@@ -6136,9 +6275,9 @@ def explain_report(rankings: Sequence[Ranking]) -> dict[str, Any]:
 
 
 def ranking_report(ranking: Ranking) -> dict[str, Any]:
-    cached = {view.url: count for view, count in zip(ranking.views, ranking.cached)}
-    rows = [{"url": row.url, "cost": row.cost if row.cost < INFINITY else None,
-             "reason": row.reason, "cached_tokens": cached[row.url]}
+    cached = {view.id: count for view, count in zip(ranking.views, ranking.cached)}
+    rows = [{"url": row.id, "cost": row.cost if row.cost < INFINITY else None,
+             "reason": row.reason, "cached_tokens": cached[row.id]}
             for row in ranking.candidates()]  # fmt: skip
     return {
         "policy": ranking.policy.name, "model": ranking.call.model, "chosen": ranking.best,
@@ -6182,7 +6321,7 @@ def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[st
 def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     health = view.health
     return {
-        "url": view.url, "healthy": view.healthy, "health_status": health.state.value,
+        "url": view.id, "healthy": view.healthy, "health_status": health.state.value,
         "reason": view.reason, "since": clock.iso(health.since),
         "draining": view.draining or view.drained,
         "circuit": health.circuit(clock.monotonic),
@@ -6200,7 +6339,7 @@ def load_report(
     """GET /load-stats.  A server's load is our requests, exactly, and those of others as far as
     they are known; servers that have left are in no sum."""
     now, interval_s = clock.monotonic, s.metrics_interval
-    loads = [v.in_flight + round(v.foreign(now, interval_s)) for v in views]
+    loads = [v.counts.in_flight + round(v.foreign(now, interval_s)) for v in views]
     capacity = sum(round(view.capacity) for view in views)
     return {
         "servers": [
@@ -6221,14 +6360,14 @@ def load_report(
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
     said = view.load
     return {
-        "url": view.url, "current_load": load, "max_capacity": round(view.capacity),
+        "url": view.id, "current_load": load, "max_capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
         "available_capacity": max(0, round(view.capacity) - load),
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
-        "in_flight": view.in_flight, "pending_prompt_tokens": view.pending,
-        "prompt_tokens_per_second": round(view.speed),
-        "last_updated": clock.iso(view.load_at), "stale": stale,
+        "in_flight": view.counts.in_flight, "pending_prompt_tokens": view.counts.pending,
+        "prompt_tokens_per_second": round(view.learned.prefill_tokens_per_s),
+        "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
             "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
@@ -6240,7 +6379,7 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
 def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any]:
     """GET /server-models."""
     servers = {
-        view.url: {"supported_models": list(view.models or ()), "healthy": view.healthy,
+        view.id: {"supported_models": list(view.models or ()), "healthy": view.healthy,
                    "models_last_updated": clock.iso(view.models_at)}
         for view in views
     }  # fmt: skip
@@ -6360,17 +6499,19 @@ class Ledger:
 
 # Gauges of each server; None, for what it has not said, leaves a sample out.
 SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
-    "requests_in_flight": ("Requests now with a server.", lambda v: v.in_flight),
+    "requests_in_flight": ("Requests now with a server.", lambda v: v.counts.in_flight),
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
     "server_asleep": ("Whether it says that it sleeps.", lambda v: v.load.asleep),
     "server_circuit_open": (
         "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
     "server_capacity": ("Its max_concurrent_requests, or what was learned.",
                         lambda v: v.capacity),
-    "server_learned_capacity": ("What its pace says of its capacity.", lambda v: v.learned),
-    "server_prompt_tokens_pending": ("Prompt tokens that it has to read.", lambda v: v.pending),
+    "server_learned_capacity": (
+        "What its time per output token says of its capacity.", lambda v: v.learned.capacity),
+    "server_prompt_tokens_pending": (
+        "Prompt tokens that it has to read.", lambda v: v.counts.pending),
     "server_prompt_tokens_per_second": (
-        "How fast it reads prompts, as learned.", lambda v: v.speed or None),
+        "How fast it reads prompts, as learned.", lambda v: v.learned.prefill_tokens_per_s or None),
     "server_running": ("Running requests by its own word.", lambda v: v.load.running),
     "server_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
     "server_kv_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
@@ -6397,18 +6538,18 @@ def gauges(
     for name, meaning in PROCESS_GAUGES.items():
         families.append(gauge := Gauge(f"mvllm_{name}", meaning))
         gauge.set(process[name])
-    views = [view if view.reports(now, s.metrics_interval) else view._replace(load=EngineLoad())
+    views = [view if view.reports(now, s.metrics_interval) else view._replace(report=Report())
              for view in views]  # fmt: skip
     for name, (meaning, value) in SERVER_GAUGES.items():
         families.append(gauge := Gauge(f"mvllm_{name}", meaning, "server"))
         for view in views:
             if (found := value(view)) is not None:
-                gauge.set(found, view.url)
+                gauge.set(found, view.id)
     return families
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  lines
+#  22  lines
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -6547,7 +6688,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  status
+#  23  status
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people see of the fleet: the last minute of each server, and the document that the screen,
@@ -6600,7 +6741,7 @@ class History:
 
     def sample(self, view: ServerView, now: float, interval_s: float) -> None:
         """Once a second."""
-        load = (view.in_flight + view.foreign(now, interval_s)) / view.capacity
+        load = (view.counts.in_flight + view.foreign(now, interval_s)) / view.capacity
         self.samples.append(HistorySample(
             now, view.load.generation_tokens, load, self.requests, self.lost, self.failed,
             self.retries))
@@ -6671,7 +6812,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 def state_word(view: ServerView, now: float) -> str:
     """What people are told of a server."""
     if view.draining or view.drained:
-        return "draining" if view.in_flight else "drained"
+        return "draining" if view.counts.in_flight else "drained"
     if not view.healthy and view.health.open_until is not None:
         return f"circuit {view.health.circuit(now)}"
     return "asleep" if view.healthy and view.load.asleep else view.health.state.value
@@ -6746,20 +6887,22 @@ def status_of(
     view: ServerView, entry: Entry | None, recent: Recent, clock: Clock, s: Settings,
 ) -> ServerStatus:  # fmt: skip
     """All but the decisions."""
-    now, load, history = clock.monotonic, view.load, recent.histories.get(view.url) or History()
+    now, load, history = clock.monotonic, view.load, recent.histories.get(view.id) or History()
     before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
-        "url": view.url, "name": view.url.partition("://")[2],
+        "url": view.id, "name": view.id.partition("://")[2],
         "source": entry.source.value if entry else "", "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
-        "in_flight": view.in_flight, "capacity": round(view.capacity),
+        "in_flight": view.counts.in_flight, "capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
-        "kv_usage_ratio": load.kv_usage_ratio, "weight": view.weight, "tier": view.tier,
+        "kv_usage_ratio": load.kv_usage_ratio,
+        "weight": view.settings.weight, "tier": view.settings.tier,
         "tokens_per_s": rounded(history.tokens_per_s(now), 1),
         "ttft_p50_s": rounded(quantile(ttfb, 0.5)), "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
         "errors": history.failed - before.failed, "retries": history.retries - before.retries,
-        "pending_prompt_tokens": view.pending, "prompt_tokens_per_second": round(view.speed),
+        "pending_prompt_tokens": view.counts.pending,
+        "prompt_tokens_per_second": round(view.learned.prefill_tokens_per_s),
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
         "last_errors": list(history.errors), "decisions": [],
@@ -6769,7 +6912,7 @@ def status_of(
 def totals_of(
     views: Sequence[ServerView], recent: Recent, now: float, process: Mapping[str, Any]
 ) -> Totals:
-    histories = [recent.histories.get(view.url) or History() for view in views]
+    histories = [recent.histories.get(view.id) or History() for view in views]
     minute_ago = [history.since(now - MINUTE_S) for history in histories]
     requests = sum(h.requests - then.requests for h, then in zip(histories, minute_ago))
     lost = sum(h.lost - then.lost for h, then in zip(histories, minute_ago))
@@ -6778,7 +6921,7 @@ def totals_of(
     ttfb = [first for h in histories for first in h.ttfb_since(now - MINUTE_S)]
     return {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
-        "queue": process["queue"], "in_flight": sum(view.in_flight for view in views),
+        "queue": process["queue"], "in_flight": sum(view.counts.in_flight for view in views),
         "connections": process["connections"], "requests_per_s": round(late / RATE_S, 2),
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
         "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
@@ -6803,7 +6946,7 @@ def status_report(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  cells
+#  24  cells
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -7081,7 +7224,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  table
+#  25  table
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -7313,7 +7456,7 @@ def marked(line: Line, width: int) -> Line:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  screen
+#  26  screen
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -7604,7 +7747,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  keys
+#  27  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -7723,7 +7866,7 @@ def key_of(char: str) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  traces
+#  28  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -7912,7 +8055,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  engine
+#  29  engine
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -8252,7 +8395,7 @@ class Engine:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  replay
+#  30  replay
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -8284,9 +8427,8 @@ class PolicyRouter:
         self.fleet.apply(s.servers, 0.0, s.pools)
         for server in s.servers:
             self.fleet.judge(server.url, Health.become, State.HEALTHY, "", 0.0)
-        self.urls = [view.url for view in self.fleet.views()]
-        self.policies: dict[str | None, Policy] = {}
-        self.leases: dict[int, Lease] = {}
+        self.urls = [view.id for view in self.fleet.views()]
+        self.policies, self.leases = Policies(s), dict[int, Lease]()
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
         s = self.settings
@@ -8295,26 +8437,20 @@ class PolicyRouter:
             arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
             first_hash=opening)
         call = Call(arrival.model, True, prompt, arrival.session)
-        by = self.policies.get(arrival.model)
-        if by is None:
-            name = s.policies.get(arrival.model or "", s.policy)
-            by = self.policies[arrival.model] = POLICIES[name](s)
-        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start, 0.0)
-        views, cached = self.fleet.views(), self.fleet.cached(prompt)
-        best = rank(views, cached, call, frozenset(), by, moment, self.draw).best
-        if best is None:
+        by = self.policies.get(arrival.model, arrival.model or "")
+        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        ranking = rank(self.fleet, Wanted(call), by, moment, self.draw)
+        if ranking.asked is None:
             return None
-        at = self.urls.index(best)
-        by.chosen(views[at])
-        self.leases[number] = self.fleet.lease(best, now, prompt)
-        return at
+        by.chosen(ranking.asked)
+        self.leases[number] = self.fleet.lease(ranking.asked.id, now, prompt)
+        return self.urls.index(ranking.asked.id)
 
     def first_token(self, number: int, now: float) -> None:
         self.leases[number].answered(now, True)
 
     def finished(self, number: int, now: float) -> None:
-        with self.leases.pop(number):
-            pass
+        self.leases.pop(number).end()
 
     def scraped(self, server: int, report: EngineReport, now: float) -> None:
         url = self.urls[server]
@@ -8488,7 +8624,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  wire
+#  31  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9061,7 +9197,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  secrets
+#  32  secrets
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9216,7 +9352,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  client
+#  33  client
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -9409,7 +9545,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  pool
+#  34  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server over which requests are passed on.
@@ -9553,7 +9689,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  pump
+#  35  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -9761,7 +9897,7 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  response
+#  36  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -9985,7 +10121,7 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  journal
+#  37  journal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10304,7 +10440,7 @@ def shape_writer(path: str) -> Writer | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  terminal
+#  38  terminal
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -10647,7 +10783,7 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  core
+#  39  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -10662,30 +10798,6 @@ class Running(Protocol):
     @property
     def waits(self) -> bool: ...
     def give_up(self, even_begun: bool) -> None: ...
-
-
-class Policies:
-    """The policies of one set of settings, with what they remember: by name and model."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.known: dict[tuple[str, str], Policy] = {}
-
-    def following(self, s: Settings) -> Policies:
-        """Those of new settings; one that uses nothing that has changed goes on as it is."""
-        new = Policies(s)
-        new.known = {key: policy for key, policy in self.known.items()
-                     if all(getattr(s, name) == getattr(self.settings, name)
-                            for name in policy.uses)}  # fmt: skip
-        return new
-
-    def get(self, model: str | None, label: str) -> Policy:
-        """The one for calls for that model; all whom nobody serves (`label`) share one."""
-        s = self.settings
-        key = s.policies.get(model or "", s.policy), label
-        if key not in self.known:
-            self.known[key] = POLICIES[key[0]](s)
-        return self.known[key]
 
 
 class Clients:
@@ -10840,10 +10952,6 @@ class Core:
         self.ledger = Ledger()
         self.requests = Requests()
         self.policies = Policies(settings)  # of the settings in force, which replace it
-        # Reasons to pass over servers and the shortest context, by model, and which change of the
-        # fleet they follow from.
-        self._standings: dict[str | None, tuple[list[str] | None, float]] = {}
-        self._standings_of = -1
         self.roster = Roster()
         self.shape: Writer | None = None  # where the traffic's shape is written
         self.keys = Keys()
@@ -10870,29 +10978,6 @@ class Core:
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
 
-    def standing(self, call: Call, tried: frozenset[str], moment: Moment) -> list[str] | None:
-        """As the function of that name says, found out once for each change of the fleet; for
-        models that some server has, of which there are not too many."""
-        if tried or moment.enforced or not (call.model is None or self.fleet.knows(call.model)):
-            return None
-        known = self._standings
-        if self._standings_of != self.fleet.changes:
-            known.clear()
-            self._standings_of = self.fleet.changes
-        if call.model not in known:
-            views = self.fleet.views()
-            known[call.model] = (lasting_exclusions(views, call.model, moment),
-                                 shortest_context(views, call.model))  # fmt: skip
-        reasons, context = known[call.model]
-        return reasons if call.prompt.tokens * ESTIMATE_ROOM <= context else None
-
-    def moment(self, s: Settings, now: float, model: str | None) -> Moment:
-        """For a request that came under these settings; a queue that was given up since then holds
-        nobody up any more, and one that is new is for those who come to it."""
-        enforced = s.queue_size > 0 and self.settings.queue_size > 0
-        return Moment(now, s.metrics_interval, enforced, s.slow_start,
-                      self.fleet.steady_since(model))  # fmt: skip
-
     def goes_well(self, url: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
         now, minute = asyncio.get_running_loop().time(), self.recent.history(url)
@@ -10902,7 +10987,7 @@ class Core:
     def moves(self, url: str, within_s: float) -> bool:
         """Whether the engine of a server, or any of its engines, works: see `moves`."""
         now, s = asyncio.get_running_loop().time(), self.settings
-        return any(moves(view, self.streams_at(view.url), within_s, now, s)
+        return any(moves(view, self.streams_at(view.id), within_s, now, s)
                    for view in self.fleet.engines(url))  # fmt: skip
 
     def streams_at(self, url: str) -> float:
@@ -10915,19 +11000,16 @@ class Core:
         now = asyncio.get_running_loop().time()
         return self.fleet.has_room(now, self.settings.metrics_interval)
 
-    def decided(self, id: str, ranking: Ranking, attempt: int) -> str:
-        """A server is asked, because of this ranking.  What decided, in a word."""
-        asked, cached, ledger = ranking.asked, ranking.expected, self.ledger
-        assert asked is not None
-        ranking.policy.chosen(asked)
-        reason = "retry" if attempt > 1 else "alone" if len(ranking.costs) == 1 else "load"
-        if reason == "load" and cached and cached == max(ranking.cached):
-            reason = "cache"
+    def count_decision(self, id: str, ranking: Ranking, attempt: int) -> str:
+        """A server is asked, because of this ranking.  Returns what decided, in a word."""
+        assert ranking.asked is not None
+        ranking.policy.chosen(ranking.asked)
+        reason, ledger = "retry" if attempt > 1 else ranking.basis, self.ledger
         ledger.decisions.add(ranking.policy.name, reason)
         if tokens := ranking.call.prompt.tokens:
             ledger.prompt_tokens.add(amount=tokens)
             if any(ranking.cached):
-                ledger.cached_tokens.add(amount=cached)
+                ledger.cached_tokens.add(amount=ranking.expected)
                 ledger.missed_tokens.add(amount=ranking.missed_tokens())
         self.recent.ranked(id, ranking, attempt)
         return reason
@@ -10977,7 +11059,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  intake
+#  40  intake
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11114,7 +11196,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  attempt
+#  41  attempt
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11159,8 +11241,9 @@ class Attempt:
     ) -> None:
         self.core, self.step, self.response = core, step, response
         self.request, self.settings = step.request, response.settings
-        self.server, (server, _, self.rank) = step.server, step.server.partition("@")
-        self.pool = core.pools.get(server)
+        view = step.ranking.asked
+        assert view is not None
+        self.server, self.rank, self.pool = view.id, view.rank, core.pools.get(view.server)
         self.begun_at = response.client.loop.time()
         self.content_bytes = len(step.request.body.content)
         self.wire: Wire | None = None  # while nothing of an answer was shown
@@ -11327,7 +11410,7 @@ class Attempt:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  case
+#  42  case
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -11438,7 +11521,7 @@ class Case:
         shown_500 = fault is Fault.SERVER_ERROR and response.status == 500
         event = fault is Fault.STREAM_FAILED and says_failure(said)
         unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
-        return unclear and await is_dead(self.core.pools.get(server_of(server)).client)
+        return unclear and await is_dead(self.core.pools.get(view.server).client)
 
     def died(self, server: str, sent_at: float, now: float) -> int:
         """Count a server's death.  Returns how many have died with this request or its content."""
@@ -11455,7 +11538,7 @@ class Case:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  exchange
+#  43  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -11610,21 +11693,19 @@ class Exchange:
         """The fleet's ranking for the call, passing over servers tried.  Who is not `waiting` comes
         after those who are."""
         core, call, (_, only, infers, _) = self.core, self.call, self.destination
-        moment = core.moment(self.settings, self.loop.time(), call.model)
-        views, cached = core.fleet.views(moment.now), core.fleet.cached(call.prompt)
-        passed = core.standing(call, tried, moment)
-        if only:
-            kept = [n for n, view in enumerate(views) if only in (view.url, view.server)]
-            views, cached, passed = [views[n] for n in kept], [cached[n] for n in kept], None
-            if not infers:  # nor does it take a place there
-                views, moment = [v.by_name for v in views], moment._replace(enforced=False)
+        s = self.settings
+        # A queue that was given up since the request came holds nobody up any more, and one that
+        # is new is for those who come to it.
+        enforced = s.queue_size > 0 and core.settings.queue_size > 0
+        moment = Moment(self.loop.time(), s.metrics_interval, enforced, s.slow_start)
+        wanted = Wanted(call, tried, only, not infers)
         by = self.policies.get(call.model, self.trail.model)
-        ranking = rank(views, cached, call, tried, by, moment, core.draw, passed)
-        queue = core.requests.queue
+        ranking = rank(core.fleet, wanted, by, moment, core.draw)
+        queue, moment = core.requests.queue, ranking.moment
         if moment.enforced and not waiting and queue.waiting((call.model, only, tried)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
-            reasons = "; ".join(f"{row.url} {row.reason}" for row in ranking.candidates())
+            reasons = "; ".join(f"{row.id} {row.reason}" for row in ranking.candidates())
             log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
         return ranking
 
@@ -11651,7 +11732,7 @@ class Exchange:
             core.ledger.retries.add(trail.failures[-1])
             core.recent.history(trail.server).retries += 1
         trail.server, label, sent_at = server, "abandoned", self.loop.time()
-        reason = core.decided(self.response.id, step.ranking, step.attempt)
+        reason = core.count_decision(self.response.id, step.ranking, step.attempt)
         try:
             attempt = Attempt(core, step, self.response, case.wants_second_opinion)
             outcome = await attempt.outcome(functools.partial(self.commit, step, lease))
@@ -11663,7 +11744,7 @@ class Exchange:
             elif outcome.fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.busy(server, self.loop.time())
             elif outcome.fault in LACKING and not step.request.searches:
-                core.looks.want(server_of(server))  # has it still what it said it has?
+                core.looks.want(step.ranking.server)  # has it still what it said it has?
         finally:
             core.ledger.attempts.add(server, label)
             trail.attempts.append((server, reason, label))
@@ -11681,14 +11762,14 @@ class Exchange:
         lease = fleet.lease(server, now, self.call.prompt)
         if lease.pending and not self.call.stream:
             view = fleet.view(server)
-            seconds = lease.pending / ((view.speed if view else 0.0) or ASSUMED_SPEED)
+            speed = view.learned.prefill_tokens_per_s if view else 0.0
+            seconds = lease.pending / (speed or ASSUMED_SPEED)
             fleet.answers_by(lease, now + seconds)
         return lease
 
     def end_lease(self, lease: Lease) -> None:
         """A server has room again, for whoever is waiting for it."""
-        with lease:
-            pass
+        lease.end()
         core = self.core
         if core.settings.queue_size or core.requests.queue:
             core.requests.queue.served(self.loop.time())
@@ -11697,7 +11778,8 @@ class Exchange:
     def commit(self, step: Relay, lease: Lease, answer: Answer) -> bool:
         """The client is shown a server's answer: there is no other attempt from here on.  Returns
         whether the rest of the answer is wanted, too."""
-        head, s, pool = answer.head, self.settings, self.core.pools.get(server_of(answer.server))
+        head, s = answer.head, self.settings
+        pool = self.core.pools.get(step.ranking.server)
         added = named_server(answer.server, s)
         if location := head.fields.get("location"):
             added.append(("Location", local_location(location, pool.authority, pool.prefix)))
@@ -11723,7 +11805,8 @@ class Exchange:
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
-        call, stored, server = self.call, self.core.requests.stored, server_of(self.trail.server)
+        call, stored = self.call, self.core.requests.stored
+        server = self.core.fleet.server_of(self.trail.server)
         if call.makes_response and head.status < 300:
             if id := response_id(start, head.is_event_stream):
                 # Whoever can say an id can say another's.
@@ -11810,7 +11893,7 @@ class Exchange:
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
         if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
-            await self.looked_at([server_of(held.url)])
+            await self.looked_at([self.core.fleet.server_of(held.url)])
             view = self.core.fleet.view(held.url)
             held = held if view is not None and view.healthy else None
             text = "The server rejected the key that is set for it."
@@ -11891,7 +11974,7 @@ class Exchange:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  watch
+#  44  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12006,7 +12089,8 @@ async def watch_load(core: Core, url: str) -> None:
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
-        trouble, begun, own = "", loop.time(), {v.url: v.in_flight for v in core.fleet.engines(url)}
+        trouble, begun = "", loop.time()
+        own = {v.id: v.counts.in_flight for v in core.fleet.engines(url)}
         try:
             status, page = await client.fetch("/metrics", max(1.0, 2 * interval_s))
             result, trouble = "refused", f"/metrics answered {status}"
@@ -12015,12 +12099,12 @@ async def watch_load(core: Core, url: str) -> None:
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
                 now = loop.time()
                 for view in core.fleet.engines(url):
-                    own_then = max(own.get(view.url, 0), view.in_flight)
-                    load = loads.get(view.rank, EngineLoad())
-                    hits = core.fleet.scraped(view.url, load, own_then, now)
-                    core.ledger.prefix_hits.add(view.url, amount=hits)
+                    own_then = max(own.get(view.id, 0), view.counts.in_flight)
+                    load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
+                    hits = core.fleet.scraped(view.id, load, own_then, now)
+                    core.ledger.prefix_hits.add(view.id, amount=hits)
                     if load.asleep != view.load.asleep:
-                        log.info("%s %s", view.url, "sleeps" if load.asleep else "is awake again")
+                        log.info("%s %s", view.id, "sleeps" if load.asleep else "is awake again")
                         core.news.notify()
                     say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
@@ -12038,12 +12122,12 @@ async def watch_load(core: Core, url: str) -> None:
 
 def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) -> None:
     """Tell that a server behaves as if its max_concurrent_requests were wrong, once that lasts."""
-    text, since = disagreement(view), agreed_at.setdefault(view.url, now)
+    text, since = disagreement(view), agreed_at.setdefault(view.id, now)
     if not text:
-        agreed_at[view.url] = now
+        agreed_at[view.id] = now
     elif now - since > DISAGREEMENT_S:
-        log.warning("%s: %s", view.url, text)
-        agreed_at[view.url] = INFINITY  # once
+        log.warning("%s: %s", view.id, text)
+        agreed_at[view.id] = INFINITY  # once
 
 
 async def watch_progress(core: Core, url: str) -> None:
@@ -12061,7 +12145,7 @@ async def watch_progress(core: Core, url: str) -> None:
         well = await engine_responds(core.pools.get(url).client, s.health_check_timeout)
         core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
-        attempts = core.requests.running.get(view.url, set())
+        attempts = core.requests.running.get(view.id, set())
         waiting = [attempt for attempt in attempts if attempt.waits]
         if view.load.asleep:  # nobody's failure; what has begun may go on when it wakes up
             for attempt in waiting:
@@ -12069,7 +12153,7 @@ async def watch_progress(core: Core, url: str) -> None:
             continue
         work = Work(
             len(waiting), min((a.begun_at for a in waiting), default=now),
-            core.streams_at(view.url),
+            core.streams_at(view.id),
             sum(a.content_bytes for a in waiting if a.pump is None),
         )  # fmt: skip
         if why := frozen_reason(view, work, now, s):
@@ -12130,7 +12214,7 @@ class Watchers:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  operations
+#  45  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12141,8 +12225,9 @@ Operation = Callable[[Core, str], Awaitable[dict[str, Any]]]
 
 
 def server_named(core: Core, name: str) -> str:
-    """The id of the server that is meant: its URL, whole or as host:port.  Raises LookupError."""
-    name, servers = name.rstrip("/"), core.roster.entries
+    """The id of the server that is meant: its URL, whole or as host:port, or that of one of its
+    engines.  Raises LookupError."""
+    name, servers = core.fleet.server_of(name.rstrip("/")), core.roster.entries
     for server in servers:
         if name in (server, server.partition("://")[2]):
             return server
@@ -12219,7 +12304,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  endpoints
+#  46  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12478,7 +12563,7 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  front
+#  47  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12800,14 +12885,14 @@ class Front:
             only = head.fields.get("x-mvllm-server")
             exchange.destination = Destination(head.path, only, infers=False)
             if not core.fleet.engines(only):
-                known = ", ".join(view.url for view in core.fleet.views())
+                known = ", ".join(view.id for view in core.fleet.views())
                 text = f"X-MVLLM-Server is {shown(only)}, expected one of {known}."
                 return Refusal(Fault.BAD_REQUEST, text)
         return None
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  handover
+#  48  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12972,7 +13057,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  following
+#  49  following
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -13100,7 +13185,7 @@ class Follower:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  balancer
+#  50  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -13263,7 +13348,7 @@ class Balancer:
                 sampled_at = loop.time()
                 for view in self.core.fleet.views():
                     interval_s = self.core.settings.metrics_interval
-                    self.core.recent.history(view.url).sample(view, sampled_at, interval_s)
+                    self.core.recent.history(view.id).sample(view, sampled_at, interval_s)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.process.stalled_at = loop.time()
                 self.core.ledger.stalls.add()
@@ -13314,14 +13399,14 @@ class Balancer:
                          [url for url, entry in new.items() if entry.drained])  # fmt: skip
         self._watchers.adopt(new, s)
         servers = {view.server for view in core.fleet.views()}
-        core.recent.keep({view.url for view in core.fleet.views()})
+        core.recent.keep({view.id for view in core.fleet.views()})
         core.pools.keep(servers)
         core.looks.keep(servers)
         core.news.notify()
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  page
+#  51  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13717,7 +13802,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  doctor
+#  52  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -13932,7 +14017,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  52  demo
+#  53  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14240,7 +14325,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  53  process
+#  54  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14302,7 +14387,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
 async def act_on_server(core: Core, action: Action) -> None:
     """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
     try:
-        server = server_named(core, server_of(action.url))
+        server = server_named(core, action.url)
         found = await OPERATIONS[action.verb](core, server)
         if action.verb == "probe":
             log.info("by hand: %s probed: %s", action.url, json.dumps(found))
@@ -14329,7 +14414,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
     telling = asyncio.ensure_future(tell())
     while line := await reader.readline():
         if verb := (said := json.loads(line)).get("verb"):
-            query = urllib.parse.urlencode({"url": server_of(said["url"])})
+            query = urllib.parse.urlencode({"url": said["url"]})
             found, why = await answer_of(client, f"/admin/servers/{verb}?{query}", b"")
             note = why or found.get("done") or found.get("why") or "passed"
             writer.write(json_line({"note": f"{verb}: {note}"}))
@@ -14430,7 +14515,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  54  command line
+#  55  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
