@@ -187,6 +187,7 @@ WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, wi
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
 HEAD_KEPT_BYTES = 2048  # of those that are no longer than this;
 TEXT_KEPT_BYTES = 200  # and as many short texts, with what is made of them
+PATH_LIMIT = 8192  # bytes of a target's path, which is read in several ways
 FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101,
 LINE_BYTES = 300  # and what holding one takes beside its characters
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
@@ -693,6 +694,8 @@ def parse_request_rest(raw: bytes) -> RequestHead:
     if authority:
         fields = fields.replaced("Host", authority)
     path, mark, query = target.partition("?")
+    if len(path) > PATH_LIMIT:
+        raise BadMessage(f"the path is longer than {PATH_LIMIT} bytes", Fault.TARGET_TOO_LONG)
     return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
 
 

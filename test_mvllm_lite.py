@@ -460,6 +460,14 @@ def test_each_byte_of_a_head_is_looked_at_once():
     assert Counting.looked < 10 * len(come)
 
 
+def test_a_path_is_no_longer_than_any_is_and_a_query_may_be():
+    path = "/" + "%41" * (lite.PATH_LIMIT // 3)
+    assert head_of(f"GET {path[: lite.PATH_LIMIT]}?{'a' * 20_000} HTTP/1.1\nHost: a").query
+    with pytest.raises(lite.BadMessage) as refused:
+        head_of(f"GET {path}%41 HTTP/1.1\nHost: a")
+    assert refused.value.fault is Fault.TARGET_TOO_LONG
+
+
 def test_a_head_has_so_many_lines_and_counts_for_what_holding_it_takes():
     lines = b"A: b\r\n" * (lite.FIELDS_LIMIT - 1)
     asks, says = b"GET / HTTP/1.1\r\nHost: a\r\n", b"HTTP/1.1 200 OK\r\nHost: a\r\n"
