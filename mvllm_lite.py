@@ -9576,8 +9576,13 @@ class Pool(Upstream):
         """An idle connection or a new one, which goes back to `keep`.  Who met a `stale` one gets
         a new one; where there is none to be had, the server may have died of what was said.
         Raises PeerGone."""
-        if stale is None and (wire := self._take_idle()) is not None:
-            return wire
+        while self.idle and stale is None:
+            wire, _ = self.idle.popitem()
+            wire.sink = None
+            if not (wire.gone or wire.transport.is_closing()):
+                wire.reused, wire.reusable = True, False
+                wire.taken_at = wire.loop.time()
+                return wire
         try:
             return await self.dial(connect_timeout_s)
         except PeerGone as gone:
@@ -9599,16 +9604,6 @@ class Pool(Upstream):
                 stale = gone
             finally:
                 self.keep(wire)
-
-    def _take_idle(self) -> Wire | None:
-        while self.idle:
-            wire, _ = self.idle.popitem()
-            wire.sink = None
-            if not (wire.gone or wire.transport.is_closing()):
-                wire.reused, wire.reusable = True, False
-                wire.taken_at = wire.loop.time()
-                return wire
-        return None
 
     async def dial(self, timeout_s: float) -> Wire:
         """A new connection.  Raises PeerGone."""
