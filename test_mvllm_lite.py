@@ -10903,13 +10903,19 @@ async def asking(*scripts):
                 for piece in [said] if isinstance(said, bytes) else said:
                     writer.write(piece)
                     await asyncio.sleep(0)
+            await writer.drain()
         writer.close()
 
     listener = await asyncio.start_server(serve, "127.0.0.1", 0)
     client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
-    with contextlib.closing(client):
+    try:
         yield client, came
-    listener.close()
+    finally:
+        client.close()
+        listener.close()
+        for writer in came:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # in which they end
 
 
 SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -10979,12 +10985,15 @@ async def test_our_own_questions_have_one_deadline_however_much_is_said():
         while not writer.is_closing():
             writer.write(b"a")
             await asyncio.sleep(0.01)
+        ended.set()
 
+    ended = asyncio.Event()
     listener = await asyncio.start_server(trickle, "127.0.0.1", 0)
     client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
     with pytest.raises(TimeoutError):
         await client.fetch("/metrics", 0.1)
     listener.close()
+    await ended.wait()
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
