@@ -3603,6 +3603,7 @@ class Keys:
     it survives a reload."""
 
     def __init__(self) -> None:
+        self.required = False  # or everybody may come in
         self._keys: list[tuple[bytes, KeySettings]] = []
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
@@ -3610,12 +3611,9 @@ class Keys:
     def adopt(self, keys: Iterable[tuple[KeySettings, str]]) -> None:
         """Make these the keys, each with its secret."""
         self._keys = [(digest(secret), key) for key, secret in keys]
+        self.required = bool(self._keys)
         names = {key.name for _, key in self._keys}
         self._buckets = {name: left for name, left in self._buckets.items() if name in names}
-
-    @property
-    def required(self) -> bool:
-        return bool(self._keys)
 
     def authenticate(self, fields: Fields) -> KeySettings | None:
         """The key that a request shows, if it is one of ours."""
@@ -3793,20 +3791,20 @@ class Visit(NamedTuple):
         return ours is not None and web_origin(origin) == ours
 
 
-def unclear(v: Visit) -> Refusal | None:
+def ambiguous_path(v: Visit) -> Refusal | None:
     text = (f"The path is {shown(v.head.path)}, expected one without //, dot segments, ';',"
             " backslashes, controls and their escapes, or an escaped slash.")  # fmt: skip
     return Refusal(Fault.BAD_REQUEST, text)
 
 
-def unknown(v: Visit) -> Refusal | None:
+def unknown_path(v: Visit) -> Refusal | None:
     text = f"{shown(v.head.path)} is neither an inference path of vLLM nor one of ours"
     if v.kind is not Kind.NOTHING:
         text = f"{shown(v.head.path)} is not served on this port"
     return Refusal(Fault.NOT_SERVED, f"{text}.")
 
 
-def foreign(v: Visit) -> Refusal | None:
+def foreign_page(v: Visit) -> Refusal | None:
     """Why what a browser sends is not from a page of ours, or from a person at it."""
     fields = v.head.fields.values
     site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
@@ -3821,7 +3819,7 @@ def foreign(v: Visit) -> Refusal | None:
     return Refusal(Fault.FORBIDDEN, f"{v.head.path} is not for pages of other sites: {text}")
 
 
-def unasked(v: Visit) -> Refusal | None:
+def foreign_websocket(v: Visit) -> Refusal | None:
     """Why a page may not open a websocket, which browsers let it do and read without asking us."""
     origin, allowed = v.head.fields.values.get("origin"), v.settings.cors_allowed_origins
     if origin is None or not v.head.wants_upgrade or v.is_own(origin):
@@ -3843,7 +3841,7 @@ STRANGERS = ("a proxy on this machine passes on requests of others (it says %s):
              " trusted_proxies")  # fmt: skip
 
 
-def remote(v: Visit) -> Refusal | None:
+def remote_peer(v: Visit) -> Refusal | None:
     """Why who asks is nobody on this machine, who asks by a local name."""
     fields, why, warning = v.head.fields, "", ""
     signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
@@ -3875,39 +3873,39 @@ def all_local(fields: Fields) -> bool:
     return told and all(is_trusted(host, LOOPBACK) for host in hosts)
 
 
-def keyless(v: Visit) -> Refusal | None:
+def no_key(v: Visit) -> Refusal | None:
     if v.key is None:
         return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
     return None
 
 
-def no_admin(v: Visit) -> Refusal | None:
+def not_admin(v: Visit) -> Refusal | None:
     if v.key is not None and not v.key.admin:
         return Refusal(Fault.FORBIDDEN, f"The key {shown(v.key.name)} is not an admin's.")
-    return keyless(v)
+    return no_key(v)
 
 
-def key_wanted(v: Visit) -> Refusal | None:
-    return keyless(v) if v.keyed and not v.is_preflight else None
+def lacks_key(v: Visit) -> Refusal | None:
+    return no_key(v) if v.keyed and not v.is_preflight else None
 
 
 def may_not_see(v: Visit) -> Refusal | None:
     """By the words of status_access."""
-    guards = {"key": keyless, "admin": no_admin, "loopback": remote}
+    guards = {"key": no_key, "admin": not_admin, "loopback": remote_peer}
     guard = guards.get(v.settings.status_access)
     return guard(v) if guard is not None else None
 
 
 def may_not_open(v: Visit) -> Refusal | None:
     """The page itself, which a browser asks for without a key."""
-    return remote(v) if v.settings.status_access == "loopback" else None
+    return remote_peer(v) if v.settings.status_access == "loopback" else None
 
 
 def may_not_change(v: Visit) -> Refusal | None:
-    return no_admin(v) if v.keyed else remote(v)
+    return not_admin(v) if v.keyed else remote_peer(v)
 
 
-def unruly(v: Visit) -> Refusal | None:
+def escapes_key(v: Visit) -> Refusal | None:
     """Why a request cannot be held to what is its key's, or None: where a server may read another
     model than we do, or be told another one, or of another key's response, later."""
     if v.key is None:
@@ -3935,7 +3933,7 @@ def unruly(v: Visit) -> Refusal | None:
     return None
 
 
-def no_json(v: Visit) -> Refusal | None:
+def not_json(v: Visit) -> Refusal | None:
     """Content that a browser would send for any page without asking first."""
     said = v.head.fields.get("content-type")
     if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
@@ -3950,18 +3948,19 @@ class Kind(Enum):
     """What a path is to those who ask for it: where there are two listeners, on which it is; what
     may refuse it, in this order; and whether an Exchange answers."""
 
-    INFERENCE = ("passed on to any server", Audience.CLIENTS, (unasked, key_wanted, unruly), True)
-    MODELS = "the list of models", Audience.CLIENTS, (key_wanted,)
-    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign,)
-    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign, may_not_open)
-    STATUS = "facts", Audience.OPERATORS, (foreign, may_not_see)
+    INFERENCE = ("passed on to any server", Audience.CLIENTS,
+                 (foreign_websocket, lacks_key, escapes_key), True)  # fmt: skip
+    MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
+    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign_page,)
+    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign_page, may_not_open)
+    STATUS = "facts", Audience.OPERATORS, (foreign_page, may_not_see)
     EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
-               (foreign, key_wanted, may_not_see, unruly), True)  # fmt: skip
-    ADMIN = "changes by hand", Audience.OPERATORS, (foreign, may_not_change, no_json)
+               (foreign_page, lacks_key, may_not_see, escapes_key), True)  # fmt: skip
+    ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
     CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
-               (foreign, no_admin, unruly, no_json), True)  # fmt: skip
-    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (unclear,)
-    NOTHING = "not served", Audience.EVERYBODY, (unknown,)
+               (foreign_page, not_admin, escapes_key, not_json), True)  # fmt: skip
+    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
+    NOTHING = "not served", Audience.EVERYBODY, (unknown_path,)
 
     def __init__(
         self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
@@ -3980,7 +3979,7 @@ def refusal_of(v: Visit) -> Refusal | None:
     if v.audience is not Audience.EVERYBODY and (
         v.kind.audience not in (v.audience, Audience.EVERYBODY)
     ):
-        return unknown(v)
+        return unknown_path(v)
     for guard in v.kind.guards:
         if (refusal := guard(v)) is not None:
             return refusal
@@ -12636,14 +12635,14 @@ class Front:
     def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
         core, wire = self.core, Wire(Blame.CLIENT, self.core.clients.backlog)
-        if not self.belongs(wire, address_of(address)):
+        if not self.count_connection(wire, address_of(address)):
             sock.close()
             return
 
         def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
             del core.clients.tasks[wire]
             self._operators.discard(wire)
-            self.one_less(wire.peer[0])
+            self.uncount_connection(wire.peer[0])
             wire.drop()
             wire.abort()
             sock.close()
@@ -12655,7 +12654,7 @@ class Front:
         core.clients.tasks[wire] = self._tasks.create_task(self.serve(wire, sock))
         core.clients.tasks[wire].add_done_callback(forget)
 
-    def belongs(self, wire: Wire, peer: Address) -> bool:
+    def count_connection(self, wire: Wire, peer: Address) -> bool:
         """Count a connection as that peer's; False if it has as many as it may."""
         (host, _), limit = peer, self.core.settings.max_connections_per_client
         if limit and self._hosts.get(host, 0) >= limit:
@@ -12665,12 +12664,12 @@ class Front:
         wire.peer = peer
         return True
 
-    def one_less(self, host: str) -> None:
+    def uncount_connection(self, host: str) -> None:
         self._hosts[host] -= 1
         if not self._hosts[host]:
             del self._hosts[host]
 
-    async def hear_proxy(self, wire: Wire, sock: socket.socket) -> None:
+    async def read_proxied_peer(self, wire: Wire, sock: socket.socket) -> None:
         """Learn from a proxy of ours whose connection it passes on, if it says so.  Raises
         PeerGone, TimeoutError, OSError."""
         proxy = wire.peer[0]
@@ -12683,9 +12682,9 @@ class Front:
         wire.buffer += rest
         wire.count()
         if address is not None:
-            if not self.belongs(wire, address):
+            if not self.count_connection(wire, address):
                 raise wire.departure()
-            self.one_less(proxy)
+            self.uncount_connection(proxy)
 
     async def serve(self, wire: Wire, sock: socket.socket) -> None:
         """One client's connection: its requests, one after the other."""
@@ -12693,7 +12692,7 @@ class Front:
             sock.setblocking(False)
             s, tls = self.core.settings, self.core.pools.secrets.listener
             if s.trusted_proxies and is_trusted(wire.peer[0], s.trusted_proxies):
-                await self.hear_proxy(wire, sock)
+                await self.read_proxied_peer(wire, sock)
             wire.sock = sock if tls is None else None
             await wire.loop.connect_accepted_socket(
                 lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None,
@@ -12718,7 +12717,7 @@ class Front:
             await wire.unblocked(core.settings.body_timeout)
         if wire.buffer:  # sent without waiting for it: others first
             await asyncio.sleep(0)
-        if not await self.request_begun(wire):
+        if not await self.await_request(wire):
             return None
         running[wire] = None
         try:
@@ -12748,7 +12747,7 @@ class Front:
             if (response := running.pop(wire)) is not None:
                 core.clients.ids.discard(response.id)
 
-    async def request_begun(self, wire: Wire) -> bool:
+    async def await_request(self, wire: Wire) -> bool:
         """Whether a client has begun its next request; it may take a while, but not when others
         are waiting for its place."""
         core, now = self.core, wire.loop.time()
@@ -12802,7 +12801,7 @@ class Front:
         if refusal := self.refusal(exchange, kind):
             self.refuse(exchange, refusal)
         elif head.hops_left == 0 or (head.is_preflight and kind in FOR_PAGES):
-            self.say(exchange, Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
+            self.reply_with(exchange, Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
         elif kind.is_exchange:
             clients.forwarding += 1
             try:
@@ -12814,7 +12813,7 @@ class Front:
         else:
             await self.answer(exchange, row)
 
-    def say(self, exchange: Exchange, reply: Reply) -> None:
+    def reply_with(self, exchange: Exchange, reply: Reply) -> None:
         response = exchange.response
         response.send(reply)
 
@@ -12838,7 +12837,7 @@ class Front:
             raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
         answer = await row.handle(self.core, Asked(exchange.head, content))
         if isinstance(answer, Reply):
-            self.say(exchange, answer)
+            self.reply_with(exchange, answer)
         else:
             await self.stream(exchange, answer)
 
@@ -12921,7 +12920,7 @@ class Handover:
         nothing has changed."""
         self.under_way = True
         child = await self.successor(command, sockets)
-        lasts = child is not None and await self.lasts(child, front)
+        lasts = child is not None and await self.survives_trial(child, front)
         self.under_way = False
         if not (lasts or self.core.process.stopping):
             self.core.ledger.upgrades.add("failed")
@@ -12963,7 +12962,7 @@ class Handover:
         log.error("no successor came to serve (exit code %s); this process goes on", code)
         return None
 
-    async def lasts(self, child: subprocess.Popen[bytes], front: Front) -> bool:
+    async def survives_trial(self, child: subprocess.Popen[bytes], front: Front) -> bool:
         """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
         could; if the other ends, it does."""
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
@@ -13073,7 +13072,7 @@ class SettingsFile:
         """What the file holds now.  Raises SettingsError."""
         return self._decoded(read_regular_file(self.path))
 
-    async def changed(self) -> str | None:
+    async def read_if_changed(self) -> str | None:
         """What the file holds, if that is new; two looks must agree, because the first may fall
         between an editor's truncating and its writing.  Raises SettingsError, once for each
         trouble."""
@@ -13151,7 +13150,7 @@ class Follower:
         core, this, old = self.core, self.core.process, self.core.settings
         refused = this.settings_error
         try:
-            if (text := await file.changed()) is None:
+            if (text := await file.read_if_changed()) is None:
                 if asked:
                     unchanged = f"{len(old.servers)} servers, nothing changed"
                     log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
