@@ -6455,19 +6455,19 @@ class Ledger:
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.waits = Histogram(
-            "mvllm_queue_wait_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
+            "mvllm_request_queue_time_seconds", "Time in the queue.", DURATION_BOUNDS_S, "model")
         self.decisions = Counter(
             "mvllm_decisions_total", "Servers chosen, by what decided.", "policy", "reason")
         self.prompt_tokens = Counter(
             "mvllm_prompt_tokens_total", "Tokens of prompts, estimated by their bytes.")
         self.cached_tokens = Counter(
-            "mvllm_prefix_tokens_expected_total", "Of these, expected in the server's cache.")
+            "mvllm_prefix_cache_expected_tokens_total", "Of these, expected in the server's cache.")
         self.missed_tokens = Counter(
-            "mvllm_prefix_tokens_missed_total",
+            "mvllm_prefix_cache_missed_tokens_total",
             "Tokens more that another server was expected to have (regret).")
         self.prefix_hits = Counter(
-            "mvllm_prefix_tokens_hit_total", "Tokens found in a server's cache, by its own word.",
-            "server")
+            "mvllm_prefix_cache_hit_tokens_total",
+            "Tokens found in a server's prefix cache, by its own word.", "server")
         self.usage = Counter(
             "mvllm_usage_tokens_total", "Tokens, as far as servers said them.",
             "key", "model", "kind")
@@ -6477,8 +6477,11 @@ class Ledger:
         self.first_byte = Histogram(
             "mvllm_time_to_first_byte_seconds", "From a request's last byte to its answer's first.",
             FIRST_BYTE_BOUNDS_S, "model")
+        self.first_token = Histogram(
+            "mvllm_time_to_first_token_seconds", "The same, of streams: to their first event.",
+            FIRST_BYTE_BOUNDS_S, "model")
         self.gaps = Histogram(
-            "mvllm_stream_gap_seconds", "Between two pieces of a streamed answer.",
+            "mvllm_inter_token_latency_seconds", "Between two pieces of a streamed answer.",
             GAP_BOUNDS_S, "model")
         self.durations = Histogram(
             "mvllm_request_duration_seconds", "From a request's first byte to its answer's last.",
@@ -6487,7 +6490,11 @@ class Ledger:
             "mvllm_request_size_bytes", "Content of requests.", SIZE_BOUNDS_BYTES, "model")
         self.response_sizes = Histogram(
             "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
-        for result in ("applied", "refused"):  # so that a rate over them exists from the start
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts of 0, so that a rate over them exists from the start."""
+        for result in ("applied", "refused"):
             self.reloads.add(result, amount=0)
         for limit in LIMIT_NAMES:
             self.limits.add(limit, amount=0)
@@ -6514,9 +6521,9 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
         "Prompt tokens that it has to read.", lambda v: v.counts.pending),
     "server_prompt_tokens_per_second": (
         "How fast it reads prompts, as learned.", lambda v: v.learned.prefill_tokens_per_s or None),
-    "server_running": ("Running requests by its own word.", lambda v: v.load.running),
-    "server_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
-    "server_kv_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
+    "server_num_requests_running": ("Running requests by its own word.", lambda v: v.load.running),
+    "server_num_requests_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
+    "server_kv_cache_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
 }
 # Gauges of the process; the values come from where they are known.
 PROCESS_GAUGES = {
@@ -6527,6 +6534,29 @@ PROCESS_GAUGES = {
     "buffered_bytes": "What is held of requests that wait: content, heads, what came early.",
     "settings_valid": "Whether the settings file could be used as it is now.",
 }
+
+
+# Families that have another name now.  Until 1.0 they are exposed under both.
+OLD_NAMES = {
+    "mvllm_inter_token_latency_seconds": "mvllm_stream_gap_seconds",
+    "mvllm_request_queue_time_seconds": "mvllm_queue_wait_seconds",
+    "mvllm_prefix_cache_expected_tokens_total": "mvllm_prefix_tokens_expected_total",
+    "mvllm_prefix_cache_missed_tokens_total": "mvllm_prefix_tokens_missed_total",
+    "mvllm_prefix_cache_hit_tokens_total": "mvllm_prefix_tokens_hit_total",
+    "mvllm_server_num_requests_running": "mvllm_server_running",
+    "mvllm_server_num_requests_waiting": "mvllm_server_waiting",
+    "mvllm_server_kv_cache_usage_ratio": "mvllm_server_kv_usage_ratio",
+}
+
+
+def with_old_names(families: Iterable[Family]) -> Iterator[Family]:
+    """These families; each that was renamed is followed by itself under its old name."""
+    for family in families:
+        yield family
+        if old := OLD_NAMES.get(family.name):
+            same = copy.copy(family)  # with the same children
+            same.name, same.meaning = old, f"deprecated: {family.name} is its name now."
+            yield same
 
 
 def gauges(
@@ -11938,6 +11968,8 @@ class Exchange:
         if response.first_byte_at is not None:
             first_s = response.first_byte_at - trail.asked_at
             ledger.first_byte.note(first_s, model)
+            if response.streams:
+                ledger.first_token.note(first_s, model)
         if server:
             well = response.status < 500 and response.end in ("complete", "client_gone")
             core.recent.history(server).ended(now, first_s if response.streams else None, well)
@@ -12519,7 +12551,7 @@ async def metrics(core: Core, asked: Asked) -> Reply:
     }  # fmt: skip
     monotonic = clock().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
-    page = expose([*core.ledger.families(), *now])
+    page = expose(with_old_names([*core.ledger.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 

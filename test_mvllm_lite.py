@@ -5890,7 +5890,7 @@ def test_what_a_server_said_long_ago_is_marked_as_old_and_not_in_the_metrics():
     fleet = with_load(fleet_of(1), (3, 0), at=100.0)
     for now, old in ((102.0, False), (103.0, True)):
         page = lite.expose(gauges_of(fleet, now))
-        assert ("mvllm_server_running{" in page) is not old and "mvllm_server_healthy{" in page
+        assert ("mvllm_server_num_requests_running{" in page) is not old and "mvllm_server_healthy{" in page
         report = lite.load_report(fleet.views(), Settings(), lite.Clock(now, 1e9))
         assert report["servers"][0]["stale"] is old
 
@@ -5904,6 +5904,19 @@ def test_the_metrics_page_is_well_formed():
         assert family.name.endswith("_total") == (family.kind == "counter")
         assert all(re.fullmatch(r"[a-z_]+", label) and label != "le" for label in family.labels)
     assert len(list(lite.parse_samples(lite.expose(families)))) >= 10
+
+
+def test_a_renamed_family_is_exposed_under_both_names_from_the_same_counts():
+    ledger = lite.Ledger()
+    families = [*ledger.families(), *gauges_of(with_load(fleet_of(1), (1, 2)))]
+    ledger.waits.note(0.3, "m")
+    page = lite.expose(lite.with_old_names(families))
+    assert lite.OLD_NAMES.keys() <= {family.name for family in families}
+    for new, old in lite.OLD_NAMES.items():
+        assert f"# HELP {old} deprecated: {new} is its name now.\n" in page
+        samples = re.findall(rf"^{new}((?:_|{{).*)", page, re.MULTILINE)
+        assert samples == re.findall(rf"^{old}((?:_|{{).*)", page, re.MULTILINE)
+    assert 'mvllm_queue_wait_seconds_count{model="m"} 1\n' in page
 
 
 FACTS = lite.RequestFacts(
@@ -9736,7 +9749,7 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
         assert [(await clients[n].answer()).status for n in (0, 1, 2, 4, 5)] == [200] * 5
         assert gated.order == [b'{"model":"m","n":%d}' % n for n in (0, 1, 2, 4, 5)] and gated.most == 2
         await running.quiet()
-        assert not running.core.requests.queue and await running.metric("mvllm_queue_wait_seconds_count") == 3
+        assert not running.core.requests.queue and await running.metric("mvllm_request_queue_time_seconds_count") == 3
 
 
 @asynchronous
@@ -9926,7 +9939,7 @@ async def test_a_prompt_goes_where_it_was_read_before():
             await client.post(body=CHAT.replace(b"word", b"wor%d" % n) if n % 2 else CHAT)
         whole = Counter(server.url for server in servers for asked in server.asked if asked.body == CHAT)
         assert sorted(whole.values()) == [4]
-        assert await running.metric("mvllm_prefix_tokens_expected_total") > 3 * 1000
+        assert await running.metric("mvllm_prefix_cache_expected_tokens_total") > 3 * 1000
         assert await running.metric("mvllm_decisions_total", policy="unified", reason="cache") >= 3
 
 
@@ -11817,7 +11830,8 @@ async def test_time_to_the_first_token_is_of_streams_alone():
         await client.post(body=b'{"model":"m","stream":true}')
         (row,) = (await client.get("/status.json")).json["servers"]
         assert 0 < row["ttft_p50_s"] <= row["ttft_p95_s"] < 5
-        assert len(running.core.recent.history(row["url"]).ttfb) == 1
+        assert await running.metric("mvllm_time_to_first_token_seconds_count", model="m") == 1
+        assert await running.metric("mvllm_time_to_first_byte_seconds_count", model="m") == 2
 
 
 def test_an_event_that_comes_again_and_again_is_one_with_a_count():
