@@ -65,12 +65,13 @@ of itself and of earlier rooms only.
     47  front         where clients come in: connections accepted, requests let in
     48  handover      one process takes over from another, without a gap
     49  following     the settings file, and the files that it names
-    50  balancer      assembly: settings and roster adopted, running, draining, stopping
-    51  page          the status for a browser: one HTML string
-    52  doctor        what is amiss with servers and settings, and what to do about it
-    53  demo          simulated vLLM servers, so that everything runs on a laptop
-    54  process       signals, the terminal, systemd, limits of the system
-    55  command line  arguments, environment, logging, exit codes
+    50  commands      subcommands as rows; settings from file, environment and flags
+    51  balancer      assembly: settings and roster adopted, running, draining, stopping
+    52  process       signals, the terminal, systemd, limits of the system
+    53  page          the status for a browser: one HTML string
+    54  doctor        what is amiss with servers and settings, and what to do about it
+    55  demo          simulated vLLM servers, so that everything runs on a laptop
+    56  command line  arguments, environment, logging, exit codes
 
 A request walks through the rooms like this.  The `Front` (47) reads a head from the client's
 `Wire` (31) and parses it (NN).  A local path is answered in room 46; everything else is an
@@ -13214,7 +13215,124 @@ class Follower:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  balancer
+#  50  commands
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Subcommands are rows, each registered by the room that it is of; the command line knows none of
+# them by name.  What several of them need: the settings that file, environment and flags make.
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in the help, what adds its arguments, what it does (which returns the
+    exit code, or raises SettingsError), and arguments of an example."""
+
+    line: str
+    add_arguments: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
+    example: str
+    parser: Mapping[str, Any]  # keywords of its ArgumentParser
+
+
+# To add a subcommand: decorate what it does.
+COMMANDS: dict[str, Command] = {}
+DEFAULT_CONFIG = "servers.toml"
+C = TypeVar("C", bound=Callable[[argparse.Namespace], int])
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def command(
+    name: str, line: str, add_arguments: Callable[[argparse.ArgumentParser], object] = no_arguments,
+    example: str = "", **parser: Any,
+) -> Callable[[C], C]:  # fmt: skip
+    """Registers the decorated function as a subcommand."""
+
+    def register(run: C) -> C:
+        COMMANDS[name] = Command(line, add_arguments, run, example, parser)
+        return run
+
+    return register
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The argument that names the settings file."""
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
+    given.add_argument("--config", metavar="FILE", help="the same")
+
+
+def config_path(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> str:
+    return args.file or args.config or os.environ.get("CONFIG_PATH") or default
+
+
+def fail(message: str) -> int:
+    print(f"mvllm_lite: {message}", file=sys.stderr)
+    return 1
+
+
+def strange_host(environ: Mapping[str, str]) -> str:
+    """A HOST that is no address to listen on: conda and some shells set one, too."""
+    host = environ.get("HOST", "")
+    try:
+        ipaddress.ip_address(host or "::")
+    except ValueError:
+        return "" if host.lower() == "localhost" else host
+    return ""
+
+
+def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
+    """What is wrong with the environment, and ignored."""
+    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
+        return []
+    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
+    return [Complaint("environment HOST", 0, "host", text)]
+
+
+def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
+    """What flags and environment say: they win over the file."""
+    found: dict[str, tuple[Any, str]] = {}
+    if strange_host(environ):
+        environ = {**environ, "HOST": ""}
+    for key, field in CONFIG_FIELDS.items():
+        if name := field.metadata["env"] and environ.get(field.metadata["env"]):
+            found[key] = name, f"environment {field.metadata['env']}"
+    for key in ("host", "port", "log_level"):
+        if getattr(args, key, None) is not None:
+            found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
+    for key, flag in (("log_to_console", "console"), ("show_models", "model")):
+        if getattr(args, flag, False):
+            found[key] = True, f"--{flag}"
+    if getattr(args, "server", None):
+        entries = [{"url": url} for url in args.server]
+        for entry, load in zip(entries, args.max_load or ()):
+            entry["max_concurrent_requests"] = load
+        found["servers"] = entries, "--server"
+    return found
+
+
+def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
+    """From a file, or from overrides alone where `path` is ''.  Raises SettingsError."""
+    if not path:
+        return parse_settings("", "command line", overrides)
+    try:
+        toml = SettingsFile(path).text()
+    except SettingsError as error:
+        hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
+        raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
+    return parse_settings(toml, path, overrides)
+
+
+def printable(text: str) -> str:
+    """What servers say must not steer the terminal, or end the report."""
+    encoding = sys.stdout.encoding or "ascii"
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  51  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -13435,7 +13553,123 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  page
+#  52  process
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
+# the process that it succeeds.
+
+Runner = Callable[[Balancer], Awaitable[None]]
+# What a terminal shows in place of log lines while a balancer runs.
+SCREENS: list[Callable[[Balancer], contextlib.AbstractAsyncContextManager[None]]] = []
+
+
+def notify_ready() -> None:
+    """To the process that this one succeeds, and to systemd."""
+    tell_predecessor()
+    tell_systemd(f"READY=1\nMAINPID={os.getpid()}")
+
+
+def tell_systemd(state: str) -> None:
+    """As sd_notify(3) does, if systemd has started us."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)  # nobody may be reading
+            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+            sock.send(state.encode())
+
+
+async def feed_watchdog() -> None:
+    """Tell systemd that the event loop turns, twice in each WatchdogSec, if that is set.  A
+    successor does, too, although WATCHDOG_PID names its predecessor."""
+    with contextlib.suppress(ValueError):
+        period_s = int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
+        while period_s > 0 and os.environ.get("NOTIFY_SOCKET"):
+            tell_systemd("WATCHDOG=1")
+            await asyncio.sleep(period_s / 2)
+
+
+def follow_signals(balancer: Balancer, upgradable: bool) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        tell_systemd("STOPPING=1")
+        balancer.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, balancer.follower.look_now)
+    balancer.handover.taken_back = notify_ready
+    if upgradable:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
+
+
+def announce(balancer: Balancer, hint: str) -> None:
+    """It listens."""
+    s, limit = balancer.core.settings, balancer.core.clients.limit
+    url, second = own_url(s, s.host, balancer.port), operator_address(s)
+    if hint:
+        print(hint.format(url=url, server=s.servers[0].url), flush=True)
+    notify_ready()
+    log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
+             __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
+    if second is not None:
+        log.info("metrics, status and admin are on %s alone",
+                 own_url(s, second[0], balancer.operator_port))
+    if limit < 0.9 * s.max_connections:
+        log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
+                    s.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)
+
+
+def serve_until_stopped(
+    start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
+) -> int:
+    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
+    or with log lines."""
+
+    async def run(balancer: Balancer) -> None:
+        core, terminal = balancer.core, sys.stdout.isatty()
+        follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
+        core.news.subscribers.append(functools.partial(
+            saying_requests, lambda: core.settings.log_to_console or not terminal))
+        raise_descriptor_limit()
+        watchdog = asyncio.ensure_future(feed_watchdog())
+        with contextlib.ExitStack() as logs:
+            if not hint:
+                logs.enter_context(logging_to_files(core.settings, core.news.subscribers))
+            async with contextlib.AsyncExitStack() as shown:
+                for one in SCREENS if screen else ():
+                    await shown.enter_async_context(one(balancer))
+                await balancer.run(functools.partial(announce, balancer, hint))
+            log.info("stopped")
+        watchdog.cancel()
+
+    async def started() -> None:
+        await start(run)
+
+    freeze_gc()
+    asyncio.run(started())
+    return 0
+
+
+def freeze_gc() -> None:
+    """After loading, before serving: what is there now stays, so the collector of garbage need not
+    look at it again and again, nor as often; some 5 to 10 % of a small request."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def raise_descriptor_limit() -> None:
+    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  53  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13831,7 +14065,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  52  doctor
+#  54  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -14045,8 +14279,41 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
     return findings
 
 
+@command("check-config", "read the settings and ask every server", add_config,
+         example="check-config servers.toml")
+def check_config(args: argparse.Namespace) -> int:
+    """Read the settings, examine every server at the same time, and print what was found."""
+    path = config_path(args)
+    settings, warnings = load_settings(path, overrides_from(args, os.environ))
+    for warning in (*warn_of(os.environ, args), *warnings):
+        print(f"warning: {warning}")
+    secrets = Secrets(settings)
+    raise_descriptor_limit()
+
+    async def examine_all() -> list[Examined]:
+        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
+
+    found = asyncio.run(examine_all())
+    for server, one in zip(settings.servers, found):
+        capacity = server.max_concurrent_requests or "auto"
+        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
+        print_findings(one.findings)
+    print_findings(own_findings(settings, found, descriptors_allow()))
+    print_findings(mode_findings({
+        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
+    usable = sum(one.usable for one in found)
+    capacity = sum(server.max_concurrent_requests for server in settings.servers)
+    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
+    return 0 if usable else 2
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  53  demo
+#  55  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14353,75 +14620,156 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
         await run(Balancer(dataclasses.replace(settings, servers=listed)))
 
 
+DEMO_HINT = """
+Ask it something:
+
+    curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{{"model": "demo-model", "stream": true, "messages": [{{"role": "user",
+             "content": "Hello"}}]}}'
+
+Look at it:          curl {url}/load-stats
+Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)
+"""
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
+    parser.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("-c", "--console", action="store_true", help="a log line for each request")
+
+
+@command("demo", "try it in front of simulated servers", add_demo, example="demo")
+def run_demo(args: argparse.Namespace) -> int:
+    settings, _ = parse_settings("servers = []", "demo", overrides_from(args, {}))
+    if args.servers < 1:
+        return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
+    with logging_to_stdout(settings.log_level):
+        return serve_until_stopped(lambda run: demo(args.servers, settings, run), DEMO_HINT)
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  54  process
+#  56  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
-# the process that it succeeds.
+# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
+# used, 2 wrong arguments or, from check-config, no server can be used.
 
-Runner = Callable[[Balancer], Awaitable[None]]
+EPILOG = """\
+examples:
+  mvllm_lite.py servers.toml                        serve what the file describes
+  mvllm_lite.py run --config servers.toml --port 9000 --console
+  mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8{examples}
 
-
-def notify_ready() -> None:
-    """To the process that this one succeeds, and to systemd."""
-    tell_predecessor()
-    tell_systemd(f"READY=1\nMAINPID={os.getpid()}")
-
-
-def tell_systemd(state: str) -> None:
-    """As sd_notify(3) does, if systemd has started us."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)  # nobody may be reading
-            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-            sock.send(state.encode())
+A flag wins over the environment, that over the file, and that over the default.  The environment
+is CONFIG_PATH, {env}.
+SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
+SIGUSR2 has a new process take over.
+"""
 
 
-async def feed_watchdog() -> None:
-    """Tell systemd that the event loop turns, twice in each WatchdogSec, if that is set.  A
-    successor does, too, although WATCHDOG_PID names its predecessor."""
-    with contextlib.suppress(ValueError):
-        period_s = int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
-        while period_s > 0 and os.environ.get("NOTIFY_SOCKET"):
-            tell_systemd("WATCHDOG=1")
-            await asyncio.sleep(period_s / 2)
+def argument_parser() -> argparse.ArgumentParser:
+    env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
+    rows = sorted(COMMANDS.items())
+    examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
+                       for _, row in rows if row.example)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="mvllm_lite.py", epilog=EPILOG.format(examples=examples, env=env),
+        description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, row in rows:
+        added = commands.add_parser(name, help=row.line, **row.parser)
+        row.add_arguments(added)
+        added.set_defaults(run=row.run, print_help=added.print_help)
+    return parser
 
 
-@contextlib.asynccontextmanager
-async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
-    """The screen, in place of log lines, for as long as the terminal takes part."""
-    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
-    doing = set[asyncio.Future[Any]]()
+def add_run(parser: argparse.ArgumentParser) -> None:
+    # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
+    add_config(parser)
+    parser.add_argument("--help", action="help", help="show this help message and exit")
+    parser.add_argument("--server", nargs="+", action="extend", metavar="URL",
+                        help="servers, in place of the file's")  # fmt: skip
+    parser.add_argument("--max-load", nargs="+", action="extend", metavar="N",
+                        help="their max_concurrent_requests")  # fmt: skip
+    parser.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
+    parser.add_argument("-p", "--port", help="port to listen on")
+    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
+    parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
+    parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
+    parser.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
 
-    def act(action: Action) -> None:
-        if action.verb == "quit":
-            balancer.stop()
-        elif action.verb in OPERATIONS:
-            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
-            task.add_done_callback(doing.discard)
 
-    def hold(held: bool) -> None:
-        for one in lines:
-            (log.removeHandler if held else log.addHandler)(one)
+@command("run", "serve; also without the word", add_run, add_help=False)
+def run_balancer(args: argparse.Namespace) -> int:
+    if args.host == "":
+        args.print_help()
+        return 0
+    if args.max_load and len(args.max_load) != len(args.server or ()):
+        return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
+                    " servers, expected one for each")  # fmt: skip
+    path = config_path(args, "" if args.server else DEFAULT_CONFIG)
+    overrides = overrides_from(args, os.environ)
+    settings, warnings = load_settings(path, overrides)
+    with logging_to_stdout(settings.log_level):
+        for warning in (*warn_of(os.environ, args), *warnings):
+            log.warning("%s", warning)
+        inherited = inherited_sockets()
+        lines_wanted = settings.log_to_console  # --console, too
 
-    screen = ScreenProcess(core.status, act, hold)
-    balancer.handover.before = screen.close
+        def start(run: Runner) -> Awaitable[None]:
+            balancer = Balancer(settings, path, overrides, inherited)
+            inherit_changes(balancer.core.roster)
+            return run(balancer)
+
+        return serve_until_stopped(
+            start,
+            screen=sys.stdout.isatty() and not (lines_wanted or inherited[SOCKETS_ENV]))
+
+
+@command("version", "print the version")
+def print_version(args: argparse.Namespace) -> int:
+    print(f"mvllm_lite {__version__}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):  # None, where they were closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        argv = ["run", *argv]
+    args = argument_parser().parse_args(argv)
     try:
-        yield
-    finally:
-        await screen.close()
+        return int(args.run(args))
+    except SettingsError as error:
+        text = str(error)
+        if getattr(args, "file", None) and not os.path.exists(args.file):
+            text += did_you_mean(args.file, COMMANDS)
+        return fail(text)
 
 
-async def act_on_server(core: Core, action: Action) -> None:
-    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
-    try:
-        server = server_named(core, action.url)
-        found = await OPERATIONS[action.verb](core, server)
-        if action.verb == "probe":
-            log.info("by hand: %s probed: %s", action.url, json.dumps(found))
-    except (LookupError, PeerGone) as error:
-        log.warning("%s", error.args[0])
+def add_upgrade(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("-p", "--port", help="the port it listens on")
+    parser.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
+
+
+@command("upgrade", "have a running balancer continue as a new process, without a gap", add_upgrade)
+def run_upgrade(args: argparse.Namespace) -> int:
+    """Find the running balancer by its port, check what its successor will read, and tell it."""
+    settings, _ = load_settings(config_path(args), overrides_from(args, os.environ))
+    Secrets(settings)
+    well, text = upgrade_running(settings, args.pid or 0)
+    if not well:
+        return fail(text)
+    print(text)
+    return 0
 
 
 TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
@@ -14465,326 +14813,59 @@ async def answer_of(
     return found, "" if status == 200 else f"{status}: {message}"
 
 
-def follow_signals(balancer: Balancer, upgradable: bool) -> None:
-    loop = asyncio.get_running_loop()
+@SCREENS.append
+@contextlib.asynccontextmanager
+async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
+    """The screen, in place of log lines, for as long as the terminal takes part."""
+    if not in_foreground(1):
+        yield
+        return
+    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
+    doing = set[asyncio.Future[Any]]()
 
-    def stop() -> None:
-        tell_systemd("STOPPING=1")
-        balancer.stop()
+    def act(action: Action) -> None:
+        if action.verb == "quit":
+            balancer.stop()
+        elif action.verb in OPERATIONS:
+            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
+            task.add_done_callback(doing.discard)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, balancer.follower.look_now)
-    balancer.handover.taken_back = notify_ready
-    if upgradable:
-        command = [sys.executable, *sys.orig_argv[1:]]
-        loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
+    def hold(held: bool) -> None:
+        for one in lines:
+            (log.removeHandler if held else log.addHandler)(one)
 
-
-def announce(balancer: Balancer, hint: str) -> None:
-    """It listens."""
-    s, limit = balancer.core.settings, balancer.core.clients.limit
-    url, second = own_url(s, s.host, balancer.port), operator_address(s)
-    if hint:
-        print(hint.format(url=url, server=s.servers[0].url), flush=True)
-    notify_ready()
-    log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-             __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
-    if second is not None:
-        log.info("metrics, status and admin are on %s alone",
-                 own_url(s, second[0], balancer.operator_port))
-    if limit < 0.9 * s.max_connections:
-        log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
-                    s.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], limit)
-
-
-def serve_until_stopped(
-    start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
-) -> int:
-    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
-    or with log lines."""
-
-    async def run(balancer: Balancer) -> None:
-        core, terminal = balancer.core, sys.stdout.isatty()
-        follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
-        core.news.subscribers.append(functools.partial(
-            saying_requests, lambda: core.settings.log_to_console or not terminal))
-        raise_descriptor_limit()
-        on_screen = screen and in_foreground(1)
-        watchdog = asyncio.ensure_future(feed_watchdog())
-        with contextlib.ExitStack() as logs:
-            if not hint:
-                logs.enter_context(logging_to_files(core.settings, core.news.subscribers))
-            async with screen_shown(balancer) if on_screen else contextlib.nullcontext():
-                await balancer.run(functools.partial(announce, balancer, hint))
-            log.info("stopped")
-        watchdog.cancel()
-
-    async def started() -> None:
-        await start(run)
-
-    freeze_gc()
-    asyncio.run(started())
-    return 0
-
-
-def freeze_gc() -> None:
-    """After loading, before serving: what is there now stays, so the collector of garbage need not
-    look at it again and again, nor as often; some 5 to 10 % of a small request."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-def raise_descriptor_limit() -> None:
-    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  55  command line
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
-# used, 2 wrong arguments or, from check-config, no server can be used.
-
-DEFAULT_CONFIG = "servers.toml"
-EXAMPLES = """\
-examples:
-  mvllm_lite.py servers.toml                        serve what the file describes
-  mvllm_lite.py run --config servers.toml --port 9000 --console
-  mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8
-  mvllm_lite.py check-config servers.toml           examine the file and every server
-  mvllm_lite.py demo                                try it without any server
-  mvllm_lite.py top http://10.0.0.9:8888            the screen, of a balancer elsewhere
-  mvllm_lite.py replay sessions --policy all        compare policies in a model of the servers
-
-A flag wins over the environment, that over the file, and that over the default.  The environment
-is CONFIG_PATH, {env}.
-SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
-SIGUSR2 has a new process take over.
-"""
-DEMO_HINT = """
-Ask it something:
-
-    curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-        -d '{{"model": "demo-model", "stream": true, "messages": [{{"role": "user",
-             "content": "Hello"}}]}}'
-
-Look at it:          curl {url}/load-stats
-Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
-    parser = argparse.ArgumentParser(
-        prog="mvllm_lite.py", epilog=EXAMPLES.format(env=env),
-        description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-
-    def config(command: argparse.ArgumentParser) -> None:
-        given = command.add_mutually_exclusive_group()
-        given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
-        given.add_argument("--config", metavar="FILE", help="the same")
-
-    # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
-    run = commands.add_parser("run", help="serve; also without the word", add_help=False)
-    config(run)
-    run.add_argument("--help", action="help", help="show this help message and exit")
-    run.add_argument("--server", nargs="+", action="extend", metavar="URL",
-                     help="servers, in place of the file's")  # fmt: skip
-    run.add_argument("--max-load", nargs="+", action="extend", metavar="N",
-                     help="their max_concurrent_requests")  # fmt: skip
-    run.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
-    run.add_argument("-p", "--port", help="port to listen on")
-    run.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
-    run.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
-    run.add_argument("-m", "--model", action="store_true", help="name models in state changes")
-    run.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
-    run.set_defaults(do=run_balancer, print_help=run.print_help)
-    check = commands.add_parser("check-config", help="read the settings and ask every server")
-    config(check)
-    check.set_defaults(do=check_config)
-    show = commands.add_parser("demo", help="try it in front of simulated servers")
-    show.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
-    show.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
-    show.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    show.add_argument("-c", "--console", action="store_true", help="a log line for each request")
-    show.set_defaults(do=run_demo)
-    upgrade = commands.add_parser(
-        "upgrade", help="have a running balancer continue as a new process, without a gap")
-    config(upgrade)
-    upgrade.add_argument("-p", "--port", help="the port it listens on")
-    upgrade.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
-    upgrade.set_defaults(do=run_upgrade)
-    top = commands.add_parser("top", help="the screen, of a balancer that runs elsewhere")
-    top.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}", metavar="URL",
-                     help="where it listens (default %(default)s)")  # fmt: skip
-    top.add_argument("--key-file", default="", metavar="FILE", help="holds a key for status and admin")
-    top.add_argument("--ca-file", default="", metavar="FILE", help="https: certificates to trust")
-    top.add_argument("--insecure", action="store_true", help="https: trust any certificate")
-    top.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of the balancer that started it
-    top.set_defaults(do=run_top)
-    add_replay(commands)
-    version = commands.add_parser("version", help="print the version")
-    version.set_defaults(do=lambda args: print(f"mvllm_lite {__version__}") or 0)
-    return parser
-
-
-def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
-    """For argparse: a number of a reasonable size."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if 1e-3 <= (found := kind(word)) <= 1e7:
-            return found
-    raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
-
-
-def add_replay(commands: Any) -> None:
-    replay = commands.add_parser(
-        "replay", help="try policies on recorded traffic, in a model",
-        description="Which policy for my traffic? Would a server more help? Requests that the"
-                    " settings' queue holds wait there as long as it takes.")  # fmt: skip
-    replay.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
-                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
-    replay.add_argument("--policy", action="append", metavar="NAME",
-                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
-    replay.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
-    replay.add_argument("--fleet", nargs="+", metavar="KIND",
-                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
-    replay.add_argument("--add-server", action="append", metavar="KIND", help="one more")
-    replay.add_argument("--auto", action="store_true", help="capacities are to be learned")
-    replay.add_argument(
-        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
-    replay.add_argument(
-        "--limit", type=functools.partial(positive, kind=int), metavar="N",
-        help="the first N requests")
-    replay.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
-    replay.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
-    replay.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
-    replay.set_defaults(do=run_replay)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):  # None, where they were closed
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    commands = ("run", "check-config", "demo", "top", "upgrade", "replay", "version")
-    if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
-        argv = ["run", *argv]
-    args = argument_parser().parse_args(argv)
+    screen = ScreenProcess(core.status, act, hold)
+    balancer.handover.before = screen.close
     try:
-        return int(args.do(args))
-    except SettingsError as error:
-        text = str(error)
-        if getattr(args, "file", None) and not os.path.exists(args.file):
-            text += did_you_mean(args.file, commands)
-        return fail(text)
+        yield
+    finally:
+        await screen.close()
 
 
-def fail(message: str) -> int:
-    print(f"mvllm_lite: {message}", file=sys.stderr)
-    return 1
-
-
-def strange_host(environ: Mapping[str, str]) -> str:
-    """A HOST that is no address to listen on: conda and some shells set one, too."""
-    host = environ.get("HOST", "")
+async def act_on_server(core: Core, action: Action) -> None:
+    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
     try:
-        ipaddress.ip_address(host or "::")
-    except ValueError:
-        return "" if host.lower() == "localhost" else host
-    return ""
+        server = server_named(core, action.url)
+        found = await OPERATIONS[action.verb](core, server)
+        if action.verb == "probe":
+            log.info("by hand: %s probed: %s", action.url, json.dumps(found))
+    except (LookupError, PeerGone) as error:
+        log.warning("%s", error.args[0])
 
 
-def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    """What is wrong with the environment, and ignored."""
-    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
-        return []
-    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
-    return [Complaint("environment HOST", 0, "host", text)]
+def add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}",
+                        metavar="URL", help="where it listens (default %(default)s)")  # fmt: skip
+    parser.add_argument("--key-file", default="", metavar="FILE",
+                        help="holds a key for status and admin")  # fmt: skip
+    parser.add_argument("--ca-file", default="", metavar="FILE",
+                        help="https: certificates to trust")  # fmt: skip
+    parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
+    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of who has started it
 
 
-def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
-    """What flags and environment say: they win over the file."""
-    found: dict[str, tuple[Any, str]] = {}
-    if strange_host(environ):
-        environ = {**environ, "HOST": ""}
-    for key, field in CONFIG_FIELDS.items():
-        if name := field.metadata["env"] and environ.get(field.metadata["env"]):
-            found[key] = name, f"environment {field.metadata['env']}"
-    for key in ("host", "port", "log_level"):
-        if getattr(args, key, None) is not None:
-            found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
-    for key, flag in (("log_to_console", "console"), ("show_models", "model")):
-        if getattr(args, flag, False):
-            found[key] = True, f"--{flag}"
-    if getattr(args, "server", None):
-        entries = [{"url": url} for url in args.server]
-        for entry, load in zip(entries, args.max_load or ()):
-            entry["max_concurrent_requests"] = load
-        found["servers"] = entries, "--server"
-    return found
-
-
-def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
-    """From a file, or from overrides alone where `path` is ''.  Raises SettingsError."""
-    if not path:
-        return parse_settings("", "command line", overrides)
-    try:
-        toml = SettingsFile(path).text()
-    except SettingsError as error:
-        hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
-        raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
-    return parse_settings(toml, path, overrides)
-
-
-def run_balancer(args: argparse.Namespace) -> int:
-    if args.host == "":
-        args.print_help()
-        return 0
-    if args.max_load and len(args.max_load) != len(args.server or ()):
-        return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
-                    " servers, expected one for each")  # fmt: skip
-    named = args.file or args.config or os.environ.get("CONFIG_PATH")
-    path = named or ("" if args.server else DEFAULT_CONFIG)
-    overrides = overrides_from(args, os.environ)
-    settings, warnings = load_settings(path, overrides)
-    with logging_to_stdout(settings.log_level):
-        for warning in (*warn_of(os.environ, args), *warnings):
-            log.warning("%s", warning)
-        inherited = inherited_sockets()
-        lines_wanted = settings.log_to_console  # --console, too
-
-        def start(run: Runner) -> Awaitable[None]:
-            balancer = Balancer(settings, path, overrides, inherited)
-            inherit_changes(balancer.core.roster)
-            return run(balancer)
-
-        return serve_until_stopped(
-            start,
-            screen=sys.stdout.isatty() and not (lines_wanted or inherited[SOCKETS_ENV]))
-
-
-def run_upgrade(args: argparse.Namespace) -> int:
-    """Find the running balancer by its port, check what its successor will read, and tell it."""
-    path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
-    settings, _ = load_settings(path, overrides_from(args, os.environ))
-    Secrets(settings)
-    well, text = upgrade_running(settings, args.pid or 0)
-    if not well:
-        return fail(text)
-    print(text)
-    return 0
-
-
+@command("top", "the screen, of a balancer that runs elsewhere", add_top,
+         example="top http://10.0.0.9:8888")
 def run_top(args: argparse.Namespace) -> int:
     """The screen: of the balancer that has started this process, or of one elsewhere."""
     if args.socket is not None:
@@ -14807,14 +14888,39 @@ def run_top(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(args: argparse.Namespace) -> int:
-    settings, _ = parse_settings("servers = []", "demo", overrides_from(args, {}))
-    if args.servers < 1:
-        return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
-    with logging_to_stdout(settings.log_level):
-        return serve_until_stopped(lambda run: demo(args.servers, settings, run), DEMO_HINT)
+def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
+    """For argparse: a number of a reasonable size."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if 1e-3 <= (found := kind(word)) <= 1e7:
+            return found
+    raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
 
 
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
+                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
+    parser.add_argument("--policy", action="append", metavar="NAME",
+                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
+    parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
+    parser.add_argument("--fleet", nargs="+", metavar="KIND",
+                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
+    parser.add_argument("--add-server", action="append", metavar="KIND", help="one more")
+    parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
+    parser.add_argument(
+        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
+    parser.add_argument(
+        "--limit", type=functools.partial(positive, kind=int), metavar="N",
+        help="the first N requests")
+    parser.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
+    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
+    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
+
+
+@command(
+    "replay", "try policies on recorded traffic, in a model", add_replay,
+    example="replay sessions --policy all",
+    description="Which policy for my traffic? Would a server more help? Requests that the settings'"
+                " queue holds wait there as long as it takes.")  # fmt: skip
 def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace under each of the policies that are asked for, and print the table."""
     if args.config:
@@ -14905,44 +15011,6 @@ def progress_bar(name: str) -> Callable[[float], None]:
         print(f"\r{name[:18]:18} [{bar:40}] {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
 
     return draw if sys.stderr.isatty() else lambda share: None
-
-
-def check_config(args: argparse.Namespace) -> int:
-    """Read the settings, examine every server at the same time, and print what was found."""
-    path = args.file or args.config or os.environ.get("CONFIG_PATH") or DEFAULT_CONFIG
-    settings, warnings = load_settings(path, overrides_from(args, os.environ))
-    for warning in (*warn_of(os.environ, args), *warnings):
-        print(f"warning: {warning}")
-    secrets = Secrets(settings)
-    raise_descriptor_limit()
-
-    async def examine_all() -> list[Examined]:
-        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
-
-    found = asyncio.run(examine_all())
-    for server, one in zip(settings.servers, found):
-        capacity = server.max_concurrent_requests or "auto"
-        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
-        print_findings(one.findings)
-    print_findings(own_findings(settings, found, descriptors_allow()))
-    print_findings(mode_findings({
-        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
-    usable = sum(one.usable for one in found)
-    capacity = sum(server.max_concurrent_requests for server in settings.servers)
-    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
-    return 0 if usable else 2
-
-
-def print_findings(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
-
-
-def printable(text: str) -> str:
-    """What servers say must not steer the terminal, or end the report."""
-    encoding = sys.stdout.encoding or "ascii"
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":
