@@ -9251,52 +9251,54 @@ class Secrets:
     def __init__(self, settings: Settings = Settings(), before: Secrets | None = None) -> None:
         self.files: dict[str, bytes] = {}  # all that was read
         self.strangers = set[str]()  # servers that are shown no client's key
-        self.keys = [(key, key.key or self._word(key.key_file)) for key in settings.keys]
+        self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         self.server_keys = {
-            server.url: server.api_key or (server.api_key_file and self._word(server.api_key_file))
-            or settings.api_key for server in settings.servers
+            server.url: server.api_key or self._read_key(server.api_key_file) or settings.api_key
+            for server in settings.servers
         }
         self.contexts: dict[str, ssl.SSLContext] = {}
-        self._made_of: dict[str, tuple[Any, ...]] = {}
+        self._made_from: dict[str, tuple[Any, ...]] = {}
         for server in settings.servers:
-            self._trust(server, before)
+            self._make_context(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
             for path in (settings.tls_cert, settings.tls_key):
                 self._read(path)
-            self.listener = self._checked(listener_context, settings)
+            self.listener = self._load(listener_context, settings)
 
     def adopt(self, server: ServerSettings) -> None:
         """Take over a server that the settings do not name: it gets its own key alone, as it is
         only as honest as who has named it.  No file is read."""
         self.server_keys[server.url] = server.api_key
         self.strangers.add(server.url)
-        self._trust(server, self)
+        self._make_context(server, self)
 
-    def _trust(self, server: ServerSettings, before: Secrets | None) -> None:
+    def _make_context(self, server: ServerSettings, before: Secrets | None) -> None:
         """Make what an https server is verified with, where that is not the usual."""
         files = [path for path in (server.ca_file, server.client_cert) if path]
-        url, wanted = server.url, (server, *map(self._read, files))
+        url, made_from = server.url, (server, *map(self._read, files))
         if server.verify and not files:
             self.contexts.pop(url, None)
             return
-        known = before is not None and before._made_of.get(url) == wanted
-        self.contexts[url] = (before.contexts[url] if before is not None and known
-                              else self._checked(server_context, server))  # fmt: skip
-        self._made_of[url] = wanted
+        if before is not None and before._made_from.get(url) == made_from:
+            self.contexts[url] = before.contexts[url]
+        else:
+            self.contexts[url] = self._load(server_context, server)
+        self._made_from[url] = made_from
 
     def _read(self, path: str) -> bytes:
         self.files[path] = read_regular_file(path)
         return self.files[path]
 
-    def _word(self, path: str) -> str:
+    def _read_key(self, path: str) -> str:
+        """The key in a file; '' where none is named."""
         try:
-            return secret(self._read(path).decode("ascii").strip())
+            return path and secret(self._read(path).decode("ascii").strip())
         except ValueError as error:
             text = f"holds {'no ASCII text' if isinstance(error, UnicodeError) else 'no key'}"
             raise SettingsError([Complaint(path, 0, "", text)]) from None
 
-    def _checked(self, make: Callable[[Any], ssl.SSLContext], given: Any) -> ssl.SSLContext:
+    def _load(self, make: Callable[[Any], ssl.SSLContext], given: Any) -> ssl.SSLContext:
         try:
             return make(given)
         except OSError as error:  # ssl.SSLError is one
@@ -9350,17 +9352,17 @@ class Upstream:
         self.is_tls = parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.is_tls else 80)
         self.name = name  # ours, for servers that are balancers, too
-        self.key = self.key_line = ""  # for the server, in place of a client's
+        self.key_line = ""  # for the server, in place of a client's
         self._context: ssl.SSLContext | None = None  # in place of the usual one
         self.equip(secrets)
 
     def equip(self, secrets: Secrets) -> None:
         """Take the server's key and context from these secrets; if they are others than before,
         idle connections end."""
-        now = secrets.server_keys.get(self.url, ""), secrets.contexts.get(self.url)
-        if now != (self.key, self._context):
-            self.key, self._context = now
-            self.key_line = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
+        key = secrets.server_keys.get(self.url, "")
+        now = key and f"Authorization: Bearer {key}\r\n", secrets.contexts.get(self.url)
+        if now != (self.key_line, self._context):
+            self.key_line, self._context = now
             self.close()
 
     def tls(self) -> ssl.SSLContext | None:
@@ -14157,8 +14159,10 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
         status = await client.ask("/v1/completions", timeout_s, content, take)
     except (PeerGone, BadMessage, TimeoutError):
         return None
+    if not came:
+        return Streamed(status)
     events = sum(count for _, count in came)
-    return Streamed(status, len(came), events, came[0][0], came[-1][0]) if came else Streamed(status)
+    return Streamed(status, len(came), events, came[0][0], came[-1][0])
 
 
 # What to do about words that TLS says; the first that fits.
@@ -14432,19 +14436,15 @@ class SimulatedServer:
 
     def _metrics(self) -> str:
         used = min(1.0, 0.9 * self.running / self.kind.capacity)
-        page: list[Family] = []
-        for kind, name, value in (
-            (Gauge, "num_requests_running", self.running),
-            (Gauge, "num_requests_waiting", self.waiting),
-            (Gauge, "kv_cache_usage_perc", used),
-            (Counter, "prompt_tokens_total", self.prompt_tokens),
-            (Counter, "generation_tokens_total", self.generated_tokens),
-            (Counter, "prefix_cache_hits_total", self.cached_tokens),
-        ):
-            family: Family = kind(f"vllm:{name}", f"Simulated {name}.", "engine", "model_name")
-            family.children[("0", self.models[0])] = value
-            page.append(family)
-        return expose(page)
+        labels = f'{{engine="0",model_name="{escape(self.models[0])}"}}'
+        return "".join(f"# TYPE vllm:{name} {kind}\nvllm:{name}{labels} {value}\n" for (
+            kind, name, value) in (
+            ("gauge", "num_requests_running", self.running),
+            ("gauge", "num_requests_waiting", self.waiting),
+            ("gauge", "kv_cache_usage_perc", used),
+            ("counter", "prompt_tokens_total", self.prompt_tokens),
+            ("counter", "generation_tokens_total", self.generated_tokens),
+            ("counter", "prefix_cache_hits_total", self.cached_tokens)))
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
@@ -14501,9 +14501,10 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] |
                     " Please request fewer output tokens."), name
     if prompt.tokens < SIMULATED_LENGTH:
         return None
-    return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your prompt"
-            f" contains at least {prompt.tokens} input tokens, which exceeds this limit even without"
-            " any output tokens. Please reduce the length of the input prompt."), "input_tokens"
+    return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
+            f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit even"
+            " without any output tokens. Please reduce the length of the input prompt."
+            ), "input_tokens"  # fmt: skip
 
 
 def simulated_refusal(
