@@ -68,10 +68,10 @@ def table(*rows):
 
 
 def asynchronous(test):
-    """Run a coroutine test; one that hangs fails after 20 s."""
+    """Run a coroutine test; one that hangs fails after a minute."""
 
     async def whole(*args, **kwargs):
-        await asyncio.wait_for(test(*args, **kwargs), 20)
+        await asyncio.wait_for(test(*args, **kwargs), 60)
         for _ in range(5):  # turns of the loop in which aborted connections are closed
             await asyncio.sleep(0)
 
@@ -80,6 +80,20 @@ def asynchronous(test):
         asyncio.run(whole(*args, **kwargs))
 
     return run
+
+
+async def eventually(condition, what, within_s=30):
+    """Return what the condition says once that is true; it may be a coroutine function.
+
+    Raises AssertionError after `within_s`, which says `what` did not happen.
+    """
+    end = time.monotonic() + within_s
+    for turn in itertools.count():
+        holds = condition()
+        if holds := await holds if inspect.isawaitable(holds) else holds:
+            return holds
+        assert time.monotonic() < end, f"in {within_s} s it did not happen that {what}"
+        await asyncio.sleep(0 if turn < 200 else 0.002)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -6606,14 +6620,18 @@ async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(terminal, a
     await held.screen.close()
 
 
+def process_state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @asynchronous
 async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     held = Held(terminal)
     pid = await held.begun(terminal)
     assert handlers == {number: signal.getsignal(number) for number in signal.valid_signals()}
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
-        await asyncio.sleep(0.005)  # while it paints, curses ignores this signal
+    # While it paints, curses ignores this signal.
+    await eventually(lambda: process_state(pid) == "S", "the screen waits for keys")
     os.kill(pid, signal.SIGTSTP)
     await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
     os.kill(pid, signal.SIGCONT)
@@ -6702,8 +6720,7 @@ def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_p
     pid = re.search(r"pid (\d+)\.", terminal.read_until("q quit"))[1]
     os.kill(int(pid), signal.SIGKILL)
     terminal.read_until("\x1b[?1049l")
-    while not terminal.restored:
-        time.sleep(0.01)
+    asyncio.run(eventually(lambda: terminal.restored, "the terminal is restored"))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -7437,8 +7454,10 @@ class Running:
 
     async def quiet(self):
         """Until no request is in flight."""
-        while self.in_flight() or self.core.clients.exchanges:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: not (self.in_flight() or self.core.clients.exchanges),
+            "no request is under way any more",
+        )
 
 
 QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001, "request_timeout": 10}
@@ -7774,14 +7793,14 @@ async def test_an_id_that_is_said_of_several_requests_is_not_shared_by_parallel_
         clients = [await running.client() for _ in range(3)]
         for client in clients:
             await client.ask("POST", "/v1/x", b"{}", [f"{field}: c"])
-        while len(server.asked) < 3:
-            await asyncio.sleep(0)
+        await eventually(lambda: len(server.asked) == 3, "three requests reach the server")
         gated.let(3)
         shown = [(await client.answer()).get("x-request-id") for client in clients]
         assert sorted(shown) == sorted(asked.get("x-request-id")[0] for asked in server.asked)
         assert len(set(shown)) == (1 if shared else 3) and all(re.fullmatch(r"c(-[0-9a-f]{8})?", id) for id in shown)
-        while running.core.clients.exchanges:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: not running.core.clients.exchanges, "no request is under way any more"
+        )
         assert not running.core.clients.ids
         gated.let(1)
         assert (await clients[0].post("/v1/x", fields=[f"{field}: c"])).get("x-request-id") == "c"  # one after the other
@@ -8046,18 +8065,15 @@ async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_see
         if not at_once:
             client.writer.write(early)
         (wire,) = running.core.clients.tasks
-        while not wire.held:
-            await asyncio.sleep(0)
+        await eventually(lambda: wire.held, "what came too early is held")
         assert lite.AHEAD_BYTES == len(wire.buffer) == wire.counted
         assert running.core.clients.backlog.bytes == len(wire.buffer) + len(content)
         if ahead > 100_000:  # so much of it is on the way that an orderly end would not come through
             client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-        while running.in_flight():
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not running.in_flight(), "nothing is in flight any more")
         assert running.requests()[0]["end"] == "client_gone"
-        while running.core.clients.tasks:
-            await asyncio.sleep(0)
+        await eventually(lambda: not running.core.clients.tasks, "the client's leaving is seen")
         assert running.core.clients.backlog.bytes == 0 and not running.core.clients.backlog._stopped
 
 
@@ -8068,8 +8084,7 @@ async def test_what_a_client_said_too_early_is_answered_when_it_is_its_turn():
         await client.ask("POST", "/v1/x", b"{}")
         sending = asyncio.ensure_future(client.send(EARLY * 2000))
         (wire,) = running.core.clients.tasks
-        while not wire.held:
-            await asyncio.sleep(0)
+        await eventually(lambda: wire.held, "what came too early is held")
         gated.let(1)
         for _ in range(2001):
             assert (await client.answer()).status == 200
@@ -8083,8 +8098,10 @@ async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
         client = await running.client()
         head = b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 50_000
         await client.send(head)
-        while running.core.clients.backlog.bytes < len(head):
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: running.core.clients.backlog.bytes >= len(head),
+            "the pieces of the head are counted",
+        )
         await client.send(b"\r\n\r\n")
         await server.came.wait()
         assert 50_000 < running.core.clients.backlog.bytes < 51_000  # and while it waits for its answer
@@ -8105,11 +8122,11 @@ async def test_changes_by_hand_take_small_content_and_hold_nothing_afterwards():
         await client.send(said + b"[1" + b",1" * 149_998 + b" ]")
         assert (await client.answer()).status == 413
         await leaving.send(said + b"x" * 100_000)
-        while running.core.clients.backlog.bytes < 100_000:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: running.core.clients.backlog.bytes >= 100_000, "the content is held"
+        )
         leaving.close()
-        while len(running.core.clients.tasks) > 1:
-            await asyncio.sleep(0)
+        await eventually(lambda: len(running.core.clients.tasks) <= 1, "all other connections are gone")
         assert running.core.clients.backlog.bytes == 0
 
 
@@ -8474,8 +8491,10 @@ async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
     async with balancing(Server(models=many), **settings) as running:
         client = await small_window(running)
         await client.ask("GET", "/v1/models")
-        while not any(wire.blocked for wire in running.core.clients.tasks):
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: any(wire.blocked for wire in running.core.clients.tasks),
+            "the client takes no more",
+        )
         if then == "stop":
             running.balancer.stop()
         elif then == "crowd":
@@ -8488,9 +8507,12 @@ async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
 async def test_a_client_that_asks_and_never_reads_fills_no_memory():
     async with balancing(Server()) as running:
         client, asked = await small_window(running), b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"
-        while not any(wire.blocked for wire in running.core.clients.tasks):
+
+        async def one_more():
             await client.send(asked)
-            await asyncio.sleep(0)
+            return any(wire.blocked for wire in running.core.clients.tasks)
+
+        await eventually(one_more, "the client takes no more")
         for _ in range(300):
             await client.send(asked)
             await asyncio.sleep(0)
@@ -8505,8 +8527,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_its_server_s_place_is_
     async with balancing(Server(answer), body_timeout=0.05) as running:
         client = await small_window(running)
         await client.ask("POST", "/v1/x", b"{}")
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         await running.quiet()
         assert running.states() == ["healthy"]
 
@@ -8522,8 +8543,7 @@ async def test_a_quiet_websocket_is_no_frozen_engine():
         await (await running.client()).ask("GET", "/v1/realtime", b"", ["Connection: Upgrade", "Upgrade: websocket"])
         await server.came.wait()
         before = server.probes["/metrics"]
-        while server.probes["/metrics"] < before + 10:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: server.probes["/metrics"] >= before + 10, "ten more scrapes come")
         assert running.states() == ["healthy"] and running.in_flight() == 1
 
 
@@ -8617,8 +8637,7 @@ async def test_a_client_that_leaves_while_it_sends_costs_nothing():
         client = await running.client()
         await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
         client.close()
-        while running.core.clients.tasks:
-            await asyncio.sleep(0)
+        await eventually(lambda: not running.core.clients.tasks, "the client's leaving is seen")
         assert await running.metric("mvllm_requests_total", status="499") == 1
     assert not server.asked
 
@@ -8810,8 +8829,7 @@ async def test_more_requests_than_are_allowed_at_once_are_refused_with_the_setti
     async with balancing(failing(how="hang"), max_requests=2) as running:
         for n in (1, 2):
             await (await running.client()).ask("POST", "/v1/x", b"{}")
-            while running.in_flight() < n:
-                await asyncio.sleep(0)
+            await eventually(lambda: running.in_flight() == n, "so many requests are in flight")
         got = await (await running.client()).post()
         assert (got.status, got.get("x-mvllm-error")) == (503, "too_many_requests") and got.get("retry-after")
         assert "max_requests" in got.error["message"]
@@ -8887,8 +8905,7 @@ async def test_connections_from_one_address_can_be_limited():
         with contextlib.suppress(ConnectionError):
             assert await clients[2].reader.read() == b""
         clients[0].close()
-        while len(running.core.clients.tasks) > 1:
-            await asyncio.sleep(0)
+        await eventually(lambda: len(running.core.clients.tasks) <= 1, "all other connections are gone")
         assert await running.metric("mvllm_limits_met_total", limit="max_connections_per_client") == 1
 
 
@@ -9096,8 +9113,7 @@ async def test_a_request_that_comes_before_the_first_check_waits_for_it():
     async with balancing(Server(**{"/health": health}), wait=False) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b'{"model":"m"}')
-        while not running.core.clients.exchanges:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.core.clients.exchanges, "a request is under way")
         gate.set()
         assert (await client.answer()).status == 200
 
@@ -9372,8 +9388,7 @@ async def test_limits_of_a_key():
         assert (await client.post(fields=bearer("sk-one"))).status == 200
         gated.gate = asyncio.Semaphore(0)
         await client.ask("POST", "/v1/x", b"{}", bearer("sk-one"))
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         assert (await (await running.client()).post(fields=bearer("sk-one"))).status == 429
         client.close()
         await running.quiet()
@@ -9626,12 +9641,10 @@ async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wai
         assert server.asked[0].get("x-forwarded-for") == ["1.2.3.4" if header else "127.0.0.1"]
         client.writer.write(EARLY * 600)
         (wire,) = running.core.clients.tasks
-        while not wire.held:
-            await asyncio.sleep(0)
+        await eventually(lambda: wire.held, "what came too early is held")
         assert len(wire.buffer) == lite.AHEAD_BYTES
         client.close()
-        while running.in_flight():
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not running.in_flight(), "nothing is in flight any more")
 
 
 @asynchronous
@@ -9664,11 +9677,14 @@ async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, cap
             assert b"HTTP" not in await plain.reader.read()
         old = await connected(path)
         path.write_text("rubbish")
-        while "certificates stay as they were" not in caplog.text:
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: "certificates stay as they were" in caplog.text,
+            "the bad certificate is complained about",
+        )
         path.write_text(OTHER_CERTIFICATE)
-        while "certificates have changed" not in caplog.text:
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: "certificates have changed" in caplog.text, "the new certificate is read"
+        )
         assert (await (await connected(tmp_path / "other")).post(body=b'{"stream":true}')).status == 200
         assert (await old.post(body=b'{"stream":true}')).status == 200  # who was there stays
 
@@ -9685,13 +9701,16 @@ async def test_keys_in_files_are_read_again(tmp_path, caplog):
         async with balancing(servers=listed, keys=keys, config_reload_interval=0.05) as running:
             assert (await (await running.client()).post(fields=bearer("sk-1"))).status == 200
             path.unlink()
-            while "client: cannot be read: no such file" not in caplog.text:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: "client: cannot be read: no such file" in caplog.text,
+                "the missing key is complained about",
+            )
             assert (await (await running.client()).post(fields=bearer("sk-1"))).status == 200
             path.write_text("sk-2")
             own.write_text("sv-2")
-            while "keys or certificates have changed" not in caplog.text:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: "keys or certificates have changed" in caplog.text, "the new keys are read"
+            )
             for key, status in (("sk-1", 401), ("sk-2", 200)):
                 assert (await (await running.client()).post(fields=bearer(key))).status == status
     assert [asked.get("authorization") for asked in server.asked] == [["Bearer sv-1"], ["Bearer sv-1"], ["Bearer sv-2"]]
@@ -9722,8 +9741,7 @@ class Gated:
 
 
 async def queued(running, count):
-    while len(running.core.requests.queue) != count:
-        await asyncio.sleep(0)
+    await eventually(lambda: len(running.core.requests.queue) == count, "so many requests wait")
 
 
 @asynchronous
@@ -9735,8 +9753,10 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
         for n in range(6):
             clients.append(await running.client())
             await clients[-1].ask("POST", "/v1/x", b'{"model":"m","n":%d}' % n)
-            while running.in_flight() + len(running.core.requests.queue) <= n:
-                await asyncio.sleep(0)
+            await eventually(
+                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                "one more request is in flight or waits",
+            )
         assert (running.in_flight(), len(running.core.requests.queue)) == (2, 4)
         stats = (await (await running.client()).get("/load-stats")).json["queue"]
         assert stats["length"] == 4 and stats["size"] == 10 and stats["longest_wait_s"] > 0
@@ -9759,8 +9779,7 @@ async def test_a_full_queue_is_429_and_a_long_wait_503_with_a_time_to_come_back(
     async with balancing(server, queue_size=1, queue_timeout=0.2) as running:
         first, second = await running.client(), await running.client()
         await first.ask("POST", "/v1/x", b"{}")
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         await second.ask("POST", "/v1/x", b"{}")
         await queued(running, 1)
         got = await (await running.client()).post("/v1/x", b"{}")
@@ -9791,8 +9810,7 @@ async def test_a_stream_s_client_can_see_that_it_waits(then):
     async with balancing(server, queue_size=1, queue_heartbeat=0.01, queue_timeout=0.3 if then == "timeout" else 9) as running:
         first, second = await running.client(), await running.client()
         await first.ask("POST", "/v1/x", b'{"n":1}')
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         await second.ask("POST", "/v1/x", b'{"stream":true}')
         head = await second.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"text/event-stream" in head
@@ -9822,8 +9840,7 @@ async def test_who_waits_for_one_server_does_not_hold_up_who_can_use_another():
         busy[0] = False
         running.core.fleet.judge(first.url, lite.Health.become, State.UNHEALTHY, "", 0.0)
         await holder.ask("POST", "/v1/x", b"{}")  # the second server is full
-        while second.asked == []:
-            await asyncio.sleep(0)
+        await eventually(lambda: second.asked, "the second server is asked")
         running.core.fleet.judge(first.url, lite.Health.become, State.HEALTHY, "", 0.0)
         busy[0] = True
         await waiter.ask("POST", "/v1/x", b"{}")  # refused by the first, waits for the second
@@ -9841,8 +9858,7 @@ async def test_who_waits_is_told_when_there_is_no_server_left_to_wait_for():
     async with balancing(server, queue_size=9) as running:
         holder, waiter = await running.client(), await running.client()
         await holder.ask("POST", "/v1/x", b"{}")
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         await waiter.ask("POST", "/v1/x", b"{}")
         await queued(running, 1)
         running.core.judge(server.url, lambda health: health.become(
@@ -9860,8 +9876,7 @@ async def test_a_head_in_the_queue_gets_no_content():
     async with balancing(server, queue_size=9, queue_heartbeat=0.01, queue_timeout=0.1) as running:
         holder, waiter = await running.client(), await running.client()
         await holder.ask("POST", "/v1/x", b"{}")
-        while not running.in_flight():
-            await asyncio.sleep(0)
+        await eventually(running.in_flight, "a request is in flight")
         await waiter.ask("HEAD", "/v1/x", b'{"stream":true}')
         assert (await waiter.answer("HEAD")).status == 503
         assert (await waiter.get("/liveness")).body == b"OK"
@@ -9879,8 +9894,7 @@ async def test_settings_decide_at_any_time_whether_capacity_is_enforced():
             await client.ask("POST", "/v1/x", b"{}")
         await queued(running, 2)
         running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=0))
-        while running.in_flight() < 3:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.in_flight() == 3, "three requests are in flight")
         gated.let(3)
         assert [(await client.answer()).status for client in clients] == [200] * 3
 
@@ -10046,8 +10060,10 @@ async def test_engines_of_one_server_are_chosen_one_by_one():
         async with balancing(servers=listed, metrics_interval=0.05, policy="least") as running:
             urls = [f"{server.url}@{n}" for n in range(3)]
             assert [view.id for view in running.core.fleet.views()] == urls
-            while running.core.fleet.views()[2].load.running is None:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: running.core.fleet.views()[2].load.running is not None,
+                "the third engine reports its load",
+            )
             assert [view.load.running for view in running.core.fleet.views()] == [3, 0, 5]
             client = await running.client()
             got = await client.post(fields=["X-Data-Parallel-Rank: 2", "x-data-parallel-rank: 7"])
@@ -10109,8 +10125,7 @@ async def test_tokens_of_a_prompt_are_given_back_once_however_its_request_ends()
         leaving = [await running.client() for _ in range(3)]
         for client in leaving:
             await client.ask("POST", "/v1/chat/completions", long)
-        while running.in_flight() < 3:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.in_flight() == 3, "three requests are in flight")
         assert pending(running)[0] > 1000  # the first has to read it all, the others count on that
         for client in leaving:
             client.close()
@@ -10130,10 +10145,8 @@ async def test_a_plain_answer_s_prompt_is_pending_only_as_long_as_reading_it_sho
     async with balancing(Server(never)) as running:
         client = await running.client()
         await client.ask("POST", "/v1/chat/completions", CHAT)
-        while not pending(running)[0]:
-            await asyncio.sleep(0)
-        while pending(running)[0]:
-            await asyncio.sleep(0.05)
+        await eventually(lambda: pending(running)[0], "its prompt is pending")
+        await eventually(lambda: not pending(running)[0], "its prompt counts as read")
         assert running.in_flight() == 1
 
 
@@ -10172,8 +10185,10 @@ async def test_a_request_that_cannot_be_judged_harms_no_other():
         first, poison, last = [await running.client() for _ in range(3)]
         for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
             await client.ask("POST", "/v1/chat/completions", CHAT, fields)
-            while running.in_flight() + len(running.core.requests.queue) <= n:
-                await asyncio.sleep(0)
+            await eventually(
+                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                "one more request is in flight or waits",
+            )
         release.set()
         assert (await first.answer()).status == 200
         assert (await poison.answer()).status == 500
@@ -10600,11 +10615,9 @@ async def test_a_server_is_probed_before_a_client_s_request_is_on_trial():
         probe = bad.asked[0]
         assert probe.line.startswith("POST /v1/completions") and b"max_tokens" in probe.body
         health = lambda: running.core.fleet.views()[0].health  # noqa: E731
-        while "probe" not in health().reason:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: "probe" in health().reason, "the server is probed")
         bad.answer = echo
-        while not health().trials:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: health().trials, "a request is on trial")
         assert running.states() == ["unhealthy", "healthy"]  # a client's request is still wanted
 
 
@@ -10819,8 +10832,9 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
         assert running.core.fleet.views()[0].health.reason.startswith("frozen: ")
         assert await running.metric("mvllm_attempts_total", result="server_frozen") == 1
         checks = bad.probes["/health"]
-        while bad.probes["/health"] < checks + 5:
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: bad.probes["/health"] >= checks + 5, "the bad server is checked five more times"
+        )
         assert running.states() == ["unhealthy", "healthy"]  # whatever its health path says
         frozen.clear()
         await running.until(lambda: running.states() == ["healthy", "healthy"])
@@ -11066,8 +11080,7 @@ async def test_load_reports_are_merged_with_our_own_counts():
         await client.ask("POST", "/v1/x", b"{}")
         await server.came.wait()
         before = server.probes["/metrics"]
-        while server.probes["/metrics"] < before + 2:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: server.probes["/metrics"] >= before + 2, "two more scrapes come")
         stats = (await (await running.client()).get("/load-stats")).json["servers"][0]
         assert (stats["current_load"], stats["in_flight"]) == (6, 1)  # ours is one of the six
         assert stats["detailed_metrics"]["num_requests_waiting"] == 2
@@ -11079,8 +11092,9 @@ async def test_load_reports_are_merged_with_our_own_counts():
 async def test_a_hanging_metrics_page_makes_only_its_own_numbers_old():
     async with balancing(Server(**{"/metrics": None}), good := Server(), **FAST) as running:
         before = good.probes["/metrics"]
-        while good.probes["/metrics"] < before + 5:
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: good.probes["/metrics"] >= before + 5, "the good server is scraped five more times"
+        )
         bad, fine = running.core.fleet.views()
         assert bad.report.at == -math.inf and fine.report.at > 0
         assert running.states() == ["healthy", "healthy"]
@@ -11144,8 +11158,9 @@ async def test_that_metrics_are_lost_is_said_once_and_in_the_reason(caplog):
     server = Server(**{"/metrics": 404})
     async with balancing(server, metrics_interval=0.05) as running:
         async def looked_at(times):
-            while server.probes["/metrics"] < seen + times:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: server.probes["/metrics"] >= seen + times, "so many more scrapes come"
+            )
 
         def lines():
             return [record.message.partition(": ")[2] for record in caplog.records if "/metrics" in record.message]
@@ -11218,8 +11233,10 @@ async def test_an_answer_that_takes_too_long_is_held_against_a_server_only_if_th
     tokens = itertools.count() if moves else itertools.repeat(0)
     server = Server(answer, **{"/metrics": counting(tokens)})
     async with balancing(server, request_timeout=0.1, metrics_interval=0.05) as running:
-        while moves and running.core.fleet.views()[0].progress_at < 0:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: not moves or running.core.fleet.views()[0].progress_at >= 0,
+            "the server is seen to move",
+        )
         label = "server_slow" if moves else "server_silent"
         for _ in range(3):
             client = await running.client()
@@ -11268,8 +11285,10 @@ async def test_checks_that_hang_take_a_server_out_unless_its_tokens_flow(moves):
     server = Server(**{"/health": health, "/metrics": counting(tokens)})
     async with balancing(server, Server(), metrics_interval=0.05, health_check_timeout=0.05,
                          health_check_interval=0.01) as running:  # fmt: skip
-        while moves and running.core.fleet.views()[0].progress_at < 0:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: not moves or running.core.fleet.views()[0].progress_at >= 0,
+            "the server is seen to move",
+        )
         pages["/health"] = None
         checks = running.core.fleet.views()[0].health.checks
         await running.until(lambda: running.core.fleet.views()[0].health.checks > checks + 5)
@@ -11406,8 +11425,9 @@ async def test_a_model_that_was_loaded_meanwhile_is_found_by_one_look_that_all_s
         for client in clients:
             await client.ask("POST", "/v1/chat/completions", b'{"model":"new"}')
         await looked.wait()
-        while running.core.clients.forwarding < 5:
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: running.core.clients.forwarding == 5, "five requests are being forwarded"
+        )
         gate.set()
         assert [(await client.answer()).status for client in clients] == [200] * 5
         assert (server.probes["/v1/models"], other.probes["/v1/models"]) == (2, 2)
@@ -11595,8 +11615,10 @@ async def test_a_policy_s_memory_outlives_settings_that_it_does_not_use(tmp_path
         for config, same in (("max_retries = 7", True), ("cache_threshold = 0.25", False)):
             path.write_text(f"{path.read_text()}\n{config}")
             key, value = config.split(" = ")
-            while getattr(running.core.settings, key) != float(value):
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: getattr(running.core.settings, key) == float(value),
+                "the changed file is read",
+            )
             assert (await client.post()).status == 200
             assert (list(running.core.policies.known.values()) == [policy]) is same
 
@@ -11618,13 +11640,11 @@ async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
             assert (await client.post(f"/admin/servers{query}", b"")).status == 200
         await client.post("/admin/servers", json.dumps({"url": c.url}).encode(), AS_JSON)
         path.write_text(settings_text(a, b, max_retries=7))
-        while running.core.settings.max_retries != 7:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: running.core.settings.max_retries == 7, "the changed file is read")
         views = {view.id: view for view in running.core.fleet.views()}
         assert set(views) == {a.url, b.url, c.url} and views[a.url].drained and views[b.url].settings.weight == 0.5
         path.write_text(settings_text(b, c, max_retries=8))
-        while running.core.settings.max_retries != 8:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: running.core.settings.max_retries == 8, "the changed file is read")
         assert running.core.roster.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
         assert {view.id for view in running.core.fleet.views()} == {b.url, c.url}
 
@@ -12029,14 +12049,14 @@ async def test_a_bad_file_changes_nothing_and_is_complained_about_once(tmp_path,
     path = tmp_path / "servers.toml"
     async with Server() as server, following(path, server) as running:
         path.write_text(text)
-        while not running.core.process.settings_error:
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: running.core.process.settings_error, "the bad file is complained about"
+        )
         good = settings_text(server, max_retries=5)
         assert (await (await running.client()).post()).status == 200
         assert await running.metric("mvllm_settings_valid") == 0
         path.write_text(good)
-        while running.core.settings.max_retries != 5:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: running.core.settings.max_retries == 5, "the changed file is read")
         assert await running.metric("mvllm_settings_valid") == 1
         assert await running.metric("mvllm_settings_reloads_total", result="refused") == 1
 
@@ -12048,8 +12068,10 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         good = settings_text(server).encode()
 
         async def complaint(known):
-            while running.core.process.settings_error == known:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: running.core.process.settings_error != known,
+                "there is another complaint about the file",
+            )
             return running.core.process.settings_error
 
         os.mkfifo(tmp_path / "fifo")
@@ -12062,8 +12084,10 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         path.write_bytes(b"# caf\xe9\n" + good)
         assert (await complaint("")).endswith("is not UTF-8: byte 0xe9 at position 5")
         path.unlink()
-        while not running.core.process.settings_error.endswith("no such file or directory"):
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: running.core.process.settings_error.endswith("no such file or directory"),
+            "the missing file is complained about",
+        )
         assert (await (await running.client()).post()).status == 200
 
 
@@ -12073,12 +12097,12 @@ async def test_a_mistake_while_following_the_file_does_not_end_it(tmp_path):
     async with Server() as server, following(path, server, health_check_interval=0.05) as running:
         running.balancer.follower.overrides = {"port": 5}  # nothing that can be unpacked
         path.write_text(settings_text(server, max_retries=5))
-        while not await running.metric("mvllm_internal_errors_total"):
-            await asyncio.sleep(0.01)
+        await eventually(
+            lambda: running.metric("mvllm_internal_errors_total"), "the mistake is counted"
+        )
         running.balancer.follower.overrides = {}
         path.write_text(settings_text(server, max_retries=6))
-        while running.core.settings.max_retries != 6:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: running.core.settings.max_retries == 6, "the changed file is read")
 
 
 @asynchronous
@@ -12131,8 +12155,9 @@ async def test_reloads_under_traffic_lose_nothing(tmp_path):
         clients = [asyncio.create_task(traffic()) for _ in range(4)]
         for n in range(20):
             path.write_text(settings_text(*((a, b), (b,), (b, a), (a,))[n % 4], max_retries=n))
-            while running.core.settings.max_retries != n:
-                await asyncio.sleep(0.01)
+            await eventually(
+                lambda: running.core.settings.max_retries == n, "the changed file is read"
+            )
         stop.set()
         await asyncio.gather(*clients)
         assert not failed and len(a.asked) + len(b.asked) > 100
@@ -12187,8 +12212,7 @@ async def test_answers_that_begin_while_stopping_say_that_they_are_the_last():
         await client.ask("POST", "/v1/x", b"{}")
         await server.came.wait()
         running.balancer.stop()
-        while not running.core.process.stopping:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.core.process.stopping, "the balancer is stopping")
         gate.set()
         assert (await client.answer()).get("connection") == "close"
         client.close()
@@ -12271,8 +12295,10 @@ async def test_a_request_works_with_the_settings_it_came_under():
             for url, sign in ((a.url, "-"), (b.url, ""))}  # fmt: skip
         running.balancer.adopt(by[a.url])
         await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
-        while len(core.clients.exchanges) != 1 or None in core.clients.exchanges.values():
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: len(core.clients.exchanges) == 1 and None not in core.clients.exchanges.values(),
+            "the head of a request is read",
+        )
         running.balancer.adopt(by[b.url])
         await client.send(b'":"m"}')
         assert (await client.answer()).get("x-mvllm-server") == a.url
@@ -12287,12 +12313,13 @@ async def test_a_request_that_came_before_there_was_a_queue_does_not_wait_in_it(
         early, before = await running.client(), await running.client()
         await early.ask("POST", "/v1/x", b"{}")
         await before.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
-        while len(running.core.clients.exchanges) < 2 or None in running.core.clients.exchanges.values():
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: len(running.core.clients.exchanges) == 2 and None not in running.core.clients.exchanges.values(),
+            "the heads of two requests are read",
+        )
         running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=1))
         await before.send(b'":"m"}')
-        while running.in_flight() < 2:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.in_flight() == 2, "two requests are in flight")
         gated.let(2)
         assert (await early.answer()).status == (await before.answer()).status == 200
 
@@ -12303,8 +12330,10 @@ async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given
         core, client = running.core, await running.client()
         await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-a\r\n'
                           b'Content-Length: 13\r\n\r\n{"model')  # fmt: skip
-        while len(core.clients.exchanges) != 1 or None in core.clients.exchanges.values():
-            await asyncio.sleep(0)
+        await eventually(
+            lambda: len(core.clients.exchanges) == 1 and None not in core.clients.exchanges.values(),
+            "the head of a request is read",
+        )
         running.balancer.adopt(dataclasses.replace(core.settings, keys=()))
         await client.send(b'":"m"}')
         assert (await client.answer()).status == 200 and server.asked[0].get("authorization") == []
@@ -12818,13 +12847,13 @@ async def test_simulated_servers_queue_beyond_their_capacity_and_notice_who_leav
         clients = [await running.client() for _ in range(3)]
         for client in clients:
             await client.ask("POST", "/v1/chat/completions", prompt(), AS_JSON)
-        while (one.running, one.waiting) != (1, 2):
-            await asyncio.sleep(0.01)
+        await eventually(lambda: (one.running, one.waiting) == (1, 2), "one runs and two wait")
         for client in clients:
             client.close()
-        while one.running or one.waiting:
-            await asyncio.sleep(0.01)
-        assert one.aborted == 3
+        await eventually(
+            lambda: (one.running, one.waiting, one.aborted) == (0, 0, 3),
+            "the server notices who leaves",
+        )
 
 
 @asynchronous
@@ -13067,8 +13096,9 @@ async def test_requests_and_transitions_are_in_files(tmp_path):
             assert "status=200" in await line_with(child, "path=/v1/chat/completions")  # on stdout, too
             client.close()
             whole = logs / "mvllm-lite.log"
-            while "end=complete" not in whole.read_text():
-                await asyncio.sleep(0.02)
+            await eventually(
+                lambda: "end=complete" in whole.read_text(), "the request is in the file"
+            )
             whole.rename(logs / "moved")  # as logrotate does
             child.send_signal(signal.SIGHUP)
             await line_with(child, "nothing changed")
@@ -13288,8 +13318,7 @@ async def test_readiness_turns_before_the_door_is_closed():
         before = await running.client()
         assert (await before.get("/readiness")).status == 200
         running.balancer.stop()
-        while not running.core.process.stopping:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.core.process.stopping, "the balancer is stopping")
         late = await running.client()  # a connection is still taken, and a request answered
         got = await late.post()
         assert (got.status, got.get("connection")) == (200, "close")
@@ -13354,8 +13383,10 @@ async def test_systemd_s_watchdog_is_fed(tmp_path):
             said = [await asyncio.get_running_loop().sock_recv(systemd, 100) for _ in range(5)]
             assert said.count(b"WATCHDOG=1") == 4
             await line_with(child, "127.0.0.1:1 is unhealthy")  # it serves on, although nobody reads any more
-            while not nobody_can_send(tmp_path / "notify"):
-                await asyncio.sleep(0.02)
+            await eventually(
+                lambda: nobody_can_send(tmp_path / "notify"),
+                "the socket of the notifications is full",
+            )
 
 
 @contextlib.asynccontextmanager
@@ -13430,12 +13461,14 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
             upgrade = await asyncio.create_subprocess_exec(*command("upgrade", str(path)), env=CLEAN, stdout=-1)
             out, _ = await upgrade.communicate()
             assert upgrade.returncode == 0 and f"in place of {child.pid}".encode() in out
-        while await answering() == child.pid:
-            await asyncio.sleep(0.01)
+
+        async def succeeded():
+            return await answering() != child.pid
+
+        await eventually(succeeded, "the successor answers")
         assert (await change("GET", "", "/status.json")).json["live"] == changed
         before = len(answers)
-        while len(answers) < before + 100:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: len(answers) >= before + 100, "a hundred more answers come")
         stop.set()
         await asyncio.gather(*clients)
         assert set(answers) == {(200, FIRST + DONE)}
@@ -13443,8 +13476,8 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
         gate.set()
         assert (await long.reader.readuntil(b"0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
         long.close()
-        while child.returncode is None:  # child.wait() would wait for the successor's stdout, too
-            await asyncio.sleep(0.01)
+        # child.wait() would wait for the successor's stdout, too
+        await eventually(lambda: child.returncode is not None, "the predecessor ends")
 
 
 @asynchronous
@@ -13475,8 +13508,7 @@ async def test_a_successor_inherits_the_operators_port_too(tmp_path):
                     assert (await ask(port, "/v1/x")).status == 200
                     assert (await ask(operator_port, "/v1/x")).status == 404
                     child.terminate()  # it need not wait whether the new one lasts
-                    while child.returncode is None:
-                        await asyncio.sleep(0.01)
+                    await eventually(lambda: child.returncode is not None, "the predecessor ends")
                     for _ in range(5):  # nobody else listens
                         assert (await ask(operator_port, "/version")).json["pid"] == pids[1]
                 finally:
@@ -13488,13 +13520,15 @@ async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
     path = tmp_path / "servers.toml"
     async with Server() as server:
         async with balancing(server) as running:
+
+            def failed():
+                return running.core.ledger.upgrades.children[("failed",)]
+
             with all_descriptors_taken():
                 running.balancer.upgrade(["never"])
-                while running.core.ledger.upgrades.children[("failed",)] < 1:
-                    await asyncio.sleep(0.01)
+                await eventually(lambda: failed() == 1, "the failed upgrade is counted")
             running.balancer.upgrade([sys.executable, "-c", "import sys; sys.exit(3)"])
-            while running.core.ledger.upgrades.children[("failed",)] < 2:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: failed() == 2, "the second failed upgrade is counted")
             assert (await (await running.client()).post()).status == 200
             assert (await (await running.client()).get("/readiness")).status == 200
         path.write_text(settings_text(server, port=1))
@@ -13523,8 +13557,7 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         kept = await running.client()
         assert (await kept.get("/liveness")).status == 200
         balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), end])
-        while not balancer._front.listeners[0].resting:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: balancer._front.listeners[0].resting, "the predecessor rests")
         late = await running.client()
         await late.ask("GET", "/liveness")
         for _ in range(3):
@@ -13800,12 +13833,17 @@ async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
         clients = [await running.client() for _ in range(4)]
         for n, body in enumerate((b"busy", b"", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
-            while running.in_flight() + len(running.core.requests.queue) <= n:
-                await asyncio.sleep(0)
+            await eventually(
+                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                "one more request is in flight or waits",
+            )
         gate.release()
         await queued(running, 2)  # the next has its place
-        while len(running.core.clients.exchanges) == 4 and len(running.core.requests.queue) == 2:  # it was answered, or waits again
-            await asyncio.sleep(0)
+        # it was answered, or waits again
+        await eventually(
+            lambda: (len(running.core.clients.exchanges), len(running.core.requests.queue)) != (4, 2),
+            "the tried request is answered, or waits again",
+        )
         for _ in range(20):
             gate.release()
         answers = asyncio.gather(*(client.answer() for client in clients))
@@ -13827,8 +13865,10 @@ async def test_who_waits_for_another_server_leaves_a_free_place_to_those_behind(
         clients = [await running.client() for _ in range(4)]
         for n, body in enumerate((b"long", b"busy", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
-            while running.in_flight() + len(running.core.requests.queue) <= n:
-                await asyncio.sleep(0)
+            await eventually(
+                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                "one more request is in flight or waits",
+            )
         gate.release()
         await queued(running, 1)  # the next has the place of who was refused,
         await queued(running, 2)  # which waits for the other server now
@@ -14004,8 +14044,7 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
             draw.choice((in_place, by_rename))(path, draw.choice(draw.choice((good, bad))))
             await asyncio.sleep(draw.uniform(0, 0.04))
         path.write_text(settings_text(b, a, max_retries=7))
-        while running.core.settings.max_retries != 7:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: running.core.settings.max_retries == 7, "the changed file is read")
         await running.until(lambda: running.states() == ["healthy", "healthy"])
         stop.set()
         await asyncio.gather(*clients)
@@ -14044,11 +14083,12 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
         child = await asyncio.create_subprocess_exec(*fast, cwd=tmp_path, env=CLEAN, stdout=writing, stderr=-1)
         os.close(writing)
 
+        async def connect():
+            with contextlib.suppress(ConnectionRefusedError):
+                return Client(*await asyncio.open_connection("127.0.0.1", port))
+
         async def connected():
-            while True:
-                with contextlib.suppress(ConnectionRefusedError):
-                    return Client(*await asyncio.open_connection("127.0.0.1", port))
-                await asyncio.sleep(0.02)
+            return await eventually(connect, "the balancer listens")
 
         async def many():
             client = await connected()
@@ -14091,8 +14131,7 @@ async def test_a_connection_that_was_not_told_of_our_stopping_has_one_more_reque
         await client.ask("POST", "/v1/x", b'{"stream":true}')
         assert b"connection: close" not in (await client.reader.readuntil(b"\r\n\r\n")).lower()
         running.balancer.stop()
-        while not running.core.process.stopping:
-            await asyncio.sleep(0)
+        await eventually(lambda: running.core.process.stopping, "the balancer is stopping")
         gate.set()
         assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
         got = await client.post()
