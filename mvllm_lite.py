@@ -36,7 +36,7 @@ of itself and of earlier rooms only.
     19  ranking       who may be asked, who is asked, and why
     20  plans         how a call is answered, step by step; retries, the queue
     21  reports       what people and machines are shown
-    22  lines         what is written of requests and transitions: log lines, records, shapes
+    22  lines         what is written of requests and transitions: log lines, records, traces
     23  status        the last minute of each server; what screen, page and /status.json show
     24  cells         text on a terminal: what it means, how wide it is; numbers in few characters
     25  table         the servers in lines, as many columns as there is room for
@@ -52,7 +52,7 @@ of itself and of earlier rooms only.
     34  pool          the connections to one server over which requests go, kept and reused
     35  pump          bytes on their way through, with back-pressure
     36  response      the client's side of an exchange
-    37  journal       lines for readers that may be slow: the log, the shape of the traffic
+    37  journal       lines for readers that may be slow: the log, the trace of the traffic
     38  terminal      the screen onto a terminal, in a process that nothing waits for
     39  core          what the rooms below share: settings, fleet, ledger, pools
     40  intake        a request's content: gathered, decoded, held as long as it is needed
@@ -1678,7 +1678,7 @@ class Settings:
     slow_start: float = setting(
         5.0, number(0), "for a server that has come back: until it gets its full share")
     why_header: bool = setting(False, truth, "say in X-MVLLM-Why why a server was chosen")
-    shape_file: str = setting("", words, "where to write what replay reads; never any text")
+    trace_file: str = setting("", words, "where to write what replay reads; never any text")
     default_model: str = setting("", words, "model of requests that name none")
     max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
@@ -1782,9 +1782,11 @@ SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is fi
 SECRET_FIELDS = ("key", "api_key")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
-# Keys of older files that never had an effect, or have none here; and another word for one.
+# Keys of older files: those that never had an effect, or have none here; those that have another
+# name now, and are warned about; and all words that stand for another.
 OLD_KEYS = {"advanced": "no version of mvllm ever read this table"}
-SYNONYMS = {"capacity": "max_concurrent_requests"}
+RENAMED_KEYS = {"shape_file": "trace_file"}
+SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -1855,12 +1857,9 @@ class SettingsReader:
 
     def read(self, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
         self.warn_unknown(self.document, TABLES, ())
-        config = self.table("config")
-        self.warn_unknown(config, CONFIG_FIELDS, ("config",))
-        values = {
-            key: self.checked(CONFIG_FIELDS[key], value, ("config", key))
-            for key, value in config.items() if key in CONFIG_FIELDS and key not in overrides
-        }  # fmt: skip
+        config = {key: value for key, value in self.table("config").items()
+                  if SYNONYMS.get(key, key) not in overrides}
+        values = self.values(config, CONFIG_FIELDS, ("config",))
         for key, (value, origin) in overrides.items():
             if key in CONFIG_FIELDS:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
@@ -1942,13 +1941,7 @@ class SettingsReader:
         found: dict[str, Any] = {}
         for i, entry in enumerate(entries):
             path, before = (table, i), len(self.errors)
-            self.warn_unknown(entry, {*fields, *SYNONYMS}, path)
-            values = dict[str, Any]()
-            for key, value in entry.items():
-                if (name := SYNONYMS.get(key, key)) in values:
-                    self.complain((*path, key), value, f"{name} or another word for it, once")
-                elif name in fields:
-                    values[name] = self.checked(fields[name], value, (*path, key), origin)
+            values = self.values(entry, fields, path, origin)
             if identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
             elif values[identity] in found:
@@ -1970,6 +1963,19 @@ class SettingsReader:
             self.complain((name,), value, "a table")
         return value if isinstance(value, dict) else {}
 
+    def values(
+        self, table: Mapping[str, Any], fields: Mapping[str, Any], path: Path, origin: str = ""
+    ) -> dict[str, Any]:
+        """The values of these fields in a table, by their names of today."""
+        values = dict[str, Any]()
+        self.warn_unknown(table, fields, path)
+        for key, value in table.items():
+            if (name := SYNONYMS.get(key, key)) in values:
+                self.complain((*path, key), value, f"{name} or another word for it, once")
+            elif name in fields:
+                values[name] = self.checked(fields[name], value, (*path, key), origin)
+        return values
+
     def checked(self, field: Any, value: Any, path: Path, origin: str = "") -> Any:
         try:
             return field.metadata["check"](value)
@@ -1987,10 +1993,14 @@ class SettingsReader:
         what = "nothing" if found is None else str(found)[:80]
         self.errors.append(self.complaint_at(path, f"found {what}, expected {expected}", origin))
 
-    def warn_unknown(self, table: Iterable[str], known: Iterable[str], path: Path) -> None:
+    def warn_unknown(self, table: Iterable[str], known: Collection[str], path: Path) -> None:
         for key in sorted(set(table) - set(known)):
             text = f"unknown key, ignored{did_you_mean(key, known)}"
-            if key in OLD_KEYS:
+            if (name := SYNONYMS.get(key)) in known:
+                if key not in RENAMED_KEYS:
+                    continue
+                text = f"its name is {name} now; this one is read until 1.0"
+            elif key in OLD_KEYS:
                 text = f"ignored: {OLD_KEYS[key]}"
             elif key in CONFIG_FIELDS:
                 text = "ignored here: it belongs into [config]"
@@ -6589,7 +6599,7 @@ def gauges(
 # and for `replay`.
 
 
-def shape_line(
+def trace_line(
     call: Call, at: float, first_s: float | None, duration_s: float, output_tokens: int,
     server: str, status: int, end: str,
 ) -> str:  # fmt: skip
@@ -6599,7 +6609,7 @@ def shape_line(
     kept, covered, leads = list[int](), 0, prompt.leading_tokens > 0
     for n in range(len(chain)):
         upto = prompt.hash_ends[n - leads] if n >= leads else 0
-        if upto % shape_step(upto) == 0 and prompt.tokens_in(n + 1) > covered:
+        if upto % trace_step(upto) == 0 and prompt.tokens_in(n + 1) > covered:
             kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
     return json.dumps({
@@ -6612,7 +6622,7 @@ def shape_line(
     })  # fmt: skip
 
 
-def shape_step(end: int) -> int:
+def trace_step(end: int) -> int:
     """Between two links that are kept, in bytes: an eighth of the way so far, or less."""
     return int(max(256, 2 ** (end.bit_length() - 4)))
 
@@ -7939,7 +7949,7 @@ def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
             arrivals += read(line)
         except ValueError as wrong:
             torn = f"{source}:{number}: {wrong}"
-            if read is not shape_arrivals or not isinstance(wrong, Torn):
+            if read is not trace_arrivals or not isinstance(wrong, Torn):
                 raise ValueError(torn) from None
     if not arrivals:
         raise ValueError(torn or f"{source}: found no requests, expected some to replay")
@@ -7957,12 +7967,12 @@ def reader_for(line: str) -> Callable[[str], list[Arrival]]:
     if "hash_ids" in said:
         return mooncake_arrivals
     if "prompt_tokens" in said:
-        return shape_arrivals
-    raise ValueError(f"found {line.strip()[:60]!r}, expected a line of shape.jsonl, of a Mooncake "
+        return trace_arrivals
+    raise ValueError(f"found {line.strip()[:60]!r}, expected a line of trace.jsonl, of a Mooncake "
                      f"trace, or {AZURE_COLUMNS}")  # fmt: skip
 
 
-def shape_arrivals(line: str) -> list[Arrival]:
+def trace_arrivals(line: str) -> list[Arrival]:
     """What we write ourselves.  Requests that were refused made no work, and are left out."""
     said = json_object(line)
     model, output = said.get("model"), whole_number(said, "output_tokens")
@@ -10461,10 +10471,10 @@ def say_record(writer: Writer, record: Callable[[float, Any], str], event: Any) 
     writer.say(record(time.time(), event))
 
 
-def shape_writer(path: str) -> Writer | None:
+def trace_writer(path: str) -> Writer | None:
     """Writes to the end of a file; None, and the log says why, if that cannot be."""
     if why := not_writable(path):
-        log.error("no shape is written to %s: %s", shown(path), why)
+        log.error("no trace is written to %s: %s", shown(path), why)
         return None
     return Writer(LogFile(path))
 
@@ -10983,7 +10993,7 @@ class Core:
         self.requests = Requests()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         self.roster = Roster()
-        self.shape: Writer | None = None  # where the traffic's shape is written
+        self.trace: Writer | None = None  # where the traffic's is written
         self.keys = Keys()
         self.clients = Clients(settings)
         self.recent = Recent()
@@ -11984,10 +11994,10 @@ class Exchange:
         ledger.durations.note(now - trail.began_at, model)
         ledger.request_sizes.note(self.body.size, model)
         ledger.response_sizes.note(response.sent_bytes, model)
-        if core.shape is not None and server and response.status < 500:
+        if core.trace is not None and server and response.status < 500:
             age_s, call = now - trail.asked_at, self.call._replace(model=model or None)
             tokens = completion_tokens(usage, response.tail, response.sent_bytes)
-            core.shape.say(shape_line(call, time.time() - age_s, first_s, age_s, tokens,
+            core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
                                       server, response.status, response.end))
         core.news.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
 
@@ -13404,8 +13414,8 @@ class Balancer:
                 if task is not None:
                     task.cancel()
         core.pools.keep(())
-        if core.shape is not None:
-            core.shape.stop()
+        if core.trace is not None:
+            core.trace.stop()
 
     def listen(self) -> Sockets:
         """Raises SettingsError."""
@@ -13511,10 +13521,10 @@ class Balancer:
         core.clients.limit = min(settings.max_connections, descriptors_allow())
         core.clients.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)
-        if settings.shape_file != old.shape_file or (settings.shape_file and core.shape is None):
-            if core.shape is not None:  # which may take a second
-                asyncio.get_running_loop().run_in_executor(None, core.shape.stop)
-            core.shape = shape_writer(settings.shape_file) if settings.shape_file else None
+        if settings.trace_file != old.trace_file or (settings.trace_file and core.trace is None):
+            if core.trace is not None:  # which may take a second
+                asyncio.get_running_loop().run_in_executor(None, core.trace.stop)
+            core.trace = trace_writer(settings.trace_file) if settings.trace_file else None
         core.roster.define(Source.FILE, settings.servers)
         self.adopt_secrets(secrets or Secrets(settings, core.pools.secrets))
         if old.keys and not settings.keys:
@@ -14898,7 +14908,7 @@ def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", help="a shape_file; a trace in Mooncake's or Azure's form; or"
+    parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
                                       f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
     parser.add_argument("--policy", action="append", metavar="NAME",
                         help="all, or one (repeatable; default: the settings')")  # fmt: skip

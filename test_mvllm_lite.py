@@ -1433,6 +1433,18 @@ def test_unknown_keys_are_warned_about_with_the_nearest_known_one():
     assert said[3] == "s.toml:2: servers[1].wieght: unknown key, ignored; did you mean weight?"
 
 
+def test_a_renamed_setting_is_read_under_its_old_name_with_a_warning():
+    toml = 'servers = [{ url = "http://a" }]\n[config]\nshape_file = "x"\n'
+    settings, (warning,) = lite.parse_settings(toml, "s.toml")
+    assert settings.trace_file == "x"
+    assert str(warning) == (
+        "s.toml:3: config.shape_file: its name is trace_file now; this one is read until 1.0")
+    line, _ = complaints(toml + 'trace_file = "y"\n')
+    assert "trace_file: found 'y', expected trace_file or another word for it, once" in line
+    settings, _ = lite.parse_settings(toml, "s.toml", {"trace_file": ("z", "a flag")})
+    assert settings.trace_file == "z"
+
+
 def test_mvllm_s_leniency_with_numbers_is_kept():
     settings, _ = lite.parse_settings('servers = []\n[config]\nport = "9000"\nmax_retries = 2.0')
     assert (settings.port, settings.max_retries) == (9000, 2)
@@ -5367,9 +5379,9 @@ def test_an_explanation_of_a_call_that_waits():
     assert [(row["cost"], row["reason"]) for row in report["servers"]] == [(None, "is full (4 of 4)"), (None, "is full (5 of 4)")]
 
 
-def test_the_shape_of_a_request_has_no_text_of_it():
+def test_the_trace_of_a_request_has_no_text_of_it():
     prompt = prompt_in(messages=talk(300_000))
-    line = lite.shape_line(lite.Call("m", True, prompt, "user: secret-name"), 1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok")
+    line = lite.trace_line(lite.Call("m", True, prompt, "user: secret-name"), 1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok")
     found = json.loads(line)
     assert {**found, "chain": 0, "ends": 0, "session": 0} == {
         "at": 1700000000.123, "model": "m", "session": 0, "prompt_tokens": prompt.tokens, "output_tokens": 42, "chain": 0, "ends": 0,
@@ -5379,14 +5391,14 @@ def test_the_shape_of_a_request_has_no_text_of_it():
     assert all(0 <= link < 2**48 for link in found["chain"]) and found["ends"][-1] == prompt.tokens_in(len(prompt.prefix_hashes))
 
 
-def test_the_shape_of_a_request_without_prompt_session_or_answer():
-    found = json.loads(lite.shape_line(lite.Call(None), 1.0, None, 0.5, 0, "", 404, "ok"))
+def test_the_trace_of_a_request_without_prompt_session_or_answer():
+    found = json.loads(lite.trace_line(lite.Call(None), 1.0, None, 0.5, 0, "", 404, "ok"))
     assert (found["chain"], found["ends"], found["session"], found["ttft"], found["model"]) == ([], [], "", None, None)
 
 
-def test_shapes_of_turns_share_the_start_of_their_chains():
+def test_traces_of_turns_share_the_start_of_their_chains():
     calls = [lite.Call("m", prompt=prompt_in(messages=talk(*[9000] * n))) for n in (2, 5)]
-    turns = [json.loads(lite.shape_line(one, 0.0, None, 1.0, 1, "", 200, "ok"))["chain"] for one in calls]
+    turns = [json.loads(lite.trace_line(one, 0.0, None, 1.0, 1, "", 200, "ok"))["chain"] for one in calls]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns)))
     assert len(turns[0]) - 1 <= same < len(turns[1])
 
@@ -6876,7 +6888,7 @@ def test_azure_traces_have_seven_digits_of_a_second():
         ("nothing", [], "x: found no requests, expected some to replay"),
         ("only a header", [AZURE], "x: found no requests, expected some to replay"),
         ("another format", ["\n", "a,b\n"], "x:2: found 'a,b', expected a line of "),
-        ("another object", ['{"a": 1}'], "x:1: found '{\"a\": 1}', expected a line of shape.jsonl"),
+        ("another object", ['{"a": 1}'], "x:1: found '{\"a\": 1}', expected a line of trace.jsonl"),
         ("torn at once", ['{"at": 1'], "x:1: found '{\"at\": 1', expected JSON"),
         ("a list", jsonl(SHAPE, {}) + ["[1]"], "x:2: found '[1]', expected a JSON object"),
         ("no time", jsonl(SHAPE, {"at": None}), "x:1: at is None, expected seconds"),
@@ -10215,19 +10227,19 @@ async def test_who_explains_is_counted_and_limited_like_who_asks():
 
 
 @asynchronous
-async def test_a_shape_is_written_to_regular_files_only(tmp_path, caplog):
+async def test_a_trace_is_written_to_regular_files_only(tmp_path, caplog):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    async with balancing(Server(), shape_file=str(path)) as running:  # nobody reads it
+    async with balancing(Server(), trace_file=str(path)) as running:  # nobody reads it
         assert (await (await running.client()).post()).status == 200
-    assert "no shape is written to" in caplog.text
+    assert "no trace is written to" in caplog.text
 
 
 @asynchronous
-async def test_the_shape_of_traffic_is_written_without_any_text(tmp_path):
-    path = tmp_path / "shape.jsonl"
+async def test_the_trace_of_traffic_is_written_without_any_text(tmp_path):
+    path = tmp_path / "trace.jsonl"
     secret = CHAT.replace(b"word", b"secret")
-    async with balancing(Server(), shape_file=str(path)) as running:
+    async with balancing(Server(), trace_file=str(path)) as running:
         client = await running.client()
         for body in (CHAT, CHAT, secret):
             await client.post(body=body, fields=["X-Session-Id: alice"])
@@ -10236,15 +10248,15 @@ async def test_the_shape_of_traffic_is_written_without_any_text(tmp_path):
     assert rows[0]["chain"] == rows[1]["chain"] != rows[2]["chain"] and len(rows[0]["chain"]) == len(rows[0]["ends"]) > 5
     assert rows[0]["session"] and rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"] > rows[0]["ends"][-1]
     assert all(row["status"] == 200 and row["end"] == "complete" and row["duration"] >= 0 for row in rows)
-    arrivals = lite.read_arrivals(path.read_text().splitlines(), "shape.jsonl")  # and replay understands it
+    arrivals = lite.read_arrivals(path.read_text().splitlines(), "trace.jsonl")  # and replay understands it
     assert [a.prompt_tokens for a in arrivals] == [row["prompt_tokens"] for row in rows] and arrivals[0].session
 
 
 @asynchronous
-async def test_a_shape_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
-    async with balancing(Server(), shape_file=str(tmp_path)) as running:
+async def test_a_trace_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
+    async with balancing(Server(), trace_file=str(tmp_path)) as running:
         assert (await (await running.client()).post()).status == 200
-    assert "no shape is written to" in caplog.text
+    assert "no trace is written to" in caplog.text
 
 
 # Failures of servers, and what becomes of the request.
