@@ -11515,8 +11515,7 @@ class Case:
         core, s, fault, held = self.core, self.settings, failure.fault, failure.held
         now = response.client.loop.time
         if await self.died_there(server, failure, response):
-            core.judge(server, Health.died, failure.text, now())
-            return failure._replace(deaths=self.died(server, sent_at, now()))
+            return self.died(server, failure, sent_at)
         if fault is Fault.STREAM_FAILED and held and says_failure(held.content):
             failure = failure._replace(fault=(fault := Fault.SERVER_FAILED))
         own = fault in SERVERS_OWN or not core.goes_well(server, s)
@@ -11526,6 +11525,13 @@ class Case:
             core.judge(server, Health.failed, *news)
         if content or not told:
             self.suspects.append(Suspect(server, failure.text, told))
+        # A newer vLLM's words are the same for a dead engine and for any failure of its own.  What
+        # it did is held against it before it is looked at: others may be asking it meanwhile.
+        shown = fault is Fault.SERVER_ERROR and response.status == 500
+        shown = shown or (fault is Fault.STREAM_FAILED and says_failure(response.tail))
+        if (shown or fault is Fault.SERVER_FAILED) and await self.is_dead(server):
+            self.suspects = [one for one in self.suspects if one.url != server]
+            return self.died(server, failure, sent_at)
         return failure
 
     def close(self, went_well: bool) -> None:
@@ -11549,32 +11555,34 @@ class Case:
         return view.health.decided_by(content if core.goes_well(server, s) else b"", now, s)
 
     async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
-        """Whether a server that should be there has died with this request.  Where its words leave
-        that open (a newer vLLM's are the same for any failure of its own), it is looked at."""
-        view, fault = self.core.fleet.view(server), failure.fault
-        if view is None or not view.open:
-            return False
+        """Whether a server that should be there has died with this request, as its words say, or
+        by the loss of its answer."""
+        if failure.fault is Fault.SERVER_GONE:
+            return await self.is_dead(server)
         said = failure.held.content if failure.held else response.tail
-        says_so = fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
-        if says_so and engine_died(said, response.notation):
-            return True
-        shown_500 = fault is Fault.SERVER_ERROR and response.status == 500
-        event = fault is Fault.STREAM_FAILED and says_failure(said)
-        unclear = shown_500 or event or fault in (Fault.SERVER_GONE, Fault.SERVER_FAILED)
-        return unclear and await is_dead(self.core.pools.get(view.server).client)
+        says_so = failure.fault in (Fault.ENGINE_FAILED, Fault.STREAM_FAILED)
+        view = self.core.fleet.view(server)
+        return bool(view and view.open and says_so and engine_died(said, response.notation))
 
-    def died(self, server: str, sent_at: float, now: float) -> int:
-        """Count a server's death.  Returns how many have died with this request or its content."""
-        core, s = self.core, self.settings
+    async def is_dead(self, server: str) -> bool:
+        """Whether a server that should be there is found dead."""
+        view = self.core.fleet.view(server)
+        return bool(view and view.open) and await is_dead(self.core.pools.get(view.server).client)
+
+    def died(self, server: str, failure: Outcome, sent_at: float) -> Outcome:
+        """Book a server's death: the failure, with how many have died with this request or its
+        content."""
+        core, s, now = self.core, self.settings, asyncio.get_running_loop().time()
+        core.judge(server, Health.died, failure.text, now)
         core.ledger.deaths.add(server)
         self._deaths += 1
         if not (s.poison_hold and self.digest()):
-            return self._deaths
+            return failure._replace(deaths=self._deaths)
         deaths = max(self._deaths, core.requests.poison.died(self.digest(), sent_at, now))
         if deaths >= DEADLY:
             log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
                         " died with it, now %s", self.id, s.poison_hold, deaths, server)
-        return deaths
+        return failure._replace(deaths=deaths)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════

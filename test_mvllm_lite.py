@@ -10617,6 +10617,24 @@ async def test_a_500_that_decides_is_no_client_s_while_another_server_does_bette
 
 
 @asynchronous
+async def test_a_500_is_held_against_its_server_before_it_is_looked_at():
+    looked, answer_check = asyncio.Event(), asyncio.Event()
+
+    async def health():
+        looked.set()
+        await answer_check.wait()
+        return ""
+
+    bad = failing_with(b"", "500")
+    async with balancing(bad) as running:
+        bad.pages["/health"] = health
+        assert (await (await running.client()).post()).status == 500
+        await looked.wait()
+        assert len(running.core.fleet.views()[0].health.request_failures) == 1
+        answer_check.set()
+
+
+@asynchronous
 async def test_a_server_is_probed_before_a_client_s_request_is_on_trial():
     bad, good = failing_with(b"", "500"), Server()
     times = {"metrics_interval": 0.02, "breaker_open_time": 0.05}
