@@ -195,6 +195,24 @@ def test_no_pattern_takes_exponential_time():
     assert list(repeats_within(re._parser.parse(r"(?:a*;?)*")))
 
 
+def names_defined(tree):
+    """The names that a module's own statements define, as often as they do."""
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            inner = (one for target in targets for one in ast.walk(target))
+            yield from (one.id for one in inner if isinstance(one, ast.Name))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def test_no_test_and_no_constant_of_the_tests_hides_another_of_its_name():
+    names = Counter(names_defined(ast.parse(Path(__file__).read_text())))
+    assert not [name for name, times in names.items() if times > 1]
+    once = names_defined(ast.parse("A = B = 1\nA, C = 2, 3\ndef d(): pass\nasync def d(): pass"))
+    assert Counter(once) == {"A": 2, "B": 1, "C": 1, "d": 2}
+
+
 def test_importing_does_nothing():
     code = """if True:
         import sys, threading
@@ -2048,17 +2066,17 @@ LOADS = table(
 )  # fmt: skip
 
 
-TOO_LONG = ("This model's maximum context length is 2048 tokens. However, your prompt contains at"
+TOO_LONG_WORDS = ("This model's maximum context length is 2048 tokens. However, your prompt contains at"
             " least 2049 input tokens, which exceeds this limit even without any output tokens."
             " (parameter=input_tokens, value=2049)")  # fmt: skip
-TOO_LONG_ERROR = {"error": {"message": TOO_LONG, "param": "input_tokens", "code": 400}}
+TOO_LONG_ERROR = {"error": {"message": TOO_LONG_WORDS, "param": "input_tokens", "code": 400}}
 
 
 @pytest.mark.parametrize("status, said, longer", table(
     ("a prompt", 400, TOO_LONG_ERROR, True),
     ("tokens to generate", 400, {"error": {
         "message": "max_tokens=99999 cannot be greater than max_model_len=2048. Please"}}, True),
-    ("an older form", 400, {"object": "error", "message": TOO_LONG}, True),
+    ("an older form", 400, {"object": "error", "message": TOO_LONG_WORDS}, True),
     ("a multimodal prompt", 400, {"error": {"message": "The decoder prompt (length 3000) is longer"
                                             " than the maximum model length of 2048"}}, True),
     ("another error", 400, {"error": {"message": "max_tokens must be at least 1"}}, False),
@@ -5214,15 +5232,15 @@ def test_a_session_stays_with_its_pool():
     assert [round(shares[name] / 400, 1) for name in ("a", "b", "")] == [0.3, 0.2, 0.5]
 
 
-ADAPTED = {"base": {"max_model_len": 4096}, "m": {"max_model_len": None, "parent": "base"}}
+ADAPTER_CARDS = {"base": {"max_model_len": 4096}, "m": {"max_model_len": None, "parent": "base"}}
 
 
 @pytest.mark.parametrize("models, model, context", table(
     ("as it says", {"m": {"max_model_len": 2048}}, "m", 2048),
     ("it does not say", {"m": {}}, "m", math.inf),
     ("it has not told its models", None, "m", math.inf),
-    ("an adapter has its base's", ADAPTED, "m", 4096),
-    ("no model is named: the server's own", ADAPTED, None, 4096),
+    ("an adapter has its base's", ADAPTER_CARDS, "m", 4096),
+    ("no model is named: the server's own", ADAPTER_CARDS, None, 4096),
     ("no model at all", {}, None, math.inf),
     ("nonsense", {"m": {"max_model_len": "8", "parent": ["m"]}}, "m", math.inf),
     ("no length", {"m": {"max_model_len": True, "parent": "m"}}, "m", math.inf),
@@ -5551,7 +5569,7 @@ def test_who_is_to_blame_for_failures_of_one_request(servers, well, blamed):
     assert "".join(one.url for one in lite.to_blame(suspects, well)) == blamed
 
 
-ROOM = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
+ROOM_BEHIND = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
     ("with places by its settings", 2, 1, None, True),
     ("with none", 2, 2, None, False),
     ("that learns its capacity: nobody knows that it is full", 0, 200, None, True),
@@ -5563,7 +5581,7 @@ ROOM = table(  # of the second server, in front of which a 503 cannot be afforde
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("capacity, in_flight, before, free", ROOM)
+@pytest.mark.parametrize("capacity, in_flight, before, free", ROOM_BEHIND)
 def test_a_first_try_elsewhere_is_free_where_there_is_room(capacity, in_flight, before, free):
     fleet = fleet_of(1000, capacity)
     for _ in range(in_flight):
@@ -6068,7 +6086,7 @@ def document(servers, **more):
 NOTHING = dict(running=None, waiting=None, in_flight=0, kv_usage_ratio=None, tokens_per_s=None,
                ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])  # fmt: skip
 shown_REFUSED = "3 checks failed in a row: connection refused"
-shown_STATUS = document([
+SHOWN_STATUS = document([
     shown_server(1),
     shown_server(2, running=15, waiting=4, in_flight=15, kv_usage_ratio=0.93, errors=2, retries=1,
            capacity_learned=True, capacity_note="16 was set, it does 14"),
@@ -6077,9 +6095,9 @@ shown_STATUS = document([
            stale=True),
 ])  # fmt: skip
 MANY = document([shown_server(n) for n in range(1, 61)])
-FIRST, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
-shown_IDLE = document([shown_server(1)], totals={**shown_STATUS["totals"], "in_flight": 0})
-DRAINING = "http://10.0.0.4:8000"
+TOP_SERVER, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_flight": 0})
+DRAINED_SERVER = "http://10.0.0.4:8000"
 
 
 def text_of(status, ui, look, columns, rows):
@@ -6176,13 +6194,13 @@ q quit  ? help  Enter detail  d drain
 
 @pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
 def test_the_list_looks_like_this(columns, rows, expected):
-    lines = text_of(shown_STATUS, Ui(), Look(), columns, rows)
+    lines = text_of(SHOWN_STATUS, Ui(), Look(), columns, rows)
     assert len(lines) == rows
     assert "\n".join(lines).rstrip("\n") == expected.strip("\n")
 
 
 def test_at_20x5_there_are_totals_servers_and_keys():
-    assert text_of(shown_STATUS, Ui(), Look(False), 20, 5) == [
+    assert text_of(SHOWN_STATUS, Ui(), Look(False), 20, 5) == [
         "2 of 4 healthy",
         "  SERVER        STAT",
         "> 10.0.0.1:8000 ok",
@@ -6192,7 +6210,7 @@ def test_at_20x5_there_are_totals_servers_and_keys():
 
 
 def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
-    lines = text_of(shown_STATUS, Ui(), Look(), 80, 8)
+    lines = text_of(SHOWN_STATUS, Ui(), Look(), 80, 8)
     assert f" !10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
     assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
 
@@ -6211,7 +6229,7 @@ def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
 
 def test_the_selection_follows_its_server_when_the_order_changes():
     ui = Ui(selected=SECOND, sort="waiting")
-    lines = text_of(shown_STATUS, ui, Look(), 80, 24)
+    lines = text_of(SHOWN_STATUS, ui, Look(), 80, 24)
     assert lines[4].startswith("> 10.0.0.2:8000")
     calm = document([shown_server(1, waiting=9), shown_server(2)])
     assert text_of(calm, ui, Look(), 80, 24)[5].startswith("> 10.0.0.2:8000")
@@ -6221,11 +6239,11 @@ def test_the_selection_follows_its_server_when_the_order_changes():
     ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
     ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))  # fmt: skip
 def test_the_list_is_sorted(sort, first):
-    assert lite.listed(Ui(sort=sort), shown_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
+    assert lite.listed(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
 
 
 def test_a_complaint_about_settings_is_read_without_scrolling():
-    wrong = {**shown_STATUS, "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
+    wrong = {**SHOWN_STATUS, "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
     lines = text_of(wrong, Ui(), Look(), 80, 24)
     assert "SETTINGS WRONG" in lines[1]
     assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
@@ -6234,20 +6252,20 @@ def test_a_complaint_about_settings_is_read_without_scrolling():
 
 
 def test_the_detail_has_all_that_is_known_of_a_server():
-    text = "\n".join(text_of(shown_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
     for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
                   "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries"):
         assert words in text
 
 
 def test_the_detail_of_a_server_that_has_left_is_not_that_of_another():
-    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), shown_STATUS, Look(), Size(80, 24))
+    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS, Look(), Size(80, 24))
     assert ui.mode is Mode.LIST
-    assert press("d", Ui(Mode.DETAIL, selected="http://gone"), shown_STATUS)[0].asked is None
+    assert press("d", Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS)[0].asked is None
 
 
 def test_help_names_every_key():
-    text = "\n".join(text_of(shown_STATUS, Ui(Mode.HELP), Look(), 80, 40))
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.HELP), Look(), 80, 40))
     assert all(key in text for key, _, _ in lite.KEYS)
 
 
@@ -6259,7 +6277,7 @@ def test_a_port_is_kept_even_where_a_name_is_wider_than_the_screen():
 
 
 def test_what_a_colour_says_a_word_or_a_mark_says_too():
-    for line in lite.screen(shown_STATUS, Ui(selected=FIRST), Look(), Size(120, 24))[4:9]:
+    for line in lite.screen(SHOWN_STATUS, Ui(selected=TOP_SERVER), Look(), Size(120, 24))[4:9]:
         styles = {style for _, style in line}
         text = "".join(text for text, _ in line)
         if Style.SELECTED in styles:
@@ -6379,10 +6397,10 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
 @pytest.mark.parametrize("key, before, changed, action", table(
     ("down", "down", Ui(), {"selected": SECOND}, None),
     ("j", "j", Ui(), {"selected": SECOND}, None),
-    ("up at the top stays", "up", Ui(), {"selected": FIRST}, None),
-    ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINING}, None),
-    ("G", "G", Ui(), {"selected": DRAINING}, None),
-    ("g", "g", Ui(selected=DRAINING), {"selected": FIRST}, None),
+    ("up at the top stays", "up", Ui(), {"selected": TOP_SERVER}, None),
+    ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINED_SERVER}, None),
+    ("G", "G", Ui(), {"selected": DRAINED_SERVER}, None),
+    ("g", "g", Ui(selected=DRAINED_SERVER), {"selected": TOP_SERVER}, None),
     ("sort", "s", Ui(), {"sort": "name"}, None),
     ("sort comes round", "s", Ui(sort="errors"), {"sort": "given"}, None),
     ("filter begins", "/", Ui(), {"typed": ""}, None),
@@ -6393,36 +6411,36 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     ("filter kept", "enter", Ui(typed="ab"), {"typed": None, "filter": "ab"}, None),
     ("filter cleared", "esc", Ui(typed="ab", filter="a"), {"typed": None, "filter": ""}, None),
     ("Esc ends a filter", "esc", Ui(filter="a"), {"filter": ""}, None),
-    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": FIRST}, None),
+    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": TOP_SERVER}, None),
     ("back by q", "q", Ui(Mode.DETAIL), {"mode": Mode.LIST}, None),
     ("back by Esc", "esc", Ui(Mode.HELP), {"mode": Mode.LIST}, None),
     ("help", "?", Ui(), {"mode": Mode.HELP}, None),
     ("pause", "p", Ui(), {"paused": True}, None),
     ("go on", "p", Ui(paused=True), {"paused": False}, None),
     ("detail scrolls", "j", Ui(Mode.DETAIL), {"lines_up": 1}, None),
-    ("drain asks", "d", Ui(selected=FIRST), {"asked": Action("drain", FIRST)}, None),
-    ("undrain asks", "d", Ui(selected=DRAINING), {"asked": Action("undrain", DRAINING)}, None),
-    ("yes", "y", Ui(asked=Action("drain", FIRST)), {"asked": None}, Action("drain", FIRST)),
-    ("no", "n", Ui(asked=Action("drain", FIRST)), {"asked": None}, None),
-    ("Esc is no", "esc", Ui(asked=Action("drain", FIRST)), {"asked": None}, None),
+    ("drain asks", "d", Ui(selected=TOP_SERVER), {"asked": Action("drain", TOP_SERVER)}, None),
+    ("undrain asks", "d", Ui(selected=DRAINED_SERVER), {"asked": Action("undrain", DRAINED_SERVER)}, None),
+    ("yes", "y", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, Action("drain", TOP_SERVER)),
+    ("no", "n", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
+    ("Esc is no", "esc", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
     ("neither", "x", Ui(asked=Action("quit")), {"asked": Action("quit")}, None),
     ("probe", "r", Ui(selected=SECOND), {}, Action("probe", SECOND)),
     ("quit asks", "q", Ui(), {"asked": Action("quit")}, None),
     ("no drain from the help", "d", Ui(Mode.HELP), {"asked": None}, None),
     ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))  # fmt: skip
 def test_a_key_does_this(key, before, changed, action):
-    after, asked_for = press(key, before, shown_STATUS)
+    after, asked_for = press(key, before, SHOWN_STATUS)
     assert asked_for == action
     assert {name: getattr(after, name) for name in changed} == changed
 
 
 def test_quit_does_not_ask_while_nothing_runs():
-    assert press("q", Ui(), shown_IDLE)[1] == Action("quit")
+    assert press("q", Ui(), SHOWN_IDLE)[1] == Action("quit")
 
 
 def test_keys_about_a_server_do_nothing_where_there_is_none():
     for key in "drjG":
-        assert press(key, Ui(filter="nowhere"), shown_STATUS)[1] is None
+        assert press(key, Ui(filter="nowhere"), SHOWN_STATUS)[1] is None
 
 
 @pytest.mark.parametrize("char, key", table(
@@ -6434,13 +6452,13 @@ def test_a_key_that_sends_a_character_is_known_by_it(char, key):
 
 
 def test_quit_on_a_screen_of_a_balancer_elsewhere_leaves_it_alone_and_does_not_ask():
-    assert press("q", Ui(remote=True), shown_STATUS)[1] == Action("quit")
+    assert press("q", Ui(remote=True), SHOWN_STATUS)[1] == Action("quit")
 
 
 # The terminal: the program in a process of its own, on a pseudo-terminal
 
 
-ROOM = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+TERMINAL_ENV = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
 UP, DOWN, REDRAW = b"\x1bOA", b"\x1bOB", b"\x0c"
 
 
@@ -6457,7 +6475,7 @@ class Pty:
         slave = self.slave
         self.child = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **{"env": ROOM, **more})
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **{"env": TERMINAL_ENV, **more})
         return self.child
 
     def resize(self, columns, rows):
@@ -6505,7 +6523,7 @@ class Shown:
         self.lines = terminal.closing.enter_context(self.sock.makefile())
         terminal.closing.enter_context(self.sock)
         command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
-        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()], env=ROOM | env)
+        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()], env=TERMINAL_ENV | env)
         theirs.close()
 
     def say(self, **message):
@@ -6524,10 +6542,10 @@ class Shown:
 
 def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
     shown = Shown(terminal)
-    seen = shown.begin(shown_STATUS)
+    seen = shown.begin(SHOWN_STATUS)
     assert "\x1b[?1049h" in seen and "10.0.0.4:8000" in seen and not terminal.restored
     assert "\x1b[?1049l" in shown.leave
-    shown.say(status={**shown_STATUS, "time": "14:03:59"})
+    shown.say(status={**SHOWN_STATUS, "time": "14:03:59"})
     assert "10.0.0.4:8000" not in terminal.read_until("59")  # only what has changed
     terminal.press(DOWN)
     assert "7m> 10" in terminal.read_until("> 10.0.0.2:8000")
@@ -6541,7 +6559,7 @@ def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
     terminal.read_until("SERVER")
     terminal.press(b"p")
     terminal.read_until("PAUSED")
-    shown.say(status={**shown_STATUS, "time": "14:04:44"})
+    shown.say(status={**SHOWN_STATUS, "time": "14:04:44"})
     terminal.press(b"k" + REDRAW)
     assert "14:03:59" in terminal.read_until("> 10.0.0.1:8000")
     terminal.press(b"p" + REDRAW)
@@ -6564,7 +6582,7 @@ def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
     ("a console", "linux", {}, False, True),
     ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))  # fmt: skip
 def test_a_terminal_is_shown_what_it_can_show(terminal, term, env, unicode, colours):
-    seen = Shown(terminal, TERM=term, **env).begin(shown_STATUS)
+    seen = Shown(terminal, TERM=term, **env).begin(SHOWN_STATUS)
     assert ("█" in seen, "##" in seen) == (unicode, not unicode)
     assert bool(re.search(r"\x1b\[(\d+;)*3[1-6]", seen)) == colours
 
@@ -6581,7 +6599,7 @@ def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why
     with sock, theirs:
         descriptor = theirs.fileno()
         terminal.run(sys.executable, "-c", code, "top", "--socket", str(descriptor), cwd=HERE,
-                     pass_fds=[descriptor], env=ROOM | {"TERM": term})  # fmt: skip
+                     pass_fds=[descriptor], env=TERMINAL_ENV | {"TERM": term})  # fmt: skip
         theirs.close()
         assert json.loads(sock.makefile().read())["why"].startswith(why)
     assert terminal.child.wait(20) == 0 and terminal.restored
@@ -6589,7 +6607,7 @@ def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why
 
 def test_a_status_that_cannot_be_shown_restores_the_terminal_and_is_reported(terminal):
     shown = Shown(terminal)
-    shown.begin(shown_STATUS)
+    shown.begin(SHOWN_STATUS)
     shown.say(status={"totals": {}})
     assert shown.heard("why")["why"] == "it failed: KeyError: 'servers'"
     terminal.read_until("\x1b[?1049l")
@@ -6599,7 +6617,7 @@ def test_a_status_that_cannot_be_shown_restores_the_terminal_and_is_reported(ter
 class Held:
     """A balancer with a ScreenProcess, which tells what became of it."""
 
-    def __init__(self, terminal, status=shown_STATUS):
+    def __init__(self, terminal, status=SHOWN_STATUS):
         self.held, self.actions, self.status = asyncio.Queue(), asyncio.Queue(), status
         self.screen = lite.ScreenProcess(
             lambda: self.status, self.actions.put_nowait, self.held.put_nowait, terminal.slave)
@@ -10317,7 +10335,6 @@ async def test_before_anything_was_shown_another_server_answers(bad):
         assert await running.metric("mvllm_requests_total", status="200", server=good.url, model="m") == 8
 
 
-OVERLOAD = b'{"error":{"message":"x","type":"Service Unavailable","param":null,"code":503}}'
 BUSY = table(
     ("429", b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
     ("503 with Retry-After", b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
