@@ -9595,8 +9595,6 @@ async def is_dead(client: HttpClient) -> bool:
 #
 # The connections to one server over which requests are passed on.
 
-Result = TypeVar("Result")
-
 
 class Pool(Upstream):
     """The connections to one server: for requests, and a client for our own questions.  Idle ones
@@ -9632,20 +9630,6 @@ class Pool(Upstream):
                 raise
             fault = Fault.SERVER_GONE if gone.fault is Fault.CONNECT_FAILED else gone.fault
             raise PeerGone(f"{stale}; then: {gone}", fault) from None
-
-    async def talk(
-        self, exchange: Callable[[Wire], Awaitable[Result]], connect_timeout_s: float
-    ) -> Result:
-        """Have an exchange over a connection; again over a new one, if that was stale."""
-        stale: Stale | None = None
-        while True:
-            wire = await self.acquire(connect_timeout_s, stale)
-            try:
-                return await exchange(wire)
-            except Stale as gone:
-                stale = gone
-            finally:
-                self.keep(wire)
 
     async def dial(self, timeout_s: float) -> Wire:
         """A new connection.  Raises PeerGone."""
@@ -11313,8 +11297,16 @@ class Attempt:
         s, response, self._commit = self.settings, self.response, commit
         attempts = self.core.requests.running.setdefault(self.server, set())
         attempts.add(self)
+        stale: Stale | None = None
         try:
-            return await self.pool.talk(self.converse, s.connect_timeout)
+            while True:
+                wire = await self.pool.acquire(s.connect_timeout, stale)
+                try:
+                    return await self.converse(wire)
+                except Stale as met:  # once, for a new connection is not
+                    stale = met
+                finally:
+                    self.pool.keep(wire)
         except PeerGone as gone:
             fault = Fault.SERVER_FROZEN if self.frozen else gone.fault
             return Outcome(fault, str(gone), response.begun)
@@ -12120,6 +12112,9 @@ def note_check(core: Core, url: str, found: Check, begun: float) -> None:
         core.judge(url, Health.excused, now)
         return
     core.judge(url, Health.checked, *found[:3], now, core.settings, found.reached)
+
+
+Result = TypeVar("Result")
 
 
 async def in_turns(work: Generator[None, None, Result]) -> Result:
