@@ -4239,7 +4239,8 @@ class Health(NamedTuple):
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
 # it is one frozen view, which changes only on news; requests of ours are counted apart, in place.
-# A server with several engines (data parallel) has a view for each; their health is one.
+# A server with several engines (data parallel) has a view for each; their health is one.  Whoever
+# chooses among servers sees them as the Eligible, in columns.
 
 Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
@@ -4247,6 +4248,7 @@ FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own,
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
 KEPT_REPORTS = 3  # a single report may be missed
 KV_LIMIT = 1.05  # so that a full KV cache is not infinitely bad
+SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
 
 
 def oldest_report(now: float, interval_s: float) -> float:
@@ -4433,6 +4435,82 @@ class ServerView(NamedTuple):
         return not (mine and theirs and mine.keys().isdisjoint(theirs))
 
 
+class Moment(NamedTuple):
+    """What a judgement depends on besides servers and call."""
+
+    now: float
+    interval_s: float  # between two reports of load
+    enforced: bool = False  # a server takes no more requests at once than its capacity
+    slow_start_s: float = 0.0
+
+
+class Eligible(NamedTuple):
+    """What a policy judges: servers in columns, with their counts of that moment."""
+
+    views: Sequence[ServerView]
+    in_flight: list[int]
+    pending: list[int]
+    cached: Sequence[int]  # tokens of the prompt
+    slow_start: list[float]  # shares of their capacity; none of it where all have the whole
+    call: Call
+    moment: Moment
+    draw: random.Random
+
+    def foreign(self) -> list[float]:
+        """Requests with each that are not ours, as far as they are known."""
+        now, interval_s = self.moment.now, self.moment.interval_s
+        return [view.foreign(now, interval_s) if view.report.foreign else 0 for view in self.views]
+
+    def loads(self) -> list[float]:
+        """Requests with each."""
+        return [ours + foreign for ours, foreign in zip(self.in_flight, self.foreign())]
+
+    def capacities(self) -> list[float]:
+        """The capacity of each."""
+        return [view.settings.max_concurrent_requests or view.learned.capacity
+                for view in self.views]  # fmt: skip
+
+    def sizes(self) -> list[float]:
+        """The size of each."""
+        return [(view.settings.max_concurrent_requests or view.learned.capacity)
+                * view.settings.weight for view in self.views]  # fmt: skip
+
+    def utilization(self) -> list[float]:
+        """How full each would be with one more.  Own requests count exactly and at once, so a
+        burst between two reports spreads; those of others as reported."""
+        now, interval_s = self.moment.now, self.moment.interval_s
+        full = [((ours + view.foreign(now, interval_s) if view.report.foreign else ours) + 1)
+                / ((view.settings.max_concurrent_requests or view.learned.capacity)
+                   * view.settings.weight) for view, ours in zip(self.views, self.in_flight)]
+        if not self.slow_start:
+            return full
+        return [one / share for one, share in zip(full, self.slow_start)]
+
+    def kv_free_ratios(self) -> list[float]:
+        """What is left of the KV cache of each."""
+        oldest = oldest_report(self.moment.now, self.moment.interval_s)
+        return [1.0 if view.report.at < oldest else view.report.kv_free_ratio
+                for view in self.views]  # fmt: skip
+
+    def relative_speeds(self) -> list[float]:
+        """How fast each reads, 1 being the mean.  One that is not known yet is taken to be as fast
+        for its capacity as the others are."""
+        speeds = [view.learned.prefill_tokens_per_s for view in self.views]
+        known = sum(speeds)
+        if not known:
+            return [1.0] * len(speeds)
+        if 0.0 in speeds:
+            capacities = self.capacities()
+            per_capacity = known / sum([c for c, speed in zip(capacities, speeds) if speed])
+            speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
+            known = sum(speeds)
+        mean, least, most = known / len(speeds), 1 / SPEED_CLAMP, SPEED_CLAMP
+        relative = [speed / mean for speed in speeds]
+        if least <= min(relative) and max(relative) <= most:  # the usual
+            return relative
+        return [min(most, max(least, speed)) for speed in relative]
+
+
 def disagreement(view: ServerView) -> str:
     """That a server's speed says another capacity than its settings, or ''."""
     configured, learned = view.configured, view.learned
@@ -4500,7 +4578,6 @@ PREFILL_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of
 PREFILL_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
 PREFILL_WEIGHT = 0.05
 PREFILL_MEMORY_S = 300.0  # without samples, until it is taken for as fast as others, mostly
-SPEED_CLAMP = 4.0  # one sample is taken for so much faster or slower at most
 TPOT_MEMORY_S = 15.0
 CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median time per token
 CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
@@ -5049,82 +5126,6 @@ class Roster:
 # One that is a formula of what SCORE_NAMES lists has nothing but that.
 
 
-class Moment(NamedTuple):
-    """What a judgement depends on besides servers and call."""
-
-    now: float
-    interval_s: float  # between two reports of load
-    enforced: bool = False  # a server takes no more requests at once than its capacity
-    slow_start_s: float = 0.0
-
-
-class Eligible(NamedTuple):
-    """What a policy judges: servers in columns, with their counts of that moment."""
-
-    views: Sequence[ServerView]
-    in_flight: list[int]
-    pending: list[int]
-    cached: Sequence[int]  # tokens of the prompt
-    slow_start: list[float]  # shares of their capacity; none of it where all have the whole
-    call: Call
-    moment: Moment
-    draw: random.Random
-
-    def foreign(self) -> list[float]:
-        """Requests with each that are not ours, as far as they are known."""
-        now, interval_s = self.moment.now, self.moment.interval_s
-        return [view.foreign(now, interval_s) if view.report.foreign else 0 for view in self.views]
-
-    def loads(self) -> list[float]:
-        """Requests with each."""
-        return [ours + foreign for ours, foreign in zip(self.in_flight, self.foreign())]
-
-    def capacities(self) -> list[float]:
-        """The capacity of each."""
-        return [view.settings.max_concurrent_requests or view.learned.capacity
-                for view in self.views]  # fmt: skip
-
-    def sizes(self) -> list[float]:
-        """The size of each."""
-        return [(view.settings.max_concurrent_requests or view.learned.capacity)
-                * view.settings.weight for view in self.views]  # fmt: skip
-
-    def utilization(self) -> list[float]:
-        """How full each would be with one more.  Own requests count exactly and at once, so a
-        burst between two reports spreads; those of others as reported."""
-        now, interval_s = self.moment.now, self.moment.interval_s
-        full = [((ours + view.foreign(now, interval_s) if view.report.foreign else ours) + 1)
-                / ((view.settings.max_concurrent_requests or view.learned.capacity)
-                   * view.settings.weight) for view, ours in zip(self.views, self.in_flight)]
-        if not self.slow_start:
-            return full
-        return [one / share for one, share in zip(full, self.slow_start)]
-
-    def kv_free_ratios(self) -> list[float]:
-        """What is left of the KV cache of each."""
-        oldest = oldest_report(self.moment.now, self.moment.interval_s)
-        return [1.0 if view.report.at < oldest else view.report.kv_free_ratio
-                for view in self.views]  # fmt: skip
-
-    def relative_speeds(self) -> list[float]:
-        """How fast each reads, 1 being the mean.  One that is not known yet is taken to be as fast
-        for its capacity as the others are."""
-        speeds = [view.learned.prefill_tokens_per_s for view in self.views]
-        known = sum(speeds)
-        if not known:
-            return [1.0] * len(speeds)
-        if 0.0 in speeds:
-            capacities = self.capacities()
-            per_capacity = known / sum([c for c, speed in zip(capacities, speeds) if speed])
-            speeds = [speed or c * per_capacity for c, speed in zip(capacities, speeds)]
-            known = sum(speeds)
-        mean, least, most = known / len(speeds), 1 / SPEED_CLAMP, SPEED_CLAMP
-        relative = [speed / mean for speed in speeds]
-        if least <= min(relative) and max(relative) <= most:  # the usual
-            return relative
-        return [min(most, max(least, speed)) for speed in relative]
-
-
 class Policy:
     """One way to choose.  One object serves all calls for one model."""
 
@@ -5142,8 +5143,7 @@ class Policy:
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The numbers behind the costs, in words; for people."""
-        return [f"({ours} in flight + {foreign:.1f} foreign + 1) / {v.capacity:.4g}{weighed(v)}"
-                for ours, foreign, v in zip(eligible.in_flight, eligible.foreign(), eligible.views)]
+        raise NotImplementedError
 
     def tie_for(self, call: Call) -> float:
         """How far apart the costs of equals may be, as a factor."""
@@ -5151,11 +5151,6 @@ class Policy:
 
     def chosen(self, view: ServerView) -> None:
         """That server is asked."""
-
-
-def weighed(view: ServerView) -> str:
-    """A weight as a cost's words have it, where there is one."""
-    return f" / weight {view.settings.weight:g}" if view.settings.weight != 1 else ""
 
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -5224,22 +5219,19 @@ class Unified(Policy):
                    eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
 
     def terms(self, eligible: Eligible) -> list[str]:
-        tokens = eligible.call.prompt.tokens
-        return [unified_terms(pending, tokens - cached, *rest) for pending, cached, *rest
-                in zip(eligible.pending, eligible.cached, eligible.relative_speeds(),
-                       eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
-
-
-def unified_terms(pending: int, uncached: int, speed: float, full: float, free: float) -> str:
-    """A cost in words: prompt tokens that were sent and are not answered yet, those of this prompt
-    that it has to read, its speed relative to the fleet's mean, how full it will be, what is free
-    of its KV cache."""
-    work = f"pending {pending} + uncached {uncached}"
-    if speed != 1.0:
-        work = f"({work}) / speed {speed:.2f}"
-    power = "" if full <= 1 else f"^{1 + OVERFULL_POWER}"
-    room = f" / kv_free {free:.2f}" if free < 1 else ""
-    return f"({work} + {ANSWER_TOKENS}) × utilization {full:.2f}{power}{room}"
+        """Prompt tokens that were sent and are not answered yet, those of this prompt that it has
+        to read, its speed relative to the fleet's mean, how full it will be, what is free of its
+        KV cache."""
+        tokens, lines = eligible.call.prompt.tokens, []
+        for pending, cached, speed, full, free in zip(
+                eligible.pending, eligible.cached, eligible.relative_speeds(),
+                eligible.utilization(), eligible.kv_free_ratios()):  # fmt: skip
+            work = f"pending {pending} + uncached {tokens - cached}"
+            work = work if speed == 1.0 else f"({work}) / speed {speed:.2f}"
+            power = "" if full <= 1 else f"^{1 + OVERFULL_POWER}"
+            room = f" / kv_free {free:.2f}" if free < 1 else ""
+            lines.append(f"({work} + {ANSWER_TOKENS}) × utilization {full:.2f}{power}{room}")
+        return lines
 
 
 class Formula(Policy):
@@ -5257,7 +5249,7 @@ class Formula(Policy):
         self.shares = self.weighs and not {"weight", "capacity"} & {*self.names}
 
     def costs(self, eligible: Eligible) -> list[float]:
-        costs = self.values_of([column(eligible) for column in self.columns])
+        costs: list[float] = self.values_of([column(eligible) for column in self.columns])
         if not self.shares:
             return costs
         return [cost / view.settings.weight if cost > 0 else cost * view.settings.weight
@@ -5265,16 +5257,13 @@ class Formula(Policy):
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The formula with a number behind each name."""
-        rows = zip(*(column(eligible) for column in self.columns))
-        known = [dict(zip(self.names, row)) for row in rows]
-        named = not self.weighs or "weight" in self.names
-        return [re.sub(r"\w+", lambda name: told(name[0], values), self.text)
-                + f", weight {view.settings.weight:g}" * (not named and view.settings.weight != 1)
-                for values, view in zip(known, eligible.views)]  # fmt: skip
-
-
-def told(name: str, values: Mapping[str, float]) -> str:
-    return f"{name} {values[name]:.4g}" if name in values else name
+        named, lines = not self.weighs or "weight" in self.names, []
+        for view, *row in zip(eligible.views, *(column(eligible) for column in self.columns)):
+            told = {name: f"{name} {value:.4g}" for name, value in zip(self.names, row)}
+            line = re.sub(r"\w+", lambda name, told=told: told.get(name[0], name[0]), self.text)
+            weight = view.settings.weight
+            lines.append(line if named or weight == 1 else f"{line}, weight {weight:g}")
+        return lines
 
 
 SCORES: dict[str, Callable[[Eligible], Sequence[float]]] = {  # what each of SCORE_NAMES is
@@ -5341,13 +5330,13 @@ class Drawn(Policy):
 
 
 @policy("power_of_two")
-class PowerOfTwo(Policy):
+class PowerOfTwo(Least):
     """Of two drawn by chance the less crowded."""
 
     def costs(self, eligible: Eligible) -> list[float]:
         count = len(eligible.views)
         drawn = eligible.draw.sample(range(count), min(2, count))
-        return [cost if n in drawn else INFINITY for n, cost in enumerate(eligible.utilization())]
+        return [cost if n in drawn else INFINITY for n, cost in enumerate(super().costs(eligible))]
 
 
 LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as kubeai's and Envoy's
@@ -5376,7 +5365,7 @@ def bounded(costs: list[float], eligible: Eligible) -> list[float]:
             for cost, load, size in zip(costs, loads, sizes)]  # fmt: skip
 
 
-class Hashed(Policy):
+class Hashed(Least):
     """The same server for the same key; without one, the least crowded."""
 
     def key(self, call: Call) -> bytes:
@@ -5387,7 +5376,7 @@ class Hashed(Policy):
 
     def costs(self, eligible: Eligible) -> list[float]:
         if not (key := self.key(eligible.call)):
-            return eligible.utilization()
+            return super().costs(eligible)
         digest = hashlib.blake2b(key, digest_size=32).digest()
         return bounded(hashed(digest, eligible.views), eligible)
 
@@ -5436,9 +5425,9 @@ class CacheAware(Policy):
 
     def terms(self, eligible: Eligible) -> list[str]:
         tokens = eligible.call.prompt.tokens
-        return [f"{load:.1f} requests{weighed(view)}, {cached} of {tokens} tokens cached"
-                for load, view, cached
-                in zip(eligible.loads(), eligible.views, eligible.cached)]  # fmt: skip
+        weights = [view.settings.weight for view in eligible.views]
+        return [f"{load:.1f} requests / weight {weight:g}, {cached} of {tokens} tokens cached"
+                for load, weight, cached in zip(eligible.loads(), weights, eligible.cached)]
 
 
 @policy("lmetric")
