@@ -5359,6 +5359,27 @@ def test_tokens_that_another_server_would_have_had(views, cached, tokens, missed
     assert judged([server(n, **known) for n, known in enumerate(views)], cached=cached, tokens=tokens).missed_tokens() == missed
 
 
+def test_a_view_changes_only_on_news_and_counts_of_requests_are_none():
+    fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 4))
+    first = ranking_of(fleet, model="m")
+    views = fleet.views()
+    with fleet.lease("s0", 0.0, prompt):
+        assert all(one is other for one, other in zip(fleet.views(), views))
+        assert (fleet.view("s0").counts.in_flight, fleet.view("s0").counts.pending) == (1, 192)
+        second = ranking_of(fleet, model="m")
+    assert second.reasons is first.reasons  # and what follows from views is kept as long
+    assert (first.eligible.in_flight, second.eligible.in_flight) == ([0, 0], [1, 0])  # as it was
+    fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1), 1, 1.0)
+    assert fleet.view("s0") is not views[0] and fleet.view("s1") is views[1]
+    assert ranking_of(fleet, model="m").reasons is first.reasons  # its load excludes nobody
+    fleet.busy("s0", 1.0)
+    assert ranking_of(fleet, model="m", now=1.1).best == "s1"
+
+
+def test_every_name_of_a_formula_has_its_column():
+    assert tuple(lite.SCORES) == lite.SCORE_NAMES
+
+
 def test_the_choice_in_one_line():
     """As in X-MVLLM-Why."""
     views = [server(0, load=(0, 0, 0.25)), server(1, load=(0, 0, 0.25)), server(2, draining=True)]
