@@ -59,22 +59,23 @@ of itself and of earlier rooms only.
     41  attempt       a request said to one server; its answer judged and passed on
     42  case          whose failure it was: suspects, deaths, content that is held off
     43  exchange      one request, from its head to its last byte
-    44  watch         health checks, load reports
-    45  operations    what people have done to servers: drained, weighed, probed, added, removed
-    46  endpoints     the paths that the balancer answers itself, in one table
-    47  front         where clients come in: connections accepted, requests let in
-    48  handover      one process takes over from another, without a gap
-    49  following     the settings file, and the files that it names
-    50  commands      subcommands as rows; settings from file, environment and flags
-    51  balancer      assembly: settings and roster adopted, running, draining, stopping
-    52  process       signals, the terminal, systemd, limits of the system
-    53  page          the status for a browser: one HTML string
-    54  doctor        what is amiss with servers and settings, and what to do about it
-    55  demo          simulated vLLM servers, so that everything runs on a laptop
-    56  command line  arguments, environment, logging, exit codes
+    44  accounts      what is counted, kept and told of a request that has ended
+    45  watch         health checks, load reports
+    46  operations    what people have done to servers: drained, weighed, probed, added, removed
+    47  endpoints     the paths that the balancer answers itself, in one table
+    48  front         where clients come in: connections accepted, requests let in
+    49  handover      one process takes over from another, without a gap
+    50  following     the settings file, and the files that it names
+    51  commands      subcommands as rows; settings from file, environment and flags
+    52  balancer      assembly: settings and roster adopted, running, draining, stopping
+    53  process       signals, the terminal, systemd, limits of the system
+    54  page          the status for a browser: one HTML string
+    55  doctor        what is amiss with servers and settings, and what to do about it
+    56  demo          simulated vLLM servers, so that everything runs on a laptop
+    57  command line  arguments, environment, logging, exit codes
 
-A request walks through the rooms like this.  The `Front` (47) reads a head from the client's
-`Wire` (31) and parses it (NN).  A local path is answered in room 46; everything else is an
+A request walks through the rooms like this.  The `Front` (48) reads a head from the client's
+`Wire` (31) and parses it (NN).  A local path is answered in room 47; everything else is an
 `Exchange` (43): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
 `Keys` (12) lets it in, and `relay_plan` (20) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (19) in the view of the fleet (16) by a policy (18).  An
@@ -11621,9 +11622,10 @@ class Exchange:
 
     # The life of a request.
 
-    async def run(self) -> None:
-        """Have a server answer.  However it ends, the client has been told and it is accounted."""
-        response, explains = self.response, wants_explanation(self.head)
+    async def run(self, explains: bool) -> None:
+        """Have a server answer; or, to a request that `explains`, say which one would be asked.
+        However it ends, the client has been told."""
+        response = self.response
         try:
             call, content = read_call(self.head, *await self.body.gather(), self.settings)
             if refusal := self.admit(call):
@@ -11653,8 +11655,6 @@ class Exchange:
             self.release(True)
             if self.admitted and self.key is not None:
                 self.core.keys.release(self.key)
-            if not explains:
-                self.account()
 
     def admit(self, call: Call) -> Refusal | None:
         """Take note of what is wanted.  Returns why the request's key does not allow it, or None."""
@@ -11954,58 +11954,66 @@ class Exchange:
         GiveUp: give_up, BreakOff: break_off,
     }  # fmt: skip
 
-    # The end.
-
     def label(self) -> str:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
         model = self.call.model
         return model or "" if model is None or self.core.fleet.knows(model) else "unknown"
 
-    def account(self) -> None:
-        """Count the request, and write its line."""
-        core, trail, response, first_s = self.core, self.trail, self.response, None
-        now, ledger, usage = self.loop.time(), core.ledger, dict[str, int]()
-        model, server = trail.model, trail.server
-        ledger.requests.add(server, model, str(response.status))
-        if response.first_byte_at is not None:
-            first_s = response.first_byte_at - trail.asked_at
-            ledger.first_byte.note(first_s, model)
-            if response.streams:
-                ledger.first_token.note(first_s, model)
-        if server:
-            well = response.status < 500 and response.end in ("complete", "client_gone")
-            core.recent.history(server).ended(now, first_s if response.streams else None, well)
-            key = self.key.name if self.key else ""
-            ledger.key_requests.add(key, model)
-            usage = usage_of(response.tail, response.notation)
-            for kind, tokens in usage.items():
-                ledger.usage.add(key, model, kind, amount=tokens)
-        ledger.durations.note(now - trail.began_at, model)
-        ledger.request_sizes.note(self.body.size, model)
-        ledger.response_sizes.note(response.sent_bytes, model)
-        if core.trace is not None and server and response.status < 500:
-            age_s, call = now - trail.asked_at, self.call._replace(model=model or None)
-            tokens = completion_tokens(usage, response.tail, response.sent_bytes)
-            core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
-                                      server, response.status, response.end))
-        core.news.publish(RequestFacts, lambda: self.facts(now, first_s, usage))
 
-    def facts(self, now: float, first_s: float | None, usage: Mapping[str, int]) -> RequestFacts:
-        """What its log lines say."""
-        response, trail, model = self.response, self.trail, self.call.model
-        (peer, port), call = self.client.peer, self.call
-        host = client_address(peer, self.head.fields, self.settings.trusted_proxies)
-        return RequestFacts(
-            response.id, f"{peer}:{port}" if host == peer else host,
-            self.key.name if self.key else None, self.head.method, self.head.path[:200],
-            model and model[:100], call.stream, trail.server or None, trail.attempts,
-            response.status, trail.queued_s, first_s, now - trail.began_at, self.body.size,
-            response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
-            response.end)
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  44  accounts
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is counted, kept and told of a request that has ended.
+
+
+def account(x: Exchange) -> None:
+    """Count the request, and write its line."""
+    core, trail, response, first_s = x.core, x.trail, x.response, None
+    now, ledger, usage = x.loop.time(), core.ledger, dict[str, int]()
+    model, server = trail.model, trail.server
+    ledger.requests.add(server, model, str(response.status))
+    if response.first_byte_at is not None:
+        first_s = response.first_byte_at - trail.asked_at
+        ledger.first_byte.note(first_s, model)
+        if response.streams:
+            ledger.first_token.note(first_s, model)
+    if server:
+        well = response.status < 500 and response.end in ("complete", "client_gone")
+        core.recent.history(server).ended(now, first_s if response.streams else None, well)
+        key = x.key.name if x.key else ""
+        ledger.key_requests.add(key, model)
+        usage = usage_of(response.tail, response.notation)
+        for kind, tokens in usage.items():
+            ledger.usage.add(key, model, kind, amount=tokens)
+    ledger.durations.note(now - trail.began_at, model)
+    ledger.request_sizes.note(x.body.size, model)
+    ledger.response_sizes.note(response.sent_bytes, model)
+    if core.trace is not None and server and response.status < 500:
+        age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
+        tokens = completion_tokens(usage, response.tail, response.sent_bytes)
+        core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
+                                  server, response.status, response.end))
+    core.news.publish(RequestFacts, lambda: facts_of(x, now, first_s, usage))
+
+
+def facts_of(
+    x: Exchange, now: float, first_s: float | None, usage: Mapping[str, int]
+) -> RequestFacts:
+    """What the log lines of a request say."""
+    response, trail, call, (peer, port) = x.response, x.trail, x.call, x.client.peer
+    host = client_address(peer, x.head.fields, x.settings.trusted_proxies)
+    return RequestFacts(
+        response.id, f"{peer}:{port}" if host == peer else host,
+        x.key.name if x.key else None, x.head.method, x.head.path[:200],
+        call.model and call.model[:100], call.stream, trail.server or None, trail.attempts,
+        response.status, trail.queued_s, first_s, now - trail.began_at, x.body.size,
+        response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
+        response.end)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  watch
+#  45  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12248,7 +12256,7 @@ class Watchers:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  operations
+#  46  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12338,7 +12346,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  endpoints
+#  47  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12597,7 +12605,7 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  front
+#  48  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12838,27 +12846,25 @@ class Front:
         if refusal := self.refusal(exchange, kind):
             self.refuse(exchange, refusal)
         elif head.hops_left == 0 or (head.is_preflight and kind in FOR_PAGES):
-            self.reply_with(exchange, Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
+            exchange.response.send(Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
         elif kind.is_exchange:
             clients.forwarding += 1
             try:
-                await exchange.run()
+                await exchange.run(kind is Kind.EXPLAIN)
             finally:
                 clients.forwarding -= 1
+                if kind is not Kind.EXPLAIN:
+                    account(exchange)
         elif (row := endpoint_for(head)) is None:
             self.refuse(exchange, wrong_method(head))
         else:
             await self.answer(exchange, row)
 
-    def reply_with(self, exchange: Exchange, reply: Reply) -> None:
-        response = exchange.response
-        response.send(reply)
-
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         response = exchange.response
         response.refuse(*refusal[:3], refusal.fields)
         self.core.count_limit(LIMITS.get(refusal.fault, ""))
-        exchange.account()
+        account(exchange)
 
     async def answer(self, exchange: Exchange, row: Endpoint) -> None:
         """Raises BadMessage, PeerGone."""
@@ -12874,7 +12880,7 @@ class Front:
             raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
         answer = await row.handle(self.core, Asked(exchange.head, content))
         if isinstance(answer, Reply):
-            self.reply_with(exchange, answer)
+            exchange.response.send(answer)
         else:
             await self.stream(exchange, answer)
 
@@ -12926,7 +12932,7 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  handover
+#  49  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13091,7 +13097,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  following
+#  50  following
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -13219,7 +13225,7 @@ class Follower:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  commands
+#  51  commands
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -13336,7 +13342,7 @@ def printable(text: str) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  balancer
+#  52  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -13557,7 +13563,7 @@ class Balancer:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  52  process
+#  53  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13673,7 +13679,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  53  page
+#  54  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -14069,7 +14075,7 @@ async def status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  54  doctor
+#  55  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -14319,7 +14325,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  55  demo
+#  56  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14652,7 +14658,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  56  command line
+#  57  command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
