@@ -4365,7 +4365,7 @@ class ServerView(NamedTuple):
     def admission(self) -> tuple[Any, ...]:
         """All of it that may keep requests from the server."""
         return (self.health, self.settings, self.models, self.share, self.draining, self.drained,
-                self.busy_until, self.load.asleep, self.load.adapters)  # fmt: skip
+                self.busy_until, self.report.load.asleep, self.report.load.adapters)  # fmt: skip
 
     @property
     def by_name(self) -> ServerView:
@@ -5655,7 +5655,7 @@ def exclusion_reason(
             return f"is {health.state.value} ({health.reason})"
     if not view.has(model):
         return f"does not serve {shown(model)}"
-    if view.load.asleep:
+    if view.report.load.asleep:
         return "is asleep"
     if not view.share:
         return f"gets none: its pool has 0 % ({view.settings.pool or 'of no pool'})"
@@ -5714,7 +5714,7 @@ def apply_preferences(
 def depends_on_the_moment(view: ServerView, now: float) -> bool:
     """Whether it depends on the moment, or on chance, if it is passed over for others."""
     s = view.settings
-    return bool(s.pool or s.tier > 1 or view.load.adapters or view.busy_until > now)
+    return bool(s.pool or s.tier > 1 or view.report.load.adapters or view.busy_until > now)
 
 
 def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
