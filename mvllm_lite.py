@@ -197,15 +197,11 @@ CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
 PLAUSIBLE_TOKENS = 1e9
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
-POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
-STALE_S = 0.25  # from a request to the close of a connection that was idle, as far as one goes
-POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
 # Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
-FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
 SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
 NESTING_LIMIT = 900  # levels of JSON; Python's reader, which servers have, too, takes about 1,000
@@ -9398,6 +9394,8 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 # those of rooms 2 and 3; there is no second parser.
 
 PIECE_BYTES = 16 * 1024  # read at once: taking chunks of a few bytes apart is slow
+FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
+POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 
 
 class MessageReader:
@@ -9584,6 +9582,9 @@ async def is_dead(client: HttpClient) -> bool:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server over which requests are passed on.
+
+STALE_S = 0.25  # from a request to the close of a connection that was idle, as far as one goes
+POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
 
 class Pool(Upstream):
