@@ -2916,8 +2916,7 @@ COMMENT = re.compile(rb"(?::[^\n]*+\n)++\r?\n")  # one that stands alone, in pla
 
 
 class StreamStart:
-    """The beginning of an event stream as it comes, each byte looked at once: comments and events
-    of the preamble may come in any number of pieces."""
+    """The beginning of an event stream, which comes in pieces; each byte is looked at once."""
 
     __slots__ = ("held", "comments", "_event", "_seen")
 
@@ -2932,7 +2931,7 @@ class StreamStart:
         held += piece
         while end := BLANK_LINE.search(held, self._seen):
             event = slice(self._event, end.end())
-            begun = stream_begun(bytes(held[event]))
+            begun = begun_by(bytes(held[event]))
             if COMMENT.fullmatch(held, event.start, event.stop):
                 self.comments.append(event)
             self._event = self._seen = end.end()
@@ -2972,14 +2971,8 @@ def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
         return Notation.OPAQUE
     if head.is_event_stream:
         return Notation.EVENTS
-    if not head.is_json:
-        return Notation.OPAQUE
-    return Notation.RESPONSE if meant == RESPONSES_PATH else Notation.CHOICES
-
-
-def split_events(content: bytes) -> list[bytes]:
-    """The events of a stream, and after them what follows the last one's blank line."""
-    return BLANK_LINE.split(content) if b"\r" in content else content.split(b"\n\n")
+    document = Notation.RESPONSE if meant == RESPONSES_PATH else Notation.CHOICES
+    return document if head.is_json else Notation.OPAQUE
 
 
 def parse_event(event: bytes) -> tuple[bytes, bytes]:
@@ -2994,26 +2987,22 @@ def parse_event(event: bytes) -> tuple[bytes, bytes]:
     return name, b"\n".join(data)
 
 
-def stream_begun(content: bytes) -> Begun:
-    """Judges whole events from a stream's start.  One that begins with an error event, or with
-    the [DONE] that a stopping vLLM sends to queued requests, failed before it began; unless the
-    error is the client's, which every server would repeat."""
-    for event in split_events(content)[:-1]:
-        name, data = parse_event(event)
-        if data == b"[DONE]":
-            return Begun.FAILED
-        if may_admit(event) and fault_admitted(name, document_at_end(data)) is Fault.STREAM_FAILED:
-            return Begun.FAILED
-        if data and name not in PREAMBLE_EVENTS:
-            return Begun.CONTENT
-    return Begun.NOT_YET
+def begun_by(event: bytes) -> Begun:
+    """Judges one from a stream's start.  A stream that begins with an error, or with the [DONE]
+    that a stopping vLLM sends to queued requests, failed before it began; unless the error is the
+    client's, which every server would repeat."""
+    name, data = parse_event(event)
+    if data == b"[DONE]":
+        return Begun.FAILED
+    if may_admit(event) and fault_admitted(name, document_at_end(data)) is Fault.STREAM_FAILED:
+        return Begun.FAILED
+    return Begun.CONTENT if data and name not in PREAMBLE_EVENTS else Begun.NOT_YET
 
 
 # Of JSON that is read backwards from its end, where a string cannot have begun unseen: a string,
 # whose own quotes stand before an odd number of backslashes; a bracket; or the quote of a string
 # that goes on beyond what is there.
-BACKWARDS = re.compile(
-    rb'[^]["{}]*+("[^"]*+(?:"\\(?:\\\\)*+(?!\\)[^"]*+)*+"|[]["{}])')
+BACKWARDS = re.compile(rb'[^]["{}]*+("[^"]*+(?:"\\(?:\\\\)*+(?!\\)[^"]*+)*+"|[]["{}])')
 OPENINGS = {b"}": b'{"":', b"]": b"["}
 
 
@@ -3105,9 +3094,8 @@ def of_request(error: Mapping[str, Any]) -> bool:
 
 
 def events_at_end(tail: bytes, words: Sequence[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Of a stream's last events those with any of the words, by name, the last one first; the
-    first may be cut."""
-    for event in reversed(split_events(tail)):
+    """Of a stream's last events those with any of the words, the last one first: name and data."""
+    for event in reversed(BLANK_LINE.split(tail)):
         if any(word in event for word in words):
             name, data = parse_event(event)
             yield name, document_at_end(data or event)
@@ -3140,11 +3128,6 @@ def no_engine(said: Mapping[str, Any]) -> str:
     return found[0] if found else ""
 
 
-def says_no_engine(content: bytes) -> bool:
-    """Whether an error, as it came, says that the server's engine has gone."""
-    return no_engine(document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])) != ""
-
-
 def says_failure(events: bytes) -> bool:
     """Whether a stream has an error event; one of a server that stops ends without any."""
     found = (fault_admitted(*event) for event in events_at_end(events, ADMISSIONS))
@@ -3166,22 +3149,15 @@ def engine_died(said: bytes, notation: Notation) -> bool:
 TOO_LONG = re.compile(r"(?i)context[ _]length|max_model_len|maximum model length")
 
 
-def exceeds_context(content: bytes) -> bool:
-    """Whether a 400 names the length of the model's context."""
-    try:
-        document = json.loads(content)
-        return TOO_LONG.search(document.get("error", document)["message"]) is not None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
-
-
 def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     """The failure that a whole plain answer admits to, which another server may not have."""
-    if status == 400:
-        return Fault.CONTEXT_LENGTH_EXCEEDED if exceeds_context(content) else None
+    if status not in (400, 500):
+        return bad_end(content, notation)
+    said = document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])
     if status == 500:
-        return Fault.ENGINE_FAILED if says_no_engine(content) else None
-    return bad_end(content, notation)
+        return Fault.ENGINE_FAILED if no_engine(said) else None
+    text = member(member(said, "error", dict) or said, "message", str)
+    return Fault.CONTEXT_LENGTH_EXCEEDED if TOO_LONG.search(text) else None
 
 
 # How vLLM says that it has enough to do (--max-num-queued-reqs, --max-num-queued-tokens).
@@ -3193,17 +3169,13 @@ def says_busy(head: ResponseHead, content: bytes) -> bool:
     vLLM's form for an overload.  Any other 503 is that of something broken."""
     if head.status != 503 or head.fields.get("retry-after"):
         return head.status in (429, 503)
-    try:
-        return is_overload(json.loads(content))
-    except (ValueError, RecursionError):
-        return False
+    return is_overload(document_at_end(content))
 
 
-def is_overload(said: Any) -> bool:
+def is_overload(said: Mapping[str, Any]) -> bool:
     """Whether a document, or an event, has vLLM's form for an overload."""
-    error = said.get("error") if isinstance(said, dict) else None
-    return (isinstance(error, dict) and error.get("code") == 503
-            and error.get("type") in OVERLOAD_TYPES)  # fmt: skip
+    error = member(said, "error", dict)
+    return error.get("code") == 503 and error.get("type") in OVERLOAD_TYPES
 
 
 TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
@@ -3220,7 +3192,7 @@ class Terms(NamedTuple):
     our_key: bool = False  # the server was shown a key of ours
     opened: bool = False  # the client was shown comments, so that only a stream can follow
     has_larger: bool = False  # another server takes longer prompts than this one
-    wants_second_opinion: bool = False  # it matters what another server says to what this one answers 500
+    wants_second_opinion: bool = False  # a 500 may be for want of an engine, or the request's doing
 
 
 WITHOUT_IT = frozenset((404, 405, 501))  # a server has not what is asked for, or no such path
@@ -3260,9 +3232,7 @@ class AnswerJudge:
         self._whole = False  # it is held back to its end
         if self.fault is None and head.is_event_stream and framing != NO_CONTENT:
             self._enough_bytes = 1 if head.is_encoded else HELD_LIMIT_BYTES + 1
-            if not head.is_encoded:
-                self._start = StreamStart()
-                self._held = self._start.held
+            self._start = None if head.is_encoded else StreamStart()
             return
         short = head.is_json and (framing.length or INFINITY) < HELD_ANSWER_LIMIT_BYTES
         self._whole = bool(
@@ -3324,8 +3294,7 @@ class AnswerJudge:
         return fault
 
 
-# Where an answer says how many tokens there were: by the member of `usage`, the kind, and the
-# member of that member.
+# Where `usage` says how many tokens there were: by its member, the kind, and the member of that.
 USAGE_PLACES = {
     "prompt_tokens": ("prompt", ""), "input_tokens": ("prompt", ""),
     "completion_tokens": ("completion", ""), "output_tokens": ("completion", ""),
@@ -3403,31 +3372,20 @@ def error_event(body: bytes, path: str) -> bytes:
     return name + b"data: " + body + b"\n\n"
 
 
-# Metric names of vLLM, the first that a page has is taken.  `per_engine` says how several engines
-# of one server (data parallel) are joined.  To add a name: add it to its row.
-class VllmMetric(NamedTuple):
-    names: tuple[str, ...]
-    per_engine: Callable[[list[float]], float]
-
-
-VLLM_METRICS = {
-    "running": VllmMetric(("vllm:num_requests_running",), sum),
-    "waiting": VllmMetric(("vllm:num_requests_waiting",), sum),
-    "by_reason": VllmMetric(("vllm:num_requests_waiting_by_reason",), sum),
-    "swapped": VllmMetric(("vllm:num_requests_swapped",), sum),  # v0 engines: they wait, too
-    # From 0 to 1, despite its name.
-    "kv_usage": VllmMetric(("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), max),
-    "max_fds": VllmMetric(("process_max_fds",), sum),
-    "prompt_tokens": VllmMetric(("vllm:prompt_tokens_total",), sum),
-    "generation_tokens": VllmMetric(("vllm:generation_tokens_total",), sum),
-    "prefix_hits": VllmMetric(
-        ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"), sum),
+# Metric names of vLLM; the first that a page has is taken.  To add a name: add it to its row.
+VLLM_METRICS: dict[str, tuple[str, ...]] = {
+    "running": ("vllm:num_requests_running",), "waiting": ("vllm:num_requests_waiting",),
+    "by_reason": ("vllm:num_requests_waiting_by_reason",),
+    "swapped": ("vllm:num_requests_swapped",),  # v0 engines: they wait, too
+    "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),  # from 0 to 1, in truth
+    "max_fds": ("process_max_fds",), "prompt_tokens": ("vllm:prompt_tokens_total",),
+    "generation_tokens": ("vllm:generation_tokens_total",),
+    "prefix_hits": ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
     # Of these the labels are what is said.
-    "cache_config": VllmMetric(("vllm:cache_config_info",), sum),
-    "sleep": VllmMetric(("vllm:engine_sleep_state",), sum),
-    "lora": VllmMetric(("vllm:lora_requests_info",), max),
+    "cache_config": ("vllm:cache_config_info",), "sleep": ("vllm:engine_sleep_state",),
+    "lora": ("vllm:lora_requests_info",),
 }
-VLLM_NAMES = tuple(name for metric in VLLM_METRICS.values() for name in metric.names)
+VLLM_NAMES = tuple(itertools.chain.from_iterable(VLLM_METRICS.values()))
 PLAUSIBLE_LIMIT = 1e15  # a number beyond is nonsense, as are those below zero
 
 
@@ -3490,12 +3448,10 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
     for sample in samples:
         found.setdefault(sample.name, []).append(sample)
     values, said = dict[str, float](), dict[str, list[Sample]]()
-    for key, metric in VLLM_METRICS.items():
-        for name in metric.names:
-            if name in found:
-                said[key] = found[name]
-                values[key] = metric.per_engine([sample.value for sample in found[name]])
-                break
+    for key, names in VLLM_METRICS.items():
+        if (name := next(filter(found.__contains__, names), None)) is not None:
+            join = max if key == "kv_usage" else sum  # of several engines (data parallel)
+            said[key], values[key] = found[name], join(sample.value for sample in found[name])
     if "waiting" in values:
         values["waiting"] += values.get("swapped", 0)
     if "prompt_tokens" in values or "generation_tokens" in values:
@@ -3504,8 +3460,7 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
     lora = max(said.get("lora", ()), key=lambda sample: sample.value, default=None)
     running = lora.labels.get("running_lora_adapters", "") if lora else ""
     configs = [sample.labels for sample in said.get("cache_config", ())]
-    lacking = [one.value for one in said.get("by_reason", ())
-               if one.labels.get("reason") == "capacity"]  # fmt: skip
+    lacking = [n.value for n in said.get("by_reason", ()) if n.labels.get("reason") == "capacity"]
     return EngineLoad(
         kv_usage_ratio=values.get("kv_usage"), lacking=int(sum(lacking)) if lacking else None,
         kv_tokens=sum(map(kv_size, configs)) or None,
@@ -3513,20 +3468,15 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
         asleep=any(one.value == 0 for one in said.get("sleep", ())
                    if one.labels.get("sleep_state") == "awake"),
         adapters=frozenset(filter(None, running.split(","))),
-        **{key: int(values[key]) for key in COUNTS if key in values},
-    )  # fmt: skip
+        **{key: int(values[key]) for key in COUNTS if key in values})
 
 
 def kv_size(config: Mapping[str, str]) -> int:
     """Tokens that fit into the KV cache that cache_config_info describes; 0 is unknown."""
-    size, blocks = config.get("kv_cache_size_tokens", ""), config.get("num_gpu_blocks", "")
-    block = config.get("block_size", "")
-    if size.isdecimal():
-        return int(size[:15])
-    return int(blocks[:9]) * int(block[:6]) if blocks.isdecimal() and block.isdecimal() else 0
-
-
-MODEL_MEMBERS = ("id", "object", "created", "owned_by", "root", "parent", "max_model_len")
+    size, blocks, block = (
+        int(said[:15]) if (said := config.get(name, "")).isdecimal() else 0
+        for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
+    return size or blocks * block
 
 
 # A balancer tells others, and nobody else, through which ones it knows a model.  So two that ask
@@ -3554,9 +3504,8 @@ def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, A
 
 def model_list(content: bytes, own_name: str = "") -> dict[str, dict[str, Any]] | None:
     """The models in an answer to /v1/models, by id with everything said of them; None if it is
-    not such an answer.  Those do not count that a balancer knows through the one of `own_name`.
-    An id becomes a label and a word in log lines, so it must be printable, and no longer than a
-    name."""
+    no such answer.  Those that a balancer knows through the one of `own_name` do not count, nor
+    do ids that cannot be a label and a word in log lines."""
     if sum(map(content.count, (b"[", b"{", b","))) > MODELS_MARKS_LIMIT:
         return None
     try:
@@ -3566,6 +3515,9 @@ def model_list(content: bytes, own_name: str = "") -> dict[str, dict[str, Any]] 
                 if name.isprintable() and len(name) <= MODEL_NAME_LIMIT}  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+MODEL_MEMBERS = ("id", "object", "created", "owned_by", "root", "parent", "max_model_len")
 
 
 def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
@@ -14207,7 +14159,7 @@ def load_findings(
         return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
                         "let the balancer reach /metrics, past whatever stands before the server")]
     load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
-    missing = ", ".join(VLLM_METRICS[key].names[0] for key, value in (
+    missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
         ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
         ("generation_tokens", load.generation_tokens)) if value is None)  # fmt: skip
     uneven = not missing and engines != server.data_parallel_size

@@ -2019,11 +2019,6 @@ BEGINNINGS = table(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("content, begun", BEGINNINGS)
-def test_when_a_stream_has_begun(content, begun):
-    assert lite.stream_begun(content) is lite.Begun[begun]
-
-
 @pytest.mark.parametrize("how", FEEDS)
 @pytest.mark.parametrize("content, begun", BEGINNINGS)
 def test_when_a_stream_has_begun_however_it_arrives(content, begun, how):
