@@ -10896,6 +10896,11 @@ class Process:
         self.settings_error = ""  # why the settings file could not be used when it was last read
         self.stopping = False
         self.stalled_at = -INFINITY  # when it last turned out to have stood still
+        self.pulse_due_at = INFINITY  # when that is looked at next
+
+    def stood_still_since(self, then: float, now: float) -> bool:
+        """Whether this process has stood still since then, even if its pulse has yet to say so."""
+        return self.stalled_at >= then or now > self.pulse_due_at + STALL_S
 
 
 class Requests:
@@ -12039,8 +12044,8 @@ async def watch_health(core: Core, url: str) -> None:
         if active or want_models:
             begun = loop.time()
             found = await check_server(client, s.health_check_timeout, active, want_models)
-            if core.process.stalled_at >= begun:  # then its time, and maybe its failure, was ours
-                continue
+            if core.process.stood_still_since(begun, loop.time()):
+                continue  # its time, and maybe its failure, was ours
             if found is not None and found.models is not None:
                 core.fleet.models_listed(url, found.models, loop.time())
             if found is not None and (active or found.rejected):
@@ -12112,7 +12117,7 @@ async def watch_load(core: Core, url: str) -> None:
         lost = lost + 1 if trouble else 0
         if lost >= KEPT_REPORTS and core.fleet.unscraped(url, trouble):
             log.warning("%s: %s: only our own requests there are known", url, trouble)
-        if core.process.stalled_at < begun - interval_s:
+        if not core.process.stood_still_since(begun - interval_s, loop.time()):
             await watch_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
 
@@ -13453,7 +13458,7 @@ class Balancer:
         others took), so that nobody else is blamed for it."""
         loop, sampled_at = asyncio.get_running_loop(), -INFINITY
         while True:
-            due = loop.time() + STALL_S
+            due = self.core.process.pulse_due_at = loop.time() + STALL_S
             await asyncio.sleep(STALL_S)
             self.core.requests.queue.hand_over(self.core.has_room)
             if loop.time() >= sampled_at + 1:
