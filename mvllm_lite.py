@@ -87,7 +87,7 @@ stands on asyncio's streams: our own questions to servers (33) and the simulated
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
-frozen look at a server, a *scene* what a policy judges, a *ranking* the judgement.  A *plan*
+frozen look at a server, the *eligible* what a policy judges, a *ranking* the judgement.  A *plan*
 yields *steps* and is told the *outcome* of each.  An *attempt* is a request said to one server.
 A *lease* counts a request in flight at its server.
 *Commit* is the moment the client is shown the first byte of an answer; no retry after that.
