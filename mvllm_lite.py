@@ -4926,7 +4926,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
-# is known of a server is kept elsewhere, by the id under which it stands here: its URL.
+# is known of a server is kept elsewhere, by the id under which it stands here: its URL, so far.
 #
 # To add a source: a row of Source, where its definitions are to count, and somebody who calls
 # `Roster.define` with all that it names, whenever that changes.
@@ -4964,7 +4964,7 @@ class ByHand(NamedTuple):
 Named = Mapping[Source, Mapping[str, ServerSettings]]  # what each source names, by id
 
 
-def merged(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
+def merge_sources(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
     """The roster by id: for each server the definition of the first source that names it."""
     entries = dict[str, Entry]()
     for source in Source:
@@ -4999,9 +4999,9 @@ class Roster:
         self._removed, self._drained = set[str](), set[str]()
         self._weights: dict[str, float] = {}
 
-    def define(self, source: Source, servers: Iterable[ServerSettings]) -> None:
-        """These are all servers that a source names from now on."""
-        self._named[source] = {server.url: server for server in servers}
+    def define(self, source: Source, servers: Mapping[str, ServerSettings]) -> None:
+        """These are all servers that a source names from now on, by id."""
+        self._named[source] = dict(servers)
         self._merge()
 
     def _merge(self) -> None:
@@ -5012,7 +5012,7 @@ class Roster:
         self._removed &= known
         self._drained &= known
         self._weights = {id: weight for id, weight in self._weights.items() if id in known}
-        self.entries = merged(self._named, ByHand(self._removed, self._drained, self._weights))
+        self.entries = merge_sources(self._named, ByHand(self._removed, self._drained, self._weights))
         self.on_change()
 
     def add(self, server: ServerSettings) -> None:
@@ -6868,8 +6868,8 @@ class StatusDocument(TypedDict):
 
 def status_of(
     view: ServerView, entry: Entry | None, recent: Recent, clock: Clock, s: Settings,
+    decisions: list[str],
 ) -> ServerStatus:  # fmt: skip
-    """All but the decisions."""
     now, load, history = clock.monotonic, view.load, recent.histories.get(view.id) or History()
     before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
@@ -6888,7 +6888,7 @@ def status_of(
         "prompt_tokens_per_second": round(view.learned.prefill_tokens_per_s),
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
-        "last_errors": list(history.errors), "decisions": [],
+        "last_errors": list(history.errors), "decisions": decisions,
     }  # fmt: skip
 
 
@@ -6917,10 +6917,9 @@ def status_report(
     process: Mapping[str, Any],
 ) -> StatusDocument:  # fmt: skip
     """`process` has the members that are of the process."""
-    servers = [status_of(view, roster.entries.get(view.server), recent, clock, s) for view in views]
-    decisions = recent.decisions()
-    for server in servers:
-        server["decisions"] = decisions.get(server["url"], [])
+    entries, decisions = roster.entries, recent.decisions()
+    servers = [status_of(view, entries.get(view.server), recent, clock, s,
+                         decisions.get(view.id, [])) for view in views]  # fmt: skip
     return {
         "version": __version__, "time": (clock.iso(clock.monotonic) or "")[11:19], **process,
         "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
@@ -12237,7 +12236,7 @@ def server_named(core: Core, name: str) -> str:
     raise LookupError(f"No server {shown(name)} here; ?url= is one of {known}.")
 
 
-def done(core: Core, what: str) -> dict[str, Any]:
+def report_done(core: Core, what: str) -> dict[str, Any]:
     log.info("by hand: %s", what)
     return {"done": what, "live": core.roster.report()}
 
@@ -12250,13 +12249,13 @@ async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
     if server.url in core.roster.entries:
         raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
     core.roster.add(server)
-    return done(core, f"{server.url} added")
+    return report_done(core, f"{server.url} added")
 
 
 async def remove_server(core: Core, server: str) -> dict[str, Any]:
     """Have no new requests sent to it; it leaves with its last one."""
     core.roster.remove(server)
-    return done(core, f"{server} removed")
+    return report_done(core, f"{server} removed")
 
 
 async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, Any]:
@@ -12269,17 +12268,17 @@ async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, 
     core.roster.weigh(server, weight)
     names = ", ".join(unweighed(core.settings)) if weight else ""
     note = f" (to policy {names} only 0 would matter)" if names else ""
-    return done(core, f"{server} has weight {weight:g}{note}")
+    return report_done(core, f"{server} has weight {weight:g}{note}")
 
 
 async def drain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server)
-    return done(core, f"{server} drained")
+    return report_done(core, f"{server} drained")
 
 
 async def undrain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.undrain(server)
-    return done(core, f"{server} in use")
+    return report_done(core, f"{server} in use")
 
 
 async def probe_server(core: Core, server: str) -> dict[str, Any]:
@@ -12402,7 +12401,7 @@ def as_json(document: Any, status: int = 200) -> Reply:
     return Reply(status, json.dumps(document).encode())
 
 
-def clock() -> Clock:
+def clock_now() -> Clock:
     return Clock(asyncio.get_running_loop().time(), time.time())
 
 
@@ -12413,11 +12412,11 @@ async def as_document(make: Callable[[Core], Any], core: Core, asked: Asked) -> 
 DOCUMENTS: dict[str, Callable[[Core], Any]] = {
     "/": lambda core: service_report(),
     "/version": lambda core: {"version": __version__, "pid": os.getpid()},
-    "/health": lambda core: health_report(core.fleet.views(), core.settings, clock()),
+    "/health": lambda core: health_report(core.fleet.views(), core.settings, clock_now()),
     "/load-stats": lambda core: load_report(
-        core.fleet.views(clock().monotonic), core.settings, clock(), core.roster.entries)
+        core.fleet.views(clock_now().monotonic), core.settings, clock_now(), core.roster.entries)
         | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
-                     "longest_wait_s": core.requests.queue.longest_wait_s(clock().monotonic)}},
+                     "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}},
     "/status.json": lambda core: core.status(),
 }  # fmt: skip
 ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make))}
@@ -12425,18 +12424,18 @@ ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document,
 
 
 @endpoint("/liveness", "/ping", kind=Kind.PROBE)
-async def liveness(core: Core, asked: Asked) -> Reply:
+async def get_liveness(core: Core, asked: Asked) -> Reply:
     return Reply(200, b"OK", "text/plain; charset=utf-8")
 
 
 @endpoint("/readiness", kind=Kind.PROBE)
-async def readiness(core: Core, asked: Asked) -> Reply:
+async def get_readiness(core: Core, asked: Asked) -> Reply:
     status, document = readiness_report(core.fleet.views(), core.process.stopping)
     return as_json(document, status)
 
 
 @endpoint("/explain")
-async def explain(core: Core, asked: Asked) -> Reply:
+async def get_explanation(core: Core, asked: Asked) -> Reply:
     """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
     request's content, for that request: `Exchange.explained`.)"""
     id, rankings = asked.query.get("id", ""), core.recent.rankings
@@ -12451,7 +12450,7 @@ STATUS_S = 1.0  # between two events of /status/events
 
 
 @endpoint("/status/events")
-async def status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
+async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
     """The same as /status.json, again and again."""
 
     def event() -> bytes:
@@ -12466,14 +12465,14 @@ async def status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes
 
 
 @endpoint("/server-models")
-async def server_models(core: Core, asked: Asked) -> Reply:
+async def get_server_models(core: Core, asked: Asked) -> Reply:
     """With ?refresh=1 every server is asked first, all at the same time; once for all who want
     that now."""
     if asked.query.get("refresh") in ("1", "true"):
         if core.looks.refreshing is None or core.looks.refreshing.done():
             core.looks.refreshing = asyncio.ensure_future(refresh_models(core))
         await asyncio.shield(core.looks.refreshing)
-    return as_json(server_models_report(core.fleet.views(), clock()))
+    return as_json(server_models_report(core.fleet.views(), clock_now()))
 
 
 async def refresh_models(core: Core) -> None:
@@ -12485,7 +12484,7 @@ async def refresh_models(core: Core) -> None:
 
 
 @endpoint("/v1/models", kind=Kind.MODELS)
-async def models(core: Core, asked: Asked) -> Reply:
+async def get_models(core: Core, asked: Asked) -> Reply:
     return as_json({"object": "list", "data": models_for(core, asked.head)})
 
 
@@ -12500,7 +12499,7 @@ def models_for(core: Core, head: RequestHead) -> list[Any]:
 
 
 @endpoint("/v1/models/{id}", kind=Kind.MODELS)
-async def one_model(core: Core, asked: Asked) -> Reply:
+async def get_model(core: Core, asked: Asked) -> Reply:
     head = asked.head
     name = urllib.parse.unquote(head.path.partition("/v1/models/")[2].rstrip("/"))
     known = models_for(core, head)
@@ -12514,7 +12513,7 @@ async def one_model(core: Core, asked: Asked) -> Reply:
 
 
 @endpoint("/metrics")
-async def metrics(core: Core, asked: Asked) -> Reply:
+async def get_metrics(core: Core, asked: Asked) -> Reply:
     process = {
         "start_time_seconds": core.process.started_at,
         "client_connections": len(core.clients.tasks),
@@ -12522,7 +12521,7 @@ async def metrics(core: Core, asked: Asked) -> Reply:
         "settings_valid": not core.process.settings_error,
         "queue_length": len(core.requests.queue), "buffered_bytes": core.clients.backlog.bytes,
     }  # fmt: skip
-    monotonic = clock().monotonic
+    monotonic = clock_now().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
     page = expose(with_old_names([*core.ledger.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
@@ -12531,7 +12530,7 @@ async def metrics(core: Core, asked: Asked) -> Reply:
 Operate = Callable[[Core, Asked], Awaitable[dict[str, Any]]]
 
 
-async def by_hand(operate: Operate, core: Core, asked: Asked) -> Reply:
+async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
     """Have an operation carried out, or say what is wrong with it."""
     try:
         return as_json(await operate(core, asked))
@@ -12559,7 +12558,7 @@ ADMIN: dict[str, dict[str, Operate]] = {
     **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
 }  # fmt: skip
 ENDPOINTS |= {
-    path: {method: Endpoint(Kind.ADMIN, functools.partial(by_hand, operate), reads_content=True)
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True)
            for method, operate in rows.items()} for path, rows in ADMIN.items()
 }  # fmt: skip
 
@@ -13483,7 +13482,7 @@ class Balancer:
             if core.trace is not None:  # which may take a second
                 asyncio.get_running_loop().run_in_executor(None, core.trace.stop)
             core.trace = trace_writer(settings.trace_file) if settings.trace_file else None
-        core.roster.define(Source.FILE, settings.servers)
+        core.roster.define(Source.FILE, {server.url: server for server in settings.servers})
         self.adopt_secrets(secrets or Secrets(settings, core.pools.secrets))
         if old.keys and not settings.keys:
             log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
@@ -14027,7 +14026,7 @@ start();
 
 
 @endpoint("/status", kind=Kind.PAGE)
-async def status_page(core: Core, asked: Asked) -> Reply:
+async def get_status_page(core: Core, asked: Asked) -> Reply:
     """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
@@ -14116,11 +14115,11 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
     """Have some tokens streamed; None when there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}  # fmt: skip
-    begun, came = clock().monotonic, list[tuple[float, int]]()  # when, how many events
+    begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
 
     def take(piece: bytes) -> None:
         if events := piece.count(b"data: {"):
-            came.append((clock().monotonic - begun, events))
+            came.append((clock_now().monotonic - begun, events))
 
     try:
         content = json.dumps(wanted).encode()

@@ -4541,6 +4541,10 @@ def named(**sources):
             for source, servers in sources.items()}  # fmt: skip
 
 
+def by_id(servers):
+    return {server.url: server for server in servers}
+
+
 MERGED = table(
     ("nobody names any", {}, lite.ByHand(), {}),
     ("the file counts before all", {"DISCOVERED": {"a": 5}, "BY_HAND": {"a": 2}, "FILE": {"a": 1}},
@@ -4562,7 +4566,7 @@ MERGED = table(
 
 @pytest.mark.parametrize("sources, by_hand, expected", MERGED)
 def test_the_first_source_that_names_a_server_defines_it(sources, by_hand, expected):
-    found = lite.merged(named(**sources), by_hand)
+    found = lite.merge_sources(named(**sources), by_hand)
     assert {id: (entry.source.value, entry.settings.weight, entry.drained)
             for id, entry in found.items()} == expected  # fmt: skip
     assert list(found) == list(expected)
@@ -4571,21 +4575,21 @@ def test_the_first_source_that_names_a_server_defines_it(sources, by_hand, expec
 def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_server():
     roster, told = lite.Roster(), []
     roster.on_change = lambda: told.append({id: (entry.settings.weight, entry.drained) for id, entry in roster.entries.items()})
-    roster.define(lite.Source.FILE, [lite.ServerSettings("a"), lite.ServerSettings("b")])
+    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a"), lite.ServerSettings("b")]))
     roster.weigh("a", 0.5)
     roster.drain("b")
-    roster.define(lite.Source.FILE, [lite.ServerSettings("a", weight=3), lite.ServerSettings("b")])
+    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a", weight=3), lite.ServerSettings("b")]))
     assert told[-1] == {"a": (0.5, False), "b": (1, True)}  # it holds over a new definition
     roster.weigh("a", 3)
     roster.undrain("b")
     assert told[-1] == {"a": (3, False), "b": (1, False)} and not any(roster.report().values())
     roster.drain("a")
-    roster.define(lite.Source.FILE, [lite.ServerSettings("b")])
-    roster.define(lite.Source.FILE, [lite.ServerSettings("a")])
+    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("b")]))
+    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a")]))
     assert told[-1] == {"a": (1, False)} and len(told) == 9
     roster.add(lite.ServerSettings("c"))
-    roster.define(lite.Source.FILE, [lite.ServerSettings("c", weight=2)])  # it has it now
-    roster.define(lite.Source.FILE, [])
+    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("c", weight=2)]))  # it has it now
+    roster.define(lite.Source.FILE, by_id([]))
     assert told[-1] == {}
 
 
@@ -13428,12 +13432,12 @@ def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
     old.add(lite.ServerSettings("http://a", 4, api_key="k"))
     old.add(lite.ServerSettings("http://c"))
     file = [lite.ServerSettings("http://b")]
-    old.define(lite.Source.FILE, file)
+    old.define(lite.Source.FILE, by_id(file))
     old.remove("http://b")
     old.drain("http://a")
     old.weigh("http://a", 2.0)
     new.load(old.dump())
-    new.define(lite.Source.FILE, file)
+    new.define(lite.Source.FILE, by_id(file))
     assert (new.entries, new.report()) == (old.entries, old.report())
     assert new.report() == {"added": ["http://a", "http://c"], "removed": ["http://b"],
                             "drained": ["http://a"], "weights": {"http://a": 2.0}}
