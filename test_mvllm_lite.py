@@ -2032,14 +2032,15 @@ def test_when_a_stream_has_begun_however_it_arrives(content, begun, how):
 
 
 @pytest.mark.parametrize("piece, count", table(
-    ("comments", b":\n\n", 20_000), ("bytes of one event", b"x", 60_000), ("line ends", b"\r\n", 30_000),
-    ("events before the engine", b"event: response.queued\ndata: {}\n\n", 2000),
+    ("comments", b":\n\n", 2000), ("bytes of one event", b"x", 6000), ("line ends", b"\r\n", 3000),
+    ("events before the engine", b"event: response.queued\ndata: {}\n\n", 200),
 ))  # fmt: skip
 def test_a_stream_that_does_not_begin_costs_no_more_for_coming_in_pieces(piece, count):
-    begun, start = time.process_time(), lite.StreamStart()
+    start = lite.StreamStart()
     for _ in range(count):
         assert start.feed(piece) is lite.Begun.NOT_YET
-    assert start.held == piece * count and time.process_time() - begun < 2  # minutes, it would take
+        assert len(start.held) - start._seen <= 3  # so many bytes are looked at again
+    assert start.held == piece * count
 
 
 def engine_load(page):
@@ -5100,9 +5101,14 @@ def test_an_expression_chooses_the_lowest_and_shows_its_numbers():
 
 
 def test_an_expression_calculates_with_floats_for_counts_would_grow_for_ever():
-    began = time.process_time()  # 9 ** 9 ** 6 has half a million digits
-    assert judged([server(0, load=(9, 9), in_flight=6, ours_at_scrape=18)], "expression", score="running ** waiting ** in_flight").costs == [math.inf]
-    assert time.process_time() - began < 0.02
+    known = {"load": (9, 9), "in_flight": 6, "ours_at_scrape": 18}
+
+    def cost(score):
+        return judged([server(0, **known)], "expression", score=score).costs[0]
+
+    assert cost("running ** waiting ** in_flight") == math.inf  # it has half a million digits
+    for name in ("running", "waiting", "in_flight"):
+        assert cost(f"({name} ** 60 + 1) - {name} ** 60") == 0.0  # 1, of integers
 
 
 def random_server(n, draw):
@@ -6711,7 +6717,7 @@ async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(termi
         gaps.append(loop.time() - before)
         before = loop.time()
     await held.screen.close()
-    assert max(gaps) < 0.1 and loop.time() - before < 5
+    assert max(gaps) < 2 and loop.time() - before < 10  # it would be for ever
     assert terminal.restored and not os.path.exists(f"/proc/{pid}")
     await asyncio.to_thread(terminal.read_until, "\x18", "\x1b[?1049l")  # when it is read after all
 
@@ -14100,7 +14106,7 @@ def turned(how):
 async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_allow_it(how, size, status, allowed):
     bad, good = Server(), Server()
     bad.capacity = 1000
-    times = {"request_timeout": 0.1, "connect_timeout": 0.1, "retry_timed_out": allowed, "failure_threshold": 99}
+    times = {"request_timeout": 0.3, "connect_timeout": 0.3, "retry_timed_out": allowed, "failure_threshold": 99}
     async with balancing(bad, good, **times) as running, contextlib.AsyncExitStack() as stack:
         client = await running.client()
         assert (await client.post("/v1/x", b"{}")).get("x-mvllm-server") == bad.url
@@ -14114,7 +14120,7 @@ async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_all
             if got.status == 200:
                 assert got.get("x-mvllm-server") == good.url
             else:
-                assert got.get("x-mvllm-error") == "server_silent" and "0.1 s" in got.error["message"]
+                assert got.get("x-mvllm-error") == "server_silent" and "0.3 s" in got.error["message"]
         assert running.in_flight() == 0 and len(good.asked) == (2 if got.status == 200 else 0)
 
 
