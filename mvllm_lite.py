@@ -500,21 +500,31 @@ def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
 Length = str | None
 
 
+class Head:
+    """What requests and responses have in common; `minor` is the x of HTTP/1.x."""
+
+    minor: int
+    fields: Fields
+
+    @functools.cached_property
+    def persists(self) -> bool:
+        """Whether whoever sent it wants to keep the connection, RFC 9112 §9.3."""
+        if "connection" not in self.fields.values:
+            return self.minor >= 1
+        options = self.fields.members("connection")
+        return "close" not in options and (self.minor >= 1 or "keep-alive" in options)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class RequestHead:
-    """A request's first line and fields, without Content-Length; `minor` is the x of HTTP/1.x.
-    All requests that say the same have the same one, and what follows from it is seen once."""
+class RequestHead(Head):
+    """A request's first line and fields, without Content-Length.  All requests that say the same
+    have the same one, and what follows from it is seen once."""
 
     method: str
     path: str
     query: str | None  # what follows the '?', None without one
     minor: int
     fields: Fields
-
-    @functools.cached_property
-    def persists(self) -> bool:
-        """Whether the client wants to keep the connection, RFC 9112 §9.3."""
-        return connection_persists(self.minor, self.fields)
 
     @functools.cached_property
     def held_bytes(self) -> int:
@@ -547,17 +557,13 @@ class RequestHead:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ResponseHead:
+class ResponseHead(Head):
     """A response's status line and fields, without Content-Length; shared as a RequestHead is."""
 
     status: int
     reason: str
     minor: int
     fields: Fields
-
-    @functools.cached_property
-    def persists(self) -> bool:
-        return connection_persists(self.minor, self.fields)
 
     @functools.cached_property
     def is_event_stream(self) -> bool:
@@ -628,13 +634,6 @@ class HeadSearch:
             raise bad_first_line(data[:200].decode("latin-1"), self.side)
 
 
-def connection_persists(minor: int, fields: Fields) -> bool:
-    if "connection" not in fields.values:
-        return minor >= 1
-    options = fields.members("connection")
-    return "close" not in options and (minor >= 1 or "keep-alive" in options)
-
-
 def parse_fields(block: str, fault: Fault) -> Fields:
     """The field lines after a first line, each ended by CRLF.  Raises BadMessage."""
     if not FIELD_LINES.fullmatch(block):  # one pass over good heads; only then find the bad line
@@ -653,30 +652,31 @@ def parse_fields(block: str, fault: Fault) -> Fields:
     return Fields(lines, values, len(block) <= HEAD_KEPT_BYTES)
 
 
-def without_length(raw: bytes) -> tuple[bytes, Length]:
-    """A head without its Content-Length, and that; what is not written as usual, or for the second
-    time, stays where it is."""
-    if (line := LENGTH_LINE.search(raw)) is None:
-        return raw, None
-    return raw[: line.start()] + raw[line.end() :], line[1].decode()
+AnyHead = TypeVar("AnyHead", bound=Head)
 
 
-def whole_length(fields: Fields, length: Length) -> Length:
-    """Content-Length, by the line that was cut out and by the fields, where it might be again."""
-    others = fields.values.get("content-length")
-    if length is None or others is None:
-        return others if length is None else length
-    return f"{length}, {others}"
+def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[AnyHead, Length]]:
+    """For what is made of a head: short ones are made once, without their Content-Length, which is
+    put beside; a second one, or one not written as usual, stays with the fields."""
+    kept = functools.lru_cache(HEADS_KEPT)(make)
+
+    @functools.wraps(make)
+    def made(raw: bytes) -> tuple[AnyHead, Length]:
+        length: Length = None
+        if (line := LENGTH_LINE.search(raw)) is not None:
+            raw, length = raw[: line.start()] + raw[line.end() :], line[1].decode()
+        head = (kept if len(raw) <= HEAD_KEPT_BYTES else make)(raw)
+        others = head.fields.values.get("content-length")
+        if length is None or others is None:
+            return head, length or others
+        return head, f"{length}, {others}"
+
+    return made
 
 
-def parse_request_head(raw: bytes) -> tuple[RequestHead, Length]:
+@without_length
+def parse_request_head(raw: bytes) -> RequestHead:
     """A request's head, up to and with its empty line (RFC 9112 §3).  Raises BadMessage."""
-    rest, length = without_length(raw)
-    head = (parse_request_once if len(rest) <= HEAD_KEPT_BYTES else parse_request_rest)(rest)
-    return head, whole_length(head.fields, length)
-
-
-def parse_request_rest(raw: bytes) -> RequestHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -699,9 +699,6 @@ def parse_request_rest(raw: bytes) -> RequestHead:
     return RequestHead(method, path, query if mark else None, int(minor != "0"), fields)
 
 
-parse_request_once = functools.lru_cache(HEADS_KEPT)(parse_request_rest)
-
-
 def origin_form(method: str, target: str) -> tuple[str, str]:
     """The target as authority, which only an absolute-form one has and which stands for Host
     (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway
@@ -716,23 +713,15 @@ def origin_form(method: str, target: str) -> tuple[str, str]:
     return origin[0].partition("//")[2], path if path.startswith("/") else f"/{path}"
 
 
-def parse_response_head(raw: bytes) -> tuple[ResponseHead, Length]:
+@without_length
+def parse_response_head(raw: bytes) -> ResponseHead:
     """A response's head, up to and with its empty line (RFC 9112 §4).  Raises BadMessage."""
-    rest, length = without_length(raw)
-    head = (parse_response_once if len(rest) <= HEAD_KEPT_BYTES else parse_response_rest)(rest)
-    return head, whole_length(head.fields, length)
-
-
-def parse_response_rest(raw: bytes) -> ResponseHead:
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
         raise bad_first_line(first, Blame.SERVER)
     fields = parse_fields(block, Fault.BAD_ANSWER)
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
-
-
-parse_response_once = functools.lru_cache(HEADS_KEPT)(parse_response_rest)
 
 
 # The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
@@ -747,9 +736,9 @@ UNKNOWN: Address = ("unknown", 0)  # which is nobody's, and so not local
 
 
 def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
-    """The size of the PROXY header that a connection's first bytes begin with, and whose connection
-    it says it is (None: the proxy's own, UNKNOWN: it does not know).  The size is 0 where there is no such
-    header; None: more bytes are needed.  Raises BadMessage."""
+    """The size of the PROXY header that a connection's first bytes begin with, 0 without one, and
+    whose connection it says it is (None: the proxy's own, UNKNOWN: it does not know); or None: more
+    bytes are needed.  Raises BadMessage."""
     if data.startswith(PROXY_SIGNATURE):
         return proxy_header_2(data)
     if not data.startswith(b"PROXY "):
@@ -759,14 +748,12 @@ def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
     if end < 0 and len(data) < PROXY_LINE_LIMIT_BYTES:
         return None
     line = PROXY_LINE.fullmatch(data[: max(0, end)])
-    if line is None:
-        raise BadMessage(f"the PROXY line is {shown(data[:200].decode('latin-1'))}")
-    if line[1] is None:
+    if line is not None and line[1] is None:
         return end + 2, UNKNOWN
-    host, port = ip_of(line[2], line[1]), int(line[4])
-    if not (host and ip_of(line[3], line[1]) and port < 65536 > int(line[5])):
-        raise BadMessage(f"the PROXY line is {shown(data[:end].decode('latin-1'))}")
-    return end + 2, (host, port)
+    host = ip_of(line[2], line[1]) if line is not None else ""
+    if not (line and host and ip_of(line[3], line[1]) and int(line[4]) < 65536 > int(line[5])):
+        raise BadMessage(f"the PROXY line is {shown(data[:200].decode('latin-1'))}")
+    return end + 2, (host, int(line[4]))
 
 
 def ip_of(said: bytes, version: bytes) -> str:
@@ -2741,7 +2728,6 @@ def read_call(
     """What the request wants, and its content as it is to be sent.  Looks for `model` in JSON or
     form content, then in the query.  Only an alias, or the default model where none is named,
     changes the content."""
-    aliases, default_model = s.aliases, s.default_model
     members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
     if boundary:
         spans = form_spans(content, boundary) if spans is None else spans
@@ -2757,12 +2743,12 @@ def read_call(
             raise BadMessage("the query says model twice")
         asked, members["stream"] = found[0], query.get("stream", [None])[-1]
     if asked is None and content and (boundary or is_object(content, spans, members)):
-        asked = default_model or None
+        asked = s.default_model or None
     if not isinstance(asked, str):  # a number, say: a server will refuse it
         asked = None
-    model = aliases.get(asked, asked) if asked is not None else None
+    model = s.aliases.get(asked, asked) if asked is not None else None
     prompt = NO_PROMPT if boundary else read_prompt(content, spans, members, model)
-    if content and model is not None and model != named and asked in (named, default_model):
+    if content and model is not None and model != named and asked in (named, s.default_model):
         content = with_model(content, boundary, spans, model)
     stream = is_true(members.get("stream"))
     session, meant = session_of(head.fields, members, s), meant_path(head.path)
@@ -2783,9 +2769,7 @@ def meant_path(path: str) -> str:
     return (urllib.parse.unquote(path) if "%" in path else path).rstrip("/")
 
 
-def stored_response(
-    method: str, path: str, members: Mapping[str, Any], spans: Spans | None
-) -> str:
+def stored_response(method: str, path: str, members: Mapping[str, Any], spans: Spans | None) -> str:
     """The id of the stored response that a request asks for (GET or DELETE …/ID, POST …/ID/cancel)
     or goes on from, or ''."""
     found = STORED_PATH.fullmatch(path)
@@ -2815,13 +2799,11 @@ def asks_why(fields: Fields) -> bool:
     return fields.get("x-mvllm-why").lower() in ("1", "true", "yes")
 
 
+@dataclasses.dataclass(slots=True)
 class HeldContent:
     """A request's content as long as it may have to be said again."""
 
-    __slots__ = ("content",)
-
-    def __init__(self, content: Content) -> None:
-        self.content = content
+    content: Content
 
 
 class OutboundRequest(NamedTuple):
@@ -2839,9 +2821,7 @@ class OutboundRequest(NamedTuple):
     asked_at: float  # when it was understood, on the loop's clock
     model_label: str
 
-    def encode_head(
-        self, prefix: str, authority: str, key_line: str, rank: int | None
-    ) -> bytes:
+    def encode_head(self, prefix: str, authority: str, key_line: str, rank: int | None) -> bytes:
         """The head for one server, or for its engine of that rank."""
         size = len(self.body.content) if self.body.content or self.framed else None
         fields = self.fields + key_line
@@ -2856,25 +2836,24 @@ RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, 
 def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
     """What names the session that a request belongs to, or ''."""
     first, last = session_fields(fields, s.session_headers)
-    if not first:
-        params = members.get(SESSION_PARAMS)
-        if isinstance(params, dict) and (said := params.get("session_id")):
-            if isinstance(said, str):
-                return f"{SESSION_PARAMS}.session_id: {said}"
-        for name in SESSION_MEMBERS:
-            said = members.get(name)
-            if said and isinstance(said, str):
-                return f"{name}: {said}"
-    return first or last
+    if first:
+        return first
+    params = members.get(SESSION_PARAMS)
+    said = params.get("session_id") if isinstance(params, dict) else ""
+    if said and isinstance(said, str):
+        return f"{SESSION_PARAMS}.session_id: {said}"
+    for name in SESSION_MEMBERS:
+        if (said := members.get(name)) and isinstance(said, str):
+            return f"{name}: {said}"
+    return last
 
 
 @remembered
 def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     """The fields that name a session: one of these, and one that would do if nothing else does."""
-    first = next((f"{name}: {fields.get(name.lower())}" for name in names
-                  if fields.get(name.lower())), "")  # fmt: skip
-    last = next((f"{name}: {fields.get(name)}" for name in LAST_SESSION_FIELDS
-                 if fields.get(name)), "")  # fmt: skip
+    first, last = (
+        next((f"{name}: {said}" for name in group if (said := fields.get(name.lower()))), "")
+        for group in (names, LAST_SESSION_FIELDS))
     return first, last
 
 
@@ -3579,20 +3558,19 @@ class Keys:
 
     def authenticate(self, fields: Fields) -> KeySettings | None:
         """The key that a request shows, if it is one of ours."""
-        said, found = digest(key_in(fields)), None
-        for known, key in self._keys:
-            if hmac.compare_digest(known, said):
-                found = key
-        return found
+        said = digest(key_in(fields))
+        found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
+        return found[-1] if found else None
 
     def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
         """Let a request in, which has to be followed by `release`; or say why not."""
         if key.models and model not in key.models:
             what = "a request without a model" if model is None else f"the model `{model[:200]}`"
             return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
-        if key.max_requests and self._running.get(key.name, 0) >= key.max_requests:
-            text = f"The key {shown(key.name)} has {key.max_requests} requests in progress, as many"
-            return Refusal(Fault.RATE_LIMITED, f"{text} as it may.", 1)
+        running = self._running.get(key.name, 0)
+        if 0 < key.max_requests <= running:
+            text = f"has {key.max_requests} requests in progress, as many as it may"
+            return Refusal(Fault.RATE_LIMITED, f"The key {shown(key.name)} {text}.", 1)
         if (rate := key.requests_per_second) > 0:
             most = max(1.0, rate)
             left, then = self._buckets.get(key.name, (most, now))
@@ -3601,7 +3579,7 @@ class Keys:
                 text = f"The key {shown(key.name)} allows {rate:g} requests per second."
                 return Refusal(Fault.RATE_LIMITED, text, math.ceil(min(3600.0, (1 - left) / rate)))
             self._buckets[key.name] = left - 1, now
-        self._running[key.name] = self._running.get(key.name, 0) + 1
+        self._running[key.name] = running + 1
         return None
 
     def release(self, key: KeySettings) -> None:
@@ -3611,7 +3589,7 @@ class Keys:
 
 
 # Beside the one form whose model is read (multipart/form-data), servers may read these.
-FORM_TYPES = re.compile(r"(?i)multipart/|x-www-form-urlencoded")
+FORM_TYPES = re.compile(r"multipart/|x-www-form-urlencoded")
 # Fields that vLLM's /invocations takes the model from, whatever the content says.
 ADAPTER_FIELDS = "x-amzn-sagemaker-adapter-"
 
@@ -3735,17 +3713,18 @@ class Visit(NamedTuple):
         """Whether a browser asks on behalf of a page, which it does without a key."""
         return self.head.is_preflight and self.kind in FOR_PAGES
 
+    def told(self, name: str, own: str) -> list[str]:
+        """What a proxy of ours says in that field, and what the request itself says."""
+        return [*(self.head.fields.members(name) if self.is_trusted else ()), own]
+
     def names(self) -> list[str]:
         """All that it calls us: with a page's own fields it might come as if by a proxy."""
-        names = self.head.fields.members("x-forwarded-host") if self.is_trusted else []
-        return [*names, self.head.fields.get("host")]
+        return self.told("x-forwarded-host", self.head.fields.get("host"))
 
     def origin(self) -> Origin | None:
         """That by which the client knows us; None where it is none."""
-        members, ours = self.head.fields.members, self.is_trusted
-        hosts = (ours and members("x-forwarded-host")) or [self.head.fields.get("host")]
-        schemes = (ours and members("x-forwarded-proto")) or ["https" if self.tls else "http"]
-        return web_origin(f"{schemes[0]}://{hosts[0]}")
+        schemes = self.told("x-forwarded-proto", "https" if self.tls else "http")
+        return web_origin(f"{schemes[0]}://{self.names()[0]}")
 
     def is_own(self, origin: str) -> bool:
         """Whether a page of that origin is ours."""
@@ -3754,16 +3733,15 @@ class Visit(NamedTuple):
 
 
 def ambiguous_path(v: Visit) -> Refusal | None:
-    text = (f"The path is {shown(v.head.path)}, expected one without //, dot segments, ';',"
-            " backslashes, controls and their escapes, or an escaped slash.")  # fmt: skip
-    return Refusal(Fault.BAD_REQUEST, text)
+    return Refusal(Fault.BAD_REQUEST, f"The path is {shown(v.head.path)}, expected one without //,"
+                   " dot segments, ';', backslashes, controls and their escapes, or an escaped slash.")
 
 
 def unknown_path(v: Visit) -> Refusal | None:
-    text = f"{shown(v.head.path)} is neither an inference path of vLLM nor one of ours"
-    if v.kind is not Kind.NOTHING:
-        text = f"{shown(v.head.path)} is not served on this port"
-    return Refusal(Fault.NOT_SERVED, f"{text}.")
+    why = "not served on this port"
+    if v.kind is Kind.NOTHING:
+        why = "neither an inference path of vLLM nor one of ours"
+    return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}.")
 
 
 def foreign_page(v: Visit) -> Refusal | None:
@@ -3851,10 +3829,11 @@ def lacks_key(v: Visit) -> Refusal | None:
     return no_key(v) if v.keyed and not v.is_preflight else None
 
 
+STATUS_GUARDS = {"key": no_key, "admin": not_admin, "loopback": remote_peer}  # by status_access
+
+
 def may_not_see(v: Visit) -> Refusal | None:
-    """By the words of status_access."""
-    guards = {"key": no_key, "admin": not_admin, "loopback": remote_peer}
-    guard = guards.get(v.settings.status_access)
+    guard = STATUS_GUARDS.get(v.settings.status_access)
     return guard(v) if guard is not None else None
 
 
@@ -3872,27 +3851,24 @@ def escapes_key(v: Visit) -> Refusal | None:
     model than we do, or be told another one, or of another key's response, later."""
     if v.key is None:
         return None
-    head, name = v.head, shown(v.key.name)
-    if head.wants_upgrade and meant_path(head.path).startswith(RESPONSES_PATH):
+    fields, upgrades = v.head.fields, v.head.wants_upgrade
+    if upgrades and meant_path(v.head.path).startswith(RESPONSES_PATH):
         text = "A connection that is upgraded may go on from any key's stored response."
         return Refusal(Fault.FORBIDDEN, text)
     if not v.key.models:
         return None
-    content_type = head.fields.get("content-type")
-    kinds = [kind.lower() for kind in FORM_TYPES.findall(content_type)]
-    is_form = content_type[:19].lower() == "multipart/form-data"
-    if kinds and not (is_form and kinds == ["multipart/"]):
-        text = (f"The key {name} is for some models only, and no model is read from content of"
-                f" the type {shown(content_type)}.")  # fmt: skip
-        return Refusal(Fault.FORBIDDEN, text)
-    if said := next(filter(lambda key: key.startswith(ADAPTER_FIELDS), head.fields.values), ""):
-        text = f"The key {name} is for some models only, and {said} would name another."
-        return Refusal(Fault.FORBIDDEN, text)
-    if head.wants_upgrade:
-        text = (f"The key {name} is for some models only, and a connection that is upgraded may"
-                " change its model at any time (session.update).")  # fmt: skip
-        return Refusal(Fault.FORBIDDEN, text)
-    return None
+    content_type = fields.get("content-type").lower()
+    kinds = FORM_TYPES.findall(content_type)
+    if kinds and not (content_type.startswith("multipart/form-data") and len(kinds) == 1):
+        why = f"no model is read from content of the type {shown(fields.get('content-type'))}"
+    elif said := next((name for name in fields.values if name.startswith(ADAPTER_FIELDS)), ""):
+        why = f"{said} would name another"
+    elif upgrades:
+        why = "a connection that is upgraded may change its model at any time (session.update)"
+    else:
+        return None
+    text = f"The key {shown(v.key.name)} is for some models only, and {why}."
+    return Refusal(Fault.FORBIDDEN, text)
 
 
 def not_json(v: Visit) -> Refusal | None:
@@ -3910,14 +3886,13 @@ class Kind(Enum):
     """What a path is to those who ask for it: where there are two listeners, on which it is; what
     may refuse it, in this order; and whether an Exchange answers."""
 
-    INFERENCE = ("passed on to any server", Audience.CLIENTS,
-                 (foreign_websocket, lacks_key, escapes_key), True)  # fmt: skip
+    INFERENCE = "passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
     MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
     PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign_page,)
     PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign_page, may_not_open)
     STATUS = "facts", Audience.OPERATORS, (foreign_page, may_not_see)
     EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
-               (foreign_page, lacks_key, may_not_see, escapes_key), True)  # fmt: skip
+               (foreign_page, lacks_key, may_not_see, escapes_key), True)
     ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
     CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
                (foreign_page, not_admin, escapes_key, not_json), True)  # fmt: skip
@@ -3938,9 +3913,8 @@ FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CO
 def refusal_of(v: Visit) -> Refusal | None:
     """Why a request does not come in, or None.  Which model it may use is for the Keys to say, once
     that is known."""
-    if v.audience is not Audience.EVERYBODY and (
-        v.kind.audience not in (v.audience, Audience.EVERYBODY)
-    ):
+    audiences = v.audience, v.kind.audience
+    if Audience.EVERYBODY not in audiences and v.audience is not v.kind.audience:
         return unknown_path(v)
     for guard in v.kind.guards:
         if (refusal := guard(v)) is not None:
@@ -3950,10 +3924,10 @@ def refusal_of(v: Visit) -> Refusal | None:
 
 def open_line(s: Settings) -> str:
     """What it means that there are no keys."""
-    line = "there are no [[keys]]: whoever reaches this address may use the servers"
-    if not s.cors_allowed_origins:
-        return f"{line}; web pages of other origins may not (cors_allowed_origins)"
-    return f"{line}, and so may web pages of {', '.join(s.cors_allowed_origins)}"
+    pages = "; web pages of other origins may not (cors_allowed_origins)"
+    if s.cors_allowed_origins:
+        pages = f", and so may web pages of {', '.join(s.cors_allowed_origins)}"
+    return f"there are no [[keys]]: whoever reaches this address may use the servers{pages}"
 
 
 def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
