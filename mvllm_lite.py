@@ -10,80 +10,122 @@
     python mvllm_lite.py --help              the rest
 
 One file, standard library only, Python 3.11 and newer.  It reads forwards: a room uses names
-of itself and of earlier rooms only.
+of itself and of earlier rooms only.  A room is dry (·): pure functions and owned state, time comes
+in as `now`, chance as a Random; or wet (~): thin I/O that asks the dry ones.
 
-     #  room          what it owns
-    ──  ────────────  ─────────────────────────────────────────────────────────────────────
-     0  front matter  this map, the imports, the limits that are not settings
-     1  faults        every way to fail, as one table: status, blame, may it be retried
-     2  messages      HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
-     3  framing       where a message's content ends: by length, in chunks, at the close
-     4  forwarding    what an intermediary does to messages; responses of our own; CORS
-     5  exposition    the Prometheus text format, read and written
-     6  settings      all that can be set, each with its default, check and meaning
-     7  settings file  from TOML to settings; complaints with file, line and key
-     8  content       JSON and forms: where the members that matter stand
-     9  prompts       how long a prompt is, and what of it each server has probably cached
-    10  calls         which paths are passed on, and what a request wants: its model, a stream
-    11  dialect       what vLLM says: events, ends, failures, metric names, lists of models
-    12  access        who may come in: keys, and what each may use; proxies that are trusted
-    13  health        whether a server can be asked, by checks and by what became of requests
-    14  servers       what is known of each: settings, health, report, what was learned, counts
-    15  learning      what answers and reports teach of a server
-    16  fleet         the servers, and requests of ours with them
-    17  roster        which servers there are: named by the file, by hand, merged by one rule
-    18  policies      what a server is worth for a call, by a dozen rules
-    19  ranking       who may be asked, who is asked, and why
-    20  plans         how a call is answered, step by step; retries, the queue
-    21  reports       what people and machines are shown
-    22  lines         what is written of requests and transitions: log lines, records, traces
-    23  status        the last minute of each server; what screen, page and /status.json show
-    24  cells         text on a terminal: what it means, how wide it is; numbers in few characters
-    25  table         the servers in lines, as many columns as there is room for
-    26  screen        what is seen there: the table and the lines around it
-    27  keys          what keys do to it, and ask of the balancer
-    28  traces        requests of the past: from files, or made up
-    29  engine        a model of a vLLM server, in simulated time
-    30  replay        those requests sent to such servers by any policy
-        ── waterline: above, pure functions and owned state; below, thin I/O ──
-    31  wire          one connection: its buffer, its deadline, its end
-    32  secrets       keys and certificates, and how a server is reached with them
-    33  client        what we ask servers ourselves, over asyncio's streams
-    34  pool          the connections to one server over which requests go, kept and reused
-    35  pump          bytes on their way through, with back-pressure
-    36  response      the client's side of an exchange
-    37  journal       lines for readers that may be slow: the log, the trace of the traffic
-    38  terminal      the screen onto a terminal, in a process that nothing waits for
-    39  core          what the rooms below share: settings, fleet, ledger, pools
-    40  intake        a request's content: gathered, decoded, held as long as it is needed
-    41  attempt       a request said to one server; its answer judged and passed on
-    42  case          whose failure it was: suspects, deaths, content that is held off
-    43  exchange      one request, from its head to its last byte
-    44  accounts      what is counted, kept and told of a request that has ended
-    45  watch         health checks, load reports
-    46  operations    what people have done to servers: drained, weighed, probed, added, removed
-    47  endpoints     the paths that the balancer answers itself, in one table
-    48  front         where clients come in: connections accepted, requests let in
-    49  handover      one process takes over from another, without a gap
-    50  following     the settings file, and the files that it names
-    51  commands      subcommands as rows; settings from file, environment and flags
-    52  balancer      assembly: settings and roster adopted, running, draining, stopping
-    53  process       signals, the terminal, systemd, limits of the system
-    54  page          the status for a browser: one HTML string
-    55  doctor        what is amiss with servers and settings, and what to do about it
-    56  demo          simulated vLLM servers, so that everything runs on a laptop
-    57  command line  arguments, environment, logging, exit codes
+A ruler parts the file.  Parts I to X, above it, are all that runs for a servers.toml of five
+lines: to know what serves, read them and stop.  What stands below runs when a subcommand, a
+terminal or a browser at /status asks for it.  It hooks itself in by rows of ENDPOINTS, COMMANDS
+and SCREENS, and nothing above uses its names; only the last two lines, which call `main` (room
+56), stand behind it.  `mvllm_lite.py help parts` counts the lines.
 
-A request walks through the rooms like this.  The `Front` (48) reads a head from the client's
-`Wire` (31) and parses it (2).  A local path is answered in room 47; everything else is an
-`Exchange` (43): the content is gathered and read as a `Call` (10) with its `Prompt` (9), the
-`Keys` (12) lets it in, and `relay_plan` (20) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (19) in the view of the fleet (16) by a policy (18).  An
-`Attempt` (41) at that server holds the answer back until it is certain that it is one, and
-then commits: the `Response` (36) begins, and a `Pump` (35) moves the rest.  What went wrong on the
+     #  room            what it owns
+    ──  ─────────────  ───────────────────────────────────────────────────────────────────────
+     0  front matter   ~ this map, the imports, the limits that several rooms share
+
+     I  HTTP             1,110 lines, for each message
+     1  faults         · every way to fail, as one table: status, blame, may it be retried
+     2  heads          · HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
+     3  proxy header   · who passes on connections says whose they are: the PROXY protocol
+     4  framing        · where a message's content ends: by length, in chunks, at the close
+     5  forwarding     · what an intermediary does to messages; responses of our own; CORS
+     6  exposition     · the Prometheus text format, read and written
+
+    II  settings         720 lines, at the start, and at a reload
+     7  checks         · what a value in the settings may be; formulas, compiled
+     8  settings       · all that can be set, each with its default, check and meaning
+     9  settings file  · from TOML to settings; complaints with file, line and key
+
+   III  vLLM             1,530 lines, for each request, check and scrape
+    10  content        · compression undone; JSON: where the members that matter stand
+    11  forms          · forms: the model that a part names; another model in its place
+    12  prompts        · how long a prompt is, and what of it each server has probably cached
+    13  calls          · which paths are passed on, and what a request wants: its model, a stream
+    14  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
+    15  judge          · an answer judged as it comes; its tokens and its id
+    16  engine load    · what a server says of itself: its load, its models
+
+    IV  fleet            1,810 lines, for each request, check and scrape
+    17  health         · whether a server can be asked, by checks and by what became of requests
+    18  servers        · what is known of each: settings, health, report, what was learned, counts
+    19  learning       · what answers and reports teach of a server
+    20  fleet          · the servers, and requests of ours with them
+    21  roster         · which servers there are: named by the file, by hand, merged by one rule
+    22  policies       · what a server is worth for a call, by a dozen rules
+    23  ranking        · who may be asked, who is asked, and why
+
+     V  answering        890 lines, for each request
+    24  queue          · requests that wait for room; what retries the fleet can afford
+    25  poison         · content with which servers die, and whose failure it was
+    26  plans          · how a call is answered, step by step
+    27  client keys    · clients' keys and what each uses; whose stored responses are
+    28  access         · who may come in, and to which path; proxies that are trusted
+
+    VI  what is counted  740 lines, for each request, and when asked for
+    29  documents      · what programs are shown in JSON
+    30  metrics        · what is counted and measured, as families for Prometheus
+    31  records        · what is written of requests and transitions: log lines, records, traces
+    32  status         · the last minute of each server; what screen, page and /status.json show
+
+   VII  connections      1,830 lines, for each connection, and each piece of an answer
+    33  wire           ~ one connection: its buffer, its deadline, its end
+    34  listening      ~ sockets that listen; what a connection says before it is a wire
+    35  secrets        ~ keys and certificates, and how a server is reached with them
+    36  client         ~ what we ask servers ourselves, over asyncio's streams
+    37  pool           ~ the connections to one server over which requests go, kept and reused
+    38  pump           ~ bytes on their way through, with back-pressure
+    39  response       ~ the client's side of an exchange
+    40  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+
+  VIII  a request        1,240 lines, for each request
+    41  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    42  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    43  attempt        ~ a request said to one server; its answer judged and passed on
+    44  case           ~ whose failure it was: suspects, deaths, content that is held off
+    45  accounts       ~ what is counted, kept and told of a request that has ended
+    46  exchange       ~ one request, from its head to its last byte
+
+    IX  operating        1,600 lines, all the time
+    47  watch          ~ health checks, load reports
+    48  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    49  endpoints      ~ the paths that the balancer answers itself, in one table
+    50  front          ~ where clients come in: connections accepted, requests let in
+    51  following      ~ the settings file, and the files that it names
+    52  commands       ~ subcommands as rows; settings from file, environment and flags
+    53  handover       ~ one process takes over from another, without a gap
+    54  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+
+     X  program          230 lines, at the start and at the end
+    55  process        ~ signals, systemd, limits of the system
+    56  command line   ~ what is common to all subcommands; the one that serves; `help`
+
+        ── the ruler: above, all that runs for a servers.toml of five lines ──
+
+    XI  seen             1,800 lines, on a terminal, for `top`, and for a browser at /status
+    57  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    58  table          · the servers in lines, as many columns as there is room for
+    59  screen         · what is seen there: the table and the lines around it
+    60  keys           · what keys do to it, and ask of the balancer
+    61  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    62  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    63  page           ~ the status for a browser: one HTML string
+
+   XII  laboratory       1,480 lines, for `replay`, `demo` and `check-config`
+    64  traces         · requests of the past: from files, or made up
+    65  engine         · a model of a vLLM server, in simulated time
+    66  replay         · those requests sent to such servers by any policy
+    67  comparison     ~ policies compared on a trace: the program of `replay`
+    68  demo           ~ simulated vLLM servers, so that everything runs on a laptop
+    69  doctor         ~ what is amiss with servers and settings, and what to do about it
+
+A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
+`Wire` (33) and parses it (2).  A local path is answered in room 49; everything else is an
+`Exchange` (46): the content is gathered (42) and read as a `Call` (13) with its `Prompt` (12), the
+`Keys` (27) let it in, and `relay_plan` (26) says step by step what to do.  Each `Relay` step
+names the server that was ranked best (23) in the view of the fleet (20) by a policy (22).  An
+`Attempt` (43) at that server holds the answer back until it is judged to be one (15), and
+then commits: the `Response` (39) begins, and a `Pump` (38) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
-Wires are protocols, for a token over streams takes 1.3 to 1.6 times the CPU; what is not hot
-stands on asyncio's streams: our own questions to servers (33) and the simulated ones.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
 *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
@@ -176,83 +218,34 @@ except ImportError:
 __version__ = "0.1.0"
 __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 
-# Limits that nobody has needed to set.  Each names its precedent or its reason.
+# Limits that nobody has needed to set, and that several rooms share; each names its precedent or
+# its reason.  Those of one room stand there.
 HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
-CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
-READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading,
-AHEAD_BYTES = 16 * 1024  # and one to a client, which may speak before it is its turn
-LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
-KERNEL_BACKLOG_BYTES = 128 * 1024  # the same, in the kernel; it would take megabytes
-CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
-INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
+AHEAD_BYTES = 16 * 1024  # the same of a client's wire, which may speak before it is its turn
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
 HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
-HEAD_KEPT_BYTES = 2048  # of those that are no longer than this;
-TEXT_KEPT_BYTES = 200  # and as many short texts, with what is made of them
-PATH_LIMIT = 8192  # bytes of a target's path, which is read in several ways
-FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101,
-LINE_BYTES = 300  # and what holding one takes beside its characters
-HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
-CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
-PLAUSIBLE_TOKENS = 1e9
-HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
-
-# Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
-KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
-LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
-SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
-SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
-NESTING_LIMIT = 900  # levels of JSON; Python's reader, which servers have, too, takes about 1,000
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
-CODED_SLICE_BYTES = 64 * 1024  # of compressed content that are read before others get their turn,
-DECODED_SLICE_BYTES = 256 * 1024  # and what may come of them: about a millisecond
-CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
-CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
-ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
-FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
-FORM_SLICE_BYTES = 2**20  # of a form before others get their turn: about a millisecond
-FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
-LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
 IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
 ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
-PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
 STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whole process
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
-SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
 LOG_PAUSE_S = 0.02  # between two writes of log lines, which gathers them
-REPEATS_S = 60.0  # for which a warning that comes again and again is only counted
-LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at,
-SAMPLE_LIMIT = 4096  # and how long each may be
-PAGE_SLICE = 64 * 1024  # characters of it that are read before others get their turn: a few ms
-ENGINES_LIMIT = 256  # of one server that are told apart; data_parallel_size allows no more
-MODELS_LIMIT = 2000  # of one server's models that are known by name,
-MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 ms to parse
 MODEL_NAME_LIMIT = 512  # characters; the longest path that is a model's name is shorter
-MODEL_ENTRY_LIMIT = 4096  # characters of what is said of a model; vLLM's own has 600,
-MODEL_ENTRY_DEPTH = 8  # and is nested twice
-RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 8 MB at most
-RESPONSE_ID_LIMIT = 200  # characters of their ids, of which vLLM's have 21
-RESPONSE_START_BYTES = 512  # of the document of a response: its id stands in front
-LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
-LOOK_LIMIT_S = 2.0  # for which a request waits for them
-SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers who made it
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
-LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
 RECENT_LIMIT = 200  # requests whose rankings are kept for /explain
-ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not seen to read yet
-DISAGREEMENT_S = 600.0  # for which a capacity must behave like another before that is said
-REQUEST_ID_LIMIT = 200  # characters of a client's request id; a longer one is replaced
 
 INFINITY = math.inf
 log = logging.getLogger("mvllm_lite")
+
+
+# ━━━ part I: HTTP ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -405,7 +398,7 @@ class Stale(PeerGone):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  2  messages
+#  2  heads
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # RFC 9110 and RFC 9112 for a gateway.  A head is bytes in, a frozen value out, and bytes again;
@@ -416,6 +409,11 @@ class Stale(PeerGone):
 # Programs say the same head over and over, but for its Content-Length.  So that is kept apart, and
 # what was made of the rest of a head is remembered: a quarter of the time of a small request.
 
+HEAD_KEPT_BYTES = 2048  # the longest head that is kept parsed
+TEXT_KEPT_BYTES = 200  # the longest text that is kept, with what is made of it
+PATH_LIMIT = 8192  # bytes of a target's path, which is read in several ways
+FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101
+LINE_BYTES = 300  # what holding one takes beside its characters
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
 AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.\-_~%!$&'()*+;=]*)(?::[0-9]*)?"
@@ -724,8 +722,13 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  3  proxy header
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
 # The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
 # each whose it is.
+
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # of version 2; version 1 is a line
 PROXY_LINE = re.compile(
     rb"PROXY (?:UNKNOWN(?: [^\r\n]*)?|TCP([46]) (\S+) (\S+) (\d{1,5}) (\d{1,5}))")
@@ -785,12 +788,13 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  3  framing
+#  4  framing
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where a message's content ends, RFC 9112 §6 and §7: by its length, in chunks, or with the
 # connection.
 
+CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]{0,9};[\t\x20-\x7e\x80-\xff]{0,4000})?\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -980,7 +984,7 @@ def encode_chunk(content: bytes) -> bytes:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  4  forwarding
+#  5  forwarding
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
@@ -1179,12 +1183,14 @@ def cors_fields(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  5  exposition
+#  6  exposition
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The Prometheus text format 0.0.4, both directions.  Reading happens twice a second for each
 # server, on pages of 50 to 80 kB, so it looks only at the metrics it was asked for.
 
+SAMPLE_LIMIT = 4096  # characters of one line of a page of metrics
+LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
 SAMPLE_LINE = re.compile(
     r"([a-zA-Z_:][a-zA-Z0-9_:]*+)"  # name
     r'(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*+")*+)\})?'  # {label="value",…}
@@ -1340,15 +1346,15 @@ def expose(families: Iterable[Family]) -> str:
     return "".join(out)
 
 
+# ━━━ part II: settings ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  6  settings
+#  7  checks
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# One declaration per setting: its key, default, check and meaning stand in one place, and the
-# file, the environment, the command line and servers.example.toml follow from it.
-#
-# To add a setting: a field with `setting(…)` in ServerSettings or Settings, and its line in
-# servers.example.toml (a test compares the two).
+# What a value in the settings may be: a check gives the clean value, or raises ValueError with what
+# was expected.  Among them a formula, which is compiled from a small part of Python's expressions.
 
 REQUIRED: Any = object()
 POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
@@ -1584,6 +1590,17 @@ def formula(value: Any) -> str:
     return str(value)
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  8  settings
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# One declaration per setting: its key, default, check and meaning stand in one place, and the
+# file, the environment, the command line and servers.example.toml follow from it.
+#
+# To add a setting: a field with `setting(…)` in ServerSettings or Settings, and its line in
+# servers.example.toml (a test compares the two).
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerSettings:
     """One entry of the list of servers."""
@@ -1776,7 +1793,7 @@ SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  7  settings file
+#  9  settings file
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
@@ -2045,13 +2062,24 @@ def changes_line(old: Settings, new: Settings) -> str:
     return "; ".join(words + [f"at the next start: {', '.join(late)}"] * bool(late))
 
 
+# ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  8  content
+#  10  content
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # JSON and forms as far as a balancer must read them: where the members that matter stand.  Content
 # is read, never rewritten, but for the one value of `model`, and compression, which is undone.
 
+SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
+SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
+NESTING_LIMIT = 900  # levels of JSON; Python's reader, which servers have, too, takes about 1,000
+CODED_SLICE_BYTES = 64 * 1024  # of compressed content that are read before others get their turn,
+DECODED_SLICE_BYTES = 256 * 1024  # and what may come of them: about a millisecond
+CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
+CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
+ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
 # Members by which servers talk to each other about one of their caches.  From a client's mouth,
 # vllm's own words, they end the engine of a server that believes them.
@@ -2330,6 +2358,16 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
     return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
 
 
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  11  forms
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# multipart/form-data as far as a balancer must read it: the model that one of its parts names;
+# where readers differ, the form is not read.  And content with another model in place of its own.
+
+FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
+FORM_SLICE_BYTES = 2**20  # of a form before others get their turn: about a millisecond
+FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
 # Of a part, what only some readers know: names of RFC 2231, encodings (of those that change nothing
 # old clients speak), a line that goes on in the next.
 EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")
@@ -2472,7 +2510,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  9  prompts
+#  12  prompts
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
@@ -2674,7 +2712,7 @@ class PrefixCache:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  10  calls
+#  13  calls
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
@@ -2872,11 +2910,14 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  11  dialect
+#  14  dialect
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What vLLM says, as far as a balancer must understand it: when a stream has begun, whether an end
-# is a good one, what load a page of metrics tells; and how errors of our own are said in its words.
+# What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
+# whether an end is a good one, what a failure admits to; and how errors of our own are said in its
+# words.
+
+CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
 
 
 class Begun(Enum):
@@ -3157,6 +3198,33 @@ def is_overload(said: Mapping[str, Any]) -> bool:
     return error.get("code") == 503 and error.get("type") in OVERLOAD_TYPES
 
 
+def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
+    """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
+    /v1/messages, look for `type` beside it."""
+    code = fault.label if fault in SAID_BY_NAME else fault.status
+    error = {"message": text, "type": fault.type_name, "param": param, "code": code}
+    beside = {"type": "error"} if path.startswith("/v1/messages") else {}
+    return json.dumps({**beside, "error": error}).encode()
+
+
+def error_event(body: bytes, path: str) -> bytes:
+    """An error as the last event of a stream; Anthropic's clients go by its name."""
+    name = b"event: error\n" if path.startswith("/v1/messages") else b""
+    return name + b"data: " + body + b"\n\n"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  15  judge
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
+# may not have; and what its end tells of tokens and ids.
+
+HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
+PLAUSIBLE_TOKENS = 1e9
+HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
+RESPONSE_ID_LIMIT = 200  # characters of their ids, of which vLLM's have 21
+RESPONSE_START_BYTES = 512  # of the document of a response: its id stands in front
 TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
 
 
@@ -3336,21 +3404,18 @@ def response_id(start: bytes, streams: bool) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
-    """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
-    /v1/messages, look for `type` beside it."""
-    code = fault.label if fault in SAID_BY_NAME else fault.status
-    error = {"message": text, "type": fault.type_name, "param": param, "code": code}
-    beside = {"type": "error"} if path.startswith("/v1/messages") else {}
-    return json.dumps({**beside, "error": error}).encode()
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  16  engine load
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What a server says of itself: its load, by its page of metrics, and its models, by their list.
 
-
-def error_event(body: bytes, path: str) -> bytes:
-    """An error as the last event of a stream; Anthropic's clients go by its name."""
-    name = b"event: error\n" if path.startswith("/v1/messages") else b""
-    return name + b"data: " + body + b"\n\n"
-
-
+PAGE_SLICE = 64 * 1024  # characters of it that are read before others get their turn: a few ms
+ENGINES_LIMIT = 256  # of one server that are told apart; data_parallel_size allows no more
+MODELS_LIMIT = 2000  # of one server's models that are known by name,
+MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 ms to parse
+MODEL_ENTRY_LIMIT = 4096  # characters of what is said of a model; vLLM's own has 600,
+MODEL_ENTRY_DEPTH = 8  # and is nested twice
 # Metric names of vLLM; the first that a page has is taken.  To add a name: add it to its row.
 VLLM_METRICS: dict[str, tuple[str, ...]] = {
     "running": ("vllm:num_requests_running",), "waiting": ("vllm:num_requests_waiting",),
@@ -3517,431 +3582,11 @@ def is_plain(value: Any, depth: int) -> bool:
     return not isinstance(value, (int, float)) or abs(value) < PLAUSIBLE_LIMIT  # so no NaN
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  12  access
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Who may come in, and what each may use.  Without keys the balancer is open, as mvllm is.  A key
-# is compared by its digest, with all keys, in constant time.
-#
-# A browser on a machine that may come in carries the words of any page that is open in it, and its
-# `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A page may give a name of its own our
-# address (DNS rebinding), so what is for local people is asked for by a local name.
-#
-# To add a kind of path: a row of Kind, with the guards that may refuse it.
-
-
-class Refusal(NamedTuple):
-    fault: Fault
-    text: str
-    retry_after_s: int = 0
-    warning: str = ""  # for the operator
-    fields: Pairs = ()  # of the response
-
-
-class Keys:
-    """The clients' keys, and what each is using.  What is used is kept by the key's name, so that
-    it survives a reload."""
-
-    def __init__(self) -> None:
-        self.required = False  # or everybody may come in
-        self._keys: list[tuple[bytes, KeySettings]] = []
-        self._running: dict[str, int] = {}
-        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
-
-    def adopt(self, keys: Iterable[tuple[KeySettings, str]]) -> None:
-        """Make these the keys, each with its secret."""
-        self._keys = [(digest(secret), key) for key, secret in keys]
-        self.required = bool(self._keys)
-        names = {key.name for _, key in self._keys}
-        self._buckets = {name: left for name, left in self._buckets.items() if name in names}
-
-    def authenticate(self, fields: Fields) -> KeySettings | None:
-        """The key that a request shows, if it is one of ours."""
-        said = digest(key_in(fields))
-        found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
-        return found[-1] if found else None
-
-    def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
-        """Let a request in, which has to be followed by `release`; or say why not."""
-        if key.models and model not in key.models:
-            what = "a request without a model" if model is None else f"the model `{model[:200]}`"
-            return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
-        running = self._running.get(key.name, 0)
-        if 0 < key.max_requests <= running:
-            text = f"has {key.max_requests} requests in progress, as many as it may"
-            return Refusal(Fault.RATE_LIMITED, f"The key {shown(key.name)} {text}.", 1)
-        if (rate := key.requests_per_second) > 0:
-            most = max(1.0, rate)
-            left, then = self._buckets.get(key.name, (most, now))
-            left = min(most, left + rate * (now - then))
-            if left < 1:
-                text = f"The key {shown(key.name)} allows {rate:g} requests per second."
-                return Refusal(Fault.RATE_LIMITED, text, math.ceil(min(3600.0, (1 - left) / rate)))
-            self._buckets[key.name] = left - 1, now
-        self._running[key.name] = running + 1
-        return None
-
-    def release(self, key: KeySettings) -> None:
-        self._running[key.name] -= 1
-        if not self._running[key.name]:
-            del self._running[key.name]
-
-
-# Beside the one form whose model is read (multipart/form-data), servers may read these.
-FORM_TYPES = re.compile(r"multipart/|x-www-form-urlencoded")
-# Fields that vLLM's /invocations takes the model from, whatever the content says.
-ADAPTER_FIELDS = "x-amzn-sagemaker-adapter-"
-
-
-class Stored(NamedTuple):
-    """A response that a server may keep."""
-
-    server: str
-    key: str  # the name of the key that had it made; '' where that is not known, or there are none
-    model: str
-
-
-class StoredResponses:
-    """Which server made which response, and for whom; of those that were used last."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, Stored] = OrderedDict()  # by id
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def made(self, id: str, stored: Stored) -> None:
-        """A server has made it, or has it.  Who says another's id again does not get it so."""
-        known = self._known.setdefault(id, stored)
-        if known.key == stored.key:
-            self._known[id] = stored
-            self._known.move_to_end(id)
-        if len(self._known) > RESPONSES_LIMIT:
-            self._known.popitem(last=False)
-
-    def find(self, id: str) -> Stored | None:
-        if id in self._known:
-            self._known.move_to_end(id)
-        return self._known.get(id)
-
-    def forget(self, id: str) -> None:
-        self._known.pop(id, None)
-
-    def refusal(self, id: str, key: KeySettings | None) -> Refusal | None:
-        """Why a key does not get it, in vLLM's words, or None: it is its maker's alone, and where
-        that is not known, of no key that is for some models only."""
-        maker = self._known[id].key if id in self._known else ""
-        if key is None or maker == key.name or not (maker or key.models):
-            return None
-        return Refusal(Fault.UNKNOWN_RESPONSE, f"Response with id '{id[:200]}' not found.")
-
-
-def digest(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
-
-
-def key_in(fields: Fields) -> str:
-    """The key in a request: as OpenAI's clients send it, or as Anthropic's do."""
-    scheme, _, secret = fields.get("authorization").partition(" ")
-    return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
-
-
-def is_trusted(host: str, networks: Iterable[str]) -> bool:
-    """Whether an address is that of one of our own proxies."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in network_of(network) for network in networks)
-
-
-@functools.lru_cache
-def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    return ipaddress.ip_network(text)
-
-
-class Audience(Enum):
-    """Whom a listener serves, and whom a path is for."""
-
-    EVERYBODY = "everybody"  # the only listener; what each has
-    CLIENTS = "clients"
-    OPERATORS = "operators"
-
-
-def operator_address(s: Settings) -> tuple[str, int] | None:
-    """Where operators are listened to; None for the same place as everybody else."""
-    if not (s.operator_host or s.operator_port):
-        return None
-    return s.operator_host or "127.0.0.1", s.operator_port
-
-
-Origin = tuple[str, str, str]  # scheme, host and port, RFC 6454 §4
-WEB_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]/:@?#,\s]+)(?::([0-9]*))?")
-
-
-def web_origin(text: str) -> Origin | None:
-    """None for `null`, for pages from files, and whatever else no browser finds us by."""
-    if (found := WEB_ORIGIN.fullmatch(text.lower())) is None:
-        return None
-    scheme, host, port = found.groups()
-    return scheme, host, port or {"http": "80", "https": "443"}[scheme]
-
-
-class Visit(NamedTuple):
-    """A request at the door, as far as it decides whether that opens."""
-
-    kind: Kind
-    head: RequestHead
-    has_content: bool
-    peer: str  # its address
-    tls: bool
-    key: KeySettings | None  # that it shows, if it is one of ours
-    keyed: bool  # whether there are [[keys]]
-    settings: Settings
-    audience: Audience = Audience.EVERYBODY  # of the listener
-    hop: str = ""  # the address of a proxy that has said by the PROXY protocol who the peer is
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether it comes from a proxy of ours."""
-        return is_trusted(self.peer, self.settings.trusted_proxies)
-
-    @property
-    def is_preflight(self) -> bool:
-        """Whether a browser asks on behalf of a page, which it does without a key."""
-        return self.head.is_preflight and self.kind in FOR_PAGES
-
-    def told(self, name: str, own: str) -> list[str]:
-        """What a proxy of ours says in that field, and what the request itself says."""
-        return [*(self.head.fields.members(name) if self.is_trusted else ()), own]
-
-    def names(self) -> list[str]:
-        """All that it calls us: with a page's own fields it might come as if by a proxy."""
-        return self.told("x-forwarded-host", self.head.fields.get("host"))
-
-    def origin(self) -> Origin | None:
-        """That by which the client knows us; None where it is none."""
-        schemes = self.told("x-forwarded-proto", "https" if self.tls else "http")
-        return web_origin(f"{schemes[0]}://{self.names()[0]}")
-
-    def is_own(self, origin: str) -> bool:
-        """Whether a page of that origin is ours."""
-        ours = self.origin()
-        return ours is not None and web_origin(origin) == ours
-
-
-def ambiguous_path(v: Visit) -> Refusal | None:
-    return Refusal(Fault.BAD_REQUEST, f"The path is {shown(v.head.path)}, expected one without //,"
-                   " dot segments, ';', backslashes, controls and their escapes, or an escaped slash.")
-
-
-def unknown_path(v: Visit) -> Refusal | None:
-    why = "not served on this port"
-    if v.kind is Kind.NOTHING:
-        why = "neither an inference path of vLLM nor one of ours"
-    return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}.")
-
-
-def foreign_page(v: Visit) -> Refusal | None:
-    """Why what a browser sends is not from a page of ours, or from a person at it."""
-    fields = v.head.fields.values
-    site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
-    if site not in ("same-origin", "none"):
-        text = f"Sec-Fetch-Site is {shown(site)}, expected same-origin or none."
-    elif origin is None or v.is_own(origin):
-        return None
-    else:
-        ours = v.origin()
-        here = "{}://{}:{}".format(*ours) if ours else "unknown"
-        text = f"Origin is {shown(origin)}, and this is {shown(here)}."
-    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is not for pages of other sites: {text}")
-
-
-def foreign_websocket(v: Visit) -> Refusal | None:
-    """Why a page may not open a websocket, which browsers let it do and read without asking us."""
-    origin, allowed = v.head.fields.values.get("origin"), v.settings.cors_allowed_origins
-    if origin is None or not v.head.wants_upgrade or v.is_own(origin):
-        return None
-    if "*" in allowed or origin in allowed:
-        return None
-    text = f"Origin is {shown(origin)}, which cors_allowed_origins does not name."
-    return Refusal(Fault.FORBIDDEN, text)
-
-
-LOOPBACK = ("127.0.0.0/8", "::1/128")
-# Fields by which proxies, tunnels and clouds tell of others.
-PROXY_SIGN = re.compile(
-    r"via|(?:x-)?forwarded(?:-.+)?|x-(?:original|envoy|azure|appengine|arr|cluster|proxy)[a-z]*-.+"
-    r"|(?:x-)?(?:real|client|true-client|remote|originating)-(?:ip|addr)|(?:cf|fastly|ngrok)-.+"
-    r"|tailscale-.+|x-amzn-trace-id|cdn-loop")
-STRANGERS = ("a proxy on this machine passes on requests of others (it says %s): what is for this"
-             " machine only is closed to them. If it says in X-Forwarded-For who asks, name it in"
-             " trusted_proxies")  # fmt: skip
-
-
-def remote_peer(v: Visit) -> Refusal | None:
-    """Why who asks is nobody on this machine, who asks by a local name."""
-    fields, why, warning = v.head.fields, "", ""
-    signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
-    if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
-        why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
-    elif signs and not v.is_trusted:
-        why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
-    elif signs and not all_local(fields):
-        why = ", and not for others whom a proxy speaks for"
-    elif strangers := [name for name in v.names() if not is_local_name(name)]:
-        why = f": Host is {shown(strangers[0])}, expected localhost or a loopback address"
-    else:
-        return None
-    warning = warning and warning % signs[0]
-    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is for this machine only{why}.", 0, warning)
-
-
-def is_local_name(authority: str) -> bool:
-    found = web_origin(f"http://{authority}")
-    return found is not None and (
-        found[1].removesuffix(".") == "localhost" or is_trusted(found[1].strip("[]"), LOOPBACK))
-
-
-def all_local(fields: Fields) -> bool:
-    """Whether a proxy of ours says that it speaks for this machine, and nothing else."""
-    hops = fields.members("x-forwarded-for")
-    hosts = hops[:HOPS_LIMIT] + fields.members("x-real-ip")
-    told = 0 < len(hops) <= HOPS_LIMIT and "forwarded" not in fields.values
-    return told and all(is_trusted(host, LOOPBACK) for host in hosts)
-
-
-def no_key(v: Visit) -> Refusal | None:
-    if v.key is None:
-        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
-    return None
-
-
-def not_admin(v: Visit) -> Refusal | None:
-    if v.key is not None and not v.key.admin:
-        return Refusal(Fault.FORBIDDEN, f"The key {shown(v.key.name)} is not an admin's.")
-    return no_key(v)
-
-
-def lacks_key(v: Visit) -> Refusal | None:
-    return no_key(v) if v.keyed and not v.is_preflight else None
-
-
-STATUS_GUARDS = {"key": no_key, "admin": not_admin, "loopback": remote_peer}  # by status_access
-
-
-def may_not_see(v: Visit) -> Refusal | None:
-    guard = STATUS_GUARDS.get(v.settings.status_access)
-    return guard(v) if guard is not None else None
-
-
-def may_not_open(v: Visit) -> Refusal | None:
-    """The page itself, which a browser asks for without a key."""
-    return remote_peer(v) if v.settings.status_access == "loopback" else None
-
-
-def may_not_change(v: Visit) -> Refusal | None:
-    return not_admin(v) if v.keyed else remote_peer(v)
-
-
-def escapes_key(v: Visit) -> Refusal | None:
-    """Why a request cannot be held to what is its key's, or None: where a server may read another
-    model than we do, or be told another one, or of another key's response, later."""
-    if v.key is None:
-        return None
-    fields, upgrades = v.head.fields, v.head.wants_upgrade
-    if upgrades and meant_path(v.head.path).startswith(RESPONSES_PATH):
-        text = "A connection that is upgraded may go on from any key's stored response."
-        return Refusal(Fault.FORBIDDEN, text)
-    if not v.key.models:
-        return None
-    content_type = fields.get("content-type").lower()
-    kinds = FORM_TYPES.findall(content_type)
-    if kinds and not (content_type.startswith("multipart/form-data") and len(kinds) == 1):
-        why = f"no model is read from content of the type {shown(fields.get('content-type'))}"
-    elif said := next((name for name in fields.values if name.startswith(ADAPTER_FIELDS)), ""):
-        why = f"{said} would name another"
-    elif upgrades:
-        why = "a connection that is upgraded may change its model at any time (session.update)"
-    else:
-        return None
-    text = f"The key {shown(v.key.name)} is for some models only, and {why}."
-    return Refusal(Fault.FORBIDDEN, text)
-
-
-def not_json(v: Visit) -> Refusal | None:
-    """Content that a browser would send for any page without asking first."""
-    said = v.head.fields.get("content-type")
-    if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
-        return None
-    return Refusal(Fault.NOT_JSON, f"Content-Type is {shown(said)}, expected application/json.")
-
-
-Guard = Callable[[Visit], Refusal | None]
-
-
-class Kind(Enum):
-    """What a path is to those who ask for it: where there are two listeners, on which it is; what
-    may refuse it, in this order; and whether an Exchange answers."""
-
-    INFERENCE = "passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
-    MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
-    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign_page,)
-    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign_page, may_not_open)
-    STATUS = "facts", Audience.OPERATORS, (foreign_page, may_not_see)
-    EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
-               (foreign_page, lacks_key, may_not_see, escapes_key), True)
-    ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
-    CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
-               (foreign_page, not_admin, escapes_key, not_json), True)  # fmt: skip
-    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
-    NOTHING = "not served", Audience.EVERYBODY, (unknown_path,)
-
-    def __init__(
-        self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
-    ) -> None:
-        self.audience, self.guards, self.is_exchange = audience, guards, is_exchange
-
-    __hash__ = object.__hash__  # as Fault's
-
-
-FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
-
-
-def refusal_of(v: Visit) -> Refusal | None:
-    """Why a request does not come in, or None.  Which model it may use is for the Keys to say, once
-    that is known."""
-    audiences = v.audience, v.kind.audience
-    if Audience.EVERYBODY not in audiences and v.audience is not v.kind.audience:
-        return unknown_path(v)
-    for guard in v.kind.guards:
-        if (refusal := guard(v)) is not None:
-            return refusal
-    return None
-
-
-def open_line(s: Settings) -> str:
-    """What it means that there are no keys."""
-    pages = "; web pages of other origins may not (cors_allowed_origins)"
-    if s.cors_allowed_origins:
-        pages = f", and so may web pages of {', '.join(s.cors_allowed_origins)}"
-    return f"there are no [[keys]]: whoever reaches this address may use the servers{pages}"
-
-
-def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
-    """Who asks: the peer or, behind proxies of ours, the last address before them."""
-    if not networks or not is_trusted(peer, networks):
-        return peer
-    for host in reversed(fields.members("x-forwarded-for")[-HOPS_LIMIT:]):
-        if not is_trusted(host, networks):
-            return host[:100]
-    return peer
+# ━━━ part IV: fleet ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  13  health
+#  17  health
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -4159,7 +3804,7 @@ class Health(NamedTuple):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  14  servers
+#  18  servers
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -4167,6 +3812,7 @@ class Health(NamedTuple):
 # A server with several engines (data parallel) has a view for each; their health is one.  Whoever
 # chooses among servers sees them as the Eligible, in columns.
 
+PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
 Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
 START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
@@ -4491,7 +4137,7 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  15  learning
+#  19  learning
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What a server's answers and reports teach of it: how fast it reads prompts, its time per output
@@ -4614,7 +4260,7 @@ def learned_after(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  16  fleet
+#  20  fleet
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -4896,7 +4542,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  17  roster
+#  21  roster
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -5040,14 +4686,14 @@ class Roster:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  18  policies
+#  22  policies
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
 # the fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest
 # is asked, and one is drawn among equals; nobody is asked anything for it.
 #
-# To add a policy: a class with @policy("name"), its name in POLICY_NAMES (6), a line in the README.
+# To add a policy: a class with @policy("name"), its name in POLICY_NAMES, a line in the README.
 # One that is a formula of what SCORE_NAMES lists has nothing but that.
 
 
@@ -5390,7 +5036,7 @@ class Expression(Formula):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  19  ranking
+#  23  ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -5736,13 +5382,220 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     return good[0] if len(good) == 1 else draw.choice(good)
 
 
+# ━━━ part V: answering ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  20  plans
+#  24  queue
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Requests that wait for a server with room, and how many retries the fleet can afford.
+
+BUDGET_SPAN_S = 10
+BUDGET_FLOOR = 10
+DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
+
+
+class RetryBudget:
+    """Retries that are not free may add a share to the requests of the last BUDGET_SPAN_S seconds,
+    and BUDGET_FLOOR in any case, so that a failing fleet is not hammered to death."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
+
+    def _second(self, now: float) -> list[int]:
+        while self._seconds and self._seconds[0][0] <= now - BUDGET_SPAN_S:
+            self._seconds.popleft()
+        if not self._seconds or self._seconds[-1][0] != int(now):
+            self._seconds.append([int(now), 0, 0])
+        return self._seconds[-1]
+
+    def came(self, now: float) -> None:
+        """A request has come."""
+        self._second(now)[1] += 1
+
+    def spend(self, now: float, share: float) -> bool:
+        """Whether one more retry may be made; it is counted."""
+        second = self._second(now)
+        requests, retries = (sum(column) for column in list(zip(*self._seconds))[1:])
+        if retries >= max(BUDGET_FLOOR, share * requests):
+            return False
+        second[2] += 1
+        return True
+
+
+Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, not of those tried
+
+
+class Waiter(NamedTuple):
+    """A request in the queue.  `choose` says which server has a place for it now, if one has;
+    `take` is told the ranking by which it has it, or that there is none it could wait for any more."""
+
+    since: float
+    wants: Wants
+    choose: Callable[[], Ranking]
+    take: Callable[[Ranking], object]
+    fail: Callable[[Exception], object]
+
+
+class WaitQueue:
+    """Requests that wait for a place, in the order of their arrival among those who want the same
+    of the same servers.  A place that becomes free is taken at once, by the one that waits longest
+    of all who can use it."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Wants, deque[Waiter]] = {}
+        self._served, self._served_at = 0.0, 0.0  # places that became free, fading
+        self._since = INFINITY  # when they began to be counted
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def waiting(self, wants: Wants) -> bool:
+        return wants in self._lines
+
+    def longest_wait_s(self, now: float) -> float:
+        return max((now - line[0].since for line in self._lines.values()), default=0.0)
+
+    def join(self, waiter: Waiter) -> None:
+        self._since = min(self._since, waiter.since)
+        self._lines.setdefault(waiter.wants, deque()).append(waiter)
+
+    def leave(self, waiter: Waiter) -> None:
+        """It has its place, or no need of one any more."""
+        if line := self._lines.get(waiter.wants):
+            with contextlib.suppress(ValueError):
+                line.remove(waiter)
+            if not line:
+                del self._lines[waiter.wants]
+
+    def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
+        """There may be free places, as long as there may be `more`."""
+        heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
+        heapq.heapify(heads)
+        while heads and more():
+            _, n, wants = heapq.heappop(heads)
+            waiter = self._lines[wants][0]
+            try:
+                ranking = waiter.choose()
+                if ranking.best is None and ranking.waits:
+                    continue  # nor has anybody else of that line a place
+                self.leave(waiter)
+                waiter.take(ranking)
+            except Exception as error:  # its own request's mistake, and nobody else's
+                self.leave(waiter)
+                waiter.fail(error)
+            if line := self._lines.get(wants):
+                heapq.heappush(heads, (line[0].since, n, wants))
+
+    def served(self, now: float) -> None:
+        """A place has become free."""
+        self._since = min(self._since, now)
+        self._served = 1 + self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
+        self._served_at = now
+
+    def clears_in_s(self, now: float) -> int:
+        """When a request that came now might have its turn, by the rate of late: 1 to 60 s.  As
+        long as there is none, it may take about as long again as the first has waited so far."""
+        served = self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
+        counted_s = DRAIN_MEMORY_S * -math.expm1((self._since - now) / DRAIN_MEMORY_S)
+        known = served >= 1 and counted_s > 0
+        seconds = (len(self) + 1) * counted_s / served if known else self.longest_wait_s(now)
+        return math.ceil(min(60.0, max(1.0, seconds)))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  25  poison
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Content with which servers have died, and servers that failed with a request which may be to
+# blame itself.
+
+DEADLY = 2  # deaths of servers, after which content is not sent to another
+DIED_TWICE = ("Two servers have died with this request or one of the same content; it is not sent"
+              " to another for now.")  # fmt: skip
+POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
+POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
+TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
+KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
+WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
+BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §5.1.1
+
+
+def digest_of(path: str, content: Content) -> bytes:
+    """What content for a path is known by: once for a request that failed, or of which a longer
+    content is let go while its stream goes on; never more than 0.1 ms."""
+    digest, half = hashlib.blake2b(f"{path} {len(content)}\0".encode(), digest_size=16), 0
+    if len(content) > WHOLE_DIGEST_BYTES:
+        half = WHOLE_DIGEST_BYTES // 2
+    ends = [content[:half], content[-half:]]
+    if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
+        boundary = bytes(content[:BOUNDARY_LIMIT]).partition(b"\r\n")[0]
+        ends = [end.replace(boundary, b"--") for end in ends]
+    for end in ends:
+        digest.update(end)
+    return digest.digest()
+
+
+class Poison:
+    """Contents with which servers have died one after another, by their digests.  A death counts
+    where the content was sent after the last one: that those who were busy with it die at the same
+    time is not of its doing.  A content's first success ends what is said of it."""
+
+    def __init__(self) -> None:
+        self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
+
+    def died(self, content: bytes, sent_at: float, now: float) -> int:
+        """A server has died with that content.  How many have."""
+        count, last_at = self.deaths.get(content, (0, -INFINITY))
+        if sent_at >= last_at:
+            self.deaths[content] = count, last_at = count + 1, now
+            self.deaths.move_to_end(content)
+            if len(self.deaths) > POISON_LIMIT:
+                self.deaths.popitem(last=False)
+        return count
+
+    def holds(self, content: bytes, now: float, hold_s: float) -> bool:
+        """Whether that content is held off; forgets those of long ago."""
+        while self.deaths and next(iter(self.deaths.values()))[1] < now - POISON_MEMORY_S:
+            self.deaths.popitem(last=False)
+        count, last_at = self.deaths.get(content, (0, -INFINITY))
+        return count >= DEADLY and now - last_at < hold_s
+
+    def knows(self, content: bytes) -> bool:
+        """Whether a server has died with that content, which is sent to one at a time then."""
+        return content in self.deaths
+
+    def succeeded(self, content: bytes) -> None:
+        self.deaths.pop(content, None)
+
+
+class Suspect(NamedTuple):
+    """A server that failed with a request, which may be the request's failure."""
+
+    url: str
+    text: str
+    told: bool  # its health knows, and takes it for one of that content
+
+
+def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
+    """Of the servers that failed with a request those whose failure it was: all, when another did
+    well with it; of the others one that stands alone, unless its health knows already.  What
+    several say of one request is the request's."""
+    if went_well:
+        return list(suspects)
+    return [one for one in suspects if not one.told and len(suspects) == 1]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  26  plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
-# steps.  The exchange (43) is the only driver.
+# steps.  The exchange is the only driver.
+
+SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers who made it
 
 
 class Held(NamedTuple):
@@ -5829,115 +5682,6 @@ LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
 # The client was shown the server's own words for what went wrong.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
-BUDGET_SPAN_S = 10
-BUDGET_FLOOR = 10
-DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
-
-
-DEADLY = 2  # deaths of servers, after which content is not sent to another
-DIED_TWICE = ("Two servers have died with this request or one of the same content; it is not sent"
-              " to another for now.")  # fmt: skip
-POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
-POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
-TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
-KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
-WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
-BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §5.1.1
-
-
-def digest_of(path: str, content: Content) -> bytes:
-    """What content for a path is known by: once for a request that failed, or of which a longer
-    content is let go while its stream goes on; never more than 0.1 ms."""
-    digest, half = hashlib.blake2b(f"{path} {len(content)}\0".encode(), digest_size=16), 0
-    if len(content) > WHOLE_DIGEST_BYTES:
-        half = WHOLE_DIGEST_BYTES // 2
-    ends = [content[:half], content[-half:]]
-    if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
-        boundary = bytes(content[:BOUNDARY_LIMIT]).partition(b"\r\n")[0]
-        ends = [end.replace(boundary, b"--") for end in ends]
-    for end in ends:
-        digest.update(end)
-    return digest.digest()
-
-
-class Poison:
-    """Contents with which servers have died one after another, by their digests.  A death counts
-    where the content was sent after the last one: that those who were busy with it die at the same
-    time is not of its doing.  A content's first success ends what is said of it."""
-
-    def __init__(self) -> None:
-        self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
-
-    def died(self, content: bytes, sent_at: float, now: float) -> int:
-        """A server has died with that content.  How many have."""
-        count, last_at = self.deaths.get(content, (0, -INFINITY))
-        if sent_at >= last_at:
-            self.deaths[content] = count, last_at = count + 1, now
-            self.deaths.move_to_end(content)
-            if len(self.deaths) > POISON_LIMIT:
-                self.deaths.popitem(last=False)
-        return count
-
-    def holds(self, content: bytes, now: float, hold_s: float) -> bool:
-        """Whether that content is held off; forgets those of long ago."""
-        while self.deaths and next(iter(self.deaths.values()))[1] < now - POISON_MEMORY_S:
-            self.deaths.popitem(last=False)
-        count, last_at = self.deaths.get(content, (0, -INFINITY))
-        return count >= DEADLY and now - last_at < hold_s
-
-    def knows(self, content: bytes) -> bool:
-        """Whether a server has died with that content, which is sent to one at a time then."""
-        return content in self.deaths
-
-    def succeeded(self, content: bytes) -> None:
-        self.deaths.pop(content, None)
-
-
-class Suspect(NamedTuple):
-    """A server that failed with a request, which may be the request's failure."""
-
-    url: str
-    text: str
-    told: bool  # its health knows, and takes it for one of that content
-
-
-def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
-    """Of the servers that failed with a request those whose failure it was: all, when another did
-    well with it; of the others one that stands alone, unless its health knows already.  What
-    several say of one request is the request's."""
-    if went_well:
-        return list(suspects)
-    return [one for one in suspects if not one.told and len(suspects) == 1]
-
-
-class RetryBudget:
-    """Retries that are not free may add a share to the requests of the last BUDGET_SPAN_S seconds,
-    and BUDGET_FLOOR in any case, so that a failing fleet is not hammered to death."""
-
-    def __init__(self) -> None:
-        self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
-
-    def _second(self, now: float) -> list[int]:
-        while self._seconds and self._seconds[0][0] <= now - BUDGET_SPAN_S:
-            self._seconds.popleft()
-        if not self._seconds or self._seconds[-1][0] != int(now):
-            self._seconds.append([int(now), 0, 0])
-        return self._seconds[-1]
-
-    def came(self, now: float) -> None:
-        """A request has come."""
-        self._second(now)[1] += 1
-
-    def spend(self, now: float, share: float) -> bool:
-        """Whether one more retry may be made; it is counted."""
-        second = self._second(now)
-        requests, retries = (sum(column) for column in list(zip(*self._seconds))[1:])
-        if retries >= max(BUDGET_FLOOR, share * requests):
-            return False
-        second[2] += 1
-        return True
-
-
 class Retries:
     """Which servers a request has tried, and whether it may try another one.  Retries that are not
     free are made only while somebody can `afford` them."""
@@ -6094,92 +5838,445 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
     return longest * draw.uniform(0.5, 1.0)
 
 
-Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, not of those tried
-
-
-class Waiter(NamedTuple):
-    """A request in the queue.  `choose` says which server has a place for it now, if one has;
-    `take` is told the ranking by which it has it, or that there is none it could wait for any more."""
-
-    since: float
-    wants: Wants
-    choose: Callable[[], Ranking]
-    take: Callable[[Ranking], object]
-    fail: Callable[[Exception], object]
-
-
-class WaitQueue:
-    """Requests that wait for a place, in the order of their arrival among those who want the same
-    of the same servers.  A place that becomes free is taken at once, by the one that waits longest
-    of all who can use it."""
-
-    def __init__(self) -> None:
-        self._lines: dict[Wants, deque[Waiter]] = {}
-        self._served, self._served_at = 0.0, 0.0  # places that became free, fading
-        self._since = INFINITY  # when they began to be counted
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
-
-    def waiting(self, wants: Wants) -> bool:
-        return wants in self._lines
-
-    def longest_wait_s(self, now: float) -> float:
-        return max((now - line[0].since for line in self._lines.values()), default=0.0)
-
-    def join(self, waiter: Waiter) -> None:
-        self._since = min(self._since, waiter.since)
-        self._lines.setdefault(waiter.wants, deque()).append(waiter)
-
-    def leave(self, waiter: Waiter) -> None:
-        """It has its place, or no need of one any more."""
-        if line := self._lines.get(waiter.wants):
-            with contextlib.suppress(ValueError):
-                line.remove(waiter)
-            if not line:
-                del self._lines[waiter.wants]
-
-    def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
-        """There may be free places, as long as there may be `more`."""
-        heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
-        heapq.heapify(heads)
-        while heads and more():
-            _, n, wants = heapq.heappop(heads)
-            waiter = self._lines[wants][0]
-            try:
-                ranking = waiter.choose()
-                if ranking.best is None and ranking.waits:
-                    continue  # nor has anybody else of that line a place
-                self.leave(waiter)
-                waiter.take(ranking)
-            except Exception as error:  # its own request's mistake, and nobody else's
-                self.leave(waiter)
-                waiter.fail(error)
-            if line := self._lines.get(wants):
-                heapq.heappush(heads, (line[0].since, n, wants))
-
-    def served(self, now: float) -> None:
-        """A place has become free."""
-        self._since = min(self._since, now)
-        self._served = 1 + self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
-        self._served_at = now
-
-    def clears_in_s(self, now: float) -> int:
-        """When a request that came now might have its turn, by the rate of late: 1 to 60 s.  As
-        long as there is none, it may take about as long again as the first has waited so far."""
-        served = self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
-        counted_s = DRAIN_MEMORY_S * -math.expm1((self._since - now) / DRAIN_MEMORY_S)
-        known = served >= 1 and counted_s > 0
-        seconds = (len(self) + 1) * counted_s / served if known else self.longest_wait_s(now)
-        return math.ceil(min(60.0, max(1.0, seconds)))
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  21  reports
+#  27  client keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What people and machines are shown: views in, JSON documents and metric families out.  The JSON
-# documents are supersets of mvllm's: its names, its types.
+# Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
+# open, as mvllm is.  A key is compared by its digest, with all keys, in constant time.
+
+RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 8 MB at most
+
+
+class Refusal(NamedTuple):
+    fault: Fault
+    text: str
+    retry_after_s: int = 0
+    warning: str = ""  # for the operator
+    fields: Pairs = ()  # of the response
+
+
+class Keys:
+    """The clients' keys, and what each is using.  What is used is kept by the key's name, so that
+    it survives a reload."""
+
+    def __init__(self) -> None:
+        self.required = False  # or everybody may come in
+        self._keys: list[tuple[bytes, KeySettings]] = []
+        self._running: dict[str, int] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
+
+    def adopt(self, keys: Iterable[tuple[KeySettings, str]]) -> None:
+        """Make these the keys, each with its secret."""
+        self._keys = [(digest(secret), key) for key, secret in keys]
+        self.required = bool(self._keys)
+        names = {key.name for _, key in self._keys}
+        self._buckets = {name: left for name, left in self._buckets.items() if name in names}
+
+    def authenticate(self, fields: Fields) -> KeySettings | None:
+        """The key that a request shows, if it is one of ours."""
+        said = digest(key_in(fields))
+        found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
+        return found[-1] if found else None
+
+    def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
+        """Let a request in, which has to be followed by `release`; or say why not."""
+        if key.models and model not in key.models:
+            what = "a request without a model" if model is None else f"the model `{model[:200]}`"
+            return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
+        running = self._running.get(key.name, 0)
+        if 0 < key.max_requests <= running:
+            text = f"has {key.max_requests} requests in progress, as many as it may"
+            return Refusal(Fault.RATE_LIMITED, f"The key {shown(key.name)} {text}.", 1)
+        if (rate := key.requests_per_second) > 0:
+            most = max(1.0, rate)
+            left, then = self._buckets.get(key.name, (most, now))
+            left = min(most, left + rate * (now - then))
+            if left < 1:
+                text = f"The key {shown(key.name)} allows {rate:g} requests per second."
+                return Refusal(Fault.RATE_LIMITED, text, math.ceil(min(3600.0, (1 - left) / rate)))
+            self._buckets[key.name] = left - 1, now
+        self._running[key.name] = running + 1
+        return None
+
+    def release(self, key: KeySettings) -> None:
+        self._running[key.name] -= 1
+        if not self._running[key.name]:
+            del self._running[key.name]
+
+
+class Stored(NamedTuple):
+    """A response that a server may keep."""
+
+    server: str
+    key: str  # the name of the key that had it made; '' where that is not known, or there are none
+    model: str
+
+
+class StoredResponses:
+    """Which server made which response, and for whom; of those that were used last."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Stored] = OrderedDict()  # by id
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def made(self, id: str, stored: Stored) -> None:
+        """A server has made it, or has it.  Who says another's id again does not get it so."""
+        known = self._known.setdefault(id, stored)
+        if known.key == stored.key:
+            self._known[id] = stored
+            self._known.move_to_end(id)
+        if len(self._known) > RESPONSES_LIMIT:
+            self._known.popitem(last=False)
+
+    def find(self, id: str) -> Stored | None:
+        if id in self._known:
+            self._known.move_to_end(id)
+        return self._known.get(id)
+
+    def forget(self, id: str) -> None:
+        self._known.pop(id, None)
+
+    def refusal(self, id: str, key: KeySettings | None) -> Refusal | None:
+        """Why a key does not get it, in vLLM's words, or None: it is its maker's alone, and where
+        that is not known, of no key that is for some models only."""
+        maker = self._known[id].key if id in self._known else ""
+        if key is None or maker == key.name or not (maker or key.models):
+            return None
+        return Refusal(Fault.UNKNOWN_RESPONSE, f"Response with id '{id[:200]}' not found.")
+
+
+def digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+
+
+def key_in(fields: Fields) -> str:
+    """The key in a request: as OpenAI's clients send it, or as Anthropic's do."""
+    scheme, _, secret = fields.get("authorization").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  28  access
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Who may come in, and to which path.  A browser on a machine that may come in carries the words of
+# any page that is open in it, and its `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A
+# page may give a name of its own our address (DNS rebinding), so what is for local people is asked
+# for by a local name.
+#
+# To add a kind of path: a row of Kind, with the guards that may refuse it.
+
+# Beside the one form whose model is read (multipart/form-data), servers may read these.
+FORM_TYPES = re.compile(r"multipart/|x-www-form-urlencoded")
+# Fields that vLLM's /invocations takes the model from, whatever the content says.
+ADAPTER_FIELDS = "x-amzn-sagemaker-adapter-"
+
+
+def is_trusted(host: str, networks: Iterable[str]) -> bool:
+    """Whether an address is that of one of our own proxies."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network_of(network) for network in networks)
+
+
+@functools.lru_cache
+def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(text)
+
+
+class Audience(Enum):
+    """Whom a listener serves, and whom a path is for."""
+
+    EVERYBODY = "everybody"  # the only listener; what each has
+    CLIENTS = "clients"
+    OPERATORS = "operators"
+
+
+def operator_address(s: Settings) -> tuple[str, int] | None:
+    """Where operators are listened to; None for the same place as everybody else."""
+    if not (s.operator_host or s.operator_port):
+        return None
+    return s.operator_host or "127.0.0.1", s.operator_port
+
+
+Origin = tuple[str, str, str]  # scheme, host and port, RFC 6454 §4
+WEB_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]/:@?#,\s]+)(?::([0-9]*))?")
+
+
+def web_origin(text: str) -> Origin | None:
+    """None for `null`, for pages from files, and whatever else no browser finds us by."""
+    if (found := WEB_ORIGIN.fullmatch(text.lower())) is None:
+        return None
+    scheme, host, port = found.groups()
+    return scheme, host, port or {"http": "80", "https": "443"}[scheme]
+
+
+class Visit(NamedTuple):
+    """A request at the door, as far as it decides whether that opens."""
+
+    kind: Kind
+    head: RequestHead
+    has_content: bool
+    peer: str  # its address
+    tls: bool
+    key: KeySettings | None  # that it shows, if it is one of ours
+    keyed: bool  # whether there are [[keys]]
+    settings: Settings
+    audience: Audience = Audience.EVERYBODY  # of the listener
+    hop: str = ""  # the address of a proxy that has said by the PROXY protocol who the peer is
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it comes from a proxy of ours."""
+        return is_trusted(self.peer, self.settings.trusted_proxies)
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks on behalf of a page, which it does without a key."""
+        return self.head.is_preflight and self.kind in FOR_PAGES
+
+    def told(self, name: str, own: str) -> list[str]:
+        """What a proxy of ours says in that field, and what the request itself says."""
+        return [*(self.head.fields.members(name) if self.is_trusted else ()), own]
+
+    def names(self) -> list[str]:
+        """All that it calls us: with a page's own fields it might come as if by a proxy."""
+        return self.told("x-forwarded-host", self.head.fields.get("host"))
+
+    def origin(self) -> Origin | None:
+        """That by which the client knows us; None where it is none."""
+        schemes = self.told("x-forwarded-proto", "https" if self.tls else "http")
+        return web_origin(f"{schemes[0]}://{self.names()[0]}")
+
+    def is_own(self, origin: str) -> bool:
+        """Whether a page of that origin is ours."""
+        ours = self.origin()
+        return ours is not None and web_origin(origin) == ours
+
+
+def ambiguous_path(v: Visit) -> Refusal | None:
+    return Refusal(Fault.BAD_REQUEST, f"The path is {shown(v.head.path)}, expected one without //,"
+                   " dot segments, ';', backslashes, controls and their escapes, or an escaped slash.")
+
+
+def unknown_path(v: Visit) -> Refusal | None:
+    why = "not served on this port"
+    if v.kind is Kind.NOTHING:
+        why = "neither an inference path of vLLM nor one of ours"
+    return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}.")
+
+
+def foreign_page(v: Visit) -> Refusal | None:
+    """Why what a browser sends is not from a page of ours, or from a person at it."""
+    fields = v.head.fields.values
+    site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
+    if site not in ("same-origin", "none"):
+        text = f"Sec-Fetch-Site is {shown(site)}, expected same-origin or none."
+    elif origin is None or v.is_own(origin):
+        return None
+    else:
+        ours = v.origin()
+        here = "{}://{}:{}".format(*ours) if ours else "unknown"
+        text = f"Origin is {shown(origin)}, and this is {shown(here)}."
+    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is not for pages of other sites: {text}")
+
+
+def foreign_websocket(v: Visit) -> Refusal | None:
+    """Why a page may not open a websocket, which browsers let it do and read without asking us."""
+    origin, allowed = v.head.fields.values.get("origin"), v.settings.cors_allowed_origins
+    if origin is None or not v.head.wants_upgrade or v.is_own(origin):
+        return None
+    if "*" in allowed or origin in allowed:
+        return None
+    text = f"Origin is {shown(origin)}, which cors_allowed_origins does not name."
+    return Refusal(Fault.FORBIDDEN, text)
+
+
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+# Fields by which proxies, tunnels and clouds tell of others.
+PROXY_SIGN = re.compile(
+    r"via|(?:x-)?forwarded(?:-.+)?|x-(?:original|envoy|azure|appengine|arr|cluster|proxy)[a-z]*-.+"
+    r"|(?:x-)?(?:real|client|true-client|remote|originating)-(?:ip|addr)|(?:cf|fastly|ngrok)-.+"
+    r"|tailscale-.+|x-amzn-trace-id|cdn-loop")
+STRANGERS = ("a proxy on this machine passes on requests of others (it says %s): what is for this"
+             " machine only is closed to them. If it says in X-Forwarded-For who asks, name it in"
+             " trusted_proxies")  # fmt: skip
+
+
+def remote_peer(v: Visit) -> Refusal | None:
+    """Why who asks is nobody on this machine, who asks by a local name."""
+    fields, why, warning = v.head.fields, "", ""
+    signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
+    if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
+        why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
+    elif signs and not v.is_trusted:
+        why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
+    elif signs and not all_local(fields):
+        why = ", and not for others whom a proxy speaks for"
+    elif strangers := [name for name in v.names() if not is_local_name(name)]:
+        why = f": Host is {shown(strangers[0])}, expected localhost or a loopback address"
+    else:
+        return None
+    warning = warning and warning % signs[0]
+    return Refusal(Fault.FORBIDDEN, f"{v.head.path} is for this machine only{why}.", 0, warning)
+
+
+def is_local_name(authority: str) -> bool:
+    found = web_origin(f"http://{authority}")
+    return found is not None and (
+        found[1].removesuffix(".") == "localhost" or is_trusted(found[1].strip("[]"), LOOPBACK))
+
+
+def all_local(fields: Fields) -> bool:
+    """Whether a proxy of ours says that it speaks for this machine, and nothing else."""
+    hops = fields.members("x-forwarded-for")
+    hosts = hops[:HOPS_LIMIT] + fields.members("x-real-ip")
+    told = 0 < len(hops) <= HOPS_LIMIT and "forwarded" not in fields.values
+    return told and all(is_trusted(host, LOOPBACK) for host in hosts)
+
+
+def no_key(v: Visit) -> Refusal | None:
+    if v.key is None:
+        return Refusal(Fault.UNAUTHORIZED, "The request shows no API key that is known here.")
+    return None
+
+
+def not_admin(v: Visit) -> Refusal | None:
+    if v.key is not None and not v.key.admin:
+        return Refusal(Fault.FORBIDDEN, f"The key {shown(v.key.name)} is not an admin's.")
+    return no_key(v)
+
+
+def lacks_key(v: Visit) -> Refusal | None:
+    return no_key(v) if v.keyed and not v.is_preflight else None
+
+
+STATUS_GUARDS = {"key": no_key, "admin": not_admin, "loopback": remote_peer}  # by status_access
+
+
+def may_not_see(v: Visit) -> Refusal | None:
+    guard = STATUS_GUARDS.get(v.settings.status_access)
+    return guard(v) if guard is not None else None
+
+
+def may_not_open(v: Visit) -> Refusal | None:
+    """The page itself, which a browser asks for without a key."""
+    return remote_peer(v) if v.settings.status_access == "loopback" else None
+
+
+def may_not_change(v: Visit) -> Refusal | None:
+    return not_admin(v) if v.keyed else remote_peer(v)
+
+
+def escapes_key(v: Visit) -> Refusal | None:
+    """Why a request cannot be held to what is its key's, or None: where a server may read another
+    model than we do, or be told another one, or of another key's response, later."""
+    if v.key is None:
+        return None
+    fields, upgrades = v.head.fields, v.head.wants_upgrade
+    if upgrades and meant_path(v.head.path).startswith(RESPONSES_PATH):
+        text = "A connection that is upgraded may go on from any key's stored response."
+        return Refusal(Fault.FORBIDDEN, text)
+    if not v.key.models:
+        return None
+    content_type = fields.get("content-type").lower()
+    kinds = FORM_TYPES.findall(content_type)
+    if kinds and not (content_type.startswith("multipart/form-data") and len(kinds) == 1):
+        why = f"no model is read from content of the type {shown(fields.get('content-type'))}"
+    elif said := next((name for name in fields.values if name.startswith(ADAPTER_FIELDS)), ""):
+        why = f"{said} would name another"
+    elif upgrades:
+        why = "a connection that is upgraded may change its model at any time (session.update)"
+    else:
+        return None
+    text = f"The key {shown(v.key.name)} is for some models only, and {why}."
+    return Refusal(Fault.FORBIDDEN, text)
+
+
+def not_json(v: Visit) -> Refusal | None:
+    """Content that a browser would send for any page without asking first."""
+    said = v.head.fields.get("content-type")
+    if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
+        return None
+    return Refusal(Fault.NOT_JSON, f"Content-Type is {shown(said)}, expected application/json.")
+
+
+Guard = Callable[[Visit], Refusal | None]
+
+
+class Kind(Enum):
+    """What a path is to those who ask for it: where there are two listeners, on which it is; what
+    may refuse it, in this order; and whether an Exchange answers."""
+
+    INFERENCE = "passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
+    MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
+    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign_page,)
+    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign_page, may_not_open)
+    STATUS = "facts", Audience.OPERATORS, (foreign_page, may_not_see)
+    EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
+               (foreign_page, lacks_key, may_not_see, escapes_key), True)
+    ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
+    CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
+               (foreign_page, not_admin, escapes_key, not_json), True)  # fmt: skip
+    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
+    NOTHING = "not served", Audience.EVERYBODY, (unknown_path,)
+
+    def __init__(
+        self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
+    ) -> None:
+        self.audience, self.guards, self.is_exchange = audience, guards, is_exchange
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
+
+
+def refusal_of(v: Visit) -> Refusal | None:
+    """Why a request does not come in, or None.  Which model it may use is for the Keys to say, once
+    that is known."""
+    audiences = v.audience, v.kind.audience
+    if Audience.EVERYBODY not in audiences and v.audience is not v.kind.audience:
+        return unknown_path(v)
+    for guard in v.kind.guards:
+        if (refusal := guard(v)) is not None:
+            return refusal
+    return None
+
+
+def open_line(s: Settings) -> str:
+    """What it means that there are no keys."""
+    pages = "; web pages of other origins may not (cors_allowed_origins)"
+    if s.cors_allowed_origins:
+        pages = f", and so may web pages of {', '.join(s.cors_allowed_origins)}"
+    return f"there are no [[keys]]: whoever reaches this address may use the servers{pages}"
+
+
+def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
+    """Who asks: the peer or, behind proxies of ours, the last address before them."""
+    if not networks or not is_trusted(peer, networks):
+        return peer
+    for host in reversed(fields.members("x-forwarded-for")[-HOPS_LIMIT:]):
+        if not is_trusted(host, networks):
+            return host[:100]
+    return peer
+
+
+# ━━━ part VI: what is counted ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  29  documents
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
+# its types.
 
 
 class Clock(NamedTuple):
@@ -6341,6 +6438,12 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
 
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  30  metrics
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is counted and measured: the metric families that /metrics shows.
 
 # Bounds of buckets.  To the first byte: from a cached prompt to a person's patience; between
 # pieces: from a burst to a stall; bytes: from a greeting to an image or a batch of embeddings.
@@ -6506,7 +6609,7 @@ def gauges(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  22  lines
+#  31  records
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -6645,7 +6748,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  23  status
+#  32  status
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people see of the fleet: the last minute of each server, and the document that the screen,
@@ -6901,1686 +7004,11 @@ def status_report(
     }  # type: ignore[typeddict-item]  # fmt: skip
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  24  cells
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
-
-
-class Style(Enum):
-    """What a piece of text means; how that looks is the terminal's affair."""
-
-    PLAIN = "plain"
-    DIM = "dim"
-    TITLE = "title"
-    HEAD = "head"  # of a column
-    SORTED = "sorted"  # head of the column that rows are sorted by
-    GOOD = "good"
-    WARN = "warn"
-    BAD = "bad"
-    SELECTED = "selected"
-    BAR = "bar"
-    KEY = "key"
-    ASK = "ask"  # a question that waits for its answer
-
-
-Span = tuple[str, Style]
-Line = list[Span]
-Document = Mapping[str, Any]
-
-
-class Size(NamedTuple):
-    columns: int
-    rows: int
-
-
-class Look(NamedTuple):
-    """What the terminal can show."""
-
-    unicode: bool = True
-    colours: bool = True
-
-    @property
-    def bar(self) -> tuple[str, str]:
-        return ("█", "░") if self.unicode else ("#", ".")
-
-    @property
-    def levels(self) -> str:
-        return "▁▂▃▄▅▆▇█" if self.unicode else "_.:-=+*#"
-
-    @property
-    def dots(self) -> str:
-        return "…" if self.unicode else "~"
-
-    @property
-    def rule(self) -> str:
-        return "─" if self.unicode else "-"
-
-
-class Mode(Enum):
-    LIST = "list"
-    DETAIL = "detail"
-    HELP = "help"
-
-
-class Action(NamedTuple):
-    """What a key asks of the balancer."""
-
-    verb: str  # drain, undrain, probe or quit
-    url: str = ""  # of the server
-
-
-class Ui(NamedTuple):
-    """What the reader of the screen has chosen.  `settle` makes it fit what there is."""
-
-    mode: Mode = Mode.LIST
-    selected: str = ""  # the URL of a server, since rows move when they are sorted
-    scroll: int = 0  # rows of the list that are above the screen
-    lines_up: int = 0  # the same of the detail, or the help
-    page: int = 10  # rows that are seen at once
-    sort: str = "given"
-    filter: str = ""
-    typed: str | None = None  # a filter that is being typed
-    asked: Action | None = None  # waits for y or n
-    question: str = ""
-    paused: bool = False
-    note: str = ""  # what the last key did, until the next
-    remote: bool = False  # the balancer is another process: to quit does not stop it
-
-
-# Of text.  Terminals count cells: two for wide characters, none for combining ones.
-
-PLAINER = str.maketrans({"×": "x", "–": "-", "—": "-", "…": "~", "·": ".", "’": "'", "≥": ">="})
-SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # or nothing to be seen
-
-
-@functools.lru_cache(4096)
-def cell(char: str) -> int:
-    """How many cells a character takes."""
-    if char.isascii():
-        return 1
-    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def cells(text: str) -> int:
-    return len(text) if text.isascii() else sum(map(cell, text))
-
-
-def clean(text: str, look: Look) -> str:
-    """Text from anywhere, fit to be shown: no control characters, nothing that changes the
-    direction or the width of its neighbours."""
-    if text.isascii() and text.isprintable():
-        return text
-    text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
-    if not look.unicode:
-        text = unicodedata.normalize("NFKD", text.translate(PLAINER))
-        text = "".join(c for c in text if not unicodedata.combining(c))
-        text = "".join(c if c.isascii() else "?" * cell(c) for c in text)
-    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
-    return f" {text}" if text and not cell(text[0]) else text  # nothing to combine with
-
-
-UNCLEANED = ("history", "url", "settings_error")  # numbers, what actions are about, and lines
-
-
-def cleaned(value: Any, look: Look) -> Any:
-    """A status document whose texts are fit to be shown, in one line each."""
-    if isinstance(value, str):
-        return clean(value, look)
-    if isinstance(value, list):
-        return [cleaned(item, look) for item in value]
-    if isinstance(value, dict):
-        return {key: item if key in UNCLEANED else cleaned(item, look)
-                for key, item in value.items()}  # fmt: skip
-    return value
-
-
-def cut(text: str, width: int) -> str:
-    """As much of its start as fits."""
-    if cells(text) <= width:
-        return text
-    taken = 0
-    for n, char in enumerate(text):
-        taken += cell(char)
-        if taken > width:
-            return text[:n]
-    return text
-
-
-def fit(text: str, width: int, look: Look) -> str:
-    """Cut where it does not fit, and that is shown."""
-    if cells(text) <= width:
-        return text
-    return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
-
-
-def fit_name(name: str, width: int, look: Look) -> str:
-    """A host:port that is wider than the whole screen loses some of its middle, never its port."""
-    if cells(name) <= width:
-        return name
-    host, colon, port = name.rpartition(":")
-    return fit(host, max(0, width - cells(port) - 1), look) + colon + port
-
-
-def pad(text: str, width: int, right: bool = False) -> str:
-    space = " " * (width - cells(text))
-    return space + text if right else text + space
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """Text in lines of that width, broken at spaces if there are any."""
-    lines: list[str] = []
-    for line in text.splitlines() or [""]:
-        before = len(lines)
-        while cells(line) > width and line:
-            head = cut(line, width) or line[:1]
-            at = len(head) if line[len(head) :].startswith(" ") else head.rfind(" ")
-            head = head[:at] if at > width // 3 else head
-            lines.append(head)
-            line = line[len(head) :].lstrip()
-        if line or len(lines) == before:
-            lines.append(line)
-    return lines
-
-
-def clipped(line: Line, width: int) -> Line:
-    """The line as far as it fits; whatever made it, it never wraps."""
-    out: Line = []
-    for text, style in line:
-        text = cut(text, width)
-        if text:
-            out.append((text, style))
-        width -= cells(text)
-    return out
-
-
-# Of numbers.  None is unknown; so is what is no number.
-
-
-UNITS: tuple[tuple[float, float, str], ...] = (
-    (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
-)  # fmt: skip
-
-
-# Numbers in few characters.
-
-
-def known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def short_number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    if abs(value) < 9.95:
-        return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
-    for limit, scale, letter in UNITS:
-        if abs(value) < limit:
-            return f"{value / scale:.0f}{letter}"
-    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-
-def percent(ratio: float | None) -> str:
-    return f"{100 * ratio:.0f}%" if ratio is not None and abs(ratio) < 100 else "-"
-
-
-def short_time(seconds: float | None) -> str:
-    """60ms, 1.4s, 14s, 20m."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
-    if seconds < 599.5:
-        return f"{short_number(seconds)}s"
-    return f"{short_number(seconds / 60)}m"
-
-
-def time_pair(low: float | None, high: float | None) -> str:
-    """60/300ms: two times that mostly have one unit."""
-    first, second = short_time(low), short_time(high)
-    unit = second.lstrip("0123456789.-")
-    if unit and first.lstrip("0123456789.-") == unit:
-        first = first.removesuffix(unit)
-    return "-" if first == second == "-" else f"{first}/{second}"
-
-
-def long_time(seconds: float | None) -> str:
-    """45 s, 12 min, 1 h 05 min, 3 d 4 h."""
-    if seconds is None or not math.isfinite(seconds):
-        return "an unknown time"
-    whole = max(0, int(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min"
-    if whole < 2 * 86400:
-        return f"{whole // 3600} h {whole // 60 % 60:02} min"
-    return f"{whole // 86400} d {whole // 3600 % 24} h"
-
-
-def bar_of(ratio: float | None, width: int, look: Look) -> str:
-    full, empty = look.bar
-    share = min(1.0, max(0.0, ratio)) if ratio is not None and math.isfinite(ratio) else 0.0
-    count = math.ceil(share * width - 1e-9)  # whatever is there is seen
-    return full * count + empty * (width - count)
-
-
-def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
-    """The newest at the right; what is unknown is a gap."""
-    marks, out = look.levels, ""
-    for ratio in history[-width:] if width > 0 else ():
-        if ratio is None or not math.isfinite(ratio):
-            out += " "
-        else:
-            out += marks[min(len(marks) - 1, max(0, int(ratio * len(marks))))]
-    return out
+# ━━━ part VII: connections ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  25  table
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# The servers as a table: a server of a status document in, a line of styled text out.  What a
-# colour says, a word says too.
-#
-# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
-# goes first when there is no room.
-
-
-def load_ratio(server: Document) -> float | None:
-    """How full a server is: its requests, ours and those of others, by its capacity."""
-    said = (server["running"] or 0) + (server["waiting"] or 0)
-    capacity = server["capacity"]
-    if not known(capacity) or capacity <= 0:
-        return None
-    return float(max(said, server["in_flight"] or 0) / capacity)
-
-
-SHORT_STATES = {
-    "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
-    "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
-}  # fmt: skip
-STATE_STYLES = {
-    "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
-    "circuit half-open": Style.WARN, "asleep": Style.WARN,
-}  # fmt: skip
-
-
-def state_text(server: Document, width: int = 1000) -> str:
-    """Its state in a word, a short one if need be."""
-    state: str = server["state"]
-    word = "half-open" if state == "circuit half-open" else state
-    return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
-
-
-def state_style(server: Document) -> Style:
-    return STATE_STYLES.get(server["state"], Style.BAD)
-
-
-def load_style(server: Document) -> Style:
-    """mvllm's limits."""
-    ratio = load_ratio(server) or 0.0
-    return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
-
-
-def is_out(server: Document) -> bool:
-    """Whether the reason says more than its numbers."""
-    return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
-
-
-def model_names(server: Document) -> str:
-    """As mvllm: up to three names, or two and how many more."""
-    names = server["models"] or []
-    if len(names) > 3:
-        return f"{', '.join(names[:2])} (+{len(names) - 2})"
-    return ", ".join(names) or "no models"
-
-
-def said(server: Document, key: str, form: Callable[[float | None], str] = short_number) -> str:
-    """A number that the server has reported; it is marked if that was some time ago."""
-    value = server[key]
-    return form(value) + "?" * bool(server["stale"] and known(value))
-
-
-def unknown_last(value: float | None) -> float:
-    return -math.inf if value is None or not math.isfinite(value) else value
-
-
-# How the list can be sorted: by name in words, and what is first has the lowest value.
-SORTS: dict[str, Callable[[Document], Any]] = {
-    "given": lambda server: 0,
-    "name": lambda server: server["name"],
-    "state": lambda server: (server["state"] == "healthy", server["state"]),
-    "load": lambda server: -unknown_last(load_ratio(server)),
-    "running": lambda server: -unknown_last(server["running"]),
-    "waiting": lambda server: -unknown_last(server["waiting"]),
-    "kv": lambda server: -unknown_last(server["kv_usage_ratio"]),
-    "ttft": lambda server: -unknown_last(server["ttft_p95_s"]),
-    "tokens": lambda server: -unknown_last(server["tokens_per_s"]),
-    "errors": lambda server: -unknown_last(server["errors"]),
-}
-
-
-def listed(ui: Ui, status: Document) -> list[Document]:
-    """The servers that the filter leaves, sorted.  Each of its words is in a server's name, state
-    or models."""
-    words = (ui.filter if ui.typed is None else ui.typed).lower().split()
-
-    def wanted(server: Document) -> bool:
-        if not words:
-            return True
-        text = f"{server['name']} {server['state']} {' '.join(server['models'] or ())}".lower()
-        return all(word in text for word in words)
-
-    servers = [server for server in status["servers"] if wanted(server)]
-    return sorted(servers, key=SORTS[ui.sort])
-
-
-def selected(ui: Ui, status: Document) -> Document | None:
-    """The selected server, or the first one of the list; a detail is of no other than it."""
-    if ui.mode is Mode.DETAIL:
-        return next((s for s in status["servers"] if s["url"] == ui.selected), None)
-    servers = listed(ui, status)
-    return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
-
-
-# Of the table.
-
-
-class Column(NamedTuple):
-    head: str
-    rank: int  # the highest is left out first
-    least: int  # cells
-    right: bool
-    text: Callable[[Document, Look], str]
-    style: Callable[[Document], Style] = lambda server: Style.PLAIN
-    sort: str = ""  # the sort that it shows
-    most: int = 0  # cells, if there is room; 0: what its texts take
-
-
-def capacity_text(server: Document, look: Look) -> str:
-    """A bar of how full it is, and how many requests that would be."""
-    learned = "~" if server["capacity_learned"] else ""
-    number = learned + short_number(server["capacity"])
-    return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
-
-
-def plain(server: Document) -> Style:
-    return Style.PLAIN
-
-
-def failure_style(server: Document) -> Style:
-    return Style.BAD if server["errors"] else Style.PLAIN
-
-
-COLUMNS = (
-    Column("STATE", 0, 4, False, lambda s, look: state_text(s), state_style, "state"),
-    Column("MODELS", 4, 8, False, lambda s, look: model_names(s),
-           lambda s: Style.PLAIN if s["models"] else Style.DIM, most=60),
-    Column("RUN", 1, 3, True, lambda s, look: said(s, "running"), plain, "running"),
-    Column("WAIT", 2, 4, True, lambda s, look: said(s, "waiting"),
-           lambda s: Style.WARN if s["waiting"] else Style.PLAIN, "waiting"),
-    Column("OURS", 5, 4, True, lambda s, look: short_number(s["in_flight"])),
-    Column("CAPACITY", 3, 11, True, capacity_text, load_style, "load"),
-    Column("KV", 6, 4, True, lambda s, look: said(s, "kv_usage_ratio", percent),
-           lambda s: Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN, "kv"),
-    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain, "tokens"),
-    Column("TTFT 50/95", 8, 10, True,
-           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain, "ttft"),
-    Column("ERR", 7, 3, True, lambda s, look: short_number(s["errors"]), failure_style, "errors"),
-    Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
-    Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
-           lambda s: Style.BAR, most=60),
-)  # fmt: skip
-MARK_CELLS = 2  # cells before a name: whether it is selected, whether it is well
-
-
-class Place(NamedTuple):
-    """A column on the screen."""
-
-    column: Column
-    width: int
-
-
-def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
-    """The columns for which there is room; what is left over goes to those that can use it."""
-    if not servers or left < 5:
-        return []
-    wants = {column: max(cells(column.text(server, look)) for server in servers)
-             for column in COLUMNS}  # fmt: skip
-    widths: dict[Column, int] = {}
-    for column in sorted(COLUMNS, key=lambda column: column.rank):
-        width = column.least if column.most else max(column.least, wants[column])
-        if column is COLUMNS[0] and width >= left:
-            width = column.least  # its short words
-        if width + 1 <= left:
-            widths[column], left = width, left - width - 1
-    for column in widths:
-        if column.most:
-            more = max(0, min(left, min(column.most, wants[column]) - widths[column]))
-            widths[column], left = widths[column] + more, left - more
-    return [Place(column, widths[column]) for column in COLUMNS if column in widths]
-
-
-def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
-    def head(text: str, key: str) -> Span:
-        return text, Style.SORTED if sort == key else Style.HEAD
-
-    name = head(pad("SERVER"[:name_width], name_width), "name")
-    line: Line = [(" " * MARK_CELLS, Style.HEAD), name]
-    for column, width in shown:
-        line += [(" ", Style.HEAD), head(pad(column.head[:width], width, column.right),
-                                         column.sort or "-")]  # fmt: skip
-    return line
-
-
-def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
-                reason_below: bool, width: int) -> Line:  # fmt: skip
-    """A server's row of the table; the reason why it is out has no need of its numbers."""
-    style = state_style(server)
-    mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
-    name = fit_name(server["name"], name_width, look)
-    line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
-    for column, cells_wide in shown:
-        if column is not COLUMNS[0] and is_out(server) and not reason_below:
-            reason = f"{server['reason']}, for {long_time(server['since_s'])}"
-            left = width - sum(cells(text) for text, _ in line) - 1
-            return [*line, (" ", Style.PLAIN), (fit(reason, left, look), style)]
-        word = (state_text(server, cells_wide) if column is COLUMNS[0] else
-                column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
-                fit(column.text(server, look), cells_wide, look))  # fmt: skip
-        dim = server["stale"] and column.head in ("RUN", "WAIT", "KV")
-        line.append((" ", Style.PLAIN))
-        line.append((pad(word, cells_wide, column.right),
-                     Style.DIM if dim else column.style(server)))  # fmt: skip
-    return line
-
-
-def reason_line(server: Document, look: Look, width: int) -> Line:
-    corner = "└" if look.unicode else "`"
-    text = f"{corner} {server['reason']}, for {long_time(server['since_s'])}"
-    return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
-
-
-def marked(line: Line, width: int) -> Line:
-    """A row as the selected one: by a mark, too, for who sees no inverse."""
-    text = "".join(text for text, _ in line)
-    return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  26  screen
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
-
-
-def packed(items: Sequence[Span], width: int) -> Line:
-    """The items that fit beside each other, the first ones first."""
-    line: Line = []
-    for text, style in items:
-        gap = "  " if line else ""
-        if text and cells(text) + len(gap) <= width:
-            line += [(gap, Style.PLAIN), (text, style)]
-            width -= cells(text) + len(gap)
-    return line
-
-
-def total_items(status: Document) -> list[Span]:
-    """The fleet in one line, what matters most first."""
-    t = status["totals"]
-    healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
-    style = Style.GOOD if healthy == servers else Style.WARN if healthy else Style.BAD
-    words = f"{healthy} of {servers} healthy" if servers else "no servers"
-    ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
-    wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
-    return [
-        (words, style), *wrong,
-        (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
-        (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
-        (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
-        (f"errors {short_number(None if errors is None else 100 * errors)}%",
-         Style.BAD if errors else Style.PLAIN),
-        (f"TTFT {ttft}", Style.PLAIN), (f"{short_number(t['tokens_per_s'])} tok/s", Style.PLAIN),
-        (f"clients {short_number(t['connections'])}", Style.PLAIN),
-    ]  # fmt: skip
-
-
-def title_line(status: Document, ui: Ui, width: int) -> Line:
-    """Who this is; the time stands at the right."""
-    flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
-        [("STOPPING", Style.ASK)] * bool(status["stopping"]))  # fmt: skip
-    clock = status["time"]
-    line = packed([*flags, (f"mvllm_lite {status['version']}", Style.TITLE),
-                   (status["address"], Style.PLAIN),
-                   (f"up {long_time(status['uptime_s'])}", Style.PLAIN)],
-                  width - cells(clock) - 2)  # fmt: skip
-    gap = width - cells(clock) - sum(cells(text) for text, _ in line)
-    return [*line, (" " * gap, Style.PLAIN), (clock, Style.DIM)] if gap > 0 else line
-
-
-def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """Where the settings are from, or the complaint about them as far as there is room."""
-    if status["settings_error"] and rows > 0:
-        lines = [clean(line, look) for line in status["settings_error"].splitlines()]
-        complaint = wrapped("settings not used: " + "\n".join(lines), width)
-        return [[(line, Style.BAD)] for line in complaint[:rows]]
-    return [[(f"settings {status['settings']}", Style.DIM)]][:rows]
-
-
-def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """Totals, and what else fits above the table."""
-    width, rows = size
-    lines = [packed(total_items(status), width)]
-    if rows >= 8:
-        lines.insert(0, title_line(status, ui, width))
-    elif ui.paused:
-        lines = [packed([("PAUSED", Style.ASK), *total_items(status)], width)]
-    spare = 0 if rows < 10 else 1 if rows < 14 else min(5, rows // 6)
-    return lines + settings_lines(status, spare, look, width)
-
-
-KEYS = (
-    ("q", "quit, or back", "quit"), ("?", "help, this page", "help"),
-    ("Enter", "all about the selected server", "detail"),
-    ("d", "drain it, or undo that; asks before", "drain"),
-    ("/", "filter by name, state or model", "filter"), ("s", "sort by the next column", "sort"),
-    ("r", "probe it now", "probe"), ("p", "pause the screen, not the balancer", "pause"),
-    ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
-    ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
-    ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
-)  # fmt: skip
-
-
-def key_line(ui: Ui, place: str, width: int) -> Line:
-    """The last line: a question, what is typed, what a key did, or which keys there are."""
-    if ui.asked:
-        return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
-    if ui.typed is not None:
-        return [("/", Style.KEY), (ui.typed[-max(1, width // 2 - 3) :] + "_", Style.PLAIN),
-                ("  Enter keep, Esc clear", Style.DIM)]  # fmt: skip
-    if ui.note:
-        return [(ui.note, Style.TITLE)]
-    if ui.mode is not Mode.LIST:
-        return [("q", Style.KEY), (" back  ", Style.DIM), (place, Style.DIM)]
-    line: Line = []
-    left = width - cells(place) - 2 * bool(place)
-    if ui.filter:
-        line = [(cut(f"/{ui.filter}  ", max(0, left)), Style.KEY)]
-        left -= cells(line[0][0])
-    for key, _, word in KEYS:
-        word = f"sort {ui.sort}" if word == "sort" else word
-        if word and len(key) + len(word) + 1 <= left:
-            line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
-            left -= len(key) + len(word) + 3
-    return [*line, (" " * max(0, left + 2), Style.PLAIN), (place, Style.DIM)] if place else line
-
-
-def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """The newest events, as many as fit below their title."""
-    if rows < 2:
-        return []
-    lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
-                          (look.rule * (width - 10), Style.DIM)]]  # fmt: skip
-    for event in status["events"][1 - rows :]:
-        level = event["level"]
-        style = {"warning": Style.WARN, "error": Style.BAD}.get(level, Style.PLAIN)
-        words = event["text"] if level == "info" else f"{level}: {event['text']}"
-        line: Line = [(f"{event['time']} ", Style.DIM), (words, style)]
-        taken = cells(event["time"]) + 1
-        lines.append([line[0], (fit(words, max(0, width - taken), look), style)])
-    return lines
-
-
-# The three screens.
-
-
-class Frame(NamedTuple):
-    """How the rows of the list screen are shared out."""
-
-    top: list[Line]
-    table: int  # rows for servers
-    reasons: bool  # whether reasons have lines of their own
-    events: int  # rows for events
-
-
-def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
-    top = top_lines(status, ui, look, size)
-    free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
-    servers = listed(ui, status)
-    with_reasons = len(servers) + sum(map(is_out, servers))
-    least = min(6, len(status["events"]) + 1) if free >= 12 else 0
-    reasons = with_reasons <= free - least
-    table = min(with_reasons if reasons else len(servers), free - least)
-    events = free - table
-    return Frame(top, table + (events if events < 2 else 0), reasons, events if events > 1 else 0)
-
-
-def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    parts, servers, width = frame(status, ui, look, size), listed(ui, status), size.columns
-    name_width = max([6, *(cells(server["name"]) for server in servers)])
-    name_width = max(0, min(name_width, width - MARK_CELLS))
-    shown = places(servers, width - MARK_CELLS - name_width, look)
-    rows: list[Line] = []
-    window = servers[ui.scroll : ui.scroll + max(0, parts.table)]
-    for server in window:
-        line = server_line(server, name_width, shown, look, parts.reasons, width)
-        rows.append(marked(line, width) if server["url"] == ui.selected else line)
-        if parts.reasons and is_out(server):
-            rows.append(reason_line(server, look, width))
-    if not servers:
-        rows = [[("no server matches the filter" if status["servers"] else
-                  "no servers in the settings", Style.WARN)]]  # fmt: skip
-    rows = (rows + [[]] * parts.table)[: parts.table]
-    events = event_lines(status, parts.events, look, width)
-    rows += events + [[]] * (parts.events - len(events))
-    end = ui.scroll + len(window)
-    place = f"{ui.scroll + 1}-{end} of {len(servers)}" if len(window) < len(servers) else ""
-    head = table_head(name_width, shown, ui.sort)
-    return [*parts.top, head, *rows, key_line(ui, place, width)]
-
-
-def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
-    """All that is known of a server: what, in words, and what that means."""
-    state = f"{server['state']} for {long_time(server['since_s'])}"
-    yield "state", state, state_style(server)
-    if server["reason"]:
-        yield "reason", server["reason"], Style.PLAIN
-    yield "url", clean(server["url"], look), Style.PLAIN
-    yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
-    old = " (reported some time ago)" if server["stale"] else ""
-    running, waiting, ours = (
-        short_number(server[key]) for key in ("running", "waiting", "in_flight"))
-    words = f"{running} running, {waiting} waiting{old}; {ours} of ours in flight"
-    yield "requests", words, Style.PLAIN
-    ratio, note = load_ratio(server), server["capacity_note"]
-    learned = "learned" if server["capacity_learned"] else "as set"
-    words = f"{bar_of(ratio, 10, look)} {percent(ratio)} of {short_number(server['capacity'])}"
-    yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
-    yield "KV cache", percent(server["kv_usage_ratio"]) + old, Style.PLAIN
-    yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
-    pending, speed = (
-        short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
-    yield "prompts", f"{pending} tokens not answered yet, read at {speed} tokens/s", Style.PLAIN
-    p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
-    yield "TTFT", f"{p50} median, {p95} p95, of the last minute", Style.PLAIN
-    errors, retries = short_number(server["errors"]), short_number(server["retries"])
-    words = f"{errors} errors, {retries} retries in the last minute"
-    yield "failures", words, failure_style(server)
-    yield "load", sparkline(server["history"] or (), 60, look) or "-", Style.BAR
-
-
-def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
-    """The text of a server's own screen; as many lines as it takes."""
-    lines: list[Line] = []
-    indent = 10 if width >= 40 else 2
-    for what, words, style in facts(server, look):
-        if indent == 2:
-            lines.append([(what, Style.HEAD)])
-        for n, text in enumerate(wrapped(words, max(1, width - indent))):
-            label = what if n == 0 and indent > 2 else ""
-            lines.append([(pad(label, indent), Style.HEAD), (text, style)])
-    for what, items in (("last errors", server["last_errors"]),
-                        ("last decisions", server["decisions"])):  # fmt: skip
-        lines += [[], [(what, Style.HEAD)]]
-        for item in items[::-1] or ["none"]:  # newest first
-            lines += [[("  " + text, Style.PLAIN)] for text in wrapped(item, max(1, width - 2))]
-    return lines
-
-
-def help_lines(look: Look, width: int) -> list[Line]:
-    lines: list[Line] = [[("Keys", Style.TITLE)]]
-    lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
-    meanings = (
-        "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
-        " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
-        " learned.  TTFT (time to first token, of streams), ERR (attempts that failed there) and"
-        " RETRY (of these, those that another followed) are of the last minute.  LOAD is"
-        " the past, newest at the right.  Before a name, ! is out and ? is on its way in or out.")
-    lines += [[], [("Numbers", Style.TITLE)]]
-    lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
-    lines += [[], [("Short words for states", Style.TITLE)]]
-    return lines + [[(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
-                    for word, short in SHORT_STATES.items()]  # fmt: skip
-
-
-def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
-    """The title and the text of a screen that is not the list."""
-    server = selected(ui, status)
-    if ui.mode is Mode.HELP or server is None:
-        return [("mvllm_lite, help", Style.TITLE)], help_lines(look, size.columns)
-    name = fit_name(server["name"], size.columns, look)
-    return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
-
-
-def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
-    """The Ui as it fits what there is: a server is selected, and it is to be seen."""
-    if ui.mode is not Mode.LIST:
-        if ui.mode is Mode.DETAIL and selected(ui, status) is None:
-            return settle(ui._replace(mode=Mode.LIST), status, look, size)
-        page = max(1, size.rows - 2)
-        most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
-        return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
-    urls = [server["url"] for server in listed(ui, status)]
-    page = max(1, frame(status, ui, look, size).table)
-    at = urls.index(ui.selected) if ui.selected in urls else 0
-    scroll = max(at - page + 1, min(ui.scroll, at, max(0, len(urls) - page)))
-    url = urls[at] if urls else ""
-    return ui._replace(selected=url, page=page, scroll=max(0, scroll), lines_up=0)
-
-
-def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """As many lines as there are rows, none wider than there are columns."""
-    status = cleaned(status, look)
-    return drawn(status, settle(ui, status, look, size), look, size)
-
-
-def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """The same, of a status that is clean and a Ui that is settled."""
-    ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
-                     filter=clean(ui.filter, look))  # fmt: skip
-    if ui.typed is not None:
-        ui = ui._replace(typed=clean(ui.typed, look))
-    if ui.mode is Mode.LIST:
-        lines = list_lines(status, ui, look, size)
-    else:
-        title, text = page_lines(status, ui, look, size)
-        seen = text[ui.lines_up : ui.lines_up + ui.page]
-        rest = len(text) - ui.lines_up - len(seen)
-        place = f"{rest} more lines below" if rest else "the end" if ui.lines_up else ""
-        seen += [[]] * (ui.page - len(seen))
-        lines = [title, *seen, key_line(ui, place, size.columns)]
-    if len(lines) > size.rows:
-        lines = lines[: max(0, size.rows - 1)] + lines[-1:]
-    lines = [clipped(line, size.columns) for line in lines[: size.rows]]
-    return lines + [[]] * (size.rows - len(lines))
-
-
-# Of keys.
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  27  keys
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
-#
-# To add a key: a row in KEYS, and its branch in `press`.
-
-
-def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """What a key makes of the screen, and what it asks of the balancer."""
-    ui = ui._replace(note="")
-    if ui.asked:
-        return answer(key, ui)
-    if ui.typed is not None:
-        return type_filter(key, ui, status), None
-    if key in MOVES:
-        return moved(MOVES[key], ui, status), None
-    if key in ("q", "esc"):
-        return leave(key, ui, status)
-    if key == "?":
-        return ui._replace(mode=Mode.HELP, lines_up=0), None
-    if key == "p":
-        return ui._replace(paused=not ui.paused), None
-    if ui.mode is Mode.LIST and key == "s":
-        names = list(SORTS)
-        return ui._replace(sort=names[(names.index(ui.sort) + 1) % len(names)]), None
-    if ui.mode is Mode.LIST and key == "/":
-        return ui._replace(typed=ui.filter), None
-    return about_server(key, ui, selected(ui, status))
-
-
-def answer(key: str, ui: Ui) -> tuple[Ui, Action | None]:
-    """A question has been asked; only y is yes, and only a clear no ends it."""
-    if key in ("y", "Y"):
-        note = f"{ui.question.partition('?')[0]}: yes"
-        return ui._replace(asked=None, question="", note=note), ui.asked
-    if key in ("n", "N", "q", "esc", "enter"):
-        return ui._replace(asked=None, question=""), None
-    return ui, None
-
-
-def type_filter(key: str, ui: Ui, status: Document) -> Ui:
-    typed = ui.typed or ""
-    if key == "enter":
-        return ui._replace(typed=None, filter=typed)
-    if key == "esc":
-        return ui._replace(typed=None, filter="")
-    if key == "backspace":
-        return ui._replace(typed=typed[:-1])
-    if key in ("up", "down"):
-        return moved(MOVES[key], ui, status)
-    return ui._replace(typed=typed + key) if len(key) == 1 and key.isprintable() else ui
-
-
-# Rows and pages down; the ends are further than any list.
-MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -1),
-         "pgdn": (0, 1), " ": (0, 1), "home": (-10**6, 0), "g": (-10**6, 0), "end": (10**6, 0),
-         "G": (10**6, 0)}  # fmt: skip
-
-
-def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
-    by = move[0] + move[1] * max(1, ui.page)
-    if ui.mode is not Mode.LIST:
-        return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
-    urls = [server["url"] for server in listed(ui, status)]
-    if not urls:
-        return ui
-    at = urls.index(ui.selected) if ui.selected in urls else 0
-    return ui._replace(selected=urls[max(0, min(len(urls) - 1, at + by))])
-
-
-def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """Back to where one came from; from the list, q leaves the program."""
-    if ui.mode is not Mode.LIST:
-        return ui._replace(mode=Mode.LIST, lines_up=0), None
-    if key == "esc":
-        return ui._replace(filter=""), None
-    running = status["totals"]["in_flight"]
-    if ui.remote or not running:
-        return ui, Action("quit")
-    words = "1 request is" if running == 1 else f"{short_number(running)} requests are"
-    return ui._replace(asked=Action("quit"), question=f"quit? {words} in flight"), None
-
-
-def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
-    """Keys about the selected server."""
-    if server is None or ui.mode is Mode.HELP:
-        return ui, None
-    url, name = server["url"], server["name"]
-    if key == "enter":
-        return ui._replace(mode=Mode.DETAIL, selected=url, lines_up=0), None
-    if key == "r":
-        return ui._replace(note=f"{name} is being probed"), Action("probe", url)
-    if key != "d":
-        return ui, None
-    if server["state"] in ("draining", "drained"):
-        question = f"undrain {name}? it will get requests again"
-        return ui._replace(asked=Action("undrain", url), question=question), None
-    count = short_number(server["in_flight"])
-    question = f"drain {name}? it gets no new requests, {count} in flight go on"
-    return ui._replace(asked=Action("drain", url), question=question), None
-
-
-# By curses' names, and as characters.
-FUNCTION_KEYS = {
-    "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
-    "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
-    "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
-}  # fmt: skip
-CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
-            "\x0c": "redraw", "\x1b": "esc"}  # fmt: skip
-
-
-def key_of(char: str) -> str:
-    """The key by which a terminal sends a character; '' for none that means anything."""
-    return char if char.isprintable() else CONTROLS.get(char, "")
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  28  traces
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Requests of the past, from a file: our own, or what others have published; and made-up ones for
-# who has none.
-
-AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
-MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
-
-
-class Arrival(NamedTuple):
-    """A request of a trace: when it came, and how much work it was."""
-
-    at_s: float  # since the first
-    prompt_tokens: int
-    output_tokens: int
-    prefix_hashes: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
-    hash_ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
-    model: str | None = None
-    session: str = ""
-
-
-class Torn(ValueError):
-    """A line that is not JSON, perhaps because it is still being written."""
-
-
-def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
-    """A trace, by time: one of our own, of Mooncake's or of Azure's.  A ValueError names the line
-    that is wrong.  The last one of our own may be half written, and is then left out."""
-    arrivals, read, torn = list[Arrival](), None, ""
-    for number, line in enumerate(lines, 1):
-        if torn:
-            raise ValueError(torn)
-        if not line.strip():
-            continue
-        try:
-            read = read or reader_for(line)
-            arrivals += read(line)
-        except ValueError as wrong:
-            torn = f"{source}:{number}: {wrong}"
-            if read is not trace_arrivals or not isinstance(wrong, Torn):
-                raise ValueError(torn) from None
-    if not arrivals:
-        raise ValueError(torn or f"{source}: found no requests, expected some to replay")
-    if read is mooncake_arrivals:
-        arrivals = spread(arrivals)
-    arrivals.sort(key=lambda arrival: arrival.at_s)
-    return [arrival._replace(at_s=arrival.at_s - arrivals[0].at_s) for arrival in arrivals]
-
-
-def reader_for(line: str) -> Callable[[str], list[Arrival]]:
-    """What reads a trace that begins with this line."""
-    if line.startswith(AZURE_COLUMNS):
-        return azure_arrivals
-    said = json_object(line) if line.startswith("{") else {}
-    if "hash_ids" in said:
-        return mooncake_arrivals
-    if "prompt_tokens" in said:
-        return trace_arrivals
-    raise ValueError(f"found {line.strip()[:60]!r}, expected a line of trace.jsonl, of a Mooncake "
-                     f"trace, or {AZURE_COLUMNS}")  # fmt: skip
-
-
-def trace_arrivals(line: str) -> list[Arrival]:
-    """What we write ourselves.  Requests that were refused made no work, and are left out."""
-    said = json_object(line)
-    model, output = said.get("model"), whole_number(said, "output_tokens")
-    if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
-        raise ValueError(f"at is {at!r:.60}, expected seconds")
-    chain, ends = whole_numbers(said, "chain"), whole_numbers(said, "ends")
-    if len(ends) < len(chain) or any(b <= a for a, b in itertools.pairwise((0, *ends))):
-        raise ValueError(f"ends is {list(ends)!r:.60}, expected more tokens for each link")
-    if whole_number(said, "status") != 200 and not output:
-        return []
-    model = None if model is None else str(model)
-    return [Arrival(at, whole_number(said, "prompt_tokens"), output, chain, ends, model,
-                    str(said.get("session", "")))]  # fmt: skip
-
-
-def mooncake_arrivals(line: str) -> list[Arrival]:
-    said = json_object(line)
-    prompt, chain = whole_number(said, "input_length"), whole_numbers(said, "hash_ids")
-    ends = [*range(MOONCAKE_BLOCK, prompt, MOONCAKE_BLOCK), prompt]
-    if len(chain) != len(ends):
-        raise ValueError(f"hash_ids are {len(chain)}, expected {len(ends)} for {prompt} tokens")
-    at_s = whole_number(said, "timestamp") / 1000
-    return [Arrival(at_s, prompt, whole_number(said, "output_length"), chain, ends)]
-
-
-def azure_arrivals(line: str) -> list[Arrival]:
-    if line.startswith(AZURE_COLUMNS):
-        return []
-    try:
-        when, prompt, output = line.split(",")
-        at = datetime.datetime.fromisoformat(when).replace(tzinfo=datetime.UTC)
-        if min(tokens := (int(prompt), int(output))) >= 0:
-            return [Arrival(at.timestamp(), *tokens)]
-    except ValueError:
-        pass
-    raise ValueError(f"found {line.strip()[:60]!r}, expected {AZURE_COLUMNS}")
-
-
-def json_object(line: str) -> dict[str, Any]:
-    try:
-        said = json.loads(line)
-    except ValueError:
-        raise Torn(f"found {line.strip()[:60]!r}, expected JSON") from None
-    if isinstance(said, dict):
-        return said
-    raise ValueError(f"found {line.strip()[:60]!r}, expected a JSON object")
-
-
-def whole_number(said: Mapping[str, Any], name: str) -> int:
-    value = said.get(name)
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r:.60}, expected a whole number")
-    return value
-
-
-def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    values = said.get(name)
-    if not isinstance(values, list) or any(type(value) is not int for value in values):
-        raise ValueError(f"{name} is {values!r:.60}, expected a list of whole numbers")
-    return tuple(values)
-
-
-def spread(arrivals: list[Arrival]) -> list[Arrival]:
-    """Those of one stamp evenly over the time to the next, so that they do not come as a burst
-    that never was.  Mooncake stamps every 3 s, give or take a millisecond."""
-    arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
-    groups = [list(group) for _, group in itertools.groupby(arrivals, lambda a: a.at_s)]
-    gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
-    step_s = gaps[len(gaps) // 2] if gaps else 0.0
-    return [arrival._replace(at_s=arrival.at_s + step_s * n / len(group))
-            for group in groups for n, arrival in enumerate(group)]  # fmt: skip
-
-
-def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
-    """The first ones, as many, coming so much faster."""
-    return [arrival._replace(at_s=arrival.at_s / speedup) for arrival in arrivals[:limit]]
-
-
-class MadeUp(NamedTuple):
-    """Traffic for who has recorded none."""
-
-    rate: float  # requests per second
-    asked: tuple[float, float, float]  # tokens of a question: median, sigma of its logarithm, most
-    answered: tuple[float, float, float]
-    shared: tuple[int, ...] = ()  # tokens of beginnings that many prompts have, the commonest first
-    turns: float = 1.0  # of a conversation, on average
-    think_s: float = 12.0  # between two of them
-
-
-MADE_UP = {
-    "chat": MadeUp(100, (160, 0.9, 2000), (170, 0.8, 1024)),
-    "sessions": MadeUp(33, (70, 0.8, 1500), (170, 0.7, 900), (1500, 800, 400, 2400), 6),
-    "documents": MadeUp(34, (60, 0.7, 600), (120, 0.7, 600), tuple(range(1200, 4800, 24))),
-    "agents": MadeUp(8, (900, 0.9, 8000), (90, 0.8, 1000), (6000, 9000, 4000), 15, 3.0),
-}
-
-
-def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
-    """Arrivals by chance: conversations whose prompts repeat all that was said before."""
-
-    def length(of: tuple[float, float, float]) -> int:
-        return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
-
-    out, number, at_s = list[Arrival](), 0, -kind.turns * kind.think_s
-    shares = [1 / n for n in range(1, len(kind.shared) + 1)]
-    while at_s < seconds:
-        at_s, number, now_s = at_s + draw.expovariate(kind.rate / kind.turns), number + 1, at_s
-        begin = draw.choices(range(len(kind.shared)), shares)[0] if shares else 0
-        said = kind.shared[begin] if shares else 0
-        common = said
-        while said < 30_000:
-            prompt, answer = said + length(kind.asked), length(kind.answered)
-            ends = range(64, prompt + 1, 64)
-            chain = tuple(hash((begin, n)) if end <= common else hash((number, "own", n))
-                          for n, end in enumerate(ends)) if said or kind.turns > 1 else ()
-            if 0 <= now_s < seconds:
-                out.append(Arrival(now_s, prompt, answer, chain, ends, None, str(number)))
-            said, now_s = prompt + answer, now_s + 1 + 0.03 * answer + draw.expovariate(
-                1 / kind.think_s)  # fmt: skip
-            if draw.random() < 1 / kind.turns:
-                break
-    return sorted(out)
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  29  engine
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
-# cache, a queue.  Nothing here is drawn by lot.
-
-EVEN_CONTEXT = 30_000  # tokens; attending to so many costs as much as the layers themselves do
-
-
-class EngineKind(NamedTuple):
-    """A GPU with its vLLM: what a step of the engine takes, and what fits into it."""
-
-    capacity: float  # what an operator would set as max_concurrent_requests
-    step_s: float  # of every step, for scheduling and sampling
-    weights_s: float  # to read the weights; hidden as far as the step computes for longer
-    token_s: float  # to compute a token, of a prompt or of an answer
-    sequence_s: float  # for each sequence in the step
-    context_s: float  # to read one token from the KV cache, for the sequences that decode
-    kv_tokens: int
-    max_num_seqs: int
-    batched_tokens: int  # vLLM's max_num_batched_tokens: computed in one step
-
-    def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
-        """Of a step: a smooth roofline of reading and computing, and what comes on top."""
-        roofline = math.hypot(self.weights_s, self.token_s * tokens)
-        attention = self.token_s * attended / EVEN_CONTEXT
-        return (self.step_s + roofline + attention + self.sequence_s * sequences
-                + self.context_s * context)  # fmt: skip
-
-
-# Llama-3.1-8B on one GPU, in BF16 if not said otherwise.  The weights' and tokens' times are the
-# kernels that microsoft/vidur measured on A100, H100 and A40; those of steps and sequences were
-# set so that one stream and a full server run as fast as published runs of vLLM do.  Reading the
-# KV cache goes at 80 % of the memory's speed; its size is 90 % of the memory less weights and
-# 3 GB, on the 4090 as vLLM says it.  The l4 and h200-fp8 are scaled by data sheets only.
-ENGINE_KINDS = {
-    "h100": EngineKind(192, 1.5e-3, 5.0e-3, 25e-6, 20e-6, 49e-9, 424_000, 1024, 8192),
-    "a100": EngineKind(96, 2.5e-3, 9.7e-3, 70e-6, 30e-6, 80e-9, 424_000, 256, 2048),
-    "a100-40": EngineKind(80, 2.5e-3, 12.0e-3, 70e-6, 30e-6, 105e-9, 136_000, 256, 2048),
-    "a40": EngineKind(48, 2.5e-3, 25.0e-3, 150e-6, 40e-6, 235e-9, 192_000, 256, 2048),
-    "4090": EngineKind(40, 2.5e-3, 16.0e-3, 140e-6, 50e-6, 163e-9, 31_200, 256, 2048),
-    "l4": EngineKind(20, 2.5e-3, 56.0e-3, 200e-6, 50e-6, 546e-9, 31_200, 256, 2048),
-    "h200-fp8": EngineKind(320, 1.5e-3, 2.2e-3, 14e-6, 20e-6, 34e-9, 864_000, 1024, 8192),
-}
-
-
-def kind_for(capacity: float) -> EngineKind:
-    """For a server of which only this is known: an a100, so much faster or slower."""
-    kind = ENGINE_KINDS["a100"]
-    slow = kind.capacity / capacity
-    return kind._replace(
-        capacity=capacity, step_s=kind.step_s * slow, weights_s=kind.weights_s * slow,
-        token_s=kind.token_s * slow, sequence_s=kind.sequence_s * slow,
-        context_s=kind.context_s * slow)  # fmt: skip
-
-
-class EngineReport(NamedTuple):
-    """What a server would say in /metrics."""
-
-    running: int
-    waiting: int
-    kv_usage_ratio: float
-    generation_tokens: int
-    prompt_tokens: int
-    prefix_queries: int  # prompt tokens looked for in the prefix cache
-    prefix_hits: int  # and found
-    kv_tokens: int  # that there is room for
-
-
-Link = int | tuple[int]  # of a chain; or (number,), what else a request has computed
-
-
-class KvCache:
-    """The tokens in a server's memory: of running requests, and, while there is room, of links
-    that may be asked for again."""
-
-    def __init__(self, room: int):
-        self.room, self.used, self.spare = room, 0, 0
-        self.sizes: dict[Link, int] = {}  # tokens of each link
-        self._users: dict[Link, int] = {}  # requests that need it
-        self._idle: OrderedDict[Link, None] = OrderedDict()  # nobody does; the oldest first
-
-    def take(self, tokens: int) -> None:
-        """For a running request; what was not needed for the longest is forgotten for it."""
-        self.used += tokens
-        while (lack := self.used + self.spare - self.room) > 0:
-            oldest = next(iter(self._idle))
-            if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
-                self.sizes[oldest] -= lack  # nobody looks for a part of a link, but of a rest
-                self.spare -= lack
-            else:
-                self.forget(oldest)
-
-    def forget(self, link: Link) -> None:
-        del self._idle[link]
-        self.spare -= self.sizes.pop(link)
-
-    def name(self, link: Link, size: int) -> None:
-        """Tokens that a request has taken can be found from now on."""
-        self.sizes[link], self._users[link] = size, 1
-
-    def keep(self, link: Link, size: int) -> None:
-        """They are not needed any more, but may be."""
-        self.sizes[link], self._idle[link] = size, None
-        self.used, self.spare = self.used - size, self.spare + size
-
-    def idle_tokens(self, links: Iterable[Link]) -> int:
-        """What of these is not used yet."""
-        return sum(self.sizes[link] for link in links if link in self._idle)
-
-    def hold(self, links: Iterable[Link]) -> None:
-        """A request needs these."""
-        for link in links:
-            if link in self._idle:
-                del self._idle[link]
-                self.used, self.spare = self.used + self.sizes[link], self.spare - self.sizes[link]
-            self._users[link] = self._users.get(link, 0) + 1
-
-    def free(self, links: Sequence[Link]) -> None:
-        """Those at the end will be forgotten first: without a start they are of no use."""
-        for link in reversed(links):
-            self._users[link] -= 1
-            if not self._users[link]:
-                del self._users[link]
-                self.keep(link, self.sizes[link])
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Job:
-    """A request inside an engine."""
-
-    number: int  # of its arrival
-    arrival: Arrival
-    need: int = 0  # tokens to compute before the next one of the answer comes out
-    done: int = 0  # of these; then, what is in the KV cache
-    said: int = 0  # tokens of the answer
-    links: list[Link] = dataclasses.field(default_factory=list)  # that it holds
-    own: int = 0  # tokens that it holds besides
-    passed: int = 0  # links of its chain that are computed, by whomever
-    reach: int = 0  # tokens up to the last of them
-    since: int = 0  # the engine's clock when it began to decode
-    last: int = 0  # and when it will be finished
-    cached: int | None = None  # tokens found when it was first admitted
-    first_s: float = INFINITY
-    last_s: float = INFINITY
-
-
-class Engine:
-    """A vLLM server: requests are admitted in their order, prompts computed in chunks, and the
-    youngest starts over when there is no more room.
-
-    It goes in stretches: of one step, or of many through which nothing changes but that answers
-    grow.  `longest` limits them, to check that they make no difference.
-    """
-
-    def __init__(self, kind: EngineKind, longest: float = INFINITY):
-        self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
-        self.waiting = deque[Job]()
-        self.running: dict[int, Job] = {}  # by number, the oldest first
-        self.reading: dict[int, Job] = {}  # of these, whose prompt is not computed yet
-        self.ends_s = INFINITY  # of the stretch; idle
-        self.preemptions = 0
-        self._clock = 0  # steps that have ended
-        self._decoding = self._context = 0  # requests that decode, and their tokens
-        self._finishes: list[tuple[int, int]] = []  # heap of (clock, number); some were put off
-        self._chunks: list[tuple[Job, int]] = []  # computed in this stretch, in its only step
-        self._steps = 0  # of the stretch
-        self._begun_s = self._step_s = self._growth_s = 0.0  # each step takes that much longer
-        self._generated = self._prompted = self._queries = self._hits = 0
-
-    def add(self, job: Job, now: float) -> bool:
-        """Take a request, which is looked at when the step under way has ended.  What can never
-        be served is refused, as vLLM does."""
-        job.need = max(1, job.arrival.prompt_tokens)
-        if job.need + max(1, job.arrival.output_tokens) > self.cache.room:
-            return False
-        self.waiting.append(job)
-        if self.ends_s == INFINITY:
-            self._begin(now)
-        elif len(self.waiting) == 1:  # others wait for the end of the stretch in any case
-            self._plan(min(self._steps, self._steps_by(now) + 1))
-        return True
-
-    def end(self) -> tuple[list[Job], list[Job]]:
-        """End the stretch and begin the next: whose answer has begun, and whose is complete."""
-        now, begun, complete = self.ends_s, list[Job](), list[Job]()
-        self.cache.take(self._decoding * (self._steps - 1))
-        self._context += self._decoding * self._steps
-        self._generated += self._decoding * self._steps
-        self._clock += self._steps
-        while self._finishes and self._finishes[0][0] <= self._clock:
-            job = self.running.get(heapq.heappop(self._finishes)[1])
-            if job is not None and job.last == self._clock:
-                complete.append(job)
-        for job, tokens in self._chunks:
-            job.done += tokens
-            self._name_links(job)
-            if job.done == job.need:
-                self._decode(job)
-                if job.first_s == INFINITY:
-                    job.first_s = now
-                    self._prompted += job.arrival.prompt_tokens
-                    begun.append(job)
-                if job.last == self._clock:
-                    complete.append(job)
-        for job in complete:
-            job.last_s = now
-            self._release(job)
-        self._begin(now)
-        return begun, complete
-
-    def report(self, now: float) -> EngineReport:
-        """Its load, in the middle of a stretch."""
-        grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
-        return EngineReport(
-            len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
-            self._generated + grown, self._prompted, self._queries, self._hits,
-            self.cache.room)  # fmt: skip
-
-    def _begin(self, now: float) -> None:
-        """Schedule a step in vLLM's order, and with it as many as are like it."""
-        preemptions = self.preemptions
-        while self._lacks(0):
-            self._preempt()
-        self._chunks, left = [], self.kind.batched_tokens - self._decoding
-        for job in list(self.reading.values()):
-            tokens = min(job.need - job.done, left)
-            while self._lacks(tokens) and job.number in self.reading:
-                self._preempt()
-            if tokens > 0 and job.number in self.reading:
-                left -= self._read(job, tokens)
-        places = 0 if self.preemptions > preemptions else self.kind.max_num_seqs
-        while self.waiting and left > 0 and len(self.running) < places:
-            if not (tokens := self._admit(self.waiting[0], left)):
-                break
-            left -= tokens
-        self.cache.take(self._decoding)
-        self._begun_s, self._growth_s = now, self.kind.context_s * self._decoding
-        self._step_s = self.kind.duration_s(
-            self._decoding + len(self._chunks), self.kind.batched_tokens - left, self._context,
-            sum(tokens * (job.done + tokens / 2) for job, tokens in self._chunks))  # fmt: skip
-        if not self.running:
-            self.ends_s, self._steps = INFINITY, 0
-        elif self._chunks or self.preemptions > preemptions:
-            self._plan(1)
-        else:
-            steps = 1 + (self.cache.room - self.cache.used) // self._decoding
-            self._plan(min(steps, self._finishes[0][0] - self._clock, self.longest))
-
-    def _plan(self, steps: float) -> None:
-        self._steps = int(steps)
-        self.ends_s = self._begun_s + steps * (self._step_s + self._growth_s * (steps - 1) / 2)
-
-    def _steps_by(self, now: float) -> int:
-        """How many steps of the stretch have ended: the sum in `_plan`, solved for the steps."""
-        gone_s, half_s = now - self._begun_s, self._step_s - self._growth_s / 2
-        return int(2 * gone_s / (half_s + math.sqrt(half_s**2 + 2 * self._growth_s * gone_s)))
-
-    def _lacks(self, tokens: int) -> bool:
-        """Whether there is no room for these and one more of each request that decodes."""
-        return self.cache.used + self._decoding + tokens > self.cache.room
-
-    def _admit(self, job: Job, left: int) -> int:
-        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
-        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
-        links, found, sizes = list[Link](), 0, self.cache.sizes
-        for link in job.arrival.prefix_hashes:
-            if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
-                break
-            links.append(link)
-            found += sizes[link]
-        rest, kept = (job.number,), 0  # from before it was preempted
-        if rest in sizes and found == job.reach:
-            kept = min(sizes[rest], job.need - 1 - found)
-        if self._lacks(self.cache.idle_tokens(links) + job.need - found):
-            return 0
-        if rest in sizes:
-            self.cache.forget(rest)
-        self.cache.hold(links)
-        self.cache.take(kept)
-        job.links, job.passed, job.reach = links, len(links), found
-        job.own, job.done = kept, found + kept
-        if job.cached is None:
-            job.cached = found
-            self._queries += job.arrival.prompt_tokens
-            self._hits += found
-        self.running[job.number] = self.reading[job.number] = self.waiting.popleft()
-        return self._read(job, min(job.need - job.done, left))
-
-    def _read(self, job: Job, tokens: int) -> int:
-        """Compute a chunk of a prompt in this step."""
-        self.cache.take(tokens)
-        job.own += tokens
-        self._chunks.append((job, tokens))
-        return tokens
-
-    def _name_links(self, job: Job) -> None:
-        """What was computed of a prompt can be found from now on."""
-        chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
-        while job.passed < len(chain) and ends[job.passed] <= job.done:
-            link, size = chain[job.passed], ends[job.passed] - job.reach
-            if link not in self.cache.sizes and size > 0:
-                self.cache.name(link, size)
-                job.links.append(link)
-                job.own -= size
-            job.passed, job.reach = job.passed + 1, job.reach + max(0, size)
-
-    def _decode(self, job: Job) -> None:
-        """Its prompt is computed, and with that a token of its answer."""
-        del self.reading[job.number]
-        job.said, job.since = job.said + 1, self._clock
-        job.last = self._clock + max(1, job.arrival.output_tokens) - job.said
-        if job.last > self._clock:
-            heapq.heappush(self._finishes, (job.last, job.number))
-        self._generated += 1
-        self._decoding += 1
-        self._context += job.done
-
-    def _release(self, job: Job) -> None:
-        """It does not run any more; what it computed is kept as long as there is room."""
-        del self.running[job.number]
-        if self.reading.pop(job.number, None) is None:
-            steps = self._clock - job.since
-            job.said, job.done, job.own = job.said + steps, job.done + steps, job.own + steps
-            self._decoding -= 1
-            self._context -= job.done
-        if job.own:
-            self.cache.keep((job.number,), job.own)
-        self.cache.free(job.links)
-
-    def _preempt(self) -> None:
-        """The youngest leaves its room to the others, and waits to be computed again."""
-        job = next(reversed(self.running.values()))
-        self._release(job)
-        job.need, job.last = job.arrival.prompt_tokens + job.said, 0
-        self.waiting.appendleft(job)
-        self.preemptions += 1
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  30  replay
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Requests of the past, sent once more to a fleet that is only modelled: what would another policy
-# have done, or one more server?  Its times are those of a model: compare the rows of one table,
-# and nothing else.
-
-NETWORK_S = 0.002  # one way, with what the balancer takes
-PATIENCE_S = 60.0  # with a router that holds requests while nothing is in flight
-
-
-class Router(Protocol):
-    """Who sends each request to a server; arrivals and servers are known by their numbers."""
-
-    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
-        """The server that it is sent to now; None holds it in the queue."""
-
-    def first_token(self, number: int, now: float) -> None: ...
-
-    def finished(self, number: int, now: float) -> None: ...
-
-    def scraped(self, server: int, report: EngineReport, now: float) -> None: ...
-
-
-class PolicyRouter:
-    """The balancer's own choice in a replay: the same fleet, the same ranking, the same queue."""
-
-    def __init__(self, s: Settings, draw: random.Random) -> None:
-        self.settings, self.draw, self.fleet = s, draw, Fleet()
-        self.fleet.apply(s.servers, 0.0, s.pools)
-        for server in s.servers:
-            self.fleet.judge(server.url, Health.become, State.HEALTHY, "", 0.0)
-        self.urls = [view.id for view in self.fleet.views()]
-        self.policies, self.leases = Policies(s), dict[int, Lease]()
-
-    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
-        s = self.settings
-        opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
-        prompt = Prompt(
-            arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
-            first_hash=opening)
-        call = Call(arrival.model, True, prompt, arrival.session)
-        by = self.policies.get(arrival.model, arrival.model or "")
-        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
-        ranking = rank(self.fleet, Wanted(call), by, moment, self.draw)
-        if ranking.asked is None:
-            return None
-        by.chosen(ranking.asked)
-        self.leases[number] = self.fleet.lease(ranking.asked.id, now, prompt)
-        return self.urls.index(ranking.asked.id)
-
-    def first_token(self, number: int, now: float) -> None:
-        self.leases[number].answered(now, True)
-
-    def finished(self, number: int, now: float) -> None:
-        self.leases.pop(number).end()
-
-    def scraped(self, server: int, report: EngineReport, now: float) -> None:
-        url = self.urls[server]
-        load = EngineLoad(
-            report.running, report.waiting, report.kv_usage_ratio,
-            tokens=report.prompt_tokens + report.generation_tokens,
-            generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
-            kv_tokens=report.kv_tokens)  # fmt: skip
-        self.fleet.scraped(url, load, self.fleet.in_flight(url), now)
-
-
-class Record(NamedTuple):
-    """What became of an arrival.  Without an answer its times are infinite."""
-
-    arrival: Arrival
-    server: int = -1  # -1: it was never sent to one
-    cached_tokens: int = 0
-    ttft_s: float = INFINITY
-    total_s: float = INFINITY
-
-    @property
-    def token_s(self) -> float:
-        """Between two tokens of the answer."""
-        return (self.total_s - self.ttft_s) / max(1, self.arrival.output_tokens - 1)
-
-
-class Replay:
-    """Arrivals, engines and a router in simulated time; `run` it once."""
-
-    def __init__(
-        self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
-        interval_s: float, progress: Callable[[float], None] = lambda share: None,
-    ):  # fmt: skip
-        self.arrivals, self.engines, self.router = arrivals, engines, router
-        self.interval_s, self.progress = interval_s, progress
-        self.records = [Record(arrival) for arrival in arrivals]
-        self._models = len({arrival.model for arrival in arrivals})
-        self._held = deque[int]()  # in the queue
-        self._coming = self._left = len(arrivals)
-        self._flying = 0
-        self._moved_s = 0.0  # when a request last came, was sent or finished
-        self._serial = itertools.count()
-        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-
-    def run(self) -> list[Record]:
-        for number, arrival in enumerate(self.arrivals):
-            self._at(arrival.at_s, self._come, number)
-        for server in range(len(self.engines)):  # each at its own phase
-            self._at(self.interval_s * (server + 0.5) / len(self.engines), self._scrape, server)
-        while self._events:
-            now, _, act, about = heapq.heappop(self._events)
-            act(*about, now)
-        return self.records
-
-    def _at(self, when: float, act: Callable[..., None], *about: Any) -> None:
-        heapq.heappush(self._events, (when, next(self._serial), act, about))
-
-    def _come(self, number: int, now: float) -> None:
-        self._coming, self._moved_s = self._coming - 1, now
-        self._held.append(number)
-        self._offer(now)
-
-    def _offer(self, now: float) -> None:
-        """Send who can be sent, in order; nobody overtakes another who wants the same model."""
-        kept, blocked = list[int](), set[str | None]()
-        while self._held and len(blocked) < self._models:
-            number = self._held.popleft()
-            arrival, server = self.arrivals[number], None
-            if arrival.model not in blocked:
-                server = self.router.choose(number, arrival, now)
-            if server is None:
-                kept.append(number)
-                blocked.add(arrival.model)
-            else:
-                self._flying, self._moved_s = self._flying + 1, now
-                self._at(now + NETWORK_S, self._deliver, server, Job(number, arrival))
-        self._held.extendleft(reversed(kept))
-
-    def _deliver(self, server: int, job: Job, now: float) -> None:
-        engine = self.engines[server]
-        if engine.add(job, now):
-            self._at(engine.ends_s, self._end, server)
-        else:
-            self._at(now + NETWORK_S, self._finish, server, job)
-
-    def _end(self, server: int, now: float) -> None:
-        engine = self.engines[server]
-        if now != engine.ends_s:
-            return  # a request came, and the stretch became shorter
-        begun, complete = engine.end()
-        for job in begun:
-            self._at(now + NETWORK_S, self.router.first_token, job.number)
-        for job in complete:
-            self._at(now + NETWORK_S, self._finish, server, job)
-        if engine.ends_s < INFINITY:
-            self._at(engine.ends_s, self._end, server)
-
-    def _finish(self, server: int, job: Job, now: float) -> None:
-        came_s = job.arrival.at_s - NETWORK_S  # the answer is as long on its way
-        times = job.first_s - came_s, job.last_s - came_s
-        self.records[job.number] = Record(job.arrival, server, job.cached or 0, *times)
-        self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
-        total = len(self.arrivals)
-        done = total - self._left
-        if done * 100 // total > (done - 1) * 100 // total:
-            self.progress(done / total)
-        self.router.finished(job.number, now)
-        self._offer(now)
-
-    def _scrape(self, server: int, now: float) -> None:
-        self.router.scraped(server, self.engines[server].report(now), now)
-        self._offer(now)
-        if self._coming or self._flying or (self._held and now < self._moved_s + PATIENCE_S):
-            self._at(now + self.interval_s, self._scrape, server)
-
-
-class Summary(NamedTuple):
-    """A replay in numbers; of times, those of answered requests."""
-
-    requests: int
-    failed: int
-    good_ratio: float  # the share that was as fast as is wanted
-    ttft_s: tuple[float, ...]  # p50, p90, p99
-    token_s: tuple[float, ...]  # p50, p99, of each answer's mean
-    total_s: float  # mean
-    hit_ratio: float  # of prompt tokens
-
-
-def summary(
-    records: Sequence[Record], slo_ttft_s: float, slo_tpot_s: float, warm_up: float = 0.25
-) -> Summary:
-    """Without the requests that came in the first part of the time."""
-    begins_s = warm_up * max((record.arrival.at_s for record in records), default=0.0)
-    counted = [record for record in records if record.arrival.at_s >= begins_s]
-    answered = [record for record in counted if record.total_s < INFINITY]
-    good = sum(r.ttft_s <= slo_ttft_s and r.token_s <= slo_tpot_s for r in answered)
-    ttfts = [record.ttft_s for record in answered]
-    tokens = [record.token_s for record in answered if record.arrival.output_tokens > 1]
-    prompts = sum(record.arrival.prompt_tokens for record in answered)
-    return Summary(
-        len(counted), len(counted) - len(answered), good / max(1, len(counted)),
-        quantiles(ttfts, 0.5, 0.9, 0.99), quantiles(tokens, 0.5, 0.99),
-        sum(record.total_s for record in answered) / max(1, len(answered)),
-        sum(record.cached_tokens for record in answered) / max(1, prompts))  # fmt: skip
-
-
-def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
-    ordered = sorted(values) or [math.nan]
-    return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in shares)
-
-
-def table(rows: Mapping[str, Summary]) -> str:
-    """Summaries for a terminal, one a line."""
-    lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
-                                     "token p50", "p99 ms", "mean s", "hits %")]  # fmt: skip
-    for name, row in rows.items():
-        lines.append((
-            name[:18], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
-            *(f"{1e3 * value:.0f}" for value in row.ttft_s),
-            *(f"{1e3 * value:.1f}" for value in row.token_s),
-            f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines)  # fmt: skip
-
-
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~ the waterline ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# Above: no socket, clock, file, environment or event loop; time comes in as `now`, chance as a
-# Random.  Below: thin and linear; read something, ask a function from above, write something.
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  31  wire
+#  33  wire
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -8589,7 +7017,10 @@ def table(rows: Mapping[str, Summary]) -> str:
 # moments on the loop's clock; moving one costs an attribute, because a wire's one timer looks
 # again when it fires instead of being set anew.
 
-
+READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
+# Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 # Where all wires receive: a new buffer for each piece, as asyncio.Protocol has it, costs a streamed
 # token 5 to 12 % more.  What is in it is there until the next wire is asked.
 RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
@@ -9028,6 +7459,35 @@ class Wire(asyncio.BufferedProtocol):
             await self.news(self.loop.time() + silence_s)
 
 
+@contextlib.asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, but when its time is up only because the whole process stood still,
+    what has happened meanwhile is heard first."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+
+    def expire() -> None:
+        now = loop.time()
+        late = now > deadline + STALL_S
+        limit.reschedule(now + STALL_S if late else now)
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_at(deadline, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  34  listening
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Listening sockets, and what a connection says before there is a Wire for it.
+
+KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which would take megabytes
+
+
 async def peeked(sock: socket.socket, size: int) -> bytes:
     """What has come on a socket that has no transport yet, as soon as there is something; it stays
     there to be read.  b"" is an orderly end.  Raises OSError."""
@@ -9132,28 +7592,8 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-@contextlib.asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """As asyncio.timeout, but when its time is up only because the whole process stood still,
-    what has happened meanwhile is heard first."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
-
-    def expire() -> None:
-        now = loop.time()
-        late = now > deadline + STALL_S
-        limit.reschedule(now + STALL_S if late else now)
-
-    async with asyncio.timeout(None) as limit:
-        timer = loop.call_at(deadline, expire)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  32  secrets
+#  35  secrets
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9310,7 +7750,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  client
+#  36  client
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -9505,7 +7945,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  pool
+#  37  pool
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The connections to one server over which requests are passed on.
@@ -9631,14 +8071,14 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  35  pump
+#  38  pump
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
 # in the same turn of the event loop.  Back-pressure is the wires': while the one written to is
 # blocked, its feeder is held.
 
-
+INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 
 
@@ -9839,12 +8279,13 @@ class Tunnel:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  36  response
+#  39  response
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
 # words, it is written here, and only here is known what the client has seen of it.
 
+REQUEST_ID_LIMIT = 200  # characters of a client's request id; a longer one is replaced
 # Of what a fault is, in vLLM's words.
 PARAMETERS = {Fault.UNKNOWN_MODEL: "model", Fault.UNKNOWN_RESPONSE: "response_id"}
 
@@ -10063,12 +8504,14 @@ class Response:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  37  journal
+#  40  logging
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
 # to wait.
 
+REPEATS_S = 60.0  # for which a warning that comes again and again is only counted
+LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 Subscriber = Callable[[Any], object]
 # Asked, for a kind of event (RequestFacts or Transition), who is told of each.
 Subscribe = Callable[[type], Subscriber | None]
@@ -10381,354 +8824,17 @@ def trace_writer(path: str) -> Writer | None:
     return Writer(LogFile(path))
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  38  terminal
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
-# process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
-# dead ssh, a stopped one), and has signal handlers of its own.  It is told over a socket what there
-# is to show, tells what keys ask for (a line of JSON each), and leaves when the socket is closed.
-# `top` is the same program, for a balancer elsewhere.
-
-SCREEN_S = 0.5  # between two statuses
-UNANSWERED_LIMIT = 20  # of them in a row: then the program hangs, as its terminal may
-FAREWELL_S = 1.0  # for it to end by itself
-TICK_S = 0.1  # between looks at the size and at who is in the foreground
-ESCAPE_MS = 50  # after which an Esc is the key and not the start of another
-NOT_TERMINALS = ("", "unknown", "network", "emacs")
-LIKELY = ("xterm-256color", "xterm", "vt100")  # what a terminal that terminfo does not know is like
-TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons look nowhere
-LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # by terminfo's names; the last for the other
-CANCEL = b"\x18"  # of a sequence that was begun
-
-# A colour of the terminal's own palette, on its own background, so that light and dark do; and what
-# tells it without colours.
-LOOKS = {
-    Style.DIM: (-1, "A_DIM"), Style.TITLE: (-1, "A_BOLD"), Style.HEAD: (6, "A_BOLD"),
-    Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
-    Style.BAD: (1, "A_BOLD"), Style.SELECTED: (-1, "A_REVERSE"), Style.BAR: (5, "A_NORMAL"),
-    Style.KEY: (6, "A_BOLD"), Style.ASK: (-1, "A_REVERSE"),
-}  # fmt: skip
-
-
-def in_foreground(descriptor: int) -> bool:
-    """Whether the terminal is ours to use, not that of the shell that we were put behind."""
-    try:
-        return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # it is not our controlling terminal: nobody else's shell is there either
-        return True
-
-
-@contextlib.contextmanager
-def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
-    """That terminal by a description of its own, since not to wait is a matter of descriptions,
-    and the shell's is shared.  Raises OSError."""
-    flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        descriptor = os.open(os.ttyname(terminal), flags)
-    except OSError:  # after su it is another user's, in a container it may have no name
-        descriptor = os.open("/dev/tty", flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def json_line(document: Any) -> bytes:
-    return json.dumps(document).encode() + b"\n"
-
-
-def known_terminal(curses: Any, name: str) -> str:
-    """By which name terminfo knows it, or one that is like it; '' if it can show no screen.
-    Without this, initscr would end the process."""
-    os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
-    for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
-        with contextlib.suppress(curses.error):
-            curses.setupterm(candidate, 1)
-            return candidate if curses.tigetstr("cup") else ""
-    return ""
-
-
-def run_screen(sock: socket.socket, remote: bool) -> str:
-    """The screen on this process's terminal, until the socket is closed, or one leaves a remote
-    balancer alone; why it has ended by itself, or ''."""
-    try:
-        import curses
-    except ImportError:
-        return "this Python has no curses"
-    given = os.environ.get("TERM", "")
-    os.environ["TERM"] = known_terminal(curses, given)
-    if not os.environ["TERM"]:
-        return f"TERM is {given!r}, no terminal that can show one"
-    for name in ("LINES", "COLUMNS"):  # the size changes
-        os.environ.pop(name, None)
-    try:
-        return CursesScreen(curses, sock, remote).run()
-    except OSError as error:
-        return f"the terminal has gone: {error_text(error)}"
-    except Exception as error:  # a status of another version, maybe
-        return f"it failed: {type(error).__name__}: {error}"
-
-
-class CursesScreen:
-    """A program that shows the newest status it was told."""
-
-    def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
-        """Told by `setupterm` what the terminal is."""
-        self.curses, self.sock = curses, sock
-        sock.setblocking(False)
-        self.ui = Ui(remote=remote)
-        self.received = b""
-        self.latest: Document | None = None
-        self.status: Document | None = None  # what is looked at; an older one while paused
-        self.over = self.changed = False
-        self.in_front = True
-
-    def run(self) -> str:
-        """Why it could not begin, or ''.  Raises OSError when the terminal has gone."""
-        known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
-        leave = b"".join(known[:-1] if known[-2] else known)
-        self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
-        while self.latest is None:
-            select.select([self.sock], [], [])
-            self.receive()
-            if self.over or self.ui.note:
-                return self.ui.note
-        time.sleep(2 * LOG_PAUSE_S)  # for log lines that are on their way to this terminal
-        self.window = self.curses.initscr()
-        try:
-            self.enter()
-            while not self.over:
-                self.turn()
-        finally:
-            self.curses.flushinp()
-            self.curses.endwin()
-        return ""
-
-    def enter(self) -> None:
-        curses, window = self.curses, self.window
-        curses.noecho()
-        curses.cbreak()
-        curses.nonl()
-        curses.set_escdelay(ESCAPE_MS)
-        window.keypad(True)
-        window.nodelay(True)
-        with contextlib.suppress(curses.error):
-            curses.curs_set(0)
-        mode = termios.tcgetattr(0)
-        mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
-        if not self.ui.remote:
-            for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
-                mode[6][key] = b"\x00"
-        termios.tcsetattr(0, termios.TCSANOW, mode)
-        curses.def_prog_mode()
-        for number in (signal.SIGTTOU, signal.SIGTTIN):  # put behind a shell, we wait
-            signal.signal(number, signal.SIG_IGN)
-        wide = window.encoding.lower().replace("-", "") == "utf8" and hasattr(window, "get_wch")
-        colours = curses.has_colors() and not os.environ.get("NO_COLOR")
-        # The font of Linux's console has few characters.
-        self.look = Look(wide and os.environ["TERM"] != "linux", colours)
-        self.attributes = self.attributes_of(colours)
-
-    def attributes_of(self, colours: bool) -> dict[Style, int]:
-        curses, found, background = self.curses, dict[Style, int](), 0
-        if colours:
-            curses.start_color()
-            with contextlib.suppress(curses.error):  # it has no default colours
-                curses.use_default_colors()
-                background = -1
-        for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
-            found[style] = getattr(curses, mark)
-            if colours and colour >= 0:
-                curses.init_pair(n, colour, background)
-                found[style] |= curses.color_pair(n)
-        return found
-
-    def turn(self) -> None:
-        """Waits for something to do, for a tick at the most, and does it."""
-        in_front = in_foreground(0)
-        if in_front and not self.in_front:
-            self.curses.reset_prog_mode()
-            self.window.clearok(True)
-            self.changed = True
-        self.in_front = in_front
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        if in_front:
-            poll.register(0, select.POLLIN)
-        ready = dict(poll.poll(TICK_S * 1000))
-        if ready.get(0, 0) & (select.POLLHUP | select.POLLERR):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        told = self.receive()
-        if in_front:
-            self.press_keys()
-            self.paint()
-        if told:
-            self.say({})
-
-    def receive(self) -> bool:
-        """Whether the other side has told something."""
-        try:
-            while data := self.sock.recv(1 << 18):
-                self.received += data
-            self.over = True
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.over = True
-        *lines, self.received = self.received.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            self.latest = message.get("status", self.latest)
-            if "note" in message:
-                self.ui, self.changed = self.ui._replace(note=message["note"]), True
-        return bool(lines)
-
-    def say(self, message: Mapping[str, str]) -> None:
-        with contextlib.suppress(OSError):  # reading will tell
-            self.sock.send(json_line(message))
-
-    def press_keys(self) -> None:
-        while key := self.next_key():
-            self.changed = True
-            if key == "redraw":
-                self.window.clearok(True)
-            elif self.status is not None:
-                self.ui, action = press(key, self.ui, self.status)
-                if action is not None and action.verb == "quit" and self.ui.remote:
-                    self.over = True
-                elif action is not None:
-                    self.say(action._asdict())
-
-    def next_key(self) -> str:
-        """The next key that means something; '' if none was pressed."""
-        read = getattr(self.window, "get_wch", self.window.getch)
-        with contextlib.suppress(self.curses.error):  # none
-            while (code := read()) != -1:
-                if isinstance(code, int) and code > 255:
-                    key = FUNCTION_KEYS.get(self.curses.keyname(code).decode(), "")
-                else:
-                    key = key_of(code if isinstance(code, str) else chr(code))
-                if key:
-                    return key
-        return ""
-
-    def paint(self) -> None:
-        if self.latest is not None and not (self.ui.paused and self.status):
-            self.status, self.latest = cleaned(self.latest, self.look), None
-        elif not self.changed:
-            return
-        if self.status is None:
-            return
-        self.changed = False
-        rows, columns = self.window.getmaxyx()
-        size = Size(columns, rows)
-        self.ui = settle(self.ui, self.status, self.look, size)
-        self.window.erase()
-        for row, line in enumerate(drawn(self.status, self.ui, self.look, size)):
-            column = 0
-            for text, style in line:
-                with contextlib.suppress(self.curses.error):  # beyond the last cell is no place
-                    self.window.addstr(row, column, text, self.attributes.get(style, 0))
-                column += cells(text)
-        self.window.refresh()
-
-
-class ScreenProcess:
-    """The screen on our terminal, in its own process, which is killed when it answers no more."""
-
-    def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
-                 hold: Callable[[bool], object], terminal: int = 1) -> None:  # fmt: skip
-        """Begins to start it.  `act` is told what keys ask for, and `hold` whether the terminal is
-        that process's alone."""
-        self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
-        self.why = ""  # it has ended
-        self.leave = b""  # for a terminal that it could not leave
-        self.unanswered = 0
-        self.closing = False
-        self.writer: asyncio.StreamWriter | None = None
-        self.task = asyncio.ensure_future(self.run())
-
-    async def close(self) -> None:
-        """The terminal is as it was when this returns, after a second or so at the most."""
-        self.closing = True
-        if self.writer is not None:
-            self.writer.transport.abort()
-        await self.task
-
-    async def run(self) -> None:
-        try:
-            with opened_anew(self.terminal, os.O_NONBLOCK) as terminal:
-                saved = termios.tcgetattr(terminal)
-                if code := await self.converse():
-                    if self.leave:
-                        restore(terminal, saved, self.leave)
-                    self.why = self.why or f"its process ended with {code}"
-        except (OSError, termios.error) as error:
-            self.why = str(error)
-        self.hold(False)
-        if not self.closing:
-            log.warning("no screen: %s", self.why)
-
-    async def converse(self) -> int:
-        """With the process, until it has ended; its exit code.  Raises OSError."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-I", "-S", __file__, "top", "--socket", str(theirs.fileno())]
-        with theirs, opened_anew(self.terminal) as terminal:
-            child = await asyncio.create_subprocess_exec(
-                *command, stdin=terminal, stdout=terminal, stderr=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()])
-        reader, self.writer = await asyncio.open_connection(sock=ours)
-        telling = asyncio.ensure_future(self.tell(child, self.writer))
-        with contextlib.suppress(OSError):
-            while line := not self.closing and await reader.readline():
-                self.hear(json.loads(line))
-        telling.cancel()
-        self.writer.transport.abort()
-        if self.leave:  # it has begun
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FAREWELL_S):
-                    return await child.wait()
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        return await child.wait()
-
-    async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
-        """Counted, not timed: when we were stopped, it was not at fault."""
-        while self.unanswered < UNANSWERED_LIMIT:
-            self.unanswered += 1
-            if self.leave and not writer.transport.get_write_buffer_size():
-                writer.write(json_line({"status": self.status()}))
-            await asyncio.sleep(SCREEN_S)
-        self.why = "it answers no more"
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-
-    def hear(self, message: Mapping[str, str]) -> None:
-        self.unanswered = 0
-        if "leave" in message:
-            self.leave = CANCEL + message["leave"].encode("latin-1")
-            self.hold(True)
-        elif "verb" in message:
-            self.act(Action(message["verb"], message["url"]))
-        self.why = message.get("why", self.why)
-
-
-def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
-    """A terminal as it was, after a process that could not do that itself."""
-    with contextlib.suppress(OSError, termios.error):
-        if in_foreground(terminal):
-            termios.tcflush(terminal, termios.TCIOFLUSH)
-            termios.tcsetattr(terminal, termios.TCSANOW, saved)
-            os.write(terminal, leave)
+# ━━━ part VIII: a request ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  39  core
+#  41  core
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
+
+LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
+
 
 class Running(Protocol):
     """A request that is with a server, for the server's watcher to see and to end: an Attempt."""
@@ -11006,7 +9112,7 @@ class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  40  intake
+#  42  intake
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11143,7 +9249,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  41  attempt
+#  43  attempt
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11365,7 +9471,7 @@ class Attempt:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  42  case
+#  44  case
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -11501,13 +9607,68 @@ class Case:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  43  exchange
+#  45  accounts
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is counted, kept and told of a request that has ended.
+
+
+def account(x: Exchange) -> None:
+    """Count the request, and write its line."""
+    core, trail, response, first_s = x.core, x.trail, x.response, None
+    now, ledger, usage = x.loop.time(), core.ledger, dict[str, int]()
+    model, server = trail.model, trail.server
+    ledger.requests.add(server, model, str(response.status))
+    if response.first_byte_at is not None:
+        first_s = response.first_byte_at - trail.asked_at
+        ledger.first_byte.note(first_s, model)
+        if response.streams:
+            ledger.first_token.note(first_s, model)
+    if server:
+        well = response.status < 500 and response.end in ("complete", "client_gone")
+        core.recent.history(server).ended(now, first_s if response.streams else None, well)
+        key = x.key.name if x.key else ""
+        ledger.key_requests.add(key, model)
+        usage = usage_of(response.tail, response.notation)
+        for kind, tokens in usage.items():
+            ledger.usage.add(key, model, kind, amount=tokens)
+    ledger.durations.note(now - trail.began_at, model)
+    ledger.request_sizes.note(x.body.size, model)
+    ledger.response_sizes.note(response.sent_bytes, model)
+    if core.trace is not None and server and response.status < 500:
+        age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
+        tokens = completion_tokens(usage, response.tail, response.sent_bytes)
+        core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
+                                  server, response.status, response.end))
+    core.news.publish(RequestFacts, lambda: facts_of(x, now, first_s, usage))
+
+
+def facts_of(
+    x: Exchange, now: float, first_s: float | None, usage: Mapping[str, int]
+) -> RequestFacts:
+    """What the log lines of a request say."""
+    response, trail, call, (peer, port) = x.response, x.trail, x.call, x.client.peer
+    host = client_address(peer, x.head.fields, x.settings.trusted_proxies)
+    return RequestFacts(
+        response.id, f"{peer}:{port}" if host == peer else host,
+        x.key.name if x.key else None, x.head.method, x.head.path[:200],
+        call.model and call.model[:100], call.stream, trail.server or None, trail.attempts,
+        response.status, trail.queued_s, first_s, now - trail.began_at, x.body.size,
+        response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
+        response.end)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  46  exchange
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
 # carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
 # Outcome for the plan.  A client's leaving cancels the task wherever it stands, which closes the
 # server's connection on the way out, so that vLLM stops generating.
+
+LOOK_LIMIT_S = 2.0  # for which a request waits for them
+ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not seen to read yet
 
 
 class Trail:
@@ -11893,64 +10054,17 @@ class Exchange:
         return model or "" if model is None or self.core.fleet.knows(model) else "unknown"
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  44  accounts
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# What is counted, kept and told of a request that has ended.
-
-
-def account(x: Exchange) -> None:
-    """Count the request, and write its line."""
-    core, trail, response, first_s = x.core, x.trail, x.response, None
-    now, ledger, usage = x.loop.time(), core.ledger, dict[str, int]()
-    model, server = trail.model, trail.server
-    ledger.requests.add(server, model, str(response.status))
-    if response.first_byte_at is not None:
-        first_s = response.first_byte_at - trail.asked_at
-        ledger.first_byte.note(first_s, model)
-        if response.streams:
-            ledger.first_token.note(first_s, model)
-    if server:
-        well = response.status < 500 and response.end in ("complete", "client_gone")
-        core.recent.history(server).ended(now, first_s if response.streams else None, well)
-        key = x.key.name if x.key else ""
-        ledger.key_requests.add(key, model)
-        usage = usage_of(response.tail, response.notation)
-        for kind, tokens in usage.items():
-            ledger.usage.add(key, model, kind, amount=tokens)
-    ledger.durations.note(now - trail.began_at, model)
-    ledger.request_sizes.note(x.body.size, model)
-    ledger.response_sizes.note(response.sent_bytes, model)
-    if core.trace is not None and server and response.status < 500:
-        age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
-        tokens = completion_tokens(usage, response.tail, response.sent_bytes)
-        core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
-                                  server, response.status, response.end))
-    core.news.publish(RequestFacts, lambda: facts_of(x, now, first_s, usage))
-
-
-def facts_of(
-    x: Exchange, now: float, first_s: float | None, usage: Mapping[str, int]
-) -> RequestFacts:
-    """What the log lines of a request say."""
-    response, trail, call, (peer, port) = x.response, x.trail, x.call, x.client.peer
-    host = client_address(peer, x.head.fields, x.settings.trusted_proxies)
-    return RequestFacts(
-        response.id, f"{peer}:{port}" if host == peer else host,
-        x.key.name if x.key else None, x.head.method, x.head.path[:200],
-        call.model and call.model[:100], call.stream, trail.server or None, trail.attempts,
-        response.status, trail.queued_s, first_s, now - trail.began_at, x.body.size,
-        response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
-        response.end)
+# ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  45  watch
+#  47  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
 # and one that reads its load, so that a hanging server makes nobody else's numbers old.
+
+DISAGREEMENT_S = 600.0  # for which a capacity must behave like another before that is said
 
 
 class Check(NamedTuple):
@@ -12189,7 +10303,7 @@ class Watchers:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  46  operations
+#  48  operations
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12279,7 +10393,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  47  endpoints
+#  49  endpoints
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12538,11 +10652,16 @@ ENDPOINTS |= {
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  48  front
+#  50  front
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
 # its own, and each request is let in, answered here, or made an Exchange.
+
+CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
+IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
+LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
+
 
 def descriptors_allow() -> int:
     """How many clients, each with a connection to a server."""
@@ -12865,7 +10984,254 @@ class Front:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  49  handover
+#  51  following
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The settings file is read again and again: it is a few kB, which is cheaper than being clever
+# about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
+
+SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
+
+
+class SettingsFile:
+    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.held: bytes | str = ""
+
+    def text(self) -> str:
+        """What the file holds now.  Raises SettingsError."""
+        return self._decoded(read_regular_file(self.path))
+
+    async def read_if_changed(self) -> str | None:
+        """What the file holds, if that is new; two looks must agree, because the first may fall
+        between an editor's truncating and its writing.  Raises SettingsError, once for each
+        trouble."""
+        try:
+            found = read_regular_file(self.path)
+            while found != self.held:
+                await asyncio.sleep(SETTLE_S)
+                if found == (again := read_regular_file(self.path)):
+                    break
+                found = again
+        except SettingsError as error:
+            if self.held == str(error):
+                return None
+            self.held = str(error)
+            raise
+        if found == self.held:
+            return None
+        self.held = found
+        return self._decoded(found)
+
+    def _decoded(self, found: bytes) -> str:
+        try:
+            return found.decode("utf-8-sig")  # some editors begin a file with a mark
+        except UnicodeDecodeError as error:
+            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
+            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
+
+
+class Follower:
+    """Takes over what the settings file holds anew, and the keys and certificates that it names.
+    What cannot be used is said once, and changes nothing."""
+
+    def __init__(
+        self, core: Core, path: str, overrides: Overrides,
+        adopt: Callable[[Settings, Secrets], None], adopt_secrets: Callable[[Secrets], None],
+    ) -> None:  # fmt: skip
+        self.core, self.overrides = core, overrides
+        self.file = SettingsFile(path) if path else None
+        self._adopt, self._adopt_secrets = adopt, adopt_secrets
+        self._look_now = asyncio.Event()
+        self._secrets_error = ""
+
+    def look_now(self) -> None:
+        self._look_now.set()
+
+    async def follow(self) -> None:
+        """Look at the files after a while, or at once when told to `look_now`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.core.settings.config_reload_interval):
+                await self._look_now.wait()
+        asked = self._look_now.is_set()
+        self._look_now.clear()
+        self.look_at_secrets()
+        if self.file is not None:
+            await self.look(self.file, asked)
+        elif asked:
+            log.info("there is no settings file to look at")
+
+    def look_at_secrets(self) -> None:
+        known = self.core.pools.secrets
+        try:
+            secrets = Secrets(self.core.settings, known)
+        except SettingsError as error:
+            if str(error) != self._secrets_error:
+                log.error("keys and certificates stay as they were:\n%s", error)
+            self._secrets_error = str(error)
+            return
+        self._secrets_error = ""
+        if secrets.files != known.files:
+            log.info("keys or certificates have changed")
+            self._adopt_secrets(secrets)
+
+    async def look(self, file: SettingsFile, asked: bool) -> None:
+        """Who `asked` for a look is answered in any case."""
+        core, this, old = self.core, self.core.process, self.core.settings
+        refused = this.settings_error
+        try:
+            if (text := await file.read_if_changed()) is None:
+                if asked:
+                    unchanged = f"{len(old.servers)} servers, nothing changed"
+                    log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
+                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
+                return
+            settings, warnings = parse_settings(text, file.path, self.overrides)
+            secrets = Secrets(settings, core.pools.secrets)
+        except SettingsError as error:
+            this.settings_error = str(error)
+            core.ledger.reloads.add("refused")
+            log.error("the settings stay as they were:\n%s", error)
+            return
+        for warning in warnings:
+            log.warning("%s", warning)
+        if refused:
+            log.info("the settings file can be used again")
+        this.settings_error = ""
+        if settings != old:
+            core.ledger.reloads.add("applied")
+            this.reloaded_at = asyncio.get_running_loop().time()
+            known = core.roster.entries.keys()
+            self._adopt(settings, secrets)
+            now = core.roster.entries.keys()
+            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
+            words = [counts, changes_line(old, settings)]
+            log.info("new settings: %s", "; ".join(filter(None, words)))
+        elif asked:
+            log.info("new settings: %d servers, nothing changed", len(settings.servers))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  52  commands
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Subcommands are rows, each registered by the room that it is of; the command line knows none of
+# them by name.  What several of them need: the settings that file, environment and flags make.
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in the help, what adds its arguments, what it does (which returns the
+    exit code, or raises SettingsError), and arguments of an example."""
+
+    line: str
+    add_arguments: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
+    example: str
+    parser: Mapping[str, Any]  # keywords of its ArgumentParser
+
+
+# To add a subcommand: decorate what it does.
+COMMANDS: dict[str, Command] = {}
+DEFAULT_CONFIG = "servers.toml"
+C = TypeVar("C", bound=Callable[[argparse.Namespace], int])
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def command(
+    name: str, line: str, add_arguments: Callable[[argparse.ArgumentParser], object] = no_arguments,
+    example: str = "", **parser: Any,
+) -> Callable[[C], C]:  # fmt: skip
+    """Registers the decorated function as a subcommand."""
+
+    def register(run: C) -> C:
+        COMMANDS[name] = Command(line, add_arguments, run, example, parser)
+        return run
+
+    return register
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The argument that names the settings file."""
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
+    given.add_argument("--config", metavar="FILE", help="the same")
+
+
+def config_path(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> str:
+    return args.file or args.config or os.environ.get("CONFIG_PATH") or default
+
+
+def fail(message: str) -> int:
+    print(f"mvllm_lite: {message}", file=sys.stderr)
+    return 1
+
+
+def strange_host(environ: Mapping[str, str]) -> str:
+    """A HOST that is no address to listen on: conda and some shells set one, too."""
+    host = environ.get("HOST", "")
+    try:
+        ipaddress.ip_address(host or "::")
+    except ValueError:
+        return "" if host.lower() == "localhost" else host
+    return ""
+
+
+def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
+    """What is wrong with the environment, and ignored."""
+    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
+        return []
+    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
+    return [Complaint("environment HOST", 0, "host", text)]
+
+
+def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
+    """What flags and environment say: they win over the file."""
+    found: dict[str, tuple[Any, str]] = {}
+    if strange_host(environ):
+        environ = {**environ, "HOST": ""}
+    for key, field in CONFIG_FIELDS.items():
+        if name := field.metadata["env"] and environ.get(field.metadata["env"]):
+            found[key] = name, f"environment {field.metadata['env']}"
+    for key in ("host", "port", "log_level"):
+        if getattr(args, key, None) is not None:
+            found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
+    for key, flag in (("log_to_console", "console"), ("show_models", "model")):
+        if getattr(args, flag, False):
+            found[key] = True, f"--{flag}"
+    if getattr(args, "server", None):
+        entries = [{"url": url} for url in args.server]
+        for entry, load in zip(entries, args.max_load or ()):
+            entry["max_concurrent_requests"] = load
+        found["servers"] = entries, "--server"
+    return found
+
+
+def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
+    """From a file, or from overrides alone where `path` is ''.  Raises SettingsError."""
+    if not path:
+        return parse_settings("", "command line", overrides)
+    try:
+        toml = SettingsFile(path).text()
+    except SettingsError as error:
+        hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
+        raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
+    return parse_settings(toml, path, overrides)
+
+
+def printable(text: str) -> str:
+    """What servers say must not steer the terminal, or end the report."""
+    encoding = sys.stdout.encoding or "ascii"
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  53  handover
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13029,257 +11395,32 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
     return True, f"process {new} serves in place of {old}, which finishes its answers"
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  50  following
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# The settings file is read again and again: it is a few kB, which is cheaper than being clever
-# about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
+def add_upgrade(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("-p", "--port", help="the port it listens on")
+    parser.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
 
 
-class SettingsFile:
-    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.held: bytes | str = ""
-
-    def text(self) -> str:
-        """What the file holds now.  Raises SettingsError."""
-        return self._decoded(read_regular_file(self.path))
-
-    async def read_if_changed(self) -> str | None:
-        """What the file holds, if that is new; two looks must agree, because the first may fall
-        between an editor's truncating and its writing.  Raises SettingsError, once for each
-        trouble."""
-        try:
-            found = read_regular_file(self.path)
-            while found != self.held:
-                await asyncio.sleep(SETTLE_S)
-                if found == (again := read_regular_file(self.path)):
-                    break
-                found = again
-        except SettingsError as error:
-            if self.held == str(error):
-                return None
-            self.held = str(error)
-            raise
-        if found == self.held:
-            return None
-        self.held = found
-        return self._decoded(found)
-
-    def _decoded(self, found: bytes) -> str:
-        try:
-            return found.decode("utf-8-sig")  # some editors begin a file with a mark
-        except UnicodeDecodeError as error:
-            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
-            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
-
-
-class Follower:
-    """Takes over what the settings file holds anew, and the keys and certificates that it names.
-    What cannot be used is said once, and changes nothing."""
-
-    def __init__(
-        self, core: Core, path: str, overrides: Overrides,
-        adopt: Callable[[Settings, Secrets], None], adopt_secrets: Callable[[Secrets], None],
-    ) -> None:  # fmt: skip
-        self.core, self.overrides = core, overrides
-        self.file = SettingsFile(path) if path else None
-        self._adopt, self._adopt_secrets = adopt, adopt_secrets
-        self._look_now = asyncio.Event()
-        self._secrets_error = ""
-
-    def look_now(self) -> None:
-        self._look_now.set()
-
-    async def follow(self) -> None:
-        """Look at the files after a while, or at once when told to `look_now`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.core.settings.config_reload_interval):
-                await self._look_now.wait()
-        asked = self._look_now.is_set()
-        self._look_now.clear()
-        self.look_at_secrets()
-        if self.file is not None:
-            await self.look(self.file, asked)
-        elif asked:
-            log.info("there is no settings file to look at")
-
-    def look_at_secrets(self) -> None:
-        known = self.core.pools.secrets
-        try:
-            secrets = Secrets(self.core.settings, known)
-        except SettingsError as error:
-            if str(error) != self._secrets_error:
-                log.error("keys and certificates stay as they were:\n%s", error)
-            self._secrets_error = str(error)
-            return
-        self._secrets_error = ""
-        if secrets.files != known.files:
-            log.info("keys or certificates have changed")
-            self._adopt_secrets(secrets)
-
-    async def look(self, file: SettingsFile, asked: bool) -> None:
-        """Who `asked` for a look is answered in any case."""
-        core, this, old = self.core, self.core.process, self.core.settings
-        refused = this.settings_error
-        try:
-            if (text := await file.read_if_changed()) is None:
-                if asked:
-                    unchanged = f"{len(old.servers)} servers, nothing changed"
-                    log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
-                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
-                return
-            settings, warnings = parse_settings(text, file.path, self.overrides)
-            secrets = Secrets(settings, core.pools.secrets)
-        except SettingsError as error:
-            this.settings_error = str(error)
-            core.ledger.reloads.add("refused")
-            log.error("the settings stay as they were:\n%s", error)
-            return
-        for warning in warnings:
-            log.warning("%s", warning)
-        if refused:
-            log.info("the settings file can be used again")
-        this.settings_error = ""
-        if settings != old:
-            core.ledger.reloads.add("applied")
-            this.reloaded_at = asyncio.get_running_loop().time()
-            known = core.roster.entries.keys()
-            self._adopt(settings, secrets)
-            now = core.roster.entries.keys()
-            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
-            words = [counts, changes_line(old, settings)]
-            log.info("new settings: %s", "; ".join(filter(None, words)))
-        elif asked:
-            log.info("new settings: %d servers, nothing changed", len(settings.servers))
+@command("upgrade", "have a running balancer continue as a new process, without a gap", add_upgrade)
+def run_upgrade(args: argparse.Namespace) -> int:
+    """Find the running balancer by its port, check what its successor will read, and tell it."""
+    settings, _ = load_settings(config_path(args), overrides_from(args, os.environ))
+    Secrets(settings)
+    well, text = upgrade_running(settings, args.pid or 0)
+    if not well:
+        return fail(text)
+    print(text)
+    return 0
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  51  commands
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Subcommands are rows, each registered by the room that it is of; the command line knows none of
-# them by name.  What several of them need: the settings that file, environment and flags make.
-
-
-class Command(NamedTuple):
-    """A subcommand: its line in the help, what adds its arguments, what it does (which returns the
-    exit code, or raises SettingsError), and arguments of an example."""
-
-    line: str
-    add_arguments: Callable[[argparse.ArgumentParser], object]
-    run: Callable[[argparse.Namespace], int]
-    example: str
-    parser: Mapping[str, Any]  # keywords of its ArgumentParser
-
-
-# To add a subcommand: decorate what it does.
-COMMANDS: dict[str, Command] = {}
-DEFAULT_CONFIG = "servers.toml"
-C = TypeVar("C", bound=Callable[[argparse.Namespace], int])
-
-
-def no_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
-def command(
-    name: str, line: str, add_arguments: Callable[[argparse.ArgumentParser], object] = no_arguments,
-    example: str = "", **parser: Any,
-) -> Callable[[C], C]:  # fmt: skip
-    """Registers the decorated function as a subcommand."""
-
-    def register(run: C) -> C:
-        COMMANDS[name] = Command(line, add_arguments, run, example, parser)
-        return run
-
-    return register
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """The argument that names the settings file."""
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
-    given.add_argument("--config", metavar="FILE", help="the same")
-
-
-def config_path(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> str:
-    return args.file or args.config or os.environ.get("CONFIG_PATH") or default
-
-
-def fail(message: str) -> int:
-    print(f"mvllm_lite: {message}", file=sys.stderr)
-    return 1
-
-
-def strange_host(environ: Mapping[str, str]) -> str:
-    """A HOST that is no address to listen on: conda and some shells set one, too."""
-    host = environ.get("HOST", "")
-    try:
-        ipaddress.ip_address(host or "::")
-    except ValueError:
-        return "" if host.lower() == "localhost" else host
-    return ""
-
-
-def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    """What is wrong with the environment, and ignored."""
-    if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
-        return []
-    text = f"found {shown(host)}, expected an IP address or localhost; ignored"
-    return [Complaint("environment HOST", 0, "host", text)]
-
-
-def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
-    """What flags and environment say: they win over the file."""
-    found: dict[str, tuple[Any, str]] = {}
-    if strange_host(environ):
-        environ = {**environ, "HOST": ""}
-    for key, field in CONFIG_FIELDS.items():
-        if name := field.metadata["env"] and environ.get(field.metadata["env"]):
-            found[key] = name, f"environment {field.metadata['env']}"
-    for key in ("host", "port", "log_level"):
-        if getattr(args, key, None) is not None:
-            found[key] = getattr(args, key), f"--{key.replace('_', '-')}"
-    for key, flag in (("log_to_console", "console"), ("show_models", "model")):
-        if getattr(args, flag, False):
-            found[key] = True, f"--{flag}"
-    if getattr(args, "server", None):
-        entries = [{"url": url} for url in args.server]
-        for entry, load in zip(entries, args.max_load or ()):
-            entry["max_concurrent_requests"] = load
-        found["servers"] = entries, "--server"
-    return found
-
-
-def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
-    """From a file, or from overrides alone where `path` is ''.  Raises SettingsError."""
-    if not path:
-        return parse_settings("", "command line", overrides)
-    try:
-        toml = SettingsFile(path).text()
-    except SettingsError as error:
-        hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
-        raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
-    return parse_settings(toml, path, overrides)
-
-
-def printable(text: str) -> str:
-    """What servers say must not steer the terminal, or end the report."""
-    encoding = sys.stdout.encoding or "ascii"
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  52  balancer
+#  54  balancer
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
 # over by their owners, and stops without cutting answers short.
+
+LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
 
 
 class Balancer:
@@ -13495,8 +11636,11 @@ class Balancer:
         core.news.notify()
 
 
+# ━━━ part X: program ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  53  process
+#  55  process
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13612,7 +11756,1541 @@ def raise_descriptor_limit() -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  54  page
+#  56  command line
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
+# used, 2 wrong arguments or, from check-config, no server can be used.
+
+EPILOG = """\
+examples:
+  mvllm_lite.py servers.toml                        serve what the file describes
+  mvllm_lite.py run --config servers.toml --port 9000 --console
+  mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8{examples}
+
+A flag wins over the environment, that over the file, and that over the default.  The environment
+is CONFIG_PATH, {env}.
+SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
+SIGUSR2 has a new process take over.
+"""
+
+
+def argument_parser(only: str = "") -> argparse.ArgumentParser:
+    """With the arguments of that command, or of all."""
+    env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
+    rows = sorted(COMMANDS.items())
+    examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
+                       for _, row in rows if row.example)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="mvllm_lite.py", epilog=EPILOG.format(examples=examples, env=env),
+        description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, row in rows:
+        added = commands.add_parser(name, help=row.line, **row.parser)
+        if only in (name, ""):
+            row.add_arguments(added)
+        added.set_defaults(run=row.run, print_help=added.print_help)
+    return parser
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
+    add_config(parser)
+    parser.add_argument("--help", action="help", help="show this help message and exit")
+    parser.add_argument("--server", nargs="+", action="extend", metavar="URL",
+                        help="servers, in place of the file's")  # fmt: skip
+    parser.add_argument("--max-load", nargs="+", action="extend", metavar="N",
+                        help="their max_concurrent_requests")  # fmt: skip
+    parser.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
+    parser.add_argument("-p", "--port", help="port to listen on")
+    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
+    parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
+    parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
+    parser.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
+
+
+@command("run", "serve; also without the word", add_run, add_help=False)
+def run_balancer(args: argparse.Namespace) -> int:
+    if args.host == "":
+        args.print_help()
+        return 0
+    if args.max_load and len(args.max_load) != len(args.server or ()):
+        return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
+                    " servers, expected one for each")  # fmt: skip
+    path = config_path(args, "" if args.server else DEFAULT_CONFIG)
+    overrides = overrides_from(args, os.environ)
+    settings, warnings = load_settings(path, overrides)
+    with logging_to_stdout(settings.log_level):
+        for warning in (*warn_of(os.environ, args), *warnings):
+            log.warning("%s", warning)
+        inherited = inherited_sockets()
+        lines_wanted = settings.log_to_console  # --console, too
+
+        def start(run: Runner) -> Awaitable[None]:
+            balancer = Balancer(settings, path, overrides, inherited)
+            inherit_changes(balancer.core.roster)
+            return run(balancer)
+
+        return serve_until_stopped(
+            start,
+            screen=sys.stdout.isatty() and not (lines_wanted or inherited[SOCKETS_ENV]))
+
+
+PART_ROW = re.compile(r"^ +([IVX]+)  (.+?) +[\d,]+ lines, (.+)$", re.MULTILINE)  # of the map
+PART_BANNER = re.compile(r"^# (?:━━━ part ([IVX]+): |─+ the ruler )", re.MULTILINE)
+RULER = "       -- the ruler: above, all that runs for a file of five lines --"
+
+
+def parts_table(source: str) -> str:
+    """For each part of this file how many lines it has, and when it runs."""
+    runs = {number: (name, when) for number, name, when in PART_ROW.findall(source)}
+    starts = [(m[1], source.count("\n", 0, m.start())) for m in PART_BANNER.finditer(source)]
+    ends = [line for _, line in starts[1:]] + [source.count("\n")]
+    row = "{:>5}  {:15}{:7,}  {}".format
+    lines = [" part                   lines  runs", row("", "map, imports", starts[0][1], "always")]
+    for (number, start), end in zip(starts, ends):
+        name, when = runs.get(number, ("", ""))
+        lines.append(row(number, name, end - start, when) if number else RULER)
+    return "\n".join([*lines, row("", "together", ends[-1], "").rstrip()])
+
+
+def add_help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topic", nargs="?", help="a command, or parts")
+
+
+@command("help", "say how a command is used; help parts: what the file has", add_help)
+def print_help(args: argparse.Namespace) -> int:
+    if args.topic != "parts":
+        argument_parser().parse_args([*filter(None, [args.topic]), "--help"])
+    source = os.path.splitext(__file__)[0] + ".py"  # it may run compiled
+    print(parts_table(SettingsFile(source).text()))
+    return 0
+
+
+@command("version", "print the version")
+def print_version(args: argparse.Namespace) -> int:
+    print(f"mvllm_lite {__version__}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):  # None, where they were closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        argv = ["run", *argv]
+    args = argument_parser(argv[0]).parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SettingsError as error:
+        text = str(error)
+        if getattr(args, "file", None) and not os.path.exists(args.file):
+            text += did_you_mean(args.file, COMMANDS)
+        return fail(text)
+
+
+# ────────────────────────────────────────── the ruler ─────────────────────────────────────────
+# Above: all that runs for a servers.toml of five lines.  Below: what a subcommand, a terminal or a
+# browser asks for.  It hooks itself into COMMANDS, ENDPOINTS and SCREENS.
+
+
+# ━━━ part XI: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  57  cells
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
+
+
+class Style(Enum):
+    """What a piece of text means; how that looks is the terminal's affair."""
+
+    PLAIN = "plain"
+    DIM = "dim"
+    TITLE = "title"
+    HEAD = "head"  # of a column
+    SORTED = "sorted"  # head of the column that rows are sorted by
+    GOOD = "good"
+    WARN = "warn"
+    BAD = "bad"
+    SELECTED = "selected"
+    BAR = "bar"
+    KEY = "key"
+    ASK = "ask"  # a question that waits for its answer
+
+
+Span = tuple[str, Style]
+Line = list[Span]
+Document = Mapping[str, Any]
+
+
+class Size(NamedTuple):
+    columns: int
+    rows: int
+
+
+class Look(NamedTuple):
+    """What the terminal can show."""
+
+    unicode: bool = True
+    colours: bool = True
+
+    @property
+    def bar(self) -> tuple[str, str]:
+        return ("█", "░") if self.unicode else ("#", ".")
+
+    @property
+    def levels(self) -> str:
+        return "▁▂▃▄▅▆▇█" if self.unicode else "_.:-=+*#"
+
+    @property
+    def dots(self) -> str:
+        return "…" if self.unicode else "~"
+
+    @property
+    def rule(self) -> str:
+        return "─" if self.unicode else "-"
+
+
+class Mode(Enum):
+    LIST = "list"
+    DETAIL = "detail"
+    HELP = "help"
+
+
+class Action(NamedTuple):
+    """What a key asks of the balancer."""
+
+    verb: str  # drain, undrain, probe or quit
+    url: str = ""  # of the server
+
+
+class Ui(NamedTuple):
+    """What the reader of the screen has chosen.  `settle` makes it fit what there is."""
+
+    mode: Mode = Mode.LIST
+    selected: str = ""  # the URL of a server, since rows move when they are sorted
+    scroll: int = 0  # rows of the list that are above the screen
+    lines_up: int = 0  # the same of the detail, or the help
+    page: int = 10  # rows that are seen at once
+    sort: str = "given"
+    filter: str = ""
+    typed: str | None = None  # a filter that is being typed
+    asked: Action | None = None  # waits for y or n
+    question: str = ""
+    paused: bool = False
+    note: str = ""  # what the last key did, until the next
+    remote: bool = False  # the balancer is another process: to quit does not stop it
+
+
+# Of text.  Terminals count cells: two for wide characters, none for combining ones.
+
+PLAINER = str.maketrans({"×": "x", "–": "-", "—": "-", "…": "~", "·": ".", "’": "'", "≥": ">="})
+SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # or nothing to be seen
+
+
+@functools.lru_cache(4096)
+def cell(char: str) -> int:
+    """How many cells a character takes."""
+    if char.isascii():
+        return 1
+    if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cells(text: str) -> int:
+    return len(text) if text.isascii() else sum(map(cell, text))
+
+
+def clean(text: str, look: Look) -> str:
+    """Text from anywhere, fit to be shown: no control characters, nothing that changes the
+    direction or the width of its neighbours."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
+    if not look.unicode:
+        text = unicodedata.normalize("NFKD", text.translate(PLAINER))
+        text = "".join(c for c in text if not unicodedata.combining(c))
+        text = "".join(c if c.isascii() else "?" * cell(c) for c in text)
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    return f" {text}" if text and not cell(text[0]) else text  # nothing to combine with
+
+
+UNCLEANED = ("history", "url", "settings_error")  # numbers, what actions are about, and lines
+
+
+def cleaned(value: Any, look: Look) -> Any:
+    """A status document whose texts are fit to be shown, in one line each."""
+    if isinstance(value, str):
+        return clean(value, look)
+    if isinstance(value, list):
+        return [cleaned(item, look) for item in value]
+    if isinstance(value, dict):
+        return {key: item if key in UNCLEANED else cleaned(item, look)
+                for key, item in value.items()}  # fmt: skip
+    return value
+
+
+def cut(text: str, width: int) -> str:
+    """As much of its start as fits."""
+    if cells(text) <= width:
+        return text
+    taken = 0
+    for n, char in enumerate(text):
+        taken += cell(char)
+        if taken > width:
+            return text[:n]
+    return text
+
+
+def fit(text: str, width: int, look: Look) -> str:
+    """Cut where it does not fit, and that is shown."""
+    if cells(text) <= width:
+        return text
+    return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
+
+
+def fit_name(name: str, width: int, look: Look) -> str:
+    """A host:port that is wider than the whole screen loses some of its middle, never its port."""
+    if cells(name) <= width:
+        return name
+    host, colon, port = name.rpartition(":")
+    return fit(host, max(0, width - cells(port) - 1), look) + colon + port
+
+
+def pad(text: str, width: int, right: bool = False) -> str:
+    space = " " * (width - cells(text))
+    return space + text if right else text + space
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Text in lines of that width, broken at spaces if there are any."""
+    lines: list[str] = []
+    for line in text.splitlines() or [""]:
+        before = len(lines)
+        while cells(line) > width and line:
+            head = cut(line, width) or line[:1]
+            at = len(head) if line[len(head) :].startswith(" ") else head.rfind(" ")
+            head = head[:at] if at > width // 3 else head
+            lines.append(head)
+            line = line[len(head) :].lstrip()
+        if line or len(lines) == before:
+            lines.append(line)
+    return lines
+
+
+def clipped(line: Line, width: int) -> Line:
+    """The line as far as it fits; whatever made it, it never wraps."""
+    out: Line = []
+    for text, style in line:
+        text = cut(text, width)
+        if text:
+            out.append((text, style))
+        width -= cells(text)
+    return out
+
+
+# Of numbers.  None is unknown; so is what is no number.
+
+
+UNITS: tuple[tuple[float, float, str], ...] = (
+    (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
+)  # fmt: skip
+
+
+# Numbers in few characters.
+
+
+def known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def short_number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    if abs(value) < 9.95:
+        return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+    for limit, scale, letter in UNITS:
+        if abs(value) < limit:
+            return f"{value / scale:.0f}{letter}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def percent(ratio: float | None) -> str:
+    return f"{100 * ratio:.0f}%" if ratio is not None and abs(ratio) < 100 else "-"
+
+
+def short_time(seconds: float | None) -> str:
+    """60ms, 1.4s, 14s, 20m."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 599.5:
+        return f"{short_number(seconds)}s"
+    return f"{short_number(seconds / 60)}m"
+
+
+def time_pair(low: float | None, high: float | None) -> str:
+    """60/300ms: two times that mostly have one unit."""
+    first, second = short_time(low), short_time(high)
+    unit = second.lstrip("0123456789.-")
+    if unit and first.lstrip("0123456789.-") == unit:
+        first = first.removesuffix(unit)
+    return "-" if first == second == "-" else f"{first}/{second}"
+
+
+def long_time(seconds: float | None) -> str:
+    """45 s, 12 min, 1 h 05 min, 3 d 4 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return "an unknown time"
+    whole = max(0, int(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole // 60 % 60:02} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
+
+
+def bar_of(ratio: float | None, width: int, look: Look) -> str:
+    full, empty = look.bar
+    share = min(1.0, max(0.0, ratio)) if ratio is not None and math.isfinite(ratio) else 0.0
+    count = math.ceil(share * width - 1e-9)  # whatever is there is seen
+    return full * count + empty * (width - count)
+
+
+def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
+    """The newest at the right; what is unknown is a gap."""
+    marks, out = look.levels, ""
+    for ratio in history[-width:] if width > 0 else ():
+        if ratio is None or not math.isfinite(ratio):
+            out += " "
+        else:
+            out += marks[min(len(marks) - 1, max(0, int(ratio * len(marks))))]
+    return out
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  58  table
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The servers as a table: a server of a status document in, a line of styled text out.  What a
+# colour says, a word says too.
+#
+# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
+# goes first when there is no room.
+
+
+def load_ratio(server: Document) -> float | None:
+    """How full a server is: its requests, ours and those of others, by its capacity."""
+    said = (server["running"] or 0) + (server["waiting"] or 0)
+    capacity = server["capacity"]
+    if not known(capacity) or capacity <= 0:
+        return None
+    return float(max(said, server["in_flight"] or 0) / capacity)
+
+
+SHORT_STATES = {
+    "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
+    "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
+}  # fmt: skip
+STATE_STYLES = {
+    "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
+    "circuit half-open": Style.WARN, "asleep": Style.WARN,
+}  # fmt: skip
+
+
+def state_text(server: Document, width: int = 1000) -> str:
+    """Its state in a word, a short one if need be."""
+    state: str = server["state"]
+    word = "half-open" if state == "circuit half-open" else state
+    return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
+
+
+def state_style(server: Document) -> Style:
+    return STATE_STYLES.get(server["state"], Style.BAD)
+
+
+def load_style(server: Document) -> Style:
+    """mvllm's limits."""
+    ratio = load_ratio(server) or 0.0
+    return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
+
+
+def is_out(server: Document) -> bool:
+    """Whether the reason says more than its numbers."""
+    return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
+
+
+def model_names(server: Document) -> str:
+    """As mvllm: up to three names, or two and how many more."""
+    names = server["models"] or []
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} (+{len(names) - 2})"
+    return ", ".join(names) or "no models"
+
+
+def said(server: Document, key: str, form: Callable[[float | None], str] = short_number) -> str:
+    """A number that the server has reported; it is marked if that was some time ago."""
+    value = server[key]
+    return form(value) + "?" * bool(server["stale"] and known(value))
+
+
+def unknown_last(value: float | None) -> float:
+    return -math.inf if value is None or not math.isfinite(value) else value
+
+
+# How the list can be sorted: by name in words, and what is first has the lowest value.
+SORTS: dict[str, Callable[[Document], Any]] = {
+    "given": lambda server: 0,
+    "name": lambda server: server["name"],
+    "state": lambda server: (server["state"] == "healthy", server["state"]),
+    "load": lambda server: -unknown_last(load_ratio(server)),
+    "running": lambda server: -unknown_last(server["running"]),
+    "waiting": lambda server: -unknown_last(server["waiting"]),
+    "kv": lambda server: -unknown_last(server["kv_usage_ratio"]),
+    "ttft": lambda server: -unknown_last(server["ttft_p95_s"]),
+    "tokens": lambda server: -unknown_last(server["tokens_per_s"]),
+    "errors": lambda server: -unknown_last(server["errors"]),
+}
+
+
+def listed(ui: Ui, status: Document) -> list[Document]:
+    """The servers that the filter leaves, sorted.  Each of its words is in a server's name, state
+    or models."""
+    words = (ui.filter if ui.typed is None else ui.typed).lower().split()
+
+    def wanted(server: Document) -> bool:
+        if not words:
+            return True
+        text = f"{server['name']} {server['state']} {' '.join(server['models'] or ())}".lower()
+        return all(word in text for word in words)
+
+    servers = [server for server in status["servers"] if wanted(server)]
+    return sorted(servers, key=SORTS[ui.sort])
+
+
+def selected(ui: Ui, status: Document) -> Document | None:
+    """The selected server, or the first one of the list; a detail is of no other than it."""
+    if ui.mode is Mode.DETAIL:
+        return next((s for s in status["servers"] if s["url"] == ui.selected), None)
+    servers = listed(ui, status)
+    return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
+
+
+# Of the table.
+
+
+class Column(NamedTuple):
+    head: str
+    rank: int  # the highest is left out first
+    least: int  # cells
+    right: bool
+    text: Callable[[Document, Look], str]
+    style: Callable[[Document], Style] = lambda server: Style.PLAIN
+    sort: str = ""  # the sort that it shows
+    most: int = 0  # cells, if there is room; 0: what its texts take
+
+
+def capacity_text(server: Document, look: Look) -> str:
+    """A bar of how full it is, and how many requests that would be."""
+    learned = "~" if server["capacity_learned"] else ""
+    number = learned + short_number(server["capacity"])
+    return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
+
+
+def plain(server: Document) -> Style:
+    return Style.PLAIN
+
+
+def failure_style(server: Document) -> Style:
+    return Style.BAD if server["errors"] else Style.PLAIN
+
+
+COLUMNS = (
+    Column("STATE", 0, 4, False, lambda s, look: state_text(s), state_style, "state"),
+    Column("MODELS", 4, 8, False, lambda s, look: model_names(s),
+           lambda s: Style.PLAIN if s["models"] else Style.DIM, most=60),
+    Column("RUN", 1, 3, True, lambda s, look: said(s, "running"), plain, "running"),
+    Column("WAIT", 2, 4, True, lambda s, look: said(s, "waiting"),
+           lambda s: Style.WARN if s["waiting"] else Style.PLAIN, "waiting"),
+    Column("OURS", 5, 4, True, lambda s, look: short_number(s["in_flight"])),
+    Column("CAPACITY", 3, 11, True, capacity_text, load_style, "load"),
+    Column("KV", 6, 4, True, lambda s, look: said(s, "kv_usage_ratio", percent),
+           lambda s: Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN, "kv"),
+    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain, "tokens"),
+    Column("TTFT 50/95", 8, 10, True,
+           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain, "ttft"),
+    Column("ERR", 7, 3, True, lambda s, look: short_number(s["errors"]), failure_style, "errors"),
+    Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
+    Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
+           lambda s: Style.BAR, most=60),
+)  # fmt: skip
+MARK_CELLS = 2  # cells before a name: whether it is selected, whether it is well
+
+
+class Place(NamedTuple):
+    """A column on the screen."""
+
+    column: Column
+    width: int
+
+
+def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
+    """The columns for which there is room; what is left over goes to those that can use it."""
+    if not servers or left < 5:
+        return []
+    wants = {column: max(cells(column.text(server, look)) for server in servers)
+             for column in COLUMNS}  # fmt: skip
+    widths: dict[Column, int] = {}
+    for column in sorted(COLUMNS, key=lambda column: column.rank):
+        width = column.least if column.most else max(column.least, wants[column])
+        if column is COLUMNS[0] and width >= left:
+            width = column.least  # its short words
+        if width + 1 <= left:
+            widths[column], left = width, left - width - 1
+    for column in widths:
+        if column.most:
+            more = max(0, min(left, min(column.most, wants[column]) - widths[column]))
+            widths[column], left = widths[column] + more, left - more
+    return [Place(column, widths[column]) for column in COLUMNS if column in widths]
+
+
+def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
+    def head(text: str, key: str) -> Span:
+        return text, Style.SORTED if sort == key else Style.HEAD
+
+    name = head(pad("SERVER"[:name_width], name_width), "name")
+    line: Line = [(" " * MARK_CELLS, Style.HEAD), name]
+    for column, width in shown:
+        line += [(" ", Style.HEAD), head(pad(column.head[:width], width, column.right),
+                                         column.sort or "-")]  # fmt: skip
+    return line
+
+
+def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
+                reason_below: bool, width: int) -> Line:  # fmt: skip
+    """A server's row of the table; the reason why it is out has no need of its numbers."""
+    style = state_style(server)
+    mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
+    name = fit_name(server["name"], name_width, look)
+    line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
+    for column, cells_wide in shown:
+        if column is not COLUMNS[0] and is_out(server) and not reason_below:
+            reason = f"{server['reason']}, for {long_time(server['since_s'])}"
+            left = width - sum(cells(text) for text, _ in line) - 1
+            return [*line, (" ", Style.PLAIN), (fit(reason, left, look), style)]
+        word = (state_text(server, cells_wide) if column is COLUMNS[0] else
+                column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
+                fit(column.text(server, look), cells_wide, look))  # fmt: skip
+        dim = server["stale"] and column.head in ("RUN", "WAIT", "KV")
+        line.append((" ", Style.PLAIN))
+        line.append((pad(word, cells_wide, column.right),
+                     Style.DIM if dim else column.style(server)))  # fmt: skip
+    return line
+
+
+def reason_line(server: Document, look: Look, width: int) -> Line:
+    corner = "└" if look.unicode else "`"
+    text = f"{corner} {server['reason']}, for {long_time(server['since_s'])}"
+    return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
+
+
+def marked(line: Line, width: int) -> Line:
+    """A row as the selected one: by a mark, too, for who sees no inverse."""
+    text = "".join(text for text, _ in line)
+    return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  59  screen
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
+
+
+def packed(items: Sequence[Span], width: int) -> Line:
+    """The items that fit beside each other, the first ones first."""
+    line: Line = []
+    for text, style in items:
+        gap = "  " if line else ""
+        if text and cells(text) + len(gap) <= width:
+            line += [(gap, Style.PLAIN), (text, style)]
+            width -= cells(text) + len(gap)
+    return line
+
+
+def total_items(status: Document) -> list[Span]:
+    """The fleet in one line, what matters most first."""
+    t = status["totals"]
+    healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
+    style = Style.GOOD if healthy == servers else Style.WARN if healthy else Style.BAD
+    words = f"{healthy} of {servers} healthy" if servers else "no servers"
+    ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
+    wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
+    return [
+        (words, style), *wrong,
+        (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
+        (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
+        (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
+        (f"errors {short_number(None if errors is None else 100 * errors)}%",
+         Style.BAD if errors else Style.PLAIN),
+        (f"TTFT {ttft}", Style.PLAIN), (f"{short_number(t['tokens_per_s'])} tok/s", Style.PLAIN),
+        (f"clients {short_number(t['connections'])}", Style.PLAIN),
+    ]  # fmt: skip
+
+
+def title_line(status: Document, ui: Ui, width: int) -> Line:
+    """Who this is; the time stands at the right."""
+    flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
+        [("STOPPING", Style.ASK)] * bool(status["stopping"]))  # fmt: skip
+    clock = status["time"]
+    line = packed([*flags, (f"mvllm_lite {status['version']}", Style.TITLE),
+                   (status["address"], Style.PLAIN),
+                   (f"up {long_time(status['uptime_s'])}", Style.PLAIN)],
+                  width - cells(clock) - 2)  # fmt: skip
+    gap = width - cells(clock) - sum(cells(text) for text, _ in line)
+    return [*line, (" " * gap, Style.PLAIN), (clock, Style.DIM)] if gap > 0 else line
+
+
+def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+    """Where the settings are from, or the complaint about them as far as there is room."""
+    if status["settings_error"] and rows > 0:
+        lines = [clean(line, look) for line in status["settings_error"].splitlines()]
+        complaint = wrapped("settings not used: " + "\n".join(lines), width)
+        return [[(line, Style.BAD)] for line in complaint[:rows]]
+    return [[(f"settings {status['settings']}", Style.DIM)]][:rows]
+
+
+def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """Totals, and what else fits above the table."""
+    width, rows = size
+    lines = [packed(total_items(status), width)]
+    if rows >= 8:
+        lines.insert(0, title_line(status, ui, width))
+    elif ui.paused:
+        lines = [packed([("PAUSED", Style.ASK), *total_items(status)], width)]
+    spare = 0 if rows < 10 else 1 if rows < 14 else min(5, rows // 6)
+    return lines + settings_lines(status, spare, look, width)
+
+
+KEYS = (
+    ("q", "quit, or back", "quit"), ("?", "help, this page", "help"),
+    ("Enter", "all about the selected server", "detail"),
+    ("d", "drain it, or undo that; asks before", "drain"),
+    ("/", "filter by name, state or model", "filter"), ("s", "sort by the next column", "sort"),
+    ("r", "probe it now", "probe"), ("p", "pause the screen, not the balancer", "pause"),
+    ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
+    ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
+    ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
+)  # fmt: skip
+
+
+def key_line(ui: Ui, place: str, width: int) -> Line:
+    """The last line: a question, what is typed, what a key did, or which keys there are."""
+    if ui.asked:
+        return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
+    if ui.typed is not None:
+        return [("/", Style.KEY), (ui.typed[-max(1, width // 2 - 3) :] + "_", Style.PLAIN),
+                ("  Enter keep, Esc clear", Style.DIM)]  # fmt: skip
+    if ui.note:
+        return [(ui.note, Style.TITLE)]
+    if ui.mode is not Mode.LIST:
+        return [("q", Style.KEY), (" back  ", Style.DIM), (place, Style.DIM)]
+    line: Line = []
+    left = width - cells(place) - 2 * bool(place)
+    if ui.filter:
+        line = [(cut(f"/{ui.filter}  ", max(0, left)), Style.KEY)]
+        left -= cells(line[0][0])
+    for key, _, word in KEYS:
+        word = f"sort {ui.sort}" if word == "sort" else word
+        if word and len(key) + len(word) + 1 <= left:
+            line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
+            left -= len(key) + len(word) + 3
+    return [*line, (" " * max(0, left + 2), Style.PLAIN), (place, Style.DIM)] if place else line
+
+
+def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
+    """The newest events, as many as fit below their title."""
+    if rows < 2:
+        return []
+    lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
+                          (look.rule * (width - 10), Style.DIM)]]  # fmt: skip
+    for event in status["events"][1 - rows :]:
+        level = event["level"]
+        style = {"warning": Style.WARN, "error": Style.BAD}.get(level, Style.PLAIN)
+        words = event["text"] if level == "info" else f"{level}: {event['text']}"
+        line: Line = [(f"{event['time']} ", Style.DIM), (words, style)]
+        taken = cells(event["time"]) + 1
+        lines.append([line[0], (fit(words, max(0, width - taken), look), style)])
+    return lines
+
+
+# The three screens.
+
+
+class Frame(NamedTuple):
+    """How the rows of the list screen are shared out."""
+
+    top: list[Line]
+    table: int  # rows for servers
+    reasons: bool  # whether reasons have lines of their own
+    events: int  # rows for events
+
+
+def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
+    top = top_lines(status, ui, look, size)
+    free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
+    servers = listed(ui, status)
+    with_reasons = len(servers) + sum(map(is_out, servers))
+    least = min(6, len(status["events"]) + 1) if free >= 12 else 0
+    reasons = with_reasons <= free - least
+    table = min(with_reasons if reasons else len(servers), free - least)
+    events = free - table
+    return Frame(top, table + (events if events < 2 else 0), reasons, events if events > 1 else 0)
+
+
+def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    parts, servers, width = frame(status, ui, look, size), listed(ui, status), size.columns
+    name_width = max([6, *(cells(server["name"]) for server in servers)])
+    name_width = max(0, min(name_width, width - MARK_CELLS))
+    shown = places(servers, width - MARK_CELLS - name_width, look)
+    rows: list[Line] = []
+    window = servers[ui.scroll : ui.scroll + max(0, parts.table)]
+    for server in window:
+        line = server_line(server, name_width, shown, look, parts.reasons, width)
+        rows.append(marked(line, width) if server["url"] == ui.selected else line)
+        if parts.reasons and is_out(server):
+            rows.append(reason_line(server, look, width))
+    if not servers:
+        rows = [[("no server matches the filter" if status["servers"] else
+                  "no servers in the settings", Style.WARN)]]  # fmt: skip
+    rows = (rows + [[]] * parts.table)[: parts.table]
+    events = event_lines(status, parts.events, look, width)
+    rows += events + [[]] * (parts.events - len(events))
+    end = ui.scroll + len(window)
+    place = f"{ui.scroll + 1}-{end} of {len(servers)}" if len(window) < len(servers) else ""
+    head = table_head(name_width, shown, ui.sort)
+    return [*parts.top, head, *rows, key_line(ui, place, width)]
+
+
+def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
+    """All that is known of a server: what, in words, and what that means."""
+    state = f"{server['state']} for {long_time(server['since_s'])}"
+    yield "state", state, state_style(server)
+    if server["reason"]:
+        yield "reason", server["reason"], Style.PLAIN
+    yield "url", clean(server["url"], look), Style.PLAIN
+    yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
+    old = " (reported some time ago)" if server["stale"] else ""
+    running, waiting, ours = (
+        short_number(server[key]) for key in ("running", "waiting", "in_flight"))
+    words = f"{running} running, {waiting} waiting{old}; {ours} of ours in flight"
+    yield "requests", words, Style.PLAIN
+    ratio, note = load_ratio(server), server["capacity_note"]
+    learned = "learned" if server["capacity_learned"] else "as set"
+    words = f"{bar_of(ratio, 10, look)} {percent(ratio)} of {short_number(server['capacity'])}"
+    yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
+    yield "KV cache", percent(server["kv_usage_ratio"]) + old, Style.PLAIN
+    yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
+    pending, speed = (
+        short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
+    yield "prompts", f"{pending} tokens not answered yet, read at {speed} tokens/s", Style.PLAIN
+    p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
+    yield "TTFT", f"{p50} median, {p95} p95, of the last minute", Style.PLAIN
+    errors, retries = short_number(server["errors"]), short_number(server["retries"])
+    words = f"{errors} errors, {retries} retries in the last minute"
+    yield "failures", words, failure_style(server)
+    yield "load", sparkline(server["history"] or (), 60, look) or "-", Style.BAR
+
+
+def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
+    """The text of a server's own screen; as many lines as it takes."""
+    lines: list[Line] = []
+    indent = 10 if width >= 40 else 2
+    for what, words, style in facts(server, look):
+        if indent == 2:
+            lines.append([(what, Style.HEAD)])
+        for n, text in enumerate(wrapped(words, max(1, width - indent))):
+            label = what if n == 0 and indent > 2 else ""
+            lines.append([(pad(label, indent), Style.HEAD), (text, style)])
+    for what, items in (("last errors", server["last_errors"]),
+                        ("last decisions", server["decisions"])):  # fmt: skip
+        lines += [[], [(what, Style.HEAD)]]
+        for item in items[::-1] or ["none"]:  # newest first
+            lines += [[("  " + text, Style.PLAIN)] for text in wrapped(item, max(1, width - 2))]
+    return lines
+
+
+def help_lines(look: Look, width: int) -> list[Line]:
+    lines: list[Line] = [[("Keys", Style.TITLE)]]
+    lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
+    meanings = (
+        "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
+        " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
+        " learned.  TTFT (time to first token, of streams), ERR (attempts that failed there) and"
+        " RETRY (of these, those that another followed) are of the last minute.  LOAD is"
+        " the past, newest at the right.  Before a name, ! is out and ? is on its way in or out.")
+    lines += [[], [("Numbers", Style.TITLE)]]
+    lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
+    lines += [[], [("Short words for states", Style.TITLE)]]
+    return lines + [[(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
+                    for word, short in SHORT_STATES.items()]  # fmt: skip
+
+
+def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
+    """The title and the text of a screen that is not the list."""
+    server = selected(ui, status)
+    if ui.mode is Mode.HELP or server is None:
+        return [("mvllm_lite, help", Style.TITLE)], help_lines(look, size.columns)
+    name = fit_name(server["name"], size.columns, look)
+    return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
+
+
+def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
+    """The Ui as it fits what there is: a server is selected, and it is to be seen."""
+    if ui.mode is not Mode.LIST:
+        if ui.mode is Mode.DETAIL and selected(ui, status) is None:
+            return settle(ui._replace(mode=Mode.LIST), status, look, size)
+        page = max(1, size.rows - 2)
+        most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
+        return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
+    urls = [server["url"] for server in listed(ui, status)]
+    page = max(1, frame(status, ui, look, size).table)
+    at = urls.index(ui.selected) if ui.selected in urls else 0
+    scroll = max(at - page + 1, min(ui.scroll, at, max(0, len(urls) - page)))
+    url = urls[at] if urls else ""
+    return ui._replace(selected=url, page=page, scroll=max(0, scroll), lines_up=0)
+
+
+def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """As many lines as there are rows, none wider than there are columns."""
+    status = cleaned(status, look)
+    return drawn(status, settle(ui, status, look, size), look, size)
+
+
+def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
+    """The same, of a status that is clean and a Ui that is settled."""
+    ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
+                     filter=clean(ui.filter, look))  # fmt: skip
+    if ui.typed is not None:
+        ui = ui._replace(typed=clean(ui.typed, look))
+    if ui.mode is Mode.LIST:
+        lines = list_lines(status, ui, look, size)
+    else:
+        title, text = page_lines(status, ui, look, size)
+        seen = text[ui.lines_up : ui.lines_up + ui.page]
+        rest = len(text) - ui.lines_up - len(seen)
+        place = f"{rest} more lines below" if rest else "the end" if ui.lines_up else ""
+        seen += [[]] * (ui.page - len(seen))
+        lines = [title, *seen, key_line(ui, place, size.columns)]
+    if len(lines) > size.rows:
+        lines = lines[: max(0, size.rows - 1)] + lines[-1:]
+    lines = [clipped(line, size.columns) for line in lines[: size.rows]]
+    return lines + [[]] * (size.rows - len(lines))
+
+
+# Of keys.
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  60  keys
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
+#
+# To add a key: a row in KEYS, and its branch in `press`.
+
+
+def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
+    """What a key makes of the screen, and what it asks of the balancer."""
+    ui = ui._replace(note="")
+    if ui.asked:
+        return answer(key, ui)
+    if ui.typed is not None:
+        return type_filter(key, ui, status), None
+    if key in MOVES:
+        return moved(MOVES[key], ui, status), None
+    if key in ("q", "esc"):
+        return leave(key, ui, status)
+    if key == "?":
+        return ui._replace(mode=Mode.HELP, lines_up=0), None
+    if key == "p":
+        return ui._replace(paused=not ui.paused), None
+    if ui.mode is Mode.LIST and key == "s":
+        names = list(SORTS)
+        return ui._replace(sort=names[(names.index(ui.sort) + 1) % len(names)]), None
+    if ui.mode is Mode.LIST and key == "/":
+        return ui._replace(typed=ui.filter), None
+    return about_server(key, ui, selected(ui, status))
+
+
+def answer(key: str, ui: Ui) -> tuple[Ui, Action | None]:
+    """A question has been asked; only y is yes, and only a clear no ends it."""
+    if key in ("y", "Y"):
+        note = f"{ui.question.partition('?')[0]}: yes"
+        return ui._replace(asked=None, question="", note=note), ui.asked
+    if key in ("n", "N", "q", "esc", "enter"):
+        return ui._replace(asked=None, question=""), None
+    return ui, None
+
+
+def type_filter(key: str, ui: Ui, status: Document) -> Ui:
+    typed = ui.typed or ""
+    if key == "enter":
+        return ui._replace(typed=None, filter=typed)
+    if key == "esc":
+        return ui._replace(typed=None, filter="")
+    if key == "backspace":
+        return ui._replace(typed=typed[:-1])
+    if key in ("up", "down"):
+        return moved(MOVES[key], ui, status)
+    return ui._replace(typed=typed + key) if len(key) == 1 and key.isprintable() else ui
+
+
+# Rows and pages down; the ends are further than any list.
+MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -1),
+         "pgdn": (0, 1), " ": (0, 1), "home": (-10**6, 0), "g": (-10**6, 0), "end": (10**6, 0),
+         "G": (10**6, 0)}  # fmt: skip
+
+
+def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
+    by = move[0] + move[1] * max(1, ui.page)
+    if ui.mode is not Mode.LIST:
+        return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
+    urls = [server["url"] for server in listed(ui, status)]
+    if not urls:
+        return ui
+    at = urls.index(ui.selected) if ui.selected in urls else 0
+    return ui._replace(selected=urls[max(0, min(len(urls) - 1, at + by))])
+
+
+def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
+    """Back to where one came from; from the list, q leaves the program."""
+    if ui.mode is not Mode.LIST:
+        return ui._replace(mode=Mode.LIST, lines_up=0), None
+    if key == "esc":
+        return ui._replace(filter=""), None
+    running = status["totals"]["in_flight"]
+    if ui.remote or not running:
+        return ui, Action("quit")
+    words = "1 request is" if running == 1 else f"{short_number(running)} requests are"
+    return ui._replace(asked=Action("quit"), question=f"quit? {words} in flight"), None
+
+
+def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
+    """Keys about the selected server."""
+    if server is None or ui.mode is Mode.HELP:
+        return ui, None
+    url, name = server["url"], server["name"]
+    if key == "enter":
+        return ui._replace(mode=Mode.DETAIL, selected=url, lines_up=0), None
+    if key == "r":
+        return ui._replace(note=f"{name} is being probed"), Action("probe", url)
+    if key != "d":
+        return ui, None
+    if server["state"] in ("draining", "drained"):
+        question = f"undrain {name}? it will get requests again"
+        return ui._replace(asked=Action("undrain", url), question=question), None
+    count = short_number(server["in_flight"])
+    question = f"drain {name}? it gets no new requests, {count} in flight go on"
+    return ui._replace(asked=Action("drain", url), question=question), None
+
+
+# By curses' names, and as characters.
+FUNCTION_KEYS = {
+    "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
+    "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
+    "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
+}  # fmt: skip
+CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
+            "\x0c": "redraw", "\x1b": "esc"}  # fmt: skip
+
+
+def key_of(char: str) -> str:
+    """The key by which a terminal sends a character; '' for none that means anything."""
+    return char if char.isprintable() else CONTROLS.get(char, "")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  61  terminal
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
+# process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
+# dead ssh, a stopped one), and has signal handlers of its own.  It is told over a socket what there
+# is to show, tells what keys ask for (a line of JSON each), and leaves when the socket is closed.
+
+TICK_S = 0.1  # between looks at the size and at who is in the foreground
+ESCAPE_MS = 50  # after which an Esc is the key and not the start of another
+NOT_TERMINALS = ("", "unknown", "network", "emacs")
+LIKELY = ("xterm-256color", "xterm", "vt100")  # what a terminal that terminfo does not know is like
+TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons look nowhere
+LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # by terminfo's names; the last for the other
+
+# A colour of the terminal's own palette, on its own background, so that light and dark do; and what
+# tells it without colours.
+LOOKS = {
+    Style.DIM: (-1, "A_DIM"), Style.TITLE: (-1, "A_BOLD"), Style.HEAD: (6, "A_BOLD"),
+    Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
+    Style.BAD: (1, "A_BOLD"), Style.SELECTED: (-1, "A_REVERSE"), Style.BAR: (5, "A_NORMAL"),
+    Style.KEY: (6, "A_BOLD"), Style.ASK: (-1, "A_REVERSE"),
+}  # fmt: skip
+
+
+def in_foreground(descriptor: int) -> bool:
+    """Whether the terminal is ours to use, not that of the shell that we were put behind."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # it is not our controlling terminal: nobody else's shell is there either
+        return True
+
+
+@contextlib.contextmanager
+def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
+    """That terminal by a description of its own, since not to wait is a matter of descriptions,
+    and the shell's is shared.  Raises OSError."""
+    flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(os.ttyname(terminal), flags)
+    except OSError:  # after su it is another user's, in a container it may have no name
+        descriptor = os.open("/dev/tty", flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def json_line(document: Any) -> bytes:
+    return json.dumps(document).encode() + b"\n"
+
+
+def known_terminal(curses: Any, name: str) -> str:
+    """By which name terminfo knows it, or one that is like it; '' if it can show no screen.
+    Without this, initscr would end the process."""
+    os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
+    for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
+        with contextlib.suppress(curses.error):
+            curses.setupterm(candidate, 1)
+            return candidate if curses.tigetstr("cup") else ""
+    return ""
+
+
+def run_screen(sock: socket.socket, remote: bool) -> str:
+    """The screen on this process's terminal, until the socket is closed, or one leaves a remote
+    balancer alone; why it has ended by itself, or ''."""
+    try:
+        import curses
+    except ImportError:
+        return "this Python has no curses"
+    given = os.environ.get("TERM", "")
+    os.environ["TERM"] = known_terminal(curses, given)
+    if not os.environ["TERM"]:
+        return f"TERM is {given!r}, no terminal that can show one"
+    for name in ("LINES", "COLUMNS"):  # the size changes
+        os.environ.pop(name, None)
+    try:
+        return CursesScreen(curses, sock, remote).run()
+    except OSError as error:
+        return f"the terminal has gone: {error_text(error)}"
+    except Exception as error:  # a status of another version, maybe
+        return f"it failed: {type(error).__name__}: {error}"
+
+
+class CursesScreen:
+    """A program that shows the newest status it was told."""
+
+    def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
+        """Told by `setupterm` what the terminal is."""
+        self.curses, self.sock = curses, sock
+        sock.setblocking(False)
+        self.ui = Ui(remote=remote)
+        self.received = b""
+        self.latest: Document | None = None
+        self.status: Document | None = None  # what is looked at; an older one while paused
+        self.over = self.changed = False
+        self.in_front = True
+
+    def run(self) -> str:
+        """Why it could not begin, or ''.  Raises OSError when the terminal has gone."""
+        known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
+        leave = b"".join(known[:-1] if known[-2] else known)
+        self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
+        while self.latest is None:
+            select.select([self.sock], [], [])
+            self.receive()
+            if self.over or self.ui.note:
+                return self.ui.note
+        time.sleep(2 * LOG_PAUSE_S)  # for log lines that are on their way to this terminal
+        self.window = self.curses.initscr()
+        try:
+            self.enter()
+            while not self.over:
+                self.turn()
+        finally:
+            self.curses.flushinp()
+            self.curses.endwin()
+        return ""
+
+    def enter(self) -> None:
+        curses, window = self.curses, self.window
+        curses.noecho()
+        curses.cbreak()
+        curses.nonl()
+        curses.set_escdelay(ESCAPE_MS)
+        window.keypad(True)
+        window.nodelay(True)
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        mode = termios.tcgetattr(0)
+        mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
+        if not self.ui.remote:
+            for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
+                mode[6][key] = b"\x00"
+        termios.tcsetattr(0, termios.TCSANOW, mode)
+        curses.def_prog_mode()
+        for number in (signal.SIGTTOU, signal.SIGTTIN):  # put behind a shell, we wait
+            signal.signal(number, signal.SIG_IGN)
+        wide = window.encoding.lower().replace("-", "") == "utf8" and hasattr(window, "get_wch")
+        colours = curses.has_colors() and not os.environ.get("NO_COLOR")
+        # The font of Linux's console has few characters.
+        self.look = Look(wide and os.environ["TERM"] != "linux", colours)
+        self.attributes = self.attributes_of(colours)
+
+    def attributes_of(self, colours: bool) -> dict[Style, int]:
+        curses, found, background = self.curses, dict[Style, int](), 0
+        if colours:
+            curses.start_color()
+            with contextlib.suppress(curses.error):  # it has no default colours
+                curses.use_default_colors()
+                background = -1
+        for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
+            found[style] = getattr(curses, mark)
+            if colours and colour >= 0:
+                curses.init_pair(n, colour, background)
+                found[style] |= curses.color_pair(n)
+        return found
+
+    def turn(self) -> None:
+        """Waits for something to do, for a tick at the most, and does it."""
+        in_front = in_foreground(0)
+        if in_front and not self.in_front:
+            self.curses.reset_prog_mode()
+            self.window.clearok(True)
+            self.changed = True
+        self.in_front = in_front
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        if in_front:
+            poll.register(0, select.POLLIN)
+        ready = dict(poll.poll(TICK_S * 1000))
+        if ready.get(0, 0) & (select.POLLHUP | select.POLLERR):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        told = self.receive()
+        if in_front:
+            self.press_keys()
+            self.paint()
+        if told:
+            self.say({})
+
+    def receive(self) -> bool:
+        """Whether the other side has told something."""
+        try:
+            while data := self.sock.recv(1 << 18):
+                self.received += data
+            self.over = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.over = True
+        *lines, self.received = self.received.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            self.latest = message.get("status", self.latest)
+            if "note" in message:
+                self.ui, self.changed = self.ui._replace(note=message["note"]), True
+        return bool(lines)
+
+    def say(self, message: Mapping[str, str]) -> None:
+        with contextlib.suppress(OSError):  # reading will tell
+            self.sock.send(json_line(message))
+
+    def press_keys(self) -> None:
+        while key := self.next_key():
+            self.changed = True
+            if key == "redraw":
+                self.window.clearok(True)
+            elif self.status is not None:
+                self.ui, action = press(key, self.ui, self.status)
+                if action is not None and action.verb == "quit" and self.ui.remote:
+                    self.over = True
+                elif action is not None:
+                    self.say(action._asdict())
+
+    def next_key(self) -> str:
+        """The next key that means something; '' if none was pressed."""
+        read = getattr(self.window, "get_wch", self.window.getch)
+        with contextlib.suppress(self.curses.error):  # none
+            while (code := read()) != -1:
+                if isinstance(code, int) and code > 255:
+                    key = FUNCTION_KEYS.get(self.curses.keyname(code).decode(), "")
+                else:
+                    key = key_of(code if isinstance(code, str) else chr(code))
+                if key:
+                    return key
+        return ""
+
+    def paint(self) -> None:
+        if self.latest is not None and not (self.ui.paused and self.status):
+            self.status, self.latest = cleaned(self.latest, self.look), None
+        elif not self.changed:
+            return
+        if self.status is None:
+            return
+        self.changed = False
+        rows, columns = self.window.getmaxyx()
+        size = Size(columns, rows)
+        self.ui = settle(self.ui, self.status, self.look, size)
+        self.window.erase()
+        for row, line in enumerate(drawn(self.status, self.ui, self.look, size)):
+            column = 0
+            for text, style in line:
+                with contextlib.suppress(self.curses.error):  # beyond the last cell is no place
+                    self.window.addstr(row, column, text, self.attributes.get(style, 0))
+                column += cells(text)
+        self.window.refresh()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  62  top
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
+# that runs elsewhere (`top`).
+
+SCREEN_S = 0.5  # between two statuses
+UNANSWERED_LIMIT = 20  # of them in a row: then the program hangs, as its terminal may
+FAREWELL_S = 1.0  # for it to end by itself
+CANCEL = b"\x18"  # of a sequence that was begun
+
+
+class ScreenProcess:
+    """The screen on our terminal, in its own process, which is killed when it answers no more."""
+
+    def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
+                 hold: Callable[[bool], object], terminal: int = 1) -> None:  # fmt: skip
+        """Begins to start it.  `act` is told what keys ask for, and `hold` whether the terminal is
+        that process's alone."""
+        self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
+        self.why = ""  # it has ended
+        self.leave = b""  # for a terminal that it could not leave
+        self.unanswered = 0
+        self.closing = False
+        self.writer: asyncio.StreamWriter | None = None
+        self.task = asyncio.ensure_future(self.run())
+
+    async def close(self) -> None:
+        """The terminal is as it was when this returns, after a second or so at the most."""
+        self.closing = True
+        if self.writer is not None:
+            self.writer.transport.abort()
+        await self.task
+
+    async def run(self) -> None:
+        try:
+            with opened_anew(self.terminal, os.O_NONBLOCK) as terminal:
+                saved = termios.tcgetattr(terminal)
+                if code := await self.converse():
+                    if self.leave:
+                        restore(terminal, saved, self.leave)
+                    self.why = self.why or f"its process ended with {code}"
+        except (OSError, termios.error) as error:
+            self.why = str(error)
+        self.hold(False)
+        if not self.closing:
+            log.warning("no screen: %s", self.why)
+
+    async def converse(self) -> int:
+        """With the process, until it has ended; its exit code.  Raises OSError."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-I", "-S", __file__, "top", "--socket", str(theirs.fileno())]
+        with theirs, opened_anew(self.terminal) as terminal:
+            child = await asyncio.create_subprocess_exec(
+                *command, stdin=terminal, stdout=terminal, stderr=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()])
+        reader, self.writer = await asyncio.open_connection(sock=ours)
+        telling = asyncio.ensure_future(self.tell(child, self.writer))
+        with contextlib.suppress(OSError):
+            while line := not self.closing and await reader.readline():
+                self.hear(json.loads(line))
+        telling.cancel()
+        self.writer.transport.abort()
+        if self.leave:  # it has begun
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    return await child.wait()
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        return await child.wait()
+
+    async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
+        """Counted, not timed: when we were stopped, it was not at fault."""
+        while self.unanswered < UNANSWERED_LIMIT:
+            self.unanswered += 1
+            if self.leave and not writer.transport.get_write_buffer_size():
+                writer.write(json_line({"status": self.status()}))
+            await asyncio.sleep(SCREEN_S)
+        self.why = "it answers no more"
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+
+    def hear(self, message: Mapping[str, str]) -> None:
+        self.unanswered = 0
+        if "leave" in message:
+            self.leave = CANCEL + message["leave"].encode("latin-1")
+            self.hold(True)
+        elif "verb" in message:
+            self.act(Action(message["verb"], message["url"]))
+        self.why = message.get("why", self.why)
+
+
+def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
+    """A terminal as it was, after a process that could not do that itself."""
+    with contextlib.suppress(OSError, termios.error):
+        if in_foreground(terminal):
+            termios.tcflush(terminal, termios.TCIOFLUSH)
+            termios.tcsetattr(terminal, termios.TCSANOW, saved)
+            os.write(terminal, leave)
+
+
+TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
+
+
+async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
+    """Tells a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+
+    async def tell() -> None:
+        while True:
+            found, why = await answer_of(client, "/status.json")
+            if not why and "totals" not in found:
+                why = "it is no balancer's status"
+            writer.write(json_line({"note": f"{client.url}/status.json: {why}"} if why else
+                                   {"status": found | {"address": client.url}}))  # fmt: skip
+            await asyncio.sleep(STATUS_S)
+
+    telling = asyncio.ensure_future(tell())
+    while line := await reader.readline():
+        if verb := (said := json.loads(line)).get("verb"):
+            query = urllib.parse.urlencode({"url": said["url"]})
+            found, why = await answer_of(client, f"/admin/servers/{verb}?{query}", b"")
+            note = why or found.get("done") or found.get("why") or "passed"
+            writer.write(json_line({"note": f"{verb}: {note}"}))
+    telling.cancel()
+    writer.close()
+
+
+async def answer_of(
+    client: HttpClient, path: str, content: bytes | None = None
+) -> tuple[dict[str, Any], str]:
+    """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
+    try:
+        status, answer = await client.fetch(path, TOP_TIMEOUT_S, content)
+        found = read_members(answer, None)
+    except (PeerGone, BadMessage, TimeoutError) as error:
+        return {}, str(error) or "no answer in time"
+    error = found.get("error")
+    message = error.get("message") if isinstance(error, dict) else "no reason is told"
+    return found, "" if status == 200 else f"{status}: {message}"
+
+
+@SCREENS.append
+@contextlib.asynccontextmanager
+async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
+    """The screen, in place of log lines, for as long as the terminal takes part."""
+    if not in_foreground(1):
+        yield
+        return
+    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
+    doing = set[asyncio.Future[Any]]()
+
+    def act(action: Action) -> None:
+        if action.verb == "quit":
+            balancer.stop()
+        elif action.verb in OPERATIONS:
+            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
+            task.add_done_callback(doing.discard)
+
+    def hold(held: bool) -> None:
+        for one in lines:
+            (log.removeHandler if held else log.addHandler)(one)
+
+    screen = ScreenProcess(core.status, act, hold)
+    balancer.handover.before = screen.close
+    try:
+        yield
+    finally:
+        await screen.close()
+
+
+async def act_on_server(core: Core, action: Action) -> None:
+    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
+    try:
+        server = server_named(core, action.url)
+        found = await OPERATIONS[action.verb](core, server)
+        if action.verb == "probe":
+            log.info("by hand: %s probed: %s", action.url, json.dumps(found))
+    except (LookupError, PeerGone) as error:
+        log.warning("%s", error.args[0])
+
+
+def add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}",
+                        metavar="URL", help="where it listens (default %(default)s)")  # fmt: skip
+    parser.add_argument("--key-file", default="", metavar="FILE",
+                        help="holds a key for status and admin")  # fmt: skip
+    parser.add_argument("--ca-file", default="", metavar="FILE",
+                        help="https: certificates to trust")  # fmt: skip
+    parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
+    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of who has started it
+
+
+@command("top", "the screen, of a balancer that runs elsewhere", add_top,
+         example="top http://10.0.0.9:8888")
+def run_top(args: argparse.Namespace) -> int:
+    """The screen: of the balancer that has started this process, or of one elsewhere."""
+    if args.socket is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and that us
+        with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
+            sock.send(json_line({"why": run_screen(sock, remote=False)}))
+        return 0
+    entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
+             "verify": not args.insecure}  # fmt: skip
+    settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
+    client = HttpClient(settings.servers[0].url, Secrets(settings))
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return fail("top: expected a terminal")
+    ours, theirs = socket.socketpair()
+    feed = threading.Thread(target=lambda: asyncio.run(feed_screen(client, theirs)), daemon=True)
+    feed.start()
+    with ours, contextlib.suppress(KeyboardInterrupt):
+        if why := run_screen(ours, remote=True):
+            return fail(printable(f"top: {why}"))
+    return 0
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  63  page
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -14007,258 +13685,896 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
+# ━━━ part XII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  55  doctor
+#  64  traces
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# What is usually found out too late: each server is asked for all that the balancer will rely on,
-# and for each thing that is amiss there is something to do.
+# Requests of the past, from a file: our own, or what others have published; and made-up ones for
+# who has none.
+
+AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
+MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
 
 
-class Finding(NamedTuple):
-    """Something that is amiss, and what to do about it."""
+class Arrival(NamedTuple):
+    """A request of a trace: when it came, and how much work it was."""
 
-    text: str
-    advice: str
-
-
-class Examined(NamedTuple):
-    """What was found at a server; `models` is None where it did not say."""
-
-    usable: bool
-    summary: str
-    findings: list[Finding]
-    models: Models | None = None
+    at_s: float  # since the first
+    prompt_tokens: int
+    output_tokens: int
+    prefix_hashes: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
+    hash_ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
+    model: str | None = None
+    session: str = ""
 
 
-class Streamed(NamedTuple):
-    """How a streamed answer arrived.  Times in seconds since the request."""
-
-    status: int
-    pieces: int = 0
-    events: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
+class Torn(ValueError):
+    """A line that is not JSON, perhaps because it is still being written."""
 
 
-async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
-    """Ask one server for everything."""
-    timeout_s, streamed = settings.health_check_timeout, None
-    with contextlib.closing(HttpClient(server.url, secrets)) as client:
-        check = await check_server(client, timeout_s, True, True)
-        if check is None or not check.passed:
-            why = check.why if check else "no file descriptors left"
-            return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
-        _, content = await fetch_if_there(client, "/version", timeout_s)
-        version = None
-        with contextlib.suppress(BadMessage):
-            version = read_members(content, None).get("version")
-        status, content = await fetch_if_there(client, "/metrics", timeout_s)
-        loads = engine_loads(content.decode("utf-8", "replace"))
-        findings = [] if check.models is not None else [unusable_finding(server, check.why)]
-        findings += load_findings(server, status, loads)
-        if check.models:
-            model = next(iter(check.models))
-            streamed = await time_stream(client, model, timeout_s)
-            findings += stream_findings(streamed, timeout_s)
-            if is_idle(loads) and came_at_once(streamed):  # once may be chance
-                streamed = await time_stream(client, model, timeout_s)
-                _, content = await fetch_if_there(client, "/metrics", timeout_s)
-                if is_idle(engine_loads(content.decode("utf-8", "replace"))):
-                    findings += buffered_findings(streamed)
-    models = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
-    parts = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
-    if streamed is not None and streamed.events:
-        parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
-    return Examined(True, "  ".join([*parts, models]), findings, check.models)
+def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
+    """A trace, by time: one of our own, of Mooncake's or of Azure's.  A ValueError names the line
+    that is wrong.  The last one of our own may be half written, and is then left out."""
+    arrivals, read, torn = list[Arrival](), None, ""
+    for number, line in enumerate(lines, 1):
+        if torn:
+            raise ValueError(torn)
+        if not line.strip():
+            continue
+        try:
+            read = read or reader_for(line)
+            arrivals += read(line)
+        except ValueError as wrong:
+            torn = f"{source}:{number}: {wrong}"
+            if read is not trace_arrivals or not isinstance(wrong, Torn):
+                raise ValueError(torn) from None
+    if not arrivals:
+        raise ValueError(torn or f"{source}: found no requests, expected some to replay")
+    if read is mooncake_arrivals:
+        arrivals = spread(arrivals)
+    arrivals.sort(key=lambda arrival: arrival.at_s)
+    return [arrival._replace(at_s=arrival.at_s - arrivals[0].at_s) for arrival in arrivals]
 
 
-async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
-    """The status, 0 for no answer, and the content of a good answer."""
+def reader_for(line: str) -> Callable[[str], list[Arrival]]:
+    """What reads a trace that begins with this line."""
+    if line.startswith(AZURE_COLUMNS):
+        return azure_arrivals
+    said = json_object(line) if line.startswith("{") else {}
+    if "hash_ids" in said:
+        return mooncake_arrivals
+    if "prompt_tokens" in said:
+        return trace_arrivals
+    raise ValueError(f"found {line.strip()[:60]!r}, expected a line of trace.jsonl, of a Mooncake "
+                     f"trace, or {AZURE_COLUMNS}")  # fmt: skip
+
+
+def trace_arrivals(line: str) -> list[Arrival]:
+    """What we write ourselves.  Requests that were refused made no work, and are left out."""
+    said = json_object(line)
+    model, output = said.get("model"), whole_number(said, "output_tokens")
+    if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
+        raise ValueError(f"at is {at!r:.60}, expected seconds")
+    chain, ends = whole_numbers(said, "chain"), whole_numbers(said, "ends")
+    if len(ends) < len(chain) or any(b <= a for a, b in itertools.pairwise((0, *ends))):
+        raise ValueError(f"ends is {list(ends)!r:.60}, expected more tokens for each link")
+    if whole_number(said, "status") != 200 and not output:
+        return []
+    model = None if model is None else str(model)
+    return [Arrival(at, whole_number(said, "prompt_tokens"), output, chain, ends, model,
+                    str(said.get("session", "")))]  # fmt: skip
+
+
+def mooncake_arrivals(line: str) -> list[Arrival]:
+    said = json_object(line)
+    prompt, chain = whole_number(said, "input_length"), whole_numbers(said, "hash_ids")
+    ends = [*range(MOONCAKE_BLOCK, prompt, MOONCAKE_BLOCK), prompt]
+    if len(chain) != len(ends):
+        raise ValueError(f"hash_ids are {len(chain)}, expected {len(ends)} for {prompt} tokens")
+    at_s = whole_number(said, "timestamp") / 1000
+    return [Arrival(at_s, prompt, whole_number(said, "output_length"), chain, ends)]
+
+
+def azure_arrivals(line: str) -> list[Arrival]:
+    if line.startswith(AZURE_COLUMNS):
+        return []
     try:
-        status, content = await client.fetch(path, timeout_s)
-    except (PeerGone, BadMessage, TimeoutError):
-        return 0, b""
-    return status, content if status == 200 else b""
+        when, prompt, output = line.split(",")
+        at = datetime.datetime.fromisoformat(when).replace(tzinfo=datetime.UTC)
+        if min(tokens := (int(prompt), int(output))) >= 0:
+            return [Arrival(at.timestamp(), *tokens)]
+    except ValueError:
+        pass
+    raise ValueError(f"found {line.strip()[:60]!r}, expected {AZURE_COLUMNS}")
 
 
-STREAM_TOKENS = 16
-
-
-async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
-    """Have some tokens streamed; None when there was no answer in time."""
-    wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
-              "ignore_eos": True}  # fmt: skip
-    begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
-
-    def take(piece: bytes) -> None:
-        if events := piece.count(b"data: {"):
-            came.append((clock_now().monotonic - begun, events))
-
+def json_object(line: str) -> dict[str, Any]:
     try:
-        content = json.dumps(wanted).encode()
-        status = await client.ask("/v1/completions", timeout_s, content, take)
-    except (PeerGone, BadMessage, TimeoutError):
-        return None
-    if not came:
-        return Streamed(status)
-    events = sum(count for _, count in came)
-    return Streamed(status, len(came), events, came[0][0], came[-1][0])
+        said = json.loads(line)
+    except ValueError:
+        raise Torn(f"found {line.strip()[:60]!r}, expected JSON") from None
+    if isinstance(said, dict):
+        return said
+    raise ValueError(f"found {line.strip()[:60]!r}, expected a JSON object")
 
 
-# What to do about words that TLS says; the first that fits.
-TLS_ADVICE = {
-    "alert certificate required": "it asks for ours: name a file with it in client_cert",
-    "certificate is not valid for": "give it the URL of a name that is in its certificate",
-    "certificate has expired": "have its certificate renewed",
-    "certificate": "name the authority that signed it in ca_file",
-    "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
-    "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+def whole_number(said: Mapping[str, Any], name: str) -> int:
+    value = said.get(name)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r:.60}, expected a whole number")
+    return value
+
+
+def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    values = said.get(name)
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise ValueError(f"{name} is {values!r:.60}, expected a list of whole numbers")
+    return tuple(values)
+
+
+def spread(arrivals: list[Arrival]) -> list[Arrival]:
+    """Those of one stamp evenly over the time to the next, so that they do not come as a burst
+    that never was.  Mooncake stamps every 3 s, give or take a millisecond."""
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
+    groups = [list(group) for _, group in itertools.groupby(arrivals, lambda a: a.at_s)]
+    gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
+    step_s = gaps[len(gaps) // 2] if gaps else 0.0
+    return [arrival._replace(at_s=arrival.at_s + step_s * n / len(group))
+            for group in groups for n, arrival in enumerate(group)]  # fmt: skip
+
+
+def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
+    """The first ones, as many, coming so much faster."""
+    return [arrival._replace(at_s=arrival.at_s / speedup) for arrival in arrivals[:limit]]
+
+
+class MadeUp(NamedTuple):
+    """Traffic for who has recorded none."""
+
+    rate: float  # requests per second
+    asked: tuple[float, float, float]  # tokens of a question: median, sigma of its logarithm, most
+    answered: tuple[float, float, float]
+    shared: tuple[int, ...] = ()  # tokens of beginnings that many prompts have, the commonest first
+    turns: float = 1.0  # of a conversation, on average
+    think_s: float = 12.0  # between two of them
+
+
+MADE_UP = {
+    "chat": MadeUp(100, (160, 0.9, 2000), (170, 0.8, 1024)),
+    "sessions": MadeUp(33, (70, 0.8, 1500), (170, 0.7, 900), (1500, 800, 400, 2400), 6),
+    "documents": MadeUp(34, (60, 0.7, 600), (120, 0.7, 600), tuple(range(1200, 4800, 24))),
+    "agents": MadeUp(8, (900, 0.9, 8000), (90, 0.8, 1000), (6000, 9000, 4000), 15, 3.0),
 }
 
 
-def unusable_finding(server: ServerSettings, why: str) -> Finding:
-    """About a server that did not answer as it should."""
-    if re.search(r"answered 40[13]", why):
-        has = "another" if server.api_key or server.api_key_file else "an"
-        return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
-    for word, advice in TLS_ADVICE.items():
-        if word in why:
-            return Finding(f"its certificate: {why}" if "cert" in word else why, advice)
-    return Finding(why, f"see whether it runs, and try: curl -v {server.url}/v1/models")
+def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
+    """Arrivals by chance: conversations whose prompts repeat all that was said before."""
 
+    def length(of: tuple[float, float, float]) -> int:
+        return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
 
-def load_findings(
-    server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
-) -> list[Finding]:
-    """About its page of metrics."""
-    if status != 200:
-        how = f"answered {status}" if status else "did not answer"
-        return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
-                        "let the balancer reach /metrics, past whatever stands before the server")]
-    load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
-    missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
-        ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
-        ("generation_tokens", load.generation_tokens)) if value is None)  # fmt: skip
-    uneven = not missing and engines != server.data_parallel_size
-    return [Finding(text, advice) for amiss, text, advice in (
-        (missing, f"/metrics does not say {missing}", "start vLLM without --disable-log-stats"),
-        (not load.caches, "it keeps no prefixes: each turn of a conversation is read anew",
-         "start vLLM with --enable-prefix-caching"),
-        (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
-        (uneven, f"it runs {engines} engine(s), its data_parallel_size here is"
-         f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
-    ) if amiss]  # fmt: skip
-
-
-def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
-    """About a streamed answer.  That a server does not generate text (404, 400) is no fault."""
-    if streamed is None:
-        return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
-                        " (health_check_timeout)", "look at its load, or at its log")]
-    answered = f"a stream was answered {streamed.status}"
-    if streamed.status in (401, 403):
-        return [Finding(f"its key: {answered}", "give the server its api_key or api_key_file")]
-    return [Finding(answered, "look at its log")] if streamed.status >= 500 else []
-
-
-def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
-    """Whether it says that it has nothing to do; a busy vLLM joins tokens itself."""
-    load = loads.get("", EngineLoad())
-    return load.running == 0 == (load.waiting or 0)
-
-
-def came_at_once(streamed: Streamed | None) -> bool:
-    """Whether tokens came all together, though that took a while: as if they were collected."""
-    return (streamed is not None and streamed.events > 3 and streamed.pieces == 1
-            and streamed.last_s > 0.05)  # fmt: skip
-
-
-def buffered_findings(streamed: Streamed | None) -> list[Finding]:
-    """About a second stream of an idle server, of which the first came at once."""
-    if streamed is None or not came_at_once(streamed):
-        return []
-    return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
-                    "turn response buffering off in what stands before the server (nginx:"
-                    " proxy_buffering off)")]  # fmt: skip
-
-
-def secret_files(path: str, s: Settings) -> list[str]:
-    """Those that hold keys: of the settings file at `path` and the files that it names."""
-    entries = (s, *s.servers, *s.keys)
-    own = [path] if any(getattr(one, key, "") for one in entries for key in SECRET_FIELDS) else []
-    files = [key.key_file for key in s.keys] + [s.tls_key]
-    files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
-    return own + list(dict.fromkeys(filter(None, files)))
-
-
-def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
-    """About files that hold keys, by their modes."""
-    return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
-                    f"chmod o-rwx {path}")
-            for path, mode in modes.items() if mode & stat.S_IRWXO]  # fmt: skip
-
-
-def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
-    """About this machine, where descriptors allow so many clients, and about names in the settings
-    that no server knows."""
-    findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
-    if clients < 0.9 * s.max_connections:
-        findings.append(Finding(
-            f"file descriptors are enough for {clients} clients, max_connections is"
-            f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
-    if {server.weight for server in s.servers} - {0.0, 1.0}:
-        findings += [Finding(
-            f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
-            " is named after", "choose unified, or give other max_concurrent_requests")
-            for name in unweighed(s)]  # fmt: skip
-    known = {name for one in examined for name in one.models or ()}
-    if all(one.models is not None for one in examined):
-        named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
-        named += [("default_model is", s.default_model)] if s.default_model else []
-        for what, model in named:
-            if model not in known and model not in s.aliases:
-                findings.append(Finding(
-                    f"{what} {shown(model)}, which no server has",
-                    f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"))
-    return findings
-
-
-@command("check-config", "read the settings and ask every server", add_config,
-         example="check-config servers.toml")
-def check_config(args: argparse.Namespace) -> int:
-    """Read the settings, examine every server at the same time, and print what was found."""
-    path = config_path(args)
-    settings, warnings = load_settings(path, overrides_from(args, os.environ))
-    for warning in (*warn_of(os.environ, args), *warnings):
-        print(f"warning: {warning}")
-    secrets = Secrets(settings)
-    raise_descriptor_limit()
-
-    async def examine_all() -> list[Examined]:
-        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
-
-    found = asyncio.run(examine_all())
-    for server, one in zip(settings.servers, found):
-        capacity = server.max_concurrent_requests or "auto"
-        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
-        print_findings(one.findings)
-    print_findings(own_findings(settings, found, descriptors_allow()))
-    print_findings(mode_findings({
-        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
-    usable = sum(one.usable for one in found)
-    capacity = sum(server.max_concurrent_requests for server in settings.servers)
-    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
-    return 0 if usable else 2
-
-
-def print_findings(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
+    out, number, at_s = list[Arrival](), 0, -kind.turns * kind.think_s
+    shares = [1 / n for n in range(1, len(kind.shared) + 1)]
+    while at_s < seconds:
+        at_s, number, now_s = at_s + draw.expovariate(kind.rate / kind.turns), number + 1, at_s
+        begin = draw.choices(range(len(kind.shared)), shares)[0] if shares else 0
+        said = kind.shared[begin] if shares else 0
+        common = said
+        while said < 30_000:
+            prompt, answer = said + length(kind.asked), length(kind.answered)
+            ends = range(64, prompt + 1, 64)
+            chain = tuple(hash((begin, n)) if end <= common else hash((number, "own", n))
+                          for n, end in enumerate(ends)) if said or kind.turns > 1 else ()
+            if 0 <= now_s < seconds:
+                out.append(Arrival(now_s, prompt, answer, chain, ends, None, str(number)))
+            said, now_s = prompt + answer, now_s + 1 + 0.03 * answer + draw.expovariate(
+                1 / kind.think_s)  # fmt: skip
+            if draw.random() < 1 / kind.turns:
+                break
+    return sorted(out)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  56  demo
+#  65  engine
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
+# cache, a queue.  Nothing here is drawn by lot.
+
+EVEN_CONTEXT = 30_000  # tokens; attending to so many costs as much as the layers themselves do
+
+
+class EngineKind(NamedTuple):
+    """A GPU with its vLLM: what a step of the engine takes, and what fits into it."""
+
+    capacity: float  # what an operator would set as max_concurrent_requests
+    step_s: float  # of every step, for scheduling and sampling
+    weights_s: float  # to read the weights; hidden as far as the step computes for longer
+    token_s: float  # to compute a token, of a prompt or of an answer
+    sequence_s: float  # for each sequence in the step
+    context_s: float  # to read one token from the KV cache, for the sequences that decode
+    kv_tokens: int
+    max_num_seqs: int
+    batched_tokens: int  # vLLM's max_num_batched_tokens: computed in one step
+
+    def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
+        """Of a step: a smooth roofline of reading and computing, and what comes on top."""
+        roofline = math.hypot(self.weights_s, self.token_s * tokens)
+        attention = self.token_s * attended / EVEN_CONTEXT
+        return (self.step_s + roofline + attention + self.sequence_s * sequences
+                + self.context_s * context)  # fmt: skip
+
+
+# Llama-3.1-8B on one GPU, in BF16 if not said otherwise.  The weights' and tokens' times are the
+# kernels that microsoft/vidur measured on A100, H100 and A40; those of steps and sequences were
+# set so that one stream and a full server run as fast as published runs of vLLM do.  Reading the
+# KV cache goes at 80 % of the memory's speed; its size is 90 % of the memory less weights and
+# 3 GB, on the 4090 as vLLM says it.  The l4 and h200-fp8 are scaled by data sheets only.
+ENGINE_KINDS = {
+    "h100": EngineKind(192, 1.5e-3, 5.0e-3, 25e-6, 20e-6, 49e-9, 424_000, 1024, 8192),
+    "a100": EngineKind(96, 2.5e-3, 9.7e-3, 70e-6, 30e-6, 80e-9, 424_000, 256, 2048),
+    "a100-40": EngineKind(80, 2.5e-3, 12.0e-3, 70e-6, 30e-6, 105e-9, 136_000, 256, 2048),
+    "a40": EngineKind(48, 2.5e-3, 25.0e-3, 150e-6, 40e-6, 235e-9, 192_000, 256, 2048),
+    "4090": EngineKind(40, 2.5e-3, 16.0e-3, 140e-6, 50e-6, 163e-9, 31_200, 256, 2048),
+    "l4": EngineKind(20, 2.5e-3, 56.0e-3, 200e-6, 50e-6, 546e-9, 31_200, 256, 2048),
+    "h200-fp8": EngineKind(320, 1.5e-3, 2.2e-3, 14e-6, 20e-6, 34e-9, 864_000, 1024, 8192),
+}
+
+
+def kind_for(capacity: float) -> EngineKind:
+    """For a server of which only this is known: an a100, so much faster or slower."""
+    kind = ENGINE_KINDS["a100"]
+    slow = kind.capacity / capacity
+    return kind._replace(
+        capacity=capacity, step_s=kind.step_s * slow, weights_s=kind.weights_s * slow,
+        token_s=kind.token_s * slow, sequence_s=kind.sequence_s * slow,
+        context_s=kind.context_s * slow)  # fmt: skip
+
+
+class EngineReport(NamedTuple):
+    """What a server would say in /metrics."""
+
+    running: int
+    waiting: int
+    kv_usage_ratio: float
+    generation_tokens: int
+    prompt_tokens: int
+    prefix_queries: int  # prompt tokens looked for in the prefix cache
+    prefix_hits: int  # and found
+    kv_tokens: int  # that there is room for
+
+
+Link = int | tuple[int]  # of a chain; or (number,), what else a request has computed
+
+
+class KvCache:
+    """The tokens in a server's memory: of running requests, and, while there is room, of links
+    that may be asked for again."""
+
+    def __init__(self, room: int):
+        self.room, self.used, self.spare = room, 0, 0
+        self.sizes: dict[Link, int] = {}  # tokens of each link
+        self._users: dict[Link, int] = {}  # requests that need it
+        self._idle: OrderedDict[Link, None] = OrderedDict()  # nobody does; the oldest first
+
+    def take(self, tokens: int) -> None:
+        """For a running request; what was not needed for the longest is forgotten for it."""
+        self.used += tokens
+        while (lack := self.used + self.spare - self.room) > 0:
+            oldest = next(iter(self._idle))
+            if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
+                self.sizes[oldest] -= lack  # nobody looks for a part of a link, but of a rest
+                self.spare -= lack
+            else:
+                self.forget(oldest)
+
+    def forget(self, link: Link) -> None:
+        del self._idle[link]
+        self.spare -= self.sizes.pop(link)
+
+    def name(self, link: Link, size: int) -> None:
+        """Tokens that a request has taken can be found from now on."""
+        self.sizes[link], self._users[link] = size, 1
+
+    def keep(self, link: Link, size: int) -> None:
+        """They are not needed any more, but may be."""
+        self.sizes[link], self._idle[link] = size, None
+        self.used, self.spare = self.used - size, self.spare + size
+
+    def idle_tokens(self, links: Iterable[Link]) -> int:
+        """What of these is not used yet."""
+        return sum(self.sizes[link] for link in links if link in self._idle)
+
+    def hold(self, links: Iterable[Link]) -> None:
+        """A request needs these."""
+        for link in links:
+            if link in self._idle:
+                del self._idle[link]
+                self.used, self.spare = self.used + self.sizes[link], self.spare - self.sizes[link]
+            self._users[link] = self._users.get(link, 0) + 1
+
+    def free(self, links: Sequence[Link]) -> None:
+        """Those at the end will be forgotten first: without a start they are of no use."""
+        for link in reversed(links):
+            self._users[link] -= 1
+            if not self._users[link]:
+                del self._users[link]
+                self.keep(link, self.sizes[link])
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Job:
+    """A request inside an engine."""
+
+    number: int  # of its arrival
+    arrival: Arrival
+    need: int = 0  # tokens to compute before the next one of the answer comes out
+    done: int = 0  # of these; then, what is in the KV cache
+    said: int = 0  # tokens of the answer
+    links: list[Link] = dataclasses.field(default_factory=list)  # that it holds
+    own: int = 0  # tokens that it holds besides
+    passed: int = 0  # links of its chain that are computed, by whomever
+    reach: int = 0  # tokens up to the last of them
+    since: int = 0  # the engine's clock when it began to decode
+    last: int = 0  # and when it will be finished
+    cached: int | None = None  # tokens found when it was first admitted
+    first_s: float = INFINITY
+    last_s: float = INFINITY
+
+
+class Engine:
+    """A vLLM server: requests are admitted in their order, prompts computed in chunks, and the
+    youngest starts over when there is no more room.
+
+    It goes in stretches: of one step, or of many through which nothing changes but that answers
+    grow.  `longest` limits them, to check that they make no difference.
+    """
+
+    def __init__(self, kind: EngineKind, longest: float = INFINITY):
+        self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
+        self.waiting = deque[Job]()
+        self.running: dict[int, Job] = {}  # by number, the oldest first
+        self.reading: dict[int, Job] = {}  # of these, whose prompt is not computed yet
+        self.ends_s = INFINITY  # of the stretch; idle
+        self.preemptions = 0
+        self._clock = 0  # steps that have ended
+        self._decoding = self._context = 0  # requests that decode, and their tokens
+        self._finishes: list[tuple[int, int]] = []  # heap of (clock, number); some were put off
+        self._chunks: list[tuple[Job, int]] = []  # computed in this stretch, in its only step
+        self._steps = 0  # of the stretch
+        self._begun_s = self._step_s = self._growth_s = 0.0  # each step takes that much longer
+        self._generated = self._prompted = self._queries = self._hits = 0
+
+    def add(self, job: Job, now: float) -> bool:
+        """Take a request, which is looked at when the step under way has ended.  What can never
+        be served is refused, as vLLM does."""
+        job.need = max(1, job.arrival.prompt_tokens)
+        if job.need + max(1, job.arrival.output_tokens) > self.cache.room:
+            return False
+        self.waiting.append(job)
+        if self.ends_s == INFINITY:
+            self._begin(now)
+        elif len(self.waiting) == 1:  # others wait for the end of the stretch in any case
+            self._plan(min(self._steps, self._steps_by(now) + 1))
+        return True
+
+    def end(self) -> tuple[list[Job], list[Job]]:
+        """End the stretch and begin the next: whose answer has begun, and whose is complete."""
+        now, begun, complete = self.ends_s, list[Job](), list[Job]()
+        self.cache.take(self._decoding * (self._steps - 1))
+        self._context += self._decoding * self._steps
+        self._generated += self._decoding * self._steps
+        self._clock += self._steps
+        while self._finishes and self._finishes[0][0] <= self._clock:
+            job = self.running.get(heapq.heappop(self._finishes)[1])
+            if job is not None and job.last == self._clock:
+                complete.append(job)
+        for job, tokens in self._chunks:
+            job.done += tokens
+            self._name_links(job)
+            if job.done == job.need:
+                self._decode(job)
+                if job.first_s == INFINITY:
+                    job.first_s = now
+                    self._prompted += job.arrival.prompt_tokens
+                    begun.append(job)
+                if job.last == self._clock:
+                    complete.append(job)
+        for job in complete:
+            job.last_s = now
+            self._release(job)
+        self._begin(now)
+        return begun, complete
+
+    def report(self, now: float) -> EngineReport:
+        """Its load, in the middle of a stretch."""
+        grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
+        return EngineReport(
+            len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
+            self._generated + grown, self._prompted, self._queries, self._hits,
+            self.cache.room)  # fmt: skip
+
+    def _begin(self, now: float) -> None:
+        """Schedule a step in vLLM's order, and with it as many as are like it."""
+        preemptions = self.preemptions
+        while self._lacks(0):
+            self._preempt()
+        self._chunks, left = [], self.kind.batched_tokens - self._decoding
+        for job in list(self.reading.values()):
+            tokens = min(job.need - job.done, left)
+            while self._lacks(tokens) and job.number in self.reading:
+                self._preempt()
+            if tokens > 0 and job.number in self.reading:
+                left -= self._read(job, tokens)
+        places = 0 if self.preemptions > preemptions else self.kind.max_num_seqs
+        while self.waiting and left > 0 and len(self.running) < places:
+            if not (tokens := self._admit(self.waiting[0], left)):
+                break
+            left -= tokens
+        self.cache.take(self._decoding)
+        self._begun_s, self._growth_s = now, self.kind.context_s * self._decoding
+        self._step_s = self.kind.duration_s(
+            self._decoding + len(self._chunks), self.kind.batched_tokens - left, self._context,
+            sum(tokens * (job.done + tokens / 2) for job, tokens in self._chunks))  # fmt: skip
+        if not self.running:
+            self.ends_s, self._steps = INFINITY, 0
+        elif self._chunks or self.preemptions > preemptions:
+            self._plan(1)
+        else:
+            steps = 1 + (self.cache.room - self.cache.used) // self._decoding
+            self._plan(min(steps, self._finishes[0][0] - self._clock, self.longest))
+
+    def _plan(self, steps: float) -> None:
+        self._steps = int(steps)
+        self.ends_s = self._begun_s + steps * (self._step_s + self._growth_s * (steps - 1) / 2)
+
+    def _steps_by(self, now: float) -> int:
+        """How many steps of the stretch have ended: the sum in `_plan`, solved for the steps."""
+        gone_s, half_s = now - self._begun_s, self._step_s - self._growth_s / 2
+        return int(2 * gone_s / (half_s + math.sqrt(half_s**2 + 2 * self._growth_s * gone_s)))
+
+    def _lacks(self, tokens: int) -> bool:
+        """Whether there is no room for these and one more of each request that decodes."""
+        return self.cache.used + self._decoding + tokens > self.cache.room
+
+    def _admit(self, job: Job, left: int) -> int:
+        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
+        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
+        links, found, sizes = list[Link](), 0, self.cache.sizes
+        for link in job.arrival.prefix_hashes:
+            if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
+                break
+            links.append(link)
+            found += sizes[link]
+        rest, kept = (job.number,), 0  # from before it was preempted
+        if rest in sizes and found == job.reach:
+            kept = min(sizes[rest], job.need - 1 - found)
+        if self._lacks(self.cache.idle_tokens(links) + job.need - found):
+            return 0
+        if rest in sizes:
+            self.cache.forget(rest)
+        self.cache.hold(links)
+        self.cache.take(kept)
+        job.links, job.passed, job.reach = links, len(links), found
+        job.own, job.done = kept, found + kept
+        if job.cached is None:
+            job.cached = found
+            self._queries += job.arrival.prompt_tokens
+            self._hits += found
+        self.running[job.number] = self.reading[job.number] = self.waiting.popleft()
+        return self._read(job, min(job.need - job.done, left))
+
+    def _read(self, job: Job, tokens: int) -> int:
+        """Compute a chunk of a prompt in this step."""
+        self.cache.take(tokens)
+        job.own += tokens
+        self._chunks.append((job, tokens))
+        return tokens
+
+    def _name_links(self, job: Job) -> None:
+        """What was computed of a prompt can be found from now on."""
+        chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
+        while job.passed < len(chain) and ends[job.passed] <= job.done:
+            link, size = chain[job.passed], ends[job.passed] - job.reach
+            if link not in self.cache.sizes and size > 0:
+                self.cache.name(link, size)
+                job.links.append(link)
+                job.own -= size
+            job.passed, job.reach = job.passed + 1, job.reach + max(0, size)
+
+    def _decode(self, job: Job) -> None:
+        """Its prompt is computed, and with that a token of its answer."""
+        del self.reading[job.number]
+        job.said, job.since = job.said + 1, self._clock
+        job.last = self._clock + max(1, job.arrival.output_tokens) - job.said
+        if job.last > self._clock:
+            heapq.heappush(self._finishes, (job.last, job.number))
+        self._generated += 1
+        self._decoding += 1
+        self._context += job.done
+
+    def _release(self, job: Job) -> None:
+        """It does not run any more; what it computed is kept as long as there is room."""
+        del self.running[job.number]
+        if self.reading.pop(job.number, None) is None:
+            steps = self._clock - job.since
+            job.said, job.done, job.own = job.said + steps, job.done + steps, job.own + steps
+            self._decoding -= 1
+            self._context -= job.done
+        if job.own:
+            self.cache.keep((job.number,), job.own)
+        self.cache.free(job.links)
+
+    def _preempt(self) -> None:
+        """The youngest leaves its room to the others, and waits to be computed again."""
+        job = next(reversed(self.running.values()))
+        self._release(job)
+        job.need, job.last = job.arrival.prompt_tokens + job.said, 0
+        self.waiting.appendleft(job)
+        self.preemptions += 1
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  66  replay
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Requests of the past, sent once more to a fleet that is only modelled: what would another policy
+# have done, or one more server?  Its times are those of a model: compare the rows of one table,
+# and nothing else.
+
+NETWORK_S = 0.002  # one way, with what the balancer takes
+PATIENCE_S = 60.0  # with a router that holds requests while nothing is in flight
+
+
+class Router(Protocol):
+    """Who sends each request to a server; arrivals and servers are known by their numbers."""
+
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
+        """The server that it is sent to now; None holds it in the queue."""
+
+    def first_token(self, number: int, now: float) -> None: ...
+
+    def finished(self, number: int, now: float) -> None: ...
+
+    def scraped(self, server: int, report: EngineReport, now: float) -> None: ...
+
+
+class PolicyRouter:
+    """The balancer's own choice in a replay: the same fleet, the same ranking, the same queue."""
+
+    def __init__(self, s: Settings, draw: random.Random) -> None:
+        self.settings, self.draw, self.fleet = s, draw, Fleet()
+        self.fleet.apply(s.servers, 0.0, s.pools)
+        for server in s.servers:
+            self.fleet.judge(server.url, Health.become, State.HEALTHY, "", 0.0)
+        self.urls = [view.id for view in self.fleet.views()]
+        self.policies, self.leases = Policies(s), dict[int, Lease]()
+
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
+        s = self.settings
+        opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
+        prompt = Prompt(
+            arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
+            first_hash=opening)
+        call = Call(arrival.model, True, prompt, arrival.session)
+        by = self.policies.get(arrival.model, arrival.model or "")
+        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        ranking = rank(self.fleet, Wanted(call), by, moment, self.draw)
+        if ranking.asked is None:
+            return None
+        by.chosen(ranking.asked)
+        self.leases[number] = self.fleet.lease(ranking.asked.id, now, prompt)
+        return self.urls.index(ranking.asked.id)
+
+    def first_token(self, number: int, now: float) -> None:
+        self.leases[number].answered(now, True)
+
+    def finished(self, number: int, now: float) -> None:
+        self.leases.pop(number).end()
+
+    def scraped(self, server: int, report: EngineReport, now: float) -> None:
+        url = self.urls[server]
+        load = EngineLoad(
+            report.running, report.waiting, report.kv_usage_ratio,
+            tokens=report.prompt_tokens + report.generation_tokens,
+            generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
+            kv_tokens=report.kv_tokens)  # fmt: skip
+        self.fleet.scraped(url, load, self.fleet.in_flight(url), now)
+
+
+class Record(NamedTuple):
+    """What became of an arrival.  Without an answer its times are infinite."""
+
+    arrival: Arrival
+    server: int = -1  # -1: it was never sent to one
+    cached_tokens: int = 0
+    ttft_s: float = INFINITY
+    total_s: float = INFINITY
+
+    @property
+    def token_s(self) -> float:
+        """Between two tokens of the answer."""
+        return (self.total_s - self.ttft_s) / max(1, self.arrival.output_tokens - 1)
+
+
+class Replay:
+    """Arrivals, engines and a router in simulated time; `run` it once."""
+
+    def __init__(
+        self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
+        interval_s: float, progress: Callable[[float], None] = lambda share: None,
+    ):  # fmt: skip
+        self.arrivals, self.engines, self.router = arrivals, engines, router
+        self.interval_s, self.progress = interval_s, progress
+        self.records = [Record(arrival) for arrival in arrivals]
+        self._models = len({arrival.model for arrival in arrivals})
+        self._held = deque[int]()  # in the queue
+        self._coming = self._left = len(arrivals)
+        self._flying = 0
+        self._moved_s = 0.0  # when a request last came, was sent or finished
+        self._serial = itertools.count()
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+
+    def run(self) -> list[Record]:
+        for number, arrival in enumerate(self.arrivals):
+            self._at(arrival.at_s, self._come, number)
+        for server in range(len(self.engines)):  # each at its own phase
+            self._at(self.interval_s * (server + 0.5) / len(self.engines), self._scrape, server)
+        while self._events:
+            now, _, act, about = heapq.heappop(self._events)
+            act(*about, now)
+        return self.records
+
+    def _at(self, when: float, act: Callable[..., None], *about: Any) -> None:
+        heapq.heappush(self._events, (when, next(self._serial), act, about))
+
+    def _come(self, number: int, now: float) -> None:
+        self._coming, self._moved_s = self._coming - 1, now
+        self._held.append(number)
+        self._offer(now)
+
+    def _offer(self, now: float) -> None:
+        """Send who can be sent, in order; nobody overtakes another who wants the same model."""
+        kept, blocked = list[int](), set[str | None]()
+        while self._held and len(blocked) < self._models:
+            number = self._held.popleft()
+            arrival, server = self.arrivals[number], None
+            if arrival.model not in blocked:
+                server = self.router.choose(number, arrival, now)
+            if server is None:
+                kept.append(number)
+                blocked.add(arrival.model)
+            else:
+                self._flying, self._moved_s = self._flying + 1, now
+                self._at(now + NETWORK_S, self._deliver, server, Job(number, arrival))
+        self._held.extendleft(reversed(kept))
+
+    def _deliver(self, server: int, job: Job, now: float) -> None:
+        engine = self.engines[server]
+        if engine.add(job, now):
+            self._at(engine.ends_s, self._end, server)
+        else:
+            self._at(now + NETWORK_S, self._finish, server, job)
+
+    def _end(self, server: int, now: float) -> None:
+        engine = self.engines[server]
+        if now != engine.ends_s:
+            return  # a request came, and the stretch became shorter
+        begun, complete = engine.end()
+        for job in begun:
+            self._at(now + NETWORK_S, self.router.first_token, job.number)
+        for job in complete:
+            self._at(now + NETWORK_S, self._finish, server, job)
+        if engine.ends_s < INFINITY:
+            self._at(engine.ends_s, self._end, server)
+
+    def _finish(self, server: int, job: Job, now: float) -> None:
+        came_s = job.arrival.at_s - NETWORK_S  # the answer is as long on its way
+        times = job.first_s - came_s, job.last_s - came_s
+        self.records[job.number] = Record(job.arrival, server, job.cached or 0, *times)
+        self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
+        total = len(self.arrivals)
+        done = total - self._left
+        if done * 100 // total > (done - 1) * 100 // total:
+            self.progress(done / total)
+        self.router.finished(job.number, now)
+        self._offer(now)
+
+    def _scrape(self, server: int, now: float) -> None:
+        self.router.scraped(server, self.engines[server].report(now), now)
+        self._offer(now)
+        if self._coming or self._flying or (self._held and now < self._moved_s + PATIENCE_S):
+            self._at(now + self.interval_s, self._scrape, server)
+
+
+class Summary(NamedTuple):
+    """A replay in numbers; of times, those of answered requests."""
+
+    requests: int
+    failed: int
+    good_ratio: float  # the share that was as fast as is wanted
+    ttft_s: tuple[float, ...]  # p50, p90, p99
+    token_s: tuple[float, ...]  # p50, p99, of each answer's mean
+    total_s: float  # mean
+    hit_ratio: float  # of prompt tokens
+
+
+def summary(
+    records: Sequence[Record], slo_ttft_s: float, slo_tpot_s: float, warm_up: float = 0.25
+) -> Summary:
+    """Without the requests that came in the first part of the time."""
+    begins_s = warm_up * max((record.arrival.at_s for record in records), default=0.0)
+    counted = [record for record in records if record.arrival.at_s >= begins_s]
+    answered = [record for record in counted if record.total_s < INFINITY]
+    good = sum(r.ttft_s <= slo_ttft_s and r.token_s <= slo_tpot_s for r in answered)
+    ttfts = [record.ttft_s for record in answered]
+    tokens = [record.token_s for record in answered if record.arrival.output_tokens > 1]
+    prompts = sum(record.arrival.prompt_tokens for record in answered)
+    return Summary(
+        len(counted), len(counted) - len(answered), good / max(1, len(counted)),
+        quantiles(ttfts, 0.5, 0.9, 0.99), quantiles(tokens, 0.5, 0.99),
+        sum(record.total_s for record in answered) / max(1, len(answered)),
+        sum(record.cached_tokens for record in answered) / max(1, prompts))  # fmt: skip
+
+
+def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
+    ordered = sorted(values) or [math.nan]
+    return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in shares)
+
+
+def table(rows: Mapping[str, Summary]) -> str:
+    """Summaries for a terminal, one a line."""
+    lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
+                                     "token p50", "p99 ms", "mean s", "hits %")]  # fmt: skip
+    for name, row in rows.items():
+        lines.append((
+            name[:18], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
+            *(f"{1e3 * value:.0f}" for value in row.ttft_s),
+            *(f"{1e3 * value:.1f}" for value in row.token_s),
+            f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines)  # fmt: skip
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  67  comparison
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Policies compared on a trace: the program of `replay`.
+
+
+def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
+    """For argparse: a number of a reasonable size."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if 1e-3 <= (found := kind(word)) <= 1e7:
+            return found
+    raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
+                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
+    parser.add_argument("--policy", action="append", metavar="NAME",
+                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
+    parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
+    parser.add_argument("--fleet", nargs="+", metavar="KIND",
+                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
+    parser.add_argument("--add-server", action="append", metavar="KIND", help="one more")
+    parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
+    parser.add_argument(
+        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
+    parser.add_argument(
+        "--limit", type=functools.partial(positive, kind=int), metavar="N",
+        help="the first N requests")
+    parser.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
+    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
+    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
+
+
+@command(
+    "replay", "try policies on recorded traffic, in a model", add_replay,
+    example="replay sessions --policy all",
+    description="Which policy for my traffic? Would a server more help? Requests that the settings'"
+                " queue holds wait there as long as it takes.")  # fmt: skip
+def run_replay(args: argparse.Namespace) -> int:
+    """Replay a trace under each of the policies that are asked for, and print the table."""
+    if args.config:
+        settings, _ = load_settings(args.config, {})
+    else:
+        settings = Settings(tuple(ServerSettings(f"http://server-{n}") for n in range(3)))
+    servers, kinds = list(settings.servers), list[EngineKind]()
+    for server in servers:
+        limit = server.max_concurrent_requests
+        kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
+    for n, word in enumerate(args.fleet or (), 1):
+        kind = engine_kind(word)
+        if n == 1:
+            servers, kinds = [], []
+        servers.append(ServerSettings(f"http://{word}-{n}", round(kind.capacity)))
+        kinds.append(kind)
+    for n, word in enumerate(args.add_server or (), 1):
+        kinds.append(engine_kind(word))
+        servers.append(ServerSettings(f"http://added-{word}-{n}", round(kinds[-1].capacity)))
+    if args.auto:
+        servers = [dataclasses.replace(s, max_concurrent_requests=AUTO) for s in servers]
+    if not servers:
+        return fail(f"{args.config}: found no servers, expected some to replay with")
+    try:
+        arrivals = adapted(read_trace(args.trace, args.seconds), args.speed, args.limit)
+        if not arrivals:
+            return fail(f"{args.trace}: found no requests, expected some to replay")
+        policies = wanted_policies(args.policy or [settings.policy], settings)
+    except ValueError as error:
+        unreadable = isinstance(error, UnicodeError)
+        return fail(f"{args.trace}: is not text in UTF-8" if unreadable else str(error))
+    settings = dataclasses.replace(settings, servers=tuple(servers))
+    span_s = max(1e-9, arrivals[-1].at_s)
+    print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
+          f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
+          f" s and {args.slo_token * 1000:g} ms a token")  # fmt: skip
+    rows = dict[str, Summary]()
+    for name in policies:
+        router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
+        engines = [Engine(kind) for kind in kinds]
+        records = Replay(
+            arrivals, engines, router, settings.metrics_interval, progress_bar(name)).run()
+        rows[name] = summary(records, args.slo_ttft, args.slo_token)
+    print(table(rows))
+    return 0
+
+
+def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
+    """Raises ValueError."""
+    if "all" in words:
+        return [name for name in POLICY_NAMES if name != "expression" or s.score]
+    for word in words:
+        if word not in POLICY_NAMES or (word == "expression" and not s.score):
+            expected = ", ".join(("all", *POLICY_NAMES))
+            raise ValueError(f"--policy: found {word}, expected one of {expected}; expression"
+                             " needs a --servers file with a score")  # fmt: skip
+    return list(words)
+
+
+def engine_kind(word: str) -> EngineKind:
+    """For argparse, but with a better message than it makes of a ValueError."""
+    if word in ENGINE_KINDS:
+        return ENGINE_KINDS[word]
+    if word.isdecimal() and 0 < int(word) < 10000:
+        return kind_for(int(word))
+    raise SystemExit(fail(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or a number"
+                          " of requests that it runs well at once"))  # fmt: skip
+
+
+def read_trace(name: str, seconds: float) -> list[Arrival]:
+    """A file's requests, or made-up ones of that name.  Raises ValueError."""
+    if name in MADE_UP and not os.path.exists(name):
+        return made_up(MADE_UP[name], seconds, random.Random(1))
+    try:
+        with open(name, encoding="utf-8") as lines:
+            return read_arrivals(lines, name)
+    except OSError as error:
+        known = ", ".join(MADE_UP)
+        raise ValueError(f"{name}: {error_text(error)}; made-up traffic is {known}") from None
+
+
+def progress_bar(name: str) -> Callable[[float], None]:
+    """Draws on a terminal, and nowhere else."""
+
+    def draw(share: float) -> None:
+        bar = "#" * round(40 * share)
+        end = "\r" + " " * 70 + "\r" if share >= 1 else ""
+        print(f"\r{name[:18]:18} [{bar:40}] {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
+
+    return draw if sys.stderr.isatty() else lambda share: None
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  68  demo
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14591,368 +14907,253 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  57  command line
+#  69  doctor
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
-# used, 2 wrong arguments or, from check-config, no server can be used.
-
-EPILOG = """\
-examples:
-  mvllm_lite.py servers.toml                        serve what the file describes
-  mvllm_lite.py run --config servers.toml --port 9000 --console
-  mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8{examples}
-
-A flag wins over the environment, that over the file, and that over the default.  The environment
-is CONFIG_PATH, {env}.
-SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
-SIGUSR2 has a new process take over.
-"""
+# What is usually found out too late: each server is asked for all that the balancer will rely on,
+# and for each thing that is amiss there is something to do.
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
-    rows = sorted(COMMANDS.items())
-    examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
-                       for _, row in rows if row.example)  # fmt: skip
-    parser = argparse.ArgumentParser(
-        prog="mvllm_lite.py", epilog=EPILOG.format(examples=examples, env=env),
-        description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    for name, row in rows:
-        added = commands.add_parser(name, help=row.line, **row.parser)
-        row.add_arguments(added)
-        added.set_defaults(run=row.run, print_help=added.print_help)
-    return parser
+class Finding(NamedTuple):
+    """Something that is amiss, and what to do about it."""
+
+    text: str
+    advice: str
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    # As in mvllm, `run -h ADDRESS` is the host; `-h` alone is help, as everywhere else.
-    add_config(parser)
-    parser.add_argument("--help", action="help", help="show this help message and exit")
-    parser.add_argument("--server", nargs="+", action="extend", metavar="URL",
-                        help="servers, in place of the file's")  # fmt: skip
-    parser.add_argument("--max-load", nargs="+", action="extend", metavar="N",
-                        help="their max_concurrent_requests")  # fmt: skip
-    parser.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
-    parser.add_argument("-p", "--port", help="port to listen on")
-    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
-    parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
-    parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
-    parser.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
+class Examined(NamedTuple):
+    """What was found at a server; `models` is None where it did not say."""
+
+    usable: bool
+    summary: str
+    findings: list[Finding]
+    models: Models | None = None
 
 
-@command("run", "serve; also without the word", add_run, add_help=False)
-def run_balancer(args: argparse.Namespace) -> int:
-    if args.host == "":
-        args.print_help()
-        return 0
-    if args.max_load and len(args.max_load) != len(args.server or ()):
-        return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
-                    " servers, expected one for each")  # fmt: skip
-    path = config_path(args, "" if args.server else DEFAULT_CONFIG)
-    overrides = overrides_from(args, os.environ)
-    settings, warnings = load_settings(path, overrides)
-    with logging_to_stdout(settings.log_level):
-        for warning in (*warn_of(os.environ, args), *warnings):
-            log.warning("%s", warning)
-        inherited = inherited_sockets()
-        lines_wanted = settings.log_to_console  # --console, too
+class Streamed(NamedTuple):
+    """How a streamed answer arrived.  Times in seconds since the request."""
 
-        def start(run: Runner) -> Awaitable[None]:
-            balancer = Balancer(settings, path, overrides, inherited)
-            inherit_changes(balancer.core.roster)
-            return run(balancer)
-
-        return serve_until_stopped(
-            start,
-            screen=sys.stdout.isatty() and not (lines_wanted or inherited[SOCKETS_ENV]))
+    status: int
+    pieces: int = 0
+    events: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
 
 
-@command("version", "print the version")
-def print_version(args: argparse.Namespace) -> int:
-    print(f"mvllm_lite {__version__}")
-    return 0
+async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
+    """Ask one server for everything."""
+    timeout_s, streamed = settings.health_check_timeout, None
+    with contextlib.closing(HttpClient(server.url, secrets)) as client:
+        check = await check_server(client, timeout_s, True, True)
+        if check is None or not check.passed:
+            why = check.why if check else "no file descriptors left"
+            return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
+        _, content = await fetch_if_there(client, "/version", timeout_s)
+        version = None
+        with contextlib.suppress(BadMessage):
+            version = read_members(content, None).get("version")
+        status, content = await fetch_if_there(client, "/metrics", timeout_s)
+        loads = engine_loads(content.decode("utf-8", "replace"))
+        findings = [] if check.models is not None else [unusable_finding(server, check.why)]
+        findings += load_findings(server, status, loads)
+        if check.models:
+            model = next(iter(check.models))
+            streamed = await time_stream(client, model, timeout_s)
+            findings += stream_findings(streamed, timeout_s)
+            if is_idle(loads) and came_at_once(streamed):  # once may be chance
+                streamed = await time_stream(client, model, timeout_s)
+                _, content = await fetch_if_there(client, "/metrics", timeout_s)
+                if is_idle(engine_loads(content.decode("utf-8", "replace"))):
+                    findings += buffered_findings(streamed)
+    models = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
+    parts = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
+    if streamed is not None and streamed.events:
+        parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
+    return Examined(True, "  ".join([*parts, models]), findings, check.models)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):  # None, where they were closed
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        argv = ["run", *argv]
-    args = argument_parser().parse_args(argv)
+async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """The status, 0 for no answer, and the content of a good answer."""
     try:
-        return int(args.run(args))
-    except SettingsError as error:
-        text = str(error)
-        if getattr(args, "file", None) and not os.path.exists(args.file):
-            text += did_you_mean(args.file, COMMANDS)
-        return fail(text)
+        status, content = await client.fetch(path, timeout_s)
+    except (PeerGone, BadMessage, TimeoutError):
+        return 0, b""
+    return status, content if status == 200 else b""
 
 
-def add_upgrade(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    parser.add_argument("-p", "--port", help="the port it listens on")
-    parser.add_argument("--pid", type=int, help="its process, where /version is not for everybody")
+STREAM_TOKENS = 16
 
 
-@command("upgrade", "have a running balancer continue as a new process, without a gap", add_upgrade)
-def run_upgrade(args: argparse.Namespace) -> int:
-    """Find the running balancer by its port, check what its successor will read, and tell it."""
-    settings, _ = load_settings(config_path(args), overrides_from(args, os.environ))
-    Secrets(settings)
-    well, text = upgrade_running(settings, args.pid or 0)
-    if not well:
-        return fail(text)
-    print(text)
-    return 0
+async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
+    """Have some tokens streamed; None when there was no answer in time."""
+    wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
+              "ignore_eos": True}  # fmt: skip
+    begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
 
+    def take(piece: bytes) -> None:
+        if events := piece.count(b"data: {"):
+            came.append((clock_now().monotonic - begun, events))
 
-TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
-
-
-async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
-    """Tells a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
-    reader, writer = await asyncio.open_connection(sock=sock)
-
-    async def tell() -> None:
-        while True:
-            found, why = await answer_of(client, "/status.json")
-            if not why and "totals" not in found:
-                why = "it is no balancer's status"
-            writer.write(json_line({"note": f"{client.url}/status.json: {why}"} if why else
-                                   {"status": found | {"address": client.url}}))  # fmt: skip
-            await asyncio.sleep(STATUS_S)
-
-    telling = asyncio.ensure_future(tell())
-    while line := await reader.readline():
-        if verb := (said := json.loads(line)).get("verb"):
-            query = urllib.parse.urlencode({"url": said["url"]})
-            found, why = await answer_of(client, f"/admin/servers/{verb}?{query}", b"")
-            note = why or found.get("done") or found.get("why") or "passed"
-            writer.write(json_line({"note": f"{verb}: {note}"}))
-    telling.cancel()
-    writer.close()
-
-
-async def answer_of(
-    client: HttpClient, path: str, content: bytes | None = None
-) -> tuple[dict[str, Any], str]:
-    """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
     try:
-        status, answer = await client.fetch(path, TOP_TIMEOUT_S, content)
-        found = read_members(answer, None)
-    except (PeerGone, BadMessage, TimeoutError) as error:
-        return {}, str(error) or "no answer in time"
-    error = found.get("error")
-    message = error.get("message") if isinstance(error, dict) else "no reason is told"
-    return found, "" if status == 200 else f"{status}: {message}"
+        content = json.dumps(wanted).encode()
+        status = await client.ask("/v1/completions", timeout_s, content, take)
+    except (PeerGone, BadMessage, TimeoutError):
+        return None
+    if not came:
+        return Streamed(status)
+    events = sum(count for _, count in came)
+    return Streamed(status, len(came), events, came[0][0], came[-1][0])
 
 
-@SCREENS.append
-@contextlib.asynccontextmanager
-async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
-    """The screen, in place of log lines, for as long as the terminal takes part."""
-    if not in_foreground(1):
-        yield
-        return
-    core, lines = balancer.core, [one for one in log.handlers if isinstance(one, Console)]
-    doing = set[asyncio.Future[Any]]()
-
-    def act(action: Action) -> None:
-        if action.verb == "quit":
-            balancer.stop()
-        elif action.verb in OPERATIONS:
-            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
-            task.add_done_callback(doing.discard)
-
-    def hold(held: bool) -> None:
-        for one in lines:
-            (log.removeHandler if held else log.addHandler)(one)
-
-    screen = ScreenProcess(core.status, act, hold)
-    balancer.handover.before = screen.close
-    try:
-        yield
-    finally:
-        await screen.close()
+# What to do about words that TLS says; the first that fits.
+TLS_ADVICE = {
+    "alert certificate required": "it asks for ours: name a file with it in client_cert",
+    "certificate is not valid for": "give it the URL of a name that is in its certificate",
+    "certificate has expired": "have its certificate renewed",
+    "certificate": "name the authority that signed it in ca_file",
+    "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
+    "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+}
 
 
-async def act_on_server(core: Core, action: Action) -> None:
-    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
-    try:
-        server = server_named(core, action.url)
-        found = await OPERATIONS[action.verb](core, server)
-        if action.verb == "probe":
-            log.info("by hand: %s probed: %s", action.url, json.dumps(found))
-    except (LookupError, PeerGone) as error:
-        log.warning("%s", error.args[0])
+def unusable_finding(server: ServerSettings, why: str) -> Finding:
+    """About a server that did not answer as it should."""
+    if re.search(r"answered 40[13]", why):
+        has = "another" if server.api_key or server.api_key_file else "an"
+        return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
+    for word, advice in TLS_ADVICE.items():
+        if word in why:
+            return Finding(f"its certificate: {why}" if "cert" in word else why, advice)
+    return Finding(why, f"see whether it runs, and try: curl -v {server.url}/v1/models")
 
 
-def add_top(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}",
-                        metavar="URL", help="where it listens (default %(default)s)")  # fmt: skip
-    parser.add_argument("--key-file", default="", metavar="FILE",
-                        help="holds a key for status and admin")  # fmt: skip
-    parser.add_argument("--ca-file", default="", metavar="FILE",
-                        help="https: certificates to trust")  # fmt: skip
-    parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
-    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of who has started it
+def load_findings(
+    server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
+) -> list[Finding]:
+    """About its page of metrics."""
+    if status != 200:
+        how = f"answered {status}" if status else "did not answer"
+        return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
+                        "let the balancer reach /metrics, past whatever stands before the server")]
+    load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
+    missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
+        ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
+        ("generation_tokens", load.generation_tokens)) if value is None)  # fmt: skip
+    uneven = not missing and engines != server.data_parallel_size
+    return [Finding(text, advice) for amiss, text, advice in (
+        (missing, f"/metrics does not say {missing}", "start vLLM without --disable-log-stats"),
+        (not load.caches, "it keeps no prefixes: each turn of a conversation is read anew",
+         "start vLLM with --enable-prefix-caching"),
+        (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
+        (uneven, f"it runs {engines} engine(s), its data_parallel_size here is"
+         f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
+    ) if amiss]  # fmt: skip
 
 
-@command("top", "the screen, of a balancer that runs elsewhere", add_top,
-         example="top http://10.0.0.9:8888")
-def run_top(args: argparse.Namespace) -> int:
-    """The screen: of the balancer that has started this process, or of one elsewhere."""
-    if args.socket is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and that us
-        with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
-            sock.send(json_line({"why": run_screen(sock, remote=False)}))
-        return 0
-    entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
-             "verify": not args.insecure}  # fmt: skip
-    settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
-    client = HttpClient(settings.servers[0].url, Secrets(settings))
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return fail("top: expected a terminal")
-    ours, theirs = socket.socketpair()
-    feed = threading.Thread(target=lambda: asyncio.run(feed_screen(client, theirs)), daemon=True)
-    feed.start()
-    with ours, contextlib.suppress(KeyboardInterrupt):
-        if why := run_screen(ours, remote=True):
-            return fail(printable(f"top: {why}"))
-    return 0
+def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
+    """About a streamed answer.  That a server does not generate text (404, 400) is no fault."""
+    if streamed is None:
+        return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
+                        " (health_check_timeout)", "look at its load, or at its log")]
+    answered = f"a stream was answered {streamed.status}"
+    if streamed.status in (401, 403):
+        return [Finding(f"its key: {answered}", "give the server its api_key or api_key_file")]
+    return [Finding(answered, "look at its log")] if streamed.status >= 500 else []
 
 
-def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
-    """For argparse: a number of a reasonable size."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if 1e-3 <= (found := kind(word)) <= 1e7:
-            return found
-    raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
+def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
+    """Whether it says that it has nothing to do; a busy vLLM joins tokens itself."""
+    load = loads.get("", EngineLoad())
+    return load.running == 0 == (load.waiting or 0)
 
 
-def add_replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
-                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
-    parser.add_argument("--policy", action="append", metavar="NAME",
-                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
-    parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
-    parser.add_argument("--fleet", nargs="+", metavar="KIND",
-                        help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
-    parser.add_argument("--add-server", action="append", metavar="KIND", help="one more")
-    parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
-    parser.add_argument(
-        "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
-    parser.add_argument(
-        "--limit", type=functools.partial(positive, kind=int), metavar="N",
-        help="the first N requests")
-    parser.add_argument("--seconds", type=positive, default=180.0, help="of made-up traffic")
-    parser.add_argument("--slo-ttft", type=positive, default=1.0, metavar="S", help="seconds")
-    parser.add_argument("--slo-token", type=positive, default=0.05, metavar="S", help="seconds")
+def came_at_once(streamed: Streamed | None) -> bool:
+    """Whether tokens came all together, though that took a while: as if they were collected."""
+    return (streamed is not None and streamed.events > 3 and streamed.pieces == 1
+            and streamed.last_s > 0.05)  # fmt: skip
 
 
-@command(
-    "replay", "try policies on recorded traffic, in a model", add_replay,
-    example="replay sessions --policy all",
-    description="Which policy for my traffic? Would a server more help? Requests that the settings'"
-                " queue holds wait there as long as it takes.")  # fmt: skip
-def run_replay(args: argparse.Namespace) -> int:
-    """Replay a trace under each of the policies that are asked for, and print the table."""
-    if args.config:
-        settings, _ = load_settings(args.config, {})
-    else:
-        settings = Settings(tuple(ServerSettings(f"http://server-{n}") for n in range(3)))
-    servers, kinds = list(settings.servers), list[EngineKind]()
-    for server in servers:
-        limit = server.max_concurrent_requests
-        kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
-    for n, word in enumerate(args.fleet or (), 1):
-        kind = engine_kind(word)
-        if n == 1:
-            servers, kinds = [], []
-        servers.append(ServerSettings(f"http://{word}-{n}", round(kind.capacity)))
-        kinds.append(kind)
-    for n, word in enumerate(args.add_server or (), 1):
-        kinds.append(engine_kind(word))
-        servers.append(ServerSettings(f"http://added-{word}-{n}", round(kinds[-1].capacity)))
-    if args.auto:
-        servers = [dataclasses.replace(s, max_concurrent_requests=AUTO) for s in servers]
-    if not servers:
-        return fail(f"{args.config}: found no servers, expected some to replay with")
-    try:
-        arrivals = adapted(read_trace(args.trace, args.seconds), args.speed, args.limit)
-        if not arrivals:
-            return fail(f"{args.trace}: found no requests, expected some to replay")
-        policies = wanted_policies(args.policy or [settings.policy], settings)
-    except ValueError as error:
-        unreadable = isinstance(error, UnicodeError)
-        return fail(f"{args.trace}: is not text in UTF-8" if unreadable else str(error))
-    settings = dataclasses.replace(settings, servers=tuple(servers))
-    span_s = max(1e-9, arrivals[-1].at_s)
-    print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
-          f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
-          f" s and {args.slo_token * 1000:g} ms a token")  # fmt: skip
-    rows = dict[str, Summary]()
-    for name in policies:
-        router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
-        engines = [Engine(kind) for kind in kinds]
-        records = Replay(
-            arrivals, engines, router, settings.metrics_interval, progress_bar(name)).run()
-        rows[name] = summary(records, args.slo_ttft, args.slo_token)
-    print(table(rows))
-    return 0
+def buffered_findings(streamed: Streamed | None) -> list[Finding]:
+    """About a second stream of an idle server, of which the first came at once."""
+    if streamed is None or not came_at_once(streamed):
+        return []
+    return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
+                    "turn response buffering off in what stands before the server (nginx:"
+                    " proxy_buffering off)")]  # fmt: skip
 
 
-def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
-    """Raises ValueError."""
-    if "all" in words:
-        return [name for name in POLICY_NAMES if name != "expression" or s.score]
-    for word in words:
-        if word not in POLICY_NAMES or (word == "expression" and not s.score):
-            expected = ", ".join(("all", *POLICY_NAMES))
-            raise ValueError(f"--policy: found {word}, expected one of {expected}; expression"
-                             " needs a --servers file with a score")  # fmt: skip
-    return list(words)
+def secret_files(path: str, s: Settings) -> list[str]:
+    """Those that hold keys: of the settings file at `path` and the files that it names."""
+    entries = (s, *s.servers, *s.keys)
+    own = [path] if any(getattr(one, key, "") for one in entries for key in SECRET_FIELDS) else []
+    files = [key.key_file for key in s.keys] + [s.tls_key]
+    files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
+    return own + list(dict.fromkeys(filter(None, files)))
 
 
-def engine_kind(word: str) -> EngineKind:
-    """For argparse, but with a better message than it makes of a ValueError."""
-    if word in ENGINE_KINDS:
-        return ENGINE_KINDS[word]
-    if word.isdecimal() and 0 < int(word) < 10000:
-        return kind_for(int(word))
-    raise SystemExit(fail(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or a number"
-                          " of requests that it runs well at once"))  # fmt: skip
+def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
+    """About files that hold keys, by their modes."""
+    return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
+                    f"chmod o-rwx {path}")
+            for path, mode in modes.items() if mode & stat.S_IRWXO]  # fmt: skip
 
 
-def read_trace(name: str, seconds: float) -> list[Arrival]:
-    """A file's requests, or made-up ones of that name.  Raises ValueError."""
-    if name in MADE_UP and not os.path.exists(name):
-        return made_up(MADE_UP[name], seconds, random.Random(1))
-    try:
-        with open(name, encoding="utf-8") as lines:
-            return read_arrivals(lines, name)
-    except OSError as error:
-        known = ", ".join(MADE_UP)
-        raise ValueError(f"{name}: {error_text(error)}; made-up traffic is {known}") from None
+def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
+    """About this machine, where descriptors allow so many clients, and about names in the settings
+    that no server knows."""
+    findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
+    if clients < 0.9 * s.max_connections:
+        findings.append(Finding(
+            f"file descriptors are enough for {clients} clients, max_connections is"
+            f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
+    if {server.weight for server in s.servers} - {0.0, 1.0}:
+        findings += [Finding(
+            f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
+            " is named after", "choose unified, or give other max_concurrent_requests")
+            for name in unweighed(s)]  # fmt: skip
+    known = {name for one in examined for name in one.models or ()}
+    if all(one.models is not None for one in examined):
+        named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
+        named += [("default_model is", s.default_model)] if s.default_model else []
+        for what, model in named:
+            if model not in known and model not in s.aliases:
+                findings.append(Finding(
+                    f"{what} {shown(model)}, which no server has",
+                    f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"))
+    return findings
 
 
-def progress_bar(name: str) -> Callable[[float], None]:
-    """Draws on a terminal, and nowhere else."""
+@command("check-config", "read the settings and ask every server", add_config,
+         example="check-config servers.toml")
+def check_config(args: argparse.Namespace) -> int:
+    """Read the settings, examine every server at the same time, and print what was found."""
+    path = config_path(args)
+    settings, warnings = load_settings(path, overrides_from(args, os.environ))
+    for warning in (*warn_of(os.environ, args), *warnings):
+        print(f"warning: {warning}")
+    secrets = Secrets(settings)
+    raise_descriptor_limit()
 
-    def draw(share: float) -> None:
-        bar = "#" * round(40 * share)
-        end = "\r" + " " * 70 + "\r" if share >= 1 else ""
-        print(f"\r{name[:18]:18} [{bar:40}] {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
+    async def examine_all() -> list[Examined]:
+        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
 
-    return draw if sys.stderr.isatty() else lambda share: None
+    found = asyncio.run(examine_all())
+    for server, one in zip(settings.servers, found):
+        capacity = server.max_concurrent_requests or "auto"
+        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
+        print_findings(one.findings)
+    print_findings(own_findings(settings, found, descriptors_allow()))
+    print_findings(mode_findings({
+        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
+    usable = sum(one.usable for one in found)
+    capacity = sum(server.max_concurrent_requests for server in settings.servers)
+    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
+    return 0 if usable else 2
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
 
 
 if __name__ == "__main__":
