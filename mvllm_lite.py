@@ -127,8 +127,8 @@ names the server that was ranked best (23) in the view of the fleet (20) by a po
 then commits: the `Response` (39) begins, and a `Pump` (38) moves the rest.  What went wrong on the
 way is a `Fault` (1); the plan decides who is asked next.
 
-Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, a
-*client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
+Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
+*roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
 frozen look at a server, the *eligible* what a policy judges, a *ranking* the judgement.  A *plan*
 yields *steps* and is told the *outcome* of each.  An *attempt* is a request said to one server.
 A *lease* counts a request in flight at its server.
