@@ -3667,9 +3667,8 @@ class Health(NamedTuple):
             state=state, reason=reason, since=now, successes=0, request_failures=(),
             open_until=None, trials=0, frozen=False, shaky=False)
 
-    def checked(
-        self, passed: bool, seconds: float, why: str, now: float, s: Settings, reached: bool = False
-    ) -> Health:
+    def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings,
+                reached: bool = False) -> Health:  # fmt: skip
         """After one more check; `why` names a problem, also with a check that passed.  One that
         failed may still have `reached` a server that could answer requests."""
         health = self.counted(passed, seconds, why, now, s)
@@ -3683,10 +3682,7 @@ class Health(NamedTuple):
             window=(*self.window, (passed, seconds))[-s.health_check_window_size :],
             failures=0 if passed else self.failures + 1,
             successes=self.successes + 1 if passed and in_time else 0,
-            checked_at=now,
-            checks=self.checks + 1,
-            problem=self.problem if passed else why,
-        )
+            checked_at=now, checks=self.checks + 1, problem=self.problem if passed else why)
         away = health.failures >= s.health_check_consecutive_failures
         good = f"check {'passed, but ' if passed else 'failed: '}{why}" if why else "check passed"
         if self.state is State.HEALTHY:
@@ -3707,9 +3703,8 @@ class Health(NamedTuple):
 
     def refused(self, why: str, now: float) -> Health:
         """After a check in which our key was rejected: nothing else can come of any request."""
-        health = self.become(State.UNHEALTHY, f"its key is rejected: {why}", now)
-        return health._replace(
-            checked_at=now, checks=self.checks + 1, failures=self.failures + 1, reached=False)
+        health = self.taken_out(f"its key is rejected: {why}", now)
+        return health._replace(checked_at=now, checks=self.checks + 1)
 
     def excused(self, now: float) -> Health:
         """After a check that hung while answers flowed: it says nothing of a healthy server."""
@@ -3727,15 +3722,13 @@ class Health(NamedTuple):
         count, rate, mean_s = len(self.window), self.success_rate, self.mean_time_s
         judged = count >= min(5, s.health_check_window_size)  # one check is no rate
         if judged and rate < s.health_check_min_success_rate:
-            return (f"{rate:.0%} of the last {count} checks passed, the last problem:"
-                    f" {self.problem}")
+            return f"{rate:.0%} of the last {count} checks passed, the last problem: {self.problem}"
         if mean_s > s.health_check_max_response_time:
             return f"the last {count} checks took {mean_s:.1f} s on average"
         return ""
 
-    def failed(
-        self, why: str, reached: bool, now: float, s: Settings, content: bytes = b""
-    ) -> Health:
+    def failed(self, why: str, reached: bool, now: float, s: Settings,
+               content: bytes = b"") -> Health:  # fmt: skip
         """After a request failed in a way the server is to blame for.  Where none could be
         `reached`, the next good check tells that there is one again.  `content` is given where it
         may be its failure: others of the same are forgotten for this one."""
@@ -3747,10 +3740,7 @@ class Health(NamedTuple):
         if len(failures) < s.failure_threshold or self.state is not State.HEALTHY:
             return self._replace(request_failures=failures)
         why = f"{len(failures)} requests failed in a row: " * (len(failures) > 1) + why
-        if reached:
-            return self.opened(f"circuit open: {why}", now, s)
-        health = self.become(State.UNHEALTHY, why, now)
-        return health._replace(failures=self.failures + 1, reached=False)
+        return self.opened(f"circuit open: {why}", now, s) if reached else self.taken_out(why, now)
 
     def confirmed(self, content: bytes, why: str, now: float, s: Settings) -> Health:
         """After another server has done what failed here: it was the server's failure."""
@@ -3771,8 +3761,12 @@ class Health(NamedTuple):
         return self.half_opened(now).succeeded(now, s)
 
     def died(self, why: str, now: float) -> Health:
-        """After it died with a request: it is out until the next good check."""
-        health = self.become(State.UNHEALTHY, f"it died with a request: {why}", now)
+        """After it died with a request."""
+        return self.taken_out(f"it died with a request: {why}", now)
+
+    def taken_out(self, why: str, now: float) -> Health:
+        """Out until the next good check."""
+        health = self.become(State.UNHEALTHY, why, now)
         return health._replace(failures=self.failures + 1, reached=False)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
@@ -4040,8 +4034,7 @@ class Eligible(NamedTuple):
 
     def capacities(self) -> list[float]:
         """The capacity of each."""
-        return [view.settings.max_concurrent_requests or view.learned.capacity
-                for view in self.views]  # fmt: skip
+        return [view.capacity for view in self.views]
 
     def sizes(self) -> list[float]:
         """The size of each."""
@@ -4366,8 +4359,8 @@ class Fleet:
         return member and member.view
 
     def in_flight(self, id: str) -> int:
-        member = self._members.get(id)
-        return member.view.counts.in_flight if member else 0
+        view = self.view(id)
+        return view.counts.in_flight if view else 0
 
     def has_room(self, now: float, interval_s: float) -> bool:
         """Whether any server could take a request more."""
@@ -4411,12 +4404,12 @@ class Fleet:
     # What settings tell.
 
     def apply(
-        self, wanted: Sequence[ServerSettings], now: float,
-        pools: Mapping[str, float] | None = None, drained: Iterable[str] = (),
+        self, wanted: Sequence[ServerSettings], now: float, pools: Mapping[str, float] = {},
+        drained: Iterable[str] = (),
     ) -> tuple[list[str], list[str]]:  # fmt: skip
         """Make the fleet what the settings say: (ids added, ids now draining).  A server that is
         wanted again while it drains simply stays, with all that is known of it."""
-        old, pools, members = self._members, pools or {}, dict[str, Member]()
+        old, members = self._members, dict[str, Member]()
         staying = {id for id, member in old.items() if not member.view.draining}
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
@@ -4436,9 +4429,8 @@ class Fleet:
                     settings=server, draining=False, drained=server.url in drained,
                     share=pools.get(server.pool, rest))
                 members[id] = member
-        leaving = [id for id in old if id not in members]
-        for id in leaving:
-            member = old[id]
+        leaving = {id: member for id, member in old.items() if id not in members}
+        for id, member in leaving.items():
             if member.view.counts.in_flight:
                 member.view = member.view._replace(draining=True)
                 members[id] = member
@@ -5198,8 +5190,8 @@ def exclusions(
         ever = moment._replace(enforced=False)
         if all(exclusion_reason(view, model, frozenset(), ever, trials) for view in views):
             # Of a model that nobody has told of nothing is guessed.
-            guess = model is None or not any(view.models for view in views)
-            guess = guess or any(model in (view.models or ()) for view in views)
+            told = [view.models for view in views if view.models]
+            guess = model is None or not told or any(model in models for models in told)
             needed = [guess or view.models is not None for view in views]
             return [exclusion_reason(view, model, tried, moment, trials, last) and reason
                     for view, reason, last in zip(views, reasons, needed)]  # fmt: skip
@@ -5236,51 +5228,52 @@ def exclusion_reason(
     return "was tried already" if tried and view.server in tried else ""
 
 
+Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
+
+
 def apply_preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> None:
-    """Passes over who is eligible, but not now: servers that the prompt may not fit, while it fits
-    others better; other pools than the one that is drawn, servers without the LoRA adapter while
-    others with it have room, higher tiers while lower ones have."""
+    """Passes over who is eligible, but not now."""
+    for why, wanted in preferences(views, reasons, call, moment, draw):
+        rest = [n for n, reason in enumerate(reasons) if not reason]
+        others = [n for n in rest if not wanted(views[n])]
+        for n in others if len(others) < len(rest) else ():
+            reasons[n] = why
 
-    now, tokens = moment.now, call.prompt.tokens
-    fit = tokens * ESTIMATE_ROOM > shortest_context(views, call.model)
-    if not fit and not any(depends_on_the_moment(view, now) for view in views):
+
+def preferences(
+    views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
+) -> Iterator[Preference]:
+    """Each to be applied before the next is asked for: servers that the prompt surely fits, those
+    that are not busy, the pool that is drawn, those with room that have the LoRA adapter, the
+    lowest tier with room."""
+    model, now, interval_s = call.model, moment.now, moment.interval_s
+    tokens = call.prompt.tokens * ESTIMATE_ROOM
+    too_long = tokens > shortest_context(views, model)
+    if not too_long and not any(depends_on_the_moment(view, now) for view in views):
         return
 
-    def keep(wanted: Callable[[ServerView], bool], why: str) -> None:
-        """Only those, if there are any."""
-        rest = [n for n, reason in enumerate(reasons) if not reason]
-        if any(wanted(views[n]) for n in rest):
-            for n in rest:
-                if not wanted(views[n]):
-                    reasons[n] = why
+    def left() -> list[ServerView]:
+        return [view for view, reason in zip(views, reasons) if not reason]
 
     def roomy(view: ServerView) -> bool:
-        load = view.counts.in_flight + view.foreign(moment.now, moment.interval_s)
-        return bool(load < view.limit)
+        return view.counts.in_flight + view.foreign(now, interval_s) < view.limit
 
-    if fit:
-        contexts = [view.context(call.model) for view, reason in zip(views, reasons) if not reason]
-        least = min(tokens * ESTIMATE_ROOM, max(contexts, default=0.0))
-        keep(lambda view: view.context(call.model) >= least,
-             f"has a context that may be too short for about {tokens} tokens")
-    keep(lambda view: view.busy_until <= now, "said that it is busy just now")
-    eligible = [view for view, reason in zip(views, reasons) if not reason]
-    shares = {view.settings.pool: view.share for view in eligible}
+    if too_long:
+        least = min(tokens, max((view.context(model) for view in left()), default=0.0))
+        yield (f"has a context that may be too short for about {call.prompt.tokens} tokens",
+               lambda view: view.context(model) >= least)  # fmt: skip
+    yield "said that it is busy just now", lambda view: view.busy_until <= now
+    shares = {view.settings.pool: view.share for view in left()}
     if len(shares) > 1:
         pool = drawn_pool(shares, call, draw)
-        keep(lambda view: view.settings.pool == pool, f"pool {pool or 'none'} was drawn")
-    keep(lambda view: call.model in view.load.adapters
-         and view.reports(now, moment.interval_s) and roomy(view),
-         "has the adapter not loaded")  # fmt: skip
-    if len(tiers := {view.settings.tier for view in eligible}) > 1:
-        for tier in sorted(tiers):
-            if any(not reason and view.settings.tier == tier and roomy(view)
-                   for view, reason in zip(views, reasons)):  # fmt: skip
-                keep(lambda view, tier=tier: view.settings.tier == tier,  # type: ignore[misc]
-                     f"tier {tier} has room")  # fmt: skip
-                break
+        yield f"pool {pool or 'none'} was drawn", lambda view: view.settings.pool == pool
+    yield "has the adapter not loaded", lambda view: (
+        model in view.load.adapters and view.reports(now, interval_s) and roomy(view))
+    if tiers := [view.settings.tier for view in left() if roomy(view)]:
+        tier = min(tiers)
+        yield f"tier {tier} has room", lambda view: view.settings.tier == tier
 
 
 def depends_on_the_moment(view: ServerView, now: float) -> bool:
@@ -5342,9 +5335,7 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
             else view.slow_start_share(now, slow_start_s) for view in views]  # fmt: skip
 
 
-def rank(
-    fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random
-) -> Ranking:
+def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
     """The best server for a call; once for each attempt."""
     call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
