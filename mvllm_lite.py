@@ -763,8 +763,8 @@ def ip_of(said: bytes, version: bytes) -> str:
     """An address of that IP version as it is usually written; '' for what is none."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(said.decode("latin-1"))
-        zoned = b"%" in said  # the zone is of the proxy's machine, and could be any text
-        return str(address) if address.version == int(version) and not zoned else ""
+        if address.version == int(version) and b"%" not in said:  # a zone could be any text
+            return str(address)
     return ""
 
 
@@ -2376,7 +2376,8 @@ EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")
 DISPOSITION = re.compile(
     rb'(?i)content-disposition:[ \t]*+form-data(?:[ \t]*+;[ \t]*+[^\s=;"]++[ \t]*+=[ \t]*+'
     rb'(?:"(?:[^"\\]|\\.)*+"|[^\s;"]++))*+[ \t]*+;?[ \t]*+')
-PLAIN_ENCODING = re.compile(rb"(?i)content-transfer-encoding:[ \t]*+(?:binary|[78]bit)[ \t]*+")
+OTHER_ENCODING = re.compile(
+    rb"(?i)content-transfer-encoding:(?![ \t]*+(?:binary|[78]bit)[ \t]*+\Z)")
 PART_FIELD = re.compile(rb"[!#-'*+.0-9A-Z^-z|~-]++:[^\r\n\0]*+")
 OTHER_CHARSET = re.compile(
     r'(?i)charset[ \t]*+=(?![ \t]*+"?(?:utf-?8|us-ascii|iso-8859-1)"?[ \t]*+(?:[;\r]|$))')
@@ -2398,7 +2399,7 @@ def form_boundary(content_type: str) -> bytes:
         raise BadMessage(f"Content-Type is {shown(content_type)}, expected one boundary")
     if OTHER_CHARSET.search(content_type):
         raise BadMessage(f"Content-Type is {shown(content_type)}, expected UTF-8")
-    return b"--" + (found[1] or found[2]).encode("latin-1") if found else b""
+    return b"--" + (found[1] or found[2]).encode("latin-1")
 
 
 def form_spans(content: Content, boundary: bytes) -> Spans:
@@ -2429,11 +2430,11 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
         if head < 0:
             raise BadMessage(f"a part of the form has no end of its fields within"
                              f" {FORM_HEAD_LIMIT_BYTES} bytes")  # fmt: skip
-        for name in part_names(bytes(content[at:head])):
-            if name in spans:
-                raise BadMessage(f"the form says {name} twice")
-            if name in CALL_MEMBERS:
-                spans[name] = (head + 4, following)
+        name = part_name(bytes(content[at:head]))
+        if name in spans:
+            raise BadMessage(f"the form says {name} twice")
+        if name in CALL_MEMBERS:
+            spans[name] = (head + 4, following)
         at, last = part_start(content, following + 2 + len(boundary))
     raise BadMessage(f"the form has more than {FORM_PARTS_LIMIT} parts")
 
@@ -2461,29 +2462,29 @@ def part_start(content: Content, at: int) -> tuple[int, bool]:
     return behind.end(), behind[1] is not None
 
 
-def part_names(fields: bytes) -> list[str]:
-    """The name of a form's part, as a list of one.  Raises BadMessage for a part that two readers
-    may name, or decode, differently."""
+def part_name(fields: bytes) -> str:
+    """The name of a form's part.  Raises BadMessage for a part that two readers may name, or
+    decode, differently."""
     lines = [line for line in fields.split(b"\r\n") if line]
-    if not all(map(PART_FIELD.fullmatch, lines)):
-        raise BadMessage("a part of the form has a bad field line")
-    if any(line[:26].lower() == b"content-transfer-encoding:" and not PLAIN_ENCODING.fullmatch(line)
-           for line in lines):  # fmt: skip
-        raise BadMessage("a part of the form is encoded")
-    lines = [line for line in lines if line[:20].lower() == b"content-disposition:"]
-    found = [named[1] or named[2] for line in lines for named in PART_NAME.finditer(line)]
-    if len(lines) > 1 or len(found) > 1 or any(EXTENDED_NAME.search(line) for line in lines):
-        raise BadMessage("a part of the form has more than one name")
-    if not found or not found[0] or not DISPOSITION.fullmatch(lines[0]):
-        raise BadMessage("a part of the form has no clear name")
-    name = found[0].decode("latin-1")
-    if "\\" in name or (name not in CALL_MEMBERS and urllib.parse.unquote(name) in CALL_MEMBERS):
-        raise BadMessage("a part of the form has an encoded name")
-    if name in CALL_MEMBERS and b"filename" in lines[0].lower():
-        raise BadMessage(f"the form's {name} is a file")
-    if name in CALL_MEMBERS and OTHER_CHARSET.search(fields.decode("latin-1")):
-        raise BadMessage(f"the form's {name} is not in UTF-8")
-    return [name]
+    said = [line for line in lines if line[:20].lower() == b"content-disposition:"]
+    found = [named[1] or named[2] for line in said for named in PART_NAME.finditer(line)]
+    name = found[0].decode("latin-1") if found and found[0] else ""
+    ours, part = name in CALL_MEMBERS, "a part of the form"
+    for bad, text in (
+        (not all(map(PART_FIELD.fullmatch, lines)), f"{part} has a bad field line"),
+        (any(map(OTHER_ENCODING.match, lines)), f"{part} is encoded"),
+        (len(said) > 1 or len(found) > 1 or any(map(EXTENDED_NAME.search, said)),
+         f"{part} has more than one name"),
+        (not name or not DISPOSITION.fullmatch(said[0]), f"{part} has no clear name"),
+        ("\\" in name or (not ours and urllib.parse.unquote(name) in CALL_MEMBERS),
+         f"{part} has an encoded name"),
+        (ours and b"filename" in said[0].lower(), f"the form's {name} is a file"),
+        (ours and OTHER_CHARSET.search(fields.decode("latin-1")),
+         f"the form's {name} is not in UTF-8"),
+    ):
+        if bad:
+            raise BadMessage(text)
+    return name
 
 
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
@@ -3115,8 +3116,15 @@ def of_request(error: Mapping[str, Any]) -> bool:
         value for value in (error.get("type"), code) if isinstance(value, str))
 
 
-def events_at_end(tail: bytes, words: Sequence[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Of a stream's last events those with any of the words, the last one first: name and data."""
+Said = tuple[bytes, dict[str, Any]]  # an event's name, and its data; a document has no name
+
+
+def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iterator[Said]:
+    """What an end says: a document, or of a stream's last events those with any of the words, the
+    last one first."""
+    if notation is not Notation.EVENTS:
+        yield b"", document_at_end(tail)
+        return
     for event in reversed(BLANK_LINE.split(tail)):
         if any(word in event for word in words):
             name, data = parse_event(event)
@@ -3127,12 +3135,12 @@ def bad_end(tail: bytes, notation: Notation) -> Fault | None:
     """The failure that the last events of a stream, or the end of a document, admit to."""
     if notation is Notation.OPAQUE or not may_admit(tail):
         return None
-    if notation is Notation.EVENTS:
-        events = events_at_end(tail, ADMISSIONS)
-        return next((fault for event in events if (fault := fault_admitted(*event))), None)
-    said = document_at_end(tail)
-    fault = response_fault(said) if notation is Notation.RESPONSE else fault_admitted(b"", said)
-    return fault if fault is Fault.ABORTED else None
+    for name, said in said_at_end(tail, notation, ADMISSIONS):
+        of_response = notation is Notation.RESPONSE
+        fault = response_fault(said) if of_response else fault_admitted(name, said)
+        if fault is Fault.ABORTED or (fault is not None and notation is Notation.EVENTS):
+            return fault
+    return None
 
 
 # What vLLM's errors begin with when there is no engine any more; further on, they may quote.
@@ -3152,18 +3160,15 @@ def no_engine(said: Mapping[str, Any]) -> str:
 
 def says_failure(events: bytes) -> bool:
     """Whether a stream has an error event; one of a server that stops ends without any."""
-    found = (fault_admitted(*event) for event in events_at_end(events, ADMISSIONS))
-    return any(fault is Fault.STREAM_FAILED for fault in found)
+    said = said_at_end(events, Notation.EVENTS, ADMISSIONS)
+    return any(fault_admitted(*event) is Fault.STREAM_FAILED for event in said)
 
 
 def engine_died(said: bytes, notation: Notation) -> bool:
     """Whether a failure, the last events of a stream or a document, says that the engine is dead;
     that one which drains takes no more is no death."""
-    if notation is Notation.EVENTS:
-        found = [event for _, event in events_at_end(said, ADMISSIONS)]
-    else:
-        found = [document_at_end(said[:HELD_FAILURE_LIMIT_BYTES])]
-    words = (no_engine(member(one, "response", dict) or one).lower() for one in found)
+    found = said_at_end(said[:HELD_FAILURE_LIMIT_BYTES], notation, ADMISSIONS)
+    words = (no_engine(member(one, "response", dict) or one).lower() for _, one in found)
     return any(text and "new futures" not in text for text in words)
 
 
@@ -3324,7 +3329,8 @@ class AnswerJudge:
         if begun is Begun.NOT_YET and not done:
             return len(start.held) >= self._enough_bytes
         if begun is not Begun.CONTENT:  # a vLLM that is paused says so when the stream has its head
-            busy = any(is_overload(said) for _, said in events_at_end(start.held, (b"error",)))
+            events = said_at_end(bytes(start.held), Notation.EVENTS, (b"error",))
+            busy = any(is_overload(said) for _, said in events)
             self.fault = Fault.SERVER_BUSY if busy else Fault.STREAM_FAILED
         elif done:  # it came at once
             self.fault = bad_end(bytes(start.held[-TAIL_BYTES:]), self.terms.notation)
@@ -3357,7 +3363,7 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
     if notation is Notation.OPAQUE or b'"usage"' not in tail:
         return {}
     if notation is Notation.EVENTS:
-        ends = events_at_end(tail, (b'"usage"',))
+        ends = said_at_end(tail, notation, (b'"usage"',))
     else:  # the last one that is said should be it, and what follows it is short
         near = tail[max(0, tail.rfind(b",", 0, tail.rfind(b'"usage"'))) :]
         ends = ((b"", document_at_end(text)) for text in (near, tail))
@@ -7037,8 +7043,9 @@ def address_of(name: Any) -> Address:
     return name[:2] if isinstance(name, tuple) else UNKNOWN
 
 
-class Sink(Protocol):
-    """Takes what happens on a wire, in place of its buffer.  A piece is lent for the call."""
+class Sink:
+    """Takes what happens on a wire, in place of its buffer; this one, what nobody reads any more.
+    A piece is lent for the call."""
 
     def feed(self, wire: Wire, piece: Piece) -> None: ...
     def lost(self, wire: Wire) -> None: ...
@@ -7062,20 +7069,10 @@ def keep_alive(sock: socket.socket) -> None:
 def is_unheard(sock: socket.socket | None) -> bool:
     """Whether what was written last has not come in at the peer's system, as it does not where the
     connection was closed there before; where ours does not tell, it may not have."""
-    if sock is None or sock.fileno() < 0:  # below TLS it has gone already
-        return True
-    try:
-        return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
-    except OSError:
-        return True
-
-
-class Discard:
-    """A sink for what nobody reads any more."""
-
-    def feed(self, wire: Wire, piece: Piece) -> None: ...
-    def lost(self, wire: Wire) -> None: ...
-    def expired(self, wire: Wire) -> None: ...
+    with contextlib.suppress(OSError):
+        if sock is not None and sock.fileno() >= 0:  # below TLS it has gone already
+            return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
+    return True
 
 
 class Backlog:
@@ -7279,23 +7276,19 @@ class Wire(asyncio.BufferedProtocol):
 
     # What the rooms below call.
 
-    async def news(self, deadline: float) -> None:
+    async def news(self, deadline: float, reads: bool = False) -> None:
         """Until something happens here: bytes, room for writing, the peer's leaving.  Raises
         TimeoutError at the deadline."""
         self.expect_by(deadline)
-        self._waiter = self.loop.create_future()
+        self._waiter, self._reads = self.loop.create_future(), reads
         try:
             await self._waiter
         finally:
-            self._waiter = None
+            self._waiter, self._reads = None, False
 
-    async def more(self, deadline: float) -> None:
+    def more(self, deadline: float) -> Awaitable[None]:
         """The same, for who reads."""
-        self._reads = True
-        try:
-            await self.news(deadline)
-        finally:
-            self._reads = False
+        return self.news(deadline, reads=True)
 
     async def news_or_progress(self, silence_s: float) -> None:
         """The same, or that a slow peer took some of what is written to it.  Raises TimeoutError
@@ -7437,7 +7430,7 @@ class Wire(asyncio.BufferedProtocol):
         some of it within `silence_s`; then it hears that we say no more, and has `linger_s` to end
         what it is saying.  Closing over unread bytes would reset the connection, and could take
         our last answer with it.  Raises TimeoutError."""
-        self.sink = Discard()
+        self.sink = Sink()
         self.drop()
         self.release()
         self.transport.set_write_buffer_limits(1, 0)  # `blocked` means now: not all is out
@@ -7568,9 +7561,9 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets = list[socket.socket]()
-    try:
+    with contextlib.ExitStack() as opened:
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            sockets.append(sock := socket.socket(family, kind, protocol))
+            sockets.append(sock := opened.enter_context(socket.socket(family, kind, protocol)))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -7578,10 +7571,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
                 sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, KERNEL_BACKLOG_BYTES)
             sock.bind(address)
             sock.listen(LISTEN_BACKLOG)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+        opened.pop_all()  # all are well, and stay open
     return sockets
 
 
