@@ -6458,7 +6458,7 @@ LIMIT_NAMES = (
 )  # fmt: skip
 
 
-class Ledger:
+class Metrics:
     """Everything that is counted, bumped where it happens."""
 
     def __init__(self) -> None:
@@ -8985,7 +8985,7 @@ class Core:
         self.settings = settings
         self.draw = draw
         self.fleet = Fleet()
-        self.ledger = Ledger()
+        self.metrics = Metrics()
         self.requests = Requests()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         self.roster = Roster()
@@ -9040,13 +9040,13 @@ class Core:
         """A server is asked, because of this ranking.  Returns what decided, in a word."""
         assert ranking.asked is not None
         ranking.policy.chosen(ranking.asked)
-        reason, ledger = "retry" if attempt > 1 else ranking.basis, self.ledger
-        ledger.decisions.add(ranking.policy.name, reason)
+        reason, metrics = "retry" if attempt > 1 else ranking.basis, self.metrics
+        metrics.decisions.add(ranking.policy.name, reason)
         if tokens := ranking.call.prompt.tokens:
-            ledger.prompt_tokens.add(amount=tokens)
+            metrics.prompt_tokens.add(amount=tokens)
             if any(ranking.cached):
-                ledger.cached_tokens.add(amount=ranking.expected)
-                ledger.missed_tokens.add(amount=ranking.missed_tokens())
+                metrics.cached_tokens.add(amount=ranking.expected)
+                metrics.missed_tokens.add(amount=ranking.missed_tokens())
         self.recent.ranked(id, ranking, attempt)
         return reason
 
@@ -9054,7 +9054,7 @@ class Core:
         """Tell the fleet something about a server's health; a transition is everybody's news."""
         change = self.fleet.judge(url, after, *news)
         if change is not None:
-            self.ledger.transitions.add(change.url, change.new.value)
+            self.metrics.transitions.add(change.url, change.new.value)
             views = self.fleet.engines(change.url) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
@@ -9065,12 +9065,12 @@ class Core:
     def internal_error(self, doing: str) -> None:
         """Of our own: to be called while its exception is handled."""
         log.exception("internal error while %s", doing)
-        self.ledger.errors.add()
+        self.metrics.errors.add()
 
     def count_limit(self, limit: str) -> None:
         """Count that a limit was met; '' is none."""
         if limit:
-            self.ledger.limits.add(limit)
+            self.metrics.limits.add(limit)
 
 
 class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
@@ -9427,7 +9427,7 @@ class Attempt:
 
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""
-        response, s, gaps = self.response, self.settings, self.core.ledger.gaps
+        response, s, gaps = self.response, self.settings, self.core.metrics.gaps
         child = gaps.child(self.request.model_label) if response.streams else None
         self.pump = pump = Pump(
             response.client, wire, decoder, response.framing == CHUNKED, response.notation,
@@ -9578,7 +9578,7 @@ class Case:
         content."""
         core, s, now = self.core, self.settings, asyncio.get_running_loop().time()
         core.judge(server, Health.died, failure.text, now)
-        core.ledger.deaths.add(server)
+        core.metrics.deaths.add(server)
         self._deaths += 1
         if not (s.poison_hold and self.digest()):
             return failure._replace(deaths=self._deaths)
@@ -9599,25 +9599,25 @@ class Case:
 def account(x: Exchange) -> None:
     """Count the request, and write its line."""
     core, trail, response, first_s = x.core, x.trail, x.response, None
-    now, ledger, usage = x.loop.time(), core.ledger, dict[str, int]()
+    now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
     model, server = trail.model, trail.server
-    ledger.requests.add(server, model, str(response.status))
+    metrics.requests.add(server, model, str(response.status))
     if response.first_byte_at is not None:
         first_s = response.first_byte_at - trail.asked_at
-        ledger.first_byte.note(first_s, model)
+        metrics.first_byte.note(first_s, model)
         if response.streams:
-            ledger.first_token.note(first_s, model)
+            metrics.first_token.note(first_s, model)
     if server:
         well = response.status < 500 and response.end in ("complete", "client_gone")
         core.recent.history(server).ended(now, first_s if response.streams else None, well)
         key = x.key.name if x.key else ""
-        ledger.key_requests.add(key, model)
+        metrics.key_requests.add(key, model)
         usage = usage_of(response.tail, response.notation)
         for kind, tokens in usage.items():
-            ledger.usage.add(key, model, kind, amount=tokens)
-    ledger.durations.note(now - trail.began_at, model)
-    ledger.request_sizes.note(x.body.size, model)
-    ledger.response_sizes.note(response.sent_bytes, model)
+            metrics.usage.add(key, model, kind, amount=tokens)
+    metrics.durations.note(now - trail.began_at, model)
+    metrics.request_sizes.note(x.body.size, model)
+    metrics.response_sizes.note(response.sent_bytes, model)
     if core.trace is not None and server and response.status < 500:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
@@ -9835,7 +9835,7 @@ class Exchange:
         """The same, in its place; and note how it went."""
         core, case, trail, server = self.core, self.case, self.trail, step.server
         if trail.failures:
-            core.ledger.retries.add(trail.failures[-1])
+            core.metrics.retries.add(trail.failures[-1])
             core.recent.history(trail.server).retries += 1
         trail.server, label, sent_at = server, "abandoned", self.loop.time()
         reason = core.count_decision(self.response.id, step.ranking, step.attempt)
@@ -9852,7 +9852,7 @@ class Exchange:
             elif outcome.fault in LACKING and not step.request.searches:
                 core.looks.want(step.ranking.server)  # has it still what it said it has?
         finally:
-            core.ledger.attempts.add(server, label)
+            core.metrics.attempts.add(server, label)
             trail.attempts.append((server, reason, label))
         if outcome.fault is not None and outcome.fault is not Fault.NOT_THERE:
             what = f"{time.strftime('%H:%M:%S')} {label}: {outcome.text[:200]}"
@@ -9960,7 +9960,7 @@ class Exchange:
             if turn.done() and not granted and (lease := turn.result().lease):
                 self.end_lease(lease)  # it left the moment it had one
         queued_s = self.loop.time() - began
-        core.ledger.waits.note(queued_s, self.trail.model)
+        core.metrics.waits.note(queued_s, self.trail.model)
         self.trail.queued_s += queued_s
         if granted:
             return turn.result()
@@ -10174,14 +10174,14 @@ async def watch_load(core: Core, url: str) -> None:
                     own_then = max(own.get(view.id, 0), view.counts.in_flight)
                     load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
                     hits = core.fleet.scraped(view.id, load, own_then, now)
-                    core.ledger.prefix_hits.add(view.id, amount=hits)
+                    core.metrics.prefix_hits.add(view.id, amount=hits)
                     if load.asleep != view.load.asleep:
                         log.info("%s %s", view.id, "sleeps" if load.asleep else "is awake again")
                         core.news.notify()
                     say_disagreement(view, now, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
-        core.ledger.scrapes.add(url, result)
+        core.metrics.scrapes.add(url, result)
         if not trouble and lost >= KEPT_REPORTS:
             log.info("%s: /metrics answers again", url)
         lost = lost + 1 if trouble else 0
@@ -10594,7 +10594,7 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
     }  # fmt: skip
     monotonic = clock_now().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
-    page = expose(with_old_names([*core.ledger.families(), *now]))
+    page = expose(with_old_names([*core.metrics.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -10868,7 +10868,7 @@ class Front:
         id = request_id(NO_REQUEST.fields, (), (), core.draw)
         response = Response(wire, NO_REQUEST, id, core.settings)
         response.refuse(bad.fault, f"Bad request: {bad}.")
-        core.ledger.requests.add("", "", str(bad.fault.status))
+        core.metrics.requests.add("", "", str(bad.fault.status))
         core.count_limit(bad.limit)
         # And not what was said: it may hold a key.
         facts = RequestFacts(id, f"{host}:{port}", status=bad.fault.status, end=bad.fault.label)
@@ -11075,7 +11075,7 @@ class Follower:
             secrets = Secrets(settings, core.pools.secrets)
         except SettingsError as error:
             this.settings_error = str(error)
-            core.ledger.reloads.add("refused")
+            core.metrics.reloads.add("refused")
             log.error("the settings stay as they were:\n%s", error)
             return
         for warning in warnings:
@@ -11084,7 +11084,7 @@ class Follower:
             log.info("the settings file can be used again")
         this.settings_error = ""
         if settings != old:
-            core.ledger.reloads.add("applied")
+            core.metrics.reloads.add("applied")
             this.reloaded_at = asyncio.get_running_loop().time()
             known = core.roster.entries.keys()
             self._adopt(settings, secrets)
@@ -11248,7 +11248,7 @@ class Handover:
         lasts = child is not None and await self.survives_trial(child, front)
         self.under_way = False
         if not (lasts or self.core.process.stopping):
-            self.core.ledger.upgrades.add("failed")
+            self.core.metrics.upgrades.add("failed")
         return lasts
 
     async def successor(
@@ -11565,7 +11565,7 @@ class Balancer:
                     self.core.recent.history(view.id).sample(view, sampled_at, interval_s)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.process.stalled_at = loop.time()
-                self.core.ledger.stalls.add()
+                self.core.metrics.stalls.add()
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:

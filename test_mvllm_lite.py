@@ -6046,7 +6046,7 @@ def test_what_a_server_said_long_ago_is_marked_as_old_and_not_in_the_metrics():
 
 
 def test_the_metrics_page_is_well_formed():
-    families = [*lite.Ledger().families(), *gauges_of(with_load(fleet_of(1), (1, 2)))]
+    families = [*lite.Metrics().families(), *gauges_of(with_load(fleet_of(1), (1, 2)))]
     names = [family.name for family in families]
     assert len(set(names)) == len(names)
     for family in families:
@@ -6057,9 +6057,9 @@ def test_the_metrics_page_is_well_formed():
 
 
 def test_a_renamed_family_is_exposed_under_both_names_from_the_same_counts():
-    ledger = lite.Ledger()
-    families = [*ledger.families(), *gauges_of(with_load(fleet_of(1), (1, 2)))]
-    ledger.waits.note(0.3, "m")
+    metrics = lite.Metrics()
+    families = [*metrics.families(), *gauges_of(with_load(fleet_of(1), (1, 2)))]
+    metrics.waits.note(0.3, "m")
     page = lite.expose(lite.with_old_names(families))
     assert lite.OLD_NAMES.keys() <= {family.name for family in families}
     for new, old in lite.OLD_NAMES.items():
@@ -7815,7 +7815,7 @@ async def test_connections_are_counted_by_whom_a_proxy_passes_on():
                 assert (await client.answer()).status == 200
         with contextlib.suppress(ConnectionError):
             assert await client.reader.read() == b""
-        assert running.core.ledger.limits.children[("max_connections_per_client",)] == 1
+        assert running.core.metrics.limits.children[("max_connections_per_client",)] == 1
 
 
 @pytest.mark.parametrize("theirs, expected", [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"), ("Date: then\r\n", "then")])
@@ -7977,7 +7977,7 @@ async def test_nothing_is_written_behind_a_gap():
     while not client.transport.get_write_buffer_size():
         client.transport.write(b"A" * 20_000)
     pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False, lite.Notation.OPAQUE, 9, 9,
-                     lite.Ledger().gaps, None)
+                     lite.Metrics().gaps, None)
     with peer, other:
         peer.settimeout(5)
         peer.recv(1 << 20)
@@ -8957,7 +8957,7 @@ async def test_what_a_client_may_take_in_time_and_size_is_a_setting(settings, sa
             got = await client.answer()
             assert got.status == status and got.get("connection") == "close"
         assert await client.reader.read() == b""
-        assert running.core.ledger.limits.children[(limit,)] == 1
+        assert running.core.metrics.limits.children[(limit,)] == 1
 
 
 @asynchronous
@@ -9069,7 +9069,7 @@ async def test_when_all_connections_are_taken_idle_ones_give_way_and_new_ones_wa
         assert (await idle.get("/liveness")).status == 200
         late, later = await running.client(), await running.client()
         assert await idle.reader.read() == b""
-        limits = running.core.ledger.limits.children
+        limits = running.core.metrics.limits.children
         assert limits[("max_connections",)] and not limits[("keep_alive_timeout",)]
         assert (await late.get("/liveness")).status == 200
         assert await late.reader.read() == b""
@@ -9084,7 +9084,7 @@ async def test_at_the_limit_connections_persist_as_long_as_nobody_waits():
         clients = [await running.client() for _ in range(2)]
         for _ in range(3):
             assert [(await client.get("/liveness")).status for client in clients] == [200, 200]
-        assert not running.core.ledger.limits.children[("max_connections",)]
+        assert not running.core.metrics.limits.children[("max_connections",)]
 
 
 @asynchronous
@@ -9093,7 +9093,7 @@ async def test_when_descriptors_run_out_accepting_rests_and_goes_on(caplog):
         before, after = await running.client(), await running.client()
         with all_descriptors_taken(but=1):
             waiting = socket.create_connection(("127.0.0.1", running.balancer.port))
-            while not running.core.ledger.limits.children[("descriptors",)]:
+            while not running.core.metrics.limits.children[("descriptors",)]:
                 assert (await before.get("/liveness")).status == 200
         waiting.sendall(b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
         client = Client(*await asyncio.open_connection(sock=waiting))
@@ -12102,9 +12102,9 @@ async def test_tokens_are_counted_by_key_and_model():
         client = await running.client()
         for key in ("sk-a", "sk-a", "sk-b"):
             await client.post(body=CHAT, fields=bearer(key))
-        found = running.core.ledger.usage.children
+        found = running.core.metrics.usage.children
         assert found["team-a", "m", "prompt"] == 18 and found["team-a", "m", "cached"] == 8 and found["team-b", "m", "completion"] == 3
-        assert running.core.ledger.key_requests.children == {("team-a", "m"): 2, ("team-b", "m"): 1}
+        assert running.core.metrics.key_requests.children == {("team-a", "m"): 2, ("team-b", "m"): 1}
 
 
 def test_the_last_minute_forgets_what_is_older():
@@ -13782,7 +13782,7 @@ async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
         async with balancing(server) as running:
 
             def failed():
-                return running.core.ledger.upgrades.children[("failed",)]
+                return running.core.metrics.upgrades.children[("failed",)]
 
             with all_descriptors_taken():
                 running.balancer.upgrade(["never"])
@@ -13825,7 +13825,7 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         assert len(running.core.clients.tasks) == 1 and not taken_back.is_set()
         (tmp_path / "end").touch()
         assert (await late.answer()).status == 200
-        assert taken_back.is_set() and running.core.ledger.upgrades.children[("failed",)] == 1
+        assert taken_back.is_set() and running.core.metrics.upgrades.children[("failed",)] == 1
         assert f"(exit code {code}); this process serves again" in caplog.text
         assert not balancer._stop.is_set() and not balancer.handover.under_way
 
@@ -13837,7 +13837,7 @@ async def test_a_predecessor_leaves_once_its_successor_has_served_for_a_while(tm
         running.balancer.upgrade([sys.executable, "-c", SHORT_LIVED, str(tmp_path / "end"), "0"])
         await running.balancer._stop.wait()
         assert "serves now; this one finishes its answers" in caplog.text
-        assert running.core.ledger.upgrades.children[("failed",)] == 0
+        assert running.core.metrics.upgrades.children[("failed",)] == 0
         (tmp_path / "end").touch()
 
 
@@ -14065,11 +14065,11 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         assert not running.core.clients.exchanges and running.core.clients.forwarding == 0
         assert not any(running.core.requests.running.values())
         assert running.states() == ["healthy"] * 3
-        assert running.core.ledger.transitions.children.keys() == {(server.url, "healthy") for server in servers}
+        assert running.core.metrics.transitions.children.keys() == {(server.url, "healthy") for server in servers}
         assert not any(view.health.request_failures for view in running.core.fleet.views())
-        results = {result for _, result in running.core.ledger.attempts.children}
+        results = {result for _, result in running.core.metrics.attempts.children}
         assert results == {"ok", "abandoned", "server_busy", "not_there"}
-        assert not sum(running.core.ledger.errors.children.values())
+        assert not sum(running.core.metrics.errors.children.values())
         one = dataclasses.replace(STORM_KEY, max_requests=1)  # whoever had not left would be in the way
         running.balancer.adopt(dataclasses.replace(running.core.settings, keys=(one,)))
         client = await running.client()
@@ -14311,8 +14311,8 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
         assert set(answers) == {(200, True)} and answers.total() > 100
         now = running.core.fleet.view(a.url).health
         assert now.since == since.since and now.checks >= since.checks and running.core.fleet.view(a.url).models
-        assert not running.core.process.settings_error and not sum(running.core.ledger.errors.children.values())
-        assert running.core.ledger.transitions.children[a.url, "healthy"] == 1
+        assert not running.core.process.settings_error and not sum(running.core.metrics.errors.children.values())
+        assert running.core.metrics.transitions.children[a.url, "healthy"] == 1
         for server in (a, b):  # none was lost
             server.asked.clear()
         client = await running.client()
@@ -14486,7 +14486,7 @@ def test_the_readme_s_settings_can_be_used():
 def test_the_readme_names_every_path_setting_and_metric():
     for name in (*lite.ENDPOINTS, *lite.CONFIG_FIELDS):
         assert f"`{name}`" in README or (name.startswith("/admin/") and f"HOST:8888{name}" in README), name
-    for family in (*lite.Ledger().families(), *gauges_of(lite.Fleet())):
+    for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet())):
         assert f"`{family.name}`" in README, family.name
 
 
@@ -14522,7 +14522,7 @@ def test_the_readme_s_compose_file_fits_the_program():
 
 def test_the_readme_s_alerts_name_metrics_and_labels_that_exist():
     (scrape,), (alerts,) = snippets("prometheus"), snippets("alerts")
-    families = {family.name: family for family in (*lite.Ledger().families(), *gauges_of(lite.Fleet()))}
+    families = {family.name: family for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))}
     expressions = re.findall(r"expr: (?:\|\n)?((?:.*\n)(?: {12,}.*\n)*)", alerts)
     assert len(expressions) == alerts.count("- alert: ") > 5 and "metrics_path" not in scrape
     for one in expressions:
