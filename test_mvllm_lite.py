@@ -6823,7 +6823,7 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
     (tmp_path / "app").write_text("sk-app\n")
     command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
     async with balancing(Server(), keys=keys, status_access="key") as running:
-        (url,) = [view.id for view in running.core.fleet.views()]
+        (url,) = [view.id for view in running.views()]
         here = f"http://127.0.0.1:{running.balancer.port}"
         terminal.run(*command, here)
         await asyncio.to_thread(terminal.read_until, "/status.json: 401: ")
@@ -7572,16 +7572,45 @@ class Running:
         self.stack.callback(client.close)
         return client
 
-    async def until(self, condition):
-        """Wait for news of the fleet until the condition holds."""
-        while not condition():
-            await self.core.news.changed()
+    async def until(self, condition, within_s=30):
+        """Wait for news of the fleet until the condition holds; fails if it never does."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    await self.core.news.changed()
+        except TimeoutError:
+            wanted = inspect.getsource(condition).strip()
+            pytest.fail(f"never so in {within_s} s, the servers are {self.states()}: {wanted}")
+
+    async def has_read(self, **config):
+        """Until the settings of a changed file are in force."""
+        await eventually(
+            lambda: all(getattr(self.core.settings, key) == value for key, value in config.items()),
+            f"a changed file is read: {config}",
+        )
+
+    def views(self):
+        return self.core.fleet.views()
 
     def states(self):
-        return [view.health.state.value for view in self.core.fleet.views()]
+        return [view.health.state.value for view in self.views()]
 
     def in_flight(self):
-        return sum(view.counts.in_flight for view in self.core.fleet.views())
+        return sum(view.counts.in_flight for view in self.views())
+
+    def waiting(self):
+        """How many requests wait in the queue."""
+        return len(self.core.requests.queue)
+
+    @property
+    def wires(self):
+        """The connections of clients."""
+        return self.core.clients.tasks
+
+    @property
+    def held_bytes(self):
+        """How much content of requests is held."""
+        return self.core.clients.backlog.bytes
 
     async def metric(self, name, **labels):
         page = (await (await self.client()).get("/metrics")).body.decode()
@@ -7662,7 +7691,7 @@ async def test_the_kernel_looks_after_connections_on_both_sides(host):
     """At once and after waiting are two ways to connect."""
     async with Server() as server, balancing(f"http://{host}:{server.port}") as running:
         await (await running.client()).post(body=CHAT)
-        wires = [*running.core.clients.tasks, *running.core.pools.by_server[f"http://{host}:{server.port}"].idle]
+        wires = [*running.wires, *running.core.pools.by_server[f"http://{host}:{server.port}"].idle]
         assert {wire.side for wire in wires} == {Blame.CLIENT, Blame.SERVER}
         for wire in wires:
             sock = wire.transport.get_extra_info("socket")
@@ -7811,7 +7840,7 @@ async def test_connections_are_counted_by_whom_a_proxy_passes_on():
         for n in (1, 2, 1):
             client = await running.client()
             await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\nHost: a\r\n\r\n" % n)
-            if n == 2 or len(running.core.clients.tasks) < 2:
+            if n == 2 or len(running.wires) < 2:
                 assert (await client.answer()).status == 200
         with contextlib.suppress(ConnectionError):
             assert await client.reader.read() == b""
@@ -8034,7 +8063,7 @@ async def test_a_compressed_request_arrives_as_its_server_can_read_it(coding, pa
             got = await (await running.client()).post(
                 body=pack(content) if content else b"", fields=[f"Content-Encoding: {coding}"])
             assert got.status == 200
-        assert running.core.clients.backlog.bytes == 0
+        assert running.held_bytes == 0
     came = b.asked if content else a.asked + b.asked
     assert len(came) == 3 and not any(asked.get("content-encoding") for asked in came)
     assert [asked.body for asked in came] == [content.replace(b"alias", b"b")] * 3
@@ -8073,7 +8102,7 @@ async def test_compressed_requests_that_are_refused(fields, body, status, label,
         assert named in got.error["message"]
         if status == 415:
             assert got.get("accept-encoding").startswith("gzip, deflate")
-        assert running.core.clients.backlog.bytes == 0 and not server.asked
+        assert running.held_bytes == 0 and not server.asked
         got = await (await running.client()).get("/v1/x", ["Content-Encoding: br"])  # of nothing
         assert got.status == 200
 
@@ -8200,17 +8229,17 @@ async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_see
         await server.came.wait()
         if not at_once:
             client.writer.write(early)
-        (wire,) = running.core.clients.tasks
+        (wire,) = running.wires
         await eventually(lambda: wire.held, "what came too early is held")
         assert lite.AHEAD_BYTES == len(wire.buffer) == wire.counted
-        assert running.core.clients.backlog.bytes == len(wire.buffer) + len(content)
+        assert running.held_bytes == len(wire.buffer) + len(content)
         if ahead > 100_000:  # so much of it is on the way that an orderly end would not come through
             client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
         await eventually(lambda: not running.in_flight(), "nothing is in flight any more")
         assert running.requests()[0]["end"] == "client_gone"
-        await eventually(lambda: not running.core.clients.tasks, "the client's leaving is seen")
-        assert running.core.clients.backlog.bytes == 0 and not running.core.clients.backlog._stopped
+        await eventually(lambda: not running.wires, "the client's leaving is seen")
+        assert running.held_bytes == 0 and not running.core.clients.backlog._stopped
 
 
 @asynchronous
@@ -8219,13 +8248,13 @@ async def test_what_a_client_said_too_early_is_answered_when_it_is_its_turn():
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
         sending = asyncio.ensure_future(client.send(EARLY * 2000))
-        (wire,) = running.core.clients.tasks
+        (wire,) = running.wires
         await eventually(lambda: wire.held, "what came too early is held")
         gated.let(1)
         for _ in range(2001):
             assert (await client.answer()).status == 200
         await sending
-        assert running.core.clients.backlog.bytes == 0
+        assert running.held_bytes == 0
 
 
 @asynchronous
@@ -8235,16 +8264,16 @@ async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
         head = b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 50_000
         await client.send(head)
         await eventually(
-            lambda: running.core.clients.backlog.bytes >= len(head),
+            lambda: running.held_bytes >= len(head),
             "the pieces of the head are counted",
         )
         await client.send(b"\r\n\r\n")
         await server.came.wait()
-        assert 50_000 < running.core.clients.backlog.bytes < 51_000  # and while it waits for its answer
+        assert 50_000 < running.held_bytes < 51_000  # and while it waits for its answer
         gated.let(1)
         assert (await client.answer()).status == 200
-        assert running.core.clients.backlog.bytes == 0
-        (wire,) = running.core.clients.tasks
+        assert running.held_bytes == 0
+        (wire,) = running.wires
         assert wire.most == lite.AHEAD_BYTES
         await client.send(head + b"x" * 20_000)
         assert (await client.answer()).status == 431
@@ -8259,11 +8288,11 @@ async def test_changes_by_hand_take_small_content_and_hold_nothing_afterwards():
         assert (await client.answer()).status == 413
         await leaving.send(said + b"x" * 100_000)
         await eventually(
-            lambda: running.core.clients.backlog.bytes >= 100_000, "the content is held"
+            lambda: running.held_bytes >= 100_000, "the content is held"
         )
         leaving.close()
-        await eventually(lambda: len(running.core.clients.tasks) <= 1, "all other connections are gone")
-        assert running.core.clients.backlog.bytes == 0
+        await eventually(lambda: len(running.wires) <= 1, "all other connections are gone")
+        assert running.held_bytes == 0
 
 
 @asynchronous
@@ -8286,7 +8315,7 @@ async def test_pipelined_local_requests_are_all_answered_at_the_client_s_pace():
         sending = asyncio.ensure_future(client.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 3000))
         for _ in range(20):
             await (await running.client()).get("/liveness")  # others are served meanwhile
-        assert max(w.transport.get_write_buffer_size() for w in running.core.clients.tasks) < 1 << 20
+        assert max(w.transport.get_write_buffer_size() for w in running.wires) < 1 << 20
         for _ in range(3000):
             assert (await client.answer()).status == 200
         await sending
@@ -8415,7 +8444,7 @@ async def test_a_stream_that_comes_faster_than_it_is_read_comes_out_the_same(eve
         client = await running.client()
         for _ in range(3):
             assert (await client.post(body=b'{"stream":true}')).body == b"".join(events)
-        assert running.core.fleet.views()[0].health.request_failures == ()
+        assert running.views()[0].health.request_failures == ()
 
 
 @asynchronous
@@ -8591,7 +8620,7 @@ async def test_a_slow_client_slows_its_server_and_fills_no_memory():
             lambda: seen.append(sent) or seen[-150:] == [sent] * 150, "nothing moves any more"
         )
         assert sent < 1000
-        (wire,) = [w for w in running.core.clients.tasks if w.blocked]
+        (wire,) = [w for w in running.wires if w.blocked]
         assert wire.transport.get_write_buffer_size() < 300_000
         received = 0
         while received < len(block) * 2000:
@@ -8626,7 +8655,7 @@ async def test_a_slow_reader_s_answer_is_not_cut(settings, then):
         client = await small_window(running)
         await client.ask("GET", "/v1/models")
         await eventually(
-            lambda: any(wire.blocked for wire in running.core.clients.tasks),
+            lambda: any(wire.blocked for wire in running.wires),
             "the client takes no more",
         )
         if then == "crowd":
@@ -8649,13 +8678,13 @@ async def test_a_client_that_asks_and_never_reads_fills_no_memory():
 
         async def one_more():
             await client.send(asked)
-            return any(wire.blocked for wire in running.core.clients.tasks)
+            return any(wire.blocked for wire in running.wires)
 
         await eventually(one_more, "the client takes no more")
         for _ in range(300):
             await client.send(asked)
             await asyncio.sleep(0)
-        assert max(wire.transport.get_write_buffer_size() for wire in running.core.clients.tasks) < 300_000
+        assert max(wire.transport.get_write_buffer_size() for wire in running.wires) < 300_000
 
 
 @asynchronous
@@ -8776,7 +8805,7 @@ async def test_a_client_that_leaves_while_it_sends_costs_nothing():
         client = await running.client()
         await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
         client.close()
-        await eventually(lambda: not running.core.clients.tasks, "the client's leaving is seen")
+        await eventually(lambda: not running.wires, "the client's leaving is seen")
         assert await running.metric("mvllm_requests_total", status="499") == 1
     assert not server.asked
 
@@ -9012,7 +9041,7 @@ async def test_content_that_is_awaited_counts_before_it_is_there():
         done, waiting = await asyncio.wait(refused, timeout=5, return_when=asyncio.FIRST_COMPLETED)
         while len(waiting) > 2:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        assert running.core.clients.backlog.bytes <= 600_000
+        assert running.held_bytes <= 600_000
         for one in waiting:
             one.cancel()
 
@@ -9038,7 +9067,7 @@ async def test_requests_together_hold_only_so_much_content():
         assert await running.metric("mvllm_buffered_bytes") == 0
         await (await running.client()).ask("POST", "/v1/x", b"x" * 1000)
         first.close()
-    assert running.core.clients.backlog.bytes == 0
+    assert running.held_bytes == 0
 
 
 @asynchronous
@@ -9050,7 +9079,7 @@ async def test_connections_from_one_address_can_be_limited():
         with contextlib.suppress(ConnectionError):
             assert await clients[2].reader.read() == b""
         clients[0].close()
-        await eventually(lambda: len(running.core.clients.tasks) <= 1, "all other connections are gone")
+        await eventually(lambda: len(running.wires) <= 1, "all other connections are gone")
         assert await running.metric("mvllm_limits_met_total", limit="max_connections_per_client") == 1
 
 
@@ -9073,7 +9102,7 @@ async def test_when_all_connections_are_taken_idle_ones_give_way_and_new_ones_wa
         assert limits[("max_connections",)] and not limits[("keep_alive_timeout",)]
         assert (await late.get("/liveness")).status == 200
         assert await late.reader.read() == b""
-        assert (await later.get("/liveness")).status == 200 and len(running.core.clients.tasks) == 3
+        assert (await later.get("/liveness")).status == 200 and len(running.wires) == 3
         gate.set()
         assert [(await client.answer()).status for client in busy] == [200, 200]
 
@@ -9785,7 +9814,7 @@ async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wai
         await server.came.wait()
         assert server.asked[0].get("x-forwarded-for") == ["1.2.3.4" if header else "127.0.0.1"]
         client.writer.write(EARLY * 600)
-        (wire,) = running.core.clients.tasks
+        (wire,) = running.wires
         await eventually(lambda: wire.held, "what came too early is held")
         assert len(wire.buffer) == lite.AHEAD_BYTES
         client.close()
@@ -9886,7 +9915,7 @@ class Gated:
 
 
 async def queued(running, count):
-    await eventually(lambda: len(running.core.requests.queue) == count, "so many requests wait")
+    await eventually(lambda: running.waiting() == count, "so many requests wait")
 
 
 @asynchronous
@@ -9899,10 +9928,10 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
             clients.append(await running.client())
             await clients[-1].ask("POST", "/v1/x", b'{"model":"m","n":%d}' % n)
             await eventually(
-                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                lambda: running.in_flight() + running.waiting() > n,
                 "one more request is in flight or waits",
             )
-        assert (running.in_flight(), len(running.core.requests.queue)) == (2, 4)
+        assert (running.in_flight(), running.waiting()) == (2, 4)
         stats = (await (await running.client()).get("/load-stats")).json["queue"]
         assert stats["length"] == 4 and stats["size"] == 10 and stats["longest_wait_s"] > 0
         assert await running.metric("mvllm_queue_length") == 4
@@ -10204,12 +10233,12 @@ async def test_engines_of_one_server_are_chosen_one_by_one():
         listed = [lite.ServerSettings(server.url, 10, data_parallel_size=3)]
         async with balancing(servers=listed, metrics_interval=0.05, policy="least") as running:
             urls = [f"{server.url}@{n}" for n in range(3)]
-            assert [view.id for view in running.core.fleet.views()] == urls
+            assert [view.id for view in running.views()] == urls
             await eventually(
-                lambda: running.core.fleet.views()[2].load.running is not None,
+                lambda: running.views()[2].load.running is not None,
                 "the third engine reports its load",
             )
-            assert [view.load.running for view in running.core.fleet.views()] == [3, 0, 5]
+            assert [view.load.running for view in running.views()] == [3, 0, 5]
             client = await running.client()
             got = await client.post(fields=["X-Data-Parallel-Rank: 2", "x-data-parallel-rank: 7"])
             assert got.get("x-mvllm-server") == urls[1]
@@ -10241,7 +10270,7 @@ async def test_other_engines_after_a_reload_are_known_at_once():
             engines = lite.ServerSettings(server.url, 10, data_parallel_size=2)
             settings = dataclasses.replace(running.core.settings, servers=(engines,))
             running.balancer.adopt(settings, lite.Secrets(settings))
-            assert [v.id for v in running.core.fleet.views()] == [f"{server.url}@0", f"{server.url}@1", server.url]
+            assert [v.id for v in running.views()] == [f"{server.url}@0", f"{server.url}@1", server.url]
             for _ in range(4):
                 assert (await client.post()).get("x-mvllm-server")[-2:] in ("@0", "@1")
             models = (await client.get("/server-models?refresh=1")).json["servers"]
@@ -10249,7 +10278,7 @@ async def test_other_engines_after_a_reload_are_known_at_once():
             release.set()
             assert (await slow.answer()).status == 200
             await running.quiet()
-            assert len(running.core.fleet.views()) == 2
+            assert len(running.views()) == 2
 
 
 def pending(running, later_s=0.0):
@@ -10332,7 +10361,7 @@ async def test_a_request_that_cannot_be_judged_harms_no_other():
         for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
             await client.ask("POST", "/v1/chat/completions", CHAT, fields)
             await eventually(
-                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                lambda: running.in_flight() + running.waiting() > n,
                 "one more request is in flight or waits",
             )
         release.set()
@@ -10631,7 +10660,7 @@ async def test_a_dead_server_is_not_noticed_by_clients_and_goes_out():
         for _ in range(10):
             assert (await client.post()).get("x-mvllm-server") == good.url
         assert running.states() == ["unhealthy", "healthy"]
-        assert "cannot connect: connection refused" in running.core.fleet.views()[0].health.reason
+        assert "cannot connect: connection refused" in running.views()[0].health.reason
 
 
 SHOWN = table(
@@ -10746,7 +10775,7 @@ async def test_a_500_that_decides_is_no_client_s_while_another_server_does_bette
         asked = len(bad.asked)
         got = await client.post()
         assert (got.status, got.get("x-mvllm-server"), len(bad.asked)) == (200, good.url, asked + 1)
-        assert "a trial failed" in running.core.fleet.views()[0].health.reason
+        assert "a trial failed" in running.views()[0].health.reason
 
 
 @asynchronous
@@ -10763,7 +10792,7 @@ async def test_a_500_is_held_against_its_server_before_it_is_looked_at():
         bad.pages["/health"] = health
         assert (await (await running.client()).post()).status == 500
         await looked.wait()
-        assert len(running.core.fleet.views()[0].health.request_failures) == 1
+        assert len(running.views()[0].health.request_failures) == 1
         answer_check.set()
 
 
@@ -10777,7 +10806,7 @@ async def test_a_server_is_probed_before_a_client_s_request_is_on_trial():
         await bad.came.wait()
         probe = bad.asked[0]
         assert probe.line.startswith("POST /v1/completions") and b"max_tokens" in probe.body
-        health = lambda: running.core.fleet.views()[0].health  # noqa: E731
+        health = lambda: running.views()[0].health  # noqa: E731
         await eventually(lambda: "probe" in health().reason, "the server is probed")
         bad.answer = echo
         await eventually(lambda: health().trials, "a request is on trial")
@@ -10992,7 +11021,7 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
         got = await (await running.client()).post()
         assert got.get("x-mvllm-server") == good.url
         assert running.states() == ["unhealthy", "healthy"]
-        assert running.core.fleet.views()[0].health.reason.startswith("frozen: ")
+        assert running.views()[0].health.reason.startswith("frozen: ")
         assert await running.metric("mvllm_attempts_total", result="server_frozen") == 1
         checks = bad.probes["/health"]
         await eventually(
@@ -11210,7 +11239,7 @@ CHECKS = table(
 @asynchronous
 async def test_checks(pages, state, reason, models):
     async with balancing(Server(**pages), **FAST) as running:
-        (view,) = running.core.fleet.views()
+        (view,) = running.views()
         assert (view.health.state.value, view.health.reason) == (state, reason)
         assert (view.models and list(view.models)) == models
 
@@ -11263,7 +11292,7 @@ async def test_a_hanging_metrics_page_makes_only_its_own_numbers_old():
         await eventually(
             lambda: good.probes["/metrics"] >= before + 5, "the good server is scraped five more times"
         )
-        bad, fine = running.core.fleet.views()
+        bad, fine = running.views()
         assert bad.report.at == -math.inf and fine.report.at > 0
         assert running.states() == ["healthy", "healthy"]
 
@@ -11300,7 +11329,7 @@ async def test_a_server_that_falls_asleep_is_left_and_is_back_with_the_report_th
         await conn.json({"by": conn.server.url})
 
     def asleep():
-        return running.core.fleet.views()[0].load.asleep
+        return running.views()[0].load.asleep
 
     sleeper, other = Server(answer, **{"/metrics": metrics}), Server()
     sleeper.capacity = 1000
@@ -11402,7 +11431,7 @@ async def test_an_answer_that_takes_too_long_is_held_against_a_server_only_if_th
     server = Server(answer, **{"/metrics": counting(tokens)})
     async with balancing(server, request_timeout=0.1, metrics_interval=0.05) as running:
         await eventually(
-            lambda: not moves or running.core.fleet.views()[0].progress_at >= 0,
+            lambda: not moves or running.views()[0].progress_at >= 0,
             "the server is seen to move",
         )
         label = "server_slow" if moves else "server_silent"
@@ -11454,12 +11483,12 @@ async def test_checks_that_hang_take_a_server_out_unless_its_tokens_flow(moves):
     async with balancing(server, Server(), metrics_interval=0.05, health_check_timeout=0.05,
                          health_check_interval=0.01) as running:  # fmt: skip
         await eventually(
-            lambda: not moves or running.core.fleet.views()[0].progress_at >= 0,
+            lambda: not moves or running.views()[0].progress_at >= 0,
             "the server is seen to move",
         )
         pages["/health"] = None
-        checks = running.core.fleet.views()[0].health.checks
-        await running.until(lambda: running.core.fleet.views()[0].health.checks > checks + 5)
+        checks = running.views()[0].health.checks
+        await running.until(lambda: running.views()[0].health.checks > checks + 5)
         assert running.states() == ["healthy" if moves else "unhealthy", "healthy"]
         if moves:
             report = (await (await running.client()).get("/health")).json["servers"][0]
@@ -11505,7 +11534,7 @@ async def test_a_server_that_rejects_our_key_is_out_once_our_own_check_says_so_t
             assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
             await running.until(lambda: running.states() == ["unhealthy", "healthy"])
             reason = f"its key is rejected: /v1/models answered {status}"
-            assert running.core.fleet.views()[0].health.reason == reason
+            assert running.views()[0].health.reason == reason
             bad.pages["/v1/models"] = page  # the key is right again
             running.core.looks.ended.clear()
             assert running.core.looks.want(bad.url)
@@ -11554,7 +11583,7 @@ async def test_a_model_that_a_server_listed_and_has_no_more_is_asked_for_elsewhe
         got = await client.post(body=CHAT)
         assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
         await running.until(lambda: not running.core.looks.wanted)
-        assert list(running.core.fleet.views()[0].models) == ["x"]
+        assert list(running.views()[0].models) == ["x"]
         assert (await client.post(body=CHAT)).status == 200
         assert (len(bad.asked), bad.probes["/v1/models"]) == (1, 2)
         assert running.states() == ["healthy"] * 2
@@ -11731,7 +11760,7 @@ async def test_servers_are_added_and_removed_by_hand_without_losing_a_request():
         release.set()
         assert (await slow.answer()).status == 200  # its last answer
         await running.quiet()
-        assert [view.id for view in running.core.fleet.views()] == [b.url]
+        assert [view.id for view in running.views()] == [b.url]
 
 
 @asynchronous
@@ -11811,13 +11840,13 @@ async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
             assert (await client.post(f"/admin/servers{query}", b"")).status == 200
         await client.post("/admin/servers", json.dumps({"url": c.url}).encode(), AS_JSON)
         path.write_text(settings_text(a, b, max_retries=7))
-        await eventually(lambda: running.core.settings.max_retries == 7, "the changed file is read")
-        views = {view.id: view for view in running.core.fleet.views()}
+        await running.has_read(max_retries=7)
+        views = {view.id: view for view in running.views()}
         assert set(views) == {a.url, b.url, c.url} and views[a.url].drained and views[b.url].settings.weight == 0.5
         path.write_text(settings_text(b, c, max_retries=8))
-        await eventually(lambda: running.core.settings.max_retries == 8, "the changed file is read")
+        await running.has_read(max_retries=8)
         assert running.core.roster.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
-        assert {view.id for view in running.core.fleet.views()} == {b.url, c.url}
+        assert {view.id for view in running.views()} == {b.url, c.url}
 
 
 BY_HAND = table(
@@ -11850,7 +11879,7 @@ async def test_wrong_changes_by_hand_change_nothing(method, path, body, status, 
                          body.replace(b"SERVER", name.encode()), AS_JSON)
         got = await client.answer()
         assert got.status == status and text in got.error["message"]
-        assert not any(running.core.roster.report().values()) and len(running.core.fleet.views()) == 1
+        assert not any(running.core.roster.report().values()) and len(running.views()) == 1
 
 
 @asynchronous
@@ -12205,11 +12234,11 @@ def by_swapped_symlink(path, text):
 async def test_a_changed_file_is_taken_over_and_state_survives(tmp_path, write):
     path = tmp_path / "servers.toml"
     async with Server() as a, Server(models=["b"]) as b, following(path, a) as running:
-        checks = running.core.fleet.views()[0].health.checks
+        checks = running.views()[0].health.checks
         write(path, settings_text(a, b, max_retries=7))
         await running.until(lambda: running.states() == ["healthy", "healthy"])
         assert running.core.settings.max_retries == 7
-        assert running.core.fleet.views()[0].health.checks == checks  # not begun anew
+        assert running.views()[0].health.checks == checks  # not begun anew
         assert (await (await running.client()).post(body=b'{"model":"b"}')).status == 200
         assert await running.metric("mvllm_settings_reloads_total", result="applied") == 1
 
@@ -12227,7 +12256,7 @@ async def test_a_bad_file_changes_nothing_and_is_complained_about_once(tmp_path,
         assert (await (await running.client()).post()).status == 200
         assert await running.metric("mvllm_settings_valid") == 0
         path.write_text(good)
-        await eventually(lambda: running.core.settings.max_retries == 5, "the changed file is read")
+        await running.has_read(max_retries=5)
         assert await running.metric("mvllm_settings_valid") == 1
         assert await running.metric("mvllm_settings_reloads_total", result="refused") == 1
 
@@ -12273,7 +12302,7 @@ async def test_a_mistake_while_following_the_file_does_not_end_it(tmp_path):
         )
         running.balancer.follower.overrides = {}
         path.write_text(settings_text(server, max_retries=6))
-        await eventually(lambda: running.core.settings.max_retries == 6, "the changed file is read")
+        await running.has_read(max_retries=6)
 
 
 @asynchronous
@@ -12303,11 +12332,11 @@ async def test_a_removed_server_finishes_its_answers_and_leaves(tmp_path):
         await a.came.wait()
         path.write_text(settings_text(b))
         await running.until(lambda: running.states() == ["healthy", "healthy"] and len(a.asked) == 1)
-        assert [view.draining for view in running.core.fleet.views()] == [False, True]
+        assert [view.draining for view in running.views()] == [False, True]
         assert (await (await running.client()).post()).get("x-mvllm-server") == b.url
         gate.set()
         assert (await client.answer()).body == FIRST + token(1)
-        assert [view.id for view in running.core.fleet.views()] == [b.url]
+        assert [view.id for view in running.views()] == [b.url]
 
 
 @asynchronous
@@ -12326,9 +12355,7 @@ async def test_reloads_under_traffic_lose_nothing(tmp_path):
         clients = [asyncio.create_task(traffic()) for _ in range(4)]
         for n in range(20):
             path.write_text(settings_text(*((a, b), (b,), (b, a), (a,))[n % 4], max_retries=n))
-            await eventually(
-                lambda: running.core.settings.max_retries == n, "the changed file is read"
-            )
+            await running.has_read(max_retries=n)
         stop.set()
         await asyncio.gather(*clients)
         assert not failed and len(a.asked) + len(b.asked) > 100
@@ -13822,7 +13849,7 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_pa
         await late.ask("GET", "/liveness")
         for _ in range(3):
             assert (await kept.get("/liveness")).status == 200  # who is here already stays
-        assert len(running.core.clients.tasks) == 1 and not taken_back.is_set()
+        assert len(running.wires) == 1 and not taken_back.is_set()
         (tmp_path / "end").touch()
         assert (await late.answer()).status == 200
         assert taken_back.is_set() and running.core.metrics.upgrades.children[("failed",)] == 1
@@ -14061,12 +14088,12 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         await asyncio.gather(*clients)
         await running.quiet()
         assert all(good) and len(good) > 30 and len(storm) >= 1000
-        assert running.in_flight() == len(running.core.requests.queue) == running.core.clients.backlog.bytes == 0
+        assert running.in_flight() == running.waiting() == running.held_bytes == 0
         assert not running.core.clients.exchanges and running.core.clients.forwarding == 0
         assert not any(running.core.requests.running.values())
         assert running.states() == ["healthy"] * 3
         assert running.core.metrics.transitions.children.keys() == {(server.url, "healthy") for server in servers}
-        assert not any(view.health.request_failures for view in running.core.fleet.views())
+        assert not any(view.health.request_failures for view in running.views())
         results = {result for _, result in running.core.metrics.attempts.children}
         assert results == {"ok", "abandoned", "server_busy", "not_there"}
         assert not sum(running.core.metrics.errors.children.values())
@@ -14094,14 +14121,14 @@ async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
         for n, body in enumerate((b"busy", b"", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
             await eventually(
-                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                lambda: running.in_flight() + running.waiting() > n,
                 "one more request is in flight or waits",
             )
         gate.release()
         await queued(running, 2)  # the next has its place
         # it was answered, or waits again
         await eventually(
-            lambda: (len(running.core.clients.exchanges), len(running.core.requests.queue)) != (4, 2),
+            lambda: (len(running.core.clients.exchanges), running.waiting()) != (4, 2),
             "the tried request is answered, or waits again",
         )
         for _ in range(20):
@@ -14126,7 +14153,7 @@ async def test_who_waits_for_another_server_leaves_a_free_place_to_those_behind(
         for n, body in enumerate((b"long", b"busy", b"", b"")):
             await clients[n].ask("POST", "/v1/x", body)
             await eventually(
-                lambda: running.in_flight() + len(running.core.requests.queue) > n,
+                lambda: running.in_flight() + running.waiting() > n,
                 "one more request is in flight or waits",
             )
         gate.release()
@@ -14304,7 +14331,7 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
             draw.choice((in_place, by_rename))(path, draw.choice(draw.choice((good, bad))))
             await asyncio.sleep(draw.uniform(0, 0.04))
         path.write_text(settings_text(b, a, max_retries=7))
-        await eventually(lambda: running.core.settings.max_retries == 7, "the changed file is read")
+        await running.has_read(max_retries=7)
         await running.until(lambda: running.states() == ["healthy", "healthy"])
         stop.set()
         await asyncio.gather(*clients)
@@ -14454,7 +14481,7 @@ async def test_two_thousand_idle_connections_and_two_hundred_streams_side_by_sid
             for _ in range(20):
                 idlers += await asyncio.gather(*(idle() for _ in range(100)))
             assert all(await asyncio.gather(*(one(n) for n in range(200)))) and open_at_once == 200
-            assert len(running.core.clients.tasks) >= 2000 and running.states() == ["healthy"] * 4
+            assert len(running.wires) >= 2000 and running.states() == ["healthy"] * 4
             assert resident_bytes() - resident < 60_000_000
             for sock in idlers:
                 sock.setblocking(True)
