@@ -432,6 +432,9 @@ REQUEST_PIECE = re.compile(rb"(?:\A[!#$%&'*+\-.^_`|~0-9A-Za-z]|(?!\A))[\x20-\x7e
 BROKEN_LINE = re.compile(rb"(?:\A|[^\r])\n|\r[^\n]")  # it does not end with CRLF
 
 
+FieldLine = tuple[str, str, str]  # lower-case name, name as sent, value
+
+
 class Fields:
     """The field section of a head: every line in order, and a look-up by lower-case name.
 
@@ -442,11 +445,8 @@ class Fields:
 
     __slots__ = ("lines", "values", "short")
 
-    def __init__(
-        self, lines: list[tuple[str, str, str]], values: dict[str, str], short: bool = False
-    ) -> None:
-        self.lines = lines  # (lower-case name, name as sent, value)
-        self.values = values
+    def __init__(self, lines: list[FieldLine], values: dict[str, str], short: bool = False) -> None:
+        self.lines, self.values = lines, values
         self.short = short  # of a head that may come again
 
     def get(self, key: str, default: str = "") -> str:
@@ -472,8 +472,7 @@ Made = TypeVar("Made")
 
 
 def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
-    """For what is made of Fields, the first argument, and others: the same is not made again, as
-    long as the head was short."""
+    """For what is made of Fields, the first argument: it is made once, of a head that was short."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -539,8 +538,7 @@ class RequestHead(Head):
 
     @functools.cached_property
     def hops_left(self) -> int | None:
-        """How often an OPTIONS request may still be passed on, RFC 9110 §7.6.2; None: it does not
-        say.  Raises BadMessage."""
+        """How often OPTIONS may be passed on, RFC 9110 §7.6.2, if it says.  Raises BadMessage."""
         said = self.fields.values.get("max-forwards")
         if said is None or self.method != "OPTIONS":
             return None
@@ -550,8 +548,7 @@ class RequestHead(Head):
 
     @functools.cached_property
     def is_preflight(self) -> bool:
-        asks = "access-control-request-method" in self.fields.values
-        return self.method == "OPTIONS" and asks
+        return self.method == "OPTIONS" and "access-control-request-method" in self.fields.values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -2261,9 +2258,8 @@ def may_follow(sign: bytes, depth: int, named: bool, valued: bool, empty: bool) 
 
 
 def past_nested(content: Content, at: int, depth: int) -> tuple[int, int]:
-    """A place further on inside a value and how deep it is there.  Of brackets that INSIDE does not
-    pass, many at once: to where they are least deep, before a string and before it goes out to
-    depth 1 or too deep."""
+    """A place further on inside a value and how deep it is there.  Brackets that INSIDE does not
+    pass are passed up to where they are least deep, before a string, depth 1 and too deep."""
     if depth < NESTING_LIMIT - LEVELS:  # which it does not count
         at = INSIDE.match(content, at).end()  # type: ignore[union-attr]
     if content[at : at + 1] not in BRACKETS:
@@ -2281,8 +2277,7 @@ def past_nested(content: Content, at: int, depth: int) -> tuple[int, int]:
 
 def string_end(content: Content, at: int) -> tuple[int, bool]:
     """Where the string's closing quote is, True; or how far it was looked for, False.  `at` is
-    between two characters.  A quote without a backslash before it is the one; a few escaped ones
-    are stepped over."""
+    between two characters.  The quote has no backslash before it; a few that have are passed."""
     for _ in range(50):
         quote = content.find(b'"', at)
         if quote < 0 and not content.endswith(b"\\"):
@@ -2298,10 +2293,9 @@ def string_end(content: Content, at: int) -> tuple[int, bool]:
 
 def member_name(written: bytes) -> bytes:
     """What a name means: "mod\\u0065l" is model, too."""
-    if b"\\" not in written:
-        return written
-    with contextlib.suppress(ValueError):
-        return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
+    if b"\\" in written:
+        with contextlib.suppress(ValueError):
+            return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
     return written
 
 
@@ -2335,11 +2329,8 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
             if content.count(b"[") + content.count(b"{") > NESTING_LIMIT:
                 member_spans(content, CALL_MEMBERS)  # which refuses what is too deep
             # UTF-8 is usual; json.loads would look for other encodings, at length.
-            if content[:1] == b"{":
-                text = str(content, "utf-8", "surrogatepass")
-                document, end = JSON.raw_decode(text)
-                return {} if text[end:].strip(" \t\r\n") else document
-            document = json.loads(content)
+            usual = content[:1] == b"{"
+            document = json.loads(str(content, "utf-8", "surrogatepass") if usual else content)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
@@ -2454,8 +2445,7 @@ def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None,
 
 
 def part_start(content: Content, at: int) -> tuple[int, bool]:
-    """Where the part behind a boundary begins, and whether it was the last boundary.  Nothing but
-    padding may stand there."""
+    """Where the part behind a boundary and its padding begins, and whether that was the last."""
     behind = BEHIND_BOUNDARY.match(content, at)
     if behind is None:
         raise BadMessage("something stands behind a boundary of the form")
@@ -2463,8 +2453,7 @@ def part_start(content: Content, at: int) -> tuple[int, bool]:
 
 
 def part_name(fields: bytes) -> str:
-    """The name of a form's part.  Raises BadMessage for a part that two readers may name, or
-    decode, differently."""
+    """Its name.  Raises BadMessage for a part that two readers may name, or decode, differently."""
     lines = [line for line in fields.split(b"\r\n") if line]
     said = [line for line in lines if line[:20].lower() == b"content-disposition:"]
     found = [named[1] or named[2] for line in said for named in PART_NAME.finditer(line)]
@@ -2743,8 +2732,8 @@ def inference_path(path: str) -> str:
     path = path[TWICE.match(path).end() :]  # type: ignore[union-attr]
     if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
         return ""
-    meant = urllib.parse.unquote(path) if "%" in path else path  # as servers read it
-    return "" if meant.rstrip("/") in CONTROL_PATHS or AMBIGUITY.search(path) else path
+    meant = urllib.parse.unquote(path).rstrip("/")
+    return "" if meant in CONTROL_PATHS or AMBIGUITY.search(path) else path
 
 
 class Call(NamedTuple):
@@ -2804,15 +2793,14 @@ RESPONSES_PATH = "/v1/responses"
 STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/.*)?")
 
 
+@remembered_text
 def meant_path(path: str) -> str:
     """The path as servers read it, or '' if it is not one that is passed on."""
-    path = inference_path(path)
-    return (urllib.parse.unquote(path) if "%" in path else path).rstrip("/")
+    return urllib.parse.unquote(inference_path(path)).rstrip("/")
 
 
 def stored_response(method: str, path: str, members: Mapping[str, Any], spans: Spans | None) -> str:
-    """The id of the stored response that a request asks for (GET or DELETE …/ID, POST …/ID/cancel)
-    or goes on from, or ''."""
+    """The id of the stored response that a request asks for (…/ID) or goes on from, or ''."""
     found = STORED_PATH.fullmatch(path)
     if found is not None and (method != "POST" or found[2]):
         return found[1]
@@ -3120,8 +3108,7 @@ Said = tuple[bytes, dict[str, Any]]  # an event's name, and its data; a document
 
 
 def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iterator[Said]:
-    """What an end says: a document, or of a stream's last events those with any of the words, the
-    last one first."""
+    """What an end says: a document, or from the last, events of a stream with any of the words."""
     if notation is not Notation.EVENTS:
         yield b"", document_at_end(tail)
         return
@@ -3206,8 +3193,7 @@ def is_overload(said: Mapping[str, Any]) -> bool:
 
 
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
-    """An error of our own, in the form that vLLM and OpenAI use; Anthropic's clients, who call
-    /v1/messages, look for `type` beside it."""
+    """An error of our own, as vLLM and OpenAI say it; Anthropic's clients look for `type`, too."""
     code = fault.label if fault in SAID_BY_NAME else fault.status
     error = {"message": text, "type": fault.type_name, "param": param, "code": code}
     beside = {"type": "error"} if path.startswith("/v1/messages") else {}
@@ -5856,8 +5842,7 @@ class Refusal(NamedTuple):
 
 
 class Keys:
-    """The clients' keys, and what each is using.  What is used is kept by the key's name, so that
-    it survives a reload."""
+    """The clients' keys, and what each is using: by name, so that it survives a reload."""
 
     def __init__(self) -> None:
         self.required = False  # or everybody may come in
@@ -6060,8 +6045,9 @@ class Visit(NamedTuple):
 
 
 def ambiguous_path(v: Visit) -> Refusal | None:
-    return Refusal(Fault.BAD_REQUEST, f"The path is {shown(v.head.path)}, expected one without //,"
-                   " dot segments, ';', backslashes, controls and their escapes, or an escaped slash.")
+    text = (f"The path is {shown(v.head.path)}, expected one without //, dot segments, ';',"
+            " backslashes, controls and their escapes, or an escaped slash.")
+    return Refusal(Fault.BAD_REQUEST, text)
 
 
 def unknown_path(v: Visit) -> Refusal | None:
@@ -6115,14 +6101,14 @@ def remote_peer(v: Visit) -> Refusal | None:
     if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
         why = ", as long as there are no [[keys]]" if v.kind is Kind.ADMIN else ""
     elif signs and not v.is_trusted:
-        why, warning = f"; {signs[0]} tells of a proxy that is not in trusted_proxies", STRANGERS
+        why = f"; {signs[0]} tells of a proxy that is not in trusted_proxies"
+        warning = STRANGERS % signs[0]
     elif signs and not all_local(fields):
         why = ", and not for others whom a proxy speaks for"
     elif strangers := [name for name in v.names() if not is_local_name(name)]:
         why = f": Host is {shown(strangers[0])}, expected localhost or a loopback address"
     else:
         return None
-    warning = warning and warning % signs[0]
     return Refusal(Fault.FORBIDDEN, f"{v.head.path} is for this machine only{why}.", 0, warning)
 
 
@@ -6238,8 +6224,7 @@ FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CO
 
 
 def refusal_of(v: Visit) -> Refusal | None:
-    """Why a request does not come in, or None.  Which model it may use is for the Keys to say, once
-    that is known."""
+    """Why a request does not come in, or None; which model it may use, the Keys say later."""
     audiences = v.audience, v.kind.audience
     if Audience.EVERYBODY not in audiences and v.audience is not v.kind.audience:
         return unknown_path(v)
@@ -7032,9 +7017,8 @@ def error_text(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):  # whose numbers are none of the system's
         said = (getattr(error, "reason", "") or "").replace("_", " ").lower()
         return "TLS: " + (said or re.sub(r"^\[.*?\] | \(_ssl.*$", "", str(error.strerror)))
-    number = error.errno or 0
-    if not (number or str(error)):  # asyncio's, of a handshake that nobody finished
-        number = errno.ECONNRESET
+    unsaid = 0 if str(error) else errno.ECONNRESET  # a handshake that nobody finished, in asyncio
+    number = error.errno or unsaid
     return (os.strerror(number) if number > 0 else str(error)).lower()
 
 
@@ -7111,8 +7095,7 @@ class Backlog:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         for descriptor, _ in self._poll.poll(0):
             self._stopped[descriptor].leave()
-        again = bool(self._stopped)
-        self._timer = loop.call_later(LEAVING_S, self._look, loop) if again else None
+        self._timer = loop.call_later(LEAVING_S, self._look, loop) if self._stopped else None
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -7252,8 +7235,7 @@ class Wire(asyncio.BufferedProtocol):
     # Deadlines.
 
     def expect_by(self, deadline: float) -> None:
-        """Something must happen until then; otherwise whoever waits for news gets a TimeoutError,
-        or the sink is told."""
+        """Unless something happens by then, `news` raises TimeoutError, or the sink is told."""
         self.deadline = deadline
         if deadline < self._timer_at:
             if self._timer is not None:
@@ -7277,8 +7259,7 @@ class Wire(asyncio.BufferedProtocol):
     # What the rooms below call.
 
     async def news(self, deadline: float, reads: bool = False) -> None:
-        """Until something happens here: bytes, room for writing, the peer's leaving.  Raises
-        TimeoutError at the deadline."""
+        """Until something happens here: bytes, room for writing, an end.  Raises TimeoutError."""
         self.expect_by(deadline)
         self._waiter, self._reads = self.loop.create_future(), reads
         try:
@@ -7354,8 +7335,7 @@ class Wire(asyncio.BufferedProtocol):
                 self.count()
 
     async def read_content(self, decoder: Decoder, deadline: float) -> bytes:
-        """The next piece of a message's content; b"" once `decoder` is done.  Raises PeerGone,
-        BadMessage, TimeoutError."""
+        """A piece of content; b"" after the last.  Raises PeerGone, BadMessage, TimeoutError."""
         while not decoder.done:
             if self.buffer:
                 if (content := decoder.feed(self.take(decoder.at_once_bytes))) or decoder.done:
@@ -7405,12 +7385,6 @@ class Wire(asyncio.BufferedProtocol):
         if self.backlog is not None:
             self.backlog.forget(self)
 
-    def drop(self) -> None:
-        """Nobody reads what has come."""
-        self.buffer.clear()
-        if self.backlog is not None:
-            self.count()
-
     def abort(self) -> None:
         """End it now, whatever was still to be written."""
         if not self.lost:
@@ -7431,8 +7405,7 @@ class Wire(asyncio.BufferedProtocol):
         what it is saying.  Closing over unread bytes would reset the connection, and could take
         our last answer with it.  Raises TimeoutError."""
         self.sink = Sink()
-        self.drop()
-        self.release()
+        self.take()
         self.transport.set_write_buffer_limits(1, 0)  # `blocked` means now: not all is out
         await self.unblocked(silence_s)
         if self.transport.can_write_eof() and not (self.gone or self.lost):
@@ -7454,8 +7427,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
     def expire() -> None:
         now = loop.time()
-        late = now > deadline + STALL_S
-        limit.reschedule(now + STALL_S if late else now)
+        limit.reschedule(now + STALL_S if now > deadline + STALL_S else now)
 
     async with asyncio.timeout(None) as limit:
         timer = loop.call_at(deadline, expire)
@@ -10723,7 +10695,7 @@ class Front:
             del core.clients.tasks[wire]
             self._operators.discard(wire)
             self.uncount_connection(wire.peer[0])
-            wire.drop()
+            wire.take()
             wire.abort()
             sock.close()
             for listener in self.listeners:
