@@ -128,11 +128,12 @@ then commits: the `Response` (39) begins, and a `Pump` (38) moves the rest.  Wha
 way is a `Fault` (1); the plan decides who is asked next.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
-*roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call* is what a request wants, a *view* a
-frozen look at a server, the *eligible* what a policy judges, a *ranking* the judgement.  A *plan*
-yields *steps* and is told the *outcome* of each.  An *attempt* is a request said to one server.
-A *lease* counts a request in flight at its server.
-*Commit* is the moment the client is shown the first byte of an answer; no retry after that.
+*roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
+is what a request wants, a *view* a frozen look at a server, the *eligible* what a policy
+judges, a *ranking* the judgement.  A *plan* yields *steps* and is told the *outcome* of each.
+An *attempt* is a request said to one server.  A *lease* counts a request in flight at its
+server.  *Commit* is the moment the client is shown the first byte of an answer; no retry after
+that.
 """
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -6600,10 +6601,19 @@ def gauges(
 # and for `replay`.
 
 
-def trace_line(
-    call: Call, at: float, first_s: float | None, duration_s: float, output_tokens: int,
-    server: str, status: int, end: str,
-) -> str:  # fmt: skip
+class TracedAnswer(NamedTuple):
+    """What is kept of an answer: when it was asked for, in Unix time, and how it went."""
+
+    at: float
+    first_s: float | None
+    duration_s: float
+    output_tokens: int
+    server: str
+    status: int
+    end: str
+
+
+def trace_line(call: Call, answer: TracedAnswer) -> str:
     """One request for `replay`: no text of it, and hashes that are seeded in each process
     (unless PYTHONHASHSEED says otherwise).  Of the prompt's links some are enough."""
     chain, prompt = call.prompt.prefix_hashes, call.prompt
@@ -6614,12 +6624,13 @@ def trace_line(
             kept, covered = [*kept, n], prompt.tokens_in(n + 1)
     session = f"{hash(call.session) & 0xFFFFFFFF:08x}" if call.session else ""
     return json.dumps({
-        "at": round(at, 3), "model": call.model, "session": session,
-        "prompt_tokens": prompt.tokens, "output_tokens": output_tokens,
+        "at": round(answer.at, 3), "model": call.model, "session": session,
+        "prompt_tokens": prompt.tokens, "output_tokens": answer.output_tokens,
         "chain": [chain[n] & 0xFFFFFFFFFFFF for n in kept],
         "ends": [prompt.tokens_in(n + 1) for n in kept],
-        "ttft": first_s if first_s is None else round(first_s, 4),
-        "duration": round(duration_s, 4), "server": server, "status": status, "end": end,
+        "ttft": None if answer.first_s is None else round(answer.first_s, 4),
+        "duration": round(answer.duration_s, 4), "server": answer.server,
+        "status": answer.status, "end": answer.end,
     })  # fmt: skip
 
 
@@ -9593,8 +9604,8 @@ def account(x: Exchange) -> None:
     if core.trace is not None and server and response.status < 500:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
-        core.trace.say(trace_line(call, time.time() - age_s, first_s, age_s, tokens,
-                                  server, response.status, response.end))
+        core.trace.say(trace_line(call, TracedAnswer(
+            time.time() - age_s, first_s, age_s, tokens, server, response.status, response.end)))
     core.news.publish(RequestFacts, lambda: facts_of(x, now, first_s, usage))
 
 
@@ -10141,16 +10152,7 @@ async def watch_load(core: Core, url: str) -> None:
             if status == 200:
                 result, trouble = "ok", ""
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
-                now = loop.time()
-                for view in core.fleet.engines(url):
-                    own_then = max(own.get(view.id, 0), view.counts.in_flight)
-                    load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
-                    hits = core.fleet.scraped(view.id, load, own_then, now)
-                    core.metrics.prefix_hits.add(view.id, amount=hits)
-                    if load.asleep != view.load.asleep:
-                        log.info("%s %s", view.id, "sleeps" if load.asleep else "is awake again")
-                        core.news.notify()
-                    say_disagreement(view, now, agreed_at)
+                take_loads(core, url, loads, own, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
         core.metrics.scrapes.add(url, result)
@@ -10162,6 +10164,23 @@ async def watch_load(core: Core, url: str) -> None:
         if not core.process.stood_still_since(begun - interval_s, loop.time()):
             await watch_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
+
+
+def take_loads(
+    core: Core, url: str, loads: Mapping[str, EngineLoad], own: Mapping[str, int],
+    agreed_at: dict[str, float],
+) -> None:  # fmt: skip
+    """What a server's page told of its engines, which had so many requests of our `own` before."""
+    now = asyncio.get_running_loop().time()
+    for view in core.fleet.engines(url):
+        own_then = max(own.get(view.id, 0), view.counts.in_flight)
+        load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
+        hits = core.fleet.scraped(view.id, load, own_then, now)
+        core.metrics.prefix_hits.add(view.id, amount=hits)
+        if load.asleep != view.load.asleep:
+            log.info("%s %s", view.id, "sleeps" if load.asleep else "is awake again")
+            core.news.notify()
+        say_disagreement(view, now, agreed_at)
 
 
 def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) -> None:

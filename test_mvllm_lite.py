@@ -224,7 +224,7 @@ def functions():
 
 
 def test_blocks_are_nested_four_deep_at_the_most():
-    assert {one.name for one in functions() if nesting(one) > 4} <= NESTED_DEEPER
+    assert not {one.name for one in functions() if nesting(one) > 4}
 
 
 def test_a_function_has_six_parameters_at_the_most():
@@ -245,9 +245,8 @@ def test_a_room_has_at_most_350_lines():
 
 
 # What does not keep these laws yet; shorter with time.
-NESTED_DEEPER = {"watch_load"}
-LONG_CALLS = {"trace_line(call", "__init__(client"}
-LARGE_ROOMS = {"policies", "wire", "exchange", "page"}
+LONG_CALLS = {"__init__(client"}  # of Pump, of which there is one for each answer
+LARGE_ROOMS = {"wire", "exchange", "page"}  # the last is a text for browsers
 
 
 def repeats_within(tree, inside=False):
@@ -5505,7 +5504,8 @@ def test_an_explanation_of_a_call_that_waits():
 
 def test_the_trace_of_a_request_has_no_text_of_it():
     prompt = prompt_in(messages=talk(300_000))
-    line = lite.trace_line(lite.Call("m", True, prompt, "user: secret-name"), 1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok")
+    line = lite.trace_line(lite.Call("m", True, prompt, "user: secret-name"),
+                           lite.TracedAnswer(1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok"))
     found = json.loads(line)
     assert {**found, "chain": 0, "ends": 0, "session": 0} == {
         "at": 1700000000.123, "model": "m", "session": 0, "prompt_tokens": prompt.tokens, "output_tokens": 42, "chain": 0, "ends": 0,
@@ -5516,13 +5516,13 @@ def test_the_trace_of_a_request_has_no_text_of_it():
 
 
 def test_the_trace_of_a_request_without_prompt_session_or_answer():
-    found = json.loads(lite.trace_line(lite.Call(None), 1.0, None, 0.5, 0, "", 404, "ok"))
+    found = json.loads(lite.trace_line(lite.Call(None), lite.TracedAnswer(1.0, None, 0.5, 0, "", 404, "ok")))
     assert (found["chain"], found["ends"], found["session"], found["ttft"], found["model"]) == ([], [], "", None, None)
 
 
 def test_traces_of_turns_share_the_start_of_their_chains():
     calls = [lite.Call("m", prompt=prompt_in(messages=talk(*[9000] * n))) for n in (2, 5)]
-    turns = [json.loads(lite.trace_line(one, 0.0, None, 1.0, 1, "", 200, "ok"))["chain"] for one in calls]
+    turns = [json.loads(lite.trace_line(one, lite.TracedAnswer(0.0, None, 1.0, 1, "", 200, "ok")))["chain"] for one in calls]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns)))
     assert len(turns[0]) - 1 <= same < len(turns[1])
 
