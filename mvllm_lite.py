@@ -6301,30 +6301,23 @@ def service_report() -> dict[str, Any]:
     return {"service": "mvllm_lite", "version": __version__, "status": "running"}
 
 
-def whole_if(value: float) -> float:
-    """A whole number as one."""
-    return int(value) if value == int(value) else value
-
-
 def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
     """GET /health."""
-    healthy = sum(view.healthy for view in views)
+    healthy, every_s = sum(view.healthy for view in views), float(s.health_check_interval)
     score = healthy / len(views) if views else 0.0
     word = "healthy" if score >= 0.8 else "degraded" if score >= 0.5 else "unhealthy"
     return {
-        "status": word if views else "no_servers",
-        "health_score": score,
-        "total_servers": len(views),
-        "healthy_servers": healthy,
+        "status": word if views else "no_servers", "health_score": score,
+        "total_servers": len(views), "healthy_servers": healthy,
         "unhealthy_servers": len(views) - healthy,
         "servers": [server_health(view, clock) for view in views],
         "config": {
             "health_check_enabled": s.enable_active_health_check,
-            "health_check_interval": whole_if(s.health_check_interval),  # as mvllm's always is
+            "health_check_interval": int(every_s) if every_s.is_integer() else every_s,
             "min_success_rate": s.health_check_min_success_rate,
             "max_response_time": s.health_check_max_response_time,
         },
-    }
+    }  # fmt: skip
 
 
 def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
@@ -6357,13 +6350,11 @@ def load_report(
             for view, load in zip(views, loads)
         ],
         "summary": {
-            "total_servers": len(views),
-            "healthy_servers": sum(view.healthy for view in views),
-            "total_active_load": sum(loads),
-            "total_capacity": capacity,
+            "total_servers": len(views), "healthy_servers": sum(view.healthy for view in views),
+            "total_active_load": sum(loads), "total_capacity": capacity,
             "overall_utilization_percent": 100 * sum(loads) / capacity if capacity else 0.0,
         },
-    }
+    }  # fmt: skip
 
 
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
@@ -6387,11 +6378,9 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
 
 def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any]:
     """GET /server-models."""
-    servers = {
-        view.id: {"supported_models": list(view.models or ()), "healthy": view.healthy,
-                   "models_last_updated": clock.iso(view.models_at)}
-        for view in views
-    }  # fmt: skip
+    servers = {view.id: {"supported_models": list(view.models or ()), "healthy": view.healthy,
+                         "models_last_updated": clock.iso(view.models_at)}
+               for view in views}  # fmt: skip
     healthy = sum(view.healthy for view in views)
     return {"servers": servers, "total_servers": len(views), "healthy_servers": healthy}
 
@@ -6507,13 +6496,12 @@ class Metrics:
 
     def begin(self) -> None:
         """Counts of 0, so that a rate over them exists from the start."""
-        for result in ("applied", "refused"):
-            self.reloads.add(result, amount=0)
-        for limit in LIMIT_NAMES:
-            self.limits.add(limit, amount=0)
-        self.upgrades.add("failed", amount=0)
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
+        for counter, values in ((self.reloads, ("applied", "refused")),
+                                (self.upgrades, ("failed",)), (self.limits, LIMIT_NAMES)):
+            for value in values:
+                counter.add(value, amount=0)
 
     def families(self) -> list[Family]:
         return list(vars(self).values())
@@ -6526,8 +6514,7 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "server_asleep": ("Whether it says that it sleeps.", lambda v: v.load.asleep),
     "server_circuit_open": (
         "Whether failed requests keep it out.", lambda v: v.health.open_until is not None),
-    "server_capacity": ("Its max_concurrent_requests, or what was learned.",
-                        lambda v: v.capacity),
+    "server_capacity": ("Its max_concurrent_requests, or what was learned.", lambda v: v.capacity),
     "server_learned_capacity": (
         "What its time per output token says of its capacity.", lambda v: v.learned.capacity),
     "server_prompt_tokens_pending": (
