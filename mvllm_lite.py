@@ -2405,8 +2405,7 @@ def form_spans(content: Content, boundary: bytes) -> Spans:
 def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None]:
     """The same of a form that may be large, RFC 7578 (audio uploads name their model so); each time
     it says something, it is others' turn.  Raises BadMessage for forms that others may read
-    differently: with too many parts, one whose fields are too long, a name that is said twice, or a
-    delimiter of doubtful form."""
+    differently: with too many parts, too long fields, a name said twice, or a doubtful delimiter."""
     if not content:
         return
     if not content.startswith(boundary):
@@ -2416,8 +2415,6 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
         if last:
             return
         following = yield from next_boundary(content, boundary, at - 2)  # after no fields, say
-        if following < 0:
-            raise BadMessage("the form has no end")
         head = content.find(b"\r\n\r\n", at - 2, min(following, at + FORM_HEAD_LIMIT_BYTES))
         if head < 0:
             raise BadMessage(f"a part of the form has no end of its fields within"
@@ -2432,7 +2429,7 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
 
 
 def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None, None, int]:
-    """Where the line end before the next boundary stands; -1 if there is none."""
+    """Where the line end before the next boundary stands."""
     while at < len(content):
         end = at + FORM_SLICE_BYTES + 1 + len(boundary)
         half, whole = (content.find(sign + boundary, at, end) for sign in (b"\r", b"\n"))
@@ -2442,7 +2439,7 @@ def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None,
             return whole - 1
         at += FORM_SLICE_BYTES
         yield
-    return -1
+    raise BadMessage("the form has no end")
 
 
 def part_start(content: Content, at: int) -> tuple[int, bool]:
@@ -3223,8 +3220,7 @@ TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
 
 
 class Terms(NamedTuple):
-    """What one attempt makes of an answer: whether another server may do better, and on what that
-    depends besides the answer itself."""
+    """On what, besides an answer, it depends whether another server may do better."""
 
     notation: Notation
     retry_statuses: Sequence[int]
@@ -3450,9 +3446,6 @@ class EngineLoad(NamedTuple):
         return (self.waiting or 0) if self.lacking is None else self.lacking
 
 
-COUNTS = ("running", "waiting", "max_fds", "tokens", "generation_tokens", "prefix_hits")
-
-
 def read_loads(page: str) -> Generator[None, None, dict[str, EngineLoad]]:
     """The load in a /metrics page of any vLLM since 0.8: of each engine by its label, and of all
     together under ''.  Of a large page a slice is read at a time; then it is others' turn."""
@@ -3507,7 +3500,7 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
         asleep=any(one.value == 0 for one in said.get("sleep", ())
                    if one.labels.get("sleep_state") == "awake"),
         adapters=frozenset(filter(None, running.split(","))),
-        **{key: int(values[key]) for key in COUNTS if key in values})
+        **{key: int(value) for key, value in values.items() if key in EngineLoad._fields})
 
 
 def kv_size(config: Mapping[str, str]) -> int:
@@ -3531,8 +3524,7 @@ def known_through(entry: Mapping[str, Any]) -> list[str]:
 
 
 def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, Any] | None:
-    """What who asks is told of a model: balancers, whom `via` names, through whom we know it, and
-    None if that is one of them."""
+    """What who asks is told of a model; None if `via` names one through whom we know it."""
     through = known_through(entry)
     if any(one in via for one in through):
         return None
