@@ -16,8 +16,8 @@ in as `now`, chance as a Random; or wet (~): thin I/O that asks the dry ones.
 A ruler parts the file.  Parts I to X, above it, are all that runs for a servers.toml of five
 lines: to know what serves, read them and stop.  What stands below runs when a subcommand, a
 terminal or a browser at /status asks for it.  It hooks itself in by rows of ENDPOINTS, COMMANDS
-and SCREENS, and nothing above uses its names; only the last two lines, which call `main` (room
-56), stand behind it.  `mvllm_lite.py help parts` counts the lines.
+and SCREENS, and nothing above uses its names; only the last two lines, which call `main` of
+the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
 
      #  room            what it owns
     ──  ─────────────  ───────────────────────────────────────────────────────────────────────
@@ -68,8 +68,8 @@ and SCREENS, and nothing above uses its names; only the last two lines, which ca
     32  status         · the last minute of each server; what screen, page and /status.json show
 
    VII  connections      1,830 lines, for each connection, and each piece of an answer
-    33  wire           ~ one connection: its buffer, its deadline, its end
-    34  listening      ~ sockets that listen; what a connection says before it is a wire
+    33  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    34  wire           ~ one connection: its buffer, its deadline, its end
     35  secrets        ~ keys and certificates, and how a server is reached with them
     36  client         ~ what we ask servers ourselves, over asyncio's streams
     37  pool           ~ the connections to one server over which requests go, kept and reused
@@ -119,7 +119,7 @@ and SCREENS, and nothing above uses its names; only the last two lines, which ca
     69  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
-`Wire` (33) and parses it (2).  A local path is answered in room 49; everything else is an
+`Wire` (34) and parses it (2).  A local path is answered in room 49; everything else is an
 `Exchange` (46): the content is gathered (42) and read as a `Call` (13) with its `Prompt` (12), the
 `Keys` (27) let it in, and `relay_plan` (26) says step by step what to do.  Each `Relay` step
 names the server that was ranked best (23) in the view of the fleet (20) by a policy (22).  An
@@ -6982,22 +6982,15 @@ def status_report(
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  33  wire
+#  33  sockets
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
-# a server: bytes come into its buffer, and whoever reads waits for `news`.  While a Sink is set,
-# they go there at once without waking a task, which is how streamed pieces pass.  Deadlines are
-# moments on the loop's clock; moving one costs an attribute, because a wire's one timer looks
-# again when it fires instead of being set anew.
+# What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
+# listen, with what a connection says before there is a Wire for it.
 
-READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
-LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
 # Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-# Where all wires receive: a new buffer for each piece, as asyncio.Protocol has it, costs a streamed
-# token 5 to 12 % more.  What is in it is there until the next wire is asked.
-RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
+KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which would take megabytes
 
 
 def error_text(error: OSError) -> str:
@@ -7017,16 +7010,23 @@ def address_of(name: Any) -> Address:
     return name[:2] if isinstance(name, tuple) else UNKNOWN
 
 
-class Sink:
-    """Takes what happens on a wire, in place of its buffer; this one, what nobody reads any more.
-    A piece is lent for the call."""
+@contextlib.asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, but when its time is up only because the whole process stood still,
+    what has happened meanwhile is heard first."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
 
-    def feed(self, wire: Wire, piece: Piece) -> None: ...
-    def lost(self, wire: Wire) -> None: ...
-    def expired(self, wire: Wire) -> None: ...
+    def expire() -> None:
+        now = loop.time()
+        limit.reschedule(now + STALL_S if now > deadline + STALL_S else now)
 
-
-Piece = memoryview | bytes
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_at(deadline, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -7038,6 +7038,136 @@ def keep_alive(sock: socket.socket) -> None:
         for option, value in KEEPALIVE.items():
             if (number := getattr(socket, option, None)) is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+async def peeked(sock: socket.socket, size: int) -> bytes:
+    """What has come on a socket that has no transport yet, as soon as there is something; it stays
+    there to be read.  b"" is an orderly end.  Raises OSError."""
+    loop = asyncio.get_running_loop()
+    while True:
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            return sock.recv(size, socket.MSG_PEEK)
+        came = loop.create_future()
+        loop.add_reader(sock, lambda: came.done() or came.set_result(None))
+        try:
+            await came
+        finally:
+            loop.remove_reader(sock)
+
+
+async def read_proxy_header(sock: socket.socket) -> tuple[Address | None, bytes]:
+    """Whose connection it is, if a PROXY header says so, and what was read that is none.  No byte
+    behind the header is read: it may be of a TLS handshake.  Raises BadMessage, OSError."""
+    said = bytearray()
+    while True:
+        piece = await peeked(sock, RECEIVED_BYTES)
+        if (found := proxy_header(bytes(said + piece))) is not None:
+            size, address = found
+            if size:
+                sock.recv(size - len(said))
+            return address, b"" if size else bytes(said)
+        if not piece:
+            return None, bytes(said)
+        said += sock.recv(len(piece))
+
+
+class Listener:
+    """A listening socket.  Connections are accepted only while there is room for them; others
+    wait in the kernel's queue.  Accepting rests, instead of spinning, when descriptors run out."""
+
+    def __init__(
+        self, sock: socket.socket, room: Callable[[], bool], full: Callable[[], object],
+        take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
+    ) -> None:  # fmt: skip
+        self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
+        self.resting = False  # another process accepts
+        self._room, self._full, self._take, self._failed = room, full, take, failed
+        sock.setblocking(False)
+        keep_alive(sock)  # what it accepts is like it
+        self.resume()
+
+    def resume(self) -> None:
+        """There may be room again."""
+        if not (self.reading or self.resting) and self.sock.fileno() >= 0:
+            self.reading = True
+            self.loop.add_reader(self.sock, self.accept, ACCEPT_BATCH)
+
+    def pause(self) -> None:
+        if self.reading:
+            self.reading = False
+            self.loop.remove_reader(self.sock)
+
+    def close(self) -> None:
+        self.pause()
+        self.sock.close()
+
+    def accept(self, most: int = LISTEN_BACKLOG) -> None:
+        """Take those who have come."""
+        for n in range(most):
+            if not self._room():
+                if n == 0:  # we were called, so somebody waits
+                    self.pause()
+                    self._full()
+                return
+            try:
+                self._take(*self.sock.accept())
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self.pause()
+                self.loop.call_later(ACCEPT_PAUSE_S, self.resume)
+                self._failed(error)
+                return
+
+
+TCP_NOTSENT_LOWAT = 25  # Linux; Python names it since 3.12
+
+
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = list[socket.socket]()
+    with contextlib.ExitStack() as opened:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sockets.append(sock := opened.enter_context(socket.socket(family, kind, protocol)))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            with contextlib.suppress(OSError):  # a slow client's progress is seen in small steps
+                sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, KERNEL_BACKLOG_BYTES)
+            sock.bind(address)
+            sock.listen(LISTEN_BACKLOG)
+        opened.pop_all()  # all are well, and stay open
+    return sockets
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  34  wire
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
+# a server: bytes come into its buffer, and whoever reads waits for `news`.  While a Sink is set,
+# they go there at once without waking a task, which is how streamed pieces pass.  Deadlines are
+# moments on the loop's clock; moving one costs an attribute, because a wire's one timer looks
+# again when it fires instead of being set anew.
+
+READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
+# Where all wires receive: a new buffer for each piece, as asyncio.Protocol has it, costs a streamed
+# token 5 to 12 % more.  What is in it is there until the next wire is asked.
+RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
+
+
+class Sink:
+    """Takes what happens on a wire, in place of its buffer; this one, what nobody reads any more.
+    A piece is lent for the call."""
+
+    def feed(self, wire: Wire, piece: Piece) -> None: ...
+    def lost(self, wire: Wire) -> None: ...
+    def expired(self, wire: Wire) -> None: ...
+
+
+Piece = memoryview | bytes
 
 
 def is_unheard(sock: socket.socket | None) -> bool:
@@ -7406,135 +7536,6 @@ class Wire(asyncio.BufferedProtocol):
         self.transport.close()
         while not self.lost:  # with TLS, only then is all out
             await self.news(self.loop.time() + silence_s)
-
-
-@contextlib.asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """As asyncio.timeout, but when its time is up only because the whole process stood still,
-    what has happened meanwhile is heard first."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
-
-    def expire() -> None:
-        now = loop.time()
-        limit.reschedule(now + STALL_S if now > deadline + STALL_S else now)
-
-    async with asyncio.timeout(None) as limit:
-        timer = loop.call_at(deadline, expire)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  34  listening
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#
-# Listening sockets, and what a connection says before there is a Wire for it.
-
-KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which would take megabytes
-
-
-async def peeked(sock: socket.socket, size: int) -> bytes:
-    """What has come on a socket that has no transport yet, as soon as there is something; it stays
-    there to be read.  b"" is an orderly end.  Raises OSError."""
-    loop = asyncio.get_running_loop()
-    while True:
-        with contextlib.suppress(BlockingIOError, InterruptedError):
-            return sock.recv(size, socket.MSG_PEEK)
-        came = loop.create_future()
-        loop.add_reader(sock, lambda: came.done() or came.set_result(None))
-        try:
-            await came
-        finally:
-            loop.remove_reader(sock)
-
-
-async def read_proxy_header(sock: socket.socket) -> tuple[Address | None, bytes]:
-    """Whose connection it is, if a PROXY header says so, and what was read that is none.  No byte
-    behind the header is read: it may be of a TLS handshake.  Raises BadMessage, OSError."""
-    said = bytearray()
-    while True:
-        piece = await peeked(sock, RECEIVED_BYTES)
-        if (found := proxy_header(bytes(said + piece))) is not None:
-            size, address = found
-            if size:
-                sock.recv(size - len(said))
-            return address, b"" if size else bytes(said)
-        if not piece:
-            return None, bytes(said)
-        said += sock.recv(len(piece))
-
-
-class Listener:
-    """A listening socket.  Connections are accepted only while there is room for them; others
-    wait in the kernel's queue.  Accepting rests, instead of spinning, when descriptors run out."""
-
-    def __init__(
-        self, sock: socket.socket, room: Callable[[], bool], full: Callable[[], object],
-        take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
-    ) -> None:  # fmt: skip
-        self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
-        self.resting = False  # another process accepts
-        self._room, self._full, self._take, self._failed = room, full, take, failed
-        sock.setblocking(False)
-        keep_alive(sock)  # what it accepts is like it
-        self.resume()
-
-    def resume(self) -> None:
-        """There may be room again."""
-        if not (self.reading or self.resting) and self.sock.fileno() >= 0:
-            self.reading = True
-            self.loop.add_reader(self.sock, self.accept, ACCEPT_BATCH)
-
-    def pause(self) -> None:
-        if self.reading:
-            self.reading = False
-            self.loop.remove_reader(self.sock)
-
-    def close(self) -> None:
-        self.pause()
-        self.sock.close()
-
-    def accept(self, most: int = LISTEN_BACKLOG) -> None:
-        """Take those who have come."""
-        for n in range(most):
-            if not self._room():
-                if n == 0:  # we were called, so somebody waits
-                    self.pause()
-                    self._full()
-                return
-            try:
-                self._take(*self.sock.accept())
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                self.pause()
-                self.loop.call_later(ACCEPT_PAUSE_S, self.resume)
-                self._failed(error)
-                return
-
-
-TCP_NOTSENT_LOWAT = 25  # Linux; Python names it since 3.12
-
-
-def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of the host; '' is all addresses.  Raises OSError."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = list[socket.socket]()
-    with contextlib.ExitStack() as opened:
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            sockets.append(sock := opened.enter_context(socket.socket(family, kind, protocol)))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            with contextlib.suppress(OSError):  # a slow client's progress is seen in small steps
-                sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, KERNEL_BACKLOG_BYTES)
-            sock.bind(address)
-            sock.listen(LISTEN_BACKLOG)
-        opened.pop_all()  # all are well, and stay open
-    return sockets
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════

@@ -130,6 +130,12 @@ def test_the_map_in_the_docstring_lists_the_rooms_in_their_order():
     assert [number for number, *_ in rooms()] == list(range(len(rooms())))
 
 
+def test_the_map_in_the_docstring_tells_in_which_room_what_it_names_is():
+    named = re.findall(r"`(\w+)`\s+\((\d+)\)", lite.__doc__)
+    homes = {node.name: room_at(node.lineno) for node in TREE.body if hasattr(node, "name")}
+    assert len(named) > 7 and {(name, homes[name]) for name, _ in named} == {(name, int(room)) for name, room in named}
+
+
 def test_the_map_in_the_docstring_has_the_parts_where_they_are():
     banner = re.compile(r"^# ━+ part ([IVX]+): (.+?) ━+$\n\n\n# ═+\n#  (\d+)  ", re.MULTILINE)
     found = [(number, name, int(room)) for number, name, room in banner.findall(SOURCE)]
@@ -328,7 +334,7 @@ def test_a_client_s_mistake_is_never_retried_nor_booked_to_a_server(fault):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  messages and framing
+#  heads and framing
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -938,7 +944,7 @@ def test_cors():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  messages by chance: what is accepted, a second and stricter reader reads the same
+#  heads and framing by chance: what is accepted, a second and stricter reader reads the same
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 # The second reader: RFC 9112 to the letter, by splitting.  It shares nothing with the first.
@@ -2480,7 +2486,7 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  access
+#  client keys and access
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -5528,7 +5534,7 @@ def test_traces_of_turns_share_the_start_of_their_chains():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  plans
+#  queue, poison and plans
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -5951,7 +5957,7 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  reports and lines
+#  documents, metrics and records
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLOCK = lite.Clock(100.0, 1_700_000_100.0)
@@ -6148,7 +6154,7 @@ async def test_the_status_document_has_its_stated_shape():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  cells, screen, keys and terminal
+#  cells, table, screen, keys, terminal and top
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
@@ -6860,7 +6866,7 @@ def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_p
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  traces, engine and replay
+#  traces, engine, replay and comparison
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
@@ -12174,7 +12180,7 @@ async def test_the_status_is_streamed_as_events_until_somebody_leaves():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  front, handover and balancer: settings that change, and stopping
+#  front, following, handover and balancer: settings that change, and stopping
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -13072,7 +13078,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  command line
+#  commands, process and command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
