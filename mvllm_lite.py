@@ -753,7 +753,8 @@ def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
         return end + 2, UNKNOWN
     host = ip_of(line[2], line[1]) if line is not None else ""
     if not (line and host and ip_of(line[3], line[1]) and int(line[4]) < 65536 > int(line[5])):
-        raise BadMessage(f"the PROXY line is {shown(data[:200].decode('latin-1'))}")
+        found = line[0] if line else data[:200]
+        raise BadMessage(f"the PROXY line is {shown(found.decode('latin-1'))}")
     return end + 2, (host, int(line[4]))
 
 
@@ -2405,7 +2406,7 @@ def form_spans(content: Content, boundary: bytes) -> Spans:
 def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None]:
     """The same of a form that may be large, RFC 7578 (audio uploads name their model so); each time
     it says something, it is others' turn.  Raises BadMessage for forms that others may read
-    differently: with too many parts, too long fields, a name said twice, or a doubtful delimiter."""
+    differently: with too many parts, too long fields, a name said twice, a doubtful delimiter."""
     if not content:
         return
     if not content.startswith(boundary):
