@@ -4333,7 +4333,7 @@ class Fleet:
 
     def views(self, now: float | None = None) -> list[ServerView]:
         """All of them; with a moment, prompts that should be read by then are."""
-        if now is not None:
+        if now is not None and self._reading:
             self.catch_up(now)
         return [member.view for member in self._members.values()]
 
@@ -4612,7 +4612,8 @@ class Roster:
         self._removed &= known
         self._drained &= known
         self._weights = {id: weight for id, weight in self._weights.items() if id in known}
-        self.entries = merge_sources(self._named, ByHand(self._removed, self._drained, self._weights))
+        by_hand = ByHand(self._removed, self._drained, self._weights)
+        self.entries = merge_sources(self._named, by_hand)
         self.on_change()
 
     def add(self, server: ServerSettings) -> None:
@@ -4899,7 +4900,7 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
     their size is configured: what is learned changes all the time."""
     out = []
     for view in views:
-        weight = view.settings.weight * (view.settings.max_concurrent_requests or START_CAPACITY)
+        weight = view.settings.weight * (view.configured or START_CAPACITY)
         digest = hashlib.blake2b(view.id.encode(), key=key, digest_size=8).digest()
         chance = (int.from_bytes(digest, "big") + 1) / 2**64
         out.append(-math.log(chance) / weight)
@@ -5279,12 +5280,9 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
     if call.session:
         digest = hashlib.blake2b(call.session.encode("utf-8", "surrogatepass"), digest_size=8)
         at = int.from_bytes(digest.digest(), "big") / 2**64
-    at *= sum(shares.values())
-    for pool in sorted(shares):
-        at -= shares[pool]
-        if at < 0:
-            break
-    return pool
+    pools = sorted(shares)
+    ends = list(itertools.accumulate(shares[pool] for pool in pools))
+    return pools[min(bisect.bisect(ends, at * ends[-1]), len(pools) - 1)]
 
 
 class Lasting(NamedTuple):
@@ -5298,16 +5296,14 @@ class Lasting(NamedTuple):
 
 
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
-    if (found := fleet.derived.get(model)) is not None:
-        return found
     views, reasons = fleet.views(), None
     if not any(view.health.open_until is not None or depends_on_the_moment(view, moment.now)
                for view in views):  # fmt: skip
         reasons = exclusions(views, model, frozenset(), moment._replace(enforced=False))
-    there = [v.health.since for v in views if v.healthy and v.open and v.has(model)]
-    changed_at = max((view.health.since for view in views), default=-INFINITY)
-    found = Lasting(
-        reasons, shortest_context(views, model), min(there, default=INFINITY), changed_at)
+    there = (v.health.since for v in views if v.healthy and v.open and v.has(model))
+    changes = (view.health.since for view in views)
+    found = Lasting(reasons, shortest_context(views, model), min(there, default=INFINITY),
+                    max(changes, default=-INFINITY))  # fmt: skip
     if model is None or fleet.knows(model):  # of which there are not too many
         fleet.derived[model] = found
     return found
@@ -5325,7 +5321,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     """The best server for a call; once for each attempt."""
     call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
-    lasting = lasting_of(fleet, call.model, moment)
+    lasting = fleet.derived.get(call.model) or lasting_of(fleet, call.model, moment)
     reasons = lasting.reasons
     if pinned_to:
         kept = [n for n, view in enumerate(views) if pinned_to in (view.id, view.server)]
@@ -5396,7 +5392,7 @@ class RetryBudget:
     def spend(self, now: float, share: float) -> bool:
         """Whether one more retry may be made; it is counted."""
         second = self._second(now)
-        requests, retries = (sum(column) for column in list(zip(*self._seconds))[1:])
+        _, requests, retries = map(sum, zip(*self._seconds))
         if retries >= max(BUDGET_FLOOR, share * requests):
             return False
         second[2] += 1
@@ -5408,7 +5404,7 @@ Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, 
 
 class Waiter(NamedTuple):
     """A request in the queue.  `choose` says which server has a place for it now, if one has;
-    `take` is told the ranking by which it has it, or that there is none it could wait for any more."""
+    `take` is told the ranking by which it has it, or that there is nothing left to wait for."""
 
     since: float
     wants: Wants
@@ -5504,16 +5500,13 @@ BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §
 def digest_of(path: str, content: Content) -> bytes:
     """What content for a path is known by: once for a request that failed, or of which a longer
     content is let go while its stream goes on; never more than 0.1 ms."""
-    digest, half = hashlib.blake2b(f"{path} {len(content)}\0".encode(), digest_size=16), 0
-    if len(content) > WHOLE_DIGEST_BYTES:
-        half = WHOLE_DIGEST_BYTES // 2
+    half = WHOLE_DIGEST_BYTES // 2 if len(content) > WHOLE_DIGEST_BYTES else 0
     ends = [content[:half], content[-half:]]
     if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
         boundary = bytes(content[:BOUNDARY_LIMIT]).partition(b"\r\n")[0]
         ends = [end.replace(boundary, b"--") for end in ends]
-    for end in ends:
-        digest.update(end)
-    return digest.digest()
+    start = f"{path} {len(content)}\0".encode()
+    return hashlib.blake2b(b"".join((start, *ends)), digest_size=16).digest()
 
 
 class Poison:
@@ -6278,9 +6271,8 @@ def explain_report(rankings: Sequence[Ranking]) -> dict[str, Any]:
 
 def ranking_report(ranking: Ranking) -> dict[str, Any]:
     cached = {view.id: count for view, count in zip(ranking.views, ranking.cached)}
-    rows = [{"url": row.id, "cost": row.cost if row.cost < INFINITY else None,
-             "reason": row.reason, "cached_tokens": cached[row.id]}
-            for row in ranking.candidates()]  # fmt: skip
+    rows = [{"url": id, "cost": cost if cost < INFINITY else None, "reason": reason,
+             "cached_tokens": cached[id]} for id, cost, reason in ranking.candidates()]
     return {
         "policy": ranking.policy.name, "model": ranking.call.model, "chosen": ranking.best,
         "why": ranking.why(), "prompt_tokens": ranking.call.prompt.tokens,
@@ -14599,10 +14591,8 @@ class SimulatedServer:
         self._tasks.discard(task)
         writer.transport.abort()
 
-    async def _answer(
-        self, client: MessageReader, writer: asyncio.StreamWriter, head: RequestHead,
-        content: Content,
-    ) -> None:  # fmt: skip
+    async def _answer(self, client: MessageReader, writer: asyncio.StreamWriter, head: RequestHead,
+                      content: Content) -> None:  # fmt: skip
         if self.mode == "hang" and head.path != "/simulate":
             await unless_gone(client, asyncio.Event().wait())
         wanted = read_members(content, None)
@@ -14719,10 +14709,8 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] |
             ), "input_tokens"  # fmt: skip
 
 
-def simulated_refusal(
-    head: RequestHead, content: Content, wanted: Mapping[str, Any], prompt: Prompt,
-    models: Sequence[str],
-) -> tuple[int, Any] | None:  # fmt: skip
+def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
+                      prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:  # fmt: skip
     """(status, JSON) with which vLLM refuses such a request, or None."""
     if (wrong := unreadable(head, content)) is not None:
         text, param = wrong
@@ -14748,10 +14736,8 @@ def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
 class Generation:
     """One answer of a simulated server."""
 
-    def __init__(
-        self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
-        wanted: dict[str, Any], prompt: Prompt,
-    ) -> None:  # fmt: skip
+    def __init__(self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
+                 wanted: dict[str, Any], prompt: Prompt) -> None:  # fmt: skip
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
