@@ -224,9 +224,9 @@ __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
-AHEAD_BYTES = 16 * 1024  # the same of a client's wire, which may speak before it is its turn
+AHEAD_BYTES = 16 * 1024  # held of a client that speaks before it is its turn
 WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
-HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again,
+HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again
 HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
 ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
@@ -236,7 +236,7 @@ SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
 STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whole process
 LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
 LOG_PAUSE_S = 0.02  # between two writes of log lines, which gathers them
-SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at,
+SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at
 MODEL_NAME_LIMIT = 512  # characters; the longest path that is a model's name is shorter
 HOPS_LIMIT = 20  # proxies of our own between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
@@ -3213,10 +3213,10 @@ def error_event(body: bytes, path: str) -> bytes:
 # may not have; and what its end tells of tokens and ids.
 
 HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
-PLAUSIBLE_TOKENS = 1e9
+PLAUSIBLE_TOKENS = 1e9  # of one answer; a number beyond is nonsense
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
-RESPONSE_ID_LIMIT = 200  # characters of their ids, of which vLLM's have 21
-RESPONSE_START_BYTES = 512  # of the document of a response: its id stands in front
+RESPONSE_ID_LIMIT = 200  # characters of a response's id, of which vLLM's has 21
+RESPONSE_START_BYTES = 512  # of a response's document, where its id stands
 TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
 
 
@@ -3402,7 +3402,7 @@ def response_id(start: bytes, streams: bool) -> str:
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
 
-PAGE_SLICE = 64 * 1024  # characters of it that are read before others get their turn: a few ms
+PAGE_SLICE = 64 * 1024  # characters of a page read before others get their turn: a few ms
 ENGINES_LIMIT = 256  # of one server that are told apart; data_parallel_size allows no more
 MODELS_LIMIT = 2000  # of one server's models that are known by name,
 MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 ms to parse
@@ -9606,7 +9606,7 @@ def facts_of(
 # Outcome for the plan.  A client's leaving cancels the task wherever it stands, which closes the
 # server's connection on the way out, so that vLLM stops generating.
 
-LOOK_LIMIT_S = 2.0  # for which a request waits for them
+LOOK_LIMIT_S = 2.0  # for which a request waits for a look at servers' models
 ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not seen to read yet
 
 
@@ -10606,8 +10606,8 @@ ENDPOINTS |= {
 # its own, and each request is let in, answered here, or made an Exchange.
 
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
-IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
+IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
 
 
 def descriptors_allow() -> int:
