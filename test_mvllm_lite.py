@@ -23,7 +23,6 @@ import json
 import logging
 import math
 import os
-import pty
 import py_compile
 import random
 import re
@@ -6776,6 +6775,7 @@ async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
     await eventually(lambda: process_state(pid) == "S", "the screen waits for keys")
     os.kill(pid, signal.SIGTSTP)
     await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+    await eventually(lambda: process_state(pid) == "T", "the screen stops itself")
     os.kill(pid, signal.SIGCONT)
     await asyncio.to_thread(terminal.read_until, "q quit")
     terminal.resize(40, 10)
