@@ -3848,8 +3848,7 @@ class Learned(NamedTuple):
 
 
 class ServerView(NamedTuple):
-    """All that is known of a server, or of one of its engines.  Times are monotonic, -inf for
-    never."""
+    """All that is known of a server, or of one of its engines; monotonic times, -inf for never."""
 
     id: str  # what all state is kept by: the server's URL, for an engine with its rank
     settings: ServerSettings
@@ -3921,8 +3920,7 @@ class ServerView(NamedTuple):
 
     @property
     def by_name(self) -> ServerView:
-        """As it is to a request for it alone that is no work of its engine: asked also while it
-        sleeps, is drained by hand, or gets no share of others."""
+        """As it is to a request for it alone that is no work of its engine."""
         return self._replace(
             report=self.report._replace(load=self.load._replace(asleep=False)), drained=False,
             settings=dataclasses.replace(self.settings, weight=self.settings.weight or 1.0),
@@ -3957,8 +3955,7 @@ class ServerView(NamedTuple):
         return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * age_s / slow_start_s
 
     def foreign(self, now: float, interval_s: float) -> float:
-        """Requests it has that are not ours, fading once the report is older than the time
-        between reports: exact counts stay, hearsay does not."""
+        """Requests it has that are not ours, fading where its report is older than the interval."""
         late, foreign = now - self.report.at - interval_s, self.report.foreign
         return foreign * math.exp(-late / (2 * interval_s)) if foreign and late > 0 else foreign
 
@@ -4045,8 +4042,7 @@ class Eligible(NamedTuple):
                 for view in self.views]  # fmt: skip
 
     def relative_speeds(self) -> list[float]:
-        """How fast each reads, 1 being the mean.  One that is not known yet is taken to be as fast
-        for its capacity as the others are."""
+        """How fast each reads, 1 being the mean; unknown ones as the others, by capacity."""
         speeds = [view.learned.prefill_tokens_per_s for view in self.views]
         known = sum(speeds)
         if not known:
@@ -4090,8 +4086,7 @@ class Work(NamedTuple):
 
 
 def moves(view: ServerView, streams_at: float, within_s: float, now: float, s: Settings) -> bool:
-    """Whether its engine works: its token counters or streams from it have moved within that time,
-    or within that of a few reports."""
+    """Whether its engine works: its counters or streams have moved within that time."""
     since = min(now - within_s, oldest_report(now, s.metrics_interval))
     return max(view.progress_at, streams_at) > since
 
@@ -4252,8 +4247,7 @@ BUSY_S = 0.25  # for which a server that says it is busy is spared
 
 
 class Member:
-    """A server, or one of its engines, in the fleet: its newest view, a model of its prefix
-    cache, and how far that is right."""
+    """A server, or one of its engines, with a model of its prefix cache, and how right that is."""
 
     __slots__ = ("view", "cache", "hit_rate")
 
@@ -4262,8 +4256,7 @@ class Member:
 
 
 class Lease:
-    """Counts one request in flight, from its making to its `end`, which is that of a `with` block,
-    too; and until its answer begins, the tokens of its prompt."""
+    """Counts a request in flight until its `end`, and its prompt until its answer begins."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
                  "_fresh")  # fmt: skip
@@ -4319,8 +4312,7 @@ class Lease:
 
 
 class Fleet:
-    """All servers.  What is told of a server that has left meanwhile is ignored.  A fleet may
-    begin with views of its servers."""
+    """All servers.  What is told of a server that has left meanwhile is ignored."""
 
     def __init__(self, views: Iterable[ServerView] = ()) -> None:
         self._members = {view.id: Member(view) for view in views}
@@ -4459,8 +4451,7 @@ class Fleet:
     # What watchers tell.
 
     def models_due(self, server: str, now: float, s: Settings) -> bool:
-        """Whether the next check should ask for the models, too: they are unknown, old, or the
-        server is coming back and may have been restarted with others."""
+        """Whether the next check should ask for the models: unknown, old, or maybe others now."""
         views = self.engines(server)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
@@ -4474,7 +4465,7 @@ class Fleet:
         them is taken for a foreign one.  The prompt tokens it found cached since the last one."""
         if (member := self._members.get(id)) is None:
             return 0
-        view, before = member.view, member.view.report.load
+        view, before = member.view, member.view.load
         member.cache.limit_tokens = load.kv_tokens or CACHE_TOKENS
         if load.asleep or restarted(before, load):
             member.cache.forget()
@@ -4487,8 +4478,7 @@ class Fleet:
         return 0 if hits is None else max(0, (load.prefix_hits or 0) - hits)
 
     def unscraped(self, server: str, why: str) -> bool:
-        """Its pages of metrics do not come any more.  Whether that is news: its illness would say
-        enough, and a loss is one however long it lasts."""
+        """Its pages of metrics do not come any more.  Whether that is news."""
         views = [v for v in self.engines(server) if v.healthy and not v.report.trouble]
         for view in views:
             report = view.report._replace(trouble=why)
@@ -4496,8 +4486,7 @@ class Fleet:
         return bool(views)
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
-        """Replace a server's health by what it is after the news: `Health.checked`, say, and its
-        arguments.  The transition, if it is one."""
+        """Replace its health by `after` of it and the news.  The transition, if it is one."""
         server = self.server_of(id)
         if not (views := self.engines(server)):
             return None
@@ -4757,8 +4746,7 @@ OVERFULL_POWER = 4
 
 @policy("unified")
 class Unified(Policy):
-    """The work ahead of the call's first token × how crowded the server will be ÷ the room in its
-    KV cache."""
+    """The work before the first token × how crowded it will be ÷ the room in its KV cache."""
 
     def costs(self, eligible: Eligible) -> list[float]:
         tokens = eligible.call.prompt.tokens
@@ -5286,8 +5274,7 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
 
 
 class Lasting(NamedTuple):
-    """What is true for all calls for a model that no server was tried for, until a server changes
-    in more than its counts."""
+    """What is true for all calls for a model until a server changes in more than its counts."""
 
     reasons: list[str] | None  # to exclude servers; None: they depend on the moment, or on chance
     context: float  # shorter prompts fit every server that has the model
@@ -5498,8 +5485,7 @@ BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §
 
 
 def digest_of(path: str, content: Content) -> bytes:
-    """What content for a path is known by: once for a request that failed, or of which a longer
-    content is let go while its stream goes on; never more than 0.1 ms."""
+    """What content for a path is known by: for a request that failed; never more than 0.1 ms."""
     half = WHOLE_DIGEST_BYTES // 2 if len(content) > WHOLE_DIGEST_BYTES else 0
     ends = [content[:half], content[-half:]]
     if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
@@ -5592,8 +5578,7 @@ class Outcome(NamedTuple):
 
 
 class Relay(NamedTuple):
-    """Ask the server that the ranking names best and, if its answer is one, pass it to the client.
-    Its lease is there already if it was waited for."""
+    """Ask the server that the ranking names best and, if its answer is one, pass it on."""
 
     server: str  # its id, or its engine's
     request: OutboundRequest
@@ -5655,8 +5640,7 @@ UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXC
 # The client was shown the server's own words for what went wrong.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
 class Retries:
-    """Which servers a request has tried, and whether it may try another one.  Retries that are not
-    free are made only while somebody can `afford` them."""
+    """Which servers a request has tried, and whether it may try another one."""
 
     def __init__(
         self, choose: Choose, s: Settings, draw: random.Random, afford: Callable[[], bool]
@@ -5745,8 +5729,7 @@ def first_ranking(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranki
 def given_room(
     ranking: Ranking, choose: Choose, lacking: frozenset[str], s: Settings
 ) -> Generator[Step, Outcome, tuple[Ranking, Outcome]]:
-    """The ranking whose best server has room for the request, if need be after a wait in the
-    queue; and the wait's outcome, or that there is no server."""
+    """The ranking whose best server has room, maybe after a wait in the queue; and the outcome."""
     waited = WELL
     if ranking.best is None and ranking.waits:
         waited = yield Queue(ranking.tried)
@@ -6388,8 +6371,7 @@ def models_report(
 
 
 def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
-    """GET /readiness: 503 when a request would find no server, or the balancer is stopping;
-    degraded when it would find only such as are asked as a last resort."""
+    """GET /readiness: 503 where there is no server to ask; degraded with only a last resort."""
     healthy = sum(view.healthy and view.available for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
     if any(view.available for view in views) and not stopping:
@@ -6547,8 +6529,7 @@ def with_old_names(families: Iterable[Family]) -> Iterator[Family]:
 def gauges(
     views: list[ServerView], now: float, s: Settings, process: Mapping[str, float]
 ) -> list[Family]:
-    """Gauges of this moment.  `process` has the values of PROCESS_GAUGES.  What a server said of
-    its load a while ago is no longer its load, and left out."""
+    """Gauges of this moment; of a load that was said a while ago there are none."""
     build = Gauge("mvllm_build_info", "Always 1.", "version", "python")
     build.set(1, __version__, sys.version.split()[0])
     families: list[Family] = [build]
@@ -12805,8 +12786,7 @@ def in_foreground(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
-    """That terminal by a description of its own, since not to wait is a matter of descriptions,
-    and the shell's is shared.  Raises OSError."""
+    """That terminal by a description of its own, for the shell's is shared.  Raises OSError."""
     flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(os.ttyname(terminal), flags)
@@ -12823,8 +12803,7 @@ def json_line(document: Any) -> bytes:
 
 
 def known_terminal(curses: Any, name: str) -> str:
-    """By which name terminfo knows it, or one that is like it; '' if it can show no screen.
-    Without this, initscr would end the process."""
+    """The name by which terminfo knows it, or one like it; '': initscr would end the process."""
     os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
     for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
         with contextlib.suppress(curses.error):
@@ -12834,8 +12813,7 @@ def known_terminal(curses: Any, name: str) -> str:
 
 
 def run_screen(sock: socket.socket, remote: bool) -> str:
-    """The screen on this process's terminal, until the socket is closed, or one leaves a remote
-    balancer alone; why it has ended by itself, or ''."""
+    """The screen on our terminal, until one leaves or the socket is closed; why it ended, or ''."""
     try:
         import curses
     except ImportError:
@@ -15040,8 +15018,7 @@ def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
-    """About this machine, where descriptors allow so many clients, and about names in the settings
-    that no server knows."""
+    """About this machine, where descriptors allow so many clients, and names no server knows."""
     findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
     if clients < 0.9 * s.max_connections:
         findings.append(Finding(
