@@ -23,7 +23,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     ──  ─────────────  ───────────────────────────────────────────────────────────────────────
      0  front matter   ~ this map, the imports, the limits that several rooms share
 
-     I  HTTP             1,110 lines, for each message
+     I  HTTP             1,100 lines, for each message
      1  faults         · every way to fail, as one table: status, blame, may it be retried
      2  heads          · HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
      3  proxy header   · who passes on connections says whose they are: the PROXY protocol
@@ -36,7 +36,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
      8  settings       · all that can be set, each with its default, check and meaning
      9  settings file  · from TOML to settings; complaints with file, line and key
 
-   III  vLLM             1,530 lines, for each request, check and scrape
+   III  vLLM             1,510 lines, for each request, check and scrape
     10  content        · compression undone; JSON: where the members that matter stand
     11  forms          · forms: the model that a part names; another model in its place
     12  prompts        · how long a prompt is, and what of it each server has probably cached
@@ -45,7 +45,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     15  judge          · an answer judged as it comes; its tokens and its id
     16  engine load    · what a server says of itself: its load, its models
 
-    IV  fleet            1,810 lines, for each request, check and scrape
+    IV  fleet            1,790 lines, for each request, check and scrape
     17  health         · whether a server can be asked, by checks and by what became of requests
     18  servers        · what is known of each: settings, health, report, what was learned, counts
     19  learning       · what answers and reports teach of a server
@@ -54,20 +54,20 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     22  policies       · what a server is worth for a call, by a dozen rules
     23  ranking        · who may be asked, who is asked, and why
 
-     V  answering        890 lines, for each request
+     V  answering        880 lines, for each request
     24  queue          · requests that wait for room; what retries the fleet can afford
     25  poison         · content with which servers die, and whose failure it was
     26  plans          · how a call is answered, step by step
     27  client keys    · clients' keys and what each uses; whose stored responses are
     28  access         · who may come in, and to which path; proxies that are trusted
 
-    VI  what is counted  740 lines, for each request, and when asked for
+    VI  what is counted  730 lines, for each request, and when asked for
     29  documents      · what programs are shown in JSON
     30  metrics        · what is counted and measured, as families for Prometheus
     31  records        · what is written of requests and transitions: log lines, records, traces
     32  status         · the last minute of each server; what screen, page and /status.json show
 
-   VII  connections      1,830 lines, for each connection, and each piece of an answer
+   VII  connections      1,790 lines, for each connection, and each piece of an answer
     33  sockets        ~ what is the same of all: errors, deadlines; those that listen
     34  wire           ~ one connection: its buffer, its deadline, its end
     35  secrets        ~ keys and certificates, and how a server is reached with them
@@ -77,7 +77,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     39  response       ~ the client's side of an exchange
     40  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
-  VIII  a request        1,240 lines, for each request
+  VIII  a request        1,230 lines, for each request
     41  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
     42  intake         ~ a request's content: gathered, decoded, held as long as it is needed
     43  attempt        ~ a request said to one server; its answer judged and passed on
@@ -85,7 +85,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     45  accounts       ~ what is counted, kept and told of a request that has ended
     46  exchange       ~ one request, from its head to its last byte
 
-    IX  operating        1,600 lines, all the time
+    IX  operating        1,590 lines, all the time
     47  watch          ~ health checks, load reports
     48  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
     49  endpoints      ~ the paths that the balancer answers itself, in one table
@@ -95,13 +95,13 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     53  handover       ~ one process takes over from another, without a gap
     54  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
-     X  program          230 lines, at the start and at the end
+     X  program          260 lines, at the start and at the end
     55  process        ~ signals, systemd, limits of the system
     56  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  seen             1,800 lines, on a terminal, for `top`, and for a browser at /status
+    XI  seen             1,790 lines, on a terminal, for `top`, and for a browser at /status
     57  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
     58  table          · the servers in lines, as many columns as there is room for
     59  screen         · what is seen there: the table and the lines around it
@@ -110,7 +110,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     62  top            ~ the screen beside a balancer: of this process, or of one elsewhere
     63  page           ~ the status for a browser: one HTML string
 
-   XII  laboratory       1,480 lines, for `replay`, `demo` and `check-config`
+   XII  laboratory       1,470 lines, for `replay`, `demo` and `check-config`
     64  traces         · requests of the past: from files, or made up
     65  engine         · a model of a vLLM server, in simulated time
     66  replay         · those requests sent to such servers by any policy
@@ -14381,15 +14381,26 @@ def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
     raise argparse.ArgumentTypeError(f"found {word}, expected a number from 0.001 to 10000000")
 
 
+def engine_kind(word: str) -> tuple[str, EngineKind]:
+    """For argparse: a kind of engine, or one of a capacity, behind the word for it."""
+    if word in ENGINE_KINDS:
+        return word, ENGINE_KINDS[word]
+    if word.isdecimal() and 0 < int(word) < 10000:
+        return word, kind_for(int(word))
+    raise argparse.ArgumentTypeError(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or"
+                                     " a number of requests that it runs well at once")  # fmt: skip
+
+
 def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
                                       f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
     parser.add_argument("--policy", action="append", metavar="NAME",
                         help="all, or one (repeatable; default: the settings')")  # fmt: skip
     parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
-    parser.add_argument("--fleet", nargs="+", metavar="KIND",
+    parser.add_argument("--fleet", nargs="+", metavar="KIND", type=engine_kind,
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
-    parser.add_argument("--add-server", action="append", metavar="KIND", help="one more")
+    parser.add_argument("--add-server", action="append", metavar="KIND", type=engine_kind,
+                        help="one more")  # fmt: skip
     parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
     parser.add_argument(
         "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
@@ -14412,21 +14423,7 @@ def run_replay(args: argparse.Namespace) -> int:
         settings, _ = load_settings(args.config, {})
     else:
         settings = Settings(tuple(ServerSettings(f"http://server-{n}") for n in range(3)))
-    servers, kinds = list(settings.servers), list[EngineKind]()
-    for server in servers:
-        limit = server.max_concurrent_requests
-        kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
-    for n, word in enumerate(args.fleet or (), 1):
-        kind = engine_kind(word)
-        if n == 1:
-            servers, kinds = [], []
-        servers.append(ServerSettings(f"http://{word}-{n}", round(kind.capacity)))
-        kinds.append(kind)
-    for n, word in enumerate(args.add_server or (), 1):
-        kinds.append(engine_kind(word))
-        servers.append(ServerSettings(f"http://added-{word}-{n}", round(kinds[-1].capacity)))
-    if args.auto:
-        servers = [dataclasses.replace(s, max_concurrent_requests=AUTO) for s in servers]
+    servers, kinds = replayed_fleet(args, settings)
     if not servers:
         return fail(f"{args.config}: found no servers, expected some to replay with")
     try:
@@ -14453,6 +14450,23 @@ def run_replay(args: argparse.Namespace) -> int:
     return 0
 
 
+def replayed_fleet(
+    args: argparse.Namespace, s: Settings
+) -> tuple[list[ServerSettings], list[EngineKind]]:
+    """The servers that a trace is replayed with, and their engines."""
+    servers, kinds = [] if args.fleet else list(s.servers), list[EngineKind]()
+    for server in servers:
+        limit = server.max_concurrent_requests
+        kinds += [kind_for(limit or ENGINE_KINDS["a100"].capacity)] * server.data_parallel_size
+    for prefix, given in (("", args.fleet), ("added-", args.add_server)):
+        for n, (word, kind) in enumerate(given or (), 1):
+            servers.append(ServerSettings(f"http://{prefix}{word}-{n}", round(kind.capacity)))
+            kinds.append(kind)
+    if args.auto:
+        servers = [dataclasses.replace(one, max_concurrent_requests=AUTO) for one in servers]
+    return servers, kinds
+
+
 def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
     """Raises ValueError."""
     if "all" in words:
@@ -14463,16 +14477,6 @@ def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
             raise ValueError(f"--policy: found {word}, expected one of {expected}; expression"
                              " needs a --servers file with a score")  # fmt: skip
     return list(words)
-
-
-def engine_kind(word: str) -> EngineKind:
-    """For argparse, but with a better message than it makes of a ValueError."""
-    if word in ENGINE_KINDS:
-        return ENGINE_KINDS[word]
-    if word.isdecimal() and 0 < int(word) < 10000:
-        return kind_for(int(word))
-    raise SystemExit(fail(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or a number"
-                          " of requests that it runs well at once"))  # fmt: skip
 
 
 def read_trace(name: str, seconds: float) -> list[Arrival]:
