@@ -4373,8 +4373,9 @@ class Fleet:
             out.append(int(tokens[links] * member.view.learned.hit_ratio))
         return out
 
-    def _put(self, member: Member, view: ServerView) -> None:
+    def _put(self, view: ServerView) -> None:
         """Replace a server's view."""
+        member = self._members[view.id]
         if view.admission != member.view.admission:
             self.derived.clear()
         member.view = view
@@ -4445,8 +4446,8 @@ class Fleet:
 
     def busy(self, id: str, now: float) -> None:
         """It said that it has enough to do."""
-        if (member := self._members.get(id)) is not None:
-            self._put(member, member.view._replace(busy_until=now + BUSY_S))
+        if (view := self.view(id)) is not None:
+            self._put(view._replace(busy_until=now + BUSY_S))
 
     # What watchers tell.
 
@@ -4457,7 +4458,7 @@ class Fleet:
 
     def models_listed(self, server: str, models: Models, now: float) -> None:
         for view in self.engines(server):
-            self._put(self._members[view.id], view._replace(models=models, models_at=now))
+            self._put(view._replace(models=models, models_at=now))
 
     def scraped(self, id: str, load: EngineLoad, own_then: int, now: float) -> int:
         """A page of metrics came.  `own_then` is how many requests of ours it may have counted:
@@ -4470,7 +4471,7 @@ class Fleet:
         if load.asleep or restarted(before, load):
             member.cache.forget()
         moved = load.tokens != before.tokens and None not in (load.tokens, before.tokens)
-        self._put(member, view._replace(
+        self._put(view._replace(
             report=report_of(load, now, own_then),
             learned=learned_after(view, load, now, member.hit_rate, self.views()),
             progress_at=now if moved else view.progress_at))  # fmt: skip
@@ -4481,8 +4482,7 @@ class Fleet:
         """Its pages of metrics do not come any more.  Whether that is news."""
         views = [v for v in self.engines(server) if v.healthy and not v.report.trouble]
         for view in views:
-            report = view.report._replace(trouble=why)
-            self._put(self._members[view.id], view._replace(report=report))
+            self._put(view._replace(report=view.report._replace(trouble=why)))
         return bool(views)
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
@@ -4497,7 +4497,7 @@ class Fleet:
             report = view.report
             if back and report.at < old.since and report.load.asleep:  # from before it was away
                 report = report._replace(load=report.load._replace(asleep=False))
-            self._put(self._members[view.id], view._replace(health=new, report=report))
+            self._put(view._replace(health=new, report=report))
         if new.state is old.state:
             return None
         return Transition(server, old.state, new.state, new.reason)
@@ -4616,12 +4616,9 @@ class Roster:
         self._removed.add(id)
         self._merge()
 
-    def drain(self, id: str) -> None:
-        self._drained.add(id)
-        self._merge()
-
-    def undrain(self, id: str) -> None:
-        self._drained.discard(id)
+    def drain(self, id: str, drained: bool = True) -> None:
+        change = self._drained.add if drained else self._drained.discard
+        change(id)
         self._merge()
 
     def weigh(self, id: str, weight: float) -> None:
@@ -4946,9 +4943,7 @@ class Prefix(Hashed):
 class CacheAware(Policy):
     """As vllm-project/router's policy of that name: the server that knows most of the prompt if
     it knows enough, the least loaded one if not, or if loads are too unequal.  Without its traps:
-    the absolute threshold is at most a server's capacity, else small servers are never relieved;
-    equals are drawn, not taken in their order; chats are seen, and nobody is asked to render
-    them."""
+    the absolute threshold is at most a server's capacity, equals are drawn, chats are seen."""
 
     uses = ("balance_abs_threshold", "balance_rel_threshold", "cache_threshold")
 
@@ -5359,8 +5354,7 @@ DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
 
 
 class RetryBudget:
-    """Retries that are not free may add a share to the requests of the last BUDGET_SPAN_S seconds,
-    and BUDGET_FLOOR in any case, so that a failing fleet is not hammered to death."""
+    """Retries that are not free may add only a share to requests: no failing fleet is hammered."""
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
@@ -5497,8 +5491,7 @@ def digest_of(path: str, content: Content) -> bytes:
 
 class Poison:
     """Contents with which servers have died one after another, by their digests.  A death counts
-    where the content was sent after the last one: that those who were busy with it die at the same
-    time is not of its doing.  A content's first success ends what is said of it."""
+    where the content was sent after the last one.  A first success ends what is said of it."""
 
     def __init__(self) -> None:
         self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
@@ -5682,11 +5675,9 @@ class Retries:
 
 
 def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
-    """One good answer from one server; others are asked as long as nothing was shown.
-
-    A server that failed is not asked again while there is another, and one that lacks what is
-    wanted not at all: that is no failure, and shown only if nobody has it.
-    """
+    """One good answer from one server; others are asked as long as nothing was shown.  One that
+    failed is not asked again while there is another, and one that lacks what is wanted not at all:
+    that is no failure, and shown only if nobody has it."""
     failure, s = WELL, retries.settings
     while (ranking := (yield from retries.ranked(failure))) is not None:
         ranking, found = yield from given_room(ranking, retries.choose, retries.lacking, s)
@@ -5744,11 +5735,8 @@ def given_room(
 
 def search_plan(request: OutboundRequest, retries: Retries) -> Plan:
     """The server that has a stored response of which nobody remembers who made it: servers are
-    asked in turn, until one has it.  That one does not is no failure of anybody.
-
-    A server that died has lost it, and one that is busy may have it; but a request that two
-    servers have died of is not shown to a third.
-    """
+    asked in turn, until one has it.  One that died has lost it, one that is busy may have it; but
+    a request that two servers have died of is not shown to a third."""
     choose, s = retries.choose, retries.settings
     tried, missing, failure, lost = frozenset[str](), WELL, WELL, 0
     for attempt in range(1, SEARCH_LIMIT + 1):
@@ -5787,8 +5775,7 @@ def may_retry(fault: Fault, s: Settings) -> bool:
 
 
 def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
-    """The pause before the n-th retry, from 0: doubling, bounded, and somewhere between half and
-    all of it, so that requests that failed together do not come back together."""
+    """The pause before the n-th retry, from 0: doubling, bounded, and drawn from its upper half."""
     longest: float = min(s.retry_delay * 2.0 ** min(retry, 60), s.retry_delay_max)
     return longest * draw.uniform(0.5, 1.0)
 
@@ -10293,7 +10280,7 @@ async def drain_server(core: Core, server: str) -> dict[str, Any]:
 
 
 async def undrain_server(core: Core, server: str) -> dict[str, Any]:
-    core.roster.undrain(server)
+    core.roster.drain(server, False)
     return report_done(core, f"{server} in use")
 
 

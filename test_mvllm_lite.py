@@ -4664,7 +4664,7 @@ def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_serv
     roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a", weight=3), lite.ServerSettings("b")]))
     assert told[-1] == {"a": (0.5, False), "b": (1, True)}  # it holds over a new definition
     roster.weigh("a", 3)
-    roster.undrain("b")
+    roster.drain("b", False)
     assert told[-1] == {"a": (3, False), "b": (1, False)} and not any(roster.report().values())
     roster.drain("a")
     roster.define(lite.Source.FILE, by_id([lite.ServerSettings("b")]))
