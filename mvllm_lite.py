@@ -3594,14 +3594,13 @@ class Health(NamedTuple):
 
     By checks it goes out when one limit is met: checks failed in a row, share of passed checks in
     the window, mean time of the window's checks.  It comes back after enough passed checks in a
-    row, whatever was before: the window then starts anew, so that an hour of downtime does not
-    have to be outweighed by an hour of good checks.  Where it was the window that took it out, the
-    window has to be good again, or it would come and go.
+    row, and the window starts anew: an hour of downtime takes no hour of good checks.  Where it
+    was the window that took it out, the window has to be good again, or it would come and go.
 
     By requests it goes out when enough of them failed in a row: its circuit opens.  While others
     go well there, those of the same content count as one: they may be the content's.  Good checks
-    do not close it, since they were good all the while; but after some time it is half-open, one
-    request at a time is a trial, and enough good ones in a row bring it back.
+    do not close it; but after some time it is half-open, one request at a time is a trial, and
+    enough good ones in a row bring it back.
     """
 
     state: State
@@ -4461,9 +4460,8 @@ class Fleet:
             self._put(view._replace(models=models, models_at=now))
 
     def scraped(self, id: str, load: EngineLoad, own_then: int, now: float) -> int:
-        """A page of metrics came.  `own_then` is how many requests of ours it may have counted:
-        the larger of those in flight when it was asked for and when it came, so that none of
-        them is taken for a foreign one.  The prompt tokens it found cached since the last one."""
+        """A page of metrics came, in which at most `own_then` requests are ours.  Returns the
+        prompt tokens that were found cached since the last one."""
         if (member := self._members.get(id)) is None:
             return 0
         view, before = member.view, member.view.load
@@ -4756,9 +4754,7 @@ class Unified(Policy):
                    eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """Prompt tokens that were sent and are not answered yet, those of this prompt that it has
-        to read, its speed relative to the fleet's mean, how full it will be, what is free of its
-        KV cache."""
+        """The numbers of the same formula; a speed is relative to the fleet's mean."""
         tokens, lines = eligible.call.prompt.tokens, []
         for pending, cached, speed, full, free in zip(
                 eligible.pending, eligible.cached, eligible.relative_speeds(),
@@ -4880,9 +4876,8 @@ LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as ku
 
 
 def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
-    """A cost for each server, by rendezvous hashing: the same key, the same order, whoever asks;
-    a server more or less moves only its own keys.  Larger servers get more of them, as far as
-    their size is configured: what is learned changes all the time."""
+    """A cost for each server, by rendezvous hashing: a server more or less moves only its own keys.
+    Larger ones get more, by their configured size: what is learned changes all the time."""
     out = []
     for view in views:
         weight = view.settings.weight * (view.configured or START_CAPACITY)
@@ -5165,10 +5160,9 @@ def exclusions(
             needed = [guess or view.models is not None for view in views]
             return [exclusion_reason(view, model, tried, moment, trials, last) and reason
                     for view, reason, last in zip(views, reasons, needed)]  # fmt: skip
-    if model is not None and any(view.models is None for view in views):
-        if any(view.models and not reason for view, reason in zip(views, reasons)):
-            return [reason or ("has not told its models" if view.models is None else "")
-                    for view, reason in zip(views, reasons)]  # fmt: skip
+    if model is not None and any(v.models and not reason for v, reason in zip(views, reasons)):
+        return [reason or ("has not told its models" if view.models is None else "")
+                for view, reason in zip(views, reasons)]  # fmt: skip
     return reasons
 
 
@@ -5176,9 +5170,8 @@ def exclusion_reason(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
 ) -> str:  # fmt: skip
-    """The reason why one server is not eligible by itself, or ''.  One that is not healthy and
-    might answer is not, unless it is `needed`, or its circuit is half-open and no other request
-    on trial: those servers are in `trials`."""
+    """The reason why one server is not eligible by itself, or ''.  An unhealthy one that might
+    answer is where it is `needed`, or half-open with no request on trial (`trials` have one)."""
     health = view.health
     if not view.open:
         return ("is draining" if view.draining else "was drained by hand" if view.drained
@@ -5215,9 +5208,7 @@ def apply_preferences(
 def preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> Iterator[Preference]:
-    """Each to be applied before the next is asked for: servers that the prompt surely fits, those
-    that are not busy, the pool that is drawn, those with room that have the LoRA adapter, the
-    lowest tier with room."""
+    """What is preferred; each is to be applied before the next is asked for."""
     model, now, interval_s = call.model, moment.now, moment.interval_s
     tokens = call.prompt.tokens * ESTIMATE_ROOM
     too_long = tokens > shortest_context(views, model)
@@ -5395,9 +5386,8 @@ class Waiter(NamedTuple):
 
 
 class WaitQueue:
-    """Requests that wait for a place, in the order of their arrival among those who want the same
-    of the same servers.  A place that becomes free is taken at once, by the one that waits longest
-    of all who can use it."""
+    """Requests that wait for a place, in a line for each thing wanted.  A place that becomes free
+    is taken at once, by the one that waits longest of all who can use it."""
 
     def __init__(self) -> None:
         self._lines: dict[Wants, deque[Waiter]] = {}
@@ -5531,8 +5521,7 @@ class Suspect(NamedTuple):
 
 def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
     """Of the servers that failed with a request those whose failure it was: all, when another did
-    well with it; of the others one that stands alone, unless its health knows already.  What
-    several say of one request is the request's."""
+    well with it; else one that stands alone, unless its health knows already."""
     if went_well:
         return list(suspects)
     return [one for one in suspects if not one.told and len(suspects) == 1]
