@@ -15013,11 +15013,9 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
         named += [("default_model is", s.default_model)] if s.default_model else []
-        for what, model in named:
-            if model not in known and model not in s.aliases:
-                findings.append(Finding(
-                    f"{what} {shown(model)}, which no server has",
-                    f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"))
+        advice = f"name one of {', '.join(sorted(known)[:NAMES_LIMIT]) or 'their models'}"
+        findings += [Finding(f"{what} {shown(model)}, which no server has", advice)
+                     for what, model in named if model not in known | s.aliases.keys()]
     return findings
 
 
@@ -15041,8 +15039,8 @@ def check_config(args: argparse.Namespace) -> int:
         print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
         print_findings(one.findings)
     print_findings(own_findings(settings, found, descriptors_allow()))
-    print_findings(mode_findings({
-        name: os.stat(name).st_mode for name in secret_files(path, settings)}))
+    modes = {name: os.stat(name).st_mode for name in secret_files(path, settings)}
+    print_findings(mode_findings(modes))
     usable = sum(one.usable for one in found)
     capacity = sum(server.max_concurrent_requests for server in settings.servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
