@@ -290,8 +290,28 @@ def names_defined(tree):
             yield node.name
 
 
+@functools.cache
+def own_tree():
+    return ast.parse(Path(__file__).read_text())
+
+
+def bare_polls(tree):
+    """The lines of loops that only sleep, and would not say what they waited for in vain."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.While) and len(node.body) == 1:
+            (only,) = node.body
+            if isinstance(only, ast.Expr) and isinstance(only.value, ast.Await):
+                if "asyncio.sleep(" in ast.unparse(only):
+                    yield node.lineno
+
+
+def test_tests_wait_with_eventually():
+    assert not list(bare_polls(own_tree()))
+    assert list(bare_polls(ast.parse("while not x:\n    await asyncio.sleep(0)"))) == [1]
+
+
 def test_no_test_and_no_constant_of_the_tests_hides_another_of_its_name():
-    names = Counter(names_defined(ast.parse(Path(__file__).read_text())))
+    names = Counter(names_defined(own_tree()))
     assert not [name for name, times in names.items() if times > 1]
     once = names_defined(ast.parse("A = B = 1\nA, C = 2, 3\ndef d(): pass\nasync def d(): pass"))
     assert Counter(once) == {"A": 2, "B": 1, "C": 1, "d": 2}
