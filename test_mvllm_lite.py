@@ -6839,7 +6839,7 @@ async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal
 async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(terminal, as_xterm, caplog):
     begun = asyncio.get_running_loop().time()
     await Held(terminal).screen.close()
-    assert terminal.restored and asyncio.get_running_loop().time() - begun < 5 and not caplog.text
+    assert terminal.restored and asyncio.get_running_loop().time() - begun < 15 and not caplog.text
 
 
 @asynchronous
@@ -9163,9 +9163,7 @@ async def test_a_timeout_that_is_only_late_because_the_process_stood_still_is_no
     async with asyncio.timeout(5), lite.within(0.05):
         arrived = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.02, arrived.set_result, None)
-        blocked_until = asyncio.get_running_loop().time() + 0.7
-        while asyncio.get_running_loop().time() < blocked_until:
-            pass  # as a stopped process
+        time.sleep(1.4 * lite.STALL_S)  # noqa: ASYNC251 - as a stopped process
         await arrived
     with pytest.raises(TimeoutError):
         async with lite.within(0.01):
@@ -13533,7 +13531,7 @@ def test_lines_for_what_is_stuck_are_bounded_and_counted_and_do_not_delay_the_en
         writer.say(str(n))
     begun = time.monotonic()
     writer.stop()  # waits for a second, and no longer
-    assert time.monotonic() - begun < 5 and not said.batches
+    assert time.monotonic() - begun < 15 and not said.batches
     said.gate.set()
     assert writer.closed.wait(10)
     lines = "\n".join(said.batches).splitlines()
@@ -14352,8 +14350,7 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
         bad = ["", good[0][:40], good[0][:-5] + "-1", good[0] + "\n[[keys]]", "\0", settings_text(a, a)]
         before, since = await at_rest(running), running.core.fleet.view(a.url).health
         clients = [asyncio.create_task(traffic(name)) for name in range(4)]
-        until = asyncio.get_running_loop().time() + 1.5
-        while asyncio.get_running_loop().time() < until:
+        for _ in range(50):
             draw.choice((in_place, by_rename))(path, draw.choice(draw.choice((good, bad))))
             await asyncio.sleep(draw.uniform(0, 0.04))
         path.write_text(settings_text(b, a, max_retries=7))
@@ -14424,7 +14421,7 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
             begun = asyncio.get_running_loop().time()
             said, err = await child.communicate()
             os.close(reading)
-        assert (child.returncode, err) == (0, b"") and asyncio.get_running_loop().time() - begun < 5
+        assert (child.returncode, err) == (0, b"") and asyncio.get_running_loop().time() - begun < 15
 
 
 # What a connection was not told.
