@@ -180,6 +180,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import random
@@ -1309,11 +1310,8 @@ class Histogram(Family):
         child[-1] += value
 
     def note(self, value: float, *values: str) -> None:
-        """A value of the child with these label values.  As `observe`, in a third of the calls:
-        each request has five."""
-        child = self.children.get(values) or self.child(*values)
-        child[bisect.bisect_left(self.bounds, value)] += 1
-        child[-1] += value
+        """A value of the child with these label values."""
+        note_each(values, (self, value))
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         for values, child in self.children.items():
@@ -1323,6 +1321,15 @@ class Histogram(Family):
                 yield "_bucket", (*values, written(bound)), count
             yield "_sum", values, child[-1]
             yield "_count", values, count
+
+
+def note_each(values: tuple[str, ...], *noted: tuple[Histogram, float]) -> None:
+    """A value of each histogram's child with these label values; in one call, as each request has
+    so many of them."""
+    for family, value in noted:
+        child = family.children.get(values) or family.child(*values)
+        child[bisect.bisect_left(family.bounds, value)] += 1
+        child[-1] += value
 
 
 def written(value: float) -> str:
@@ -3042,11 +3049,14 @@ def document_at_end(text: bytes) -> dict[str, Any]:
     """The JSON object that the text is, or the end of; {} if it is neither."""
     text = text.strip()
     # What follows a comma is an object's last members, if these and one bracket are all there is.
-    whole = bytes if text[:1] != b"," else lambda text: b"{" + text[1:]
-    for read in (whole, closing_part):
-        with contextlib.suppress(ValueError, RecursionError):
-            found = JSON.decode(str(read(text), "utf-8", "replace"))
+    whole = b"{" + text[1:] if text[:1] == b"," else text
+    for ends in (False, True):
+        try:
+            part = closing_part(text) if ends else whole
+            found = JSON.decode(str(part, "utf-8", "replace"))
             return found if isinstance(found, dict) else {}
+        except (ValueError, RecursionError):
+            pass
     return {}
 
 
@@ -3263,7 +3273,8 @@ class AnswerJudge:
 
     def __init__(self, head: ResponseHead, framing: Framing, terms: Terms) -> None:
         self.head, self.terms = head, terms
-        self.fault = fault_of_status(head.status, terms)  # None: as far as seen, it is an answer
+        # None: as far as seen, it is an answer.
+        self.fault = None if head.status < 400 else fault_of_status(head.status, terms)
         self._held = bytearray()
         self._start: StreamStart | None = None  # of an event stream that can be read
         self._enough_bytes = 0  # of content, at which the verdict stands
@@ -3323,7 +3334,7 @@ class AnswerJudge:
     def _fault_of_document(self, said: bytes) -> Fault | None:
         """Of an answer that is all there."""
         head, fault, terms = self.head, self.fault, self.terms
-        if fault is not Fault.DECLINED and says_busy(head, said):
+        if head.status >= 400 and fault is not Fault.DECLINED and says_busy(head, said):
             return Fault.SERVER_BUSY
         fault = fault or bad_answer(head.status, said, terms.notation)
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED and not terms.has_larger:
@@ -3350,7 +3361,7 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
         ends = said_at_end(tail, notation, (b'"usage"',))
     else:  # the last one that is said should be it, and what follows it is short
         near = tail[max(0, tail.rfind(b",", 0, tail.rfind(b'"usage"'))) :]
-        ends = ((b"", document_at_end(text)) for text in (near, tail))
+        ends = zip((b"", b""), map(document_at_end, (near, tail)))
     for name, said in ends:
         kind = name.decode("latin-1") or said.get("type")
         if isinstance(kind, str) and kind.startswith("response."):
@@ -3800,6 +3811,7 @@ FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own,
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
 KEPT_REPORTS = 3  # a single report may be missed
 KV_LIMIT = 1.05  # so that a full KV cache is not infinitely bad
+PREFILL_SPEED_OF = operator.attrgetter("learned.prefill_tokens_per_s")
 SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
 
 
@@ -4042,7 +4054,7 @@ class Eligible(NamedTuple):
 
     def relative_speeds(self) -> list[float]:
         """How fast each reads, 1 being the mean; unknown ones as the others, by capacity."""
-        speeds = [view.learned.prefill_tokens_per_s for view in self.views]
+        speeds = list(map(PREFILL_SPEED_OF, self.views))
         known = sum(speeds)
         if not known:
             return [1.0] * len(speeds)
@@ -4243,6 +4255,7 @@ def learned_after(
 # the settings.
 
 BUSY_S = 0.25  # for which a server that says it is busy is spared
+VIEW_OF = operator.attrgetter("view")
 
 
 class Member:
@@ -4288,13 +4301,15 @@ class Lease:
         member.hit_rate.since += self._cached
         if learn and self._ahead > PREFILL_SAMPLE_TOKENS and now > self._sent_at:
             self._fleet.prompt_read(member, self._ahead, now - self._sent_at, now)
-        member.cache.confirm(self._fresh)
+        if self._fresh:
+            member.cache.confirm(self._fresh)
         self.pending, self._cached, self._fresh = 0, 0, ()
 
     def end(self) -> None:
         member, self._member = self._member, None
         if member is not None:
-            member.cache.withdraw(self._fresh)  # who knows whether it was read
+            if self._fresh:  # who knows whether it was read
+                member.cache.withdraw(self._fresh)
             counts = member.view.counts
             counts.in_flight -= 1
             counts.on_trial -= self._trial
@@ -4326,7 +4341,7 @@ class Fleet:
         """All of them; with a moment, prompts that should be read by then are."""
         if now is not None and self._reading:
             self.catch_up(now)
-        return [member.view for member in self._members.values()]
+        return list(map(VIEW_OF, self._members.values()))
 
     def member(self, id: str) -> Member | None:
         return self._members.get(id)
@@ -4345,7 +4360,12 @@ class Fleet:
 
     def knows(self, model: str) -> bool:
         """Whether any server has told of that model."""
-        return any(model in (view.models or ()) for view in self.views())
+        if model in self.derived:  # only what is known of has anything there
+            return True
+        for view in self.views():
+            if view.models and model in view.models:
+                return True
+        return False
 
     def engines(self, server: str) -> list[ServerView]:
         """The views of one server."""
@@ -5290,6 +5310,10 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
             else view.slow_start_share(now, slow_start_s) for view in views]  # fmt: skip
 
 
+IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
+PENDING_OF = operator.attrgetter("counts.pending")
+
+
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
     """The best server for a call; once for each attempt."""
     call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
@@ -5311,9 +5335,8 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         having = [tokens for tokens, reason in zip(cached, reasons) if not reason]
     shares = (slow_starts(left, moment, lasting.steady_since)
               if moment.now - lasting.changed_at < moment.slow_start_s else [])  # fmt: skip
-    eligible = Eligible(
-        left, [view.counts.in_flight for view in left], [view.counts.pending for view in left],
-        having, shares, call, moment, draw)
+    eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
+                        having, shares, call, moment, draw)  # fmt: skip
     if not left:
         return Ranking(None, views, cached, reasons, eligible, [], by, tried)
     costs = by.costs(eligible)
@@ -5326,7 +5349,10 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
     lowest = min(costs)
     limit = lowest * tie if lowest > 0 else lowest / tie
-    good = [n for n, cost in enumerate(costs) if cost <= limit]
+    good = []
+    for n, cost in enumerate(costs):
+        if cost <= limit:
+            good.append(n)
     return good[0] if len(good) == 1 else draw.choice(good)
 
 
@@ -7146,7 +7172,7 @@ class Backlog:
 
     def full(self, own: int) -> bool:
         """Whether too much is held; that of one client alone never is."""
-        return self.limit < self.bytes != own
+        return self.limit < self.content_bytes + self.unread_bytes != own
 
     def watch(self, wire: Wire) -> None:
         """This wire is not read from any more,"""
@@ -8803,10 +8829,10 @@ class News:
 
     def publish(self, kind: type, event: Callable[[], Any]) -> None:
         """Tell those who want to hear of this kind of event."""
-        tellers = [tell for hears in self.subscribers if (tell := hears(kind)) is not None]
-        if tellers:
-            said = event()
-            for tell in tellers:
+        said = None
+        for hears in self.subscribers:
+            if (tell := hears(kind)) is not None:
+                said = event() if said is None else said
                 tell(said)
 
     def notify(self) -> None:
@@ -8955,7 +8981,7 @@ class Core:
         ranking.policy.chosen(ranking.asked)
         reason, metrics = "retry" if attempt > 1 else ranking.basis, self.metrics
         metrics.decisions.add(ranking.policy.name, reason)
-        if tokens := ranking.call.prompt.tokens:
+        if tokens := ranking.eligible.call.prompt.tokens:
             metrics.prompt_tokens.add(amount=tokens)
             if any(ranking.cached):
                 metrics.cached_tokens.add(amount=ranking.expected)
@@ -9192,7 +9218,7 @@ class Attempt:
         self.request, self.settings = step.request, response.settings
         view = step.ranking.asked
         assert view is not None
-        self.server, self.rank, self.pool = view.id, view.rank, core.pools.get(view.server)
+        self.server, self.rank, self.pool = view.id, view.rank, core.pools.get(view.settings.url)
         self.begun_at = response.client.loop.time()
         self.content_bytes = len(step.request.body.content)
         self.wire: Wire | None = None  # while nothing of an answer was shown
@@ -9515,11 +9541,14 @@ def account(x: Exchange) -> None:
     now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
     model, server = trail.model, trail.server
     metrics.requests.add(server, model, str(response.status))
+    noted = [(metrics.durations, now - trail.began_at), (metrics.request_sizes, x.body.size),
+             (metrics.response_sizes, response.sent_bytes)]  # fmt: skip
     if response.first_byte_at is not None:
         first_s = response.first_byte_at - trail.asked_at
-        metrics.first_byte.note(first_s, model)
+        noted.append((metrics.first_byte, first_s))
         if response.streams:
-            metrics.first_token.note(first_s, model)
+            noted.append((metrics.first_token, first_s))
+    note_each((model,), *noted)
     if server:
         well = response.status < 500 and response.end in ("complete", "client_gone")
         core.recent.history(server).ended(now, first_s if response.streams else None, well)
@@ -9528,9 +9557,6 @@ def account(x: Exchange) -> None:
         usage = usage_of(response.tail, response.notation)
         for kind, tokens in usage.items():
             metrics.usage.add(key, model, kind, amount=tokens)
-    metrics.durations.note(now - trail.began_at, model)
-    metrics.request_sizes.note(x.body.size, model)
-    metrics.response_sizes.note(response.sent_bytes, model)
     if core.trace is not None and server and response.status < 500:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
@@ -9607,6 +9633,7 @@ class Exchange:
         self.call = NO_CALL  # until the content is there
         self.key: KeySettings | None = None  # by which it came in
         self.admitted = False  # by that key
+        self.released = False  # its content, for good
         self.case = Case(core, s, id)
         self.trail = Trail(self.loop.time())
 
@@ -9642,7 +9669,8 @@ class Exchange:
             response.refuse(Fault.INTERNAL, "An internal error; the log has the details.")
             raise
         finally:
-            self.release(True)
+            if not self.released:
+                self.release(True)
             if self.admitted and self.key is not None:
                 self.core.keys.release(self.key)
 
@@ -9699,7 +9727,8 @@ class Exchange:
         except StopIteration:
             pass
         finally:
-            self.case.close(False)
+            if self.case.suspects:
+                self.case.close(False)
 
     def afford_retry(self) -> bool:
         if self.core.requests.budget.spend(self.loop.time(), self.settings.retry_budget):
@@ -9720,7 +9749,7 @@ class Exchange:
         wanted = Wanted(call, tried, only, not infers)
         by = self.policies.get(call.model, self.trail.model)
         ranking = rank(core.fleet, wanted, by, moment, core.draw)
-        queue, moment = core.requests.queue, ranking.moment
+        queue, moment = core.requests.queue, ranking.eligible.moment
         if moment.enforced and not waiting and queue.waiting((call.model, only, tried)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
@@ -9798,13 +9827,14 @@ class Exchange:
         """The client is shown a server's answer: there is no other attempt from here on.  Returns
         whether the rest of the answer is wanted, too."""
         head, s = answer.head, self.settings
-        pool = self.core.pools.get(step.ranking.server)
         added = named_server(answer.server, s)
-        if location := head.fields.get("location"):
+        if location := head.fields.values.get("location"):
+            pool = self.core.pools.get(step.ranking.server)
             added.append(("Location", local_location(location, pool.authority, pool.prefix)))
         if s.server_header and (s.why_header or asks_why(self.head.fields)):
             added.append(("X-MVLLM-Why", step.ranking.why()))
-        self.note_stored(head, answer.first)
+        if self.call.makes_response or self.call.stored:
+            self.note_stored(head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
         wanted = self.response.begin(head, framing, answer.first, answer.done, added)
         self.release(answer.done and head.status < 500)
@@ -9814,7 +9844,7 @@ class Exchange:
     def release(self, done: bool) -> None:
         """The content is not needed any more; but what is known of it may be, unless the request
         is `done`: it may fail yet, or kill."""
-        body = self.body
+        body, self.released = self.body, done
         keeps = not done and len(body.content) <= KEPT_CONTENT_BYTES
         if self.core.requests.poison.deaths or not (done or keeps):
             self.case.digest()
@@ -10764,7 +10794,7 @@ class Front:
             if wire.reused:
                 core.clients.idle[wire] = None
             try:
-                await wire.more(idle_until)
+                await wire.news(idle_until, reads=True)
             except TimeoutError:
                 if wire.loop.time() >= expires_at:  # and not: somebody wanted its place
                     core.count_limit("keep_alive_timeout")
