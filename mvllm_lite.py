@@ -119,13 +119,14 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     69  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
-`Wire` (34) and parses it (2).  A local path is answered in room 49; everything else is an
-`Exchange` (46): the content is gathered (42) and read as a `Call` (13) with its `Prompt` (12), the
-`Keys` (27) let it in, and `relay_plan` (26) says step by step what to do.  Each `Relay` step
-names the server that was ranked best (23) in the view of the fleet (20) by a policy (22).  An
-`Attempt` (43) at that server holds the answer back until it is judged to be one (15), and
-then commits: the `Response` (39) begins, and a `Pump` (38) moves the rest.  What went wrong on the
-way is a `Fault` (1); the plan decides who is asked next.
+`Wire` (34), parses it (2), makes an `Exchange` (46) of it, and asks who may come in (28).  A local
+path is answered in room 49.  For any other the `Exchange` runs: the content is gathered (42) and
+read as a `Call` (13) with its `Prompt` (12), the `Keys` (27) admit it, and `relay_plan` (26) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (23) in the view
+of the fleet (20) by a policy (22).  An `Attempt` (43) at that server holds the answer back until
+it is judged to be one (15), and then has the `Exchange` commit: the `Response` (39) begins, and a
+`Pump` (38) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (45) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -173,7 +174,6 @@ import gzip
 import hashlib
 import heapq
 import hmac
-import io
 import ipaddress
 import itertools
 import json
@@ -6879,7 +6879,7 @@ class StatusDocument(TypedDict):
     """GET /status.json, and what the page and the screen show."""
 
     version: str
-    time: str  # HH:MM:SS, UTC
+    time: str  # HH:MM:SS, local
     uptime_s: float
     address: str
     stopping: bool
@@ -7680,7 +7680,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 # a second that ten servers cause.  The wires of requests stay on protocols, because a stream wakes
 # a task for each piece: of two minimal relays, the one on streams took 1.3 to 1.6 times the CPU for
 # a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their limits are
-# those of rooms 2 and 3; there is no second parser.
+# those of rooms 2 and 4; there is no second parser.
 
 PIECE_BYTES = 16 * 1024  # read at once: taking chunks of a few bytes apart is slow
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
@@ -7694,7 +7694,8 @@ class MessageReader:
         self.reader, self.side = reader, side
         self.buffer = bytearray()  # read, but of no message yet
 
-    def gone_error(self, how: str) -> PeerGone:
+    def departure(self, how: str) -> PeerGone:
+        """The exception for a peer that has gone."""
         fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
         return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
 
@@ -7703,15 +7704,15 @@ class MessageReader:
         try:
             piece = await self.reader.read(PIECE_BYTES)
         except OSError as error:
-            raise self.gone_error(f"lost: {error_text(error)}") from None
+            raise self.departure(f"lost: {error_text(error)}") from None
         self.buffer += piece
         return piece != b""
 
-    async def departure(self) -> None:
+    async def await_departure(self) -> None:
         """Raises PeerGone once the peer leaves, or has sent more ahead than a head may take."""
         while len(self.buffer) <= HEAD_LIMIT_BYTES and await self.more():
             pass
-        raise self.gone_error("closed")
+        raise self.departure("closed")
 
     async def read_head(self) -> bytes | None:
         """The next head, up to and with its empty line; None at an orderly end before it.
@@ -7720,7 +7721,7 @@ class MessageReader:
         while (end := search.end(self.buffer)) < 0 and len(self.buffer) <= HEAD_LIMIT_BYTES:
             if not await self.more():
                 if self.buffer:
-                    raise self.gone_error("closed")
+                    raise self.departure("closed")
                 return None
         if not 0 <= end <= HEAD_LIMIT_BYTES + 4:
             asked = self.side is Blame.CLIENT
@@ -7744,7 +7745,7 @@ class MessageReader:
             elif decoder.until_close:
                 decoder.done = True
             else:
-                raise self.gone_error("closed")
+                raise self.departure("closed")
         return b""
 
 
@@ -7836,7 +7837,7 @@ async def read_final_head(server: MessageReader) -> tuple[ResponseHead, Length]:
     """The next head that is no 1xx.  Raises PeerGone, BadMessage."""
     for _ in range(INFORMATIONAL_LIMIT):
         if (raw := await server.read_head()) is None:
-            raise server.gone_error("closed without an answer")
+            raise server.departure("closed without an answer")
         head, length = parse_response_head(raw)
         if head.status >= 200:
             return head, length
@@ -8886,6 +8887,10 @@ class Looks:
                 del known[server]
 
 
+def clock_now() -> Clock:
+    return Clock(asyncio.get_running_loop().time(), time.time())
+
+
 class Process:
     """What is known of this process."""
 
@@ -8939,7 +8944,7 @@ class Core:
 
     def status(self) -> StatusDocument:
         """What the status page and the screen show."""
-        now, this = Clock(asyncio.get_running_loop().time(), time.time()), self.process
+        now, this = clock_now(), self.process
         settings = "unchanged since the start"
         if this.reloaded_at is not None:
             settings = f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago"
@@ -10423,10 +10428,6 @@ def as_json(document: Any, status: int = 200) -> Reply:
     return Reply(status, json.dumps(document).encode())
 
 
-def clock_now() -> Clock:
-    return Clock(asyncio.get_running_loop().time(), time.time())
-
-
 async def as_document(make: Callable[[Core], Any], core: Core, asked: Asked) -> Reply:
     return as_json(make(core))
 
@@ -10458,8 +10459,8 @@ async def get_readiness(core: Core, asked: Asked) -> Reply:
 
 @endpoint("/explain")
 async def get_explanation(core: Core, asked: Asked) -> Reply:
-    """How a server was chosen for a request of late, by its X-Request-Id.  (With POST and a
-    request's content, for that request: `Exchange.explained`.)"""
+    """How a server was chosen for a request of late, by its X-Request-Id.  (POST is for a request
+    that is not to be sent: `Exchange.run` explains it.)"""
     id, rankings = asked.query.get("id", ""), core.recent.rankings
     if id in rankings:
         return as_json({"id": id, **explain_report(rankings[id])})
@@ -10590,7 +10591,7 @@ ENDPOINTS |= {
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
-# its own, and each request is let in, answered here, or made an Exchange.
+# its own, and each request, an Exchange from its head on, is refused, answered here or run.
 
 CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
 LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
@@ -12032,15 +12033,12 @@ def clipped(line: Line, width: int) -> Line:
     return out
 
 
-# Of numbers.  None is unknown; so is what is no number.
+# Numbers in few characters.  None is unknown; so is what is no number.
 
 
 UNITS: tuple[tuple[float, float, str], ...] = (
     (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
 )  # fmt: skip
-
-
-# Numbers in few characters.
 
 
 def known(value: float | None) -> bool:
@@ -12225,13 +12223,17 @@ def selected(ui: Ui, status: Document) -> Document | None:
 # Of the table.
 
 
+def plain(server: Document) -> Style:
+    return Style.PLAIN
+
+
 class Column(NamedTuple):
     head: str
     rank: int  # the highest is left out first
     least: int  # cells
     right: bool
     text: Callable[[Document, Look], str]
-    style: Callable[[Document], Style] = lambda server: Style.PLAIN
+    style: Callable[[Document], Style] = plain
     sort: str = ""  # the sort that it shows
     most: int = 0  # cells, if there is room; 0: what its texts take
 
@@ -12241,10 +12243,6 @@ def capacity_text(server: Document, look: Look) -> str:
     learned = "~" if server["capacity_learned"] else ""
     number = learned + short_number(server["capacity"])
     return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
-
-
-def plain(server: Document) -> Style:
-    return Style.PLAIN
 
 
 def failure_style(server: Document) -> Style:
@@ -12633,8 +12631,6 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     lines = [clipped(line, size.columns) for line in lines[: size.rows]]
     return lines + [[]] * (size.rows - len(lines))
 
-
-# Of keys.
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -14639,7 +14635,7 @@ class SimulatedServer:
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
     """Do this, or as much of it as is done when the client leaves.  Raises PeerGone."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client.departure())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client.await_departure())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         (working if working.done() else leaving).result()
