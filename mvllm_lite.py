@@ -1143,15 +1143,16 @@ def connection_line(request: RequestHead, persists: bool) -> str:
 
 
 def local_location(location: str, authority: str, prefix: str) -> str:
-    """A redirect's target as the client can follow it: a server that redirects to itself means a
-    path on our address (RFC 9110 §10.2.2 allows a reference without authority)."""
+    """A redirect's target as the client can follow it: a server that redirects to itself, with or
+    without its authority (RFC 9110 §10.2.2), means a path on our address.  One that would begin
+    with // names another host, and stays."""
     try:
         parts = urllib.parse.urlsplit(location)
     except ValueError:
         return location
     path = parts.path.removeprefix(prefix) or "/"
-    elsewhere = parts.netloc.lower() != authority or not f"{parts.path}/".startswith(f"{prefix}/")
-    if elsewhere or path.startswith("//"):  # which would mean another host
+    ours = parts.netloc.lower() == authority or (not parts.netloc and location.startswith("/"))
+    if not (ours and f"{parts.path}/".startswith(f"{prefix}/")) or path.startswith("//"):
         return location
     return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment))
 
@@ -1788,7 +1789,7 @@ CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
-SECRET_FIELDS = ("key", "api_key")  # their values stand in no complaint
+SECRET_FIELDS = ("key", "keys", "api_key")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
 # Keys of older files: those that never had an effect, or have none here; those that have another
@@ -1890,7 +1891,8 @@ class SettingsReader:
     def check_together(
         self, values: dict[str, Any], keys: tuple[KeySettings, ...], policies: dict[str, str]
     ) -> None:
-        """Settings that make sense only with others."""
+        """Complains of settings that make sense only with others.  A value is None where a
+        complaint about it was made already."""
         if bool(values.get("tls_cert")) is not bool(values.get("tls_key")):
             self.complain(("config", "tls_key"), values.get("tls_key"), "both tls_cert and tls_key")
         if values.get("status_access") in ("key", "admin") and not keys:
@@ -1899,10 +1901,12 @@ class SettingsReader:
         if values.get("admin_paths") and not any(key.admin for key in keys):
             path = ("config", "admin_paths")
             self.complain(path, values["admin_paths"], "one of [[keys]] with admin = true")
-        if values.get("cors_allow_credentials") and "*" in values.get("cors_allowed_origins", ()):
+        origins = values.get("cors_allowed_origins") or ()
+        if values.get("cors_allow_credentials") and "*" in origins:
             path = ("config", "cors_allow_credentials")
             self.complain(path, True, "cors_allowed_origins without *, which would let in any page")
-        if "expression" in (values.get("policy"), *policies.values()) and not values.get("score"):
+        by_score = "expression" in (values.get("policy"), *policies.values())
+        if by_score and values.get("score", "") == "":
             self.complain(("config", "score"), None, "a formula, for policy expression")
 
     def pools(self, servers: tuple[ServerSettings, ...]) -> dict[str, float]:
@@ -1936,7 +1940,7 @@ class SettingsReader:
     def keys(self) -> tuple[KeySettings, ...]:
         entries = self.document.get("keys", [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            self.complain(("keys",), "…", "a list of tables [[keys]]")
+            self.complain(("keys",), entries, "a list of tables [[keys]]")
             return ()
         keys = self.entries("keys", entries, KeySettings, "name", KEY_FIELDS)
         for i, key in enumerate(keys):
@@ -1962,11 +1966,13 @@ class SettingsReader:
         return tuple(found.values())
 
     def aliases(self) -> dict[str, str]:
-        table = self.table("aliases")
+        table, found = self.table("aliases"), dict[str, str]()
         for alias, model in table.items():
-            if not isinstance(model, str) or not model or model in table:
+            if isinstance(model, str) and model and model not in table:
+                found[alias] = model
+            else:
                 self.complain(("aliases", alias), model, "the name of a model, not of an alias")
-        return table
+        return found
 
     def table(self, name: str) -> dict[str, Any]:
         value = self.document.get(name, {})

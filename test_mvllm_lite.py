@@ -936,6 +936,8 @@ def test_a_returned_response_keeps_repeated_fields_apart():
     ("not to another host", "http://gpu:1/base//evil.com/x", "http://gpu:1/base//evil.com/x"),
     ("only under its prefix", "http://gpu:1/basement", "http://gpu:1/basement"),
     ("relative", "/v1/x", "/v1/x"),
+    ("relative, under its prefix", "/base/v1/x?a=b", "/v1/x?a=b"),
+    ("relative to what was asked for", "base/v1/x", "base/v1/x"),
     ("no URL at all", "http://[", "http://["),
 ))  # fmt: skip
 def test_redirects_of_a_server_to_itself_lead_back_to_us(location, expected):
@@ -1512,6 +1514,10 @@ def test_all_complaints_come_at_once():
     ("empty, as while it is written", "", "s.toml: servers: found nothing, expected a list"),
     ("the same server twice", 'servers = [{url="http://a"},\n{url="http://a/"}]', "s.toml:2: servers[2].url: found"),
     ("an alias of an alias", 'servers=[]\n[aliases]\na="b"\nb="c"', "s.toml:3: aliases.a: found 'b'"),
+    ("an alias of a list, which has a policy", 'servers=[]\n[aliases]\na=["x"]\n[policies]\na="least"', "s.toml:3: aliases.a: found another list"),
+    ("origins in no list, with cookies", "servers=[]\n[config]\ncors_allow_credentials=true\ncors_allowed_origins='a'",
+     "s.toml:4: config.cors_allowed_origins: found 'a', expected a list"),
+    ("keys that are none", "servers=[]\nkeys=['sk-live']", "s.toml:2: keys: found something else, expected a list of tables"),
     ("a table that is none", "servers=[]\nconfig = 3", "s.toml:2: config: found 3, expected a table"),
     ("nested without end", "a = " + "[" * 5000, "s.toml: not valid TOML"),
     ("a name that no resolver takes", f"servers = [{{url='http://{'a' * 70}.b'}}]", "expected a URL like"),
@@ -1538,6 +1544,11 @@ def test_all_complaints_come_at_once():
 ))  # fmt: skip
 def test_files_that_cannot_be_used(toml, expected):
     assert expected in "\n".join(complaints(toml))
+
+
+def test_a_formula_that_is_none_is_complained_about_once():
+    (line,) = complaints("servers=[]\n[config]\npolicy='expression'\nscore='['")
+    assert line.startswith("s.toml:4: config.score: found '[', expected a formula like")
 
 
 def test_a_password_in_a_url_is_not_repeated():
