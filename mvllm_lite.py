@@ -12638,7 +12638,6 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     return lines + [[]] * (size.rows - len(lines))
 
 
-
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #  60  keys
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -15051,6 +15050,13 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
     return findings
 
 
+def total_capacity(servers: Sequence[ServerSettings]) -> str:
+    """Of all engines together; what is to be learned of them is only said to be."""
+    known = sum(one.max_concurrent_requests * one.data_parallel_size for one in servers)
+    learned = any(one.max_concurrent_requests == AUTO for one in servers)
+    return " + ".join([str(known)] * bool(known) + ["auto"] * learned) or "0"
+
+
 @command("check-config", "read the settings and ask every server", add_config,
          example="check-config servers.toml")
 def check_config(args: argparse.Namespace) -> int:
@@ -15074,7 +15080,7 @@ def check_config(args: argparse.Namespace) -> int:
     modes = {name: os.stat(name).st_mode for name in secret_files(path, settings)}
     print_findings(mode_findings(modes))
     usable = sum(one.usable for one in found)
-    capacity = sum(server.max_concurrent_requests for server in settings.servers)
+    capacity = total_capacity(settings.servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     return 0 if usable else 2
 

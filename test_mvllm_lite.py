@@ -13935,6 +13935,18 @@ async def test_no_prompt_and_no_key_is_ever_logged():
             assert b"POST" in out and b"SECRET" not in out
 
 
+@pytest.mark.parametrize("servers, total", table(
+    ("each says its own", [{"max_concurrent_requests": 16}, {"max_concurrent_requests": 4}], "20"),
+    ("each engine has it", [{"max_concurrent_requests": 16, "data_parallel_size": 8}], "128"),
+    ("one is to be learned", [{"max_concurrent_requests": 16}, {}], "16 + auto"),
+    ("all are", [{}, {}], "auto"),
+    ("there are none", [], "0"),
+))
+def test_check_config_adds_up_what_the_balancer_will(servers, total):
+    settings = [lite.ServerSettings(f"http://s{n}", **one) for n, one in enumerate(servers)]
+    assert lite.total_capacity(settings) == total
+
+
 @asynchronous
 async def test_check_config_asks_every_server(tmp_path):
     async def check(*args):
