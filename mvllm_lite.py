@@ -636,7 +636,7 @@ def parse_fields(block: str, fault: Fault) -> Fields:
     if not FIELD_LINES.fullmatch(block):  # one pass over good heads; only then find the bad line
         bad = next(line for line in block.split("\r\n") if not FIELD_LINE.fullmatch(line))
         raise BadMessage(f"a field line is {shown(bad)}, expected 'Name: value' without control"
-                         " characters, folding or a space before the colon", fault)  # fmt: skip
+                         " characters, folding or a space before the colon", fault)
     if block.count("\n") > FIELDS_LIMIT:
         text = f"the head has more than {FIELDS_LIMIT} field lines"
         raise BadMessage(text, fault if fault is Fault.BAD_ANSWER else Fault.HEAD_TOO_LARGE)
@@ -992,16 +992,16 @@ def encode_chunk(content: bytes) -> bytes:
 
 # Fields that only proxies of our own may say; from anybody else they are dropped.
 PROXY_FIELDS = frozenset("forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip"
-                         " x-data-parallel-rank".split())  # fmt: skip
+                         " x-data-parallel-rank".split())
 KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
 CLIENT_FIELDS_DROPPED = PROXY_FIELDS | KEY_FIELD_NAMES
 # Fields about one connection, not about the message (RFC 9110 §7.6.1); `Trailer`, since trailers
 # are not passed on; and credentials for a proxy, which are meant for us or nobody.
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
-                       " proxy-authenticate proxy-authorization".split())  # fmt: skip
+                       " proxy-authenticate proxy-authorization".split())
 CORS_FIELDS = tuple(f"access-control-{name}" for name in (
     "allow-origin", "allow-credentials", "allow-methods", "allow-headers", "expose-headers",
-    "max-age"))  # fmt: skip
+    "max-age"))
 MAX_FORWARDS_LINE = re.compile(r"(?im)^max-forwards:.*\r\n")
 Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
@@ -1053,14 +1053,14 @@ def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) ->
     added = [
         ("X-Forwarded-For", fields.with_member("x-forwarded-for", peer) if trusted else peer),
         ("X-Forwarded-Proto", proto), ("Via", fields.with_member("via", f"1.1 {name}")),
-    ]  # fmt: skip
+    ]
     if host:
         added.append(("X-Forwarded-Host", host))
     if stream or "text/event-stream" in get("accept").lower():
         added.append(("Accept-Encoding", "identity"))
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
     key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
-                        if shows_key and key in KEY_FIELD_NAMES)  # fmt: skip
+                        if shows_key and key in KEY_FIELD_NAMES)
     dropped = dropped.union(("x-request-id", "content-encoding"))  # which was undone
     return forward_fields(fields, added, dropped), key_lines
 
@@ -1099,7 +1099,7 @@ def returned_framing(
 def return_response(
     head: ResponseHead, request: RequestHead, framing: Framing | None, persists: bool,
     added: Pairs = (), id: str = "",
-) -> bytes:  # fmt: skip
+) -> bytes:
     """A response's head as sent to the client, with the request's `id`."""
     lines = returned_lines(head.fields, head.status, head.reason, tuple(added), id != "")
     if id:
@@ -1367,7 +1367,7 @@ REQUIRED: Any = object()
 POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
     "unified", "least", "round_robin", "random", "power_of_two", "consistent_hash", "prefix",
     "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
-)  # fmt: skip
+)
 Clean = Callable[[Any], Any]  # gives the clean value, or raises ValueError with what was expected
 
 
@@ -1504,6 +1504,8 @@ def secret(value: Any) -> str:
 
 
 SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
+
+
 def share_weight(value: Any) -> float:
     found = number(0, 1000)(value)
     return found if found >= 0.001 else 0.0
@@ -1524,14 +1526,14 @@ def capacity(value: Any) -> int:
 # What a score may be made of: numbers, arithmetic, comparisons, and these.  Not Python: a settings
 # file is no program.
 SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
-               "prompt", "cached", "speed", "weight", "slow_start")  # fmt: skip
+               "prompt", "cached", "speed", "weight", "slow_start")
 SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
 SCORE_ARGUMENTS = {"min": (2, 20), "max": (2, 20), "abs": (1, 1), "sqrt": (1, 1), "log": (1, 2)}
 SCORE_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Load, ast.Add,
     ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.UAdd, ast.USub, ast.Not,
     ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq,
-)  # fmt: skip
+)
 SCORE_LIMIT = 500  # characters
 
 
@@ -1881,7 +1883,7 @@ class SettingsReader:
             values.setdefault("cors_allowed_origins", ("*",))
         policies = {aliases.get(model, model):
                     self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
-                    for model, value in self.table("policies").items()}  # fmt: skip
+                    for model, value in self.table("policies").items()}
         pools = self.pools(servers)
         self.check_together(values, keys, policies)
         if self.errors:  # an unknown key may be what was meant
@@ -1951,7 +1953,7 @@ class SettingsReader:
     def entries(
         self, table: str, entries: list[dict[str, Any]], kind: Callable[..., Any], identity: str,
         fields: Mapping[str, Any], origin: str = "",
-    ) -> tuple[Any, ...]:  # fmt: skip
+    ) -> tuple[Any, ...]:
         """A list of tables, each known by its `identity`."""
         found: dict[str, Any] = {}
         for i, entry in enumerate(entries):
@@ -2069,7 +2071,7 @@ def line_of(toml: str, path: Path) -> int:
 def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them wait for the next start."""
     changed = [key for key in (*CONFIG_FIELDS, "aliases", "policies", "pools", "keys")
-               if getattr(old, key) != getattr(new, key)]  # fmt: skip
+               if getattr(old, key) != getattr(new, key)]
     late = [key for key in changed if key in RESTART_KEYS]
     now = [key for key in changed if key not in late]
     words = [f"changed: {', '.join(now)}"] * bool(now)
@@ -2348,7 +2350,7 @@ def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
             document = json.loads(str(content, "utf-8", "surrogatepass") if usual else content)
             return document if isinstance(document, dict) else {}
         return {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
-                if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
+                if name in READ_MEMBERS and b - a <= MEMBER_LIMIT_BYTES}
     except RecursionError:
         raise BadMessage("the content is nested too deeply to be read") from None
     except ValueError:
@@ -2432,7 +2434,7 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
         head = content.find(b"\r\n\r\n", at - 2, min(following, at + FORM_HEAD_LIMIT_BYTES))
         if head < 0:
             raise BadMessage(f"a part of the form has no end of its fields within"
-                             f" {FORM_HEAD_LIMIT_BYTES} bytes")  # fmt: skip
+                             f" {FORM_HEAD_LIMIT_BYTES} bytes")
         name = part_name(bytes(content[at:head]))
         if name in spans:
             raise BadMessage(f"the form says {name} twice")
@@ -2527,7 +2529,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 LINK_ENDS = (
     *range(256, 2**14 + 1, 256), *range(2**14 + 1024, 2**16 + 1, 1024),
     *range(2**16 + 4096, 2**18 + 1, 4096),
-)  # fmt: skip
+)
 BYTES_PER_TOKEN = 4  # of English and of JSON; a ratio that is wrong everywhere misleads nobody
 ESTIMATE_ROOM = 1.5  # a prompt may have so many times as many: code, or another script
 MEDIA_MARK = b";base64,"
@@ -2725,7 +2727,7 @@ class PrefixCache:
 # Paths that are passed on to servers: everything under these prefixes, and these.
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
 INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
-                            " /generative_scoring".split())  # fmt: skip
+                            " /generative_scoring".split())
 TWICE = re.compile("(?:/v1(?=/v1/))*+")
 # But for these, which change a server and not its answers.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
@@ -2774,7 +2776,7 @@ def read_call(
     if boundary:
         spans = form_spans(content, boundary) if spans is None else spans
         members = {name: bytes(content[a:b]).decode("utf-8", "replace")
-                   for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}  # fmt: skip
+                   for name, (a, b) in spans.items() if b - a <= MEMBER_LIMIT_BYTES}
     elif content:
         refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
@@ -3561,7 +3563,7 @@ def model_list(content: bytes, own_name: str = "") -> dict[str, dict[str, Any]] 
         entries = json.loads(content)["data"][:MODELS_LIMIT]
         found = {entry["id"]: entry for entry in entries if own_name not in known_through(entry)}
         return {name: model_entry(entry) for name, entry in found.items()
-                if name.isprintable() and len(name) <= MODEL_NAME_LIMIT}  # fmt: skip
+                if name.isprintable() and len(name) <= MODEL_NAME_LIMIT}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -3575,7 +3577,7 @@ def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
     if is_plain(entry, MODEL_ENTRY_DEPTH) and len(json.dumps(entry)) <= MODEL_ENTRY_LIMIT:
         return entry
     kept = {name: entry[name] for name in MODEL_MEMBERS if name in entry
-            and is_plain(entry[name], 0) and len(str(entry[name])) <= MODEL_NAME_LIMIT}  # fmt: skip
+            and is_plain(entry[name], 0) and len(str(entry[name])) <= MODEL_NAME_LIMIT}
     return kept | ({KNOWN_THROUGH: through} if (through := known_through(entry)) else {})
 
 
@@ -3670,7 +3672,7 @@ class Health(NamedTuple):
             open_until=None, trials=0, frozen=False, shaky=False)
 
     def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings,
-                reached: bool = False) -> Health:  # fmt: skip
+                reached: bool = False) -> Health:
         """After one more check; `why` names a problem, also with a check that passed.  One that
         failed may still have `reached` a server that could answer requests."""
         health = self.counted(passed, seconds, why, now, s)
@@ -3730,7 +3732,7 @@ class Health(NamedTuple):
         return ""
 
     def failed(self, why: str, reached: bool, now: float, s: Settings,
-               content: bytes = b"") -> Health:  # fmt: skip
+               content: bytes = b"") -> Health:
         """After a request failed in a way the server is to blame for.  Where none could be
         `reached`, the next good check tells that there is one again.  `content` is given where it
         may be its failure: others of the same are forgotten for this one."""
@@ -3933,7 +3935,7 @@ class ServerView(NamedTuple):
     def admission(self) -> tuple[Any, ...]:
         """All of it that may keep requests from the server."""
         return (self.health, self.settings, self.models, self.share, self.draining, self.drained,
-                self.busy_until, self.report.load.asleep, self.report.load.adapters)  # fmt: skip
+                self.busy_until, self.report.load.asleep, self.report.load.adapters)
 
     @property
     def by_name(self) -> ServerView:
@@ -3941,7 +3943,7 @@ class ServerView(NamedTuple):
         return self._replace(
             report=self.report._replace(load=self.load._replace(asleep=False)), drained=False,
             settings=dataclasses.replace(self.settings, weight=self.settings.weight or 1.0),
-            share=self.share or 1.0)  # fmt: skip
+            share=self.share or 1.0)
 
     def full(self, now: float, interval_s: float) -> bool:
         """Whether a request more would only wait there.  A number that was configured is a limit;
@@ -4039,7 +4041,7 @@ class Eligible(NamedTuple):
     def sizes(self) -> list[float]:
         """The size of each."""
         return [(view.settings.max_concurrent_requests or view.learned.capacity)
-                * view.settings.weight for view in self.views]  # fmt: skip
+                * view.settings.weight for view in self.views]
 
     def utilization(self) -> list[float]:
         """How full each would be with one more.  Own requests count exactly and at once, so a
@@ -4056,7 +4058,7 @@ class Eligible(NamedTuple):
         """What is left of the KV cache of each."""
         oldest = oldest_report(self.moment.now, self.moment.interval_s)
         return [1.0 if view.report.at < oldest else view.report.kv_free_ratio
-                for view in self.views]  # fmt: skip
+                for view in self.views]
 
     def relative_speeds(self) -> list[float]:
         """How fast each reads, 1 being the mean; unknown ones as the others, by capacity."""
@@ -4126,7 +4128,7 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
     if still_s <= s.frozen_timeout + reading_s:
         return ""
     return (f"frozen: {work.waiting} requests wait, and neither its token counters nor its"
-            f" streams have moved for {still_s:.0f} s")  # fmt: skip
+            f" streams have moved for {still_s:.0f} s")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -4249,7 +4251,7 @@ def learned_after(
     if speed and learned.prefill_at < view.report.at and (usual := usual_prefill(view, views)):
         speed += min(1.0, elapsed_s / PREFILL_MEMORY_S) * (usual - speed)
     return Learned(speed, learned.prefill_at, tpot_after(view, load, elapsed_s),
-                   capacity_after(view, load, elapsed_s, views), hit_ratio)  # fmt: skip
+                   capacity_after(view, load, elapsed_s, views), hit_ratio)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -4277,7 +4279,7 @@ class Lease:
     """Counts a request in flight until its `end`, and its prompt until its answer begins."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
-                 "_fresh")  # fmt: skip
+                 "_fresh")
 
     def __init__(self, fleet: Fleet, id: str, now: float, prompt: Prompt) -> None:
         self.id, self._fleet, self._sent_at = id, fleet, now
@@ -4410,7 +4412,7 @@ class Fleet:
     def apply(
         self, wanted: Sequence[ServerSettings], now: float, pools: Mapping[str, float] = {},
         drained: Iterable[str] = (),
-    ) -> tuple[list[str], list[str]]:  # fmt: skip
+    ) -> tuple[list[str], list[str]]:
         """Make the fleet what the settings say: (ids added, ids now draining).  A server that is
         wanted again while it drains simply stays, with all that is known of it."""
         old, members = self._members, dict[str, Member]()
@@ -4498,7 +4500,7 @@ class Fleet:
         self._put(view._replace(
             report=report_of(load, now, own_then),
             learned=learned_after(view, load, now, member.hit_rate, self.views()),
-            progress_at=now if moved else view.progress_at))  # fmt: skip
+            progress_at=now if moved else view.progress_at))
         hits = before.prefix_hits
         return 0 if hits is None else max(0, (load.prefix_hits or 0) - hits)
 
@@ -4661,7 +4663,7 @@ class Roster:
         """The same for a successor, with all that is known of the servers that were added."""
         added = [{key: value for key, value in dataclasses.asdict(server).items()
                   if value != getattr(ServerSettings(""), key)}
-                 for server in self._named[Source.BY_HAND].values()]  # fmt: skip
+                 for server in self._named[Source.BY_HAND].values()]
         weights = {id: (weight, weight) for id, weight in self._weights.items()}  # as 0.1.0 reads
         return json.dumps(self.report() | {"added": added, "weights": weights})
 
@@ -4745,7 +4747,7 @@ class Policies:
         new = Policies(s)
         new.known = {key: policy for key, policy in self.known.items()
                      if all(getattr(s, name) == getattr(self.settings, name)
-                            for name in policy.uses)}  # fmt: skip
+                            for name in policy.uses)}
         return new
 
     def get(self, model: str | None, label: str) -> Policy:
@@ -4777,14 +4779,14 @@ class Unified(Policy):
             * ((full if full <= 1 else full**power) / free)
             for pending, cached, speed, full, free
             in zip(eligible.pending, eligible.cached, eligible.relative_speeds(),
-                   eligible.utilization(), eligible.kv_free_ratios())]  # fmt: skip
+                   eligible.utilization(), eligible.kv_free_ratios())]
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The numbers of the same formula; a speed is relative to the fleet's mean."""
         tokens, lines = eligible.call.prompt.tokens, []
         for pending, cached, speed, full, free in zip(
                 eligible.pending, eligible.cached, eligible.relative_speeds(),
-                eligible.utilization(), eligible.kv_free_ratios()):  # fmt: skip
+                eligible.utilization(), eligible.kv_free_ratios()):
             work = f"pending {pending} + uncached {tokens - cached}"
             work = work if speed == 1.0 else f"({work}) / speed {speed:.2f}"
             power = "" if full <= 1 else f"^{1 + OVERFULL_POWER}"
@@ -4812,7 +4814,7 @@ class Formula(Policy):
         if not self.shares:
             return costs
         return [cost / view.settings.weight if cost > 0 else cost * view.settings.weight
-                for cost, view in zip(costs, eligible.views)]  # fmt: skip
+                for cost, view in zip(costs, eligible.views)]
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The formula with a number behind each name."""
@@ -4920,7 +4922,7 @@ def bounded(costs: list[float], eligible: Eligible) -> list[float]:
     share = LOAD_FACTOR * (sum(loads) + 1) / sum(sizes)
     most = max(costs)
     return [cost if load < max(math.ceil(share * size), size / 8) else cost + most
-            for cost, load, size in zip(costs, loads, sizes)]  # fmt: skip
+            for cost, load, size in zip(costs, loads, sizes)]
 
 
 class Hashed(Least):
@@ -4971,7 +4973,7 @@ class CacheAware(Policy):
     def costs(self, eligible: Eligible) -> list[float]:
         s, cached = self.settings, eligible.cached
         loads = [load / view.settings.weight
-                 for load, view in zip(eligible.loads(), eligible.views)]  # fmt: skip
+                 for load, view in zip(eligible.loads(), eligible.views)]
         low, high, known = min(loads), max(loads), max(cached)
         most = min(s.balance_abs_threshold, eligible.views[loads.index(high)].capacity)
         unequal = high - low > most and high > low * s.balance_rel_threshold
@@ -4999,7 +5001,7 @@ class Mvllm(Formula):
 
     weighs, tie = False, 1.0
     score = ("(running + 0.5 * waiting) / capacity"
-             " if (running + 0.5 * waiting) / capacity >= 0.5 else 0")  # fmt: skip
+             " if (running + 0.5 * waiting) / capacity >= 0.5 else 0")
 
 
 @policy("vllm_router")
@@ -5125,7 +5127,7 @@ class Ranking(NamedTuple):
         judged = {view.id: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
                   in zip(self.eligible.views, self.costs, self.policy.terms(self.eligible))}
         rows = [Candidate(view.id, *judged.get(view.id, (INFINITY, reason)))
-                for view, reason in zip(self.views, self.reasons)]  # fmt: skip
+                for view, reason in zip(self.views, self.reasons)]
         return sorted(rows, key=lambda row: (row.id != self.best, row.cost))
 
     def why(self) -> str:
@@ -5157,7 +5159,7 @@ class Ranking(NamedTuple):
             more = f" {silent} of the servers never told its models." * (silent > 0)
             return Fault.UNKNOWN_MODEL, unknown_model(model, known) + more
         reasons = "; ".join(f"{row.id if name_servers else f'server {n}'} {row.reason}"
-                            for n, row in enumerate(self.candidates(), 1))  # fmt: skip
+                            for n, row in enumerate(self.candidates(), 1))
         what = "this request" if model is None else f"the model `{model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
 
@@ -5185,23 +5187,23 @@ def exclusions(
             guess = model is None or not told or any(model in models for models in told)
             needed = [guess or view.models is not None for view in views]
             return [exclusion_reason(view, model, tried, moment, trials, last) and reason
-                    for view, reason, last in zip(views, reasons, needed)]  # fmt: skip
+                    for view, reason, last in zip(views, reasons, needed)]
     if model is not None and any(v.models and not reason for v, reason in zip(views, reasons)):
         return [reason or ("has not told its models" if view.models is None else "")
-                for view, reason in zip(views, reasons)]  # fmt: skip
+                for view, reason in zip(views, reasons)]
     return reasons
 
 
 def exclusion_reason(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The reason why one server is not eligible by itself, or ''.  An unhealthy one that might
     answer is where it is `needed`, or half-open with no request on trial (`trials` have one)."""
     health = view.health
     if not view.open:
         return ("is draining" if view.draining else "was drained by hand" if view.drained
-                else "has weight 0")  # fmt: skip
+                else "has weight 0")
     if health.state is not State.HEALTHY:
         trial = health.circuit(moment.now) == "half-open" and view.server not in trials
         if not (health.may_be_last_resort and (needed or trial and not health.failures)):
@@ -5250,7 +5252,7 @@ def preferences(
     if too_long:
         least = min(tokens, max((view.context(model) for view in left()), default=0.0))
         yield (f"has a context that may be too short for about {call.prompt.tokens} tokens",
-               lambda view: view.context(model) >= least)  # fmt: skip
+               lambda view: view.context(model) >= least)
     yield "said that it is busy just now", lambda view: view.busy_until <= now
     shares = {view.settings.pool: view.share for view in left()}
     if len(shares) > 1:
@@ -5297,12 +5299,12 @@ class Lasting(NamedTuple):
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
     views, reasons = fleet.views(), None
     if not any(view.health.open_until is not None or depends_on_the_moment(view, moment.now)
-               for view in views):  # fmt: skip
+               for view in views):
         reasons = exclusions(views, model, frozenset(), moment._replace(enforced=False))
     there = (v.health.since for v in views if v.healthy and v.open and v.has(model))
     changes = (view.health.since for view in views)
     found = Lasting(reasons, shortest_context(views, model), min(there, default=INFINITY),
-                    max(changes, default=-INFINITY))  # fmt: skip
+                    max(changes, default=-INFINITY))
     if model is None or fleet.knows(model):  # of which there are not too many
         fleet.derived[model] = found
     return found
@@ -5313,7 +5315,7 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
     the first have all: nobody is there to spare them work."""
     now, slow_start_s = moment.now, moment.slow_start_s
     return [1.0 if view.health.since - steady_since < slow_start_s
-            else view.slow_start_share(now, slow_start_s) for view in views]  # fmt: skip
+            else view.slow_start_share(now, slow_start_s) for view in views]
 
 
 IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
@@ -5332,7 +5334,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         if wanted.by_name:  # nor does it take a place there
             views, moment = [v.by_name for v in views], moment._replace(enforced=False)
     if (reasons is None or tried or moment.enforced
-            or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):  # fmt: skip
+            or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):
         reasons = exclusions(views, call.model, tried, moment)
         apply_preferences(views, reasons, call, moment, draw)
     left, having = views, cached
@@ -5340,9 +5342,9 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         left = [view for view, reason in zip(views, reasons) if not reason]
         having = [tokens for tokens, reason in zip(cached, reasons) if not reason]
     shares = (slow_starts(left, moment, lasting.steady_since)
-              if moment.now - lasting.changed_at < moment.slow_start_s else [])  # fmt: skip
+              if moment.now - lasting.changed_at < moment.slow_start_s else [])
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
-                        having, shares, call, moment, draw)  # fmt: skip
+                        having, shares, call, moment, draw)
     if not left:
         return Ranking(None, views, cached, reasons, eligible, [], by, tried)
     costs = by.costs(eligible)
@@ -5491,7 +5493,7 @@ class WaitQueue:
 
 DEADLY = 2  # deaths of servers, after which content is not sent to another
 DIED_TWICE = ("Two servers have died with this request or one of the same content; it is not sent"
-              " to another for now.")  # fmt: skip
+              " to another for now.")
 POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
 POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
 TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
@@ -5653,6 +5655,8 @@ LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
 # The client was shown the server's own words for what went wrong.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
+
+
 class Retries:
     """Which servers a request has tried, and whether it may try another one."""
 
@@ -6069,7 +6073,7 @@ PROXY_SIGN = re.compile(
     r"|tailscale-.+|x-amzn-trace-id|cdn-loop")
 STRANGERS = ("a proxy on this machine passes on requests of others (it says %s): what is for this"
              " machine only is closed to them. If it says in X-Forwarded-For who asks, name it in"
-             " trusted_proxies")  # fmt: skip
+             " trusted_proxies")
 
 
 def remote_peer(v: Visit) -> Refusal | None:
@@ -6186,7 +6190,7 @@ class Kind(Enum):
                (foreign_page, lacks_key, may_not_see, escapes_key), True)
     ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
     CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
-               (foreign_page, not_admin, escapes_key, not_json), True)  # fmt: skip
+               (foreign_page, not_admin, escapes_key, not_json), True)
     AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
     NOTHING = "not served", Audience.EVERYBODY, (unknown_path,)
 
@@ -6269,7 +6273,7 @@ def ranking_report(ranking: Ranking) -> dict[str, Any]:
         "why": ranking.why(), "prompt_tokens": ranking.call.prompt.tokens,
         "session": bool(ranking.call.session), "queued": ranking.best is None and ranking.waits,
         "servers": rows,
-    }  # fmt: skip
+    }
 
 
 def service_report() -> dict[str, Any]:
@@ -6293,7 +6297,7 @@ def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[st
             "min_success_rate": s.health_check_min_success_rate,
             "max_response_time": s.health_check_max_response_time,
         },
-    }  # fmt: skip
+    }
 
 
 def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
@@ -6308,7 +6312,7 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
         "last_response_time": health.window[-1][1] if health.window else None,
         "total_checks": health.checks, "supported_models": list(view.models or ()),
         "models_last_updated": clock.iso(view.models_at),
-    }  # fmt: skip
+    }
 
 
 def load_report(
@@ -6330,7 +6334,7 @@ def load_report(
             "total_active_load": sum(loads), "total_capacity": capacity,
             "overall_utilization_percent": 100 * sum(loads) / capacity if capacity else 0.0,
         },
-    }  # fmt: skip
+    }
 
 
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
@@ -6349,14 +6353,14 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
             "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
             "kv_cache_usage_perc": said.kv_usage_ratio, "process_max_fds": said.max_fds or 0,
         },
-    }  # fmt: skip
+    }
 
 
 def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any]:
     """GET /server-models."""
     servers = {view.id: {"supported_models": list(view.models or ()), "healthy": view.healthy,
                          "models_last_updated": clock.iso(view.models_at)}
-               for view in views}  # fmt: skip
+               for view in views}
     healthy = sum(view.healthy for view in views)
     return {"servers": servers, "total_servers": len(views), "healthy_servers": healthy}
 
@@ -6405,7 +6409,7 @@ SIZE_BOUNDS_BYTES = tuple(float(4**n) for n in range(4, 14))  # 256 bytes to 64 
 LIMIT_NAMES = (
     *dict.fromkeys(LIMITS.values()), "head_timeout", "body_timeout", "keep_alive_timeout",
     "max_requests_per_connection", "max_connections", "max_connections_per_client", "retry_budget",
-)  # fmt: skip
+)
 
 
 class Metrics:
@@ -6545,7 +6549,7 @@ def gauges(
         families.append(gauge := Gauge(f"mvllm_{name}", meaning))
         gauge.set(process[name])
     views = [view if view.reports(now, s.metrics_interval) else view._replace(report=Report())
-             for view in views]  # fmt: skip
+             for view in views]
     for name, (meaning, value) in SERVER_GAUGES.items():
         families.append(gauge := Gauge(f"mvllm_{name}", meaning, "server"))
         for view in views:
@@ -6592,7 +6596,7 @@ def trace_line(call: Call, answer: TracedAnswer) -> str:
         "ttft": None if answer.first_s is None else round(answer.first_s, 4),
         "duration": round(answer.duration_s, 4), "server": answer.server,
         "status": answer.status, "end": answer.end,
-    })  # fmt: skip
+    })
 
 
 def trace_step(end: int) -> int:
@@ -6649,7 +6653,7 @@ def request_record(at: float, f: RequestFacts) -> str:
     """The same as JSON."""
     attempts = ", ".join([
         f'{{"server": {json_word(server)}, "reason": "{reason}", "result": "{result}"}}'
-        for server, reason, result in f.attempts])  # fmt: skip
+        for server, reason, result in f.attempts])
     return (
         f'{{"time": "{utc(at)}", "event": "request", "id": {json_word(f.id)},'
         f' "client": {json_word(f.client)}, "key": {json_word(f.key)},'
@@ -6902,7 +6906,7 @@ class StatusDocument(TypedDict):
 def status_of(
     view: ServerView, entry: Entry | None, recent: Recent, clock: Clock, s: Settings,
     decisions: list[str],
-) -> ServerStatus:  # fmt: skip
+) -> ServerStatus:
     now, load, history = clock.monotonic, view.load, recent.histories.get(view.id) or History()
     before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
@@ -6922,7 +6926,7 @@ def status_of(
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
         "last_errors": list(history.errors), "decisions": decisions,
-    }  # fmt: skip
+    }
 
 
 def totals_of(
@@ -6942,22 +6946,22 @@ def totals_of(
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
         "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
         "error_ratio": round(lost / requests, 4) if requests else 0.0,
-    }  # fmt: skip
+    }
 
 
 def status_report(
     views: Sequence[ServerView], roster: Roster, recent: Recent, clock: Clock, s: Settings,
     process: Mapping[str, Any],
-) -> StatusDocument:  # fmt: skip
+) -> StatusDocument:
     """`process` has the members that are of the process."""
     entries, decisions = roster.entries, recent.decisions()
     servers = [status_of(view, entries.get(view.server), recent, clock, s,
-                         decisions.get(view.id, [])) for view in views]  # fmt: skip
+                         decisions.get(view.id, [])) for view in views]
     return {
         "version": __version__, "time": (clock.iso(clock.monotonic) or "")[11:19], **process,
         "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
         "events": list(recent.events), "live": roster.report(),
-    }  # type: ignore[typeddict-item]  # fmt: skip
+    }  # type: ignore[typeddict-item]
 
 
 # ━━━ part VII: connections ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -7060,7 +7064,7 @@ class Listener:
     def __init__(
         self, sock: socket.socket, room: Callable[[], bool], full: Callable[[], object],
         take: Callable[[socket.socket, Any], object], failed: Callable[[OSError], object],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sock, self.loop, self.reading = sock, asyncio.get_running_loop(), False
         self.resting = False  # another process accepts
         self._room, self._full, self._take, self._failed = room, full, take, failed
@@ -7209,7 +7213,7 @@ class Wire(asyncio.BufferedProtocol):
         "lost", "trouble", "blocked", "held", "reused", "reusable", "deadline", "peer", "is_tls",
         "sock", "taken_at", "unheard", "backlog", "counted", "descriptor", "most", "wanted",
         "_waiter", "_reads", "_timer", "_timer_at", "at_once",
-    )  # fmt: skip
+    )
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
         self.side, self.backlog = side, backlog
@@ -7404,7 +7408,7 @@ class Wire(asyncio.BufferedProtocol):
                 return None
             if self.backlog is not None and self.backlog.full(self.counted):
                 raise BadMessage("heads and content of requests take as many bytes as"
-                                 " max_buffered_bytes allows", Fault.TOO_MUCH_CONTENT)  # fmt: skip
+                                 " max_buffered_bytes allows", Fault.TOO_MUCH_CONTENT)
             if len(self.buffer) >= self.most:  # a long one
                 self.most = limit + 1
                 if self.held:
@@ -8026,13 +8030,13 @@ class Pump:
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
         "moved_at", "_notation", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen", "_gaps",
         "_gaps_child",
-    )  # fmt: skip
+    )
 
     def __init__(
         self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, notation: Notation,
         silence_s: float, patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
         shown: bytes = b"",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
         self._notation = notation
         self.done: asyncio.Future[None] = client.loop.create_future()
@@ -8573,7 +8577,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
     def __init__(self, path: str, size: int = 0, days: float = INFINITY) -> None:
         super().__init__(path, maxBytes=size, backupCount=1, encoding="utf-8",
-                         errors="backslashreplace", delay=True)  # fmt: skip
+                         errors="backslashreplace", delay=True)
         self.days = days
         self.rotate_from = 0.0  # after a failure, in Unix time
         self.expire()
@@ -8587,7 +8591,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
             self.close()
-        raise  # noqa: PLE0704: what `emit` has caught
+        raise  # noqa: PLE0704  # what `emit` has caught
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
         if time.time() < self.rotate_from or not os.path.exists(self.baseFilename):
@@ -8708,7 +8712,7 @@ def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
         kept.append(LineWriter(errors, logging.ERROR))
     if facts is not None:
         listeners.append({kind: functools.partial(say_record, facts, record)
-                          for kind, record in RECORDS.items()}.get)  # fmt: skip
+                          for kind, record in RECORDS.items()}.get)
     for handler in kept:
         log.addHandler(handler)
     try:
@@ -8738,7 +8742,7 @@ def log_file_writer(s: Settings, name: str, size: int, days: float) -> Writer | 
 
 RECORDS: dict[type, Callable[[float, Any], str]] = {
     RequestFacts: request_record, Transition: transition_record,
-}  # fmt: skip
+}
 
 
 def say_record(writer: Writer, record: Callable[[float, Any], str], event: Any) -> None:
@@ -8960,7 +8964,7 @@ class Core:
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
             "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
-        }  # fmt: skip
+        }
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
 
@@ -8974,7 +8978,7 @@ class Core:
         """Whether the engine of a server, or any of its engines, works: see `moves`."""
         now, s = asyncio.get_running_loop().time(), self.settings
         return any(moves(view, self.streams_at(view.id), within_s, now, s)
-                   for view in self.fleet.engines(url))  # fmt: skip
+                   for view in self.fleet.engines(url))
 
     def streams_at(self, url: str) -> float:
         """When a piece of a streamed answer came last, of those that it is giving."""
@@ -9023,7 +9027,7 @@ class Core:
             self.metrics.limits.add(limit)
 
 
-class abandoned_if_gone:  # noqa: N801  # it reads as a sentence
+class abandoned_if_gone:  # it reads as a sentence
     """`with abandoned_if_gone(client):` the block is left by PeerGone the moment the client
     leaves, wherever it waits."""
 
@@ -9056,7 +9060,7 @@ class RequestContent(HeldContent):
     """The content of one request of a client.  Raises BadMessage when it has no clear end."""
 
     __slots__ = ("client", "head", "unread", "size", "framed", "_framing", "_settings",
-                 "_backlog", "_held_bytes")  # fmt: skip
+                 "_backlog", "_held_bytes")
 
     def __init__(
         self, client: Wire, head: RequestHead, length: Length, s: Settings, backlog: Backlog
@@ -9553,7 +9557,7 @@ def account(x: Exchange) -> None:
     model, server = trail.model, trail.server
     metrics.requests.add(server, model, str(response.status))
     noted = [(metrics.durations, now - trail.began_at), (metrics.request_sizes, x.body.size),
-             (metrics.response_sizes, response.sent_bytes)]  # fmt: skip
+             (metrics.response_sizes, response.sent_bytes)]
     if response.first_byte_at is not None:
         first_s = response.first_byte_at - trail.asked_at
         noted.append((metrics.first_byte, first_s))
@@ -9686,7 +9690,8 @@ class Exchange:
                 self.core.keys.release(self.key)
 
     def admit(self, call: Call) -> Refusal | None:
-        """Take note of what is wanted.  Returns why the request's key does not allow it, or None."""
+        """Take note of what is wanted.  Returns why the request's key does not
+        allow it, or None."""
         self.call, self.trail.asked_at = call, self.loop.time()
         self.trail.model = self.label()
         if call.stored and not self.destination.only:
@@ -9983,7 +9988,7 @@ class Exchange:
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
         Relay: relay, Pause: pause, Queue: queue, AwaitHealth: await_health, Refresh: refresh,
         GiveUp: give_up, BreakOff: break_off,
-    }  # fmt: skip
+    }
 
     def label(self) -> str:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
@@ -10055,7 +10060,7 @@ def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Che
 
 # One token, or one embedding: vLLM needs no model's name where it serves only one.
 ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
-                 ("/v1/embeddings", b'{"input":"1"}'))  # fmt: skip
+                 ("/v1/embeddings", b'{"input":"1"}'))
 
 
 async def watch_health(core: Core, url: str) -> None:
@@ -10140,7 +10145,7 @@ async def watch_load(core: Core, url: str) -> None:
 def take_loads(
     core: Core, url: str, loads: Mapping[str, EngineLoad], own: Mapping[str, int],
     agreed_at: dict[str, float],
-) -> None:  # fmt: skip
+) -> None:
     """What a server's page told of its engines, which had so many requests of our `own` before."""
     now = asyncio.get_running_loop().time()
     for view in core.fleet.engines(url):
@@ -10189,7 +10194,7 @@ async def watch_progress(core: Core, url: str) -> None:
             len(waiting), min((a.begun_at for a in waiting), default=now),
             core.streams_at(view.id),
             sum(a.content_bytes for a in waiting if a.pump is None),
-        )  # fmt: skip
+        )
         if why := frozen_reason(view, work, now, s):
             if view.healthy:
                 core.judge(url, Health.stood_still, why, now, s)
@@ -10238,7 +10243,7 @@ class Watchers:
                 self._group.create_task(guarded(
                     self._core, f"watching {url}", functools.partial(watch, self._core, url)))
                 for watch in (watch_health, watch_load)
-            ]  # fmt: skip
+            ]
 
     def stop(self, servers: Iterable[str] | None = None) -> None:
         """Those of these servers, or all."""
@@ -10328,13 +10333,13 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
     core.news.notify()
     state = [state_word(view, now) for view in core.fleet.engines(server)]
     return {"passed": found.passed, "seconds": round(found.seconds, 4), "why": found.why,
-            "state": state[0] if state else "gone"}  # fmt: skip
+            "state": state[0] if state else "gone"}
 
 
 # Those that need no more than a server, and so have a key on the screen and a button on the page.
 OPERATIONS: dict[str, Operation] = {
     "drain": drain_server, "undrain": undrain_server, "probe": probe_server,
-}  # fmt: skip
+}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -10397,7 +10402,7 @@ def endpoints_at(path: str) -> Mapping[str, Endpoint]:
     if path in ENDPOINTS:
         return ENDPOINTS[path]
     variable = (rows for row, rows in ENDPOINTS.items()
-                if row.endswith("}") and path.startswith(row.partition("{")[0]))  # fmt: skip
+                if row.endswith("}") and path.startswith(row.partition("{")[0]))
     return next(variable, {})
 
 
@@ -10447,9 +10452,9 @@ DOCUMENTS: dict[str, Callable[[Core], Any]] = {
         | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
                      "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}},
     "/status.json": lambda core: core.status(),
-}  # fmt: skip
+}
 ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make))}
-              for path, make in DOCUMENTS.items()}  # fmt: skip
+              for path, make in DOCUMENTS.items()}
 
 
 @endpoint("/liveness", "/ping", kind=Kind.PROBE)
@@ -10471,7 +10476,7 @@ async def get_explanation(core: Core, asked: Asked) -> Reply:
     if id in rankings:
         return as_json({"id": id, **explain_report(rankings[id])})
     text = (f"No ranking is kept of a request {shown(id)}. Ask with ?id= for one of the last"
-            f" {RECENT_LIMIT}, or POST a request that is not to be sent.")  # fmt: skip
+            f" {RECENT_LIMIT}, or POST a request that is not to be sent.")
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
@@ -10549,7 +10554,7 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
         "client_connections_limit": core.clients.limit,
         "settings_valid": not core.process.settings_error,
         "queue_length": len(core.requests.queue), "buffered_bytes": core.clients.backlog.bytes,
-    }  # fmt: skip
+    }
     monotonic = clock_now().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
     page = expose(with_old_names([*core.metrics.families(), *now]))
@@ -10585,11 +10590,11 @@ ADMIN: dict[str, dict[str, Operate]] = {
     "/admin/servers/weight": {"POST": lambda core, asked: weigh_server(
         core, server_named(core, asked.query.get("url", "")), asked.query.get("weight"))},
     **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
-}  # fmt: skip
+}
 ENDPOINTS |= {
     path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True)
            for method, operate in rows.items()} for path, rows in ADMIN.items()
-}  # fmt: skip
+}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -10620,18 +10625,18 @@ class Front:
     def __init__(
         self, core: Core, sockets: Iterable[socket.socket], tasks: asyncio.TaskGroup,
         operator_sockets: Sequence[socket.socket] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.core, self._tasks = core, tasks
         self._audience = Audience.CLIENTS if operator_sockets else Audience.EVERYBODY
         self._operators = set[Wire]()  # who came by their sockets
         self._hosts: dict[str, int] = {}  # connections by client address
         self._warned = False  # of a proxy of strangers
         self.listeners = [Listener(one, self.has_room, self.shed_idle, self.accept_client,
-                                   self.cannot_accept) for one in sockets]  # fmt: skip
+                                   self.cannot_accept) for one in sockets]
         room = functools.partial(self.has_room, OPERATORS_SPARE)
         take = functools.partial(self.accept_client, operator=True)
         self.listeners += [Listener(one, room, self.shed_idle, take, self.cannot_accept)
-                           for one in operator_sockets]  # fmt: skip
+                           for one in operator_sockets]
 
     def close(self, to_the_last: bool) -> None:
         """Accept no more, after those who have come already; unless others serve them."""
@@ -10668,7 +10673,7 @@ class Front:
     def cannot_accept(self, error: OSError) -> None:
         self.core.count_limit("descriptors")
         log.error("cannot accept a connection: %s; trying again in %g s",
-                  error_text(error), ACCEPT_PAUSE_S)  # fmt: skip
+                  error_text(error), ACCEPT_PAUSE_S)
 
     def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
         """A client has come."""
@@ -10905,7 +10910,7 @@ class Front:
         if kind not in FOR_PAGES:
             hop = address_of(client.transport.get_extra_info("peername"))[0]
         refusal = refusal_of(Visit(kind, head, exchange.body.unread, client.peer[0], client.is_tls,
-                                   exchange.key, keys.required, s, audience, hop))  # fmt: skip
+                                   exchange.key, keys.required, s, audience, hop))
         if refusal is not None:
             if refusal.warning and not self._warned:
                 self._warned = True
@@ -10981,7 +10986,7 @@ class Follower:
     def __init__(
         self, core: Core, path: str, overrides: Overrides,
         adopt: Callable[[Settings, Secrets], None], adopt_secrets: Callable[[Secrets], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.core, self.overrides = core, overrides
         self.file = SettingsFile(path) if path else None
         self._adopt, self._adopt_secrets = adopt, adopt_secrets
@@ -11027,7 +11032,7 @@ class Follower:
                 if asked:
                     unchanged = f"{len(old.servers)} servers, nothing changed"
                     log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
-                            " were: %s", f"\n{refused}" if refused else unchanged)  # fmt: skip
+                            " were: %s", f"\n{refused}" if refused else unchanged)
                 return
             settings, warnings = parse_settings(text, file.path, self.overrides)
             secrets = Secrets(settings, core.pools.secrets)
@@ -11086,7 +11091,7 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
 def command(
     name: str, line: str, add_arguments: Callable[[argparse.ArgumentParser], object] = no_arguments,
     example: str = "", **parser: Any,
-) -> Callable[[C], C]:  # fmt: skip
+) -> Callable[[C], C]:
     """Registers the decorated function as a subcommand."""
 
     def register(run: C) -> C:
@@ -11264,7 +11269,7 @@ class Handover:
             front.rest(False)
             self.taken_back()
             log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
-                      " serves again", child.pid, loop.time() - begun, code)  # fmt: skip
+                      " serves again", child.pid, loop.time() - begun, code)
         return code is None
 
 
@@ -11272,7 +11277,7 @@ def inherited_sockets() -> Sockets:
     """Those of the process that this one succeeds; none at an ordinary start."""
     return {name: [socket.socket(fileno=int(number))
                    for number in os.environ.pop(name, "").split(",") if number]
-            for name in (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)}  # fmt: skip
+            for name in (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)}
 
 
 def inherit_changes(roster: Roster) -> None:
@@ -11371,7 +11376,7 @@ class Balancer:
     def __init__(
         self, settings: Settings, path: str = "", overrides: Overrides | None = None,
         inherited: Sockets | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.core = Core(settings, random.Random())
         self.inherited = inherited or {}
         self.follower = Follower(
@@ -11568,7 +11573,7 @@ class Balancer:
                     log.warning("%s: its certificate is NOT verified (verify = false)", url)
         core.fleet.apply([entry.settings for entry in new.values()],
                          asyncio.get_running_loop().time(), s.pools,
-                         [url for url, entry in new.items() if entry.drained])  # fmt: skip
+                         [url for url, entry in new.items() if entry.drained])
         self._watchers.adopt(new, s)
         servers = {view.server for view in core.fleet.views()}
         core.recent.keep({view.id for view in core.fleet.views()})
@@ -11641,7 +11646,7 @@ def announce(balancer: Balancer, hint: str) -> None:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
     notify_ready()
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-             __version__, url, len(s.servers), s.policy, limit)  # fmt: skip
+             __version__, url, len(s.servers), s.policy, limit)
     if second is not None:
         log.info("metrics, status and admin are on %s alone",
                  own_url(s, second[0], balancer.operator_port))
@@ -11721,12 +11726,12 @@ def argument_parser(only: str = "") -> argparse.ArgumentParser:
     env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
     rows = sorted(COMMANDS.items())
     examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
-                       for _, row in rows if row.example)  # fmt: skip
+                       for _, row in rows if row.example)
     parser = argparse.ArgumentParser(
         prog="mvllm_lite.py", epilog=EPILOG.format(examples=examples, env=env),
         description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"mvllm_lite {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, row in rows:
@@ -11742,9 +11747,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--help", action="help", help="show this help message and exit")
     parser.add_argument("--server", nargs="+", action="extend", metavar="URL",
-                        help="servers, in place of the file's")  # fmt: skip
+                        help="servers, in place of the file's")
     parser.add_argument("--max-load", nargs="+", action="extend", metavar="N",
-                        help="their max_concurrent_requests")  # fmt: skip
+                        help="their max_concurrent_requests")
     parser.add_argument("-h", "--host", nargs="?", const="", help="address to listen on")
     parser.add_argument("-p", "--port", help="port to listen on")
     parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
@@ -11760,7 +11765,7 @@ def run_balancer(args: argparse.Namespace) -> int:
         return 0
     if args.max_load and len(args.max_load) != len(args.server or ()):
         return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
-                    " servers, expected one for each")  # fmt: skip
+                    " servers, expected one for each")
     path = config_path(args, "" if args.server else DEFAULT_CONFIG)
     overrides = overrides_from(args, os.environ)
     settings, warnings = load_settings(path, overrides)
@@ -11822,7 +11827,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):  # None, where they were closed
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w"))
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser(argv[0]).parse_args(argv)
@@ -11976,7 +11981,7 @@ def cleaned(value: Any, look: Look) -> Any:
         return [cleaned(item, look) for item in value]
     if isinstance(value, dict):
         return {key: item if key in UNCLEANED else cleaned(item, look)
-                for key, item in value.items()}  # fmt: skip
+                for key, item in value.items()}
     return value
 
 
@@ -12044,7 +12049,7 @@ def clipped(line: Line, width: int) -> Line:
 
 UNITS: tuple[tuple[float, float, str], ...] = (
     (9999.5, 1, ""), (999.5e3, 1e3, "k"), (999.5e6, 1e6, "M"),
-)  # fmt: skip
+)
 
 
 def known(value: float | None) -> bool:
@@ -12141,11 +12146,11 @@ def load_ratio(server: Document) -> float | None:
 SHORT_STATES = {
     "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
     "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
-}  # fmt: skip
+}
 STATE_STYLES = {
     "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
     "circuit half-open": Style.WARN, "asleep": Style.WARN,
-}  # fmt: skip
+}
 
 
 def state_text(server: Document, width: int = 1000) -> str:
@@ -12273,7 +12278,7 @@ COLUMNS = (
     Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
     Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
            lambda s: Style.BAR, most=60),
-)  # fmt: skip
+)
 MARK_CELLS = 2  # cells before a name: whether it is selected, whether it is well
 
 
@@ -12289,7 +12294,7 @@ def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
     if not servers or left < 5:
         return []
     wants = {column: max(cells(column.text(server, look)) for server in servers)
-             for column in COLUMNS}  # fmt: skip
+             for column in COLUMNS}
     widths: dict[Column, int] = {}
     for column in sorted(COLUMNS, key=lambda column: column.rank):
         width = column.least if column.most else max(column.least, wants[column])
@@ -12312,12 +12317,12 @@ def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
     line: Line = [(" " * MARK_CELLS, Style.HEAD), name]
     for column, width in shown:
         line += [(" ", Style.HEAD), head(pad(column.head[:width], width, column.right),
-                                         column.sort or "-")]  # fmt: skip
+                                         column.sort or "-")]
     return line
 
 
 def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
-                reason_below: bool, width: int) -> Line:  # fmt: skip
+                reason_below: bool, width: int) -> Line:
     """A server's row of the table; the reason why it is out has no need of its numbers."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
@@ -12330,11 +12335,11 @@ def server_line(server: Document, name_width: int, shown: Sequence[Place], look:
             return [*line, (" ", Style.PLAIN), (fit(reason, left, look), style)]
         word = (state_text(server, cells_wide) if column is COLUMNS[0] else
                 column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
-                fit(column.text(server, look), cells_wide, look))  # fmt: skip
+                fit(column.text(server, look), cells_wide, look))
         dim = server["stale"] and column.head in ("RUN", "WAIT", "KV")
         line.append((" ", Style.PLAIN))
         line.append((pad(word, cells_wide, column.right),
-                     Style.DIM if dim else column.style(server)))  # fmt: skip
+                     Style.DIM if dim else column.style(server)))
     return line
 
 
@@ -12385,18 +12390,18 @@ def total_items(status: Document) -> list[Span]:
          Style.BAD if errors else Style.PLAIN),
         (f"TTFT {ttft}", Style.PLAIN), (f"{short_number(t['tokens_per_s'])} tok/s", Style.PLAIN),
         (f"clients {short_number(t['connections'])}", Style.PLAIN),
-    ]  # fmt: skip
+    ]
 
 
 def title_line(status: Document, ui: Ui, width: int) -> Line:
     """Who this is; the time stands at the right."""
     flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
-        [("STOPPING", Style.ASK)] * bool(status["stopping"]))  # fmt: skip
+        [("STOPPING", Style.ASK)] * bool(status["stopping"]))
     clock = status["time"]
     line = packed([*flags, (f"mvllm_lite {status['version']}", Style.TITLE),
                    (status["address"], Style.PLAIN),
                    (f"up {long_time(status['uptime_s'])}", Style.PLAIN)],
-                  width - cells(clock) - 2)  # fmt: skip
+                  width - cells(clock) - 2)
     gap = width - cells(clock) - sum(cells(text) for text, _ in line)
     return [*line, (" " * gap, Style.PLAIN), (clock, Style.DIM)] if gap > 0 else line
 
@@ -12431,7 +12436,7 @@ KEYS = (
     ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
     ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
     ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
-)  # fmt: skip
+)
 
 
 def key_line(ui: Ui, place: str, width: int) -> Line:
@@ -12440,7 +12445,7 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
         return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
     if ui.typed is not None:
         return [("/", Style.KEY), (ui.typed[-max(1, width // 2 - 3) :] + "_", Style.PLAIN),
-                ("  Enter keep, Esc clear", Style.DIM)]  # fmt: skip
+                ("  Enter keep, Esc clear", Style.DIM)]
     if ui.note:
         return [(ui.note, Style.TITLE)]
     if ui.mode is not Mode.LIST:
@@ -12463,7 +12468,7 @@ def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Lin
     if rows < 2:
         return []
     lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
-                          (look.rule * (width - 10), Style.DIM)]]  # fmt: skip
+                          (look.rule * (width - 10), Style.DIM)]]
     for event in status["events"][1 - rows :]:
         level = event["level"]
         style = {"warning": Style.WARN, "error": Style.BAD}.get(level, Style.PLAIN)
@@ -12512,7 +12517,7 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
             rows.append(reason_line(server, look, width))
     if not servers:
         rows = [[("no server matches the filter" if status["servers"] else
-                  "no servers in the settings", Style.WARN)]]  # fmt: skip
+                  "no servers in the settings", Style.WARN)]]
     rows = (rows + [[]] * parts.table)[: parts.table]
     events = event_lines(status, parts.events, look, width)
     rows += events + [[]] * (parts.events - len(events))
@@ -12563,7 +12568,7 @@ def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
             label = what if n == 0 and indent > 2 else ""
             lines.append([(pad(label, indent), Style.HEAD), (text, style)])
     for what, items in (("last errors", server["last_errors"]),
-                        ("last decisions", server["decisions"])):  # fmt: skip
+                        ("last decisions", server["decisions"])):
         lines += [[], [(what, Style.HEAD)]]
         for item in items[::-1] or ["none"]:  # newest first
             lines += [[("  " + text, Style.PLAIN)] for text in wrapped(item, max(1, width - 2))]
@@ -12583,7 +12588,7 @@ def help_lines(look: Look, width: int) -> list[Line]:
     lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
     lines += [[], [("Short words for states", Style.TITLE)]]
     return lines + [[(f"{short:10}", Style.KEY), (word, Style.PLAIN)]
-                    for word, short in SHORT_STATES.items()]  # fmt: skip
+                    for word, short in SHORT_STATES.items()]
 
 
 def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
@@ -12620,7 +12625,7 @@ def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     """The same, of a status that is clean and a Ui that is settled."""
     ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
-                     filter=clean(ui.filter, look))  # fmt: skip
+                     filter=clean(ui.filter, look))
     if ui.typed is not None:
         ui = ui._replace(typed=clean(ui.typed, look))
     if ui.mode is Mode.LIST:
@@ -12696,7 +12701,7 @@ def type_filter(key: str, ui: Ui, status: Document) -> Ui:
 # Rows and pages down; the ends are further than any list.
 MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -1),
          "pgdn": (0, 1), " ": (0, 1), "home": (-10**6, 0), "g": (-10**6, 0), "end": (10**6, 0),
-         "G": (10**6, 0)}  # fmt: skip
+         "G": (10**6, 0)}
 
 
 def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
@@ -12747,9 +12752,9 @@ FUNCTION_KEYS = {
     "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
     "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
     "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
-}  # fmt: skip
+}
 CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
-            "\x0c": "redraw", "\x1b": "esc"}  # fmt: skip
+            "\x0c": "redraw", "\x1b": "esc"}
 
 
 def key_of(char: str) -> str:
@@ -12780,7 +12785,7 @@ LOOKS = {
     Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
     Style.BAD: (1, "A_BOLD"), Style.SELECTED: (-1, "A_REVERSE"), Style.BAR: (5, "A_NORMAL"),
     Style.KEY: (6, "A_BOLD"), Style.ASK: (-1, "A_REVERSE"),
-}  # fmt: skip
+}
 
 
 def in_foreground(descriptor: int) -> bool:
@@ -13020,7 +13025,7 @@ class ScreenProcess:
     """The screen on our terminal, in its own process, which is killed when it answers no more."""
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
-                 hold: Callable[[bool], object], terminal: int = 1) -> None:  # fmt: skip
+                 hold: Callable[[bool], object], terminal: int = 1) -> None:
         """Begins to start it.  `act` is told what keys ask for, and `hold` whether the terminal is
         that process's alone."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
@@ -13118,7 +13123,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
             if not why and "totals" not in found:
                 why = "it is no balancer's status"
             writer.write(json_line({"note": f"{client.url}/status.json: {why}"} if why else
-                                   {"status": found | {"address": client.url}}))  # fmt: skip
+                                   {"status": found | {"address": client.url}}))
             await asyncio.sleep(STATUS_S)
 
     telling = asyncio.ensure_future(tell())
@@ -13188,11 +13193,11 @@ async def act_on_server(core: Core, action: Action) -> None:
 
 def add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", default=f"http://127.0.0.1:{Settings().port}",
-                        metavar="URL", help="where it listens (default %(default)s)")  # fmt: skip
+                        metavar="URL", help="where it listens (default %(default)s)")
     parser.add_argument("--key-file", default="", metavar="FILE",
-                        help="holds a key for status and admin")  # fmt: skip
+                        help="holds a key for status and admin")
     parser.add_argument("--ca-file", default="", metavar="FILE",
-                        help="https: certificates to trust")  # fmt: skip
+                        help="https: certificates to trust")
     parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
     parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of who has started it
 
@@ -13207,7 +13212,7 @@ def run_top(args: argparse.Namespace) -> int:
             sock.send(json_line({"why": run_screen(sock, remote=False)}))
         return 0
     entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
-             "verify": not args.insecure}  # fmt: skip
+             "verify": not args.insecure}
     settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
     client = HttpClient(settings.servers[0].url, Secrets(settings))
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -13241,7 +13246,7 @@ def page_policy() -> str:
         "default-src 'none'", f"style-src {' '.join(allowed['style'])}",
         f"script-src {' '.join(allowed['script'])}", "connect-src 'self'", "img-src data:",
         "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-    ))  # fmt: skip
+    ))
 
 
 STATUS_PAGE = r"""<!doctype html>
@@ -13681,7 +13686,7 @@ def reader_for(line: str) -> Callable[[str], list[Arrival]]:
     if "prompt_tokens" in said:
         return trace_arrivals
     raise ValueError(f"found {line.strip()[:60]!r}, expected a line of trace.jsonl, of a Mooncake "
-                     f"trace, or {AZURE_COLUMNS}")  # fmt: skip
+                     f"trace, or {AZURE_COLUMNS}")
 
 
 def trace_arrivals(line: str) -> list[Arrival]:
@@ -13697,7 +13702,7 @@ def trace_arrivals(line: str) -> list[Arrival]:
         return []
     model = None if model is None else str(model)
     return [Arrival(at, whole_number(said, "prompt_tokens"), output, chain, ends, model,
-                    str(said.get("session", "")))]  # fmt: skip
+                    str(said.get("session", "")))]
 
 
 def mooncake_arrivals(line: str) -> list[Arrival]:
@@ -13755,7 +13760,7 @@ def spread(arrivals: list[Arrival]) -> list[Arrival]:
     gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
     step_s = gaps[len(gaps) // 2] if gaps else 0.0
     return [arrival._replace(at_s=arrival.at_s + step_s * n / len(group))
-            for group in groups for n, arrival in enumerate(group)]  # fmt: skip
+            for group in groups for n, arrival in enumerate(group)]
 
 
 def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
@@ -13803,7 +13808,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
             if 0 <= now_s < seconds:
                 out.append(Arrival(now_s, prompt, answer, chain, ends, None, str(number)))
             said, now_s = prompt + answer, now_s + 1 + 0.03 * answer + draw.expovariate(
-                1 / kind.think_s)  # fmt: skip
+                1 / kind.think_s)
             if draw.random() < 1 / kind.turns:
                 break
     return sorted(out)
@@ -13837,7 +13842,7 @@ class EngineKind(NamedTuple):
         roofline = math.hypot(self.weights_s, self.token_s * tokens)
         attention = self.token_s * attended / EVEN_CONTEXT
         return (self.step_s + roofline + attention + self.sequence_s * sequences
-                + self.context_s * context)  # fmt: skip
+                + self.context_s * context)
 
 
 # Llama-3.1-8B on one GPU, in BF16 if not said otherwise.  The weights' and tokens' times are the
@@ -13863,7 +13868,7 @@ def kind_for(capacity: float) -> EngineKind:
     return kind._replace(
         capacity=capacity, step_s=kind.step_s * slow, weights_s=kind.weights_s * slow,
         token_s=kind.token_s * slow, sequence_s=kind.sequence_s * slow,
-        context_s=kind.context_s * slow)  # fmt: skip
+        context_s=kind.context_s * slow)
 
 
 class EngineReport(NamedTuple):
@@ -14027,7 +14032,7 @@ class Engine:
         return EngineReport(
             len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
             self._generated + grown, self._prompted, self._queries, self._hits,
-            self.cache.room)  # fmt: skip
+            self.cache.room)
 
     def _begin(self, now: float) -> None:
         """Schedule a step in vLLM's order, and with it as many as are like it."""
@@ -14050,7 +14055,7 @@ class Engine:
         self._begun_s, self._growth_s = now, self.kind.context_s * self._decoding
         self._step_s = self.kind.duration_s(
             self._decoding + len(self._chunks), self.kind.batched_tokens - left, self._context,
-            sum(tokens * (job.done + tokens / 2) for job, tokens in self._chunks))  # fmt: skip
+            sum(tokens * (job.done + tokens / 2) for job, tokens in self._chunks))
         if not self.running:
             self.ends_s, self._steps = INFINITY, 0
         elif self._chunks or self.preemptions > preemptions:
@@ -14213,7 +14218,7 @@ class PolicyRouter:
             report.running, report.waiting, report.kv_usage_ratio,
             tokens=report.prompt_tokens + report.generation_tokens,
             generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
-            kv_tokens=report.kv_tokens)  # fmt: skip
+            kv_tokens=report.kv_tokens)
         self.fleet.scraped(url, load, self.fleet.in_flight(url), now)
 
 
@@ -14238,7 +14243,7 @@ class Replay:
     def __init__(
         self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
         interval_s: float, progress: Callable[[float], None] = lambda share: None,
-    ):  # fmt: skip
+    ):
         self.arrivals, self.engines, self.router = arrivals, engines, router
         self.interval_s, self.progress = interval_s, progress
         self.records = [Record(arrival) for arrival in arrivals]
@@ -14349,7 +14354,7 @@ def summary(
         len(counted), len(counted) - len(answered), good / max(1, len(counted)),
         quantiles(ttfts, 0.5, 0.9, 0.99), quantiles(tokens, 0.5, 0.99),
         sum(record.total_s for record in answered) / max(1, len(answered)),
-        sum(record.cached_tokens for record in answered) / max(1, prompts))  # fmt: skip
+        sum(record.cached_tokens for record in answered) / max(1, prompts))
 
 
 def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
@@ -14360,17 +14365,17 @@ def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
 def table(rows: Mapping[str, Summary]) -> str:
     """Summaries for a terminal, one a line."""
     lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
-                                     "token p50", "p99 ms", "mean s", "hits %")]  # fmt: skip
+                                     "token p50", "p99 ms", "mean s", "hits %")]
     for name, row in rows.items():
         lines.append((
             name[:18], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
             *(f"{1e3 * value:.0f}" for value in row.ttft_s),
             *(f"{1e3 * value:.1f}" for value in row.token_s),
-            f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))  # fmt: skip
+            f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines)  # fmt: skip
+        for line in lines)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -14395,19 +14400,19 @@ def engine_kind(word: str) -> tuple[str, EngineKind]:
     if word.isdecimal() and 0 < int(word) < 10000:
         return word, kind_for(int(word))
     raise argparse.ArgumentTypeError(f"found {word}, expected one of {', '.join(ENGINE_KINDS)}, or"
-                                     " a number of requests that it runs well at once")  # fmt: skip
+                                     " a number of requests that it runs well at once")
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", help="a trace_file; a trace in Mooncake's or Azure's form; or"
-                                      f" made-up traffic: {', '.join(MADE_UP)}")  # fmt: skip
+                                      f" made-up traffic: {', '.join(MADE_UP)}")
     parser.add_argument("--policy", action="append", metavar="NAME",
-                        help="all, or one (repeatable; default: the settings')")  # fmt: skip
+                        help="all, or one (repeatable; default: the settings')")
     parser.add_argument("--servers", dest="config", metavar="FILE", help="settings with servers")
     parser.add_argument("--fleet", nargs="+", metavar="KIND", type=engine_kind,
                         help=f"servers in their place: {', '.join(ENGINE_KINDS)}, or a capacity")
     parser.add_argument("--add-server", action="append", metavar="KIND", type=engine_kind,
-                        help="one more")  # fmt: skip
+                        help="one more")
     parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
     parser.add_argument(
         "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
@@ -14423,7 +14428,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     "replay", "try policies on recorded traffic, in a model", add_replay,
     example="replay sessions --policy all",
     description="Which policy for my traffic? Would a server more help? Requests that the settings'"
-                " queue holds wait there as long as it takes.")  # fmt: skip
+                " queue holds wait there as long as it takes.")
 def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace under each of the policies that are asked for, and print the table."""
     if args.config:
@@ -14445,7 +14450,7 @@ def run_replay(args: argparse.Namespace) -> int:
     span_s = max(1e-9, arrivals[-1].at_s)
     print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
           f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
-          f" s and {args.slo_token * 1000:g} ms a token")  # fmt: skip
+          f" s and {args.slo_token * 1000:g} ms a token")
     rows = dict[str, Summary]()
     for name in policies:
         router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
@@ -14482,7 +14487,7 @@ def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
         if word not in POLICY_NAMES or (word == "expression" and not s.score):
             expected = ", ".join(("all", *POLICY_NAMES))
             raise ValueError(f"--policy: found {word}, expected one of {expected}; expression"
-                             " needs a --servers file with a score")  # fmt: skip
+                             " needs a --servers file with a score")
     return list(words)
 
 
@@ -14528,7 +14533,7 @@ WORDS = (
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
-               b"content-type: text/event-stream; charset=utf-8\r\n\r\n")  # fmt: skip
+               b"content-type: text/event-stream; charset=utf-8\r\n\r\n")
 
 
 class Simulated(NamedTuple):
@@ -14581,7 +14586,7 @@ class SimulatedServer:
         writer.transport.abort()
 
     async def _answer(self, client: MessageReader, writer: asyncio.StreamWriter, head: RequestHead,
-                      content: Content) -> None:  # fmt: skip
+                      content: Content) -> None:
         if self.mode == "hang" and head.path != "/simulate":
             await unless_gone(client, asyncio.Event().wait())
         wanted = read_members(content, None)
@@ -14621,7 +14626,7 @@ class SimulatedServer:
 
     def _models(self) -> Any:
         said = {"object": "model", "created": 0, "owned_by": "vllm",
-                "max_model_len": SIMULATED_LENGTH}  # fmt: skip
+                "max_model_len": SIMULATED_LENGTH}
         data = [{"id": name, **said, "root": name, "parent": None} for name in self.models]
         return {"object": "list", "data": data}
 
@@ -14674,7 +14679,7 @@ def unreadable(head: RequestHead, content: Content) -> tuple[str, str | None] | 
     if needed in document:
         return None
     return (f"{{'type': 'missing', 'loc': 'body.{needed}', 'msg': 'Field required', 'input':"
-            f" '<dict of {len(document)} items>'}}"), f"body.{needed}"  # fmt: skip
+            f" '<dict of {len(document)} items>'}}"), f"body.{needed}"
 
 
 def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] | None:
@@ -14695,11 +14700,11 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] |
     return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
             f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit even"
             " without any output tokens. Please reduce the length of the input prompt."
-            ), "input_tokens"  # fmt: skip
+            ), "input_tokens"
 
 
 def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
-                      prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:  # fmt: skip
+                      prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
     """(status, JSON) with which vLLM refuses such a request, or None."""
     if (wrong := unreadable(head, content)) is not None:
         text, param = wrong
@@ -14726,7 +14731,7 @@ class Generation:
     """One answer of a simulated server."""
 
     def __init__(self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
-                 wanted: dict[str, Any], prompt: Prompt) -> None:  # fmt: skip
+                 wanted: dict[str, Any], prompt: Prompt) -> None:
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
         self.chat = head.path.endswith("chat/completions")
         self.streams = wanted.get("stream") is True
@@ -14769,7 +14774,7 @@ class Generation:
             if self.streams:
                 await self.event([self.choice("delta", text[-1], n)])
         usage = {"prompt_tokens": self.prompt.tokens, "completion_tokens": self.tokens,
-                 "total_tokens": self.prompt.tokens + self.tokens}  # fmt: skip
+                 "total_tokens": self.prompt.tokens + self.tokens}
         if not self.streams:
             document = self.document([self.choice("message", "".join(text), self.tokens - 1)])
             self.writer.write(simulated_response(self.head, 200, document | {"usage": usage}))
@@ -14787,7 +14792,7 @@ class Generation:
     def document(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = f"chat.completion{'.chunk' * self.streams}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": int(time.time()),
-                "model": self.server.models[0], "choices": choices}  # fmt: skip
+                "model": self.server.models[0], "choices": choices}
 
     async def event(self, choices: list[dict[str, Any]], **more: Any) -> None:
         event = b"data: " + json.dumps(self.document(choices) | more).encode() + b"\n\n"
@@ -14917,7 +14922,7 @@ STREAM_TOKENS = 16
 async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
     """Have some tokens streamed; None when there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
-              "ignore_eos": True}  # fmt: skip
+              "ignore_eos": True}
     begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
 
     def take(piece: bytes) -> None:
@@ -14968,7 +14973,7 @@ def load_findings(
     load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
     missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
         ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
-        ("generation_tokens", load.generation_tokens)) if value is None)  # fmt: skip
+        ("generation_tokens", load.generation_tokens)) if value is None)
     uneven = not missing and engines != server.data_parallel_size
     return [Finding(text, advice) for amiss, text, advice in (
         (missing, f"/metrics does not say {missing}", "start vLLM without --disable-log-stats"),
@@ -14977,7 +14982,7 @@ def load_findings(
         (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
         (uneven, f"it runs {engines} engine(s), its data_parallel_size here is"
          f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
-    ) if amiss]  # fmt: skip
+    ) if amiss]
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
@@ -15000,7 +15005,7 @@ def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
 def came_at_once(streamed: Streamed | None) -> bool:
     """Whether tokens came all together, though that took a while: as if they were collected."""
     return (streamed is not None and streamed.events > 3 and streamed.pieces == 1
-            and streamed.last_s > 0.05)  # fmt: skip
+            and streamed.last_s > 0.05)
 
 
 def buffered_findings(streamed: Streamed | None) -> list[Finding]:
@@ -15009,7 +15014,7 @@ def buffered_findings(streamed: Streamed | None) -> list[Finding]:
         return []
     return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
                     "turn response buffering off in what stands before the server (nginx:"
-                    " proxy_buffering off)")]  # fmt: skip
+                    " proxy_buffering off)")]
 
 
 def secret_files(path: str, s: Settings) -> list[str]:
@@ -15025,7 +15030,7 @@ def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
     """About files that hold keys, by their modes."""
     return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
                     f"chmod o-rwx {path}")
-            for path, mode in modes.items() if mode & stat.S_IRWXO]  # fmt: skip
+            for path, mode in modes.items() if mode & stat.S_IRWXO]
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
@@ -15039,7 +15044,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         findings += [Finding(
             f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
             " is named after", "choose unified, or give other max_concurrent_requests")
-            for name in unweighed(s)]  # fmt: skip
+            for name in unweighed(s)]
     known = {name for one in examined for name in one.models or ()}
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]

@@ -105,7 +105,8 @@ async def eventually(condition, what, within_s=30):
 @functools.cache
 def rooms():
     """(number, name, first line, last line) of each room."""
-    found = [(int(m[1]), m[2], SOURCE.count("\n", 0, m.start()) + 1) for m in BANNER.finditer(SOURCE)]
+    found = [(int(m[1]), m[2], SOURCE.count("\n", 0, m.start()) + 1)
+             for m in BANNER.finditer(SOURCE)]
     ends = [line - 1 for _, _, line in found[1:]] + [SOURCE.count("\n") + 1]
     return [(*room, end) for room, end in zip(found, ends)]
 
@@ -132,25 +133,30 @@ def test_the_map_in_the_docstring_lists_the_rooms_in_their_order():
 def test_the_map_in_the_docstring_tells_in_which_room_what_it_names_is():
     named = re.findall(r"`(\w+)`\s+\((\d+)\)", lite.__doc__)
     homes = {node.name: room_at(node.lineno) for node in TREE.body if hasattr(node, "name")}
-    assert len(named) > 7 and {(name, homes[name]) for name, _ in named} == {(name, int(room)) for name, room in named}
+    assert (len(named) > 7 and {(name, homes[name]) for name, _ in named}
+            == {(name, int(room)) for name, room in named})
 
 
 def test_the_map_in_the_docstring_has_the_parts_where_they_are():
     banner = re.compile(r"^# ━+ part ([IVX]+): (.+?) ━+$\n\n\n# ═+\n#  (\d+)  ", re.MULTILINE)
     found = [(number, name, int(room)) for number, name, room in banner.findall(SOURCE)]
     listed = re.findall(PART_LINE.pattern + r".*\n +(\d+)  ", lite.__doc__, re.MULTILINE)
-    assert [(number, name, int(room)) for number, name, _, room in listed] == found and len(found) == 12
+    assert ([(number, name, int(room)) for number, name, _, room in listed] == found
+            and len(found) == 12)
     ruler = SOURCE.index(" the ruler ─"), lite.__doc__.index("── the ruler")
-    assert [text.count(f" {at}: ", 0, ruler[0]) for at in ("part X", "part XI") for text in [SOURCE]] == [1, 0]
+    assert [text.count(f" {at}: ", 0, ruler[0]) for at in ("part X", "part XI")
+            for text in [SOURCE]] == [1, 0]
     assert lite.__doc__.index("   X  program") < ruler[1] < lite.__doc__.index("  XI  seen")
 
 
 def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_parts_exactly():
-    told_lines = dict(re.findall(r"^ +([IVX]+)  .+? ([\d,]+)  [a-z]", lite.parts_table(SOURCE), re.MULTILINE))
+    told_lines = dict(re.findall(r"^ +([IVX]+)  .+? ([\d,]+)  [a-z]", lite.parts_table(SOURCE),
+                                 re.MULTILINE))
     for number, _, lines in PART_LINE.findall(lite.__doc__):
         counted, said = (int(text.replace(",", "")) for text in (told_lines[number], lines))
         assert abs(counted - said) < 50 + 0.1 * counted, f"part {number} has {counted} lines"
-    assert lite.parts_table(SOURCE).splitlines()[-1].split() == ["together", f"{SOURCE.count(chr(10)):,}"]
+    assert (lite.parts_table(SOURCE).splitlines()[-1].split()
+            == ["together", f"{SOURCE.count(chr(10)):,}"])
 
 
 def test_the_file_fits_a_config_map():
@@ -172,7 +178,8 @@ def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
         names = [node.name] if hasattr(node, "name") else []
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
+            names = [t.id for target in targets
+                     for t in ast.walk(target) if isinstance(t, ast.Name)]
         home |= {name: room_at(node.lineno) for name in names if name not in home}
     for line, name in names_used(symtable.symtable(SOURCE, "mvllm_lite.py", "exec")):
         assert home.get(name, 0) <= room_at(line), f"in line {line} ff.: {name}"
@@ -203,8 +210,23 @@ def test_only_the_standard_library_is_imported_and_nothing_is_global():
             assert node.module.split(".")[0] in known
 
 
+def test_both_files_keep_to_the_stated_style():
+    for path in (HERE / "mvllm_lite.py", HERE / "test_mvllm_lite.py"):
+        source = path.read_text()
+        rows, tree = source.split("\n"), ast.parse(source)
+        pictures = {row for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                    and rows[node.end_lineno - 1].endswith("# noqa: E501")
+                    for row in range(node.lineno, node.end_lineno + 1)}
+        wide = [n for n, row in enumerate(rows, 1) if len(row) > 100 and n not in pictures]
+        assert not wide and "# fmt" + ":" not in source
+        for before, node in itertools.pairwise(tree.body):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                assert "\n\n\n" in "\n".join(rows[before.end_lineno - 1 : node.lineno]), node.name
+
+
 def test_no_function_is_longer_than_60_lines_and_most_are_short():
-    functions = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [n for n in ast.walk(TREE)
+                 if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     sizes = sorted(n.end_lineno - n.lineno + 1 for n in functions)
     assert sizes[-1] <= 60 and sizes[len(sizes) // 2] <= 10 and sizes[len(sizes) * 9 // 10] <= 30
 
@@ -237,11 +259,13 @@ def test_a_function_has_six_parameters_at_the_most():
         named = [*one.args.posonlyargs, *one.args.args, *one.args.kwonlyargs]
         return [arg.arg for arg in named if arg.arg not in ("self", "cls")]
 
-    assert {f"{one.name}({parameters(one)[0]}" for one in functions() if len(parameters(one)) > 6} <= LONG_CALLS
+    assert {f"{one.name}({parameters(one)[0]}"
+            for one in functions() if len(parameters(one)) > 6} <= LONG_CALLS
 
 
 def test_plans_are_a_screen_long():
-    plans = [one for one in functions() if one.returns and re.match(r"Plan\b|Generator\[Step", ast.unparse(one.returns))]
+    plans = [one for one in functions() if one.returns
+             and re.match(r"Plan\b|Generator\[Step", ast.unparse(one.returns))]
     assert len(plans) >= 5 and max(one.end_lineno - one.lineno + 1 for one in plans) <= 30
 
 
@@ -407,7 +431,8 @@ BAD_HEADS = table(
     ("authority form", "GET a:80 HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
     ("asterisk for GET, RFC 9112 3.2.4", "GET * HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
     ("absolute form without host", "GET http:///a HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
-    ("absolute form with a password", "GET http://u:p@a/ HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
+    ("absolute form with a password", "GET http://u:p@a/ HTTP/1.1\nHost: a", Fault.BAD_REQUEST,
+     "target"),
     ("CONNECT", "CONNECT a:80 HTTP/1.1\nHost: a", Fault.NOT_IMPLEMENTED, "CONNECT"),
     ("TRACE", "TRACE / HTTP/1.1\nHost: a", Fault.NOT_IMPLEMENTED, "TRACE"),
     ("other scheme", "GET ftp://a/ HTTP/1.1\nHost: a", Fault.BAD_REQUEST, "target"),
@@ -456,7 +481,8 @@ FRAMINGS = table(
     ("other coding before it, 6.1", "Transfer-Encoding: gzip, chunked", Fault.NOT_IMPLEMENTED),
     ("no chunked, 6.3 rule 4", "Transfer-Encoding: gzip", Fault.BAD_REQUEST),
     ("chunked is not last", "Transfer-Encoding: chunked, gzip", Fault.BAD_REQUEST),
-    ("chunked twice, 6.1", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked", Fault.BAD_REQUEST),
+    ("chunked twice, 6.1", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
+     Fault.BAD_REQUEST),
     ("no coding at all", "Transfer-Encoding:", Fault.BAD_REQUEST),
     ("coding hidden by a parameter", "Transfer-Encoding: chunked;a=b", Fault.BAD_REQUEST),
 )
@@ -503,8 +529,9 @@ def test_framing_of_responses(line, fields, method, expected):
     assert caught.value.fault is Fault.BAD_ANSWER
 
 
-@pytest.mark.parametrize("text", ["HTTP/1.1 20 OK", "HTTP/2.0 200 OK", "ICY 200 OK", "HTTP/1.1 099 X",
-                                  "HTTP/1.1 200 OK\nA b: c", "HTTP/1.1 200 OK\nA: b\n c"])  # fmt: skip
+@pytest.mark.parametrize("text",
+                         ["HTTP/1.1 20 OK", "HTTP/2.0 200 OK", "ICY 200 OK", "HTTP/1.1 099 X",
+                                  "HTTP/1.1 200 OK\nA b: c", "HTTP/1.1 200 OK\nA: b\n c"])
 def test_bad_answers_are_the_server_s_fault(text):
     with pytest.raises(lite.BadMessage) as caught:
         answer_of(text)
@@ -546,17 +573,20 @@ def search_in(data, how, side=Blame.CLIENT):
     ("HTTP/2 is told its version later", Blame.CLIENT, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 18),
     ("a response", Blame.SERVER, b"HTTP/1.1 200 \xe9 OK\r\nA: b\r\n\r\n{\n}", 27),
     ("the beginning of one", Blame.SERVER, b"HTTP/1.1 2", -1),
-))  # fmt: skip
+))
 def test_the_end_of_a_head_is_found_however_it_arrives(side, data, end, how):
     assert search_in(data, how, side) == end
 
 
 @pytest.mark.parametrize("side, data, after, named", table(
-    ("a bare LF ends the first line", Blame.CLIENT, b"GET / HTTP/1.1\nHost: a\n\n", 15, "request line"),
+    ("a bare LF ends the first line", Blame.CLIENT, b"GET / HTTP/1.1\nHost: a\n\n", 15,
+     "request line"),
     ("or a field", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\nB: c\r\n", 24, "bare CR or LF"),
-    ("or stands where the head ends", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\n\nxx", 26, "bare CR or LF"),
+    ("or stands where the head ends", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\n\nxx", 26,
+     "bare CR or LF"),
     ("a bare CR", Blame.CLIENT, b"GET / HTTP/1.1\rHost: a\r\r", 16, "request line|bare CR"),
-    ("a bare CR after a field", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\rB: c\r", 25, "bare CR or LF"),
+    ("a bare CR after a field", Blame.CLIENT, b"GET / HTTP/1.1\r\nHost: a\rB: c\r", 25,
+     "bare CR or LF"),
     ("nothing but LF", Blame.CLIENT, b"\n\n\n", 1, "request line"),
     ("TLS", Blame.CLIENT, TLS_HELLO, 1, "request line"),
     ("SSH", Blame.CLIENT, b"SSH-2.0-OpenSSH_9.2\r\nxxxx", 21, "SSH-2.0"),
@@ -564,21 +594,24 @@ def test_the_end_of_a_head_is_found_however_it_arrives(side, data, end, how):
     ("PostgreSQL", Blame.CLIENT, b"\0\0\0\x08\x04\xd2\x16\x2f", 1, "request line"),
     ("SMTP", Blame.CLIENT, b"EHLO me\r\n", 9, "EHLO me"),
     ("a control character", Blame.CLIENT, b"GET /\0 HTTP/1.1", 6, "request line"),
-    ("PROXY from others", Blame.CLIENT, b"PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n", 33, "only trusted_proxies"),
-    ("and version 2", Blame.CLIENT, lite.PROXY_SIGNATURE[4:] + b"\x21\x11\0\x0c", 1, "request line"),
+    ("PROXY from others", Blame.CLIENT, b"PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n", 33,
+     "only trusted_proxies"),
+    ("and version 2", Blame.CLIENT, lite.PROXY_SIGNATURE[4:] + b"\x21\x11\0\x0c", 1,
+     "request line"),
     ("a server's bare LF", Blame.SERVER, b"HTTP/1.1 200 OK\nA: b\n\n", 16, "bare CR or LF"),
     ("in a field", Blame.SERVER, b"HTTP/1.1 200 OK\r\nA: b\n\n", 22, "bare CR or LF"),
     ("a server that speaks TLS", Blame.SERVER, b"\x15\x03\x01\0\x02\x02\x46", 1, "status line"),
     ("or SSH", Blame.SERVER, b"SSH-2.0-x\r\n", 1, "status line"),
     ("or HTTP/2", Blame.SERVER, b"HTTP/2 200\r\n", 6, "status line"),
     ("or no status", Blame.SERVER, b"HTTP/1.1 OK\r\n", 13, "status line"),
-))  # fmt: skip
+))
 def test_what_can_be_no_head_is_refused_where_it_is_seen(side, data, after, named):
     assert after == 1 or search_in(data[: after - 1], "bytes", side) == -1
     for how in ("whole", "bytes"):
         with pytest.raises(lite.BadMessage, match=named) as caught:
             search_in(data[:after], how, side)
-        assert caught.value.fault is (Fault.BAD_REQUEST if side is Blame.CLIENT else Fault.BAD_ANSWER)
+        assert caught.value.fault is (Fault.BAD_REQUEST if side is Blame.CLIENT
+                                      else Fault.BAD_ANSWER)
 
 
 def test_each_byte_of_a_head_is_looked_at_once():
@@ -619,7 +652,8 @@ def test_a_head_has_so_many_lines_and_counts_for_what_holding_it_takes():
 
 
 def proxied(family, addresses, command=0x21, tlv=b""):
-    return lite.PROXY_SIGNATURE + bytes((command, family)) + struct.pack("!H", len(addresses + tlv)) + addresses + tlv
+    return (lite.PROXY_SIGNATURE + bytes((command, family))
+            + struct.pack("!H", len(addresses + tlv)) + addresses + tlv)
 
 
 V4 = bytes((1, 2, 3, 4, 5, 6, 7, 8)) + struct.pack("!HH", 900, 80)
@@ -631,7 +665,8 @@ PROXIED = table(
     ("not known, with what it would be", b"PROXY UNKNOWN ::1 ::1 1 2\r\n", lite.UNKNOWN),
     ("version 2, IPv4", proxied(0x11, V4), ("1.2.3.4", 900)),
     ("IPv6", proxied(0x21, V6), ("::1", 900)),
-    ("extensions are skipped", proxied(0x11, V4, tlv=b"\x01\0\x02h2" + b"\xea" * 3000), ("1.2.3.4", 900)),
+    ("extensions are skipped", proxied(0x11, V4, tlv=b"\x01\0\x02h2" + b"\xea" * 3000),
+     ("1.2.3.4", 900)),
     ("the proxy's own", proxied(0, b"", 0x20), None),
     ("whatever it says beside", proxied(0x11, V4, 0x20), None),
     ("not known in version 2", proxied(0, b"xyz"), lite.UNKNOWN),
@@ -647,18 +682,21 @@ def test_a_proxy_says_whose_connection_it_is(header, address, how):
     for piece in pieces_of(header, how):
         assert lite.proxy_header(come) is None
         come += piece
-    assert lite.proxy_header(come) == lite.proxy_header(come + b"\r\nGET /") == (len(header), address)
+    assert (lite.proxy_header(come) == lite.proxy_header(come + b"\r\nGET /")
+            == (len(header), address))
 
 
 @pytest.mark.parametrize("how", FEEDS)
 @pytest.mark.parametrize("header", [
-    b"PROXY TCP4 1.2.3.4 5.6.7.8 900\r\n", b"PROXY TCP4 ::1 ::2 1 2\r\n", b"PROXY TCP6 1.2.3.4 5.6.7.8 1 2\r\n",
-    b"PROXY TCP4 1.2.3.4 5.6.7.8 1 65536\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8 70000 6\r\n", b"PROXY TCP4 1.2.3.4 x 1 2\r\n",
-    b"PROXY TCP4  1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY tcp4 1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY / HTTP/1.1\r\n",
-    b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\nGET /\r\n", b"PROXY UNKNOWN" + b" " * 100, b"PROXY UNKNOWN" + b"x" * 200,
-    proxied(0x11, V4, 0x11), proxied(0x11, V4, 0x22), proxied(0x41, V4), proxied(0x13, V4), proxied(0x11, V4[:-1]),
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 900\r\n", b"PROXY TCP4 ::1 ::2 1 2\r\n",
+    b"PROXY TCP6 1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 65536\r\n",
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 70000 6\r\n", b"PROXY TCP4 1.2.3.4 x 1 2\r\n",
+    b"PROXY TCP4  1.2.3.4 5.6.7.8 1 2\r\n", b"PROXY tcp4 1.2.3.4 5.6.7.8 1 2\r\n",
+    b"PROXY / HTTP/1.1\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\nGET /\r\n",
+    b"PROXY UNKNOWN" + b" " * 100, b"PROXY UNKNOWN" + b"x" * 200, proxied(0x11, V4, 0x11),
+    proxied(0x11, V4, 0x22), proxied(0x41, V4), proxied(0x13, V4), proxied(0x11, V4[:-1]),
     proxied(0x21, V4), b"PROXY TCP6 fe80::1%\x1b[2J ::2 1 2\r\n",
-])  # fmt: skip
+])
 def test_a_proxy_that_speaks_unclearly_is_refused(header, how):
     with pytest.raises(lite.BadMessage, match="the PROXY"):
         come = b""
@@ -667,7 +705,8 @@ def test_a_proxy_that_speaks_unclearly_is_refused(header, how):
             assert lite.proxy_header(come) is None
 
 
-@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n", b"POST", b"PROPFIND /", b"\r\nGET", b"\r\n\r\n\r", b"PUT /", TLS_HELLO])
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n", b"POST", b"PROPFIND /", b"\r\nGET",
+                                  b"\r\n\r\n\r", b"PUT /", TLS_HELLO])
 def test_other_first_bytes_are_no_proxy_s(data):
     assert lite.proxy_header(data) == (0, None)
 
@@ -682,7 +721,7 @@ def test_a_reason_phrase_may_be_missing():
     ("1.1 close", "GET / HTTP/1.1\nHost: a\nConnection: x, Close", False),
     ("1.0", "GET / HTTP/1.0", False),
     ("1.0 keep-alive", "GET / HTTP/1.0\nConnection: Keep-Alive", True),
-))  # fmt: skip
+))
 def test_persistence_of_connections(text, persists):
     assert head_of(text).persists is persists
 
@@ -691,7 +730,8 @@ CHUNKED_MESSAGES = table(
     ("one chunk", b"5\r\nhello\r\n0\r\n\r\n", b"hello", b""),
     ("several", b"3\r\nfoo\r\n4\r\nbarb\r\n0\r\n\r\n", b"foobarb", b""),
     ("empty", b"0\r\n\r\n", b"", b""),
-    ("hex in both cases", b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2, b""),
+    ("hex in both cases", b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2,
+     b""),
     ("extension", b'5;a=1; b="c"\r\nhello\r\n0;x\r\n\r\n', b"hello", b""),
     ("trailers are dropped", b"2\r\nhi\r\n0\r\nX: 1\r\nY: 2\r\n\r\n", b"hi", b""),
     ("leading zeros", b"0005\r\nhello\r\n000\r\n\r\n", b"hello", b""),
@@ -713,11 +753,12 @@ def test_chunked_content_is_found_however_it_arrives(data, content, rest, how):
 
 
 @pytest.mark.parametrize("data", [
-    b"+5\r\nhello\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5_0\r\n", b" 5\r\nhello\r\n", b"5 \r\nhello\r\n",
-    b"\r\n", b"g\r\n", b"5\nhello\n", b"5\r\nhelloX\r\n", b"5\r\nhello\n0", b"1" * 16 + b"\r\n",
-    b"5;" + b"x" * 5000, b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n", b"5;\x00\r\nhello\r\n",
-    b"0\r\nGET / HTTP/1.1\r\n\r\n", b"0\r\n X: folded\r\n\r\n", b"5;" + b"x" * 5000 + b"\r\nhello\r\n",
-])  # fmt: skip
+    b"+5\r\nhello\r\n", b"-1\r\n", b"0x5\r\nhello\r\n", b"5_0\r\n", b" 5\r\nhello\r\n",
+    b"5 \r\nhello\r\n", b"\r\n", b"g\r\n", b"5\nhello\n", b"5\r\nhelloX\r\n", b"5\r\nhello\n0",
+    b"1" * 16 + b"\r\n", b"5;" + b"x" * 5000, b"0\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
+    b"5;\x00\r\nhello\r\n", b"0\r\nGET / HTTP/1.1\r\n\r\n", b"0\r\n X: folded\r\n\r\n",
+    b"5;" + b"x" * 5000 + b"\r\nhello\r\n",
+])
 @pytest.mark.parametrize("how", ["whole", "bytes"])
 def test_broken_chunks_are_refused(data, how):
     decoder = lite.ChunkedDecoder()
@@ -763,7 +804,8 @@ def test_heads_that_differ_in_their_length_alone_are_read_once():
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
     assert lite.parse_response_head(answer % 1)[0] is lite.parse_response_head(answer % 2)[0]
     long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * lite.HEAD_KEPT_BYTES)
-    assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]  # memory has an end
+    # memory has an end
+    assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]
 
 
 def test_nothing_is_kept_of_long_paths():
@@ -786,7 +828,7 @@ def test_nothing_is_kept_of_long_paths():
     ("a list", "Content-Length: 5, 5", "5, 5"),
     ("nothing", "Content-Length:", ""),
     ("none", "X-Content-Length: 5", None),
-))  # fmt: skip
+))
 def test_a_length_is_found_wherever_and_however_often_it_stands(lines, length):
     head, found = request_of(f"POST / HTTP/1.1\nHost: a\n{lines}\nA: b")
     assert found == length and head.fields.get("a") == "b"
@@ -798,7 +840,8 @@ def test_a_length_is_found_wherever_and_however_often_it_stands(lines, length):
 def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
     head = head_of(
         "POST /v1/x?q=1 HTTP/1.1\nHost: me\nConnection: keep-alive, X-Drop\nX-Drop: 1\nCookie: a\n"
-        "TE: trailers\nKeep-Alive: 5\nAuthorization: Bearer k\nCookie: b\nTransfer-Encoding: chunked\n"
+        "TE: trailers\nKeep-Alive: 5\nAuthorization: Bearer k\nCookie: b\nTransfer-Encoding: "
+        "chunked\n"
         "Expect: 100-continue\ntraceparent: 00-1\nX-Request-Id: old\nProxy-Authorization: secret"
     )
     fields = lite.forward_fields(head.fields, [("X-Request-Id", "new")])
@@ -806,7 +849,7 @@ def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
     assert out.split("\r\n") == [
         "POST /v1/x?q=1 HTTP/1.1", "Host: gpu:8000", "Cookie: a", "Authorization: Bearer k",
         "Cookie: b", "traceparent: 00-1", "X-Request-Id: new", "Content-Length: 5", "", "",
-    ]  # fmt: skip
+    ]
 
 
 CODED = "Host: a\nAccept-Encoding: gzip, br"
@@ -818,12 +861,13 @@ HOP = lite.Hop("1.1.1.1", False, False, "mvllm-lite-0")
     ("also without a path", "HTTP://b?q", "b"),
     ("and an IPv6 address", "https://[::1]:8/", "[::1]:8"),
     ("Host, where the target says none", "/v1/x", "a"),
-))  # fmt: skip
+))
 def test_the_host_that_a_client_means_goes_along(target, host):
     for minor in (0, 1):
         head = head_of(f"GET {target} HTTP/1.{minor}\nHost: a")
         assert head.fields.get("host") == host
-        assert f"X-Forwarded-Host: {host}\r\n" in lite.forwarded_fields(head.fields, HOP, False, False)[0]
+        assert f"X-Forwarded-Host: {host}\r\n" in lite.forwarded_fields(
+            head.fields, HOP, False, False)[0]
     assert head_of("GET http://b/ HTTP/1.0").fields.get("host") == "b"
 
 
@@ -832,7 +876,7 @@ def test_the_host_that_a_client_means_goes_along(target, host):
     ("to nothing", "OPTIONS", "01", 1, "0"),
     ("and ends here", "OPTIONS", "0", 0, None),
     ("other methods are not", "GET", "3", None, "3"),
-))  # fmt: skip
+))
 def test_max_forwards(method, said, left, sent):
     head = head_of(f"{method} /v1/x HTTP/1.1\nHost: a\nMAX-forwards: {said}\nB: c")
     assert head.hops_left == left
@@ -856,7 +900,7 @@ def test_max_forwards_that_is_no_number_is_refused(said):
     ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False,
      ["identity"]),
     ("nor where it is said twice", f"{CODED}\nAccept-Encoding: zstd", True, ["identity"]),
-))  # fmt: skip
+))
 def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
     head = head_of(f"POST /v1/x HTTP/1.1\n{fields}")
     lines, _ = lite.forwarded_fields(head.fields, HOP, False, stream)
@@ -867,7 +911,7 @@ def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
     ("GET without content", "GET", None, []),
     ("POST says 0, RFC 9110 8.6", "POST", None, ["Content-Length: 0"]),
     ("with content", "POST", 3, ["Content-Length: 3"]),
-))  # fmt: skip
+))
 def test_a_forwarded_request_is_framed_by_its_length(method, length, framed):
     head = head_of(f"{method} /a HTTP/1.1\nHost: a")
     out = lite.forward_request(head, "/a", "b", "", length).decode()
@@ -879,23 +923,26 @@ def test_only_an_upgrade_to_websocket_is_asked_for_again():
     out = lite.forward_request(head, "/v1/x", "b", lite.forward_fields(head.fields, []), None)
     assert b"pgrade" not in out
     head = head_of("GET /v1/realtime HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket")
-    out = lite.forward_request(head, "/v1/realtime", "b", lite.forward_fields(head.fields, []), None)
+    out = lite.forward_request(head, "/v1/realtime", "b", lite.forward_fields(head.fields, []),
+                               None)
     assert b"Connection: upgrade\r\nUpgrade: websocket\r\n" in out
 
 
 RETURNED = table(
     ("length", "Content-Length: 5", lite.Framing(5), 1, True, ["Content-Length: 5"]),
-    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
+    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED, 1, True,
+     ["Transfer-Encoding: chunked"]),
     ("until close", "", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
     ("to 1.0", "", lite.UNTIL_CLOSE, 0, False, ["Connection: close"]),
     ("none", "Content-Length: 5", None, 1, True, []),
-    ("Connection names the length", "Content-Length: 5\nConnection: Content-Length", lite.Framing(5), 1, True,
+    ("Connection names the length", "Content-Length: 5\nConnection: Content-Length",
+     lite.Framing(5), 1, True,
      ["Content-Length: 5"]),
     ("1.0 that persists", "Content-Length: 5", lite.Framing(5), 0, True,
      ["Content-Length: 5", "Connection: keep-alive"]),
     ("closing", "Content-Length: 5\nConnection: keep-alive", lite.Framing(5), 1, False,
      ["Content-Length: 5", "Connection: close"]),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("fields, framing, minor, persists, expected", RETURNED)
@@ -913,20 +960,23 @@ def test_a_returned_response_is_framed_for_the_client(fields, framing, minor, pe
     ("chunked to 1.0", "GET", 0, "200 OK", lite.CHUNKED, lite.UNTIL_CLOSE),
     ("204", "GET", 1, "204 X\nContent-Length: 0", lite.NO_CONTENT, None),
     ("HEAD", "HEAD", 1, "200 OK\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
-    ("HEAD of what has no length", "HEAD", 1, "200 OK\nTransfer-Encoding: chunked", lite.NO_CONTENT, None),
+    ("HEAD of what has no length", "HEAD", 1, "200 OK\nTransfer-Encoding: chunked", lite.NO_CONTENT,
+     None),
     ("304", "GET", 1, "304 X\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
-))  # fmt: skip
+))
 def test_how_an_answer_is_framed_for_its_client(method, minor, answer, theirs, expected):
-    request, head = head_of(f"{method} / HTTP/1.{minor}\nHost: a"), response_of(f"HTTP/1.1 {answer}")
+    request, head = (head_of(f"{method} / HTTP/1.{minor}\nHost: a"),
+                     response_of(f"HTTP/1.1 {answer}"))
     assert lite.returned_framing(*head, request, theirs) == expected
 
 
 def test_a_returned_response_keeps_repeated_fields_apart():
     head = answer_of("HTTP/1.1 200 Fine\nSet-Cookie: a\nServer: uvicorn\nSet-Cookie: b\nX-Id: 1")
-    out = lite.return_response(head, head_of("GET / HTTP/1.1\nHost: a"), lite.CHUNKED, True, [("x-id", "2")])
+    out = lite.return_response(head, head_of("GET / HTTP/1.1\nHost: a"), lite.CHUNKED, True,
+                               [("x-id", "2")])
     assert out.decode().split("\r\n")[:5] == [
         "HTTP/1.1 200 Fine", "Set-Cookie: a", "Server: uvicorn", "Set-Cookie: b", "x-id: 2",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("location, expected", table(
@@ -939,7 +989,7 @@ def test_a_returned_response_keeps_repeated_fields_apart():
     ("relative, under its prefix", "/base/v1/x?a=b", "/v1/x?a=b"),
     ("relative to what was asked for", "base/v1/x", "base/v1/x"),
     ("no URL at all", "http://[", "http://["),
-))  # fmt: skip
+))
 def test_redirects_of_a_server_to_itself_lead_back_to_us(location, expected):
     assert lite.local_location(location, "gpu:1", "/base") == expected
 
@@ -948,16 +998,20 @@ def test_cors():
     page = "Host: a\nOrigin: https://page"
     plain = head_of(f"POST /v1/x HTTP/1.1\n{page}")
     flight = head_of(f"OPTIONS /v1/x HTTP/1.1\n{page}\nAccess-Control-Request-Method: POST\n"
-                     "Access-Control-Request-Headers: authorization")  # fmt: skip
+                     "Access-Control-Request-Headers: authorization")
     assert dict(lite.cors_fields(plain, ["*"]))["Access-Control-Allow-Origin"] == "*"
-    assert dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"] == "https://page"
+    assert (dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"]
+            == "https://page")
     assert lite.cors_fields(plain, ["https://other"]) == [] == lite.cors_fields(plain, [])
     assert lite.cors_fields(head_of("GET / HTTP/1.1\nHost: a"), ["*"]) == []
     for head in (plain, flight):  # cookies, for origins with a name; then * is not all any more
-        assert dict(lite.cors_fields(head, ["https://page"], True))["Access-Control-Allow-Credentials"] == "true"
-        assert not any("Credentials" in name for name, _ in lite.cors_fields(head, ["*"], True) + lite.cors_fields(head, ["https://page"]))
+        assert dict(lite.cors_fields(head, ["https://page"],
+                                     True))["Access-Control-Allow-Credentials"] == "true"
+        assert not any("Credentials" in name for name, _ in lite.cors_fields(head, ["*"], True)
+                       + lite.cors_fields(head, ["https://page"]))
         assert lite.cors_fields(head, ["https://other"], True) == []
-    assert "X-Request-Id" in dict(lite.cors_fields(plain, ["https://page"], True))["Access-Control-Expose-Headers"]
+    assert ("X-Request-Id" in dict(lite.cors_fields(plain, ["https://page"],
+                                                    True))["Access-Control-Expose-Headers"])
     allowed = dict(lite.cors_fields(flight, ["*"]))
     assert allowed["Access-Control-Allow-Methods"] == "POST"
     assert allowed["Access-Control-Allow-Headers"] == "authorization"
@@ -975,8 +1029,9 @@ NAME_BYTES = frozenset(LETTERS + b"!#$%&'*+-.^_`|~")
 HOST_BYTES = frozenset(LETTERS + b"-._~%!$&'()*+;=:[]")
 HEX_BYTES = frozenset(string.hexdigits.encode())
 CONTROLS = frozenset(range(32)) - {9} | {127}
-NOT_PASSED_ON = frozenset(b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
-                          b" proxy-authenticate proxy-authorization content-length".split())  # fmt: skip
+NOT_PASSED_ON = frozenset(b"connection keep-alive proxy-connection te trailer "
+                          b"transfer-encoding upgrade"
+                          b" proxy-authenticate proxy-authorization content-length".split())
 
 
 class Unreadable(Exception):
@@ -1197,7 +1252,8 @@ def judge_response(data, cuts, client):
         persists = False
     if not persists or not request.minor:
         own += [(b"Connection", b"keep-alive" if persists else b"close")]
-    same = Message((b"HTTP/1.1", status, reason), kept(fields, b"x-id") + own, content, len(found[0]))
+    same = Message((b"HTTP/1.1", status, reason), kept(fields, b"x-id") + own, content,
+                   len(found[0]))
     assert read_response(found[0], request.method) == same, data
     return fate
 
@@ -1210,10 +1266,11 @@ def lines(*texts):
 
 
 CLIENTS = lines(
-    "GET / HTTP/1.1\nHost: a\nConnection: upgrade\nUpgrade: websocket\n\n", "GET / HTTP/1.1\nHost: a\n\n",
-    "GET / HTTP/1.1\nHost: a\nConnection: close\n\n", "HEAD / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.0\n\n",
+    "GET / HTTP/1.1\nHost: a\nConnection: upgrade\nUpgrade: websocket\n\n",
+    "GET / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.1\nHost: a\nConnection: close\n\n",
+    "HEAD / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.0\n\n",
     "GET / HTTP/1.0\nConnection: keep-alive\n\n",
-)  # fmt: skip
+)
 REQUESTS = lines(
     "GET /v1/models HTTP/1.1\nHost: a\n\n",
     "\nGET /v1/x?a=b&c HTTP/1.0\nConnection: keep-alive\n\n",
@@ -1224,18 +1281,20 @@ REQUESTS = lines(
     "POST /a HTTP/1.1\nHost: a\nContent-Length: 5\n\nhelloGET /b HTTP/1.1\nHost: a\n\n",
     "POST /a HTTP/1.1\nHost: a\nContent-Length: 35\n\nGET /b HTTP/1.1\nHost: smuggled\n\n0\n\n",
     "POST /a HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\nGET / HTTP/1.1\n\n",
-    "POST /a HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n"  # chunks that look like others if cut
+    # chunks that look like others if cut
+    "POST /a HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n"
     "0c\n\n5\nhello\n\n15\nhello\n0123456789abcd\n0\n\n",
     "PUT /a HTTP/1.1\nTransfer-Encoding: Chunked\nHost: a\nTE: trailers\nTrailer: X-T\n\n"
     '4;a=b\na\nb\n00A ;c="d;e"\n0123456789\n0;last\nX-T: 1\nHost: c\n\n',
     "POST /a HTTP/1.1\nHost: a\nConnection: close, X-Hop, Content-Length\nX-Hop: 1\nKeep-Alive: 5\n"
     "Cookie: a=b\nCookie: c=d\nAuthorization: Bearer k\nContent-Length: 2\nX-End:\t \n\n{}",
-)  # fmt: skip
+)
 RESPONSES = lines(
     "HTTP/1.1 200 OK\nServer: uvicorn\nContent-Length: 5\nContent-Type: text/plain\n\nhello",
     "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nSet-Cookie: a\nSet-Cookie: b\n\n"
     "9\ndata: a\n\n7;x\ndata:\n\n8\n[DONE]\n\n0\n\n",
-    'HTTP/1.1 500\nTransfer-Encoding: CHUNKED\nTrailer: X-T\n\n00c ; a="b"\n{"error": 1}\n0\nX-T: 1\n\n',
+    'HTTP/1.1 500\nTransfer-Encoding: CHUNKED\nTrailer: X-T\n\n00c ; a="b"\n{"error": 1}\n0\n'
+    'X-T: 1\n\n',
     "HTTP/1.0 200 Fine\nX-Id: 2\n\nuntil the\n\nconnection closes",
     "HTTP/1.0 404 Not Found\nContent-Length: 05\nConnection: keep-alive, X-Hop\nX-Hop: 1\n\nwhere",
     "HTTP/1.1 204 No Content\nX-A: 1\nContent-Length: 0\n\n",
@@ -1243,21 +1302,29 @@ RESPONSES = lines(
     "HTTP/1.1 103 Early Hints\nLink: </a>\n\nHTTP/1.1 200 OK\nContent-Length: 2\n\nok",
     "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: websocket\n\n\x01\x02",
     "HTTP/1.1 200 OK\nContent-Length: 40\n\nHTTP/1.1 200 OK\nContent-Length: 1\n\n.....",
-)  # fmt: skip
+)
 WHOLE_LINES = [line + b"\r\n" for line in lines(*"""
-Content-Length: 5|content-length:+5|Content-Length: 5, 5|Content-Length:|Content-Length: 1_0|Content-Length: \xb2
-Content-Length : 5|Content-Length: 0x5|Content-Length: 9999999999999999999|Transfer_Encoding: chunked
-Transfer-Encoding: chunked|transfer-encoding:\tChunked |Transfer-Encoding: chunked, identity|Transfer-Encoding:
-Transfer-Encoding: gzip, chunked|Transfer-Encoding: ,chunked,|Transfer-Encoding: x;chunked|Host: b|Host:|Host: a@b
-Transfer-Encoding: \x85chunked|Transfer-Encoding\t: chunked|Connection: Host, Content-Length, Via|Upgrade: websocket
-Connection: transfer-encoding|Connection: upgrade|Upgrade: h2c| folded: 1|\tfolded|Expect: 100-continue|Via: \xe9
-X-Id: 3|GET / HTTP/1.1|HTTP/1.1 200 OK|0|+5|-1|0x5|5_0| 5|5 |5 ;a|5;a="|FFFFFFFFFFFFFFFF|00000000000000000005|\xb2
-""".strip("\n").replace("\n", "|").split("|"))]  # fmt: skip
+Content-Length: 5|content-length:+5|Content-Length: 5, 5|Content-Length:|Content-Length: 1_0|\
+Content-Length: \xb2
+Content-Length : 5|Content-Length: 0x5|Content-Length: 9999999999999999999|Transfer_Encoding: \
+chunked
+Transfer-Encoding: chunked|transfer-encoding:\tChunked |Transfer-Encoding: chunked, identity|\
+Transfer-Encoding:
+Transfer-Encoding: gzip, chunked|Transfer-Encoding: ,chunked,|Transfer-Encoding: x;chunked|Host: b|\
+Host:|Host: a@b
+Transfer-Encoding: \x85chunked|Transfer-Encoding\t: chunked|Connection: Host, Content-Length, Via|\
+Upgrade: websocket
+Connection: transfer-encoding|Connection: upgrade|Upgrade: h2c| folded: 1|\tfolded|Expect: \
+100-continue|Via: \xe9
+X-Id: 3|GET / HTTP/1.1|HTTP/1.1 200 OK|0|+5|-1|0x5|5_0| 5|5 |5 ;a|5;a="|FFFFFFFFFFFFFFFF|\
+00000000000000000005|\xb2
+""".strip("\n").replace("\n", "|").split("|"))]
 PARTS = [part.encode("latin-1") for part in (
-    *"\r \n \r\n \r\n\r\n \n\n \r\r\n \0 \t : , ; \" # ? / // \\ * @ _ + 0x \x0b \x7f \x85 \xa0 \xff".split(" "),
+    *("\r \n \r\n \r\n\r\n \n\n \r\r\n \0 \t : , ; \" # ? / // \\ * @ _ + 0x \x0b \x7f \x85 \xa0 "
+      "\xff").split(" "),
     *"%0d%0a http://b 1.0 1.1 1.2 2.0 HEAD POST 204 099".split(),
     " ", "\r\n ", "\r\n\t", "5\r\nhello\r\n", "a" * 5000, " " * 300,
-)]  # fmt: skip
+)]
 SEPARATORS = b"\r\n\t :;,/?="
 
 
@@ -1283,12 +1350,14 @@ def mutated(originals, draw):
 
 
 def every_two_cuts(data):
-    return itertools.combinations_with_replacement(range(head_end(data.lstrip(b"\r\n")), len(data) + 1), 2)
+    return itertools.combinations_with_replacement(
+        range(head_end(data.lstrip(b"\r\n")), len(data) + 1), 2)
 
 
 BOTH_KINDS = pytest.mark.parametrize(
-    "judge, originals", [(judge_request, REQUESTS), (judge_response, RESPONSES)], ids=["requests", "responses"]
-)  # fmt: skip
+    "judge, originals", [(judge_request, REQUESTS), (judge_response, RESPONSES)],
+    ids=["requests", "responses"]
+)
 
 
 @BOTH_KINDS
@@ -1305,12 +1374,16 @@ def test_it_does_not_matter_how_a_request_is_cut(data):
 
 @pytest.mark.parametrize("judge, text", [
     pytest.param(judge_request, "GET /a#b HTTP/1.1\nHost: a\n\n", id="fragment, RFC 9112 3.2"),
-    pytest.param(judge_request, "POST / HTTP/1.0\n%s\n0\n\n", id="chunked from HTTP/1.0, RFC 9112 6.1"),
-    pytest.param(judge_response, "HTTP/1.0 200 OK\n%s\n0\n\n", id="chunked in HTTP/1.0, RFC 9112 6.1"),
+    pytest.param(judge_request, "POST / HTTP/1.0\n%s\n0\n\n",
+                 id="chunked from HTTP/1.0, RFC 9112 6.1"),
+    pytest.param(judge_response, "HTTP/1.0 200 OK\n%s\n0\n\n",
+                 id="chunked in HTTP/1.0, RFC 9112 6.1"),
     pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n5\nhello!!0\n\n", id="chunk without an end"),
-    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n3\nhello\n0\n\n", id="chunk that ends in a chunk"),
-    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n0\nA: b\n5\nhello\n\n", id="chunk among trailers"),
-])  # fmt: skip
+    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n3\nhello\n0\n\n",
+                 id="chunk that ends in a chunk"),
+    pytest.param(judge_response, "HTTP/1.1 200 OK\n%s\n0\nA: b\n5\nhello\n\n",
+                 id="chunk among trailers"),
+])
 def test_messages_as_they_should_not_be_are_refused_however_they_are_cut(judge, text):
     (data,) = lines(text.replace("%s", "Transfer-Encoding: chunked\n"))
     for cuts in every_two_cuts(data):
@@ -1359,8 +1432,10 @@ def test_a_name_that_only_begins_alike_is_another_metric():
 
 
 def test_a_page_that_is_made_to_take_long_does_not():
-    for body in ("{" + "a" * 60_000 + "} 1", "{" + " " * 60_000 + "} 1", '{a="' + "\\" * 60_000 + "} 1", " " * 60_000 + "x"):
-        assert engine_load("vllm:num_requests_running" + body) == lite.EngineLoad()  # seconds, it would take
+    for body in ("{" + "a" * 60_000 + "} 1", "{" + " " * 60_000 + "} 1",
+                 '{a="' + "\\" * 60_000 + "} 1", " " * 60_000 + "x"):
+        # seconds, it would take
+        assert engine_load("vllm:num_requests_running" + body) == lite.EngineLoad()
     many = "vllm:num_requests_running 1\n" * 50_000
     assert engine_load(many).running == lite.SAMPLES_LIMIT
 
@@ -1375,8 +1450,10 @@ def test_a_large_page_is_read_in_slices_and_so_many_engines_are_told_apart():
     loads = end.value.value
     assert steps >= len(page) // (lite.PAGE_SLICE + lite.SAMPLE_LIMIT)
     assert list(loads) == ["", *map(str, range(lite.ENGINES_LIMIT))]
-    assert loads[""].running == 1000 and loads["7"].running == 1 and loads == lite.engine_loads(page)
-    assert list(lite.engine_loads("\n" * 1000 + page[:-1])) == list(loads)  # without an end of its line
+    assert (loads[""].running == 1000 and loads["7"].running == 1
+            and loads == lite.engine_loads(page))
+    # without an end of its line
+    assert list(lite.engine_loads("\n" * 1000 + page[:-1])) == list(loads)
 
 
 def test_not_a_number_is_read_as_such():
@@ -1399,7 +1476,7 @@ def test_what_is_exposed_reads_back_the_same():
         ("c_total", 'we"ird\\\n'): 3, ("g",): 0.25, ("h_seconds_bucket", "m", "0.1"): 1,
         ("h_seconds_bucket", "m", "1"): 2, ("h_seconds_bucket", "m", "+Inf"): 3,
         ("h_seconds_sum", "m"): 7.6, ("h_seconds_count", "m"): 3,
-    }  # fmt: skip
+    }
 
 
 def test_label_sets_are_bounded():
@@ -1446,12 +1523,13 @@ def complaints(toml, **overrides):
 def test_a_file_of_mvllm_s_means_the_same():
     settings, warnings = lite.parse_settings(MVLLM_FILE)
     assert [(s.url, s.max_concurrent_requests) for s in settings.servers] == [
-        ("http://localhost:8081", 3), ("http://localhost:8082", 5)]  # fmt: skip
+        ("http://localhost:8081", 3), ("http://localhost:8082", 5)]
     assert (settings.request_timeout, settings.max_retries) == (120, 3) and not warnings
 
 
 def test_servers_may_stand_in_tables_of_their_own():
-    toml = '[[servers]]\nurl = "http://a"\n[[servers]]\nurl = "http://b"\nmax_concurrent_requests = 7'
+    toml = (
+        '[[servers]]\nurl = "http://a"\n[[servers]]\nurl = "http://b"\nmax_concurrent_requests = 7')
     settings, _ = lite.parse_settings(toml)
     assert [s.max_concurrent_requests for s in settings.servers] == [lite.AUTO, 7]
 
@@ -1463,30 +1541,40 @@ def test_servers_may_stand_in_tables_of_their_own():
     ("a client's base_url", "http://a:8000/v1/", "http://a:8000"),
     ("upper case host", "HTTP://GPU:1", "http://gpu:1"),
     ("IPv6", "http://[::1]:80", "http://[::1]:80"),
-))  # fmt: skip
+))
 def test_forms_of_urls(given, url):
     settings, _ = lite.parse_settings(f'servers = [{{ url = "{given}" }}]')
     assert settings.servers[0].url == url
 
 
-@pytest.mark.parametrize("url", ["a:80", "ftp://a", "http://", "http://a:99999", "http://a b", "http://u:p@a",
-                                 "http://a?x", "http://a#x", "http://a\\n"])  # fmt: skip
+@pytest.mark.parametrize("url", ["a:80", "ftp://a", "http://", "http://a:99999", "http://a b",
+                                 "http://u:p@a",
+                                 "http://a?x", "http://a#x", "http://a\\n"])
 def test_bad_urls_are_refused(url):
     (line,) = complaints(f'servers = [\n{{ url = "{url}" }}]')
     assert line.startswith("s.toml:2: servers[1].url: found '") and "expected a URL like" in line
 
 
 COMPLAINTS = table(
-    ("range", "port = 70000", "s.toml:3: config.port: found 70000, expected a whole number, 0 to 65535"),
-    ("kind", "max_retries = [1]", "s.toml:3: config.max_retries: found [1], expected a whole number, 0 to 100"),
-    ("fraction", "max_retries = 1.5", "s.toml:3: config.max_retries: found 1.5, expected a whole number, 0 to 100"),
-    ("truth", "server_header = 3", "s.toml:3: config.server_header: found 3, expected true or false"),
-    ("word", 'policy = "best"', "s.toml:3: config.policy: found 'best', expected one of " + ", ".join(lite.POLICY_NAMES)),
-    ("list", "retry_statuses = [404]", "s.toml:3: config.retry_statuses: found [404], expected 408, 429 or 500 to 599"),
-    ("not finite", "request_timeout = inf", "s.toml:3: config.request_timeout: found inf, expected a number, 0.001 or more"),
-    ("beyond any number", f"request_timeout = {'9' * 400}", f"s.toml:3: config.request_timeout: found {'9' * 80}, expected a number, 0.001 or more"),
-    ("truth is no number", "port = true", "s.toml:3: config.port: found True, expected a whole number, 0 to 65535"),
-)  # fmt: skip
+    ("range", "port = 70000",
+     "s.toml:3: config.port: found 70000, expected a whole number, 0 to 65535"),
+    ("kind", "max_retries = [1]",
+     "s.toml:3: config.max_retries: found [1], expected a whole number, 0 to 100"),
+    ("fraction", "max_retries = 1.5",
+     "s.toml:3: config.max_retries: found 1.5, expected a whole number, 0 to 100"),
+    ("truth", "server_header = 3",
+     "s.toml:3: config.server_header: found 3, expected true or false"),
+    ("word", 'policy = "best"',
+     "s.toml:3: config.policy: found 'best', expected one of " + ", ".join(lite.POLICY_NAMES)),
+    ("list", "retry_statuses = [404]",
+     "s.toml:3: config.retry_statuses: found [404], expected 408, 429 or 500 to 599"),
+    ("not finite", "request_timeout = inf",
+     "s.toml:3: config.request_timeout: found inf, expected a number, 0.001 or more"),
+    ("beyond any number", f"request_timeout = {'9' * 400}",
+     f"s.toml:3: config.request_timeout: found {'9' * 80}, expected a number, 0.001 or more"),
+    ("truth is no number", "port = true",
+     "s.toml:3: config.port: found True, expected a whole number, 0 to 65535"),
+)
 
 
 def test_statuses_that_may_be_retried_beyond_500():
@@ -1500,48 +1588,75 @@ def test_complaints_name_file_line_key_found_and_expected(line, expected):
 
 
 def test_all_complaints_come_at_once():
-    toml = '[[servers]]\nurl = "x"\n\n[[servers]]\nmax_concurrent_requests = 0\n\n[config]\n# port = 1\nport = -1\n'
+    toml = ('[[servers]]\nurl = "x"\n\n[[servers]]\nmax_concurrent_requests = 0\n\n[config]\n# '
+            'port = 1\nport = -1\n')
     found = complaints(toml)
     assert [line.split(": ")[:2] for line in found] == [
         ["s.toml:9", "config.port"], ["s.toml:2", "servers[1].url"],
         ["s.toml:5", "servers[2].max_concurrent_requests"], ["s.toml:4", "servers[2].url"],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("toml, expected", table(
     ("syntax", "a = 1\nb = = 2\n", "s.toml:2: not valid TOML: Invalid value"),
     ("cut in the middle", '[servers]\nservers = [ { url = "http', "not valid TOML"),
     ("empty, as while it is written", "", "s.toml: servers: found nothing, expected a list"),
-    ("the same server twice", 'servers = [{url="http://a"},\n{url="http://a/"}]', "s.toml:2: servers[2].url: found"),
-    ("an alias of an alias", 'servers=[]\n[aliases]\na="b"\nb="c"', "s.toml:3: aliases.a: found 'b'"),
-    ("an alias of a list, which has a policy", 'servers=[]\n[aliases]\na=["x"]\n[policies]\na="least"', "s.toml:3: aliases.a: found another list"),
-    ("origins in no list, with cookies", "servers=[]\n[config]\ncors_allow_credentials=true\ncors_allowed_origins='a'",
+    ("the same server twice", 'servers = [{url="http://a"},\n{url="http://a/"}]',
+     "s.toml:2: servers[2].url: found"),
+    ("an alias of an alias", 'servers=[]\n[aliases]\na="b"\nb="c"',
+     "s.toml:3: aliases.a: found 'b'"),
+    ("an alias of a list, which has a policy",
+     'servers=[]\n[aliases]\na=["x"]\n[policies]\na="least"',
+     "s.toml:3: aliases.a: found another list"),
+    ("origins in no list, with cookies",
+     "servers=[]\n[config]\ncors_allow_credentials=true\ncors_allowed_origins='a'",
      "s.toml:4: config.cors_allowed_origins: found 'a', expected a list"),
-    ("keys that are none", "servers=[]\nkeys=['sk-live']", "s.toml:2: keys: found something else, expected a list of tables"),
-    ("a table that is none", "servers=[]\nconfig = 3", "s.toml:2: config: found 3, expected a table"),
+    ("keys that are none", "servers=[]\nkeys=['sk-live']",
+     "s.toml:2: keys: found something else, expected a list of tables"),
+    ("a table that is none", "servers=[]\nconfig = 3",
+     "s.toml:2: config: found 3, expected a table"),
     ("nested without end", "a = " + "[" * 5000, "s.toml: not valid TOML"),
-    ("a name that no resolver takes", f"servers = [{{url='http://{'a' * 70}.b'}}]", "expected a URL like"),
-    ("a number sign in a text", "servers = [\n{url='http://a#'},\n{url='http://b', max_concurrent_requests='#{'},\n{url='x'}]",
+    ("a name that no resolver takes", f"servers = [{{url='http://{'a' * 70}.b'}}]",
+     "expected a URL like"),
+    ("a number sign in a text",
+     "servers = [\n{url='http://a#'},\n{url='http://b', max_concurrent_requests='#{'},\n{url='x'}]",
      "s.toml:4: servers[3].url"),
-    ("brackets in a text", "servers = [\n{url='{{{'},\n{url='http://b'}]", "s.toml:2: servers[1].url"),
-    ("a key that is none", "servers = []\n[[keys]]\nname = 'a'\nkey = 'with spaces'", "s.toml:4: keys[1].key: found something else, expected a key"),
-    ("a key without a secret", "servers = []\n[[keys]]\nname = 'a'", "s.toml:3: keys[1].name: found 'a', expected either key or key_file"),
-    ("two keys of one name", "servers = []\n[[keys]]\nname = 'a'\nkey = 'x'\n[[keys]]\nname = 'a'\nkey = 'y'", "s.toml:6: keys[2].name: found 'a', expected each of them once"),
-    ("admin paths for nobody", "servers = []\n[config]\nadmin_paths = ['/sleep']", "s.toml:3: config.admin_paths: found ('/sleep',), expected one of [[keys]] with admin = true"),
-    ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'", "s.toml:3: config.status_access: found 'key', expected open or loopback"),
-    ("keys are not repeated", "servers = [{url='http://h', api_key='sk-live'}, 5]", "s.toml:1: servers: found another list, expected"),
-    ("no field's name", "[config]\nrequest_id_headers = ['x-id', 'x id']", "config.request_id_headers: found"
+    ("brackets in a text", "servers = [\n{url='{{{'},\n{url='http://b'}]",
+     "s.toml:2: servers[1].url"),
+    ("a key that is none", "servers = []\n[[keys]]\nname = 'a'\nkey = 'with spaces'",
+     "s.toml:4: keys[1].key: found something else, expected a key"),
+    ("a key without a secret", "servers = []\n[[keys]]\nname = 'a'",
+     "s.toml:3: keys[1].name: found 'a', expected either key or key_file"),
+    ("two keys of one name",
+     "servers = []\n[[keys]]\nname = 'a'\nkey = 'x'\n[[keys]]\nname = 'a'\nkey = 'y'",
+     "s.toml:6: keys[2].name: found 'a', expected each of them once"),
+    ("admin paths for nobody", "servers = []\n[config]\nadmin_paths = ['/sleep']",
+     "s.toml:3: config.admin_paths: found ('/sleep',), expected one of [[keys]] with admin = true"),
+    ("status for nobody", "servers = []\n[config]\nstatus_access = 'key'",
+     "s.toml:3: config.status_access: found 'key', expected open or loopback"),
+    ("keys are not repeated", "servers = [{url='http://h', api_key='sk-live'}, 5]",
+     "s.toml:1: servers: found another list, expected"),
+    ("no field's name", "[config]\nrequest_id_headers = ['x-id', 'x id']",
+     "config.request_id_headers: found"
      " ['x-id', 'x id'], expected a field's name in quotes"),
-    ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'", "config.tls_key: found nothing, expected both"),
-    ("cookies for any page", "servers = []\n[config]\ncors_allowed_origins = ['*']\ncors_allow_credentials = true",
-     "s.toml:4: config.cors_allow_credentials: found True, expected cors_allowed_origins without *"),
-    ("also by default", "servers = []\n[config]\ncors_allow_credentials = true\n[[keys]]\nname = 'a'\nkey = 'k'", "expected cors_allowed_origins without *"),
-    ("a key for all that is none", "servers = []\n[config]\napi_key = 'sk live'", "s.toml:3: config.api_key: found something else, expected a key"),
-    ("no network", "servers = []\n[config]\ntrusted_proxies = ['10.0.0']", "s.toml:3: config.trusted_proxies: found ['10.0.0'], expected an address like"),
+    ("half of a certificate", "servers = []\n[config]\ntls_cert = 'a'",
+     "config.tls_key: found nothing, expected both"),
+    ("cookies for any page",
+     "servers = []\n[config]\ncors_allowed_origins = ['*']\ncors_allow_credentials = true",
+     "s.toml:4: config.cors_allow_credentials: found True, expected cors_allowed_origins "
+     "without *"),
+    ("also by default",
+     "servers = []\n[config]\ncors_allow_credentials = true\n[[keys]]\nname = 'a'\nkey = 'k'",
+     "expected cors_allowed_origins without *"),
+    ("a key for all that is none", "servers = []\n[config]\napi_key = 'sk live'",
+     "s.toml:3: config.api_key: found something else, expected a key"),
+    ("no network", "servers = []\n[config]\ntrusted_proxies = ['10.0.0']",
+     "s.toml:3: config.trusted_proxies: found ['10.0.0'], expected an address like"),
     ("a key in quotes", "servers = []\n[config]\n'port' = -1", "s.toml:3: config.port"),
     ("an unknown key may be what was meant", "servers = []\n[config]\nport = -1\nprot = 80\n",
-     "s.toml:3: config.port: found -1, expected a whole number, 0 to 65535\ns.toml:4: config.prot: unknown key"),
-))  # fmt: skip
+     "s.toml:3: config.port: found -1, expected a whole number, 0 to 65535\ns.toml:4: config.prot: "
+     "unknown key"),
+))
 def test_files_that_cannot_be_used(toml, expected):
     assert expected in "\n".join(complaints(toml))
 
@@ -1557,7 +1672,8 @@ def test_a_password_in_a_url_is_not_repeated():
 
 
 def test_unknown_keys_are_warned_about_with_the_nearest_known_one():
-    toml = 'port = 3\nservers = [{ url = "http://a", wieght = 2 }]\n[config]\nmax_retrys = 1\n[advanced]\nx = 1\n'
+    toml = ('port = 3\nservers = [{ url = "http://a", wieght = 2 }]\n[config]\nmax_retrys = 1\n'
+            '[advanced]\nx = 1\n')
     _, warnings = lite.parse_settings(toml, "s.toml")
     said = [str(w) for w in warnings]
     assert said[0].startswith("s.toml:5: advanced: ignored: no version of mvllm")
@@ -1588,7 +1704,7 @@ def test_overrides_win_and_are_checked_alike():
     settings, _ = lite.parse_settings(MVLLM_FILE, "s.toml", given)
     assert settings.port == 9001 and [s.url for s in settings.servers] == ["http://b"]
     assert complaints(MVLLM_FILE, port=("x", "environment PORT")) == [
-        "environment PORT: port: found 'x', expected a whole number, 0 to 65535"]  # fmt: skip
+        "environment PORT: port: found 'x', expected a whole number, 0 to 65535"]
 
 
 def test_the_example_file_shows_every_setting_with_its_default():
@@ -1634,7 +1750,7 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
     ("dots in names are fine", "/v1/models/a..b", "/v1/models/a..b"),
     ("what changes a server", "/v1/load_lora_adapter", ""),
     ("in disguise", "/v1/load%5flora_adapter/", ""),
-))  # fmt: skip
+))
 def test_inference_paths(path, asked):
     assert lite.inference_path(path) == asked
 
@@ -1660,7 +1776,8 @@ DOCUMENTS = table(
     ("text ending in a backslash", rb'{"a":"\\","model":"m"}', {"model": "m"}),
     ("escaped name", b'{"mod\\u0065l":"m"}', {"model": "m"}),
     ("value that looks like a name", b'{"a":"model","b":"x","model":"m"}', {"model": "m"}),
-    ("not a text", b'{"model":["m",{"a":1}],"stream":null}', {"model": ["m", {"a": 1}], "stream": None}),
+    ("not a text", b'{"model":["m",{"a":1}],"stream":null}',
+     {"model": ["m", {"a": 1}], "stream": None}),
     ("unicode", '{"model":"größe 🙂"}'.encode(), {"model": "größe 🙂"}),
     ("empty", b"{}", {}),
     ("no object", b'["model","m"]', {}),
@@ -1693,8 +1810,10 @@ def random_json(draw, depth=0):
 def test_the_scan_agrees_with_json_on_random_documents():
     draw = random.Random(7)
     for n in range(3000):
-        document = {draw.choice(["model", "stream", "a", "b\\"]): random_json(draw) for _ in range(4)}
-        content = json.dumps(document, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 1])).encode()
+        document = {draw.choice(["model", "stream", "a", "b\\"]): random_json(draw)
+                    for _ in range(4)}
+        content = json.dumps(document, ensure_ascii=draw.random() < 0.5,
+                             indent=draw.choice([None, 1])).encode()
         wanted = {k: v for k, v in document.items() if k in ("model", "stream")}
         assert members_by_scan(content, pieces_of(content, n)) == wanted, content
 
@@ -1718,8 +1837,10 @@ def many(before, one, after):
 
 SHAPES = table(
     ("lists", many(b'{"a":[', b"[[1]],", b'1],"model":"m"}')),
-    *((f"{n} levels", many(b'{"a":[', b"[" * n + b"1" + b"]" * n + b",", b'1],"model":"m"}')) for n in (5, 9, 20, 100, 890)),
-    ("deep, with text", many(b'{"a":[', b'{"a":' * 12 + b'"b"' + b"}" * 12 + b",", b'1],"model":"m"}')),
+    *((f"{n} levels", many(b'{"a":[', b"[" * n + b"1" + b"]" * n + b",", b'1],"model":"m"}'))
+      for n in (5, 9, 20, 100, 890)),
+    ("deep, with text",
+     many(b'{"a":[', b'{"a":' * 12 + b'"b"' + b"}" * 12 + b",", b'1],"model":"m"}')),
     ("text of quotes", many(b'{"a":[', b'"' + b'\\"' * 300 + b'",', b'1],"model":"m"}')),
     ("members", many(b"{", b'"a":1,', b'"model":"m"}')),
     ("members with escapes", many(b"{", b'"\\u0061' + b"a" * 200 + b'":1,', b'"model":"m"}')),
@@ -1736,11 +1857,14 @@ def test_a_scan_takes_steps_as_the_content_is_long_and_reads_what_is_valid(shape
 
 
 @pytest.mark.parametrize("body", table(
-    ("commas", b"{" + b"," * 800_000), ("colons", b"{" + b":" * 800_000), ("ends", b"{" + b"}" * 800_000),
+    ("commas", b"{" + b"," * 800_000), ("colons", b"{" + b":" * 800_000),
+    ("ends", b"{" + b"}" * 800_000),
     ("texts", b"{" + b'""' * 400_000), ("lists", b"{" + b"[]" * 400_000),
-    ("texts for a value", b'{"a":' + b'""' * 400_000), ("no object", b"x" * 800_000), ("nothing but a text", b'"' + b"{" * 800_000),
-    ("names", b'{"model"' + b'"a"' * 300_000), ("what follows", b'{"model":"m"}' + b'{"model":"n"}' * 60_000),
-))  # fmt: skip
+    ("texts for a value", b'{"a":' + b'""' * 400_000), ("no object", b"x" * 800_000),
+    ("nothing but a text", b'"' + b"{" * 800_000),
+    ("names", b'{"model"' + b'"a"' * 300_000),
+    ("what follows", b'{"model":"m"}' + b'{"model":"n"}' * 60_000),
+))
 def test_content_that_can_be_no_json_costs_nothing(body):
     assert turns(body)[0] == 0
 
@@ -1753,11 +1877,12 @@ def test_content_that_can_be_no_json_costs_nothing(body):
     ("with text", b'{"a":' + b'["b",' * 300_000, "nested too deeply"),
     ("one name many times", b"{" + b'"model":"m",' * 100_000, "too many members"),
     ("in disguise", b"{" + b'"mod\\u0065l":"m",' * 100_000, "too many members"),
-))  # fmt: skip
+))
 def test_content_that_would_cost_much_is_refused_where_that_is_seen(body, named):
     so_far = 0
     with pytest.raises(lite.BadMessage, match=named):
-        for so_far in range(2000, len(body) + 2000, 2000 if named == "nested too deeply" else 200_000):
+        for so_far in range(2000, len(body) + 2000,
+                            2000 if named == "nested too deeply" else 200_000):
             turns(body[:so_far])
     assert so_far <= 8000 or named != "nested too deeply"
 
@@ -1783,7 +1908,7 @@ def call(body, fields="", query="", aliases=None, default=""):
 
 
 FORM = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n\0\1--XX\r\n'
-        b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--XX--\r\n')  # fmt: skip
+        b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--XX--\r\n')
 FORM_TYPE = "Content-Type: multipart/form-data; boundary=XX"
 CALLS = table(
     ("JSON", {"body": b'{"model":"m","stream":true}'}, ("m", True)),
@@ -1793,7 +1918,8 @@ CALLS = table(
     ("null is none", {"body": b'{"model":null}', "default": "d"}, ("d", False)),
     ("no content", {"body": b""}, (None, False)),
     ("form", {"body": FORM, "fields": FORM_TYPE}, ("whisper", False)),
-    ("quoted boundary", {"body": FORM, "fields": FORM_TYPE.replace("XX", '"XX"')}, ("whisper", False)),
+    ("quoted boundary", {"body": FORM, "fields": FORM_TYPE.replace("XX", '"XX"')},
+     ("whisper", False)),
     ("query", {"body": b"", "query": "?model=m"}, ("m", False)),
     ("content before query", {"body": b'{"model":"m"}', "query": "?model=x"}, ("m", False)),
     ("a stream in other words", {"body": b'{"stream":"Yes"}'}, (None, True)),
@@ -1803,7 +1929,8 @@ CALLS = table(
     ("a stream that the query asks for", {"body": b"", "query": "?stream=true"}, (None, True)),
     ("default", {"body": b"{}", "default": "d"}, ("d", False)),
     ("alias", {"body": b'{"model":"a"}', "aliases": {"a": "real"}}, ("real", False)),
-    ("default may be an alias", {"body": b"{}", "default": "a", "aliases": {"a": "real"}}, ("real", False)),
+    ("default may be an alias", {"body": b"{}", "default": "a", "aliases": {"a": "real"}},
+     ("real", False)),
 )
 
 
@@ -1817,13 +1944,17 @@ REWRITTEN = table(
      b'{ "x":"a", "model" :"r/1", "y":[1]}'),
     ("default in front", {"body": b'{"x":1}', "default": "d"}, b'{"model":"d","x":1}'),
     ("default alone", {"body": b" {  }", "default": "d"}, b' {"model":"d"  }'),
-    ("form", {"body": FORM, "fields": FORM_TYPE, "aliases": {"whisper": "w2"}}, FORM.replace(b"whisper", b"w2")),
-    ("nothing to replace", {"body": b'{"model":"m"}', "aliases": {"a": "r"}, "default": "d"}, b'{"model":"m"}'),
-    ("beside content, no server reads the query", {"body": b'{"x":1}', "query": "?model=m", "default": "d"}, b'{"model":"d","x":1}'),
+    ("form", {"body": FORM, "fields": FORM_TYPE, "aliases": {"whisper": "w2"}},
+     FORM.replace(b"whisper", b"w2")),
+    ("nothing to replace", {"body": b'{"model":"m"}', "aliases": {"a": "r"}, "default": "d"},
+     b'{"model":"m"}'),
+    ("beside content, no server reads the query",
+     {"body": b'{"x":1}', "query": "?model=m", "default": "d"}, b'{"model":"d","x":1}'),
     ("not an object", {"body": b"[1]", "default": "d"}, b"[1]"),
-    ("a number is left for a server to refuse", {"body": b'{"model":5}', "default": "d"}, b'{"model":5}'),
+    ("a number is left for a server to refuse", {"body": b'{"model":5}', "default": "d"},
+     b'{"model":5}'),
     ("null gives way", {"body": b'{"model":null}', "default": "d"}, b'{"model":"d"}'),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("given, content", REWRITTEN)
@@ -1832,13 +1963,20 @@ def test_only_the_model_s_value_is_rewritten(given, content):
 
 
 NOT_FOR_CLIENTS = table(
-    ("the words of a prefill server", b'{"model":"m","kv_transfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
-    ("an encoder's", b'{"model":"m","ec_transfer_params":{"x":{"peer_host":"10.0.0.9"}}}', "ec_transfer_params"),
-    ("engines named in an id", b'{"request_id":"x___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.9:2_x"}', "request_id"),
-    ("one of them, in another spelling", rb'{"request_\u0069d":"\u005f__decode_addr_10.0.0.9:2"}', "request_id"),
-    ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
-    ("spelled out", b'{"' + "".join(f"\\u{ord(c):04x}" for c in "kv_transfer_params").encode() + b'":{}}', "kv_transfer_params"),
-    ("deep enough to blind a parser", b'{"kv_transfer_params":{},"a":' + b"[" * 30000 + b"]" * 30000 + b"}", "too deeply"),
+    ("the words of a prefill server",
+     b'{"model":"m","kv_transfer_params":{"do_remote_prefill":true}}', "kv_transfer_params"),
+    ("an encoder's", b'{"model":"m","ec_transfer_params":{"x":{"peer_host":"10.0.0.9"}}}',
+     "ec_transfer_params"),
+    ("engines named in an id",
+     b'{"request_id":"x___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.9:2_x"}', "request_id"),
+    ("one of them, in another spelling", rb'{"request_\u0069d":"\u005f__decode_addr_10.0.0.9:2"}',
+     "request_id"),
+    ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}',
+     "kv_transfer_params"),
+    ("spelled out", b'{"' + "".join(f"\\u{ord(c):04x}" for c in "kv_transfer_params").encode()
+     + b'":{}}', "kv_transfer_params"),
+    ("deep enough to blind a parser",
+     b'{"kv_transfer_params":{},"a":' + b"[" * 30000 + b"]" * 30000 + b"}", "too deeply"),
     ("in UTF-16", '{"kv_transfer_params":{}}'.encode("utf-16"), "UTF-8"),
     ("in UTF-32 without mark", '{"kv_transfer_params":{}}'.encode("utf-32-be"), "UTF-8"),
 )
@@ -1889,7 +2027,7 @@ def decoded(content, coding, limit=1 << 20):
     ("deflate is the zlib format, RFC 9110 8.4.1.2", zlib.compress(PLAIN), "deflate", PLAIN),
     ("at another level", zlib.compress(PLAIN, 1), "deflate", PLAIN),
     ("though some send it bare", BARE_DEFLATE, "deflate", PLAIN),
-))  # fmt: skip
+))
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_compressed_content_is_decoded_a_slice_at_a_time(kind, content, coding, plain):
     assert decoded(kind(content), coding) == plain
@@ -1907,7 +2045,7 @@ def test_compressed_content_is_decoded_a_slice_at_a_time(kind, content, coding, 
     ("a bomb", gzip.compress(bytes(100 << 20)), "gzip", "max_body_bytes"),
     ("a byte too much", gzip.compress(bytes((1 << 20) + 1)), "gzip", "max_body_bytes"),
     ("files without end", gzip.compress(b"") * 5000, "gzip", "more than 4096 files"),
-))  # fmt: skip
+))
 def test_compressed_content_that_cannot_be_taken(content, coding, named):
     with pytest.raises(lite.BadMessage, match=named) as caught:
         decoded(content, coding)
@@ -1921,7 +2059,7 @@ def test_zstd_is_decoded_where_the_library_knows_it():
     assert decoded(packed, "zstd") == PLAIN and decoded(packed * 2, "zstd") == PLAIN * 2
     large = {lite.zstd.CompressionParameter.window_log: 27}
     for bad in (packed[:-1], PLAIN, packed + b"x", lite.zstd.compress(PLAIN * 200, options=large),
-                lite.zstd.compress(bytes(100 << 20))):  # fmt: skip
+                lite.zstd.compress(bytes(100 << 20))):
         with pytest.raises(lite.BadMessage):
             decoded(bad, "zstd")
 
@@ -1934,7 +2072,7 @@ def test_zstd_is_decoded_where_the_library_knows_it():
     ("three", "gzip, gzip, gzip", Fault.UNSUPPORTED_CODING),
     ("unknown", "br", Fault.UNSUPPORTED_CODING),
     ("known and unknown", "gzip, br", Fault.UNSUPPORTED_CODING),
-))  # fmt: skip
+))
 def test_which_codings_a_request_s_content_has(said, codings):
     fields = head_of(f"POST / HTTP/1.1\nHost: a\nContent-Encoding: {said}").fields
     if isinstance(codings, list):
@@ -1964,17 +2102,23 @@ def test_a_large_form_is_looked_through_in_slices_wherever_they_end(offset):
     head = b'--XX\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
     file = b"\n\r--X" * (2 * lite.FORM_SLICE_BYTES // 6 + 1)
     file = file[: 2 * lite.FORM_SLICE_BYTES + offset - 2] + b"."
-    spans, form = {}, head + file + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--XX--\r\n'
+    spans, form = ({},
+                   head + file
+                   + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+                     b'--XX--\r\n')
     turns = sum(1 for _ in lite.find_parts(spans, form, b"--XX"))
-    assert turns in (1, 2) and {name: form[a:b] for name, (a, b) in spans.items()} == {"model": b"m"}
+    assert (turns in (1, 2)
+            and {name: form[a:b] for name, (a, b) in spans.items()} == {"model": b"m"})
 
 
 @pytest.mark.parametrize("form, named", table(
     ("too many parts", PART % b"x" * 101 + FORM, "more than 100 parts"),
-    ("fields that never end", FORM.replace(b"form-data", b"form-data" + b"x" * 5000), "no end of its fields"),
+    ("fields that never end", FORM.replace(b"form-data", b"form-data" + b"x" * 5000),
+     "no end of its fields"),
     ("two models", PART % b"model" + FORM, "says model twice"),
     ("two names for one part", PART % b'x"; name="model' + FORM, "more than one name"),
-    ("a name that only some readers know", FORM.replace(b'name="file"', b"name*=utf-8''model"), "more than one name"),
+    ("a name that only some readers know", FORM.replace(b'name="file"', b"name*=utf-8''model"),
+     "more than one name"),
     ("a line before the first boundary", b"\r\n" + FORM, "does not begin"),
     ("a text before it", b"x\r\n" + FORM, "does not begin"),
     ("a longer boundary that begins alike", other(MODEL, b"Y" + MODEL), "something stands behind"),
@@ -2000,14 +2144,17 @@ def test_a_large_form_is_looked_through_in_slices_wherever_they_end(offset):
     ("much padding", other(MODEL, b" " * 1000 + MODEL), "behind a boundary"),
     ("much behind the last boundary", FORM + b"\n" * 1000, "behind a boundary"),
     ("a model that is a file", other(b'"model"', b'"model"; filename="x"'), "is a file"),
-    ("two dispositions", FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"), "more than one name"),
-))  # fmt: skip
+    ("two dispositions",
+     FORM.replace(b"Content-D", b"content-disposition: form-data; name=x\r\nContent-D"),
+     "more than one name"),
+))
 def test_forms_that_two_readers_might_take_differently_are_refused(form, named):
     with pytest.raises(lite.BadMessage, match=named):
         call(form, FORM_TYPE)
 
 
-@pytest.mark.parametrize("kind", ["boundary=XX; boundary=YY", "x-boundary=YY; boundary=XX", "boundary=XX; boundary*=utf-8''YY", "charset=utf-8"])
+@pytest.mark.parametrize("kind", ["boundary=XX; boundary=YY", "x-boundary=YY; boundary=XX",
+                                  "boundary=XX; boundary*=utf-8''YY", "charset=utf-8"])
 def test_forms_with_other_than_one_boundary_are_refused(kind):
     with pytest.raises(lite.BadMessage, match="one boundary"):
         call(FORM, f"Content-Type: multipart/form-data; {kind}")
@@ -2120,18 +2267,22 @@ BEGINNINGS = table(
     ("keep-alive comments are no content", b": keep-alive\n\n: keep-alive\n\n", "NOT_YET"),
     ("comment, then content", b": keep-alive\n\ndata: {}\n\n", "CONTENT"),
     ("error first", b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n', "FAILED"),
-    ("the client's error is an answer", b'data: {"error": {"message": "x", "code": 400}}\n\n', "CONTENT"),
+    ("the client's error is an answer", b'data: {"error": {"message": "x", "code": 400}}\n\n',
+     "CONTENT"),
     ("error as text, as old vLLM", b'data: {"error":"x"}\n\n', "FAILED"),
     ("only the end: a queued request of a server that stops", b"data: [DONE]\n\n", "FAILED"),
     ("Anthropic's", b'event: message_start\ndata: {"type":"message_start"}\n\n', "CONTENT"),
     ("Anthropic's error", b'event: error\ndata: {"type":"error"}\n\n', "FAILED"),
-    ("responses begin before the engine does", b'event: response.created\ndata: {"a":1}\n\n', "NOT_YET"),
-    ("responses, then content", b"event: response.created\ndata: {}\n\nevent: response.output_item.added\n"
+    ("responses begin before the engine does", b'event: response.created\ndata: {"a":1}\n\n',
+     "NOT_YET"),
+    ("responses, then content",
+     b"event: response.created\ndata: {}\n\nevent: response.output_item.added\n"
      b"data: {}\n\n", "CONTENT"),
-    ("responses, then failure", b"event: response.created\ndata: {}\n\nevent: response.failed\ndata: {}\n\n", "FAILED"),
+    ("responses, then failure",
+     b"event: response.created\ndata: {}\n\nevent: response.failed\ndata: {}\n\n", "FAILED"),
     ("CRLF lines", b"data: {}\r\n\r\n", "CONTENT"),
     ("error: null is content", b'data: {"error":null,"choices":[]}\n\n', "CONTENT"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("how", FEEDS)
@@ -2147,7 +2298,7 @@ def test_when_a_stream_has_begun_however_it_arrives(content, begun, how):
 @pytest.mark.parametrize("piece, count", table(
     ("comments", b":\n\n", 2000), ("bytes of one event", b"x", 6000), ("line ends", b"\r\n", 3000),
     ("events before the engine", b"event: response.queued\ndata: {}\n\n", 200),
-))  # fmt: skip
+))
 def test_a_stream_that_does_not_begin_costs_no_more_for_coming_in_pieces(piece, count):
     start = lite.StreamStart()
     for _ in range(count):
@@ -2163,23 +2314,34 @@ def engine_load(page):
 
 LOADS = table(
     ("today", 'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
-     'vllm:num_requests_waiting{engine="0"} 9.0\nvllm:num_requests_waiting_by_reason{reason="capacity"} 0\n'
-     'vllm:num_requests_waiting_by_reason{reason="deferred"} 9.0\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+     'vllm:num_requests_waiting{engine="0"} 9.0\n'
+     'vllm:num_requests_waiting_by_reason{reason="capacity"} 0\n'
+     'vllm:num_requests_waiting_by_reason{reason="deferred"} 9.0\n'
+     'vllm:kv_cache_usage_perc{engine="0"} 0.5\n'
      "process_max_fds 1024", (3, 9, 0.5, 1024)),
-    ("two engines", 'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 5\n'
-     'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75', (8, None, 0.75, None)),
+    ("two engines",
+     'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 5\n'
+     'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75',
+     (8, None, 0.75, None)),
     ("v0: swapped requests wait", "vllm:num_requests_running 1\nvllm:num_requests_waiting 2\n"
-     "vllm:num_requests_swapped 3\nvllm:gpu_cache_usage_perc 0.1\nvllm:cpu_cache_usage_perc 0.9", (1, 5, 0.1, None)),
-    ("the newer name wins", "vllm:gpu_cache_usage_perc 0.1\nvllm:kv_cache_usage_perc 0.2", (None, None, 0.2, None)),
-    ("nonsense", "vllm:num_requests_running -1\nvllm:num_requests_waiting 1e300\nvllm:kv_cache_usage_perc +Inf", (None,) * 4),
-    ("timestamps and NaN", "vllm:num_requests_running 2 1700000000000\nvllm:num_requests_waiting NaN", (2, None, None, None)),
+     "vllm:num_requests_swapped 3\nvllm:gpu_cache_usage_perc 0.1\nvllm:cpu_cache_usage_perc 0.9",
+     (1, 5, 0.1, None)),
+    ("the newer name wins", "vllm:gpu_cache_usage_perc 0.1\nvllm:kv_cache_usage_perc 0.2",
+     (None, None, 0.2, None)),
+    ("nonsense",
+     "vllm:num_requests_running -1\nvllm:num_requests_waiting 1e300\nvllm:kv_cache_usage_perc +Inf",
+     (None,) * 4),
+    ("timestamps and NaN",
+     "vllm:num_requests_running 2 1700000000000\nvllm:num_requests_waiting NaN",
+     (2, None, None, None)),
     ("another program's page", "go_goroutines 7", (None, None, None, None)),
-)  # fmt: skip
+)
 
 
-TOO_LONG_WORDS = ("This model's maximum context length is 2048 tokens. However, your prompt contains at"
+TOO_LONG_WORDS = ("This model's maximum context length is 2048 tokens. However, your prompt "
+                  "contains at"
             " least 2049 input tokens, which exceeds this limit even without any output tokens."
-            " (parameter=input_tokens, value=2049)")  # fmt: skip
+            " (parameter=input_tokens, value=2049)")
 TOO_LONG_ERROR = {"error": {"message": TOO_LONG_WORDS, "param": "input_tokens", "code": 400}}
 
 
@@ -2195,7 +2357,7 @@ TOO_LONG_ERROR = {"error": {"message": TOO_LONG_WORDS, "param": "input_tokens", 
     ("another status", 422, TOO_LONG_ERROR, False),
     ("no message", 400, {"error": "context length"}, False),
     ("no error", 400, ["context length"], False),
-))  # fmt: skip
+))
 def test_a_400_that_a_server_with_a_longer_context_would_not_give(status, said, longer):
     found = lite.bad_answer(status, json.dumps(said).encode(), lite.Notation.CHOICES)
     assert found is (Fault.CONTEXT_LENGTH_EXCEEDED if longer else None)
@@ -2214,7 +2376,7 @@ def test_a_400_that_a_server_with_a_longer_context_would_not_give(status, said, 
     ("a part of an event stays there", b": a\ndata: 1\n\n", b"", b": a\ndata: 1\n\n"),
     ("at its end, too", b"data: 1\n: a\n\n", b"", b"data: 1\n: a\n\n"),
     ("a colon within data is none", b"data: 1\ndata:\n\n", b"", b"data: 1\ndata:\n\n"),
-))  # fmt: skip
+))
 @pytest.mark.parametrize("how", ["whole", "bytes"])
 def test_comments_of_a_stream_that_stand_alone(content, comments, rest, how):
     start, taken = lite.StreamStart(), b""
@@ -2230,20 +2392,28 @@ def test_load_is_read_from_pages_old_and_new(page, expected):
 
 
 def test_tokens_are_those_read_and_generated_by_all_engines():
-    page = "".join(f'vllm:{kind}_tokens_total{{engine="{n}"}} {10 ** n}\n' for kind in ("prompt", "generation") for n in (0, 1))
+    page = "".join(f'vllm:{kind}_tokens_total{{engine="{n}"}} {10 ** n}\n'
+                   for kind in ("prompt", "generation") for n in (0, 1))
     assert engine_load(page).tokens == 22 and engine_load("up 1").tokens is None
 
 
 ENDS = table(
     ("good", b'data: {"choices":[{"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n', None),
-    ("a stopping vLLM", b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n', "ABORTED"),
+    ("a stopping vLLM",
+     b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n', "ABORTED"),
     ("spaced", b'data: {"choices":[{"finish_reason": "abort"}]}\n\n', "ABORTED"),
-    ("a dying engine", b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\ndata: [DONE]\n\n', "STREAM_FAILED"),
+    ("a dying engine",
+     b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\ndata: '
+     b'[DONE]\n\n', "STREAM_FAILED"),
     ("responses", b'event: response.failed\ndata: {"type":"response.failed"}\n\n', "STREAM_FAILED"),
     ("messages", b'event: error\ndata: {"type":"error","error":{}}\n\n', "STREAM_FAILED"),
-    ("the client's own mistake", b'data: {"error": {"message": "too long", "code": 400}}\n\n', None),
-    ("text about it", rb'data: {"choices":[{"delta":{"content":"\"finish_reason\":\"abort\" data: {\"error\": {}"}}]}' b"\n\n", None),
-    ("text that is an error event", b'data: {"choices":[{"delta":{"content":"\\ndata: {\\"error\\": {}}"}}]}\n\n', None),
+    ("the client's own mistake", b'data: {"error": {"message": "too long", "code": 400}}\n\n',
+     None),
+    ("text about it",
+     rb'data: {"choices":[{"delta":{"content":"\"finish_reason\":\"abort\" data: '
+     rb'{\"error\": {}"}}]}' b"\n\n", None),
+    ("text that is an error event",
+     b'data: {"choices":[{"delta":{"content":"\\ndata: {\\"error\\": {}}"}}]}\n\n', None),
     ("a request's error in Anthropic's words", b'event: error\n'
      b'data: {"type":"error","error":{"type":"invalid_request_error"}}\n\n', None),
     ("a code that only the client said", b'event: response.failed\n'
@@ -2268,7 +2438,7 @@ ENDS = table(
      b'xx","tools":[],"status":"cancelled","x":1},"type":"response.completed"}\n\n', "ABORTED"),
     ("the end of a large event",
      b'content":"{\\"error\\""},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n', "ABORTED"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("tail, fault", ENDS)
@@ -2293,7 +2463,7 @@ def test_what_the_last_events_admit(tail, fault):
     ("too deep to be looked at", b"1" + b"]" * 100 + b',"b":2}', {"b": 2}),
     ("nothing but brackets", b"[" * 9000, {}),
     ("only closing ones", b"]" * 9000, {}),
-))  # fmt: skip
+))
 def test_the_end_of_a_document_is_read_at_its_depth(end, whole):
     assert lite.document_at_end(end) == whole
 
@@ -2338,7 +2508,7 @@ def test_however_a_document_is_cut_what_is_read_of_its_end_stands_in_it():
     ("an earlier response", "GET", "/v1/responses/resp_1", "application/json", "OPAQUE"),
     ("one its client cancels", "POST", "/v1/responses/r_1/cancel", "application/json", "OPAQUE"),
     ("text of somebody", "POST", "/v1/audio/transcriptions", "text/plain", "OPAQUE"),
-))  # fmt: skip
+))
 def test_of_which_answers_the_end_is_read(method, path, kind, notation):
     head = answer_of(f"HTTP/1.1 200 OK\nContent-Type: {kind}")
     assert lite.notation_of(method, path, head) is lite.Notation[notation]
@@ -2363,7 +2533,7 @@ def test_of_which_answers_the_end_is_read(method, path, kind, notation):
      b'{"error":{"message":"no tool named EngineCore encountered an issue"}}', None),
     ("one with the client's words beside", 500,
      b'{"error":{"message":"x"},"input":"EngineCore encountered an issue"}', None),
-))  # fmt: skip
+))
 def test_what_a_plain_answer_admits(status, content, fault):
     assert lite.bad_answer(status, content, lite.Notation.CHOICES) is (fault and Fault[fault])
 
@@ -2404,8 +2574,9 @@ def test_members_that_follow_a_comma_are_read_as_from_any_other_place():
     ("tools", {"tools": [LIES], "choices": [LIES], "status": "completed"}, None),
     ("text formats", {"text": {"format": {"schema": LIES}}, "status": "completed"}, None),
     ("large tools", {"tools": [{"x": "y" * 9000, **LIES}, LIES], "status": "completed"}, None),
-    ("large ones of one cut short", {"tools": ["y" * 9000, LIES], "status": "cancelled"}, "ABORTED"),
-))  # fmt: skip
+    ("large ones of one cut short", {"tools": ["y" * 9000, LIES], "status": "cancelled"},
+     "ABORTED"),
+))
 def test_what_a_response_admits_and_never_what_its_client_said(content, fault):
     text = json.dumps(content).encode()
     assert lite.bad_answer(200, text, lite.Notation.RESPONSE) is (fault and Fault[fault])
@@ -2414,10 +2585,13 @@ def test_what_a_response_admits_and_never_what_its_client_said(content, fault):
 
 
 @pytest.mark.parametrize("said, notation, died", table(
-    ("a dying engine", b'{"error":{"message":"EngineCore encountered an issue."}}', "CHOICES", True),
-    ("old vLLM", b'{"object":"error","message":"Background loop has errored already."}', "CHOICES", True),
+    ("a dying engine", b'{"error":{"message":"EngineCore encountered an issue."}}', "CHOICES",
+     True),
+    ("old vLLM", b'{"object":"error","message":"Background loop has errored already."}', "CHOICES",
+     True),
     ("it drains", b'{"error":{"message":"cannot schedule new futures after x"}}', "CHOICES", False),
-    ("words of a client", b'{"error":{"message":"no \\"EngineCore encountered an issue\\""}}', "CHOICES",
+    ("words of a client", b'{"error":{"message":"no \\"EngineCore encountered an issue\\""}}',
+     "CHOICES",
      False),
     ("an event", b'data: {}\n\ndata: {"error":{"message":"EngineCore encountered an issue."}}\n\n',
      "EVENTS", True),
@@ -2426,7 +2600,7 @@ def test_what_a_response_admits_and_never_what_its_client_said(content, fault):
     ("another error", b'data: {"error": {"message": "x", "code": 500}}\n\n', "EVENTS", False),
     ("text of a model", b'data: {"choices":[{"text":"error: EngineCore has died"}]}\n\n', "EVENTS",
      False),
-))  # fmt: skip
+))
 def test_an_engine_is_dead_by_the_words_of_its_server(said, notation, died):
     assert lite.engine_died(said, lite.Notation[notation]) is died
 
@@ -2440,7 +2614,7 @@ def test_an_engine_is_dead_by_the_words_of_its_server(said, notation, died):
     ("of another kind", 503, "", b'{"error":{"message":"x","type":"proxy","code":503}}', False),
     ("no object", 503, "", b'{"error":"Service Unavailable"}', False),
     ("500 that says so", 500, "\nretry-after: 1", b"", False),
-))  # fmt: skip
+))
 def test_busy_is_not_broken(status, fields, content, busy):
     assert lite.says_busy(response_of(f"HTTP/1.1 {status} X{fields}")[0], content) is busy
 
@@ -2453,34 +2627,41 @@ def test_busy_is_not_broken(status, fields, content, busy):
     ("entries without id", b'{"data":[{}]}', None),
     ("an id that is none", b'{"data":[{"id":5}]}', None),
     ("ids that cannot be shown", b'{"data":[{"id":"a\\nb"},{"id":"\\ud800"},{"id":"c"}]}', ["c"]),
-    ("a name that is no name", b'{"data":[{"id":"%b"},{"id":"%b"}]}' % (b"a" * 513, b"b" * 512), ["b" * 512]),
-    ("more names than are known", b'{"data":[%b]}' % b",".join(b'{"id":"%d"}' % n for n in range(2001)), [*map(str, range(2000))]),
+    ("a name that is no name", b'{"data":[{"id":"%b"},{"id":"%b"}]}' % (b"a" * 513, b"b" * 512),
+     ["b" * 512]),
+    ("more names than are known", b'{"data":[%b]}'
+     % b",".join(b'{"id":"%d"}' % n for n in range(2001)), [*map(str, range(2000))]),
     ("made to take long", b'{"data":[%b0]}' % (b"[]," * 200_000), None),
-    ("nested too deeply to be read", b'{"data":[{"id":"a","x":%b}]}' % (b"[" * 99_000 + b"]" * 99_000), None),
-))  # fmt: skip
+    ("nested too deeply to be read",
+     b'{"data":[{"id":"a","x":%b}]}' % (b"[" * 99_000 + b"]" * 99_000), None),
+))
 def test_model_lists(content, names):
     models = lite.model_list(content)
     assert (models if models is None else list(models)) == names
 
 
-SAID = '{"id":"m","object":"model","owned_by":"vllm","max_model_len":2048,"permission":[{"id":"p"}]}'
+SAID = (
+    '{"id":"m","object":"model","owned_by":"vllm","max_model_len":2048,"permission":[{"id":"p"}]}')
 SIMPLE = {"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 2048}
 
 
 @pytest.mark.parametrize("said, kept", table(
     ("vLLM's own stays as it is", "", json.loads(SAID)),
-    ("so do members of others", ',"x":{"a":[1,-2.5,null,true,"b"]}', {**json.loads(SAID), "x": {"a": [1, -2.5, None, True, "b"]}}),
+    ("so do members of others", ',"x":{"a":[1,-2.5,null,true,"b"]}',
+     {**json.loads(SAID), "x": {"a": [1, -2.5, None, True, "b"]}}),
     ("nested too deeply to be written again", ',"x":' + "[" * 500 + "]" * 500, SIMPLE),
-    ("nested as deeply as may be", ',"x":' + "[" * 7 + "]" * 7, {**json.loads(SAID), "x": [[[[[[[]]]]]]]}),
+    ("nested as deeply as may be", ',"x":' + "[" * 7 + "]" * 7,
+     {**json.loads(SAID), "x": [[[[[[[]]]]]]]}),
     ("nested a level more", ',"x":' + "[" * 8 + "]" * 8, SIMPLE),
     ("no number", ',"x":[NaN]', SIMPLE),
     ("nor infinite ones", ',"x":-Infinity', SIMPLE),
     ("nor a number too large for one", ',"x":1e999', SIMPLE),
-    ("a number nobody means", ',"max_model_len":' + "9" * 4000, {k: v for k, v in SIMPLE.items() if k != "max_model_len"}),
+    ("a number nobody means", ',"max_model_len":' + "9" * 4000,
+     {k: v for k, v in SIMPLE.items() if k != "max_model_len"}),
     ("a long text", ',"x":"' + "a" * 5000 + '"', SIMPLE),
     ("a long text where vLLM has a short one", ',"root":"' + "a" * 5000 + '"', SIMPLE),
     ("another shape of a member", ',"x":NaN,"root":["a"]', SIMPLE),
-))  # fmt: skip
+))
 def test_what_a_server_says_of_a_model_is_bounded(said, kept):
     entry = lite.model_list(f'{{"data":[{SAID[:-1]}{said}}}]}}'.encode())["m"]
     assert entry == kept and json.loads(json.dumps(entry, allow_nan=False)) == kept
@@ -2489,7 +2670,8 @@ def test_what_a_server_says_of_a_model_is_bounded(said, kept):
 CREATED = b"event: response.created\ndata: "
 RESPONSE_IDS = table(
     ("vLLM's", b'{"id":"resp_1","created_at":1', False, "resp_1"),
-    ("behind other members", b'{ "a":{"id":"x","b":[{}]}, "n":null,"id": "resp_1"}', False, "resp_1"),
+    ("behind other members", b'{ "a":{"id":"x","b":[{}]}, "n":null,"id": "resp_1"}', False,
+     "resp_1"),
     ("not one within another", b'{"metadata":{"id":"resp_x"},"object":"response"}', False, ""),
     ("not one in a text", rb'{"text":"\",\"id\":\"resp_x\"","a":1}', False, ""),
     ("not whole yet", b'{"id":"resp_1', False, ""),
@@ -2511,7 +2693,8 @@ def test_the_id_of_a_response_is_read_at_its_place(start, streams, id):
 
 def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
     body = json.loads(lite.error_body(Fault.UNKNOWN_MODEL, "text", "/v1/x", "model"))
-    assert body == {"error": {"message": "text", "type": "NotFoundError", "param": "model", "code": 404}}
+    assert (body == {"error": {"message": "text", "type": "NotFoundError", "param": "model",
+                               "code": 404}})
     assert json.loads(lite.error_body(Fault.NO_SERVER, "text", "/v1/messages"))["type"] == "error"
 
 
@@ -2536,7 +2719,7 @@ def gate_with(**limits):
     ("two at once", "Authorization: Bearer sk-1\nAuthorization: Bearer sk-2", None),
     ("none", "Cookie: sk-1", None),
     ("empty", "Authorization: Bearer ", None),
-))  # fmt: skip
+))
 def test_keys_are_recognised(fields, name):
     found = gate_with()[0].authenticate(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
     assert (found and found.name) == name
@@ -2545,7 +2728,8 @@ def test_keys_are_recognised(fields, name):
 def test_a_key_allows_its_models():
     gate, key = gate_with(models=("a", "b"))
     assert gate.admit(key, "a", 0.0) is None
-    assert gate.admit(key, "c", 0.0)[0] is Fault.FORBIDDEN and "`c`" in gate.admit(key, "c", 0.0).text
+    assert (gate.admit(key, "c", 0.0)[0] is Fault.FORBIDDEN
+            and "`c`" in gate.admit(key, "c", 0.0).text)
     assert gate.admit(key, None, 0.0).fault is Fault.FORBIDDEN
 
 
@@ -2693,7 +2877,7 @@ LOCALLY = table(
      {"peer": "unknown", "hop": "127.0.0.1", **OURS}, 403),
     ("no scheme of the web",
      "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Proto: ws\nOrigin: null", OURS, 403),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("lines, more, status", LOCALLY)
@@ -2780,7 +2964,7 @@ def test_where_operators_have_a_listener_each_has_its_own_paths():
         visits = {audience: visit._replace(audience=audience) for audience in lite.Audience}
         found = {audience.name: refusal and refusal.fault.status for audience,
                  visit in visits.items()
-                 for refusal in [lite.refusal_of(visit)]}  # fmt: skip
+                 for refusal in [lite.refusal_of(visit)]}
         always = {"AMBIGUOUS": 400, "NOTHING": 404}.get(kind.name)
         inference, probe = kind.name in ("INFERENCE", "MODELS"), kind.name == "PROBE"
         assert found["EVERYBODY"] == always
@@ -2808,7 +2992,7 @@ def test_where_operators_are_listened_to(given, address):
     ("twice", "application/json\nContent-Type: text/plain", 415),
     ("another that is built on it", "application/json-patch", 415),
     ("none", "", 415),
-))  # fmt: skip
+))
 def test_content_that_changes_something_is_json(said, status):
     lines = "Host: localhost" + f"\nContent-Type: {said}" * bool(said)
     more = {"keyed": True, "key": ADMIN, "method": "POST"}
@@ -2863,7 +3047,7 @@ def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
     ("dots, escaped thrice", "/v1/%25252e./sleep", "AMBIGUOUS"),
     ("a percent sign", "/v1/100%25", "INFERENCE"),
     ("half an escape", "/v1/x%2", "AMBIGUOUS"),
-))  # fmt: skip
+))
 def test_kinds_of_paths(path, kind):
     assert lite.path_kind(path).name == kind
     control = lite.kind_of(head_of(f"OPTIONS {path} HTTP/1.1\nHost: a"),
@@ -2927,7 +3111,8 @@ ADDRESSES = table(
     ("nobody is trusted", "1.1.1.1", "9.9.9.9", (), "1.1.1.1"),
     ("a stranger says it", "1.1.1.1", "9.9.9.9", ("10.0.0.0/8",), "1.1.1.1"),
     ("our proxy says it", "10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
-    ("only the last stranger counts", "10.0.0.1", "8.8.8.8, 9.9.9.9, 10.0.0.2", ("10.0.0.0/8",), "9.9.9.9"),
+    ("only the last stranger counts", "10.0.0.1", "8.8.8.8, 9.9.9.9, 10.0.0.2", ("10.0.0.0/8",),
+     "9.9.9.9"),
     ("IPv6", "fd00::1", "2001:db8::1", ("fd00::/8",), "2001:db8::1"),
     ("IPv4 in IPv6", "::ffff:10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
     ("nonsense is a stranger", "10.0.0.1", "hello", ("10.0.0.0/8",), "hello"),
@@ -2981,37 +3166,57 @@ HEALTHS = table(
     ("a first check that fails", "-", {}, "unhealthy", "refused"),
     ("two failures in a row are forgiven", "++++++++++--", {}, "healthy", "check failed: refused"),
     ("three are not", "++++++++---", {}, "unhealthy", "3 checks failed in a row: refused"),
-    ("a limit of its own", "+-", {"health_check_consecutive_failures": 1}, "unhealthy", "1 checks failed in a row: refused"),
-    ("the rate in the window", "+++-+-", {}, "unhealthy", "67% of the last 6 checks passed, the last problem: refused"),
+    ("a limit of its own", "+-", {"health_check_consecutive_failures": 1}, "unhealthy",
+     "1 checks failed in a row: refused"),
+    ("the rate in the window", "+++-+-", {}, "unhealthy",
+     "67% of the last 6 checks passed, the last problem: refused"),
     ("a rate needs a few checks", "+-+", {}, "healthy", "check passed"),
-    ("a long good past is no excuse", "+" * 50 + "-+-+-", {}, "unhealthy", "70% of the last 10 checks passed, the last problem: refused"),
-    ("the rate, met with a check that passes", "+-+-+", {}, "unhealthy", "60% of the last 5 checks passed, the last problem: refused"),
-    ("one good check does not outweigh that window", "+-+-+-+", {}, "unhealthy", "57% of the last 7 checks passed, the last problem: refused"),
-    ("nor do four", "+-+-+-++++", {}, "unhealthy", "70% of the last 10 checks passed, the last problem: refused"),
+    ("a long good past is no excuse", "+" * 50 + "-+-+-", {}, "unhealthy",
+     "70% of the last 10 checks passed, the last problem: refused"),
+    ("the rate, met with a check that passes", "+-+-+", {}, "unhealthy",
+     "60% of the last 5 checks passed, the last problem: refused"),
+    ("one good check does not outweigh that window", "+-+-+-+", {}, "unhealthy",
+     "57% of the last 7 checks passed, the last problem: refused"),
+    ("nor do four", "+-+-+-++++", {}, "unhealthy",
+     "70% of the last 10 checks passed, the last problem: refused"),
     ("but it is back when it is good again", "+-+-+-++++++", {}, "healthy", "check passed"),
     ("and then it begins anew", "+-+-+-++++++--", {}, "healthy", "check failed: refused"),
-    ("and is judged as before", "+-+-+-++++++-+-+", {}, "unhealthy", "60% of the last 5 checks passed, the last problem: refused"),
+    ("and is judged as before", "+-+-+-++++++-+-+", {}, "unhealthy",
+     "60% of the last 5 checks passed, the last problem: refused"),
     ("who was away since then is back at once", "+-+-+-++---+", {}, "healthy", "check passed"),
-    ("so is who was away for longer", "+-+-+-++---" + "-" * 60 + "+", {}, "healthy", "check passed"),
-    ("slow checks have to become fast on the whole", "+sss+", {"health_check_max_response_time": 5}, "unhealthy", "the last 5 checks took 6.6 s on average"),
-    ("slow checks", "+s", {"health_check_max_response_time": 5}, "unhealthy", "the last 2 checks took 5.5 s on average"),
+    ("so is who was away for longer", "+-+-+-++---" + "-" * 60 + "+", {}, "healthy",
+     "check passed"),
+    ("slow checks have to become fast on the whole", "+sss+", {"health_check_max_response_time": 5},
+     "unhealthy", "the last 5 checks took 6.6 s on average"),
+    ("slow checks", "+s", {"health_check_max_response_time": 5}, "unhealthy",
+     "the last 2 checks took 5.5 s on average"),
     ("a slow check does not bring back", "s", {}, "unhealthy", "a check took 11.0 s"),
     ("an hour down, one check up", "+" + "-" * 60 + "+", {}, "healthy", "check passed"),
-    ("the window starts anew with it", "+" + "-" * 60 + "+--", {}, "healthy", "check failed: refused"),
-    ("failed requests in a row", "+ff", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
+    ("the window starts anew with it", "+" + "-" * 60 + "+--", {}, "healthy",
+     "check failed: refused"),
+    ("failed requests in a row", "+ff", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
     ("one is forgiven", "+f", {}, "healthy", "check passed"),
     ("unless told otherwise", "+f", {"failure_threshold": 1}, "unhealthy", "circuit open: refused"),
     ("a good one in between clears it", "+fgf", {}, "healthy", "check passed"),
     ("failures long ago do not count", "+f" + "." * 60 + "f", {}, "healthy", "check passed"),
-    ("good checks do not close a circuit", "+ff" + "+" * 40, {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
-    ("nor does what was begun before it opened", "+ffggg", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
-    ("one good trial is not enough", "+ff" + "." * 30 + "g", {}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
+    ("good checks do not close a circuit", "+ff" + "+" * 40, {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
+    ("nor does what was begun before it opened", "+ffggg", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
+    ("one good trial is not enough", "+ff" + "." * 30 + "g", {}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
     ("two are", "+ff" + "." * 30 + "gg", {}, "healthy", "2 trials went well"),
-    ("a bad trial opens it again", "+ff" + "." * 30 + "gf", {}, "unhealthy", "circuit open: a trial failed: refused"),
-    ("for as long", "+ff" + "." * 30 + "f" + "." * 20 + "gg", {}, "unhealthy", "circuit open: a trial failed: refused"),
-    ("and then it may try again", "+ff" + "." * 30 + "f" + "." * 30 + "gg", {}, "healthy", "2 trials went well"),
-    ("five failures, as others count", "+ffff", {"failure_threshold": 5}, "healthy", "check passed"),
-    ("the fifth opens", "+fffff", {"failure_threshold": 5}, "unhealthy", "circuit open: 5 requests failed in a row: refused"),
+    ("a bad trial opens it again", "+ff" + "." * 30 + "gf", {}, "unhealthy",
+     "circuit open: a trial failed: refused"),
+    ("for as long", "+ff" + "." * 30 + "f" + "." * 20 + "gg", {}, "unhealthy",
+     "circuit open: a trial failed: refused"),
+    ("and then it may try again", "+ff" + "." * 30 + "f" + "." * 30 + "gg", {}, "healthy",
+     "2 trials went well"),
+    ("five failures, as others count", "+ffff", {"failure_threshold": 5}, "healthy",
+     "check passed"),
+    ("the fifth opens", "+fffff", {"failure_threshold": 5}, "unhealthy",
+     "circuit open: 5 requests failed in a row: refused"),
     ("one that died", "+d", {}, "unhealthy", "it died with a request: refused"),
     ("and is there again", "+d+", {}, "healthy", "check passed"),
     ("the same content again and again", "+xxxxxx", {}, "healthy", "check passed"),
@@ -3034,10 +3239,13 @@ HEALTHS = table(
     ("a server that was away is back with a check", "+ff-+", {}, "healthy", "check passed"),
     ("so is one that nobody could reach", "+uu+", {}, "healthy", "check passed"),
     ("which is no open circuit", "+uu", {}, "unhealthy", "2 requests failed in a row: refused"),
-    ("without checks it is trusted", ".", {"enable_active_health_check": False}, "healthy", "active checks are off"),
-    ("and out after failures", ".ff", {"enable_active_health_check": False}, "unhealthy", "circuit open: 2 requests failed in a row: refused"),
-    ("until time has passed", ".ff" + "." * 60, {"enable_active_health_check": False}, "healthy", "tried again after 60 s"),
-)  # fmt: skip
+    ("without checks it is trusted", ".", {"enable_active_health_check": False}, "healthy",
+     "active checks are off"),
+    ("and out after failures", ".ff", {"enable_active_health_check": False}, "unhealthy",
+     "circuit open: 2 requests failed in a row: refused"),
+    ("until time has passed", ".ff" + "." * 60, {"enable_active_health_check": False}, "healthy",
+     "tried again after 60 s"),
+)
 
 
 @pytest.mark.parametrize("script, settings, state, reason", HEALTHS)
@@ -3050,7 +3258,7 @@ def test_health(script, settings, state, reason):
     ("the first", "+", b"x", False), ("the second", "+y", b"x", True),
     ("the same again", "+x", b"x", False), ("on trial", "+ff" + "." * 30, b"x", True),
     ("while it is out anyway", "+ff", b"x", False),
-))  # fmt: skip
+))
 def test_whether_a_failure_decides(script, content, decides):
     health = health_after(script)
     assert health.decided_by(content, float(len(script)), Settings()) is decides
@@ -3082,10 +3290,12 @@ def test_a_lease_counts_whatever_ends_it():
 def test_a_reload_keeps_what_is_known_and_drains_what_is_gone():
     fleet = fleet_of(1, 2, 3)
     with fleet.lease("s1", 0.0):
-        added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)], 5.0)
+        added, draining = fleet.apply([lite.ServerSettings("s2", 9), lite.ServerSettings("new", 1)],
+                                      5.0)
         assert (added, draining) == (["new"], ["s0", "s1"])
         s2, new, s1 = fleet.views()
-        assert (s2.capacity, s2.healthy, new.health.state, s1.draining) == (9, True, State.CHECKING, True)
+        assert (s2.capacity, s2.healthy, new.health.state,
+                s1.draining) == (9, True, State.CHECKING, True)
         assert "is draining" in {c.reason for c in ranking_of(fleet).candidates()}
     assert [v.id for v in fleet.views()] == ["s2", "new"]
 
@@ -3096,7 +3306,8 @@ def test_a_server_that_is_wanted_again_while_it_drains_stays():
         fleet.apply([], 1.0)
         assert fleet.apply([lite.ServerSettings("s0", 4)], 2.0) == (["s0"], [])
     (view,) = fleet.views()
-    assert (view.draining, view.capacity, view.healthy, view.counts.in_flight) == (False, 4, True, 0)
+    assert (view.draining, view.capacity, view.healthy,
+            view.counts.in_flight) == (False, 4, True, 0)
 
 
 def test_news_of_a_server_that_has_left_are_ignored():
@@ -3105,7 +3316,8 @@ def test_news_of_a_server_that_has_left_are_ignored():
         fleet.apply([], 1.0)
     fleet.scraped("s0", lite.EngineLoad(1, 1), 0, 1.0)
     fleet.models_listed("s0", {}, 1.0)
-    assert fleet.judge("s0", lite.Health.failed, "x", True, 1.0, Settings()) is None and fleet.views() == []
+    assert (fleet.judge("s0", lite.Health.failed, "x", True, 1.0, Settings()) is None
+            and fleet.views() == [])
 
 
 FOREIGN = table(
@@ -3139,7 +3351,7 @@ def test_the_load_of_others(load, own, age, expected):
     ("a frozen engine behind checks that hang", "+zh", False),
     ("healthy", "+h", True),
     ("not checked yet", "", False),
-))  # fmt: skip
+))
 def test_who_is_asked_as_a_last_resort(script, answers):
     s, health = Settings(), lite.Health(State.CHECKING, "", 0.0)
     for now, letter in enumerate(script):
@@ -3162,7 +3374,7 @@ def test_troubled_checks_take_a_server_out_but_not_the_last_ones():
         for _ in range(3):
             fleet.judge(url, lite.Health.checked, False, 5.0, "no answer", 1.0, s, reached)
         asked = {ranking_of(fleet, policy="random", model="m", now=5.0, draw=random.Random(n)).best
-                 for n in range(30)}  # fmt: skip
+                 for n in range(30)}
         assert asked == {"s0": {"s1", "s2"}, "s1": {"s2"}, "s2": {"s0", "s2"}}[url]
     status, said = lite.readiness_report(fleet.views(), False)
     assert (status, said["status"], said["healthy_workers"]) == (200, "degraded", 0)
@@ -3178,7 +3390,7 @@ def test_troubled_checks_take_a_server_out_but_not_the_last_ones():
     ("a typo", "typo", "m", False),
     ("a typo, and nobody ever told any", "typo", None, True),
     ("none", None, "m", True),
-))  # fmt: skip
+))
 def test_a_troubled_server_that_never_told_its_models_is_no_last_resort_for_typos(
     model, told, asked
 ):
@@ -3200,7 +3412,7 @@ def test_a_troubled_server_that_never_told_its_models_is_no_last_resort_for_typo
     ("within what its reports take", 2.4, None, True),
     ("within what is asked for", 9.0, None, True),
     ("never", None, None, False),
-))  # fmt: skip
+))
 def test_whether_an_engine_works(counters, streams, works):
     now, s = 1000.0, Settings(metrics_interval=0.5)
     then = [-math.inf if ago is None else now - ago for ago in (counters, streams)]
@@ -3245,16 +3457,17 @@ def test_a_rejected_key_takes_a_server_out_at_once_and_for_no_last_resort():
     ("failed requests and good ones in between", "z" + "ff" + "." * 40 + "zgg", True),
     ("away, and back before the first report of its new life", "z---+", False),
     ("away in the eyes of checks, while its reports go on", "z---z+", True),
-))  # fmt: skip
+))
 def test_a_server_sleeps_until_a_report_says_otherwise_or_it_was_away(script, asleep):
     fleet, s = fleet_of(1), Settings()
     health = lite.Health
     news = {"-": (health.checked, False, 0.0, "x"), "+": (health.checked, True, 0.0, ""),
-            "f": (health.failed, "x", True), "g": (health.succeeded,)}  # fmt: skip
+            "f": (health.failed, "x", True), "g": (health.succeeded,)}
     for now, letter in enumerate(script, 1):
         if letter in "za":
             fleet.scraped("s0", ASLEEP if letter == "z" else AWAKE, 0, float(now))
-            assert (ranking_of(fleet).best is None) is (letter == "z" or not fleet.view("s0").healthy)
+            assert (ranking_of(fleet).best is None) is (letter == "z"
+                                                        or not fleet.view("s0").healthy)
         elif letter in news:
             fleet.judge("s0", *news[letter], float(now), s)
     (view,) = fleet.views()
@@ -3288,7 +3501,8 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.inf, unanswered=0, failed=0, **settings):
+def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.inf, unanswered=0,
+                   failed=0, **settings):
     """What is said of a server whose token counter stopped so many seconds ago."""
     fleet, now = fleet_of(20), 1000.0 + still_s
     for then in (1000.0, now):
@@ -3322,7 +3536,8 @@ def test_when_an_engine_seems_frozen(given, frozen):
     said = standing_still(**given)
     assert bool(said) is frozen
     if frozen:
-        assert said.startswith("frozen: 1 requests wait, and neither its token counters nor its streams have moved")
+        assert said.startswith(
+            "frozen: 1 requests wait, and neither its token counters nor its streams have moved")
 
 
 def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
@@ -3337,8 +3552,10 @@ def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
 
 CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
     ("open", [0.0], 29.0, "s1", "is unhealthy (x)"),
-    ("half-open: one request on trial", [0.0], 30.0, "s0", "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
-    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0", "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
+    ("half-open: one request on trial", [0.0], 30.0, "s0",
+     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
+    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0",
+     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
 )
 
 
@@ -3384,7 +3601,7 @@ def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
 
 
 def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False,
-               call=None, slow_start=0.0, **settings):  # fmt: skip
+               call=None, slow_start=0.0, **settings):
     by = lite.POLICIES[policy](Settings(**settings)) if isinstance(policy, str) else policy
     wanted = lite.Wanted(call or lite.Call(model), frozenset(tried))
     moment = lite.Moment(now, 0.5, enforced, slow_start)
@@ -3409,10 +3626,12 @@ def with_load(fleet, *loads, at=0.0):
 
 # capacities, (running, waiting) …, and the share of 2,000 picks each server gets
 DISTRIBUTIONS = table(
-    ("mvllm: all below 0.5 alike, whatever their load", "mvllm", (10, 10, 10), [(0, 0), (4, 1), (5, 0)], [0.5, 0.5, 0]),
+    ("mvllm: all below 0.5 alike, whatever their load", "mvllm", (10, 10, 10),
+     [(0, 0), (4, 1), (5, 0)], [0.5, 0.5, 0]),
     ("mvllm: waiting counts half", "mvllm", (10, 10), [(0, 9), (0, 10)], [1, 0]),
     ("mvllm: else the lowest", "mvllm", (10, 10, 10), [(9, 0), (7, 0), (8, 0)], [0, 1, 0]),
-    ("mvllm: ties among the lowest", "mvllm", (10, 10, 10), [(7, 0), (7, 0), (8, 0)], [0.5, 0.5, 0]),
+    ("mvllm: ties among the lowest", "mvllm", (10, 10, 10), [(7, 0), (7, 0), (8, 0)],
+     [0.5, 0.5, 0]),
     ("mvllm: full servers are still asked", "mvllm", (1, 1), [(5, 0), (9, 0)], [1, 0]),
     ("vllm_router: running counts thrice", "vllm_router", (10, 10), [(1, 0), (0, 2)], [0, 1]),
     ("vllm_router: ties", "vllm_router", (10, 10), [(1, 0), (0, 3)], [0.5, 0.5]),
@@ -3466,9 +3685,10 @@ REFUSALS = table(
     ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "No server is configured."),
     ("unknown model", lambda: fleet_of(1, models=["b", "a"]), "x", Fault.UNKNOWN_MODEL,
      "The model `x` does not exist. Valid names: a, b."),
-    ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x", Fault.NO_SERVER,
+    ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x",
+     Fault.NO_SERVER,
      "No server can serve the model `x` now: s0 is checking (not checked yet)."),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("fleet, model, fault, text", REFUSALS)
@@ -3487,7 +3707,8 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
     fleet.models_listed("s0", None, 0.0)
     assert ranking_of(fleet, model="x").best == "s0"
     ranking = ranking_of(fleet, model="m")
-    assert ranking.best == "s1" and "has not told its models" in {c.reason for c in ranking.candidates()}
+    assert (ranking.best == "s1"
+            and "has not told its models" in {c.reason for c in ranking.candidates()})
     assert ranking_of(fleet, model="m", tried=["s1"]).best == "s0"
 
 
@@ -3504,7 +3725,7 @@ def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_t
     ("not given", "weight = 1", lite.AUTO),
     ("another word for it", "capacity = 8", 8),
     ("another word, to be learned", 'capacity = "auto"', lite.AUTO),
-))  # fmt: skip
+))
 def test_forms_of_capacity(line, limit):
     settings, warnings = lite.parse_settings(f'[[servers]]\nurl = "http://a"\n{line}\n')
     assert settings.servers[0].max_concurrent_requests == limit and not warnings
@@ -3514,7 +3735,8 @@ def test_forms_of_capacity(line, limit):
 def test_capacities_that_are_none_are_refused(value):
     for key in ("max_concurrent_requests", "capacity"):
         (line,) = complaints(f'[[servers]]\nurl = "http://a"\n{key} = {value}\n')
-        assert "servers[1]." in line and re.search(r'expected a whole number, 1 .+, or "auto"$', line)
+        assert ("servers[1]." in line
+                and re.search(r'expected a whole number, 1 .+, or "auto"$', line))
 
 
 def test_a_complaint_about_a_capacity_names_its_line_by_whatever_word():
@@ -3532,40 +3754,58 @@ def test_a_capacity_in_both_words_is_not_decided_silently():
 
 
 def test_servers_say_weight_tier_pool_and_engines():
-    toml = ('servers = [{ url = "http://a", weight = 2.5, tier = 2, pool = "x", data_parallel_size = 4 }, { url = "http://b" }]\n'
-            '[pools]\nx = 20\n[policies]\n"org/m" = "LEAST"\n[config]\npolicy = "cache_aware"\n')  # fmt: skip
+    toml = ('servers = [{ url = "http://a", weight = 2.5, tier = 2, pool = "x", data_parallel_size '
+            '= 4 }, { url = "http://b" }]\n'
+            '[pools]\nx = 20\n[policies]\n"org/m" = "LEAST"\n[config]\npolicy = "cache_aware"\n')
     settings, warnings = lite.parse_settings(toml)
     first, second = settings.servers
-    assert (first.weight, first.tier, first.pool, first.data_parallel_size) == (2.5, 2, "x", 4) and not warnings
+    assert ((first.weight, first.tier, first.pool, first.data_parallel_size) == (2.5, 2, "x", 4)
+            and not warnings)
     assert (second.weight, second.tier, second.pool, second.data_parallel_size) == (1.0, 1, "", 1)
-    assert settings.pools == {"x": 20} and settings.policies == {"org/m": "least"} and settings.policy == "cache_aware"
+    assert (settings.pools == {"x": 20} and settings.policies == {"org/m": "least"}
+            and settings.policy == "cache_aware")
 
 
 def test_a_policy_for_an_alias_is_one_for_the_model():
-    settings, _ = lite.parse_settings('servers = []\n[aliases]\nshort = "org/m"\n[policies]\nshort = "random"\n')
+    settings, _ = lite.parse_settings(
+        'servers = []\n[aliases]\nshort = "org/m"\n[policies]\nshort = "random"\n')
     assert settings.policies == {"org/m": "random"}
 
 
 @pytest.mark.parametrize("toml, expected", table(
-    ("pools beyond all requests", "servers = []\n[pools]\na = 60\nb = 60\n", "pools: found '120 in all', expected 100 at most"),
-    ("a share that is none", "servers = []\n[pools]\na = -1\n", "s.toml:3: pools.a: found -1, expected a number, 0 to 100, in percent"),
-    ("a share in words", 'servers = []\n[pools]\na = "half"\n', "s.toml:3: pools.a: found 'half', expected a number, 0 to 100"),
-    ("a pool that nobody described", 'servers = [\n{ url = "http://a", pool = "x" }]\n', "s.toml:2: servers[1].pool: found 'x', expected one of [pools]"),
-    ("pools that are no table", "servers = []\npools = 3", "s.toml:2: pools: found 3, expected a table"),
-    ("a policy of a model", 'servers = []\n[policies]\nm = "best"\n', "s.toml:3: policies.m: found 'best', expected one of unified, least"),
-    ("an expression without formula", 'servers = []\n[config]\npolicy = "expression"\n', "config.score: found nothing, expected a formula"),
-    ("an expression for one model without formula", 'servers = []\n[policies]\nm = "expression"\n', "config.score: found nothing, expected a formula"),
-    ("a formula that is none", 'servers = []\n[config]\nscore = "running +"\n', "s.toml:3: config.score: found 'running +', expected a formula like"),
-    ("a weight below nothing", 'servers = [{ url = "http://a", weight = -1 }]', "servers[1].weight: found -1, expected a number, 0 to 1000"),
-    ("a tier that is none", 'servers = [{ url = "http://a", tier = 0 }]', "servers[1].tier: found 0, expected a whole number, 1 or more"),
-    ("too many engines", 'servers = [{ url = "http://a", data_parallel_size = 257 }]', "expected a whole number, 1 to 256"),
-    ("a threshold beyond all", "servers = []\n[config]\ncache_threshold = 1.5\n", "s.toml:3: config.cache_threshold: found 1.5, expected a number, 0 to 1"),
-))  # fmt: skip
+    ("pools beyond all requests", "servers = []\n[pools]\na = 60\nb = 60\n",
+     "pools: found '120 in all', expected 100 at most"),
+    ("a share that is none", "servers = []\n[pools]\na = -1\n",
+     "s.toml:3: pools.a: found -1, expected a number, 0 to 100, in percent"),
+    ("a share in words", 'servers = []\n[pools]\na = "half"\n',
+     "s.toml:3: pools.a: found 'half', expected a number, 0 to 100"),
+    ("a pool that nobody described", 'servers = [\n{ url = "http://a", pool = "x" }]\n',
+     "s.toml:2: servers[1].pool: found 'x', expected one of [pools]"),
+    ("pools that are no table", "servers = []\npools = 3",
+     "s.toml:2: pools: found 3, expected a table"),
+    ("a policy of a model", 'servers = []\n[policies]\nm = "best"\n',
+     "s.toml:3: policies.m: found 'best', expected one of unified, least"),
+    ("an expression without formula", 'servers = []\n[config]\npolicy = "expression"\n',
+     "config.score: found nothing, expected a formula"),
+    ("an expression for one model without formula", 'servers = []\n[policies]\nm = "expression"\n',
+     "config.score: found nothing, expected a formula"),
+    ("a formula that is none", 'servers = []\n[config]\nscore = "running +"\n',
+     "s.toml:3: config.score: found 'running +', expected a formula like"),
+    ("a weight below nothing", 'servers = [{ url = "http://a", weight = -1 }]',
+     "servers[1].weight: found -1, expected a number, 0 to 1000"),
+    ("a tier that is none", 'servers = [{ url = "http://a", tier = 0 }]',
+     "servers[1].tier: found 0, expected a whole number, 1 or more"),
+    ("too many engines", 'servers = [{ url = "http://a", data_parallel_size = 257 }]',
+     "expected a whole number, 1 to 256"),
+    ("a threshold beyond all", "servers = []\n[config]\ncache_threshold = 1.5\n",
+     "s.toml:3: config.cache_threshold: found 1.5, expected a number, 0 to 1"),
+))
 def test_settings_of_routing_that_cannot_be_used(toml, expected):
     assert expected in "\n".join(complaints(toml))
 
 
-@pytest.mark.parametrize("shares", [(100,), (50, 50), (33.3, 33.3, 33.4), (74.2, 21.1, 4.7), (5.6, 65.1, 29.3)])
+@pytest.mark.parametrize("shares", [(100,), (50, 50), (33.3, 33.3, 33.4), (74.2, 21.1, 4.7),
+                                    (5.6, 65.1, 29.3)])
 def test_pools_of_all_requests_are_100_percent_whatever_the_fractions(shares):
     names = "".join(f"p{n} = {share}\n" for n, share in enumerate(shares))
     settings, _ = lite.parse_settings(f"servers = []\n[pools]\n{names}")
@@ -3605,7 +3845,8 @@ FORMULAS = table(
 def test_formulas_have_a_value_and_infinity_where_there_is_none(score, value):
     names, values_of = lite.compiled(score)
     assert values_of([[2, 2]] * len(names)) == pytest.approx([value, value])
-    settings, _ = lite.parse_settings(f"servers = []\n[config]\npolicy = 'expression'\nscore = '{score}'")
+    settings, _ = lite.parse_settings(
+        f"servers = []\n[config]\npolicy = 'expression'\nscore = '{score}'")
     assert settings.score == score
 
 
@@ -3660,10 +3901,12 @@ def test_what_is_no_formula_is_a_complaint(score):
     settings = {"score": (score, "environment")}
     with pytest.raises(lite.SettingsError) as caught:
         lite.parse_settings("servers = []", "s.toml", settings)
-    assert "environment: score: found" in str(caught.value) and "expected a formula" in str(caught.value)
+    assert ("environment: score: found" in str(caught.value)
+            and "expected a formula" in str(caught.value))
 
 
-@pytest.mark.parametrize("score", ["-" * 499 + "1", "not " * 124 + "1", "2**" * 160 + "2", "1 if 1 else " * 41 + "1", "min(1," * 60 + "1" + ")" * 60])
+@pytest.mark.parametrize("score", ["-" * 499 + "1", "not " * 124 + "1", "2**" * 160 + "2",
+                                   "1 if 1 else " * 41 + "1", "min(1," * 60 + "1" + ")" * 60])
 def test_deep_formulas_are_understood_or_refused(score):
     try:
         found = lite.formula(score)
@@ -3696,11 +3939,13 @@ def prompt_in(large=False, **members):
 def talk(*sizes, seed=0):
     """Messages of so many bytes; the same seed, the same talk."""
     draw = random.Random(seed)
-    return [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + draw.randbytes(size // 2).hex()} for n, size in enumerate(sizes)]
+    return [{"role": ("user", "assistant")[n % 2],
+             "content": f"{n} " + draw.randbytes(size // 2).hex()} for n, size in enumerate(sizes)]
 
 
 def common_links(one, other):
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.prefix_hashes, other.prefix_hashes)))
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
+                                              zip(one.prefix_hashes, other.prefix_hashes)))
 
 
 def links_within(size):
@@ -3719,16 +3964,20 @@ TALKS = table(
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("sizes", TALKS)
 def test_a_growing_chat_keeps_the_links_that_do_not_cover_its_end(sizes, large):
-    turns = [json.dumps({"model": "m", "messages": talk(*sizes[: n + 1]), "stream": True}).encode() for n in range(len(sizes))]
+    turns = [json.dumps({"model": "m", "messages": talk(*sizes[: n + 1]), "stream": True}).encode()
+             for n in range(len(sizes))]
     for before, after in zip(turns, turns[1:]):
         same = len(os.path.commonprefix([before, after])) - before.index(b"[{")
         one, other = read_prompt_of(before, large), read_prompt_of(after, large)
-        assert common_links(one, other) == links_within(same - 1) >= len(one.prefix_hashes) - 1  # there is one space before [
+        # there is one space before [
+        assert common_links(one, other) == links_within(same - 1) >= len(one.prefix_hashes) - 1
 
 
 @pytest.mark.parametrize("sizes", TALKS)
 def test_small_and_large_content_have_the_same_prompt(sizes):
-    for members in ({"messages": talk(*sizes)}, {"tools": [{"x": 1}], "messages": talk(*sizes), "n": 1}, {"prompt": "a" * sizes[0]}):
+    for members in ({"messages": talk(*sizes)},
+                    {"tools": [{"x": 1}], "messages": talk(*sizes), "n": 1},
+                    {"prompt": "a" * sizes[0]}):
         assert prompt_in(True, **members) == prompt_in(False, **members) != lite.NO_PROMPT
 
 
@@ -3747,19 +3996,25 @@ OTHERS = table(
 @pytest.mark.parametrize("members", OTHERS)
 def test_prompts_that_servers_read_differently_have_no_link_in_common(members, large):
     prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
-    assert not set(prompt.prefix_hashes) & set(other.prefix_hashes) and len(prompt.prefix_hashes) > 12
+    assert (not set(prompt.prefix_hashes) & set(other.prefix_hashes)
+            and len(prompt.prefix_hashes) > 12)
     if "tools" in members:
-        assert not set(prompt_in(large, **{**members, "tools": [{"name": "c"}]}).prefix_hashes) & set(other.prefix_hashes)
+        assert not set(prompt_in(large,
+                                 **{**members, "tools": [{"name": "c"}]}).prefix_hashes) & set(
+                                     other.prefix_hashes)
 
 
 SAME = table(
     ("other members before", {"temperature": 0.5, "stream": True, "messages": LONG}),
     ("other members after", {"messages": LONG, "temperature": 0.5, "stream": True}),
-    ("quoted in a text before", {"metadata": {"note": 'say "messages": and "prompt": now'}, "messages": LONG}),
+    ("quoted in a text before",
+     {"metadata": {"note": 'say "messages": and "prompt": now'}, "messages": LONG}),
     ("the word as a value", {"user": "messages", "messages": LONG}),
-    ("the word as a value, and another member after it", {"stop": ["messages"], "n": 1, "messages": LONG}),
+    ("the word as a value, and another member after it",
+     {"stop": ["messages"], "n": 1, "messages": LONG}),
     ("the word as a member of a member", {"metadata": {"messages": "x"}, "messages": LONG}),
-    ("the word in a schema", {"response_format": {"properties": {"messages": {"type": "string"}}}, "messages": LONG}),
+    ("the word in a schema",
+     {"response_format": {"properties": {"messages": {"type": "string"}}}, "messages": LONG}),
     ("a prompt that is none", {"prompt": None, "messages": LONG}),
 )
 
@@ -3775,15 +4030,20 @@ def test_where_the_messages_stand_does_not_matter(members, large):
 @pytest.mark.parametrize("large", [False, True])
 def test_spaces_and_the_order_of_members_before_the_messages_do_not_matter(large):
     messages = json.dumps(LONG).encode()
-    forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}', b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
+    forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}',
+             b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
     prompts = [read_prompt_of(form % messages, large) for form in forms]
-    assert len({prompt.prefix_hashes for prompt in prompts}) == 1 and len(prompts[0].prefix_hashes) > 12
+    assert (len({prompt.prefix_hashes for prompt in prompts}) == 1
+            and len(prompts[0].prefix_hashes) > 12)
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("name, value", [("tools", [{"type": "function", "x": "a" * 900}]), ("system", "s" * 900), ("instructions", "i" * 900)])
+@pytest.mark.parametrize("name, value",
+                         [("tools", [{"type": "function", "x": "a" * 900}]), ("system", "s" * 900),
+                          ("instructions", "i" * 900)])
 def test_what_servers_put_first_counts_wherever_it_stands(name, value, large):
-    before, after = prompt_in(large, **{name: value}, messages=LONG), prompt_in(large, messages=LONG, **{name: value})
+    before, after = (prompt_in(large, **{name: value}, messages=LONG),
+                     prompt_in(large, messages=LONG, **{name: value}))
     messages = links_within(len(json.dumps(LONG)))
     assert common_links(before, after) >= messages - 1 > 11
     without = prompt_in(large, messages=LONG)
@@ -3799,7 +4059,9 @@ def test_tools_that_follow_the_messages_do_not_hide_what_is_known_of_a_chat():
 
 
 def test_an_image_does_not_hide_the_text_before_it():
-    fleet, image = fleet_of(16), {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    fleet, image = (fleet_of(16),
+                    {"type": "image_url",
+                     "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}})
     text = talk(40_000)
     fleet.lease("s0", 0.0, prompt_in(messages=text))
     second = prompt_in(messages=[*text, {"role": "user", "content": [image]}])
@@ -3808,24 +4070,33 @@ def test_an_image_does_not_hide_the_text_before_it():
 
 def test_a_long_system_prompt_before_a_short_question_is_known():
     fleet = fleet_of(16)
-    first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}]) for text in ("hi", "ho"))
+    first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}])
+                     for text in ("hi", "ho"))
     fleet.lease("s0", 0.0, first)
-    assert first.tokens > 10_000 and fleet.cached(first)[0] > 9_000 and fleet.cached(second)[0] > 9_000
+    assert (first.tokens > 10_000 and fleet.cached(first)[0] > 9_000
+            and fleet.cached(second)[0] > 9_000)
 
 
 @pytest.mark.parametrize("members", [
-    {"prompt": "a" * 2000}, {"prompt": ["a" * 900, "b" * 900]}, {"prompt": list(range(800))}, {"input": "a" * 2000},
-    {"input": [{"role": "user", "content": "a" * 2000}]}, {"instructions": "b" * 2000, "input": "a" * 2000},
+    {"prompt": "a" * 2000}, {"prompt": ["a" * 900, "b" * 900]}, {"prompt": list(range(800))},
+    {"input": "a" * 2000},
+    {"input": [{"role": "user", "content": "a" * 2000}]},
+    {"instructions": "b" * 2000, "input": "a" * 2000},
     {"system": [{"type": "text", "text": "a" * 2000}], "messages": LONG},
 ])
 def test_prompts_of_all_kinds_are_read(members):
-    prompt, again, other = prompt_in(**members), prompt_in(**members, user="x"), prompt_in(**{**members, "model": "x"})
-    assert len(prompt.prefix_hashes) >= 7 and common_links(prompt, again) >= len(prompt.prefix_hashes) - 1 and not set(prompt.prefix_hashes) & set(other.prefix_hashes)
-    assert prompt.tokens == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20)
+    prompt, again, other = (prompt_in(**members), prompt_in(**members, user="x"),
+                            prompt_in(**{**members, "model": "x"}))
+    assert (len(prompt.prefix_hashes) >= 7
+            and common_links(prompt, again) >= len(prompt.prefix_hashes) - 1
+            and not set(prompt.prefix_hashes) & set(other.prefix_hashes))
+    assert (prompt.tokens
+            == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'"messages"', b"\xff\xfe", b"hello", b'{"model":"m"}', b'{"messages":', b'{"a":{"messages":[]}}',
-                                     b"[1,2]", b"null"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'"messages"', b"\xff\xfe", b"hello",
+                                     b'{"model":"m"}', b'{"messages":', b'{"a":{"messages":[]}}',
+                                     b"[1,2]", b"null"])
 def test_what_is_no_request_has_no_prompt(content):
     assert read_prompt_of(content) == lite.NO_PROMPT and call(content)[0].prompt == lite.NO_PROMPT
 
@@ -3839,21 +4110,26 @@ def test_forms_have_no_prompt_nor_session():
 def test_a_chain_begins_with_the_model_that_is_meant():
     body = json.dumps({"model": "alias", "messages": LONG}).encode()
     chain = call(body, aliases={"alias": "m"})[0].prompt.prefix_hashes
-    assert chain == call(body.replace(b"alias", b"m"))[0].prompt.prefix_hashes != call(body)[0].prompt.prefix_hashes
+    assert (chain == call(body.replace(b"alias", b"m"))[0].prompt.prefix_hashes
+            != call(body)[0].prompt.prefix_hashes)
 
 
 @pytest.mark.parametrize("count, size", [(1, 5_000), (3, 50_000), (40, 5_000)])
 def test_images_count_as_media_not_as_letters(count, size):
-    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * size}"}} for _ in range(count)]
-    prompt = prompt_in(messages=[{"role": "user", "content": [{"type": "text", "text": "t" * 4000}, *images]}])
-    assert count * lite.MEDIA_TOKENS + 1000 <= prompt.tokens < count * (lite.MEDIA_TOKENS + 40) + 1100
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * size}"}}
+              for _ in range(count)]
+    prompt = prompt_in(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "t" * 4000}, *images]}])
+    assert (count * lite.MEDIA_TOKENS + 1000 <= prompt.tokens < count * (lite.MEDIA_TOKENS + 40)
+            + 1100)
 
 
 def test_hashing_is_bounded():
     content = b'{"model":"m","messages":[{"role":"user","content":"' + b"a" * 10_000_000 + b'"}]}'
     for large in (False, True):
         prompt = read_prompt_of(content, large)
-        assert len(prompt.prefix_hashes) == len(lite.LINK_ENDS) < 200 and len(prompt.first_hash) <= 256
+        assert (len(prompt.prefix_hashes) == len(lite.LINK_ENDS) < 200
+                and len(prompt.first_hash) <= 256)
         assert prompt.tokens == pytest.approx(2_500_000, rel=0.01)
         assert prompt.tokens_in(len(prompt.prefix_hashes)) == pytest.approx(2**16, rel=0.01)
 
@@ -3866,11 +4142,13 @@ def test_tokens_of_links_rise_to_those_of_the_prompt():
 
 
 def sessions(fields="", members=None, **settings):
-    return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields, members or {}, Settings(**settings))
+    return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields,
+                           members or {}, Settings(**settings))
 
 
 EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3", "session_params": {"session_id": "0"}}
-ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\nX-Session-Id: a"
+ALL_FIELDS = ("X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\n"
+              "X-Session-Id: a")
 
 
 @pytest.mark.parametrize("fields, members, session", table(
@@ -3878,8 +4156,10 @@ ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: 
     ("the next", "\n".join(ALL_FIELDS.split("\n")[:-1]), EVERYTHING, "x-user-id: b"),
     ("the next but one", "\n".join(ALL_FIELDS.split("\n")[:-2]), EVERYTHING, "x-tenant-id: c"),
     ("the last of them", "X-Trace-Id: e\nX-Correlation-Id: d", EVERYTHING, "x-correlation-id: d"),
-    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING, "session_params.session_id: 0"),
-    ("as vllm-project/router's users send it, first", "", EVERYTHING, "session_params.session_id: 0"),
+    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING,
+     "session_params.session_id: 0"),
+    ("as vllm-project/router's users send it, first", "", EVERYTHING,
+     "session_params.session_id: 0"),
     ("then of its own", "", {**EVERYTHING, "session_params": {}}, "session_id: 1"),
     ("what is no text or no object is none", "", {"session_params": "x", "user": "u"}, "user: u"),
     ("nor is a number in it", "", {"session_params": {"session_id": 5}, "user": "u"}, "user: u"),
@@ -3890,27 +4170,32 @@ ALL_FIELDS = "X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: 
     ("what is empty names none", "X-Session-Id:\nX-User-Id: b", {}, "x-user-id: b"),
     ("nor what is no text", "", {"user": 5, "session_id": None, "user_id": ["x"]}, ""),
     ("nobody", "", {}, ""),
-))  # fmt: skip
+))
 def test_what_names_a_session(fields, members, session):
     assert sessions(fields, members) == session
 
 
 def test_session_fields_are_a_setting():
     assert sessions("X-Session-Id: a\nX-Mine: b", session_headers=("X-Mine",)) == "X-Mine: b"
-    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING, session_headers=()) == "session_params.session_id: 0"
+    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING,
+                    session_headers=()) == "session_params.session_id: 0"
 
 
 def test_calls_have_prompt_and_session_in_small_and_large_content():
     for pad in (10, 100_000):
-        body = json.dumps({"user": "u", "session_params": {"session_id": "s"}, "messages": talk(pad), "stream": True, "model": "m"}).encode()
+        body = json.dumps({"user": "u", "session_params": {"session_id": "s"},
+                           "messages": talk(pad), "stream": True, "model": "m"}).encode()
         spans = lite.member_spans(body, lite.FOUND_MEMBERS) if pad > 1000 else None
-        found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans, Settings())
-        assert (found.model, found.stream, found.session, content) == ("m", True, "session_params.session_id: s", body)
+        found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans,
+                                        Settings())
+        assert (found.model, found.stream, found.session,
+                content) == ("m", True, "session_params.session_id: s", body)
         assert found.prompt.tokens == pytest.approx(pad / 4, abs=40)
 
 
 def prompt_of_links(chain, tokens_per_link=64):
-    return lite.Prompt(tokens_per_link * len(chain), tuple(chain), [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
+    return lite.Prompt(tokens_per_link * len(chain), tuple(chain),
+                       [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
 
 
 def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
@@ -3924,11 +4209,13 @@ def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_l
 
     def check(chain):
         assert memory.cached_links(chain) == walked(chain)
-        assert not any(link in naive for link in chain[walked(chain) :])  # a start of it, and nothing beyond
+        # a start of it, and nothing beyond
+        assert not any(link in naive for link in chain[walked(chain) :])
 
     for n in range(4_000):
         parent = draw.choice(chains[-60:])
-        chain = (*parent[: draw.randrange(len(parent) + 1)], *(next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
+        chain = (*parent[: draw.randrange(len(parent) + 1)], *(
+            next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
         prompt = prompt_of_links(chain, draw.choice((1, 64, 300)))
         check(chain)
         memory.sent(prompt)
@@ -3994,8 +4281,10 @@ vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="weights_offloa
 vllm:engine_sleep_state{engine="1",model_name="tiny",sleep_state="awake"} 1.0
 vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.0073260073260073
 vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.017826617826617874
-vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="0",kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
-vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="1",kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="0",\
+kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="1",\
+kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
 vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 2688.0
 vllm:prefix_cache_hits_total{engine="1",model_name="tiny"} 1920.0
 vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3747.0
@@ -4005,9 +4294,12 @@ vllm:generation_tokens_total{engine="1",model_name="tiny"} 7788.0
 process_max_fds 1.048576e+06
 """
 ADAPTERS = """
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} 1.795197489643997e+09
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="la",waiting_lora_adapters="la"} 1.7951974895892143e+09
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_adapters="lb"} 1.7951974916991093e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} \
+1.795197489643997e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="la",waiting_lora_adapters="la"} \
+1.7951974895892143e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_adapters="lb"} \
+1.7951974916991093e+09
 """
 
 
@@ -4015,9 +4307,12 @@ def test_a_page_tells_the_load_of_each_engine_and_of_all():
     loads = lite.engine_loads(TWO_ENGINES)
     assert set(loads) == {"", "0", "1"} and loads[""] == engine_load(TWO_ENGINES)
     whole = {"caches": True, "asleep": False, "adapters": frozenset()}
-    assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492, 2688, 524288, **whole)
-    assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788, 1920, 524288, lacking=4, **whole)
-    assert loads[""] == lite.EngineLoad(13, 4, pytest.approx(0.0178, abs=1e-4), 1048576, 27823, 21280, 4608, 1048576, lacking=4, **whole)
+    assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492,
+                                         2688, 524288, **whole)
+    assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788,
+                                         1920, 524288, lacking=4, **whole)
+    assert loads[""] == lite.EngineLoad(13, 4, pytest.approx(0.0178, abs=1e-4), 1048576, 27823,
+                                        21280, 4608, 1048576, lacking=4, **whole)
 
 
 def cache_config(**labels):
@@ -4026,34 +4321,46 @@ def cache_config(**labels):
 
 @pytest.mark.parametrize("page, field, value", table(
     ("the newest of adapters' reports", ADAPTERS, "adapters", {"lb"}),
-    ("several adapters", 'vllm:lora_requests_info{running_lora_adapters="a,b"} 5', "adapters", {"a", "b"}),
+    ("several adapters", 'vllm:lora_requests_info{running_lora_adapters="a,b"} 5', "adapters",
+     {"a", "b"}),
     ("no adapter runs", ADAPTERS.split("\n")[1], "adapters", set()),
-    ("tokens of the cache", cache_config(kv_cache_size_tokens="3072", block_size="128", num_gpu_blocks="24"), "kv_tokens", 3072),
-    ("before it said tokens: blocks of a size", cache_config(block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
-    ("tokens unknown: blocks", cache_config(kv_cache_size_tokens="None", block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("tokens of the cache", cache_config(kv_cache_size_tokens="3072", block_size="128",
+                                         num_gpu_blocks="24"), "kv_tokens", 3072),
+    ("before it said tokens: blocks of a size",
+     cache_config(block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("tokens unknown: blocks", cache_config(kv_cache_size_tokens="None", block_size="16",
+                                            num_gpu_blocks="1000"), "kv_tokens", 16000),
     ("nothing known", cache_config(block_size="None", num_gpu_blocks="None"), "kv_tokens", None),
     ("no page", "", "kv_tokens", None),
     ("a prefix cache", cache_config(enable_prefix_caching="True"), "caches", True),
     ("none", cache_config(enable_prefix_caching="False"), "caches", False),
     ("not said", "", "caches", True),
-    ("asleep", 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0\nvllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 1', "asleep", True),
-    ("awake", 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1\nvllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0', "asleep", False),
+    ("asleep",
+     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0\n'
+     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 1', "asleep", True),
+    ("awake",
+     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1\n'
+     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0', "asleep", False),
     ("hits of before 0.10", "vllm:gpu_prefix_cache_hits_total 7", "prefix_hits", 7),
     ("hits of nobody", "up 1", "prefix_hits", None),
-    ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0', '1",sleep_state="awake"} 0.0'), "asleep", True),
-))  # fmt: skip
+    ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0',
+                                              '1",sleep_state="awake"} 0.0'), "asleep", True),
+))
 def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
     assert getattr(engine_load(page), field) == value
 
 
 @pytest.mark.parametrize("tail, size, tokens", table(
-    ("by its word", b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: [DONE]\n\n', 9999, 42),
-    ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999, 17),
+    ("by its word",
+     b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: '
+     b'[DONE]\n\n', 9999, 42),
+    ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999,
+     17),
     ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
     ("a plain answer", b'{"choices":[]}', 400, 100),
     ("a plain answer that speaks of events", b'{"x":"data: data: data:\\ndata:"}', 400, 100),
     ("nothing", b"", 0, 0),
-))  # fmt: skip
+))
 def test_tokens_of_an_answer(tail, size, tokens):
     assert lite.completion_tokens(lite.usage_of(tail, lite.Notation.EVENTS), tail, size) == tokens
 
@@ -4080,7 +4387,8 @@ VERDICTS = table(
     ("a long document, as it may end", "200\ncontent-length: 999999", b"{", {}, None),
     ("not JSON", "200\ncontent-type: text/plain", ABORT, {}, None),
     ("a 500 is an answer", "500", b'{"error":{"message":"x"}}', {}, None),
-    ("where others are asked, it is not yet", "500", b"x", {"wants_second_opinion": True}, "SERVER_FAILED"),
+    ("where others are asked, it is not yet", "500", b"x", {"wants_second_opinion": True},
+     "SERVER_FAILED"),
     ("an engine that died", "500", NO_ENGINE, {}, "ENGINE_FAILED"),
     ("a 503 of something broken", "503", b"x", {}, "SERVER_ERROR"),
     ("vLLM's overload", "503", OVERLOAD, {}, "SERVER_BUSY"),
@@ -4099,7 +4407,7 @@ VERDICTS = table(
     ("our key", "401", b"x", {"our_key": True}, "KEY_REJECTED"),
     ("a client's key", "401", b"x", {}, None),
     ("a loop", "508", b"x", {}, "LOOP_DETECTED"),
-)  # fmt: skip
+)
 
 
 def verdict_on(head, content, more, how):
@@ -4136,7 +4444,8 @@ def test_a_judge_wants_no_more_than_it_takes():
     document = b'{"choices":[]}'
     assert verdict_on("200\ncontent-type: text/plain", b"abc", {}, "bytes").content == b"a"
     assert verdict_on("200", document, {}, "bytes").content == document  # it comes at once
-    assert verdict_on(f"200\n{SSE}", b"data: a\n\ndata: b\n\n", {}, "bytes").content == b"data: a\n\n"
+    assert verdict_on(f"200\n{SSE}", b"data: a\n\ndata: b\n\n", {},
+                      "bytes").content == b"data: a\n\n"
 
 
 def test_comments_are_taken_from_a_judge_and_are_no_answer():
@@ -4160,7 +4469,8 @@ def counts_of(fleet, url="s0"):
 
 
 def test_a_lease_counts_the_tokens_that_are_not_cached_until_the_answer_begins():
-    fleet, first, second = fleet_of(16), prompt_of_links(range(1, 11)), prompt_of_links(range(1, 16))
+    fleet, first, second = (fleet_of(16), prompt_of_links(range(1, 11)),
+                            prompt_of_links(range(1, 16)))
     lease = fleet.lease("s0", 0.0, first)
     assert (lease.pending, counts_of(fleet)) == (640, (1, 640, 0))
     again = fleet.lease("s0", 0.0, second)
@@ -4184,7 +4494,8 @@ def test_an_answer_that_begins_after_the_end_changes_nothing():
 
 
 def test_a_prompt_that_was_never_answered_was_perhaps_not_read():
-    fleet, prompt, longer = fleet_of(16), prompt_of_links(range(1, 11)), prompt_of_links(range(1, 16))
+    fleet, prompt, longer = (fleet_of(16), prompt_of_links(range(1, 11)),
+                             prompt_of_links(range(1, 16)))
     with fleet.lease("s0", 0.0, prompt):
         assert fleet.cached(prompt) == [640]
     assert fleet.cached(prompt) == [0]
@@ -4197,10 +4508,12 @@ def test_a_prompt_that_was_never_answered_was_perhaps_not_read():
 def test_a_chat_that_goes_on_while_an_earlier_turn_is_given_up_can_go_on():
     fleet = fleet_of(16)
     fleet.lease("s0", 0.0, prompt_of_links(range(1, 5))).answered(0.1, True)
-    given_up, next_turn = fleet.lease("s0", 1.0, prompt_of_links(range(1, 7))), fleet.lease("s0", 1.0, prompt_of_links(range(1, 16)))
+    given_up, next_turn = (fleet.lease("s0", 1.0, prompt_of_links(range(1, 7))),
+                           fleet.lease("s0", 1.0, prompt_of_links(range(1, 16))))
     with given_up:
         pass
-    assert fleet.cached(prompt_of_links(range(1, 16))) == [15 * 64]  # the later request brings all of them
+    # the later request brings all of them
+    assert fleet.cached(prompt_of_links(range(1, 16))) == [15 * 64]
     next_turn.answered(2.0, True)
     assert fleet.lease("s0", 3.0, prompt_of_links(range(1, 20))).pending >= 4 * 64
 
@@ -4214,17 +4527,21 @@ def test_a_lease_with_a_server_that_has_left_counts_nowhere():
 
 
 def test_leases_add_up_whatever_happens_meanwhile():
-    """10,000 operations: leases, answers and ends in any order while servers come, go, reload, are on trial."""
+    """10,000 operations: leases, answers and ends in any order while servers come, go, reload, are
+    on trial."""
     draw, fleet, now, open_leases = random.Random(11), fleet_of(8, 8, 8, 8), 0.0, []
-    settings = [lite.ServerSettings(f"s{n}", 8) for n in range(4)] + [lite.ServerSettings("d", 8, data_parallel_size=2)]
+    settings = ([lite.ServerSettings(f"s{n}", 8) for n in range(4)]
+                + [lite.ServerSettings("d", 8, data_parallel_size=2)])
     for _ in range(10_000):
         now += draw.random() / 10
         dice, views = draw.random(), fleet.views()
         if dice < 0.42 and views and len(open_leases) < 40:
             view = draw.choice(views)
             start = draw.randrange(0, 2000, 100)
-            prompt = prompt_of_links(range(start + 1, start + draw.randrange(1, 100)), draw.choice((3, 64)))
-            open_leases.append((view.id, fleet.lease(view.id, now, draw.choice((prompt, lite.NO_PROMPT)))))
+            prompt = prompt_of_links(range(start + 1, start + draw.randrange(1, 100)),
+                                     draw.choice((3, 64)))
+            open_leases.append((view.id,
+                                fleet.lease(view.id, now, draw.choice((prompt, lite.NO_PROMPT)))))
         elif dice < 0.66 and open_leases:
             for _ in range(draw.choice((1, 1, 2))):
                 draw.choice(open_leases)[1].answered(now, draw.random() < 0.5)
@@ -4235,18 +4552,23 @@ def test_leases_add_up_whatever_happens_meanwhile():
             fleet.apply(draw.sample(settings, draw.randrange(6)), now)
         elif dice < 0.98 and views:
             view, tokens = draw.choice(views), draw.choice((None, int(now * 100), 0))
-            load = lite.EngineLoad(draw.randrange(9), draw.randrange(3), 0.5, None, tokens, tokens, tokens and tokens // 3,
-                                   draw.choice((None, 500, 50_000)), draw.random() < 0.9, draw.random() < 0.1)  # fmt: skip
+            load = lite.EngineLoad(draw.randrange(9), draw.randrange(3), 0.5, None, tokens, tokens,
+                                   tokens and tokens // 3,
+                                   draw.choice((None, 500, 50_000)), draw.random() < 0.9,
+                                   draw.random() < 0.1)
             fleet.scraped(view.id, load, view.counts.in_flight, now)
         elif views:
-            fleet.judge(draw.choice(views).id, lite.Health.opened, "x", now - draw.choice((0, 31)), Settings())
+            fleet.judge(draw.choice(views).id, lite.Health.opened, "x", now - draw.choice((0, 31)),
+                        Settings())
         held = Counter(url for url, _ in open_leases)
         for view in fleet.views():
             assert view.counts.in_flight == held.pop(view.id, 0)
             engines = fleet.engines(view.server)
             assert 0 <= view.counts.on_trial <= sum(one.counts.in_flight for one in engines)
-            assert view.counts.pending == sum(lease.pending for url, lease in open_leases if url == view.id) >= 0
-            assert 0 <= view.learned.hit_ratio <= 1 and view.learned.prefill_tokens_per_s >= 0 and view.learned.tpot_s >= 0 and 1 <= view.learned.capacity <= 4096
+            assert (view.counts.pending
+                    == sum(lease.pending for url, lease in open_leases if url == view.id) >= 0)
+            assert (0 <= view.learned.hit_ratio <= 1 and view.learned.prefill_tokens_per_s >= 0
+                    and view.learned.tpot_s >= 0 and 1 <= view.learned.capacity <= 4096)
         assert not held
     for _, lease in open_leases:
         with lease:
@@ -4331,7 +4653,8 @@ def test_prompts_that_were_sent_before_are_read_first():
     second.answered(1.0, True)
     assert fleet.view("s0").learned.prefill_tokens_per_s == 2000  # both in one second
     first.answered(1.0, True)
-    assert fleet.view("s0").learned.prefill_tokens_per_s == pytest.approx(2000 - 0.05 * 0.5 * 1000) and fleet.view("s0").counts.pending == 0
+    assert (fleet.view("s0").learned.prefill_tokens_per_s == pytest.approx(2000 - 0.05 * 0.5 * 1000)
+            and fleet.view("s0").counts.pending == 0)
 
 
 def reported(fleet, url, at, **load):
@@ -4342,8 +4665,10 @@ PACES = table(  # reports (at, running, generated), and the pace that is learned
     ("one report says nothing", [(0, 4, 0)], 0.0),
     ("the first two", [(0, 4, 0), (1, 4, 200)], 0.02),
     ("those that run on average", [(0, 2, 0), (1, 6, 200)], 0.02),
-    ("later ones count by their time", [(0, 4, 0), (1, 4, 200), (16, 4, 1700)], 0.02 + (1 - math.exp(-1)) * 0.02),
-    ("one is clamped", [(0, 4, 0), (1, 4, 200), (2, 4, 201)], 0.02 + (1 - math.exp(-1 / 15)) * 0.06),
+    ("later ones count by their time", [(0, 4, 0), (1, 4, 200), (16, 4, 1700)],
+     0.02 + (1 - math.exp(-1)) * 0.02),
+    ("one is clamped", [(0, 4, 0), (1, 4, 200), (2, 4, 201)],
+     0.02 + (1 - math.exp(-1 / 15)) * 0.06),
     ("nothing runs", [(0, 0, 0), (1, 0, 200)], 0.0),
     ("nothing was generated", [(0, 4, 0), (1, 4, 200), (2, 4, 200)], 0.02),
     ("a restart begins anew", [(0, 4, 0), (1, 4, 200), (2, 4, 10)], 0.0),
@@ -4365,7 +4690,8 @@ def paced(*paces, capacity=lite.AUTO, models=None):
     fleet = fleet_of(*[capacity] * len(paces))
     for n, pace_s in enumerate(paces):
         reported(fleet, f"s{n}", 0.0, running=10, generation_tokens=0)
-        reported(fleet, f"s{n}", 1.0, running=10, generation_tokens=round(10 / pace_s) if pace_s else 0)
+        reported(fleet, f"s{n}", 1.0, running=10,
+                 generation_tokens=round(10 / pace_s) if pace_s else 0)
         fleet.models_listed(f"s{n}", {(models or "m" * 9)[n]: {}}, 0.0)
     return fleet
 
@@ -4396,33 +4722,44 @@ CAPACITIES = table(  # paces, own report, seconds since the last: what the first
 @pytest.mark.parametrize("paces, report, elapsed_s, capacity", CAPACITIES)
 def test_capacities_are_learned_from_queues_and_from_pace(paces, report, elapsed_s, capacity):
     fleet = paced(*paces)
-    assert fleet.view("s0").learned.capacity == fleet.view("s0").capacity == lite.START_CAPACITY == 64
-    found = lite.capacity_after(fleet.view("s0"), lite.EngineLoad(*report), elapsed_s, fleet.views())
+    assert (fleet.view("s0").learned.capacity == fleet.view("s0").capacity == lite.START_CAPACITY
+            == 64)
+    found = lite.capacity_after(fleet.view("s0"), lite.EngineLoad(*report), elapsed_s,
+                                fleet.views())
     assert found == pytest.approx(capacity) if isinstance(capacity, float) else found == capacity
     reported(fleet, "s0", 1.0 + elapsed_s, running=report[0], waiting=report[1])
-    assert fleet.view("s0").capacity == pytest.approx(found) and fleet.view("s0").configured == lite.AUTO
+    assert (fleet.view("s0").capacity == pytest.approx(found)
+            and fleet.view("s0").configured == lite.AUTO)
 
 
 def test_paces_of_other_models_are_not_compared():
     load = lite.EngineLoad(40, 0)
     for models, changed in (("abb", False), ("aab", True), ("aba", True)):
         fleet = paced(0.01, 0.1, 0.1, models=models)
-        assert (lite.capacity_after(fleet.view("s0"), load, 1.0, fleet.views()) != 64) is changed, models
+        assert (lite.capacity_after(fleet.view("s0"), load, 1.0, fleet.views())
+                != 64) is changed, models
 
 
 def test_learned_capacities_are_bounded():
     fleet = paced(0.01, 0.1, 0.1, capacity=4000)
-    assert lite.capacity_after(fleet.view("s0"), lite.EngineLoad(4000, 0), 2.0, fleet.views()) == 4096
+    assert lite.capacity_after(fleet.view("s0"), lite.EngineLoad(4000, 0), 2.0,
+                               fleet.views()) == 4096
     small = server(0, lite.AUTO, capacity=1.0, tpot_s=0.1)
-    assert lite.capacity_after(small, lite.EngineLoad(1, 0), 2.0, fleet.views()) == lite.capacity_after(small, lite.EngineLoad(1, 9), 2.0, fleet.views()) == 1
-    assert lite.capacity_after(small, lite.EngineLoad(9, 0), 2.0, fleet.views()) == 9  # it runs them
-    assert lite.capacity_after(small, lite.EngineLoad(10**6, 1), 2.0, fleet.views()) == 2  # one report is no proof
+    assert (lite.capacity_after(small, lite.EngineLoad(1, 0), 2.0, fleet.views())
+            == lite.capacity_after(small, lite.EngineLoad(1, 9), 2.0, fleet.views()) == 1)
+    # it runs them
+    assert lite.capacity_after(small, lite.EngineLoad(9, 0), 2.0, fleet.views()) == 9
+    # one report is no proof
+    assert lite.capacity_after(small, lite.EngineLoad(10**6, 1), 2.0, fleet.views()) == 2
 
 
 def test_requests_that_wait_for_an_adapter_or_a_grammar_are_no_queue():
-    page = ('vllm:num_requests_running{engine="0",model_name="tiny"} 3.0\nvllm:num_requests_waiting{engine="0",model_name="tiny"} 1.0\n'
-            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="capacity"} 0.0\n'
-            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",reason="deferred"} 1.0\n')  # fmt: skip
+    page = ('vllm:num_requests_running{engine="0",model_name="tiny"} 3.0\n'
+            'vllm:num_requests_waiting{engine="0",model_name="tiny"} 1.0\n'
+            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",'
+            'reason="capacity"} 0.0\n'
+            'vllm:num_requests_waiting_by_reason{engine="0",model_name="tiny",'
+            'reason="deferred"} 1.0\n')
     fleet = fleet_of(lite.AUTO)
     for n in range(10):
         fleet.scraped("s0", engine_load(page), 0, float(n))
@@ -4437,7 +4774,7 @@ def test_requests_that_wait_for_an_adapter_or_a_grammar_are_no_queue():
     ("half", 16, 8.0, 0.02, ""),
     ("nothing was seen", 16, 90.0, 0.0, ""),
     ("nothing was configured", lite.AUTO, 90.0, 0.02, ""),
-))  # fmt: skip
+))
 def test_a_capacity_that_a_server_does_not_behave_like_is_named(configured, learned, pace_s, said):
     view = server(0, configured, capacity=learned, tpot_s=pace_s)
     assert lite.disagreement(view) == said
@@ -4452,8 +4789,10 @@ def test_a_configured_capacity_stays_in_charge_while_another_is_learned():
 
 
 def asked_again(fleet, found, reports=40, tokens=6400):
-    """A chat that goes on: of every prompt this share is found in the server's cache.  The trust at the end."""
-    prompt, hits = prompt_of_links(range(1, tokens // 64 + 1)), fleet.view("s0").load.prefix_hits or 0
+    """A chat that goes on: of every prompt this share is found in the server's cache.  The trust at
+    the end."""
+    prompt, hits = (prompt_of_links(range(1, tokens // 64 + 1)),
+                    fleet.view("s0").load.prefix_hits or 0)
     for n in range(reports):
         lease = fleet.lease("s0", 10.0 + n, prompt)
         for _ in range(2):  # what is said twice is expected once
@@ -4471,7 +4810,7 @@ def asked_again(fleet, found, reports=40, tokens=6400):
     ("half", 0.5, 0.7, 0.85),
     ("nothing", 0.0, 0.2, 0.4),
     ("more, since others are there, too", 3.0, 1.0, 1.0),
-))  # fmt: skip
+))
 def test_what_a_server_should_have_cached_is_believed_as_far_as_it_says_so(found, low, high):
     fleet = fleet_of(16)
     reported(fleet, "s0", 1.0, prefix_hits=0, tokens=10**6)
@@ -4510,7 +4849,8 @@ def test_what_was_expected_before_hits_were_told_is_no_doubt():
         reported(fleet, "s0", 0.0, prefix_hits=before, tokens=900)
         for _ in range(40):
             fleet.lease("s0", 1.0, prompt_of_links(range(1, 101))).answered(1.0, False)
-        reported(fleet, "s0", 2.0, prefix_hits=after, tokens=60 if before else 901)  # restarted, or upgraded
+        # restarted, or upgraded
+        reported(fleet, "s0", 2.0, prefix_hits=after, tokens=60 if before else 901)
         reported(fleet, "s0", 3.0, prefix_hits=after, tokens=1000)
         assert fleet.view("s0").learned.hit_ratio > 0.9
 
@@ -4524,7 +4864,8 @@ def test_a_server_without_prefix_cache_is_expected_to_have_nothing():
 
 def test_hits_between_two_reports_are_told():
     fleet = fleet_of(16)
-    found = [reported(fleet, "s0", float(n), prefix_hits=hits, tokens=n) for n, hits in enumerate((100, 250, 250, None, 300, 50))]
+    found = [reported(fleet, "s0", float(n), prefix_hits=hits, tokens=n)
+             for n, hits in enumerate((100, 250, 250, None, 300, 50))]
     assert found[:3] == [0, 150, 0] and all(hits >= 0 for hits in found)
 
 
@@ -4535,7 +4876,7 @@ def test_hits_between_two_reports_are_told():
     ("it sleeps", {"tokens": 100}, {"tokens": 100, "asleep": True}, False),
     ("no counters at all", {}, {}, True),
     ("the first report", {}, {"tokens": 5}, True),
-))  # fmt: skip
+))
 def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after, kept):
     fleet, prompt = fleet_of(16, 16), prompt_of_links(range(1, 101))
     reported(fleet, "s0", 0.0, **before)
@@ -4549,7 +4890,7 @@ def test_what_a_server_has_cached_is_forgotten_when_it_has_lost_it(before, after
     ("by its tokens", {"kv_cache_size_tokens": "3200"}, 3200),
     ("by its blocks", {"block_size": "16", "num_gpu_blocks": "100"}, 1600),
     ("not said", {"block_size": "16"}, 6400),
-))  # fmt: skip
+))
 def test_a_server_is_expected_to_have_cached_no_more_than_fits(config, tokens):
     fleet, prompt = fleet_of(16), prompt_of_links(range(1, 101))
     fleet.scraped("s0", engine_load(cache_config(**config)), 0, 0.0)
@@ -4562,13 +4903,15 @@ def test_caches_are_each_server_s_own_and_survive_a_reload():
     fleet.lease("s1", 0.0, prompt)
     assert fleet.cached(prompt) == [0, 6400, 0] and fleet.cached(lite.NO_PROMPT) == [0, 0, 0]
     fleet.apply([lite.ServerSettings(url, 8) for url in ("s3", "s1", "s0")], 1.0)
-    assert [view.id for view in fleet.views()] == ["s3", "s1", "s0"] and fleet.cached(prompt) == [0, 6400, 0]
+    assert ([view.id for view in fleet.views()] == ["s3", "s1", "s0"]
+            and fleet.cached(prompt) == [0, 6400, 0])
 
 
 NOW = 1000.0
 
 
-def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0, 0, 0.0), load_at=NOW, adapters=(), **known):
+def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0, 0, 0.0),
+           load_at=NOW, adapters=(), **known):
     """A view by hand: s0, s1 …"""
     def taken(*names):
         return {name: known.pop(name) for name in names if name in known}
@@ -4598,25 +4941,41 @@ class Fleet(lite.Fleet):
 @pytest.mark.parametrize("known, full", table(
     ("configured: below", {"configured": 4, "in_flight": 3}, False),
     ("configured: a limit", {"configured": 4, "in_flight": 4}, True),
-    ("configured: the load of others is no limit", {"configured": 4, "in_flight": 3, "load": (9, 9)}, False),
-    ("learned: beyond, and it says so", {"capacity": 8.0, "in_flight": 10, "load": (8, 1), "ours_at_scrape": 9}, True),
-    ("learned: below", {"capacity": 8.0, "in_flight": 9, "load": (8, 1), "ours_at_scrape": 9}, False),
-    ("learned: beyond, but it has no queue", {"capacity": 8.0, "in_flight": 20, "load": (20, 0), "ours_at_scrape": 20}, False),
-    ("learned: beyond, but its word is old", {"capacity": 8.0, "in_flight": 15, "load": (8, 9), "ours_at_scrape": 15, "load_at": NOW - 2.6}, False),
-    ("learned: far beyond, and its word is old", {"capacity": 8.0, "in_flight": 16, "load": (8, 9), "ours_at_scrape": 16, "load_at": NOW - 2.6}, True),
-    ("learned: a burst since its word", {"capacity": 8.0, "in_flight": 12, "load": (8, 0), "ours_at_scrape": 10}, True),
-    ("learned: a word that is nearly old", {"capacity": 8.0, "in_flight": 20, "load": (8, 9), "ours_at_scrape": 20, "load_at": NOW - 2.4}, True),
+    ("configured: the load of others is no limit",
+     {"configured": 4, "in_flight": 3, "load": (9, 9)}, False),
+    ("learned: beyond, and it says so",
+     {"capacity": 8.0, "in_flight": 10, "load": (8, 1), "ours_at_scrape": 9}, True),
+    ("learned: below", {"capacity": 8.0, "in_flight": 9, "load": (8, 1), "ours_at_scrape": 9},
+     False),
+    ("learned: beyond, but it has no queue",
+     {"capacity": 8.0, "in_flight": 20, "load": (20, 0), "ours_at_scrape": 20}, False),
+    ("learned: beyond, but its word is old",
+     {"capacity": 8.0, "in_flight": 15, "load": (8, 9), "ours_at_scrape": 15, "load_at": NOW - 2.6},
+     False),
+    ("learned: far beyond, and its word is old",
+     {"capacity": 8.0, "in_flight": 16, "load": (8, 9), "ours_at_scrape": 16, "load_at": NOW - 2.6},
+     True),
+    ("learned: a burst since its word",
+     {"capacity": 8.0, "in_flight": 12, "load": (8, 0), "ours_at_scrape": 10}, True),
+    ("learned: a word that is nearly old",
+     {"capacity": 8.0, "in_flight": 20, "load": (8, 9), "ours_at_scrape": 20, "load_at": NOW - 2.4},
+     True),
     ("learned: full of others' requests", {"capacity": 8.0, "in_flight": 0, "load": (8, 9)}, True),
-    ("learned: never reported", {"capacity": 8.0, "in_flight": 15, "load": (None, None), "load_at": -math.inf}, False),
-    ("learned: never reported, and far beyond", {"capacity": 8.0, "in_flight": 16, "load": (None, None), "load_at": -math.inf}, True),
-))  # fmt: skip
+    ("learned: never reported",
+     {"capacity": 8.0, "in_flight": 15, "load": (None, None), "load_at": -math.inf}, False),
+    ("learned: never reported, and far beyond",
+     {"capacity": 8.0, "in_flight": 16, "load": (None, None), "load_at": -math.inf}, True),
+))
 def test_when_a_server_is_full(known, full):
     view = server(0, **{"configured": lite.AUTO, **known})
     assert view.full(NOW, 0.5) is full
-    assert (lite.exclusion_reason(view, "m", frozenset(), lite.Moment(NOW, 0.5, True)) == f"is full ({view.counts.in_flight} of {view.capacity:.4g})") is full
+    assert (lite.exclusion_reason(view, "m", frozenset(), lite.Moment(NOW, 0.5, True))
+            == f"is full ({view.counts.in_flight} of {view.capacity:.4g})") is full
 
 
-@pytest.mark.parametrize("age_s, slow_start_s, share", [(0, 10, 0.1), (5, 10, 0.55), (9, 10, 0.91), (10, 10, 1), (99, 10, 1), (0, 0, 1), (-1, 10, 0.1)])
+@pytest.mark.parametrize("age_s, slow_start_s, share",
+                         [(0, 10, 0.1), (5, 10, 0.55), (9, 10, 0.91), (10, 10, 1), (99, 10, 1),
+                          (0, 0, 1), (-1, 10, 0.1)])
 def test_a_server_that_came_back_gets_its_share_slowly(age_s, slow_start_s, share):
     assert server(0, since=NOW - age_s).slow_start_share(NOW, slow_start_s) == pytest.approx(share)
 
@@ -4624,14 +4983,17 @@ def test_a_server_that_came_back_gets_its_share_slowly(age_s, slow_start_s, shar
 def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
     fleet = lite.Fleet()
     fleet.apply([lite.ServerSettings("a", 8, data_parallel_size=2), lite.ServerSettings("b")], 0.0)
-    assert [(v.id, v.server, v.rank) for v in fleet.views()] == [("a@0", "a", 0), ("a@1", "a", 1), ("b", "b", None)]
-    assert [v.id for v in fleet.engines("a")] == ["a@0", "a@1"] and [v.id for v in fleet.engines("b")] == ["b"]
+    assert ([(v.id, v.server, v.rank) for v in fleet.views()]
+            == [("a@0", "a", 0), ("a@1", "a", 1), ("b", "b", None)])
+    assert ([v.id for v in fleet.engines("a")] == ["a@0", "a@1"]
+            and [v.id for v in fleet.engines("b")] == ["b"])
     change = fleet.judge("a@1", lite.Health.checked, True, 0.1, "", 0.0, Settings())
     assert change.url == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
     fleet.models_listed("a", {"m": {}}, 0.0)
     prompt = prompt_of_links(range(1, 11))
     with fleet.lease("a@1", 0.0, prompt):
-        assert [v.counts.in_flight for v in fleet.views()] == [0, 1, 0] and fleet.cached(prompt) == [0, 640, 0]
+        assert ([v.counts.in_flight for v in fleet.views()] == [0, 1, 0]
+                and fleet.cached(prompt) == [0, 640, 0])
     assert [v.models for v in fleet.views()] == [{"m": {}}, {"m": {}}, None]
 
 
@@ -4641,7 +5003,8 @@ def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_dra
         fleet.apply([lite.ServerSettings("s0", 8, data_parallel_size=2)], 1.0)
         for _ in range(3):
             fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 2.0, Settings())
-        assert {v.id: v.healthy for v in fleet.views() if not v.draining} == {"s0@0": False, "s0@1": False}
+        assert ({v.id: v.healthy for v in fleet.views() if not v.draining}
+                == {"s0@0": False, "s0@1": False})
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -4651,8 +5014,9 @@ def test_engines_that_take_the_place_of_a_server_are_judged_while_that_still_dra
 
 def named(**sources):
     """What each source names: servers' weights by id."""
-    return {lite.Source[source]: {id: lite.ServerSettings(id, weight=weight) for id, weight in servers.items()}
-            for source, servers in sources.items()}  # fmt: skip
+    return {lite.Source[source]: {id: lite.ServerSettings(id, weight=weight)
+                                  for id, weight in servers.items()}
+            for source, servers in sources.items()}
 
 
 def by_id(servers):
@@ -4672,27 +5036,30 @@ MERGED = table(
     ("each names its own", {"DISCOVERED": {"c": 1}, "FILE": {"b": 1, "a": 1}}, lite.ByHand(),
      {"b": ("file", 1, False), "a": ("file", 1, False), "c": ("discovered", 1, False)}),
     ("drain and weight hold over every source", {"FILE": {"a": 1}, "DISCOVERED": {"c": 1}},
-     lite.ByHand((), {"a", "c"}, {"c": 0.5}), {"a": ("file", 1, True), "c": ("discovered", 0.5, True)}),
+     lite.ByHand((), {"a", "c"}, {"c": 0.5}),
+     {"a": ("file", 1, True), "c": ("discovered", 0.5, True)}),
     ("whoever names what was removed", {"FILE": {"a": 1}, "POOL": {"a": 2, "b": 1}},
      lite.ByHand({"a"}), {"b": ("pool", 1, False)}),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("sources, by_hand, expected", MERGED)
 def test_the_first_source_that_names_a_server_defines_it(sources, by_hand, expected):
     found = lite.merge_sources(named(**sources), by_hand)
     assert {id: (entry.source.value, entry.settings.weight, entry.drained)
-            for id, entry in found.items()} == expected  # fmt: skip
+            for id, entry in found.items()} == expected
     assert list(found) == list(expected)
 
 
 def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_server():
     roster, told = lite.Roster(), []
-    roster.on_change = lambda: told.append({id: (entry.settings.weight, entry.drained) for id, entry in roster.entries.items()})
+    roster.on_change = lambda: told.append(
+        {id: (entry.settings.weight, entry.drained) for id, entry in roster.entries.items()})
     roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a"), lite.ServerSettings("b")]))
     roster.weigh("a", 0.5)
     roster.drain("b")
-    roster.define(lite.Source.FILE, by_id([lite.ServerSettings("a", weight=3), lite.ServerSettings("b")]))
+    roster.define(lite.Source.FILE,
+                  by_id([lite.ServerSettings("a", weight=3), lite.ServerSettings("b")]))
     assert told[-1] == {"a": (0.5, False), "b": (1, True)}  # it holds over a new definition
     roster.weigh("a", 3)
     roster.drain("b", False)
@@ -4712,7 +5079,8 @@ def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_serv
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried=(), enforced=False, slow_start=0.0, draw=None, **settings):
+def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried=(), enforced=False,
+           slow_start=0.0, draw=None, **settings):
     by = lite.POLICIES[by](Settings(**settings)) if isinstance(by, str) else by
     call = call or lite.Call("m", prompt=lite.Prompt(tokens))
     moment = lite.Moment(now, 0.5, enforced, slow_start)
@@ -4731,28 +5099,36 @@ UNIFIED = table(  # views, tokens of the prompt, cached, and the cost of each se
     ("a prompt", [{}], 2000, [0], [2512 / 16]),
     ("of which it has some", [{}], 2000, [1500], [1012 / 16]),
     ("of which it has all: not free", [{}], 2000, [2000], [IDLE]),
-    ("prompts ahead", [{"pending": 9000, "in_flight": 3}], 2000, [500], [(9000 + 1500 + 512) * 4 / 16]),
+    ("prompts ahead", [{"pending": 9000, "in_flight": 3}], 2000, [500],
+     [(9000 + 1500 + 512) * 4 / 16]),
     ("half of its memory in use", [{"load": (0, 0, 0.5)}], 0, [0], [IDLE * 1.05 / 0.55]),
     ("all of it", [{"load": (0, 0, 1.0)}], 0, [0], [IDLE * 1.05 / 0.05]),
     ("more than all", [{"load": (0, 0, 1.7)}], 0, [0], [IDLE * 1.05 / 0.05]),
     ("by an old report", [{"load": (0, 0, 0.5), "load_at": NOW - 2.6}], 0, [0], [IDLE]),
-    ("by one that is just not old", [{"load": (0, 0, 0.5), "load_at": NOW - 2.4}], 0, [0], [IDLE * 1.05 / 0.55]),
+    ("by one that is just not old", [{"load": (0, 0, 0.5), "load_at": NOW - 2.4}], 0, [0],
+     [IDLE * 1.05 / 0.55]),
     ("unknown memory", [{"load": (0, 0, None)}], 0, [0], [IDLE]),
     ("others' requests", [{"load": (5, 2, 0.0)}], 0, [0], [IDLE * 8]),
-    ("ours among them", [{"in_flight": 4, "load": (5, 2, 0.0), "ours_at_scrape": 4}], 0, [0], [IDLE * 8]),
-    ("others' requests of long ago", [{"load": (5, 2, 0.0), "load_at": NOW - 1.5}], 0, [0], [IDLE * (7 / math.e + 1)]),
+    ("ours among them", [{"in_flight": 4, "load": (5, 2, 0.0), "ours_at_scrape": 4}], 0, [0],
+     [IDLE * 8]),
+    ("others' requests of long ago", [{"load": (5, 2, 0.0), "load_at": NOW - 1.5}], 0, [0],
+     [IDLE * (7 / math.e + 1)]),
     ("no number configured", [{"configured": lite.AUTO, "capacity": 32.0}], 0, [0], [IDLE / 2]),
     ("a number configured rules", [{"configured": 8, "capacity": 99.0}], 0, [0], [IDLE * 2]),
-    ("speeds are relative: alone it has none", [{"prefill_tokens_per_s": 9000.0}], 2000, [0], [2512 / 16]),
-    ("three times as fast", [{"prefill_tokens_per_s": 3000.0}, {"prefill_tokens_per_s": 1000.0}], 3000, [0, 0],
+    ("speeds are relative: alone it has none", [{"prefill_tokens_per_s": 9000.0}], 2000, [0],
+     [2512 / 16]),
+    ("three times as fast", [{"prefill_tokens_per_s": 3000.0}, {"prefill_tokens_per_s": 1000.0}],
+     3000, [0, 0],
      [(3000 / 1.5 + 512) / 16, (3000 / 0.5 + 512) / 16]),
-    ("a speed that is unknown goes by capacity", [{"prefill_tokens_per_s": 3000.0}, {"configured": 8}], 3000, [0, 0],
+    ("a speed that is unknown goes by capacity",
+     [{"prefill_tokens_per_s": 3000.0}, {"configured": 8}], 3000, [0, 0],
      [(3000 * 0.75 + 512) / 16, (3000 * 1.5 + 512) / 8]),
     ("back for no time", [{"since": NOW}], 0, [0], [IDLE * 10]),
     ("back for half of it", [{"since": NOW - 5}], 0, [0], [IDLE / 0.55]),
     ("back since long", [{"since": NOW - 10}], 0, [0], [IDLE]),
-    ("back for no time, and beyond what that allows", [{"since": NOW, "in_flight": 3}], 0, [0], [512 * 2.5**5]),
-)  # fmt: skip
+    ("back for no time, and beyond what that allows", [{"since": NOW, "in_flight": 3}], 0, [0],
+     [512 * 2.5**5]),
+)
 
 
 def judged_beside_an_old_one(views, cached, tokens):
@@ -4775,7 +5151,8 @@ def test_costs_within_two_percent_are_as_good(pending, share):
     assert found["s0"] / 1000 == pytest.approx(share, abs=0.05)
 
 
-NEARLY = {"configured": lite.AUTO, "capacity": 16.1, "load": (100, 0)}  # costs of s1 are 0.6 or 1 % less
+# costs of s1 are 0.6 or 1 % less
+NEARLY = {"configured": lite.AUTO, "capacity": 16.1, "load": (100, 0)}
 TIES = table(  # policy, what s0 and s1 are, the session, and whether both are asked
     ("least", "least", {}, "", True),
     ("power_of_two", "power_of_two", {}, "", True),
@@ -4788,17 +5165,20 @@ TIES = table(  # policy, what s0 and s1 are, the session, and whether both are a
     ("expression: below zero", "expression", {"score": "capacity - 9999"}, "", True),
     ("mvllm: bit for bit", "mvllm", {}, "", False),
     ("vllm_router: bit for bit", "vllm_router", {}, "", False),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("policy, settings, session, both", TIES)
-def test_costs_within_two_percent_are_equals_but_where_a_rule_is_exact(policy, settings, session, both):
+def test_costs_within_two_percent_are_equals_but_where_a_rule_is_exact(
+        policy, settings, session, both):
     views, draw = [server(0, load=(101, 0)), server(1, **NEARLY)], random.Random(3)
     asked = lite.Call("m", session=session)
-    assert (len({judged(views, policy, call=asked, draw=draw, **settings).best for _ in range(40)}) == 2) is both
+    assert (len({judged(views, policy, call=asked, draw=draw, **settings).best for _ in range(40)})
+            == 2) is both
 
 
-@pytest.mark.parametrize("policy", ["unified", "least", "power_of_two", "consistent_hash", "expression"])
+@pytest.mark.parametrize("policy",
+                         ["unified", "least", "power_of_two", "consistent_hash", "expression"])
 def test_a_fleet_that_starts_together_does_not_start_slowly_against_itself(policy):
     """Checks of its servers end at other moments; requests come one after the other."""
     fleet, draw = lite.Fleet(), random.Random(3)
@@ -4834,7 +5214,8 @@ def test_who_comes_later_than_the_first_starts_slowly():
 
 def in_numbers(words):
     """What the terms of the default policy come to."""
-    sum_of = re.sub(r"\b(pending|uncached|speed|utilization|kv_free) ", "", words).replace("×", "*").replace("^", "**")
+    sum_of = re.sub(r"\b(pending|uncached|speed|utilization|kv_free) ", "",
+                    words).replace("×", "*").replace("^", "**")
     assert re.fullmatch(r"[\d.+*/() ]+", sum_of), words
     return eval(sum_of)
 
@@ -4850,7 +5231,9 @@ def test_the_words_of_the_default_cost_come_to_it(views, tokens, cached, costs):
 
 def burst(fleet, count, policy="unified", tokens=0, now=0.0):
     """So many requests at one instant: who gets how many.  Every prompt is another."""
-    by, taken, draw = lite.POLICIES[policy](Settings(score="(in_flight + foreign + 1) / capacity")), Counter(), random.Random(2)
+    by, taken, draw = (lite.POLICIES[policy](Settings(score="(in_flight + foreign + 1) "
+                                                            "/ capacity")), Counter(),
+                       random.Random(2))
     for _ in range(count):
         ask = lite.Call("m", prompt=lite.Prompt(tokens), session=f"{draw.random()}")
         best = ranking_of(fleet, by, call=ask, now=now, draw=draw).best
@@ -4869,7 +5252,9 @@ def test_a_burst_on_servers_at_three_quarters_and_at_half_is_shared_by_what_is_l
 
 @pytest.mark.parametrize("tokens", [0, 2000, 30_000])
 @pytest.mark.parametrize("policy", ["unified", "least", "expression"])
-@pytest.mark.parametrize("capacities", [(16,) * 4, (64, 48, 32, 16), (4, 4), (32, 8, 8), (100, 1), (64, 1, 1, 1), (8,) * 10, (3, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("capacities",
+                         [(16,) * 4, (64, 48, 32, 16), (4, 4), (32, 8, 8), (100, 1), (64, 1, 1, 1),
+                          (8,) * 10, (3, 2, 1), (1, 1, 1)])
 def test_no_server_gets_much_more_than_its_share_of_a_burst(policy, capacities, tokens):
     taken = burst(fleet_of(*capacities), 10, policy, tokens)
     for n, capacity in enumerate(capacities):
@@ -4879,7 +5264,8 @@ def test_no_server_gets_much_more_than_its_share_of_a_burst(policy, capacities, 
 @pytest.mark.parametrize("tokens", [0, 2000])
 def test_bursts_that_fill_a_fleet_fill_it_by_capacity(tokens):
     taken = burst(fleet_of(64, 48, 32, 16), 160, tokens=tokens)
-    assert all(taken[f"s{n}"] == pytest.approx(capacity, abs=7) for n, capacity in enumerate((64, 48, 32, 16)))
+    assert all(taken[f"s{n}"] == pytest.approx(capacity, abs=7)
+               for n, capacity in enumerate((64, 48, 32, 16)))
 
 
 def test_a_server_that_has_come_back_gets_little_of_a_burst():
@@ -4906,16 +5292,23 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
     changes = (
         *[calm] * 4,
         lambda url: fleet.judge(url, lite.Health.become, draw.choice(list(State)), "x", now),
-        lambda url: fleet.judge(url, lite.Health.failed, "x", True, now, Settings(failure_threshold=1, breaker_open_time=0.3)),
-        lambda url: fleet.models_listed(url, {name: {"max_model_len": draw.choice((None, 2000, 8000))}
+        lambda url: fleet.judge(url, lite.Health.failed, "x", True, now,
+                                Settings(failure_threshold=1, breaker_open_time=0.3)),
+        lambda url: fleet.models_listed(url,
+                                        {name: {"max_model_len": draw.choice((None, 2000, 8000))}
                                         for name in draw.sample("mno", 2)}, now),
         lambda url: fleet.busy(url, now),
-        lambda url: fleet.scraped(url, lite.EngineLoad(1, 0, 0.0, adapters=frozenset(draw.choice(("", "m")))), 0, now),
-        lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16, tier=draw.choice((1, 1, 1, 2))) for n in range(4)], now, drained={url}),
-        lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16) for n in range(draw.choice((3, 4, 4)))], now),
+        lambda url: fleet.scraped(url,
+                                  lite.EngineLoad(1, 0, 0.0,
+                                                  adapters=frozenset(draw.choice(("", "m")))), 0,
+                                  now),
+        lambda url: fleet.apply([lite.ServerSettings(f"s{n}", 16, tier=draw.choice((1, 1, 1, 2)))
+                                 for n in range(4)], now, drained={url}),
+        lambda url: fleet.apply(
+            [lite.ServerSettings(f"s{n}", 16) for n in range(draw.choice((3, 4, 4)))], now),
         *[lambda url: leases.append(fleet.lease(url, now))] * 2,
         *[lambda url: leases and leases.pop(draw.randrange(len(leases))).end()] * 4,
-    )  # fmt: skip
+    )
     for _ in range(3000):
         draw.choice(changes)(f"s{draw.randrange(4)}")
         now += draw.choice((0.0, 0.0, 0.1))
@@ -4936,7 +5329,8 @@ def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
     fleet, by = fleet_of(16, 16), lite.POLICIES["unified"](Settings())
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 100.0)
     fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 100.0)  # it comes back slowly
-    costs = [ranking_of(fleet, by, now=now, slow_start=10.0).costs[0] for now in (100.0, 100.05, 105.0, 110.0)]
+    costs = [ranking_of(fleet, by, now=now, slow_start=10.0).costs[0]
+             for now in (100.0, 100.05, 105.0, 110.0)]
     assert costs == pytest.approx(
         [IDLE * 10, IDLE / 0.1045, IDLE / 0.55, IDLE])
 
@@ -4944,7 +5338,8 @@ def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
 def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
     """Sticky until saturated falls out of the one cost."""
     for in_flight, best in ((0, "s0"), (10, "s0"), (40, "s1")):
-        assert judged([server(0, in_flight=in_flight), server(1)], cached=[8000, 0], tokens=8000).best == best
+        assert judged([server(0, in_flight=in_flight), server(1)], cached=[8000, 0],
+                      tokens=8000).best == best
 
 
 WEIGHTED = table(  # policy, weights, shares of the picks
@@ -4964,7 +5359,8 @@ WEIGHTED = table(  # policy, weights, shares of the picks
 
 @pytest.mark.parametrize("policy, weights, shares", WEIGHTED)
 def test_weights(policy, weights, shares):
-    views, by, draw, found = [server(n, weight=w) for n, w in enumerate(weights)], lite.POLICIES[policy](Settings()), random.Random(4), Counter()
+    views, by, draw, found = ([server(n, weight=w) for n, w in enumerate(weights)],
+                              lite.POLICIES[policy](Settings()), random.Random(4), Counter())
     for _ in range(2000):
         best = judged(views, by, draw=draw).best
         by.chosen(next(view for view in views if view.id == best))
@@ -4975,7 +5371,8 @@ def test_weights(policy, weights, shares):
 
 @pytest.mark.parametrize("weight", [0.1, 1 / 3, 1.0, 7.0, 100.0])
 def test_round_robin_is_a_strict_rotation_also_when_servers_come_and_go(weight):
-    by, views = lite.POLICIES["round_robin"](Settings()), [server(n, weight=weight) for n in range(4)]
+    by, views = (lite.POLICIES["round_robin"](Settings()),
+                 [server(n, weight=weight) for n in range(4)])
 
     def turns(views, count):
         for _ in range(count):
@@ -4991,16 +5388,19 @@ def test_round_robin_is_a_strict_rotation_also_when_servers_come_and_go(weight):
 
 @pytest.mark.parametrize("policy", lite.POLICY_NAMES)
 def test_a_server_of_weight_0_is_no_choice_under_any_policy(policy):
-    views, draw = [server(0, weight=0.0), server(1, 1, in_flight=30), server(2, 1, in_flight=30)], random.Random(4)
+    views, draw = ([server(0, weight=0.0), server(1, 1, in_flight=30), server(2, 1, in_flight=30)],
+                   random.Random(4))
     for session in ("", "user: 1", "user: 2"):
         asked = lite.Call("m", prompt=lite.Prompt(900, first_hash=b"a"), session=session)
-        found = {judged(views, policy, [900, 0, 0], call=asked, draw=draw, score="1").best for _ in range(40)}
+        found = {judged(views, policy, [900, 0, 0], call=asked, draw=draw, score="1").best
+                 for _ in range(40)}
         assert found <= {"s1", "s2"}
     ranking = judged([server(0, weight=0.0), server(1, state=State.UNHEALTHY)], policy, score="1")
     assert (ranking.best, ranking.reasons[0]) == (None, "has weight 0")
 
 
-SIZED = table(  # policy, requests at one instant, and how many of them a server of half the weight gets
+# policy, requests at one instant, and how many of them a server of half the weight gets
+SIZED = table(
     ("unified", "unified", {}, 30, 10),
     ("least", "least", {}, 30, 10),
     ("power_of_two: of two, both", "power_of_two", {}, 30, 10),
@@ -5010,12 +5410,13 @@ SIZED = table(  # policy, requests at one instant, and how many of them a server
     ("prefix: without one", "prefix", {}, 30, 10),
     ("round_robin", "round_robin", {}, 30, 10),
     ("expression: of capacity", "expression", {"score": "(in_flight + 1) / capacity"}, 30, 10),
-    ("expression: of weight, too", "expression", {"score": "(in_flight + 1) / (capacity * weight)"}, 30, 10),
+    ("expression: of weight, too", "expression", {"score": "(in_flight + 1) / (capacity * weight)"},
+     30, 10),
     ("expression: of neither, a share", "expression", {"score": "in_flight + 1"}, 30, 10),
     ("expression: of neither, below zero", "expression", {"score": "in_flight - 99"}, 40, 0),
     ("mvllm keeps to its rule", "mvllm", {}, 30, 15),
     ("vllm_router, too", "vllm_router", {}, 30, 15),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("policy, settings, count, expected", SIZED)
@@ -5034,7 +5435,8 @@ def test_weight_is_a_part_of_the_capacity_or_a_share(policy, settings, count, ex
 
 
 def test_a_weight_lowers_what_is_enforced_and_does_not_raise_it():
-    assert [server(0, 8, weight=w, in_flight=4).full(NOW, 0.5) for w in (0.5, 0.6, 1.0)] == [True, False, False]
+    assert ([server(0, 8, weight=w, in_flight=4).full(NOW, 0.5) for w in (0.5, 0.6, 1.0)]
+            == [True, False, False])
     assert [server(0, 8, weight=w, in_flight=8).full(NOW, 0.5) for w in (1.0, 3.0)] == [True, True]
     assert server(0, 1, weight=0.5).full(NOW, 0.5) is False  # one request is always room enough
     lower, higher = server(0, 8, weight=0.25, in_flight=2), server(1, 8, tier=2)
@@ -5050,12 +5452,15 @@ def test_weights_are_said_where_costs_are_explained():
 
 def test_check_config_tells_which_policies_do_not_look_at_weights():
     def found(policy, *weights, **settings):
-        servers = tuple(lite.ServerSettings(f"http://{n}", 8, weight=w) for n, w in enumerate(weights))
-        return [one.text for one in lite.own_findings(Settings(servers, policy=policy, **settings), [], 10**6)]
+        servers = tuple(lite.ServerSettings(f"http://{n}", 8, weight=w)
+                        for n, w in enumerate(weights))
+        return [one.text for one in lite.own_findings(Settings(servers, policy=policy, **settings),
+                                                      [], 10**6)]
 
     assert found("unified", 0.5, 2.0) == found("mvllm", 0.0, 1.0) == []
     assert ["policy vllm_router" in text for text in found("vllm_router", 0.5)] == [True]
-    assert ["policy mvllm" in text for text in found("least", 2.0, policies={"m": "mvllm"})] == [True]
+    assert (["policy mvllm" in text for text in found("least", 2.0, policies={"m": "mvllm"})]
+            == [True])
 
 
 @pytest.mark.parametrize("in_flight, shares", table(
@@ -5063,9 +5468,10 @@ def test_check_config_tells_which_policies_do_not_look_at_weights():
     ("the least crowded wins two of three pairs", (0, 5, 9), (2 / 3, 1 / 3, 0)),
     ("two are always both drawn", (5, 0), (0, 1)),
     ("one alone", (5,), (1,)),
-))  # fmt: skip
+))
 def test_power_of_two(in_flight, shares):
-    views, draw = [server(n, in_flight=count) for n, count in enumerate(in_flight)], random.Random(3)
+    views, draw = ([server(n, in_flight=count) for n, count in enumerate(in_flight)],
+                   random.Random(3))
     found = Counter(judged(views, "power_of_two", draw=draw).best for _ in range(2000))
     for n, share in enumerate(shares):
         assert found[f"s{n}"] / 2000 == pytest.approx(share, abs=0.04 if share else 0)
@@ -5075,28 +5481,35 @@ SESSIONS = [f"user: {n}" for n in range(400)]
 
 
 def homes(views, policy="consistent_hash", keys=SESSIONS, **more):
-    return {key: judged(views, policy, call=lite.Call("m", session=key), draw=random.Random(n), **more).best for n, key in enumerate(keys)}
+    return {key: judged(views, policy, call=lite.Call("m", session=key), draw=random.Random(n),
+                        **more).best for n, key in enumerate(keys)}
 
 
 def test_a_session_stays_and_moves_only_with_its_server():
     views = [server(n) for n in range(4)]
     before = homes(views)
-    assert all(count > 60 for count in Counter(before.values()).values()) and len(set(before.values())) == 4
-    assert homes(views) == homes(views[::-1]) == homes([views[2], views[0], views[3], views[1]]) == before
+    assert (all(count > 60 for count in Counter(before.values()).values())
+            and len(set(before.values())) == 4)
+    assert (homes(views) == homes(views[::-1]) == homes([views[2], views[0], views[3], views[1]])
+            == before)
     for gone in range(4):
         after = homes([view for view in views if view.id != f"s{gone}"])
         assert all(after[key] == home for key, home in before.items() if home != f"s{gone}")
-        assert len({after[key] for key, home in before.items() if home == f"s{gone}"}) == 3  # not all to one
-        down = homes([server(n, state=State.UNHEALTHY if n == gone else State.HEALTHY) for n in range(4)])
+        # not all to one
+        assert len({after[key] for key, home in before.items() if home == f"s{gone}"}) == 3
+        down = homes(
+            [server(n, state=State.UNHEALTHY if n == gone else State.HEALTHY) for n in range(4)])
         assert down == after and homes(views, tried=[f"s{gone}"]) == after
     assert homes(views) == before
     more = homes([*views, server(4)])
-    assert all(more[key] in (home, "s4") for key, home in before.items()) and 40 < list(more.values()).count("s4") < 120
+    assert (all(more[key] in (home, "s4") for key, home in before.items())
+            and 40 < list(more.values()).count("s4") < 120)
 
 
 def test_larger_servers_have_more_sessions():
     assert 0.68 < list(homes([server(0, 48), server(1, 16)]).values()).count("s0") / 400 < 0.82
-    assert 0.4 < list(homes([server(0, weight=0), server(1), server(2)]).values()).count("s1") / 400 < 0.6
+    assert (0.4 < list(homes([server(0, weight=0), server(1), server(2)]).values()).count("s1")
+            / 400 < 0.6)
     assert "s0" not in homes([server(0, weight=0), server(1), server(2)]).values()
     assert 0.68 < list(homes([server(0, weight=3), server(1)]).values()).count("s0") / 400 < 0.82
 
@@ -5127,24 +5540,28 @@ def test_a_session_s_server_may_have_a_quarter_more_than_its_share():
 
 @pytest.mark.parametrize("policy", ["consistent_hash", "prefix"])
 def test_requests_without_a_key_go_to_the_least_crowded(policy):
-    assert judged([server(0, in_flight=3), server(1, in_flight=1), server(2, in_flight=2)], policy, call=lite.Call("m")).best == "s1"
+    assert judged([server(0, in_flight=3), server(1, in_flight=1), server(2, in_flight=2)], policy,
+                  call=lite.Call("m")).best == "s1"
     found = picks(fleet_of(8, 8, 8, 8), policy)
     assert all(found[f"s{n}"] / 2000 == pytest.approx(0.25, abs=0.05) for n in range(4))
 
 
-@pytest.mark.parametrize("session", ["user: \ud800", "user: \udcff", "user: \N{SNOWMAN}", "x-user-id: \xff", "user: \0", "user: " + "x" * 10_000])
+@pytest.mark.parametrize("session", ["user: \ud800", "user: \udcff", "user: \N{SNOWMAN}",
+                                     "x-user-id: \xff", "user: \0", "user: " + "x" * 10_000])
 @pytest.mark.parametrize("policy", lite.POLICY_NAMES)
 def test_a_session_may_have_any_name(policy, session):
     views = [server(0, pool="a", share=50.0), server(1, pool="b", share=50.0)]
     asked = lite.Call("m", session=session)
-    assert judged(views, policy, call=asked, score="1").best == judged(views, policy, call=asked, score="1").best
+    assert judged(views, policy, call=asked,
+                  score="1").best == judged(views, policy, call=asked, score="1").best
 
 
 def test_prompts_that_begin_alike_go_to_one_server_and_others_elsewhere():
     views = [server(n) for n in range(4)]
 
     def home(messages, model="m"):
-        return judged(views, "prefix", call=lite.Call("m", prompt=prompt_in(messages=messages, model=model))).best
+        return judged(views, "prefix",
+                      call=lite.Call("m", prompt=prompt_in(messages=messages, model=model))).best
 
     assert len({home(talk(1000, *[300] * n)) for n in range(10)}) == 1
     assert len({home(talk(1000, seed=seed)) for seed in range(40)}) == 4
@@ -5168,23 +5585,30 @@ AWARE = table(  # (in flight of s0, s1), capacity, cached, tokens, settings, who
     ("unequal by ratio only", (60, 1), 256, (900, 0), 1000, {}, ["s0"]),
     ("64 are the limit", (64, 0), 256, (900, 0), 1000, {}, ["s0"]),
     ("a limit of one's own", (20, 0), 256, (900, 0), 1000, {"balance_abs_threshold": 10}, ["s1"]),
-    ("a ratio of one's own", (80, 10), 256, (900, 0), 1000, {"balance_rel_threshold": 10.0}, ["s0"]),
-    ("a small server is relieved, too: trap of the original", (20, 0), 16, (900, 0), 1000, {}, ["s1"]),
+    ("a ratio of one's own", (80, 10), 256, (900, 0), 1000, {"balance_rel_threshold": 10.0},
+     ["s0"]),
+    ("a small server is relieved, too: trap of the original", (20, 0), 16, (900, 0), 1000, {},
+     ["s1"]),
     ("a small server that is just full is not", (16, 0), 16, (900, 0), 1000, {}, ["s0"]),
 )
 
 
 @pytest.mark.parametrize("in_flight, capacity, cached, tokens, settings, asked", AWARE)
 def test_cache_aware(in_flight, capacity, cached, tokens, settings, asked):
-    views, draw = [server(n, capacity, in_flight=count) for n, count in enumerate(in_flight)], random.Random(2)
-    found = Counter(judged(views, "cache_aware", cached, tokens, draw=draw, **settings).best for _ in range(40))
+    views, draw = ([server(n, capacity, in_flight=count) for n, count in enumerate(in_flight)],
+                   random.Random(2))
+    found = Counter(judged(views, "cache_aware", cached, tokens, draw=draw, **settings).best
+                    for _ in range(40))
     assert sorted(found) == asked
 
 
 COSTS = table(  # policy, view, cached of 1000 tokens, its cost
-    ("least: own, foreign and this one", "least", {"in_flight": 3, "load": (4, 0), "ours_at_scrape": 0}, 0, 8 / 16),
-    ("least: no number configured", "least", {"configured": lite.AUTO, "capacity": 20.0, "in_flight": 3}, 0, 4 / 20),
-    ("lmetric: tokens times batch", "lmetric", {"pending": 500, "in_flight": 3}, 400, (500 + 600 + 1) * 4),
+    ("least: own, foreign and this one", "least",
+     {"in_flight": 3, "load": (4, 0), "ours_at_scrape": 0}, 0, 8 / 16),
+    ("least: no number configured", "least",
+     {"configured": lite.AUTO, "capacity": 20.0, "in_flight": 3}, 0, 4 / 20),
+    ("lmetric: tokens times batch", "lmetric", {"pending": 500, "in_flight": 3}, 400,
+     (500 + 600 + 1) * 4),
     ("lmetric: all cached is not free", "lmetric", {"in_flight": 3}, 1000, 4),
     ("lmetric: others' requests", "lmetric", {"load": (2, 1)}, 0, 1001 * 4),
     ("mvllm: under a half all is well", "mvllm", {"load": (7, 1)}, 0, 0.0),
@@ -5192,15 +5616,19 @@ COSTS = table(  # policy, view, cached of 1000 tokens, its cost
     ("mvllm: by the report alone", "mvllm", {"load": (8, 4), "in_flight": 99}, 0, 10 / 16),
     ("mvllm: nothing said", "mvllm", {"load": (None, None)}, 0, 0.0),
     ("vllm_router: running counts thrice", "vllm_router", {"load": (4, 2)}, 0, 14 / 16),
-    ("cache_aware: requests", "cache_aware", {"in_flight": 4, "load": (9, 0), "ours_at_scrape": 6}, 0, 7.0),
-    ("expression: names", "expression", {"in_flight": 4, "load": (9, 2, 0.25), "ours_at_scrape": 5, "pending": 70, "weight": 3.0, "prefill_tokens_per_s": 5.0}, 400,
+    ("cache_aware: requests", "cache_aware", {"in_flight": 4, "load": (9, 0), "ours_at_scrape": 6},
+     0, 7.0),
+    ("expression: names", "expression",
+     {"in_flight": 4, "load": (9, 2, 0.25), "ours_at_scrape": 5, "pending": 70, "weight": 3.0,
+      "prefill_tokens_per_s": 5.0}, 400,
      9 + 2 + 4 + 6 + 16 + 0.25 + 70 + 1000 + 400 + 1 + 3 + 1),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("policy, known, cached, cost", COSTS)
 def test_costs_by_hand(policy, known, cached, cost):
-    ranking = judged([server(0, **known)], policy, [cached], 1000, score=" + ".join(lite.SCORE_NAMES))
+    ranking = judged([server(0, **known)], policy, [cached], 1000,
+                     score=" + ".join(lite.SCORE_NAMES))
     assert ranking.costs == [pytest.approx(cost)] and ranking.best == "s0"
 
 
@@ -5210,7 +5638,8 @@ def test_an_expression_chooses_the_lowest_and_shows_its_numbers():
     assert ranking.best == "s1"
     assert ranking.policy.terms(ranking.eligible)[0] == "(in_flight 2 + 1) / capacity 8"
     assert judged(views, "expression", score="-in_flight").best == "s1"
-    assert judged(views, "expression", score="1 / (in_flight - 2)").best == "s1"  # infinity is the worst
+    # infinity is the worst
+    assert judged(views, "expression", score="1 / (in_flight - 2)").best == "s1"
 
 
 def test_an_expression_calculates_with_floats_for_counts_would_grow_for_ever():
@@ -5226,15 +5655,22 @@ def test_an_expression_calculates_with_floats_for_counts_would_grow_for_ever():
 
 def random_server(n, draw):
     state = draw.choice((State.HEALTHY,) * 5 + (State.UNHEALTHY, State.CHECKING))
-    load = (draw.choice((None, 0, 5, 40)), draw.choice((None, 0, 0, 9)), draw.choice((None, 0.0, 0.5, 1.0)))
+    load = (draw.choice((None, 0, 5, 40)), draw.choice((None, 0, 0, 9)),
+            draw.choice((None, 0.0, 0.5, 1.0)))
     return server(
-        n, draw.choice((lite.AUTO, 1, 4, 16, 300)), state, draw.choice((0.0, NOW - 3, NOW)), "x", load, draw.choice((NOW, NOW - 9, -math.inf)),
-        url=f"s{n // 2}@{n % 2}" if draw.random() < 0.2 else f"s{n}", weight=draw.choice((0.0, 0.5, 1.0, 9.0)), tier=draw.choice((1, 1, 1, 2, 5)),
-        pool=draw.choice(("", "", "a")), share=draw.choice((50.0, 50.0, 50.0, 0.0)), draining=draw.random() < 0.1,
-        in_flight=draw.choice((0, 0, 1, 4, 30)), pending=draw.choice((0, 0, 100, 90_000)), prefill_tokens_per_s=draw.choice((0.0, 0.0, 900.0, 20_000.0)),
-        capacity=draw.choice((1.0, 64.0, 3.7)), adapters=draw.sample(("m", "x", "z"), draw.choice((0, 0, 1, 2))),
-        ours_at_scrape=draw.choice((0, 4)), models=draw.choice(({"m": {}}, {"m": {}}, {"m": {}, "x": {}}, {}, None)),
-    )  # fmt: skip
+        n, draw.choice((lite.AUTO, 1, 4, 16, 300)), state, draw.choice((0.0, NOW - 3, NOW)), "x",
+        load, draw.choice((NOW, NOW - 9, -math.inf)),
+        url=f"s{n // 2}@{n % 2}" if draw.random() < 0.2 else f"s{n}",
+        weight=draw.choice((0.0, 0.5, 1.0, 9.0)), tier=draw.choice((1, 1, 1, 2, 5)),
+        pool=draw.choice(("", "", "a")), share=draw.choice((50.0, 50.0, 50.0, 0.0)),
+        draining=draw.random() < 0.1,
+        in_flight=draw.choice((0, 0, 1, 4, 30)), pending=draw.choice((0, 0, 100, 90_000)),
+        prefill_tokens_per_s=draw.choice((0.0, 0.0, 900.0, 20_000.0)),
+        capacity=draw.choice((1.0, 64.0, 3.7)),
+        adapters=draw.sample(("m", "x", "z"), draw.choice((0, 0, 1, 2))),
+        ours_at_scrape=draw.choice((0, 4)),
+        models=draw.choice(({"m": {}}, {"m": {}}, {"m": {}, "x": {}}, {}, None)),
+    )
 
 
 @functools.cache
@@ -5242,17 +5678,22 @@ def random_scenes():
     draw, scenes = random.Random(17), []
     for _ in range(2_500):
         views = [random_server(n, draw) for n in range(draw.choice((0, 1, 2, 3, 5, 8)))]
-        prompt = draw.choice((lite.NO_PROMPT, lite.Prompt(900, first_hash=b"a"), lite.Prompt(50_000, first_hash=draw.randbytes(8))))
-        asked = lite.Call(draw.choice(("m", "m", "x", "gone", None)), False, prompt, draw.choice(("", "user: 1", f"user: {draw.random()}")))
+        prompt = draw.choice((lite.NO_PROMPT, lite.Prompt(900, first_hash=b"a"),
+                              lite.Prompt(50_000, first_hash=draw.randbytes(8))))
+        asked = lite.Call(draw.choice(("m", "m", "x", "gone", None)), False, prompt,
+                          draw.choice(("", "user: 1", f"user: {draw.random()}")))
         cached = [draw.randrange(prompt.tokens + 1) if draw.random() < 0.5 else 0 for _ in views]
-        tried = frozenset(draw.sample(sorted({view.server for view in views}), draw.choice((0, 0, 1))) if views else ())
-        scenes.append((views, cached, asked, tried, lite.Moment(NOW, 0.5, draw.random() < 0.3, draw.choice((0.0, 10.0)))))
+        tried = frozenset(draw.sample(sorted({view.server for view in views}),
+                                      draw.choice((0, 0, 1))) if views else ())
+        scenes.append((views, cached, asked, tried,
+                       lite.Moment(NOW, 0.5, draw.random() < 0.3, draw.choice((0.0, 10.0)))))
     return scenes
 
 
 def may_be_asked(view, model, tried, moment):
     """The second opinion."""
-    if view.draining or view.health.state is not State.HEALTHY or view.server in tried or not (view.share and view.settings.weight):
+    if (view.draining or view.health.state is not State.HEALTHY or view.server in tried
+        or not (view.share and view.settings.weight)):
         return False
     if moment.enforced and view.full(moment.now, moment.interval_s):
         return False
@@ -5261,7 +5702,8 @@ def may_be_asked(view, model, tried, moment):
 
 @pytest.mark.parametrize("policy", lite.POLICY_NAMES)
 def test_whoever_is_asked_may_be_asked_on_any_scene(policy):
-    s = Settings(score="(in_flight + foreign + 1) / capacity * (prompt - cached + pending) / (running - 4)")
+    s = Settings(
+        score="(in_flight + foreign + 1) / capacity * (prompt - cached + pending) / (running - 4)")
     by, draw = lite.POLICIES[policy](s), random.Random(6)
     for n, (views, cached, asked, tried, moment) in enumerate(random_scenes()):
         wanted = lite.Wanted(asked, tried)
@@ -5270,22 +5712,26 @@ def test_whoever_is_asked_may_be_asked_on_any_scene(policy):
         assert (ranking.best in [view.id for view in good]) if good else ranking.best is None
         if ranking.best is not None:
             by.chosen(views[[view.id for view in views].index(ranking.best)])
-            assert not any(math.isnan(cost) for cost in ranking.costs) and len(ranking.costs) == len(ranking.eligible.views)
+            assert (not any(math.isnan(cost) for cost in ranking.costs)
+                    and len(ranking.costs) == len(ranking.eligible.views))
         if n % 8 == 0 and views:
             rows = ranking.candidates()
             assert sorted(row.id for row in rows) == sorted(view.id for view in views)
             assert all(row.reason.isprintable() and 3 < len(row.reason) < 300 for row in rows)
-            assert ranking.missed_tokens() >= 0 and ranking.why() and (ranking.best is None) == (ranking.why() == "no server")
+            assert (ranking.missed_tokens() >= 0 and ranking.why()
+                    and (ranking.best is None) == (ranking.why() == "no server"))
             if ranking.best:
                 assert rows[0].id == ranking.best
                 words = by.terms(ranking.eligible)
-                assert len(words) == len(ranking.eligible.views) and not any(re.search(r"\b(nan|inf)\b", text) for text in words)
+                assert (len(words) == len(ranking.eligible.views)
+                        and not any(re.search(r"\b(nan|inf)\b", text) for text in words))
             json.dumps(lite.explain_report([ranking]), allow_nan=False)
 
 
 def fleet_in_pools(pools, *servers, models=("m",)):
     fleet = lite.Fleet()
-    fleet.apply([lite.ServerSettings(f"s{n}", **known) for n, known in enumerate(servers)], 0.0, pools)
+    fleet.apply([lite.ServerSettings(f"s{n}", **known) for n, known in enumerate(servers)], 0.0,
+                pools)
     for view in fleet.views():
         fleet.judge(view.id, lite.Health.checked, True, 0.01, "", 0.0, Settings())
     for n in range(len(servers)):
@@ -5295,7 +5741,8 @@ def fleet_in_pools(pools, *servers, models=("m",)):
 
 POOLS = table(  # pools, the pools of servers, and their shares of 2,000 requests
     ("a canary gets its share", {"canary": 20}, ("", "canary"), (0.8, 0.2)),
-    ("the same, whatever the number of servers", {"canary": 20}, ("", "", "canary", ""), (0.8 / 3, 0.8 / 3, 0.2, 0.8 / 3)),
+    ("the same, whatever the number of servers", {"canary": 20}, ("", "", "canary", ""),
+     (0.8 / 3, 0.8 / 3, 0.2, 0.8 / 3)),
     ("two pools and the rest", {"a": 50, "b": 30}, ("a", "b", ""), (0.5, 0.3, 0.2)),
     ("all of them", {"a": 100}, ("a", ""), (1, 0)),
     ("none", {"a": 0}, ("a", ""), (0, 1)),
@@ -5309,7 +5756,8 @@ POOLS = table(  # pools, the pools of servers, and their shares of 2,000 request
 @pytest.mark.parametrize("pools, servers, shares", POOLS)
 @pytest.mark.parametrize("policy", ["unified", "round_robin"])
 def test_pools_get_their_share_of_requests(policy, pools, servers, shares):
-    fleet, by, draw, found = fleet_in_pools(pools, *[{"pool": pool} for pool in servers]), lite.POLICIES[policy](Settings()), random.Random(8), Counter()
+    fleet, by, draw, found = (fleet_in_pools(pools, *[{"pool": pool} for pool in servers]),
+                              lite.POLICIES[policy](Settings()), random.Random(8), Counter())
     for _ in range(2000):
         best = ranking_of(fleet, by, draw=draw).best
         by.chosen(fleet.view(best))
@@ -5322,16 +5770,19 @@ def test_a_pool_of_no_share_gets_none_even_if_the_others_are_down():
     fleet = fleet_in_pools({"a": 0}, {"pool": "a"}, {})
     fleet.judge("s1", lite.Health.become, State.UNHEALTHY, "x", 1.0)
     ranking = ranking_of(fleet)
-    assert ranking.best is None and "gets none: its pool has 0 % (a)" in {c.reason for c in ranking.candidates()}
+    assert (ranking.best is None
+            and "gets none: its pool has 0 % (a)" in {c.reason for c in ranking.candidates()})
     fleet.judge("s1", lite.Health.become, State.HEALTHY, "x", 1.0)
     assert ranking_of(fleet, tried=["s1"]).best is None
     rest = fleet_in_pools({"a": 100}, {"pool": "a"}, {})
-    assert {c.id: c.reason for c in ranking_of(rest, tried=["s0"]).candidates()}["s1"] == "gets none: its pool has 0 % (of no pool)"
+    assert ({c.id: c.reason for c in ranking_of(rest, tried=["s0"]).candidates()}["s1"]
+            == "gets none: its pool has 0 % (of no pool)")
 
 
 @pytest.mark.parametrize("how", ["down", "tried", "full", "another model"])
 def test_a_pool_that_cannot_be_asked_is_not_drawn(how):
-    fleet, more = fleet_in_pools({"canary": 90}, {"pool": "canary", "max_concurrent_requests": 1}, {}), {}
+    fleet, more = fleet_in_pools({"canary": 90}, {"pool": "canary", "max_concurrent_requests": 1},
+                                 {}), {}
     if how == "down":
         fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 1.0)
     if how == "full":
@@ -5344,9 +5795,12 @@ def test_a_pool_that_cannot_be_asked_is_not_drawn(how):
 
 
 def test_a_session_stays_with_its_pool():
-    fleet, draw = fleet_in_pools({"a": 30, "b": 20}, {"pool": "a"}, {"pool": "b"}, {}, {}), random.Random(1)
+    fleet, draw = (fleet_in_pools({"a": 30, "b": 20}, {"pool": "a"}, {"pool": "b"}, {}, {}),
+                   random.Random(1))
     pool = {view.id: view.settings.pool for view in fleet.views()}
-    found = {key: {pool[ranking_of(fleet, "random", call=lite.Call("m", session=key), draw=draw).best] for _ in range(6)} for key in SESSIONS}
+    found = {
+        key: {pool[ranking_of(fleet, "random", call=lite.Call("m", session=key), draw=draw).best]
+              for _ in range(6)} for key in SESSIONS}
     assert all(len(pools) == 1 for pools in found.values())
     shares = Counter(pool for pools in found.values() for pool in pools)
     assert [round(shares[name] / 400, 1) for name in ("a", "b", "")] == [0.3, 0.2, 0.5]
@@ -5364,7 +5818,7 @@ ADAPTER_CARDS = {"base": {"max_model_len": 4096}, "m": {"max_model_len": None, "
     ("no model at all", {}, None, math.inf),
     ("nonsense", {"m": {"max_model_len": "8", "parent": ["m"]}}, "m", math.inf),
     ("no length", {"m": {"max_model_len": True, "parent": "m"}}, "m", math.inf),
-))  # fmt: skip
+))
 def test_the_longest_prompt_that_a_server_takes(models, model, context):
     assert server(0, models=models).context(model) == context
 
@@ -5378,7 +5832,7 @@ def test_the_longest_prompt_that_a_server_takes(models, model, context):
     ("who does not say may", (2000, None), 3000, {"s1"}),
     ("all are alike", (2000, 2000), 90_000, {"s0", "s1"}),
     ("no prompt that we can see", (2000, 8000), 0, {"s0", "s1"}),
-))  # fmt: skip
+))
 def test_a_long_prompt_goes_to_a_server_that_it_fits(lengths, tokens, asked):
     views = [server(n, models={"m": {"max_model_len": length}}) for n, length in enumerate(lengths)]
     rankings = [judged(views, "random", tokens=tokens, draw=random.Random(n)) for n in range(40)]
@@ -5412,7 +5866,8 @@ TIERS = table(  # capacity and in flight of servers of tiers 1, 1, 2, 3: who may
 
 @pytest.mark.parametrize("capacities, in_flight, asked", TIERS)
 def test_a_tier_is_asked_when_those_before_it_are_full(capacities, in_flight, asked):
-    views = [server(n, c, in_flight=count, tier=(1, 1, 2, 3)[n]) for n, (c, count) in enumerate(zip(capacities, in_flight))]
+    views = [server(n, c, in_flight=count, tier=(1, 1, 2, 3)[n])
+             for n, (c, count) in enumerate(zip(capacities, in_flight))]
     assert {judged(views, "random", draw=random.Random(n)).best for n in range(60)} == asked
     others = {row.reason for row in judged(views, "random").candidates() if row.id not in asked}
     assert all(re.fullmatch(r"tier \d has room", reason) for reason in others)
@@ -5421,7 +5876,8 @@ def test_a_tier_is_asked_when_those_before_it_are_full(capacities, in_flight, as
 def test_a_tier_that_cannot_be_asked_is_none():
     views = [server(0, state=State.UNHEALTHY), server(1, tier=2), server(2, tier=3)]
     assert judged(views).best == "s1" and judged(views, tried=["s1"]).best == "s2"
-    assert judged([server(0, 4, load=(4, 0)), server(1, 4, tier=2)]).best == "s1"  # full of others' requests
+    # full of others' requests
+    assert judged([server(0, 4, load=(4, 0)), server(1, 4, tier=2)]).best == "s1"
 
 
 ADAPTED = {"models": {"m": {}, "la": {}}}
@@ -5430,20 +5886,29 @@ ADAPTED = {"models": {"m": {}, "la": {}}}
 @pytest.mark.parametrize("views, asked", table(
     ("who has it loaded", [{}, {"adapters": ("la", "lb")}, {"adapters": ("lb",)}], {"s1"}),
     ("all who have it", [{"adapters": ("la",)}, {"adapters": ("la",)}, {}], {"s0", "s1"}),
-    ("anybody, when those are full", [{"adapters": ("la",), "in_flight": 16}, {}, {}], {"s0", "s1", "s2"}),
-    ("full of others' requests, too", [{"adapters": ("la",), "load": (12, 4, 0.0)}, {}], {"s0", "s1"}),
-    ("but one of those that has room", [{"adapters": ("la",), "in_flight": 16}, {"adapters": ("la",), "in_flight": 15}, {}], {"s1"}),
-    ("one that has it and is down is none", [{"adapters": ("la",), "state": State.UNHEALTHY}, {}], {"s1"}),
+    ("anybody, when those are full", [{"adapters": ("la",), "in_flight": 16}, {}, {}],
+     {"s0", "s1", "s2"}),
+    ("full of others' requests, too", [{"adapters": ("la",), "load": (12, 4, 0.0)}, {}],
+     {"s0", "s1"}),
+    ("but one of those that has room",
+     [{"adapters": ("la",), "in_flight": 16}, {"adapters": ("la",), "in_flight": 15}, {}], {"s1"}),
+    ("one that has it and is down is none", [{"adapters": ("la",), "state": State.UNHEALTHY}, {}],
+     {"s1"}),
     ("nobody has it", [{"adapters": ("lb",)}, {}], {"s0", "s1"}),
     ("before tiers", [{}, {"adapters": ("la",), "tier": 2}], {"s1"}),
-    ("within the pool that was drawn", [{"pool": "a", "share": 1e-12}, {"adapters": ("la",), "pool": "b", "share": 99.0}], {"s1"}),
-    ("not beyond the pool that was drawn", [{"pool": "a", "share": 99.0}, {"adapters": ("la",), "pool": "b", "share": 1e-12}], {"s0"}),
-))  # fmt: skip
+    ("within the pool that was drawn",
+     [{"pool": "a", "share": 1e-12}, {"adapters": ("la",), "pool": "b", "share": 99.0}], {"s1"}),
+    ("not beyond the pool that was drawn",
+     [{"pool": "a", "share": 99.0}, {"adapters": ("la",), "pool": "b", "share": 1e-12}], {"s0"}),
+))
 def test_an_adapter_is_asked_for_where_it_is_loaded(views, asked):
     views = [server(n, **ADAPTED, **known) for n, known in enumerate(views)]
-    assert {judged(views, "random", call=lite.Call("la"), draw=random.Random(n)).best for n in range(40)} == asked
-    reasons = {row.reason for row in judged(views, call=lite.Call("la")).candidates() if row.id not in asked}
-    assert not any("adapter" in reason for reason in reasons) or reasons == {"has the adapter not loaded"}
+    assert {judged(views, "random", call=lite.Call("la"), draw=random.Random(n)).best
+            for n in range(40)} == asked
+    reasons = {row.reason for row in judged(views, call=lite.Call("la")).candidates()
+               if row.id not in asked}
+    assert (not any("adapter" in reason for reason in reasons)
+            or reasons == {"has the adapter not loaded"})
 
 
 def test_adapters_matter_to_those_who_ask_for_one():
@@ -5452,16 +5917,19 @@ def test_adapters_matter_to_those_who_ask_for_one():
 
 
 def test_all_engines_of_a_server_that_was_tried_are_passed_over():
-    views = [server(0, url="a@0", in_flight=3), server(1, url="a@1"), server(2, url="b", in_flight=9)]
+    views = [server(0, url="a@0", in_flight=3), server(1, url="a@1"),
+             server(2, url="b", in_flight=9)]
     assert judged(views).best == "a@1"
     ranking = judged(views, tried=["a"])
     assert ranking.best == "b"
-    assert {row.id: row.reason for row in ranking.candidates() if row.id != "b"} == dict.fromkeys(("a@0", "a@1"), "was tried already")
+    assert ({row.id: row.reason for row in ranking.candidates() if row.id != "b"}
+            == dict.fromkeys(("a@0", "a@1"), "was tried already"))
 
 
 def test_a_plan_does_not_ask_another_engine_of_a_server_that_failed():
     fleet = lite.Fleet()
-    fleet.apply([lite.ServerSettings("a", 90, data_parallel_size=2), lite.ServerSettings("b", 1)], 0.0)
+    fleet.apply([lite.ServerSettings("a", 90, data_parallel_size=2), lite.ServerSettings("b", 1)],
+                0.0)
     for url in ("a", "b"):
         fleet.judge(url, lite.Health.checked, True, 0.01, "", 0.0, Settings())
     first, *others = [step for step in play(fleet, ["refused", "ok"]) if step.startswith("ask")]
@@ -5474,9 +5942,10 @@ def test_a_plan_does_not_ask_another_engine_of_a_server_that_failed():
     ("one that may not be asked", [{"state": State.UNHEALTHY}, {}], (900, 100), 1000, 0),
     ("nobody may", [{"state": State.UNHEALTHY}], (900,), 1000, 0),
     ("no prompt", [{}, {}], (0, 0), 0, 0),
-))  # fmt: skip
+))
 def test_tokens_that_another_server_would_have_had(views, cached, tokens, missed):
-    assert judged([server(n, **known) for n, known in enumerate(views)], cached=cached, tokens=tokens).missed_tokens() == missed
+    assert judged([server(n, **known) for n, known in enumerate(views)], cached=cached,
+                  tokens=tokens).missed_tokens() == missed
 
 
 def test_a_view_changes_only_on_news_and_counts_of_requests_are_none():
@@ -5504,9 +5973,14 @@ def test_the_choice_in_one_line():
     """As in X-MVLLM-Why."""
     views = [server(0, load=(0, 0, 0.25)), server(1, load=(0, 0, 0.25)), server(2, draining=True)]
     ranking = judged(views, cached=[600, 0, 0], tokens=1000)
-    assert ranking.why() == "s0 cost 74.81 = (pending 0 + uncached 400 + 512) x utilization 0.06 / kv_free 0.76; next s1 x1.7"
-    views = [server(0, 8, load=(2, 0, 0.55), in_flight=9, ours_at_scrape=2, pending=3000, prefill_tokens_per_s=3000.0), server(1, 8, load=(0, 0, 0.55), in_flight=15, prefill_tokens_per_s=1000.0)]
-    assert judged(views, tokens=1000).why() == "s0 cost 2.037e+04 = ((pending 3000 + uncached 1000) / speed 1.50 + 512) x utilization 1.25^5 / kv_free 0.48; next s1 x8.3"
+    assert (ranking.why() == "s0 cost 74.81 = (pending 0 + uncached 400 + 512) x utilization 0.06 "
+                             "/ kv_free 0.76; next s1 x1.7")
+    views = [server(0, 8, load=(2, 0, 0.55), in_flight=9, ours_at_scrape=2, pending=3000,
+                    prefill_tokens_per_s=3000.0),
+             server(1, 8, load=(0, 0, 0.55), in_flight=15, prefill_tokens_per_s=1000.0)]
+    assert (judged(views, tokens=1000).why()
+            == "s0 cost 2.037e+04 = ((pending 3000 + uncached 1000) / speed 1.50 + 512) x "
+               "utilization 1.25^5 / kv_free 0.48; next s1 x8.3")
     assert judged([server(0)], "least").why() == (
         "s0 cost 0.0625 = (in_flight 0 + foreign 0 + 1) / capacity 16 / slow_start 1")
     assert judged([server(0, state=State.UNHEALTHY)]).why() == "no server"
@@ -5519,14 +5993,20 @@ def test_why_there_is_no_choice_without_servers():
 
 @pytest.mark.parametrize("policy", lite.POLICY_NAMES)
 def test_an_explanation_is_plain_json(policy):
-    views = [server(0, in_flight=2, load=(5, 1, 0.3)), server(1, weight=0), server(2, draining=True), server(3, tier=2), server(4, configured=lite.AUTO)]
+    views = [server(0, in_flight=2, load=(5, 1, 0.3)), server(1, weight=0),
+             server(2, draining=True), server(3, tier=2), server(4, configured=lite.AUTO)]
     prompt = prompt_in(messages=talk(2000))
-    ranking = judged(views, policy, [100, 0, 0, 0, 0], call=lite.Call("m", True, prompt, "user: secret-name"), score="1 / (in_flight - 2)")
+    ranking = judged(views, policy, [100, 0, 0, 0, 0],
+                     call=lite.Call("m", True, prompt, "user: secret-name"),
+                     score="1 / (in_flight - 2)")
     text = json.dumps(lite.explain_report([ranking, ranking]), allow_nan=False)
     first, second = json.loads(text)["attempts"]
-    assert first == second and first["policy"] == policy and first["model"] == "m" and first["chosen"] == ranking.best
-    assert first["prompt_tokens"] == prompt.tokens and first["session"] is True and first["queued"] is False
-    assert [row["url"] for row in first["servers"]][0] == ranking.best and len(first["servers"]) == 5
+    assert (first == second and first["policy"] == policy and first["model"] == "m"
+            and first["chosen"] == ranking.best)
+    assert (first["prompt_tokens"] == prompt.tokens and first["session"] is True
+            and first["queued"] is False)
+    assert ([row["url"] for row in first["servers"]][0] == ranking.best
+            and len(first["servers"]) == 5)
     assert {row["url"]: row["cached_tokens"] for row in first["servers"]}["s0"] == 100
     assert "secret-name" not in text and talk(2000)[0]["content"][:40] not in text
 
@@ -5535,30 +6015,41 @@ def test_an_explanation_of_a_call_that_waits():
     views = [server(0, 4, in_flight=4), server(1, 4, in_flight=5)]
     (report,) = lite.explain_report([judged(views, enforced=True)])["attempts"]
     assert (report["chosen"], report["why"], report["queued"]) == (None, "no server", True)
-    assert [(row["cost"], row["reason"]) for row in report["servers"]] == [(None, "is full (4 of 4)"), (None, "is full (5 of 4)")]
+    assert ([(row["cost"], row["reason"]) for row in report["servers"]]
+            == [(None, "is full (4 of 4)"), (None, "is full (5 of 4)")])
 
 
 def test_the_trace_of_a_request_has_no_text_of_it():
     prompt = prompt_in(messages=talk(300_000))
     line = lite.trace_line(lite.Call("m", True, prompt, "user: secret-name"),
-                           lite.TracedAnswer(1700000000.12345, 0.51239, 2.00001, 42, "http://a", 200, "ok"))
+                           lite.TracedAnswer(1700000000.12345, 0.51239, 2.00001, 42, "http://a",
+                                             200, "ok"))
     found = json.loads(line)
     assert {**found, "chain": 0, "ends": 0, "session": 0} == {
-        "at": 1700000000.123, "model": "m", "session": 0, "prompt_tokens": prompt.tokens, "output_tokens": 42, "chain": 0, "ends": 0,
-        "ttft": 0.5124, "duration": 2.0, "server": "http://a", "status": 200, "end": "ok"}  # fmt: skip
-    assert re.fullmatch(r"[0-9a-f]{8}", found["session"]) and "secret" not in line and talk(300_000)[0]["content"][:40] not in line
-    assert len(found["chain"]) == len(found["ends"]) < 80 and found["ends"] == sorted(set(found["ends"])) and found["ends"][0] == prompt.tokens_in(1)
-    assert all(0 <= link < 2**48 for link in found["chain"]) and found["ends"][-1] == prompt.tokens_in(len(prompt.prefix_hashes))
+        "at": 1700000000.123, "model": "m", "session": 0, "prompt_tokens": prompt.tokens,
+        "output_tokens": 42, "chain": 0, "ends": 0,
+        "ttft": 0.5124, "duration": 2.0, "server": "http://a", "status": 200, "end": "ok"}
+    assert (re.fullmatch(r"[0-9a-f]{8}", found["session"]) and "secret" not in line
+            and talk(300_000)[0]["content"][:40] not in line)
+    assert (len(found["chain"]) == len(found["ends"]) < 80 and found["ends"]
+            == sorted(set(found["ends"])) and found["ends"][0] == prompt.tokens_in(1))
+    assert (all(0 <= link < 2**48 for link in found["chain"])
+            and found["ends"][-1] == prompt.tokens_in(len(prompt.prefix_hashes)))
 
 
 def test_the_trace_of_a_request_without_prompt_session_or_answer():
-    found = json.loads(lite.trace_line(lite.Call(None), lite.TracedAnswer(1.0, None, 0.5, 0, "", 404, "ok")))
-    assert (found["chain"], found["ends"], found["session"], found["ttft"], found["model"]) == ([], [], "", None, None)
+    found = json.loads(lite.trace_line(lite.Call(None),
+                                       lite.TracedAnswer(1.0, None, 0.5, 0, "", 404, "ok")))
+    assert (found["chain"], found["ends"], found["session"], found["ttft"],
+            found["model"]) == ([], [], "", None, None)
 
 
 def test_traces_of_turns_share_the_start_of_their_chains():
     calls = [lite.Call("m", prompt=prompt_in(messages=talk(*[9000] * n))) for n in (2, 5)]
-    turns = [json.loads(lite.trace_line(one, lite.TracedAnswer(0.0, None, 1.0, 1, "", 200, "ok")))["chain"] for one in calls]
+    turns = [
+        json.loads(lite.trace_line(one,
+                                   lite.TracedAnswer(0.0, None, 1.0, 1, "", 200, "ok")))["chain"]
+        for one in calls]
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns)))
     assert len(turns[0]) - 1 <= same < len(turns[1])
 
@@ -5586,7 +6077,7 @@ def outcome(word):
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE,
               "long": Fault.CONTEXT_LENGTH_EXCEEDED, "key": Fault.KEY_REJECTED,
-              "500": Fault.SERVER_FAILED}  # fmt: skip
+              "500": Fault.SERVER_FAILED}
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
@@ -5610,7 +6101,8 @@ def play(fleet, outcomes, affordable=99, enforced=False, search=False, **setting
             elif isinstance(step, lite.BreakOff):
                 steps.append(f"break off {step.outcome.fault.label}")
             elif isinstance(step, lite.GiveUp):
-                steps.append(f"answer {step.outcome.fault.label}" + " as held" * bool(step.outcome.held))
+                steps.append(f"answer {step.outcome.fault.label}"
+                             + " as held" * bool(step.outcome.held))
             else:
                 steps.append(type(step).__name__.lower())
                 told = outcome("time") if isinstance(step, lite.AwaitHealth) else lite.WELL
@@ -5622,10 +6114,13 @@ def play(fleet, outcomes, affordable=99, enforced=False, search=False, **setting
 # capacities order the servers: s0 is the best
 PLANS = table(
     ("a good answer", (3, 2, 1), ["ok"], {}, ["ask s0"]),
-    ("no connection: the next server at once", (3, 2, 1), ["refused", "ok"], {}, ["ask s0", "ask s1"]),
-    ("each server once, then again after a pause", (2, 1), ["refused", "refused", "refused", "ok"], {},
+    ("no connection: the next server at once", (3, 2, 1), ["refused", "ok"], {},
+     ["ask s0", "ask s1"]),
+    ("each server once, then again after a pause", (2, 1), ["refused", "refused", "refused", "ok"],
+     {},
      ["ask s0", "ask s1", "pause", "ask s0", "pause", "ask s0"]),
-    ("503: another server after a pause", (2, 1), ["503!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
+    ("503: another server after a pause", (2, 1), ["503!", "ok"], {},
+     ["ask s0", "pause", "ask s1"]),
     ("the last error is shown as it came", (2, 1), ["503!", "503!"], {"max_retries": 1},
      ["ask s0", "pause", "ask s1", "answer server_error as held"]),
     ("500 that another does not give", (3, 2, 1), ["500!", "ok"], {},
@@ -5634,12 +6129,15 @@ PLANS = table(
      ["ask s0", "pause", "ask s1", "answer server_failed as held"]),
     ("500 of the only server", (1,), ["500!"], {}, ["ask s0", "answer server_failed as held"]),
     ("429: elsewhere", (2, 1), ["busy!", "ok"], {}, ["ask s0", "pause", "ask s1"]),
-    ("429 everywhere", (2, 1), ["busy!", "busy!"], {}, ["ask s0", "pause", "ask s1", "answer server_busy as held"]),
+    ("429 everywhere", (2, 1), ["busy!", "busy!"], {},
+     ["ask s0", "pause", "ask s1", "answer server_busy as held"]),
     ("429 from the only server", (1,), ["busy!"], {}, ["ask s0", "answer server_busy as held"]),
     ("silence is not run again", (2, 1), ["silent"], {}, ["ask s0", "answer server_silent"]),
-    ("unless allowed", (2, 1), ["silent", "ok"], {"retry_timed_out": True}, ["ask s0", "pause", "ask s1"]),
+    ("unless allowed", (2, 1), ["silent", "ok"], {"retry_timed_out": True},
+     ["ask s0", "pause", "ask s1"]),
     ("nothing after the commit", (2, 1), ["cut"], {}, ["ask s0", "break off server_gone"]),
-    ("no retries wanted", (2, 1), ["refused"], {"max_retries": 0}, ["ask s0", "answer connect_failed"]),
+    ("no retries wanted", (2, 1), ["refused"], {"max_retries": 0},
+     ["ask s0", "answer connect_failed"]),
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
      ["ask s0", "pause", "ask s0", "pause", "ask s0", "answer bad_answer"]),
     ("no server", (), [], {}, ["answer no_server"]),
@@ -5665,11 +6163,13 @@ PLANS = table(
      ["ask s0", "answer server_error as held"]),
     ("also of an answer that was lost", (1,), ["cut?"], {"affordable": 0},
      ["ask s0", "answer server_gone"]),
-    ("the first is free where a server died with it", (3, 2, 1), ["cut?", "cut?"], {"affordable": 0},
+    ("the first is free where a server died with it", (3, 2, 1), ["cut?", "cut?"],
+     {"affordable": 0},
      ["ask s0", "ask s1", "answer server_gone"]),
-    ("it is always free where nobody was reached", (3, 2, 1), ["refused", "refused", "ok"], {"affordable": 0},
+    ("it is always free where nobody was reached", (3, 2, 1), ["refused", "refused", "ok"],
+     {"affordable": 0},
      ["ask s0", "ask s1", "ask s2"]),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("capacities, outcomes, settings, steps", PLANS)
@@ -5687,7 +6187,7 @@ def test_plans(capacities, outcomes, settings, steps):
      ["ask s0", "answer context_length_exceeded as held"]),
     ("no retries wanted", (2000, 8000), ["long!"], {"max_retries": 0},
      ["ask s0", "answer context_length_exceeded as held"]),
-))  # fmt: skip
+))
 def test_what_is_too_long_for_a_server_goes_to_larger_ones(lengths, outcomes, settings, steps):
     fleet = fleet_of(*range(len(lengths), 0, -1))
     for n, length in enumerate(lengths):
@@ -5711,7 +6211,8 @@ def test_who_is_to_blame_for_failures_of_one_request(servers, well, blamed):
     assert "".join(one.url for one in lite.to_blame(suspects, well)) == blamed
 
 
-ROOM_BEHIND = table(  # of the second server, in front of which a 503 cannot be afforded to be retried
+# of the second server, in front of which a 503 cannot be afforded to be retried
+ROOM_BEHIND = table(
     ("with places by its settings", 2, 1, None, True),
     ("with none", 2, 2, None, False),
     ("that learns its capacity: nobody knows that it is full", 0, 200, None, True),
@@ -5720,7 +6221,7 @@ ROOM_BEHIND = table(  # of the second server, in front of which a 503 cannot be 
         "s1", lite.Health.failed, "x", True, 0.0, Settings()), False),
     ("not well itself: asked only for want of another", 9, 0, lambda fleet: [
         fleet.judge(url, lite.Health.opened, "x", 0.0, Settings()) for url in ("s0", "s1")], False),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("capacity, in_flight, before, free", ROOM_BEHIND)
@@ -5775,7 +6276,7 @@ def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
      ["ask s0", "answer server_died_twice"]),
     ("one was lost without a death", ["dead 1", "cut?", "ok"], ["ask s0", "ask s1", "ask s2"]),
     ("the client has seen a part", ["dead 2 seen"], ["ask s0", "break off server_gone"]),
-))  # fmt: skip
+))
 def test_a_request_is_done_after_the_second_death(deaths, steps):
     assert play(fleet_of(3, 2, 1), deaths) == steps
 
@@ -5822,8 +6323,9 @@ def test_content_is_known_by_its_path_and_all_or_its_ends():
 @pytest.mark.parametrize("size", [9, 200_000])
 def test_a_form_is_the_same_whatever_its_boundary(size):
     def known_by(boundary, sound):
-        lines = (f'--{boundary}\r\nContent-Disposition: form-data; name="file"\r\n\r\n{sound * size}\r\n'
-                 f"--{boundary}--\r\n")  # fmt: skip
+        lines = (f'--{boundary}\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+                 f'{sound * size}\r\n'
+                 f"--{boundary}--\r\n")
         return lite.digest_of("/v1/audio/transcriptions", lines.encode())
 
     assert known_by("0a" * 16, "a") == known_by("f7" * 16, "a") != known_by("0a" * 16, "b")
@@ -5833,10 +6335,13 @@ QUEUED = table(  # with all places of s0 and s1 taken
     ("nobody waits where capacity is not enforced", ["ok"], False, ["ask s0"]),
     ("a place becomes free", ["s1", "ok"], True, ["queue", "ask s1"]),
     ("the queue is full", ["full"], True, ["queue", "answer queue_full"]),
-    ("a retry waits, too", ["s1", "refused", "s0", "ok"], True, ["queue", "ask s1", "queue", "ask s0"]),
-    ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True, ["queue", "ask s1", "queue", "answer no_server"]),
-    ("the server's own failure is shown", ["s1", "503!", "full"], True, ["queue", "ask s1", "pause", "queue", "answer server_error as held"]),
-)  # fmt: skip
+    ("a retry waits, too", ["s1", "refused", "s0", "ok"], True,
+     ["queue", "ask s1", "queue", "ask s0"]),
+    ("what it waited for is gone: who was tried may be asked again", ["s1", "refused", "s"], True,
+     ["queue", "ask s1", "queue", "answer no_server"]),
+    ("the server's own failure is shown", ["s1", "503!", "full"], True,
+     ["queue", "ask s1", "pause", "queue", "answer server_error as held"]),
+)
 
 
 @pytest.mark.parametrize("found, steps", [(False, "refresh giveup"), (True, "refresh relay")])
@@ -5872,7 +6377,7 @@ def test_a_model_that_somebody_told_of_is_not_looked_for():
     ("one may tell in a moment", {"state": State.CHECKING, "models": None}, "NO_SERVER"),
     ("one has it and is down", {"state": State.UNHEALTHY, "models": {"b": {}}}, "NO_SERVER"),
     ("nobody ever told", {"state": State.UNHEALTHY, "models": None, "first": None}, "NO_SERVER"),
-))  # fmt: skip
+))
 def test_whether_a_model_is_unknown_or_only_out_of_reach(others, fault):
     first, second = fleet_of(1, 1).views()
     if others:
@@ -5913,7 +6418,8 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
 
     for since, model in ((1, "m"), (2, "n"), (3, "m"), (4, "n"), (5, "m")):
         last = waiter(since, model)
-    assert len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0 and queue.waiting(("n", "", frozenset()))
+    assert (len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0
+            and queue.waiting(("n", "", frozenset())))
     queue.hand_over()
     assert took == []
     free["a"] = "n"
@@ -5943,7 +6449,7 @@ def test_when_a_queue_clears_is_told_from_the_rate_of_late():
     ("one is no rate", [0.0] * 39, [0.25], 2.5, [3]),
     ("it moved long ago, and is new now", [1000.0] * 39, [n / 4 for n in range(100)], 1002.5, [3]),
     ("it moves so slowly that nobody knows", [0.0] * 3, [50.0], 95.0, [60]),
-))  # fmt: skip
+))
 def test_a_queue_without_a_rate_yet_says_a_small_number_that_grows(waiting, freed, now, said):
     queue = lite.WaitQueue()
     for since in waiting:
@@ -6005,20 +6511,24 @@ def test_health_has_all_of_mvllm_s_fields_with_their_types():
     server = {"url": "str", "healthy": "bool", "health_status": "str", "last_check": "str",
               "consecutive_failures": "int", "success_rate": "float", "avg_response_time": "float",
               "last_response_time": "float", "total_checks": "int", "supported_models": ["str"],
-              "models_last_updated": "str"}  # fmt: skip
-    top = {"status": "str", "health_score": "float", "total_servers": "int", "healthy_servers": "int",
-           "unhealthy_servers": "int"}  # fmt: skip
+              "models_last_updated": "str"}
+    top = {"status": "str", "health_score": "float", "total_servers": "int",
+           "healthy_servers": "int",
+           "unhealthy_servers": "int"}
     found = shape(report)
-    assert server.items() <= {k: v for k, v in found["servers"][0].items() if k != "servers"}.items() or all(
-        found["servers"][0][k] == v for k, v in server.items())  # fmt: skip
+    assert server.items() <= {k: v for k, v in found["servers"][0].items()
+                              if k != "servers"}.items() or all(
+        found["servers"][0][k] == v for k, v in server.items())
     assert all(found[k] == v for k, v in top.items())
     assert found["config"] == {"health_check_enabled": "bool", "health_check_interval": "int",
-                               "min_success_rate": "float", "max_response_time": "float"}  # fmt: skip
-    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", report["servers"][0]["last_check"])
+                               "min_success_rate": "float", "max_response_time": "float"}
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}",
+                        report["servers"][0]["last_check"])
 
 
-@pytest.mark.parametrize("healthy, total, status", [(4, 5, "healthy"), (3, 5, "degraded"), (1, 2, "degraded"),
-                                                    (2, 5, "unhealthy"), (0, 0, "no_servers")])  # fmt: skip
+@pytest.mark.parametrize("healthy, total, status",
+                         [(4, 5, "healthy"), (3, 5, "degraded"), (1, 2, "degraded"),
+                                                    (2, 5, "unhealthy"), (0, 0, "no_servers")])
 def test_health_in_one_word(healthy, total, status):
     fleet = fleet_of(*[1] * total)
     for i in range(healthy, total):
@@ -6034,31 +6544,34 @@ def test_load_counts_our_requests_and_those_of_others_once():
         report = lite.load_report(fleet.views(), Settings(), CLOCK)
     first, second = report["servers"]
     detailed = {"num_requests_running": 6, "num_requests_waiting": 2, "gpu_cache_usage_perc": 0.0,
-                "kv_cache_usage_perc": 0.0, "process_max_fds": 0}  # fmt: skip
+                "kv_cache_usage_perc": 0.0, "process_max_fds": 0}
     assert first["detailed_metrics"] == detailed
-    assert (first["current_load"], first["available_capacity"], first["utilization_percent"]) == (8, 2, 80.0)
+    assert (first["current_load"], first["available_capacity"],
+            first["utilization_percent"]) == (8, 2, 80.0)
     assert (second["current_load"], second["in_flight"], second["status"]) == (1, 1, True)
     assert report["summary"] == {"total_servers": 2, "healthy_servers": 2, "total_active_load": 9,
-                                 "total_capacity": 15, "overall_utilization_percent": 60.0}  # fmt: skip
+                                 "total_capacity": 15, "overall_utilization_percent": 60.0}
 
 
 def test_models_of_the_healthy_servers_are_merged():
     fleet = fleet_of(1, 1, 1)
     fleet.models_listed("s0", {"a": {"id": "a", "max_model_len": 10}}, 0.0)
-    fleet.models_listed("s1", {"lora": {"id": "lora", "parent": "a"}, "a": {"id": "a", "max_model_len": 20}}, 0.0)
+    fleet.models_listed("s1", {"lora": {"id": "lora", "parent": "a"},
+                               "a": {"id": "a", "max_model_len": 20}}, 0.0)
     fleet.models_listed("s2", {"gone": {"id": "gone"}}, 0.0)
     for _ in range(3):
         fleet.judge("s2", lite.Health.checked, False, 0.1, "x", 0.0, Settings())
     report = lite.models_report(fleet.views(), {"gpt": "a", "nobody": "gone"})
     assert report == {"object": "list", "data": [
-        {"id": "a", "max_model_len": 10}, {"id": "lora", "parent": "a"}, {"id": "gpt", "max_model_len": 10}]}  # fmt: skip
+        {"id": "a", "max_model_len": 10}, {"id": "lora", "parent": "a"},
+        {"id": "gpt", "max_model_len": 10}]}
     report = lite.models_report(fleet.views(), {"lora": "a", "a": "lora"})
     assert report["data"] == [{"id": "a", "parent": "a"}, {"id": "lora", "max_model_len": 10}]
 
 
 def test_readiness():
     assert lite.readiness_report(fleet_of(1, 1).views(), False) == (
-        200, {"status": "ready", "healthy_workers": 2, "total_workers": 2})  # fmt: skip
+        200, {"status": "ready", "healthy_workers": 2, "total_workers": 2})
     for views, stopping, reason in (
         (fleet_of(1).views(), True, "stopping"),
         (fleet_of(1, healthy=False).views(), False, "no healthy server"),
@@ -6076,7 +6589,8 @@ def test_what_a_server_said_long_ago_is_marked_as_old_and_not_in_the_metrics():
     fleet = with_load(fleet_of(1), (3, 0), at=100.0)
     for now, old in ((102.0, False), (103.0, True)):
         page = lite.expose(gauges_of(fleet, now))
-        assert ("mvllm_server_num_requests_running{" in page) is not old and "mvllm_server_healthy{" in page
+        assert (("mvllm_server_num_requests_running{" in page) is not old
+                and "mvllm_server_healthy{" in page)
         report = lite.load_report(fleet.views(), Settings(), lite.Clock(now, 1e9))
         assert report["servers"][0]["stale"] is old
 
@@ -6106,37 +6620,46 @@ def test_a_renamed_family_is_exposed_under_both_names_from_the_same_counts():
 
 
 FACTS = lite.RequestFacts(
-    "a b", "127.0.0.1:9", None, "POST", "/x\ny=1", 'a"b', True, "http://s", [("http://s", "load", "connect_failed"), ("http://t", "retry", "ok")],
-    200, 0.00004, 0.12345, 1.0, 12, 345, 61, None, 32, "complete")  # fmt: skip
+    "a b", "127.0.0.1:9", None, "POST", "/x\ny=1", 'a"b', True, "http://s",
+    [("http://s", "load", "connect_failed"), ("http://t", "retry", "ok")],
+    200, 0.00004, 0.12345, 1.0, 12, 345, 61, None, 32, "complete")
 
 
 def test_access_lines_are_key_value_pairs_that_cannot_be_forged():
     assert lite.access_line(FACTS) == (
-        r'id="a b" client=127.0.0.1:9 key=- method=POST path="/x\ny=1" model="a\"b" stream=True server=http://s attempts=2'
-        " failed=connect_failed status=200 queue_s=0.0000 first_byte_s=0.1235 duration_s=1.0000 request_bytes=12"
-        " response_bytes=345 prompt_tokens=61 cached_tokens=- completion_tokens=32 end=complete")  # fmt: skip
+        r'id="a b" client=127.0.0.1:9 key=- method=POST path="/x\ny=1" model="a\"b" stream=True '
+        r'server=http://s attempts=2'
+        " failed=connect_failed status=200 queue_s=0.0000 first_byte_s=0.1235 duration_s=1.0000 "
+        "request_bytes=12"
+        " response_bytes=345 prompt_tokens=61 cached_tokens=- completion_tokens=32 end=complete")
     line = lite.access_line(lite.RequestFacts("1f", "c", model="", status=400, end="bad_request"))
-    assert 'id=1f client=c key=- method=- path=- model="" stream=False server=- attempts=0 failed=- status=400' in line
+    assert ('id=1f client=c key=- method=- path=- model="" stream=False server=- attempts=0 '
+            'failed=- status=400' in line)
     assert line.endswith("first_byte_s=- duration_s=0.0000 request_bytes=0 response_bytes=0"
-                         " prompt_tokens=- cached_tokens=- completion_tokens=- end=bad_request")  # fmt: skip
-    assert [word.partition("=")[0] for word in line.split()] == [*FACTS._fields[:9], "failed", *FACTS._fields[9:]]
+                         " prompt_tokens=- cached_tokens=- completion_tokens=- end=bad_request")
+    assert ([word.partition("=")[0] for word in line.split()]
+            == [*FACTS._fields[:9], "failed", *FACTS._fields[9:]])
 
 
 @pytest.mark.parametrize("facts", table(
     ("all known", FACTS),
     ("little known", lite.RequestFacts("1f", "c", status=400, end="bad_request")),
-    ("what must be escaped", FACTS._replace(id='"\\', client="\x00é", key='"', method="\x7f", path='"}', model="\ud800\n", server='"')),
-))  # fmt: skip
+    ("what must be escaped", FACTS._replace(id='"\\', client="\x00é", key='"', method="\x7f",
+                                            path='"}', model="\ud800\n", server='"')),
+))
 def test_structured_lines_are_json_with_the_time_in_utc(facts):
     found = json.loads(lite.request_record(1700000000.1239, facts))
     attempts = [dict(zip(("server", "reason", "result"), one)) for one in facts.attempts]
-    times = {key: pytest.approx(value, abs=1e-4) for key, value in facts._asdict().items() if key.endswith("_s") and value is not None}
-    assert found == {"time": "2023-11-14T22:13:20.123Z", "event": "request", **facts._asdict(), "attempts": attempts, **times}
+    times = {key: pytest.approx(value, abs=1e-4)
+             for key, value in facts._asdict().items() if key.endswith("_s") and value is not None}
+    assert found == {"time": "2023-11-14T22:13:20.123Z", "event": "request", **facts._asdict(),
+                     "attempts": attempts, **times}
     assert list(found) == ["time", "event", *facts._fields]
     change = lite.Transition("http://a", State.CHECKING, State.HEALTHY, 'why "x"')
     assert json.loads(lite.transition_record(1700000000.9999, change)) == {
-        "time": "2023-11-14T22:13:20.999Z", "event": "transition", "server": "http://a", "from": "checking",
-        "to": "healthy", "reason": 'why "x"'}  # fmt: skip
+        "time": "2023-11-14T22:13:20.999Z", "event": "transition", "server": "http://a",
+        "from": "checking",
+        "to": "healthy", "reason": 'why "x"'}
 
 
 def test_transitions_may_name_models():
@@ -6180,7 +6703,8 @@ async def test_the_status_document_has_its_stated_shape():
         document = (await client.get("/status.json")).json
     assert is_as_stated(document, lite.StatusDocument)
     assert [row["source"] for row in document["servers"]] == ["file", "file", "by_hand"]
-    assert document["events"] and document["servers"][0]["decisions"] and document["live"]["added"] == [more.url]
+    assert (document["events"] and document["servers"][0]["decisions"]
+            and document["live"]["added"] == [more.url])
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -6204,14 +6728,14 @@ def shown_server(n, **more):
         "prompt_tokens_per_second": 9000, "stale": False,
         "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
         "decisions": ["14:03:20 cost 107; next 10.0.0.2:8000 at 214"], **more,
-    }  # fmt: skip
+    }
 
 
 def document(servers, **more):
     healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
     totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
               "connections": 40, "requests_per_s": 3.2, "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
-              "ttft_p95_s": 0.4, "error_ratio": 0.01}  # fmt: skip
+              "ttft_p95_s": 0.4, "error_ratio": 0.01}
     return {
         "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
         "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
@@ -6222,11 +6746,11 @@ def document(servers, **more):
              "text": "10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused"},
             {"time": "14:03:10", "level": "error", "text": "servers.toml line 3 is no number"},
         ], **more,
-    }  # fmt: skip
+    }
 
 
 NOTHING = dict(running=None, waiting=None, in_flight=0, kv_usage_ratio=None, tokens_per_s=None,
-               ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])  # fmt: skip
+               ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])
 shown_REFUSED = "3 checks failed in a row: connection refused"
 SHOWN_STATUS = document([
     shown_server(1),
@@ -6235,7 +6759,7 @@ SHOWN_STATUS = document([
     shown_server(3, state="unhealthy", reason=shown_REFUSED, **NOTHING),
     shown_server(4, state="draining", models=["qwen", "lora", "phi", "m4"], in_flight=1, running=1,
            stale=True),
-])  # fmt: skip
+])
 MANY = document([shown_server(n) for n in range(1, 61)])
 TOP_SERVER, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_flight": 0})
@@ -6249,7 +6773,6 @@ def text_of(status, ui, look, columns, rows):
 
 # Captured screens
 
-# ruff: noqa: E501
 CAPTURED = [
     (80, 24, """
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
@@ -6318,7 +6841,7 @@ settings unchanged since the start
 
 
 q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
-"""),
+"""),  # noqa: E501
     (40, 10, """
 mvllm_lite 0.1.0  up 65 min     14:03:22
 2 of 4 healthy  queue 0  in flight 12
@@ -6331,7 +6854,7 @@ settings unchanged since the start
  ?10.0.0.4:8000 draining   1?   0?    1
 q quit  ? help  Enter detail  d drain
 """),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
@@ -6361,7 +6884,7 @@ def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
     ui = Ui()
     for key, name, place in (("", "10.0.0.1:", "1-15 of 60"), ("G", "10.0.0.60:", "46-60 of 60"),
                              ("pgup", "10.0.0.45:", "45-59 of 60"), ("k", "10.0.0.44:", "44-58"),
-                             ("g", "10.0.0.1:", "1-15 of 60")):  # fmt: skip
+                             ("g", "10.0.0.1:", "1-15 of 60")):
         ui = press(key, ui, MANY)[0] if key else ui
         ui = lite.settle(ui, MANY, Look(), Size(80, 24))
         lines = text_of(MANY, ui, Look(), 80, 24)
@@ -6379,17 +6902,18 @@ def test_the_selection_follows_its_server_when_the_order_changes():
 
 @pytest.mark.parametrize("sort, first", table(
     ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
-    ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))  # fmt: skip
+    ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))
 def test_the_list_is_sorted(sort, first):
     assert lite.listed(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
 
 
 def test_a_complaint_about_settings_is_read_without_scrolling():
-    wrong = {**SHOWN_STATUS, "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
+    wrong = {**SHOWN_STATUS,
+             "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
     lines = text_of(wrong, Ui(), Look(), 80, 24)
     assert "SETTINGS WRONG" in lines[1]
     assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
-                          "servers.toml:9: what?"]  # fmt: skip
+                          "servers.toml:9: what?"]
     assert "SETTINGS WRONG" in text_of(wrong, Ui(), Look(), 40, 5)[0]
 
 
@@ -6442,7 +6966,7 @@ def test_what_a_colour_says_a_word_or_a_mark_says_too():
     ("surrogate", "a\ud800", Look(), "a?", 2),
     ("emoji made of several", "👩\u200d💻\ufe0f", Look(), "👩?💻", 5),
     ("wide in ASCII", "模é×", Look(False), "??ex", 4),
-    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))  # fmt: skip
+    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))
 def test_text_is_made_fit_to_be_shown(text, look, expected, width):
     assert (lite.clean(text, look), lite.cells(lite.clean(text, look))) == (expected, width)
 
@@ -6455,7 +6979,7 @@ def test_text_is_made_fit_to_be_shown(text, look, expected, width):
     ("ms", lite.short_time, 0.06, "60ms"), ("s", lite.short_time, 1.4, "1.4s"),
     ("almost a second", lite.short_time, 0.9996, "1.0s"), ("m", lite.short_time, 1200, "20m"),
     ("a minute", lite.long_time, 61, "61 s"), ("hours", lite.long_time, 7500, "2 h 05 min"),
-    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))  # fmt: skip
+    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))
 def test_numbers_are_short(function, value, expected):
     assert function(value) == expected
 
@@ -6486,7 +7010,7 @@ def shown_random_server(draw, n):
         "capacity_learned": draw.random() < 0.5, "capacity_note": draw.choice(ODD_TEXTS),
         "stale": draw.random() < 0.5, "last_errors": some(4), "decisions": some(4),
         "history": [draw.choice(ODD_NUMBERS) for _ in range(draw.randrange(60))],
-    }  # fmt: skip
+    }
     if draw.random() < 0.2:
         made["name"] = f"{draw.choice(ODD_TEXTS)}{n}:8000"
     return made
@@ -6510,7 +7034,7 @@ PRESSED = [*"jkgGs/dr?pqyn xé模", "up", "down", "pgup", "pgdn", "enter", "esc"
 def independent_width(text):
     """Not by the code that is tested."""
     return sum(0 if unicodedata.category(c) in ("Mn", "Me") or 0x1160 <= ord(c) <= 0x11FF else
-               1 + (unicodedata.east_asian_width(c) in "WF") for c in text)  # fmt: skip
+               1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -6561,15 +7085,17 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     ("go on", "p", Ui(paused=True), {"paused": False}, None),
     ("detail scrolls", "j", Ui(Mode.DETAIL), {"lines_up": 1}, None),
     ("drain asks", "d", Ui(selected=TOP_SERVER), {"asked": Action("drain", TOP_SERVER)}, None),
-    ("undrain asks", "d", Ui(selected=DRAINED_SERVER), {"asked": Action("undrain", DRAINED_SERVER)}, None),
-    ("yes", "y", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, Action("drain", TOP_SERVER)),
+    ("undrain asks", "d", Ui(selected=DRAINED_SERVER), {"asked": Action("undrain", DRAINED_SERVER)},
+     None),
+    ("yes", "y", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None},
+     Action("drain", TOP_SERVER)),
     ("no", "n", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
     ("Esc is no", "esc", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
     ("neither", "x", Ui(asked=Action("quit")), {"asked": Action("quit")}, None),
     ("probe", "r", Ui(selected=SECOND), {}, Action("probe", SECOND)),
     ("quit asks", "q", Ui(), {"asked": Action("quit")}, None),
     ("no drain from the help", "d", Ui(Mode.HELP), {"asked": None}, None),
-    ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))  # fmt: skip
+    ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))
 def test_a_key_does_this(key, before, changed, action):
     after, asked_for = press(key, before, SHOWN_STATUS)
     assert asked_for == action
@@ -6588,7 +7114,7 @@ def test_keys_about_a_server_do_nothing_where_there_is_none():
 @pytest.mark.parametrize("char, key", table(
     ("a letter", "j", "j"), ("a wide one", "模", "模"), ("enter", "\r", "enter"),
     ("erase, of two terminals", "\x7f", "backspace"), ("and of others", "\b", "backspace"),
-    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))  # fmt: skip
+    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))
 def test_a_key_that_sends_a_character_is_known_by_it(char, key):
     assert lite.key_of(char) == key
 
@@ -6617,7 +7143,8 @@ class Pty:
         slave = self.slave
         self.child = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **{"env": TERMINAL_ENV, **more})
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **{"env": TERMINAL_ENV, **more})
         return self.child
 
     def resize(self, columns, rows):
@@ -6665,7 +7192,8 @@ class Shown:
         self.lines = terminal.closing.enter_context(self.sock.makefile())
         terminal.closing.enter_context(self.sock)
         command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
-        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()], env=TERMINAL_ENV | env)
+        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()],
+                     env=TERMINAL_ENV | env)
         theirs.close()
 
     def say(self, **message):
@@ -6722,7 +7250,7 @@ def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
     ("without colours", "vt220", {}, True, False),
     ("no colours wanted", "xterm", {"NO_COLOR": "1"}, True, False),
     ("a console", "linux", {}, False, True),
-    ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))  # fmt: skip
+    ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))
 def test_a_terminal_is_shown_what_it_can_show(terminal, term, env, unicode, colours):
     seen = Shown(terminal, TERM=term, **env).begin(SHOWN_STATUS)
     assert ("█" in seen, "##" in seen) == (unicode, not unicode)
@@ -6733,15 +7261,16 @@ NO_CURSES = "import sys; sys.modules['curses'] = None; import mvllm_lite; mvllm_
 
 
 @pytest.mark.parametrize("term, code, why", table(
-    ("dumb", "dumb", "import mvllm_lite; mvllm_lite.main()", "TERM is 'dumb', no terminal that can"),
+    ("dumb", "dumb", "import mvllm_lite; mvllm_lite.main()",
+     "TERM is 'dumb', no terminal that can"),
     ("none", "", "import mvllm_lite; mvllm_lite.main()", "TERM is '', no terminal that can"),
-    ("no curses", "xterm", NO_CURSES, "this Python has no curses")))  # fmt: skip
+    ("no curses", "xterm", NO_CURSES, "this Python has no curses")))
 def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why):
     sock, theirs = socket.socketpair()
     with sock, theirs:
         descriptor = theirs.fileno()
         terminal.run(sys.executable, "-c", code, "top", "--socket", str(descriptor), cwd=HERE,
-                     pass_fds=[descriptor], env=TERMINAL_ENV | {"TERM": term})  # fmt: skip
+                     pass_fds=[descriptor], env=TERMINAL_ENV | {"TERM": term})
         theirs.close()
         assert json.loads(sock.makefile().read())["why"].startswith(why)
     assert terminal.child.wait(20) == 0 and terminal.restored
@@ -6782,7 +7311,8 @@ def as_xterm(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 @asynchronous
-async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(terminal, as_xterm, caplog, number):
+async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(
+        terminal, as_xterm, caplog, number):
     held = Held(terminal)
     pid = await held.begun(terminal)
     os.kill(pid, number)
@@ -6797,10 +7327,13 @@ def process_state(pid):
 
 
 def can_be_stopped(pid):
-    """Whether a terminal's stop signal stops a process: none does where no parent in another group of
-    its session could have it continue, as in a container or under setsid (POSIX's orphaned groups)."""
+    """Whether a terminal's stop signal stops a process: none does where no parent in another group
+    of
+    its session could have it continue, as in a container or under setsid (POSIX's orphaned
+    groups)."""
     def ids(pid):  # of its parent, its group, its session
-        return [int(word) for word in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1:4]]
+        return [int(word)
+                for word in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1:4]]
 
     (_, group, session), found = ids(pid), []
     for one in Path("/proc").glob("[0-9]*"):
@@ -6834,7 +7367,8 @@ async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
 
 @pytest.mark.parametrize("stuck", ["stopped", "a terminal that nobody reads"])
 @asynchronous
-async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(terminal, as_xterm, stuck):
+async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(
+        terminal, as_xterm, stuck):
     held, loop, gaps = Held(terminal, MANY), asyncio.get_running_loop(), []
     pid = await held.begun(terminal)
     if stuck == "stopped":
@@ -6863,7 +7397,8 @@ async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal
 
 
 @asynchronous
-async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(terminal, as_xterm, caplog):
+async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(
+        terminal, as_xterm, caplog):
     begun = asyncio.get_running_loop().time()
     await Held(terminal).screen.close()
     assert terminal.restored and asyncio.get_running_loop().time() - begun < 15 and not caplog.text
@@ -6886,7 +7421,8 @@ async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, t
         terminal.press(b"dy")
         await asyncio.to_thread(terminal.read_until, "403: ")  # as curses sends it
         terminal.press(b"q")
-        assert await asyncio.to_thread(top.wait, 20) == 0 and not running.core.roster.report()["drained"]
+        assert (await asyncio.to_thread(top.wait, 20) == 0
+                and not running.core.roster.report()["drained"])
         top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
         await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
         terminal.press(b"d")
@@ -7002,7 +7538,7 @@ def chats(count, rate, seed, prefixes=8):
         prompt, ends = draw.randint(1, 900), range(64, 1024, 64)
         who, shared = draw.randrange(prefixes), draw.randint(0, 10)
         chain = tuple(hash((who, n) if n < shared else (len(arrivals), n, seed))
-                      for n in range(prompt // 64))  # fmt: skip
+                      for n in range(prompt // 64))
         arrivals.append(Arrival(now, prompt, draw.randint(0, 300), chain, ends))
     return arrivals
 
@@ -7013,7 +7549,7 @@ SHAPE = {
     "at": 1700000000.5, "model": "m", "session": "s", "prompt_tokens": 130, "output_tokens": 7,
     "chain": [-5, 6], "ends": [64, 128], "ttft": None, "duration": 1.5, "server": "http://a",
     "status": 200, "end": "complete",
-}  # fmt: skip
+}
 MOONCAKE = {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 
@@ -7131,7 +7667,8 @@ def test_a_request_that_comes_in_mid_step_waits_for_its_end():
 
 def test_the_same_prompt_is_found_in_the_cache():
     prompt = Arrival(0.0, 1000, 5, (11, 12, 13), (400, 800, 1000))
-    arrivals = [prompt, prompt._replace(at_s=5.0), prompt._replace(at_s=6.0, prefix_hashes=(11, 99, 13))]
+    arrivals = [prompt, prompt._replace(at_s=5.0),
+                prompt._replace(at_s=6.0, prefix_hashes=(11, 99, 13))]
     records, (engine,), _ = replayed(arrivals, [A100])
     # The last token is always computed, so the third link does not count.
     assert [record.cached_tokens for record in records] == [0, 800, 400]
@@ -7277,7 +7814,7 @@ def test_a_router_that_sends_nothing_ends_the_replay_all_the_same():
 def test_each_server_is_scraped_at_its_own_phase():
     _, _, told = replayed([Arrival(0.0, 10, 300)], [A100] * 4, interval_s=1.0)
     assert [(now, server) for now, server, _ in told.reports[:5]] == [
-        (0.125, 0), (0.375, 1), (0.625, 2), (0.875, 3), (1.125, 0)]  # fmt: skip
+        (0.125, 0), (0.375, 1), (0.625, 2), (0.875, 3), (1.125, 0)]
 
 
 def test_progress_is_told_about_every_percent():
@@ -7295,7 +7832,7 @@ def test_a_summary_leaves_out_the_warm_up_and_counts_what_was_fast_enough():
         return Record(Arrival(at_s, 100, output), 0, cached, ttft_s, total_s)
 
     records = [record(0, 99, 99), record(24, 99, 99), record(25, 0.1, 1.1, 50), record(50, 2, 2.5),
-               record(60, 0.2, 9.2), record(100, 0.3, 0.3, 50, 1), Record(Arrival(70, 5, 5))]  # fmt: skip
+               record(60, 0.2, 9.2), record(100, 0.3, 0.3, 50, 1), Record(Arrival(70, 5, 5))]
     result = lite.summary(records, slo_ttft_s=1, slo_tpot_s=0.2)
     assert (result.requests, result.failed, result.good_ratio) == (5, 1, 0.4)
     assert result.ttft_s == (0.3, 2, 2)
@@ -7308,18 +7845,19 @@ def test_a_summary_leaves_out_the_warm_up_and_counts_what_was_fast_enough():
 def test_a_table_fits_a_terminal_and_is_aligned():
     rows = {"least": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 0.1, 1.0)], 1, 1),
             "one with a long name": lite.summary([], 1, 1),
-            "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1, 1),
-            }  # fmt: skip
+            "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1,
+                                       1),
+            }
     lines = lite.table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
     assert lines[1].split() == ["least", "0/1", "100.0", "100", "100", "100", "100.0", "100.0",
-                                "1.00", "50.0"]  # fmt: skip
+                                "1.00", "50.0"]
     assert lines[2].split()[-9:] == ["0/0", "0.0", *["nan"] * 5, "0.00", "0.0"]
 
 
 def test_the_kinds_are_faster_the_more_they_cost():
     times = [lite.ENGINE_KINDS[name].duration_s(32, 32, 32000, 0.0)
-             for name in ("h200-fp8", "h100", "a100", "a100-40", "4090", "a40", "l4")]  # fmt: skip
+             for name in ("h200-fp8", "h100", "a100", "a100-40", "4090", "a40", "l4")]
     assert times == sorted(times)
     assert all(isinstance(kind, lite.EngineKind) for kind in lite.ENGINE_KINDS.values())
 
@@ -7336,7 +7874,8 @@ def replay_of(capsys, *args):
 
 
 def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
-    code, rows, out = replay_of(capsys, "documents", "--policy", "all", "--limit", "400", "--fleet", "a100", "4090", "4")
+    code, rows, out = replay_of(capsys, "documents", "--policy", "all", "--limit", "400", "--fleet",
+                                "a100", "4090", "4")
     assert code == 0 and out.startswith("documents: 400 requests in ")
     assert list(rows) == [name for name in lite.POLICY_NAMES if name != "expression"]
     assert all(row[0].startswith("0/") for row in rows.values())
@@ -7346,25 +7885,31 @@ def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
 
 def test_one_more_server_helps_where_there_are_too_few(capsys):
     common = "documents", "--seconds", "30", "--fleet", "4090", "4090"
-    p90 = [float(replay_of(capsys, *common, *more)[1]["unified"][3]) for more in ((), ("--add-server", "h100"))]
+    p90 = [float(replay_of(capsys, *common, *more)[1]["unified"][3])
+           for more in ((), ("--add-server", "h100"))]
     assert p90[0] > 2 * p90[1]
 
 
 def test_a_replay_takes_servers_policies_and_queue_from_settings(tmp_path, capsys):
     path = tmp_path / "servers.toml"
-    path.write_text('servers = [{url="http://a", max_concurrent_requests=2}, {url="http://b", data_parallel_size=2}]\n'
-                    '[config]\npolicy = "expression"\nscore = "in_flight"\nqueue_size = 1000\n')  # fmt: skip
-    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path), "--policy", "all")
+    path.write_text('servers = [{url="http://a", max_concurrent_requests=2}, {url="http://b", '
+                    'data_parallel_size=2}]\n'
+                    '[config]\npolicy = "expression"\nscore = "in_flight"\nqueue_size = 1000\n')
+    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path),
+                                "--policy", "all")
     assert code == 0 and "before 3 engines" in out and list(rows) == list(lite.POLICY_NAMES)
     code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path))
     assert code == 0 and list(rows) == ["expression"]
 
 
 @pytest.mark.parametrize("args, complaint", table(
-    ("no such trace", ["nowhere.jsonl"], "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
-    ("no such policy", ["chat", "--policy", "best"], "--policy: found best, expected one of all, unified, "),
-    ("a policy without its formula", ["chat", "--policy", "expression"], "expression needs a --servers file with a score"),
-))  # fmt: skip
+    ("no such trace", ["nowhere.jsonl"],
+     "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
+    ("no such policy", ["chat", "--policy", "best"],
+     "--policy: found best, expected one of all, unified, "),
+    ("a policy without its formula", ["chat", "--policy", "expression"],
+     "expression needs a --servers file with a score"),
+))
 def test_a_replay_that_cannot_be_is_refused_in_words(args, complaint, capsys):
     code, _, err = replay_of(capsys, *args)
     assert code == 1 and complaint in err
@@ -7381,7 +7926,9 @@ def test_made_up_traffic_is_what_it_says(kind):
     made = lite.MADE_UP[kind]
     arrivals = lite.made_up(made, 60.0, random.Random(5))
     assert len(arrivals) / 60 == pytest.approx(made.rate, rel=0.5)
-    assert arrivals == sorted(arrivals) and all(a.prompt_tokens > 0 and len(a.prefix_hashes) <= len(a.hash_ends) for a in arrivals)
+    assert (arrivals == sorted(arrivals)
+            and all(a.prompt_tokens > 0 and len(a.prefix_hashes) <= len(a.hash_ends)
+                    for a in arrivals))
     shared = Counter(link for a in arrivals for link in a.prefix_hashes)
     assert bool(shared) is (kind != "chat") and all(n > 1 for n in list(shared.values())[:1])
 
@@ -7438,7 +7985,8 @@ class Conn:
 
     async def json(self, document, status="200 OK", fields=""):
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{fields}content-length: {len(body)}\r\n\r\n"
+        head = (f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{fields}content-length: "
+                f"{len(body)}\r\n\r\n")
         await self.send(head.encode() + body)
 
     async def events(self, *events, end=True):
@@ -7457,8 +8005,9 @@ class Conn:
         self.writer.transport.abort()
 
 
-STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-               b"transfer-encoding: chunked\r\n\r\n")  # fmt: skip
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; "
+               b"charset=utf-8\r\n"
+               b"transfer-encoding: chunked\r\n\r\n")
 FIRST = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 
@@ -7481,7 +8030,8 @@ class Server:
 
     def __init__(self, answer=echo, models=("m",), **pages):
         self.answer = answer
-        self.pages = {"/health": "", "/metrics": "", "/v1/models": {"data": [{"id": m} for m in models]}, **pages}
+        self.pages = {"/health": "", "/metrics": "",
+                      "/v1/models": {"data": [{"id": m} for m in models]}, **pages}
         self.asked, self.probes, self.connections, self.open = [], Counter(), 0, 0
         self.tasks, self.listener, self.port = set(), None, 0
         self.capacity = 10  # a server of 1000 is asked before others
@@ -7495,12 +8045,14 @@ class Server:
         await self.kill()
 
     async def start(self):
-        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port, limit=1 << 26)
+        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port,
+                                                   limit=1 << 26)
         self.port = self.listener.sockets[0].getsockname()[1]
 
     async def kill(self):
         """As kill -9 does: connections reset, new ones refused."""
-        for sock in self.listener.sockets:  # asyncio stumbles over one that is being accepted just now
+        # asyncio stumbles over one that is being accepted just now
+        for sock in self.listener.sockets:
             asyncio.get_running_loop().remove_reader(sock)
         for _ in range(3):
             await asyncio.sleep(0)
@@ -7667,7 +8219,8 @@ class Running:
 
     async def metric(self, name, **labels):
         page = (await (await self.client()).get("/metrics")).body.decode()
-        found = [s.value for s in lite.parse_samples(page, [name]) if labels.items() <= s.labels.items()]
+        found = [s.value for s in lite.parse_samples(page, [name])
+                 if labels.items() <= s.labels.items()]
         return sum(found)
 
     async def quiet(self):
@@ -7678,7 +8231,8 @@ class Running:
         )
 
 
-QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001, "request_timeout": 10}
+QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001,
+         "request_timeout": 10}
 
 
 @contextlib.asynccontextmanager
@@ -7691,12 +8245,14 @@ async def balancing(*asked, wait=True, servers=(), **settings):
         for server in asked:
             if isinstance(server, Server) and server.listener is None:
                 await stack.enter_async_context(server)
-            listed.append(lite.ServerSettings(getattr(server, "url", server), getattr(server, "capacity", 10)))
+            listed.append(lite.ServerSettings(getattr(server, "url", server),
+                                              getattr(server, "capacity", 10)))
         balancer = lite.Balancer(Settings(tuple(listed), **{**QUICK, **settings}))
         ready = asyncio.Event()
         running = Running(balancer, stack)
         task = asyncio.create_task(balancer.run(ready.set))
-        await asyncio.wait((task, asyncio.create_task(ready.wait())), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, asyncio.create_task(ready.wait())),
+                           return_when=asyncio.FIRST_COMPLETED)
         try:
             if wait:
                 await running.until(lambda: "checking" not in running.states())
@@ -7718,7 +8274,8 @@ async def test_a_server_is_reached_by_any_name(host):
     """The first is connected to at once, the others are waited for."""
     async with Server() as server:
         server.listener.close()
-        server.listener = await asyncio.start_server(server.serve, ("127.0.0.1", "127.0.0.2"), server.port, limit=1 << 26)
+        server.listener = await asyncio.start_server(server.serve, ("127.0.0.1", "127.0.0.2"),
+                                                     server.port, limit=1 << 26)
         async with balancing(f"http://{host}:{server.port}") as running:
             assert (await (await running.client()).post(body=CHAT)).status == 200
 
@@ -7754,10 +8311,10 @@ async def test_the_kernel_looks_after_connections_on_both_sides(host):
 
 
 @pytest.mark.parametrize("path", [
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank",
-    "/v2/rerank", "/tokenize", "/detokenize", "/score", "/v1/score", "/rerank", "/pooling", "/classify",
-    "/invocations", "/v1/audio/transcriptions",
-])  # fmt: skip
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+    "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize", "/score", "/v1/score", "/rerank",
+    "/pooling", "/classify", "/invocations", "/v1/audio/transcriptions",
+])
 @asynchronous
 async def test_every_inference_path_goes_to_a_server_that_has_the_model(path):
     a, b = Server(models=["a"]), Server(models=["b"])
@@ -7774,14 +8331,16 @@ async def test_a_request_arrives_as_it_was_sent():
     async with balancing(server := Server()) as running:
         client = await running.client()
         got = await client.post("/v1/v1/x?a=b&c=%20d", b'{ "model": "m" }', [
-            "Authorization: Bearer k", "Cookie: 1", "Cookie: 2", "X-Request-Id: my-id", "traceparent: 00-ab",
-            "X-Forwarded-For: 9.9.9.9", "Connection: close, X-Secret", "X-Secret: s"])  # fmt: skip
+            "Authorization: Bearer k", "Cookie: 1", "Cookie: 2", "X-Request-Id: my-id",
+            "traceparent: 00-ab",
+            "X-Forwarded-For: 9.9.9.9", "Connection: close, X-Secret", "X-Secret: s"])
     (asked,) = server.asked
     assert asked.line == "POST /v1/x?a=b&c=%20d HTTP/1.1" and asked.body == b'{ "model": "m" }'
     assert asked.get("host") == [server.url.removeprefix("http://")]
     assert asked.get("cookie") == ["1", "2"] and asked.get("authorization") == ["Bearer k"]
     assert asked.get("x-request-id") == ["my-id"] and asked.get("traceparent") == ["00-ab"]
-    assert asked.get("x-forwarded-for") == ["127.0.0.1"] and asked.get("x-forwarded-proto") == ["http"]
+    assert (asked.get("x-forwarded-for") == ["127.0.0.1"]
+            and asked.get("x-forwarded-proto") == ["http"])
     assert asked.get("x-forwarded-host") == ["localhost"]
     assert asked.get("via") == [f"1.1 {running.core.process.name}"]
     assert not asked.get("x-secret") and not asked.get("connection")
@@ -7802,12 +8361,14 @@ async def test_max_forwards_of_nothing_is_answered_here_and_asks_no_server():
 @asynchronous
 async def test_a_large_form_goes_to_a_server_that_has_its_model():
     a, b = Server(models=["a"]), Server(models=["b"])
-    form = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 3_000_000
-            + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--XX--\r\n')  # fmt: skip
+    form = (b'--XX\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+            + b"x" * 3_000_000
+            + b'\r\n--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--XX--\r\n')
     async with balancing(a, b) as running:
         client = await running.client()
         for cut in (form, form[:-20] + b"\n--XX--\r\n"):
-            got = await client.post("/v1/audio/transcriptions", cut, ["Content-Type: multipart/form-data; boundary=XX"])
+            got = await client.post("/v1/audio/transcriptions", cut,
+                                    ["Content-Type: multipart/form-data; boundary=XX"])
             assert got.status == (200 if cut is form else 400)
     assert len(b.asked) == 1 and b.asked[0].body == form and not a.asked
 
@@ -7819,8 +8380,10 @@ async def test_a_large_form_goes_to_a_server_that_has_its_model():
     ("an empty line before it", b"\r\nSSH-2.0-x\r\n", "SSH"),
     ("PROXY, version 1", b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", "only trusted_proxies may"),
     ("PROXY, version 2", proxied(0x11, V4), "only trusted_proxies may"),
-    ("a trailer", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: b\n\n", "bare LF"),
-))  # fmt: skip
+    ("a trailer",
+     b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: b\n\n",
+     "bare LF"),
+))
 @asynchronous
 async def test_a_client_that_speaks_something_else_is_told_so_at_once(said, named):
     async with balancing(server := Server()) as running:
@@ -7832,7 +8395,8 @@ async def test_a_client_that_speaks_something_else_is_told_so_at_once(said, name
     assert not server.asked
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\nA: b\n\n", b"HTTP/1.1 200 OK\r\nA: b\n\n", b"SSH-2.0-x\r\n", TLS_HELLO])
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\nA: b\n\n", b"HTTP/1.1 200 OK\r\nA: b\n\n",
+                                  b"SSH-2.0-x\r\n", TLS_HELLO])
 @asynchronous
 async def test_a_server_that_speaks_something_else_is_left_at_once(said):
     async def other(asked, conn):
@@ -7846,19 +8410,22 @@ async def test_a_server_that_speaks_something_else_is_left_at_once(said):
 
 
 @pytest.mark.parametrize("header, address", [row for row in PROXIED if row.id in (
-    "version 1, IPv4", "IPv6", "the proxy's own", "extensions are skipped", "not known", "a Unix socket")])
+    "version 1, IPv4", "IPv6", "the proxy's own", "extensions are skipped", "not known",
+    "a Unix socket")])
 @pytest.mark.parametrize("how", ["whole", "bytes"])
 @asynchronous
 async def test_who_a_trusted_proxy_passes_on_is_the_peer(header, address, how):
     host = address[0] if address else "127.0.0.1"
-    async with balancing(server := Server(), trusted_proxies=("127.0.0.1",), status_access="loopback") as running:
+    async with balancing(server := Server(), trusted_proxies=("127.0.0.1",),
+                         status_access="loopback") as running:
         client = await running.client()
         for piece in pieces_of(header, how):
             await client.send(piece)
         assert (await client.post(fields=["X-Forwarded-For: 9.9.9.9"])).status == 200
         believed = [] if address else ["9.9.9.9"]
         assert server.asked[0].get("x-forwarded-for") == [", ".join([*believed, host])]
-        assert (await client.get("/metrics")).status == (200 if host in ("127.0.0.1", "::1") else 403)
+        assert ((await client.get("/metrics")).status
+                == (200 if host in ("127.0.0.1", "::1") else 403))
         assert running.requests()[0]["client"].partition(":")[0] in (host, "9.9.9.9", "")
         assert running.balancer._front._hosts == {host: 1}
 
@@ -7889,10 +8456,12 @@ async def test_a_trusted_proxy_that_speaks_unclearly_is_closed_on(caplog):
 
 @asynchronous
 async def test_connections_are_counted_by_whom_a_proxy_passes_on():
-    async with balancing(Server(), trusted_proxies=("127.0.0.1",), max_connections_per_client=1) as running:
+    async with balancing(Server(), trusted_proxies=("127.0.0.1",),
+                         max_connections_per_client=1) as running:
         for n in (1, 2, 1):
             client = await running.client()
-            await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\nHost: a\r\n\r\n" % n)
+            await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\n"
+                              b"Host: a\r\n\r\n" % n)
             if n == 2 or len(running.wires) < 2:
                 assert (await client.answer()).status == 200
         with contextlib.suppress(ConnectionError):
@@ -7900,7 +8469,9 @@ async def test_connections_are_counted_by_whom_a_proxy_passes_on():
         assert running.core.metrics.limits.children[("max_connections_per_client",)] == 1
 
 
-@pytest.mark.parametrize("theirs, expected", [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"), ("Date: then\r\n", "then")])
+@pytest.mark.parametrize("theirs, expected",
+                         [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"),
+                          ("Date: then\r\n", "then")])
 @asynchronous
 async def test_an_answer_has_a_date_rfc_9110_6_6_1(theirs, expected):
     async def dated(asked, conn):
@@ -7908,18 +8479,21 @@ async def test_an_answer_has_a_date_rfc_9110_6_6_1(theirs, expected):
 
     async with balancing(Server(dated)) as running:
         got = await (await running.client()).post()
-    assert [bool(re.fullmatch(expected, value)) for key, value in got.fields if key.lower() == "date"] == [True]
+    assert [bool(re.fullmatch(expected, value))
+            for key, value in got.fields if key.lower() == "date"] == [True]
 
 
 @contextlib.asynccontextmanager
 async def ring(*asked):
     """Balancers, each of which has these servers and the next balancer, the last the first."""
     async with contextlib.AsyncExitStack() as stack:
-        balancers = [await stack.enter_async_context(balancing(*servers, wait=False)) for servers in asked]
+        balancers = [await stack.enter_async_context(balancing(*servers, wait=False))
+                     for servers in asked]
         for one, following in zip(balancers, [*balancers[1:], balancers[0]]):
             body = json.dumps({"url": f"http://127.0.0.1:{following.balancer.port}"}).encode()
             client = await one.client()
-            assert (await client.post("/admin/servers", body, ["Content-Type: application/json"])).status == 200
+            assert (await client.post("/admin/servers", body,
+                                      ["Content-Type: application/json"])).status == 200
             await one.until(lambda: "checking" not in one.states())
         yield balancers
 
@@ -7941,7 +8515,8 @@ async def test_a_request_that_comes_back_is_508_and_names_its_way(count):
         assert f"where it was: {', '.join(names)}." in got.error["message"]
         for one in balancers:
             await one.quiet()
-            assert one.states() == ["healthy"] and not one.core.fleet.views()[0].health.request_failures
+            assert (one.states() == ["healthy"]
+                    and not one.core.fleet.views()[0].health.request_failures)
 
 
 @asynchronous
@@ -7961,7 +8536,8 @@ async def test_after_a_peer_s_508_another_server_is_asked():
 @asynchronous
 async def test_a_model_that_is_known_only_through_ourselves_is_not_a_peer_s(count):
     async def listed(one):
-        return {entry["id"]: entry for entry in (await (await one.client()).get("/v1/models")).json["data"]}
+        return {entry["id"]: entry
+                for entry in (await (await one.client()).get("/v1/models")).json["data"]}
 
     async with Server() as own, ring((own,), *[()] * (count - 1)) as balancers:
         await learn(*reversed(balancers), *balancers)
@@ -7979,7 +8555,8 @@ async def test_a_model_that_is_known_only_through_ourselves_is_not_a_peer_s(coun
 async def test_a_peer_s_own_models_count():
     async with Server() as a, Server(models=["m", "n"]) as b, ring((a,), (b,)) as balancers:
         await learn(*balancers, *balancers)
-        assert [sorted(one.core.fleet.views()[1].models) for one in balancers] == [["m", "n"], ["m"]]
+        assert ([sorted(one.core.fleet.views()[1].models) for one in balancers]
+                == [["m", "n"], ["m"]])
         got = await (await balancers[0].client()).post(body=b'{"model":"n"}')
         assert got.status == 200 and len(b.asked) == 1
 
@@ -7992,9 +8569,11 @@ async def test_a_peer_s_own_models_count():
     ("none is heard", "X-Request-Id: r", (), ""),
     ("what is no id", "X-Request-Id: \xe4\nRequest-Id: q", None, "q"),
     ("what is too long", "X-Request-Id: " + "x" * 201, None, ""),
-    ("engines are not for clients to name", "X-Request-Id: a___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.8:2_b\nRequest-Id: q", None, "q"),
+    ("engines are not for clients to name",
+     "X-Request-Id: a___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.8:2_b\nRequest-Id: q", None,
+     "q"),
     ("nor one of them", "X-Request-Id: ___decode_addr_10.0.0.8:2_b", None, ""),
-))  # fmt: skip
+))
 def test_what_names_a_request(said, names, id):
     fields = head_of(f"GET / HTTP/1.1\nHost: a\n{said}").fields
     names = Settings().request_id_headers if names is None else names
@@ -8003,11 +8582,14 @@ def test_what_names_a_request(said, names, id):
     assert found == id or (not id and re.fullmatch("[0-9a-f]{32}", found))
 
 
-@pytest.mark.parametrize("field, shared", [("X-Request-Id", True), ("X-Correlation-Id", False), ("X-Trace-Id", False), ("X-Mine", False)])
+@pytest.mark.parametrize("field, shared",
+                         [("X-Request-Id", True), ("X-Correlation-Id", False),
+                          ("X-Trace-Id", False), ("X-Mine", False)])
 @asynchronous
 async def test_an_id_that_is_said_of_several_requests_is_not_shared_by_parallel_ones(field, shared):
     server = Server(gated := Gated())
-    async with balancing(server, request_id_headers=("x-request-id", "x-correlation-id", "x-trace-id", "x-mine")) as running:
+    async with balancing(server, request_id_headers=("x-request-id", "x-correlation-id",
+                                                     "x-trace-id", "x-mine")) as running:
         clients = [await running.client() for _ in range(3)]
         for client in clients:
             await client.ask("POST", "/v1/x", b"{}", [f"{field}: c"])
@@ -8015,13 +8597,15 @@ async def test_an_id_that_is_said_of_several_requests_is_not_shared_by_parallel_
         gated.let(3)
         shown = [(await client.answer()).get("x-request-id") for client in clients]
         assert sorted(shown) == sorted(asked.get("x-request-id")[0] for asked in server.asked)
-        assert len(set(shown)) == (1 if shared else 3) and all(re.fullmatch(r"c(-[0-9a-f]{8})?", id) for id in shown)
+        assert (len(set(shown)) == (1 if shared else 3)
+                and all(re.fullmatch(r"c(-[0-9a-f]{8})?", id) for id in shown))
         await eventually(
             lambda: not running.core.clients.exchanges, "no request is under way any more"
         )
         assert not running.core.clients.ids
         gated.let(1)
-        assert (await clients[0].post("/v1/x", fields=[f"{field}: c"])).get("x-request-id") == "c"  # one after the other
+        # one after the other
+        assert (await clients[0].post("/v1/x", fields=[f"{field}: c"])).get("x-request-id") == "c"
 
 
 @pytest.mark.parametrize("field", ["X-Correlation-Id", "X-Trace-Id", "Request-Id"])
@@ -8040,7 +8624,8 @@ async def test_a_failure_shown_to_head_keeps_its_length():
     async with balancing(Server(busy)) as running:
         client = await running.client()
         await client.ask("HEAD", "/v1/x", b"", ())
-        assert b"503 Busy" in (head := await client.reader.readuntil(b"\r\n\r\n")) and b"Content-Length: 30\r\n" in head
+        assert (b"503 Busy" in (head := await client.reader.readuntil(b"\r\n\r\n"))
+                and b"Content-Length: 30\r\n" in head)
 
 
 @asynchronous
@@ -8058,7 +8643,8 @@ async def test_nothing_is_written_behind_a_gap():
     (peer, client), (other, server) = await wire(lite.Blame.CLIENT), await wire(lite.Blame.SERVER)
     while not client.transport.get_write_buffer_size():
         client.transport.write(b"A" * 20_000)
-    pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False, lite.Notation.OPAQUE, 9, 9,
+    pump = lite.Pump(client, server, lite.decoder_for(lite.UNTIL_CLOSE), False,
+                     lite.Notation.OPAQUE, 9, 9,
                      lite.Metrics().gaps, None)
     with peer, other:
         peer.settimeout(5)
@@ -8077,7 +8663,8 @@ async def test_nothing_is_written_behind_a_gap():
 
 @pytest.mark.parametrize("content, at_once", [(b"x", 16 * 1024), (b"x" * 200, 256 * 1024)])
 @asynchronous
-async def test_a_server_that_says_little_in_each_chunk_is_heard_a_little_at_a_time(content, at_once):
+async def test_a_server_that_says_little_in_each_chunk_is_heard_a_little_at_a_time(
+        content, at_once):
     read, go = [], asyncio.Event()
 
     async def tiny(asked, conn):
@@ -8102,12 +8689,12 @@ async def test_a_server_that_says_little_in_each_chunk_is_heard_a_little_at_a_ti
     ("gzip", "gzip", gzip.compress),
     ("deflate", "deflate", zlib.compress),
     ("both", "deflate, gzip", lambda content: gzip.compress(zlib.compress(content))),
-))  # fmt: skip
+))
 @pytest.mark.parametrize("content", table(
     ("small", b'{"model":"alias","stream":false}'),
     ("large", PLAIN.replace(b": ", b":").replace(b'"m"', b'"alias"')),
     ("none", b""),
-))  # fmt: skip
+))
 @asynchronous
 async def test_a_compressed_request_arrives_as_its_server_can_read_it(coding, pack, content):
     a, b = Server(models=["a"]), Server(models=["b"])
@@ -8129,7 +8716,7 @@ async def test_a_compressed_request_may_come_in_chunks():
         client = await running.client()
         await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\n"
                           b"Transfer-Encoding: chunked\r\n\r\n"
-                          + chunk(packed[:20]) + chunk(packed[20:]) + b"0\r\n\r\n")  # fmt: skip
+                          + chunk(packed[:20]) + chunk(packed[20:]) + b"0\r\n\r\n")
         assert (await client.answer()).status == 200
     (asked,) = server.asked
     assert asked.body == PLAIN and asked.get("content-length") == [str(len(PLAIN))]
@@ -8146,7 +8733,7 @@ async def test_a_compressed_request_may_come_in_chunks():
     ("not gzip", ["Content-Encoding: gzip"], b"x" * 99, 400, "bad_request", "gzip"),
     ("words that are not for clients", ["Content-Encoding: gzip"],
      gzip.compress(b'{"kv_transfer_params":{}}'), 400, "bad_request", "kv_transfer_params"),
-))  # fmt: skip
+))
 @asynchronous
 async def test_compressed_requests_that_are_refused(fields, body, status, label, named):
     async with balancing(server := Server(), max_body_bytes=1 << 20) as running:
@@ -8177,7 +8764,8 @@ async def test_what_compressed_requests_grow_to_counts_as_held():
 async def test_a_request_without_an_id_gets_one():
     async with balancing(server := Server()) as running:
         client = await running.client()
-        first, second = await client.post(), await client.post(fields=["X-Request-Id: " + "x" * 300])
+        first, second = (await client.post(),
+                         await client.post(fields=["X-Request-Id: " + "x" * 300]))
     ids = [first.get("x-request-id"), second.get("x-request-id")]
     assert [one.get("x-request-id")[0] for one in server.asked] == ids
     assert len(set(ids)) == 2 and all(re.fullmatch(r"[0-9a-f]{32}", one) for one in ids)
@@ -8186,7 +8774,8 @@ async def test_a_request_without_an_id_gets_one():
 BODIES = table(
     ("compact JSON", "application/json", b'{"a":1}', ""),
     ("spaced and escaped JSON", "application/json", b'{ "a" : "\\u00e9",\n "b": [ ] }', ""),
-    ("gzip", "application/json", gzip.compress(b'{"a":1}' * 99, mtime=0), "content-encoding: gzip\r\n"),
+    ("gzip", "application/json", gzip.compress(b'{"a":1}' * 99, mtime=0),
+     "content-encoding: gzip\r\n"),
     ("audio", "audio/wav", bytes(range(256)) * 300, ""),
     ("plain text", "text/plain", b"WEBVTT\n\n1\n", ""),
     ("empty", "application/json", b"", ""),
@@ -8198,7 +8787,8 @@ BODIES = table(
 @asynchronous
 async def test_answers_come_through_byte_for_byte(kind, body, fields, framing):
     async def answer(asked, conn):
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{fields}set-cookie: a\r\nset-cookie: b\r\n"
+        head = (f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{fields}set-cookie: a\r\n"
+                f"set-cookie: b\r\n")
         if framing == "length":
             await conn.send(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         elif framing == "close":
@@ -8247,11 +8837,13 @@ async def test_any_method_is_passed_on(method):
 async def test_chunked_requests_pipelined_requests_and_empty_lines_between_them():
     async with balancing(server := Server()) as running:
         client = await running.client()
-        one = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+        one = (b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+               b"2\r\nde\r\n0\r\n\r\n")
         await client.send(one + b"\r\n" + one + b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n")
         assert [(await client.answer()).status for _ in range(3)] == [200] * 3
     assert [asked.body for asked in server.asked] == [b"abcde"] * 2
-    assert server.asked[0].get("content-length") == ["5"] and not server.asked[0].get("transfer-encoding")
+    assert (server.asked[0].get("content-length") == ["5"]
+            and not server.asked[0].get("transfer-encoding"))
 
 
 @asynchronous
@@ -8272,12 +8864,14 @@ EARLY = b"GET /liveness HTTP/1.1\r\nHost: a\r\n\r\n"
     ("with a short request", 250_000, b"{}", True),
     ("with a long one", 20_000, b"x" * 100_000, True),
     ("while it waits for an answer", 20_000, b"{}", False),
-))  # fmt: skip
+))
 @asynchronous
-async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_seen(ahead, content, at_once):
+async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_seen(
+        ahead, content, at_once):
     async with balancing(server := failing(how="hang")) as running:
         client, early = await running.client(), EARLY * (ahead // len(EARLY) + 1)
-        request = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+        request = (b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b"
+                   % (len(content), content))
         client.writer.write(request + early if at_once else request)
         await server.came.wait()
         if not at_once:
@@ -8286,8 +8880,10 @@ async def test_what_a_client_says_too_early_waits_outside_and_its_leaving_is_see
         await eventually(lambda: wire.held, "what came too early is held")
         assert lite.AHEAD_BYTES == len(wire.buffer) == wire.counted
         assert running.held_bytes == len(wire.buffer) + len(content)
-        if ahead > 100_000:  # so much of it is on the way that an orderly end would not come through
-            client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # so much of it is on the way that an orderly end would not come through
+        if ahead > 100_000:
+            client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                                              struct.pack("ii", 1, 0))
         client.close()
         await eventually(lambda: not running.in_flight(), "nothing is in flight any more")
         assert running.requests()[0]["end"] == "client_gone"
@@ -8335,7 +8931,8 @@ async def test_a_long_head_may_come_in_pieces_and_counts_while_it_does():
 @asynchronous
 async def test_changes_by_hand_take_small_content_and_hold_nothing_afterwards():
     async with balancing(Server()) as running:
-        said = b"POST /admin/servers HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 300000\r\n\r\n"
+        said = (b"POST /admin/servers HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                b"application/json\r\nContent-Length: 300000\r\n\r\n")
         client, leaving = await running.client(), await running.client()
         await client.send(said + b"[1" + b",1" * 149_998 + b" ]")
         assert (await client.answer()).status == 413
@@ -8365,7 +8962,8 @@ async def test_heads_together_hold_only_so_much():
 async def test_pipelined_local_requests_are_all_answered_at_the_client_s_pace():
     async with balancing(Server()) as running:
         client = await running.client()
-        sending = asyncio.ensure_future(client.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 3000))
+        sending = asyncio.ensure_future(
+            client.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 3000))
         for _ in range(20):
             await (await running.client()).get("/liveness")  # others are served meanwhile
         assert max(w.transport.get_write_buffer_size() for w in running.wires) < 1 << 20
@@ -8378,7 +8976,8 @@ async def test_pipelined_local_requests_are_all_answered_at_the_client_s_pace():
 async def test_expect_continue_is_answered_here():
     async with balancing(server := Server()) as running:
         client = await running.client()
-        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        await client.send(
+            b"POST /v1/x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
         assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         await client.send(b"{}")
         assert (await client.answer()).status == 200 and not server.asked[0].get("expect")
@@ -8396,7 +8995,8 @@ async def test_informational_responses_come_first():
     async with balancing(Server(answer)) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
-        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+        assert (await client.reader.readuntil(b"\r\n\r\n")
+                == b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n")
         assert (await client.answer()).status == 200
 
 
@@ -8409,7 +9009,8 @@ async def test_clients_of_http_1_0_get_no_chunks():
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}", ["Connection: keep-alive"], version="1.0")
         got = await client.answer()
-        assert (got.framing, got.body, got.get("connection")) == ("close", FIRST + token(1) + DONE, "close")
+        assert (got.framing, got.body,
+                got.get("connection")) == ("close", FIRST + token(1) + DONE, "close")
 
 
 @asynchronous
@@ -8425,16 +9026,19 @@ async def test_http_1_0_connections_may_persist():
 @asynchronous
 async def test_a_protocol_switch_becomes_a_tunnel():
     async def answer(asked, conn):
-        await conn.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                        b"Sec-WebSocket-Accept: x\r\n\r\nhello")  # fmt: skip
+        await conn.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "
+                        b"websocket\r\n"
+                        b"Sec-WebSocket-Accept: x\r\n\r\nhello")
         while data := await conn.reader.read(100):
             await conn.send(data.upper())
 
     async with balancing(server := Server(answer)) as running:
         client = await running.client()
-        await client.ask("GET", "/v1/realtime?model=m", b"", ["Connection: Upgrade", "Upgrade: websocket"])
+        await client.ask("GET", "/v1/realtime?model=m", b"",
+                         ["Connection: Upgrade", "Upgrade: websocket"])
         head = await client.reader.readuntil(b"\r\n\r\n")
-        assert b"101 Switching" in head and b"Upgrade: websocket" in head and b"sec-websocket-accept: x" in head.lower()
+        assert (b"101 Switching" in head and b"Upgrade: websocket" in head
+                and b"sec-websocket-accept: x" in head.lower())
         assert await client.reader.readexactly(5) == b"hello"
         await client.send(b"frame")
         assert await client.reader.readexactly(5) == b"FRAME"
@@ -8485,8 +9089,9 @@ async def test_a_stream_cut_anywhere_by_the_network_comes_out_the_same(how):
         assert got.body == b"".join(events)
 
 
-@pytest.mark.parametrize("events", [[b"data: " + b"x" * 300_000 + b"\n\n", DONE], [FIRST, *map(token, range(8000)), DONE]],
-                         ids=["a first event of 300 kB", "8,000 events in one burst"])  # fmt: skip
+@pytest.mark.parametrize("events", [[b"data: " + b"x" * 300_000 + b"\n\n", DONE],
+                                    [FIRST, *map(token, range(8000)), DONE]],
+                         ids=["a first event of 300 kB", "8,000 events in one burst"])
 @asynchronous
 async def test_a_stream_that_comes_faster_than_it_is_read_comes_out_the_same(events):
     async def answer(asked, conn):
@@ -8760,8 +9365,10 @@ async def test_a_quiet_websocket_is_no_frozen_engine():
         await conn.left()
 
     page = {"/metrics": "vllm:generation_tokens_total 5"}
-    async with balancing(server := Server(answer, **page), metrics_interval=0.02, frozen_timeout=0.05) as running:
-        await (await running.client()).ask("GET", "/v1/realtime", b"", ["Connection: Upgrade", "Upgrade: websocket"])
+    async with balancing(server := Server(answer, **page), metrics_interval=0.02,
+                         frozen_timeout=0.05) as running:
+        await (await running.client()).ask("GET", "/v1/realtime", b"",
+                                           ["Connection: Upgrade", "Upgrade: websocket"])
         await server.came.wait()
         before = server.probes["/metrics"]
         await eventually(lambda: server.probes["/metrics"] >= before + 10, "ten more scrapes come")
@@ -8788,10 +9395,13 @@ async def test_content_beyond_the_limit_is_refused_with_the_limit_named():
         client = await running.client()
         await client.ask("POST", "/v1/x", b"x" * 1001)
         got = await client.answer()
-        assert (got.status, got.get("x-mvllm-error"), got.get("connection")) == (413, "content_too_large", "close")
-        assert "1001 bytes" in got.error["message"] and "max_body_bytes allows 1000" in got.error["message"]
+        assert (got.status, got.get("x-mvllm-error"),
+                got.get("connection")) == (413, "content_too_large", "close")
+        assert ("1001 bytes" in got.error["message"]
+                and "max_body_bytes allows 1000" in got.error["message"])
         client = await running.client()
-        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 1001))
+        await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+                          + chunk(b"x" * 1001))
         assert (await client.answer()).status == 413
     assert not server.asked and running.states() == ["healthy"]
 
@@ -8801,7 +9411,8 @@ async def test_a_refusal_reaches_a_client_that_is_still_sending():
     async with balancing(Server(), max_body_bytes=1000) as running:
         client = await running.client()
         sending = asyncio.ensure_future(client.send(
-            b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 9_000_000))
+            b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n"
+            + b"x" * 9_000_000))
         assert (await client.answer()).status == 413 and await client.reader.read() == b""
         client.close()
         with contextlib.suppress(ConnectionError):
@@ -8910,7 +9521,8 @@ async def test_a_connection_whose_close_met_the_request_is_replaced(reset):
 @pytest.mark.parametrize("worked_s", [0, lite.STALE_S * 1.2])
 @pytest.mark.parametrize("retries, executions", [(0, 1), (1, 2)])
 @asynchronous
-async def test_work_lost_with_a_kept_connection_is_not_done_again_unseen(retries, executions, worked_s):
+async def test_work_lost_with_a_kept_connection_is_not_done_again_unseen(
+        retries, executions, worked_s):
     async def answer(asked, conn):
         if b"work" in asked.body:
             await asyncio.sleep(worked_s)
@@ -8932,7 +9544,8 @@ async def test_work_lost_with_a_kept_connection_is_not_done_again_unseen(retries
 @asynchronous
 async def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again():
     async def answer(asked, conn):
-        await conn.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison")
+        await conn.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n"
+                        b"content-length: 6\r\n\r\npoison")
 
     async with balancing(server := Server(answer)) as running:
         client = await running.client()
@@ -8972,7 +9585,8 @@ async def test_a_server_may_say_1xx_while_the_request_is_still_on_its_way():
         client = await running.client()
         await client.ask("POST", "/v1/x", b"x" * 30_000_000)
         for _ in range(3):
-            assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 103 Early Hints\r\n")
+            assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(
+                b"HTTP/1.1 103 Early Hints\r\n")
         assert (await client.answer()).json == {"length": 30_000_000}
 
 
@@ -8995,10 +9609,12 @@ def all_descriptors_taken(but=0):
 
 
 UNASKED = table(
-    ("101 without being asked", [b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\n\r\n"], "bad_answer"),
+    ("101 without being asked", [b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\n\r\n"],
+     "bad_answer"),
     ("1xx without end", [b"HTTP/1.1 103 X\r\n\r\n"] * 99, "bad_answer"),
-    ("a length that is none, to HEAD", [b"HTTP/1.1 200 X\r\ncontent-length: x\r\n\r\n"], "bad_answer"),
-)  # fmt: skip
+    ("a length that is none, to HEAD", [b"HTTP/1.1 200 X\r\ncontent-length: x\r\n\r\n"],
+     "bad_answer"),
+)
 
 
 @pytest.mark.parametrize("said, label", UNASKED)
@@ -9007,7 +9623,8 @@ async def test_what_no_server_should_say_is_502(said, label):
     async with balancing(failing(*said, how="hang"), max_retries=0) as running:
         client = await running.client()
         await client.ask("HEAD", "/v1/x")
-        head = (await client.reader.readuntil(b"HTTP/1.1 502 Bad Gateway\r\n")) + await client.reader.readuntil(b"\r\n\r\n")
+        head = ((await client.reader.readuntil(b"HTTP/1.1 502 Bad Gateway\r\n"))
+                + await client.reader.readuntil(b"\r\n\r\n"))
         assert f"X-MVLLM-Error: {label}".encode() in head
 
 
@@ -9017,16 +9634,19 @@ async def test_a_server_that_cannot_do_what_is_asked_is_not_unwell():
         await conn.json({}, "501 X")
 
     async with balancing(Server(answer), failure_threshold=1) as running:
-        assert (await (await running.client()).post()).status == 501 and running.states() == ["healthy"]
+        assert ((await (await running.client()).post()).status == 501
+                and running.states() == ["healthy"])
 
 
 SLOW_CLIENTS = table(
     ("head", {"head_timeout": 0.05}, b"GET / HTTP/1.1\r\nHost:", 408, "head_timeout"),
-    ("content", {"body_timeout": 0.05}, b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx", 408, "body_timeout"),
-    ("head's size", {"max_head_bytes": 300}, b"GET / HTTP/1.1\r\nX: " + b"x" * 400, 431, "max_head_bytes"),
+    ("content", {"body_timeout": 0.05},
+     b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx", 408, "body_timeout"),
+    ("head's size", {"max_head_bytes": 300}, b"GET / HTTP/1.1\r\nX: " + b"x" * 400, 431,
+     "max_head_bytes"),
     ("target's size", {"max_head_bytes": 300}, b"GET /" + b"x" * 400, 414, "max_head_bytes"),
     ("idle", {"keep_alive_timeout": 0.05}, b"\r\n", None, "keep_alive_timeout"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("settings, said, status, limit", SLOW_CLIENTS)
@@ -9048,7 +9668,8 @@ async def test_a_connection_is_closed_after_so_many_requests():
         client = await running.client()
         assert [(await client.post()).get("connection") for _ in range(3)] == [None, None, "close"]
         assert await client.reader.read() == b""
-        assert await running.metric("mvllm_limits_met_total", limit="max_requests_per_connection") == 1
+        assert await running.metric("mvllm_limits_met_total",
+                                    limit="max_requests_per_connection") == 1
 
 
 @asynchronous
@@ -9058,7 +9679,8 @@ async def test_more_requests_than_are_allowed_at_once_are_refused_with_the_setti
             await (await running.client()).ask("POST", "/v1/x", b"{}")
             await eventually(lambda: running.in_flight() == n, "so many requests are in flight")
         got = await (await running.client()).post()
-        assert (got.status, got.get("x-mvllm-error")) == (503, "too_many_requests") and got.get("retry-after")
+        assert ((got.status, got.get("x-mvllm-error")) == (503, "too_many_requests")
+                and got.get("retry-after"))
         assert "max_requests" in got.error["message"]
         assert await running.metric("mvllm_limits_met_total", limit="max_requests") == 1
 
@@ -9074,9 +9696,12 @@ async def test_no_answer_goes_to_another_request_of_a_client_that_says_too_much(
         return b""
 
     body = b'{"prompt":"%b"}' % (b"x" * 300_000)
-    first = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: one\r\nTransfer-Encoding: chunked\r\n\r\n"
-    first += b"".join(chunk(body[at : at + 2000]) for at in range(0, len(body), 2000)) + b"0\r\n\r\n"
-    second = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: two\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    first = (b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: one\r\nTransfer-Encoding: "
+             b"chunked\r\n\r\n")
+    first += (b"".join(chunk(body[at : at + 2000]) for at in range(0, len(body), 2000))
+              + b"0\r\n\r\n")
+    second = (b"POST /v1/x HTTP/1.1\r\nHost: a\r\nX-Request-Id: two\r\nConnection: close\r\n"
+              b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
     async with balancing(Server(answer)) as running:
         for _ in range(5):
             client = await running.client()
@@ -9089,7 +9714,8 @@ async def test_content_that_is_awaited_counts_before_it_is_there():
     async with balancing(Server(), max_buffered_bytes=600_000) as running:
         clients = [await running.client() for _ in range(5)]
         for client in clients:
-            await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000)
+            await client.send(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+                              + b"x" * 100_000)
         refused = [asyncio.create_task(client.answer()) for client in clients]
         done, waiting = await asyncio.wait(refused, timeout=5, return_when=asyncio.FIRST_COMPLETED)
         while len(waiting) > 2:
@@ -9113,7 +9739,8 @@ async def test_requests_together_hold_only_so_much_content():
         await first.ask("POST", "/v1/x", b"x" * 1_500_000)  # one alone may
         await server.came.wait()
         got = await second.post("/v1/x", b"x" * 1000)
-        assert (got.status, got.get("x-mvllm-error")) == (503, "too_much_content") and "max_buffered_bytes" in got.error["message"]
+        assert ((got.status, got.get("x-mvllm-error")) == (503, "too_much_content")
+                and "max_buffered_bytes" in got.error["message"])
         assert await running.metric("mvllm_buffered_bytes") == 1_500_000
         seen.set()  # an answer has begun: the content is not needed any more
         await first.reader.readuntil(FIRST)
@@ -9133,7 +9760,8 @@ async def test_connections_from_one_address_can_be_limited():
             assert await clients[2].reader.read() == b""
         clients[0].close()
         await eventually(lambda: len(running.wires) <= 1, "all other connections are gone")
-        assert await running.metric("mvllm_limits_met_total", limit="max_connections_per_client") == 1
+        assert await running.metric("mvllm_limits_met_total",
+                                    limit="max_connections_per_client") == 1
 
 
 @asynchronous
@@ -9190,7 +9818,7 @@ async def test_a_timeout_that_is_only_late_because_the_process_stood_still_is_no
     async with asyncio.timeout(5), lite.within(0.05):
         arrived = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.02, arrived.set_result, None)
-        time.sleep(1.4 * lite.STALL_S)  # noqa: ASYNC251 - as a stopped process
+        time.sleep(1.4 * lite.STALL_S)
         await arrived
     with pytest.raises(TimeoutError):
         async with lite.within(0.01):
@@ -9213,7 +9841,8 @@ async def test_when_our_own_descriptors_run_out_no_server_is_blamed():
 @asynchronous
 async def test_a_redirect_of_a_server_to_itself_leads_to_us():
     async def answer(asked, conn):
-        await conn.send(f"HTTP/1.1 307 X\r\nlocation: {conn.server.url}/v1/y\r\ncontent-length: 0\r\n\r\n".encode())
+        await conn.send((f"HTTP/1.1 307 X\r\nlocation: {conn.server.url}/v1/y\r\ncontent-length: "
+                         f"0\r\n\r\n").encode())
 
     async with balancing(Server(answer)) as running:
         assert (await (await running.client()).get("/v1/x/")).get("location") == "/v1/y"
@@ -9226,22 +9855,28 @@ async def test_a_server_s_path_prefix_is_put_in_front():
 
     async with Server(answer) as server, balancing(server.url + "/gpu1") as running:
         assert (await (await running.client()).post("/v1/x")).status == 200
-    assert {asked.line for asked in server.asked} >= {"GET /gpu1/health HTTP/1.1", "POST /gpu1/v1/x HTTP/1.1"}
+    assert {asked.line for asked in server.asked} >= {"GET /gpu1/health HTTP/1.1",
+                                                      "POST /gpu1/v1/x HTTP/1.1"}
 
 
 @asynchronous
 async def test_cors_is_answered_here_and_servers_fields_give_way():
     async def answer(asked, conn):
-        await conn.json({}, fields="access-control-allow-origin: http://wrong\r\naccess-control-allow-credentials: true\r\n")
+        await conn.json({},
+                        fields="access-control-allow-origin: http://wrong\r\n"
+                               "access-control-allow-credentials: true\r\n")
 
     async with balancing(server := Server(answer), cors_allowed_origins=("*",)) as running:
         client = await running.client()
         await client.ask("OPTIONS", "/v1/chat/completions", b"", [
-            "Origin: https://page", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x"])  # fmt: skip
+            "Origin: https://page", "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: x"])
         got = await client.answer()
-        assert (got.status, got.get("access-control-allow-headers")) == (204, "x") and not server.asked
+        assert ((got.status, got.get("access-control-allow-headers")) == (204, "x")
+                and not server.asked)
         got = await client.post(fields=["Origin: https://page"])
-        assert got.get("access-control-allow-origin") == "*" and not got.get("access-control-allow-credentials")
+        assert (got.get("access-control-allow-origin") == "*"
+                and not got.get("access-control-allow-credentials"))
         got = await client.get("/v1/models", ["Origin: https://page"])
         assert got.get("access-control-allow-origin") == "*"
         for path in ("/metrics", "/status.json", "/liveness", "/", "/nowhere"):
@@ -9261,14 +9896,16 @@ async def test_cors_is_answered_here_and_servers_fields_give_way():
 
 @asynchronous
 async def test_aliases_and_the_default_model():
-    async with balancing(server := Server(models=["real"]), aliases={"gpt": "real"}, default_model="gpt") as running:
+    async with balancing(server := Server(models=["real"]), aliases={"gpt": "real"},
+                         default_model="gpt") as running:
         client = await running.client()
         for body in (b'{"model": "gpt", "n":1}', b'{"n":1}', b'{"model":"real"}'):
             assert (await client.post(body=body)).status == 200
         models = (await client.get("/v1/models")).json["data"]
         assert [m["id"] for m in models] == ["real", "gpt"]
         assert (await client.get("/v1/models/gpt")).json["id"] == "gpt"
-    assert [a.body for a in server.asked] == [b'{"model":"real", "n":1}', b'{"model":"real","n":1}', b'{"model":"real"}']
+    assert [a.body for a in server.asked] == [b'{"model":"real", "n":1}', b'{"model":"real","n":1}',
+                                              b'{"model":"real"}']
 
 
 @asynchronous
@@ -9278,15 +9915,20 @@ async def test_the_server_s_name_can_be_kept_back():
 
 
 BAD_REQUESTS = table(
-    ("smuggling: two lengths", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
-    ("smuggling: both framings", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    ("unknown coding", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+    ("smuggling: two lengths",
+     b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+    ("smuggling: both framings",
+     b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+     b"0\r\n\r\n", 400),
+    ("unknown coding",
+     b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
     ("CONNECT", b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 501),
     ("endless target", b"GET /" + b"x" * 70000, 414),
     ("no request", b"hello\r\n\r\n", 400),
     ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     ("huge head", b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000 + b"\r\n\r\n", 431),
-    ("bad chunks", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    ("bad chunks", b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+     400),
 )
 
 
@@ -9298,7 +9940,8 @@ async def test_broken_requests_are_refused_and_never_forwarded(data, status):
         await client.send(data)
         got = await client.answer()
         assert (got.status, got.get("connection")) == (status, "close") and got.get("x-mvllm-error")
-        assert set(got.error) == {"message", "type", "param", "code"} and got.error["code"] == status
+        assert (set(got.error) == {"message", "type", "param", "code"}
+                and got.error["code"] == status)
         assert await client.reader.read() == b""
         assert running.states() == ["healthy"] and not server.asked
 
@@ -9308,8 +9951,9 @@ async def test_an_unknown_model_is_404_in_vllm_s_form_and_no_server_is_asked():
     async with balancing(a := Server(models=["a"]), b := Server(models=["b"])) as running:
         got = await (await running.client()).post(body=b'{"model":"nope"}')
         assert got.status == 404 and got.error == {
-            "message": "The model `nope` does not exist. Valid names: a, b.", "type": "NotFoundError",
-            "param": "model", "code": 404}  # fmt: skip
+            "message": "The model `nope` does not exist. Valid names: a, b.",
+            "type": "NotFoundError",
+            "param": "model", "code": 404}
         assert not a.asked and not b.asked and running.states() == ["healthy"] * 2
         assert await running.metric("mvllm_requests_total", model="unknown", status="404") == 1
 
@@ -9323,7 +9967,8 @@ async def test_with_no_server_left_the_answer_is_503_with_every_server_s_reason(
         await client.post(body=b'{"model":"b"}')  # so that it is known
         got = await client.post(body=b'{"model":"b"}')
         assert got.status == 503 and 1 <= int(got.get("retry-after")) <= 30
-        assert "http://127.0.0.1:1 is unhealthy (cannot connect: connection refused)" in got.error["message"]
+        assert ("http://127.0.0.1:1 is unhealthy (cannot connect: connection refused)"
+                in got.error["message"])
         assert "does not serve 'b'" in got.error["message"]
 
 
@@ -9345,7 +9990,8 @@ async def test_a_request_that_comes_before_the_first_check_waits_for_it():
 
 # Who may come in.
 
-KEYS = (lite.KeySettings("team", "sk-team", models=("m",)), lite.KeySettings("root", "sk-root", admin=True))
+KEYS = (lite.KeySettings("team", "sk-team", models=("m",)),
+        lite.KeySettings("root", "sk-root", admin=True))
 
 
 def bearer(key):
@@ -9359,17 +10005,21 @@ async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(ca
         client = await running.client()
         for fields in ([], bearer("sk-none"), ["X-API-Key: sk"]):
             got = await client.post(fields=fields)
-            assert (got.status, got.get("x-mvllm-error"), got.get("www-authenticate")) == (401, "unauthorized", "Bearer")
+            assert (got.status, got.get("x-mvllm-error"),
+                    got.get("www-authenticate")) == (401, "unauthorized", "Bearer")
             assert got.error["type"] == "AuthenticationError" and got.error["code"] == 401
             client = await running.client()
             assert (await client.get("/v1/models", fields)).status == 401
         got = await client.post(fields=[*bearer("sk-team"), "X-Api-Key: sk-team"])
-        assert got.status == 200 and not server.asked[0].get("authorization") and not server.asked[0].get("x-api-key")
+        assert (got.status == 200 and not server.asked[0].get("authorization")
+                and not server.asked[0].get("x-api-key"))
         got = await client.post(body=b'{"model":"n"}', fields=bearer("sk-team"))
         assert (got.status, got.get("x-mvllm-error")) == (403, "forbidden")
         assert (await client.post(body=b'{"model":"n"}', fields=bearer("sk-root"))).status == 200
-        names = [[m["id"] for m in (await client.get("/v1/models", bearer(key))).json["data"]] for key in ("sk-team", "sk-root")]
-        assert names == [["m"], ["m", "n"]] and (await client.get("/v1/models/n", bearer("sk-team"))).status == 404
+        names = [[m["id"] for m in (await client.get("/v1/models", bearer(key))).json["data"]]
+                 for key in ("sk-team", "sk-root")]
+        assert (names == [["m"], ["m", "n"]]
+                and (await client.get("/v1/models/n", bearer("sk-team"))).status == 404)
         assert (await client.get("/liveness")).status == 200 == (await client.get("/health")).status
     assert len(server.asked) == 2 and "team" in {facts["key"] for facts in running.requests()}
     assert "sk-" not in caplog.text + str(running.heard)
@@ -9378,7 +10028,7 @@ async def test_with_keys_nobody_comes_in_without_one_and_servers_never_see_it(ca
 def unknown(id):
     """As vLLM says it."""
     return {"error": {"message": f"Response with id '{id}' not found.", "param": "response_id",
-                      "type": "invalid_request_error", "code": 404}}  # fmt: skip
+                      "type": "invalid_request_error", "code": 404}}
 
 
 def keeper(long=False):
@@ -9561,7 +10211,8 @@ async def test_nor_by_the_id_of_its_request():
 
 @asynchronous
 async def test_a_key_with_models_gets_no_upgrade_and_no_form_whose_model_is_not_read():
-    some, all = lite.KeySettings("some", "sk-some", models=("m",)), lite.KeySettings("all", "sk-all")
+    some, all = (lite.KeySettings("some", "sk-some", models=("m",)),
+                 lite.KeySettings("all", "sk-all"))
     async with balancing(server := Server(models=["m", "n"]), keys=(some, all)) as running:
         for key, status in (("sk-some", 403), ("sk-all", 200)):
             for fields in ([URLENCODED], UPGRADE.split("\n")):
@@ -9581,7 +10232,9 @@ async def test_without_keys_it_says_so_and_passes_the_client_s_on(caplog):
     assert caplog.text.count("whoever reaches this address may use the servers") == 1
 
 
-@pytest.mark.parametrize("own, passed, seen", [("", False, []), ("", True, ["Bearer sk-root"]), ("sv", True, ["Bearer sv"]), ("sv", False, ["Bearer sv"])])
+@pytest.mark.parametrize("own, passed, seen",
+                         [("", False, []), ("", True, ["Bearer sk-root"]),
+                          ("sv", True, ["Bearer sv"]), ("sv", False, ["Bearer sv"])])
 @asynchronous
 async def test_a_server_s_own_key_is_used_for_requests_and_checks(own, passed, seen):
     probes = []
@@ -9603,13 +10256,15 @@ async def test_a_server_s_own_key_is_used_for_requests_and_checks(own, passed, s
 
 @asynchronous
 async def test_limits_of_a_key():
-    keys = (lite.KeySettings("slow", "sk-slow", requests_per_second=0.01), lite.KeySettings("one", "sk-one", max_requests=1))
+    keys = (lite.KeySettings("slow", "sk-slow", requests_per_second=0.01),
+            lite.KeySettings("one", "sk-one", max_requests=1))
     async with balancing(Server(gated := Gated()), keys=keys) as running:
         gated.let(9)
         client = await running.client()
         assert (await client.post(fields=bearer("sk-slow"))).status == 200
         got = await client.post(fields=bearer("sk-slow"))
-        assert (got.status, got.get("x-mvllm-error")) == (429, "rate_limited") and 90 <= int(got.get("retry-after")) <= 100
+        assert ((got.status, got.get("x-mvllm-error")) == (429, "rate_limited")
+                and 90 <= int(got.get("retry-after")) <= 100)
         assert (await client.post(fields=bearer("sk-one"))).status == 200
         gated.gate = asyncio.Semaphore(0)
         await client.ask("POST", "/v1/x", b"{}", bearer("sk-one"))
@@ -9645,7 +10300,8 @@ async def test_who_may_see_status_paths(settings, fields, status):
 
 @asynchronous
 async def test_admin_paths_take_a_setting_an_admin_s_key_and_a_server():
-    async with balancing(a := Server(), b := Server(), keys=KEYS, admin_paths=("/sleep",)) as running:
+    async with balancing(a := Server(), b := Server(), keys=KEYS,
+                         admin_paths=("/sleep",)) as running:
         client = await running.client()
         assert (await client.get("/reset_prefix_cache", bearer("sk-root"))).status == 404
         assert (await client.get("/sleep")).status == 401
@@ -9653,7 +10309,8 @@ async def test_admin_paths_take_a_setting_an_admin_s_key_and_a_server():
         got = await client.get("/sleep", bearer("sk-root"))
         assert got.status == 400 and a.url in got.error["message"]
         for server in (b, b, b, a):
-            got = await client.get("/sleep?level=1", [*bearer("sk-root"), f"X-MVLLM-Server: {server.url}"])
+            got = await client.get("/sleep?level=1",
+                                   [*bearer("sk-root"), f"X-MVLLM-Server: {server.url}"])
             assert got.status == 200 and server.asked[-1].line == "GET /sleep?level=1 HTTP/1.1"
             assert not server.asked[-1].get("x-mvllm-server")
         assert len(b.asked) == 3 and len(a.asked) == 1
@@ -9662,8 +10319,9 @@ async def test_admin_paths_take_a_setting_an_admin_s_key_and_a_server():
 @pytest.mark.parametrize("trusted", [(), ("127.0.0.0/8",)])
 @asynchronous
 async def test_only_our_own_proxies_are_believed(trusted):
-    said = ["X-Forwarded-For: 9.9.9.9", "X-Forwarded-Proto: https", "X-Forwarded-Host: h", "X-Real-IP: 9.9.9.9",
-            "X-Data-Parallel-Rank: 3", "Forwarded: for=9.9.9.9", "X-MVLLM-Secret: 1"]  # fmt: skip
+    said = ["X-Forwarded-For: 9.9.9.9", "X-Forwarded-Proto: https", "X-Forwarded-Host: h",
+            "X-Real-IP: 9.9.9.9",
+            "X-Data-Parallel-Rank: 3", "Forwarded: for=9.9.9.9", "X-MVLLM-Secret: 1"]
     async with balancing(server := Server(), trusted_proxies=trusted) as running:
         assert (await (await running.client()).post(fields=said)).status == 200
     (asked,) = server.asked
@@ -9672,7 +10330,8 @@ async def test_only_our_own_proxies_are_believed(trusted):
                                                                            "localhost"])
     for name in ("x-real-ip", "x-data-parallel-rank", "forwarded"):
         assert bool(asked.get(name)) is bool(trusted)
-    assert not asked.get("x-mvllm-secret") and (running.requests()[0]["client"] == "9.9.9.9") is bool(trusted)
+    assert (not asked.get("x-mvllm-secret")
+            and (running.requests()[0]["client"] == "9.9.9.9") is bool(trusted))
 
 
 @asynchronous
@@ -9750,11 +10409,12 @@ class Secure(Server):
     ("no reason to trust it", {}, "unhealthy"),
     ("its own authority", {"ca_file": "cert"}, "healthy"),
     ("unchecked", {"verify": False}, "healthy"),
-))  # fmt: skip
+))
 @asynchronous
 async def test_https_servers(tmp_path, given, state, caplog):
     (tmp_path / "cert").write_text(CERTIFICATE)
-    given = {key: str(tmp_path / value) if isinstance(value, str) else value for key, value in given.items()}
+    given = {key: str(tmp_path / value) if isinstance(value, str) else value
+             for key, value in given.items()}
     server = Secure()
     server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.context.load_cert_chain(tmp_path / "cert")
@@ -9780,14 +10440,19 @@ class Plain(Server):
 
 
 @pytest.mark.parametrize("given, plain, words", table(
-    ("nobody vouches for it", {}, False, r"cannot connect: certificate verify failed: self-signed certificate"),
-    ("another name", {"ca_file": "cert"}, False, r"certificate verify failed: hostname mismatch, certificate is not valid for '127\.1'"),
-    ("it speaks no TLS", {}, True, r"cannot connect: TLS: (wrong version number|record layer failure)"),
-))  # fmt: skip
+    ("nobody vouches for it", {}, False,
+     r"cannot connect: certificate verify failed: self-signed certificate"),
+    ("another name", {"ca_file": "cert"}, False,
+     r"certificate verify failed: hostname mismatch, certificate is not valid for '127\.1'"),
+    ("it speaks no TLS", {}, True,
+     r"cannot connect: TLS: (wrong version number|record layer failure)"),
+))
 @asynchronous
-async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, given, plain, words, caplog):
+async def test_what_is_wrong_with_a_certificate_is_named_everywhere(
+        tmp_path, given, plain, words, caplog):
     (tmp_path / "cert").write_text(CERTIFICATE)
-    given = {key: str(tmp_path / value) if isinstance(value, str) else value for key, value in given.items()}
+    given = {key: str(tmp_path / value) if isinstance(value, str) else value
+             for key, value in given.items()}
     server = Plain() if plain else Secure()
     if not plain:
         server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -9799,18 +10464,22 @@ async def test_what_is_wrong_with_a_certificate_is_named_everywhere(tmp_path, gi
             (entry,) = (await client.get("/health")).json["servers"]
             said = (await client.post()).error["message"]
             page = (await client.get("/status.json")).body.decode()
-            examined = await lite.examine(settings, Settings((settings,)), running.core.pools.secrets)
+            examined = await lite.examine(settings, Settings((settings,)),
+                                          running.core.pools.secrets)
     for text in (entry["reason"], said, page, caplog.text, examined.findings[0].text):
         assert shown.search(text) and "not permitted" not in text, text
 
 
 @pytest.mark.parametrize("error, words", table(
     ("the system's", ConnectionRefusedError(111, "x"), "connection refused"),
-    ("a name that is not known", socket.gaierror(-2, "Name or service not known"), "name or service not known"),
+    ("a name that is not known", socket.gaierror(-2, "Name or service not known"),
+     "name or service not known"),
     ("without a word", ConnectionResetError(), "connection reset by peer"),
-    ("of TLS", ssl.SSLEOFError(8, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred (_ssl.c:1006)"), "TLS: EOF occurred"),
-    ("of asyncio's", ConnectionAbortedError("SSL handshake is taking longer than 5 seconds"), "ssl handshake is taking longer"),
-))  # fmt: skip
+    ("of TLS", ssl.SSLEOFError(8, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred (_ssl.c:1006)"),
+     "TLS: EOF occurred"),
+    ("of asyncio's", ConnectionAbortedError("SSL handshake is taking longer than 5 seconds"),
+     "ssl handshake is taking longer"),
+))
 def test_why_there_is_no_connection_in_words(error, words):
     assert words in lite.error_text(error)
 
@@ -9844,19 +10513,26 @@ def test_a_file_that_is_no_certificate_is_named_with_what_is_wrong(tmp_path):
     path, other = tmp_path / "cert", tmp_path / "other"
     path.write_text(CERTIFICATE)
     other.write_text(OTHER_CERTIFICATE)
-    for settings, words in ((Settings(tls_cert=str(path), tls_key=str(other)), "key values mismatch"),
-                            (Settings((lite.ServerSettings("https://a", ca_file=str(HERE / "README.md")),)), "no certificate or crl found")):
+    for settings, words in ((Settings(tls_cert=str(path), tls_key=str(other)),
+                             "key values mismatch"),
+                            (Settings(
+                                (lite.ServerSettings("https://a",
+                                                     ca_file=str(HERE / "README.md")),)),
+                             "no certificate or crl found")):
         with pytest.raises(lite.SettingsError, match=f"no usable certificate or key: {words}$"):
             lite.Secrets(settings)
 
 
-@pytest.mark.parametrize("header", [proxied(0x11, V4, tlv=bytes(500)), b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", b""])
+@pytest.mark.parametrize("header", [proxied(0x11, V4, tlv=bytes(500)),
+                                    b"PROXY TCP4 1.2.3.4 5.6.7.8 900 80\r\n", b""])
 @pytest.mark.parametrize("how", ["whole", "bytes"])
 @asynchronous
-async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wait_behind_it(tmp_path, header, how):
+async def test_a_trusted_proxy_s_header_may_stand_before_tls_and_early_bytes_wait_behind_it(
+        tmp_path, header, how):
     path = tmp_path / "cert"
     path.write_text(CERTIFICATE)
-    async with balancing(server := failing(how="hang"), trusted_proxies=("127.0.0.1",), tls_cert=str(path), tls_key=str(path)) as running:
+    async with balancing(server := failing(how="hang"), trusted_proxies=("127.0.0.1",),
+                         tls_cert=str(path), tls_key=str(path)) as running:
         client = await running.client()
         for piece in pieces_of(header, how) if header else ():
             await client.send(piece)
@@ -9880,12 +10556,15 @@ async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, cap
     block = b"x" * 3_000_000
 
     async def answer(asked, conn):
-        await (conn.events(FIRST, DONE) if b"stream" in asked.body else conn.json(block, fields="connection: close\r\n"))
+        await (conn.events(FIRST, DONE) if b"stream" in asked.body
+               else conn.json(block, fields="connection: close\r\n"))
         return None if b"stream" in asked.body else "close"
 
-    async with balancing(server := Server(answer), tls_cert=str(path), tls_key=str(path), config_reload_interval=0.05) as running:
+    async with balancing(server := Server(answer), tls_cert=str(path), tls_key=str(path),
+                         config_reload_interval=0.05) as running:
         async def connected(trusted):
-            pair = await asyncio.open_connection("127.0.0.1", running.balancer.port, ssl=context_for(trusted))
+            pair = await asyncio.open_connection("127.0.0.1", running.balancer.port,
+                                                 ssl=context_for(trusted))
             client = Client(*pair)
             running.stack.callback(client.close)
             return client
@@ -9910,7 +10589,8 @@ async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, cap
         await eventually(
             lambda: "certificates have changed" in caplog.text, "the new certificate is read"
         )
-        assert (await (await connected(tmp_path / "other")).post(body=b'{"stream":true}')).status == 200
+        assert ((await (await connected(tmp_path / "other")).post(body=b'{"stream":true}')).status
+                == 200)
         assert (await old.post(body=b'{"stream":true}')).status == 200  # who was there stays
 
 
@@ -9938,7 +10618,8 @@ async def test_keys_in_files_are_read_again(tmp_path, caplog):
             )
             for key, status in (("sk-1", 401), ("sk-2", 200)):
                 assert (await (await running.client()).post(fields=bearer(key))).status == status
-    assert [asked.get("authorization") for asked in server.asked] == [["Bearer sv-1"], ["Bearer sv-1"], ["Bearer sv-2"]]
+    assert ([asked.get("authorization") for asked in server.asked]
+            == [["Bearer sv-1"], ["Bearer sv-1"], ["Bearer sv-2"]])
     assert caplog.text.count("cannot be read") == 1 and "sk-" not in caplog.text
 
 
@@ -9992,9 +10673,11 @@ async def test_beyond_its_capacity_a_server_s_requests_wait_in_order_here():
         await queued(running, 2)
         gated.let(9)
         assert [(await clients[n].answer()).status for n in (0, 1, 2, 4, 5)] == [200] * 5
-        assert gated.order == [b'{"model":"m","n":%d}' % n for n in (0, 1, 2, 4, 5)] and gated.most == 2
+        assert (gated.order == [b'{"model":"m","n":%d}' % n for n in (0, 1, 2, 4, 5)]
+                and gated.most == 2)
         await running.quiet()
-        assert not running.core.requests.queue and await running.metric("mvllm_request_queue_time_seconds_count") == 3
+        assert (not running.core.requests.queue
+                and await running.metric("mvllm_request_queue_time_seconds_count") == 3)
 
 
 @asynchronous
@@ -10008,10 +10691,12 @@ async def test_a_full_queue_is_429_and_a_long_wait_503_with_a_time_to_come_back(
         await second.ask("POST", "/v1/x", b"{}")
         await queued(running, 1)
         got = await (await running.client()).post("/v1/x", b"{}")
-        assert (got.status, got.get("x-mvllm-error")) == (429, "queue_full") and 1 <= int(got.get("retry-after")) <= 60
+        assert ((got.status, got.get("x-mvllm-error")) == (429, "queue_full")
+                and 1 <= int(got.get("retry-after")) <= 60)
         assert "queue_size" in got.error["message"]
         got = await second.answer()
-        assert (got.status, got.get("x-mvllm-error")) == (503, "queue_timeout") and got.get("retry-after")
+        assert ((got.status, got.get("x-mvllm-error")) == (503, "queue_timeout")
+                and got.get("retry-after"))
         gated.let(1)
         assert (await first.answer()).status == 200 and running.in_flight() == 0
         for limit in ("queue_size", "queue_timeout"):
@@ -10032,7 +10717,8 @@ async def test_a_stream_s_client_can_see_that_it_waits(then):
 
     server, gated = Server(answer), Gated()
     server.capacity = 1
-    async with balancing(server, queue_size=1, queue_heartbeat=0.01, queue_timeout=0.3 if then == "timeout" else 9) as running:
+    async with balancing(server, queue_size=1, queue_heartbeat=0.01,
+                         queue_timeout=0.3 if then == "timeout" else 9) as running:
         first, second = await running.client(), await running.client()
         await first.ask("POST", "/v1/x", b'{"n":1}')
         await eventually(running.in_flight, "a request is in flight")
@@ -10071,7 +10757,8 @@ async def test_who_waits_for_one_server_does_not_hold_up_who_can_use_another():
         await waiter.ask("POST", "/v1/x", b"{}")  # refused by the first, waits for the second
         await queued(running, 1)
         busy[0] = False
-        assert (await (await running.client()).post("/v1/x", b"{}")).get("x-mvllm-server") == first.url
+        assert ((await (await running.client()).post("/v1/x", b"{}")).get("x-mvllm-server")
+                == first.url)
         gated.let(2)
         assert [(await client.answer()).status for client in (holder, waiter)] == [200, 200]
 
@@ -10166,7 +10853,8 @@ async def test_a_prompt_that_fits_nobody_is_refused_in_its_server_s_words(why):
         assert got.get("x-mvllm-error") is None and len(small.asked) == 1 and not large.asked
 
 
-CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 1000}]}).encode()
+CHAT = json.dumps({"model": "m",
+                   "messages": [{"role": "user", "content": "word " * 1000}]}).encode()
 
 
 @asynchronous
@@ -10176,7 +10864,8 @@ async def test_a_prompt_goes_where_it_was_read_before():
         client = await running.client()
         for n in range(8):
             await client.post(body=CHAT.replace(b"word", b"wor%d" % n) if n % 2 else CHAT)
-        whole = Counter(server.url for server in servers for asked in server.asked if asked.body == CHAT)
+        whole = Counter(server.url for server in servers
+                        for asked in server.asked if asked.body == CHAT)
         assert sorted(whole.values()) == [4]
         assert await running.metric("mvllm_prefix_cache_expected_tokens_total") > 3 * 1000
         assert await running.metric("mvllm_decisions_total", policy="unified", reason="cache") >= 3
@@ -10188,11 +10877,13 @@ async def test_who_asks_is_told_why():
         client = await running.client()
         assert (await client.post(body=CHAT)).get("x-mvllm-why") is None
         why = (await client.post(body=CHAT, fields=["X-MVLLM-Why: 1"])).get("x-mvllm-why")
-        assert re.fullmatch(r"http://\S+ cost [\d.]+ = \(pending 0 \+ uncached \d+ \+ 512\) x utilization [\d.]+; next http://\S+ x[\d.]+", why)
+        assert re.fullmatch(r"http://\S+ cost [\d.]+ = \(pending 0 \+ uncached \d+ \+ 512\) x "
+                            r"utilization [\d.]+; next http://\S+ x[\d.]+", why)
     async with balancing(Server(), why_header=True, policy="least") as running:
         got = await (await running.client()).post(body=CHAT)
         assert got.get("x-mvllm-why").endswith(" + foreign 0 + 1) / capacity 10 / slow_start 1")
-    async with balancing(Server(), server_header=False) as running:  # servers' names are not for clients
+    # servers' names are not for clients
+    async with balancing(Server(), server_header=False) as running:
         got = await (await running.client()).post(body=CHAT, fields=["X-MVLLM-Why: 1"])
         assert got.get("x-mvllm-why") is None
 
@@ -10208,7 +10899,7 @@ async def test_explain_says_where_a_request_would_go_and_does_not_send_it():
             assert got.status == 200 and said["chosen"] == a.url and said["policy"] == "round_robin"
             assert said["prompt_tokens"] > 1000 and said["model"] == "m"
             assert [(row["url"], row["reason"]) for row in said["servers"]] == [
-                (a.url, "cost 1 = its turn, weight 1"), (b.url, "does not serve 'm'")]  # fmt: skip
+                (a.url, "cost 1 = its turn, weight 1"), (b.url, "does not serve 'm'")]
         assert not a.asked and not b.asked and not running.core.recent.rankings
         assert (await client.get("/explain", method="PUT")).status == 405
 
@@ -10225,12 +10916,14 @@ async def test_explain_says_why_a_request_of_late_went_where_it_went():
         await client.post(body=CHAT, fields=["X-Request-Id: mine"])
         got = (await client.get("/explain?id=mine")).json
         assert [said["chosen"] for said in got["attempts"]] == [bad.url, good.url]
-        assert {"was tried already"} == {row["reason"] for row in got["attempts"][1]["servers"] if row["url"] == bad.url}
+        assert ({"was tried already"} == {row["reason"] for row in got["attempts"][1]["servers"]
+                                          if row["url"] == bad.url})
         assert (await client.get("/explain?id=nobody's")).status == 404
         assert await running.metric("mvllm_decisions_total", reason="retry") == 1
         for n in range(lite.RECENT_LIMIT):
             await client.post()
-        assert len(running.core.recent.rankings) == lite.RECENT_LIMIT and (await client.get("/explain?id=mine")).status == 404
+        assert (len(running.core.recent.rankings) == lite.RECENT_LIMIT
+                and (await client.get("/explain?id=mine")).status == 404)
 
 
 @asynchronous
@@ -10274,7 +10967,7 @@ async def test_a_model_may_have_a_policy_of_its_own():
 
 
 ENGINES = "".join(f'vllm:num_requests_{what}{{engine="{n}"}} {count}\n'
-                  for n, count in enumerate((3, 0, 5)) for what in ("running", "waiting"))  # fmt: skip
+                  for n, count in enumerate((3, 0, 5)) for what in ("running", "waiting"))
 
 
 @asynchronous
@@ -10293,10 +10986,12 @@ async def test_engines_of_one_server_are_chosen_one_by_one():
             client = await running.client()
             got = await client.post(fields=["X-Data-Parallel-Rank: 2", "x-data-parallel-rank: 7"])
             assert got.get("x-mvllm-server") == urls[1]
-            ranks = [value for key, value in server.asked[0].fields if key.lower() == "x-data-parallel-rank"]
+            ranks = [value for key, value in server.asked[0].fields
+                     if key.lower() == "x-data-parallel-rank"]
             assert ranks == ["1"]
             checks = (await client.get("/health")).json["servers"]
-            assert [row["url"] for row in checks] == urls and len({row["total_checks"] for row in checks}) == 1
+            assert ([row["url"] for row in checks] == urls
+                    and len({row["total_checks"] for row in checks}) == 1)
             await server.kill()
             for _ in range(2):
                 assert (await client.post()).status >= 500
@@ -10321,11 +11016,13 @@ async def test_other_engines_after_a_reload_are_known_at_once():
             engines = lite.ServerSettings(server.url, 10, data_parallel_size=2)
             settings = dataclasses.replace(running.core.settings, servers=(engines,))
             running.balancer.adopt(settings, lite.Secrets(settings))
-            assert [v.id for v in running.views()] == [f"{server.url}@0", f"{server.url}@1", server.url]
+            assert [v.id for v in running.views()] == [f"{server.url}@0", f"{server.url}@1",
+                                                       server.url]
             for _ in range(4):
                 assert (await client.post()).get("x-mvllm-server")[-2:] in ("@0", "@1")
             models = (await client.get("/server-models?refresh=1")).json["servers"]
-            assert {url: row["supported_models"] for url, row in models.items()}[f"{server.url}@1"] == ["m"]
+            assert ({url: row["supported_models"] for url, row in models.items()}[f"{server.url}@1"]
+                    == ["m"])
             release.set()
             assert (await slow.answer()).status == 200
             await running.quiet()
@@ -10376,10 +11073,12 @@ async def test_a_plain_answer_s_prompt_is_pending_only_as_long_as_reading_it_sho
         assert pending(running, 60) == [0] and running.in_flight() == 1
 
 
-HALF_A_CHARACTER = json.dumps({"model": "m", "user": "\ud800", "messages": [{"content": "\ud800" * 300}]}).encode()
+HALF_A_CHARACTER = json.dumps({"model": "m", "user": "\ud800",
+                               "messages": [{"content": "\ud800" * 300}]}).encode()
 
 
-@pytest.mark.parametrize("settings", [{"policy": name} for name in ("consistent_hash", "prefix", "unified")])
+@pytest.mark.parametrize("settings",
+                         [{"policy": name} for name in ("consistent_hash", "prefix", "unified")])
 @asynchronous
 async def test_half_a_character_is_no_mistake_of_ours(settings):
     a, b = Server(), Server()
@@ -10409,7 +11108,8 @@ async def test_a_request_that_cannot_be_judged_harms_no_other():
     async with balancing(server, queue_size=10, policy="least") as running:
         running.core.policies.known["least", "m"] = Broken(running.core.settings)
         first, poison, last = [await running.client() for _ in range(3)]
-        for n, (client, fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
+        for n, (client,
+                fields) in enumerate(((first, ()), (poison, ["X-Session-Id: x"]), (last, ()))):
             await client.ask("POST", "/v1/chat/completions", CHAT, fields)
             await eventually(
                 lambda: running.in_flight() + running.waiting() > n,
@@ -10433,11 +11133,14 @@ async def test_rankings_are_kept_for_so_many_requests_and_no_text_with_them():
 
 @asynchronous
 async def test_who_explains_is_counted_and_limited_like_who_asks():
-    keys = (lite.KeySettings("a", "sk-a", models=("other",)), lite.KeySettings("b", "sk-b", requests_per_second=1.0))
+    keys = (lite.KeySettings("a", "sk-a", models=("other",)),
+            lite.KeySettings("b", "sk-b", requests_per_second=1.0))
     async with balancing(Server(), keys=keys) as running:
-        for fields, status in ([], 401), (bearer("sk-a"), 403), (bearer("sk-b"), 200), (bearer("sk-b"), 429):
+        for fields, status in ([], 401), (bearer("sk-a"),
+                                          403), (bearer("sk-b"), 200), (bearer("sk-b"), 429):
             assert (await (await running.client()).post("/explain", CHAT, fields)).status == status
-        assert not running.core.clients.forwarding and await running.metric("mvllm_requests_total", status="200") == 0
+        assert (not running.core.clients.forwarding
+                and await running.metric("mvllm_requests_total", status="200") == 0)
 
 
 @asynchronous
@@ -10458,12 +11161,18 @@ async def test_the_trace_of_traffic_is_written_without_any_text(tmp_path):
         for body in (CHAT, CHAT, secret):
             await client.post(body=body, fields=["X-Session-Id: alice"])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 3 and b"secret" not in path.read_bytes() and b"alice" not in path.read_bytes()
-    assert rows[0]["chain"] == rows[1]["chain"] != rows[2]["chain"] and len(rows[0]["chain"]) == len(rows[0]["ends"]) > 5
-    assert rows[0]["session"] and rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"] > rows[0]["ends"][-1]
-    assert all(row["status"] == 200 and row["end"] == "complete" and row["duration"] >= 0 for row in rows)
-    arrivals = lite.read_arrivals(path.read_text().splitlines(), "trace.jsonl")  # and replay understands it
-    assert [a.prompt_tokens for a in arrivals] == [row["prompt_tokens"] for row in rows] and arrivals[0].session
+    assert (len(rows) == 3 and b"secret" not in path.read_bytes()
+            and b"alice" not in path.read_bytes())
+    assert (rows[0]["chain"] == rows[1]["chain"] != rows[2]["chain"]
+            and len(rows[0]["chain"]) == len(rows[0]["ends"]) > 5)
+    assert (rows[0]["session"]
+            and rows[0]["prompt_tokens"] == rows[1]["prompt_tokens"] > rows[0]["ends"][-1])
+    assert all(row["status"] == 200 and row["end"] == "complete"
+               and row["duration"] >= 0 for row in rows)
+    # and replay understands it
+    arrivals = lite.read_arrivals(path.read_text().splitlines(), "trace.jsonl")
+    assert ([a.prompt_tokens for a in arrivals] == [row["prompt_tokens"] for row in rows]
+            and arrivals[0].session)
 
 
 @asynchronous
@@ -10491,7 +11200,7 @@ def failing(*said, how="close"):
 
 
 ABORTED_ANSWER = (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 39\r\n\r\n'
-                  b'{"choices":[{"finish_reason":"abort"}]}')  # fmt: skip
+                  b'{"choices":[{"finish_reason":"abort"}]}')
 ABORTED_END = (b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\n', DONE)
 DRAINING = b'{"error":{"message":"cannot schedule new futures after shutdown","code":500}}'
 RETRIED = table(
@@ -10499,11 +11208,16 @@ RETRIED = table(
     ("resets", lambda: failing(how="reset")),
     ("closes inside its head", lambda: failing(b"HTTP/1.1 200 OK\r\ncont")),
     ("says nonsense", lambda: failing(b"SSH-2.0-OpenSSH\r\n\r\n")),
-    ("answers in two framings", lambda: failing(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")),
+    ("answers in two framings",
+     lambda: failing(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: "
+                     b"chunked\r\n\r\n")),
     ("503", lambda: failing(b"HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nbusy")),
-    ("502, chunked", lambda: failing(b"HTTP/1.1 502 X\r\ntransfer-encoding: chunked\r\n\r\n", chunk(b"x"), b"0\r\n\r\n")),
+    ("502, chunked", lambda: failing(b"HTTP/1.1 502 X\r\ntransfer-encoding: chunked\r\n\r\n",
+                                     chunk(b"x"), b"0\r\n\r\n")),
     ("closes while its stream is queued", lambda: failing(STREAM_HEAD)),
-    ("a stream that begins with an error", lambda: failing(STREAM_HEAD, chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(DONE), b"0\r\n\r\n")),
+    ("a stream that begins with an error",
+     lambda: failing(STREAM_HEAD, chunk(b'data: {"error": {"code": 500}}\n\n'), chunk(DONE),
+                     b"0\r\n\r\n")),
     ("a queued stream that only ends", lambda: failing(STREAM_HEAD, chunk(DONE), b"0\r\n\r\n")),
     ("an empty stream", lambda: failing(STREAM_HEAD, b"0\r\n\r\n")),
     ("a short stream cut short by a stopping server", lambda: failing(
@@ -10512,7 +11226,7 @@ RETRIED = table(
     ("a plain answer without end", lambda: failing(ABORTED_ANSWER[:-5])),
     ("500 of a server that drains", lambda: failing(
         b"HTTP/1.1 500 X\r\ncontent-length: %d\r\n\r\n%b" % (len(DRAINING), DRAINING))),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("bad", RETRIED)
@@ -10528,14 +11242,17 @@ async def test_before_anything_was_shown_another_server_answers(bad):
         assert len(bad.asked) >= 8 and len(good.asked) == 8
         assert await running.metric("mvllm_attempts_total", server=bad.url, result="ok") == 0
         assert 0 < await running.metric("mvllm_retries_total") <= len(bad.asked)
-        assert await running.metric("mvllm_requests_total", status="200", server=good.url, model="m") == 8
+        assert await running.metric("mvllm_requests_total", status="200", server=good.url,
+                                    model="m") == 8
 
 
 BUSY = table(
     ("429", b"HTTP/1.1 429 Slow down\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
     ("503 with Retry-After", b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"),
-    ("vLLM's overload", b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n%b" % (len(OVERLOAD), OVERLOAD)),
-    ("the same, in a stream", STREAM_HEAD + chunk(b"data: " + OVERLOAD + b"\n\n" + DONE) + b"0\r\n\r\n"),
+    ("vLLM's overload",
+     b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n%b" % (len(OVERLOAD), OVERLOAD)),
+    ("the same, in a stream",
+     STREAM_HEAD + chunk(b"data: " + OVERLOAD + b"\n\n" + DONE) + b"0\r\n\r\n"),
 )
 
 
@@ -10551,12 +11268,15 @@ async def test_a_server_that_is_too_busy_is_spared_for_a_moment(said):
             assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
         assert len(busy.asked) < 8 and running.states() == ["healthy"] * 2
         running.core.fleet.busy(busy.url, asyncio.get_running_loop().time())
-        assert "said that it is busy just now" in (await client.post("/explain", CHAT)).body.decode()
-        assert (await client.post("/explain", CHAT)).json["attempts"][0]["servers"][1]["cached_tokens"] == 0  # it read nothing
+        assert "said that it is busy just now" in (
+            await client.post("/explain", CHAT)).body.decode()
+        # it read nothing
+        assert (await client.post("/explain",
+                                  CHAT)).json["attempts"][0]["servers"][1]["cached_tokens"] == 0
 
 
 ENGINE_DEAD = {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for"
-               " the root cause.", "type": "InternalServerError", "param": None, "code": 500}}  # fmt: skip
+               " the root cause.", "type": "InternalServerError", "param": None, "code": 500}}
 ENGINE_DEAD_EVENT = b"data: " + json.dumps(ENGINE_DEAD).encode() + b"\n\n"
 
 
@@ -10694,11 +11414,13 @@ async def test_a_success_ends_a_hold():
         first, second = await running.client(), await running.client()
         await first.ask("POST", "/v1/x", KILL, ["X-Slow: 1"])
         await asyncio.wait([asyncio.create_task(server.came.wait()) for server in servers],
-                           return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+                           return_when=asyncio.FIRST_COMPLETED)
         got = await second.post("/v1/x", KILL)
-        assert got.error["code"] == "server_died_twice" and len(running.core.requests.poison.deaths) == 1
+        assert (got.error["code"] == "server_died_twice"
+                and len(running.core.requests.poison.deaths) == 1)
         slow.set()
-        assert (await first.answer()).status == 200 and len(running.core.requests.poison.deaths) == 0
+        assert ((await first.answer()).status == 200
+                and len(running.core.requests.poison.deaths) == 0)
 
 
 @asynchronous
@@ -10715,14 +11437,15 @@ async def test_a_dead_server_is_not_noticed_by_clients_and_goes_out():
 
 
 SHOWN = table(
-    ("400", b"HTTP/1.1 400 Bad\r\nx-own: 1\r\ncontent-length: 17\r\n\r\n{\"error\": \"mine\"}", 400),
+    ("400", b"HTTP/1.1 400 Bad\r\nx-own: 1\r\ncontent-length: 17\r\n\r\n{\"error\": \"mine\"}",
+     400),
     ("404", b"HTTP/1.1 404 X\r\ncontent-length: 2\r\n\r\nno", 404),
     ("422", b"HTTP/1.1 422 X\r\ncontent-length: 2\r\n\r\nno", 422),
     ("500", b"HTTP/1.1 500 X\r\ncontent-length: 2\r\n\r\nno", 500),
     ("429 with its wish", b"HTTP/1.1 429 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 429),
     ("503", b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\nno", 503),
     ("503 with its wish", b"HTTP/1.1 503 X\r\nretry-after: 42\r\ncontent-length: 2\r\n\r\nno", 503),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("said, status", SHOWN)
@@ -10758,7 +11481,8 @@ async def test_client_errors_never_mark_a_server_and_server_errors_do():
         assert running.states() == ["healthy"]
         assert (await client.post(body=b"500 of another")).status == 500
         assert running.states() == ["unhealthy"]
-        assert (await client.post(body=b"400")).status == 400  # it is asked after all: there is no other
+        # it is asked after all: there is no other
+        assert (await client.post(body=b"400")).status == 400
 
 
 FAILURE = b'{"error": {"message": "", "type": "InternalServerError", "param": null, "code": 500}}'
@@ -10790,7 +11514,7 @@ FOLLOWING = table(
     ("error events for the same content", "event", False), ("error events for any", "event", True),
     ("in mid-stream", "event in mid-stream", False), ("closes", "close", False),
     ("aborts", "abort", False),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("how, differ", FOLLOWING)
@@ -10853,7 +11577,7 @@ async def test_a_server_is_probed_before_a_client_s_request_is_on_trial():
     times = {"metrics_interval": 0.02, "breaker_open_time": 0.05}
     async with balancing(bad, good, **times) as running:
         running.core.judge(bad.url, lite.Health.opened, "x", asyncio.get_running_loop().time(),
-                           running.core.settings)  # fmt: skip
+                           running.core.settings)
         await bad.came.wait()
         probe = bad.asked[0]
         assert probe.line.startswith("POST /v1/completions") and b"max_tokens" in probe.body
@@ -10915,7 +11639,8 @@ async def test_a_silent_server_is_504_and_the_request_is_run_again_only_if_allow
             got = await (await running.client()).post()
             assert got.status == (200 if allowed else 504)
             if not allowed:
-                assert got.get("x-mvllm-error") == "server_silent" and "0.05 s" in got.error["message"]
+                assert (got.get("x-mvllm-error") == "server_silent"
+                        and "0.05 s" in got.error["message"])
 
 
 @asynchronous
@@ -10972,7 +11697,8 @@ async def test_an_anthropic_client_s_stream_ends_with_an_event_that_it_knows_by_
         await conn.send(STREAM_HEAD, chunk(b": keep-alive\n\n"))
         return "close"
 
-    async with balancing(Server(answer), comment_after=0, max_retries=int(then == "400")) as running:
+    async with balancing(Server(answer), comment_after=0,
+                         max_retries=int(then == "400")) as running:
         client = await running.client()
         await client.ask("POST", "/v1/messages", b'{"stream":true}')
         raw = (await client.reader.read()).decode()
@@ -10981,11 +11707,12 @@ async def test_an_anthropic_client_s_stream_ends_with_an_event_that_it_knows_by_
         assert then == "400" or json.loads(event)["type"] == "error"
 
 
-FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n', DONE)
+FAILED_END = (b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n',
+              DONE)
 
 
 ECHO = {"metadata": {"finish_reason": "abort", "error": "x", "code": "400"},
-        "tools": [{"finish_reason": "abort", "usage": {"input_tokens": 99}}]}  # fmt: skip
+        "tools": [{"finish_reason": "abort", "usage": {"input_tokens": 99}}]}
 
 
 @pytest.mark.parametrize("size", [0, 200_000])
@@ -11016,11 +11743,12 @@ async def test_a_client_s_words_that_a_server_repeats_are_not_the_server_s(strea
         assert await running.metric("mvllm_attempts_total") == 3
         assert await running.metric("mvllm_attempts_total", result="ok") == 3
         ends = {(one["end"], one["prompt_tokens"], one["completion_tokens"])
-                for one in running.requests()}  # fmt: skip
+                for one in running.requests()}
         assert ends == {("complete", 5, 2)}
 
 
-@pytest.mark.parametrize("end, label, whole", [(ABORTED_END, "aborted", False), (FAILED_END, "stream_failed", True)])
+@pytest.mark.parametrize("end, label, whole",
+                         [(ABORTED_END, "aborted", False), (FAILED_END, "stream_failed", True)])
 @asynchronous
 async def test_a_clean_end_is_not_success(end, label, whole):
     seen = asyncio.Event()
@@ -11048,7 +11776,8 @@ async def test_a_clean_end_is_not_success(end, label, whole):
 @asynchronous
 async def test_a_long_plain_answer_cut_short_by_a_stopping_server_is_broken():
     async def answer(asked, conn):
-        await conn.json(b'{"choices":[{"text":"' + b"x" * 2_000_000 + b'","finish_reason":"abort"}]}')
+        await conn.json(b'{"choices":[{"text":"' + b"x" * 2_000_000
+                        + b'","finish_reason":"abort"}]}')
 
     async with balancing(Server(answer)) as running:
         with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
@@ -11066,8 +11795,9 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
 
     bad, good = Server(answer, **{"/metrics": page}), Server(**{"/metrics": page})
     bad.capacity = 1000
-    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.2, breaker_open_time=0.1,
-                         health_check_interval=0.02, health_check_timeout=0.1) as running:  # fmt: skip
+    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.2,
+                         breaker_open_time=0.1,
+                         health_check_interval=0.02, health_check_timeout=0.1) as running:
         frozen.set()
         got = await (await running.client()).post()
         assert got.get("x-mvllm-server") == good.url
@@ -11086,9 +11816,11 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
 
 @asynchronous
 async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_elsewhere():
-    bad, good = Server(lambda asked, conn: conn.left(), **{"/metrics": "vllm:generation_tokens_total 5"}), Server()
+    bad, good = Server(lambda asked, conn: conn.left(),
+                       **{"/metrics": "vllm:generation_tokens_total 5"}), Server()
     bad.capacity = 1000
-    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.1, health_check_interval=0.02) as running:
+    async with balancing(bad, good, metrics_interval=0.02, frozen_timeout=0.1,
+                         health_check_interval=0.02) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b"{}")
         await bad.came.wait()
@@ -11102,7 +11834,8 @@ async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_el
 @asynchronous
 async def test_a_stream_at_a_server_that_is_gone_but_keeps_its_connections_is_seen_as_cut():
     server = failing(STREAM_HEAD, chunk(FIRST), how="hang")
-    async with balancing(server, metrics_interval=0.02, frozen_timeout=0.1, health_check_interval=0.02) as running:
+    async with balancing(server, metrics_interval=0.02, frozen_timeout=0.1,
+                         health_check_interval=0.02) as running:
         client = await running.client()
         await client.ask("POST", "/v1/x", b'{"stream":true}')
         await client.reader.readuntil(FIRST)
@@ -11115,12 +11848,14 @@ async def test_a_stream_at_a_server_that_is_gone_but_keeps_its_connections_is_se
 
 @asynchronous
 async def test_a_stall_of_our_own_is_nobody_else_s_failure(caplog):
-    slow = {"health_check_max_response_time": 0.5, "health_check_window_size": 1, "health_check_interval": 0.01}
+    slow = {"health_check_max_response_time": 0.5, "health_check_window_size": 1,
+            "health_check_interval": 0.01}
     async with balancing(Server(), metrics_interval=0.02, **slow) as running:
         for _ in range(2):
-            time.sleep(2.2 * lite.STALL_S)  # noqa: ASYNC251 - so that nothing else can happen
+            time.sleep(2.2 * lite.STALL_S)
             assert (await (await running.client()).post()).status == 200
-        assert running.states() == ["healthy"] and await running.metric("mvllm_server_transitions_total") == 1
+        assert (running.states() == ["healthy"]
+                and await running.metric("mvllm_server_transitions_total") == 1)
         assert await running.metric("mvllm_stalls_total") >= 1
     assert "this process stood still for" in caplog.text
 
@@ -11128,7 +11863,8 @@ async def test_a_stall_of_our_own_is_nobody_else_s_failure(caplog):
 def test_a_stall_is_known_as_soon_as_the_pulse_is_late():
     process = lite.Process("x")
     process.stalled_at, process.pulse_due_at = 5.0, 10.0
-    assert [process.stood_still_since(then, 10.1) for then in (4.0, 5.0, 9.0)] == [True, True, False]
+    assert ([process.stood_still_since(then, 10.1) for then in (4.0, 5.0, 9.0)]
+            == [True, True, False])
     assert process.stood_still_since(9.0, 10.1 + lite.STALL_S)
 
 
@@ -11199,10 +11935,11 @@ SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 @pytest.mark.parametrize("scripts, answers, connections", table(
     ("one is kept", ([SMALL] * 3,), 3, 1),
     ("a closed one is replaced", ([SMALL], [SMALL], [SMALL]), 3, 3),
-    ("one that says it ends", ([SMALL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [SMALL]), 2, 2),
+    ("one that says it ends",
+     ([SMALL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [SMALL]), 2, 2),
     ("of HTTP/1.0", ([SMALL.replace(b"1.1", b"1.0")], [SMALL]), 2, 2),
     ("with bytes behind its answer", ([SMALL + SMALL], [SMALL]), 2, 2),
-))  # fmt: skip
+))
 @asynchronous
 async def test_our_own_questions_need_as_many_connections_as_end(scripts, answers, connections):
     async with asking(*scripts) as (client, came):
@@ -11215,7 +11952,8 @@ async def test_our_own_questions_need_as_many_connections_as_end(scripts, answer
 async def test_an_idle_connection_that_dies_unheard_is_replaced_once():
     async with asking([SMALL, b""], [b""]) as (client, came):
         assert await client.fetch("/health", 5.0) == (200, b"ok")
-        with pytest.raises(lite.PeerGone, match="the server's connection was closed without an answer"):
+        with pytest.raises(lite.PeerGone,
+                           match="the server's connection was closed without an answer"):
             await client.fetch("/health", 5.0)
         assert len(came) == 2
 
@@ -11230,18 +11968,24 @@ async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept()
 
 @pytest.mark.parametrize("said, found", table(
     ("in pieces", [SMALL[n : n + 1] for n in range(len(SMALL))], (200, b"ok")),
-    ("in chunks", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n", (200, b"ok")),
+    ("in chunks",
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n",
+     (200, b"ok")),
     ("up to the close", b"HTTP/1.1 200 OK\r\n\r\nok", (200, b"ok")),
     ("without content", b"HTTP/1.1 204 No\r\n\r\n", (204, b"")),
     ("behind others", b"HTTP/1.1 103 Early Hints\r\n\r\n" + SMALL, (200, b"ok")),
-    ("too many others", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 17 + SMALL, "more than 16 informational"),
+    ("too many others", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 17 + SMALL,
+     "more than 16 informational"),
     ("cut", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection was closed"),
     ("cut in its head", b"HTTP/1.1 200 OK\r\nContent-Le", "connection was closed"),
-    ("of two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", "Content-Length"),
+    ("of two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+     "Content-Length"),
     ("another protocol", b"SSH-2.0-OpenSSH\r\n", "SSH"),
-    ("an endless head", [b"HTTP/1.1 200 OK\r\n"] + [b"A: %s\r\n" % (b"a" * 1000)] * 70, "the head is longer than 65536"),
-    ("an endless answer", [b"HTTP/1.1 200 OK\r\n\r\n"] + [b"a" * 1_000_000] * 9, "the answer is longer than 8388608"),
-))  # fmt: skip
+    ("an endless head", [b"HTTP/1.1 200 OK\r\n"] + [b"A: %s\r\n" % (b"a" * 1000)] * 70,
+     "the head is longer than 65536"),
+    ("an endless answer", [b"HTTP/1.1 200 OK\r\n\r\n"] + [b"a" * 1_000_000] * 9,
+     "the answer is longer than 8388608"),
+))
 @asynchronous
 async def test_answers_to_our_own_questions_are_framed_and_bounded_as_all_are(said, found):
     async with asking([said]) as (client, came):
@@ -11282,7 +12026,8 @@ CHECKS = table(
     ("neither", {"/health": 404, "/v1/models": 404}, "unhealthy", "/v1/models answered 404", None),
     ("not well", {"/health": 503}, "unhealthy", "/health answered 503", None),
     ("hangs", {"/health": None}, "unhealthy", "no answer to a check within 0.3 s", None),
-    ("models are not for us", {"/v1/models": 401}, "healthy", "check passed, but /v1/models answered 401", None),
+    ("models are not for us", {"/v1/models": 401}, "healthy",
+     "check passed, but /v1/models answered 401", None),
 )
 
 
@@ -11317,7 +12062,9 @@ async def test_a_server_that_comes_later_is_used_with_its_models():
 
 @asynchronous
 async def test_load_reports_are_merged_with_our_own_counts():
-    gate, page = asyncio.Event(), "vllm:num_requests_running 4\nvllm:num_requests_waiting 2\nvllm:kv_cache_usage_perc 0.5"
+    gate, page = (asyncio.Event(),
+                  "vllm:num_requests_running 4\nvllm:num_requests_waiting 2\n"
+                  "vllm:kv_cache_usage_perc 0.5")
 
     async def answer(asked, conn):
         await gate.wait()
@@ -11341,7 +12088,8 @@ async def test_a_hanging_metrics_page_makes_only_its_own_numbers_old():
     async with balancing(Server(**{"/metrics": None}), good := Server(), **FAST) as running:
         before = good.probes["/metrics"]
         await eventually(
-            lambda: good.probes["/metrics"] >= before + 5, "the good server is scraped five more times"
+            lambda: good.probes["/metrics"] >= before + 5,
+            "the good server is scraped five more times"
         )
         bad, fine = running.views()
         assert bad.report.at == -math.inf and fine.report.at > 0
@@ -11350,8 +12098,9 @@ async def test_a_hanging_metrics_page_makes_only_its_own_numbers_old():
 
 @asynchronous
 async def test_without_active_checks_time_brings_a_server_back():
-    async with balancing(server := Server(), enable_active_health_check=False, auto_recovery_threshold=0.2,
-                         health_check_interval=0.05) as running:  # fmt: skip
+    async with balancing(server := Server(), enable_active_health_check=False,
+                         auto_recovery_threshold=0.2,
+                         health_check_interval=0.05) as running:
         assert running.states() == ["healthy"]
         await server.kill()
         client = await running.client()
@@ -11386,7 +12135,7 @@ async def test_a_server_that_falls_asleep_is_left_and_is_back_with_the_report_th
     sleeper.capacity = 1000
     keys = (lite.KeySettings("root", "sk-root", admin=True),)
     async with balancing(sleeper, other, policy="least", metrics_interval=0.02, slow_start=0.001,
-                         keys=keys, admin_paths=("/wake_up",)) as running:  # fmt: skip
+                         keys=keys, admin_paths=("/wake_up",)) as running:
         client = await running.client()
         await client.ask("POST", "/v1/chat/completions", CHAT, bearer("sk-root"))
         await sleeper.came.wait()
@@ -11411,7 +12160,8 @@ async def test_that_metrics_are_lost_is_said_once_and_in_the_reason(caplog):
             )
 
         def lines():
-            return [record.message.partition(": ")[2] for record in caplog.records if "/metrics" in record.message]
+            return [record.message.partition(": ")[2]
+                    for record in caplog.records if "/metrics" in record.message]
 
         seen = 0
         await looked_at(12)
@@ -11419,7 +12169,8 @@ async def test_that_metrics_are_lost_is_said_once_and_in_the_reason(caplog):
         assert lines() == [lost] and running.states() == ["healthy"]
         client = await running.client()
         for path in ("/health", "/status.json"):
-            assert (await client.get(path)).json["servers"][0]["reason"] == "check passed; /metrics answered 404"
+            assert ((await client.get(path)).json["servers"][0]["reason"]
+                    == "check passed; /metrics answered 404")
         server.pages["/metrics"], seen = "", server.probes["/metrics"]
         await looked_at(2)
         assert lines() == [lost, "/metrics answers again"]
@@ -11428,7 +12179,8 @@ async def test_that_metrics_are_lost_is_said_once_and_in_the_reason(caplog):
 
 def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
     fleet = fleet_of(8)
-    assert fleet.unscraped("s0", "x") and not fleet.unscraped("s0", "y") and fleet.view("s0").reason.endswith("; x")
+    assert (fleet.unscraped("s0", "x") and not fleet.unscraped("s0", "y")
+            and fleet.view("s0").reason.endswith("; x"))
     fleet.scraped("s0", lite.EngineLoad(), 0, 1.0)
     assert fleet.view("s0").reason == "check passed"
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "refused", 1.0)
@@ -11444,7 +12196,7 @@ def test_the_loss_of_metrics_is_news_once_and_only_of_a_server_that_is_well():
     ("a failure of its own", 500, False, True, False),
     ("hangs", None, False, True, True),
     ("nobody there", "refused", False, False, False),
-))  # fmt: skip
+))
 @asynchronous
 async def test_what_a_check_finds(page, passed, reached, hung):
     async with Server(**{"/health": page}) as server, balancing() as running:
@@ -11511,7 +12263,8 @@ async def test_other_streams_that_move_speak_for_a_server_without_metrics():
 
     server = Server(answer, **{"/metrics": 404})
     async with balancing(server, request_timeout=0.2, metrics_interval=0.05) as running:
-        await (await running.client()).ask("POST", "/v1/completions", b'{"model":"m","user":"flow"}')
+        await (await running.client()).ask("POST", "/v1/completions",
+                                           b'{"model":"m","user":"flow"}')
         await flows.wait()
         for _ in range(2):
             got = await (await running.client()).post(body=CHAT)
@@ -11532,7 +12285,7 @@ async def test_checks_that_hang_take_a_server_out_unless_its_tokens_flow(moves):
     tokens = itertools.count() if moves else itertools.repeat(0)
     server = Server(**{"/health": health, "/metrics": counting(tokens)})
     async with balancing(server, Server(), metrics_interval=0.05, health_check_timeout=0.05,
-                         health_check_interval=0.01) as running:  # fmt: skip
+                         health_check_interval=0.01) as running:
         await eventually(
             lambda: not moves or running.views()[0].progress_at >= 0,
             "the server is seen to move",
@@ -11571,7 +12324,7 @@ def answering(status, document=None):
 
 def keyed(*servers):
     return [lite.ServerSettings(server.url, 1000 if n == 0 else 1, api_key="sk-ours")
-            for n, server in enumerate(servers)]  # fmt: skip
+            for n, server in enumerate(servers)]
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -11706,8 +12459,10 @@ async def test_local_paths_answer_while_every_server_hangs():
         for server in running.core.pools.by_server:
             running.core.judge(server, lite.Health.failed, "x", True, 0.0, running.core.settings)
         client = await running.client()
-        assert (await client.get("/")).json == {"service": "mvllm_lite", "version": lite.__version__, "status": "running"}
-        assert (await client.get("/version")).json == {"version": lite.__version__, "pid": os.getpid()}
+        assert (await client.get("/")).json == {"service": "mvllm_lite",
+                                                "version": lite.__version__, "status": "running"}
+        assert (await client.get("/version")).json == {"version": lite.__version__,
+                                                       "pid": os.getpid()}
         assert (await client.get("/health")).json["total_servers"] == 2
         assert (await client.get("/load-stats/")).json["summary"]["total_servers"] == 2
         assert (await client.get("/server-models")).json["healthy_servers"] == 2
@@ -11724,7 +12479,8 @@ async def test_local_errors_have_the_same_form():
     async with balancing(Server()) as running:
         client = await running.client()
         got = await client.get("/v1/models/a/b")
-        assert (got.status, got.get("x-mvllm-error")) == (404, "unknown_model") and "`a/b`" in got.error["message"]
+        assert ((got.status, got.get("x-mvllm-error")) == (404, "unknown_model")
+                and "`a/b`" in got.error["message"])
         assert (await client.get("/nope")).status == 404
         got = await client.get("/health", method="POST")
         assert (got.status, got.get("allow")) == (405, "GET, HEAD")
@@ -11746,7 +12502,8 @@ async def test_another_method_than_a_path_has_is_405_and_told_those(method, path
     async with balancing(Server()) as running:
         client = await running.client()
         got = await client.get(path, method=method)
-        assert (got.status, got.get("allow"), got.get("x-mvllm-error")) == (405, allow, "bad_method")
+        assert (got.status, got.get("allow"),
+                got.get("x-mvllm-error")) == (405, allow, "bad_method")
         assert f"{path} is asked for with " in got.error["message"]
         assert (await client.get("/liveness")).status == 200  # the connection stays
 
@@ -11779,7 +12536,8 @@ async def test_server_models_can_be_refreshed():
     async with balancing(server := Server()) as running:
         client = await running.client()
         server.pages["/v1/models"] = {"data": [{"id": "new"}]}
-        assert (await client.get("/server-models")).json["servers"][server.url]["supported_models"] == ["m"]
+        assert ((await client.get("/server-models")).json["servers"][server.url]["supported_models"]
+                == ["m"])
         got = await client.get("/server-models?refresh=1")
         assert got.json["servers"][server.url]["supported_models"] == ["new"]
 
@@ -11805,7 +12563,8 @@ async def test_servers_are_added_and_removed_by_hand_without_losing_a_request():
         assert got.status == 200 and got.json["done"] == f"{b.url} added"
         await running.until(lambda: running.states() == ["healthy"] * 2)
         await client.ask("DELETE", f"/admin/servers?url={a.url}")
-        assert (await client.answer()).json["live"] == {"added": [b.url], "removed": [a.url], "drained": [], "weights": {}}
+        assert (await client.answer()).json["live"] == {"added": [b.url], "removed": [a.url],
+                                                        "drained": [], "weights": {}}
         for _ in range(4):
             assert (await client.post()).get("x-mvllm-server") == b.url
         release.set()
@@ -11824,29 +12583,35 @@ async def test_a_drained_server_stays_and_is_asked_for_nothing():
             assert (await client.post()).get("x-mvllm-server") == b.url
         status = (await client.get("/status.json")).json
         assert [row["state"] for row in status["servers"]] == ["drained", "healthy"]
-        assert status["totals"]["healthy"] == 1 and status["settings"].endswith(", and changed by hand")
+        assert (status["totals"]["healthy"] == 1
+                and status["settings"].endswith(", and changed by hand"))
         assert "was drained by hand" in (await client.post("/explain", CHAT)).body.decode()
         await client.post(f"/admin/servers/drain?url={b.url}", b"")
-        assert (await client.get("/readiness")).status == 503 and (await client.post()).status == 503
+        assert ((await client.get("/readiness")).status == 503
+                and (await client.post()).status == 503)
         await client.post(f"/admin/servers/undrain?url={a.url}", b"")
         assert (await client.post()).get("x-mvllm-server") == a.url
 
 
-@pytest.mark.parametrize("change", ["/admin/servers/drain?url={}", "/admin/servers", "/admin/servers/weight?url={}&weight=2"])
+@pytest.mark.parametrize("change", ["/admin/servers/drain?url={}", "/admin/servers",
+                                    "/admin/servers/weight?url={}&weight=2"])
 @asynchronous
 async def test_a_change_of_one_server_touches_only_that(change, tmp_path, caplog):
     path = tmp_path / "servers.toml"
-    async with Server() as a, Server() as b, Server() as c, following(path, a, b, policy='"round_robin"') as running:
+    async with Server() as a, Server() as b, Server() as c, following(
+            path, a, b, policy='"round_robin"') as running:
         client, core = await running.client(), running.core
         for _ in range(2):
             assert (await client.post()).status == 200
         other = [view for view in core.fleet.views() if view.id == a.url]
-        kept = core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url], core.keys
+        kept = (core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url],
+                core.keys)
         watching, idle = list(asyncio.all_tasks()), core.pools.by_server[a.url].idle.keys()
         body = b"" if "?" in change else json.dumps({"url": c.url}).encode()
         await client.ask("POST", change.format(b.url), body, AS_JSON)
         assert (await client.answer()).status == 200
-        assert (core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url], core.keys) == kept
+        assert (core.settings, core.policies, core.pools.secrets, core.pools.by_server[a.url],
+                core.keys) == kept
         assert [view for view in core.fleet.views() if view.id == a.url] == other
         assert not any(task.cancelling() for task in watching) and core.policies.known
         assert idle and not any(wire.gone for wire in idle)
@@ -11893,20 +12658,25 @@ async def test_changes_by_hand_outlive_a_reload_until_the_file_agrees(tmp_path):
         path.write_text(settings_text(a, b, max_retries=7))
         await running.has_read(max_retries=7)
         views = {view.id: view for view in running.views()}
-        assert set(views) == {a.url, b.url, c.url} and views[a.url].drained and views[b.url].settings.weight == 0.5
+        assert (set(views) == {a.url, b.url, c.url} and views[a.url].drained
+                and views[b.url].settings.weight == 0.5)
         path.write_text(settings_text(b, c, max_retries=8))
         await running.has_read(max_retries=8)
-        assert running.core.roster.report() == {"added": [], "removed": [], "drained": [], "weights": {b.url: 0.5}}
+        assert running.core.roster.report() == {"added": [], "removed": [], "drained": [],
+                                                "weights": {b.url: 0.5}}
         assert {view.id for view in running.views()} == {b.url, c.url}
 
 
 BY_HAND = table(
-    ("no such server", "POST", "/admin/servers/drain?url=http://x", b"", 404, "No server 'http://x' here; ?url= is one of http://"),
+    ("no such server", "POST", "/admin/servers/drain?url=http://x", b"", 404,
+     "No server 'http://x' here; ?url= is one of http://"),
     ("none named", "POST", "/admin/servers/drain", b"", 404, "No server '' here"),
     ("another method", "GET", "/admin/servers/drain?url=x", b"", 405, "is asked for with POST"),
     ("no JSON", "POST", "/admin/servers", b"url=http://a", 400, 'expected JSON like {"url"'),
-    ("no URL", "POST", "/admin/servers", b'{"weight": 1}', 400, "servers[1].url: found nothing, expected where the server listens"),
-    ("an unknown key", "POST", "/admin/servers", b'{"url": "http://a", "wieght": 1}', 400, "did you mean weight?"),
+    ("no URL", "POST", "/admin/servers", b'{"weight": 1}', 400,
+     "servers[1].url: found nothing, expected where the server listens"),
+    ("an unknown key", "POST", "/admin/servers", b'{"url": "http://a", "wieght": 1}', 400,
+     "did you mean weight?"),
     ("a key's file", "POST", "/admin/servers", b'{"url": "http://a", "api_key_file": "/nowhere"}',
      400, "api_key_file: what comes over HTTP names no file"),
     ("one that is there", "POST", "/admin/servers",
@@ -11915,9 +12685,11 @@ BY_HAND = table(
      b'{"url": "https://a", "ca_file": "/etc/hostname"}', 400, "ca_file: what comes over HTTP"),
     ("a certificate's", "POST", "/admin/servers", b'{"url": "https://a", "client_cert": ""}', 400,
      "client_cert: what comes over HTTP"),
-    ("no weight", "POST", "/admin/servers/weight?url=SERVER", b"", 400, "weight: found 'nothing', expected a number, 0 to 1000"),
-    ("there already", "POST", "/admin/servers", b'{"url": "http://SERVER"}', 400, "is there already"),
-)  # fmt: skip
+    ("no weight", "POST", "/admin/servers/weight?url=SERVER", b"", 400,
+     "weight: found 'nothing', expected a number, 0 to 1000"),
+    ("there already", "POST", "/admin/servers", b'{"url": "http://SERVER"}', 400,
+     "is there already"),
+)
 
 
 @pytest.mark.parametrize("method, path, body, status, text", BY_HAND)
@@ -11940,13 +12712,15 @@ async def test_changes_by_hand_are_for_admins_only():
         path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
         for fields, status in ([], 401), (bearer("sk-user"), 403), (bearer("sk-root"), 200):
             assert (await (await running.client()).post(path, b"", fields)).status == status
-    async with balancing(Server()) as running:  # without keys: for this machine, but for no other site's page
+    # without keys: for this machine, but for no other site's page
+    async with balancing(Server()) as running:
         path = f"/admin/servers/drain?url={running.core.settings.servers[0].url}"
         for fields, status in (["Origin: http://evil.example"], 403), (["Origin: http://localhost"],
                                                                        200):
             assert (await (await running.client()).post(path, b"", fields)).status == status
     async with balancing(Server(), trusted_proxies=("127.0.0.1/32",)) as running:
-        got = await (await running.client()).post("/admin/servers", b"{}", ["X-Forwarded-For: 192.0.2.1"])
+        got = await (await running.client()).post("/admin/servers", b"{}",
+                                                  ["X-Forwarded-For: 192.0.2.1"])
         assert got.status == 403 and "for this machine only" in got.error["message"]
 
 
@@ -11999,7 +12773,7 @@ async def test_a_server_that_came_over_http_gets_no_key_but_its_own(settings, sh
         while not (ours.asked and added.asked and keyed.asked):
             assert (await client.post(fields=[*said, "x-api-key: k"])).status == 200
     by_server = [{(asked.get(name) or [""])[0] for asked in server.asked} for server, name in (
-        (added, "authorization"), (added, "x-api-key"), (keyed, "authorization"))]  # fmt: skip
+        (added, "authorization"), (added, "x-api-key"), (keyed, "authorization"))]
     assert [max(found) for found in by_server] == shown
     expected = settings.get("pass_client_key") or not settings.get("keys")
     assert {bool(asked.get("authorization")) for asked in ours.asked} == {expected}
@@ -12058,11 +12832,14 @@ async def test_the_status_tells_the_last_minute_of_each_server():
             await client.post(body=body)
         status = (await client.get("/status.json")).json
         (row,) = status["servers"]
-        assert (row["state"], row["models"], row["errors"], row["retries"], row["capacity"]) == ("healthy", ["m"], 1, 0, 10)
-        assert row["ttft_p50_s"] is None and row["last_errors"][0].endswith("server_error: the server answered 500")
+        assert (row["state"], row["models"], row["errors"], row["retries"],
+                row["capacity"]) == ("healthy", ["m"], 1, 0, 10)
+        assert (row["ttft_p50_s"] is None
+                and row["last_errors"][0].endswith("server_error: the server answered 500"))
         assert row["decisions"] and row["decisions"][0].startswith(f"{row['url']} cost ")
         totals = status["totals"]
-        assert totals["requests_per_s"] == 0.3 and totals["error_ratio"] == 0.3333 and totals["healthy"] == totals["servers"] == 1
+        assert (totals["requests_per_s"] == 0.3 and totals["error_ratio"] == 0.3333
+                and totals["healthy"] == totals["servers"] == 1)
         assert any("is healthy (was checking)" in event["text"] for event in status["events"])
         assert status["settings"] == "unchanged since the start" and not status["stopping"]
 
@@ -12084,9 +12861,11 @@ async def test_failed_attempts_are_booked_where_they_failed_and_not_on_the_rescu
         status = (await client.get("/status.json")).json
         failed, rescuer = status["servers"]
         assert (failed["errors"], failed["retries"], len(failed["last_errors"])) == (2, 2, 2)
-        assert re.fullmatch(r"\d\d:\d\d:\d\d server_gone: the server's connection was .*", failed["last_errors"][0])
+        assert re.fullmatch(r"\d\d:\d\d:\d\d server_gone: the server's connection was .*",
+                            failed["last_errors"][0])
         assert (rescuer["errors"], rescuer["retries"], rescuer["last_errors"]) == (0, 0, [])
-        assert status["totals"]["error_ratio"] == 0.0 and 0 < status["totals"]["ttft_p50_s"] == rescuer["ttft_p50_s"]
+        assert (status["totals"]["error_ratio"] == 0.0
+                and 0 < status["totals"]["ttft_p50_s"] == rescuer["ttft_p50_s"])
 
 
 @asynchronous
@@ -12119,14 +12898,17 @@ def test_an_event_that_comes_again_and_again_is_one_with_a_count():
     since = time.strftime("%H:%M:%S", time.localtime(1000.0))
     assert say(1000.0, "stood still for 1.0 s", kind="stall") == ["stood still for 1.0 s"]
     say(1001.0, "a is healthy")
-    assert say(1002.0, "stood still for 2.0 s", kind="stall") == ["a is healthy", f"stood still for 2.0 s, 2 times since {since}"]
-    assert say(1050.0, "stood still for 3.0 s", kind="stall") == ["a is healthy", f"stood still for 3.0 s, 3 times since {since}"]
+    assert say(1002.0, "stood still for 2.0 s",
+               kind="stall") == ["a is healthy", f"stood still for 2.0 s, 2 times since {since}"]
+    assert say(1050.0, "stood still for 3.0 s",
+               kind="stall") == ["a is healthy", f"stood still for 3.0 s, 3 times since {since}"]
     assert say(1051.0, "other", kind="other")[-1] == "other"
     assert say(1200.0, "stood still for 4.0 s", kind="stall")[-3:] == [
-        f"stood still for 3.0 s, 3 times since {since}", "other", "stood still for 4.0 s"]  # fmt: skip
+        f"stood still for 3.0 s, 3 times since {since}", "other", "stood still for 4.0 s"]
     for n in range(9):
         say(1201.0, f"{n}")
-    assert say(1202.0, "stood still for 5.0 s", kind="stall")[-1].startswith("stood still for 5.0 s, 2 times since")
+    assert say(1202.0, "stood still for 5.0 s",
+               kind="stall")[-1].startswith("stood still for 5.0 s, 2 times since")
 
 
 @asynchronous
@@ -12136,10 +12918,12 @@ async def test_the_page_is_for_everybody_and_its_facts_are_not():
         client = await running.client()
         got = await client.get("/status")
         assert got.status == 200 and got.get("content-type") == "text/html; charset=utf-8"
-        assert got.get("content-security-policy") == lite.page_policy() and b"127.0.0.1" not in got.body
+        assert (got.get("content-security-policy") == lite.page_policy()
+                and b"127.0.0.1" not in got.body)
         assert (await client.get("/status.json")).status == 401
         assert (await (await running.client()).get("/status.json", bearer("sk-root"))).status == 200
-    async with balancing(Server(), status_access="loopback", trusted_proxies=("127.0.0.1/32",)) as running:
+    async with balancing(Server(), status_access="loopback",
+                         trusted_proxies=("127.0.0.1/32",)) as running:
         client = await running.client()
         assert (await client.get("/status")).status == 200
         assert (await client.get("/status", ["X-Forwarded-For: 192.0.2.1"])).status == 403
@@ -12147,9 +12931,13 @@ async def test_the_page_is_for_everybody_and_its_facts_are_not():
 
 @pytest.mark.parametrize("tail, usage", table(
     ("chat", b'data: {"usage":{"prompt_tokens":9,"total_tokens":12,"completion_tokens":3,'
-     b'"prompt_tokens_details":{"cached_tokens":4}}}\n\ndata: [DONE]\n\n', {"prompt": 9, "cached": 4, "completion": 3}),
-    ("responses and messages", b'{"usage": {"input_tokens": 5, "output_tokens": 2}}', {"prompt": 5, "completion": 2}),
-    ("embeddings", b'{"data":[],"usage":{"prompt_tokens":7,"total_tokens":7,"completion_tokens":0}}', {"prompt": 7, "completion": 0}),
+     b'"prompt_tokens_details":{"cached_tokens":4}}}\n\ndata: [DONE]\n\n',
+     {"prompt": 9, "cached": 4, "completion": 3}),
+    ("responses and messages", b'{"usage": {"input_tokens": 5, "output_tokens": 2}}',
+     {"prompt": 5, "completion": 2}),
+    ("embeddings",
+     b'{"data":[],"usage":{"prompt_tokens":7,"total_tokens":7,"completion_tokens":0}}',
+     {"prompt": 7, "completion": 0}),
     ("none asked for", b'data: {"usage":null}\n\ndata: [DONE]\n\n', {}),
     ("text about it", rb'{"content":"\"usage\":{\"prompt_tokens\":5}"}', {}),
     ("a response's", b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":5,'
@@ -12165,8 +12953,9 @@ async def test_the_page_is_for_everybody_and_its_facts_are_not():
      b'"type":"response.completed"}\n\n', {"prompt": 5}),
     ("with each event, the last", b'data: {"usage":{"completion_tokens":1}}\n\n'
      b'data: {"usage":{"completion_tokens":2}}\n\n', {"completion": 2}),
-    ("nonsense", b'{"usage":{"prompt_tokens":true,"completion_tokens":-1,"input_tokens":1e99}}', {}),
-))  # fmt: skip
+    ("nonsense", b'{"usage":{"prompt_tokens":true,"completion_tokens":-1,"input_tokens":1e99}}',
+     {}),
+))
 def test_what_an_answer_says_of_its_tokens(tail, usage):
     notation = lite.Notation.EVENTS if tail.endswith(b"\n\n") else lite.Notation.CHOICES
     assert lite.usage_of(tail, notation) == usage
@@ -12175,7 +12964,8 @@ def test_what_an_answer_says_of_its_tokens(tail, usage):
 @asynchronous
 async def test_tokens_are_counted_by_key_and_model():
     async def said(asked, conn):
-        await conn.json({"usage": {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}})
+        await conn.json({"usage": {"prompt_tokens": 9, "completion_tokens": 3,
+                                   "prompt_tokens_details": {"cached_tokens": 4}}})
 
     keys = (lite.KeySettings("team-a", "sk-a"), lite.KeySettings("team-b", "sk-b"))
     async with balancing(Server(said), keys=keys, status_access="open") as running:
@@ -12183,8 +12973,10 @@ async def test_tokens_are_counted_by_key_and_model():
         for key in ("sk-a", "sk-a", "sk-b"):
             await client.post(body=CHAT, fields=bearer(key))
         found = running.core.metrics.usage.children
-        assert found["team-a", "m", "prompt"] == 18 and found["team-a", "m", "cached"] == 8 and found["team-b", "m", "completion"] == 3
-        assert running.core.metrics.key_requests.children == {("team-a", "m"): 2, ("team-b", "m"): 1}
+        assert (found["team-a", "m", "prompt"] == 18 and found["team-a", "m", "cached"] == 8
+                and found["team-b", "m", "completion"] == 3)
+        assert running.core.metrics.key_requests.children == {("team-a", "m"): 2,
+                                                              ("team-b", "m"): 1}
 
 
 def test_the_last_minute_forgets_what_is_older():
@@ -12198,9 +12990,11 @@ def test_the_last_minute_forgets_what_is_older():
     now = 1200.0
     assert len(minute.samples) == lite.SAMPLES_KEPT and len(minute.errors) == 5
     before = minute.since(now - 60)
-    assert (minute.requests - before.requests, minute.failed - before.failed, minute.retries - before.retries) == (60, 10, 60)
+    assert (minute.requests - before.requests, minute.failed - before.failed,
+            minute.retries - before.retries) == (60, 10, 60)
     assert minute.lost - before.lost == 20
-    assert sorted(set(minute.ttfb_since(now - 60))) == [0.1, 0.5] and set(minute.ttfb_since(now - 40)) == {0.5}
+    assert (sorted(set(minute.ttfb_since(now - 60))) == [0.1, 0.5]
+            and set(minute.ttfb_since(now - 40)) == {0.5})
 
 
 @asynchronous
@@ -12250,9 +13044,11 @@ async def following(path, *servers, **config):
 
 
 def settings_text(*servers, **config):
-    config = {"host": '"127.0.0.1"', "port": 0, "config_reload_interval": 0.05, "slow_start": 0, **config}
+    config = {"host": '"127.0.0.1"', "port": 0, "config_reload_interval": 0.05, "slow_start": 0,
+              **config}
     lines = [f'{{ url = "{server.url}", max_concurrent_requests = 5 }},' for server in servers]
-    return "\n".join(["servers = [", *lines, "]", "[config]", *(f"{k} = {v}" for k, v in config.items())])
+    return "\n".join(["servers = [", *lines, "]",
+                      "[config]", *(f"{k} = {v}" for k, v in config.items())])
 
 
 def in_place(path, text):
@@ -12294,7 +13090,8 @@ async def test_a_changed_file_is_taken_over_and_state_survives(tmp_path, write):
         assert await running.metric("mvllm_settings_reloads_total", result="applied") == 1
 
 
-@pytest.mark.parametrize("text", ["", "servers = [ { url = ", "servers = [ { url = 3 } ]", "servers = []\n[config]\nport = 0\nmax_retries = -1"])
+@pytest.mark.parametrize("text", ["", "servers = [ { url = ", "servers = [ { url = 3 } ]",
+                                  "servers = []\n[config]\nport = 0\nmax_retries = -1"])
 @asynchronous
 async def test_a_bad_file_changes_nothing_and_is_complained_about_once(tmp_path, text, caplog):
     path = tmp_path / "servers.toml"
@@ -12362,7 +13159,8 @@ async def test_a_mistake_of_our_own_ends_one_connection_and_is_counted():
         gate, running.core.keys = running.core.keys, None
         client = await running.client()
         got = await client.post()
-        assert (got.status, got.get("x-mvllm-error"), got.get("connection")) == (500, "internal", "close")
+        assert (got.status, got.get("x-mvllm-error"),
+                got.get("connection")) == (500, "internal", "close")
         running.core.keys = gate
         assert (await (await running.client()).post()).status == 200
         assert await running.metric("mvllm_internal_errors_total") == 1
@@ -12382,7 +13180,8 @@ async def test_a_removed_server_finishes_its_answers_and_leaves(tmp_path):
         await client.ask("POST", "/v1/x", b'{"stream":true}')
         await a.came.wait()
         path.write_text(settings_text(b))
-        await running.until(lambda: running.states() == ["healthy", "healthy"] and len(a.asked) == 1)
+        await running.until(lambda: running.states() == ["healthy", "healthy"]
+                            and len(a.asked) == 1)
         assert [view.draining for view in running.views()] == [False, True]
         assert (await (await running.client()).post()).get("x-mvllm-server") == b.url
         gate.set()
@@ -12422,7 +13221,8 @@ async def test_stopping_lets_running_answers_finish():
         await conn.send(chunk(token(1)), b"0\r\n\r\n")
 
     async with Server(answer) as server:
-        balancer, ready = lite.Balancer(Settings((lite.ServerSettings(server.url),), **QUICK)), asyncio.Event()
+        balancer, ready = (lite.Balancer(Settings((lite.ServerSettings(server.url),), **QUICK)),
+                           asyncio.Event())
         task = asyncio.create_task(balancer.run(ready.set))
         await ready.wait()
         async with contextlib.AsyncExitStack() as stack:
@@ -12437,7 +13237,8 @@ async def test_stopping_lets_running_answers_finish():
             balancer.stop()
             await late.ask("GET", "/readiness")  # a request that crossed the stop is answered
             got = await late.answer()
-            assert (got.status, got.json["reason"], got.get("connection")) == (503, "stopping", "close")
+            assert (got.status, got.json["reason"],
+                    got.get("connection")) == (503, "stopping", "close")
             assert await idle.reader.read() == b""  # idle connections are closed
             with pytest.raises(OSError):
                 await asyncio.open_connection("127.0.0.1", balancer.port)
@@ -12485,7 +13286,7 @@ async def test_a_second_stop_does_not_wait():
     ("unless it is listed: then others are asked, and the same again", 408, (408,), 4, 200),
     ("429 goes to each server once", 429, (503,), 2, 429),
     ("and if it is listed, to the same again", 429, (429,), 4, 200),
-))  # fmt: skip
+))
 @asynchronous
 async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, shown):
     """Nobody is to blame for them, however many come."""
@@ -12495,7 +13296,8 @@ async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, sh
         answers.append(conn.server)
         await conn.json({}, "200 OK" if len(answers) == 4 else f"{status} X")
 
-    async with balancing(Server(busy), Server(busy), retry_statuses=listed, failure_threshold=1) as running:
+    async with balancing(Server(busy), Server(busy), retry_statuses=listed,
+                         failure_threshold=1) as running:
         got = await (await running.client()).post(body=CHAT)
         assert (got.status, len(answers)) == (shown, asked) and running.states() == ["healthy"] * 2
         assert len({id(server) for server in answers[:2]}) == min(asked, 2)
@@ -12505,7 +13307,7 @@ async def test_408_and_429_among_the_statuses_to_retry(status, listed, asked, sh
     ("it matters", "least", "0.5", "has weight 0.5"),
     ("it does not", "mvllm", "0.5", "has weight 0.5 (to policy mvllm only 0 would matter)"),
     ("but 0 does", "mvllm", "0", "has weight 0"),
-))  # fmt: skip
+))
 @asynchronous
 async def test_a_weight_given_by_hand_is_not_said_to_do_what_it_does_not(policy, weight, said):
     async with balancing(a := Server(), b := Server(), policy=policy) as running:
@@ -12519,8 +13321,10 @@ async def test_a_weight_given_by_hand_is_not_said_to_do_what_it_does_not(policy,
 @asynchronous
 async def test_a_key_for_all_servers_is_for_those_that_the_settings_name():
     async with Server() as plain, Server() as own, Server() as added:
-        listed = (lite.ServerSettings(plain.url, 10), lite.ServerSettings(own.url, 10, api_key="sk-own"))
-        async with balancing(servers=listed, api_key="sk-all", policy="round_robin", config_reload_interval=0.05) as running:
+        listed = (lite.ServerSettings(plain.url, 10),
+                  lite.ServerSettings(own.url, 10, api_key="sk-own"))
+        async with balancing(servers=listed, api_key="sk-all", policy="round_robin",
+                             config_reload_interval=0.05) as running:
             client = await running.client()
             entry = json.dumps({"url": added.url, "max_concurrent_requests": 10}).encode()
             got = await client.post("/admin/servers", entry, ["Content-Type: application/json"])
@@ -12529,7 +13333,8 @@ async def test_a_key_for_all_servers_is_for_those_that_the_settings_name():
             running.balancer.follower.look_at_secrets()
             for _ in range(6):
                 assert (await client.post(body=CHAT, fields=bearer("sk-client"))).status == 200
-    said = [{tuple(asked.get("authorization")) for asked in server.asked} for server in (plain, own, added)]
+    said = [{tuple(asked.get("authorization")) for asked in server.asked}
+            for server in (plain, own, added)]
     assert said == [{("Bearer sk-all",)}, {("Bearer sk-own",)}, {()}]
 
 
@@ -12541,11 +13346,13 @@ async def test_a_request_works_with_the_settings_it_came_under():
         core, client, later = running.core, await running.client(), await running.client()
         by = {url: dataclasses.replace(core.settings, score=f"{sign}weight", servers=(
             lite.ServerSettings(a.url, 10, weight=2.0), lite.ServerSettings(b.url, 10)))
-            for url, sign in ((a.url, "-"), (b.url, ""))}  # fmt: skip
+            for url, sign in ((a.url, "-"), (b.url, ""))}
         running.balancer.adopt(by[a.url])
-        await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
+        await client.send(
+            b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
         await eventually(
-            lambda: len(core.clients.exchanges) == 1 and None not in core.clients.exchanges.values(),
+            lambda: len(core.clients.exchanges) == 1
+            and None not in core.clients.exchanges.values(),
             "the head of a request is read",
         )
         running.balancer.adopt(by[b.url])
@@ -12561,9 +13368,11 @@ async def test_a_request_that_came_before_there_was_a_queue_does_not_wait_in_it(
     async with balancing(server) as running:
         early, before = await running.client(), await running.client()
         await early.ask("POST", "/v1/x", b"{}")
-        await before.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
+        await before.send(
+            b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\n{"model')
         await eventually(
-            lambda: len(running.core.clients.exchanges) == 2 and None not in running.core.clients.exchanges.values(),
+            lambda: len(running.core.clients.exchanges) == 2
+            and None not in running.core.clients.exchanges.values(),
             "the heads of two requests are read",
         )
         running.balancer.adopt(dataclasses.replace(running.core.settings, queue_size=1))
@@ -12577,10 +13386,12 @@ async def test_a_request_that_came_before_there_was_a_queue_does_not_wait_in_it(
 async def test_a_key_that_let_a_request_in_reaches_no_server_when_keys_are_given_up_meanwhile():
     async with balancing(server := Server(), keys=(lite.KeySettings("a", "sk-a"),)) as running:
         core, client = running.core, await running.client()
-        await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-a\r\n'
-                          b'Content-Length: 13\r\n\r\n{"model')  # fmt: skip
+        await client.send(b'POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: '
+                          b'Bearer sk-a\r\n'
+                          b'Content-Length: 13\r\n\r\n{"model')
         await eventually(
-            lambda: len(core.clients.exchanges) == 1 and None not in core.clients.exchanges.values(),
+            lambda: len(core.clients.exchanges) == 1
+            and None not in core.clients.exchanges.values(),
             "the head of a request is read",
         )
         running.balancer.adopt(dataclasses.replace(core.settings, keys=()))
@@ -12754,7 +13565,7 @@ def test_the_policy_allows_nothing_else() -> None:
     assert rest == {
         "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
         "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
-    }  # fmt: skip
+    }
     assert "unsafe" not in page_policy() and "\n" not in page_policy()
     assert page_policy() is page_policy()  # made once
 
@@ -12778,20 +13589,21 @@ def test_it_needs_nothing_from_outside(page: Page) -> None:
 
 
 def test_it_writes_what_it_is_told_as_text_alone() -> None:
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write", "Function(",
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write",
+                "Function(",
                 "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
-                "javascript:"):  # fmt: skip
+                "javascript:"):
         assert way not in STATUS_PAGE, way
     assert "textContent" in STATUS_PAGE
     assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
-        "points", "aria-label", "role"}  # fmt: skip
+        "points", "aria-label", "role"}
 
 
 def test_the_key_is_kept_in_memory_alone() -> None:
     for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
         assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
     assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
-        '  const headers = key ? { Authorization: "Bearer " + key } : {};']  # fmt: skip
+        '  const headers = key ? { Authorization: "Bearer " + key } : {};']
 
 
 web_KEYS = {
@@ -12803,10 +13615,11 @@ web_KEYS = {
               " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
               " last_errors decisions",
     "e": "time level text",
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("thing, key", [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
+@pytest.mark.parametrize("thing, key",
+                         [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
 def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
     script = blocks(page, "script")
     table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
@@ -12876,15 +13689,19 @@ KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
     ("no page", 404, {}, 1, ["/metrics answered 404"]),
     ("silence", 0, {}, 1, ["/metrics did not answer"]),
     ("another program's page", 200, {"": lite.EngineLoad()}, 1,
-     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
+     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, "
+      "vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
     ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
     ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
-    ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1, ["runs 2 engine(s)"]),
+    ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1,
+     ["runs 2 engine(s)"]),
     ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine(s)"]),
-))  # fmt: skip
+))
 def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
-    found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status, loads)
-    assert len(found) == len(words) and all(word in one.text and one.advice for word, one in zip(words, found))
+    found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status,
+                               loads)
+    assert (len(found) == len(words)
+            and all(word in one.text and one.advice for word, one in zip(words, found)))
 
 
 @pytest.mark.parametrize("streamed, word", table(
@@ -12893,7 +13710,7 @@ def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
     ("failed", lite.Streamed(500), "answered 500"),
     ("a key", lite.Streamed(401), "its key"),
     ("silence", None, "did not end within 5 s"),
-))  # fmt: skip
+))
 def test_what_a_stream_shows_to_be_amiss(streamed, word):
     found = lite.stream_findings(streamed, 5.0)
     assert len(found) == bool(word) and all(word in one.text and one.advice for one in found)
@@ -12904,16 +13721,17 @@ def test_what_a_stream_shows_to_be_amiss(streamed, word):
     ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
     ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
     ("no stream", None, ""),
-))  # fmt: skip
+))
 def test_what_a_second_stream_shows_of_an_idle_server(streamed, word):
     found = lite.buffered_findings(streamed)
-    assert len(found) == bool(word) == lite.came_at_once(streamed) and all(word in one.text for one in found)
+    assert (len(found) == bool(word) == lite.came_at_once(streamed)
+            and all(word in one.text for one in found))
 
 
 @pytest.mark.parametrize("load, idle", table(
     ("nothing to do", (0, 0), True), ("it runs one", (1, 0), False), ("one waits", (0, 1), False),
     ("it does not say", (None, None), False), ("only how many run", (0, None), True),
-))  # fmt: skip
+))
 def test_when_a_server_is_idle(load, idle):
     assert lite.is_idle({"": lite.EngineLoad(*load)}) is idle and not lite.is_idle({})
 
@@ -12922,39 +13740,49 @@ def test_when_a_server_is_idle(load, idle):
     ("twice, and idle", 2, 0, True, 2),
     ("once", 1, 0, False, 2),
     ("twice, but it was busy", 2, 3, False, 1),
-))  # fmt: skip
+))
 @asynchronous
-async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_idle_server(collected, load, told, streams):
+async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_idle_server(
+        collected, load, told, streams):
     async def answer(asked, conn):
         if len(server.asked) - 1 <= collected:  # but for /version
             await asyncio.sleep(0.06)
             return await conn.events(FIRST, *map(token, range(8)))
         return await conn.events(FIRST)
 
-    server = Server(answer, **{"/metrics": f"vllm:num_requests_running {load}\nvllm:num_requests_waiting 0\n"})
+    server = Server(answer,
+                    **{"/metrics": f"vllm:num_requests_running {load}\n"
+                                   f"vllm:num_requests_waiting 0\n"})
     async with server:
         s = Settings((lite.ServerSettings(server.url),))
         found = await lite.examine(s.servers[0], s, lite.Secrets(s))
-    assert any("buffered" in one.text for one in found.findings) is told and len(server.asked) == streams + 1
+    assert (any("buffered" in one.text for one in found.findings) is told
+            and len(server.asked) == streams + 1)
 
 
 @pytest.mark.parametrize("why, keys, advice", table(
     ("no key", "/v1/models answered 401", {}, "give the server an api_key"),
     ("a wrong key", "/v1/models answered 403", {"api_key": "x"}, "give the server another api_key"),
-    ("certificate", "cannot connect: certificate verify failed: self-signed certificate", {}, "ca_file"),
-    ("its time is up", "cannot connect: certificate verify failed: certificate has expired", {}, "renewed"),
-    ("another's", "certificate verify failed: IP address mismatch, certificate is not valid for '1.2.3.4'", {}, "a name that is in"),
-    ("ours is wanted", "the server's connection was lost: TLS: tlsv13 alert certificate required", {}, "client_cert"),
+    ("certificate", "cannot connect: certificate verify failed: self-signed certificate", {},
+     "ca_file"),
+    ("its time is up", "cannot connect: certificate verify failed: certificate has expired", {},
+     "renewed"),
+    ("another's",
+     "certificate verify failed: IP address mismatch, certificate is not valid for '1.2.3.4'", {},
+     "a name that is in"),
+    ("ours is wanted", "the server's connection was lost: TLS: tlsv13 alert certificate required",
+     {}, "client_cert"),
     ("no TLS at all", "cannot connect: TLS: wrong version number", {}, "http://"),
     ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
-))  # fmt: skip
+))
 def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
     assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
 
 
 @asynchronous
 async def test_a_server_that_says_nonsense_does_not_end_the_report():
-    for said in ('{"version": "\\u001b[2J\\n"}', "[" * 100_000, '{"version": "\\ud800"}', '{"version": [1]}'):
+    for said in ('{"version": "\\u001b[2J\\n"}', "[" * 100_000, '{"version": "\\ud800"}',
+                 '{"version": [1]}'):
         async with Server(**{"/version": said}) as server:
             s = Settings((lite.ServerSettings(server.url),))
             found = await lite.examine(s.servers[0], s, lite.Secrets(s))
@@ -12966,8 +13794,9 @@ def test_what_is_amiss_here():
     s = Settings(max_connections=1000, aliases={"gpt": "m", "old": "gone"}, default_model="gpt")
     found = lite.own_findings(s, seen, 480)
     assert [one.text.split(",")[0] for one in found] == [
-        "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]  # fmt: skip
-    assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []  # who knows what it serves
+        "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]
+    # who knows what it serves
+    assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []
 
 
 @asynchronous
@@ -12983,12 +13812,16 @@ async def test_a_server_is_examined():
         await asyncio.sleep(0.1)
         await conn.events(FIRST, *map(token, range(8)))
 
-    page = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\nvllm:generation_tokens_total 0\n"
-    async with Server(one_by_one, **{"/metrics": page}) as well, Server(collected, **{"/metrics": page}) as amiss:
+    page = ("vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
+            "vllm:generation_tokens_total 0\n")
+    async with Server(one_by_one, **{"/metrics": page}) as well, Server(
+            collected, **{"/metrics": page}) as amiss:
         s = Settings(tuple(lite.ServerSettings(one.url) for one in (well, amiss)))
         found = [await lite.examine(server, s, lite.Secrets(s)) for server in s.servers]
-    assert all(one.usable and list(one.models) == ["m"] and "first token after" in one.summary for one in found)
-    assert not found[0].findings and ["tokens came at once" in one.text for one in found[1].findings] == [True]
+    assert all(one.usable and list(one.models) == ["m"]
+               and "first token after" in one.summary for one in found)
+    assert (not found[0].findings
+            and ["tokens came at once" in one.text for one in found[1].findings] == [True])
     (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
     assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
 
@@ -13008,7 +13841,7 @@ def test_files_with_keys_that_others_may_read_are_found():
     found = [(one.text, one.advice) for one in lite.mode_findings(modes)]
     assert found == [("c holds a key and is open to others (mode 0644)", "chmod o-rwx c"),
                      ("d holds a key and is open to others (mode 0602)",
-                      "chmod o-rwx d")]  # fmt: skip
+                      "chmod o-rwx d")]
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -13019,7 +13852,8 @@ TINY = lite.Simulated(2, 0.001, 1e6)
 
 
 def prompt(stream=True, **more):
-    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5, **more}).encode()
+    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5,
+                       **more}).encode()
 
 
 @contextlib.asynccontextmanager
@@ -13037,12 +13871,16 @@ async def test_a_simulated_server_speaks_as_vllm_does():
         client = await running.client()
         got = await client.post(body=prompt(stream_options={"include_usage": True}), fields=AS_JSON)
         events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
-        assert got.body.endswith(DONE) and len(events) == 6 and got.get("content-type").startswith("text/event-stream")
+        assert (got.body.endswith(DONE) and len(events) == 6
+                and got.get("content-type").startswith("text/event-stream"))
         assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
-        assert events[5]["usage"]["completion_tokens"] == 5 and events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert (events[5]["usage"]["completion_tokens"] == 5
+                and events[0]["choices"][0]["delta"]["role"] == "assistant")
         plain = (await client.post(body=prompt(stream=False), fields=AS_JSON)).json
-        assert plain["object"] == "chat.completion" and len(plain["choices"][0]["message"]["content"].split()) == 5
-        text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"), AS_JSON)).json
+        assert (plain["object"] == "chat.completion"
+                and len(plain["choices"][0]["message"]["content"].split()) == 5)
+        text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"),
+                                  AS_JSON)).json
         assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
         assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
         page = (await lite.HttpClient(one.url).fetch("/metrics", 5))[1].decode()
@@ -13050,28 +13888,49 @@ async def test_a_simulated_server_speaks_as_vllm_does():
 
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
-REFUSED_BY_VLLM = table(  # method, path, content type, content, status, kind, parameter, words; as captured of vLLM 0.32
-    ("another type", "POST", CHATS, "text/plain", prompt(), 400, "Bad Request", None, "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"),
-    ("curl's, of a form", "POST", CHATS, "application/x-www-form-urlencoded", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
+# method, path, content type, content, status, kind, parameter, words; as captured of vLLM 0.32
+REFUSED_BY_VLLM = table(
+    ("another type", "POST", CHATS, "text/plain", prompt(), 400, "Bad Request", None,
+     "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"),
+    ("curl's, of a form", "POST", CHATS, "application/x-www-form-urlencoded", prompt(), 400,
+     "Bad Request", None, "Unsupported Media Type"),
     ("none", "POST", CHATS, "", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
-    ("a charset does not matter", "POST", CHATS, "Application/JSON; charset=utf-8", prompt(model="no"), 404, "NotFoundError", "model", "The model `no` does not exist. Valid aliases: demo-model."),
-    ("bad JSON", "POST", CHATS, "application/json", b'{"model": "demo-model", "a": }', 400, "Bad Request", "body.29", "'msg': 'JSON decode error'"),
-    ("no object", "POST", TEXTS, "application/json", b"[1, 2]", 400, "Bad Request", "body", "Input should be a valid dictionary"),
-    ("no messages", "POST", CHATS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request", "body.messages",
-     "{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of 1 items>'}"),
-    ("no prompt", "POST", TEXTS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request", "body.prompt", "Field required"),
-    ("colder than cold", "POST", CHATS, "application/json", prompt(temperature=-3.0), 400, "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
-    ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError", "max_tokens", "must be at least 1"),
-    ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400, "BadRequestError", "max_tokens", "max_tokens=99999 cannot be greater than max_model_len=8192."),
-    ("too long", "POST", TEXTS, "application/json", prompt(prompt="word " * 9000), 400, "BadRequestError", "input_tokens", "This model's maximum context length is 8192 tokens."),
-)  # fmt: skip
+    ("a charset does not matter", "POST", CHATS, "Application/JSON; charset=utf-8",
+     prompt(model="no"), 404, "NotFoundError", "model",
+     "The model `no` does not exist. Valid aliases: demo-model."),
+    ("bad JSON", "POST", CHATS, "application/json", b'{"model": "demo-model", "a": }', 400,
+     "Bad Request", "body.29", "'msg': 'JSON decode error'"),
+    ("no object", "POST", TEXTS, "application/json", b"[1, 2]", 400, "Bad Request", "body",
+     "Input should be a valid dictionary"),
+    ("no messages", "POST", CHATS, "application/json", b'{"model": "demo-model"}', 400,
+     "Bad Request", "body.messages",
+     "{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of "
+     "1 items>'}"),
+    ("no prompt", "POST", TEXTS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request",
+     "body.prompt", "Field required"),
+    ("colder than cold", "POST", CHATS, "application/json", prompt(temperature=-3.0), 400,
+     "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
+    ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError",
+     "max_tokens", "must be at least 1"),
+    ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400,
+     "BadRequestError", "max_tokens",
+     "max_tokens=99999 cannot be greater than max_model_len=8192."),
+    ("too long", "POST", TEXTS, "application/json", prompt(prompt="word " * 9000), 400,
+     "BadRequestError", "input_tokens", "This model's maximum context length is 8192 tokens."),
+)
 
 
-@pytest.mark.parametrize("method, path, kind, content, status, error, param, words", REFUSED_BY_VLLM)
-def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, content, status, error, param, words):
-    head, wanted = head_of(f"{method} {path} HTTP/1.1\nHost: a\nContent-Type: {kind}"), lite.read_members(content, None)
-    found, document = lite.simulated_refusal(head, content, wanted, lite.read_prompt(content, None, wanted, None), ("demo-model",))
-    assert (found, document["error"]["type"], document["error"]["param"], document["error"]["code"]) == (status, error, param, status)
+@pytest.mark.parametrize("method, path, kind, content, status, error, param, words",
+                         REFUSED_BY_VLLM)
+def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, content, status, error,
+                                                      param, words):
+    head, wanted = (head_of(f"{method} {path} HTTP/1.1\nHost: a\nContent-Type: {kind}"),
+                    lite.read_members(content, None))
+    found, document = lite.simulated_refusal(head, content, wanted,
+                                             lite.read_prompt(content, None, wanted, None),
+                                             ("demo-model",))
+    assert (found, document["error"]["type"], document["error"]["param"],
+            document["error"]["code"]) == (status, error, param, status)
     assert words in document["error"]["message"]
 
 
@@ -13079,12 +13938,15 @@ def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, conten
 async def test_a_simulated_server_refuses_over_the_wire_and_knows_its_methods():
     async with in_front_of(one := lite.SimulatedServer(TINY)) as running:
         client = await running.client()
-        assert (await client.post(body=prompt())).error["message"].endswith("Only 'application/json' is allowed")
+        assert (await client.post(body=prompt())).error["message"].endswith(
+            "Only 'application/json' is allowed")
         assert (await client.post(body=prompt(), fields=AS_JSON)).status == 200
-        direct = Client(*await asyncio.open_connection("127.0.0.1", int(one.url.rpartition(":")[2])))
+        direct = Client(*await asyncio.open_connection("127.0.0.1",
+                                                       int(one.url.rpartition(":")[2])))
         for method, path, allow in (("GET", CHATS, "POST"), ("POST", "/health", "GET")):
             got = await direct.get(path, method=method)
-            assert (got.status, got.get("allow"), got.json) == (405, allow, {"detail": "Method Not Allowed"})
+            assert (got.status, got.get("allow"),
+                    got.json) == (405, allow, {"detail": "Method Not Allowed"})
         assert running.states() == ["healthy"]
         direct.close()
 
@@ -13110,14 +13972,19 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
     bad, good = lite.SimulatedServer(TINY), lite.SimulatedServer(TINY)
     bad.capacity = 1000  # it is asked first
     async with in_front_of(bad, good, request_timeout=0.1) as running:
-        control = Client(*await asyncio.open_connection("127.0.0.1", int(bad.url.rpartition(":")[2])))
+        control = Client(*await asyncio.open_connection("127.0.0.1",
+                                                        int(bad.url.rpartition(":")[2])))
         assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
         assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
-        statuses = Counter([(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status for _ in range(10)])
+        statuses = Counter(
+            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
+             for _ in range(10)])
         assert statuses == {200: 10} and running.states() == ["unhealthy", "healthy"]
         assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
         running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
-        statuses = Counter([(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status for _ in range(10)])
+        statuses = Counter(
+            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
+             for _ in range(10)])
         assert statuses[504] == 2 and statuses[200] == 8
         control.close()
 
@@ -13127,7 +13994,7 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
 CLEAN = {key: value for key, value in os.environ.items()
-         if key not in {"CONFIG_PATH", *(f.metadata["env"] for f in lite.CONFIG_FIELDS.values())}}  # fmt: skip
+         if key not in {"CONFIG_PATH", *(f.metadata["env"] for f in lite.CONFIG_FIELDS.values())}}
 
 
 @functools.cache
@@ -13156,7 +14023,8 @@ def told_here(*args):
 def told(*args, cwd=None, **env):
     """(exit code, stdout, stderr) of a command that ends by itself."""
     with tempfile.TemporaryDirectory() as elsewhere:  # there may be log files
-        done = subprocess.run(command(*args), cwd=cwd or elsewhere, env=CLEAN | env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command(*args), cwd=cwd or elsewhere, env=CLEAN | env,
+                              capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -13166,26 +14034,32 @@ PYTHONS = {n: shutil.which(f"python3.{n}") for n in (8, 9, 10)}
 @pytest.mark.parametrize("minor", PYTHONS)
 def test_an_older_python_is_told_which_one_is_needed_and_which_was_found(minor):
     """Where there is none, its grammar at least must do for the file."""
-    if PYTHONS[minor] is None or subprocess.run([PYTHONS[minor], "-c", ""], capture_output=True).returncode:
+    if (PYTHONS[minor] is None
+        or subprocess.run([PYTHONS[minor], "-c", ""], capture_output=True).returncode):
         ast.parse(SOURCE, feature_version=(3, minor))
         assert not any(type(node).__name__ in ("Match", "TryStar") for node in ast.walk(TREE))
         return
-    done = subprocess.run([PYTHONS[minor], str(HERE / "mvllm_lite.py"), "demo"], capture_output=True, text=True)
+    done = subprocess.run([PYTHONS[minor], str(HERE / "mvllm_lite.py"), "demo"],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert re.match(rf"mvllm_lite needs Python 3\.11 or newer, this is Python 3\.{minor}\.\d+$", done.stderr)
+    assert re.match(rf"mvllm_lite needs Python 3\.11 or newer, this is Python 3\.{minor}\.\d+$",
+                    done.stderr)
 
 
 def test_pythons_that_cannot_read_the_file_show_the_line_that_says_what_is_needed():
     """The first line with a syntax of 3.8, of which all before it know nothing but comments."""
-    first = min(node.lineno for node in ast.walk(TREE) if isinstance(node, (ast.NamedExpr, ast.AnnAssign, ast.JoinedStr)))
+    first = min(node.lineno for node in ast.walk(TREE)
+                if isinstance(node, (ast.NamedExpr, ast.AnnAssign, ast.JoinedStr)))
     assert SOURCE.splitlines()[first - 1].endswith("# mvllm_lite needs Python 3.11 or newer")
     assert SOURCE.splitlines()[1] == "# coding: utf-8"
 
 
 def test_on_windows_it_says_a_sentence():
-    lines = f"import runpy, sys; sys.platform = 'win32'; runpy.run_path({str(HERE / 'mvllm_lite.py')!r}, run_name='__main__')"
+    lines = (f"import runpy, sys; sys.platform = 'win32'; "
+             f"runpy.run_path({str(HERE / 'mvllm_lite.py')!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-I", "-S", "-c", lines], capture_output=True, text=True)
-    assert done.returncode == 1 and "on Windows, use it in WSL" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (done.returncode == 1 and "on Windows, use it in WSL" in done.stderr
+            and len(done.stderr.splitlines()) == 1)
 
 
 def test_version_and_help():
@@ -13199,7 +14073,8 @@ def test_version_and_help():
 
 def test_what_cannot_be_started_says_why_in_one_place(tmp_path):
     code, out, err = told(cwd=tmp_path)
-    assert code == 1 and out == "" and err.startswith("mvllm_lite: servers.toml: cannot be read: no such file")
+    assert (code == 1 and out == ""
+            and err.startswith("mvllm_lite: servers.toml: cannot be read: no such file"))
     assert "demo" in err
     assert "did you mean check-config?" in told_here("check-confg")[2]
     assert told_here("a.toml", "--config", "b.toml")[0] == 2
@@ -13210,16 +14085,20 @@ def test_what_cannot_be_started_says_why_in_one_place(tmp_path):
     assert told_here("--server", "http://a", "--max-load", "1", "2")[0] == 1
     assert told_here("demo", "--servers", "0")[0] == 1
     code, _, err = told("run", "--server", "http://a", LOG_LEVEL="loud")
-    assert code == 1 and err.startswith("mvllm_lite: environment LOG_LEVEL: log_level: found 'loud', expected one of")
+    assert (code == 1
+            and err.startswith(
+                "mvllm_lite: environment LOG_LEVEL: log_level: found 'loud', expected one of"))
 
 
 def test_a_busy_port_is_one_clear_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        args = ["--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", str(taken.getsockname()[1])]
+        args = ["--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port",
+                str(taken.getsockname()[1])]
         code, _, err = told(*args)
-    assert code == 1 and err.startswith("mvllm_lite: --host, --port: cannot listen on 127.0.0.1:") and "address already in use" in err
+    assert (code == 1 and err.startswith("mvllm_lite: --host, --port: cannot listen on 127.0.0.1:")
+            and "address already in use" in err)
     assert len(err.splitlines()) == 1
 
 
@@ -13233,13 +14112,15 @@ PRECEDENCE = table(
 
 
 @pytest.mark.parametrize("host, flags, listens, warned", table(
-    ("conda's", "x86_64-conda-linux-gnu", [], "0.0.0.0", ["environment HOST: host: found 'x86_64-conda-linux-gnu', expected an IP address or localhost; ignored"]),
+    ("conda's", "x86_64-conda-linux-gnu", [], "0.0.0.0",
+     ["environment HOST: host: found 'x86_64-conda-linux-gnu', expected an IP address or "
+      "localhost; ignored"]),
     ("a flag says another", "x86_64-conda-linux-gnu", ["--host", "h"], "h", []),
     ("an address", "10.0.0.1", [], "10.0.0.1", []),
     ("of six", "::1", [], "::1", []),
     ("localhost", "LocalHost", [], "LocalHost", []),
     ("none", "", [], "0.0.0.0", []),
-))  # fmt: skip
+))
 def test_a_host_of_the_environment_that_is_no_address_is_ignored(host, flags, listens, warned):
     for words in (["run", *flags], ["check-config"]):
         args, environ = lite.argument_parser().parse_args(words), {"HOST": host, "PORT": "7"}
@@ -13259,21 +14140,26 @@ def test_the_demo_may_say_each_request_on_a_terminal():
 @pytest.mark.parametrize("argv, environ, config, port", PRECEDENCE)
 def test_flag_environment_file_default(argv, environ, config, port):
     args = lite.argument_parser().parse_args(["run", *argv])
-    settings, _ = lite.parse_settings(f"servers = []\n[config]\n{config}", "s", lite.overrides_from(args, environ))
+    settings, _ = lite.parse_settings(f"servers = []\n[config]\n{config}", "s",
+                                      lite.overrides_from(args, environ))
     assert settings.port == port
 
 
 def test_every_environment_variable_of_the_seeds_is_known():
     known = {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} - {""}
-    assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS", "HEALTH_CHECK_INTERVAL",
-                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR"}  # fmt: skip
+    assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS",
+                     "HEALTH_CHECK_INTERVAL",
+                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR"}
     args = lite.argument_parser().parse_args(
-        ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level", "debug",
-         "--server", "http://b", "--max-load", "1", "--max-load", "2"])  # fmt: skip
+        ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level",
+         "debug",
+         "--server", "http://b", "--max-load", "1", "--max-load", "2"])
     settings, _ = lite.parse_settings("servers = []", "s", lite.overrides_from(args, {}))
-    assert (settings.host, settings.port, settings.log_to_console, settings.show_models, settings.log_level) == (
-        "h", 1, True, True, "DEBUG")  # fmt: skip
-    assert [(s.url, s.max_concurrent_requests) for s in settings.servers] == [("http://a", 1), ("http://b", 2)]
+    assert (settings.host, settings.port, settings.log_to_console, settings.show_models,
+            settings.log_level) == (
+        "h", 1, True, True, "DEBUG")
+    assert ([(s.url, s.max_concurrent_requests) for s in settings.servers]
+            == [("http://a", 1), ("http://b", 2)])
 
 
 @contextlib.asynccontextmanager
@@ -13323,7 +14209,8 @@ def audit(event, args):
     kind = {"socket.bind": "bind", "socket.connect": "connect"}.get(event)
     if kind:
         did[kind].append(list(args[1][:2]) if isinstance(args[1], tuple) else str(args[1]))
-    elif event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system"):
+    elif event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", \
+"os.system"):
         did["process"].append(event)
 
 sys.addaudithook(audit)
@@ -13336,7 +14223,8 @@ print(json.dumps({"code": code, "ruler": ruler, "below": sorted(below), **did}),
 
 
 @asynchronous
-async def test_with_a_file_of_five_lines_nothing_below_the_ruler_runs_and_nobody_else_is_asked(tmp_path):
+async def test_with_a_file_of_five_lines_nothing_below_the_ruler_runs_and_nobody_else_is_asked(
+        tmp_path):
     async def refuse(asked, conn):
         await conn.json(b"{}", "503 X")
 
@@ -13386,7 +14274,8 @@ async def test_the_demo_streams_an_answer_and_prints_how_to_get_one():
         got = await client.post(body=prompt(), fields=AS_JSON)
         assert got.status == 200 and got.body.endswith(DONE)
         line = await line_with(child, f"id={got.get('x-request-id')}")
-        assert all(word in line for word in ("status=200", "end=complete", "model=demo-model", "attempts=1"))
+        assert all(word in line
+                   for word in ("status=200", "end=complete", "model=demo-model", "attempts=1"))
         client.close()
 
 
@@ -13406,7 +14295,8 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
             await line_with(child, "2 servers, nothing changed")
             path.write_text(settings_text(a, b, config_reload_interval=3600, prot=80))
             child.send_signal(signal.SIGHUP)
-            await line_with(child, "WARNING", "config.prot: unknown key, ignored; did you mean port?")
+            await line_with(child, "WARNING",
+                            "config.prot: unknown key, ignored; did you mean port?")
             await line_with(child, "2 servers, nothing changed")
             path.write_text(settings_text(a, b, config_reload_interval=-1))
             for _ in range(2):  # asked for twice, answered twice
@@ -13418,7 +14308,8 @@ async def test_a_process_follows_its_file_at_sighup_and_stops_at_sigterm(tmp_pat
 def written(path):
     """What is in a log and in its old, compressed files; and how many there are."""
     old = sorted(path.parent.glob(f"{path.name}.*.gz"))
-    return "".join(gzip.decompress(one.read_bytes()).decode() for one in old) + path.read_text(), 1 + len(old)
+    return ("".join(gzip.decompress(one.read_bytes()).decode() for one in old) + path.read_text(),
+            1 + len(old))
 
 
 @asynchronous
@@ -13430,8 +14321,10 @@ async def test_requests_and_transitions_are_in_files(tmp_path):
             port = re.search(r":(\d+) for 2", await line_with(child, "listens on"))[1]
             await line_with(child, a.url, "is healthy")
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
-            assert (await client.post(body=CHAT, fields=["Authorization: Bearer sk-secret"])).status == 200
-            assert "status=200" in await line_with(child, "path=/v1/chat/completions")  # on stdout, too
+            assert ((await client.post(body=CHAT,
+                                       fields=["Authorization: Bearer sk-secret"])).status == 200)
+            # on stdout, too
+            assert "status=200" in await line_with(child, "path=/v1/chat/completions")
             client.close()
             whole = logs / "mvllm-lite.log"
             await eventually(
@@ -13441,19 +14334,22 @@ async def test_requests_and_transitions_are_in_files(tmp_path):
             child.send_signal(signal.SIGHUP)
             await line_with(child, "nothing changed")
     assert "nothing changed" in whole.read_text() and "stopped" in whole.read_text()
-    lines = [json.loads(line) for line in (logs / "mvllm-lite-structured.log").read_text().splitlines()]
+    lines = [json.loads(line)
+             for line in (logs / "mvllm-lite-structured.log").read_text().splitlines()]
     (request,) = [line for line in lines if line["event"] == "request"]
     assert request["attempts"] == [{"server": request["server"], "reason": "alone", "result": "ok"}]
     assert request["status"] == 200 and request["model"] == "m" and request["end"] == "complete"
     assert {"server": b.url, "to": "healthy"}.items() <= next(
-        line for line in lines if line["event"] == "transition" and line["server"] == b.url).items()  # fmt: skip
-    assert "secret" not in "".join(one.read_text() for one in logs.iterdir()) and not (logs / "mvllm-lite-error.log").read_text()
+        line for line in lines if line["event"] == "transition" and line["server"] == b.url).items()
+    assert ("secret" not in "".join(one.read_text() for one in logs.iterdir())
+            and not (logs / "mvllm-lite-error.log").read_text())
 
 
 @asynchronous
 async def test_where_no_files_can_be_written_there_is_a_warning(tmp_path):
     (tmp_path / "logs").write_text("a file")
-    async with Server() as server, process("--server", server.url, "--port", "0", cwd=tmp_path) as child:
+    async with Server() as server, process("--server", server.url, "--port", "0",
+                                           cwd=tmp_path) as child:
         for name in ("mvllm-lite.log", "mvllm-lite-error.log", "mvllm-lite-structured.log"):
             await line_with(child, "WARNING", f"no log file 'logs/{name}': not a directory")
         await line_with(child, "is healthy")
@@ -13484,17 +14380,21 @@ def test_two_processes_that_write_one_log_lose_nothing(tmp_path):
     for n in range(60):
         write(files[n % 2], f"{n:04d} {'x' * 90}")
     found, count = written(path)
-    assert sorted(line[:4] for line in found.splitlines()) == [f"{n:04d}" for n in range(60)] and count < 12
+    assert (sorted(line[:4] for line in found.splitlines()) == [f"{n:04d}" for n in range(60)]
+            and count < 12)
 
 
 def test_a_log_that_cannot_be_rotated_goes_on(tmp_path, monkeypatch, caplog):
     path = tmp_path / "x.log"
-    monkeypatch.setattr(lite.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(lite.shutil, "copyfileobj",
+                        lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     file = lite.LogFile(str(path), 100, 1)
     write(file, *(f"{n:04d} {'x' * 90}" for n in range(10)))
     found = sorted(one for one in tmp_path.iterdir())
-    assert sum(len(one.read_text().splitlines()) for one in found) == 10 and not [one for one in found if "part" in one.name]
-    assert caplog.text.count("is not rotated: no space left on device") == 1  # and not again before a while
+    assert (sum(len(one.read_text().splitlines()) for one in found) == 10
+            and not [one for one in found if "part" in one.name])
+    # and not again before a while
+    assert caplog.text.count("is not rotated: no space left on device") == 1
 
 
 def test_a_directory_of_logs_that_vanishes_is_made_again(tmp_path):
@@ -13547,7 +14447,8 @@ def test_lines_that_come_together_are_written_together_and_all_of_them():
     for n in range(1000):
         writer.say(str(n))
     writer.stop()
-    assert "\n".join(said.batches).split("\n") == list(map(str, range(1000))) and len(said.batches) < 100
+    assert ("\n".join(said.batches).split("\n") == list(map(str, range(1000)))
+            and len(said.batches) < 100)
 
 
 def test_lines_for_what_is_stuck_are_bounded_and_counted_and_do_not_delay_the_end():
@@ -13584,46 +14485,57 @@ def test_a_warning_that_comes_again_and_again_is_a_line_and_a_count(monkeypatch)
     writer = lite.Writer(said)
     handler = lite.LineWriter(writer)
     broken = (ValueError, ValueError("x"), None)
-    for level, text, error in ((30, "full", None), (30, "full", None), (30, "full", None), (20, "info", None), (20, "info", None),
-                               (40, "mistake", broken), (40, "mistake", broken), (30, "full", None), (30, "full", None)):  # fmt: skip
+    for level, text, error in ((30, "full", None), (30, "full", None), (30, "full", None),
+                               (20, "info", None), (20, "info", None),
+                               (40, "mistake", broken), (40, "mistake", broken), (30, "full", None),
+                               (30, "full", None)):
         handler.handle(logging.LogRecord("x", level, "", 0, text, (), error))
     handler.say_repeats()
     writer.stop()
-    words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines() if line[:2] == "20"]
-    assert words == ["WARNING full", "WARNING 2 times more: full", "INFO info", "INFO info", "ERROR mistake", "ERROR mistake",
-                     "WARNING full", "WARNING 1 times more: full"]  # fmt: skip
+    words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines()
+             if line[:2] == "20"]
+    assert words == ["WARNING full", "WARNING 2 times more: full", "INFO info", "INFO info",
+                     "ERROR mistake", "ERROR mistake",
+                     "WARNING full", "WARNING 1 times more: full"]
 
 
 def test_what_is_of_one_kind_is_counted_though_other_lines_stand_between():
     said = Said()
     writer = lite.Writer(said)
     handler = lite.LineWriter(writer)
-    for at, text, kind in ((1000.0, "still for 1 s", "stall"), (1001.0, "info", ""), (1002.0, "still for 2 s", "stall"),
-                           (1003.0, "info", ""), (1004.0, "still for 3 s", "stall"), (1061.0, "still for 4 s", "stall")):
+    for at, text, kind in ((1000.0, "still for 1 s", "stall"), (1001.0, "info", ""),
+                           (1002.0, "still for 2 s", "stall"),
+                           (1003.0, "info", ""), (1004.0, "still for 3 s", "stall"),
+                           (1061.0, "still for 4 s", "stall")):
         record = logging.LogRecord("x", 30 if kind else 20, "", 0, text, (), None)
         record.created = at
         vars(record).update({"kind": kind} if kind else {})
         handler.handle(record)
     writer.stop()
     words = [line.split(" ", 1)[1] for line in "\n".join(said.batches).splitlines()]
-    assert words == ["WARNING still for 1 s", "INFO info", "INFO info", "WARNING 2 times more: stall", "WARNING still for 4 s"]
+    assert words == ["WARNING still for 1 s", "INFO info", "INFO info",
+                     "WARNING 2 times more: stall", "WARNING still for 4 s"]
 
 
-def test_compiled_and_cut_off_from_its_surroundings_it_is_small_and_imports_nothing_from_there(tmp_path):
-    compiled = py_compile.compile(str(HERE / "mvllm_lite.py"), str(tmp_path / "mvllm_lite.pyc"), doraise=True)
+def test_compiled_and_cut_off_from_its_surroundings_it_is_small_and_imports_nothing_from_there(
+        tmp_path):
+    compiled = py_compile.compile(str(HERE / "mvllm_lite.py"), str(tmp_path / "mvllm_lite.pyc"),
+                                  doraise=True)
     (tmp_path / "argparse.py").write_text("print('from here')")
     args = ["--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen([sys.executable, "-I", "-S", compiled, *args], cwd=tmp_path, env=CLEAN,
-                          stdout=subprocess.PIPE, text=True) as child:  # fmt: skip
+                          stdout=subprocess.PIPE, text=True) as child:
         said = itertools.takewhile(lambda line: "listens on" not in line, child.stdout)
         assert "from here\n" not in said
         status = Path(f"/proc/{child.pid}/status").read_text()
-        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000  # with a syntax tree: 59,000
+        # with a syntax tree: 59,000
+        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000
         child.terminate()
 
 
 def test_an_isolated_python_without_site_packages_runs_the_demo():
-    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "demo", "--servers", "1", "--port", "0"]
+    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "demo", "--servers", "1",
+               "--port", "0"]
     with subprocess.Popen(command, env=CLEAN, stdout=subprocess.PIPE, text=True) as child:
         assert any("listens on" in line for line in child.stdout)
         child.terminate()
@@ -13677,9 +14589,11 @@ def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
     assert (new.entries, new.report()) == (old.entries, old.report())
     assert new.report() == {"added": ["http://a", "http://c"], "removed": ["http://b"],
                             "drained": ["http://a"], "weights": {"http://a": 2.0}}
-    for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""), ('{"url": "http://a", "weight": "heavy"}', ""), ("", '"a": [NaN, 1]')):
+    for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""),
+                           ('{"url": "http://a", "weight": "heavy"}', ""), ("", '"a": [NaN, 1]')):
         with pytest.raises((ValueError, TypeError, KeyError, lite.SettingsError)):
-            new.load('{"added": [%s], "removed": [], "drained": [], "weights": {%s}}' % (added, weights))
+            new.load('{"added": [%s], "removed": [], "drained": [], "weights": {%s}}'
+                     % (added, weights))
     for text in ("", "[]", "{}"):
         with pytest.raises((ValueError, TypeError, KeyError)):
             new.load(text)
@@ -13717,10 +14631,12 @@ async def test_systemd_s_watchdog_is_fed(tmp_path):
         systemd.bind(str(tmp_path / "notify"))
         systemd.setblocking(False)
         args = ("run", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1", "--port", "0")
-        async with process(*args, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="20000") as child:
+        async with process(*args, NOTIFY_SOCKET=str(tmp_path / "notify"),
+                           WATCHDOG_USEC="20000") as child:
             said = [await asyncio.get_running_loop().sock_recv(systemd, 100) for _ in range(5)]
             assert said.count(b"WATCHDOG=1") == 4
-            await line_with(child, "127.0.0.1:1 is unhealthy")  # it serves on, although nobody reads any more
+            # it serves on, although nobody reads any more
+            await line_with(child, "127.0.0.1:1 is unhealthy")
             await eventually(
                 lambda: nobody_can_send(tmp_path / "notify"),
                 "the socket of the notifications is full",
@@ -13789,14 +14705,16 @@ async def test_a_new_process_takes_over_without_a_gap(tmp_path, by):
         await long.ask("POST", "/v1/x", b'{"stream":true,"wait":1}')
         await long.reader.readuntil(chunk(FIRST))
         assert await answering() == child.pid
-        assert (await change("POST", "", body=b'{"url": "http://127.0.0.1:9", "api_key": "k", "weight": 2}')).status == 200
+        assert (await change("POST", "", body=b'{"url": "http://127.0.0.1:9", "api_key": "k", '
+                                              b'"weight": 2}')).status == 200
         assert (await change("POST", "/drain?url=127.0.0.1:9")).status == 200
         changed = (await change("GET", "", "/status.json")).json["live"]
         assert changed["added"] == changed["drained"] == ["http://127.0.0.1:9"]
         if by == "signal":
             child.send_signal(signal.SIGUSR2)
         else:
-            upgrade = await asyncio.create_subprocess_exec(*command("upgrade", str(path)), env=CLEAN, stdout=-1)
+            upgrade = await asyncio.create_subprocess_exec(*command("upgrade", str(path)),
+                                                           env=CLEAN, stdout=-1)
             out, _ = await upgrade.communicate()
             assert upgrade.returncode == 0 and f"in place of {child.pid}".encode() in out
 
@@ -13888,7 +14806,8 @@ SHORT_LIVED = """if True:
 
 @pytest.mark.parametrize("end, code", [("0", "0"), ("3", "3"), ("kill", "-9")])
 @asynchronous
-async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(tmp_path, caplog, end, code):
+async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(
+        tmp_path, caplog, end, code):
     async with balancing(Server()) as running:
         balancer, taken_back = running.balancer, asyncio.Event()
         balancer.handover.taken_back = taken_back.set
@@ -13922,12 +14841,16 @@ async def test_a_predecessor_leaves_once_its_successor_has_served_for_a_while(tm
 @asynchronous
 async def test_no_prompt_and_no_key_is_ever_logged():
     async with Server() as server:
-        async with process("run", "--server", server.url, "--host", "127.0.0.1", "--port", "0", "--log-level", "debug") as child:
-            port = int((await line_with(child, "listens on")).partition("http://127.0.0.1:")[2].split()[0])
+        async with process("run", "--server", server.url, "--host", "127.0.0.1", "--port", "0",
+                           "--log-level", "debug") as child:
+            port = int(
+                (await line_with(child, "listens on")).partition("http://127.0.0.1:")[2].split()[0])
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
             for body in (b'{"model":"m","prompt":"SECRET"}', b"SECRET{"):
-                await client.post("/v1/completions?key=SECRET", body, ["Authorization: Bearer SECRET", "Cookie: SECRET"])
-            await client.send(b"POST /v1/x?SECRET HTTP/1.1\r\nHost: a\r\nAuthorization : SECRET\r\n\r\n")
+                await client.post("/v1/completions?key=SECRET", body,
+                                  ["Authorization: Bearer SECRET", "Cookie: SECRET"])
+            await client.send(
+                b"POST /v1/x?SECRET HTTP/1.1\r\nHost: a\r\nAuthorization : SECRET\r\n\r\n")
             assert (await client.answer()).status == 400
             client.close()
             child.terminate()
@@ -13951,12 +14874,14 @@ def test_check_config_adds_up_what_the_balancer_will(servers, total):
 async def test_check_config_asks_every_server(tmp_path):
     async def check(*args):
         pipe = asyncio.subprocess.PIPE
-        child = await asyncio.create_subprocess_exec(*command("check-config", *args), env=CLEAN, stdout=pipe, stderr=pipe)
+        child = await asyncio.create_subprocess_exec(*command("check-config", *args), env=CLEAN,
+                                                     stdout=pipe, stderr=pipe)
         out, err = await child.communicate()
         return child.returncode, out.decode(), err.decode()
 
     path = tmp_path / "servers.toml"
-    async with Server(models=["a", "b"], **{"/version": '{"version":"0.32.0"}'}) as good, Server() as dead:
+    async with Server(models=["a", "b"],
+                      **{"/version": '{"version":"0.32.0"}'}) as good, Server() as dead:
         await dead.kill()
         path.write_text(settings_text(good, dead,
                                       max_retrys=3) + '\n[[keys]]\nname = "a"\nkey = "k"\n')
@@ -13966,7 +14891,8 @@ async def test_check_config_asks_every_server(tmp_path):
         assert said in out
         assert code == 0 and f"warning: {path}:10: config.max_retrys: unknown key" in out
         assert f"try: curl -v {dead.url}/v1/models" in out
-        assert f"{good.url}  capacity 5  usable, answered in " in out and "vLLM 0.32.0  models: a, b" in out
+        assert (f"{good.url}  capacity 5  usable, answered in " in out
+                and "vLLM 0.32.0  models: a, b" in out)
         assert f"{dead.url}  capacity 5  NOT USABLE: cannot connect: connection refused" in out
         assert f"{path}: 2 servers, total capacity 10, 1 usable" in out
         path.write_text(settings_text(dead))
@@ -13977,7 +14903,8 @@ async def test_check_config_asks_every_server(tmp_path):
 
 def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     path = tmp_path / "servers.toml"
-    path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nhost = "127.0.0.1"\nport = 0\n')
+    path.write_text(
+        'servers = [{url = "http://127.0.0.1:1"}]\n[config]\nhost = "127.0.0.1"\nport = 0\n')
     child = terminal.run(sys.executable, str(HERE / "mvllm_lite.py"), str(path), cwd=tmp_path)
     terminal.read_until("127.0.0.1:1 ", "0 of 1 healthy", "q quit")
     terminal.press(b"q")
@@ -13994,12 +14921,14 @@ HELD = (lite.Exchange, lite.Wire, lite.Response, lite.Pump, lite.Attempt, lite.L
 
 
 def footprint(running):
-    """What would grow if something were not let go of.  Idle connections to servers may stay, so they are ended."""
+    """What would grow if something were not let go of.  Idle connections to servers may stay, so
+    they are ended."""
     for pool in running.core.pools.by_server.values():
         pool.close()
     gc.collect()
     found = Counter(type(one).__name__ for one in gc.get_objects() if type(one) in HELD)
-    return found + Counter(tasks=len(asyncio.all_tasks()), descriptors=len(os.listdir("/proc/self/fd")))
+    return found + Counter(tasks=len(asyncio.all_tasks()),
+                           descriptors=len(os.listdir("/proc/self/fd")))
 
 
 async def settled(running):
@@ -14011,10 +14940,12 @@ async def settled(running):
 
 
 async def at_rest(running, limit=None):
-    """The footprint once it has stopped changing and is within the limit; or, if it will not be, as it is after a time
+    """The footprint once it has stopped changing and is within the limit; or, if it will not be, as
+    it is after a time
     in which everything that lingers has ended."""
     await running.quiet()
-    until, last = asyncio.get_running_loop().time() + max(2 * lite.LINGER_S, lite.POOL_IDLE_S + 1.5), None
+    until, last = asyncio.get_running_loop().time() + max(2 * lite.LINGER_S,
+                                                          lite.POOL_IDLE_S + 1.5), None
     while (now := await settled(running)) != last or (limit and not now <= limit):
         if asyncio.get_running_loop().time() > until:
             break
@@ -14036,7 +14967,8 @@ async def to_its_end(reader):
     return raw
 
 
-# Clients that do what they should not.  They ask a server that does as the request's first word says.
+# Clients that do what they should not.  They ask a server that does as the request's first word
+# says.
 
 STORM_KEY = lite.KeySettings("storm", "sk-storm")
 STORM_HEAD = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer sk-storm\r\n"
@@ -14047,30 +14979,39 @@ def storming(body, fields=b"", head=STORM_HEAD):
 
 
 REFUSED = (  # what is sent, and the status of the answer
-    (storming(b"400"), 400), (storming(b"404"), 404), (storming(b"422"), 422), (storming(b"413"), 413),
-    (storming(b"429"), 429), (storming(b"{", b"Content-Type: application/json\r\n"), 200),  # for the server to judge
+    (storming(b"400"), 400), (storming(b"404"), 404), (storming(b"422"), 422),
+    (storming(b"413"), 413),
+    # for the server to judge
+    (storming(b"429"), 429), (storming(b"{", b"Content-Type: application/json\r\n"), 200),
     (storming(b"x", head=STORM_HEAD.replace(b"/v1/x", b"/nowhere")), 404),
     (storming(b"x", head=STORM_HEAD.replace(b"POST /v1/x", b"DELETE /health")), 405),
     (storming(b"x", head=STORM_HEAD.replace(b"sk-storm", b"sk-other")), 401),
     (storming(b'{"model":"nope"}'), 404), (storming(b'{"kv_transfer_params":{}}'), 400),
-    (storming(b"x" * 10_001), 413), (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 10_001), 413),
+    (storming(b"x" * 10_001), 413),
+    (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 10_001), 413),
     (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
     (STORM_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
-    (STORM_HEAD + b"Content-Length: 1, 2\r\n\r\nx", 400), (storming(b"x", b"Expect: gold\r\n"), 417),
+    (STORM_HEAD + b"Content-Length: 1, 2\r\n\r\nx", 400),
+    (storming(b"x", b"Expect: gold\r\n"), 417),
     (STORM_HEAD + b"X: " + b"x" * 5000 + b"\r\n\r\n", 431), (b"GET /" + b"x" * 5000, 414),
-    (b"GET /v1/x HTTP/1.1\r\n\r\n", 400), (b"\0\1\2 HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/3.0\r\n\r\n", 505),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400), (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", 501),
-)  # fmt: skip
+    (b"GET /v1/x HTTP/1.1\r\n\r\n", 400), (b"\0\1\2 HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/3.0\r\n\r\n", 505),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+    (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", 501),
+)
 LEFT = (  # what is sent, whether a server hears of it, and what the client sees before it leaves
     (b"", False, b""), (STORM_HEAD, False, b""), (b"\r\n\r\nPO", False, b""),
-    (storming(b"x" * 9000)[:-1], False, b""), (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nx", False, b""),
-    (storming(b"nothing"), False, b""), (storming(b"plain"), False, b""), (storming(b"stream"), False, b""),
-    (storming(b"nothing") * 3, True, b""), (storming(b"nothing"), True, b""), (storming(b"held"), True, b""),
+    (storming(b"x" * 9000)[:-1], False, b""),
+    (STORM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\nx", False, b""),
+    (storming(b"nothing"), False, b""), (storming(b"plain"), False, b""),
+    (storming(b"stream"), False, b""),
+    (storming(b"nothing") * 3, True, b""), (storming(b"nothing"), True, b""),
+    (storming(b"held"), True, b""),
     (storming(b"plain"), True, b"\r\n\r\nabc"), (storming(b"stream"), True, FIRST),
     (storming(b"stream") + b"GET /health", True, FIRST),
-)  # fmt: skip
+)
 BEGUN = {b"nothing": b"", b"held": STREAM_HEAD, b"stream": STREAM_HEAD + chunk(FIRST),
-         b"plain": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc"}  # fmt: skip
+         b"plain": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc"}
 
 
 def leave(client, how):
@@ -14108,12 +15049,14 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
                 break
             body = b"%s %d %d" % (b"good" if n % 2 else b"plain?", name, n)
             got = await client.post("/v1/x", body, bearer("sk-storm"))
-            good.append(got.status == 200 and body in got.body and (n % 2 == 0 or got.body.endswith(DONE)))
+            good.append(got.status == 200 and body in got.body
+                        and (n % 2 == 0 or got.body.endswith(DONE)))
         client.close()
 
     async def bad(n, said, then, shown=None, how=None):
         client, name = await running.client(), f"{draw.getrandbits(64):x}"
-        await client.send(said.replace(b"Host: a\r\n", b"Host: a\r\nX-Request-Id: %s\r\n" % name.encode()))
+        await client.send(said.replace(b"Host: a\r\n",
+                                       b"Host: a\r\nX-Request-Id: %s\r\n" % name.encode()))
         if how is None:
             with contextlib.suppress(ConnectionResetError):  # what it still had to say is cut off
                 assert (await client.answer()).status == then, said
@@ -14139,7 +15082,8 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
     servers = [Server(answer) for _ in range(3)]
     for server in servers:
         server.capacity = 6  # so that some wait in the queue
-    limits = {"max_body_bytes": 10_000, "max_head_bytes": 4000, "queue_size": 1000, "keys": (STORM_KEY,)}
+    limits = {"max_body_bytes": 10_000, "max_head_bytes": 4000, "queue_size": 1000,
+              "keys": (STORM_KEY,)}
     async with balancing(*servers, **limits) as running:
         client = await running.client()
         assert (await client.post(body=b"good", fields=bearer("sk-storm"))).status == 200
@@ -14155,12 +15099,14 @@ async def test_a_thousand_bad_requests_among_good_ones_leave_nothing_behind():
         assert not running.core.clients.exchanges and running.core.clients.forwarding == 0
         assert not any(running.core.requests.running.values())
         assert running.states() == ["healthy"] * 3
-        assert running.core.metrics.transitions.children.keys() == {(server.url, "healthy") for server in servers}
+        assert (running.core.metrics.transitions.children.keys()
+                == {(server.url, "healthy") for server in servers})
         assert not any(view.health.request_failures for view in running.views())
         results = {result for _, result in running.core.metrics.attempts.children}
         assert results == {"ok", "abandoned", "server_busy", "not_there"}
         assert not sum(running.core.metrics.errors.children.values())
-        one = dataclasses.replace(STORM_KEY, max_requests=1)  # whoever had not left would be in the way
+        # whoever had not left would be in the way
+        one = dataclasses.replace(STORM_KEY, max_requests=1)
         running.balancer.adopt(dataclasses.replace(running.core.settings, keys=(one,)))
         client = await running.client()
         assert (await client.post(body=b"good", fields=bearer("sk-storm"))).status == 200
@@ -14197,7 +15143,8 @@ async def test_who_has_tried_all_there_are_is_in_nobody_s_way(busy):
         for _ in range(20):
             gate.release()
         answers = asyncio.gather(*(client.answer() for client in clients))
-        assert [got.status for got in await asyncio.wait_for(answers, 5)] == [int(busy), 200, 200, 200]
+        assert ([got.status for got in await asyncio.wait_for(answers, 5)]
+                == [int(busy), 200, 200, 200])
         assert (await asyncio.wait_for(clients[0].post("/v1/x", b""), 5)).status == 200
 
 
@@ -14257,7 +15204,8 @@ async def test_a_server_that_comes_and_goes_costs_no_request_that_had_not_begun(
             head = await client.reader.readuntil(b"\r\n\r\n")
             raw = await to_its_end(client.reader)
             whole = raw.endswith(chunk(DONE) + b"0\r\n\r\n")
-            ends[head.split()[1], "whole" if whole else "told" if b'data: {"error"' in raw else "cut"] += 1
+            ends[head.split()[1],
+                 "whole" if whole else "told" if b'data: {"error"' in raw else "cut"] += 1
             if not whole:
                 client = await running.client()
 
@@ -14286,11 +15234,13 @@ async def test_when_all_servers_are_gone_it_is_said_at_once_and_forgotten_when_t
         clients = [await running.client() for _ in range(5)]
 
         async def statuses():
-            found = await asyncio.wait_for(asyncio.gather(*(client.post() for client in clients)), 3)
+            found = await asyncio.wait_for(asyncio.gather(*(client.post() for client in clients)),
+                                           3)
             for got in found:
                 assert got.status in (200, 502, 503)
                 if got.status != 200:
-                    assert set(got.error) == {"message", "type", "param", "code"} and got.error["code"] == got.status
+                    assert (set(got.error) == {"message", "type", "param", "code"}
+                            and got.error["code"] == got.status)
                     assert got.status == 502 or 1 <= int(got.get("retry-after")) <= 30
             return {got.status for got in found}
 
@@ -14308,7 +15258,8 @@ async def test_when_all_servers_are_gone_it_is_said_at_once_and_forgotten_when_t
 
 
 class Unaccepting:
-    """A socket that listens where a server was and never accepts; the kernel does, for as many as its backlog takes."""
+    """A socket that listens where a server was and never accepts; the kernel does, for as many as
+    its backlog takes."""
 
     def __init__(self, port, backlog, filled):
         self.sock, self.others = socket.create_server(("127.0.0.1", port), backlog=backlog), []
@@ -14345,10 +15296,12 @@ def turned(how):
     ("it hangs before its head", "hangs", 2, 504),
 ))
 @asynchronous
-async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_allow_it(how, size, status, allowed):
+async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_allow_it(
+        how, size, status, allowed):
     bad, good = Server(), Server()
     bad.capacity = 1000
-    times = {"request_timeout": 0.3, "connect_timeout": 0.3, "retry_timed_out": allowed, "failure_threshold": 99}
+    times = {"request_timeout": 0.3, "connect_timeout": 0.3, "retry_timed_out": allowed,
+             "failure_threshold": 99}
     async with balancing(bad, good, **times) as running, contextlib.AsyncExitStack() as stack:
         client = await running.client()
         assert (await client.post("/v1/x", b"{}")).get("x-mvllm-server") == bad.url
@@ -14362,7 +15315,8 @@ async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_all
             if got.status == 200:
                 assert got.get("x-mvllm-server") == good.url
             else:
-                assert got.get("x-mvllm-error") == "server_silent" and "0.3 s" in got.error["message"]
+                assert (got.get("x-mvllm-error") == "server_silent"
+                        and "0.3 s" in got.error["message"])
         assert running.in_flight() == 0 and len(good.asked) == (2 if got.status == 200 else 0)
 
 
@@ -14371,7 +15325,8 @@ async def test_a_server_that_accepts_badly_is_passed_over_where_the_settings_all
 
 @asynchronous
 async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_server(tmp_path):
-    path, draw, stop, answers = tmp_path / "servers.toml", random.Random(1), asyncio.Event(), Counter()
+    path, draw, stop, answers = (tmp_path / "servers.toml", random.Random(1), asyncio.Event(),
+                                 Counter())
 
     async def traffic(name):
         client = await running.client()
@@ -14385,8 +15340,9 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
 
     async with Server() as a, Server() as b, following(path, a, b) as running:
         good = [settings_text(*servers, health_check_interval=s, max_retries=r)
-                for servers in ((a, b), (b, a), (a,)) for s, r in ((10, 3), (0.05, 5))]  # fmt: skip
-        bad = ["", good[0][:40], good[0][:-5] + "-1", good[0] + "\n[[keys]]", "\0", settings_text(a, a)]
+                for servers in ((a, b), (b, a), (a,)) for s, r in ((10, 3), (0.05, 5))]
+        bad = ["", good[0][:40], good[0][:-5] + "-1", good[0] + "\n[[keys]]", "\0",
+               settings_text(a, a)]
         before, since = await at_rest(running), running.core.fleet.view(a.url).health
         clients = [asyncio.create_task(traffic(name)) for name in range(4)]
         for _ in range(50):
@@ -14399,8 +15355,10 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
         await asyncio.gather(*clients)
         assert set(answers) == {(200, True)} and answers.total() > 100
         now = running.core.fleet.view(a.url).health
-        assert now.since == since.since and now.checks >= since.checks and running.core.fleet.view(a.url).models
-        assert not running.core.process.settings_error and not sum(running.core.metrics.errors.children.values())
+        assert (now.since == since.since and now.checks >= since.checks
+                and running.core.fleet.view(a.url).models)
+        assert (not running.core.process.settings_error
+                and not sum(running.core.metrics.errors.children.values()))
         assert running.core.metrics.transitions.children[a.url, "healthy"] == 1
         for server in (a, b):  # none was lost
             server.asked.clear()
@@ -14414,7 +15372,8 @@ async def test_a_file_that_is_written_all_the_time_loses_no_request_and_no_serve
 # A log that nobody reads.
 
 
-@pytest.mark.parametrize("out, lines", [("an unread pipe", 1 + lite.LOG_LINES_LIMIT // 8), ("a full disk", 10)])
+@pytest.mark.parametrize("out, lines",
+                         [("an unread pipe", 1 + lite.LOG_LINES_LIMIT // 8), ("a full disk", 10)])
 @asynchronous
 async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp_path, out, lines):
     path = tmp_path / "servers.toml"
@@ -14428,8 +15387,10 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     async with Server() as server:
         path.write_text(settings_text(server, port=port))
-        fast = [word for word in command(str(path)) if word not in ("-X", "dev")]  # there is much to say
-        child = await asyncio.create_subprocess_exec(*fast, cwd=tmp_path, env=CLEAN, stdout=writing, stderr=-1)
+        # there is much to say
+        fast = [word for word in command(str(path)) if word not in ("-X", "dev")]
+        child = await asyncio.create_subprocess_exec(*fast, cwd=tmp_path, env=CLEAN, stdout=writing,
+                                                     stderr=-1)
         os.close(writing)
 
         async def connect():
@@ -14442,7 +15403,8 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
         async def many():
             client = await connected()
             assert [(await client.post()).status for _ in range(25)] == [200] * 25
-            await client.send(b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n" * lines)  # each has its line in the log
+            # each has its line in the log
+            await client.send(b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n" * lines)
             raw = b""
             while raw.count(b"HTTP/1.1 404 ") < lines:
                 assert (piece := await client.reader.read(1 << 20))
@@ -14460,7 +15422,8 @@ async def test_a_stdout_that_takes_nothing_stops_neither_answers_nor_the_end(tmp
             begun = asyncio.get_running_loop().time()
             said, err = await child.communicate()
             os.close(reading)
-        assert (child.returncode, err) == (0, b"") and asyncio.get_running_loop().time() - begun < 15
+        assert ((child.returncode, err) == (0, b"")
+                and asyncio.get_running_loop().time() - begun < 15)
 
 
 # What a connection was not told.
@@ -14482,7 +15445,8 @@ async def test_a_connection_that_was_not_told_of_our_stopping_has_one_more_reque
         running.balancer.stop()
         await eventually(lambda: running.core.process.stopping, "the balancer is stopping")
         gate.set()
-        assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).endswith(chunk(DONE) + b"0\r\n\r\n")
+        assert (await client.reader.readuntil(b"\r\n0\r\n\r\n")).endswith(
+            chunk(DONE) + b"0\r\n\r\n")
         got = await client.post()
         assert (got.status, got.get("connection")) == (200, "close")
         client.close()
@@ -14574,7 +15538,8 @@ def test_the_readme_s_settings_can_be_used():
 
 def test_the_readme_names_every_path_setting_and_metric():
     for name in (*lite.ENDPOINTS, *lite.CONFIG_FIELDS):
-        assert f"`{name}`" in README or (name.startswith("/admin/") and f"HOST:8888{name}" in README), name
+        assert (f"`{name}`" in README
+                or (name.startswith("/admin/") and f"HOST:8888{name}" in README)), name
     for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet())):
         assert f"`{family.name}`" in README, family.name
 
@@ -14590,14 +15555,18 @@ def test_commands_with_content_say_that_it_is_json():
 
 def test_the_readme_s_systemd_unit_is_whole():
     (unit,) = snippets("ini")
-    assert "ExecStart=/usr/bin/python3 -I -S " in unit and "ExecReload=/bin/kill -HUP $MAINPID" in unit
+    assert ("ExecStart=/usr/bin/python3 -I -S " in unit
+            and "ExecReload=/bin/kill -HUP $MAINPID" in unit)
     assert re.findall(r"^\[(\w+)\]$", unit, re.MULTILINE) == ["Unit", "Service", "Install"]
     for line in unit.splitlines():
         assert not line or re.fullmatch(r"\[\w+\]|[A-Z]\w+=\S.*|CapabilityBoundingSet=", line), line
-    variable, directory = re.search(r"^Environment=(\w+)=/var/log/(\w+)$", unit, re.MULTILINE).groups()
-    assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} and f"LogsDirectory={directory}\n" in unit
+    variable, directory = re.search(r"^Environment=(\w+)=/var/log/(\w+)$", unit,
+                                    re.MULTILINE).groups()
+    assert (variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()}
+            and f"LogsDirectory={directory}\n" in unit)
     stop_s, drain_s = re.search(r"TimeoutStopSec=(\d+)", unit)[1], Settings().drain_timeout
-    assert int(stop_s) > drain_s and "WatchdogSec=" in unit and "Type=notify\nNotifyAccess=all\n" in unit
+    assert (int(stop_s) > drain_s and "WatchdogSec=" in unit
+            and "Type=notify\nNotifyAccess=all\n" in unit)
 
 
 def test_the_readme_s_compose_file_fits_the_program():
@@ -14606,16 +15575,19 @@ def test_the_readme_s_compose_file_fits_the_program():
     assert int(re.search(r"stop_grace_period: (\d+)s", compose)[1]) > Settings().drain_timeout
     variable = re.search(r"environment: \{ (\w+): /tmp/logs \}", compose)[1]
     assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()}
-    assert 'CMD ["/config/servers.toml"]' in snippets("dockerfile")[0] and "./config:/config:ro" in compose
+    assert ('CMD ["/config/servers.toml"]' in snippets("dockerfile")[0]
+            and "./config:/config:ro" in compose)
 
 
 def test_the_readme_s_alerts_name_metrics_and_labels_that_exist():
     (scrape,), (alerts,) = snippets("prometheus"), snippets("alerts")
-    families = {family.name: family for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))}
+    families = {family.name: family
+                for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))}
     expressions = re.findall(r"expr: (?:\|\n)?((?:.*\n)(?: {12,}.*\n)*)", alerts)
     assert len(expressions) == alerts.count("- alert: ") > 5 and "metrics_path" not in scrape
     for one in expressions:
-        for name, labels in re.findall(r"(mvllm_\w+)(?:\{(.*?)\})?", one.replace('job="mvllm_lite"', "")):
+        for name, labels in re.findall(r"(mvllm_\w+)(?:\{(.*?)\})?",
+                                       one.replace('job="mvllm_lite"', "")):
             family = families[name.removesuffix("_bucket")]
             assert set(re.findall(r"(\w+)=", labels)) <= set(family.labels), one
         assert one.count("(") == one.count(")"), one
@@ -14626,14 +15598,16 @@ def test_the_readme_s_alerts_name_metrics_and_labels_that_exist():
 def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     (container,) = snippets("dockerfile")
     assert re.findall(r"^[A-Z]+", container, re.MULTILINE)[0] == "FROM" and "curl" not in container
-    (check,) = re.findall(r'^HEALTHCHECK.*?CMD \["python", "-c", "(.*)"\]$', container, re.MULTILINE)
+    (check,) = re.findall(r'^HEALTHCHECK.*?CMD \["python", "-c", "(.*)"\]$', container,
+                          re.MULTILINE)
     compile(check, "HEALTHCHECK", "exec")
     (compiles,) = re.findall(r'^RUN \["python", "-c", "(.*)"\]$', container, re.MULTILINE)
     compile(compiles, "RUN", "exec")
     (entry,) = re.findall(r'^ENTRYPOINT \["python", "-I", "-S", "(.*)"\]$', container, re.MULTILINE)
     assert f"'{entry}', doraise=True" in compiles
     (kubernetes,) = snippets("yaml")
-    assert {path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)} <= lite.ENDPOINTS.keys()
+    assert ({path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)}
+            <= lite.ENDPOINTS.keys())
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
     assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
     assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
