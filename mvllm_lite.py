@@ -6365,10 +6365,10 @@ def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any
     return {"servers": servers, "total_servers": len(views), "healthy_servers": healthy}
 
 
-def models_report(
+def model_entries(
     views: list[ServerView], aliases: Mapping[str, str], via: str = "", own_name: str = ""
-) -> dict[str, Any]:
-    """GET /v1/models: what the healthy servers serve, each model once, with all that its first
+) -> list[Mapping[str, Any]]:
+    """For GET /v1/models: what the healthy servers serve, each model once, with all that its first
     server says of it; aliases stand beside the models they name, and hide one of the same name.
     `via` is the field of who asks."""
     models: dict[str, Mapping[str, Any]] = {}
@@ -6379,7 +6379,7 @@ def models_report(
                     models[name] = told
     named = [(alias, models[name]) for alias, name in aliases.items() if name in models]
     models.update((alias, {**entry, "id": alias}) for alias, entry in named)
-    return {"object": "list", "data": list(models.values())}
+    return list(models.values())
 
 
 def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
@@ -7455,8 +7455,8 @@ class Wire(asyncio.BufferedProtocol):
         return b""
 
     async def send(self, content: Content, at: int, silence_s: float) -> int:
-        """Write content from `at` on.  How far that went: to its end, or to where the peer began
-        to speak or left.  Raises TimeoutError when the peer takes nothing for `silence_s`."""
+        """Write content from `at` on.  Returns how far that went: to its end, or to where the peer
+        began to speak or left.  Raises TimeoutError when the peer takes nothing for `silence_s`."""
         view = memoryview(content)
         while at < len(content):
             while self.blocked and not (self.buffer or self.gone):
@@ -8303,8 +8303,8 @@ class Response:
     def begin(
         self, head: ResponseHead, framing: Framing | None, content: bytes, done: bool, added: Pairs
     ) -> bool:
-        """Write a server's head and the first of its content, or all if it is `done`.  Whether
-        the rest is wanted, too."""
+        """Write a server's head and the first of its content, or all if it is `done`.  Returns
+        whether the rest is wanted, too."""
         if self.heartbeat_sent:
             return self.continue_stream(head, content, done)
         self.status, self.framing = head.status, framing
@@ -8446,7 +8446,7 @@ class Response:
 REPEATS_S = 60.0  # for which a warning that comes again and again is only counted
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 Subscriber = Callable[[Any], object]
-# Asked, for a kind of event (RequestFacts or Transition), who is told of each.
+# Returns who is told of each event of this kind (RequestFacts or Transition); None: nobody.
 Subscribe = Callable[[type], Subscriber | None]
 DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
@@ -8926,7 +8926,7 @@ class Requests:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.poison = Poison()
-        self.tests: dict[bytes, asyncio.Event] = {}  # contents it knows that are with a server
+        self.tests: dict[bytes, asyncio.Event] = {}  # of contents in `poison` that are being tried
         self.stored = StoredResponses()
         self.running: dict[str, set[Running]] = {}  # by server
 
@@ -9433,9 +9433,9 @@ class Case:
             self.known_by = digest_of(self.request.path, body.content)
         return self.known_by
 
-    async def held_off(self) -> bool:
-        """Whether its content is one with which servers have died of late.  Where one has, it is
-        with one server at a time until an answer begins, or takes long: waits for its turn."""
+    async def begin_test(self) -> bool:
+        """Wait for the turn of content with which a server has died: it is with one at a time,
+        until an answer begins or takes long.  Returns False if it is held off altogether."""
         core, content = self.core, self.digest()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TEST_LIMIT_S):
@@ -9443,10 +9443,10 @@ class Case:
                     await test.wait()
         now = asyncio.get_running_loop().time()
         if core.requests.poison.holds(content, now, self.settings.poison_hold):
-            return True
+            return False
         if core.requests.poison.knows(content) and content not in core.requests.tests:
             self.test = core.requests.tests[content] = asyncio.Event()
-        return False
+        return True
 
     def end_test(self) -> None:
         """The next may have its turn."""
@@ -9468,8 +9468,8 @@ class Case:
     async def accuse(
         self, server: str, failure: Outcome, sent_at: float, response: Response
     ) -> Outcome:
-        """Hold a failure against its server, or wait for what another makes of the request.  What
-        it turns out to be."""
+        """Hold a failure against its server, or wait for what another makes of the request.  Returns
+        what the failure turns out to be."""
         core, s, fault, held = self.core, self.settings, failure.fault, failure.held
         now = response.client.loop.time
         if await self.died_there(server, failure, response):
@@ -9638,7 +9638,8 @@ class Exchange:
     def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
         self.core, self.client, self.head, self.loop = core, client, head, client.loop
         # Those in force when the request came.
-        self.settings, self.policies = s, _ = core.settings, core.policies
+        self.settings, self.policies = core.settings, core.policies
+        s = self.settings
         self.body = RequestContent(client, head, length, s, core.clients.backlog)
         id = request_id(head.fields, s.request_id_headers, core.clients.ids, core.draw)
         self.response = Response(client, head, id, s, self.body)
@@ -9690,12 +9691,11 @@ class Exchange:
                 self.core.keys.release(self.key)
 
     def admit(self, call: Call) -> Refusal | None:
-        """Take note of what is wanted.  Returns why the request's key does not
-        allow it, or None."""
+        """Note what is wanted.  Returns why the request's key does not allow it, or None."""
         self.call, self.trail.asked_at = call, self.loop.time()
         self.trail.model = self.label()
         if call.stored and not self.destination.only:
-            self.find_maker(call)
+            self.aim_at_maker(call)
         if (key := self.key) is None:
             return None
         core, model = self.core, call.model
@@ -9708,8 +9708,9 @@ class Exchange:
         self.admitted = refusal is None
         return refusal
 
-    def find_maker(self, call: Call) -> None:
-        """Of a stored response only the server that made it can tell, if it is still there."""
+    def aim_at_maker(self, call: Call) -> None:
+        """Send a request about a stored response to the server that made it, which alone knows it;
+        where that is not known or has left, to one after the other."""
         stored = self.core.requests.stored.find(call.stored)
         only = stored.server if stored and self.core.fleet.engines(stored.server) else ""
         self.destination = Destination(
@@ -9732,7 +9733,7 @@ class Exchange:
         return request
 
     def plan(self, request: OutboundRequest) -> Plan:
-        retries = Retries(self.choose, self.settings, self.core.draw, self.afford_retry)
+        retries = Retries(self.choose, self.settings, self.core.draw, self.spend_retry)
         return (search_plan if request.searches else relay_plan)(request, retries)
 
     async def carry_out(self, plan: Plan) -> None:
@@ -9746,7 +9747,8 @@ class Exchange:
             if self.case.suspects:
                 self.case.close(False)
 
-    def afford_retry(self) -> bool:
+    def spend_retry(self) -> bool:
+        """Take a retry from the budget.  Returns False where none is left."""
         if self.core.requests.budget.spend(self.loop.time(), self.settings.retry_budget):
             return True
         self.core.count_limit("retry_budget")
@@ -9756,8 +9758,8 @@ class Exchange:
     def choose(self, tried: frozenset[str], waiting: bool = False) -> Ranking:
         """The fleet's ranking for the call, passing over servers tried.  Who is not `waiting` comes
         after those who are."""
-        core, call, (_, only, infers, _) = self.core, self.call, self.destination
-        s = self.settings
+        core, call, s = self.core, self.call, self.settings
+        only, infers = self.destination.only, self.destination.infers
         # A queue that was given up since the request came holds nobody up any more, and one that
         # is new is for those who come to it.
         enforced = s.queue_size > 0 and core.settings.queue_size > 0
@@ -9779,7 +9781,7 @@ class Exchange:
         """Ask a server, and pass its answer on if it is one."""
         core, case, lease = self.core, self.case, step.lease
         try:
-            if core.requests.poison.deaths and await case.held_off():
+            if core.requests.poison.deaths and not await case.begin_test():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
             lease = lease or self.lease(step.server)
             return await self.attempt(step, lease)
@@ -9940,11 +9942,11 @@ class Exchange:
         fleet, look = self.core.fleet, self.core.looks.want
         servers = {view.server for view in fleet.views()
                    if view.health.may_be_last_resort and view.open}
-        await self.looked_at([server for server in servers if look(server)], step.model)
+        await self.await_looks([server for server in servers if look(server)], step.model)
         self.trail.model = self.label()
         return WELL
 
-    async def looked_at(self, servers: Sequence[str], model: str = "") -> None:
+    async def await_looks(self, servers: Sequence[str], model: str = "") -> None:
         """Wait until these have been asked for their models, or the wanted one is found, or for
         long enough."""
         core = self.core
@@ -9958,7 +9960,7 @@ class Exchange:
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
         if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
-            await self.looked_at([self.core.fleet.server_of(held.url)])
+            await self.await_looks([self.core.fleet.server_of(held.url)])
             view = self.core.fleet.view(held.url)
             held = held if view is not None and view.healthy else None
             text = "The server rejected the key that is set for it."
@@ -9992,8 +9994,9 @@ class Exchange:
 
     def label(self) -> str:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
-        model = self.call.model
-        return model or "" if model is None or self.core.fleet.knows(model) else "unknown"
+        if (model := self.call.model) is None:
+            return ""
+        return model if self.core.fleet.knows(model) else "unknown"
 
 
 # ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -10041,7 +10044,7 @@ async def check_server(
     except (PeerGone, BadMessage) as error:
         ours, seconds = error.fault is Fault.NO_RESOURCES, loop.time() - begun
         hung = error.fault is Fault.CONNECT_TIMEOUT
-        return None if ours else Check(False, seconds, str(error), None, False, hung)
+        return None if ours else Check(False, seconds, str(error), hung=hung)
     except TimeoutError:
         why, seconds = f"no answer to a check within {timeout_s:g} s", loop.time() - begun
         return Check(False, seconds, why, reached=True, hung=True)
@@ -10079,9 +10082,8 @@ async def watch_health(core: Core, url: str) -> None:
                 core.fleet.models_listed(url, found.models, loop.time())
             if found is not None and (active or found.rejected):
                 note_check(core, url, found, begun)
-            if want_models:
-                if core.looks.done(url):
-                    core.news.notify()
+            if want_models and core.looks.done(url):
+                core.news.notify()
         if not active:
             core.judge(url, Health.rested, loop.time(), s)
         await core.looks.rest(url, min(s.health_check_interval, INFINITY if active else 1.0))
@@ -10138,7 +10140,7 @@ async def watch_load(core: Core, url: str) -> None:
         if lost >= KEPT_REPORTS and core.fleet.unscraped(url, trouble):
             log.warning("%s: %s: only our own requests there are known", url, trouble)
         if not core.process.stood_still_since(begun - interval_s, loop.time()):
-            await watch_progress(core, url)
+            await check_progress(core, url)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
 
 
@@ -10169,7 +10171,7 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
         agreed_at[view.id] = INFINITY  # once
 
 
-async def watch_progress(core: Core, url: str) -> None:
+async def check_progress(core: Core, url: str) -> None:
     """Take a server out of which an engine stands still; look whether one that did moves again."""
     views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
@@ -10522,11 +10524,11 @@ async def get_models(core: Core, asked: Asked) -> Reply:
     return as_json({"object": "list", "data": models_for(core, asked.head)})
 
 
-def models_for(core: Core, head: RequestHead) -> list[Any]:
+def models_for(core: Core, head: RequestHead) -> list[Mapping[str, Any]]:
     """The models that the request's key allows, or all."""
     aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
-    entries: list[Any] = models_report(
-        core.fleet.views(), aliases, head.fields.get("via"), core.process.name)["data"]
+    entries = model_entries(
+        core.fleet.views(), aliases, head.fields.get("via"), core.process.name)
     if key is None or not key.models:
         return entries
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
@@ -10754,7 +10756,7 @@ class Front:
             self.core.internal_error("serving a client")
 
     async def serve_one(self, wire: Wire, last: bool) -> bool | None:
-        """One request; False if it was the connection's last, None if none came."""
+        """One request.  Returns whether another may follow; None if not even this one came."""
         core, running = self.core, self.core.clients.exchanges
         if wire.blocked:  # by the answer before
             await wire.unblocked(core.settings.body_timeout)
@@ -12848,7 +12850,7 @@ class CursesScreen:
     """A program that shows the newest status it was told."""
 
     def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
-        """Told by `setupterm` what the terminal is."""
+        """`curses` knows the terminal already, by `setupterm`."""
         self.curses, self.sock = curses, sock
         sock.setblocking(False)
         self.ui = Ui(remote=remote)
@@ -12919,7 +12921,7 @@ class CursesScreen:
         return found
 
     def turn(self) -> None:
-        """Waits for something to do, for a tick at the most, and does it."""
+        """Wait for something to do, for a tick at the most, and do it."""
         in_front = in_foreground(0)
         if in_front and not self.in_front:
             self.curses.reset_prog_mode()
@@ -12941,7 +12943,7 @@ class CursesScreen:
             self.say({})
 
     def receive(self) -> bool:
-        """Whether the other side has told something."""
+        """Take in what the other side has told.  Returns whether that was anything."""
         try:
             while data := self.sock.recv(1 << 18):
                 self.received += data
@@ -13026,7 +13028,7 @@ class ScreenProcess:
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
-        """Begins to start it.  `act` is told what keys ask for, and `hold` whether the terminal is
+        """Start it, in a task.  `act` is told what keys ask for, and `hold` whether the terminal is
         that process's alone."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
         self.why = ""  # it has ended
@@ -13114,7 +13116,7 @@ TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a serv
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
-    """Tells a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
+    """Tell a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def tell() -> None:
@@ -14592,14 +14594,14 @@ class SimulatedServer:
         wanted = read_members(content, None)
         prompt = read_prompt(content, None, wanted, None)
         if head.method != "POST" or head.path not in SIMULATED_PATHS:
-            refusal: tuple[int, Any] | None = self._page(head, wanted)
+            reply: tuple[int, Any] | None = self._page(head, wanted)
         else:
-            refusal = simulated_refusal(head, content, wanted, prompt, self.models)
-            if refusal is None and self.mode == "fail":
+            reply = simulated_refusal(head, content, wanted, prompt, self.models)
+            if reply is None and self.mode == "fail":
                 text = "EngineCore encountered an issue."
-                refusal = 500, vllm_error("InternalServerError", 500, text)
-        if refusal is not None:
-            writer.write(simulated_response(head, *refusal))
+                reply = 500, vllm_error("InternalServerError", 500, text)
+        if reply is not None:
+            writer.write(simulated_response(head, *reply))
             return
         try:
             await unless_gone(client, Generation(self, writer, head, wanted, prompt).run())

@@ -6561,12 +6561,12 @@ def test_models_of_the_healthy_servers_are_merged():
     fleet.models_listed("s2", {"gone": {"id": "gone"}}, 0.0)
     for _ in range(3):
         fleet.judge("s2", lite.Health.checked, False, 0.1, "x", 0.0, Settings())
-    report = lite.models_report(fleet.views(), {"gpt": "a", "nobody": "gone"})
-    assert report == {"object": "list", "data": [
+    entries = lite.model_entries(fleet.views(), {"gpt": "a", "nobody": "gone"})
+    assert entries == [
         {"id": "a", "max_model_len": 10}, {"id": "lora", "parent": "a"},
-        {"id": "gpt", "max_model_len": 10}]}
-    report = lite.models_report(fleet.views(), {"lora": "a", "a": "lora"})
-    assert report["data"] == [{"id": "a", "parent": "a"}, {"id": "lora", "max_model_len": 10}]
+        {"id": "gpt", "max_model_len": 10}]
+    entries = lite.model_entries(fleet.views(), {"lora": "a", "a": "lora"})
+    assert entries == [{"id": "a", "parent": "a"}, {"id": "lora", "max_model_len": 10}]
 
 
 def test_readiness():
