@@ -1486,13 +1486,13 @@ def network(value: Any) -> str:
         raise ValueError("an address like 10.0.0.1 or a network like 10.0.0.0/8") from None
 
 
-def named(value: Any) -> str:
+def printable_name(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 100:
         raise ValueError("a name")
     return value
 
 
-def no_secret_or_one(value: Any) -> str:
+def optional_secret(value: Any) -> str:
     return "" if value == "" else secret(value)
 
 
@@ -1634,7 +1634,7 @@ class ServerSettings:
 class KeySettings:
     """One entry of [[keys]]: who may come in."""
 
-    name: str = setting(REQUIRED, named, "what it is called in the log")
+    name: str = setting(REQUIRED, printable_name, "what it is called in the log")
     key: str = setting("", secret, "what clients send; or")
     key_file: str = setting("", file_path, "a file that holds it")
     models: tuple[str, ...] = setting((), list_of(words), "models it allows; [] is all")
@@ -1660,7 +1660,7 @@ class Settings:
         "", words, "address of a listener of its own for metrics, status and admin", restart=True)
     operator_port: int = setting(0, whole(0, 65535), "its port", restart=True)
     api_key: str = setting(
-        "", no_secret_or_one, "the key of servers named here that have none of their own")
+        "", optional_secret, "the key of servers named here that have none of their own")
     tls_cert: str = setting("", file_path, "a file with a certificate: clients speak https")
     tls_key: str = setting("", file_path, "a file with its key")
     trusted_proxies: tuple[str, ...] = setting(
@@ -3306,7 +3306,7 @@ class AnswerJudge:
         return bytes(self._held if self._start is None else self._start.held)
 
     @property
-    def comments(self) -> bool:
+    def has_comments(self) -> bool:
         """Whether the stream has said nothing yet but comments, which may be shown."""
         return self._start is not None and bool(self._start.comments) and self.head.status == 200
 
@@ -3751,7 +3751,7 @@ class Health(NamedTuple):
         others = tuple(one for one in self.request_failures if not content or one[1] != content)
         return self._replace(request_failures=others).failed(why, True, now, s)
 
-    def decided_by(self, content: bytes, now: float, s: Settings) -> bool:
+    def would_open(self, content: bytes, now: float, s: Settings) -> bool:
         """Whether one more failure would open its circuit."""
         return self.failed("", True, now, s, content).open_until != self.open_until
 
@@ -4471,8 +4471,8 @@ class Fleet:
         learned = view.learned._replace(prefill_tokens_per_s=speed, prefill_at=now)
         member.view = view._replace(learned=learned)  # it keeps no request from the server
 
-    def busy(self, id: str, now: float) -> None:
-        """It said that it has enough to do."""
+    def said_busy(self, id: str, now: float) -> None:
+        """The server said that it has enough to do."""
         if (view := self.view(id)) is not None:
             self._put(view._replace(busy_until=now + BUSY_S))
 
@@ -5521,7 +5521,7 @@ class Poison:
         self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
 
     def died(self, content: bytes, sent_at: float, now: float) -> int:
-        """A server has died with that content.  How many have."""
+        """A server has died with that content.  Returns how many have."""
         count, last_at = self.deaths.get(content, (0, -INFINITY))
         if sent_at >= last_at:
             self.deaths[content] = count, last_at = count + 1, now
@@ -5532,7 +5532,8 @@ class Poison:
 
     def holds(self, content: bytes, now: float, hold_s: float) -> bool:
         """Whether that content is held off; forgets those of long ago."""
-        while self.deaths and next(iter(self.deaths.values()))[1] < now - POISON_MEMORY_S:
+        oldest = now - max(POISON_MEMORY_S, hold_s)
+        while self.deaths and next(iter(self.deaths.values()))[1] < oldest:
             self.deaths.popitem(last=False)
         count, last_at = self.deaths.get(content, (0, -INFINITY))
         return count >= DEADLY and now - last_at < hold_s
@@ -5685,9 +5686,9 @@ class Retries:
             ranking = self.choose(self.lacking if again else self.tried)
         return ranking
 
-    def may_go_on(self, outcome: Outcome, ranking: Ranking) -> bool:
-        """Whether another attempt may follow one of that outcome at the server ranked best, which
-        is tried from now on: no other engine of that server is asked, either."""
+    def record_attempt(self, outcome: Outcome, ranking: Ranking) -> bool:
+        """Counts the server ranked best, with all its engines, among those tried.  Returns whether
+        another attempt may follow one of that outcome."""
         fault, server = outcome.fault, ranking.server
         self.tried |= {server}
         if fault in LACKING and len(self.lacking) < SEARCH_LIMIT:
@@ -5714,7 +5715,7 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
             yield BreakOff(outcome)
         if outcome.committed or outcome.fault is None:
             return
-        goes_on = retries.may_go_on(outcome, ranking)
+        goes_on = retries.record_attempt(outcome, ranking)
         if outcome.fault in LACKING and goes_on:
             failure = outcome if failure.fault in (None, *LACKING) else failure
             continue
@@ -9362,7 +9363,7 @@ class Attempt:
         deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
         piece = decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
         while not judge.feed(piece, decoder.done):
-            until = self.show_comments(judge, deadline) if judge.comments else deadline
+            until = self.show_comments(judge, deadline) if judge.has_comments else deadline
             try:
                 piece = await wire.read_content(decoder, until)
             except TimeoutError:
@@ -9510,7 +9511,7 @@ class Case:
         if (view := core.fleet.view(server)) is None or self.suspects:
             return bool(self.suspects)
         content, now = self.digest(), asyncio.get_running_loop().time()
-        return view.health.decided_by(content if core.goes_well(server, s) else b"", now, s)
+        return view.health.would_open(content if core.goes_well(server, s) else b"", now, s)
 
     async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
         """Whether a server that should be there has died with this request, as its words say, or
@@ -9808,7 +9809,7 @@ class Exchange:
             elif outcome.fault.blame is Blame.SERVER:
                 outcome = await case.accuse(server, outcome, sent_at, self.response)
             elif outcome.fault in (Fault.SERVER_BUSY, Fault.DECLINED):
-                core.fleet.busy(server, self.loop.time())
+                core.fleet.said_busy(server, self.loop.time())
             elif outcome.fault in LACKING and not step.request.searches:
                 core.looks.want(step.ranking.server)  # has it still what it said it has?
         finally:

@@ -3261,7 +3261,7 @@ def test_health(script, settings, state, reason):
 ))
 def test_whether_a_failure_decides(script, content, decides):
     health = health_after(script)
-    assert health.decided_by(content, float(len(script)), Settings()) is decides
+    assert health.would_open(content, float(len(script)), Settings()) is decides
 
 
 def test_failures_count_on_while_a_server_is_out():
@@ -4453,7 +4453,8 @@ def test_comments_are_taken_from_a_judge_and_are_no_answer():
     terms = lite.Terms(lite.Notation.EVENTS, ())
     judge = lite.AnswerJudge(head, lite.response_framing(head, length, "POST"), terms)
     assert not judge.feed(b": a\n\nevent: response.created\ndata: {}\n\n: b\n\n", False)
-    assert judge.comments and judge.take_comments() == b": a\n\n: b\n\n" and not judge.comments
+    assert judge.has_comments and judge.take_comments() == b": a\n\n: b\n\n"
+    assert not judge.has_comments
     assert judge.feed(b"data: x\n\n", False) and judge.fault is None
     assert judge.content == b"event: response.created\ndata: {}\n\ndata: x\n\n"
 
@@ -5297,7 +5298,7 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
         lambda url: fleet.models_listed(url,
                                         {name: {"max_model_len": draw.choice((None, 2000, 8000))}
                                         for name in draw.sample("mno", 2)}, now),
-        lambda url: fleet.busy(url, now),
+        lambda url: fleet.said_busy(url, now),
         lambda url: fleet.scraped(url,
                                   lite.EngineLoad(1, 0, 0.0,
                                                   adapters=frozenset(draw.choice(("", "m")))), 0,
@@ -5961,7 +5962,7 @@ def test_a_view_changes_only_on_news_and_counts_of_requests_are_none():
     fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1), 1, 1.0)
     assert fleet.view("s0") is not views[0] and fleet.view("s1") is views[1]
     assert ranking_of(fleet, model="m").reasons is first.reasons  # its load excludes nobody
-    fleet.busy("s0", 1.0)
+    fleet.said_busy("s0", 1.0)
     assert ranking_of(fleet, model="m", now=1.1).best == "s1"
 
 
@@ -6216,7 +6217,7 @@ ROOM_BEHIND = table(
     ("with places by its settings", 2, 1, None, True),
     ("with none", 2, 2, None, False),
     ("that learns its capacity: nobody knows that it is full", 0, 200, None, True),
-    ("busy by its own word", 9, 0, lambda fleet: fleet.busy("s1", 0.0), False),
+    ("busy by its own word", 9, 0, lambda fleet: fleet.said_busy("s1", 0.0), False),
     ("that has failed just now, too", 9, 0, lambda fleet: fleet.judge(
         "s1", lite.Health.failed, "x", True, 0.0, Settings()), False),
     ("not well itself: asked only for want of another", 9, 0, lambda fleet: [
@@ -6302,6 +6303,13 @@ def test_content_with_which_servers_die_one_after_another_is_held_off(deaths, no
     assert not poison.holds(x, now, 0.0)
     poison.succeeded(x)
     assert not poison.holds(x, now, 30.0) and len(poison.deaths) == 0
+
+
+def test_content_is_held_off_as_long_as_it_is_set_however_long_that_is():
+    poison, x = lite.Poison(), b"x"
+    for moment in (0.0, 1.0):
+        poison.died(x, moment, moment)
+    assert poison.holds(x, 3600.0, 7200.0) and not poison.holds(x, 7202.0, 7200.0)
 
 
 def test_what_is_remembered_of_deaths_is_bounded():
@@ -11267,7 +11275,7 @@ async def test_a_server_that_is_too_busy_is_spared_for_a_moment(said):
             got = await client.post(body=CHAT)
             assert (got.status, got.get("x-mvllm-server")) == (200, good.url)
         assert len(busy.asked) < 8 and running.states() == ["healthy"] * 2
-        running.core.fleet.busy(busy.url, asyncio.get_running_loop().time())
+        running.core.fleet.said_busy(busy.url, asyncio.get_running_loop().time())
         assert "said that it is busy just now" in (
             await client.post("/explain", CHAT)).body.decode()
         # it read nothing
