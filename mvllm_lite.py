@@ -9469,8 +9469,8 @@ class Case:
     async def accuse(
         self, server: str, failure: Outcome, sent_at: float, response: Response
     ) -> Outcome:
-        """Hold a failure against its server, or wait for what another makes of the request.  Returns
-        what the failure turns out to be."""
+        """Hold a failure against its server, or wait for what another makes of the request.
+        Returns what the failure turns out to be."""
         core, s, fault, held = self.core, self.settings, failure.fault, failure.held
         now = response.client.loop.time
         if await self.died_there(server, failure, response):
@@ -9663,8 +9663,7 @@ class Exchange:
         try:
             call, content = read_call(self.head, *await self.body.gather(), self.settings)
             if refusal := self.admit(call):
-                self.core.count_limit(LIMITS.get(refusal.fault, ""))
-                response.refuse(*refusal[:3])
+                self.refuse(refusal)
             elif explains:
                 report = explain_report([self.choose(frozenset())])
                 response.send(Reply(200, json.dumps(report).encode()))
@@ -9673,9 +9672,7 @@ class Exchange:
                 with abandoned_if_gone(self.client, self.core.clients.tasks.get(self.client)):
                     await self.carry_out(self.plan(request))
         except BadMessage as bad:
-            response.close_after()
-            response.refuse(bad.fault, f"Bad request: {bad}.")
-            self.core.count_limit(bad.limit)
+            self.reject(bad)
         except PeerGone as gone:  # the client; a server's leaving has become an outcome
             response.abandoned(gone.fault)
         except asyncio.CancelledError:
@@ -9690,6 +9687,17 @@ class Exchange:
                 self.release(True)
             if self.admitted and self.key is not None:
                 self.core.keys.release(self.key)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.core.count_limit(LIMITS.get(refusal.fault, ""))
+        fault, text, after_s, _, fields = refusal
+        self.response.refuse(fault, text, after_s, fields)
+
+    def reject(self, bad: BadMessage) -> None:
+        """Answer that its content breaks a rule; no other request is read behind it."""
+        self.core.count_limit(bad.limit)
+        self.response.close_after()
+        self.response.refuse(bad.fault, f"Bad request: {bad}.")
 
     def admit(self, call: Call) -> Refusal | None:
         """Note what is wanted.  Returns why the request's key does not allow it, or None."""
@@ -9968,8 +9976,7 @@ class Exchange:
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
             after_s = self.core.requests.queue.clears_in_s(self.loop.time()) if queued else 0
-            self.core.count_limit(LIMITS.get(fault, ""))
-            self.response.refuse(fault, text, after_s)
+            self.refuse(Refusal(fault, text, after_s))
             return WELL
         self.trail.server = held.url
         if fault is not Fault.NOT_THERE:  # that is an answer like any other
@@ -10862,28 +10869,34 @@ class Front:
             await self.answer(exchange, row)
 
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
-        response = exchange.response
-        response.refuse(*refusal[:3], refusal.fields)
-        self.core.count_limit(LIMITS.get(refusal.fault, ""))
+        exchange.refuse(refusal)
         account(exchange)
 
     async def answer(self, exchange: Exchange, row: Endpoint) -> None:
-        """Raises BadMessage, PeerGone."""
+        """Raises PeerGone."""
         assert row.handle is not None
-        content = b""
-        if row.reads_content:
-            try:
-                content = bytes((await exchange.body.gather())[0])
-            finally:
-                exchange.release(True)
-        if len(content) > SMALL_CONTENT_BYTES:  # it would be read in one go
-            text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
-            raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+        try:
+            content = await self.read_small(exchange) if row.reads_content else b""
+        except BadMessage as bad:
+            exchange.reject(bad)
+            account(exchange)
+            return
         answer = await row.handle(self.core, Asked(exchange.head, content))
         if isinstance(answer, Reply):
             exchange.response.send(answer)
         else:
             await self.stream(exchange, answer)
+
+    async def read_small(self, exchange: Exchange) -> bytes:
+        """A request's content, which is read in one go.  Raises BadMessage, PeerGone."""
+        try:
+            content = bytes((await exchange.body.gather())[0])
+        finally:
+            exchange.release(True)
+        if len(content) > SMALL_CONTENT_BYTES:
+            text = f"the content has {len(content)} bytes, at most {SMALL_CONTENT_BYTES} are read"
+            raise BadMessage(text, Fault.CONTENT_TOO_LARGE)
+        return content
 
     async def stream(self, exchange: Exchange, events: AsyncIterator[bytes]) -> None:
         """Until they end or the client leaves.  Raises PeerGone."""

@@ -8954,6 +8954,17 @@ async def test_changes_by_hand_take_small_content_and_hold_nothing_afterwards():
 
 
 @asynchronous
+async def test_what_a_change_by_hand_says_wrongly_is_answered_as_that_request_s():
+    async with balancing(Server()) as running:
+        client = await running.client()
+        fields = [*AS_JSON, "X-Request-Id: mine"]
+        got = await client.post("/admin/servers", b"[1" + b",1" * 50_000 + b" ]", fields)
+        assert (got.status, dict(got.fields)["X-Request-Id"]) == (413, "mine")
+        (said,) = running.requests()
+        assert (said["id"], said["path"], said["status"]) == ("mine", "/admin/servers", 413)
+
+
+@asynchronous
 async def test_heads_together_hold_only_so_much():
     async with balancing(Server(), max_buffered_bytes=100_000, max_head_bytes=60_000) as running:
         clients = [await running.client() for _ in range(3)]
