@@ -145,8 +145,8 @@ from __future__ import annotations
 
 import sys
 
-# An older Python has to come this far, and can if it reads all the syntax of this file: that is of
-# Python 3.8, with which even older ones stumble here, and show the line.
+# The syntax of this file is that of Python 3.8: any later one comes this far and is told what is
+# needed; one before it fails at the `:=`, and shows that line with its comment.
 UNFIT = ""
 if (PYTHON := sys.version_info[:3]) < (3, 11):  # mvllm_lite needs Python 3.11 or newer
     UNFIT = "mvllm_lite needs Python 3.11 or newer, this is Python %d.%d.%d" % PYTHON
@@ -220,8 +220,8 @@ except ImportError:
 __version__ = "0.1.0"
 __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 
-# Limits that nobody has needed to set, and that several rooms share; each names its precedent or
-# its reason.  Those of one room stand there.
+# Limits that several rooms share and nobody has needed to set, each with its precedent or reason.
+# A limit of one room stands in that room.
 HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
 INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
 RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
@@ -286,7 +286,7 @@ class Fault(Enum):
     `X-MVLLM-Error` field.
     """
 
-    # The client's request, refused by us.  To a limit of the settings belongs its name (LIMITS).
+    # The client's request, refused by us; LIMITS names the setting where its limit was met.
     BAD_REQUEST = 400, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     UNAUTHORIZED = 401, Blame.CLIENT, Retry.NEVER, "AuthenticationError"
     FORBIDDEN = 403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError"
@@ -354,12 +354,8 @@ class Fault(Enum):
 
 # What no request can do to a server: whoever asked, it is the server's failure.
 SERVERS_OWN = frozenset((Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.ENGINE_FAILED))
-
-
 # Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
 REQUEST_FAILURES = frozenset((501, 505))
-
-
 # The setting behind a fault, where it is a limit; each time one is met is counted.
 LIMITS = {
     Fault.HEAD_TOO_LARGE: "max_head_bytes",
@@ -474,7 +470,7 @@ Made = TypeVar("Made")
 
 
 def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
-    """For what is made of Fields, the first argument: it is made once, of a head that was short."""
+    """Remembers what `make` returns for its first argument, Fields of a head that was short."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -485,7 +481,7 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
-    """The same for what is made of a text, if that is short."""
+    """Remembers what `make` returns for a text that is short."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -495,7 +491,7 @@ def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
     return made
 
 
-# Of a message's Content-Length, what is said of it: two or more are a list.  None: it is not there.
+# What a message's Content-Length says; a list if it has several, None if it has none.
 Length = str | None
 
 
@@ -527,7 +523,7 @@ class RequestHead(Head):
 
     @functools.cached_property
     def held_bytes(self) -> int:
-        """What holding it costs; nothing of a short one, of which there are few."""
+        """What holding it costs; 0 for a short one, since few different ones are held."""
         size = sum(LINE_BYTES + len(name) + len(value) for _, name, value in self.fields.lines)
         size += len(self.path) + len(self.query or "")
         return size if size > HEAD_KEPT_BYTES else 0
@@ -540,7 +536,8 @@ class RequestHead(Head):
 
     @functools.cached_property
     def hops_left(self) -> int | None:
-        """How often OPTIONS may be passed on, RFC 9110 §7.6.2, if it says.  Raises BadMessage."""
+        """How often an OPTIONS request may be passed on, RFC 9110 §7.6.2; None is no limit.
+        Raises BadMessage."""
         said = self.fields.values.get("max-forwards")
         if said is None or self.method != "OPTIONS":
             return None
@@ -596,9 +593,9 @@ def bad_first_line(found: str, side: Blame) -> BadMessage:
 
 
 class HeadSearch:
-    """Finds the end of a head of one side that comes in pieces, and looks at each byte once.  What
-    can be no head is told at once: a TLS hello, an SSH banner or a line that ends with a bare LF
-    would be waited with until a timeout."""
+    """Finds the end of a head that one side sends in pieces, and looks at each byte once.  What can
+    be no head is refused at once: after a TLS hello, an SSH banner or a line that ends with a bare
+    LF, the rest would be waited for until a timeout."""
 
     __slots__ = ("side", "_at", "_in_first")
 
@@ -653,8 +650,8 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[AnyHead, Length]]:
-    """For what is made of a head: short ones are made once, without their Content-Length, which is
-    put beside; a second one, or one not written as usual, stays with the fields."""
+    """Parses heads without their Content-Length, which is returned beside, so that short ones are
+    parsed once.  A second Content-Length, or one not written as usual, stays with the fields."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -699,7 +696,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
 def origin_form(method: str, target: str) -> tuple[str, str]:
     """The target as authority, which only an absolute-form one has and which stands for Host
     (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway
-    that passed them on would let clients reach past it, or read what it adds."""
+    that passed them on would let clients past it, or read what it adds.  Raises BadMessage."""
     if method in ("CONNECT", "TRACE"):
         raise BadMessage(f"the method {method} is not served here", Fault.NOT_IMPLEMENTED)
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
@@ -859,7 +856,7 @@ class Decoder:
     """
 
     __slots__ = ("done", "rest", "until_close", "verbatim", "_left")
-    at_once_bytes: int | None = None  # that it should be fed
+    at_once_bytes: int | None = None  # the most to feed it in one piece; None is all there is
 
     def __init__(self, length: int | None) -> None:
         self.done = length == 0  # the last byte of the content was seen
@@ -1028,8 +1025,8 @@ OUR_NAME = "mvllm-lite-"  # how the name of each process in Via begins, RFC 9110
 
 
 class Hop(NamedTuple):
-    """The last stretch of a request's way to us.  Whom the `peer` speaks for counts if it is
-    `trusted`; `name` is this process's in Via."""
+    """The last stretch of a request's way to us.  What the `peer` says of those before it counts
+    if it is `trusted`; `name` is this process's in Via."""
 
     peer: str
     tls: bool
@@ -1045,8 +1042,8 @@ def came_by(fields: Fields, name: str) -> bool:
 
 @remembered
 def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) -> tuple[str, str]:
-    """A client's field lines for servers, but for X-Request-Id; and those with its key, if they
-    may see it.  What is a `stream`, or to be looked into, nobody on the way shall compress."""
+    """A client's field lines for servers, without X-Request-Id; and the lines of its key, '' if
+    servers may not see it.  A `stream` is to come uncompressed, since its events are read."""
     get, (peer, tls, trusted, name) = fields.get, hop
     host = (trusted and get("x-forwarded-host")) or get("host")
     proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
@@ -1423,7 +1420,7 @@ def field_name(value: Any) -> str:
 
 
 def file_path(value: Any) -> str:
-    """Of a file that is read: only the settings file may name one."""
+    """The path of a file to read, which only the settings file may name."""
     return words(value)
 
 
@@ -1507,6 +1504,7 @@ SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
 
 
 def share_weight(value: Any) -> float:
+    """A weight; one too small to matter is 0."""
     found = number(0, 1000)(value)
     return found if found >= 0.001 else 0.0
 
@@ -2085,8 +2083,8 @@ def changes_line(old: Settings, new: Settings) -> str:
 #  10  content
 # ════════════════════════════════════════════════════════════════════════════════════════════
 #
-# JSON and forms as far as a balancer must read them: where the members that matter stand.  Content
-# is read, never rewritten, but for the one value of `model`, and compression, which is undone.
+# JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
+# is rewritten but the one value of `model`; compression is undone.
 
 SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
 SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
@@ -2097,8 +2095,8 @@ CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
 CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
 ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
 SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
-# Members by which servers talk to each other about one of their caches.  From a client's mouth,
-# vllm's own words, they end the engine of a server that believes them.
+# Members in which servers tell each other of their caches.  A client that says them ends the engine
+# of a server that believes it.
 RESERVED_MEMBERS = ("kv_transfer_params", "ec_transfer_params")
 # The same in an id of a request, where vLLM's P2P connectors look for it.
 ENGINE_HANDLES = re.compile("___(?:prefill|decode)_addr_")
@@ -2633,8 +2631,8 @@ def leading_member(
 
 
 def prompt_tokens(raw: bytes, size: int) -> int:
-    """About how many there are in a prompt that begins so, of so many bytes.  Images are not read
-    letter by letter; those that nothing of the beginning tells of are not looked for."""
+    """About how many tokens a prompt of `size` bytes has that begins with `raw`.  An image that
+    begins in there counts as MEDIA_TOKENS; one further on is not looked for."""
     media, skipped = 0, 0
     at = raw.find(MEDIA_MARK) if len(raw) > MEDIA_FROM_BYTES else -1
     while at >= 0 and media < MEDIA_LIMIT:
@@ -2707,7 +2705,7 @@ class PrefixCache:
         return own
 
     def withdraw(self, fresh: tuple[int, ...]) -> None:
-        """They were perhaps not read: what no other request has brought is forgotten."""
+        """These links were perhaps not read: forgets those that no other request has brought."""
         for link in self.confirm(fresh):
             self._tokens -= self._links.pop(link, 0)
 
@@ -3013,7 +3011,7 @@ def parse_event(event: bytes) -> tuple[bytes, bytes]:
 
 
 def begun_by(event: bytes) -> Begun:
-    """Judges one from a stream's start.  A stream that begins with an error, or with the [DONE]
+    """Judges an event of a stream's start.  A stream that begins with an error, or with the [DONE]
     that a stopping vLLM sends to queued requests, failed before it began; unless the error is the
     client's, which every server would repeat."""
     name, data = parse_event(event)
@@ -3314,8 +3312,8 @@ class AnswerJudge:
         return self._start.take_comments() if self._start else b""
 
     def feed(self, piece: bytes, done: bool) -> bool:
-        """Take a piece, maybe empty, of the content, which may be `done`.  Whether the verdict
-        stands: `fault`, or None for an answer."""
+        """Take a piece of the content, maybe empty; the last if `done`.  Returns whether the
+        verdict stands, which is `fault`, or None for an answer."""
         if self._start is not None:
             return self._feed_stream(self._start, piece, done)
         self._held += piece
@@ -3544,7 +3542,7 @@ def known_through(entry: Mapping[str, Any]) -> list[str]:
 
 
 def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, Any] | None:
-    """What who asks is told of a model; None if `via` names one through whom we know it."""
+    """What whoever asks is told of a model; None if `via` names a balancer that we know it from."""
     through = known_through(entry)
     if any(one in via for one in through):
         return None
