@@ -1789,7 +1789,8 @@ CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
-SECRET_FIELDS = ("key", "keys", "api_key")  # their values stand in no complaint
+KEYS_THEMSELVES = ("key", "api_key")
+SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
 # Keys of older files: those that never had an effect, or have none here; those that have another
@@ -15034,7 +15035,7 @@ def buffered_findings(streamed: Streamed | None) -> list[Finding]:
 def secret_files(path: str, s: Settings) -> list[str]:
     """Those that hold keys: of the settings file at `path` and the files that it names."""
     entries = (s, *s.servers, *s.keys)
-    own = [path] if any(getattr(one, key, "") for one in entries for key in SECRET_FIELDS) else []
+    own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
     files = [key.key_file for key in s.keys] + [s.tls_key]
     files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
     return own + list(dict.fromkeys(filter(None, files)))
