@@ -3938,7 +3938,8 @@ class ServerView(NamedTuple):
 
     @property
     def by_name(self) -> ServerView:
-        """As it is to a request for it alone that is no work of its engine."""
+        """The view for a request to this server alone that is no work of its engine, which neither
+        sleep nor a drain by hand, weight or share keeps out."""
         return self._replace(
             report=self.report._replace(load=self.load._replace(asleep=False)), drained=False,
             settings=dataclasses.replace(self.settings, weight=self.settings.weight or 1.0),
@@ -4456,7 +4457,7 @@ class Fleet:
         return Lease(self, id, now, prompt)
 
     def answers_by(self, lease: Lease, moment: float) -> None:
-        """Its prompt is taken to be read by then, if no answer begins before."""
+        """The lease's prompt counts as read at that moment, if no answer begins before."""
         heapq.heappush(self._reading, (moment, next(self._numbers), lease))
 
     def catch_up(self, now: float) -> None:
@@ -4504,14 +4505,15 @@ class Fleet:
         return 0 if hits is None else max(0, (load.prefix_hits or 0) - hits)
 
     def unscraped(self, server: str, why: str) -> bool:
-        """Its pages of metrics do not come any more.  Whether that is news."""
+        """A server's pages of metrics come no more.  Returns whether that is news."""
         views = [v for v in self.engines(server) if v.healthy and not v.report.trouble]
         for view in views:
             self._put(view._replace(report=view.report._replace(trouble=why)))
         return bool(views)
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
-        """Replace its health by `after` of it and the news.  The transition, if it is one."""
+        """Replace a server's health by `after` of it and the news.  Returns the transition, if its
+        state has changed, or None."""
         server = self.server_of(id)
         if not (views := self.engines(server)):
             return None
@@ -4614,7 +4616,7 @@ class Roster:
         self._weights: dict[str, float] = {}
 
     def define(self, source: Source, servers: Mapping[str, ServerSettings]) -> None:
-        """These are all servers that a source names from now on, by id."""
+        """The source names these servers, by id, and no others from now on."""
         self._named[source] = dict(servers)
         self._merge()
 
@@ -4636,7 +4638,7 @@ class Roster:
         self._merge()
 
     def remove(self, id: str) -> None:
-        """Whoever names it."""
+        """Take the server off the roster, whoever names it."""
         self._named[Source.BY_HAND].pop(id, None)
         self._removed.add(id)
         self._merge()
@@ -4647,7 +4649,7 @@ class Roster:
         self._merge()
 
     def weigh(self, id: str, weight: float) -> None:
-        """The weight that its definition has undoes what was given before."""
+        """Give the server this weight; the one of its definition undoes what was given before."""
         self._weights[id] = weight
         if weight == next(of[id].weight for of in self._named.values() if id in of):
             del self._weights[id]
@@ -5163,10 +5165,10 @@ class Ranking(NamedTuple):
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
 
 
-def unknown_model(model: str, known: Iterable[str]) -> str:
-    """In vLLM's words."""
-    names, count = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none", len(list(known))
-    names += f" and {count - NAMES_LIMIT} more" * (count > NAMES_LIMIT)
+def unknown_model(model: str, known: Collection[str]) -> str:
+    """That no server has the model, in vLLM's words."""
+    names = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none"
+    names += f" and {len(known) - NAMES_LIMIT} more" * (len(known) > NAMES_LIMIT)
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
@@ -5224,7 +5226,7 @@ Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed o
 def apply_preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> None:
-    """Passes over who is eligible, but not now."""
+    """Gives a reason to servers that are eligible, but passed over now for better ones."""
     for why, wanted in preferences(views, reasons, call, moment, draw):
         rest = [n for n, reason in enumerate(reasons) if not reason]
         others = [n for n in rest if not wanted(views[n])]
@@ -5276,7 +5278,7 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
 
 
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
-    """By their shares; a session stays with its pool."""
+    """The pool that is drawn by these shares; a session stays with its own."""
     at = draw.random()
     if call.session:
         digest = hashlib.blake2b(call.session.encode("utf-8", "surrogatepass"), digest_size=8)
@@ -5287,7 +5289,7 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
 
 
 class Lasting(NamedTuple):
-    """What is true for all calls for a model until a server changes in more than its counts."""
+    """What holds for all calls for a model until a server changes in more than its counts."""
 
     reasons: list[str] | None  # to exclude servers; None: they depend on the moment, or on chance
     context: float  # shorter prompts fit every server that has the model
@@ -5296,6 +5298,7 @@ class Lasting(NamedTuple):
 
 
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
+    """Made anew, and kept with the fleet."""
     views, reasons = fleet.views(), None
     if not any(view.health.open_until is not None or depends_on_the_moment(view, moment.now)
                for view in views):
@@ -5395,7 +5398,7 @@ class RetryBudget:
         self._second(now)[1] += 1
 
     def spend(self, now: float, share: float) -> bool:
-        """Whether one more retry may be made; it is counted."""
+        """Count one more retry, if it may be made.  Returns whether it may."""
         second = self._second(now)
         _, requests, retries = map(sum, zip(*self._seconds))
         if retries >= max(BUDGET_FLOOR, share * requests):
@@ -5449,7 +5452,7 @@ class WaitQueue:
                 del self._lines[waiter.wants]
 
     def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
-        """There may be free places, as long as there may be `more`."""
+        """Give free places to those who wait, as long as there may be `more`."""
         heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
         heapq.heapify(heads)
         while heads and more():
@@ -5474,8 +5477,8 @@ class WaitQueue:
         self._served_at = now
 
     def clears_in_s(self, now: float) -> int:
-        """When a request that came now might have its turn, by the rate of late: 1 to 60 s.  As
-        long as there is none, it may take about as long again as the first has waited so far."""
+        """How soon a request that came now might have its turn, by the rate of late: 1 to 60 s.
+        Without a rate, about as long again as the first has waited so far."""
         served = self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
         counted_s = DRAIN_MEMORY_S * -math.expm1((self._since - now) / DRAIN_MEMORY_S)
         known = served >= 1 and counted_s > 0
@@ -5496,13 +5499,13 @@ DIED_TWICE = ("Two servers have died with this request or one of the same conten
 POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
 POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
 TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
-KEPT_CONTENT_BYTES = 2048  # is kept while a stream goes on, should it be asked for its digest
+KEPT_CONTENT_BYTES = 2048  # of content kept while its answer streams, in case it needs a digest
 WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
 BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §5.1.1
 
 
 def digest_of(path: str, content: Content) -> bytes:
-    """What content for a path is known by: for a request that failed; never more than 0.1 ms."""
+    """What content for a path is known by; made once a request has failed, in 0.1 ms at most."""
     half = WHOLE_DIGEST_BYTES // 2 if len(content) > WHOLE_DIGEST_BYTES else 0
     ends = [content[:half], content[-half:]]
     if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
@@ -5649,9 +5652,9 @@ Step = Relay | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
-# A server cannot have what is asked for, whoever else may; it is not asked again.
+# The server cannot do what is asked for, though others may; it is not asked again.
 LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
-# The server had no work with the request.
+# The request was no work for the server.
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
 # The client was shown the server's own words for what went wrong.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
@@ -5816,6 +5819,8 @@ RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 
 
 
 class Refusal(NamedTuple):
+    """Why a request is turned away, as its client is told."""
+
     fault: Fault
     text: str
     retry_after_s: int = 0
@@ -5840,13 +5845,13 @@ class Keys:
         self._buckets = {name: left for name, left in self._buckets.items() if name in names}
 
     def authenticate(self, fields: Fields) -> KeySettings | None:
-        """The key that a request shows, if it is one of ours."""
+        """The key that a request shows, or None if it is not one of ours."""
         said = digest(key_in(fields))
         found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
         return found[-1] if found else None
 
     def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
-        """Let a request in, which has to be followed by `release`; or say why not."""
+        """Let a request in, until its `release`, and return None; or return why not."""
         if key.models and model not in key.models:
             what = "a request without a model" if model is None else f"the model `{model[:200]}`"
             return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
@@ -5889,7 +5894,7 @@ class StoredResponses:
         return len(self._known)
 
     def made(self, id: str, stored: Stored) -> None:
-        """A server has made it, or has it.  Who says another's id again does not get it so."""
+        """A server has made this response, or has it.  A key that says another's id gets nothing."""
         known = self._known.setdefault(id, stored)
         if known.key == stored.key:
             self._known[id] = stored
@@ -5976,7 +5981,8 @@ WEB_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]/:@?#,\s]+)(?::([0-9
 
 
 def web_origin(text: str) -> Origin | None:
-    """None for `null`, for pages from files, and whatever else no browser finds us by."""
+    """The origin that a text names; None for `null`, pages from files, and whatever else no browser
+    finds us by."""
     if (found := WEB_ORIGIN.fullmatch(text.lower())) is None:
         return None
     scheme, host, port = found.groups()
@@ -6016,7 +6022,7 @@ class Visit(NamedTuple):
         return self.told("x-forwarded-host", self.head.fields.get("host"))
 
     def origin(self) -> Origin | None:
-        """That by which the client knows us; None where it is none."""
+        """The origin by which the client knows us, or None."""
         schemes = self.told("x-forwarded-proto", "https" if self.tls else "http")
         return web_origin(f"{schemes[0]}://{self.names()[0]}")
 
@@ -6077,7 +6083,7 @@ STRANGERS = ("a proxy on this machine passes on requests of others (it says %s):
 
 
 def remote_peer(v: Visit) -> Refusal | None:
-    """Why who asks is nobody on this machine, who asks by a local name."""
+    """Why a request may not be one from this machine, by a local name."""
     fields, why, warning = v.head.fields, "", ""
     signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
     if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
@@ -6133,7 +6139,7 @@ def may_not_see(v: Visit) -> Refusal | None:
 
 
 def may_not_open(v: Visit) -> Refusal | None:
-    """The page itself, which a browser asks for without a key."""
+    """Why the page is not shown, for which a browser asks without a key."""
     return remote_peer(v) if v.settings.status_access == "loopback" else None
 
 
@@ -6167,7 +6173,7 @@ def escapes_key(v: Visit) -> Refusal | None:
 
 
 def not_json(v: Visit) -> Refusal | None:
-    """Content that a browser would send for any page without asking first."""
+    """Why content is refused that a browser would send for any page without asking first."""
     said = v.head.fields.get("content-type")
     if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
         return None
