@@ -355,6 +355,336 @@ def test_importing_does_nothing():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  Servers that follow a script, and clients that look closely
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class Asked(NamedTuple):
+    """A request as a scripted server saw it."""
+
+    line: str
+    fields: list
+    body: bytes
+
+    def get(self, name):
+        return [value for key, value in self.fields if key.lower() == name]
+
+
+async def read_message(reader, bodyless=False):
+    """A message off the wire by a reader of its own: (first line, fields, body, kind of framing).
+    Raises IncompleteReadError when it is cut."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head[:-4].split("\r\n")
+    fields = [tuple(line.split(": ", 1)) for line in lines]
+    known = {name.lower(): value for name, value in fields}
+    if bodyless:
+        return first, fields, b"", "none"
+    if known.get("transfer-encoding") == "chunked":
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+        return first, fields, body, "chunked"
+    if "content-length" in known:
+        return first, fields, await reader.readexactly(int(known["content-length"])), "length"
+    if first.startswith("HTTP/") and first.split()[1] not in ("204", "304"):
+        return first, fields, await reader.read(), "close"
+    return first, fields, b"", "none"
+
+
+class Conn:
+    """A server's end of a connection, for scripts."""
+
+    def __init__(self, server, reader, writer):
+        self.server, self.reader, self.writer = server, reader, writer
+        self.asked = 0
+
+    async def send(self, *pieces):
+        for piece in pieces:
+            self.writer.write(piece)
+            await self.writer.drain()
+
+    async def json(self, document, status="200 OK", fields=""):
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        head = (f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{fields}content-length: "
+                f"{len(body)}\r\n\r\n")
+        await self.send(head.encode() + body)
+
+    async def events(self, *events, end=True):
+        """A stream as vLLM sends it: head, each event as a chunk in a segment of its own."""
+        await self.send(STREAM_HEAD, *(chunk(event) for event in events))
+        if end:
+            await self.send(b"0\r\n\r\n")
+
+    async def left(self):
+        """Until the other side has closed the connection."""
+        with contextlib.suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+
+    def reset(self):
+        self.writer.transport.abort()
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; "
+               b"charset=utf-8\r\n"
+               b"transfer-encoding: chunked\r\n\r\n")
+FIRST = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def token(n):
+    return b'data: {"choices":[{"delta":{"content":" %d"}}]}\n\n' % n
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def echo(asked, conn):
+    await conn.json({"line": asked.line, "body": asked.body.decode("latin-1")})
+
+
+class Server:
+    """A scripted vLLM.  `answer` is a coroutine function (asked, conn) for everything but the
+    pages that the balancer asks for itself."""
+
+    def __init__(self, answer=echo, models=("m",), **pages):
+        self.answer = answer
+        self.pages = {"/health": "", "/metrics": "",
+                      "/v1/models": {"data": [{"id": m} for m in models]}, **pages}
+        self.asked, self.probes, self.connections, self.open = [], Counter(), 0, 0
+        self.tasks, self.listener, self.port = set(), None, 0
+        self.capacity = 10  # a server of 1000 is asked before others
+        self.came = asyncio.Event()  # a request has come
+
+    async def __aenter__(self):
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.kill()
+
+    async def start(self):
+        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port,
+                                                   limit=1 << 26)
+        self.port = self.listener.sockets[0].getsockname()[1]
+
+    async def kill(self):
+        """As kill -9 does: connections reset, new ones refused."""
+        # asyncio stumbles over one that is being accepted just now
+        for sock in self.listener.sockets:
+            asyncio.get_running_loop().remove_reader(sock)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.listener.close()
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    async def serve(self, reader, writer):
+        self.tasks.add(task := asyncio.current_task())
+        self.connections += 1
+        self.open += 1
+        conn = Conn(self, reader, writer)
+        try:
+            while True:
+                asked = Asked(*(await self.read(reader))[:3])
+                path = asked.line.split()[1]
+                if path in self.pages:
+                    self.probes[path] += 1
+                    await self.page(conn, self.pages[path])
+                    continue
+                self.asked.append(asked)
+                conn.asked += 1
+                self.came.set()
+                if await self.answer(asked, conn) == "close":
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self.open -= 1
+            self.tasks.discard(task)
+            writer.transport.abort()
+
+    async def read(self, reader):
+        return await read_message(reader)
+
+    async def page(self, conn, page):
+        if callable(page):
+            page = await page()
+        if isinstance(page, int):
+            await conn.json(b"{}", f"{page} X")
+        elif page is None:
+            await asyncio.Event().wait()  # hang
+        else:
+            await conn.json(page if isinstance(page, dict) else page.encode())
+
+
+AS_JSON = ["Content-Type: application/json"]
+
+
+class Got(NamedTuple):
+    """A response as a client saw it."""
+
+    status: int
+    fields: list
+    body: bytes
+    framing: str
+
+    def get(self, name):
+        return next((value for key, value in self.fields if key.lower() == name), None)
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        return self.json["error"]
+
+
+class Client:
+    """A client's end of one connection."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    async def send(self, data):
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def ask(self, method, path, body=b"", fields=(), version="1.1"):
+        """Send a request; `answer` reads what comes back."""
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *fields]
+        if body or method == "POST":
+            lines.append(f"Content-Length: {len(body)}")
+        await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    async def answer(self, method="GET"):
+        first, fields, body, kind = await read_message(self.reader, bodyless=method == "HEAD")
+        return Got(int(first.split()[1]), fields, body, kind)
+
+    async def post(self, path="/v1/chat/completions", body=b'{"model":"m"}', fields=()):
+        await self.ask("POST", path, body, fields)
+        return await self.answer()
+
+    async def get(self, path, fields=(), method="GET"):
+        await self.ask(method, path, b"", fields)
+        return await self.answer(method)
+
+    def close(self):
+        self.writer.transport.abort()
+
+
+class Running:
+    """A balancer that runs, and clients for it."""
+
+    def __init__(self, balancer, stack):
+        self.balancer, self.core, self.stack = balancer, balancer.core, stack
+        self.heard = []  # requests and transitions, as for the logs
+        self.core.news.subscribers.append(lambda kind: self.heard.append)
+
+    def requests(self):
+        return [event._asdict() for event in self.heard if isinstance(event, lite.RequestFacts)]
+
+    async def client(self):
+        pair = await asyncio.open_connection("127.0.0.1", self.balancer.port, limit=1 << 26)
+        client = Client(*pair)
+        self.stack.callback(client.close)
+        return client
+
+    async def until(self, condition, within_s=30):
+        """Wait for news of the fleet until the condition holds; fails if it never does."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    await self.core.news.changed()
+        except TimeoutError:
+            wanted = inspect.getsource(condition).strip()
+            pytest.fail(f"never so in {within_s} s, the servers are {self.states()}: {wanted}")
+
+    async def has_read(self, **config):
+        """Until the settings of a changed file are in force."""
+        await eventually(
+            lambda: all(getattr(self.core.settings, key) == value for key, value in config.items()),
+            f"a changed file is read: {config}",
+        )
+
+    def views(self):
+        return self.core.fleet.views()
+
+    def states(self):
+        return [view.health.state.value for view in self.views()]
+
+    def in_flight(self):
+        return sum(view.counts.in_flight for view in self.views())
+
+    def waiting(self):
+        """How many requests wait in the queue."""
+        return len(self.core.requests.queue)
+
+    @property
+    def wires(self):
+        """The connections of clients."""
+        return self.core.clients.tasks
+
+    @property
+    def held_bytes(self):
+        """How much content of requests is held."""
+        return self.core.clients.backlog.bytes
+
+    async def metric(self, name, **labels):
+        page = (await (await self.client()).get("/metrics")).body.decode()
+        found = [s.value for s in lite.parse_samples(page, [name])
+                 if labels.items() <= s.labels.items()]
+        return sum(found)
+
+    async def quiet(self):
+        """Until no request is in flight."""
+        await eventually(
+            lambda: not (self.in_flight() or self.core.clients.exchanges),
+            "no request is under way any more",
+        )
+
+
+QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001,
+         "request_timeout": 10}
+
+
+@contextlib.asynccontextmanager
+async def balancing(*asked, wait=True, servers=(), **settings):
+    """A balancer in front of these servers (scripted ones, URLs, or settings), once all were
+    checked."""
+    gc.freeze()  # what is there already need not be looked at when garbage is counted
+    async with contextlib.AsyncExitStack() as stack:
+        listed = list(servers)
+        for server in asked:
+            if isinstance(server, Server) and server.listener is None:
+                await stack.enter_async_context(server)
+            listed.append(lite.ServerSettings(getattr(server, "url", server),
+                                              getattr(server, "capacity", 10)))
+        balancer = lite.Balancer(Settings(tuple(listed), **{**QUICK, **settings}))
+        ready = asyncio.Event()
+        running = Running(balancer, stack)
+        task = asyncio.create_task(balancer.run(ready.set))
+        await asyncio.wait((task, asyncio.create_task(ready.wait())),
+                           return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if wait:
+                await running.until(lambda: "checking" not in running.states())
+            yield running
+        finally:
+            balancer.stop()
+            balancer.stop()
+            await task
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  faults
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -790,238 +1120,6 @@ def test_content_of_a_known_length(how):
     assert lite.Decoder(0).done and lite.Decoder(None).until_close
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  forwarding
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-def test_heads_that_differ_in_their_length_alone_are_read_once():
-    raw = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\nX-Request-Id: 1\r\n\r\n"
-    (one, a), (two, b), (other, c) = (lite.parse_request_head(raw % n) for n in (5, 70, 5))
-    assert (a, b, c) == ("5", "70", "5") and one is two is other
-    changed, _ = lite.parse_request_head((raw % 5).replace(b"X-Request-Id: 1", b"X-Request-Id: 2"))
-    assert changed.fields.get("x-request-id") == "2"
-    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
-    assert lite.parse_response_head(answer % 1)[0] is lite.parse_response_head(answer % 2)[0]
-    long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * lite.HEAD_KEPT_BYTES)
-    # memory has an end
-    assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]
-
-
-def test_nothing_is_kept_of_long_paths():
-    lite.inference_path("/v1/x"), lite.endpoints_at("/v1/x")
-    tracemalloc.start()
-    try:
-        for n in range(2 * lite.HEADS_KEPT):
-            assert lite.inference_path(path := f"/v1/v1/{n:010000}") and not lite.endpoints_at(path)
-        assert tracemalloc.get_traced_memory()[0] < 500_000
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("lines, length", table(
-    ("as usual", "Content-Length: 5", "5"),
-    ("without a space", "content-length:5", "5"),
-    ("twice", "Content-Length: 5\nContent-Length: 5", "5, 5"),
-    ("twice, with something between", "Content-Length: 5\nX: y\nCONTENT-LENGTH: 6", "5, 6"),
-    ("once as usual, once not", "Content-Length: 5 \nContent-Length: 6", "6, 5"),
-    ("a list", "Content-Length: 5, 5", "5, 5"),
-    ("nothing", "Content-Length:", ""),
-    ("none", "X-Content-Length: 5", None),
-))
-def test_a_length_is_found_wherever_and_however_often_it_stands(lines, length):
-    head, found = request_of(f"POST / HTTP/1.1\nHost: a\n{lines}\nA: b")
-    assert found == length and head.fields.get("a") == "b"
-    if length is not None and not length.isdecimal():
-        with pytest.raises(lite.BadMessage, match="Content-Length"):
-            lite.request_framing(head, found)
-
-
-def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
-    head = head_of(
-        "POST /v1/x?q=1 HTTP/1.1\nHost: me\nConnection: keep-alive, X-Drop\nX-Drop: 1\nCookie: a\n"
-        "TE: trailers\nKeep-Alive: 5\nAuthorization: Bearer k\nCookie: b\nTransfer-Encoding: "
-        "chunked\n"
-        "Expect: 100-continue\ntraceparent: 00-1\nX-Request-Id: old\nProxy-Authorization: secret"
-    )
-    fields = lite.forward_fields(head.fields, [("X-Request-Id", "new")])
-    out = lite.forward_request(head, "/v1/x", "gpu:8000", fields, 5).decode()
-    assert out.split("\r\n") == [
-        "POST /v1/x?q=1 HTTP/1.1", "Host: gpu:8000", "Cookie: a", "Authorization: Bearer k",
-        "Cookie: b", "traceparent: 00-1", "X-Request-Id: new", "Content-Length: 5", "", "",
-    ]
-
-
-CODED = "Host: a\nAccept-Encoding: gzip, br"
-HOP = lite.Hop("1.1.1.1", False, False, "mvllm-lite-0")
-
-
-@pytest.mark.parametrize("target, host", table(
-    ("the target stands for Host, RFC 9112 3.2.2", "http://b:80/v1/x", "b:80"),
-    ("also without a path", "HTTP://b?q", "b"),
-    ("and an IPv6 address", "https://[::1]:8/", "[::1]:8"),
-    ("Host, where the target says none", "/v1/x", "a"),
-))
-def test_the_host_that_a_client_means_goes_along(target, host):
-    for minor in (0, 1):
-        head = head_of(f"GET {target} HTTP/1.{minor}\nHost: a")
-        assert head.fields.get("host") == host
-        assert f"X-Forwarded-Host: {host}\r\n" in lite.forwarded_fields(
-            head.fields, HOP, False, False)[0]
-    assert head_of("GET http://b/ HTTP/1.0").fields.get("host") == "b"
-
-
-@pytest.mark.parametrize("method, said, left, sent", table(
-    ("OPTIONS is counted down, RFC 9110 7.6.2", "OPTIONS", "3", 3, "2"),
-    ("to nothing", "OPTIONS", "01", 1, "0"),
-    ("and ends here", "OPTIONS", "0", 0, None),
-    ("other methods are not", "GET", "3", None, "3"),
-))
-def test_max_forwards(method, said, left, sent):
-    head = head_of(f"{method} /v1/x HTTP/1.1\nHost: a\nMAX-forwards: {said}\nB: c")
-    assert head.hops_left == left
-    lines, _ = lite.forwarded_fields(head.fields, HOP, False, False)
-    out = lite.forward_request(head, "/v1/x", "gpu", lines, None).decode()
-    assert sent is None or re.findall("(?i)\r\nmax-forwards: (.*)(?=\r\n)", out) == [sent]
-    assert "\r\nB: c\r\n" in out
-
-
-@pytest.mark.parametrize("said", ["", "-1", "x", "1.5", "9" * 30, "1\nMax-Forwards: 2"])
-def test_max_forwards_that_is_no_number_is_refused(said):
-    head = head_of(f"OPTIONS /v1/x HTTP/1.1\nHost: a\nMax-Forwards: {said}")
-    with pytest.raises(lite.BadMessage, match="Max-Forwards is"):
-        assert head.hops_left
-
-
-@pytest.mark.parametrize("fields, stream, asked", table(
-    ("a plain answer may be compressed", CODED, False, ["gzip, br"]),
-    ("a stream may not", CODED, True, ["identity"]),
-    ("nor where the client says nothing, RFC 9110 12.5.3", "Host: a", True, ["identity"]),
-    ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False,
-     ["identity"]),
-    ("nor where it is said twice", f"{CODED}\nAccept-Encoding: zstd", True, ["identity"]),
-))
-def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
-    head = head_of(f"POST /v1/x HTTP/1.1\n{fields}")
-    lines, _ = lite.forwarded_fields(head.fields, HOP, False, stream)
-    assert re.findall("(?i)accept-encoding: (.*)\r\n", lines) == asked
-
-
-@pytest.mark.parametrize("method, length, framed", table(
-    ("GET without content", "GET", None, []),
-    ("POST says 0, RFC 9110 8.6", "POST", None, ["Content-Length: 0"]),
-    ("with content", "POST", 3, ["Content-Length: 3"]),
-))
-def test_a_forwarded_request_is_framed_by_its_length(method, length, framed):
-    head = head_of(f"{method} /a HTTP/1.1\nHost: a")
-    out = lite.forward_request(head, "/a", "b", "", length).decode()
-    assert out.split("\r\n")[2:-2] == framed
-
-
-def test_only_an_upgrade_to_websocket_is_asked_for_again():
-    head = head_of("GET /v1/x HTTP/1.1\nHost: a\nConnection: Upgrade, HTTP2-Settings\nUpgrade: h2c")
-    out = lite.forward_request(head, "/v1/x", "b", lite.forward_fields(head.fields, []), None)
-    assert b"pgrade" not in out
-    head = head_of("GET /v1/realtime HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket")
-    out = lite.forward_request(head, "/v1/realtime", "b", lite.forward_fields(head.fields, []),
-                               None)
-    assert b"Connection: upgrade\r\nUpgrade: websocket\r\n" in out
-
-
-RETURNED = table(
-    ("length", "Content-Length: 5", lite.Framing(5), 1, True, ["Content-Length: 5"]),
-    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED, 1, True,
-     ["Transfer-Encoding: chunked"]),
-    ("until close", "", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
-    ("to 1.0", "", lite.UNTIL_CLOSE, 0, False, ["Connection: close"]),
-    ("none", "Content-Length: 5", None, 1, True, []),
-    ("Connection names the length", "Content-Length: 5\nConnection: Content-Length",
-     lite.Framing(5), 1, True,
-     ["Content-Length: 5"]),
-    ("1.0 that persists", "Content-Length: 5", lite.Framing(5), 0, True,
-     ["Content-Length: 5", "Connection: keep-alive"]),
-    ("closing", "Content-Length: 5\nConnection: keep-alive", lite.Framing(5), 1, False,
-     ["Content-Length: 5", "Connection: close"]),
-)
-
-
-@pytest.mark.parametrize("fields, framing, minor, persists, expected", RETURNED)
-def test_a_returned_response_is_framed_for_the_client(fields, framing, minor, persists, expected):
-    request = head_of(f"GET / HTTP/1.{minor}\nHost: a")
-    head = answer_of(f"HTTP/1.1 200 OK\n{fields}".rstrip("\n"))
-    out = lite.return_response(head, request, framing, persists).decode()
-    assert out.split("\r\n")[1:-2] == expected
-
-
-@pytest.mark.parametrize("method, minor, answer, theirs, expected", table(
-    ("length", "GET", 1, "200 OK", lite.Framing(5), lite.Framing(5)),
-    ("chunked", "GET", 1, "200 OK", lite.CHUNKED, lite.CHUNKED),
-    ("until close", "GET", 1, "200 OK", lite.UNTIL_CLOSE, lite.CHUNKED),
-    ("chunked to 1.0", "GET", 0, "200 OK", lite.CHUNKED, lite.UNTIL_CLOSE),
-    ("204", "GET", 1, "204 X\nContent-Length: 0", lite.NO_CONTENT, None),
-    ("HEAD", "HEAD", 1, "200 OK\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
-    ("HEAD of what has no length", "HEAD", 1, "200 OK\nTransfer-Encoding: chunked", lite.NO_CONTENT,
-     None),
-    ("304", "GET", 1, "304 X\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
-))
-def test_how_an_answer_is_framed_for_its_client(method, minor, answer, theirs, expected):
-    request, head = (head_of(f"{method} / HTTP/1.{minor}\nHost: a"),
-                     response_of(f"HTTP/1.1 {answer}"))
-    assert lite.returned_framing(*head, request, theirs) == expected
-
-
-def test_a_returned_response_keeps_repeated_fields_apart():
-    head = answer_of("HTTP/1.1 200 Fine\nSet-Cookie: a\nServer: uvicorn\nSet-Cookie: b\nX-Id: 1")
-    out = lite.return_response(head, head_of("GET / HTTP/1.1\nHost: a"), lite.CHUNKED, True,
-                               [("x-id", "2")])
-    assert out.decode().split("\r\n")[:5] == [
-        "HTTP/1.1 200 Fine", "Set-Cookie: a", "Server: uvicorn", "Set-Cookie: b", "x-id: 2",
-    ]
-
-
-@pytest.mark.parametrize("location, expected", table(
-    ("to itself", "http://gpu:1/base/v1/models", "/v1/models"),
-    ("with query", "http://gpu:1/base/x?a=b", "/x?a=b"),
-    ("elsewhere", "https://example.com/x", "https://example.com/x"),
-    ("not to another host", "http://gpu:1/base//evil.com/x", "http://gpu:1/base//evil.com/x"),
-    ("only under its prefix", "http://gpu:1/basement", "http://gpu:1/basement"),
-    ("relative", "/v1/x", "/v1/x"),
-    ("relative, under its prefix", "/base/v1/x?a=b", "/v1/x?a=b"),
-    ("relative to what was asked for", "base/v1/x", "base/v1/x"),
-    ("no URL at all", "http://[", "http://["),
-))
-def test_redirects_of_a_server_to_itself_lead_back_to_us(location, expected):
-    assert lite.local_location(location, "gpu:1", "/base") == expected
-
-
-def test_cors():
-    page = "Host: a\nOrigin: https://page"
-    plain = head_of(f"POST /v1/x HTTP/1.1\n{page}")
-    flight = head_of(f"OPTIONS /v1/x HTTP/1.1\n{page}\nAccess-Control-Request-Method: POST\n"
-                     "Access-Control-Request-Headers: authorization")
-    assert dict(lite.cors_fields(plain, ["*"]))["Access-Control-Allow-Origin"] == "*"
-    assert (dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"]
-            == "https://page")
-    assert lite.cors_fields(plain, ["https://other"]) == [] == lite.cors_fields(plain, [])
-    assert lite.cors_fields(head_of("GET / HTTP/1.1\nHost: a"), ["*"]) == []
-    for head in (plain, flight):  # cookies, for origins with a name; then * is not all any more
-        assert dict(lite.cors_fields(head, ["https://page"],
-                                     True))["Access-Control-Allow-Credentials"] == "true"
-        assert not any("Credentials" in name for name, _ in lite.cors_fields(head, ["*"], True)
-                       + lite.cors_fields(head, ["https://page"]))
-        assert lite.cors_fields(head, ["https://other"], True) == []
-    assert ("X-Request-Id" in dict(lite.cors_fields(plain, ["https://page"],
-                                                    True))["Access-Control-Expose-Headers"])
-    allowed = dict(lite.cors_fields(flight, ["*"]))
-    assert allowed["Access-Control-Allow-Methods"] == "POST"
-    assert allowed["Access-Control-Allow-Headers"] == "authorization"
-    assert flight.is_preflight and not plain.is_preflight
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  heads and framing by chance: what is accepted, a second and stricter reader reads the same
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
 # The second reader: RFC 9112 to the letter, by splitting.  It shares nothing with the first.
 
 LETTERS = (string.ascii_letters + string.digits).encode()
@@ -1402,6 +1500,234 @@ def test_two_readers_of_one_message_never_disagree(judge, originals, seed):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  forwarding
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def test_heads_that_differ_in_their_length_alone_are_read_once():
+    raw = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\nX-Request-Id: 1\r\n\r\n"
+    (one, a), (two, b), (other, c) = (lite.parse_request_head(raw % n) for n in (5, 70, 5))
+    assert (a, b, c) == ("5", "70", "5") and one is two is other
+    changed, _ = lite.parse_request_head((raw % 5).replace(b"X-Request-Id: 1", b"X-Request-Id: 2"))
+    assert changed.fields.get("x-request-id") == "2"
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+    assert lite.parse_response_head(answer % 1)[0] is lite.parse_response_head(answer % 2)[0]
+    long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * lite.HEAD_KEPT_BYTES)
+    # memory has an end
+    assert lite.parse_request_head(long)[0] is not lite.parse_request_head(long)[0]
+
+
+def test_nothing_is_kept_of_long_paths():
+    lite.inference_path("/v1/x"), lite.endpoints_at("/v1/x")
+    tracemalloc.start()
+    try:
+        for n in range(2 * lite.HEADS_KEPT):
+            assert lite.inference_path(path := f"/v1/v1/{n:010000}") and not lite.endpoints_at(path)
+        assert tracemalloc.get_traced_memory()[0] < 500_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("lines, length", table(
+    ("as usual", "Content-Length: 5", "5"),
+    ("without a space", "content-length:5", "5"),
+    ("twice", "Content-Length: 5\nContent-Length: 5", "5, 5"),
+    ("twice, with something between", "Content-Length: 5\nX: y\nCONTENT-LENGTH: 6", "5, 6"),
+    ("once as usual, once not", "Content-Length: 5 \nContent-Length: 6", "6, 5"),
+    ("a list", "Content-Length: 5, 5", "5, 5"),
+    ("nothing", "Content-Length:", ""),
+    ("none", "X-Content-Length: 5", None),
+))
+def test_a_length_is_found_wherever_and_however_often_it_stands(lines, length):
+    head, found = request_of(f"POST / HTTP/1.1\nHost: a\n{lines}\nA: b")
+    assert found == length and head.fields.get("a") == "b"
+    if length is not None and not length.isdecimal():
+        with pytest.raises(lite.BadMessage, match="Content-Length"):
+            lite.request_framing(head, found)
+
+
+def test_a_forwarded_request_keeps_end_to_end_fields_in_order_and_number():
+    head = head_of(
+        "POST /v1/x?q=1 HTTP/1.1\nHost: me\nConnection: keep-alive, X-Drop\nX-Drop: 1\nCookie: a\n"
+        "TE: trailers\nKeep-Alive: 5\nAuthorization: Bearer k\nCookie: b\nTransfer-Encoding: "
+        "chunked\n"
+        "Expect: 100-continue\ntraceparent: 00-1\nX-Request-Id: old\nProxy-Authorization: secret"
+    )
+    fields = lite.forward_fields(head.fields, [("X-Request-Id", "new")])
+    out = lite.forward_request(head, "/v1/x", "gpu:8000", fields, 5).decode()
+    assert out.split("\r\n") == [
+        "POST /v1/x?q=1 HTTP/1.1", "Host: gpu:8000", "Cookie: a", "Authorization: Bearer k",
+        "Cookie: b", "traceparent: 00-1", "X-Request-Id: new", "Content-Length: 5", "", "",
+    ]
+
+
+CODED = "Host: a\nAccept-Encoding: gzip, br"
+HOP = lite.Hop("1.1.1.1", False, False, "mvllm-lite-0")
+
+
+@pytest.mark.parametrize("target, host", table(
+    ("the target stands for Host, RFC 9112 3.2.2", "http://b:80/v1/x", "b:80"),
+    ("also without a path", "HTTP://b?q", "b"),
+    ("and an IPv6 address", "https://[::1]:8/", "[::1]:8"),
+    ("Host, where the target says none", "/v1/x", "a"),
+))
+def test_the_host_that_a_client_means_goes_along(target, host):
+    for minor in (0, 1):
+        head = head_of(f"GET {target} HTTP/1.{minor}\nHost: a")
+        assert head.fields.get("host") == host
+        assert f"X-Forwarded-Host: {host}\r\n" in lite.forwarded_fields(
+            head.fields, HOP, False, False)[0]
+    assert head_of("GET http://b/ HTTP/1.0").fields.get("host") == "b"
+
+
+@pytest.mark.parametrize("method, said, left, sent", table(
+    ("OPTIONS is counted down, RFC 9110 7.6.2", "OPTIONS", "3", 3, "2"),
+    ("to nothing", "OPTIONS", "01", 1, "0"),
+    ("and ends here", "OPTIONS", "0", 0, None),
+    ("other methods are not", "GET", "3", None, "3"),
+))
+def test_max_forwards(method, said, left, sent):
+    head = head_of(f"{method} /v1/x HTTP/1.1\nHost: a\nMAX-forwards: {said}\nB: c")
+    assert head.hops_left == left
+    lines, _ = lite.forwarded_fields(head.fields, HOP, False, False)
+    out = lite.forward_request(head, "/v1/x", "gpu", lines, None).decode()
+    assert sent is None or re.findall("(?i)\r\nmax-forwards: (.*)(?=\r\n)", out) == [sent]
+    assert "\r\nB: c\r\n" in out
+
+
+@pytest.mark.parametrize("said", ["", "-1", "x", "1.5", "9" * 30, "1\nMax-Forwards: 2"])
+def test_max_forwards_that_is_no_number_is_refused(said):
+    head = head_of(f"OPTIONS /v1/x HTTP/1.1\nHost: a\nMax-Forwards: {said}")
+    with pytest.raises(lite.BadMessage, match="Max-Forwards is"):
+        assert head.hops_left
+
+
+@pytest.mark.parametrize("fields, stream, asked", table(
+    ("a plain answer may be compressed", CODED, False, ["gzip, br"]),
+    ("a stream may not", CODED, True, ["identity"]),
+    ("nor where the client says nothing, RFC 9110 12.5.3", "Host: a", True, ["identity"]),
+    ("nor one that only Accept tells of", f"{CODED}\nAccept: Text/Event-Stream", False,
+     ["identity"]),
+    ("nor where it is said twice", f"{CODED}\nAccept-Encoding: zstd", True, ["identity"]),
+))
+def test_nobody_is_asked_to_compress_a_stream(fields, stream, asked):
+    head = head_of(f"POST /v1/x HTTP/1.1\n{fields}")
+    lines, _ = lite.forwarded_fields(head.fields, HOP, False, stream)
+    assert re.findall("(?i)accept-encoding: (.*)\r\n", lines) == asked
+
+
+@pytest.mark.parametrize("method, length, framed", table(
+    ("GET without content", "GET", None, []),
+    ("POST says 0, RFC 9110 8.6", "POST", None, ["Content-Length: 0"]),
+    ("with content", "POST", 3, ["Content-Length: 3"]),
+))
+def test_a_forwarded_request_is_framed_by_its_length(method, length, framed):
+    head = head_of(f"{method} /a HTTP/1.1\nHost: a")
+    out = lite.forward_request(head, "/a", "b", "", length).decode()
+    assert out.split("\r\n")[2:-2] == framed
+
+
+def test_only_an_upgrade_to_websocket_is_asked_for_again():
+    head = head_of("GET /v1/x HTTP/1.1\nHost: a\nConnection: Upgrade, HTTP2-Settings\nUpgrade: h2c")
+    out = lite.forward_request(head, "/v1/x", "b", lite.forward_fields(head.fields, []), None)
+    assert b"pgrade" not in out
+    head = head_of("GET /v1/realtime HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket")
+    out = lite.forward_request(head, "/v1/realtime", "b", lite.forward_fields(head.fields, []),
+                               None)
+    assert b"Connection: upgrade\r\nUpgrade: websocket\r\n" in out
+
+
+RETURNED = table(
+    ("length", "Content-Length: 5", lite.Framing(5), 1, True, ["Content-Length: 5"]),
+    ("chunked", "Transfer-Encoding: chunked", lite.CHUNKED, 1, True,
+     ["Transfer-Encoding: chunked"]),
+    ("until close", "", lite.CHUNKED, 1, True, ["Transfer-Encoding: chunked"]),
+    ("to 1.0", "", lite.UNTIL_CLOSE, 0, False, ["Connection: close"]),
+    ("none", "Content-Length: 5", None, 1, True, []),
+    ("Connection names the length", "Content-Length: 5\nConnection: Content-Length",
+     lite.Framing(5), 1, True,
+     ["Content-Length: 5"]),
+    ("1.0 that persists", "Content-Length: 5", lite.Framing(5), 0, True,
+     ["Content-Length: 5", "Connection: keep-alive"]),
+    ("closing", "Content-Length: 5\nConnection: keep-alive", lite.Framing(5), 1, False,
+     ["Content-Length: 5", "Connection: close"]),
+)
+
+
+@pytest.mark.parametrize("fields, framing, minor, persists, expected", RETURNED)
+def test_a_returned_response_is_framed_for_the_client(fields, framing, minor, persists, expected):
+    request = head_of(f"GET / HTTP/1.{minor}\nHost: a")
+    head = answer_of(f"HTTP/1.1 200 OK\n{fields}".rstrip("\n"))
+    out = lite.return_response(head, request, framing, persists).decode()
+    assert out.split("\r\n")[1:-2] == expected
+
+
+@pytest.mark.parametrize("method, minor, answer, theirs, expected", table(
+    ("length", "GET", 1, "200 OK", lite.Framing(5), lite.Framing(5)),
+    ("chunked", "GET", 1, "200 OK", lite.CHUNKED, lite.CHUNKED),
+    ("until close", "GET", 1, "200 OK", lite.UNTIL_CLOSE, lite.CHUNKED),
+    ("chunked to 1.0", "GET", 0, "200 OK", lite.CHUNKED, lite.UNTIL_CLOSE),
+    ("204", "GET", 1, "204 X\nContent-Length: 0", lite.NO_CONTENT, None),
+    ("HEAD", "HEAD", 1, "200 OK\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
+    ("HEAD of what has no length", "HEAD", 1, "200 OK\nTransfer-Encoding: chunked", lite.NO_CONTENT,
+     None),
+    ("304", "GET", 1, "304 X\nContent-Length: 7", lite.NO_CONTENT, lite.Framing(7)),
+))
+def test_how_an_answer_is_framed_for_its_client(method, minor, answer, theirs, expected):
+    request, head = (head_of(f"{method} / HTTP/1.{minor}\nHost: a"),
+                     response_of(f"HTTP/1.1 {answer}"))
+    assert lite.returned_framing(*head, request, theirs) == expected
+
+
+def test_a_returned_response_keeps_repeated_fields_apart():
+    head = answer_of("HTTP/1.1 200 Fine\nSet-Cookie: a\nServer: uvicorn\nSet-Cookie: b\nX-Id: 1")
+    out = lite.return_response(head, head_of("GET / HTTP/1.1\nHost: a"), lite.CHUNKED, True,
+                               [("x-id", "2")])
+    assert out.decode().split("\r\n")[:5] == [
+        "HTTP/1.1 200 Fine", "Set-Cookie: a", "Server: uvicorn", "Set-Cookie: b", "x-id: 2",
+    ]
+
+
+@pytest.mark.parametrize("location, expected", table(
+    ("to itself", "http://gpu:1/base/v1/models", "/v1/models"),
+    ("with query", "http://gpu:1/base/x?a=b", "/x?a=b"),
+    ("elsewhere", "https://example.com/x", "https://example.com/x"),
+    ("not to another host", "http://gpu:1/base//evil.com/x", "http://gpu:1/base//evil.com/x"),
+    ("only under its prefix", "http://gpu:1/basement", "http://gpu:1/basement"),
+    ("relative", "/v1/x", "/v1/x"),
+    ("relative, under its prefix", "/base/v1/x?a=b", "/v1/x?a=b"),
+    ("relative to what was asked for", "base/v1/x", "base/v1/x"),
+    ("no URL at all", "http://[", "http://["),
+))
+def test_redirects_of_a_server_to_itself_lead_back_to_us(location, expected):
+    assert lite.local_location(location, "gpu:1", "/base") == expected
+
+
+def test_cors():
+    page = "Host: a\nOrigin: https://page"
+    plain = head_of(f"POST /v1/x HTTP/1.1\n{page}")
+    flight = head_of(f"OPTIONS /v1/x HTTP/1.1\n{page}\nAccess-Control-Request-Method: POST\n"
+                     "Access-Control-Request-Headers: authorization")
+    assert dict(lite.cors_fields(plain, ["*"]))["Access-Control-Allow-Origin"] == "*"
+    assert (dict(lite.cors_fields(plain, ["https://page"]))["Access-Control-Allow-Origin"]
+            == "https://page")
+    assert lite.cors_fields(plain, ["https://other"]) == [] == lite.cors_fields(plain, [])
+    assert lite.cors_fields(head_of("GET / HTTP/1.1\nHost: a"), ["*"]) == []
+    for head in (plain, flight):  # cookies, for origins with a name; then * is not all any more
+        assert dict(lite.cors_fields(head, ["https://page"],
+                                     True))["Access-Control-Allow-Credentials"] == "true"
+        assert not any("Credentials" in name for name, _ in lite.cors_fields(head, ["*"], True)
+                       + lite.cors_fields(head, ["https://page"]))
+        assert lite.cors_fields(head, ["https://other"], True) == []
+    assert ("X-Request-Id" in dict(lite.cors_fields(plain, ["https://page"],
+                                                    True))["Access-Control-Expose-Headers"])
+    allowed = dict(lite.cors_fields(flight, ["*"]))
+    assert allowed["Access-Control-Allow-Methods"] == "POST"
+    assert allowed["Access-Control-Allow-Headers"] == "authorization"
+    assert flight.is_preflight and not plain.is_preflight
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  exposition
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -1725,6 +2051,209 @@ def test_changes_are_named_and_those_that_wait_for_a_restart():
     new = dataclasses.replace(old, port=1, max_retries=9, aliases={"a": "b"})
     assert lite.changes_line(old, new) == "changed: max_retries, aliases; at the next start: port"
     assert lite.changes_line(old, old) == ""
+
+
+@pytest.mark.parametrize("line, limit", table(
+    ("a number", "max_concurrent_requests = 8", 8),
+    ("as mvllm takes it, in quotes", 'max_concurrent_requests = "8"', 8),
+    ("to be learned", 'max_concurrent_requests = "auto"', lite.AUTO),
+    ("in capitals", 'max_concurrent_requests = "AUTO"', lite.AUTO),
+    ("not given", "weight = 1", lite.AUTO),
+    ("another word for it", "capacity = 8", 8),
+    ("another word, to be learned", 'capacity = "auto"', lite.AUTO),
+))
+def test_forms_of_capacity(line, limit):
+    settings, warnings = lite.parse_settings(f'[[servers]]\nurl = "http://a"\n{line}\n')
+    assert settings.servers[0].max_concurrent_requests == limit and not warnings
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"many"', "true", "nan", "[8]"])
+def test_capacities_that_are_none_are_refused(value):
+    for key in ("max_concurrent_requests", "capacity"):
+        (line,) = complaints(f'[[servers]]\nurl = "http://a"\n{key} = {value}\n')
+        assert ("servers[1]." in line
+                and re.search(r'expected a whole number, 1 .+, or "auto"$', line))
+
+
+def test_a_complaint_about_a_capacity_names_its_line_by_whatever_word():
+    (line,) = complaints('[[servers]]\nurl = "http://a"\nmax_concurrent_requests = 0\n')
+    assert line.startswith("s.toml:3: servers[1].max_concurrent_requests: found 0")
+    (line,) = complaints('[[servers]]\nurl = "http://a"\ncapacity = 0\n')
+    assert line.startswith("s.toml:3: servers[1].")
+
+
+def test_a_capacity_in_both_words_is_not_decided_silently():
+    toml = '[[servers]]\nurl = "http://a"\ncapacity = 4\nmax_concurrent_requests = 8\n'
+    with pytest.raises(lite.SettingsError):
+        if lite.parse_settings(toml)[1]:
+            raise lite.SettingsError([])  # a warning would do as well
+
+
+def test_servers_say_weight_tier_pool_and_engines():
+    toml = ('servers = [{ url = "http://a", weight = 2.5, tier = 2, pool = "x", data_parallel_size '
+            '= 4 }, { url = "http://b" }]\n'
+            '[pools]\nx = 20\n[policies]\n"org/m" = "LEAST"\n[config]\npolicy = "cache_aware"\n')
+    settings, warnings = lite.parse_settings(toml)
+    first, second = settings.servers
+    assert ((first.weight, first.tier, first.pool, first.data_parallel_size) == (2.5, 2, "x", 4)
+            and not warnings)
+    assert (second.weight, second.tier, second.pool, second.data_parallel_size) == (1.0, 1, "", 1)
+    assert (settings.pools == {"x": 20} and settings.policies == {"org/m": "least"}
+            and settings.policy == "cache_aware")
+
+
+def test_a_policy_for_an_alias_is_one_for_the_model():
+    settings, _ = lite.parse_settings(
+        'servers = []\n[aliases]\nshort = "org/m"\n[policies]\nshort = "random"\n')
+    assert settings.policies == {"org/m": "random"}
+
+
+@pytest.mark.parametrize("toml, expected", table(
+    ("pools beyond all requests", "servers = []\n[pools]\na = 60\nb = 60\n",
+     "pools: found '120 in all', expected 100 at most"),
+    ("a share that is none", "servers = []\n[pools]\na = -1\n",
+     "s.toml:3: pools.a: found -1, expected a number, 0 to 100, in percent"),
+    ("a share in words", 'servers = []\n[pools]\na = "half"\n',
+     "s.toml:3: pools.a: found 'half', expected a number, 0 to 100"),
+    ("a pool that nobody described", 'servers = [\n{ url = "http://a", pool = "x" }]\n',
+     "s.toml:2: servers[1].pool: found 'x', expected one of [pools]"),
+    ("pools that are no table", "servers = []\npools = 3",
+     "s.toml:2: pools: found 3, expected a table"),
+    ("a policy of a model", 'servers = []\n[policies]\nm = "best"\n',
+     "s.toml:3: policies.m: found 'best', expected one of unified, least"),
+    ("an expression without formula", 'servers = []\n[config]\npolicy = "expression"\n',
+     "config.score: found nothing, expected a formula"),
+    ("an expression for one model without formula", 'servers = []\n[policies]\nm = "expression"\n',
+     "config.score: found nothing, expected a formula"),
+    ("a formula that is none", 'servers = []\n[config]\nscore = "running +"\n',
+     "s.toml:3: config.score: found 'running +', expected a formula like"),
+    ("a weight below nothing", 'servers = [{ url = "http://a", weight = -1 }]',
+     "servers[1].weight: found -1, expected a number, 0 to 1000"),
+    ("a tier that is none", 'servers = [{ url = "http://a", tier = 0 }]',
+     "servers[1].tier: found 0, expected a whole number, 1 or more"),
+    ("too many engines", 'servers = [{ url = "http://a", data_parallel_size = 257 }]',
+     "expected a whole number, 1 to 256"),
+    ("a threshold beyond all", "servers = []\n[config]\ncache_threshold = 1.5\n",
+     "s.toml:3: config.cache_threshold: found 1.5, expected a number, 0 to 1"),
+))
+def test_settings_of_routing_that_cannot_be_used(toml, expected):
+    assert expected in "\n".join(complaints(toml))
+
+
+@pytest.mark.parametrize("shares", [(100,), (50, 50), (33.3, 33.3, 33.4), (74.2, 21.1, 4.7),
+                                    (5.6, 65.1, 29.3)])
+def test_pools_of_all_requests_are_100_percent_whatever_the_fractions(shares):
+    names = "".join(f"p{n} = {share}\n" for n, share in enumerate(shares))
+    settings, _ = lite.parse_settings(f"servers = []\n[pools]\n{names}")
+    fleet = lite.Fleet()
+    fleet.apply([lite.ServerSettings("http://a")], 0.0, settings.pools)
+    assert fleet.views()[0].share == 0  # nothing is left for servers of no pool
+
+
+# values: every name is 2, as where a formula is tried
+FORMULAS = table(
+    ("mvllm's", "(running + 0.5 * waiting) / capacity", 1.5),
+    ("all names", " + ".join(lite.SCORE_NAMES), 2.0 * len(lite.SCORE_NAMES)),
+    ("functions", "min(running, 7) + max(1, waiting, 5) + abs(-3) + sqrt(9) + log(1)", 13.0),
+    ("powers", "running ** 3", 8.0),
+    ("rest and whole parts", "7 // running + 7 % running", 4.0),
+    ("a choice", "1 if running > 1 else 0", 1.0),
+    ("a choice by two", "3 if running >= 2 and not waiting != 2 or 0 else 4", 3.0),
+    ("comparisons are 0 and 1", "10 * (running < capacity) + (1 < running < 3)", 1.0),
+    ("signs", "-running + +3", 1.0),
+    ("spaces around", "  running  ", 2.0),
+    ("scientific", "1e3 * running", 2000.0),
+    ("truth", "True + running", 3.0),
+    ("division by nothing", "1 / (running - waiting)", math.inf),
+    ("rest of nothing", "1 % (running - waiting)", math.inf),
+    ("the root of what is below nothing", "sqrt(0 - running)", math.inf),
+    ("the logarithm of nothing", "log(running - waiting)", math.inf),
+    ("numbers do not grow for ever", "9 ** 9 ** 9", math.inf),
+    ("nor by names", "(running + 7) ** 9 ** 9", math.inf),
+    ("nor by products", "1e308 * 10", math.inf),
+    ("no number at all", "1e999 - 1e999", math.inf),
+    ("less than any number", "-1e999", math.inf),
+    ("a complex number", "(0 - running) ** 0.5", math.inf),
+)
+
+
+@pytest.mark.parametrize("score, value", FORMULAS)
+def test_formulas_have_a_value_and_infinity_where_there_is_none(score, value):
+    names, values_of = lite.compiled(score)
+    assert values_of([[2, 2]] * len(names)) == pytest.approx([value, value])
+    settings, _ = lite.parse_settings(
+        f"servers = []\n[config]\npolicy = 'expression'\nscore = '{score}'")
+    assert settings.score == score
+
+
+NO_FORMULAS = table(
+    ("attributes", "running.real"),
+    ("the way out of a sandbox", "().__class__.__bases__[0].__subclasses__()"),
+    ("imports", "__import__(0)"),
+    ("builtins", "open(0)"),
+    ("eval", "eval(running)"),
+    ("a function of one's own", "(lambda: 1)()"),
+    ("a loop", "max([n for n in 5])"),
+    ("a loop without end", "max(n for n in 5)"),
+    ("a text", "'a'"),
+    ("a text that is multiplied", "'a' * 999999999"),
+    ("bytes", "b'a'"),
+    ("a text with values", "f'{running}'"),
+    ("an argument by name", "max(running, waiting, key=abs)"),
+    ("arguments from a list", "max(*running)"),
+    ("a list", "[running]"),
+    ("a pair", "running, waiting"),
+    ("an index", "running[0]"),
+    ("an assignment", "(running := 3)"),
+    ("unknown names", "runing"),
+    ("a name of ours", "INFINITY"),
+    ("an imaginary number", "1j * running"),
+    ("bits", "1 << running"),
+    ("identity", "running is waiting"),
+    ("nothing", "None"),
+    ("an ellipsis", "..."),
+    ("statements", "running; waiting"),
+    ("two lines", "running\nwaiting"),
+    ("a zero byte", "running\0"),
+    ("half a formula", "running +"),
+    ("a function without call", "min"),
+    ("a function in a sum", "min + 1"),
+    ("a function that is compared", "min == max"),  # it is 0 for all
+    ("a function for some values only", "running or min"),
+    ("a function in a branch", "min if running > 5 else 1"),
+    ("too few arguments", "min()"),
+    ("too few arguments in a branch", "min(running) if running > 5 else 1"),
+    ("too many arguments", "sqrt(1, 2)"),
+    ("a call of a number", "2(3)"),
+    ("a call of what a call gives", "min(1, 2)(3)"),
+    ("too long", "+".join(["running"] * 100)),
+    ("nested", "(" * 240 + "1" + ")" * 240),
+    ("a number beyond all floats", "1" + "0" * 400),
+)
+
+
+@pytest.mark.parametrize("score", NO_FORMULAS)
+def test_what_is_no_formula_is_a_complaint(score):
+    settings = {"score": (score, "environment")}
+    with pytest.raises(lite.SettingsError) as caught:
+        lite.parse_settings("servers = []", "s.toml", settings)
+    assert ("environment: score: found" in str(caught.value)
+            and "expected a formula" in str(caught.value))
+
+
+@pytest.mark.parametrize("score", ["-" * 499 + "1", "not " * 124 + "1", "2**" * 160 + "2",
+                                   "1 if 1 else " * 41 + "1", "min(1," * 60 + "1" + ")" * 60])
+def test_deep_formulas_are_understood_or_refused(score):
+    try:
+        found = lite.formula(score)
+    except ValueError:
+        return
+    assert found == score and isinstance(lite.compiled(score).costs([[1]])[0], float)
+
+
+def test_a_formula_whose_value_is_complex_for_some_servers_only_is_infinite_there():
+    names, values_of = lite.compiled("(waiting - running) ** 0.5")
+    assert names == ("running", "waiting") and values_of([[0, 4], [4, 0]]) == [2, math.inf]
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -2698,432 +3227,534 @@ def test_errors_have_the_openai_form_and_anthropic_s_beside_it():
     assert json.loads(lite.error_body(Fault.NO_SERVER, "text", "/v1/messages"))["type"] == "error"
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  client keys and access
-# ════════════════════════════════════════════════════════════════════════════════════════════
+def read_prompt_of(content, large=False):
+    spans = lite.member_spans(content, lite.FOUND_MEMBERS) if large else None
+    members = lite.read_members(content, spans)
+    return lite.read_prompt(content, spans, members, members.get("model"))
 
 
-def gate_with(**limits):
-    gate, key = lite.Keys(), lite.KeySettings("team", **limits)
-    gate.adopt([(key, "sk-1"), (lite.KeySettings("other"), "sk-2")])
-    return gate, key
+def prompt_in(large=False, **members):
+    """The prompt of a request with these members, in this order."""
+    return read_prompt_of(json.dumps({"model": "m", **members}).encode(), large)
 
 
-@pytest.mark.parametrize("fields, name", table(
-    ("as OpenAI's clients", "Authorization: Bearer sk-1", "team"),
-    ("the scheme in any case", "Authorization: bearer  sk-1", "team"),
-    ("as Anthropic's clients", "X-API-Key: sk-2", "other"),
-    ("another", "Authorization: Bearer sk-3", None),
-    ("a part", "Authorization: Bearer sk-", None),
-    ("another scheme", "Authorization: Basic sk-1", None),
-    ("two at once", "Authorization: Bearer sk-1\nAuthorization: Bearer sk-2", None),
-    ("none", "Cookie: sk-1", None),
-    ("empty", "Authorization: Bearer ", None),
-))
-def test_keys_are_recognised(fields, name):
-    found = gate_with()[0].authenticate(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
-    assert (found and found.name) == name
+def talk(*sizes, seed=0):
+    """Messages of so many bytes; the same seed, the same talk."""
+    draw = random.Random(seed)
+    return [{"role": ("user", "assistant")[n % 2],
+             "content": f"{n} " + draw.randbytes(size // 2).hex()} for n, size in enumerate(sizes)]
 
 
-def test_a_key_allows_its_models():
-    gate, key = gate_with(models=("a", "b"))
-    assert gate.admit(key, "a", 0.0) is None
-    assert (gate.admit(key, "c", 0.0)[0] is Fault.FORBIDDEN
-            and "`c`" in gate.admit(key, "c", 0.0).text)
-    assert gate.admit(key, None, 0.0).fault is Fault.FORBIDDEN
+def common_links(one, other):
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
+                                              zip(one.prefix_hashes, other.prefix_hashes)))
 
 
-UPGRADE = "Connection: upgrade\nUpgrade: websocket"
-URLENCODED = "Content-Type: application/x-www-form-urlencoded"
+def links_within(size):
+    return sum(end <= size for end in lite.LINK_ENDS)
 
 
-@pytest.mark.parametrize("fields, said", table(
-    ("JSON", "Content-Type: application/json", None),
-    ("nothing said", "X: y", None),
-    ("the form that is read", FORM_TYPE, None),
-    ("a form of another kind", URLENCODED, "x-www-form-urlencoded"),
-    ("in capitals, with a parameter", f"{URLENCODED.upper()}; charset=utf-8", "no model is read"),
-    ("another multipart", "Content-Type: multipart/mixed; boundary=XX", "no model is read"),
-    ("JSON first, then a form", f"Content-Type: application/json\n{FORM_TYPE}", "no model is read"),
-    ("two forms", f"{FORM_TYPE}\n{URLENCODED}", "no model is read"),
-    ("an adapter that /invocations takes for the model", "X-Amzn-SageMaker-Adapter-Identifier: b",
-     "would name another"),
-    ("an upgrade", UPGRADE, "session.update"),
-    ("an upgrade to what is not passed on", UPGRADE.replace("websocket", "h2c"), None),
-))
-def test_what_a_key_with_models_cannot_be_held_to_is_refused(fields, said):
-    visit = visit_of("INFERENCE", f"Host: a\n{fields}", keyed=True,
-                     key=lite.KeySettings("team", models=("m",)), method="POST")
-    refusal = lite.refusal_of(visit)
-    assert (refusal and refusal.fault) == (said and Fault.FORBIDDEN)
-    assert said is None or said in refusal.text
-    assert lite.refusal_of(visit._replace(key=lite.KeySettings("all"))) is None
-
-
-@pytest.mark.parametrize("path, refused", [("/v1/r%65sponses", True), ("/v1/realtime", False)])
-def test_no_key_goes_on_from_another_s_response_over_an_upgraded_connection(path, refused):
-    visit = visit_of("INFERENCE", f"Host: a\n{UPGRADE}", keyed=True, key=lite.KeySettings("all"))
-    head = head_of(f"GET {path} HTTP/1.1\nHost: a\n{UPGRADE}")
-    assert (lite.refusal_of(visit._replace(head=head)) is not None) is refused
-
-
-def test_a_key_allows_so_many_requests_at_once():
-    gate, key = gate_with(max_requests=2)
-    assert [gate.admit(key, None, 0.0) for _ in range(2)] == [None, None]
-    assert gate.admit(key, None, 0.0)[:3:2] == (Fault.RATE_LIMITED, 1)
-    gate.release(key)
-    assert gate.admit(key, None, 0.0) is None
-
-
-def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
-    gate, key = gate_with(requests_per_second=0.5)
-    assert gate.admit(key, None, 100.0) is None
-    assert gate.admit(key, None, 100.5)[:3:2] == (Fault.RATE_LIMITED, 2)
-    gate.adopt([(key, "sk-new")])
-    assert gate.admit(key, None, 101.5) is not None and gate.admit(key, None, 102.0) is None
-    gate, key = gate_with(requests_per_second=10)
-    assert sum(gate.admit(key, None, 5.0) is None for _ in range(15)) == 10
-    assert sum(gate.admit(key, None, 5.5) is None for _ in range(15)) == 5
-
-
-def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False,
-             method="GET", hop="", **settings):
-    head = head_of(f"{method} /x HTTP/1.1\n{lines or 'Host: localhost:8888'}")
-    return lite.Visit(lite.Kind[kind], head, content, peer, tls, key, keyed, Settings(**settings),
-                      hop=hop)
-
-
-def status_of_visit(*args, **more):
-    refusal = lite.refusal_of(visit_of(*args, **more))
-    return refusal.fault.status if refusal else 200
-
-
-OURS = {"trusted_proxies": ("127.0.0.1/32", "10.0.0.0/8")}
-LOCALLY = table(
-    ("no browser", "Host: localhost:8888", {}, 200),
-    ("by address", "Host: 127.0.0.1:8888", {}, 200),
-    ("by another loopback address", "Host: 127.8.0.1", {}, 200),
-    ("by IPv6 address", "Host: [::1]:8888", {"peer": "::1"}, 200),
-    ("IPv4 in IPv6", "Host: localhost", {"peer": "::ffff:127.0.0.1"}, 200),
-    ("the whole name", "Host: LOCALHOST.", {}, 200),
-    ("from elsewhere", "Host: localhost", {"peer": "10.0.0.1"}, 403),
-    ("a rebound name", "Host: evil.example:8888", {}, 403),
-    ("that looks local", "Host: localhost.evil.example", {}, 403),
-    ("or like an address", "Host: 127.0.0.1.evil.example", {}, 403),
-    ("the address of all", "Host: 0.0.0.0:8888", {}, 403),
-    ("an empty name", "Host:", {}, 403),
-    ("a rebound name and its own Origin", "Host: evil.example\nOrigin: http://evil.example", {},
-     403),
-    ("the page itself",
-     "Host: localhost:8888\nOrigin: http://localhost:8888\nSec-Fetch-Site: same-origin", {}, 200),
-    ("another port's page", "Host: localhost:8888\nOrigin: http://localhost:3000", {}, 403),
-    ("a port that is the scheme's", "Host: localhost\nOrigin: http://localhost:80", {}, 200),
-    ("https and its port", "Host: localhost\nOrigin: https://localhost:443", {"tls": True}, 200),
-    ("another scheme's page", "Host: localhost\nOrigin: https://localhost", {}, 403),
-    ("no scheme", "Host: localhost\nOrigin: localhost", {}, 403),
-    ("null", "Host: localhost\nOrigin: null", {}, 403),
-    ("empty", "Host: localhost\nOrigin:", {}, 403),
-    ("a file", "Host: localhost\nOrigin: file://", {}, 403),
-    ("nothing but a scheme", "Host: localhost\nOrigin: http://", {}, 403),
-    ("both empty", "Host:\nOrigin: http://", {}, 403),
-    ("two of them", "Host: localhost\nOrigin: http://localhost\nOrigin: http://localhost", {}, 403),
-    ("with a path", "Host: localhost\nOrigin: http://localhost/", {}, 403),
-    ("a port of many digits", f"Host: localhost\nOrigin: http://localhost:{'9' * 5000}", {}, 403),
-    ("an extension's page", "Host: localhost\nOrigin: chrome-extension://localhost", {}, 403),
-    ("a link elsewhere", "Host: localhost\nSec-Fetch-Site: cross-site", {}, 403),
-    ("another port of the site", "Host: localhost\nSec-Fetch-Site: same-site", {}, 403),
-    ("typed by a person", "Host: localhost\nSec-Fetch-Site: none", {}, 200),
-    ("said twice", "Host: localhost\nSec-Fetch-Site: same-origin\nSec-Fetch-Site: cross-site", {},
-     403),
-    ("a proxy of strangers", "Host: localhost\nX-Forwarded-For: 127.0.0.1", {}, 403),
-    ("that says nothing", "Host: localhost\nX-Forwarded-For:", {}, 403),
-    ("the standard's field", "Host: localhost\nForwarded: for=127.0.0.1", {}, 403),
-    ("nginx's field", "Host: localhost\nX-Real-IP: 127.0.0.1", {}, 403),
-    ("any proxy's", "Host: localhost\nVia: 1.1 varnish", {}, 403),
-    ("one that tells little", "Host: localhost\nX-Forwarded-Proto: https", {}, 403),
-    ("a tunnel's", "Host: localhost\nCF-Connecting-IP: 9.9.9.9", {}, 403),
-    *((name, f"Host: localhost\n{name}: x", {}, 403) for name in (
-        "X-Cluster-Client-IP", "X-Original-Forwarded-For", "X-Envoy-External-Address",
-        "X-Azure-ClientIP", "Fastly-Client-IP", "X-ProxyUser-IP", "X-Forwarded", "Forwarded-For",
-        "X-Client-IP", "True-Client-IP", "Tailscale-User-Login", "CDN-Loop", "X-Amzn-Trace-Id",
-        "X-Remote-Addr")),
-    ("a page's own", "Host: localhost\nX-Requested-With: a\nX-Trace-Id: a\nX-Request-Id: b", {},
-     200),
-    ("our proxy speaks for us", "Host: localhost\nX-Forwarded-For: 127.0.0.1", OURS, 200),
-    ("for a stranger", "Host: localhost\nX-Forwarded-For: 9.9.9.9", OURS, 403),
-    ("for a stranger who lies", "Host: localhost\nX-Forwarded-For: 127.0.0.1, 9.9.9.9", OURS, 403),
-    ("for another proxy of ours", "Host: localhost\nX-Forwarded-For: 10.0.0.2", OURS, 403),
-    ("for nobody knows whom", "Host: localhost\nVia: 1.1 nginx", OURS, 403),
-    ("in two ways", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Real-IP: 9.9.9.9", OURS, 403),
-    ("and in a third", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nForwarded: for=9.9.9.9", OURS,
-     403),
-    ("its machine is not ours", "Host: localhost\nX-Forwarded-For: 127.0.0.1",
-     {"peer": "10.0.0.1", **OURS}, 403),
-    ("nor where a connection came from", "Host: localhost", {"hop": "10.0.0.1", **OURS}, 403),
-    ("a connection that our proxy passes on", "Host: localhost",
-     {"peer": "9.9.9.9", "hop": "127.0.0.1", **OURS}, 403),
-    ("from this machine to this machine", "Host: localhost", {"hop": "127.0.0.1", **OURS}, 200),
-    ("by what name our proxy was asked",
-     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: evil.example", OURS, 403),
-    ("our proxy's scheme and name",
-     "Host: 127.0.0.1:80\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
-     "X-Forwarded-Proto: https\nOrigin: https://localhost:8443", OURS, 200),
-    ("a rebound page that speaks as if it were our proxy",
-     "Host: evil.example\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost", OURS, 403),
-    ("two names, of which one is a stranger's",
-     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost, evil.example", OURS,
-     403),
-    ("a connection of nobody knows whom", "Host: localhost",
-     {"peer": "unknown", "hop": "127.0.0.1", **OURS}, 403),
-    ("no scheme of the web",
-     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Proto: ws\nOrigin: null", OURS, 403),
+TALKS = table(
+    ("short messages", (100, 300, 100, 300)),
+    ("a system prompt of some pages", (12_000, 200, 900)),
+    ("where links are 1 KiB apart", (30_000, 10_000, 200)),
+    ("where links are 4 KiB apart", (150_000, 9_000, 700)),
+    ("beyond the last link", (300_000, 9_000, 700)),
 )
 
 
-@pytest.mark.parametrize("lines, more, status", LOCALLY)
-def test_what_is_for_this_machine_only(lines, more, status):
-    assert status_of_visit("ADMIN", lines, **more) == status
-    for kind in ("STATUS", "PAGE", "EXPLAIN"):
-        assert status_of_visit(kind, lines, status_access="loopback", **more) == status
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("sizes", TALKS)
+def test_a_growing_chat_keeps_the_links_that_do_not_cover_its_end(sizes, large):
+    turns = [json.dumps({"model": "m", "messages": talk(*sizes[: n + 1]), "stream": True}).encode()
+             for n in range(len(sizes))]
+    for before, after in zip(turns, turns[1:]):
+        same = len(os.path.commonprefix([before, after])) - before.index(b"[{")
+        one, other = read_prompt_of(before, large), read_prompt_of(after, large)
+        # there is one space before [
+        assert common_links(one, other) == links_within(same - 1) >= len(one.prefix_hashes) - 1
 
 
-PAGES = table(
-    ("a stranger's page", "Host: a\nOrigin: http://evil", {}, 403),
-    ("a name that a proxy is not trusted with", "Host: a\nX-Forwarded-Host: b\nOrigin: http://b",
-     {}, 403),
-    ("behind our proxy", "Host: inner\nX-Forwarded-Host: front:8443\nX-Forwarded-Proto: https\n"
-     "Origin: https://front:8443", {"peer": "10.0.0.9", **OURS}, 200),
-    ("that keeps the name", "Host: front\nX-Forwarded-Proto: https\nOrigin: https://front",
-     {"peer": "10.0.0.9", **OURS}, 200),
-    ("its own name is not the page's", "Host: inner\nX-Forwarded-Host: front\nOrigin: http://inner",
-     {"peer": "10.0.0.9", **OURS}, 403),
-    ("a key does not help", "Host: a\nOrigin: http://b",
-     {"keyed": True, "key": lite.KeySettings("x", "k", admin=True)}, 403),
-    ("the page itself", "Host: a:8888\nOrigin: http://A:8888", {}, 200),
+@pytest.mark.parametrize("sizes", TALKS)
+def test_small_and_large_content_have_the_same_prompt(sizes):
+    for members in ({"messages": talk(*sizes)},
+                    {"tools": [{"x": 1}], "messages": talk(*sizes), "n": 1},
+                    {"prompt": "a" * sizes[0]}):
+        assert prompt_in(True, **members) == prompt_in(False, **members) != lite.NO_PROMPT
+
+
+LONG = talk(3000, 500)
+OTHERS = table(
+    ("other model", {"model": "x", "messages": LONG}),
+    ("other tools", {"tools": [{"name": "b"}], "messages": LONG}),
+    ("other system", {"system": "b", "messages": LONG}),
+    ("tools where there were none", {"tools": [{"name": "a"}], "messages": LONG}),
+    ("other instructions", {"instructions": "b", "messages": LONG}),
+    ("other beginning", {"messages": talk(3000, 500, seed=1)}),
 )
 
 
-@pytest.mark.parametrize("lines, more, status", PAGES)
-def test_pages_of_other_sites_get_inference_and_models_at_most(lines, more, status):
-    for kind in ("PROBE", "PAGE", "STATUS", "EXPLAIN"):
-        assert status_of_visit(kind, lines, **more) == status
-    for kind in ("INFERENCE", "MODELS"):
-        assert status_of_visit(kind, lines, **more) == 200
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("members", OTHERS)
+def test_prompts_that_servers_read_differently_have_no_link_in_common(members, large):
+    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
+    assert (not set(prompt.prefix_hashes) & set(other.prefix_hashes)
+            and len(prompt.prefix_hashes) > 12)
+    if "tools" in members:
+        assert not set(prompt_in(large,
+                                 **{**members, "tools": [{"name": "c"}]}).prefix_hashes) & set(
+                                     other.prefix_hashes)
 
 
-@pytest.mark.parametrize("lines, more, status", table(
-    ("no page", "Host: a", {}, 200),
-    ("our own", "Host: a\nOrigin: http://a", {}, 200),
-    ("another", "Host: a\nOrigin: http://b", {}, 403),
-    ("from a sandbox", "Host: a\nOrigin: null", {}, 403),
-    ("an allowed one", "Host: a\nOrigin: http://b", {"cors_allowed_origins": ("http://b",)}, 200),
-    ("any is", "Host: a\nOrigin: null", {"cors_allowed_origins": ("*",)}, 200),
-))
-def test_a_page_opens_no_websocket_unless_cors_allows_it(lines, more, status):
-    upgrade = "\nConnection: upgrade\nUpgrade: websocket"
-    assert status_of_visit("INFERENCE", lines + upgrade, **more) == status
-    assert status_of_visit("INFERENCE", lines, **more) == 200
-
-
-USER, ADMIN = lite.KeySettings("user", "sk-u"), lite.KeySettings("root", "sk-r", admin=True)
-ENTITLED = table(
-    ("no keys", {}, (200, 200, 200, 200, 200, 200, 401)),
-    ("no key shown", {"keyed": True}, (401, 401, 200, 200, 401, 401, 401)),
-    ("a key", {"keyed": True, "key": USER}, (200, 200, 200, 200, 200, 403, 403)),
-    ("an admin's", {"keyed": True, "key": ADMIN}, (200, 200, 200, 200, 200, 200, 200)),
-    ("status for keys, none shown", {"keyed": True, "status_access": "key"},
-     (401, 401, 200, 401, 401, 401, 401)),
-    ("status for keys, one shown", {"keyed": True, "status_access": "key", "key": USER},
-     (200, 200, 200, 200, 200, 403, 403)),
-    ("status for admins", {"keyed": True, "status_access": "admin", "key": USER},
-     (200, 200, 200, 403, 403, 403, 403)),
-    ("status for this machine", {"status_access": "loopback", "peer": "10.0.0.1"},
-     (200, 200, 200, 403, 403, 403, 401)),
-    ("with a key, too", {"keyed": True, "status_access": "loopback"},
-     (401, 401, 200, 200, 401, 401, 401)),
+SAME = table(
+    ("other members before", {"temperature": 0.5, "stream": True, "messages": LONG}),
+    ("other members after", {"messages": LONG, "temperature": 0.5, "stream": True}),
+    ("quoted in a text before",
+     {"metadata": {"note": 'say "messages": and "prompt": now'}, "messages": LONG}),
+    ("the word as a value", {"user": "messages", "messages": LONG}),
+    ("the word as a value, and another member after it",
+     {"stop": ["messages"], "n": 1, "messages": LONG}),
+    ("the word as a member of a member", {"metadata": {"messages": "x"}, "messages": LONG}),
+    ("the word in a schema",
+     {"response_format": {"properties": {"messages": {"type": "string"}}}, "messages": LONG}),
+    ("a prompt that is none", {"prompt": None, "messages": LONG}),
 )
 
 
-@pytest.mark.parametrize("more, statuses", ENTITLED)
-def test_who_may_use_which_kind_of_path(more, statuses):
-    kinds = ("INFERENCE", "MODELS", "PROBE", "STATUS", "EXPLAIN", "ADMIN", "CONTROL")
-    assert tuple(status_of_visit(kind, **more) for kind in kinds) == statuses
-    assert [status_of_visit(kind, **more) for kind in ("AMBIGUOUS", "NOTHING")] == [400, 404]
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("members", SAME)
+def test_where_the_messages_stand_does_not_matter(members, large):
+    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
+    assert common_links(prompt, other) >= len(prompt.prefix_hashes) - 1
+    assert abs(prompt.tokens - other.tokens) < 30
 
 
-def test_an_absolute_target_says_by_what_name_we_are_asked():
-    head = head_of("GET http://evil.example/x HTTP/1.1\nHost: localhost")
-    visit = visit_of("STATUS", status_access="loopback")._replace(head=head)
-    assert "Host is 'evil.example'" in lite.refusal_of(visit).text
+@pytest.mark.parametrize("large", [False, True])
+def test_spaces_and_the_order_of_members_before_the_messages_do_not_matter(large):
+    messages = json.dumps(LONG).encode()
+    forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}',
+             b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
+    prompts = [read_prompt_of(form % messages, large) for form in forms]
+    assert (len({prompt.prefix_hashes for prompt in prompts}) == 1
+            and len(prompts[0].prefix_hashes) > 12)
 
 
-def test_where_operators_have_a_listener_each_has_its_own_paths():
-    for kind in lite.Kind:
-        more = {"keyed": True, "key": ADMIN, "status_access": "admin"}
-        visit = visit_of(kind.name, **more)
-        visits = {audience: visit._replace(audience=audience) for audience in lite.Audience}
-        found = {audience.name: refusal and refusal.fault.status for audience,
-                 visit in visits.items()
-                 for refusal in [lite.refusal_of(visit)]}
-        always = {"AMBIGUOUS": 400, "NOTHING": 404}.get(kind.name)
-        inference, probe = kind.name in ("INFERENCE", "MODELS"), kind.name == "PROBE"
-        assert found["EVERYBODY"] == always
-        assert found["CLIENTS"] == (always or (None if inference or probe else 404)), kind
-        assert found["OPERATORS"] == (always or (404 if inference else None)), kind
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name, value",
+                         [("tools", [{"type": "function", "x": "a" * 900}]), ("system", "s" * 900),
+                          ("instructions", "i" * 900)])
+def test_what_servers_put_first_counts_wherever_it_stands(name, value, large):
+    before, after = (prompt_in(large, **{name: value}, messages=LONG),
+                     prompt_in(large, messages=LONG, **{name: value}))
+    messages = links_within(len(json.dumps(LONG)))
+    assert common_links(before, after) >= messages - 1 > 11
+    without = prompt_in(large, messages=LONG)
+    assert abs(before.tokens - without.tokens - 225) < 15
+    assert abs(after.tokens - before.tokens) < 15
 
 
-@pytest.mark.parametrize("given, address", table(
-    ("off", {}, None),
-    ("a port", {"operator_port": 9000}, ("127.0.0.1", 9000)),
-    ("a host, and any port", {"operator_host": "::1"}, ("::1", 0)),
-    ("both", {"operator_host": "0.0.0.0", "operator_port": 9000}, ("0.0.0.0", 9000)),
+def test_tools_that_follow_the_messages_do_not_hide_what_is_known_of_a_chat():
+    fleet, tools = fleet_of(16), [{"name": f"f{n}", "description": "d" * 1000} for n in range(40)]
+    first, second = (prompt_in(messages=talk(*[2000] * turns), tools=tools) for turns in (3, 4))
+    fleet.lease("s0", 0.0, first)
+    assert fleet.cached(second)[0] > 0.9 * second.tokens - 600
+
+
+def test_an_image_does_not_hide_the_text_before_it():
+    fleet, image = (fleet_of(16),
+                    {"type": "image_url",
+                     "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}})
+    text = talk(40_000)
+    fleet.lease("s0", 0.0, prompt_in(messages=text))
+    second = prompt_in(messages=[*text, {"role": "user", "content": [image]}])
+    assert 10_500 < second.tokens < 12_000 and fleet.cached(second)[0] > 9_000
+
+
+def test_a_long_system_prompt_before_a_short_question_is_known():
+    fleet = fleet_of(16)
+    first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}])
+                     for text in ("hi", "ho"))
+    fleet.lease("s0", 0.0, first)
+    assert (first.tokens > 10_000 and fleet.cached(first)[0] > 9_000
+            and fleet.cached(second)[0] > 9_000)
+
+
+@pytest.mark.parametrize("members", [
+    {"prompt": "a" * 2000}, {"prompt": ["a" * 900, "b" * 900]}, {"prompt": list(range(800))},
+    {"input": "a" * 2000},
+    {"input": [{"role": "user", "content": "a" * 2000}]},
+    {"instructions": "b" * 2000, "input": "a" * 2000},
+    {"system": [{"type": "text", "text": "a" * 2000}], "messages": LONG},
+])
+def test_prompts_of_all_kinds_are_read(members):
+    prompt, again, other = (prompt_in(**members), prompt_in(**members, user="x"),
+                            prompt_in(**{**members, "model": "x"}))
+    assert (len(prompt.prefix_hashes) >= 7
+            and common_links(prompt, again) >= len(prompt.prefix_hashes) - 1
+            and not set(prompt.prefix_hashes) & set(other.prefix_hashes))
+    assert (prompt.tokens
+            == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'"messages"', b"\xff\xfe", b"hello",
+                                     b'{"model":"m"}', b'{"messages":', b'{"a":{"messages":[]}}',
+                                     b"[1,2]", b"null"])
+def test_what_is_no_request_has_no_prompt(content):
+    assert read_prompt_of(content) == lite.NO_PROMPT and call(content)[0].prompt == lite.NO_PROMPT
+
+
+def test_forms_have_no_prompt_nor_session():
+    form = PART % b"messages" + PART % b"user" + FORM
+    found = call(form, FORM_TYPE)[0]
+    assert (found.prompt, found.session, found.model) == (lite.NO_PROMPT, "", "whisper")
+
+
+def test_a_chain_begins_with_the_model_that_is_meant():
+    body = json.dumps({"model": "alias", "messages": LONG}).encode()
+    chain = call(body, aliases={"alias": "m"})[0].prompt.prefix_hashes
+    assert (chain == call(body.replace(b"alias", b"m"))[0].prompt.prefix_hashes
+            != call(body)[0].prompt.prefix_hashes)
+
+
+@pytest.mark.parametrize("count, size", [(1, 5_000), (3, 50_000), (40, 5_000)])
+def test_images_count_as_media_not_as_letters(count, size):
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * size}"}}
+              for _ in range(count)]
+    prompt = prompt_in(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "t" * 4000}, *images]}])
+    assert (count * lite.MEDIA_TOKENS + 1000 <= prompt.tokens < count * (lite.MEDIA_TOKENS + 40)
+            + 1100)
+
+
+def test_hashing_is_bounded():
+    content = b'{"model":"m","messages":[{"role":"user","content":"' + b"a" * 10_000_000 + b'"}]}'
+    for large in (False, True):
+        prompt = read_prompt_of(content, large)
+        assert (len(prompt.prefix_hashes) == len(lite.LINK_ENDS) < 200
+                and len(prompt.first_hash) <= 256)
+        assert prompt.tokens == pytest.approx(2_500_000, rel=0.01)
+        assert prompt.tokens_in(len(prompt.prefix_hashes)) == pytest.approx(2**16, rel=0.01)
+
+
+def test_tokens_of_links_rise_to_those_of_the_prompt():
+    for size in (10, 255, 256, 300, 20_000, 300_000):
+        prompt = prompt_in(messages=talk(size))
+        counts = [prompt.tokens_in(n) for n in range(len(prompt.prefix_hashes) + 1)]
+        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] <= prompt.tokens
+
+
+def sessions(fields="", members=None, **settings):
+    return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields,
+                           members or {}, Settings(**settings))
+
+
+EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3", "session_params": {"session_id": "0"}}
+ALL_FIELDS = ("X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\n"
+              "X-Session-Id: a")
+
+
+@pytest.mark.parametrize("fields, members, session", table(
+    ("the first of the session fields", ALL_FIELDS, EVERYTHING, "x-session-id: a"),
+    ("the next", "\n".join(ALL_FIELDS.split("\n")[:-1]), EVERYTHING, "x-user-id: b"),
+    ("the next but one", "\n".join(ALL_FIELDS.split("\n")[:-2]), EVERYTHING, "x-tenant-id: c"),
+    ("the last of them", "X-Trace-Id: e\nX-Correlation-Id: d", EVERYTHING, "x-correlation-id: d"),
+    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING,
+     "session_params.session_id: 0"),
+    ("as vllm-project/router's users send it, first", "", EVERYTHING,
+     "session_params.session_id: 0"),
+    ("then of its own", "", {**EVERYTHING, "session_params": {}}, "session_id: 1"),
+    ("what is no text or no object is none", "", {"session_params": "x", "user": "u"}, "user: u"),
+    ("nor is a number in it", "", {"session_params": {"session_id": 5}, "user": "u"}, "user: u"),
+    ("user before user_id", "X-Trace-Id: e", {"user_id": "3", "user": "2"}, "user: 2"),
+    ("user_id", "X-Request-Id: f", {"user_id": "3"}, "user_id: 3"),
+    ("a trace before a request", "X-Request-Id: f\nX-Trace-Id: e", {}, "x-trace-id: e"),
+    ("a request of its own", "X-Request-Id: f", {}, "x-request-id: f"),
+    ("what is empty names none", "X-Session-Id:\nX-User-Id: b", {}, "x-user-id: b"),
+    ("nor what is no text", "", {"user": 5, "session_id": None, "user_id": ["x"]}, ""),
+    ("nobody", "", {}, ""),
 ))
-def test_where_operators_are_listened_to(given, address):
-    assert lite.operator_address(Settings(**given)) == address
+def test_what_names_a_session(fields, members, session):
+    assert sessions(fields, members) == session
 
 
-@pytest.mark.parametrize("said, status", table(
-    ("JSON", "application/json", 200),
-    ("with a parameter", "Application/JSON ; charset=utf-8", 200),
-    ("what forms may send", "text/plain", 415),
-    ("what curl says", "application/x-www-form-urlencoded", 415),
-    ("JSON in a parameter", "text/plain; application/json", 415),
-    ("a list", "text/plain, application/json", 415),
-    ("twice", "application/json\nContent-Type: text/plain", 415),
-    ("another that is built on it", "application/json-patch", 415),
-    ("none", "", 415),
+def test_session_fields_are_a_setting():
+    assert sessions("X-Session-Id: a\nX-Mine: b", session_headers=("X-Mine",)) == "X-Mine: b"
+    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING,
+                    session_headers=()) == "session_params.session_id: 0"
+
+
+def test_calls_have_prompt_and_session_in_small_and_large_content():
+    for pad in (10, 100_000):
+        body = json.dumps({"user": "u", "session_params": {"session_id": "s"},
+                           "messages": talk(pad), "stream": True, "model": "m"}).encode()
+        spans = lite.member_spans(body, lite.FOUND_MEMBERS) if pad > 1000 else None
+        found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans,
+                                        Settings())
+        assert (found.model, found.stream, found.session,
+                content) == ("m", True, "session_params.session_id: s", body)
+        assert found.prompt.tokens == pytest.approx(pad / 4, abs=40)
+
+
+def prompt_of_links(chain, tokens_per_link=64):
+    return lite.Prompt(tokens_per_link * len(chain), tuple(chain),
+                       [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
+
+
+def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
+    """4,000 chats that begin, go on and part, against a memory that walks link by link."""
+    draw, memory, names = random.Random(5), lite.PrefixCache(), itertools.count(1)
+    memory.limit_tokens = 20_000
+    chains, naive = [()], OrderedDict()  # naive: link → tokens, the oldest first
+
+    def walked(chain):
+        return sum(1 for _ in itertools.takewhile(naive.__contains__, chain))
+
+    def check(chain):
+        assert memory.cached_links(chain) == walked(chain)
+        # a start of it, and nothing beyond
+        assert not any(link in naive for link in chain[walked(chain) :])
+
+    for n in range(4_000):
+        parent = draw.choice(chains[-60:])
+        chain = (*parent[: draw.randrange(len(parent) + 1)], *(
+            next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
+        prompt = prompt_of_links(chain, draw.choice((1, 64, 300)))
+        check(chain)
+        memory.sent(prompt)
+        for k in range(walked(chain), len(chain)):
+            naive[chain[k]] = prompt.tokens_in(k + 1) - prompt.tokens_in(k)
+        for link in reversed(chain):
+            naive.move_to_end(link)
+        while sum(naive.values()) > memory.limit_tokens:
+            naive.popitem(last=False)
+        chains = [*chains[-199:], chain]
+        for one in draw.choices(chains, k=3):
+            check(one)
+        if n % 200 == 0:
+            for one in chains:
+                check(one)
+            if n == 2000:
+                memory.limit_tokens = 5_000
+            if n == 3000:
+                memory.forget()
+                naive.clear()
+                assert not any(map(memory.cached_links, chains))
+    assert any(map(memory.cached_links, chains)) and sum(naive.values()) <= 5_000
+
+
+def test_a_memory_holds_so_many_links_whatever_its_limit():
+    memory = lite.PrefixCache()
+    memory.limit_tokens = 10**12
+    chains = [tuple(range(1000 * n, 1000 * n + 160)) for n in range(1, 200)]
+    for chain in chains:
+        memory.sent(prompt_of_links(chain))
+    assert lite.CACHE_LINKS - 160 < sum(map(memory.cached_links, chains)) <= lite.CACHE_LINKS
+    assert memory.cached_links(chains[-1]) == 160 and memory.cached_links(chains[0]) == 0
+
+
+def test_a_prompt_larger_than_a_memory_is_remembered_by_its_start():
+    memory = lite.PrefixCache()
+    memory.limit_tokens = 640
+    memory.sent(prompt_of_links(range(1, 101)))
+    assert memory.cached_links(range(1, 101)) == 10
+
+
+def test_what_is_used_again_is_forgotten_last():
+    memory = lite.PrefixCache()
+    memory.limit_tokens = 64 * 20
+    for chain in (range(10), range(20, 30), range(10), range(40, 50)):
+        memory.sent(prompt_of_links(chain))
+    assert [memory.cached_links(range(start, start + 10)) for start in (0, 20, 40)] == [10, 0, 10]
+
+
+# vLLM 0.32.0 with --data-parallel-size 2 under load, and a LoRA server; a few lines of each.
+TWO_ENGINES = """
+vllm:num_requests_running{engine="0",model_name="tiny"} 5.0
+vllm:num_requests_running{engine="1",model_name="tiny"} 8.0
+vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="tiny"} 4.0
+vllm:num_requests_waiting_by_reason{engine="1",model_name="tiny",reason="capacity"} 4.0
+vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="awake"} 1.0
+vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="weights_offloaded"} 0.0
+vllm:engine_sleep_state{engine="1",model_name="tiny",sleep_state="awake"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.0073260073260073
+vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.017826617826617874
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="0",\
+kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="1",\
+kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
+vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 2688.0
+vllm:prefix_cache_hits_total{engine="1",model_name="tiny"} 1920.0
+vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3747.0
+vllm:prompt_tokens_total{engine="1",model_name="tiny"} 2796.0
+vllm:generation_tokens_total{engine="0",model_name="tiny"} 13492.0
+vllm:generation_tokens_total{engine="1",model_name="tiny"} 7788.0
+process_max_fds 1.048576e+06
+"""
+ADAPTERS = """
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} \
+1.795197489643997e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="la",waiting_lora_adapters="la"} \
+1.7951974895892143e+09
+vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_adapters="lb"} \
+1.7951974916991093e+09
+"""
+
+
+def test_a_page_tells_the_load_of_each_engine_and_of_all():
+    loads = lite.engine_loads(TWO_ENGINES)
+    assert set(loads) == {"", "0", "1"} and loads[""] == engine_load(TWO_ENGINES)
+    whole = {"caches": True, "asleep": False, "adapters": frozenset()}
+    assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492,
+                                         2688, 524288, **whole)
+    assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788,
+                                         1920, 524288, lacking=4, **whole)
+    assert loads[""] == lite.EngineLoad(13, 4, pytest.approx(0.0178, abs=1e-4), 1048576, 27823,
+                                        21280, 4608, 1048576, lacking=4, **whole)
+
+
+def cache_config(**labels):
+    return "vllm:cache_config_info{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "} 1.0\n"
+
+
+@pytest.mark.parametrize("page, field, value", table(
+    ("the newest of adapters' reports", ADAPTERS, "adapters", {"lb"}),
+    ("several adapters", 'vllm:lora_requests_info{running_lora_adapters="a,b"} 5', "adapters",
+     {"a", "b"}),
+    ("no adapter runs", ADAPTERS.split("\n")[1], "adapters", set()),
+    ("tokens of the cache", cache_config(kv_cache_size_tokens="3072", block_size="128",
+                                         num_gpu_blocks="24"), "kv_tokens", 3072),
+    ("before it said tokens: blocks of a size",
+     cache_config(block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("tokens unknown: blocks", cache_config(kv_cache_size_tokens="None", block_size="16",
+                                            num_gpu_blocks="1000"), "kv_tokens", 16000),
+    ("nothing known", cache_config(block_size="None", num_gpu_blocks="None"), "kv_tokens", None),
+    ("no page", "", "kv_tokens", None),
+    ("a prefix cache", cache_config(enable_prefix_caching="True"), "caches", True),
+    ("none", cache_config(enable_prefix_caching="False"), "caches", False),
+    ("not said", "", "caches", True),
+    ("asleep",
+     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0\n'
+     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 1', "asleep", True),
+    ("awake",
+     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1\n'
+     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0', "asleep", False),
+    ("hits of before 0.10", "vllm:gpu_prefix_cache_hits_total 7", "prefix_hits", 7),
+    ("hits of nobody", "up 1", "prefix_hits", None),
+    ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0',
+                                              '1",sleep_state="awake"} 0.0'), "asleep", True),
 ))
-def test_content_that_changes_something_is_json(said, status):
-    lines = "Host: localhost" + f"\nContent-Type: {said}" * bool(said)
-    more = {"keyed": True, "key": ADMIN, "method": "POST"}
-    for kind in ("ADMIN", "CONTROL"):
-        assert status_of_visit(kind, lines, content=True, **more) == status
-        assert status_of_visit(kind, lines, content=False, **more) == 200
-    assert status_of_visit("INFERENCE", lines, content=True, **more) == 200
+def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
+    assert getattr(engine_load(page), field) == value
 
 
-def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
-    lines = "Host: a\nOrigin: https://page\nAccess-Control-Request-Method: DELETE"
-    kinds = ("INFERENCE", "MODELS", "STATUS", "EXPLAIN", "ADMIN", "CONTROL", "PROBE")
-    found = [status_of_visit(kind, lines, keyed=True, method="OPTIONS") for kind in kinds]
-    assert found == [200, 200, 403, 403, 403, 403, 403]
-
-
-@pytest.mark.parametrize("path, kind", table(
-    ("inference", "/v1/chat/completions", "INFERENCE"),
-    ("said twice", "/v1/v1/chat/completions", "INFERENCE"),
-    ("an end", "/v1/responses/", "INFERENCE"),
-    ("an escape that hides nothing", "/v1/files/a%20b", "INFERENCE"),
-    ("a tilde, a dot and a colon", "/v2/~x.y:z/...", "INFERENCE"),
-    ("root", "/", "STATUS"),
-    ("everything's options", "*", "NOTHING"),
-    ("no such path", "/sleep", "NOTHING"),
-    ("a model", "/v1/models/a/b", "MODELS"),
-    ("admin", "/admin/servers", "ADMIN"),
-    ("an empty segment", "/v1//chat", "AMBIGUOUS"),
-    ("at the beginning", "//admin/servers", "AMBIGUOUS"),
-    ("at the end", "/health//", "AMBIGUOUS"),
-    ("of nothing else", "//", "AMBIGUOUS"),
-    ("a slash", "/v1/models/a%2Fb", "AMBIGUOUS"),
-    ("a dot in two bytes", "/v1/%c0%ae%c0%ae/sleep", "AMBIGUOUS"),
-    ("a slash in three", "/v1/x%E0%80%AFsleep", "AMBIGUOUS"),
-    ("letters in two and three", "/v1/models/%c3%a9%e0%a4%85", "MODELS"),
-    ("a backslash", "/v1/x%5csleep", "AMBIGUOUS"),
-    ("said plainly", "/v1/x\\sleep", "AMBIGUOUS"),
-    ("a dot segment", "/v1/../sleep", "AMBIGUOUS"),
-    ("one that means nothing", "/v1/./x", "AMBIGUOUS"),
-    ("the last", "/v1/..", "AMBIGUOUS"),
-    ("the first", "/../metrics", "AMBIGUOUS"),
-    ("escaped", "/v1/%2E%2e/x", "AMBIGUOUS"),
-    ("half of it", "/v1/.%2e", "AMBIGUOUS"),
-    ("a parameter", "/admin/servers;x", "AMBIGUOUS"),
-    ("that hides dots", "/v1/..;/sleep", "AMBIGUOUS"),
-    ("escaped", "/v1/..%3B/sleep", "AMBIGUOUS"),
-    ("on a path of nobody's", "/nowhere;x", "AMBIGUOUS"),
-    ("the end of a text", "/v1/x%00", "AMBIGUOUS"),
-    ("a line", "/v1/x%0d%0aHost:", "AMBIGUOUS"),
-    ("no escape", "/v1/%zz", "AMBIGUOUS"),
-    ("a slash, escaped twice", "/v1/x%252fsleep", "AMBIGUOUS"),
-    ("dots, escaped thrice", "/v1/%25252e./sleep", "AMBIGUOUS"),
-    ("a percent sign", "/v1/100%25", "INFERENCE"),
-    ("half an escape", "/v1/x%2", "AMBIGUOUS"),
+@pytest.mark.parametrize("tail, size, tokens", table(
+    ("by its word",
+     b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: '
+     b'[DONE]\n\n', 9999, 42),
+    ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999,
+     17),
+    ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
+    ("a plain answer", b'{"choices":[]}', 400, 100),
+    ("a plain answer that speaks of events", b'{"x":"data: data: data:\\ndata:"}', 400, 100),
+    ("nothing", b"", 0, 0),
 ))
-def test_kinds_of_paths(path, kind):
-    assert lite.path_kind(path).name == kind
-    control = lite.kind_of(head_of(f"OPTIONS {path} HTTP/1.1\nHost: a"),
-                           Settings(admin_paths=(path,))).name
-    assert control == ("CONTROL" if kind in ("INFERENCE", "NOTHING") else kind)
+def test_tokens_of_an_answer(tail, size, tokens):
+    assert lite.completion_tokens(lite.usage_of(tail, lite.Notation.EVENTS), tail, size) == tokens
 
 
-def test_without_keys_no_web_page_may_call_unless_the_settings_say_so():
-    def read(toml):
-        return lite.parse_settings("servers = []\n" + toml)[0].cors_allowed_origins
-
-    keys = "[[keys]]\nname = 'a'\nkey = 'k'\n"
-    assert read("") == () and read(keys) == ("*",)
-    for toml in ("", keys):
-        assert read(toml + "[config]\ncors_allowed_origins = ['http://a']") == ("http://a",)
-    assert read(keys + "[config]\ncors_allowed_origins = []") == ()
-    assert "web pages of other origins may not" in lite.open_line(Settings())
-    told = lite.open_line(Settings(cors_allowed_origins=("http://a",)))
-    assert "so may web pages of http://a" in told
-
-
-A, B, FEW = lite.KeySettings("a"), lite.KeySettings("b"), lite.KeySettings("few", models=("m",))
-
-
-@pytest.mark.parametrize("maker, key, found", table(
-    ("its maker's", "a", A, True),
-    ("nobody else's", "a", B, False),
-    ("its maker's, also for some models", "few", FEW, True),
-    ("a maker that is not known: of all models", "", A, True),
-    ("but not of some", "", FEW, False),
-    ("not remembered: somebody may have it", None, A, True),
-    ("but not for some models", None, FEW, False),
-    ("without keys", "", None, True),
-    ("keys that are no more", "a", None, True),
-))
-def test_a_stored_response_is_its_maker_s_alone(maker, key, found):
-    stored = lite.StoredResponses()
-    if maker is not None:
-        stored.made("resp_1", lite.Stored("s1", maker, "m"))
-    refusal = stored.refusal("resp_1", key)
-    assert refusal is None if found else refusal.fault is Fault.UNKNOWN_RESPONSE
-
-
-def test_stored_responses_are_remembered_while_they_are_used_and_there_is_room():
-    stored, one = lite.StoredResponses(), lite.Stored("s1", "a", "m")
-    stored.made("old", one)
-    stored.made("used", one)
-    stored.made("used", one._replace(key="b", server="s2"))  # nobody gets it by saying its id
-    assert stored.find("used") == one
-    stored.made("used", one._replace(server="s3"))
-    for n in range(lite.RESPONSES_LIMIT):
-        assert stored.find("used").server == "s3"
-        stored.made(str(n), one)
-    assert len(stored) == lite.RESPONSES_LIMIT and stored.find("old") is None
-    stored.forget("used")
-    stored.forget("used")
-    assert stored.find("used") is None
-
-
-ADDRESSES = table(
-    ("nobody is trusted", "1.1.1.1", "9.9.9.9", (), "1.1.1.1"),
-    ("a stranger says it", "1.1.1.1", "9.9.9.9", ("10.0.0.0/8",), "1.1.1.1"),
-    ("our proxy says it", "10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
-    ("only the last stranger counts", "10.0.0.1", "8.8.8.8, 9.9.9.9, 10.0.0.2", ("10.0.0.0/8",),
-     "9.9.9.9"),
-    ("IPv6", "fd00::1", "2001:db8::1", ("fd00::/8",), "2001:db8::1"),
-    ("IPv4 in IPv6", "::ffff:10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
-    ("nonsense is a stranger", "10.0.0.1", "hello", ("10.0.0.0/8",), "hello"),
-    ("all ours", "10.0.0.1", "10.0.0.2", ("10.0.0.0/8",), "10.0.0.1"),
+# Answers as a judge sees them: their heads, their content, what the attempt is like; the verdict.
+SSE, A_MB = "content-type: text/event-stream\ntransfer-encoding: chunked", b"x" * (1 << 20)
+OVERLOAD = b'{"error":{"message":"m","type":"Service Unavailable","code":503}}'
+TOO_LONG = b'{"error":{"message":"the maximum context length is 9","code":400}}'
+NO_ENGINE = b'{"error":{"message":"EngineCore encountered an issue. x","code":500}}'
+ABORT = b'{"choices":[{"finish_reason":"abort"}]}'
+VERDICTS = table(
+    ("a stream's first event", f"200\n{SSE}", b'data: {"a":1}\n\ndata: x', {}, None),
+    ("an error event", f"200\n{SSE}", b'data: {"error":"x"}\n\n', {}, "STREAM_FAILED"),
+    ("a pause, in an event", f"200\n{SSE}", b"data: " + OVERLOAD + b"\n\ndata: [DONE]\n\n", {},
+     "SERVER_BUSY"),
+    ("a stream of nothing", f"200\n{SSE}", b"", {}, "STREAM_FAILED"),
+    ("a stream of comments", f"200\n{SSE}", b": a\n\n: b\n\n", {}, "STREAM_FAILED"),
+    ("a whole stream that is cut", f"200\n{SSE}", b"data: " + ABORT + b"\n\n", {}, "ABORTED"),
+    ("a compressed stream's first byte", f"200\n{SSE}\ncontent-encoding: gzip", b"\x1f", {}, None),
+    ("a compressed stream of nothing", f"200\n{SSE}\ncontent-encoding: gzip", b"", {},
+     "STREAM_FAILED"),
+    ("a document", "200", b'{"choices":[]}', {}, None),
+    ("a document that was aborted", "200", ABORT, {}, "ABORTED"),
+    ("a long document, as it may end", "200\ncontent-length: 999999", b"{", {}, None),
+    ("not JSON", "200\ncontent-type: text/plain", ABORT, {}, None),
+    ("a 500 is an answer", "500", b'{"error":{"message":"x"}}', {}, None),
+    ("where others are asked, it is not yet", "500", b"x", {"wants_second_opinion": True},
+     "SERVER_FAILED"),
+    ("an engine that died", "500", NO_ENGINE, {}, "ENGINE_FAILED"),
+    ("a 503 of something broken", "503", b"x", {}, "SERVER_ERROR"),
+    ("vLLM's overload", "503", OVERLOAD, {}, "SERVER_BUSY"),
+    ("a 503 with a time", "503\nretry-after: 2", b"x", {}, "SERVER_BUSY"),
+    ("a 502 too long to be kept", "502\ncontent-length: 9999999", A_MB + b"x", {}, None),
+    ("a 504 that is not to be retried", "504", b"x", {"retry_statuses": ()}, None),
+    ("429", "429", b"x", {}, "SERVER_BUSY"),
+    ("429 that settings name", "429", b"x", {"retry_statuses": (429,)}, "DECLINED"),
+    ("too long for all", "400", TOO_LONG, {}, None),
+    ("too long, another has more room", "400", TOO_LONG, {"has_larger": True},
+     "CONTEXT_LENGTH_EXCEEDED"),
+    ("another 400", "400", b"x", {"has_larger": True}, None),
+    ("a model it has not", "404", b"x", {}, "NOT_THERE"),
+    ("no inference", "404", b"x", {"infers": False}, None),
+    ("no such stored response", "405", b"x", {"infers": False, "searches": True}, "NOT_THERE"),
+    ("our key", "401", b"x", {"our_key": True}, "KEY_REJECTED"),
+    ("a client's key", "401", b"x", {}, None),
+    ("a loop", "508", b"x", {}, "LOOP_DETECTED"),
 )
 
 
-@pytest.mark.parametrize("peer, said, networks, address", ADDRESSES)
-def test_who_asks(peer, said, networks, address):
-    fields = head_of(f"GET / HTTP/1.1\nHost: a\nX-Forwarded-For: {said}").fields
-    assert lite.client_address(peer, fields, networks) == address
+def verdict_on(head, content, more, how):
+    """An answer's judge, after as much of it as it wanted."""
+    status, _, fields = head.partition("\n")
+    fields = fields or "content-type: application/json"
+    if "content-type" not in fields:
+        fields += "\ncontent-type: application/json"
+    if "content-length" not in fields and "chunked" not in fields:
+        fields += f"\ncontent-length: {len(content)}"
+    parsed = response_of(f"HTTP/1.1 {status} X\n{fields}")
+    framing = lite.response_framing(*parsed, "POST")
+    notation = lite.notation_of("POST", "/v1/chat/completions", parsed[0])
+    terms = lite.Terms(notation, Settings().retry_statuses)._replace(**more)
+    judge, left = lite.AnswerJudge(parsed[0], framing, terms), len(content)
+    if left > 1000 and how == "bytes":
+        how = 1
+    for piece in pieces_of(content, how) if content else [b""]:
+        left -= len(piece)
+        if judge.feed(piece, left == 0 and "999999" not in fields):
+            break
+    return judge
+
+
+@pytest.mark.parametrize("how", ["whole", "bytes", 1, 2])
+@pytest.mark.parametrize("head, content, more, fault", VERDICTS)
+def test_what_an_answer_is_however_it_arrives(head, content, more, fault, how):
+    judge = verdict_on(head, content, more, how)
+    assert judge.fault is (fault and Fault[fault])
+    assert content.startswith(judge.content)
+
+
+def test_a_judge_wants_no_more_than_it_takes():
+    document = b'{"choices":[]}'
+    assert verdict_on("200\ncontent-type: text/plain", b"abc", {}, "bytes").content == b"a"
+    assert verdict_on("200", document, {}, "bytes").content == document  # it comes at once
+    assert verdict_on(f"200\n{SSE}", b"data: a\n\ndata: b\n\n", {},
+                      "bytes").content == b"data: a\n\n"
+
+
+def test_comments_are_taken_from_a_judge_and_are_no_answer():
+    head, length = response_of(f"HTTP/1.1 200 X\n{SSE}")
+    terms = lite.Terms(lite.Notation.EVENTS, ())
+    judge = lite.AnswerJudge(head, lite.response_framing(head, length, "POST"), terms)
+    assert not judge.feed(b": a\n\nevent: response.created\ndata: {}\n\n: b\n\n", False)
+    assert judge.has_comments and judge.take_comments() == b": a\n\n: b\n\n"
+    assert not judge.has_comments
+    assert judge.feed(b"data: x\n\n", False) and judge.fault is None
+    assert judge.content == b"event: response.created\ndata: {}\n\ndata: x\n\n"
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -3494,969 +4125,6 @@ def test_models_are_asked_for_when_unknown_old_or_after_an_absence():
     for _ in range(3):
         fleet.judge("s0", lite.Health.checked, False, 0.0, "x", 1.0, s)
     assert fleet.models_due("s0", 1.0, s)
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  policies and ranking
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.inf, unanswered=0,
-                   failed=0, **settings):
-    """What is said of a server whose token counter stopped so many seconds ago."""
-    fleet, now = fleet_of(20), 1000.0 + still_s
-    for then in (1000.0, now):
-        fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1, tokens=tokens), 1, then)
-    for _ in range(failed):
-        fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1000.0, Settings())
-    work = lite.Work(waiting, since, moved_at, unanswered)
-    return lite.frozen_reason(fleet.views()[0], work, now, Settings(**settings))
-
-
-STANDSTILLS = table(
-    ("long", {"still_s": 61}, True),
-    ("not long", {"still_s": 59}, False),
-    ("a limit of its own", {"still_s": 11, "frozen_timeout": 10}, True),
-    ("turned off", {"still_s": 9999, "frozen_timeout": 0}, False),
-    ("nothing to do", {"still_s": 9999, "waiting": 0}, False),
-    ("work came only now", {"still_s": 9999, "since": 10998.0}, False),
-    ("no counters, but its checks fail", {"still_s": 61, "tokens": None, "failed": 3}, True),
-    ("one failed check is no proof", {"still_s": 61, "tokens": None, "failed": 1}, False),
-    ("no counters, no judgement", {"still_s": 9999, "tokens": None}, False),
-    ("a stream moves", {"still_s": 100, "moved_at": 1090.0}, False),
-    ("a stream moved before", {"still_s": 100, "moved_at": 1030.0}, True),
-    ("a long prompt takes its time", {"still_s": 100, "unanswered": 400_000}, False),
-    ("but not for ever", {"still_s": 161, "unanswered": 400_000}, True),
-    ("an image is no prompt of hours", {"still_s": 661, "unanswered": 100_000_000}, True),
-)
-
-
-@pytest.mark.parametrize("given, frozen", STANDSTILLS)
-def test_when_an_engine_seems_frozen(given, frozen):
-    said = standing_still(**given)
-    assert bool(said) is frozen
-    if frozen:
-        assert said.startswith(
-            "frozen: 1 requests wait, and neither its token counters nor its streams have moved")
-
-
-def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
-    fleet = fleet_of(20)
-    fleet.judge("s0", lite.Health.stood_still, "frozen", 0.0, Settings())
-    assert ranking_of(fleet, now=31.0).best is None
-    fleet.judge("s0", lite.Health.checked, True, 0.1, "", 32.0, Settings())
-    assert ranking_of(fleet, now=33.0).best is None  # its health path said so all the time
-    fleet.judge("s0", lite.Health.become, State.HEALTHY, "moves", 34.0)
-    assert ranking_of(fleet, now=34.0).best == "s0"
-
-
-CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
-    ("open", [0.0], 29.0, "s1", "is unhealthy (x)"),
-    ("half-open: one request on trial", [0.0], 30.0, "s0",
-     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
-    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0",
-     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
-)
-
-
-@pytest.mark.parametrize("opened, now, best, reason", CIRCUITS)
-def test_circuits(opened, now, best, reason):
-    fleet = fleet_of(20, 1)
-    for i, then in enumerate(opened):
-        fleet.judge(f"s{i}", lite.Health.opened, "x", then, Settings())
-    ranking = ranking_of(fleet, now=now)
-    assert ranking.best == best and {c.id: c.reason for c in ranking.candidates()}["s0"] == reason
-
-
-def test_full_servers_are_no_reason_to_ask_one_whose_circuit_is_open():
-    fleet = fleet_of(1, 9)
-    fleet.judge("s1", lite.Health.opened, "x", 0.0, Settings())
-    fleet.lease("s0", 0.0)
-    ranking = ranking_of(fleet, enforced=True)
-    assert ranking.best is None and ranking.waits
-    assert ranking_of(fleet, tried=["s0"]).best is None  # nor is having asked the others
-
-
-def test_checks_alone_do_not_thaw_a_server():
-    health = lite.Health(State.HEALTHY, "", 0.0).stood_still("frozen", 0.0, Settings())
-    for passed in (True, False, True):
-        health = health.checked(passed, 0.1, "", 1.0, Settings())
-    assert health.frozen and health.state is State.UNHEALTHY
-
-
-def test_one_trial_at_a_time():
-    fleet = fleet_of(20, 1)
-    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    with fleet.lease("s0", 10.0):  # begun while it was open: none
-        with fleet.lease("s0", 31.0):
-            assert ranking_of(fleet, now=31.0).best == "s1"
-        assert ranking_of(fleet, now=31.0).best == "s0"
-
-
-def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
-    fleet = fleet_of(20)
-    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
-    fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1.0, Settings())
-    assert ranking_of(fleet, now=31.0).best is None
-
-
-def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False,
-               call=None, slow_start=0.0, **settings):
-    by = lite.POLICIES[policy](Settings(**settings)) if isinstance(policy, str) else policy
-    wanted = lite.Wanted(call or lite.Call(model), frozenset(tried))
-    moment = lite.Moment(now, 0.5, enforced, slow_start)
-    return lite.rank(fleet, wanted, by, moment, draw or random.Random(1))
-
-
-def picks(fleet, policy, count=2000, **more):
-    draw = random.Random(3)
-    return Counter(ranking_of(fleet, policy, draw=draw, **more).best for _ in range(count))
-
-
-def test_policies_are_those_the_settings_know():
-    assert tuple(lite.POLICIES) == lite.POLICY_NAMES
-    assert all(f"`{name}`" in (HERE / "README.md").read_text() for name in lite.POLICIES)
-
-
-def with_load(fleet, *loads, at=0.0):
-    for i, (running, waiting) in enumerate(loads):
-        fleet.scraped(f"s{i}", lite.EngineLoad(running, waiting, 0.0), 0, at)
-    return fleet
-
-
-# capacities, (running, waiting) …, and the share of 2,000 picks each server gets
-DISTRIBUTIONS = table(
-    ("mvllm: all below 0.5 alike, whatever their load", "mvllm", (10, 10, 10),
-     [(0, 0), (4, 1), (5, 0)], [0.5, 0.5, 0]),
-    ("mvllm: waiting counts half", "mvllm", (10, 10), [(0, 9), (0, 10)], [1, 0]),
-    ("mvllm: else the lowest", "mvllm", (10, 10, 10), [(9, 0), (7, 0), (8, 0)], [0, 1, 0]),
-    ("mvllm: ties among the lowest", "mvllm", (10, 10, 10), [(7, 0), (7, 0), (8, 0)],
-     [0.5, 0.5, 0]),
-    ("mvllm: full servers are still asked", "mvllm", (1, 1), [(5, 0), (9, 0)], [1, 0]),
-    ("vllm_router: running counts thrice", "vllm_router", (10, 10), [(1, 0), (0, 2)], [0, 1]),
-    ("vllm_router: ties", "vllm_router", (10, 10), [(1, 0), (0, 3)], [0.5, 0.5]),
-    ("least: by share of capacity", "least", (16, 4), [(3, 0), (1, 0)], [1, 0]),
-    ("least: ties", "least", (8, 8), [(0, 0), (0, 0)], [0.5, 0.5]),
-    ("least: waiting counts fully", "least", (8, 8), [(2, 0), (0, 3)], [1, 0]),
-)
-
-
-@pytest.mark.parametrize("policy, capacities, loads, shares", DISTRIBUTIONS)
-def test_distribution_of_picks(policy, capacities, loads, shares):
-    found = picks(with_load(fleet_of(*capacities), *loads), policy)
-    for i, share in enumerate(shares):
-        assert found[f"s{i}"] / 2000 == pytest.approx(share, abs=0.05)
-
-
-def test_a_burst_between_two_reports_spreads():
-    """Servers at 0.75 and 0.50, 20 requests at one instant: not all to the second."""
-    fleet, taken = with_load(fleet_of(20, 20), (15, 0), (10, 0)), Counter()
-    for _ in range(20):
-        best = ranking_of(fleet).best
-        taken[best] += 1
-        fleet.lease(best, 0.0).__enter__()
-    assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
-
-
-def test_capacity_decides_how_a_burst_is_shared():
-    fleet, taken = fleet_of(16, 8, 4), Counter()
-    for _ in range(28):
-        best = ranking_of(fleet).best
-        taken[best] += 1
-        fleet.lease(best, 0.0).__enter__()
-    assert taken == {"s0": 16, "s1": 8, "s2": 4}
-
-
-def test_every_candidate_has_a_reason_in_words_and_numbers():
-    fleet = with_load(fleet_of(4, 4, 4, 4), (1, 0), (2, 2), (0, 0), (0, 0))
-    fleet.models_listed("s2", {"other": {}}, 0.0)
-    for _ in range(3):
-        fleet.judge("s3", lite.Health.checked, False, 0.1, "refused", 0.0, Settings())
-    rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
-    assert [(row.id, row.reason) for row in rows] == [
-        ("s0", "cost 0.5 = (in_flight 0 + foreign 1 + 1) / capacity 4 / slow_start 1"),
-        ("s1", "was tried already"),
-        ("s2", "does not serve 'm'"),
-        ("s3", "is unhealthy (3 checks failed in a row: refused)"),
-    ]
-
-
-REFUSALS = table(
-    ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "No server is configured."),
-    ("unknown model", lambda: fleet_of(1, models=["b", "a"]), "x", Fault.UNKNOWN_MODEL,
-     "The model `x` does not exist. Valid names: a, b."),
-    ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x",
-     Fault.NO_SERVER,
-     "No server can serve the model `x` now: s0 is checking (not checked yet)."),
-)
-
-
-@pytest.mark.parametrize("fleet, model, fault, text", REFUSALS)
-def test_refusals_say_why(fleet, model, fault, text):
-    assert ranking_of(fleet(), model=model).refusal(True) == (fault, text)
-
-
-def test_refusals_can_keep_the_servers_names_back():
-    text = ranking_of(fleet_of(1, healthy=False), model="x").refusal(False)[1]
-    assert "s0" not in text and "server 1 is checking" in text
-
-
-def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_to_have_one():
-    fleet = fleet_of(1, 1)
-    assert ranking_of(fleet, model="x").best is None
-    fleet.models_listed("s0", None, 0.0)
-    assert ranking_of(fleet, model="x").best == "s0"
-    ranking = ranking_of(fleet, model="m")
-    assert (ranking.best == "s1"
-            and "has not told its models" in {c.reason for c in ranking.candidates()})
-    assert ranking_of(fleet, model="m", tried=["s1"]).best == "s0"
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  settings of routing
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-@pytest.mark.parametrize("line, limit", table(
-    ("a number", "max_concurrent_requests = 8", 8),
-    ("as mvllm takes it, in quotes", 'max_concurrent_requests = "8"', 8),
-    ("to be learned", 'max_concurrent_requests = "auto"', lite.AUTO),
-    ("in capitals", 'max_concurrent_requests = "AUTO"', lite.AUTO),
-    ("not given", "weight = 1", lite.AUTO),
-    ("another word for it", "capacity = 8", 8),
-    ("another word, to be learned", 'capacity = "auto"', lite.AUTO),
-))
-def test_forms_of_capacity(line, limit):
-    settings, warnings = lite.parse_settings(f'[[servers]]\nurl = "http://a"\n{line}\n')
-    assert settings.servers[0].max_concurrent_requests == limit and not warnings
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"many"', "true", "nan", "[8]"])
-def test_capacities_that_are_none_are_refused(value):
-    for key in ("max_concurrent_requests", "capacity"):
-        (line,) = complaints(f'[[servers]]\nurl = "http://a"\n{key} = {value}\n')
-        assert ("servers[1]." in line
-                and re.search(r'expected a whole number, 1 .+, or "auto"$', line))
-
-
-def test_a_complaint_about_a_capacity_names_its_line_by_whatever_word():
-    (line,) = complaints('[[servers]]\nurl = "http://a"\nmax_concurrent_requests = 0\n')
-    assert line.startswith("s.toml:3: servers[1].max_concurrent_requests: found 0")
-    (line,) = complaints('[[servers]]\nurl = "http://a"\ncapacity = 0\n')
-    assert line.startswith("s.toml:3: servers[1].")
-
-
-def test_a_capacity_in_both_words_is_not_decided_silently():
-    toml = '[[servers]]\nurl = "http://a"\ncapacity = 4\nmax_concurrent_requests = 8\n'
-    with pytest.raises(lite.SettingsError):
-        if lite.parse_settings(toml)[1]:
-            raise lite.SettingsError([])  # a warning would do as well
-
-
-def test_servers_say_weight_tier_pool_and_engines():
-    toml = ('servers = [{ url = "http://a", weight = 2.5, tier = 2, pool = "x", data_parallel_size '
-            '= 4 }, { url = "http://b" }]\n'
-            '[pools]\nx = 20\n[policies]\n"org/m" = "LEAST"\n[config]\npolicy = "cache_aware"\n')
-    settings, warnings = lite.parse_settings(toml)
-    first, second = settings.servers
-    assert ((first.weight, first.tier, first.pool, first.data_parallel_size) == (2.5, 2, "x", 4)
-            and not warnings)
-    assert (second.weight, second.tier, second.pool, second.data_parallel_size) == (1.0, 1, "", 1)
-    assert (settings.pools == {"x": 20} and settings.policies == {"org/m": "least"}
-            and settings.policy == "cache_aware")
-
-
-def test_a_policy_for_an_alias_is_one_for_the_model():
-    settings, _ = lite.parse_settings(
-        'servers = []\n[aliases]\nshort = "org/m"\n[policies]\nshort = "random"\n')
-    assert settings.policies == {"org/m": "random"}
-
-
-@pytest.mark.parametrize("toml, expected", table(
-    ("pools beyond all requests", "servers = []\n[pools]\na = 60\nb = 60\n",
-     "pools: found '120 in all', expected 100 at most"),
-    ("a share that is none", "servers = []\n[pools]\na = -1\n",
-     "s.toml:3: pools.a: found -1, expected a number, 0 to 100, in percent"),
-    ("a share in words", 'servers = []\n[pools]\na = "half"\n',
-     "s.toml:3: pools.a: found 'half', expected a number, 0 to 100"),
-    ("a pool that nobody described", 'servers = [\n{ url = "http://a", pool = "x" }]\n',
-     "s.toml:2: servers[1].pool: found 'x', expected one of [pools]"),
-    ("pools that are no table", "servers = []\npools = 3",
-     "s.toml:2: pools: found 3, expected a table"),
-    ("a policy of a model", 'servers = []\n[policies]\nm = "best"\n',
-     "s.toml:3: policies.m: found 'best', expected one of unified, least"),
-    ("an expression without formula", 'servers = []\n[config]\npolicy = "expression"\n',
-     "config.score: found nothing, expected a formula"),
-    ("an expression for one model without formula", 'servers = []\n[policies]\nm = "expression"\n',
-     "config.score: found nothing, expected a formula"),
-    ("a formula that is none", 'servers = []\n[config]\nscore = "running +"\n',
-     "s.toml:3: config.score: found 'running +', expected a formula like"),
-    ("a weight below nothing", 'servers = [{ url = "http://a", weight = -1 }]',
-     "servers[1].weight: found -1, expected a number, 0 to 1000"),
-    ("a tier that is none", 'servers = [{ url = "http://a", tier = 0 }]',
-     "servers[1].tier: found 0, expected a whole number, 1 or more"),
-    ("too many engines", 'servers = [{ url = "http://a", data_parallel_size = 257 }]',
-     "expected a whole number, 1 to 256"),
-    ("a threshold beyond all", "servers = []\n[config]\ncache_threshold = 1.5\n",
-     "s.toml:3: config.cache_threshold: found 1.5, expected a number, 0 to 1"),
-))
-def test_settings_of_routing_that_cannot_be_used(toml, expected):
-    assert expected in "\n".join(complaints(toml))
-
-
-@pytest.mark.parametrize("shares", [(100,), (50, 50), (33.3, 33.3, 33.4), (74.2, 21.1, 4.7),
-                                    (5.6, 65.1, 29.3)])
-def test_pools_of_all_requests_are_100_percent_whatever_the_fractions(shares):
-    names = "".join(f"p{n} = {share}\n" for n, share in enumerate(shares))
-    settings, _ = lite.parse_settings(f"servers = []\n[pools]\n{names}")
-    fleet = lite.Fleet()
-    fleet.apply([lite.ServerSettings("http://a")], 0.0, settings.pools)
-    assert fleet.views()[0].share == 0  # nothing is left for servers of no pool
-
-
-# values: every name is 2, as where a formula is tried
-FORMULAS = table(
-    ("mvllm's", "(running + 0.5 * waiting) / capacity", 1.5),
-    ("all names", " + ".join(lite.SCORE_NAMES), 2.0 * len(lite.SCORE_NAMES)),
-    ("functions", "min(running, 7) + max(1, waiting, 5) + abs(-3) + sqrt(9) + log(1)", 13.0),
-    ("powers", "running ** 3", 8.0),
-    ("rest and whole parts", "7 // running + 7 % running", 4.0),
-    ("a choice", "1 if running > 1 else 0", 1.0),
-    ("a choice by two", "3 if running >= 2 and not waiting != 2 or 0 else 4", 3.0),
-    ("comparisons are 0 and 1", "10 * (running < capacity) + (1 < running < 3)", 1.0),
-    ("signs", "-running + +3", 1.0),
-    ("spaces around", "  running  ", 2.0),
-    ("scientific", "1e3 * running", 2000.0),
-    ("truth", "True + running", 3.0),
-    ("division by nothing", "1 / (running - waiting)", math.inf),
-    ("rest of nothing", "1 % (running - waiting)", math.inf),
-    ("the root of what is below nothing", "sqrt(0 - running)", math.inf),
-    ("the logarithm of nothing", "log(running - waiting)", math.inf),
-    ("numbers do not grow for ever", "9 ** 9 ** 9", math.inf),
-    ("nor by names", "(running + 7) ** 9 ** 9", math.inf),
-    ("nor by products", "1e308 * 10", math.inf),
-    ("no number at all", "1e999 - 1e999", math.inf),
-    ("less than any number", "-1e999", math.inf),
-    ("a complex number", "(0 - running) ** 0.5", math.inf),
-)
-
-
-@pytest.mark.parametrize("score, value", FORMULAS)
-def test_formulas_have_a_value_and_infinity_where_there_is_none(score, value):
-    names, values_of = lite.compiled(score)
-    assert values_of([[2, 2]] * len(names)) == pytest.approx([value, value])
-    settings, _ = lite.parse_settings(
-        f"servers = []\n[config]\npolicy = 'expression'\nscore = '{score}'")
-    assert settings.score == score
-
-
-NO_FORMULAS = table(
-    ("attributes", "running.real"),
-    ("the way out of a sandbox", "().__class__.__bases__[0].__subclasses__()"),
-    ("imports", "__import__(0)"),
-    ("builtins", "open(0)"),
-    ("eval", "eval(running)"),
-    ("a function of one's own", "(lambda: 1)()"),
-    ("a loop", "max([n for n in 5])"),
-    ("a loop without end", "max(n for n in 5)"),
-    ("a text", "'a'"),
-    ("a text that is multiplied", "'a' * 999999999"),
-    ("bytes", "b'a'"),
-    ("a text with values", "f'{running}'"),
-    ("an argument by name", "max(running, waiting, key=abs)"),
-    ("arguments from a list", "max(*running)"),
-    ("a list", "[running]"),
-    ("a pair", "running, waiting"),
-    ("an index", "running[0]"),
-    ("an assignment", "(running := 3)"),
-    ("unknown names", "runing"),
-    ("a name of ours", "INFINITY"),
-    ("an imaginary number", "1j * running"),
-    ("bits", "1 << running"),
-    ("identity", "running is waiting"),
-    ("nothing", "None"),
-    ("an ellipsis", "..."),
-    ("statements", "running; waiting"),
-    ("two lines", "running\nwaiting"),
-    ("a zero byte", "running\0"),
-    ("half a formula", "running +"),
-    ("a function without call", "min"),
-    ("a function in a sum", "min + 1"),
-    ("a function that is compared", "min == max"),  # it is 0 for all
-    ("a function for some values only", "running or min"),
-    ("a function in a branch", "min if running > 5 else 1"),
-    ("too few arguments", "min()"),
-    ("too few arguments in a branch", "min(running) if running > 5 else 1"),
-    ("too many arguments", "sqrt(1, 2)"),
-    ("a call of a number", "2(3)"),
-    ("a call of what a call gives", "min(1, 2)(3)"),
-    ("too long", "+".join(["running"] * 100)),
-    ("nested", "(" * 240 + "1" + ")" * 240),
-    ("a number beyond all floats", "1" + "0" * 400),
-)
-
-
-@pytest.mark.parametrize("score", NO_FORMULAS)
-def test_what_is_no_formula_is_a_complaint(score):
-    settings = {"score": (score, "environment")}
-    with pytest.raises(lite.SettingsError) as caught:
-        lite.parse_settings("servers = []", "s.toml", settings)
-    assert ("environment: score: found" in str(caught.value)
-            and "expected a formula" in str(caught.value))
-
-
-@pytest.mark.parametrize("score", ["-" * 499 + "1", "not " * 124 + "1", "2**" * 160 + "2",
-                                   "1 if 1 else " * 41 + "1", "min(1," * 60 + "1" + ")" * 60])
-def test_deep_formulas_are_understood_or_refused(score):
-    try:
-        found = lite.formula(score)
-    except ValueError:
-        return
-    assert found == score and isinstance(lite.compiled(score).costs([[1]])[0], float)
-
-
-def test_a_formula_whose_value_is_complex_for_some_servers_only_is_infinite_there():
-    names, values_of = lite.compiled("(waiting - running) ** 0.5")
-    assert names == ("running", "waiting") and values_of([[0, 4], [4, 0]]) == [2, math.inf]
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  prompts and calls
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-def read_prompt_of(content, large=False):
-    spans = lite.member_spans(content, lite.FOUND_MEMBERS) if large else None
-    members = lite.read_members(content, spans)
-    return lite.read_prompt(content, spans, members, members.get("model"))
-
-
-def prompt_in(large=False, **members):
-    """The prompt of a request with these members, in this order."""
-    return read_prompt_of(json.dumps({"model": "m", **members}).encode(), large)
-
-
-def talk(*sizes, seed=0):
-    """Messages of so many bytes; the same seed, the same talk."""
-    draw = random.Random(seed)
-    return [{"role": ("user", "assistant")[n % 2],
-             "content": f"{n} " + draw.randbytes(size // 2).hex()} for n, size in enumerate(sizes)]
-
-
-def common_links(one, other):
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
-                                              zip(one.prefix_hashes, other.prefix_hashes)))
-
-
-def links_within(size):
-    return sum(end <= size for end in lite.LINK_ENDS)
-
-
-TALKS = table(
-    ("short messages", (100, 300, 100, 300)),
-    ("a system prompt of some pages", (12_000, 200, 900)),
-    ("where links are 1 KiB apart", (30_000, 10_000, 200)),
-    ("where links are 4 KiB apart", (150_000, 9_000, 700)),
-    ("beyond the last link", (300_000, 9_000, 700)),
-)
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("sizes", TALKS)
-def test_a_growing_chat_keeps_the_links_that_do_not_cover_its_end(sizes, large):
-    turns = [json.dumps({"model": "m", "messages": talk(*sizes[: n + 1]), "stream": True}).encode()
-             for n in range(len(sizes))]
-    for before, after in zip(turns, turns[1:]):
-        same = len(os.path.commonprefix([before, after])) - before.index(b"[{")
-        one, other = read_prompt_of(before, large), read_prompt_of(after, large)
-        # there is one space before [
-        assert common_links(one, other) == links_within(same - 1) >= len(one.prefix_hashes) - 1
-
-
-@pytest.mark.parametrize("sizes", TALKS)
-def test_small_and_large_content_have_the_same_prompt(sizes):
-    for members in ({"messages": talk(*sizes)},
-                    {"tools": [{"x": 1}], "messages": talk(*sizes), "n": 1},
-                    {"prompt": "a" * sizes[0]}):
-        assert prompt_in(True, **members) == prompt_in(False, **members) != lite.NO_PROMPT
-
-
-LONG = talk(3000, 500)
-OTHERS = table(
-    ("other model", {"model": "x", "messages": LONG}),
-    ("other tools", {"tools": [{"name": "b"}], "messages": LONG}),
-    ("other system", {"system": "b", "messages": LONG}),
-    ("tools where there were none", {"tools": [{"name": "a"}], "messages": LONG}),
-    ("other instructions", {"instructions": "b", "messages": LONG}),
-    ("other beginning", {"messages": talk(3000, 500, seed=1)}),
-)
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("members", OTHERS)
-def test_prompts_that_servers_read_differently_have_no_link_in_common(members, large):
-    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
-    assert (not set(prompt.prefix_hashes) & set(other.prefix_hashes)
-            and len(prompt.prefix_hashes) > 12)
-    if "tools" in members:
-        assert not set(prompt_in(large,
-                                 **{**members, "tools": [{"name": "c"}]}).prefix_hashes) & set(
-                                     other.prefix_hashes)
-
-
-SAME = table(
-    ("other members before", {"temperature": 0.5, "stream": True, "messages": LONG}),
-    ("other members after", {"messages": LONG, "temperature": 0.5, "stream": True}),
-    ("quoted in a text before",
-     {"metadata": {"note": 'say "messages": and "prompt": now'}, "messages": LONG}),
-    ("the word as a value", {"user": "messages", "messages": LONG}),
-    ("the word as a value, and another member after it",
-     {"stop": ["messages"], "n": 1, "messages": LONG}),
-    ("the word as a member of a member", {"metadata": {"messages": "x"}, "messages": LONG}),
-    ("the word in a schema",
-     {"response_format": {"properties": {"messages": {"type": "string"}}}, "messages": LONG}),
-    ("a prompt that is none", {"prompt": None, "messages": LONG}),
-)
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("members", SAME)
-def test_where_the_messages_stand_does_not_matter(members, large):
-    prompt, other = prompt_in(large, messages=LONG), prompt_in(large, **members)
-    assert common_links(prompt, other) >= len(prompt.prefix_hashes) - 1
-    assert abs(prompt.tokens - other.tokens) < 30
-
-
-@pytest.mark.parametrize("large", [False, True])
-def test_spaces_and_the_order_of_members_before_the_messages_do_not_matter(large):
-    messages = json.dumps(LONG).encode()
-    forms = [b'{"model":"m","n":1,"messages":%b}', b'{"n":1,"model":"m","messages":%b}',
-             b'\n{ "model" :\t"m",\r\n "n": 1 ,   "messages"  :%b}']
-    prompts = [read_prompt_of(form % messages, large) for form in forms]
-    assert (len({prompt.prefix_hashes for prompt in prompts}) == 1
-            and len(prompts[0].prefix_hashes) > 12)
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("name, value",
-                         [("tools", [{"type": "function", "x": "a" * 900}]), ("system", "s" * 900),
-                          ("instructions", "i" * 900)])
-def test_what_servers_put_first_counts_wherever_it_stands(name, value, large):
-    before, after = (prompt_in(large, **{name: value}, messages=LONG),
-                     prompt_in(large, messages=LONG, **{name: value}))
-    messages = links_within(len(json.dumps(LONG)))
-    assert common_links(before, after) >= messages - 1 > 11
-    without = prompt_in(large, messages=LONG)
-    assert abs(before.tokens - without.tokens - 225) < 15
-    assert abs(after.tokens - before.tokens) < 15
-
-
-def test_tools_that_follow_the_messages_do_not_hide_what_is_known_of_a_chat():
-    fleet, tools = fleet_of(16), [{"name": f"f{n}", "description": "d" * 1000} for n in range(40)]
-    first, second = (prompt_in(messages=talk(*[2000] * turns), tools=tools) for turns in (3, 4))
-    fleet.lease("s0", 0.0, first)
-    assert fleet.cached(second)[0] > 0.9 * second.tokens - 600
-
-
-def test_an_image_does_not_hide_the_text_before_it():
-    fleet, image = (fleet_of(16),
-                    {"type": "image_url",
-                     "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}})
-    text = talk(40_000)
-    fleet.lease("s0", 0.0, prompt_in(messages=text))
-    second = prompt_in(messages=[*text, {"role": "user", "content": [image]}])
-    assert 10_500 < second.tokens < 12_000 and fleet.cached(second)[0] > 9_000
-
-
-def test_a_long_system_prompt_before_a_short_question_is_known():
-    fleet = fleet_of(16)
-    first, second = (prompt_in(system="s" * 40_000, messages=[{"role": "user", "content": text}])
-                     for text in ("hi", "ho"))
-    fleet.lease("s0", 0.0, first)
-    assert (first.tokens > 10_000 and fleet.cached(first)[0] > 9_000
-            and fleet.cached(second)[0] > 9_000)
-
-
-@pytest.mark.parametrize("members", [
-    {"prompt": "a" * 2000}, {"prompt": ["a" * 900, "b" * 900]}, {"prompt": list(range(800))},
-    {"input": "a" * 2000},
-    {"input": [{"role": "user", "content": "a" * 2000}]},
-    {"instructions": "b" * 2000, "input": "a" * 2000},
-    {"system": [{"type": "text", "text": "a" * 2000}], "messages": LONG},
-])
-def test_prompts_of_all_kinds_are_read(members):
-    prompt, again, other = (prompt_in(**members), prompt_in(**members, user="x"),
-                            prompt_in(**{**members, "model": "x"}))
-    assert (len(prompt.prefix_hashes) >= 7
-            and common_links(prompt, again) >= len(prompt.prefix_hashes) - 1
-            and not set(prompt.prefix_hashes) & set(other.prefix_hashes))
-    assert (prompt.tokens
-            == pytest.approx(sum(len(json.dumps(members[name])) for name in members) / 4, abs=20))
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'"messages"', b"\xff\xfe", b"hello",
-                                     b'{"model":"m"}', b'{"messages":', b'{"a":{"messages":[]}}',
-                                     b"[1,2]", b"null"])
-def test_what_is_no_request_has_no_prompt(content):
-    assert read_prompt_of(content) == lite.NO_PROMPT and call(content)[0].prompt == lite.NO_PROMPT
-
-
-def test_forms_have_no_prompt_nor_session():
-    form = PART % b"messages" + PART % b"user" + FORM
-    found = call(form, FORM_TYPE)[0]
-    assert (found.prompt, found.session, found.model) == (lite.NO_PROMPT, "", "whisper")
-
-
-def test_a_chain_begins_with_the_model_that_is_meant():
-    body = json.dumps({"model": "alias", "messages": LONG}).encode()
-    chain = call(body, aliases={"alias": "m"})[0].prompt.prefix_hashes
-    assert (chain == call(body.replace(b"alias", b"m"))[0].prompt.prefix_hashes
-            != call(body)[0].prompt.prefix_hashes)
-
-
-@pytest.mark.parametrize("count, size", [(1, 5_000), (3, 50_000), (40, 5_000)])
-def test_images_count_as_media_not_as_letters(count, size):
-    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * size}"}}
-              for _ in range(count)]
-    prompt = prompt_in(
-        messages=[{"role": "user", "content": [{"type": "text", "text": "t" * 4000}, *images]}])
-    assert (count * lite.MEDIA_TOKENS + 1000 <= prompt.tokens < count * (lite.MEDIA_TOKENS + 40)
-            + 1100)
-
-
-def test_hashing_is_bounded():
-    content = b'{"model":"m","messages":[{"role":"user","content":"' + b"a" * 10_000_000 + b'"}]}'
-    for large in (False, True):
-        prompt = read_prompt_of(content, large)
-        assert (len(prompt.prefix_hashes) == len(lite.LINK_ENDS) < 200
-                and len(prompt.first_hash) <= 256)
-        assert prompt.tokens == pytest.approx(2_500_000, rel=0.01)
-        assert prompt.tokens_in(len(prompt.prefix_hashes)) == pytest.approx(2**16, rel=0.01)
-
-
-def test_tokens_of_links_rise_to_those_of_the_prompt():
-    for size in (10, 255, 256, 300, 20_000, 300_000):
-        prompt = prompt_in(messages=talk(size))
-        counts = [prompt.tokens_in(n) for n in range(len(prompt.prefix_hashes) + 1)]
-        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] <= prompt.tokens
-
-
-def sessions(fields="", members=None, **settings):
-    return lite.session_of(head_of(f"POST /v1/x HTTP/1.1\nHost: a\n{fields}".rstrip("\n")).fields,
-                           members or {}, Settings(**settings))
-
-
-EVERYTHING = {"session_id": "1", "user": "2", "user_id": "3", "session_params": {"session_id": "0"}}
-ALL_FIELDS = ("X-Correlation-Id: d\nX-Trace-Id: e\nX-Request-Id: f\nX-Tenant-Id: c\nX-User-Id: b\n"
-              "X-Session-Id: a")
-
-
-@pytest.mark.parametrize("fields, members, session", table(
-    ("the first of the session fields", ALL_FIELDS, EVERYTHING, "x-session-id: a"),
-    ("the next", "\n".join(ALL_FIELDS.split("\n")[:-1]), EVERYTHING, "x-user-id: b"),
-    ("the next but one", "\n".join(ALL_FIELDS.split("\n")[:-2]), EVERYTHING, "x-tenant-id: c"),
-    ("the last of them", "X-Trace-Id: e\nX-Correlation-Id: d", EVERYTHING, "x-correlation-id: d"),
-    ("members before traces", "X-Trace-Id: e\nX-Request-Id: f", EVERYTHING,
-     "session_params.session_id: 0"),
-    ("as vllm-project/router's users send it, first", "", EVERYTHING,
-     "session_params.session_id: 0"),
-    ("then of its own", "", {**EVERYTHING, "session_params": {}}, "session_id: 1"),
-    ("what is no text or no object is none", "", {"session_params": "x", "user": "u"}, "user: u"),
-    ("nor is a number in it", "", {"session_params": {"session_id": 5}, "user": "u"}, "user: u"),
-    ("user before user_id", "X-Trace-Id: e", {"user_id": "3", "user": "2"}, "user: 2"),
-    ("user_id", "X-Request-Id: f", {"user_id": "3"}, "user_id: 3"),
-    ("a trace before a request", "X-Request-Id: f\nX-Trace-Id: e", {}, "x-trace-id: e"),
-    ("a request of its own", "X-Request-Id: f", {}, "x-request-id: f"),
-    ("what is empty names none", "X-Session-Id:\nX-User-Id: b", {}, "x-user-id: b"),
-    ("nor what is no text", "", {"user": 5, "session_id": None, "user_id": ["x"]}, ""),
-    ("nobody", "", {}, ""),
-))
-def test_what_names_a_session(fields, members, session):
-    assert sessions(fields, members) == session
-
-
-def test_session_fields_are_a_setting():
-    assert sessions("X-Session-Id: a\nX-Mine: b", session_headers=("X-Mine",)) == "X-Mine: b"
-    assert sessions("X-Session-Id: a\nX-Trace-Id: t", EVERYTHING,
-                    session_headers=()) == "session_params.session_id: 0"
-
-
-def test_calls_have_prompt_and_session_in_small_and_large_content():
-    for pad in (10, 100_000):
-        body = json.dumps({"user": "u", "session_params": {"session_id": "s"},
-                           "messages": talk(pad), "stream": True, "model": "m"}).encode()
-        spans = lite.member_spans(body, lite.FOUND_MEMBERS) if pad > 1000 else None
-        found, content = lite.read_call(head_of("POST /v1/x HTTP/1.1\nHost: a"), body, spans,
-                                        Settings())
-        assert (found.model, found.stream, found.session,
-                content) == ("m", True, "session_params.session_id: s", body)
-        assert found.prompt.tokens == pytest.approx(pad / 4, abs=40)
-
-
-def prompt_of_links(chain, tokens_per_link=64):
-    return lite.Prompt(tokens_per_link * len(chain), tuple(chain),
-                       [256 * n for n in range(1, len(chain) + 1)], 256 / tokens_per_link)
-
-
-def test_a_memory_knows_exactly_the_longest_start_it_was_told_and_keeps_to_its_limit():
-    """4,000 chats that begin, go on and part, against a memory that walks link by link."""
-    draw, memory, names = random.Random(5), lite.PrefixCache(), itertools.count(1)
-    memory.limit_tokens = 20_000
-    chains, naive = [()], OrderedDict()  # naive: link → tokens, the oldest first
-
-    def walked(chain):
-        return sum(1 for _ in itertools.takewhile(naive.__contains__, chain))
-
-    def check(chain):
-        assert memory.cached_links(chain) == walked(chain)
-        # a start of it, and nothing beyond
-        assert not any(link in naive for link in chain[walked(chain) :])
-
-    for n in range(4_000):
-        parent = draw.choice(chains[-60:])
-        chain = (*parent[: draw.randrange(len(parent) + 1)], *(
-            next(names) for _ in range(draw.choice((0, 1, 3, 30)))))
-        prompt = prompt_of_links(chain, draw.choice((1, 64, 300)))
-        check(chain)
-        memory.sent(prompt)
-        for k in range(walked(chain), len(chain)):
-            naive[chain[k]] = prompt.tokens_in(k + 1) - prompt.tokens_in(k)
-        for link in reversed(chain):
-            naive.move_to_end(link)
-        while sum(naive.values()) > memory.limit_tokens:
-            naive.popitem(last=False)
-        chains = [*chains[-199:], chain]
-        for one in draw.choices(chains, k=3):
-            check(one)
-        if n % 200 == 0:
-            for one in chains:
-                check(one)
-            if n == 2000:
-                memory.limit_tokens = 5_000
-            if n == 3000:
-                memory.forget()
-                naive.clear()
-                assert not any(map(memory.cached_links, chains))
-    assert any(map(memory.cached_links, chains)) and sum(naive.values()) <= 5_000
-
-
-def test_a_memory_holds_so_many_links_whatever_its_limit():
-    memory = lite.PrefixCache()
-    memory.limit_tokens = 10**12
-    chains = [tuple(range(1000 * n, 1000 * n + 160)) for n in range(1, 200)]
-    for chain in chains:
-        memory.sent(prompt_of_links(chain))
-    assert lite.CACHE_LINKS - 160 < sum(map(memory.cached_links, chains)) <= lite.CACHE_LINKS
-    assert memory.cached_links(chains[-1]) == 160 and memory.cached_links(chains[0]) == 0
-
-
-def test_a_prompt_larger_than_a_memory_is_remembered_by_its_start():
-    memory = lite.PrefixCache()
-    memory.limit_tokens = 640
-    memory.sent(prompt_of_links(range(1, 101)))
-    assert memory.cached_links(range(1, 101)) == 10
-
-
-def test_what_is_used_again_is_forgotten_last():
-    memory = lite.PrefixCache()
-    memory.limit_tokens = 64 * 20
-    for chain in (range(10), range(20, 30), range(10), range(40, 50)):
-        memory.sent(prompt_of_links(chain))
-    assert [memory.cached_links(range(start, start + 10)) for start in (0, 20, 40)] == [10, 0, 10]
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  dialect: loads by engine, tokens of answers
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-# vLLM 0.32.0 with --data-parallel-size 2 under load, and a LoRA server; a few lines of each.
-TWO_ENGINES = """
-vllm:num_requests_running{engine="0",model_name="tiny"} 5.0
-vllm:num_requests_running{engine="1",model_name="tiny"} 8.0
-vllm:num_requests_waiting{engine="0",model_name="tiny"} 0.0
-vllm:num_requests_waiting{engine="1",model_name="tiny"} 4.0
-vllm:num_requests_waiting_by_reason{engine="1",model_name="tiny",reason="capacity"} 4.0
-vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="awake"} 1.0
-vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="weights_offloaded"} 0.0
-vllm:engine_sleep_state{engine="1",model_name="tiny",sleep_state="awake"} 1.0
-vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.0073260073260073
-vllm:kv_cache_usage_perc{engine="1",model_name="tiny"} 0.017826617826617874
-vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="0",\
-kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
-vllm:cache_config_info{block_size="128",enable_prefix_caching="True",engine="1",\
-kv_cache_size_tokens="524288",num_gpu_blocks="8192"} 1.0
-vllm:prefix_cache_hits_total{engine="0",model_name="tiny"} 2688.0
-vllm:prefix_cache_hits_total{engine="1",model_name="tiny"} 1920.0
-vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3747.0
-vllm:prompt_tokens_total{engine="1",model_name="tiny"} 2796.0
-vllm:generation_tokens_total{engine="0",model_name="tiny"} 13492.0
-vllm:generation_tokens_total{engine="1",model_name="tiny"} 7788.0
-process_max_fds 1.048576e+06
-"""
-ADAPTERS = """
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} \
-1.795197489643997e+09
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="la",waiting_lora_adapters="la"} \
-1.7951974895892143e+09
-vllm:lora_requests_info{max_lora="1",running_lora_adapters="lb",waiting_lora_adapters="lb"} \
-1.7951974916991093e+09
-"""
-
-
-def test_a_page_tells_the_load_of_each_engine_and_of_all():
-    loads = lite.engine_loads(TWO_ENGINES)
-    assert set(loads) == {"", "0", "1"} and loads[""] == engine_load(TWO_ENGINES)
-    whole = {"caches": True, "asleep": False, "adapters": frozenset()}
-    assert loads["0"] == lite.EngineLoad(5, 0, pytest.approx(0.0073, abs=1e-4), None, 17239, 13492,
-                                         2688, 524288, **whole)
-    assert loads["1"] == lite.EngineLoad(8, 4, pytest.approx(0.0178, abs=1e-4), None, 10584, 7788,
-                                         1920, 524288, lacking=4, **whole)
-    assert loads[""] == lite.EngineLoad(13, 4, pytest.approx(0.0178, abs=1e-4), 1048576, 27823,
-                                        21280, 4608, 1048576, lacking=4, **whole)
-
-
-def cache_config(**labels):
-    return "vllm:cache_config_info{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "} 1.0\n"
-
-
-@pytest.mark.parametrize("page, field, value", table(
-    ("the newest of adapters' reports", ADAPTERS, "adapters", {"lb"}),
-    ("several adapters", 'vllm:lora_requests_info{running_lora_adapters="a,b"} 5', "adapters",
-     {"a", "b"}),
-    ("no adapter runs", ADAPTERS.split("\n")[1], "adapters", set()),
-    ("tokens of the cache", cache_config(kv_cache_size_tokens="3072", block_size="128",
-                                         num_gpu_blocks="24"), "kv_tokens", 3072),
-    ("before it said tokens: blocks of a size",
-     cache_config(block_size="16", num_gpu_blocks="1000"), "kv_tokens", 16000),
-    ("tokens unknown: blocks", cache_config(kv_cache_size_tokens="None", block_size="16",
-                                            num_gpu_blocks="1000"), "kv_tokens", 16000),
-    ("nothing known", cache_config(block_size="None", num_gpu_blocks="None"), "kv_tokens", None),
-    ("no page", "", "kv_tokens", None),
-    ("a prefix cache", cache_config(enable_prefix_caching="True"), "caches", True),
-    ("none", cache_config(enable_prefix_caching="False"), "caches", False),
-    ("not said", "", "caches", True),
-    ("asleep",
-     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0\n'
-     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 1', "asleep", True),
-    ("awake",
-     'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1\n'
-     'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0', "asleep", False),
-    ("hits of before 0.10", "vllm:gpu_prefix_cache_hits_total 7", "prefix_hits", 7),
-    ("hits of nobody", "up 1", "prefix_hits", None),
-    ("one engine asleep", TWO_ENGINES.replace('1",model_name="tiny",sleep_state="awake"} 1.0',
-                                              '1",sleep_state="awake"} 0.0'), "asleep", True),
-))
-def test_what_a_page_tells_of_caches_adapters_and_sleep(page, field, value):
-    assert getattr(engine_load(page), field) == value
-
-
-@pytest.mark.parametrize("tail, size, tokens", table(
-    ("by its word",
-     b'data: {"usage":{"prompt_tokens":9,"completion_tokens":42,"total_tokens":51}}\n\ndata: '
-     b'[DONE]\n\n', 9999, 42),
-    ("Anthropic's word", b'data: {"type":"message_delta","usage":{"output_tokens": 17}}\n\n', 9999,
-     17),
-    ("events all alike", b'data: {"x"}\n\n' * 10, 1300, 100),
-    ("a plain answer", b'{"choices":[]}', 400, 100),
-    ("a plain answer that speaks of events", b'{"x":"data: data: data:\\ndata:"}', 400, 100),
-    ("nothing", b"", 0, 0),
-))
-def test_tokens_of_an_answer(tail, size, tokens):
-    assert lite.completion_tokens(lite.usage_of(tail, lite.Notation.EVENTS), tail, size) == tokens
-
-
-# Answers as a judge sees them: their heads, their content, what the attempt is like; the verdict.
-SSE, A_MB = "content-type: text/event-stream\ntransfer-encoding: chunked", b"x" * (1 << 20)
-OVERLOAD = b'{"error":{"message":"m","type":"Service Unavailable","code":503}}'
-TOO_LONG = b'{"error":{"message":"the maximum context length is 9","code":400}}'
-NO_ENGINE = b'{"error":{"message":"EngineCore encountered an issue. x","code":500}}'
-ABORT = b'{"choices":[{"finish_reason":"abort"}]}'
-VERDICTS = table(
-    ("a stream's first event", f"200\n{SSE}", b'data: {"a":1}\n\ndata: x', {}, None),
-    ("an error event", f"200\n{SSE}", b'data: {"error":"x"}\n\n', {}, "STREAM_FAILED"),
-    ("a pause, in an event", f"200\n{SSE}", b"data: " + OVERLOAD + b"\n\ndata: [DONE]\n\n", {},
-     "SERVER_BUSY"),
-    ("a stream of nothing", f"200\n{SSE}", b"", {}, "STREAM_FAILED"),
-    ("a stream of comments", f"200\n{SSE}", b": a\n\n: b\n\n", {}, "STREAM_FAILED"),
-    ("a whole stream that is cut", f"200\n{SSE}", b"data: " + ABORT + b"\n\n", {}, "ABORTED"),
-    ("a compressed stream's first byte", f"200\n{SSE}\ncontent-encoding: gzip", b"\x1f", {}, None),
-    ("a compressed stream of nothing", f"200\n{SSE}\ncontent-encoding: gzip", b"", {},
-     "STREAM_FAILED"),
-    ("a document", "200", b'{"choices":[]}', {}, None),
-    ("a document that was aborted", "200", ABORT, {}, "ABORTED"),
-    ("a long document, as it may end", "200\ncontent-length: 999999", b"{", {}, None),
-    ("not JSON", "200\ncontent-type: text/plain", ABORT, {}, None),
-    ("a 500 is an answer", "500", b'{"error":{"message":"x"}}', {}, None),
-    ("where others are asked, it is not yet", "500", b"x", {"wants_second_opinion": True},
-     "SERVER_FAILED"),
-    ("an engine that died", "500", NO_ENGINE, {}, "ENGINE_FAILED"),
-    ("a 503 of something broken", "503", b"x", {}, "SERVER_ERROR"),
-    ("vLLM's overload", "503", OVERLOAD, {}, "SERVER_BUSY"),
-    ("a 503 with a time", "503\nretry-after: 2", b"x", {}, "SERVER_BUSY"),
-    ("a 502 too long to be kept", "502\ncontent-length: 9999999", A_MB + b"x", {}, None),
-    ("a 504 that is not to be retried", "504", b"x", {"retry_statuses": ()}, None),
-    ("429", "429", b"x", {}, "SERVER_BUSY"),
-    ("429 that settings name", "429", b"x", {"retry_statuses": (429,)}, "DECLINED"),
-    ("too long for all", "400", TOO_LONG, {}, None),
-    ("too long, another has more room", "400", TOO_LONG, {"has_larger": True},
-     "CONTEXT_LENGTH_EXCEEDED"),
-    ("another 400", "400", b"x", {"has_larger": True}, None),
-    ("a model it has not", "404", b"x", {}, "NOT_THERE"),
-    ("no inference", "404", b"x", {"infers": False}, None),
-    ("no such stored response", "405", b"x", {"infers": False, "searches": True}, "NOT_THERE"),
-    ("our key", "401", b"x", {"our_key": True}, "KEY_REJECTED"),
-    ("a client's key", "401", b"x", {}, None),
-    ("a loop", "508", b"x", {}, "LOOP_DETECTED"),
-)
-
-
-def verdict_on(head, content, more, how):
-    """An answer's judge, after as much of it as it wanted."""
-    status, _, fields = head.partition("\n")
-    fields = fields or "content-type: application/json"
-    if "content-type" not in fields:
-        fields += "\ncontent-type: application/json"
-    if "content-length" not in fields and "chunked" not in fields:
-        fields += f"\ncontent-length: {len(content)}"
-    parsed = response_of(f"HTTP/1.1 {status} X\n{fields}")
-    framing = lite.response_framing(*parsed, "POST")
-    notation = lite.notation_of("POST", "/v1/chat/completions", parsed[0])
-    terms = lite.Terms(notation, Settings().retry_statuses)._replace(**more)
-    judge, left = lite.AnswerJudge(parsed[0], framing, terms), len(content)
-    if left > 1000 and how == "bytes":
-        how = 1
-    for piece in pieces_of(content, how) if content else [b""]:
-        left -= len(piece)
-        if judge.feed(piece, left == 0 and "999999" not in fields):
-            break
-    return judge
-
-
-@pytest.mark.parametrize("how", ["whole", "bytes", 1, 2])
-@pytest.mark.parametrize("head, content, more, fault", VERDICTS)
-def test_what_an_answer_is_however_it_arrives(head, content, more, fault, how):
-    judge = verdict_on(head, content, more, how)
-    assert judge.fault is (fault and Fault[fault])
-    assert content.startswith(judge.content)
-
-
-def test_a_judge_wants_no_more_than_it_takes():
-    document = b'{"choices":[]}'
-    assert verdict_on("200\ncontent-type: text/plain", b"abc", {}, "bytes").content == b"a"
-    assert verdict_on("200", document, {}, "bytes").content == document  # it comes at once
-    assert verdict_on(f"200\n{SSE}", b"data: a\n\ndata: b\n\n", {},
-                      "bytes").content == b"data: a\n\n"
-
-
-def test_comments_are_taken_from_a_judge_and_are_no_answer():
-    head, length = response_of(f"HTTP/1.1 200 X\n{SSE}")
-    terms = lite.Terms(lite.Notation.EVENTS, ())
-    judge = lite.AnswerJudge(head, lite.response_framing(head, length, "POST"), terms)
-    assert not judge.feed(b": a\n\nevent: response.created\ndata: {}\n\n: b\n\n", False)
-    assert judge.has_comments and judge.take_comments() == b": a\n\n: b\n\n"
-    assert not judge.has_comments
-    assert judge.feed(b"data: x\n\n", False) and judge.fault is None
-    assert judge.content == b"event: response.created\ndata: {}\n\ndata: x\n\n"
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -5076,8 +4744,219 @@ def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_serv
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  policies and ranking, on scenes by hand
+#  policies and ranking
 # ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def standing_still(still_s, waiting=1, tokens=5, since=1000.0, moved_at=-math.inf, unanswered=0,
+                   failed=0, **settings):
+    """What is said of a server whose token counter stopped so many seconds ago."""
+    fleet, now = fleet_of(20), 1000.0 + still_s
+    for then in (1000.0, now):
+        fleet.scraped("s0", lite.EngineLoad(1, 0, 0.1, tokens=tokens), 1, then)
+    for _ in range(failed):
+        fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1000.0, Settings())
+    work = lite.Work(waiting, since, moved_at, unanswered)
+    return lite.frozen_reason(fleet.views()[0], work, now, Settings(**settings))
+
+
+STANDSTILLS = table(
+    ("long", {"still_s": 61}, True),
+    ("not long", {"still_s": 59}, False),
+    ("a limit of its own", {"still_s": 11, "frozen_timeout": 10}, True),
+    ("turned off", {"still_s": 9999, "frozen_timeout": 0}, False),
+    ("nothing to do", {"still_s": 9999, "waiting": 0}, False),
+    ("work came only now", {"still_s": 9999, "since": 10998.0}, False),
+    ("no counters, but its checks fail", {"still_s": 61, "tokens": None, "failed": 3}, True),
+    ("one failed check is no proof", {"still_s": 61, "tokens": None, "failed": 1}, False),
+    ("no counters, no judgement", {"still_s": 9999, "tokens": None}, False),
+    ("a stream moves", {"still_s": 100, "moved_at": 1090.0}, False),
+    ("a stream moved before", {"still_s": 100, "moved_at": 1030.0}, True),
+    ("a long prompt takes its time", {"still_s": 100, "unanswered": 400_000}, False),
+    ("but not for ever", {"still_s": 161, "unanswered": 400_000}, True),
+    ("an image is no prompt of hours", {"still_s": 661, "unanswered": 100_000_000}, True),
+)
+
+
+@pytest.mark.parametrize("given, frozen", STANDSTILLS)
+def test_when_an_engine_seems_frozen(given, frozen):
+    said = standing_still(**given)
+    assert bool(said) is frozen
+    if frozen:
+        assert said.startswith(
+            "frozen: 1 requests wait, and neither its token counters nor its streams have moved")
+
+
+def test_a_frozen_server_gets_no_requests_of_clients_on_trial():
+    fleet = fleet_of(20)
+    fleet.judge("s0", lite.Health.stood_still, "frozen", 0.0, Settings())
+    assert ranking_of(fleet, now=31.0).best is None
+    fleet.judge("s0", lite.Health.checked, True, 0.1, "", 32.0, Settings())
+    assert ranking_of(fleet, now=33.0).best is None  # its health path said so all the time
+    fleet.judge("s0", lite.Health.become, State.HEALTHY, "moves", 34.0)
+    assert ranking_of(fleet, now=34.0).best == "s0"
+
+
+CIRCUITS = table(  # (the circuits' openings, now) and who is asked, of s0 and s1 with s0 the better
+    ("open", [0.0], 29.0, "s1", "is unhealthy (x)"),
+    ("half-open: one request on trial", [0.0], 30.0, "s0",
+     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
+    ("all open: better than nobody", [0.0, 0.0], 1.0, "s0",
+     "cost 0.05 = (in_flight 0 + foreign 0 + 1) / capacity 20 / slow_start 1"),
+)
+
+
+@pytest.mark.parametrize("opened, now, best, reason", CIRCUITS)
+def test_circuits(opened, now, best, reason):
+    fleet = fleet_of(20, 1)
+    for i, then in enumerate(opened):
+        fleet.judge(f"s{i}", lite.Health.opened, "x", then, Settings())
+    ranking = ranking_of(fleet, now=now)
+    assert ranking.best == best and {c.id: c.reason for c in ranking.candidates()}["s0"] == reason
+
+
+def test_full_servers_are_no_reason_to_ask_one_whose_circuit_is_open():
+    fleet = fleet_of(1, 9)
+    fleet.judge("s1", lite.Health.opened, "x", 0.0, Settings())
+    fleet.lease("s0", 0.0)
+    ranking = ranking_of(fleet, enforced=True)
+    assert ranking.best is None and ranking.waits
+    assert ranking_of(fleet, tried=["s0"]).best is None  # nor is having asked the others
+
+
+def test_checks_alone_do_not_thaw_a_server():
+    health = lite.Health(State.HEALTHY, "", 0.0).stood_still("frozen", 0.0, Settings())
+    for passed in (True, False, True):
+        health = health.checked(passed, 0.1, "", 1.0, Settings())
+    assert health.frozen and health.state is State.UNHEALTHY
+
+
+def test_one_trial_at_a_time():
+    fleet = fleet_of(20, 1)
+    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
+    with fleet.lease("s0", 10.0):  # begun while it was open: none
+        with fleet.lease("s0", 31.0):
+            assert ranking_of(fleet, now=31.0).best == "s1"
+        assert ranking_of(fleet, now=31.0).best == "s0"
+
+
+def test_an_open_circuit_is_no_way_back_for_a_server_whose_checks_fail():
+    fleet = fleet_of(20)
+    fleet.judge("s0", lite.Health.opened, "x", 0.0, Settings())
+    fleet.judge("s0", lite.Health.checked, False, 0.1, "refused", 1.0, Settings())
+    assert ranking_of(fleet, now=31.0).best is None
+
+
+def ranking_of(fleet, policy="least", model=None, tried=(), now=0.0, draw=None, enforced=False,
+               call=None, slow_start=0.0, **settings):
+    by = lite.POLICIES[policy](Settings(**settings)) if isinstance(policy, str) else policy
+    wanted = lite.Wanted(call or lite.Call(model), frozenset(tried))
+    moment = lite.Moment(now, 0.5, enforced, slow_start)
+    return lite.rank(fleet, wanted, by, moment, draw or random.Random(1))
+
+
+def picks(fleet, policy, count=2000, **more):
+    draw = random.Random(3)
+    return Counter(ranking_of(fleet, policy, draw=draw, **more).best for _ in range(count))
+
+
+def test_policies_are_those_the_settings_know():
+    assert tuple(lite.POLICIES) == lite.POLICY_NAMES
+    assert all(f"`{name}`" in (HERE / "README.md").read_text() for name in lite.POLICIES)
+
+
+def with_load(fleet, *loads, at=0.0):
+    for i, (running, waiting) in enumerate(loads):
+        fleet.scraped(f"s{i}", lite.EngineLoad(running, waiting, 0.0), 0, at)
+    return fleet
+
+
+# capacities, (running, waiting) …, and the share of 2,000 picks each server gets
+DISTRIBUTIONS = table(
+    ("mvllm: all below 0.5 alike, whatever their load", "mvllm", (10, 10, 10),
+     [(0, 0), (4, 1), (5, 0)], [0.5, 0.5, 0]),
+    ("mvllm: waiting counts half", "mvllm", (10, 10), [(0, 9), (0, 10)], [1, 0]),
+    ("mvllm: else the lowest", "mvllm", (10, 10, 10), [(9, 0), (7, 0), (8, 0)], [0, 1, 0]),
+    ("mvllm: ties among the lowest", "mvllm", (10, 10, 10), [(7, 0), (7, 0), (8, 0)],
+     [0.5, 0.5, 0]),
+    ("mvllm: full servers are still asked", "mvllm", (1, 1), [(5, 0), (9, 0)], [1, 0]),
+    ("vllm_router: running counts thrice", "vllm_router", (10, 10), [(1, 0), (0, 2)], [0, 1]),
+    ("vllm_router: ties", "vllm_router", (10, 10), [(1, 0), (0, 3)], [0.5, 0.5]),
+    ("least: by share of capacity", "least", (16, 4), [(3, 0), (1, 0)], [1, 0]),
+    ("least: ties", "least", (8, 8), [(0, 0), (0, 0)], [0.5, 0.5]),
+    ("least: waiting counts fully", "least", (8, 8), [(2, 0), (0, 3)], [1, 0]),
+)
+
+
+@pytest.mark.parametrize("policy, capacities, loads, shares", DISTRIBUTIONS)
+def test_distribution_of_picks(policy, capacities, loads, shares):
+    found = picks(with_load(fleet_of(*capacities), *loads), policy)
+    for i, share in enumerate(shares):
+        assert found[f"s{i}"] / 2000 == pytest.approx(share, abs=0.05)
+
+
+def test_a_burst_between_two_reports_spreads():
+    """Servers at 0.75 and 0.50, 20 requests at one instant: not all to the second."""
+    fleet, taken = with_load(fleet_of(20, 20), (15, 0), (10, 0)), Counter()
+    for _ in range(20):
+        best = ranking_of(fleet).best
+        taken[best] += 1
+        fleet.lease(best, 0.0).__enter__()
+    assert 7 <= taken["s0"] <= 9 and 11 <= taken["s1"] <= 13
+
+
+def test_capacity_decides_how_a_burst_is_shared():
+    fleet, taken = fleet_of(16, 8, 4), Counter()
+    for _ in range(28):
+        best = ranking_of(fleet).best
+        taken[best] += 1
+        fleet.lease(best, 0.0).__enter__()
+    assert taken == {"s0": 16, "s1": 8, "s2": 4}
+
+
+def test_every_candidate_has_a_reason_in_words_and_numbers():
+    fleet = with_load(fleet_of(4, 4, 4, 4), (1, 0), (2, 2), (0, 0), (0, 0))
+    fleet.models_listed("s2", {"other": {}}, 0.0)
+    for _ in range(3):
+        fleet.judge("s3", lite.Health.checked, False, 0.1, "refused", 0.0, Settings())
+    rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
+    assert [(row.id, row.reason) for row in rows] == [
+        ("s0", "cost 0.5 = (in_flight 0 + foreign 1 + 1) / capacity 4 / slow_start 1"),
+        ("s1", "was tried already"),
+        ("s2", "does not serve 'm'"),
+        ("s3", "is unhealthy (3 checks failed in a row: refused)"),
+    ]
+
+
+REFUSALS = table(
+    ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "No server is configured."),
+    ("unknown model", lambda: fleet_of(1, models=["b", "a"]), "x", Fault.UNKNOWN_MODEL,
+     "The model `x` does not exist. Valid names: a, b."),
+    ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x",
+     Fault.NO_SERVER,
+     "No server can serve the model `x` now: s0 is checking (not checked yet)."),
+)
+
+
+@pytest.mark.parametrize("fleet, model, fault, text", REFUSALS)
+def test_refusals_say_why(fleet, model, fault, text):
+    assert ranking_of(fleet(), model=model).refusal(True) == (fault, text)
+
+
+def test_refusals_can_keep_the_servers_names_back():
+    text = ranking_of(fleet_of(1, healthy=False), model="x").refusal(False)[1]
+    assert "s0" not in text and "server 1 is checking" in text
+
+
+def test_a_server_that_has_not_told_its_models_is_asked_when_no_other_is_known_to_have_one():
+    fleet = fleet_of(1, 1)
+    assert ranking_of(fleet, model="x").best is None
+    fleet.models_listed("s0", None, 0.0)
+    assert ranking_of(fleet, model="x").best == "s0"
+    ranking = ranking_of(fleet, model="m")
+    assert (ranking.best == "s1"
+            and "has not told its models" in {c.reason for c in ranking.candidates()})
+    assert ranking_of(fleet, model="m", tried=["s1"]).best == "s0"
 
 
 def judged(views, by="unified", cached=None, tokens=0, call=None, now=NOW, tried=(), enforced=False,
@@ -6501,6 +6380,434 @@ def test_pauses_grow_within_bounds_and_differ():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
+#  client keys and access
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def gate_with(**limits):
+    gate, key = lite.Keys(), lite.KeySettings("team", **limits)
+    gate.adopt([(key, "sk-1"), (lite.KeySettings("other"), "sk-2")])
+    return gate, key
+
+
+@pytest.mark.parametrize("fields, name", table(
+    ("as OpenAI's clients", "Authorization: Bearer sk-1", "team"),
+    ("the scheme in any case", "Authorization: bearer  sk-1", "team"),
+    ("as Anthropic's clients", "X-API-Key: sk-2", "other"),
+    ("another", "Authorization: Bearer sk-3", None),
+    ("a part", "Authorization: Bearer sk-", None),
+    ("another scheme", "Authorization: Basic sk-1", None),
+    ("two at once", "Authorization: Bearer sk-1\nAuthorization: Bearer sk-2", None),
+    ("none", "Cookie: sk-1", None),
+    ("empty", "Authorization: Bearer ", None),
+))
+def test_keys_are_recognised(fields, name):
+    found = gate_with()[0].authenticate(head_of(f"GET / HTTP/1.1\nHost: a\n{fields}").fields)
+    assert (found and found.name) == name
+
+
+def test_a_key_allows_its_models():
+    gate, key = gate_with(models=("a", "b"))
+    assert gate.admit(key, "a", 0.0) is None
+    assert (gate.admit(key, "c", 0.0)[0] is Fault.FORBIDDEN
+            and "`c`" in gate.admit(key, "c", 0.0).text)
+    assert gate.admit(key, None, 0.0).fault is Fault.FORBIDDEN
+
+
+UPGRADE = "Connection: upgrade\nUpgrade: websocket"
+URLENCODED = "Content-Type: application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize("fields, said", table(
+    ("JSON", "Content-Type: application/json", None),
+    ("nothing said", "X: y", None),
+    ("the form that is read", FORM_TYPE, None),
+    ("a form of another kind", URLENCODED, "x-www-form-urlencoded"),
+    ("in capitals, with a parameter", f"{URLENCODED.upper()}; charset=utf-8", "no model is read"),
+    ("another multipart", "Content-Type: multipart/mixed; boundary=XX", "no model is read"),
+    ("JSON first, then a form", f"Content-Type: application/json\n{FORM_TYPE}", "no model is read"),
+    ("two forms", f"{FORM_TYPE}\n{URLENCODED}", "no model is read"),
+    ("an adapter that /invocations takes for the model", "X-Amzn-SageMaker-Adapter-Identifier: b",
+     "would name another"),
+    ("an upgrade", UPGRADE, "session.update"),
+    ("an upgrade to what is not passed on", UPGRADE.replace("websocket", "h2c"), None),
+))
+def test_what_a_key_with_models_cannot_be_held_to_is_refused(fields, said):
+    visit = visit_of("INFERENCE", f"Host: a\n{fields}", keyed=True,
+                     key=lite.KeySettings("team", models=("m",)), method="POST")
+    refusal = lite.refusal_of(visit)
+    assert (refusal and refusal.fault) == (said and Fault.FORBIDDEN)
+    assert said is None or said in refusal.text
+    assert lite.refusal_of(visit._replace(key=lite.KeySettings("all"))) is None
+
+
+@pytest.mark.parametrize("path, refused", [("/v1/r%65sponses", True), ("/v1/realtime", False)])
+def test_no_key_goes_on_from_another_s_response_over_an_upgraded_connection(path, refused):
+    visit = visit_of("INFERENCE", f"Host: a\n{UPGRADE}", keyed=True, key=lite.KeySettings("all"))
+    head = head_of(f"GET {path} HTTP/1.1\nHost: a\n{UPGRADE}")
+    assert (lite.refusal_of(visit._replace(head=head)) is not None) is refused
+
+
+def test_a_key_allows_so_many_requests_at_once():
+    gate, key = gate_with(max_requests=2)
+    assert [gate.admit(key, None, 0.0) for _ in range(2)] == [None, None]
+    assert gate.admit(key, None, 0.0)[:3:2] == (Fault.RATE_LIMITED, 1)
+    gate.release(key)
+    assert gate.admit(key, None, 0.0) is None
+
+
+def test_a_key_allows_so_many_requests_in_time_and_a_reload_forgets_none():
+    gate, key = gate_with(requests_per_second=0.5)
+    assert gate.admit(key, None, 100.0) is None
+    assert gate.admit(key, None, 100.5)[:3:2] == (Fault.RATE_LIMITED, 2)
+    gate.adopt([(key, "sk-new")])
+    assert gate.admit(key, None, 101.5) is not None and gate.admit(key, None, 102.0) is None
+    gate, key = gate_with(requests_per_second=10)
+    assert sum(gate.admit(key, None, 5.0) is None for _ in range(15)) == 10
+    assert sum(gate.admit(key, None, 5.5) is None for _ in range(15)) == 5
+
+
+def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False, content=False,
+             method="GET", hop="", **settings):
+    head = head_of(f"{method} /x HTTP/1.1\n{lines or 'Host: localhost:8888'}")
+    return lite.Visit(lite.Kind[kind], head, content, peer, tls, key, keyed, Settings(**settings),
+                      hop=hop)
+
+
+def status_of_visit(*args, **more):
+    refusal = lite.refusal_of(visit_of(*args, **more))
+    return refusal.fault.status if refusal else 200
+
+
+OURS = {"trusted_proxies": ("127.0.0.1/32", "10.0.0.0/8")}
+LOCALLY = table(
+    ("no browser", "Host: localhost:8888", {}, 200),
+    ("by address", "Host: 127.0.0.1:8888", {}, 200),
+    ("by another loopback address", "Host: 127.8.0.1", {}, 200),
+    ("by IPv6 address", "Host: [::1]:8888", {"peer": "::1"}, 200),
+    ("IPv4 in IPv6", "Host: localhost", {"peer": "::ffff:127.0.0.1"}, 200),
+    ("the whole name", "Host: LOCALHOST.", {}, 200),
+    ("from elsewhere", "Host: localhost", {"peer": "10.0.0.1"}, 403),
+    ("a rebound name", "Host: evil.example:8888", {}, 403),
+    ("that looks local", "Host: localhost.evil.example", {}, 403),
+    ("or like an address", "Host: 127.0.0.1.evil.example", {}, 403),
+    ("the address of all", "Host: 0.0.0.0:8888", {}, 403),
+    ("an empty name", "Host:", {}, 403),
+    ("a rebound name and its own Origin", "Host: evil.example\nOrigin: http://evil.example", {},
+     403),
+    ("the page itself",
+     "Host: localhost:8888\nOrigin: http://localhost:8888\nSec-Fetch-Site: same-origin", {}, 200),
+    ("another port's page", "Host: localhost:8888\nOrigin: http://localhost:3000", {}, 403),
+    ("a port that is the scheme's", "Host: localhost\nOrigin: http://localhost:80", {}, 200),
+    ("https and its port", "Host: localhost\nOrigin: https://localhost:443", {"tls": True}, 200),
+    ("another scheme's page", "Host: localhost\nOrigin: https://localhost", {}, 403),
+    ("no scheme", "Host: localhost\nOrigin: localhost", {}, 403),
+    ("null", "Host: localhost\nOrigin: null", {}, 403),
+    ("empty", "Host: localhost\nOrigin:", {}, 403),
+    ("a file", "Host: localhost\nOrigin: file://", {}, 403),
+    ("nothing but a scheme", "Host: localhost\nOrigin: http://", {}, 403),
+    ("both empty", "Host:\nOrigin: http://", {}, 403),
+    ("two of them", "Host: localhost\nOrigin: http://localhost\nOrigin: http://localhost", {}, 403),
+    ("with a path", "Host: localhost\nOrigin: http://localhost/", {}, 403),
+    ("a port of many digits", f"Host: localhost\nOrigin: http://localhost:{'9' * 5000}", {}, 403),
+    ("an extension's page", "Host: localhost\nOrigin: chrome-extension://localhost", {}, 403),
+    ("a link elsewhere", "Host: localhost\nSec-Fetch-Site: cross-site", {}, 403),
+    ("another port of the site", "Host: localhost\nSec-Fetch-Site: same-site", {}, 403),
+    ("typed by a person", "Host: localhost\nSec-Fetch-Site: none", {}, 200),
+    ("said twice", "Host: localhost\nSec-Fetch-Site: same-origin\nSec-Fetch-Site: cross-site", {},
+     403),
+    ("a proxy of strangers", "Host: localhost\nX-Forwarded-For: 127.0.0.1", {}, 403),
+    ("that says nothing", "Host: localhost\nX-Forwarded-For:", {}, 403),
+    ("the standard's field", "Host: localhost\nForwarded: for=127.0.0.1", {}, 403),
+    ("nginx's field", "Host: localhost\nX-Real-IP: 127.0.0.1", {}, 403),
+    ("any proxy's", "Host: localhost\nVia: 1.1 varnish", {}, 403),
+    ("one that tells little", "Host: localhost\nX-Forwarded-Proto: https", {}, 403),
+    ("a tunnel's", "Host: localhost\nCF-Connecting-IP: 9.9.9.9", {}, 403),
+    *((name, f"Host: localhost\n{name}: x", {}, 403) for name in (
+        "X-Cluster-Client-IP", "X-Original-Forwarded-For", "X-Envoy-External-Address",
+        "X-Azure-ClientIP", "Fastly-Client-IP", "X-ProxyUser-IP", "X-Forwarded", "Forwarded-For",
+        "X-Client-IP", "True-Client-IP", "Tailscale-User-Login", "CDN-Loop", "X-Amzn-Trace-Id",
+        "X-Remote-Addr")),
+    ("a page's own", "Host: localhost\nX-Requested-With: a\nX-Trace-Id: a\nX-Request-Id: b", {},
+     200),
+    ("our proxy speaks for us", "Host: localhost\nX-Forwarded-For: 127.0.0.1", OURS, 200),
+    ("for a stranger", "Host: localhost\nX-Forwarded-For: 9.9.9.9", OURS, 403),
+    ("for a stranger who lies", "Host: localhost\nX-Forwarded-For: 127.0.0.1, 9.9.9.9", OURS, 403),
+    ("for another proxy of ours", "Host: localhost\nX-Forwarded-For: 10.0.0.2", OURS, 403),
+    ("for nobody knows whom", "Host: localhost\nVia: 1.1 nginx", OURS, 403),
+    ("in two ways", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Real-IP: 9.9.9.9", OURS, 403),
+    ("and in a third", "Host: localhost\nX-Forwarded-For: 127.0.0.1\nForwarded: for=9.9.9.9", OURS,
+     403),
+    ("its machine is not ours", "Host: localhost\nX-Forwarded-For: 127.0.0.1",
+     {"peer": "10.0.0.1", **OURS}, 403),
+    ("nor where a connection came from", "Host: localhost", {"hop": "10.0.0.1", **OURS}, 403),
+    ("a connection that our proxy passes on", "Host: localhost",
+     {"peer": "9.9.9.9", "hop": "127.0.0.1", **OURS}, 403),
+    ("from this machine to this machine", "Host: localhost", {"hop": "127.0.0.1", **OURS}, 200),
+    ("by what name our proxy was asked",
+     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: evil.example", OURS, 403),
+    ("our proxy's scheme and name",
+     "Host: 127.0.0.1:80\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost:8443\n"
+     "X-Forwarded-Proto: https\nOrigin: https://localhost:8443", OURS, 200),
+    ("a rebound page that speaks as if it were our proxy",
+     "Host: evil.example\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost", OURS, 403),
+    ("two names, of which one is a stranger's",
+     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Host: localhost, evil.example", OURS,
+     403),
+    ("a connection of nobody knows whom", "Host: localhost",
+     {"peer": "unknown", "hop": "127.0.0.1", **OURS}, 403),
+    ("no scheme of the web",
+     "Host: localhost\nX-Forwarded-For: 127.0.0.1\nX-Forwarded-Proto: ws\nOrigin: null", OURS, 403),
+)
+
+
+@pytest.mark.parametrize("lines, more, status", LOCALLY)
+def test_what_is_for_this_machine_only(lines, more, status):
+    assert status_of_visit("ADMIN", lines, **more) == status
+    for kind in ("STATUS", "PAGE", "EXPLAIN"):
+        assert status_of_visit(kind, lines, status_access="loopback", **more) == status
+
+
+PAGES = table(
+    ("a stranger's page", "Host: a\nOrigin: http://evil", {}, 403),
+    ("a name that a proxy is not trusted with", "Host: a\nX-Forwarded-Host: b\nOrigin: http://b",
+     {}, 403),
+    ("behind our proxy", "Host: inner\nX-Forwarded-Host: front:8443\nX-Forwarded-Proto: https\n"
+     "Origin: https://front:8443", {"peer": "10.0.0.9", **OURS}, 200),
+    ("that keeps the name", "Host: front\nX-Forwarded-Proto: https\nOrigin: https://front",
+     {"peer": "10.0.0.9", **OURS}, 200),
+    ("its own name is not the page's", "Host: inner\nX-Forwarded-Host: front\nOrigin: http://inner",
+     {"peer": "10.0.0.9", **OURS}, 403),
+    ("a key does not help", "Host: a\nOrigin: http://b",
+     {"keyed": True, "key": lite.KeySettings("x", "k", admin=True)}, 403),
+    ("the page itself", "Host: a:8888\nOrigin: http://A:8888", {}, 200),
+)
+
+
+@pytest.mark.parametrize("lines, more, status", PAGES)
+def test_pages_of_other_sites_get_inference_and_models_at_most(lines, more, status):
+    for kind in ("PROBE", "PAGE", "STATUS", "EXPLAIN"):
+        assert status_of_visit(kind, lines, **more) == status
+    for kind in ("INFERENCE", "MODELS"):
+        assert status_of_visit(kind, lines, **more) == 200
+
+
+@pytest.mark.parametrize("lines, more, status", table(
+    ("no page", "Host: a", {}, 200),
+    ("our own", "Host: a\nOrigin: http://a", {}, 200),
+    ("another", "Host: a\nOrigin: http://b", {}, 403),
+    ("from a sandbox", "Host: a\nOrigin: null", {}, 403),
+    ("an allowed one", "Host: a\nOrigin: http://b", {"cors_allowed_origins": ("http://b",)}, 200),
+    ("any is", "Host: a\nOrigin: null", {"cors_allowed_origins": ("*",)}, 200),
+))
+def test_a_page_opens_no_websocket_unless_cors_allows_it(lines, more, status):
+    upgrade = "\nConnection: upgrade\nUpgrade: websocket"
+    assert status_of_visit("INFERENCE", lines + upgrade, **more) == status
+    assert status_of_visit("INFERENCE", lines, **more) == 200
+
+
+USER, ADMIN = lite.KeySettings("user", "sk-u"), lite.KeySettings("root", "sk-r", admin=True)
+ENTITLED = table(
+    ("no keys", {}, (200, 200, 200, 200, 200, 200, 401)),
+    ("no key shown", {"keyed": True}, (401, 401, 200, 200, 401, 401, 401)),
+    ("a key", {"keyed": True, "key": USER}, (200, 200, 200, 200, 200, 403, 403)),
+    ("an admin's", {"keyed": True, "key": ADMIN}, (200, 200, 200, 200, 200, 200, 200)),
+    ("status for keys, none shown", {"keyed": True, "status_access": "key"},
+     (401, 401, 200, 401, 401, 401, 401)),
+    ("status for keys, one shown", {"keyed": True, "status_access": "key", "key": USER},
+     (200, 200, 200, 200, 200, 403, 403)),
+    ("status for admins", {"keyed": True, "status_access": "admin", "key": USER},
+     (200, 200, 200, 403, 403, 403, 403)),
+    ("status for this machine", {"status_access": "loopback", "peer": "10.0.0.1"},
+     (200, 200, 200, 403, 403, 403, 401)),
+    ("with a key, too", {"keyed": True, "status_access": "loopback"},
+     (401, 401, 200, 200, 401, 401, 401)),
+)
+
+
+@pytest.mark.parametrize("more, statuses", ENTITLED)
+def test_who_may_use_which_kind_of_path(more, statuses):
+    kinds = ("INFERENCE", "MODELS", "PROBE", "STATUS", "EXPLAIN", "ADMIN", "CONTROL")
+    assert tuple(status_of_visit(kind, **more) for kind in kinds) == statuses
+    assert [status_of_visit(kind, **more) for kind in ("AMBIGUOUS", "NOTHING")] == [400, 404]
+
+
+def test_an_absolute_target_says_by_what_name_we_are_asked():
+    head = head_of("GET http://evil.example/x HTTP/1.1\nHost: localhost")
+    visit = visit_of("STATUS", status_access="loopback")._replace(head=head)
+    assert "Host is 'evil.example'" in lite.refusal_of(visit).text
+
+
+def test_where_operators_have_a_listener_each_has_its_own_paths():
+    for kind in lite.Kind:
+        more = {"keyed": True, "key": ADMIN, "status_access": "admin"}
+        visit = visit_of(kind.name, **more)
+        visits = {audience: visit._replace(audience=audience) for audience in lite.Audience}
+        found = {audience.name: refusal and refusal.fault.status for audience,
+                 visit in visits.items()
+                 for refusal in [lite.refusal_of(visit)]}
+        always = {"AMBIGUOUS": 400, "NOTHING": 404}.get(kind.name)
+        inference, probe = kind.name in ("INFERENCE", "MODELS"), kind.name == "PROBE"
+        assert found["EVERYBODY"] == always
+        assert found["CLIENTS"] == (always or (None if inference or probe else 404)), kind
+        assert found["OPERATORS"] == (always or (404 if inference else None)), kind
+
+
+@pytest.mark.parametrize("given, address", table(
+    ("off", {}, None),
+    ("a port", {"operator_port": 9000}, ("127.0.0.1", 9000)),
+    ("a host, and any port", {"operator_host": "::1"}, ("::1", 0)),
+    ("both", {"operator_host": "0.0.0.0", "operator_port": 9000}, ("0.0.0.0", 9000)),
+))
+def test_where_operators_are_listened_to(given, address):
+    assert lite.operator_address(Settings(**given)) == address
+
+
+@pytest.mark.parametrize("said, status", table(
+    ("JSON", "application/json", 200),
+    ("with a parameter", "Application/JSON ; charset=utf-8", 200),
+    ("what forms may send", "text/plain", 415),
+    ("what curl says", "application/x-www-form-urlencoded", 415),
+    ("JSON in a parameter", "text/plain; application/json", 415),
+    ("a list", "text/plain, application/json", 415),
+    ("twice", "application/json\nContent-Type: text/plain", 415),
+    ("another that is built on it", "application/json-patch", 415),
+    ("none", "", 415),
+))
+def test_content_that_changes_something_is_json(said, status):
+    lines = "Host: localhost" + f"\nContent-Type: {said}" * bool(said)
+    more = {"keyed": True, "key": ADMIN, "method": "POST"}
+    for kind in ("ADMIN", "CONTROL"):
+        assert status_of_visit(kind, lines, content=True, **more) == status
+        assert status_of_visit(kind, lines, content=False, **more) == 200
+    assert status_of_visit("INFERENCE", lines, content=True, **more) == 200
+
+
+def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
+    lines = "Host: a\nOrigin: https://page\nAccess-Control-Request-Method: DELETE"
+    kinds = ("INFERENCE", "MODELS", "STATUS", "EXPLAIN", "ADMIN", "CONTROL", "PROBE")
+    found = [status_of_visit(kind, lines, keyed=True, method="OPTIONS") for kind in kinds]
+    assert found == [200, 200, 403, 403, 403, 403, 403]
+
+
+@pytest.mark.parametrize("path, kind", table(
+    ("inference", "/v1/chat/completions", "INFERENCE"),
+    ("said twice", "/v1/v1/chat/completions", "INFERENCE"),
+    ("an end", "/v1/responses/", "INFERENCE"),
+    ("an escape that hides nothing", "/v1/files/a%20b", "INFERENCE"),
+    ("a tilde, a dot and a colon", "/v2/~x.y:z/...", "INFERENCE"),
+    ("root", "/", "STATUS"),
+    ("everything's options", "*", "NOTHING"),
+    ("no such path", "/sleep", "NOTHING"),
+    ("a model", "/v1/models/a/b", "MODELS"),
+    ("admin", "/admin/servers", "ADMIN"),
+    ("an empty segment", "/v1//chat", "AMBIGUOUS"),
+    ("at the beginning", "//admin/servers", "AMBIGUOUS"),
+    ("at the end", "/health//", "AMBIGUOUS"),
+    ("of nothing else", "//", "AMBIGUOUS"),
+    ("a slash", "/v1/models/a%2Fb", "AMBIGUOUS"),
+    ("a dot in two bytes", "/v1/%c0%ae%c0%ae/sleep", "AMBIGUOUS"),
+    ("a slash in three", "/v1/x%E0%80%AFsleep", "AMBIGUOUS"),
+    ("letters in two and three", "/v1/models/%c3%a9%e0%a4%85", "MODELS"),
+    ("a backslash", "/v1/x%5csleep", "AMBIGUOUS"),
+    ("said plainly", "/v1/x\\sleep", "AMBIGUOUS"),
+    ("a dot segment", "/v1/../sleep", "AMBIGUOUS"),
+    ("one that means nothing", "/v1/./x", "AMBIGUOUS"),
+    ("the last", "/v1/..", "AMBIGUOUS"),
+    ("the first", "/../metrics", "AMBIGUOUS"),
+    ("escaped", "/v1/%2E%2e/x", "AMBIGUOUS"),
+    ("half of it", "/v1/.%2e", "AMBIGUOUS"),
+    ("a parameter", "/admin/servers;x", "AMBIGUOUS"),
+    ("that hides dots", "/v1/..;/sleep", "AMBIGUOUS"),
+    ("escaped", "/v1/..%3B/sleep", "AMBIGUOUS"),
+    ("on a path of nobody's", "/nowhere;x", "AMBIGUOUS"),
+    ("the end of a text", "/v1/x%00", "AMBIGUOUS"),
+    ("a line", "/v1/x%0d%0aHost:", "AMBIGUOUS"),
+    ("no escape", "/v1/%zz", "AMBIGUOUS"),
+    ("a slash, escaped twice", "/v1/x%252fsleep", "AMBIGUOUS"),
+    ("dots, escaped thrice", "/v1/%25252e./sleep", "AMBIGUOUS"),
+    ("a percent sign", "/v1/100%25", "INFERENCE"),
+    ("half an escape", "/v1/x%2", "AMBIGUOUS"),
+))
+def test_kinds_of_paths(path, kind):
+    assert lite.path_kind(path).name == kind
+    control = lite.kind_of(head_of(f"OPTIONS {path} HTTP/1.1\nHost: a"),
+                           Settings(admin_paths=(path,))).name
+    assert control == ("CONTROL" if kind in ("INFERENCE", "NOTHING") else kind)
+
+
+def test_without_keys_no_web_page_may_call_unless_the_settings_say_so():
+    def read(toml):
+        return lite.parse_settings("servers = []\n" + toml)[0].cors_allowed_origins
+
+    keys = "[[keys]]\nname = 'a'\nkey = 'k'\n"
+    assert read("") == () and read(keys) == ("*",)
+    for toml in ("", keys):
+        assert read(toml + "[config]\ncors_allowed_origins = ['http://a']") == ("http://a",)
+    assert read(keys + "[config]\ncors_allowed_origins = []") == ()
+    assert "web pages of other origins may not" in lite.open_line(Settings())
+    told = lite.open_line(Settings(cors_allowed_origins=("http://a",)))
+    assert "so may web pages of http://a" in told
+
+
+A, B, FEW = lite.KeySettings("a"), lite.KeySettings("b"), lite.KeySettings("few", models=("m",))
+
+
+@pytest.mark.parametrize("maker, key, found", table(
+    ("its maker's", "a", A, True),
+    ("nobody else's", "a", B, False),
+    ("its maker's, also for some models", "few", FEW, True),
+    ("a maker that is not known: of all models", "", A, True),
+    ("but not of some", "", FEW, False),
+    ("not remembered: somebody may have it", None, A, True),
+    ("but not for some models", None, FEW, False),
+    ("without keys", "", None, True),
+    ("keys that are no more", "a", None, True),
+))
+def test_a_stored_response_is_its_maker_s_alone(maker, key, found):
+    stored = lite.StoredResponses()
+    if maker is not None:
+        stored.made("resp_1", lite.Stored("s1", maker, "m"))
+    refusal = stored.refusal("resp_1", key)
+    assert refusal is None if found else refusal.fault is Fault.UNKNOWN_RESPONSE
+
+
+def test_stored_responses_are_remembered_while_they_are_used_and_there_is_room():
+    stored, one = lite.StoredResponses(), lite.Stored("s1", "a", "m")
+    stored.made("old", one)
+    stored.made("used", one)
+    stored.made("used", one._replace(key="b", server="s2"))  # nobody gets it by saying its id
+    assert stored.find("used") == one
+    stored.made("used", one._replace(server="s3"))
+    for n in range(lite.RESPONSES_LIMIT):
+        assert stored.find("used").server == "s3"
+        stored.made(str(n), one)
+    assert len(stored) == lite.RESPONSES_LIMIT and stored.find("old") is None
+    stored.forget("used")
+    stored.forget("used")
+    assert stored.find("used") is None
+
+
+ADDRESSES = table(
+    ("nobody is trusted", "1.1.1.1", "9.9.9.9", (), "1.1.1.1"),
+    ("a stranger says it", "1.1.1.1", "9.9.9.9", ("10.0.0.0/8",), "1.1.1.1"),
+    ("our proxy says it", "10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
+    ("only the last stranger counts", "10.0.0.1", "8.8.8.8, 9.9.9.9, 10.0.0.2", ("10.0.0.0/8",),
+     "9.9.9.9"),
+    ("IPv6", "fd00::1", "2001:db8::1", ("fd00::/8",), "2001:db8::1"),
+    ("IPv4 in IPv6", "::ffff:10.0.0.1", "9.9.9.9", ("10.0.0.0/8",), "9.9.9.9"),
+    ("nonsense is a stranger", "10.0.0.1", "hello", ("10.0.0.0/8",), "hello"),
+    ("all ours", "10.0.0.1", "10.0.0.2", ("10.0.0.0/8",), "10.0.0.1"),
+)
+
+
+@pytest.mark.parametrize("peer, said, networks, address", ADDRESSES)
+def test_who_asks(peer, said, networks, address):
+    fields = head_of(f"GET / HTTP/1.1\nHost: a\nX-Forwarded-For: {said}").fields
+    assert lite.client_address(peer, fields, networks) == address
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
 #  documents, metrics and records
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -6716,1559 +7023,123 @@ async def test_the_status_document_has_its_stated_shape():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  cells, table, screen, keys, terminal and top
+#  client
 # ════════════════════════════════════════════════════════════════════════════════════════════
-
-Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
-Ui, press = lite.Ui, lite.press
-
-
-# A status document
-
-
-def shown_server(n, **more):
-    return {
-        "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
-        "reason": "check passed", "since_s": 130.0, "models": ["llama-3-70b"], "running": 3,
-        "waiting": 0, "in_flight": 3, "capacity": 16, "capacity_learned": False,
-        "capacity_note": "", "kv_usage_ratio": 0.42, "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
-        "ttft_p95_s": 0.3, "errors": 0, "retries": 0, "pending_prompt_tokens": 1200,
-        "prompt_tokens_per_second": 9000, "stale": False,
-        "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
-        "decisions": ["14:03:20 cost 107; next 10.0.0.2:8000 at 214"], **more,
-    }
-
-
-def document(servers, **more):
-    healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
-    totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
-              "connections": 40, "requests_per_s": 3.2, "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
-              "ttft_p95_s": 0.4, "error_ratio": 0.01}
-    return {
-        "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
-        "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
-        "settings": "unchanged since the start", "totals": totals, "servers": servers,
-        "events": [
-            {"time": "14:01:00", "level": "info", "text": "10.0.0.1:8000 is healthy"},
-            {"time": "14:02:01", "level": "warning",
-             "text": "10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused"},
-            {"time": "14:03:10", "level": "error", "text": "servers.toml line 3 is no number"},
-        ], **more,
-    }
-
-
-NOTHING = dict(running=None, waiting=None, in_flight=0, kv_usage_ratio=None, tokens_per_s=None,
-               ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])
-shown_REFUSED = "3 checks failed in a row: connection refused"
-SHOWN_STATUS = document([
-    shown_server(1),
-    shown_server(2, running=15, waiting=4, in_flight=15, kv_usage_ratio=0.93, errors=2, retries=1,
-           capacity_learned=True, capacity_note="16 was set, it does 14"),
-    shown_server(3, state="unhealthy", reason=shown_REFUSED, **NOTHING),
-    shown_server(4, state="draining", models=["qwen", "lora", "phi", "m4"], in_flight=1, running=1,
-           stale=True),
-])
-MANY = document([shown_server(n) for n in range(1, 61)])
-TOP_SERVER, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
-SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_flight": 0})
-DRAINED_SERVER = "http://10.0.0.4:8000"
-
-
-def text_of(status, ui, look, columns, rows):
-    lines = lite.screen(status, ui, look, Size(columns, rows))
-    return ["".join(text for text, _ in line).rstrip() for line in lines]
-
-
-# Captured screens
-
-CAPTURED = [
-    (80, 24, """
-mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
-2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms
-settings unchanged since the start
-  SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
-> 10.0.0.1:8000 healthy   llama-3…   3    0    3 ██░░░░   16  42%   60/300ms   0
-  10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
- !10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
-   └ 3 checks failed in a row: connection refused, for 2 min
- ?10.0.0.4:8000 draining  qwen, l…  1?   0?    1 █░░░░░   16 42%?   60/300ms   0
-── events ──────────────────────────────────────────────────────────────────────
-14:01:00 10.0.0.1:8000 is healthy
-14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connect…
-14:03:10 error: servers.toml line 3 is no number
-
-
-
-
-
-
-
-
-
-
-q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
-"""),
-    (120, 40, """
-mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
-2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
-settings unchanged since the start
-  SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
-> 10.0.0.1:8000 healthy   llama-3-70b       3    0    3 ██░░░░   16  42%   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
-  10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
- !10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
-   └ 3 checks failed in a row: connection refused, for 2 min
- ?10.0.0.4:8000 draining  qwen, lora (+2)  1?   0?    1 █░░░░░   16 42%?   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
-── events ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-14:01:00 10.0.0.1:8000 is healthy
-14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused
-14:03:10 error: servers.toml line 3 is no number
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
-"""),  # noqa: E501
-    (40, 10, """
-mvllm_lite 0.1.0  up 65 min     14:03:22
-2 of 4 healthy  queue 0  in flight 12
-settings unchanged since the start
-  SERVER        STATE     RUN WAIT OURS
-> 10.0.0.1:8000 healthy     3    0    3
-  10.0.0.2:8000 healthy    15    4   15
- !10.0.0.3:8000 unhealthy   -    -    0
-   └ 3 checks failed in a row: connecti…
- ?10.0.0.4:8000 draining   1?   0?    1
-q quit  ? help  Enter detail  d drain
-"""),
-]
-
-
-@pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
-def test_the_list_looks_like_this(columns, rows, expected):
-    lines = text_of(SHOWN_STATUS, Ui(), Look(), columns, rows)
-    assert len(lines) == rows
-    assert "\n".join(lines).rstrip("\n") == expected.strip("\n")
-
-
-def test_at_20x5_there_are_totals_servers_and_keys():
-    assert text_of(SHOWN_STATUS, Ui(), Look(False), 20, 5) == [
-        "2 of 4 healthy",
-        "  SERVER        STAT",
-        "> 10.0.0.1:8000 ok",
-        "  10.0.0.2:8000 ok",
-        "q quit      1-2 of 4",
-    ]
-
-
-def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
-    lines = text_of(SHOWN_STATUS, Ui(), Look(), 80, 8)
-    assert f" !10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
-    assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
-
-
-def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
-    ui = Ui()
-    for key, name, place in (("", "10.0.0.1:", "1-15 of 60"), ("G", "10.0.0.60:", "46-60 of 60"),
-                             ("pgup", "10.0.0.45:", "45-59 of 60"), ("k", "10.0.0.44:", "44-58"),
-                             ("g", "10.0.0.1:", "1-15 of 60")):
-        ui = press(key, ui, MANY)[0] if key else ui
-        ui = lite.settle(ui, MANY, Look(), Size(80, 24))
-        lines = text_of(MANY, ui, Look(), 80, 24)
-        assert [line for line in lines if line.startswith(f"> {name}")], (key, lines)
-        assert place in lines[-1]
-
-
-def test_the_selection_follows_its_server_when_the_order_changes():
-    ui = Ui(selected=SECOND, sort="waiting")
-    lines = text_of(SHOWN_STATUS, ui, Look(), 80, 24)
-    assert lines[4].startswith("> 10.0.0.2:8000")
-    calm = document([shown_server(1, waiting=9), shown_server(2)])
-    assert text_of(calm, ui, Look(), 80, 24)[5].startswith("> 10.0.0.2:8000")
-
-
-@pytest.mark.parametrize("sort, first", table(
-    ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
-    ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))
-def test_the_list_is_sorted(sort, first):
-    assert lite.listed(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
-
-
-def test_a_complaint_about_settings_is_read_without_scrolling():
-    wrong = {**SHOWN_STATUS,
-             "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
-    lines = text_of(wrong, Ui(), Look(), 80, 24)
-    assert "SETTINGS WRONG" in lines[1]
-    assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
-                          "servers.toml:9: what?"]
-    assert "SETTINGS WRONG" in text_of(wrong, Ui(), Look(), 40, 5)[0]
-
-
-def test_the_detail_has_all_that_is_known_of_a_server():
-    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
-    for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
-                  "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries"):
-        assert words in text
-
-
-def test_the_detail_of_a_server_that_has_left_is_not_that_of_another():
-    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS, Look(), Size(80, 24))
-    assert ui.mode is Mode.LIST
-    assert press("d", Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS)[0].asked is None
-
-
-def test_help_names_every_key():
-    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.HELP), Look(), 80, 40))
-    assert all(key in text for key, _, _ in lite.KEYS)
-
-
-def test_a_port_is_kept_even_where_a_name_is_wider_than_the_screen():
-    name = "gpu-node-17.cluster.example.com:8017"
-    odd = document([shown_server(1, name=name)])
-    assert any(line.endswith("…:8017") for line in text_of(odd, Ui(), Look(), 20, 5))
-    assert any(name in line for line in text_of(odd, Ui(), Look(), 40, 5))
-
-
-def test_what_a_colour_says_a_word_or_a_mark_says_too():
-    for line in lite.screen(SHOWN_STATUS, Ui(selected=TOP_SERVER), Look(), Size(120, 24))[4:9]:
-        styles = {style for _, style in line}
-        text = "".join(text for text, _ in line)
-        if Style.SELECTED in styles:
-            assert text.startswith(">")
-        if "10.0.0.3:8000" in text:
-            assert text.startswith(" !") and "unhealthy" in text
-
-
-# Text
-
-
-@pytest.mark.parametrize("text, look, expected, width", table(
-    ("plain", "llama-3", Look(), "llama-3", 7),
-    ("wide", "模型", Look(), "模型", 4),
-    ("combining", "e\u0301a\u0308\u0323", Look(), "éạ\u0308", 2),
-    ("only combining", "\u0308", Look(), " \u0308", 1),
-    ("escape", "a\x1b[31mb", Look(), "a?[31mb", 7),
-    ("8-bit control", "a\x9bb", Look(), "a?b", 3),
-    ("turned around", "a\u202eb", Look(), "a?b", 3),
-    ("surrogate", "a\ud800", Look(), "a?", 2),
-    ("emoji made of several", "👩\u200d💻\ufe0f", Look(), "👩?💻", 5),
-    ("wide in ASCII", "模é×", Look(False), "??ex", 4),
-    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))
-def test_text_is_made_fit_to_be_shown(text, look, expected, width):
-    assert (lite.clean(text, look), lite.cells(lite.clean(text, look))) == (expected, width)
-
-
-@pytest.mark.parametrize("function, value, expected", table(
-    ("unknown", lite.short_number, None, "-"), ("no number", lite.short_number, float("nan"), "-"),
-    ("whole", lite.short_number, 3, "3"), ("small", lite.short_number, 3.24, "3.2"),
-    ("four digits", lite.short_number, 9000, "9000"), ("k", lite.short_number, 12345, "12k"),
-    ("M", lite.short_number, 3.4e6, "3M"), ("huge", lite.short_number, 1e12, "1e12"),
-    ("ms", lite.short_time, 0.06, "60ms"), ("s", lite.short_time, 1.4, "1.4s"),
-    ("almost a second", lite.short_time, 0.9996, "1.0s"), ("m", lite.short_time, 1200, "20m"),
-    ("a minute", lite.long_time, 61, "61 s"), ("hours", lite.long_time, 7500, "2 h 05 min"),
-    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))
-def test_numbers_are_short(function, value, expected):
-    assert function(value) == expected
-
-
-def test_lines_are_broken_at_spaces_and_never_too_wide():
-    assert lite.wrapped("one two three\nfour", 8) == ["one two", "three", "four"]
-    assert lite.wrapped("abcdefghij", 4) == ["abcd", "efgh", "ij"]
-    assert lite.wrapped("模型", 1) == ["模", "型"]  # which clipped() leaves out
-
-
-# Any document, any size
-
-ODD_TEXTS = ["", "m", "模型-7b", "e\u0301\u0308" * 4, "\u0301", "x" * 200, "a\x1b]0;b\x07c", "👩‍💻",
-             "a\nb\r\nc", "\u202eabc", "<script>", "한국어 모델", "\u1112\u1161\u11ab", "\ufe0f"]
-ODD_NUMBERS = [None, 0, 1, -1, 0.5, 17, 99999, 1e9, 1e30, float("nan"), float("inf")]
-STATES = ["healthy", "unhealthy", "drained", "draining", "circuit half-open", "模型", "", "x" * 40]
-
-
-def shown_random_server(draw, n):
-    made = shown_server(n)
-    for key, value in made.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if draw.random() < 0.5:
-                made[key] = draw.choice(ODD_NUMBERS)
-    some = lambda most: [draw.choice(ODD_TEXTS) for _ in range(draw.randrange(most))]  # noqa: E731
-    made |= {
-        "state": draw.choice(STATES), "reason": draw.choice(ODD_TEXTS), "models": some(8),
-        "capacity_learned": draw.random() < 0.5, "capacity_note": draw.choice(ODD_TEXTS),
-        "stale": draw.random() < 0.5, "last_errors": some(4), "decisions": some(4),
-        "history": [draw.choice(ODD_NUMBERS) for _ in range(draw.randrange(60))],
-    }
-    if draw.random() < 0.2:
-        made["name"] = f"{draw.choice(ODD_TEXTS)}{n}:8000"
-    return made
-
-
-def random_document(draw):
-    made = document([shown_random_server(draw, n) for n in range(draw.choice((0, 1, 3, 8, 60)))])
-    made["totals"] = {key: draw.choice(ODD_NUMBERS) for key in made["totals"]}
-    made["uptime_s"] = draw.choice(ODD_NUMBERS)
-    made["stopping"] = draw.random() < 0.2
-    made["settings_error"] = draw.choice(["", "", "one\ntwo " + "long " * 40 + "\x1b", "模" * 99])
-    made["settings"], made["address"] = draw.choice(ODD_TEXTS), draw.choice(ODD_TEXTS)
-    made["events"] = [{"time": "14:00:00", "level": draw.choice(["info", "warning", "error"]),
-                       "text": draw.choice(ODD_TEXTS)} for _ in range(draw.randrange(30))]
-    return made
-
-
-PRESSED = [*"jkgGs/dr?pqyn xé模", "up", "down", "pgup", "pgdn", "enter", "esc", "backspace", "what"]
-
-
-def independent_width(text):
-    """Not by the code that is tested."""
-    return sum(0 if unicodedata.category(c) in ("Mn", "Me") or 0x1160 <= ord(c) <= 0x11FF else
-               1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
-    draw = random.Random(seed)
-    for _ in range(50):
-        look, status = Look(draw.random() < 0.5), random_document(draw)
-        size = Size(draw.randrange(20, 251), draw.randrange(5, 71))
-        if draw.random() < 0.1:
-            size = Size(draw.randrange(0, 20), draw.randrange(0, 5))
-        ui = Ui(sort=draw.choice(list(lite.SORTS)))
-        for _ in range(draw.randrange(6)):
-            ui, action = press(draw.choice(PRESSED), ui, status)
-            assert action is None or action.verb in ("drain", "undrain", "probe", "quit")
-        lines = lite.screen(status, ui, look, size)
-        assert len(lines) == size.rows
-        for line in lines:
-            text = "".join(text for text, _ in line)
-            assert independent_width(text) <= size.columns
-            assert text.isprintable() and (look.unicode or text.isascii()), repr(text)
-
-
-# Keys
-
-
-@pytest.mark.parametrize("key, before, changed, action", table(
-    ("down", "down", Ui(), {"selected": SECOND}, None),
-    ("j", "j", Ui(), {"selected": SECOND}, None),
-    ("up at the top stays", "up", Ui(), {"selected": TOP_SERVER}, None),
-    ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINED_SERVER}, None),
-    ("G", "G", Ui(), {"selected": DRAINED_SERVER}, None),
-    ("g", "g", Ui(selected=DRAINED_SERVER), {"selected": TOP_SERVER}, None),
-    ("sort", "s", Ui(), {"sort": "name"}, None),
-    ("sort comes round", "s", Ui(sort="errors"), {"sort": "given"}, None),
-    ("filter begins", "/", Ui(), {"typed": ""}, None),
-    ("filter again", "/", Ui(filter="a"), {"typed": "a"}, None),
-    ("typed", "q", Ui(typed="a"), {"typed": "aq"}, None),
-    ("backspace", "backspace", Ui(typed="ab"), {"typed": "a"}, None),
-    ("backspace of nothing", "backspace", Ui(typed=""), {"typed": ""}, None),
-    ("filter kept", "enter", Ui(typed="ab"), {"typed": None, "filter": "ab"}, None),
-    ("filter cleared", "esc", Ui(typed="ab", filter="a"), {"typed": None, "filter": ""}, None),
-    ("Esc ends a filter", "esc", Ui(filter="a"), {"filter": ""}, None),
-    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": TOP_SERVER}, None),
-    ("back by q", "q", Ui(Mode.DETAIL), {"mode": Mode.LIST}, None),
-    ("back by Esc", "esc", Ui(Mode.HELP), {"mode": Mode.LIST}, None),
-    ("help", "?", Ui(), {"mode": Mode.HELP}, None),
-    ("pause", "p", Ui(), {"paused": True}, None),
-    ("go on", "p", Ui(paused=True), {"paused": False}, None),
-    ("detail scrolls", "j", Ui(Mode.DETAIL), {"lines_up": 1}, None),
-    ("drain asks", "d", Ui(selected=TOP_SERVER), {"asked": Action("drain", TOP_SERVER)}, None),
-    ("undrain asks", "d", Ui(selected=DRAINED_SERVER), {"asked": Action("undrain", DRAINED_SERVER)},
-     None),
-    ("yes", "y", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None},
-     Action("drain", TOP_SERVER)),
-    ("no", "n", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
-    ("Esc is no", "esc", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
-    ("neither", "x", Ui(asked=Action("quit")), {"asked": Action("quit")}, None),
-    ("probe", "r", Ui(selected=SECOND), {}, Action("probe", SECOND)),
-    ("quit asks", "q", Ui(), {"asked": Action("quit")}, None),
-    ("no drain from the help", "d", Ui(Mode.HELP), {"asked": None}, None),
-    ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))
-def test_a_key_does_this(key, before, changed, action):
-    after, asked_for = press(key, before, SHOWN_STATUS)
-    assert asked_for == action
-    assert {name: getattr(after, name) for name in changed} == changed
-
-
-def test_quit_does_not_ask_while_nothing_runs():
-    assert press("q", Ui(), SHOWN_IDLE)[1] == Action("quit")
-
-
-def test_keys_about_a_server_do_nothing_where_there_is_none():
-    for key in "drjG":
-        assert press(key, Ui(filter="nowhere"), SHOWN_STATUS)[1] is None
-
-
-@pytest.mark.parametrize("char, key", table(
-    ("a letter", "j", "j"), ("a wide one", "模", "模"), ("enter", "\r", "enter"),
-    ("erase, of two terminals", "\x7f", "backspace"), ("and of others", "\b", "backspace"),
-    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))
-def test_a_key_that_sends_a_character_is_known_by_it(char, key):
-    assert lite.key_of(char) == key
-
-
-def test_quit_on_a_screen_of_a_balancer_elsewhere_leaves_it_alone_and_does_not_ask():
-    assert press("q", Ui(remote=True), SHOWN_STATUS)[1] == Action("quit")
-
-
-# The terminal: the program in a process of its own, on a pseudo-terminal
-
-
-TERMINAL_ENV = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
-UP, DOWN, REDRAW = b"\x1bOA", b"\x1bOB", b"\x0c"
-
-
-class Pty:
-    """A pseudo-terminal, which a child may have for its own."""
-
-    def __init__(self, columns=80, rows=24):
-        self.master, self.slave = os.openpty()
-        self.resize(columns, rows)
-        self.before = termios.tcgetattr(self.slave)
-        self.child, self.closing = None, contextlib.ExitStack()
-
-    def run(self, *command, **more):
-        slave = self.slave
-        self.child = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            **{"env": TERMINAL_ENV, **more})
-        return self.child
-
-    def resize(self, columns, rows):
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def read_until(self, *words, seconds=20.0):
-        """What is written until all these words were, whatever colours they have."""
-        end, seen = time.monotonic() + seconds, ""
-        while not all(word in re.sub(r"\x1b\[[\d;]*m|\x1b\(B|\x0f", "", seen) for word in words):
-            assert time.monotonic() < end, (words, seen[-3000:])
-            if select.select([self.master], [], [], 0.1)[0]:
-                seen += os.read(self.master, 65536).decode(errors="replace")
-        return seen
-
-    def press(self, keys):
-        os.write(self.master, keys)
-
-    def close(self):
-        if self.child is not None:
-            self.child.kill()
-            self.child.wait()
-        self.closing.close()
-        os.close(self.master)
-        os.close(self.slave)
-
-    @property
-    def restored(self):
-        return termios.tcgetattr(self.slave) == self.before
-
-
-@pytest.fixture
-def terminal():
-    made = Pty()
-    yield made
-    made.close()
-
-
-class Shown:
-    """A balancer's side of the screen."""
-
-    def __init__(self, terminal, **env):
-        self.terminal = terminal
-        self.sock, theirs = socket.socketpair()
-        self.sock.settimeout(20)
-        self.lines = terminal.closing.enter_context(self.sock.makefile())
-        terminal.closing.enter_context(self.sock)
-        command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
-        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()],
-                     env=TERMINAL_ENV | env)
-        theirs.close()
-
-    def say(self, **message):
-        self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def heard(self, *wanted):
-        """The next message that has one of these."""
-        return next(m for m in map(json.loads, self.lines) if any(word in m for word in wanted))
-
-    def begin(self, status):
-        """On the screen, once the program has said how to leave it."""
-        self.leave = self.heard("leave")["leave"]
-        self.say(status=status)
-        return self.terminal.read_until("q quit")
-
-
-def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
-    shown = Shown(terminal)
-    seen = shown.begin(SHOWN_STATUS)
-    assert "\x1b[?1049h" in seen and "10.0.0.4:8000" in seen and not terminal.restored
-    assert "\x1b[?1049l" in shown.leave
-    shown.say(status={**SHOWN_STATUS, "time": "14:03:59"})
-    assert "10.0.0.4:8000" not in terminal.read_until("59")  # only what has changed
-    terminal.press(DOWN)
-    assert "7m> 10" in terminal.read_until("> 10.0.0.2:8000")
-    terminal.press(b"d")
-    terminal.read_until("y/n: drain 10.0.0.2:8000?")
-    terminal.press(b"y")
-    assert shown.heard("verb") == {"verb": "drain", "url": SECOND}
-    terminal.press(b"?")
-    terminal.read_until("Keys")
-    terminal.press(b"\x1b")  # alone it is a key
-    terminal.read_until("SERVER")
-    terminal.press(b"p")
-    terminal.read_until("PAUSED")
-    shown.say(status={**SHOWN_STATUS, "time": "14:04:44"})
-    terminal.press(b"k" + REDRAW)
-    assert "14:03:59" in terminal.read_until("> 10.0.0.1:8000")
-    terminal.press(b"p" + REDRAW)
-    terminal.read_until("14:04:44")
-    shown.say(note="a note from elsewhere")
-    terminal.read_until("a note from elsewhere")
-    terminal.press(b"k")  # a note stays until the next key
-    terminal.read_until("q quit")
-    terminal.resize(40, 10)
-    assert "PgUp" not in (seen := terminal.read_until("q quit")) and "\x1b[11" not in seen
-    shown.sock.shutdown(socket.SHUT_WR)
-    assert "\x1b[?1049l" in terminal.read_until("\x1b[?1049l")
-    assert terminal.child.wait(20) == 0 and terminal.restored
-
-
-@pytest.mark.parametrize("term, env, unicode, colours", table(
-    ("one that terminfo does not know", "xterm-nobody-has-heard-of", {}, True, True),
-    ("without colours", "vt220", {}, True, False),
-    ("no colours wanted", "xterm", {"NO_COLOR": "1"}, True, False),
-    ("a console", "linux", {}, False, True),
-    ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))
-def test_a_terminal_is_shown_what_it_can_show(terminal, term, env, unicode, colours):
-    seen = Shown(terminal, TERM=term, **env).begin(SHOWN_STATUS)
-    assert ("█" in seen, "##" in seen) == (unicode, not unicode)
-    assert bool(re.search(r"\x1b\[(\d+;)*3[1-6]", seen)) == colours
-
-
-NO_CURSES = "import sys; sys.modules['curses'] = None; import mvllm_lite; mvllm_lite.main()"
-
-
-@pytest.mark.parametrize("term, code, why", table(
-    ("dumb", "dumb", "import mvllm_lite; mvllm_lite.main()",
-     "TERM is 'dumb', no terminal that can"),
-    ("none", "", "import mvllm_lite; mvllm_lite.main()", "TERM is '', no terminal that can"),
-    ("no curses", "xterm", NO_CURSES, "this Python has no curses")))
-def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why):
-    sock, theirs = socket.socketpair()
-    with sock, theirs:
-        descriptor = theirs.fileno()
-        terminal.run(sys.executable, "-c", code, "top", "--socket", str(descriptor), cwd=HERE,
-                     pass_fds=[descriptor], env=TERMINAL_ENV | {"TERM": term})
-        theirs.close()
-        assert json.loads(sock.makefile().read())["why"].startswith(why)
-    assert terminal.child.wait(20) == 0 and terminal.restored
-
-
-def test_a_status_that_cannot_be_shown_restores_the_terminal_and_is_reported(terminal):
-    shown = Shown(terminal)
-    shown.begin(SHOWN_STATUS)
-    shown.say(status={"totals": {}})
-    assert shown.heard("why")["why"] == "it failed: KeyError: 'servers'"
-    terminal.read_until("\x1b[?1049l")
-    assert terminal.child.wait(20) == 0 and terminal.restored
-
-
-class Held:
-    """A balancer with a ScreenProcess, which tells what became of it."""
-
-    def __init__(self, terminal, status=SHOWN_STATUS):
-        self.held, self.actions, self.status = asyncio.Queue(), asyncio.Queue(), status
-        self.screen = lite.ScreenProcess(
-            lambda: self.status, self.actions.put_nowait, self.held.put_nowait, terminal.slave)
-
-    async def begun(self, terminal):
-        assert await self.held.get()
-        await asyncio.to_thread(terminal.read_until, "q quit")
-        children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
-        return next(int(one) for one in children if b"--socket" in cmdline(one))
-
-
-def cmdline(pid):
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-@pytest.fixture
-def as_xterm(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
-@asynchronous
-async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(
-        terminal, as_xterm, caplog, number):
-    held = Held(terminal)
-    pid = await held.begun(terminal)
-    os.kill(pid, number)
-    assert not await held.held.get()  # there are log lines again
-    assert terminal.restored and "no screen: its process ended with" in caplog.text
-    await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
-    await held.screen.close()
-
-
-def process_state(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def can_be_stopped(pid):
-    """Whether a terminal's stop signal stops a process: none does where no parent in another group
-    of
-    its session could have it continue, as in a container or under setsid (POSIX's orphaned
-    groups)."""
-    def ids(pid):  # of its parent, its group, its session
-        return [int(word)
-                for word in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1:4]]
-
-    (_, group, session), found = ids(pid), []
-    for one in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent, *mine = ids(one.name)
-            if mine == [group, session] and parent:
-                found.append(ids(parent)[1:])
-    return any(theirs[1] == session and theirs[0] != group for theirs in found)
-
-
-@asynchronous
-async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    held = Held(terminal)
-    pid = await held.begun(terminal)
-    assert handlers == {number: signal.getsignal(number) for number in signal.valid_signals()}
-    # While it paints, curses ignores this signal.
-    await eventually(lambda: process_state(pid) == "S", "the screen waits for keys")
-    if can_be_stopped(pid):
-        os.kill(pid, signal.SIGTSTP)
-        await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
-        await eventually(lambda: process_state(pid) == "T", "the screen stops itself")
-        os.kill(pid, signal.SIGCONT)
-        await asyncio.to_thread(terminal.read_until, "q quit")
-    terminal.resize(40, 10)
-    os.kill(pid, signal.SIGWINCH)
-    await asyncio.to_thread(terminal.read_until, "q quit")
-    await held.screen.close()
-    assert terminal.restored and not await held.held.get()
-
-
-@pytest.mark.parametrize("stuck", ["stopped", "a terminal that nobody reads"])
-@asynchronous
-async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(
-        terminal, as_xterm, stuck):
-    held, loop, gaps = Held(terminal, MANY), asyncio.get_running_loop(), []
-    pid = await held.begun(terminal)
-    if stuck == "stopped":
-        os.kill(pid, signal.SIGSTOP)
-    before = loop.time()
-    for n in range(100):
-        if stuck != "stopped":
-            terminal.resize(250 + n % 2, 70)
-            os.kill(pid, signal.SIGWINCH)
-        await asyncio.sleep(0.005)
-        gaps.append(loop.time() - before)
-        before = loop.time()
-    await held.screen.close()
-    assert max(gaps) < 2 and loop.time() - before < 10  # it would be for ever
-    assert terminal.restored and not os.path.exists(f"/proc/{pid}")
-    await asyncio.to_thread(terminal.read_until, "\x18", "\x1b[?1049l")  # when it is read after all
-
-
-@asynchronous
-async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal, as_xterm, caplog):
-    held = Held(terminal)
-    os.kill(await held.begun(terminal), signal.SIGSTOP)
-    held.screen.unanswered = lite.UNANSWERED_LIMIT
-    assert not await held.held.get()
-    assert terminal.restored and "no screen: it answers no more" in caplog.text
-
-
-@asynchronous
-async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(
-        terminal, as_xterm, caplog):
-    begun = asyncio.get_running_loop().time()
-    await Held(terminal).screen.close()
-    assert terminal.restored and asyncio.get_running_loop().time() - begun < 15 and not caplog.text
-
-
-@asynchronous
-async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, tmp_path):
-    keys = lite.KeySettings("ops", "sk-ops", admin=True), lite.KeySettings("app", "sk-app")
-    (tmp_path / "ops").write_text("sk-ops\n")
-    (tmp_path / "app").write_text("sk-app\n")
-    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
-    async with balancing(Server(), keys=keys, status_access="key") as running:
-        (url,) = [view.id for view in running.views()]
-        here = f"http://127.0.0.1:{running.balancer.port}"
-        terminal.run(*command, here)
-        await asyncio.to_thread(terminal.read_until, "/status.json: 401: ")
-        assert await asyncio.to_thread(terminal.child.wait, 20) == 1 and terminal.restored
-        top = terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
-        await asyncio.to_thread(terminal.read_until, "q quit")
-        terminal.press(b"dy")
-        await asyncio.to_thread(terminal.read_until, "403: ")  # as curses sends it
-        terminal.press(b"q")
-        assert (await asyncio.to_thread(top.wait, 20) == 0
-                and not running.core.roster.report()["drained"])
-        top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
-        await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
-        terminal.press(b"d")
-        await asyncio.to_thread(terminal.read_until, "drain ")
-        terminal.press(b"y")
-        await asyncio.to_thread(terminal.read_until, "drained")
-        assert running.core.roster.report()["drained"] == [url]
-        terminal.press(b"q")  # leaves it, and does not stop the balancer
-        await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
-        assert await asyncio.to_thread(top.wait, 20) == 0 and terminal.restored
-        assert (await (await running.client()).get("/liveness")).status == 200
-
-
-def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_path):
-    path = tmp_path / "servers.toml"
-    path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nport = 0\nlog_dir = ""\n')
-    command = 'echo "pid $$."; exec "$@"', "sh", sys.executable, str(HERE / "mvllm_lite.py"), path
-    leader = "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.stdin.read()"
-    terminal.run(sys.executable, "-c", leader, "sh", "-c", *command)
-    pid = re.search(r"pid (\d+)\.", terminal.read_until("q quit"))[1]
-    os.kill(int(pid), signal.SIGKILL)
-    terminal.read_until("\x1b[?1049l")
-    asyncio.run(eventually(lambda: terminal.restored, "the terminal is restored"))
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  traces, engine, replay and comparison
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
-A100 = lite.ENGINE_KINDS["a100"]
-
-
-class LeastFull:
-    """The server with the fewest of our own requests for its capacity; it keeps what it sees."""
-
-    def __init__(self, kinds, limited=False):
-        self.capacities = [kind.capacity for kind in kinds]
-        self.in_flight = [0] * len(kinds)
-        self.servers, self.begun, self.reports, self.limited = {}, [], [], limited
-
-    def choose(self, number, arrival, now):
-        assert number not in self.servers, "sent twice"
-        best = min(range(len(self.in_flight)), key=self.fullness)
-        if self.limited and self.in_flight[best] >= self.capacities[best]:
-            return None
-        self.servers[number] = best
-        self.in_flight[best] += 1
-        return best
-
-    def fullness(self, server):
-        return (self.in_flight[server] + 1) / self.capacities[server]
-
-    def first_token(self, number, now):
-        self.begun.append(number)
-
-    def finished(self, number, now):
-        self.in_flight[self.servers[number]] -= 1
-
-    def scraped(self, server, report, now):
-        self.reports.append((now, server, report))
-
-
-class RoundRobin(LeastFull):
-    def choose(self, number, arrival, now):
-        self.servers[number] = number % len(self.in_flight)
-        self.in_flight[self.servers[number]] += 1
-        return self.servers[number]
-
-
-class Holder(LeastFull):
-    def choose(self, number, arrival, now):
-        return None
-
-
-class Checked(Engine):
-    """An engine whose books are audited after each stretch."""
-
-    def end(self):
-        ended = super().end()
-        audit(self)
-        return ended
-
-
-def audit(engine):
-    cache, jobs = engine.cache, engine.running.values()
-    assert 0 <= cache.used and 0 <= cache.spare and cache.used + cache.spare <= cache.room
-    assert all(job.own >= 0 and job.done >= 0 for job in jobs)
-    held = sum(cache.sizes[link] for link in {link for job in jobs for link in job.links})
-    assert cache.spare == sum(cache.sizes.values()) - held
-    grown = cache.used - held - sum(job.own for job in jobs)  # by answers
-    decoding = len(jobs) - len(engine.reading)
-    assert decoding <= grown <= sum(job.arrival.output_tokens for job in jobs) or not decoding
-    assert grown >= 0 and set(engine.reading) <= set(engine.running)
-    assert len(jobs) <= engine.kind.max_num_seqs
-    assert not engine.waiting or jobs or engine.ends_s == lite.INFINITY
-
-
-def replayed(arrivals, kinds, router=LeastFull, engine=Checked, interval_s=0.5, **options):
-    engines, told = [engine(kind) for kind in kinds], router(kinds, **options)
-    return Replay(arrivals, engines, told, interval_s).run(), engines, told
-
-
-def small(kv_tokens, **changes):
-    return A100._replace(kv_tokens=kv_tokens, **changes)
-
-
-def chats(count, rate, seed, prefixes=8):
-    """Requests with a few common beginnings, of all lengths."""
-    draw, now, arrivals = random.Random(seed), 0.0, []
-    for _ in range(count):
-        now += draw.expovariate(rate)
-        prompt, ends = draw.randint(1, 900), range(64, 1024, 64)
-        who, shared = draw.randrange(prefixes), draw.randint(0, 10)
-        chain = tuple(hash((who, n) if n < shared else (len(arrivals), n, seed))
-                      for n in range(prompt // 64))
-        arrivals.append(Arrival(now, prompt, draw.randint(0, 300), chain, ends))
-    return arrivals
-
-
-# Reading.
-
-SHAPE = {
-    "at": 1700000000.5, "model": "m", "session": "s", "prompt_tokens": 130, "output_tokens": 7,
-    "chain": [-5, 6], "ends": [64, 128], "ttft": None, "duration": 1.5, "server": "http://a",
-    "status": 200, "end": "complete",
-}
-MOONCAKE = {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
-
-
-def jsonl(row, *changes):
-    return [json.dumps(row | change) + "\n" for change in changes]
-
-
-def test_our_own_traces_are_read_by_time_from_0():
-    lines = jsonl(SHAPE, {}, {"at": 1700000000, "model": None, "session": "", "chain": []})
-    assert lite.read_arrivals(lines, "x") == [
-        Arrival(0.0, 130, 7, (), (64, 128)),
-        Arrival(0.5, 130, 7, (-5, 6), (64, 128), "m", "s"),
-    ]
-
-
-def test_refused_requests_are_not_replayed_but_broken_answers_are():
-    lines = jsonl(SHAPE, {}, {"status": 429, "output_tokens": 0}, {"status": 502})
-    assert len(lite.read_arrivals(lines, "x")) == 2
-
-
-def test_a_trace_that_is_still_being_written_is_read_up_to_its_torn_line():
-    whole = jsonl(SHAPE, {}, {"at": 1700000001})
-    torn = whole[1].rstrip()
-    for cut in range(1, len(torn)):
-        assert len(lite.read_arrivals([whole[0], torn[:cut]], "x")) == 1
-    assert len(lite.read_arrivals([whole[0], torn], "x")) == 2
-    with pytest.raises(ValueError, match=r"^x:2: found '\{\"at\"', expected JSON"):
-        lite.read_arrivals([whole[0], torn[:5], whole[1]], "x")
-
-
-def test_mooncake_stamps_are_spread_over_the_time_to_the_next():
-    stamps = [{"timestamp": ms} for ms in (0, 0, 0, 2999, 2999, 6000, 9000)]
-    arrivals = lite.read_arrivals(jsonl(MOONCAKE, *stamps), "x")
-    assert [round(a.at_s, 6) for a in arrivals] == [0, 1, 2, 2.999, 4.499, 6, 9]
-    assert arrivals[0][1:] == (600, 5, (1, 2), [512, 600], None, "")
-
-
-def test_azure_traces_have_seven_digits_of_a_second():
-    lines = [AZURE, "2023-11-16 18:15:50.9951690,396,109\n", "2023-11-16 18:15:46.6805900,374,44"]
-    arrivals = lite.read_arrivals(lines, "x")
-    assert [a[1:3] for a in arrivals] == [(374, 44), (396, 109)]
-    assert [a.at_s for a in arrivals] == pytest.approx([0, 4.314579], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    table(
-        ("nothing", [], "x: found no requests, expected some to replay"),
-        ("only a header", [AZURE], "x: found no requests, expected some to replay"),
-        ("another format", ["\n", "a,b\n"], "x:2: found 'a,b', expected a line of "),
-        ("another object", ['{"a": 1}'], "x:1: found '{\"a\": 1}', expected a line of trace.jsonl"),
-        ("torn at once", ['{"at": 1'], "x:1: found '{\"at\": 1', expected JSON"),
-        ("a list", jsonl(SHAPE, {}) + ["[1]"], "x:2: found '[1]', expected a JSON object"),
-        ("no time", jsonl(SHAPE, {"at": None}), "x:1: at is None, expected seconds"),
-        ("no number", jsonl(SHAPE, {"at": math.nan}), "x:1: at is nan, expected seconds"),
-        ("a fraction", jsonl(SHAPE, {"prompt_tokens": 1.5}), "x:1: prompt_tokens is 1.5, exp"),
-        ("negative", jsonl(SHAPE, {"output_tokens": -1}), "x:1: output_tokens is -1, expected"),
-        ("true", jsonl(SHAPE, {"status": True}), "x:1: status is True, expected a whole number"),
-        ("no chain", jsonl(SHAPE, {"chain": "ab"}), "x:1: chain is 'ab', expected a list of whole"),
-        ("too few ends", jsonl(SHAPE, {"ends": [64]}), "x:1: ends is [64], expected more"),
-        ("ends that fall", jsonl(SHAPE, {"ends": [64, 64]}), "x:1: ends is [64, 64], exp"),
-        ("few ids", jsonl(MOONCAKE, {"hash_ids": [1]}), "x:1: hash_ids are 1, expected 2 for 600"),
-        ("torn of others", jsonl(MOONCAKE, {}) + ['{"ti'], "x:2: found '{\"ti', expected JSON"),
-        ("two columns", [AZURE, "2023-11-16 18:15:46,374"], "x:2: found '2023-11-16 18:15:46,374'"),
-        ("no date", [AZURE, "yesterday,3,4"], "x:2: found 'yesterday,3,4', expected TIMESTAMP,Con"),
-        ("negative tokens", [AZURE, "2023-11-16,3,-4"], "x:2: found '2023-11-16,3,-4', exp"),
-    ),
-)
-def test_bad_lines_are_named_with_what_was_expected(lines, message):
-    with pytest.raises(ValueError) as raised:
-        lite.read_arrivals(lines, "x")
-    assert str(raised.value).startswith(message)
-
-
-def test_a_trace_can_be_made_faster_and_shorter():
-    arrivals = [Arrival(at_s, 1, 1) for at_s in (0.0, 2.0, 4.0)]
-    assert [a.at_s for a in lite.adapted(arrivals, 2, 2)] == [0.0, 1.0]
-    assert [a.at_s for a in lite.adapted(arrivals, 0.5, None)] == [0.0, 4.0, 8.0]
-
-
-# The engine.
-
-
-def test_one_request_takes_what_the_formula_says():
-    (record,), _, _ = replayed([Arrival(0.0, 3000, 5)], [A100])
-    first = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 2048) + 70e-6 * 2048 * 1024 / 30000 + 30e-6
-    second = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 952) + 70e-6 * 952 * 2524 / 30000 + 30e-6
-    decode = sum(2.5e-3 + math.hypot(9.7e-3, 70e-6) + 30e-6 + 80e-9 * (3000 + n) for n in range(4))
-    assert record.ttft_s == pytest.approx(2 * lite.NETWORK_S + first + second, rel=1e-9)
-    assert record.total_s == pytest.approx(2 * lite.NETWORK_S + first + second + decode, rel=1e-9)
-    assert record.token_s == pytest.approx(decode / 4, rel=1e-9)
-    assert (record.server, record.cached_tokens) == (0, 0)
-
-
-def test_requests_that_come_together_share_their_steps():
-    records, _, _ = replayed([Arrival(0.0, 100, 50)] * 8, [A100])
-    step = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 800) + 70e-6 * 8 * 5000 / 30000 + 8 * 30e-6
-    # The first is alone in its first step: the others come while it is under way.
-    alone = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 100) + 70e-6 * 5000 / 30000 + 30e-6
-    assert records[0].ttft_s == pytest.approx(alone + 2 * lite.NETWORK_S, rel=1e-9)
-    assert alone + step * 0.8 < records[1].ttft_s < alone + step * 1.1
-    assert len({record.ttft_s for record in records[1:]}) == 1
-
-
-def test_a_request_that_comes_in_mid_step_waits_for_its_end():
-    engine = Engine(A100)
-    engine.add(Job(0, Arrival(0.0, 10, 1000)), 0.0)
-    began, _ = engine.ends_s, engine.end()
-    whole = engine.ends_s
-    engine.add(Job(1, Arrival(0.0, 10, 10)), began + 0.1)
-    step = engine.kind.duration_s(1, 1, 10, 0.0)
-    assert began + 0.1 <= engine.ends_s < began + 0.1 + 1.01 * step < whole
-
-
-def test_the_same_prompt_is_found_in_the_cache():
-    prompt = Arrival(0.0, 1000, 5, (11, 12, 13), (400, 800, 1000))
-    arrivals = [prompt, prompt._replace(at_s=5.0),
-                prompt._replace(at_s=6.0, prefix_hashes=(11, 99, 13))]
-    records, (engine,), _ = replayed(arrivals, [A100])
-    # The last token is always computed, so the third link does not count.
-    assert [record.cached_tokens for record in records] == [0, 800, 400]
-    assert records[1].ttft_s < records[2].ttft_s < records[0].ttft_s
-    report = engine.report(100.0)
-    assert (report.prefix_queries, report.prefix_hits) == (3000, 1200)
-    assert (report.prompt_tokens, report.generation_tokens) == (3000, 15)
-
-
-def test_what_was_not_asked_for_the_longest_is_forgotten_from_its_end():
-    def ask(at_s, name):
-        return Arrival(at_s, 1000, 1, (name, name + 1), (500, 990))
-
-    arrivals = [ask(0, 10), ask(1, 20), ask(2, 10), ask(3, 30), ask(4, 10), ask(5, 20)]
-    records, _, _ = replayed(arrivals, [small(2600)])
-    assert [record.cached_tokens for record in records] == [0, 0, 990, 0, 990, 500]
-
-
-def test_a_request_that_runs_keeps_its_links_from_being_forgotten():
-    long = Arrival(0.0, 1000, 800, (1, 2), (500, 1000))
-    others = [Arrival(1.0 + n, 900, 1, (100 + n,), (900,)) for n in range(5)]
-    again = Arrival(7.0, 1001, 1, (1, 2), (500, 1000))
-    records, _, _ = replayed([long, *others, again], [small(3600)])
-    assert records[-1].cached_tokens == 1000
-
-
-def test_the_youngest_starts_over_when_there_is_no_room_and_nothing_is_lost():
-    arrivals = [Arrival(0.001 * n, 500, 700) for n in range(4)]
-    records, (engine,), _ = replayed(arrivals, [small(3000)])
-    assert engine.preemptions > 0
-    assert all(record.total_s < lite.INFINITY for record in records)
-    assert records[0].total_s < records[3].total_s
-    assert engine.report(1e9).generation_tokens == 2800
-    assert engine.cache.used == 0
-
-
-def test_what_can_never_fit_is_refused_and_counts_as_failed():
-    records, _, told = replayed([Arrival(0.0, 2000, 100), Arrival(0.0, 900, 101)], [small(1000)])
-    assert [record.total_s for record in records] == [lite.INFINITY] * 2
-    assert told.in_flight == [0]
-    assert lite.summary(records, 1, 1).failed == 2
-
-
-def test_no_more_requests_run_at_once_than_may():
-    arrivals = [Arrival(0.0, 10, 50)] * 10
-    records, _, told = replayed(arrivals, [A100._replace(max_num_seqs=3)], interval_s=0.01)
-    assert max(report.running for _, _, report in told.reports) == 3
-    assert max(report.waiting for _, _, report in told.reports) == 9
-    assert sorted(record.ttft_s for record in records) == [record.ttft_s for record in records]
-
-
-def test_reports_grow_while_a_stretch_is_under_way():
-    _, _, told = replayed([Arrival(0.0, 100, 500)], [A100], interval_s=0.1)
-    said = [report.generation_tokens for _, _, report in told.reports if report.running]
-    steps = [b - a for a, b in itertools.pairwise(said)]
-    assert len(said) > 50 and set(steps) <= {7, 8, 9}
-    used = [report.kv_usage_ratio * A100.kv_tokens for _, _, report in told.reports]
-    assert max(used) == pytest.approx(600, abs=9)
-
-
-@pytest.mark.parametrize(
-    "kind, rate, preemptions",
-    table(
-        ("plenty of room", A100, 20, 0),
-        ("little room", small(6000), 12, 20),
-        ("hardly any room", small(1300, batched_tokens=128), 3, 50),
-        ("few at once", small(6000, max_num_seqs=4), 6, 0),
-    ),
-)
-def test_long_stretches_give_the_times_of_single_steps(kind, rate, preemptions):
-    arrivals = chats(300, rate, 7)
-    by_step, (slow,), _ = replayed(arrivals, [kind], engine=lambda kind: Checked(kind, 1))
-    at_once, (fast,), _ = replayed(arrivals, [kind])
-    assert slow.preemptions == fast.preemptions >= preemptions
-    for one, other in zip(by_step, at_once):
-        assert one.cached_tokens == other.cached_tokens
-        assert (one.ttft_s, one.total_s) == pytest.approx((other.ttft_s, other.total_s), rel=1e-6)
-
-
-def test_a_server_of_which_only_the_capacity_is_known_is_a_faster_or_slower_a100():
-    assert lite.kind_for(96) == A100
-    half, step = lite.kind_for(48), (7, 500, 9000, 1e6)
-    assert half.duration_s(*step) == pytest.approx(2 * A100.duration_s(*step))
-    assert (half.capacity, half[6:]) == (48, A100[6:])
-
-
-# The replay.
-
-
-@pytest.mark.parametrize("router", [LeastFull, RoundRobin])
-@pytest.mark.parametrize("seed", range(3))
-def test_every_arrival_has_one_record(router, seed):
-    arrivals = chats(400, 25, seed)
-    kinds = [small(5000), small(3000, max_num_seqs=8), lite.kind_for(30)._replace(kv_tokens=4000)]
-    records, engines, told = replayed(arrivals, kinds, router)
-    assert [record.arrival for record in records] == arrivals
-    for number, record in enumerate(records):
-        assert record.server == told.servers[number]
-        assert 0 <= record.cached_tokens <= record.arrival.prompt_tokens
-        assert 2 * lite.NETWORK_S < record.ttft_s <= record.total_s < lite.INFINITY
-    assert sorted(told.begun) == list(range(400))
-    assert told.in_flight == [0, 0, 0]
-    reports = [engine.report(1e9) for engine in engines]
-    assert sum(report.prompt_tokens for report in reports) == sum(a.prompt_tokens for a in arrivals)
-    said = sum(max(1, arrival.output_tokens) for arrival in arrivals)
-    assert sum(report.generation_tokens for report in reports) == said
-    hits = sum(record.cached_tokens for record in records)
-    assert sum(report.prefix_hits for report in reports) == hits > 0
-
-
-def test_a_replay_always_says_the_same():
-    arrivals, kinds = chats(200, 20, 1), [small(5000), small(4000)]
-    assert replayed(arrivals, kinds)[0] == replayed(arrivals, kinds)[0]
-
-
-def test_requests_are_held_in_order_until_the_router_sends_them():
-    kinds = [A100._replace(capacity=2)]
-    records, _, told = replayed([Arrival(0.0, 10, 20)] * 10, kinds, limited=True)
-    assert list(told.servers) == list(range(10))
-    assert max(report.running + report.waiting for _, _, report in told.reports) <= 2
-    assert records[9].ttft_s > records[1].total_s
-
-
-def test_a_model_that_is_blocked_does_not_block_another():
-    class OnlyOne(LeastFull):
-        def choose(self, number, arrival, now):
-            if arrival.model == "blocked" and now < 5:
-                return None
-            return super().choose(number, arrival, now)
-
-    arrivals = [Arrival(0.0, 10, 20, model=model) for model in ("blocked", "free", "blocked")]
-    records, _, told = replayed(arrivals, [A100], OnlyOne)
-    assert list(told.servers) == [1, 0, 2]
-    assert [record.ttft_s > 5 for record in records] == [True, False, True]
-
-
-def test_a_router_that_sends_nothing_ends_the_replay_all_the_same():
-    records, _, told = replayed([Arrival(100.0, 10, 20)] * 3, [A100], Holder)
-    assert [(record.server, record.total_s) for record in records] == [(-1, lite.INFINITY)] * 3
-    assert 155 < told.reports[-1][0] < 165
-
-
-def test_each_server_is_scraped_at_its_own_phase():
-    _, _, told = replayed([Arrival(0.0, 10, 300)], [A100] * 4, interval_s=1.0)
-    assert [(now, server) for now, server, _ in told.reports[:5]] == [
-        (0.125, 0), (0.375, 1), (0.625, 2), (0.875, 3), (1.125, 0)]
-
-
-def test_progress_is_told_about_every_percent():
-    shares, kinds = [], [A100]
-    arrivals = chats(1000, 50, 3)
-    Replay(arrivals, [Engine(kind) for kind in kinds], LeastFull(kinds), 1.0, shares.append).run()
-    assert len(shares) == 100 and shares == sorted(shares) and shares[-1] == 1.0
-
-
-# Results.
-
-
-def test_a_summary_leaves_out_the_warm_up_and_counts_what_was_fast_enough():
-    def record(at_s, ttft_s, total_s, cached=0, output=11):
-        return Record(Arrival(at_s, 100, output), 0, cached, ttft_s, total_s)
-
-    records = [record(0, 99, 99), record(24, 99, 99), record(25, 0.1, 1.1, 50), record(50, 2, 2.5),
-               record(60, 0.2, 9.2), record(100, 0.3, 0.3, 50, 1), Record(Arrival(70, 5, 5))]
-    result = lite.summary(records, slo_ttft_s=1, slo_tpot_s=0.2)
-    assert (result.requests, result.failed, result.good_ratio) == (5, 1, 0.4)
-    assert result.ttft_s == (0.3, 2, 2)
-    assert result.token_s == pytest.approx((0.1, 0.9))
-    assert result.total_s == pytest.approx((1.1 + 2.5 + 9.2 + 0.3) / 4)
-    assert result.hit_ratio == 0.25
-    assert lite.summary(records, 1, 0.2, warm_up=0).requests == 7
-
-
-def test_a_table_fits_a_terminal_and_is_aligned():
-    rows = {"least": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 0.1, 1.0)], 1, 1),
-            "one with a long name": lite.summary([], 1, 1),
-            "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1,
-                                       1),
-            }
-    lines = lite.table(rows).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
-    assert lines[1].split() == ["least", "0/1", "100.0", "100", "100", "100", "100.0", "100.0",
-                                "1.00", "50.0"]
-    assert lines[2].split()[-9:] == ["0/0", "0.0", *["nan"] * 5, "0.00", "0.0"]
-
-
-def test_the_kinds_are_faster_the_more_they_cost():
-    times = [lite.ENGINE_KINDS[name].duration_s(32, 32, 32000, 0.0)
-             for name in ("h200-fp8", "h100", "a100", "a100-40", "4090", "a40", "l4")]
-    assert times == sorted(times)
-    assert all(isinstance(kind, lite.EngineKind) for kind in lite.ENGINE_KINDS.values())
-
-
-# The balancer's own policies in a replay.
-
-
-def replay_of(capsys, *args):
-    """The command's exit code, and its table by policy and column."""
-    code = lite.main(["replay", *args])
-    out, err = capsys.readouterr()
-    first, *lines = out.splitlines()[1:] if code == 0 else [""]
-    return code, {line.split()[0]: line.split()[1:] for line in lines}, out if code == 0 else err
-
-
-def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
-    code, rows, out = replay_of(capsys, "documents", "--policy", "all", "--limit", "400", "--fleet",
-                                "a100", "4090", "4")
-    assert code == 0 and out.startswith("documents: 400 requests in ")
-    assert list(rows) == [name for name in lite.POLICY_NAMES if name != "expression"]
-    assert all(row[0].startswith("0/") for row in rows.values())
-    hits = {name: float(row[-1]) for name, row in rows.items()}
-    assert hits["unified"] > hits["least"] + 10  # it follows the caches
-
-
-def test_one_more_server_helps_where_there_are_too_few(capsys):
-    common = "documents", "--seconds", "30", "--fleet", "4090", "4090"
-    p90 = [float(replay_of(capsys, *common, *more)[1]["unified"][3])
-           for more in ((), ("--add-server", "h100"))]
-    assert p90[0] > 2 * p90[1]
-
-
-def test_a_replay_takes_servers_policies_and_queue_from_settings(tmp_path, capsys):
-    path = tmp_path / "servers.toml"
-    path.write_text('servers = [{url="http://a", max_concurrent_requests=2}, {url="http://b", '
-                    'data_parallel_size=2}]\n'
-                    '[config]\npolicy = "expression"\nscore = "in_flight"\nqueue_size = 1000\n')
-    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path),
-                                "--policy", "all")
-    assert code == 0 and "before 3 engines" in out and list(rows) == list(lite.POLICY_NAMES)
-    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path))
-    assert code == 0 and list(rows) == ["expression"]
-
-
-@pytest.mark.parametrize("args, complaint", table(
-    ("no such trace", ["nowhere.jsonl"],
-     "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
-    ("no such policy", ["chat", "--policy", "best"],
-     "--policy: found best, expected one of all, unified, "),
-    ("a policy without its formula", ["chat", "--policy", "expression"],
-     "expression needs a --servers file with a score"),
-))
-def test_a_replay_that_cannot_be_is_refused_in_words(args, complaint, capsys):
-    code, _, err = replay_of(capsys, *args)
-    assert code == 1 and complaint in err
-
-
-def test_no_such_server_can_be_replayed(capsys):
-    with pytest.raises(SystemExit):
-        lite.main(["replay", "chat", "--fleet", "abacus"])
-    assert "found abacus, expected one of h100, a100" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", lite.MADE_UP)
-def test_made_up_traffic_is_what_it_says(kind):
-    made = lite.MADE_UP[kind]
-    arrivals = lite.made_up(made, 60.0, random.Random(5))
-    assert len(arrivals) / 60 == pytest.approx(made.rate, rel=0.5)
-    assert (arrivals == sorted(arrivals)
-            and all(a.prompt_tokens > 0 and len(a.prefix_hashes) <= len(a.hash_ends)
-                    for a in arrivals))
-    shared = Counter(link for a in arrivals for link in a.prefix_hashes)
-    assert bool(shared) is (kind != "chat") and all(n > 1 for n in list(shared.values())[:1])
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  Servers that follow a script, and clients that look closely
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class Asked(NamedTuple):
-    """A request as a scripted server saw it."""
-
-    line: str
-    fields: list
-    body: bytes
-
-    def get(self, name):
-        return [value for key, value in self.fields if key.lower() == name]
-
-
-async def read_message(reader, bodyless=False):
-    """A message off the wire by a reader of its own: (first line, fields, body, kind of framing).
-    Raises IncompleteReadError when it is cut."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    first, *lines = head[:-4].split("\r\n")
-    fields = [tuple(line.split(": ", 1)) for line in lines]
-    known = {name.lower(): value for name, value in fields}
-    if bodyless:
-        return first, fields, b"", "none"
-    if known.get("transfer-encoding") == "chunked":
-        body = b""
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            body += (await reader.readexactly(size + 2))[:-2]
-        await reader.readexactly(2)
-        return first, fields, body, "chunked"
-    if "content-length" in known:
-        return first, fields, await reader.readexactly(int(known["content-length"])), "length"
-    if first.startswith("HTTP/") and first.split()[1] not in ("204", "304"):
-        return first, fields, await reader.read(), "close"
-    return first, fields, b"", "none"
-
-
-class Conn:
-    """A server's end of a connection, for scripts."""
-
-    def __init__(self, server, reader, writer):
-        self.server, self.reader, self.writer = server, reader, writer
-        self.asked = 0
-
-    async def send(self, *pieces):
-        for piece in pieces:
-            self.writer.write(piece)
-            await self.writer.drain()
-
-    async def json(self, document, status="200 OK", fields=""):
-        body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        head = (f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{fields}content-length: "
-                f"{len(body)}\r\n\r\n")
-        await self.send(head.encode() + body)
-
-    async def events(self, *events, end=True):
-        """A stream as vLLM sends it: head, each event as a chunk in a segment of its own."""
-        await self.send(STREAM_HEAD, *(chunk(event) for event in events))
-        if end:
-            await self.send(b"0\r\n\r\n")
-
-    async def left(self):
-        """Until the other side has closed the connection."""
-        with contextlib.suppress(ConnectionError):
-            while await self.reader.read(65536):
-                pass
-
-    def reset(self):
-        self.writer.transport.abort()
-
-
-STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; "
-               b"charset=utf-8\r\n"
-               b"transfer-encoding: chunked\r\n\r\n")
-FIRST = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
-DONE = b"data: [DONE]\n\n"
-
-
-def token(n):
-    return b'data: {"choices":[{"delta":{"content":" %d"}}]}\n\n' % n
-
-
-def chunk(data):
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-async def echo(asked, conn):
-    await conn.json({"line": asked.line, "body": asked.body.decode("latin-1")})
-
-
-class Server:
-    """A scripted vLLM.  `answer` is a coroutine function (asked, conn) for everything but the
-    pages that the balancer asks for itself."""
-
-    def __init__(self, answer=echo, models=("m",), **pages):
-        self.answer = answer
-        self.pages = {"/health": "", "/metrics": "",
-                      "/v1/models": {"data": [{"id": m} for m in models]}, **pages}
-        self.asked, self.probes, self.connections, self.open = [], Counter(), 0, 0
-        self.tasks, self.listener, self.port = set(), None, 0
-        self.capacity = 10  # a server of 1000 is asked before others
-        self.came = asyncio.Event()  # a request has come
-
-    async def __aenter__(self):
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_):
-        await self.kill()
-
-    async def start(self):
-        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port,
-                                                   limit=1 << 26)
-        self.port = self.listener.sockets[0].getsockname()[1]
-
-    async def kill(self):
-        """As kill -9 does: connections reset, new ones refused."""
-        # asyncio stumbles over one that is being accepted just now
-        for sock in self.listener.sockets:
-            asyncio.get_running_loop().remove_reader(sock)
-        for _ in range(3):
-            await asyncio.sleep(0)
-        self.listener.close()
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    async def serve(self, reader, writer):
-        self.tasks.add(task := asyncio.current_task())
-        self.connections += 1
-        self.open += 1
-        conn = Conn(self, reader, writer)
-        try:
-            while True:
-                asked = Asked(*(await self.read(reader))[:3])
-                path = asked.line.split()[1]
-                if path in self.pages:
-                    self.probes[path] += 1
-                    await self.page(conn, self.pages[path])
-                    continue
-                self.asked.append(asked)
-                conn.asked += 1
-                self.came.set()
-                if await self.answer(asked, conn) == "close":
-                    break
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            self.open -= 1
-            self.tasks.discard(task)
-            writer.transport.abort()
-
-    async def read(self, reader):
-        return await read_message(reader)
-
-    async def page(self, conn, page):
-        if callable(page):
-            page = await page()
-        if isinstance(page, int):
-            await conn.json(b"{}", f"{page} X")
-        elif page is None:
-            await asyncio.Event().wait()  # hang
-        else:
-            await conn.json(page if isinstance(page, dict) else page.encode())
-
-
-AS_JSON = ["Content-Type: application/json"]
-
-
-class Got(NamedTuple):
-    """A response as a client saw it."""
-
-    status: int
-    fields: list
-    body: bytes
-    framing: str
-
-    def get(self, name):
-        return next((value for key, value in self.fields if key.lower() == name), None)
-
-    @property
-    def json(self):
-        return json.loads(self.body)
-
-    @property
-    def error(self):
-        return self.json["error"]
-
-
-class Client:
-    """A client's end of one connection."""
-
-    def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
-
-    async def send(self, data):
-        self.writer.write(data)
-        await self.writer.drain()
-
-    async def ask(self, method, path, body=b"", fields=(), version="1.1"):
-        """Send a request; `answer` reads what comes back."""
-        lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *fields]
-        if body or method == "POST":
-            lines.append(f"Content-Length: {len(body)}")
-        await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-
-    async def answer(self, method="GET"):
-        first, fields, body, kind = await read_message(self.reader, bodyless=method == "HEAD")
-        return Got(int(first.split()[1]), fields, body, kind)
-
-    async def post(self, path="/v1/chat/completions", body=b'{"model":"m"}', fields=()):
-        await self.ask("POST", path, body, fields)
-        return await self.answer()
-
-    async def get(self, path, fields=(), method="GET"):
-        await self.ask(method, path, b"", fields)
-        return await self.answer(method)
-
-    def close(self):
-        self.writer.transport.abort()
-
-
-class Running:
-    """A balancer that runs, and clients for it."""
-
-    def __init__(self, balancer, stack):
-        self.balancer, self.core, self.stack = balancer, balancer.core, stack
-        self.heard = []  # requests and transitions, as for the logs
-        self.core.news.subscribers.append(lambda kind: self.heard.append)
-
-    def requests(self):
-        return [event._asdict() for event in self.heard if isinstance(event, lite.RequestFacts)]
-
-    async def client(self):
-        pair = await asyncio.open_connection("127.0.0.1", self.balancer.port, limit=1 << 26)
-        client = Client(*pair)
-        self.stack.callback(client.close)
-        return client
-
-    async def until(self, condition, within_s=30):
-        """Wait for news of the fleet until the condition holds; fails if it never does."""
-        try:
-            async with asyncio.timeout(within_s):
-                while not condition():
-                    await self.core.news.changed()
-        except TimeoutError:
-            wanted = inspect.getsource(condition).strip()
-            pytest.fail(f"never so in {within_s} s, the servers are {self.states()}: {wanted}")
-
-    async def has_read(self, **config):
-        """Until the settings of a changed file are in force."""
-        await eventually(
-            lambda: all(getattr(self.core.settings, key) == value for key, value in config.items()),
-            f"a changed file is read: {config}",
-        )
-
-    def views(self):
-        return self.core.fleet.views()
-
-    def states(self):
-        return [view.health.state.value for view in self.views()]
-
-    def in_flight(self):
-        return sum(view.counts.in_flight for view in self.views())
-
-    def waiting(self):
-        """How many requests wait in the queue."""
-        return len(self.core.requests.queue)
-
-    @property
-    def wires(self):
-        """The connections of clients."""
-        return self.core.clients.tasks
-
-    @property
-    def held_bytes(self):
-        """How much content of requests is held."""
-        return self.core.clients.backlog.bytes
-
-    async def metric(self, name, **labels):
-        page = (await (await self.client()).get("/metrics")).body.decode()
-        found = [s.value for s in lite.parse_samples(page, [name])
-                 if labels.items() <= s.labels.items()]
-        return sum(found)
-
-    async def quiet(self):
-        """Until no request is in flight."""
-        await eventually(
-            lambda: not (self.in_flight() or self.core.clients.exchanges),
-            "no request is under way any more",
-        )
-
-
-QUICK = {"host": "127.0.0.1", "port": 0, "metrics_interval": 60, "retry_delay": 0.001,
-         "request_timeout": 10}
 
 
 @contextlib.asynccontextmanager
-async def balancing(*asked, wait=True, servers=(), **settings):
-    """A balancer in front of these servers (scripted ones, URLs, or settings), once all were
-    checked."""
-    gc.freeze()  # what is there already need not be looked at when garbage is counted
-    async with contextlib.AsyncExitStack() as stack:
-        listed = list(servers)
-        for server in asked:
-            if isinstance(server, Server) and server.listener is None:
-                await stack.enter_async_context(server)
-            listed.append(lite.ServerSettings(getattr(server, "url", server),
-                                              getattr(server, "capacity", 10)))
-        balancer = lite.Balancer(Settings(tuple(listed), **{**QUICK, **settings}))
-        ready = asyncio.Event()
-        running = Running(balancer, stack)
-        task = asyncio.create_task(balancer.run(ready.set))
-        await asyncio.wait((task, asyncio.create_task(ready.wait())),
-                           return_when=asyncio.FIRST_COMPLETED)
-        try:
-            if wait:
-                await running.until(lambda: "checking" not in running.states())
-            yield running
-        finally:
-            balancer.stop()
-            balancer.stop()
-            await task
+async def asking(*scripts):
+    """A client of a raw server, each of whose connections follows the next script, and how many
+    there were."""
+    came, left = [], list(scripts)
+
+    async def serve(reader, writer):
+        came.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            for said in left.pop(0):
+                await reader.readuntil(b"\r\n\r\n")
+                for piece in [said] if isinstance(said, bytes) else said:
+                    writer.write(piece)
+                    await asyncio.sleep(0)
+            await writer.drain()
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    try:
+        yield client, came
+    finally:
+        client.close()
+        listener.close()
+        for writer in came:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # in which they end
+
+
+SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("scripts, answers, connections", table(
+    ("one is kept", ([SMALL] * 3,), 3, 1),
+    ("a closed one is replaced", ([SMALL], [SMALL], [SMALL]), 3, 3),
+    ("one that says it ends",
+     ([SMALL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [SMALL]), 2, 2),
+    ("of HTTP/1.0", ([SMALL.replace(b"1.1", b"1.0")], [SMALL]), 2, 2),
+    ("with bytes behind its answer", ([SMALL + SMALL], [SMALL]), 2, 2),
+))
+@asynchronous
+async def test_our_own_questions_need_as_many_connections_as_end(scripts, answers, connections):
+    async with asking(*scripts) as (client, came):
+        for _ in range(answers):
+            assert await client.fetch("/health", 5.0) == (200, b"ok")
+        assert len(came) == connections
+
+
+@asynchronous
+async def test_an_idle_connection_that_dies_unheard_is_replaced_once():
+    async with asking([SMALL, b""], [b""]) as (client, came):
+        assert await client.fetch("/health", 5.0) == (200, b"ok")
+        with pytest.raises(lite.PeerGone,
+                           match="the server's connection was closed without an answer"):
+            await client.fetch("/health", 5.0)
+        assert len(came) == 2
+
+
+@asynchronous
+async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept():
+    async with asking([SMALL] * 3, [SMALL] * 3) as (client, came):
+        both = [client.fetch("/health", 5.0), client.fetch("/metrics", 5.0)]
+        assert await asyncio.gather(*both) == [(200, b"ok")] * 2
+        assert await client.fetch("/health", 5.0) == (200, b"ok") and len(came) == 2
+
+
+@pytest.mark.parametrize("said, found", table(
+    ("in pieces", [SMALL[n : n + 1] for n in range(len(SMALL))], (200, b"ok")),
+    ("in chunks",
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n",
+     (200, b"ok")),
+    ("up to the close", b"HTTP/1.1 200 OK\r\n\r\nok", (200, b"ok")),
+    ("without content", b"HTTP/1.1 204 No\r\n\r\n", (204, b"")),
+    ("behind others", b"HTTP/1.1 103 Early Hints\r\n\r\n" + SMALL, (200, b"ok")),
+    ("too many others", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 17 + SMALL,
+     "more than 16 informational"),
+    ("cut", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection was closed"),
+    ("cut in its head", b"HTTP/1.1 200 OK\r\nContent-Le", "connection was closed"),
+    ("of two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+     "Content-Length"),
+    ("another protocol", b"SSH-2.0-OpenSSH\r\n", "SSH"),
+    ("an endless head", [b"HTTP/1.1 200 OK\r\n"] + [b"A: %s\r\n" % (b"a" * 1000)] * 70,
+     "the head is longer than 65536"),
+    ("an endless answer", [b"HTTP/1.1 200 OK\r\n\r\n"] + [b"a" * 1_000_000] * 9,
+     "the answer is longer than 8388608"),
+))
+@asynchronous
+async def test_answers_to_our_own_questions_are_framed_and_bounded_as_all_are(said, found):
+    async with asking([said]) as (client, came):
+        if isinstance(found, tuple):
+            assert await client.fetch("/metrics", 5.0) == found
+            return
+        with pytest.raises((lite.PeerGone, lite.BadMessage), match=found) as caught:
+            await client.fetch("/metrics", 5.0)
+        assert caught.value.fault.blame is lite.Blame.SERVER
+
+
+@asynchronous
+async def test_our_own_questions_have_one_deadline_however_much_is_said():
+    async def trickle(reader, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"a")
+            await asyncio.sleep(0.01)
+        ended.set()
+
+    ended = asyncio.Event()
+    listener = await asyncio.start_server(trickle, "127.0.0.1", 0)
+    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    with pytest.raises(TimeoutError):
+        await client.fetch("/metrics", 0.1)
+    listener.close()
+    await ended.wait()
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
@@ -11915,126 +10786,6 @@ async def test_many_streams_at_once_are_not_mixed_up():
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  client
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-
-@contextlib.asynccontextmanager
-async def asking(*scripts):
-    """A client of a raw server, each of whose connections follows the next script, and how many
-    there were."""
-    came, left = [], list(scripts)
-
-    async def serve(reader, writer):
-        came.append(writer)
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            for said in left.pop(0):
-                await reader.readuntil(b"\r\n\r\n")
-                for piece in [said] if isinstance(said, bytes) else said:
-                    writer.write(piece)
-                    await asyncio.sleep(0)
-            await writer.drain()
-        writer.close()
-
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
-    try:
-        yield client, came
-    finally:
-        client.close()
-        listener.close()
-        for writer in came:
-            writer.transport.abort()
-        await asyncio.sleep(0)  # in which they end
-
-
-SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-@pytest.mark.parametrize("scripts, answers, connections", table(
-    ("one is kept", ([SMALL] * 3,), 3, 1),
-    ("a closed one is replaced", ([SMALL], [SMALL], [SMALL]), 3, 3),
-    ("one that says it ends",
-     ([SMALL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], [SMALL]), 2, 2),
-    ("of HTTP/1.0", ([SMALL.replace(b"1.1", b"1.0")], [SMALL]), 2, 2),
-    ("with bytes behind its answer", ([SMALL + SMALL], [SMALL]), 2, 2),
-))
-@asynchronous
-async def test_our_own_questions_need_as_many_connections_as_end(scripts, answers, connections):
-    async with asking(*scripts) as (client, came):
-        for _ in range(answers):
-            assert await client.fetch("/health", 5.0) == (200, b"ok")
-        assert len(came) == connections
-
-
-@asynchronous
-async def test_an_idle_connection_that_dies_unheard_is_replaced_once():
-    async with asking([SMALL, b""], [b""]) as (client, came):
-        assert await client.fetch("/health", 5.0) == (200, b"ok")
-        with pytest.raises(lite.PeerGone,
-                           match="the server's connection was closed without an answer"):
-            await client.fetch("/health", 5.0)
-        assert len(came) == 2
-
-
-@asynchronous
-async def test_two_questions_at_once_need_two_connections_of_which_one_is_kept():
-    async with asking([SMALL] * 3, [SMALL] * 3) as (client, came):
-        both = [client.fetch("/health", 5.0), client.fetch("/metrics", 5.0)]
-        assert await asyncio.gather(*both) == [(200, b"ok")] * 2
-        assert await client.fetch("/health", 5.0) == (200, b"ok") and len(came) == 2
-
-
-@pytest.mark.parametrize("said, found", table(
-    ("in pieces", [SMALL[n : n + 1] for n in range(len(SMALL))], (200, b"ok")),
-    ("in chunks",
-     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\nk\r\n0\r\n\r\n",
-     (200, b"ok")),
-    ("up to the close", b"HTTP/1.1 200 OK\r\n\r\nok", (200, b"ok")),
-    ("without content", b"HTTP/1.1 204 No\r\n\r\n", (204, b"")),
-    ("behind others", b"HTTP/1.1 103 Early Hints\r\n\r\n" + SMALL, (200, b"ok")),
-    ("too many others", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 17 + SMALL,
-     "more than 16 informational"),
-    ("cut", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection was closed"),
-    ("cut in its head", b"HTTP/1.1 200 OK\r\nContent-Le", "connection was closed"),
-    ("of two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
-     "Content-Length"),
-    ("another protocol", b"SSH-2.0-OpenSSH\r\n", "SSH"),
-    ("an endless head", [b"HTTP/1.1 200 OK\r\n"] + [b"A: %s\r\n" % (b"a" * 1000)] * 70,
-     "the head is longer than 65536"),
-    ("an endless answer", [b"HTTP/1.1 200 OK\r\n\r\n"] + [b"a" * 1_000_000] * 9,
-     "the answer is longer than 8388608"),
-))
-@asynchronous
-async def test_answers_to_our_own_questions_are_framed_and_bounded_as_all_are(said, found):
-    async with asking([said]) as (client, came):
-        if isinstance(found, tuple):
-            assert await client.fetch("/metrics", 5.0) == found
-            return
-        with pytest.raises((lite.PeerGone, lite.BadMessage), match=found) as caught:
-            await client.fetch("/metrics", 5.0)
-        assert caught.value.fault.blame is lite.Blame.SERVER
-
-
-@asynchronous
-async def test_our_own_questions_have_one_deadline_however_much_is_said():
-    async def trickle(reader, writer):
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        while not writer.is_closing():
-            writer.write(b"a")
-            await asyncio.sleep(0.01)
-        ended.set()
-
-    ended = asyncio.Event()
-    listener = await asyncio.start_server(trickle, "127.0.0.1", 0)
-    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
-    with pytest.raises(TimeoutError):
-        await client.fetch("/metrics", 0.1)
-    listener.close()
-    await ended.wait()
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
 #  watch
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -13487,528 +12238,6 @@ async def test_each_reload_that_takes_the_last_key_away_is_warned_about(caplog):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
-#  page
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
-
-VOID = {"meta", "link", "input", "br", "path", "polyline"}
-LEGAL_PARENTS = {
-    "td": {"tr"},
-    "th": {"tr"},
-    "tr": {"thead", "tbody"},
-    "dt": {"dl", "div"},
-    "dd": {"dl", "div"},
-}
-
-
-class Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: list[tuple[str, str]] = []
-        self.words: list[tuple[tuple[str, ...], str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        fields = dict(attrs)
-        if len(fields) < len(attrs):
-            self.faults.append(f"{tag} has a field twice: {attrs}")
-        if tag in LEGAL_PARENTS and self.open[-1] not in LEGAL_PARENTS[tag]:
-            self.faults.append(f"{tag} in {self.open[-1]}")
-        self.tags.append((tag, fields))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}> at {self.getpos()}")
-
-    def handle_data(self, data: str) -> None:
-        self.words.append((tuple(self.open), data))
-        if self.open and self.open[-1] in ("style", "script"):
-            self.blocks.append((self.open[-1], data))
-
-
-@pytest.fixture(scope="module")
-def page() -> Page:
-    parser = Page()
-    parser.feed(STATUS_PAGE)
-    parser.close()
-    return parser
-
-
-def blocks(page: Page, name: str) -> str:
-    return "".join(data for tag, data in page.blocks if tag == name)
-
-
-def directives() -> dict[str, list[str]]:
-    return {words[0]: words[1:] for part in page_policy().split(";") if (words := part.split())}
-
-
-def test_it_is_well_formed(page: Page) -> None:
-    assert page.faults == [] and page.open == []
-    assert STATUS_PAGE.startswith("<!doctype html>\n<html lang=")
-    names = [fields["id"] for _, fields in page.tags if "id" in fields]
-    assert len(names) == len(set(names))
-
-
-def test_every_id_that_the_script_asks_for_is_there(page: Page) -> None:
-    names = {fields["id"] for _, fields in page.tags if "id" in fields}
-    asked = set(re.findall(r'\$\("([\w-]+)"\)', blocks(page, "script")))
-    made = {f"total-{name}" for name in ("healthy",)}
-    assert asked - names - made == set()
-    parts = {fields["data-part"] for _, fields in page.tags if "data-part" in fields}
-    used = set(re.findall(r"\bpart\.(\w+)", blocks(page, "script")))
-    assert used - parts <= {"errors"}
-
-
-def test_it_is_small() -> None:
-    assert len(STATUS_PAGE.encode()) < 40_000
-    assert "\r" not in STATUS_PAGE  # a parser would make it \n, and the hashes wrong
-    assert max(map(len, STATUS_PAGE.split("\n"))) <= 100
-
-
-@pytest.mark.parametrize("name", ["style", "script"])
-def test_the_policy_has_the_hash_of_each_block_as_a_parser_sees_it(page: Page, name: str) -> None:
-    digest = hashlib.sha256(blocks(page, name).encode()).digest()
-    assert directives()[f"{name}-src"] == [f"'sha256-{base64.b64encode(digest).decode()}'"]
-    assert sum(tag == name for tag, _ in page.tags) == 1
-
-
-def test_the_policy_allows_nothing_else() -> None:
-    rest = {k: v for k, v in directives().items() if k not in ("style-src", "script-src")}
-    assert rest == {
-        "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
-        "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
-    }
-    assert "unsafe" not in page_policy() and "\n" not in page_policy()
-    assert page_policy() is page_policy()  # made once
-
-
-def test_nothing_inline_needs_more_than_that_policy(page: Page) -> None:
-    for tag, fields in page.tags:
-        assert not [name for name in fields if name == "style" or name.startswith("on")], tag
-    assert 'setAttribute("style"' not in STATUS_PAGE and "cssText" not in STATUS_PAGE
-
-
-def test_it_needs_nothing_from_outside(page: Page) -> None:
-    assert not re.search(
-        r"https?:|//[\w.-]+\.\w", re.sub(r" // .*|  // .*", "", STATUS_PAGE), re.IGNORECASE
-    )
-    assert not re.search(
-        r"@import|url\(|\bimport\b|importScripts|WebSocket|sendBeacon", STATUS_PAGE
-    )
-    for tag, fields in page.tags:
-        assert "src" not in fields and "srcset" not in fields
-        assert (fields.get("href") or "data:,") in ("data:,", "status.json", "/status.json"), tag
-
-
-def test_it_writes_what_it_is_told_as_text_alone() -> None:
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write",
-                "Function(",
-                "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
-                "javascript:"):
-        assert way not in STATUS_PAGE, way
-    assert "textContent" in STATUS_PAGE
-    assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
-        "points", "aria-label", "role"}
-
-
-def test_the_key_is_kept_in_memory_alone() -> None:
-    for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
-        assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
-    assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
-        '  const headers = key ? { Authorization: "Bearer " + key } : {};']
-
-
-web_KEYS = {
-    "doc": "version time uptime_s address stopping settings settings_error totals servers events",
-    "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
-              " ttft_p95_s error_ratio",
-    "server": "url name state reason since_s models running waiting in_flight capacity"
-              " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
-              " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
-              " last_errors decisions",
-    "e": "time level text",
-}
-
-
-@pytest.mark.parametrize("thing, key",
-                         [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
-def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
-    script = blocks(page, "script")
-    table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
-    rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
-    in_table = rows is not None and f'"{key}"' in rows[0]
-    assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
-
-
-def test_the_paths_are_those_of_the_balancer() -> None:
-    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
-        assert path in STATUS_PAGE, path
-    assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
-
-
-def test_it_can_be_read_by_whoever_does_not_see_it(page: Page) -> None:
-    assert sum(tag == "caption" for tag, _ in page.tags) == 1
-    assert [f.get("scope") for tag, f in page.tags if tag == "th"] == ["row"]
-    assert 'scope: "col"' in STATUS_PAGE
-    live = [f for _, f in page.tags if "aria-live" in f]
-    assert [f["aria-live"] for f in live] == ["polite"]
-    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
-    assert all(f.get("role") not in ("alert", "log") for _, f in page.tags[table:])
-    for _, fields in [t for t in page.tags if t[0] == "input"]:
-        name = re.escape(fields["id"] or "")
-        assert re.search(rf'<label>[^<]*<input id="{name}"[^>]*>[^<]*</label>', STATUS_PAGE)
-
-
-def test_its_colours_have_contrast_in_light_and_dark(page: Page) -> None:
-    def light(colour: str) -> float:
-        digits = colour if len(colour) == 6 else "".join(c + c for c in colour)
-        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        lin = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
-
-    found = re.findall(r":root \{([^}]*--bg[^}]*)\}", blocks(page, "style"))
-    assert len(found) == 2
-    for theme in found:
-        colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", theme))
-        for text in ("text", "muted", "good", "warn", "bad", "accent"):
-            for ground in ("bg", "card"):
-                pair = sorted((light(colours[text]), light(colours[ground])))
-                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, ground)
-
-
-def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
-    style = blocks(page, "style")
-    for query in (
-        "prefers-color-scheme: dark",
-        "prefers-reduced-motion",
-        "@media print",
-        "max-width",
-    ):
-        assert query in style
-    assert style.count("{") == style.count("}")
-    assert not re.search(r":has\(|@container|@layer|\bnesting\b|color-mix", style)  # too new
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  doctor
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
-
-
-@pytest.mark.parametrize("status, loads, ranks, words", table(
-    ("well", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 1, []),
-    ("no page", 404, {}, 1, ["/metrics answered 404"]),
-    ("silence", 0, {}, 1, ["/metrics did not answer"]),
-    ("another program's page", 200, {"": lite.EngineLoad()}, 1,
-     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, "
-      "vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
-    ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
-    ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
-    ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1,
-     ["runs 2 engine(s)"]),
-    ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine(s)"]),
-))
-def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
-    found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status,
-                               loads)
-    assert (len(found) == len(words)
-            and all(word in one.text and one.advice for word, one in zip(words, found)))
-
-
-@pytest.mark.parametrize("streamed, word", table(
-    ("well", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
-    ("not a model of text", lite.Streamed(404), ""),
-    ("failed", lite.Streamed(500), "answered 500"),
-    ("a key", lite.Streamed(401), "its key"),
-    ("silence", None, "did not end within 5 s"),
-))
-def test_what_a_stream_shows_to_be_amiss(streamed, word):
-    found = lite.stream_findings(streamed, 5.0)
-    assert len(found) == bool(word) and all(word in one.text and one.advice for one in found)
-
-
-@pytest.mark.parametrize("streamed, word", table(
-    ("one by one", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
-    ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
-    ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
-    ("no stream", None, ""),
-))
-def test_what_a_second_stream_shows_of_an_idle_server(streamed, word):
-    found = lite.buffered_findings(streamed)
-    assert (len(found) == bool(word) == lite.came_at_once(streamed)
-            and all(word in one.text for one in found))
-
-
-@pytest.mark.parametrize("load, idle", table(
-    ("nothing to do", (0, 0), True), ("it runs one", (1, 0), False), ("one waits", (0, 1), False),
-    ("it does not say", (None, None), False), ("only how many run", (0, None), True),
-))
-def test_when_a_server_is_idle(load, idle):
-    assert lite.is_idle({"": lite.EngineLoad(*load)}) is idle and not lite.is_idle({})
-
-
-@pytest.mark.parametrize("collected, load, told, streams", table(
-    ("twice, and idle", 2, 0, True, 2),
-    ("once", 1, 0, False, 2),
-    ("twice, but it was busy", 2, 3, False, 1),
-))
-@asynchronous
-async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_idle_server(
-        collected, load, told, streams):
-    async def answer(asked, conn):
-        if len(server.asked) - 1 <= collected:  # but for /version
-            await asyncio.sleep(0.06)
-            return await conn.events(FIRST, *map(token, range(8)))
-        return await conn.events(FIRST)
-
-    server = Server(answer,
-                    **{"/metrics": f"vllm:num_requests_running {load}\n"
-                                   f"vllm:num_requests_waiting 0\n"})
-    async with server:
-        s = Settings((lite.ServerSettings(server.url),))
-        found = await lite.examine(s.servers[0], s, lite.Secrets(s))
-    assert (any("buffered" in one.text for one in found.findings) is told
-            and len(server.asked) == streams + 1)
-
-
-@pytest.mark.parametrize("why, keys, advice", table(
-    ("no key", "/v1/models answered 401", {}, "give the server an api_key"),
-    ("a wrong key", "/v1/models answered 403", {"api_key": "x"}, "give the server another api_key"),
-    ("certificate", "cannot connect: certificate verify failed: self-signed certificate", {},
-     "ca_file"),
-    ("its time is up", "cannot connect: certificate verify failed: certificate has expired", {},
-     "renewed"),
-    ("another's",
-     "certificate verify failed: IP address mismatch, certificate is not valid for '1.2.3.4'", {},
-     "a name that is in"),
-    ("ours is wanted", "the server's connection was lost: TLS: tlsv13 alert certificate required",
-     {}, "client_cert"),
-    ("no TLS at all", "cannot connect: TLS: wrong version number", {}, "http://"),
-    ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
-))
-def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
-    assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
-
-
-@asynchronous
-async def test_a_server_that_says_nonsense_does_not_end_the_report():
-    for said in ('{"version": "\\u001b[2J\\n"}', "[" * 100_000, '{"version": "\\ud800"}',
-                 '{"version": [1]}'):
-        async with Server(**{"/version": said}) as server:
-            s = Settings((lite.ServerSettings(server.url),))
-            found = await lite.examine(s.servers[0], s, lite.Secrets(s))
-        assert found.usable and lite.printable(found.summary).isprintable()
-
-
-def test_what_is_amiss_here():
-    seen = [lite.Examined(True, "", [], {"m": {}})]
-    s = Settings(max_connections=1000, aliases={"gpt": "m", "old": "gone"}, default_model="gpt")
-    found = lite.own_findings(s, seen, 480)
-    assert [one.text.split(",")[0] for one in found] == [
-        "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]
-    # who knows what it serves
-    assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []
-
-
-@asynchronous
-async def test_a_server_is_examined():
-    async def one_by_one(asked, conn):
-        await conn.events(FIRST, end=False)
-        for n in range(4):
-            await asyncio.sleep(0.02)  # as an engine does
-            await conn.send(chunk(token(n)))
-        await conn.send(b"0\r\n\r\n")
-
-    async def collected(asked, conn):
-        await asyncio.sleep(0.1)
-        await conn.events(FIRST, *map(token, range(8)))
-
-    page = ("vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
-            "vllm:generation_tokens_total 0\n")
-    async with Server(one_by_one, **{"/metrics": page}) as well, Server(
-            collected, **{"/metrics": page}) as amiss:
-        s = Settings(tuple(lite.ServerSettings(one.url) for one in (well, amiss)))
-        found = [await lite.examine(server, s, lite.Secrets(s)) for server in s.servers]
-    assert all(one.usable and list(one.models) == ["m"]
-               and "first token after" in one.summary for one in found)
-    assert (not found[0].findings
-            and ["tokens came at once" in one.text for one in found[1].findings] == [True])
-    (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
-    assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
-
-
-def test_files_with_keys_that_others_may_read_are_found():
-    plain, keyed = lite.ServerSettings("http://a"), lite.ServerSettings("http://b", api_key="k")
-    filed = lite.ServerSettings("https://c", api_key_file="word", client_cert="cert",
-                                ca_file="public")
-    key = lite.KeySettings("a", key_file="word")
-    assert lite.secret_files("s.toml", Settings((plain,))) == []
-    assert lite.secret_files("s.toml", Settings((plain, keyed))) == ["s.toml"]
-    assert lite.secret_files("s.toml",
-                             Settings(keys=(lite.KeySettings("a", "sk-a"),))) == ["s.toml"]
-    assert lite.secret_files("s.toml", Settings((filed,), keys=(key,), tls_cert="c",
-                                                tls_key="t")) == ["word", "t", "cert"]
-    modes = {"a": 0o100600, "b": 0o100640, "c": 0o100644, "d": 0o100602}
-    found = [(one.text, one.advice) for one in lite.mode_findings(modes)]
-    assert found == [("c holds a key and is open to others (mode 0644)", "chmod o-rwx c"),
-                     ("d holds a key and is open to others (mode 0602)",
-                      "chmod o-rwx d")]
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
-#  demo
-# ════════════════════════════════════════════════════════════════════════════════════════════
-
-TINY = lite.Simulated(2, 0.001, 1e6)
-
-
-def prompt(stream=True, **more):
-    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5,
-                       **more}).encode()
-
-
-@contextlib.asynccontextmanager
-async def in_front_of(*simulated, **settings):
-    async with contextlib.AsyncExitStack() as stack:
-        for one in simulated:
-            await stack.enter_async_context(one)
-        async with balancing(*simulated, **settings) as running:
-            yield running
-
-
-@asynchronous
-async def test_a_simulated_server_speaks_as_vllm_does():
-    async with in_front_of(one := lite.SimulatedServer(TINY), **FAST) as running:
-        client = await running.client()
-        got = await client.post(body=prompt(stream_options={"include_usage": True}), fields=AS_JSON)
-        events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
-        assert (got.body.endswith(DONE) and len(events) == 6
-                and got.get("content-type").startswith("text/event-stream"))
-        assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
-        assert (events[5]["usage"]["completion_tokens"] == 5
-                and events[0]["choices"][0]["delta"]["role"] == "assistant")
-        plain = (await client.post(body=prompt(stream=False), fields=AS_JSON)).json
-        assert (plain["object"] == "chat.completion"
-                and len(plain["choices"][0]["message"]["content"].split()) == 5)
-        text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"),
-                                  AS_JSON)).json
-        assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
-        assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
-        page = (await lite.HttpClient(one.url).fetch("/metrics", 5))[1].decode()
-        assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
-
-
-CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
-# method, path, content type, content, status, kind, parameter, words; as captured of vLLM 0.32
-REFUSED_BY_VLLM = table(
-    ("another type", "POST", CHATS, "text/plain", prompt(), 400, "Bad Request", None,
-     "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"),
-    ("curl's, of a form", "POST", CHATS, "application/x-www-form-urlencoded", prompt(), 400,
-     "Bad Request", None, "Unsupported Media Type"),
-    ("none", "POST", CHATS, "", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
-    ("a charset does not matter", "POST", CHATS, "Application/JSON; charset=utf-8",
-     prompt(model="no"), 404, "NotFoundError", "model",
-     "The model `no` does not exist. Valid aliases: demo-model."),
-    ("bad JSON", "POST", CHATS, "application/json", b'{"model": "demo-model", "a": }', 400,
-     "Bad Request", "body.29", "'msg': 'JSON decode error'"),
-    ("no object", "POST", TEXTS, "application/json", b"[1, 2]", 400, "Bad Request", "body",
-     "Input should be a valid dictionary"),
-    ("no messages", "POST", CHATS, "application/json", b'{"model": "demo-model"}', 400,
-     "Bad Request", "body.messages",
-     "{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of "
-     "1 items>'}"),
-    ("no prompt", "POST", TEXTS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request",
-     "body.prompt", "Field required"),
-    ("colder than cold", "POST", CHATS, "application/json", prompt(temperature=-3.0), 400,
-     "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
-    ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError",
-     "max_tokens", "must be at least 1"),
-    ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400,
-     "BadRequestError", "max_tokens",
-     "max_tokens=99999 cannot be greater than max_model_len=8192."),
-    ("too long", "POST", TEXTS, "application/json", prompt(prompt="word " * 9000), 400,
-     "BadRequestError", "input_tokens", "This model's maximum context length is 8192 tokens."),
-)
-
-
-@pytest.mark.parametrize("method, path, kind, content, status, error, param, words",
-                         REFUSED_BY_VLLM)
-def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, content, status, error,
-                                                      param, words):
-    head, wanted = (head_of(f"{method} {path} HTTP/1.1\nHost: a\nContent-Type: {kind}"),
-                    lite.read_members(content, None))
-    found, document = lite.simulated_refusal(head, content, wanted,
-                                             lite.read_prompt(content, None, wanted, None),
-                                             ("demo-model",))
-    assert (found, document["error"]["type"], document["error"]["param"],
-            document["error"]["code"]) == (status, error, param, status)
-    assert words in document["error"]["message"]
-
-
-@asynchronous
-async def test_a_simulated_server_refuses_over_the_wire_and_knows_its_methods():
-    async with in_front_of(one := lite.SimulatedServer(TINY)) as running:
-        client = await running.client()
-        assert (await client.post(body=prompt())).error["message"].endswith(
-            "Only 'application/json' is allowed")
-        assert (await client.post(body=prompt(), fields=AS_JSON)).status == 200
-        direct = Client(*await asyncio.open_connection("127.0.0.1",
-                                                       int(one.url.rpartition(":")[2])))
-        for method, path, allow in (("GET", CHATS, "POST"), ("POST", "/health", "GET")):
-            got = await direct.get(path, method=method)
-            assert (got.status, got.get("allow"),
-                    got.json) == (405, allow, {"detail": "Method Not Allowed"})
-        assert running.states() == ["healthy"]
-        direct.close()
-
-
-@asynchronous
-async def test_simulated_servers_queue_beyond_their_capacity_and_notice_who_leaves():
-    slow = lite.Simulated(1, 60.0, 1e6)
-    async with in_front_of(one := lite.SimulatedServer(slow)) as running:
-        clients = [await running.client() for _ in range(3)]
-        for client in clients:
-            await client.ask("POST", "/v1/chat/completions", prompt(), AS_JSON)
-        await eventually(lambda: (one.running, one.waiting) == (1, 2), "one runs and two wait")
-        for client in clients:
-            client.close()
-        await eventually(
-            lambda: (one.running, one.waiting, one.aborted) == (0, 0, 3),
-            "the server notices who leaves",
-        )
-
-
-@asynchronous
-async def test_simulated_servers_can_be_told_to_fail_and_hang():
-    bad, good = lite.SimulatedServer(TINY), lite.SimulatedServer(TINY)
-    bad.capacity = 1000  # it is asked first
-    async with in_front_of(bad, good, request_timeout=0.1) as running:
-        control = Client(*await asyncio.open_connection("127.0.0.1",
-                                                        int(bad.url.rpartition(":")[2])))
-        assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
-        assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
-        statuses = Counter(
-            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
-             for _ in range(10)])
-        assert statuses == {200: 10} and running.states() == ["unhealthy", "healthy"]
-        assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
-        running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
-        statuses = Counter(
-            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
-             for _ in range(10)])
-        assert statuses[504] == 2 and statuses[200] == 8
-        control.close()
-
-
-# ════════════════════════════════════════════════════════════════════════════════════════════
 #  commands, process and command line
 # ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -14930,6 +13159,1754 @@ def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     seen = terminal.read_until("\x1b[?1049l", " INFO stopped")
     assert " INFO stopped" in seen.partition("\x1b[?1049l")[2]  # then there are log lines again
     assert child.wait(20) == 0 and terminal.restored
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  cells, table, screen, keys, terminal and top
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+Action, Look, Mode, Size, Style = lite.Action, lite.Look, lite.Mode, lite.Size, lite.Style
+Ui, press = lite.Ui, lite.press
+
+
+# A status document
+
+
+def shown_server(n, **more):
+    return {
+        "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
+        "reason": "check passed", "since_s": 130.0, "models": ["llama-3-70b"], "running": 3,
+        "waiting": 0, "in_flight": 3, "capacity": 16, "capacity_learned": False,
+        "capacity_note": "", "kv_usage_ratio": 0.42, "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
+        "ttft_p95_s": 0.3, "errors": 0, "retries": 0, "pending_prompt_tokens": 1200,
+        "prompt_tokens_per_second": 9000, "stale": False,
+        "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
+        "decisions": ["14:03:20 cost 107; next 10.0.0.2:8000 at 214"], **more,
+    }
+
+
+def document(servers, **more):
+    healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
+    totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
+              "connections": 40, "requests_per_s": 3.2, "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
+              "ttft_p95_s": 0.4, "error_ratio": 0.01}
+    return {
+        "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
+        "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
+        "settings": "unchanged since the start", "totals": totals, "servers": servers,
+        "events": [
+            {"time": "14:01:00", "level": "info", "text": "10.0.0.1:8000 is healthy"},
+            {"time": "14:02:01", "level": "warning",
+             "text": "10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused"},
+            {"time": "14:03:10", "level": "error", "text": "servers.toml line 3 is no number"},
+        ], **more,
+    }
+
+
+NOTHING = dict(running=None, waiting=None, in_flight=0, kv_usage_ratio=None, tokens_per_s=None,
+               ttft_p50_s=None, ttft_p95_s=None, models=[], history=[])
+shown_REFUSED = "3 checks failed in a row: connection refused"
+SHOWN_STATUS = document([
+    shown_server(1),
+    shown_server(2, running=15, waiting=4, in_flight=15, kv_usage_ratio=0.93, errors=2, retries=1,
+           capacity_learned=True, capacity_note="16 was set, it does 14"),
+    shown_server(3, state="unhealthy", reason=shown_REFUSED, **NOTHING),
+    shown_server(4, state="draining", models=["qwen", "lora", "phi", "m4"], in_flight=1, running=1,
+           stale=True),
+])
+MANY = document([shown_server(n) for n in range(1, 61)])
+TOP_SERVER, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_flight": 0})
+DRAINED_SERVER = "http://10.0.0.4:8000"
+
+
+def text_of(status, ui, look, columns, rows):
+    lines = lite.screen(status, ui, look, Size(columns, rows))
+    return ["".join(text for text, _ in line).rstrip() for line in lines]
+
+
+# Captured screens
+
+CAPTURED = [
+    (80, 24, """
+mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
+2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms
+settings unchanged since the start
+  SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
+> 10.0.0.1:8000 healthy   llama-3…   3    0    3 ██░░░░   16  42%   60/300ms   0
+  10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
+ !10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
+   └ 3 checks failed in a row: connection refused, for 2 min
+ ?10.0.0.4:8000 draining  qwen, l…  1?   0?    1 █░░░░░   16 42%?   60/300ms   0
+── events ──────────────────────────────────────────────────────────────────────
+14:01:00 10.0.0.1:8000 is healthy
+14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connect…
+14:03:10 error: servers.toml line 3 is no number
+
+
+
+
+
+
+
+
+
+
+q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+"""),
+    (120, 40, """
+mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
+2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
+settings unchanged since the start
+  SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
+> 10.0.0.1:8000 healthy   llama-3-70b       3    0    3 ██░░░░   16  42%   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+  10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+ !10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
+   └ 3 checks failed in a row: connection refused, for 2 min
+ ?10.0.0.4:8000 draining  qwen, lora (+2)  1?   0?    1 █░░░░░   16 42%?   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+── events ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+14:01:00 10.0.0.1:8000 is healthy
+14:02:01 warning: 10.0.0.3:8000 is unhealthy: 3 checks failed in a row: connection refused
+14:03:10 error: servers.toml line 3 is no number
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+"""),  # noqa: E501
+    (40, 10, """
+mvllm_lite 0.1.0  up 65 min     14:03:22
+2 of 4 healthy  queue 0  in flight 12
+settings unchanged since the start
+  SERVER        STATE     RUN WAIT OURS
+> 10.0.0.1:8000 healthy     3    0    3
+  10.0.0.2:8000 healthy    15    4   15
+ !10.0.0.3:8000 unhealthy   -    -    0
+   └ 3 checks failed in a row: connecti…
+ ?10.0.0.4:8000 draining   1?   0?    1
+q quit  ? help  Enter detail  d drain
+"""),
+]
+
+
+@pytest.mark.parametrize("columns, rows, expected", CAPTURED, ids=lambda v: str(v)[:3].strip())
+def test_the_list_looks_like_this(columns, rows, expected):
+    lines = text_of(SHOWN_STATUS, Ui(), Look(), columns, rows)
+    assert len(lines) == rows
+    assert "\n".join(lines).rstrip("\n") == expected.strip("\n")
+
+
+def test_at_20x5_there_are_totals_servers_and_keys():
+    assert text_of(SHOWN_STATUS, Ui(), Look(False), 20, 5) == [
+        "2 of 4 healthy",
+        "  SERVER        STAT",
+        "> 10.0.0.1:8000 ok",
+        "  10.0.0.2:8000 ok",
+        "q quit      1-2 of 4",
+    ]
+
+
+def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
+    lines = text_of(SHOWN_STATUS, Ui(), Look(), 80, 8)
+    assert f" !10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
+    assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
+
+
+def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
+    ui = Ui()
+    for key, name, place in (("", "10.0.0.1:", "1-15 of 60"), ("G", "10.0.0.60:", "46-60 of 60"),
+                             ("pgup", "10.0.0.45:", "45-59 of 60"), ("k", "10.0.0.44:", "44-58"),
+                             ("g", "10.0.0.1:", "1-15 of 60")):
+        ui = press(key, ui, MANY)[0] if key else ui
+        ui = lite.settle(ui, MANY, Look(), Size(80, 24))
+        lines = text_of(MANY, ui, Look(), 80, 24)
+        assert [line for line in lines if line.startswith(f"> {name}")], (key, lines)
+        assert place in lines[-1]
+
+
+def test_the_selection_follows_its_server_when_the_order_changes():
+    ui = Ui(selected=SECOND, sort="waiting")
+    lines = text_of(SHOWN_STATUS, ui, Look(), 80, 24)
+    assert lines[4].startswith("> 10.0.0.2:8000")
+    calm = document([shown_server(1, waiting=9), shown_server(2)])
+    assert text_of(calm, ui, Look(), 80, 24)[5].startswith("> 10.0.0.2:8000")
+
+
+@pytest.mark.parametrize("sort, first", table(
+    ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
+    ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))
+def test_the_list_is_sorted(sort, first):
+    assert lite.listed(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
+
+
+def test_a_complaint_about_settings_is_read_without_scrolling():
+    wrong = {**SHOWN_STATUS,
+             "settings_error": "servers.toml:3: port: found x\nservers.toml:9: what?"}
+    lines = text_of(wrong, Ui(), Look(), 80, 24)
+    assert "SETTINGS WRONG" in lines[1]
+    assert lines[2:4] == ["settings not used: servers.toml:3: port: found x",
+                          "servers.toml:9: what?"]
+    assert "SETTINGS WRONG" in text_of(wrong, Ui(), Look(), 40, 5)[0]
+
+
+def test_the_detail_has_all_that_is_known_of_a_server():
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
+    for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
+                  "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries"):
+        assert words in text
+
+
+def test_the_detail_of_a_server_that_has_left_is_not_that_of_another():
+    ui = lite.settle(Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS, Look(), Size(80, 24))
+    assert ui.mode is Mode.LIST
+    assert press("d", Ui(Mode.DETAIL, selected="http://gone"), SHOWN_STATUS)[0].asked is None
+
+
+def test_help_names_every_key():
+    text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.HELP), Look(), 80, 40))
+    assert all(key in text for key, _, _ in lite.KEYS)
+
+
+def test_a_port_is_kept_even_where_a_name_is_wider_than_the_screen():
+    name = "gpu-node-17.cluster.example.com:8017"
+    odd = document([shown_server(1, name=name)])
+    assert any(line.endswith("…:8017") for line in text_of(odd, Ui(), Look(), 20, 5))
+    assert any(name in line for line in text_of(odd, Ui(), Look(), 40, 5))
+
+
+def test_what_a_colour_says_a_word_or_a_mark_says_too():
+    for line in lite.screen(SHOWN_STATUS, Ui(selected=TOP_SERVER), Look(), Size(120, 24))[4:9]:
+        styles = {style for _, style in line}
+        text = "".join(text for text, _ in line)
+        if Style.SELECTED in styles:
+            assert text.startswith(">")
+        if "10.0.0.3:8000" in text:
+            assert text.startswith(" !") and "unhealthy" in text
+
+
+# Text
+
+
+@pytest.mark.parametrize("text, look, expected, width", table(
+    ("plain", "llama-3", Look(), "llama-3", 7),
+    ("wide", "模型", Look(), "模型", 4),
+    ("combining", "e\u0301a\u0308\u0323", Look(), "éạ\u0308", 2),
+    ("only combining", "\u0308", Look(), " \u0308", 1),
+    ("escape", "a\x1b[31mb", Look(), "a?[31mb", 7),
+    ("8-bit control", "a\x9bb", Look(), "a?b", 3),
+    ("turned around", "a\u202eb", Look(), "a?b", 3),
+    ("surrogate", "a\ud800", Look(), "a?", 2),
+    ("emoji made of several", "👩\u200d💻\ufe0f", Look(), "👩?💻", 5),
+    ("wide in ASCII", "模é×", Look(False), "??ex", 4),
+    ("line ends", "a\nb\tc\u2028d", Look(), "a b   c d", 9)))
+def test_text_is_made_fit_to_be_shown(text, look, expected, width):
+    assert (lite.clean(text, look), lite.cells(lite.clean(text, look))) == (expected, width)
+
+
+@pytest.mark.parametrize("function, value, expected", table(
+    ("unknown", lite.short_number, None, "-"), ("no number", lite.short_number, float("nan"), "-"),
+    ("whole", lite.short_number, 3, "3"), ("small", lite.short_number, 3.24, "3.2"),
+    ("four digits", lite.short_number, 9000, "9000"), ("k", lite.short_number, 12345, "12k"),
+    ("M", lite.short_number, 3.4e6, "3M"), ("huge", lite.short_number, 1e12, "1e12"),
+    ("ms", lite.short_time, 0.06, "60ms"), ("s", lite.short_time, 1.4, "1.4s"),
+    ("almost a second", lite.short_time, 0.9996, "1.0s"), ("m", lite.short_time, 1200, "20m"),
+    ("a minute", lite.long_time, 61, "61 s"), ("hours", lite.long_time, 7500, "2 h 05 min"),
+    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))
+def test_numbers_are_short(function, value, expected):
+    assert function(value) == expected
+
+
+def test_lines_are_broken_at_spaces_and_never_too_wide():
+    assert lite.wrapped("one two three\nfour", 8) == ["one two", "three", "four"]
+    assert lite.wrapped("abcdefghij", 4) == ["abcd", "efgh", "ij"]
+    assert lite.wrapped("模型", 1) == ["模", "型"]  # which clipped() leaves out
+
+
+# Any document, any size
+
+ODD_TEXTS = ["", "m", "模型-7b", "e\u0301\u0308" * 4, "\u0301", "x" * 200, "a\x1b]0;b\x07c", "👩‍💻",
+             "a\nb\r\nc", "\u202eabc", "<script>", "한국어 모델", "\u1112\u1161\u11ab", "\ufe0f"]
+ODD_NUMBERS = [None, 0, 1, -1, 0.5, 17, 99999, 1e9, 1e30, float("nan"), float("inf")]
+STATES = ["healthy", "unhealthy", "drained", "draining", "circuit half-open", "模型", "", "x" * 40]
+
+
+def shown_random_server(draw, n):
+    made = shown_server(n)
+    for key, value in made.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if draw.random() < 0.5:
+                made[key] = draw.choice(ODD_NUMBERS)
+    some = lambda most: [draw.choice(ODD_TEXTS) for _ in range(draw.randrange(most))]  # noqa: E731
+    made |= {
+        "state": draw.choice(STATES), "reason": draw.choice(ODD_TEXTS), "models": some(8),
+        "capacity_learned": draw.random() < 0.5, "capacity_note": draw.choice(ODD_TEXTS),
+        "stale": draw.random() < 0.5, "last_errors": some(4), "decisions": some(4),
+        "history": [draw.choice(ODD_NUMBERS) for _ in range(draw.randrange(60))],
+    }
+    if draw.random() < 0.2:
+        made["name"] = f"{draw.choice(ODD_TEXTS)}{n}:8000"
+    return made
+
+
+def random_document(draw):
+    made = document([shown_random_server(draw, n) for n in range(draw.choice((0, 1, 3, 8, 60)))])
+    made["totals"] = {key: draw.choice(ODD_NUMBERS) for key in made["totals"]}
+    made["uptime_s"] = draw.choice(ODD_NUMBERS)
+    made["stopping"] = draw.random() < 0.2
+    made["settings_error"] = draw.choice(["", "", "one\ntwo " + "long " * 40 + "\x1b", "模" * 99])
+    made["settings"], made["address"] = draw.choice(ODD_TEXTS), draw.choice(ODD_TEXTS)
+    made["events"] = [{"time": "14:00:00", "level": draw.choice(["info", "warning", "error"]),
+                       "text": draw.choice(ODD_TEXTS)} for _ in range(draw.randrange(30))]
+    return made
+
+
+PRESSED = [*"jkgGs/dr?pqyn xé模", "up", "down", "pgup", "pgdn", "enter", "esc", "backspace", "what"]
+
+
+def independent_width(text):
+    """Not by the code that is tested."""
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") or 0x1160 <= ord(c) <= 0x11FF else
+               1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
+    draw = random.Random(seed)
+    for _ in range(50):
+        look, status = Look(draw.random() < 0.5), random_document(draw)
+        size = Size(draw.randrange(20, 251), draw.randrange(5, 71))
+        if draw.random() < 0.1:
+            size = Size(draw.randrange(0, 20), draw.randrange(0, 5))
+        ui = Ui(sort=draw.choice(list(lite.SORTS)))
+        for _ in range(draw.randrange(6)):
+            ui, action = press(draw.choice(PRESSED), ui, status)
+            assert action is None or action.verb in ("drain", "undrain", "probe", "quit")
+        lines = lite.screen(status, ui, look, size)
+        assert len(lines) == size.rows
+        for line in lines:
+            text = "".join(text for text, _ in line)
+            assert independent_width(text) <= size.columns
+            assert text.isprintable() and (look.unicode or text.isascii()), repr(text)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key, before, changed, action", table(
+    ("down", "down", Ui(), {"selected": SECOND}, None),
+    ("j", "j", Ui(), {"selected": SECOND}, None),
+    ("up at the top stays", "up", Ui(), {"selected": TOP_SERVER}, None),
+    ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINED_SERVER}, None),
+    ("G", "G", Ui(), {"selected": DRAINED_SERVER}, None),
+    ("g", "g", Ui(selected=DRAINED_SERVER), {"selected": TOP_SERVER}, None),
+    ("sort", "s", Ui(), {"sort": "name"}, None),
+    ("sort comes round", "s", Ui(sort="errors"), {"sort": "given"}, None),
+    ("filter begins", "/", Ui(), {"typed": ""}, None),
+    ("filter again", "/", Ui(filter="a"), {"typed": "a"}, None),
+    ("typed", "q", Ui(typed="a"), {"typed": "aq"}, None),
+    ("backspace", "backspace", Ui(typed="ab"), {"typed": "a"}, None),
+    ("backspace of nothing", "backspace", Ui(typed=""), {"typed": ""}, None),
+    ("filter kept", "enter", Ui(typed="ab"), {"typed": None, "filter": "ab"}, None),
+    ("filter cleared", "esc", Ui(typed="ab", filter="a"), {"typed": None, "filter": ""}, None),
+    ("Esc ends a filter", "esc", Ui(filter="a"), {"filter": ""}, None),
+    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": TOP_SERVER}, None),
+    ("back by q", "q", Ui(Mode.DETAIL), {"mode": Mode.LIST}, None),
+    ("back by Esc", "esc", Ui(Mode.HELP), {"mode": Mode.LIST}, None),
+    ("help", "?", Ui(), {"mode": Mode.HELP}, None),
+    ("pause", "p", Ui(), {"paused": True}, None),
+    ("go on", "p", Ui(paused=True), {"paused": False}, None),
+    ("detail scrolls", "j", Ui(Mode.DETAIL), {"lines_up": 1}, None),
+    ("drain asks", "d", Ui(selected=TOP_SERVER), {"asked": Action("drain", TOP_SERVER)}, None),
+    ("undrain asks", "d", Ui(selected=DRAINED_SERVER), {"asked": Action("undrain", DRAINED_SERVER)},
+     None),
+    ("yes", "y", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None},
+     Action("drain", TOP_SERVER)),
+    ("no", "n", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
+    ("Esc is no", "esc", Ui(asked=Action("drain", TOP_SERVER)), {"asked": None}, None),
+    ("neither", "x", Ui(asked=Action("quit")), {"asked": Action("quit")}, None),
+    ("probe", "r", Ui(selected=SECOND), {}, Action("probe", SECOND)),
+    ("quit asks", "q", Ui(), {"asked": Action("quit")}, None),
+    ("no drain from the help", "d", Ui(Mode.HELP), {"asked": None}, None),
+    ("no key of ours", "x", Ui(), {"mode": Mode.LIST}, None)))
+def test_a_key_does_this(key, before, changed, action):
+    after, asked_for = press(key, before, SHOWN_STATUS)
+    assert asked_for == action
+    assert {name: getattr(after, name) for name in changed} == changed
+
+
+def test_quit_does_not_ask_while_nothing_runs():
+    assert press("q", Ui(), SHOWN_IDLE)[1] == Action("quit")
+
+
+def test_keys_about_a_server_do_nothing_where_there_is_none():
+    for key in "drjG":
+        assert press(key, Ui(filter="nowhere"), SHOWN_STATUS)[1] is None
+
+
+@pytest.mark.parametrize("char, key", table(
+    ("a letter", "j", "j"), ("a wide one", "模", "模"), ("enter", "\r", "enter"),
+    ("erase, of two terminals", "\x7f", "backspace"), ("and of others", "\b", "backspace"),
+    ("Ctrl-L", "\x0c", "redraw"), ("escape", "\x1b", "esc"), ("a control character", "\x01", "")))
+def test_a_key_that_sends_a_character_is_known_by_it(char, key):
+    assert lite.key_of(char) == key
+
+
+def test_quit_on_a_screen_of_a_balancer_elsewhere_leaves_it_alone_and_does_not_ask():
+    assert press("q", Ui(remote=True), SHOWN_STATUS)[1] == Action("quit")
+
+
+# The terminal: the program in a process of its own, on a pseudo-terminal
+
+
+TERMINAL_ENV = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+UP, DOWN, REDRAW = b"\x1bOA", b"\x1bOB", b"\x0c"
+
+
+class Pty:
+    """A pseudo-terminal, which a child may have for its own."""
+
+    def __init__(self, columns=80, rows=24):
+        self.master, self.slave = os.openpty()
+        self.resize(columns, rows)
+        self.before = termios.tcgetattr(self.slave)
+        self.child, self.closing = None, contextlib.ExitStack()
+
+    def run(self, *command, **more):
+        slave = self.slave
+        self.child = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **{"env": TERMINAL_ENV, **more})
+        return self.child
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read_until(self, *words, seconds=20.0):
+        """What is written until all these words were, whatever colours they have."""
+        end, seen = time.monotonic() + seconds, ""
+        while not all(word in re.sub(r"\x1b\[[\d;]*m|\x1b\(B|\x0f", "", seen) for word in words):
+            assert time.monotonic() < end, (words, seen[-3000:])
+            if select.select([self.master], [], [], 0.1)[0]:
+                seen += os.read(self.master, 65536).decode(errors="replace")
+        return seen
+
+    def press(self, keys):
+        os.write(self.master, keys)
+
+    def close(self):
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+        self.closing.close()
+        os.close(self.master)
+        os.close(self.slave)
+
+    @property
+    def restored(self):
+        return termios.tcgetattr(self.slave) == self.before
+
+
+@pytest.fixture
+def terminal():
+    made = Pty()
+    yield made
+    made.close()
+
+
+class Shown:
+    """A balancer's side of the screen."""
+
+    def __init__(self, terminal, **env):
+        self.terminal = terminal
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(20)
+        self.lines = terminal.closing.enter_context(self.sock.makefile())
+        terminal.closing.enter_context(self.sock)
+        command = (sys.executable, "-I", "-S", HERE / "mvllm_lite.py", "top", "--socket")
+        terminal.run(*command, str(theirs.fileno()), pass_fds=[theirs.fileno()],
+                     env=TERMINAL_ENV | env)
+        theirs.close()
+
+    def say(self, **message):
+        self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def heard(self, *wanted):
+        """The next message that has one of these."""
+        return next(m for m in map(json.loads, self.lines) if any(word in m for word in wanted))
+
+    def begin(self, status):
+        """On the screen, once the program has said how to leave it."""
+        self.leave = self.heard("leave")["leave"]
+        self.say(status=status)
+        return self.terminal.read_until("q quit")
+
+
+def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
+    shown = Shown(terminal)
+    seen = shown.begin(SHOWN_STATUS)
+    assert "\x1b[?1049h" in seen and "10.0.0.4:8000" in seen and not terminal.restored
+    assert "\x1b[?1049l" in shown.leave
+    shown.say(status={**SHOWN_STATUS, "time": "14:03:59"})
+    assert "10.0.0.4:8000" not in terminal.read_until("59")  # only what has changed
+    terminal.press(DOWN)
+    assert "7m> 10" in terminal.read_until("> 10.0.0.2:8000")
+    terminal.press(b"d")
+    terminal.read_until("y/n: drain 10.0.0.2:8000?")
+    terminal.press(b"y")
+    assert shown.heard("verb") == {"verb": "drain", "url": SECOND}
+    terminal.press(b"?")
+    terminal.read_until("Keys")
+    terminal.press(b"\x1b")  # alone it is a key
+    terminal.read_until("SERVER")
+    terminal.press(b"p")
+    terminal.read_until("PAUSED")
+    shown.say(status={**SHOWN_STATUS, "time": "14:04:44"})
+    terminal.press(b"k" + REDRAW)
+    assert "14:03:59" in terminal.read_until("> 10.0.0.1:8000")
+    terminal.press(b"p" + REDRAW)
+    terminal.read_until("14:04:44")
+    shown.say(note="a note from elsewhere")
+    terminal.read_until("a note from elsewhere")
+    terminal.press(b"k")  # a note stays until the next key
+    terminal.read_until("q quit")
+    terminal.resize(40, 10)
+    assert "PgUp" not in (seen := terminal.read_until("q quit")) and "\x1b[11" not in seen
+    shown.sock.shutdown(socket.SHUT_WR)
+    assert "\x1b[?1049l" in terminal.read_until("\x1b[?1049l")
+    assert terminal.child.wait(20) == 0 and terminal.restored
+
+
+@pytest.mark.parametrize("term, env, unicode, colours", table(
+    ("one that terminfo does not know", "xterm-nobody-has-heard-of", {}, True, True),
+    ("without colours", "vt220", {}, True, False),
+    ("no colours wanted", "xterm", {"NO_COLOR": "1"}, True, False),
+    ("a console", "linux", {}, False, True),
+    ("ASCII", "xterm", {"LC_ALL": "en_US.ISO-8859-1"}, False, True)))
+def test_a_terminal_is_shown_what_it_can_show(terminal, term, env, unicode, colours):
+    seen = Shown(terminal, TERM=term, **env).begin(SHOWN_STATUS)
+    assert ("█" in seen, "##" in seen) == (unicode, not unicode)
+    assert bool(re.search(r"\x1b\[(\d+;)*3[1-6]", seen)) == colours
+
+
+NO_CURSES = "import sys; sys.modules['curses'] = None; import mvllm_lite; mvllm_lite.main()"
+
+
+@pytest.mark.parametrize("term, code, why", table(
+    ("dumb", "dumb", "import mvllm_lite; mvllm_lite.main()",
+     "TERM is 'dumb', no terminal that can"),
+    ("none", "", "import mvllm_lite; mvllm_lite.main()", "TERM is '', no terminal that can"),
+    ("no curses", "xterm", NO_CURSES, "this Python has no curses")))
+def test_where_there_can_be_no_screen_one_line_says_so(terminal, term, code, why):
+    sock, theirs = socket.socketpair()
+    with sock, theirs:
+        descriptor = theirs.fileno()
+        terminal.run(sys.executable, "-c", code, "top", "--socket", str(descriptor), cwd=HERE,
+                     pass_fds=[descriptor], env=TERMINAL_ENV | {"TERM": term})
+        theirs.close()
+        assert json.loads(sock.makefile().read())["why"].startswith(why)
+    assert terminal.child.wait(20) == 0 and terminal.restored
+
+
+def test_a_status_that_cannot_be_shown_restores_the_terminal_and_is_reported(terminal):
+    shown = Shown(terminal)
+    shown.begin(SHOWN_STATUS)
+    shown.say(status={"totals": {}})
+    assert shown.heard("why")["why"] == "it failed: KeyError: 'servers'"
+    terminal.read_until("\x1b[?1049l")
+    assert terminal.child.wait(20) == 0 and terminal.restored
+
+
+class Held:
+    """A balancer with a ScreenProcess, which tells what became of it."""
+
+    def __init__(self, terminal, status=SHOWN_STATUS):
+        self.held, self.actions, self.status = asyncio.Queue(), asyncio.Queue(), status
+        self.screen = lite.ScreenProcess(
+            lambda: self.status, self.actions.put_nowait, self.held.put_nowait, terminal.slave)
+
+    async def begun(self, terminal):
+        assert await self.held.get()
+        await asyncio.to_thread(terminal.read_until, "q quit")
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+        return next(int(one) for one in children if b"--socket" in cmdline(one))
+
+
+def cmdline(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.fixture
+def as_xterm(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+@asynchronous
+async def test_a_screen_that_is_killed_leaves_the_terminal_as_it_was(
+        terminal, as_xterm, caplog, number):
+    held = Held(terminal)
+    pid = await held.begun(terminal)
+    os.kill(pid, number)
+    assert not await held.held.get()  # there are log lines again
+    assert terminal.restored and "no screen: its process ended with" in caplog.text
+    await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+    await held.screen.close()
+
+
+def process_state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def can_be_stopped(pid):
+    """Whether a terminal's stop signal stops a process: none does where no parent in another group
+    of
+    its session could have it continue, as in a container or under setsid (POSIX's orphaned
+    groups)."""
+    def ids(pid):  # of its parent, its group, its session
+        return [int(word)
+                for word in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1:4]]
+
+    (_, group, session), found = ids(pid), []
+    for one in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent, *mine = ids(one.name)
+            if mine == [group, session] and parent:
+                found.append(ids(parent)[1:])
+    return any(theirs[1] == session and theirs[0] != group for theirs in found)
+
+
+@asynchronous
+async def test_a_screen_s_signals_are_its_own(terminal, as_xterm):
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    held = Held(terminal)
+    pid = await held.begun(terminal)
+    assert handlers == {number: signal.getsignal(number) for number in signal.valid_signals()}
+    # While it paints, curses ignores this signal.
+    await eventually(lambda: process_state(pid) == "S", "the screen waits for keys")
+    if can_be_stopped(pid):
+        os.kill(pid, signal.SIGTSTP)
+        await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+        await eventually(lambda: process_state(pid) == "T", "the screen stops itself")
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.to_thread(terminal.read_until, "q quit")
+    terminal.resize(40, 10)
+    os.kill(pid, signal.SIGWINCH)
+    await asyncio.to_thread(terminal.read_until, "q quit")
+    await held.screen.close()
+    assert terminal.restored and not await held.held.get()
+
+
+@pytest.mark.parametrize("stuck", ["stopped", "a terminal that nobody reads"])
+@asynchronous
+async def test_a_screen_that_hangs_delays_nothing_and_is_killed_in_the_end(
+        terminal, as_xterm, stuck):
+    held, loop, gaps = Held(terminal, MANY), asyncio.get_running_loop(), []
+    pid = await held.begun(terminal)
+    if stuck == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+    before = loop.time()
+    for n in range(100):
+        if stuck != "stopped":
+            terminal.resize(250 + n % 2, 70)
+            os.kill(pid, signal.SIGWINCH)
+        await asyncio.sleep(0.005)
+        gaps.append(loop.time() - before)
+        before = loop.time()
+    await held.screen.close()
+    assert max(gaps) < 2 and loop.time() - before < 10  # it would be for ever
+    assert terminal.restored and not os.path.exists(f"/proc/{pid}")
+    await asyncio.to_thread(terminal.read_until, "\x18", "\x1b[?1049l")  # when it is read after all
+
+
+@asynchronous
+async def test_a_screen_that_answers_no_more_is_killed_and_that_is_said(terminal, as_xterm, caplog):
+    held = Held(terminal)
+    os.kill(await held.begun(terminal), signal.SIGSTOP)
+    held.screen.unanswered = lite.UNANSWERED_LIMIT
+    assert not await held.held.get()
+    assert terminal.restored and "no screen: it answers no more" in caplog.text
+
+
+@asynchronous
+async def test_a_screen_that_is_closed_before_it_has_begun_is_no_hindrance(
+        terminal, as_xterm, caplog):
+    begun = asyncio.get_running_loop().time()
+    await Held(terminal).screen.close()
+    assert terminal.restored and asyncio.get_running_loop().time() - begun < 15 and not caplog.text
+
+
+@asynchronous
+async def test_top_shows_a_balancer_elsewhere_and_its_keys_act_there(terminal, tmp_path):
+    keys = lite.KeySettings("ops", "sk-ops", admin=True), lite.KeySettings("app", "sk-app")
+    (tmp_path / "ops").write_text("sk-ops\n")
+    (tmp_path / "app").write_text("sk-app\n")
+    command = [sys.executable, "-I", "-S", str(HERE / "mvllm_lite.py"), "top"]
+    async with balancing(Server(), keys=keys, status_access="key") as running:
+        (url,) = [view.id for view in running.views()]
+        here = f"http://127.0.0.1:{running.balancer.port}"
+        terminal.run(*command, here)
+        await asyncio.to_thread(terminal.read_until, "/status.json: 401: ")
+        assert await asyncio.to_thread(terminal.child.wait, 20) == 1 and terminal.restored
+        top = terminal.run(*command, here, "--key-file", str(tmp_path / "app"))
+        await asyncio.to_thread(terminal.read_until, "q quit")
+        terminal.press(b"dy")
+        await asyncio.to_thread(terminal.read_until, "403: ")  # as curses sends it
+        terminal.press(b"q")
+        assert (await asyncio.to_thread(top.wait, 20) == 0
+                and not running.core.roster.report()["drained"])
+        top = terminal.run(*command, here, "--key-file", str(tmp_path / "ops"))
+        await asyncio.to_thread(terminal.read_until, url.partition("://")[2], here, "q quit")
+        terminal.press(b"d")
+        await asyncio.to_thread(terminal.read_until, "drain ")
+        terminal.press(b"y")
+        await asyncio.to_thread(terminal.read_until, "drained")
+        assert running.core.roster.report()["drained"] == [url]
+        terminal.press(b"q")  # leaves it, and does not stop the balancer
+        await asyncio.to_thread(terminal.read_until, "\x1b[?1049l")
+        assert await asyncio.to_thread(top.wait, 20) == 0 and terminal.restored
+        assert (await (await running.client()).get("/liveness")).status == 200
+
+
+def test_a_balancer_that_is_killed_leaves_its_terminal_as_it_was(terminal, tmp_path):
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url = "http://127.0.0.1:1"}]\n[config]\nport = 0\nlog_dir = ""\n')
+    command = 'echo "pid $$."; exec "$@"', "sh", sys.executable, str(HERE / "mvllm_lite.py"), path
+    leader = "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.stdin.read()"
+    terminal.run(sys.executable, "-c", leader, "sh", "-c", *command)
+    pid = re.search(r"pid (\d+)\.", terminal.read_until("q quit"))[1]
+    os.kill(int(pid), signal.SIGKILL)
+    terminal.read_until("\x1b[?1049l")
+    asyncio.run(eventually(lambda: terminal.restored, "the terminal is restored"))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  page
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+STATUS_PAGE, page_policy = lite.STATUS_PAGE, lite.page_policy
+
+VOID = {"meta", "link", "input", "br", "path", "polyline"}
+LEGAL_PARENTS = {
+    "td": {"tr"},
+    "th": {"tr"},
+    "tr": {"thead", "tbody"},
+    "dt": {"dl", "div"},
+    "dd": {"dl", "div"},
+}
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.blocks: list[tuple[str, str]] = []
+        self.words: list[tuple[tuple[str, ...], str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fields = dict(attrs)
+        if len(fields) < len(attrs):
+            self.faults.append(f"{tag} has a field twice: {attrs}")
+        if tag in LEGAL_PARENTS and self.open[-1] not in LEGAL_PARENTS[tag]:
+            self.faults.append(f"{tag} in {self.open[-1]}")
+        self.tags.append((tag, fields))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append((tuple(self.open), data))
+        if self.open and self.open[-1] in ("style", "script"):
+            self.blocks.append((self.open[-1], data))
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    parser = Page()
+    parser.feed(STATUS_PAGE)
+    parser.close()
+    return parser
+
+
+def blocks(page: Page, name: str) -> str:
+    return "".join(data for tag, data in page.blocks if tag == name)
+
+
+def directives() -> dict[str, list[str]]:
+    return {words[0]: words[1:] for part in page_policy().split(";") if (words := part.split())}
+
+
+def test_it_is_well_formed(page: Page) -> None:
+    assert page.faults == [] and page.open == []
+    assert STATUS_PAGE.startswith("<!doctype html>\n<html lang=")
+    names = [fields["id"] for _, fields in page.tags if "id" in fields]
+    assert len(names) == len(set(names))
+
+
+def test_every_id_that_the_script_asks_for_is_there(page: Page) -> None:
+    names = {fields["id"] for _, fields in page.tags if "id" in fields}
+    asked = set(re.findall(r'\$\("([\w-]+)"\)', blocks(page, "script")))
+    made = {f"total-{name}" for name in ("healthy",)}
+    assert asked - names - made == set()
+    parts = {fields["data-part"] for _, fields in page.tags if "data-part" in fields}
+    used = set(re.findall(r"\bpart\.(\w+)", blocks(page, "script")))
+    assert used - parts <= {"errors"}
+
+
+def test_it_is_small() -> None:
+    assert len(STATUS_PAGE.encode()) < 40_000
+    assert "\r" not in STATUS_PAGE  # a parser would make it \n, and the hashes wrong
+    assert max(map(len, STATUS_PAGE.split("\n"))) <= 100
+
+
+@pytest.mark.parametrize("name", ["style", "script"])
+def test_the_policy_has_the_hash_of_each_block_as_a_parser_sees_it(page: Page, name: str) -> None:
+    digest = hashlib.sha256(blocks(page, name).encode()).digest()
+    assert directives()[f"{name}-src"] == [f"'sha256-{base64.b64encode(digest).decode()}'"]
+    assert sum(tag == name for tag, _ in page.tags) == 1
+
+
+def test_the_policy_allows_nothing_else() -> None:
+    rest = {k: v for k, v in directives().items() if k not in ("style-src", "script-src")}
+    assert rest == {
+        "default-src": ["'none'"], "connect-src": ["'self'"], "img-src": ["data:"],
+        "base-uri": ["'none'"], "form-action": ["'none'"], "frame-ancestors": ["'none'"],
+    }
+    assert "unsafe" not in page_policy() and "\n" not in page_policy()
+    assert page_policy() is page_policy()  # made once
+
+
+def test_nothing_inline_needs_more_than_that_policy(page: Page) -> None:
+    for tag, fields in page.tags:
+        assert not [name for name in fields if name == "style" or name.startswith("on")], tag
+    assert 'setAttribute("style"' not in STATUS_PAGE and "cssText" not in STATUS_PAGE
+
+
+def test_it_needs_nothing_from_outside(page: Page) -> None:
+    assert not re.search(
+        r"https?:|//[\w.-]+\.\w", re.sub(r" // .*|  // .*", "", STATUS_PAGE), re.IGNORECASE
+    )
+    assert not re.search(
+        r"@import|url\(|\bimport\b|importScripts|WebSocket|sendBeacon", STATUS_PAGE
+    )
+    for tag, fields in page.tags:
+        assert "src" not in fields and "srcset" not in fields
+        assert (fields.get("href") or "data:,") in ("data:,", "status.json", "/status.json"), tag
+
+
+def test_it_writes_what_it_is_told_as_text_alone() -> None:
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval", "document.write",
+                "Function(",
+                "setHTML", "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"",
+                "javascript:"):
+        assert way not in STATUS_PAGE, way
+    assert "textContent" in STATUS_PAGE
+    assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
+        "points", "aria-label", "role"}
+
+
+def test_the_key_is_kept_in_memory_alone() -> None:
+    for place in ("sessionStorage", "localStorage", "document.cookie", "indexedDB", "history."):
+        assert place not in re.sub(r"\bhistory\.(filter|length|map)", "", STATUS_PAGE), place
+    assert re.findall(r".*Bearer.*", STATUS_PAGE) == [
+        '  const headers = key ? { Authorization: "Bearer " + key } : {};']
+
+
+web_KEYS = {
+    "doc": "version time uptime_s address stopping settings settings_error totals servers events",
+    "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
+              " ttft_p95_s error_ratio",
+    "server": "url name state reason since_s models running waiting in_flight capacity"
+              " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
+              " errors retries pending_prompt_tokens prompt_tokens_per_second stale history"
+              " last_errors decisions",
+    "e": "time level text",
+}
+
+
+@pytest.mark.parametrize("thing, key",
+                         [(t, k) for t, keys in web_KEYS.items() for k in keys.split()])
+def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) -> None:
+    script = blocks(page, "script")
+    table = {"totals": "TOTALS", "server": "FIGURES"}.get(thing, "")
+    rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
+    in_table = rows is not None and f'"{key}"' in rows[0]
+    assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
+
+
+def test_the_paths_are_those_of_the_balancer() -> None:
+    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
+        assert path in STATUS_PAGE, path
+    assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
+
+
+def test_it_can_be_read_by_whoever_does_not_see_it(page: Page) -> None:
+    assert sum(tag == "caption" for tag, _ in page.tags) == 1
+    assert [f.get("scope") for tag, f in page.tags if tag == "th"] == ["row"]
+    assert 'scope: "col"' in STATUS_PAGE
+    live = [f for _, f in page.tags if "aria-live" in f]
+    assert [f["aria-live"] for f in live] == ["polite"]
+    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
+    assert all(f.get("role") not in ("alert", "log") for _, f in page.tags[table:])
+    for _, fields in [t for t in page.tags if t[0] == "input"]:
+        name = re.escape(fields["id"] or "")
+        assert re.search(rf'<label>[^<]*<input id="{name}"[^>]*>[^<]*</label>', STATUS_PAGE)
+
+
+def test_its_colours_have_contrast_in_light_and_dark(page: Page) -> None:
+    def light(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(c + c for c in colour)
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        lin = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
+
+    found = re.findall(r":root \{([^}]*--bg[^}]*)\}", blocks(page, "style"))
+    assert len(found) == 2
+    for theme in found:
+        colours = dict(re.findall(r"--(\w+): #([0-9a-f]+)", theme))
+        for text in ("text", "muted", "good", "warn", "bad", "accent"):
+            for ground in ("bg", "card"):
+                pair = sorted((light(colours[text]), light(colours[ground])))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (text, ground)
+
+
+def test_it_heeds_what_its_reader_prefers(page: Page) -> None:
+    style = blocks(page, "style")
+    for query in (
+        "prefers-color-scheme: dark",
+        "prefers-reduced-motion",
+        "@media print",
+        "max-width",
+    ):
+        assert query in style
+    assert style.count("{") == style.count("}")
+    assert not re.search(r":has\(|@container|@layer|\bnesting\b|color-mix", style)  # too new
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  traces, engine, replay and comparison
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+Arrival, Engine, Job, Record, Replay = lite.Arrival, lite.Engine, lite.Job, lite.Record, lite.Replay
+A100 = lite.ENGINE_KINDS["a100"]
+
+
+class LeastFull:
+    """The server with the fewest of our own requests for its capacity; it keeps what it sees."""
+
+    def __init__(self, kinds, limited=False):
+        self.capacities = [kind.capacity for kind in kinds]
+        self.in_flight = [0] * len(kinds)
+        self.servers, self.begun, self.reports, self.limited = {}, [], [], limited
+
+    def choose(self, number, arrival, now):
+        assert number not in self.servers, "sent twice"
+        best = min(range(len(self.in_flight)), key=self.fullness)
+        if self.limited and self.in_flight[best] >= self.capacities[best]:
+            return None
+        self.servers[number] = best
+        self.in_flight[best] += 1
+        return best
+
+    def fullness(self, server):
+        return (self.in_flight[server] + 1) / self.capacities[server]
+
+    def first_token(self, number, now):
+        self.begun.append(number)
+
+    def finished(self, number, now):
+        self.in_flight[self.servers[number]] -= 1
+
+    def scraped(self, server, report, now):
+        self.reports.append((now, server, report))
+
+
+class RoundRobin(LeastFull):
+    def choose(self, number, arrival, now):
+        self.servers[number] = number % len(self.in_flight)
+        self.in_flight[self.servers[number]] += 1
+        return self.servers[number]
+
+
+class Holder(LeastFull):
+    def choose(self, number, arrival, now):
+        return None
+
+
+class Checked(Engine):
+    """An engine whose books are audited after each stretch."""
+
+    def end(self):
+        ended = super().end()
+        audit(self)
+        return ended
+
+
+def audit(engine):
+    cache, jobs = engine.cache, engine.running.values()
+    assert 0 <= cache.used and 0 <= cache.spare and cache.used + cache.spare <= cache.room
+    assert all(job.own >= 0 and job.done >= 0 for job in jobs)
+    held = sum(cache.sizes[link] for link in {link for job in jobs for link in job.links})
+    assert cache.spare == sum(cache.sizes.values()) - held
+    grown = cache.used - held - sum(job.own for job in jobs)  # by answers
+    decoding = len(jobs) - len(engine.reading)
+    assert decoding <= grown <= sum(job.arrival.output_tokens for job in jobs) or not decoding
+    assert grown >= 0 and set(engine.reading) <= set(engine.running)
+    assert len(jobs) <= engine.kind.max_num_seqs
+    assert not engine.waiting or jobs or engine.ends_s == lite.INFINITY
+
+
+def replayed(arrivals, kinds, router=LeastFull, engine=Checked, interval_s=0.5, **options):
+    engines, told = [engine(kind) for kind in kinds], router(kinds, **options)
+    return Replay(arrivals, engines, told, interval_s).run(), engines, told
+
+
+def small(kv_tokens, **changes):
+    return A100._replace(kv_tokens=kv_tokens, **changes)
+
+
+def chats(count, rate, seed, prefixes=8):
+    """Requests with a few common beginnings, of all lengths."""
+    draw, now, arrivals = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += draw.expovariate(rate)
+        prompt, ends = draw.randint(1, 900), range(64, 1024, 64)
+        who, shared = draw.randrange(prefixes), draw.randint(0, 10)
+        chain = tuple(hash((who, n) if n < shared else (len(arrivals), n, seed))
+                      for n in range(prompt // 64))
+        arrivals.append(Arrival(now, prompt, draw.randint(0, 300), chain, ends))
+    return arrivals
+
+
+# Reading.
+
+SHAPE = {
+    "at": 1700000000.5, "model": "m", "session": "s", "prompt_tokens": 130, "output_tokens": 7,
+    "chain": [-5, 6], "ends": [64, 128], "ttft": None, "duration": 1.5, "server": "http://a",
+    "status": 200, "end": "complete",
+}
+MOONCAKE = {"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+
+
+def jsonl(row, *changes):
+    return [json.dumps(row | change) + "\n" for change in changes]
+
+
+def test_our_own_traces_are_read_by_time_from_0():
+    lines = jsonl(SHAPE, {}, {"at": 1700000000, "model": None, "session": "", "chain": []})
+    assert lite.read_arrivals(lines, "x") == [
+        Arrival(0.0, 130, 7, (), (64, 128)),
+        Arrival(0.5, 130, 7, (-5, 6), (64, 128), "m", "s"),
+    ]
+
+
+def test_refused_requests_are_not_replayed_but_broken_answers_are():
+    lines = jsonl(SHAPE, {}, {"status": 429, "output_tokens": 0}, {"status": 502})
+    assert len(lite.read_arrivals(lines, "x")) == 2
+
+
+def test_a_trace_that_is_still_being_written_is_read_up_to_its_torn_line():
+    whole = jsonl(SHAPE, {}, {"at": 1700000001})
+    torn = whole[1].rstrip()
+    for cut in range(1, len(torn)):
+        assert len(lite.read_arrivals([whole[0], torn[:cut]], "x")) == 1
+    assert len(lite.read_arrivals([whole[0], torn], "x")) == 2
+    with pytest.raises(ValueError, match=r"^x:2: found '\{\"at\"', expected JSON"):
+        lite.read_arrivals([whole[0], torn[:5], whole[1]], "x")
+
+
+def test_mooncake_stamps_are_spread_over_the_time_to_the_next():
+    stamps = [{"timestamp": ms} for ms in (0, 0, 0, 2999, 2999, 6000, 9000)]
+    arrivals = lite.read_arrivals(jsonl(MOONCAKE, *stamps), "x")
+    assert [round(a.at_s, 6) for a in arrivals] == [0, 1, 2, 2.999, 4.499, 6, 9]
+    assert arrivals[0][1:] == (600, 5, (1, 2), [512, 600], None, "")
+
+
+def test_azure_traces_have_seven_digits_of_a_second():
+    lines = [AZURE, "2023-11-16 18:15:50.9951690,396,109\n", "2023-11-16 18:15:46.6805900,374,44"]
+    arrivals = lite.read_arrivals(lines, "x")
+    assert [a[1:3] for a in arrivals] == [(374, 44), (396, 109)]
+    assert [a.at_s for a in arrivals] == pytest.approx([0, 4.314579], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    table(
+        ("nothing", [], "x: found no requests, expected some to replay"),
+        ("only a header", [AZURE], "x: found no requests, expected some to replay"),
+        ("another format", ["\n", "a,b\n"], "x:2: found 'a,b', expected a line of "),
+        ("another object", ['{"a": 1}'], "x:1: found '{\"a\": 1}', expected a line of trace.jsonl"),
+        ("torn at once", ['{"at": 1'], "x:1: found '{\"at\": 1', expected JSON"),
+        ("a list", jsonl(SHAPE, {}) + ["[1]"], "x:2: found '[1]', expected a JSON object"),
+        ("no time", jsonl(SHAPE, {"at": None}), "x:1: at is None, expected seconds"),
+        ("no number", jsonl(SHAPE, {"at": math.nan}), "x:1: at is nan, expected seconds"),
+        ("a fraction", jsonl(SHAPE, {"prompt_tokens": 1.5}), "x:1: prompt_tokens is 1.5, exp"),
+        ("negative", jsonl(SHAPE, {"output_tokens": -1}), "x:1: output_tokens is -1, expected"),
+        ("true", jsonl(SHAPE, {"status": True}), "x:1: status is True, expected a whole number"),
+        ("no chain", jsonl(SHAPE, {"chain": "ab"}), "x:1: chain is 'ab', expected a list of whole"),
+        ("too few ends", jsonl(SHAPE, {"ends": [64]}), "x:1: ends is [64], expected more"),
+        ("ends that fall", jsonl(SHAPE, {"ends": [64, 64]}), "x:1: ends is [64, 64], exp"),
+        ("few ids", jsonl(MOONCAKE, {"hash_ids": [1]}), "x:1: hash_ids are 1, expected 2 for 600"),
+        ("torn of others", jsonl(MOONCAKE, {}) + ['{"ti'], "x:2: found '{\"ti', expected JSON"),
+        ("two columns", [AZURE, "2023-11-16 18:15:46,374"], "x:2: found '2023-11-16 18:15:46,374'"),
+        ("no date", [AZURE, "yesterday,3,4"], "x:2: found 'yesterday,3,4', expected TIMESTAMP,Con"),
+        ("negative tokens", [AZURE, "2023-11-16,3,-4"], "x:2: found '2023-11-16,3,-4', exp"),
+    ),
+)
+def test_bad_lines_are_named_with_what_was_expected(lines, message):
+    with pytest.raises(ValueError) as raised:
+        lite.read_arrivals(lines, "x")
+    assert str(raised.value).startswith(message)
+
+
+def test_a_trace_can_be_made_faster_and_shorter():
+    arrivals = [Arrival(at_s, 1, 1) for at_s in (0.0, 2.0, 4.0)]
+    assert [a.at_s for a in lite.adapted(arrivals, 2, 2)] == [0.0, 1.0]
+    assert [a.at_s for a in lite.adapted(arrivals, 0.5, None)] == [0.0, 4.0, 8.0]
+
+
+# The engine.
+
+
+def test_one_request_takes_what_the_formula_says():
+    (record,), _, _ = replayed([Arrival(0.0, 3000, 5)], [A100])
+    first = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 2048) + 70e-6 * 2048 * 1024 / 30000 + 30e-6
+    second = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 952) + 70e-6 * 952 * 2524 / 30000 + 30e-6
+    decode = sum(2.5e-3 + math.hypot(9.7e-3, 70e-6) + 30e-6 + 80e-9 * (3000 + n) for n in range(4))
+    assert record.ttft_s == pytest.approx(2 * lite.NETWORK_S + first + second, rel=1e-9)
+    assert record.total_s == pytest.approx(2 * lite.NETWORK_S + first + second + decode, rel=1e-9)
+    assert record.token_s == pytest.approx(decode / 4, rel=1e-9)
+    assert (record.server, record.cached_tokens) == (0, 0)
+
+
+def test_requests_that_come_together_share_their_steps():
+    records, _, _ = replayed([Arrival(0.0, 100, 50)] * 8, [A100])
+    step = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 800) + 70e-6 * 8 * 5000 / 30000 + 8 * 30e-6
+    # The first is alone in its first step: the others come while it is under way.
+    alone = 2.5e-3 + math.hypot(9.7e-3, 70e-6 * 100) + 70e-6 * 5000 / 30000 + 30e-6
+    assert records[0].ttft_s == pytest.approx(alone + 2 * lite.NETWORK_S, rel=1e-9)
+    assert alone + step * 0.8 < records[1].ttft_s < alone + step * 1.1
+    assert len({record.ttft_s for record in records[1:]}) == 1
+
+
+def test_a_request_that_comes_in_mid_step_waits_for_its_end():
+    engine = Engine(A100)
+    engine.add(Job(0, Arrival(0.0, 10, 1000)), 0.0)
+    began, _ = engine.ends_s, engine.end()
+    whole = engine.ends_s
+    engine.add(Job(1, Arrival(0.0, 10, 10)), began + 0.1)
+    step = engine.kind.duration_s(1, 1, 10, 0.0)
+    assert began + 0.1 <= engine.ends_s < began + 0.1 + 1.01 * step < whole
+
+
+def test_the_same_prompt_is_found_in_the_cache():
+    prompt = Arrival(0.0, 1000, 5, (11, 12, 13), (400, 800, 1000))
+    arrivals = [prompt, prompt._replace(at_s=5.0),
+                prompt._replace(at_s=6.0, prefix_hashes=(11, 99, 13))]
+    records, (engine,), _ = replayed(arrivals, [A100])
+    # The last token is always computed, so the third link does not count.
+    assert [record.cached_tokens for record in records] == [0, 800, 400]
+    assert records[1].ttft_s < records[2].ttft_s < records[0].ttft_s
+    report = engine.report(100.0)
+    assert (report.prefix_queries, report.prefix_hits) == (3000, 1200)
+    assert (report.prompt_tokens, report.generation_tokens) == (3000, 15)
+
+
+def test_what_was_not_asked_for_the_longest_is_forgotten_from_its_end():
+    def ask(at_s, name):
+        return Arrival(at_s, 1000, 1, (name, name + 1), (500, 990))
+
+    arrivals = [ask(0, 10), ask(1, 20), ask(2, 10), ask(3, 30), ask(4, 10), ask(5, 20)]
+    records, _, _ = replayed(arrivals, [small(2600)])
+    assert [record.cached_tokens for record in records] == [0, 0, 990, 0, 990, 500]
+
+
+def test_a_request_that_runs_keeps_its_links_from_being_forgotten():
+    long = Arrival(0.0, 1000, 800, (1, 2), (500, 1000))
+    others = [Arrival(1.0 + n, 900, 1, (100 + n,), (900,)) for n in range(5)]
+    again = Arrival(7.0, 1001, 1, (1, 2), (500, 1000))
+    records, _, _ = replayed([long, *others, again], [small(3600)])
+    assert records[-1].cached_tokens == 1000
+
+
+def test_the_youngest_starts_over_when_there_is_no_room_and_nothing_is_lost():
+    arrivals = [Arrival(0.001 * n, 500, 700) for n in range(4)]
+    records, (engine,), _ = replayed(arrivals, [small(3000)])
+    assert engine.preemptions > 0
+    assert all(record.total_s < lite.INFINITY for record in records)
+    assert records[0].total_s < records[3].total_s
+    assert engine.report(1e9).generation_tokens == 2800
+    assert engine.cache.used == 0
+
+
+def test_what_can_never_fit_is_refused_and_counts_as_failed():
+    records, _, told = replayed([Arrival(0.0, 2000, 100), Arrival(0.0, 900, 101)], [small(1000)])
+    assert [record.total_s for record in records] == [lite.INFINITY] * 2
+    assert told.in_flight == [0]
+    assert lite.summary(records, 1, 1).failed == 2
+
+
+def test_no_more_requests_run_at_once_than_may():
+    arrivals = [Arrival(0.0, 10, 50)] * 10
+    records, _, told = replayed(arrivals, [A100._replace(max_num_seqs=3)], interval_s=0.01)
+    assert max(report.running for _, _, report in told.reports) == 3
+    assert max(report.waiting for _, _, report in told.reports) == 9
+    assert sorted(record.ttft_s for record in records) == [record.ttft_s for record in records]
+
+
+def test_reports_grow_while_a_stretch_is_under_way():
+    _, _, told = replayed([Arrival(0.0, 100, 500)], [A100], interval_s=0.1)
+    said = [report.generation_tokens for _, _, report in told.reports if report.running]
+    steps = [b - a for a, b in itertools.pairwise(said)]
+    assert len(said) > 50 and set(steps) <= {7, 8, 9}
+    used = [report.kv_usage_ratio * A100.kv_tokens for _, _, report in told.reports]
+    assert max(used) == pytest.approx(600, abs=9)
+
+
+@pytest.mark.parametrize(
+    "kind, rate, preemptions",
+    table(
+        ("plenty of room", A100, 20, 0),
+        ("little room", small(6000), 12, 20),
+        ("hardly any room", small(1300, batched_tokens=128), 3, 50),
+        ("few at once", small(6000, max_num_seqs=4), 6, 0),
+    ),
+)
+def test_long_stretches_give_the_times_of_single_steps(kind, rate, preemptions):
+    arrivals = chats(300, rate, 7)
+    by_step, (slow,), _ = replayed(arrivals, [kind], engine=lambda kind: Checked(kind, 1))
+    at_once, (fast,), _ = replayed(arrivals, [kind])
+    assert slow.preemptions == fast.preemptions >= preemptions
+    for one, other in zip(by_step, at_once):
+        assert one.cached_tokens == other.cached_tokens
+        assert (one.ttft_s, one.total_s) == pytest.approx((other.ttft_s, other.total_s), rel=1e-6)
+
+
+def test_a_server_of_which_only_the_capacity_is_known_is_a_faster_or_slower_a100():
+    assert lite.kind_for(96) == A100
+    half, step = lite.kind_for(48), (7, 500, 9000, 1e6)
+    assert half.duration_s(*step) == pytest.approx(2 * A100.duration_s(*step))
+    assert (half.capacity, half[6:]) == (48, A100[6:])
+
+
+# The replay.
+
+
+@pytest.mark.parametrize("router", [LeastFull, RoundRobin])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_arrival_has_one_record(router, seed):
+    arrivals = chats(400, 25, seed)
+    kinds = [small(5000), small(3000, max_num_seqs=8), lite.kind_for(30)._replace(kv_tokens=4000)]
+    records, engines, told = replayed(arrivals, kinds, router)
+    assert [record.arrival for record in records] == arrivals
+    for number, record in enumerate(records):
+        assert record.server == told.servers[number]
+        assert 0 <= record.cached_tokens <= record.arrival.prompt_tokens
+        assert 2 * lite.NETWORK_S < record.ttft_s <= record.total_s < lite.INFINITY
+    assert sorted(told.begun) == list(range(400))
+    assert told.in_flight == [0, 0, 0]
+    reports = [engine.report(1e9) for engine in engines]
+    assert sum(report.prompt_tokens for report in reports) == sum(a.prompt_tokens for a in arrivals)
+    said = sum(max(1, arrival.output_tokens) for arrival in arrivals)
+    assert sum(report.generation_tokens for report in reports) == said
+    hits = sum(record.cached_tokens for record in records)
+    assert sum(report.prefix_hits for report in reports) == hits > 0
+
+
+def test_a_replay_always_says_the_same():
+    arrivals, kinds = chats(200, 20, 1), [small(5000), small(4000)]
+    assert replayed(arrivals, kinds)[0] == replayed(arrivals, kinds)[0]
+
+
+def test_requests_are_held_in_order_until_the_router_sends_them():
+    kinds = [A100._replace(capacity=2)]
+    records, _, told = replayed([Arrival(0.0, 10, 20)] * 10, kinds, limited=True)
+    assert list(told.servers) == list(range(10))
+    assert max(report.running + report.waiting for _, _, report in told.reports) <= 2
+    assert records[9].ttft_s > records[1].total_s
+
+
+def test_a_model_that_is_blocked_does_not_block_another():
+    class OnlyOne(LeastFull):
+        def choose(self, number, arrival, now):
+            if arrival.model == "blocked" and now < 5:
+                return None
+            return super().choose(number, arrival, now)
+
+    arrivals = [Arrival(0.0, 10, 20, model=model) for model in ("blocked", "free", "blocked")]
+    records, _, told = replayed(arrivals, [A100], OnlyOne)
+    assert list(told.servers) == [1, 0, 2]
+    assert [record.ttft_s > 5 for record in records] == [True, False, True]
+
+
+def test_a_router_that_sends_nothing_ends_the_replay_all_the_same():
+    records, _, told = replayed([Arrival(100.0, 10, 20)] * 3, [A100], Holder)
+    assert [(record.server, record.total_s) for record in records] == [(-1, lite.INFINITY)] * 3
+    assert 155 < told.reports[-1][0] < 165
+
+
+def test_each_server_is_scraped_at_its_own_phase():
+    _, _, told = replayed([Arrival(0.0, 10, 300)], [A100] * 4, interval_s=1.0)
+    assert [(now, server) for now, server, _ in told.reports[:5]] == [
+        (0.125, 0), (0.375, 1), (0.625, 2), (0.875, 3), (1.125, 0)]
+
+
+def test_progress_is_told_about_every_percent():
+    shares, kinds = [], [A100]
+    arrivals = chats(1000, 50, 3)
+    Replay(arrivals, [Engine(kind) for kind in kinds], LeastFull(kinds), 1.0, shares.append).run()
+    assert len(shares) == 100 and shares == sorted(shares) and shares[-1] == 1.0
+
+
+# Results.
+
+
+def test_a_summary_leaves_out_the_warm_up_and_counts_what_was_fast_enough():
+    def record(at_s, ttft_s, total_s, cached=0, output=11):
+        return Record(Arrival(at_s, 100, output), 0, cached, ttft_s, total_s)
+
+    records = [record(0, 99, 99), record(24, 99, 99), record(25, 0.1, 1.1, 50), record(50, 2, 2.5),
+               record(60, 0.2, 9.2), record(100, 0.3, 0.3, 50, 1), Record(Arrival(70, 5, 5))]
+    result = lite.summary(records, slo_ttft_s=1, slo_tpot_s=0.2)
+    assert (result.requests, result.failed, result.good_ratio) == (5, 1, 0.4)
+    assert result.ttft_s == (0.3, 2, 2)
+    assert result.token_s == pytest.approx((0.1, 0.9))
+    assert result.total_s == pytest.approx((1.1 + 2.5 + 9.2 + 0.3) / 4)
+    assert result.hit_ratio == 0.25
+    assert lite.summary(records, 1, 0.2, warm_up=0).requests == 7
+
+
+def test_a_table_fits_a_terminal_and_is_aligned():
+    rows = {"least": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 0.1, 1.0)], 1, 1),
+            "one with a long name": lite.summary([], 1, 1),
+            "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1,
+                                       1),
+            }
+    lines = lite.table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+    assert lines[1].split() == ["least", "0/1", "100.0", "100", "100", "100", "100.0", "100.0",
+                                "1.00", "50.0"]
+    assert lines[2].split()[-9:] == ["0/0", "0.0", *["nan"] * 5, "0.00", "0.0"]
+
+
+def test_the_kinds_are_faster_the_more_they_cost():
+    times = [lite.ENGINE_KINDS[name].duration_s(32, 32, 32000, 0.0)
+             for name in ("h200-fp8", "h100", "a100", "a100-40", "4090", "a40", "l4")]
+    assert times == sorted(times)
+    assert all(isinstance(kind, lite.EngineKind) for kind in lite.ENGINE_KINDS.values())
+
+
+# The balancer's own policies in a replay.
+
+
+def replay_of(capsys, *args):
+    """The command's exit code, and its table by policy and column."""
+    code = lite.main(["replay", *args])
+    out, err = capsys.readouterr()
+    first, *lines = out.splitlines()[1:] if code == 0 else [""]
+    return code, {line.split()[0]: line.split()[1:] for line in lines}, out if code == 0 else err
+
+
+def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
+    code, rows, out = replay_of(capsys, "documents", "--policy", "all", "--limit", "400", "--fleet",
+                                "a100", "4090", "4")
+    assert code == 0 and out.startswith("documents: 400 requests in ")
+    assert list(rows) == [name for name in lite.POLICY_NAMES if name != "expression"]
+    assert all(row[0].startswith("0/") for row in rows.values())
+    hits = {name: float(row[-1]) for name, row in rows.items()}
+    assert hits["unified"] > hits["least"] + 10  # it follows the caches
+
+
+def test_one_more_server_helps_where_there_are_too_few(capsys):
+    common = "documents", "--seconds", "30", "--fleet", "4090", "4090"
+    p90 = [float(replay_of(capsys, *common, *more)[1]["unified"][3])
+           for more in ((), ("--add-server", "h100"))]
+    assert p90[0] > 2 * p90[1]
+
+
+def test_a_replay_takes_servers_policies_and_queue_from_settings(tmp_path, capsys):
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url="http://a", max_concurrent_requests=2}, {url="http://b", '
+                    'data_parallel_size=2}]\n'
+                    '[config]\npolicy = "expression"\nscore = "in_flight"\nqueue_size = 1000\n')
+    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path),
+                                "--policy", "all")
+    assert code == 0 and "before 3 engines" in out and list(rows) == list(lite.POLICY_NAMES)
+    code, rows, out = replay_of(capsys, "chat", "--limit", "200", "--servers", str(path))
+    assert code == 0 and list(rows) == ["expression"]
+
+
+@pytest.mark.parametrize("args, complaint", table(
+    ("no such trace", ["nowhere.jsonl"],
+     "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
+    ("no such policy", ["chat", "--policy", "best"],
+     "--policy: found best, expected one of all, unified, "),
+    ("a policy without its formula", ["chat", "--policy", "expression"],
+     "expression needs a --servers file with a score"),
+))
+def test_a_replay_that_cannot_be_is_refused_in_words(args, complaint, capsys):
+    code, _, err = replay_of(capsys, *args)
+    assert code == 1 and complaint in err
+
+
+def test_no_such_server_can_be_replayed(capsys):
+    with pytest.raises(SystemExit):
+        lite.main(["replay", "chat", "--fleet", "abacus"])
+    assert "found abacus, expected one of h100, a100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", lite.MADE_UP)
+def test_made_up_traffic_is_what_it_says(kind):
+    made = lite.MADE_UP[kind]
+    arrivals = lite.made_up(made, 60.0, random.Random(5))
+    assert len(arrivals) / 60 == pytest.approx(made.rate, rel=0.5)
+    assert (arrivals == sorted(arrivals)
+            and all(a.prompt_tokens > 0 and len(a.prefix_hashes) <= len(a.hash_ends)
+                    for a in arrivals))
+    shared = Counter(link for a in arrivals for link in a.prefix_hashes)
+    assert bool(shared) is (kind != "chat") and all(n > 1 for n in list(shared.values())[:1])
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  demo
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+TINY = lite.Simulated(2, 0.001, 1e6)
+
+
+def prompt(stream=True, **more):
+    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5,
+                       **more}).encode()
+
+
+@contextlib.asynccontextmanager
+async def in_front_of(*simulated, **settings):
+    async with contextlib.AsyncExitStack() as stack:
+        for one in simulated:
+            await stack.enter_async_context(one)
+        async with balancing(*simulated, **settings) as running:
+            yield running
+
+
+@asynchronous
+async def test_a_simulated_server_speaks_as_vllm_does():
+    async with in_front_of(one := lite.SimulatedServer(TINY), **FAST) as running:
+        client = await running.client()
+        got = await client.post(body=prompt(stream_options={"include_usage": True}), fields=AS_JSON)
+        events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
+        assert (got.body.endswith(DONE) and len(events) == 6
+                and got.get("content-type").startswith("text/event-stream"))
+        assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
+        assert (events[5]["usage"]["completion_tokens"] == 5
+                and events[0]["choices"][0]["delta"]["role"] == "assistant")
+        plain = (await client.post(body=prompt(stream=False), fields=AS_JSON)).json
+        assert (plain["object"] == "chat.completion"
+                and len(plain["choices"][0]["message"]["content"].split()) == 5)
+        text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"),
+                                  AS_JSON)).json
+        assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
+        assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
+        page = (await lite.HttpClient(one.url).fetch("/metrics", 5))[1].decode()
+        assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
+
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+# method, path, content type, content, status, kind, parameter, words; as captured of vLLM 0.32
+REFUSED_BY_VLLM = table(
+    ("another type", "POST", CHATS, "text/plain", prompt(), 400, "Bad Request", None,
+     "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"),
+    ("curl's, of a form", "POST", CHATS, "application/x-www-form-urlencoded", prompt(), 400,
+     "Bad Request", None, "Unsupported Media Type"),
+    ("none", "POST", CHATS, "", prompt(), 400, "Bad Request", None, "Unsupported Media Type"),
+    ("a charset does not matter", "POST", CHATS, "Application/JSON; charset=utf-8",
+     prompt(model="no"), 404, "NotFoundError", "model",
+     "The model `no` does not exist. Valid aliases: demo-model."),
+    ("bad JSON", "POST", CHATS, "application/json", b'{"model": "demo-model", "a": }', 400,
+     "Bad Request", "body.29", "'msg': 'JSON decode error'"),
+    ("no object", "POST", TEXTS, "application/json", b"[1, 2]", 400, "Bad Request", "body",
+     "Input should be a valid dictionary"),
+    ("no messages", "POST", CHATS, "application/json", b'{"model": "demo-model"}', 400,
+     "Bad Request", "body.messages",
+     "{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of "
+     "1 items>'}"),
+    ("no prompt", "POST", TEXTS, "application/json", b'{"model": "demo-model"}', 400, "Bad Request",
+     "body.prompt", "Field required"),
+    ("colder than cold", "POST", CHATS, "application/json", prompt(temperature=-3.0), 400,
+     "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
+    ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError",
+     "max_tokens", "must be at least 1"),
+    ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400,
+     "BadRequestError", "max_tokens",
+     "max_tokens=99999 cannot be greater than max_model_len=8192."),
+    ("too long", "POST", TEXTS, "application/json", prompt(prompt="word " * 9000), 400,
+     "BadRequestError", "input_tokens", "This model's maximum context length is 8192 tokens."),
+)
+
+
+@pytest.mark.parametrize("method, path, kind, content, status, error, param, words",
+                         REFUSED_BY_VLLM)
+def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, content, status, error,
+                                                      param, words):
+    head, wanted = (head_of(f"{method} {path} HTTP/1.1\nHost: a\nContent-Type: {kind}"),
+                    lite.read_members(content, None))
+    found, document = lite.simulated_refusal(head, content, wanted,
+                                             lite.read_prompt(content, None, wanted, None),
+                                             ("demo-model",))
+    assert (found, document["error"]["type"], document["error"]["param"],
+            document["error"]["code"]) == (status, error, param, status)
+    assert words in document["error"]["message"]
+
+
+@asynchronous
+async def test_a_simulated_server_refuses_over_the_wire_and_knows_its_methods():
+    async with in_front_of(one := lite.SimulatedServer(TINY)) as running:
+        client = await running.client()
+        assert (await client.post(body=prompt())).error["message"].endswith(
+            "Only 'application/json' is allowed")
+        assert (await client.post(body=prompt(), fields=AS_JSON)).status == 200
+        direct = Client(*await asyncio.open_connection("127.0.0.1",
+                                                       int(one.url.rpartition(":")[2])))
+        for method, path, allow in (("GET", CHATS, "POST"), ("POST", "/health", "GET")):
+            got = await direct.get(path, method=method)
+            assert (got.status, got.get("allow"),
+                    got.json) == (405, allow, {"detail": "Method Not Allowed"})
+        assert running.states() == ["healthy"]
+        direct.close()
+
+
+@asynchronous
+async def test_simulated_servers_queue_beyond_their_capacity_and_notice_who_leaves():
+    slow = lite.Simulated(1, 60.0, 1e6)
+    async with in_front_of(one := lite.SimulatedServer(slow)) as running:
+        clients = [await running.client() for _ in range(3)]
+        for client in clients:
+            await client.ask("POST", "/v1/chat/completions", prompt(), AS_JSON)
+        await eventually(lambda: (one.running, one.waiting) == (1, 2), "one runs and two wait")
+        for client in clients:
+            client.close()
+        await eventually(
+            lambda: (one.running, one.waiting, one.aborted) == (0, 0, 3),
+            "the server notices who leaves",
+        )
+
+
+@asynchronous
+async def test_simulated_servers_can_be_told_to_fail_and_hang():
+    bad, good = lite.SimulatedServer(TINY), lite.SimulatedServer(TINY)
+    bad.capacity = 1000  # it is asked first
+    async with in_front_of(bad, good, request_timeout=0.1) as running:
+        control = Client(*await asyncio.open_connection("127.0.0.1",
+                                                        int(bad.url.rpartition(":")[2])))
+        assert (await control.post("/simulate", b'{"mode":"explode"}')).status == 400
+        assert (await control.post("/simulate", b'{"mode":"fail"}')).json == {"mode": "fail"}
+        statuses = Counter(
+            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
+             for _ in range(10)])
+        assert statuses == {200: 10} and running.states() == ["unhealthy", "healthy"]
+        assert (await control.post("/simulate", b'{"mode":"hang"}')).status == 200
+        running.core.judge(bad.url, lite.Health.become, State.HEALTHY, "", 0.0)
+        statuses = Counter(
+            [(await (await running.client()).post(body=prompt(), fields=AS_JSON)).status
+             for _ in range(10)])
+        assert statuses[504] == 2 and statuses[200] == 8
+        control.close()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════
+#  doctor
+# ════════════════════════════════════════════════════════════════════════════════════════════
+
+KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
+
+
+@pytest.mark.parametrize("status, loads, ranks, words", table(
+    ("well", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 1, []),
+    ("no page", 404, {}, 1, ["/metrics answered 404"]),
+    ("silence", 0, {}, 1, ["/metrics did not answer"]),
+    ("another program's page", 200, {"": lite.EngineLoad()}, 1,
+     ["does not say vllm:num_requests_running, vllm:num_requests_waiting, "
+      "vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
+    ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
+    ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
+    ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1,
+     ["runs 2 engine(s)"]),
+    ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine(s)"]),
+))
+def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
+    found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status,
+                               loads)
+    assert (len(found) == len(words)
+            and all(word in one.text and one.advice for word, one in zip(words, found)))
+
+
+@pytest.mark.parametrize("streamed, word", table(
+    ("well", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
+    ("not a model of text", lite.Streamed(404), ""),
+    ("failed", lite.Streamed(500), "answered 500"),
+    ("a key", lite.Streamed(401), "its key"),
+    ("silence", None, "did not end within 5 s"),
+))
+def test_what_a_stream_shows_to_be_amiss(streamed, word):
+    found = lite.stream_findings(streamed, 5.0)
+    assert len(found) == bool(word) and all(word in one.text and one.advice for one in found)
+
+
+@pytest.mark.parametrize("streamed, word", table(
+    ("one by one", lite.Streamed(200, 14, 16, 0.02, 0.3), ""),
+    ("a quick one at once", lite.Streamed(200, 1, 16, 0.01, 0.01), ""),
+    ("collected", lite.Streamed(200, 1, 16, 0.3, 0.3), "16 tokens came at once"),
+    ("no stream", None, ""),
+))
+def test_what_a_second_stream_shows_of_an_idle_server(streamed, word):
+    found = lite.buffered_findings(streamed)
+    assert (len(found) == bool(word) == lite.came_at_once(streamed)
+            and all(word in one.text for one in found))
+
+
+@pytest.mark.parametrize("load, idle", table(
+    ("nothing to do", (0, 0), True), ("it runs one", (1, 0), False), ("one waits", (0, 1), False),
+    ("it does not say", (None, None), False), ("only how many run", (0, None), True),
+))
+def test_when_a_server_is_idle(load, idle):
+    assert lite.is_idle({"": lite.EngineLoad(*load)}) is idle and not lite.is_idle({})
+
+
+@pytest.mark.parametrize("collected, load, told, streams", table(
+    ("twice, and idle", 2, 0, True, 2),
+    ("once", 1, 0, False, 2),
+    ("twice, but it was busy", 2, 3, False, 1),
+))
+@asynchronous
+async def test_streams_are_called_buffered_only_where_that_was_seen_twice_of_an_idle_server(
+        collected, load, told, streams):
+    async def answer(asked, conn):
+        if len(server.asked) - 1 <= collected:  # but for /version
+            await asyncio.sleep(0.06)
+            return await conn.events(FIRST, *map(token, range(8)))
+        return await conn.events(FIRST)
+
+    server = Server(answer,
+                    **{"/metrics": f"vllm:num_requests_running {load}\n"
+                                   f"vllm:num_requests_waiting 0\n"})
+    async with server:
+        s = Settings((lite.ServerSettings(server.url),))
+        found = await lite.examine(s.servers[0], s, lite.Secrets(s))
+    assert (any("buffered" in one.text for one in found.findings) is told
+            and len(server.asked) == streams + 1)
+
+
+@pytest.mark.parametrize("why, keys, advice", table(
+    ("no key", "/v1/models answered 401", {}, "give the server an api_key"),
+    ("a wrong key", "/v1/models answered 403", {"api_key": "x"}, "give the server another api_key"),
+    ("certificate", "cannot connect: certificate verify failed: self-signed certificate", {},
+     "ca_file"),
+    ("its time is up", "cannot connect: certificate verify failed: certificate has expired", {},
+     "renewed"),
+    ("another's",
+     "certificate verify failed: IP address mismatch, certificate is not valid for '1.2.3.4'", {},
+     "a name that is in"),
+    ("ours is wanted", "the server's connection was lost: TLS: tlsv13 alert certificate required",
+     {}, "client_cert"),
+    ("no TLS at all", "cannot connect: TLS: wrong version number", {}, "http://"),
+    ("nobody", "cannot connect: connection refused", {}, "curl -v http://a/v1/models"),
+))
+def test_what_to_do_about_a_server_that_cannot_be_used(why, keys, advice):
+    assert advice in lite.unusable_finding(lite.ServerSettings("http://a", **keys), why).advice
+
+
+@asynchronous
+async def test_a_server_that_says_nonsense_does_not_end_the_report():
+    for said in ('{"version": "\\u001b[2J\\n"}', "[" * 100_000, '{"version": "\\ud800"}',
+                 '{"version": [1]}'):
+        async with Server(**{"/version": said}) as server:
+            s = Settings((lite.ServerSettings(server.url),))
+            found = await lite.examine(s.servers[0], s, lite.Secrets(s))
+        assert found.usable and lite.printable(found.summary).isprintable()
+
+
+def test_what_is_amiss_here():
+    seen = [lite.Examined(True, "", [], {"m": {}})]
+    s = Settings(max_connections=1000, aliases={"gpt": "m", "old": "gone"}, default_model="gpt")
+    found = lite.own_findings(s, seen, 480)
+    assert [one.text.split(",")[0] for one in found] == [
+        "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]
+    # who knows what it serves
+    assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []
+
+
+@asynchronous
+async def test_a_server_is_examined():
+    async def one_by_one(asked, conn):
+        await conn.events(FIRST, end=False)
+        for n in range(4):
+            await asyncio.sleep(0.02)  # as an engine does
+            await conn.send(chunk(token(n)))
+        await conn.send(b"0\r\n\r\n")
+
+    async def collected(asked, conn):
+        await asyncio.sleep(0.1)
+        await conn.events(FIRST, *map(token, range(8)))
+
+    page = ("vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
+            "vllm:generation_tokens_total 0\n")
+    async with Server(one_by_one, **{"/metrics": page}) as well, Server(
+            collected, **{"/metrics": page}) as amiss:
+        s = Settings(tuple(lite.ServerSettings(one.url) for one in (well, amiss)))
+        found = [await lite.examine(server, s, lite.Secrets(s)) for server in s.servers]
+    assert all(one.usable and list(one.models) == ["m"]
+               and "first token after" in one.summary for one in found)
+    assert (not found[0].findings
+            and ["tokens came at once" in one.text for one in found[1].findings] == [True])
+    (wanted,) = [json.loads(one.body) for one in well.asked if one.line.startswith("POST")]
+    assert wanted["max_tokens"] == lite.STREAM_TOKENS and wanted["model"] == "m"
+
+
+def test_files_with_keys_that_others_may_read_are_found():
+    plain, keyed = lite.ServerSettings("http://a"), lite.ServerSettings("http://b", api_key="k")
+    filed = lite.ServerSettings("https://c", api_key_file="word", client_cert="cert",
+                                ca_file="public")
+    key = lite.KeySettings("a", key_file="word")
+    assert lite.secret_files("s.toml", Settings((plain,))) == []
+    assert lite.secret_files("s.toml", Settings((plain, keyed))) == ["s.toml"]
+    assert lite.secret_files("s.toml",
+                             Settings(keys=(lite.KeySettings("a", "sk-a"),))) == ["s.toml"]
+    assert lite.secret_files("s.toml", Settings((filed,), keys=(key,), tls_cert="c",
+                                                tls_key="t")) == ["word", "t", "cert"]
+    modes = {"a": 0o100600, "b": 0o100640, "c": 0o100644, "d": 0o100602}
+    found = [(one.text, one.advice) for one in lite.mode_findings(modes)]
+    assert found == [("c holds a key and is open to others (mode 0644)", "chmod o-rwx c"),
+                     ("d holds a key and is open to others (mode 0602)",
+                      "chmod o-rwx d")]
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════
