@@ -5894,7 +5894,7 @@ class StoredResponses:
         return len(self._known)
 
     def made(self, id: str, stored: Stored) -> None:
-        """A server has made this response, or has it.  A key that says another's id gets nothing."""
+        """A server has made this response, or has it.  Who says another's id gets nothing."""
         known = self._known.setdefault(id, stored)
         if known.key == stored.key:
             self._known[id] = stored
