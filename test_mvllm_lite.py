@@ -15602,8 +15602,8 @@ def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     (entry,) = re.findall(r'^ENTRYPOINT \["python", "-I", "-S", "(.*)"\]$', container, re.MULTILINE)
     assert f"'{entry}', doraise=True" in compiles
     (kubernetes,) = snippets("yaml")
-    assert ({path for path in re.findall(r"path: (/\w+)$", kubernetes, re.MULTILINE)}
-            <= lite.ENDPOINTS.keys())
+    probed = re.findall(r"\bpath: (/\w+)", kubernetes)
+    assert len(probed) == 2 and {*probed} <= lite.ENDPOINTS.keys()
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
     assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
     assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
