@@ -1833,6 +1833,12 @@ class SettingsError(Exception):
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys")
+# Of lists: what an entry is, its fields, which one identifies it; and what is expected.
+LISTS: dict[str, tuple[Callable[..., Any], Mapping[str, Any], str, str]] = {
+    "servers": (
+        ServerSettings, SERVER_FIELDS, "url", 'a list like [{ url = "http://10.0.0.1:8000" }]'),
+    "keys": (KeySettings, KEY_FIELDS, "name", "a list of tables [[keys]]"),
+}
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
 PASSWORD = re.compile(r"//.*@")
@@ -1884,13 +1890,14 @@ class SettingsReader:
                     self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
                     for model, value in self.table("policies").items()}
         pools = self.pools(servers)
-        self.check_together(values, keys, policies)
+        self.check_together(values, keys.values(), policies)
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
-        return Settings(servers, aliases, policies, pools, keys, **values), self.warnings
+        tables = tuple(servers.values()), aliases, policies, pools, tuple(keys.values())
+        return Settings(*tables, **values), self.warnings
 
     def check_together(
-        self, values: dict[str, Any], keys: tuple[KeySettings, ...], policies: dict[str, str]
+        self, values: dict[str, Any], keys: Collection[KeySettings], policies: dict[str, str]
     ) -> None:
         """Complains of settings that make sense only with others.  A value is None where a
         complaint about it was made already."""
@@ -1910,7 +1917,7 @@ class SettingsReader:
         if by_score and values.get("score", "") == "":
             self.complain(("config", "score"), None, "a formula, for policy expression")
 
-    def pools(self, servers: tuple[ServerSettings, ...]) -> dict[str, float]:
+    def pools(self, servers: Mapping[int, ServerSettings]) -> dict[str, float]:
         """What share of requests each pool gets, in percent; servers of no pool get the rest."""
         pools, check = dict[str, float](), number(0, 100)
         for name, value in self.table("pools").items():
@@ -1920,51 +1927,46 @@ class SettingsReader:
                 self.complain(("pools", name), value, f"{expected}, in percent")
         if (total := round(sum(pools.values()), 6)) > 100:
             self.complain(("pools",), f"{total:g} in all", "100 at most")
-        for i, server in enumerate(servers):
+        for i, server in servers.items():
             if server.pool and server.pool not in pools:
                 self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
         return pools
 
-    def servers(self, entries: Any, origin: str) -> tuple[ServerSettings, ...]:
+    def servers(self, entries: Any, origin: str) -> dict[int, ServerSettings]:
         """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`."""
         if entries is None:
             entries = self.document.get("servers")
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
             entries = entries.get("servers")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            # None, too: an empty file is a half-written one, not a wish for no servers.
-            self.complain(("servers",), entries, 'a list like [{ url = "http://10.0.0.1:8000" }]')
-            return ()
-        return self.entries("servers", entries, ServerSettings, "url", SERVER_FIELDS, origin)
+        # None is refused: an empty file is a half-written one, not a wish for no servers.
+        return self.entries("servers", entries, origin)
 
-    def keys(self) -> tuple[KeySettings, ...]:
-        entries = self.document.get("keys", [])
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            self.complain(("keys",), entries, "a list of tables [[keys]]")
-            return ()
-        keys = self.entries("keys", entries, KeySettings, "name", KEY_FIELDS)
-        for i, key in enumerate(keys):
+    def keys(self) -> dict[int, KeySettings]:
+        keys = self.entries("keys", self.document.get("keys", []))
+        for i, key in keys.items():
             if bool(key.key) is bool(key.key_file):
                 self.complain(("keys", i, "name"), key.name, "either key or key_file with it")
         return keys
 
-    def entries(
-        self, table: str, entries: list[dict[str, Any]], kind: Callable[..., Any], identity: str,
-        fields: Mapping[str, Any], origin: str = "",
-    ) -> tuple[Any, ...]:
-        """A list of tables, each known by its `identity`."""
-        found: dict[str, Any] = {}
+    def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
+        """The good entries of a list of tables, by their place in it."""
+        kind, fields, identity, expected = LISTS[table]
+        found, known = dict[int, Any](), set[str]()
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            self.complain((table,), entries, expected)
+            return found
         for i, entry in enumerate(entries):
             path, before = (table, i), len(self.errors)
             values = self.values(entry, fields, path, origin)
             if identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
-            elif values[identity] in found:
+            elif values[identity] in known:
                 self.complain((*path, identity), entry[identity], "each of them once", origin)
             if len(self.errors) == before:
-                found[values[identity]] = kind(**values)
-        return tuple(found.values())
+                found[i] = kind(**values)
+                known.add(values[identity])
+        return found
 
     def aliases(self) -> dict[str, str]:
         table, found = self.table("aliases"), dict[str, str]()
