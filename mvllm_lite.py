@@ -1852,7 +1852,7 @@ def parse_settings(
 ) -> tuple[Settings, list[Complaint]]:
     """The settings in a TOML text, and warnings about keys that mean nothing.
 
-    `overrides` of [config] keys win over the text; so does one of "servers", a list of tables.
+    `overrides` of [config] keys win over the text; so do "servers", a list of tables, and "pools".
     Raises SettingsError.
     """
     try:
@@ -1889,7 +1889,7 @@ class SettingsReader:
         policies = {aliases.get(model, model):
                     self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
                     for model, value in self.table("policies").items()}
-        pools = self.pools(servers)
+        pools = self.pools(servers, overrides.get("pools", (self.table("pools"), ""))[0])
         self.check_together(values, keys.values(), policies)
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
@@ -1917,10 +1917,12 @@ class SettingsReader:
         if by_score and values.get("score", "") == "":
             self.complain(("config", "score"), None, "a formula, for policy expression")
 
-    def pools(self, servers: Mapping[int, ServerSettings]) -> dict[str, float]:
+    def pools(
+        self, servers: Mapping[int, ServerSettings], given: Mapping[str, Any]
+    ) -> dict[str, float]:
         """What share of requests each pool gets, in percent; servers of no pool get the rest."""
         pools, check = dict[str, float](), number(0, 100)
-        for name, value in self.table("pools").items():
+        for name, value in given.items():
             try:
                 pools[name] = check(value)
             except ValueError as expected:
@@ -4594,13 +4596,18 @@ def merge_sources(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
     return entries
 
 
-def server_by_hand(entry: dict[str, Any]) -> ServerSettings:
-    """A server that comes over HTTP.  It names no file, or who adds it could have any that we may
-    read sent to an address of theirs.  Raises SettingsError."""
+def server_by_hand(
+    entry: dict[str, Any], pools: Mapping[str, float] | None = None
+) -> ServerSettings:
+    """A server that comes over HTTP, maybe of one of these pools; None: of any.  It names no file,
+    or who adds it could have any that we may read sent to an address of theirs.  Raises
+    SettingsError."""
     text = "what comes over HTTP names no file; write it into the settings file"
     if named_files := [name for name in SERVER_FILES if name in entry]:
         raise SettingsError([Complaint("request", 0, name, text) for name in named_files])
-    settings, warnings = parse_settings("", "request", {"servers": ([entry], "request")})
+    known = {entry.get("pool", ""): 0.0} if pools is None else pools
+    overrides = {"servers": ([entry], "request"), "pools": (known, "request")}
+    settings, warnings = parse_settings("", "request", overrides)
     if warnings:
         raise SettingsError(warnings)
     return settings.servers[0]
@@ -10300,7 +10307,7 @@ async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
     """`entry` is one of `servers`, as the settings file has them.  Raises SettingsError."""
     if not entry:
         raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
-    server = server_by_hand(entry)
+    server = server_by_hand(entry, core.settings.pools)
     if server.url in core.roster.entries:
         raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
     core.roster.add(server)

@@ -12829,10 +12829,17 @@ async def test_readiness_turns_before_the_door_is_closed():
         assert (await before.get("/readiness")).status == 503
 
 
+def test_a_server_by_hand_may_be_of_a_pool_that_there_is():
+    entry = {"url": "http://a", "pool": "canary"}
+    assert lite.server_by_hand(entry, {"canary": 5.0}).pool == "canary"
+    with pytest.raises(lite.SettingsError, match="pool: found 'canary', expected one of"):
+        lite.server_by_hand(entry, {"other": 5.0})
+
+
 def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
     old, new = lite.Roster(), lite.Roster()
     old.add(lite.ServerSettings("http://a", 4, api_key="k"))
-    old.add(lite.ServerSettings("http://c"))
+    old.add(lite.ServerSettings("http://c", pool="canary"))
     file = [lite.ServerSettings("http://b")]
     old.define(lite.Source.FILE, by_id(file))
     old.remove("http://b")
@@ -12843,7 +12850,7 @@ def test_changes_by_hand_are_handed_over_whole_or_not_at_all():
     assert (new.entries, new.report()) == (old.entries, old.report())
     assert new.report() == {"added": ["http://a", "http://c"], "removed": ["http://b"],
                             "drained": ["http://a"], "weights": {"http://a": 2.0}}
-    for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""),
+    for added, weights in (('{"uri": 1}', ""), ('{"url": 5}', ""), ("5", ""),
                            ('{"url": "http://a", "weight": "heavy"}', ""), ("", '"a": [NaN, 1]')):
         with pytest.raises((ValueError, TypeError, KeyError, lite.SettingsError)):
             new.load('{"added": [%s], "removed": [], "drained": [], "weights": {%s}}'
