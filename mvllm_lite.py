@@ -1018,7 +1018,7 @@ def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) ->
     """A request's field lines as sent to any server, without Host and framing, which
     `forward_request` adds for each attempt."""
     ours = (key for key, _, _ in fields.lines if key.startswith("x-mvllm-"))
-    return kept_lines(fields, tuple(added), ("host", "content-length", "expect", *ours, *dropped))
+    return kept_lines(fields, added, ("host", "content-length", "expect", *ours, *dropped))
 
 
 OUR_NAME = "mvllm-lite-"  # how the name of each process in Via begins, RFC 9110 §7.6.3
@@ -1298,10 +1298,8 @@ class Histogram(Family):
 
     def child(self, *values: str) -> list[float]:
         """The child of these label values; who holds it can `observe` cheaply."""
-        found: list[float] | None = self.children.get(values)
-        if found is None:
-            found = self.children.setdefault(self.key(values), [0.0] * (len(self.bounds) + 2))
-        return found
+        zeros = [0.0] * (len(self.bounds) + 2)
+        return self.children.get(values) or self.children.setdefault(self.key(values), zeros)
 
     def observe(self, child: list[float], value: float) -> None:
         child[bisect.bisect_left(self.bounds, value)] += 1
@@ -1833,11 +1831,10 @@ class SettingsError(Exception):
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys")
-# Of lists: what an entry is, its fields, which one identifies it; and what is expected.
-LISTS: dict[str, tuple[Callable[..., Any], Mapping[str, Any], str, str]] = {
-    "servers": (
-        ServerSettings, SERVER_FIELDS, "url", 'a list like [{ url = "http://10.0.0.1:8000" }]'),
-    "keys": (KeySettings, KEY_FIELDS, "name", "a list of tables [[keys]]"),
+# Of lists: what an entry is, its fields, of which the first identifies it; and what is expected.
+LISTS: dict[str, tuple[Callable[..., Any], Mapping[str, Any], str]] = {
+    "servers": (ServerSettings, SERVER_FIELDS, 'a list like [{ url = "http://10.0.0.1:8000" }]'),
+    "keys": (KeySettings, KEY_FIELDS, "a list of tables [[keys]]"),
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -1901,21 +1898,21 @@ class SettingsReader:
     ) -> None:
         """Complains of settings that make sense only with others.  A value is None where a
         complaint about it was made already."""
-        if bool(values.get("tls_cert")) is not bool(values.get("tls_key")):
-            self.complain(("config", "tls_key"), values.get("tls_key"), "both tls_cert and tls_key")
-        if values.get("status_access") in ("key", "admin") and not keys:
-            path = ("config", "status_access")
-            self.complain(path, values["status_access"], "open or loopback without [[keys]]")
-        if values.get("admin_paths") and not any(key.admin for key in keys):
-            path = ("config", "admin_paths")
-            self.complain(path, values["admin_paths"], "one of [[keys]] with admin = true")
-        origins = values.get("cors_allowed_origins") or ()
-        if values.get("cors_allow_credentials") and "*" in origins:
-            path = ("config", "cors_allow_credentials")
-            self.complain(path, True, "cors_allowed_origins without *, which would let in any page")
-        by_score = "expression" in (values.get("policy"), *policies.values())
-        if by_score and values.get("score", "") == "":
-            self.complain(("config", "score"), None, "a formula, for policy expression")
+        given, origins = values.get, values.get("cors_allowed_origins") or ()
+        by_score = "expression" in (given("policy"), *policies.values())
+        for key, wrong, expected in (
+            ("tls_key", bool(given("tls_cert")) is not bool(given("tls_key")),
+             "both tls_cert and tls_key"),
+            ("status_access", given("status_access") in ("key", "admin") and not keys,
+             "open or loopback without [[keys]]"),
+            ("admin_paths", given("admin_paths") and not any(key.admin for key in keys),
+             "one of [[keys]] with admin = true"),
+            ("cors_allow_credentials", given("cors_allow_credentials") and "*" in origins,
+             "cors_allowed_origins without *, which would let in any page"),
+            ("score", by_score and given("score", "") == "", "a formula, for policy expression"),
+        ):
+            if wrong:
+                self.complain(("config", key), given(key), expected)
 
     def pools(
         self, servers: Mapping[int, ServerSettings], given: Mapping[str, Any]
@@ -1953,8 +1950,8 @@ class SettingsReader:
 
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
         """The good entries of a list of tables, by their place in it."""
-        kind, fields, identity, expected = LISTS[table]
-        found, known = dict[int, Any](), set[str]()
+        kind, fields, expected = LISTS[table]
+        identity, found, known = next(iter(fields)), dict[int, Any](), set[str]()
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             self.complain((table,), entries, expected)
             return found
