@@ -452,8 +452,11 @@ class Fields:
 
     def members(self, key: str) -> list[str]:
         """The members of a list-valued field, in lower case."""
-        members = (member.strip(" \t") for member in self.get(key).lower().split(","))
-        return [member for member in members if member]
+        members = []
+        for member in self.values.get(key, "").lower().split(","):
+            if stripped := member.strip(" \t"):
+                members.append(stripped)
+        return members
 
     def replaced(self, name: str, value: str) -> Fields:
         """The same with this one line in place of any of that name."""
@@ -524,8 +527,9 @@ class RequestHead(Head):
     @functools.cached_property
     def held_bytes(self) -> int:
         """What holding it costs; 0 for a short one, since few different ones are held."""
-        size = sum(LINE_BYTES + len(name) + len(value) for _, name, value in self.fields.lines)
-        size += len(self.path) + len(self.query or "")
+        size = len(self.path) + len(self.query or "")
+        for _, name, value in self.fields.lines:
+            size += LINE_BYTES + len(name) + len(value)
         return size if size > HEAD_KEPT_BYTES else 0
 
     @functools.cached_property
@@ -1006,11 +1010,16 @@ Pairs = Sequence[tuple[str, str]]  # (field name, value)
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
     """Field lines to pass on: end-to-end ones in their order and number, without those `dropped`
     or named by Connection, and `added` ones in place of any of the same name."""
-    drop = HOP_BY_HOP.union(dropped, (name.lower() for name, _ in added))
+    drop, lines = {*HOP_BY_HOP, *dropped}, list[str]()
+    for name, _ in added:
+        drop.add(name.lower())
     if "connection" in fields.values:
-        drop = drop.union(fields.members("connection"))
-    lines = [f"{name}: {value}\r\n" for key, name, value in fields.lines if key not in drop]
-    lines += [f"{name}: {value}\r\n" for name, value in added]
+        drop.update(fields.members("connection"))
+    for key, name, value in fields.lines:
+        if key not in drop:
+            lines.append(f"{name}: {value}\r\n")
+    for name, value in added:
+        lines.append(f"{name}: {value}\r\n")
     return "".join(lines)
 
 
@@ -1276,7 +1285,8 @@ class Counter(Family):
         try:
             self.children[values] += amount
         except KeyError:
-            key = self.key(values)
+            room = len(self.children) < LABEL_SETS_LIMIT
+            key = values if room else self.key(values)
             self.children[key] = self.children.get(key, 0) + amount
 
 
@@ -1298,8 +1308,9 @@ class Histogram(Family):
 
     def child(self, *values: str) -> list[float]:
         """The child of these label values; who holds it can `observe` cheaply."""
-        zeros = [0.0] * (len(self.bounds) + 2)
-        return self.children.get(values) or self.children.setdefault(self.key(values), zeros)
+        zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < LABEL_SETS_LIMIT
+        key = values if room else self.key(values)
+        return self.children.get(values) or self.children.setdefault(key, zeros)
 
     def observe(self, child: list[float], value: float) -> None:
         child[bisect.bisect_left(self.bounds, value)] += 1
@@ -2772,7 +2783,9 @@ def read_call(
     """What the request wants, and its content as it is to be sent.  Looks for `model` in JSON or
     form content, then in the query.  Only an alias, or the default model where none is named,
     changes the content."""
-    members, boundary = dict[str, Any](), form_boundary(head.fields.get("content-type"))
+    members, boundary = dict[str, Any](), b""
+    if (content_type := head.fields.values.get("content-type", ""))[:1] in ("m", "M"):
+        boundary = form_boundary(content_type)
     if boundary:
         spans = form_spans(content, boundary) if spans is None else spans
         members = {name: bytes(content[a:b]).decode("utf-8", "replace")
@@ -2894,10 +2907,13 @@ def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
 @remembered
 def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     """The fields that name a session: one of these, and one that would do if nothing else does."""
-    first, last = (
-        next((f"{name}: {said}" for name in group if (said := fields.get(name.lower()))), "")
-        for group in (names, LAST_SESSION_FIELDS))
-    return first, last
+    found = ["", ""]
+    for n, group in enumerate((names, LAST_SESSION_FIELDS)):
+        for name in group:
+            if said := fields.values.get(name.lower()):
+                found[n] = f"{name}: {said}"
+                break
+    return found[0], found[1]
 
 
 def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
@@ -5184,8 +5200,13 @@ def exclusions(
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits or
     troubled checks keep the last ones out, they are asked after all."""
-    trials = {view.server for view in views if view.counts.on_trial}
-    reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
+    trials, reasons, silent = set[str](), list[str](), False
+    for view in views:
+        silent = silent or (view.models is None and model is not None)
+        if view.counts.on_trial:
+            trials.add(view.server)
+    for view in views:
+        reasons.append(exclusion_reason(view, model, tried, moment, trials))
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
         if all(exclusion_reason(view, model, frozenset(), ever, trials) for view in views):
@@ -5195,7 +5216,7 @@ def exclusions(
             needed = [guess or view.models is not None for view in views]
             return [exclusion_reason(view, model, tried, moment, trials, last) and reason
                     for view, reason, last in zip(views, reasons, needed)]
-    if model is not None and any(v.models and not reason for v, reason in zip(views, reasons)):
+    if silent and any(v.models and not reason for v, reason in zip(views, reasons)):
         return [reason or ("has not told its models" if view.models is None else "")
                 for view, reason in zip(views, reasons)]
     return reasons
@@ -5223,7 +5244,7 @@ def exclusion_reason(
         return f"gets none: its pool has 0 % ({view.settings.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
         return f"is full ({view.counts.in_flight} of {view.limit:.4g})"
-    return "was tried already" if tried and view.server in tried else ""
+    return "was tried already" if tried and view.settings.url in tried else ""
 
 
 Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
@@ -5280,7 +5301,11 @@ def depends_on_the_moment(view: ServerView, now: float) -> bool:
 
 def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
     """Prompts that are shorter fit every server that has the model."""
-    return min((view.context(model) for view in views if view.has(model)), default=INFINITY)
+    shortest = INFINITY
+    for view in views:
+        if view.models and (model is None or model in view.models):  # else it is infinity
+            shortest = min(shortest, view.context(model))
+    return shortest
 
 
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
@@ -5306,13 +5331,17 @@ class Lasting(NamedTuple):
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
     """Made anew, and kept with the fleet."""
     views, reasons = fleet.views(), None
-    if not any(view.health.open_until is not None or depends_on_the_moment(view, moment.now)
-               for view in views):
+    lasts, steady_since, changed_at = True, INFINITY, -INFINITY
+    for view in views:
+        health = view.health
+        if lasts and (health.open_until is not None or depends_on_the_moment(view, moment.now)):
+            lasts = False
+        changed_at = max(changed_at, health.since)
+        if health.state is State.HEALTHY and view.open and view.has(model):
+            steady_since = min(steady_since, health.since)
+    if lasts:
         reasons = exclusions(views, model, frozenset(), moment._replace(enforced=False))
-    there = (v.health.since for v in views if v.healthy and v.open and v.has(model))
-    changes = (view.health.since for view in views)
-    found = Lasting(reasons, shortest_context(views, model), min(there, default=INFINITY),
-                    max(changes, default=-INFINITY))
+    found = Lasting(reasons, shortest_context(views, model), steady_since, changed_at)
     if model is None or fleet.knows(model):  # of which there are not too many
         fleet.derived[model] = found
     return found
@@ -6226,6 +6255,13 @@ def refusal_of(v: Visit) -> Refusal | None:
         if (refusal := guard(v)) is not None:
             return refusal
     return None
+
+
+def surely_comes_in(kind: Kind, fields: Fields, keyed: bool, audience: Audience) -> bool:
+    """Whether nothing can be said against a request, as with most where there are no keys: it is
+    for an engine, and no browser's.  That saves the look of each guard."""
+    return (kind is Kind.INFERENCE and not keyed and "origin" not in fields.values
+            and audience is not Audience.OPERATORS)  # fmt: skip
 
 
 def open_line(s: Settings) -> str:
@@ -9112,10 +9148,11 @@ class RequestContent(HeldContent):
         """The content as it comes.  Large JSON is looked through meanwhile, if `looks`, so that it
         does not hold up other streams."""
         client, framing, limit = self.client, self._framing, self._settings.max_body_bytes
-        self._expect_continue()
+        if "expect" in self.head.fields.values:
+            self._expect_continue()
         length = framing.length or 0
         small = not framing.chunked and length <= min(limit, SMALL_CONTENT_BYTES)
-        if small:
+        if small and length > len(client.buffer):
             client.fill(length)
         if small and length <= len(client.buffer):
             self._count(length)  # the usual: it came with the head
@@ -9869,7 +9906,8 @@ class Exchange:
         if location := head.fields.values.get("location"):
             pool = self.core.pools.get(step.ranking.server)
             added.append(("Location", local_location(location, pool.authority, pool.prefix)))
-        if s.server_header and (s.why_header or asks_why(self.head.fields)):
+        asked = "x-mvllm-why" in self.head.fields.values and asks_why(self.head.fields)
+        if s.server_header and (s.why_header or asked):
             added.append(("X-MVLLM-Why", step.ranking.why()))
         if self.call.makes_response or self.call.stored:
             self.note_stored(head, answer.first)
@@ -10926,23 +10964,25 @@ class Front:
         core, s, head, keys = self.core, exchange.settings, exchange.head, self.core.keys
         asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
         works = kind.is_exchange and not asks
-        if works and came_by(head.fields, core.process.name):
+        if works and "via" in head.fields.values and came_by(head.fields, core.process.name):
             text = f"The way of the request leads back to where it was: {head.fields.get('via')}."
             return Refusal(Fault.LOOP_DETECTED, text[:1000])
         exchange.key = keys.authenticate(head.fields) if keys.required else None
         client, audience = exchange.client, self._audience
         if client in self._operators:
             audience = Audience.OPERATORS
-        hop = ""
-        if kind not in FOR_PAGES:
-            hop = address_of(client.transport.get_extra_info("peername"))[0]
-        refusal = refusal_of(Visit(kind, head, exchange.body.unread, client.peer[0], client.is_tls,
-                                   exchange.key, keys.required, s, audience, hop))
-        if refusal is not None:
-            if refusal.warning and not self._warned:
-                self._warned = True
-                log.warning("%s", refusal.warning)
-            return refusal
+        if not surely_comes_in(kind, head.fields, keys.required, audience):
+            hop = ""
+            if kind not in FOR_PAGES:
+                hop = address_of(client.transport.get_extra_info("peername"))[0]
+            refusal = refusal_of(Visit(
+                kind, head, exchange.body.unread, client.peer[0], client.is_tls, exchange.key,
+                keys.required, s, audience, hop))
+            if refusal is not None:
+                if refusal.warning and not self._warned:
+                    self._warned = True
+                    log.warning("%s", refusal.warning)
+                return refusal
         if works and 0 < s.max_requests <= core.clients.forwarding:
             text = f"{s.max_requests} requests are in progress, as many as max_requests allows."
             return Refusal(Fault.TOO_MANY_REQUESTS, text)

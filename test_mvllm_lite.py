@@ -6480,6 +6480,20 @@ def visit_of(kind, lines="", peer="127.0.0.1", key=None, keyed=False, tls=False,
                       hop=hop)
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("lines", ["", "Host: a\nOrigin: http://evil.example",
+                                   "Host: a\nUpgrade: websocket\nConnection: upgrade"])
+@pytest.mark.parametrize("audience", lite.Audience)
+def test_nothing_is_said_against_what_surely_comes_in(audience, lines, keyed):
+    for kind in lite.Kind:
+        visit = visit_of(kind.name, lines, keyed=keyed, method="POST")._replace(audience=audience)
+        if lite.surely_comes_in(kind, visit.head.fields, keyed, audience):
+            assert lite.refusal_of(visit) is None
+    usual = lite.surely_comes_in(lite.Kind.INFERENCE, head_of("GET /x HTTP/1.1\nHost: a").fields,
+                                 False, lite.Audience.EVERYBODY)
+    assert usual
+
+
 def status_of_visit(*args, **more):
     refusal = lite.refusal_of(visit_of(*args, **more))
     return refusal.fault.status if refusal else 200
