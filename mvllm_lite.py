@@ -7319,8 +7319,9 @@ class Wire(asyncio.BufferedProtocol):
     def keep(self, piece: Piece) -> None:
         """Hold it for who reads next."""
         self.buffer += piece
-        if self.backlog is not None:
-            self.count()
+        if self.backlog is not None:  # the same
+            self.backlog.unread_bytes += len(self.buffer) - self.counted
+            self.counted = len(self.buffer)
         if len(self.buffer) >= self.most and not self._reads:
             self.hold()
 
@@ -7474,8 +7475,9 @@ class Wire(asyncio.BufferedProtocol):
         """The first bytes of the buffer, or all."""
         taken = bytes(self.buffer if size is None else self.buffer[:size])
         del self.buffer[:size]
-        if self.backlog is not None:
-            self.count()
+        if self.backlog is not None:  # `count`, without the call: each piece comes by here
+            self.backlog.unread_bytes += len(self.buffer) - self.counted
+            self.counted = len(self.buffer)
         if self.held and len(self.buffer) < self.most:
             self.release()
         return taken
@@ -8303,7 +8305,12 @@ def own_id(fields: Fields, names: Sequence[str]) -> tuple[str, bool]:
 
 
 def date_field() -> tuple[str, str]:
-    return "Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    return date_at(int(time.time()))
+
+
+@functools.lru_cache(1)  # once a second, and not for each answer
+def date_at(second: int) -> tuple[str, str]:
+    return "Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 # What a refusal says beside, RFC 9110 §15.5.2, §15.5.6, §15.5.16.
