@@ -6261,7 +6261,7 @@ def surely_comes_in(kind: Kind, fields: Fields, keyed: bool, audience: Audience)
     """Whether nothing can be said against a request, as with most where there are no keys: it is
     for an engine, and no browser's.  That saves the look of each guard."""
     return (kind is Kind.INFERENCE and not keyed and "origin" not in fields.values
-            and audience is not Audience.OPERATORS)  # fmt: skip
+            and audience is not Audience.OPERATORS)
 
 
 def open_line(s: Settings) -> str:
