@@ -3225,6 +3225,13 @@ def is_overload(said: Mapping[str, Any]) -> bool:
     return error.get("code") == 503 and error.get("type") in OVERLOAD_TYPES
 
 
+def unknown_model(model: str, known: Collection[str]) -> str:
+    """That no server has the model, in vLLM's words."""
+    names = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none"
+    names += f" and {len(known) - NAMES_LIMIT} more" * (len(known) > NAMES_LIMIT)
+    return f"The model `{model[:200]}` does not exist. Valid names: {names}."
+
+
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
     """An error of our own, as vLLM and OpenAI say it; Anthropic's clients look for `type`, too."""
     code = fault.label if fault in SAID_BY_NAME else fault.status
@@ -5161,8 +5168,7 @@ class Ranking(NamedTuple):
         words = f"{first.id} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
             words += f"; next {others[0].id} ×{others[0].cost / first.cost:.1f}"
-        words = " ".join(words.replace("×", "x").split())
-        return words.encode("ascii", "backslashreplace").decode()
+        return " ".join(words.replace("×", "x").split()).encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
         """How many more tokens of the prompt another server that might have been asked has."""
@@ -5178,20 +5184,12 @@ class Ranking(NamedTuple):
         # Who has never told any is not waited for for ever.
         awaited = any(v.models is None and v.health.state is not State.UNHEALTHY for v in views)
         if model is not None and self.unheard_of and any(told) and not awaited:
-            silent = told.count(False)
-            more = f" {silent} of the servers never told its models." * (silent > 0)
+            more = f" {told.count(False)} of the servers never told its models." * (not all(told))
             return Fault.UNKNOWN_MODEL, unknown_model(model, known) + more
         reasons = "; ".join(f"{row.id if name_servers else f'server {n}'} {row.reason}"
                             for n, row in enumerate(self.candidates(), 1))
         what = "this request" if model is None else f"the model `{model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
-
-
-def unknown_model(model: str, known: Collection[str]) -> str:
-    """That no server has the model, in vLLM's words."""
-    names = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none"
-    names += f" and {len(known) - NAMES_LIMIT} more" * (len(known) > NAMES_LIMIT)
-    return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
 def exclusions(
