@@ -5168,7 +5168,8 @@ class Ranking(NamedTuple):
         words = f"{first.id} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
             words += f"; next {others[0].id} ×{others[0].cost / first.cost:.1f}"
-        return " ".join(words.replace("×", "x").split()).encode("ascii", "backslashreplace").decode()
+        words = " ".join(words.replace("×", "x").split())
+        return words.encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
         """How many more tokens of the prompt another server that might have been asked has."""
