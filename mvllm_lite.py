@@ -3842,6 +3842,8 @@ FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own,
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
 KEPT_REPORTS = 3  # a single report may be missed
 KV_LIMIT = 1.05  # so that a full KV cache is not infinitely bad
+IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
+PENDING_OF = operator.attrgetter("counts.pending")
 PREFILL_SPEED_OF = operator.attrgetter("learned.prefill_tokens_per_s")
 SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
 
@@ -5354,10 +5356,6 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
             else view.slow_start_share(now, slow_start_s) for view in views]
 
 
-IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
-PENDING_OF = operator.attrgetter("counts.pending")
-
-
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
     """The best server for a call; once for each attempt."""
     call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
@@ -5393,10 +5391,7 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
     lowest = min(costs)
     limit = lowest * tie if lowest > 0 else lowest / tie
-    good = []
-    for n, cost in enumerate(costs):
-        if cost <= limit:
-            good.append(n)
+    good = [n for n, cost in enumerate(costs) if cost <= limit]
     return good[0] if len(good) == 1 else draw.choice(good)
 
 
