@@ -5201,13 +5201,8 @@ def exclusions(
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits or
     troubled checks keep the last ones out, they are asked after all."""
-    trials, reasons, silent = set[str](), list[str](), False
-    for view in views:
-        silent = silent or (view.models is None and model is not None)
-        if view.counts.on_trial:
-            trials.add(view.server)
-    for view in views:
-        reasons.append(exclusion_reason(view, model, tried, moment, trials))
+    trials = {view.settings.url for view in views if view.counts.on_trial}
+    reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
         if all(exclusion_reason(view, model, frozenset(), ever, trials) for view in views):
@@ -5217,7 +5212,7 @@ def exclusions(
             needed = [guess or view.models is not None for view in views]
             return [exclusion_reason(view, model, tried, moment, trials, last) and reason
                     for view, reason, last in zip(views, reasons, needed)]
-    if silent and any(v.models and not reason for v, reason in zip(views, reasons)):
+    if model is not None and any(v.models and not reason for v, reason in zip(views, reasons)):
         return [reason or ("has not told its models" if view.models is None else "")
                 for view, reason in zip(views, reasons)]
     return reasons
