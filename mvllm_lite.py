@@ -1674,7 +1674,7 @@ class Settings:
         (), list_of(network), "addresses whose X-Forwarded fields are believed")
     pass_client_key: bool = setting(
         False, truth, "with [[keys]]: servers are shown the client's key, too")
-    pass_client_key_to_added: bool = setting(
+    added_get_client_key: bool = setting(
         False, truth, "servers that were added over HTTP are shown the client's key, too")
     status_access: str = setting(
         "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
@@ -1805,9 +1805,7 @@ RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart
 # Keys of older files: those that never had an effect, or have none here; those that have another
 # name now, and are warned about; and all words that stand for another.
 OLD_KEYS = {"advanced": "no version of mvllm ever read this table"}
-RENAMED_KEYS = {
-    "shape_file": "trace_file", "added_get_client_key": "pass_client_key_to_added",
-}
+RENAMED_KEYS = {"shape_file": "trace_file"}
 SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
 
 
@@ -9368,7 +9366,7 @@ class Attempt:
         request, pool, response = self.request, self.pool, self.response
         silence_s, content = self.settings.request_timeout, request.body.content
         key_line = pool.key_line
-        if not key_line and (pool.sees_client_keys or self.settings.pass_client_key_to_added):
+        if not key_line and (pool.sees_client_keys or self.settings.added_get_client_key):
             key_line = request.key_lines
         head_bytes = request.encode_head(pool.prefix, pool.authority, key_line, self.rank)
         at = len(content)

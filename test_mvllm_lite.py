@@ -11545,9 +11545,9 @@ async def test_paths_of_two_readings_are_400_and_the_connection_stays():
     ("by default", {}, ["", "", "Bearer sk-own"]),
     ("beside a key for all in the file", {"api_key": "sk-all"}, ["", "", "Bearer sk-own"]),
     ("where keys are passed", {"keys": KEYS, "pass_client_key": True}, ["", "", "Bearer sk-own"]),
-    ("where the settings say so", {"pass_client_key_to_added": True},
+    ("where the settings say so", {"added_get_client_key": True},
      ["Bearer sk-root", "k", "Bearer sk-own"]),
-    ("where no server sees keys", {"keys": KEYS, "pass_client_key_to_added": True},
+    ("where no server sees keys", {"keys": KEYS, "added_get_client_key": True},
      ["", "", "Bearer sk-own"]),
 ))
 @asynchronous
