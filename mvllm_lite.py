@@ -1710,7 +1710,8 @@ class Settings:
         75.0, number(0.001), "silence of a client between two requests")
     max_requests_per_connection: int = setting(10000, whole(1), "then a connection is closed")
     max_connections: int = setting(10000, whole(1), "from clients; more wait to be accepted")
-    max_connections_per_client: int = setting(0, whole(0), "from one address; 0 is no limit")
+    max_connections_per_client: int = setting(
+        0, whole(0), "from one address that is no trusted proxy; 0 is no limit")
     max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
     queue_size: int = setting(
         0, whole(0), "requests that wait here for servers that are full; 0: servers never are")
@@ -8720,9 +8721,9 @@ def saying_requests(on_console: Callable[[], bool], kind: type) -> Subscriber | 
 def say_request(on_console: Callable[[], bool], facts: RequestFacts) -> None:
     line = f"{timed(time.time())} INFO {access_line(facts)}"
     for one in log.handlers:
-        if isinstance(one, LineWriter) and one.level <= logging.INFO:
-            if not isinstance(one, Console) or on_console():
-                one.writer.say(line)
+        if isinstance(one, LineWriter) and one.level <= logging.INFO and (
+                not isinstance(one, Console) or on_console()):
+            one.writer.say(line)
 
 
 @contextlib.contextmanager
@@ -10751,9 +10752,11 @@ class Front:
         core.clients.tasks[wire].add_done_callback(forget)
 
     def count_connection(self, wire: Wire, peer: Address) -> bool:
-        """Count a connection as that peer's; False if it has as many as it may."""
-        (host, _), limit = peer, self.core.settings.max_connections_per_client
-        if limit and self._hosts.get(host, 0) >= limit:
+        """Count a connection as that peer's.  Returns False, and does not, if it has as many as it
+        may; a proxy of ours, which brings many clients, may have any number."""
+        (host, _), s = peer, self.core.settings
+        full = 0 < s.max_connections_per_client <= self._hosts.get(host, 0)
+        if full and not is_trusted(host, s.trusted_proxies):
             self.core.count_limit("max_connections_per_client")
             return False
         self._hosts[host] = self._hosts.get(host, 0) + 1
@@ -12636,7 +12639,7 @@ def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
     return lines
 
 
-def help_lines(look: Look, width: int) -> list[Line]:
+def help_lines(width: int) -> list[Line]:
     lines: list[Line] = [[("Keys", Style.TITLE)]]
     lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
     meanings = (
@@ -12656,7 +12659,7 @@ def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, 
     """The title and the text of a screen that is not the list."""
     server = selected(ui, status)
     if ui.mode is Mode.HELP or server is None:
-        return [("mvllm_lite, help", Style.TITLE)], help_lines(look, size.columns)
+        return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns)
     name = fit_name(server["name"], size.columns, look)
     return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
 

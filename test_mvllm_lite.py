@@ -7368,6 +7368,18 @@ async def test_connections_are_counted_by_whom_a_proxy_passes_on():
         assert running.core.metrics.limits.children[("max_connections_per_client",)] == 1
 
 
+@asynchronous
+async def test_a_proxy_of_ours_may_bring_more_clients_than_one_may_have_connections():
+    async with balancing(Server(), trusted_proxies=("127.0.0.1",),
+                         max_connections_per_client=1) as running:
+        clients = [await running.client() for _ in range(3)]
+        await eventually(lambda: len(running.wires) == 3, "all are accepted, none has said whose")
+        for n, client in enumerate(clients):
+            await client.send(b"PROXY TCP4 1.2.3.%d 5.6.7.8 900 80\r\nGET /version HTTP/1.1\r\n"
+                              b"Host: a\r\n\r\n" % n)
+            assert (await client.answer()).status == 200
+
+
 @pytest.mark.parametrize("theirs, expected",
                          [("", r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT"),
                           ("Date: then\r\n", "then")])
