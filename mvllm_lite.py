@@ -23,7 +23,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     ──  ─────────────  ───────────────────────────────────────────────────────────────────────
      0  front matter   ~ this map, the imports, the limits that several rooms share
 
-     I  HTTP             1,100 lines, for each message
+     I  HTTP             1,110 lines, for each message
      1  faults         · every way to fail, as one table: status, blame, may it be retried
      2  heads          · HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
      3  proxy header   · who passes on connections says whose they are: the PROXY protocol
@@ -31,12 +31,12 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
      5  forwarding     · what an intermediary does to messages; responses of our own; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         720 lines, at the start, and at a reload
+    II  settings         730 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  settings       · all that can be set, each with its default, check and meaning
      9  settings file  · from TOML to settings; complaints with file, line and key
 
-   III  vLLM             1,510 lines, for each request, check and scrape
+   III  vLLM             1,520 lines, for each request, check and scrape
     10  content        · compression undone; JSON: where the members that matter stand
     11  forms          · forms: the model that a part names; another model in its place
     12  prompts        · how long a prompt is, and what of it each server has probably cached
@@ -45,7 +45,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     15  judge          · an answer judged as it comes; its tokens and its id
     16  engine load    · what a server says of itself: its load, its models
 
-    IV  fleet            1,790 lines, for each request, check and scrape
+    IV  fleet            1,780 lines, for each request, check and scrape
     17  health         · whether a server can be asked, by checks and by what became of requests
     18  servers        · what is known of each: settings, health, report, what was learned, counts
     19  learning       · what answers and reports teach of a server
@@ -67,7 +67,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     31  records        · what is written of requests and transitions: log lines, records, traces
     32  status         · the last minute of each server; what screen, page and /status.json show
 
-   VII  connections      1,790 lines, for each connection, and each piece of an answer
+   VII  connections      1,800 lines, for each connection, and each piece of an answer
     33  sockets        ~ what is the same of all: errors, deadlines; those that listen
     34  wire           ~ one connection: its buffer, its deadline, its end
     35  secrets        ~ keys and certificates, and how a server is reached with them
@@ -77,7 +77,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     39  response       ~ the client's side of an exchange
     40  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
-  VIII  a request        1,230 lines, for each request
+  VIII  a request        1,250 lines, for each request
     41  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
     42  intake         ~ a request's content: gathered, decoded, held as long as it is needed
     43  attempt        ~ a request said to one server; its answer judged and passed on
@@ -85,7 +85,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     45  accounts       ~ what is counted, kept and told of a request that has ended
     46  exchange       ~ one request, from its head to its last byte
 
-    IX  operating        1,590 lines, all the time
+    IX  operating        1,600 lines, all the time
     47  watch          ~ health checks, load reports
     48  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
     49  endpoints      ~ the paths that the balancer answers itself, in one table
@@ -101,7 +101,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  seen             1,790 lines, on a terminal, for `top`, and for a browser at /status
+    XI  seen             1,780 lines, on a terminal, for `top`, and for a browser at /status
     57  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
     58  table          · the servers in lines, as many columns as there is room for
     59  screen         · what is seen there: the table and the lines around it
@@ -110,7 +110,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     62  top            ~ the screen beside a balancer: of this process, or of one elsewhere
     63  page           ~ the status for a browser: one HTML string
 
-   XII  laboratory       1,470 lines, for `replay`, `demo` and `check-config`
+   XII  laboratory       1,480 lines, for `replay`, `demo` and `check-config`
     64  traces         · requests of the past: from files, or made up
     65  engine         · a model of a vLLM server, in simulated time
     66  replay         · those requests sent to such servers by any policy
@@ -137,9 +137,9 @@ server.  *Commit* is the moment the client is shown the first byte of an answer;
 that.
 """
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  0  front matter
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 
 from __future__ import annotations
 
@@ -250,9 +250,9 @@ log = logging.getLogger("mvllm_lite")
 # ━━━ part I: HTTP ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  1  faults
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Failure is data.  Whatever can go wrong with a request is a row of `Fault`; no other room
 # decides about statuses, blame or retries with an `if` of its own.  Two exceptions carry a fault
@@ -395,9 +395,9 @@ class Stale(PeerGone):
     while it was idle.  Nobody's failure; the request is sent again on a fresh one."""
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  2  heads
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # RFC 9110 and RFC 9112 for a gateway.  A head is bytes in, a frozen value out, and bytes again;
 # nothing here knows a socket.  Heads are decoded as latin-1, which keeps every byte.  Where the
@@ -722,9 +722,9 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  3  proxy header
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
 # each whose it is.
@@ -788,9 +788,9 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
     return 16 + length, (str(ipaddress.ip_address(data[16 : 16 + size])), port)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  4  framing
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Where a message's content ends, RFC 9112 §6 and §7: by its length, in chunks, or with the
 # connection.
@@ -984,9 +984,9 @@ def encode_chunk(content: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(content), content)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  5  forwarding
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
 # which are replaced, how the next hop finds the content's end.  And responses of our own.
@@ -1189,9 +1189,9 @@ def cors_fields(
     return [*fields, ("Access-Control-Max-Age", "3600")]
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  6  exposition
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The Prometheus text format 0.0.4, both directions.  Reading happens twice a second for each
 # server, on pages of 50 to 80 kB, so it looks only at the metrics it was asked for.
@@ -1362,9 +1362,9 @@ def expose(families: Iterable[Family]) -> str:
 # ━━━ part II: settings ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  7  checks
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What a value in the settings may be: a check gives the clean value, or raises ValueError with what
 # was expected.  Among them a formula, which is compiled from a small part of Python's expressions.
@@ -1606,9 +1606,9 @@ def formula(value: Any) -> str:
     return str(value)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  8  settings
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
 # file, the environment, the command line and servers.example.toml follow from it.
@@ -1810,9 +1810,9 @@ RENAMED_KEYS = {"shape_file": "trace_file"}
 SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  9  settings file
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
 # gathered, placed and reported at once.
@@ -2091,9 +2091,9 @@ def changes_line(old: Settings, new: Settings) -> str:
 # ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  10  content
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
 # is rewritten but the one value of `model`; compression is undone.
@@ -2378,9 +2378,9 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
     return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  11  forms
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # multipart/form-data as far as a balancer must read it: the model that one of its parts names;
 # where readers differ, the form is not read.  And content with another model in place of its own.
@@ -2525,9 +2525,9 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
     return changed
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  12  prompts
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
 # longer starts of it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models
@@ -2727,9 +2727,9 @@ class PrefixCache:
         self._tokens = 0
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  13  calls
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
 # a request wants, for which session.
@@ -2929,9 +2929,9 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
             raise BadMessage("the content is JSON in another encoding than UTF-8")
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  14  dialect
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
 # whether an end is a good one, what a failure admits to; and how errors of our own are said in its
@@ -3245,9 +3245,9 @@ def error_event(body: bytes, path: str) -> bytes:
     return name + b"data: " + body + b"\n\n"
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  15  judge
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
 # may not have; and what its end tells of tokens and ids.
@@ -3437,9 +3437,9 @@ def response_id(start: bytes, streams: bool) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  16  engine load
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
 
@@ -3614,9 +3614,9 @@ def is_plain(value: Any, depth: int) -> bool:
 # ━━━ part IV: fleet ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  17  health
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
 # is a new frozen Health.
@@ -3825,9 +3825,9 @@ class Health(NamedTuple):
         return self
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  18  servers
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
 # it is one frozen view, which changes only on news; requests of ours are counted apart, in place.
@@ -4156,9 +4156,9 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
             f" streams have moved for {still_s:.0f} s")
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  19  learning
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What a server's answers and reports teach of it: how fast it reads prompts, its time per output
 # token, its capacity, and how much of what it was sent it really finds in its cache.
@@ -4279,9 +4279,9 @@ def learned_after(
                    capacity_after(view, load, elapsed_s, views), hit_ratio)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  20  fleet
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
 # replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
@@ -4562,9 +4562,9 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
     return [(f"{server.url}@{rank}", rank) for rank in range(server.data_parallel_size)]
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  21  roster
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
 # is known of a server is kept elsewhere, by the id under which it stands here: its URL, so far.
@@ -4709,9 +4709,9 @@ class Roster:
         self._removed, self._drained = removed, drained
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  22  policies
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
 # the fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest
@@ -5053,9 +5053,9 @@ class Expression(Formula):
         super().__init__(s, s.score)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  23  ranking
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
 # the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
@@ -5392,9 +5392,9 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
 # ━━━ part V: answering ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  24  queue
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
 
@@ -5509,9 +5509,9 @@ class WaitQueue:
         return math.ceil(min(60.0, max(1.0, seconds)))
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  25  poison
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
 # blame itself.
@@ -5587,9 +5587,9 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
     return [one for one in suspects if not one.told and len(suspects) == 1]
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  26  plans
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
@@ -5831,9 +5831,9 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
     return longest * draw.uniform(0.5, 1.0)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  27  client keys
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
 # open, as mvllm is.  A key is compared by its digest, with all keys, in constant time.
@@ -5952,9 +5952,9 @@ def key_in(fields: Fields) -> str:
     return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  28  access
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
 # any page that is open in it, and its `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A
@@ -6273,9 +6273,9 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 # ━━━ part VI: what is counted ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  29  documents
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
 # its types.
@@ -6428,9 +6428,9 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
     return 503, {"status": "not_ready", "reason": reason, **counts}
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  30  metrics
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is counted and measured: the metric families that /metrics shows.
 
@@ -6594,9 +6594,9 @@ def gauges(
     return families
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  31  records
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
 # and for `replay`.
@@ -6743,9 +6743,9 @@ def transition_line(change: Transition, models: Models | None) -> str:
     return f"{change.url} is {change.new.value} (was {change.old.value}): {change.reason}{names}"
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  32  status
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What people see of the fleet: the last minute of each server, and the document that the screen,
 # the page and /status.json share.
@@ -7003,9 +7003,9 @@ def status_report(
 # ━━━ part VII: connections ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  33  sockets
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
 # listen, with what a connection says before there is a Wire for it.
@@ -7163,9 +7163,9 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  34  wire
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
 # a server: bytes come into its buffer, and whoever reads waits for `news`.  While a Sink is set,
@@ -7562,9 +7562,9 @@ class Wire(asyncio.BufferedProtocol):
             await self.news(self.loop.time() + silence_s)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  35  secrets
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
 # reached with them.
@@ -7719,9 +7719,9 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
     return PeerGone(f"cannot connect: {error_text(error)}", fault)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  36  client
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
 # It stands on asyncio's streams, which read plainly and are quick enough for the 25 small questions
@@ -7915,9 +7915,9 @@ async def is_dead(client: HttpClient) -> bool:
     return False
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  37  pool
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The connections to one server over which requests are passed on.
 
@@ -8041,9 +8041,9 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
     return parse_response_head(raw)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  38  pump
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
 # in the same turn of the event loop.  Back-pressure is the wires': while the one written to is
@@ -8249,9 +8249,9 @@ class Tunnel:
     def expired(self, wire: Wire) -> None: ...
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  39  response
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
 # words, it is written here, and only here is known what the client has seen of it.
@@ -8479,9 +8479,9 @@ class Response:
         self.write(event)  # and the last chunk stays away
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  40  logging
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
 # to wait.
@@ -8803,9 +8803,9 @@ def trace_writer(path: str) -> Writer | None:
 # ━━━ part VIII: a request ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  41  core
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
 
@@ -9091,9 +9091,9 @@ class abandoned_if_gone:  # it reads as a sentence
             raise self._client.departure() from None
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  42  intake
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
 # long as it may have to be said to a server.  All that is held counts in `max_buffered_bytes`.
@@ -9229,9 +9229,9 @@ async def look_through(content: Content, scan: Scan | None) -> None:
             await asyncio.sleep(0)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  43  attempt
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
 # is judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
@@ -9451,9 +9451,9 @@ class Attempt:
         return WELL
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  44  case
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
 # another does well with it; a server that died is counted against the content it died with, which
@@ -9587,9 +9587,9 @@ class Case:
         return failure._replace(deaths=deaths)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  45  accounts
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
 
@@ -9639,9 +9639,9 @@ def facts_of(
         response.end)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  46  exchange
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
 # carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
@@ -10054,9 +10054,9 @@ class Exchange:
 # ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  47  watch
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
 # and one that reads its load, so that a hanging server makes nobody else's numbers old.
@@ -10306,9 +10306,9 @@ class Watchers:
                 task.cancel()
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  48  operations
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
 # buttons.  An operation returns a document that says what was done.  What is wrong with it is said
@@ -10396,9 +10396,9 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  49  endpoints
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
 # answer at once even when every server hangs.
@@ -10651,9 +10651,9 @@ ENDPOINTS |= {
 }
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  50  front
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
 # its own, and each request, an Exchange from its head on, is refused, answered here or run.
@@ -10993,9 +10993,9 @@ class Front:
         return None
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  51  following
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
 # about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
@@ -11123,9 +11123,9 @@ class Follower:
             log.info("new settings: %d servers, nothing changed", len(settings.servers))
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  52  commands
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
 # them by name.  What several of them need: the settings that file, environment and flags make.
@@ -11240,9 +11240,9 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  53  handover
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
 # on the listening sockets, what was done by hand, and a socket on which the other says that it
@@ -11423,9 +11423,9 @@ def run_upgrade(args: argparse.Namespace) -> int:
     return 0
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  54  balancer
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
 # over by their owners, and stops without cutting answers short.
@@ -11649,9 +11649,9 @@ class Balancer:
 # ━━━ part X: program ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  55  process
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
 # the process that it succeeds.
@@ -11765,9 +11765,9 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  56  command line
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
 # used, 2 wrong arguments or, from check-config, no server can be used.
@@ -11912,9 +11912,9 @@ def main(argv: list[str] | None = None) -> int:
 # ━━━ part XI: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  57  cells
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
 
@@ -12187,9 +12187,9 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
     return out
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  58  table
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
 # colour says, a word says too.
@@ -12419,9 +12419,9 @@ def marked(line: Line, width: int) -> Line:
     return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  59  screen
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
 
@@ -12707,9 +12707,9 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     return lines + [[]] * (size.rows - len(lines))
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  60  keys
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
 #
@@ -12826,9 +12826,9 @@ def key_of(char: str) -> str:
     return char if char.isprintable() else CONTROLS.get(char, "")
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  61  terminal
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
 # process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
@@ -13072,9 +13072,9 @@ class CursesScreen:
         self.window.refresh()
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  62  top
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
 # that runs elsewhere (`top`).
@@ -13290,9 +13290,9 @@ def run_top(args: argparse.Namespace) -> int:
     return 0
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  63  page
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
 # fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
@@ -13689,9 +13689,9 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 # ━━━ part XII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  64  traces
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
 # who has none.
@@ -13878,9 +13878,9 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
     return sorted(out)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  65  engine
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
 # cache, a queue.  Nothing here is drawn by lot.
@@ -14218,9 +14218,9 @@ class Engine:
         self.preemptions += 1
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  66  replay
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
 # have done, or one more server?  Its times are those of a model: compare the rows of one table,
@@ -14442,9 +14442,9 @@ def table(rows: Mapping[str, Summary]) -> str:
         for line in lines)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  67  comparison
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
 
@@ -14578,9 +14578,9 @@ def progress_bar(name: str) -> Callable[[float], None]:
     return draw if sys.stderr.isatty() else lambda share: None
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  68  demo
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
 # words at a believable pace, run as many requests at once as they have capacity and let the rest
@@ -14905,9 +14905,9 @@ def run_demo(args: argparse.Namespace) -> int:
         return serve_until_stopped(lambda run: demo(args.servers, settings, run), DEMO_HINT)
 
 
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #  69  doctor
-# ════════════════════════════════════════════════════════════════════════════════════════════
+# ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
 # and for each thing that is amiss there is something to do.
