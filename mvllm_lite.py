@@ -101,7 +101,7 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  seen             1,780 lines, on a terminal, for `top`, and for a browser at /status
+    XI  seen             2,230 lines, on a terminal, for `top`, `help`, a browser at /status
     57  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
     58  table          · the servers in lines, as many columns as there is room for
     59  screen         · what is seen there: the table and the lines around it
@@ -109,14 +109,16 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     61  terminal       ~ the screen onto a terminal: an ordinary program, by curses
     62  top            ~ the screen beside a balancer: of this process, or of one elsewhere
     63  page           ~ the status for a browser: one HTML string
+    64  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    65  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
    XII  laboratory       1,480 lines, for `replay`, `demo` and `check-config`
-    64  traces         · requests of the past: from files, or made up
-    65  engine         · a model of a vLLM server, in simulated time
-    66  replay         · those requests sent to such servers by any policy
-    67  comparison     ~ policies compared on a trace: the program of `replay`
-    68  demo           ~ simulated vLLM servers, so that everything runs on a laptop
-    69  doctor         ~ what is amiss with servers and settings, and what to do about it
+    66  traces         · requests of the past: from files, or made up
+    67  engine         · a model of a vLLM server, in simulated time
+    68  replay         · those requests sent to such servers by any policy
+    69  comparison     ~ policies compared on a trace: the program of `replay`
+    70  demo           ~ simulated vLLM servers, so that everything runs on a laptop
+    71  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
 `Wire` (34), parses it (2), makes an `Exchange` (46) of it, and asks who may come in (28).  A local
@@ -197,6 +199,7 @@ import struct
 import subprocess
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tomllib
@@ -6226,7 +6229,8 @@ class Kind(Enum):
     def __init__(
         self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
     ) -> None:
-        self.audience, self.guards, self.is_exchange = audience, guards, is_exchange
+        self.meaning, self.audience = meaning, audience
+        self.guards, self.is_exchange = guards, is_exchange
 
     __hash__ = object.__hash__  # as Fault's
 
@@ -10427,22 +10431,26 @@ class Endpoint(NamedTuple):
     kind: Kind  # which says who may
     handle: Handler | None  # None: it is for an Exchange to answer
     reads_content: bool = False  # SMALL_CONTENT_BYTES of it at most
+    meaning: str = ""  # what `help paths` says
 
 
 ENDPOINTS: dict[str, dict[str, Endpoint]] = {  # by path and method
-    "/explain": {"POST": Endpoint(Kind.EXPLAIN, None)},
+    "/explain": {"POST": Endpoint(
+        Kind.EXPLAIN, None, meaning="where the request would go now; it is not sent")},
 }
 
 
 def endpoint(
-    *paths: str, method: str = "GET", kind: Kind = Kind.STATUS, reads_content: bool = False
+    *paths: str, method: str = "GET", kind: Kind = Kind.STATUS, reads_content: bool = False,
+    meaning: str = "",
 ) -> Callable[[Handler], Handler]:
-    """Register a function.  GET answers HEAD, too; a last part like {id} is variable, and may have
-    slashes."""
+    """Register a function, with a `meaning` for `help paths` where its docstring does not say it.
+    GET answers HEAD, too; a last part like {id} is variable, and may have slashes."""
 
     def register(handle: Handler) -> Handler:
         for path in paths:
-            row = Endpoint(kind, handle, reads_content)
+            said = meaning or " ".join((handle.__doc__ or "").split())
+            row = Endpoint(kind, handle, reads_content, said)
             ENDPOINTS.setdefault(path, {})[method] = row
         return handle
 
@@ -10497,26 +10505,31 @@ async def as_document(make: Callable[[Core], Any], core: Core, asked: Asked) -> 
     return as_json(make(core))
 
 
-DOCUMENTS: dict[str, Callable[[Core], Any]] = {
-    "/": lambda core: service_report(),
-    "/version": lambda core: {"version": __version__, "pid": os.getpid()},
-    "/health": lambda core: health_report(core.fleet.views(), core.settings, clock_now()),
-    "/load-stats": lambda core: load_report(
+DOCUMENTS: dict[str, tuple[str, Callable[[Core], Any]]] = {
+    "/": ("name and version", lambda core: service_report()),
+    "/version": ("version and process", lambda core: {"version": __version__, "pid": os.getpid()}),
+    "/health": ("the fleet's state with each server's reason; always 200", lambda core:
+                health_report(core.fleet.views(), core.settings, clock_now())),
+    "/load-stats": ("load, capacity and reports of each server", lambda core: load_report(
         core.fleet.views(clock_now().monotonic), core.settings, clock_now(), core.roster.entries)
         | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
-                     "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}},
-    "/status.json": lambda core: core.status(),
+                     "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}}),
+    "/status.json": ("what screen and page show", lambda core: core.status()),
 }
-ENDPOINTS |= {path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make))}
-              for path, make in DOCUMENTS.items()}
+ENDPOINTS |= {
+    path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make), meaning=meaning)}
+    for path, (meaning, make) in DOCUMENTS.items()
+}
 
 
-@endpoint("/liveness", "/ping", kind=Kind.PROBE)
+@endpoint("/liveness", "/ping", kind=Kind.PROBE, meaning="200, as long as it runs")
 async def get_liveness(core: Core, asked: Asked) -> Reply:
     return Reply(200, b"OK", "text/plain; charset=utf-8")
 
 
-@endpoint("/readiness", kind=Kind.PROBE)
+@endpoint("/readiness", kind=Kind.PROBE, meaning="""\
+503 when no server can take a request, or it is stopping; `degraded` when only servers are left that
+are asked as a last resort""".replace("\n", " "))
 async def get_readiness(core: Core, asked: Asked) -> Reply:
     status, document = readiness_report(core.fleet.views(), core.process.stopping)
     return as_json(document, status)
@@ -10571,7 +10584,7 @@ async def refresh_models(core: Core) -> None:
             core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
 
 
-@endpoint("/v1/models", kind=Kind.MODELS)
+@endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
 async def get_models(core: Core, asked: Asked) -> Reply:
     return as_json({"object": "list", "data": models_for(core, asked.head)})
 
@@ -10586,7 +10599,7 @@ def models_for(core: Core, head: RequestHead) -> list[Mapping[str, Any]]:
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
 
 
-@endpoint("/v1/models/{id}", kind=Kind.MODELS)
+@endpoint("/v1/models/{id}", kind=Kind.MODELS, meaning="one of them")
 async def get_model(core: Core, asked: Asked) -> Reply:
     head = asked.head
     name = urllib.parse.unquote(head.path.partition("/v1/models/")[2].rstrip("/"))
@@ -10600,7 +10613,7 @@ async def get_model(core: Core, asked: Asked) -> Reply:
     return Reply(fault.status, content, fields=[("X-MVLLM-Error", fault.label)])
 
 
-@endpoint("/metrics")
+@endpoint("/metrics", meaning="metrics of the balancer, for Prometheus")
 async def get_metrics(core: Core, asked: Asked) -> Reply:
     process = {
         "start_time_seconds": core.process.started_at,
@@ -10645,8 +10658,17 @@ ADMIN: dict[str, dict[str, Operate]] = {
         core, server_named(core, asked.query.get("url", "")), asked.query.get("weight"))},
     **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
 }
+ADMIN_MEANINGS = {
+    ("/admin/servers", "POST"): "add the server in the content, an entry of `servers` as JSON",
+    ("/admin/servers", "DELETE"): "remove the server with ?url= after its last answer",
+    ("/admin/servers/drain", "POST"): "no more requests for the server with ?url=",
+    ("/admin/servers/undrain", "POST"): "undo that",
+    ("/admin/servers/weight", "POST"): "give the server with ?url= that &weight=",
+    ("/admin/servers/probe", "POST"): "check the server with ?url= now",
+}
 ENDPOINTS |= {
-    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True)
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
+                            ADMIN_MEANINGS.get((path, method), "the server with ?url= by hand"))
            for method, operate in rows.items()} for path, rows in ADMIN.items()
 }
 
@@ -11145,7 +11167,30 @@ class Command(NamedTuple):
 # To add a subcommand: decorate what it does.
 COMMANDS: dict[str, Command] = {}
 DEFAULT_CONFIG = "servers.toml"
+CONFIG_PLACES = (DEFAULT_CONFIG, "/config/servers.toml", "/app/servers.toml")  # an image's mounts
 C = TypeVar("C", bound=Callable[[argparse.Namespace], int])
+
+
+class Topic(NamedTuple):
+    """Something that `help` explains: its line, and what makes its text."""
+
+    line: str
+    text: Callable[[], str]
+
+
+# To add a topic: decorate what returns its text.
+TOPICS: dict[str, Topic] = {}
+T = TypeVar("T", bound=Callable[[], str])
+
+
+def topic(name: str, line: str) -> Callable[[T], T]:
+    """Registers the decorated function as a topic of `help`."""
+
+    def register(text: T) -> T:
+        TOPICS[name] = Topic(line, text)
+        return text
+
+    return register
 
 
 def no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11172,8 +11217,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--config", metavar="FILE", help="the same")
 
 
-def config_path(args: argparse.Namespace, default: str = DEFAULT_CONFIG) -> str:
-    return args.file or args.config or os.environ.get("CONFIG_PATH") or default
+def config_path(args: argparse.Namespace, servers: Sequence[str] | None = None) -> str:
+    """What arguments or environment name, or the first of CONFIG_PLACES where there is a file; ''
+    where there are `servers` in its place."""
+    if named := args.file or args.config or os.environ.get("CONFIG_PATH"):
+        return named
+    return "" if servers else next(filter(os.path.exists, CONFIG_PLACES), DEFAULT_CONFIG)
 
 
 def fail(message: str) -> int:
@@ -11830,7 +11879,7 @@ def run_balancer(args: argparse.Namespace) -> int:
     if args.max_load and len(args.max_load) != len(args.server or ()):
         return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
                     " servers, expected one for each")
-    path = config_path(args, "" if args.server else DEFAULT_CONFIG)
+    path = config_path(args, args.server)
     overrides = overrides_from(args, os.environ)
     settings, warnings = load_settings(path, overrides)
     with logging_to_stdout(settings.log_level):
@@ -11867,17 +11916,43 @@ def parts_table(source: str) -> str:
     return "\n".join([*lines, row("", "together", ends[-1], "").rstrip()])
 
 
-def add_help(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("topic", nargs="?", help="a command, or parts")
-
-
-@command("help", "say how a command is used; help parts: what the file has", add_help)
-def print_help(args: argparse.Namespace) -> int:
-    if args.topic != "parts":
-        argument_parser().parse_args([*filter(None, [args.topic]), "--help"])
+@topic("parts", "what parts this file has, how long each is, and when it runs")
+def parts_topic() -> str:
     source = os.path.splitext(__file__)[0] + ".py"  # it may run compiled
-    print(parts_table(SettingsFile(source).text()))
+    return parts_table(SettingsFile(source).text())
+
+
+def add_help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("topic", nargs="?", help="a command, or one of the topics")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "topics:\n" + "\n".join(
+        f"  {name:12}  {row.line}" for name, row in sorted(TOPICS.items()))
+
+
+def print_text(text: str) -> int:
+    """Printed, whatever the terminal's encoding, and though its reader (`head`) may have left."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode() + b"\n")
+        sys.stdout.buffer.flush()
     return 0
+
+
+@command("help", "say how a command is used, or explain a topic", add_help)
+def print_help(args: argparse.Namespace) -> int:
+    if row := TOPICS.get(args.topic):
+        return print_text(row.text())
+    if args.topic is None or args.topic in COMMANDS:
+        argument_parser().parse_args([*filter(None, [args.topic]), "--help"])
+    print(f"mvllm_lite: help: found {shown(args.topic)}, expected a command or one of "
+          + ", ".join(sorted(TOPICS)) + did_you_mean(args.topic, {**COMMANDS, **TOPICS}),
+          file=sys.stderr)
+    return 2
+
+
+@command("example", "print a settings file with every key, its default and its meaning")
+def print_example(args: argparse.Namespace) -> int:
+    return print_text(TOPICS["example"].text())
 
 
 @command("version", "print the version")
@@ -13686,11 +13761,471 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
+# ============================================================================================
+#  64  reference
+# ============================================================================================
+#
+# What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
+# declarations that serve, so that none of it can be out of date.
+#
+# To add a topic: a function with @topic in any room.
+
+
+def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
+    """In columns; the last is wrapped, so that no line is longer than `width`."""
+    rows = list(rows)
+    widths = [max(map(len, column)) + 2 for column in list(zip(*rows))[:-1]]
+    indent = min(sum(widths), width * 2 // 3)
+    lines = list[str]()
+    for row in rows:
+        start = "".join(word.ljust(size) for word, size in zip(row, widths))
+        said = textwrap.wrap(row[-1], width - indent) or [""]
+        if len(start) > indent:
+            lines, start = [*lines, start.rstrip()], ""
+        lines.append((start.ljust(indent) + said[0]).rstrip())
+        lines += [" " * indent + line for line in said[1:]]
+    return lines
+
+
+def toml_word(value: Any) -> str:
+    """A default as TOML has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml_word, value))}]"
+    if isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def default_word(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return '"auto"' if field.default == AUTO and field.name in SERVER_FIELDS else (
+        toml_word(field.default))
+
+
+def setting_meaning(field: dataclasses.Field[Any]) -> str:
+    """Its meaning; the environment variable that may give it, and when a change takes effect."""
+    said = field.metadata
+    return "; ".join(filter(None, (
+        said["meaning"], f"environment {said['env']}" * bool(said["env"]),
+        "a change takes a restart" * said["restart"])))
+
+
+TABLE_MEANINGS = {
+    "servers": 'the servers: a list of { url = "…", … }, or tables [[servers]]',
+    "keys": "tables [[keys]]: who may come in; without any, everybody",
+    "aliases": "other names for models: a name that clients use, and the model that it means",
+    "policies": "another policy for one model, by its name",
+    "pools": "what share of requests, in percent, the servers with that `pool` get",
+    "config": "everything else; times are in seconds",
+}
+
+
+@topic("settings", "every key of the settings file: its default and its meaning")
+def settings_topic() -> str:
+    lines = list[str]()
+    for name, fields in ((("servers", SERVER_FIELDS), ("keys", KEY_FIELDS),
+                          ("config", CONFIG_FIELDS))):
+        rows = [("  " + key, default_word(field), setting_meaning(field))
+                for key, field in fields.items()]
+        lines += [f"[{name}]  {TABLE_MEANINGS[name]}", *table_lines(rows), ""]
+    others = [(f"[{name}]", meaning) for name, meaning in TABLE_MEANINGS.items()
+              if name not in ("servers", "keys", "config")]
+    return "\n".join([*lines, *table_lines(others), "",
+                      "A flag wins over the environment, that over the file, that over the default."
+                      "  Paths in a file are", "relative to that file."])
+
+
+def policy_meanings() -> list[tuple[str, str]]:
+    return [(name, " ".join((kind.__doc__ or "").split())) for name, kind in POLICIES.items()]
+
+
+@topic("policies", "the rules by which a server is chosen, and what a score may name")
+def policies_topic() -> str:
+    rows = [("  " + name, meaning) for name, meaning in policy_meanings()]
+    return "\n".join([
+        "[config] policy = …, or for one model a line of [policies]; the lowest is asked:",
+        *table_lines(rows), "",
+        *textwrap.wrap(
+            f"A score is a formula of {', '.join(SCORE_NAMES)}, with arithmetic, comparisons, `a if"
+            " b else c`, min, max, abs, sqrt and log.", 98)])
+
+
+@topic("paths", "what is answered, by whom, and who may ask")
+def paths_topic() -> str:
+    rows = [("  " + method, path, f"{row.meaning} ({row.kind.meaning})")
+            for path, methods in sorted(ENDPOINTS.items()) for method, row in methods.items()]
+    return "\n".join([
+        "Answered by the balancer itself:", *table_lines(rows), "",
+        "Passed on to a server that has the model: everything under",
+        *textwrap.wrap(", ".join(INFERENCE_PREFIXES) + ", and " + ", ".join(INFERENCE_PATHS), 98,
+                       initial_indent="  ", subsequent_indent="  "),
+        "Anything else is 404; [config] admin_paths names more, for keys with admin = true."])
+
+
+@topic("errors", "every error of the balancer's own: X-MVLLM-Error, status, blame, retries")
+def errors_topic() -> str:
+    rows = [("label", "status", "blamed", "another server", "type, and the setting behind it")]
+    rows += [(fault.label, str(fault.status), fault.blame.value, fault.retry.value,
+              ", ".join(filter(None, (fault.type_name, LIMITS.get(fault, ""))))) for fault in Fault]
+    return "\n".join(table_lines(rows))
+
+
+def all_families() -> list[Family]:
+    """Every family of /metrics, without samples of servers."""
+    return [*Metrics().families(), *gauges([], 0.0, Settings(), dict.fromkeys(PROCESS_GAUGES, 0.0))]
+
+
+@topic("metrics", "every metric of /metrics, with its labels")
+def metrics_topic() -> str:
+    rows = [("  " + one.name, f"{one.meaning}  {one.kind.capitalize()}"
+             + f" by {', '.join(one.labels)}" * bool(one.labels)) for one in all_families()]
+    old = [f"  {old} is {new} now" for new, old in OLD_NAMES.items()]
+    return "\n".join([*table_lines(rows), "", "Until 1.0 these names are there, too:", *old])
+
+
+# Headings of the example, by the key that they stand before.
+EXAMPLE_HEADINGS = {
+    "host": "Where it listens",
+    "api_key": "Keys, certificates, and who may do what",
+    "policy": "How a server is chosen",
+    "default_model": "What clients may do",
+    "request_timeout": "Asking servers",
+    "metrics_interval": "Looking at servers",
+    "config_reload_interval": "Reloading, stopping, answers",
+    "log_level": "Logs",
+}
+EXAMPLE_START = """\
+# Settings of mvllm_lite.  Name your servers; everything else has the default shown.  Changes take
+# effect while it runs, without losing a request.  `mvllm_lite.py example` writes this file.
+#
+#     python mvllm_lite.py check-config servers.toml     says what is wrong, and asks every server
+#     python mvllm_lite.py servers.toml                  runs
+
+[servers]
+servers = [
+"""
+EXAMPLE_TABLES = """\
+    { url = "http://10.0.0.1:8000", max_concurrent_requests = 16 },
+    { url = "http://10.0.0.2:8000", max_concurrent_requests = 8 },
+]
+
+[aliases]
+# A name that clients may use, and the model that it means.  An alias hides a model of its name.
+# gpt-4o = "Qwen/Qwen3-32B"
+
+[policies]
+# Another policy for one model.
+# "Qwen/Qwen3-Embedding-4B" = "least"
+
+[pools]
+# What share of requests, in percent, goes to the servers with this `pool`, as long as one of them
+# can be asked; the others share the rest.  With 0 they get none at all.  Sessions stay together.
+# canary = 20
+
+[config]
+# Times are in seconds.
+"""
+
+
+@topic("example", "a settings file with every key, its default and its meaning, to start from")
+def example_topic() -> str:
+    rows = [("    # " + name, setting_meaning(field) + f".  Default {default_word(field)}")
+            for name, field in SERVER_FIELDS.items() if name != "url"]
+    lines = [EXAMPLE_START.rstrip("\n"),
+             "    # url: where it listens; a path prefix and a trailing /v1 are fine"]
+    lines += [line.replace(" " * 8, "    #   ", 1) if line.startswith(" " * 8) else line
+              for line in table_lines(rows)]
+    lines.append(EXAMPLE_TABLES.rstrip("\n"))
+    for key, field in CONFIG_FIELDS.items():
+        if heading := EXAMPLE_HEADINGS.get(key):
+            lines += ["", f"# ── {heading} " + "─" * (94 - len(heading))]
+        lines += textwrap.wrap(setting_meaning(field), 98, initial_indent="# ",
+                               subsequent_indent="#   ")
+        if key == "policy":
+            lines += ["#   " + line for line in table_lines(
+                policy_meanings(), 96)]
+        lines.append(f"# {key} = {toml_word(field.default)}")
+    lines += ["", "# ── " + TABLE_MEANINGS["keys"], "# [[keys]]"]
+    for key, field in KEY_FIELDS.items():
+        value = '"team-a"' if key == "name" else toml_word(field.default)
+        lines.append(f"# {key} = {value}".ljust(30) + f" # {field.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+# ============================================================================================
+#  65  deployment
+# ============================================================================================
+#
+# What other programs are told so that they run it and look at it: `help systemd`, `container`,
+# `kubernetes`, `prometheus`, `grafana`.
+
+COMPILE = "import py_compile; py_compile.compile('{0}.py', '{0}.pyc', doraise=True)"
+
+
+@topic("systemd", "a unit, to be put at /etc/systemd/system/mvllm_lite.service")
+def systemd_topic() -> str:
+    return f"""\
+# Logs: journalctl -u mvllm_lite, and files in /var/log/mvllm_lite.  systemctl reload has the
+# settings read at once.  A new version takes over without a gap: systemctl kill -s USR2 mvllm_lite.
+# For half the memory let ExecStart name a compiled file, made anew for each version of it and of
+# Python:
+#     python3 -c "{COMPILE.format("mvllm_lite")}"
+""" + """\
+[Unit]
+Description=mvllm_lite, one address for a fleet of vLLM servers
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+ExecStart=/usr/bin/python3 -I -S /opt/mvllm_lite/mvllm_lite.py /etc/mvllm_lite/servers.toml
+ExecReload=/bin/kill -HUP $MAINPID
+Type=notify
+NotifyAccess=all
+Restart=on-failure
+TimeoutStopSec=40
+WatchdogSec=30
+Environment=LOG_DIR=/var/log/mvllm_lite
+LogsDirectory=mvllm_lite
+DynamicUser=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+PrivateTmp=yes
+PrivateDevices=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+LockPersonality=yes
+SystemCallArchitectures=native
+LimitNOFILE=65536
+
+[Install]
+WantedBy=multi-user.target"""
+
+
+@topic("container", "a Dockerfile, and a Compose file with two vLLM servers")
+def container_topic() -> str:
+    return f"""\
+# Dockerfile.  The file system may be read-only (logs are on stdout); the settings are looked for at
+# /config/servers.toml and, where mvllm's users mount theirs, at /app/servers.toml.  Mount the
+# directory: a single mounted file does not see a new one that is put in its place by rename.
+FROM python:3.13-slim
+COPY mvllm_lite.py /app/mvllm_lite.py
+RUN ["python", "-c", "{COMPILE.format("/app/mvllm_lite")}"]
+""" + """\
+USER 65534:65534
+EXPOSE 8888
+HEALTHCHECK --interval=10s --timeout=3s CMD ["python", "-c", "import urllib.request as u; \
+u.urlopen('http://127.0.0.1:8888/readiness', timeout=2)"]
+ENTRYPOINT ["python", "-I", "-S", "/app/mvllm_lite.pyc"]
+
+# compose.yaml
+services:
+  mvllm_lite:
+    build: .
+    ports: ["8888:8888"]
+    volumes: ["./config:/config:ro"] # the directory, so that a file put in place by rename is seen
+    environment: { LOG_DIR: /tmp/logs }
+    read_only: true
+    tmpfs: ["/tmp"]
+    cap_drop: ["ALL"]
+    security_opt: ["no-new-privileges:true"]
+    stop_grace_period: 40s
+    restart: unless-stopped
+  vllm-a:
+    image: vllm/vllm-openai:latest
+    command: ["--model", "Qwen/Qwen3-0.6B"]
+  vllm-b:
+    image: vllm/vllm-openai:latest
+    command: ["--model", "Qwen/Qwen3-0.6B"]"""
+
+
+KUBERNETES = """\
+# The ConfigMap may be edited in place: the change is seen within config_reload_interval after the
+# kubelet has swapped the link.  With one replica the disruption budget holds up a node's drain
+# until somebody allows it; with two, each balancer counts its own requests and learns of the
+# other's from the servers' reports.
+apiVersion: v1
+kind: ConfigMap
+metadata: { name: mvllm-lite }
+data:
+  servers.toml: |
+    servers = [
+        { url = "http://vllm-a:8000", max_concurrent_requests = 16 },
+        { url = "http://vllm-b:8000", max_concurrent_requests = 16 },
+    ]
+
+    [config]
+    log_dir = ""
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: { name: mvllm-lite }
+spec:
+  replicas: 1
+  selector: { matchLabels: { app: mvllm-lite } }
+  template:
+    metadata: { labels: { app: mvllm-lite } }
+    spec:
+      terminationGracePeriodSeconds: 40
+      containers:
+        - name: mvllm-lite
+          image: mvllm-lite
+          lifecycle:
+            preStop: # until the endpoint is gone everywhere, requests still come
+              exec: { command: ["sleep", "5"] }
+          ports: [{ containerPort: 8888 }]
+          readinessProbe: { httpGet: { path: /readiness, port: 8888 } }
+          livenessProbe: { httpGet: { path: /liveness, port: 8888 } }
+          securityContext: { readOnlyRootFilesystem: true, runAsNonRoot: true, runAsUser: 65534 }
+          volumeMounts: [{ name: config, mountPath: /config }]
+      volumes:
+        - name: config
+          configMap: { name: mvllm-lite }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: mvllm-lite }
+spec:
+  selector: { app: mvllm-lite }
+  ports: [{ port: 80, targetPort: 8888 }]
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: { name: mvllm-lite }
+spec:
+  minAvailable: 1
+  selector: { matchLabels: { app: mvllm-lite } }
+---
+# KEDA scales vLLM by the requests that wait in the balancer (with a queue_size; without one the
+# servers queue for themselves: sum(mvllm_server_num_requests_waiting)).
+apiVersion: keda.sh/v1alpha1
+kind: ScaledObject
+metadata: { name: vllm }
+spec:
+  scaleTargetRef: { name: vllm }
+  minReplicaCount: 1
+  maxReplicaCount: 8
+  cooldownPeriod: 300
+  triggers:
+    - type: prometheus
+      metadata:
+        serverAddress: http://prometheus:9090
+        query: sum(mvllm_queue_length)
+        threshold: "4" # waiting requests for each replica"""
+
+
+@topic("kubernetes", "ConfigMap, Deployment, Service, disruption budget; KEDA and an autoscaler")
+def kubernetes_topic() -> str:
+    return KUBERNETES
+
+
+SCRAPE = """\
+scrape_configs:
+  - job_name: mvllm_lite
+    scrape_interval: 15s
+    static_configs:
+      - targets: ["mvllm-lite:8888"]
+
+# rules.yaml
+groups:
+  - name: mvllm_lite
+    rules:"""
+ALERTS = (  # name, expression, for how long, severity, what it says
+    ("Down", 'up{job="mvllm_lite"} == 0', "1m", "critical",
+     "The balancer {{ $labels.instance }} does not answer"),
+    ("NoServer", "sum by (instance) (mvllm_server_healthy) == 0", "1m", "critical",
+     "No vLLM server can be asked"),
+    ("ServerOut", "mvllm_server_healthy == 0", "5m", "warning",
+     "{{ $labels.server }} has been out for five minutes"),
+    ("Errors", 'sum by (instance) (rate(mvllm_requests_total{status=~"5.."}[5m])) > 0.05 *'
+     " sum by (instance) (rate(mvllm_requests_total[5m]))", "5m", "warning",
+     "More than 5 % of the requests fail"),
+    ("Slow", "histogram_quantile(0.95, sum by (le, model)"
+     " (rate(mvllm_time_to_first_token_seconds_bucket[5m]))) > 10", "10m", "warning",
+     "{{ $labels.model }}: one stream in twenty begins after 10 s"),
+    ("Refuses", 'rate(mvllm_limits_met_total{limit=~"max_requests|max_buffered_bytes|queue_size|'
+     'queue_timeout|descriptors"}[5m]) > 0', "5m", "warning",
+     "Requests are refused: {{ $labels.limit }} is met"),
+    ("Settings", "mvllm_settings_valid == 0", "5m", "warning",
+     "The settings file cannot be used; the old settings are in force"),
+    ("Mistake", "increase(mvllm_internal_errors_total[15m]) > 0", "0m", "warning",
+     "A mistake of the balancer's own; its error log has the details"),
+)
+
+
+@topic("prometheus", "the job that scrapes it, and alerts")
+def prometheus_topic() -> str:
+    return "\n".join(["# prometheus.yaml", SCRAPE, *(f"""\
+      - alert: MvllmLite{name}
+        expr: |
+          {expression}
+        for: {wait}
+        labels: {{ severity: {severity} }}
+        annotations: {{ summary: "{summary}" }}"""
+        for name, expression, wait, severity, summary in ALERTS)])
+
+
+QUANTILE = "histogram_quantile({}, sum by (le) (rate({}_bucket[5m])))".format
+PANELS = (  # title, unit, (expression, legend) of each line
+    ("Requests by status", "reqps", ("sum by (status) (rate(mvllm_requests_total[1m]))",
+                                     "{{status}}")),
+    ("Requests by server", "reqps", ("sum by (server) (rate(mvllm_requests_total[1m]))",
+                                     "{{server}}")),
+    ("Failed attempts", "reqps",
+     ('sum by (server, result) (rate(mvllm_attempts_total{result!~"ok|abandoned"}[5m]))',
+      "{{server}} {{result}}"), ("sum by (reason) (rate(mvllm_retries_total[5m]))",
+                                 "retried {{reason}}")),
+    ("Time to first token", "s",
+     *((QUANTILE(share, "mvllm_time_to_first_token_seconds"), f"p{share * 100:g}")
+       for share in (0.5, 0.95, 0.99))),
+    ("Between tokens", "s", *((QUANTILE(share, "mvllm_inter_token_latency_seconds"),
+                               f"p{share * 100:g}") for share in (0.5, 0.95))),
+    ("Requests in flight", "short", ("mvllm_requests_in_flight", "{{server}}"),
+     ("mvllm_server_num_requests_waiting", "waiting at {{server}}")),
+    ("KV cache", "percentunit", ("mvllm_server_kv_cache_usage_ratio", "{{server}}")),
+    ("Servers that can be asked", "short", ("sum(mvllm_server_healthy)", "healthy"),
+     ("sum(mvllm_server_circuit_open)", "circuit open"), ("sum(mvllm_server_asleep)", "asleep")),
+    ("Queue", "short", ("mvllm_queue_length", "waiting here"),
+     (QUANTILE(0.95, "mvllm_request_queue_time_seconds"), "p95 of the wait, s")),
+    ("Tokens", "short", ("sum by (model, kind) (rate(mvllm_usage_tokens_total[1m]))",
+                         "{{model}} {{kind}}")),
+    ("Prefix cache hits", "percentunit",
+     ("sum(rate(mvllm_prefix_cache_hit_tokens_total[5m]))"
+      " / sum(rate(mvllm_prompt_tokens_total[5m]))", "by the servers' word"),
+     ("sum(rate(mvllm_prefix_cache_expected_tokens_total[5m]))"
+      " / sum(rate(mvllm_prompt_tokens_total[5m]))", "expected")),
+    ("Limits met", "short", ("sum by (limit) (increase(mvllm_limits_met_total[5m])) > 0",
+                             "{{limit}}")),
+)
+
+
+@topic("grafana", "a dashboard as JSON, to be imported")
+def grafana_topic() -> str:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    panels = [{
+        "id": n + 1, "type": "timeseries", "title": title, "datasource": source,
+        "gridPos": {"x": n % 3 * 8, "y": n // 3 * 8, "w": 8, "h": 8},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "targets": [{"refId": chr(65 + i), "expr": expression, "legendFormat": legend,
+                     "datasource": source} for i, (expression, legend) in enumerate(lines)],
+    } for n, (title, unit, *lines) in enumerate(PANELS)]
+    return json.dumps({
+        "title": "mvllm_lite", "uid": "mvllm-lite", "schemaVersion": 39, "refresh": "15s",
+        "tags": ["vllm"], "time": {"from": "now-1h", "to": "now"}, "panels": panels,
+        "templating": {"list": [{"name": "datasource", "type": "datasource",
+                                 "query": "prometheus", "label": "Data source"}]},
+    }, indent=1)
+
+
 # ━━━ part XII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  64  traces
+#  66  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -13879,7 +14414,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  65  engine
+#  67  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -14219,7 +14754,7 @@ class Engine:
 
 
 # ============================================================================================
-#  66  replay
+#  68  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -14443,7 +14978,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  67  comparison
+#  69  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -14579,7 +15114,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  68  demo
+#  70  demo
 # ============================================================================================
 #
 # Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
@@ -14906,7 +15441,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  69  doctor
+#  71  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

@@ -2050,6 +2050,7 @@ def test_the_example_file_shows_every_setting_with_its_default():
     assert list(shown["keys"][0]) == list(lite.KEY_FIELDS)
     settings, warnings = lite.parse_settings(toml)
     assert settings.servers and not warnings
+    assert toml == lite.TOPICS["example"].text() + "\n"  # mvllm_lite.py example >…
 
 
 def test_changes_are_named_and_those_that_wait_for_a_restart():
@@ -15558,6 +15559,7 @@ async def test_two_thousand_idle_connections_and_two_hundred_streams_side_by_sid
 # ============================================================================================
 
 README = (HERE / "README.md").read_text()
+HELP = {name: row.text() for name, row in lite.TOPICS.items()}
 
 
 def snippets(kind):
@@ -15565,18 +15567,64 @@ def snippets(kind):
 
 
 def test_the_readme_s_settings_can_be_used():
-    assert snippets("toml")
+    assert len(snippets("toml")) > 7
     for toml in snippets("toml"):
         settings, warnings = lite.parse_settings(toml)
         assert settings.servers and not warnings
 
 
-def test_the_readme_names_every_path_setting_and_metric():
-    for name in (*lite.ENDPOINTS, *lite.CONFIG_FIELDS):
-        assert (f"`{name}`" in README
-                or (name.startswith("/admin/") and f"HOST:8888{name}" in README)), name
-    for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet())):
-        assert f"`{family.name}`" in README, family.name
+def test_the_readme_has_at_most_650_lines_and_its_links_lead_somewhere():
+    assert README.count("\n") <= 650
+    headings = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-")
+                for text in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
+    assert len(found := re.findall(r"\]\(#(.+?)\)", README)) > 8 and {*found} <= headings
+    assert README.count("<details>") == README.count("</details>") > 3
+
+
+@pytest.mark.parametrize("word", ["load balancing", "high availability", "failover",
+                                  "circuit breaker", "sticky sessions", "rate limit", "API key",
+                                  "graceful shutdown"])
+def test_the_readme_has_the_words_that_people_search_for(word):
+    assert word.lower() in README.lower()
+
+
+def test_the_first_80_lines_are_the_small_product():
+    first = "\n".join(README.splitlines()[:80])
+    for said in ("TTFT 50/95", "mvllm_lite.py demo", "[servers]", "check-config servers.toml",
+                 "**When a server fails,**", "base_url"):
+        assert said in first, said
+
+
+def test_help_tells_of_every_setting_path_error_metric_and_policy():
+    for topic, names in (
+        ("settings", [*lite.CONFIG_FIELDS, *lite.SERVER_FIELDS, *lite.KEY_FIELDS, *lite.TABLES]),
+        ("paths", [*lite.ENDPOINTS, *lite.INFERENCE_PREFIXES, *lite.INFERENCE_PATHS]),
+        ("errors", [fault.label for fault in lite.Fault]), ("policies", lite.POLICY_NAMES),
+        ("metrics", [f.name for f in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))]),
+    ):
+        assert [name for name in names if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)",
+                                                        HELP[topic])] == []
+    assert all(max(map(len, text.splitlines())) <= 100
+               for name, text in HELP.items() if name in ("paths", "errors", "metrics", "example"))
+    assert all(row.meaning and row.kind.meaning
+               for rows in lite.ENDPOINTS.values() for row in rows.values())
+
+
+def test_the_readme_s_reference_says_what_help_says():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.+?) \| .+ \|$", README, re.MULTILINE)
+    told = [(key, value) for keys, values in rows if "`" not in values
+            for key, value in zip(re.findall(r"\w+", keys), re.split(r", (?![^\[]*\])", values))
+            if key in lite.CONFIG_FIELDS]
+    assert len(told) > 15
+    for key, value in told:
+        assert lite.toml_word(getattr(Settings(), key)) == value, key
+        assert re.search(rf"^  {key} +{re.escape(value)}(  |$)", HELP["settings"], re.M), key
+    topics = re.search(r"`mvllm_lite\.py\s+help\s+TOPIC`\s+explains(.+?)\.\n", README, re.S)[1]
+    assert {*re.findall(r"`(\w+)`", topics)} == lite.TOPICS.keys() - {"example", "parts"}
+    assert {*re.findall(r"`help (\w+)`", README)} <= lite.TOPICS.keys()
+    assert {*lite.COMMANDS} <= {*re.findall(r"\b[\w-]+", README)}
+    for name in ("/v1/models", "/health", "/readiness", "/metrics", "/status", "/explain"):
+        assert f"`{name}`" in README and name in HELP["paths"]
 
 
 def test_commands_with_content_say_that_it_is_json():
@@ -15588,8 +15636,8 @@ def test_commands_with_content_say_that_it_is_json():
     assert '{"Content-Type": "application/json"}' in (HERE / ".ci" / "run").read_text()
 
 
-def test_the_readme_s_systemd_unit_is_whole():
-    (unit,) = snippets("ini")
+def test_the_systemd_unit_is_whole():
+    unit = HELP["systemd"][HELP["systemd"].index("[Unit]"):]
     assert ("ExecStart=/usr/bin/python3 -I -S " in unit
             and "ExecReload=/bin/kill -HUP $MAINPID" in unit)
     assert re.findall(r"^\[(\w+)\]$", unit, re.MULTILINE) == ["Unit", "Service", "Install"]
@@ -15604,35 +15652,44 @@ def test_the_readme_s_systemd_unit_is_whole():
             and "Type=notify\nNotifyAccess=all\n" in unit)
 
 
-def test_the_readme_s_compose_file_fits_the_program():
-    (compose,) = snippets("compose")
+def test_the_compose_file_fits_the_program():
+    _, compose = HELP["container"].split("# compose.yaml")
     assert "\t" not in compose and 'ports: ["8888:8888"]' in compose and Settings().port == 8888
     assert int(re.search(r"stop_grace_period: (\d+)s", compose)[1]) > Settings().drain_timeout
     variable = re.search(r"environment: \{ (\w+): /tmp/logs \}", compose)[1]
     assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()}
-    assert ('CMD ["/config/servers.toml"]' in snippets("dockerfile")[0]
-            and "./config:/config:ro" in compose)
+    assert "./config:/config:ro" in compose and "/config/servers.toml" in lite.CONFIG_PLACES
 
 
-def test_the_readme_s_alerts_name_metrics_and_labels_that_exist():
-    (scrape,), (alerts,) = snippets("prometheus"), snippets("alerts")
-    families = {family.name: family
-                for family in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))}
-    expressions = re.findall(r"expr: (?:\|\n)?((?:.*\n)(?: {12,}.*\n)*)", alerts)
-    assert len(expressions) == alerts.count("- alert: ") > 5 and "metrics_path" not in scrape
+def names_in(expression):
+    """Those of metric families in a PromQL expression, each with the labels that it names."""
+    families = {family.name: family for family in lite.all_families()}
+    for name, labels in re.findall(r"\b(mvllm_(?!lite)\w+)(?:\{(.*?)\})?", expression):
+        yield families[name.removesuffix("_bucket")], {*re.findall(r"(\w+)=", labels)}
+
+
+def test_alerts_and_the_dashboard_name_metrics_and_labels_that_exist():
+    board = json.loads(HELP["grafana"])
+    told = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    expressions = [expression for _, expression, *_ in lite.ALERTS] + told + re.findall(
+        r"query: (.+)", HELP["kubernetes"])
+    assert len(told) > 15 and HELP["prometheus"].count("- alert: ") == len(lite.ALERTS) > 5
     for one in expressions:
-        for name, labels in re.findall(r"(mvllm_\w+)(?:\{(.*?)\})?",
-                                       one.replace('job="mvllm_lite"', "")):
-            family = families[name.removesuffix("_bucket")]
-            assert set(re.findall(r"(\w+)=", labels)) <= set(family.labels), one
+        found = [*names_in(one)]
+        assert found or one.startswith("up{"), one
+        for family, labels in found:
+            assert labels <= set(family.labels), one
+            for by in re.findall(r"by \((.+?)\)", one):
+                assert {*re.findall(r"\w+", by)} <= {*family.labels, "le", "instance"}, one
         assert one.count("(") == one.count(")"), one
-    limits = re.search(r'limit=~"(.*?)"', alerts)[1].split("|")
-    assert set(limits) <= set(lite.LIMIT_NAMES)
+    limits = re.search(r'limit=~"(.*?)"', HELP["prometheus"])[1].split("|")
+    assert set(limits) <= set(lite.LIMIT_NAMES) and "metrics_path" not in HELP["prometheus"]
+    assert [panel["id"] for panel in board["panels"]] == [*range(1, len(lite.PANELS) + 1)]
 
 
-def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
-    (container,) = snippets("dockerfile")
-    assert re.findall(r"^[A-Z]+", container, re.MULTILINE)[0] == "FROM" and "curl" not in container
+def test_the_container_and_kubernetes_files_fit_the_program():
+    container, _ = HELP["container"].split("# compose.yaml")
+    assert "\nFROM " in container and "curl" not in container
     (check,) = re.findall(r'^HEALTHCHECK.*?CMD \["python", "-c", "(.*)"\]$', container,
                           re.MULTILINE)
     compile(check, "HEALTHCHECK", "exec")
@@ -15640,7 +15697,7 @@ def test_the_readme_s_container_and_kubernetes_snippets_fit_the_program():
     compile(compiles, "RUN", "exec")
     (entry,) = re.findall(r'^ENTRYPOINT \["python", "-I", "-S", "(.*)"\]$', container, re.MULTILINE)
     assert f"'{entry}', doraise=True" in compiles
-    (kubernetes,) = snippets("yaml")
+    kubernetes = HELP["kubernetes"]
     probed = re.findall(r"\bpath: (/\w+)", kubernetes)
     assert len(probed) == 2 and {*probed} <= lite.ENDPOINTS.keys()
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
