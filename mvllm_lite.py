@@ -112,13 +112,16 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     64  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
     65  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
-   XII  laboratory       1,480 lines, for `replay`, `demo` and `check-config`
+   XII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
     66  traces         · requests of the past: from files, or made up
     67  engine         · a model of a vLLM server, in simulated time
     68  replay         · those requests sent to such servers by any policy
     69  comparison     ~ policies compared on a trace: the program of `replay`
-    70  demo           ~ simulated vLLM servers, so that everything runs on a laptop
-    71  doctor         ~ what is amiss with servers and settings, and what to do about it
+    70  canned words   · what a vLLM server would say, without a model; what it refuses
+    71  canned forms   · the same in the forms of its APIs, plain and streamed
+    72  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    73  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    74  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
 `Wire` (34), parses it (2), makes an `Exchange` (46) of it, and asks who may come in (28).  A local
@@ -15114,16 +15117,12 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  70  demo
+#  70  canned words
 # ============================================================================================
 #
-# Simulated vLLM servers on loopback ports the system chose: no GPU, no set-up.  They stream
-# words at a believable pace, run as many requests at once as they have capacity and let the rest
-# wait, slow down as they fill up, and say so in /metrics.  POST /simulate {"mode": …} makes one
-# fail, hang or slow down, for tests and for showing off.
+# What a vLLM server would say, without a model: what it refuses, in its words (as captured of
+# 0.32); and else some words, a tool's call, or JSON that fits a schema.
 
-MODES = ("ok", "fail", "hang", "slow")
-SIMULATED_PATHS = ("/v1/chat/completions", "/v1/completions")
 SIMULATED_LENGTH = 8192  # max_model_len
 WORDS = (
     "the a of to in and is that it for on with as by this from at or an be are not we you they "
@@ -15131,6 +15130,536 @@ WORDS = (
     "first next long short fast slow warm cold idle busy free full small large same other every "
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
+Event = tuple[str, Any]  # its name, '' for none, and its document
+TOKEN_TEXT = re.compile(r"\s*\S{1,6}")  # what counts as a token of a text
+
+
+def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def missing(names: Sequence[str], document: Mapping[str, Any]) -> tuple[str, str | None]:
+    said = "".join(
+        f"\n  {{'type': 'missing', 'loc': 'body.{name}', 'msg': 'Field required', 'input':"
+        f" '<dict of {len(document)} items>'}}" for name in names)
+    return f"{len(names)} validation error{'s' * (len(names) > 1)}:{said}", f"body.{names[0]}"
+
+
+def unreadable(head: RequestHead, content: Content, needed: Sequence[str]
+               ) -> tuple[str, str | None] | None:
+    """What is wrong with a request's content, in vLLM's words, and the part of it that is."""
+    start = "1 validation error:\n  "
+    media_type, _, _ = head.fields.get("content-type").partition(";")
+    if media_type.strip().lower() != "application/json":
+        return f"{start}Unsupported Media Type: Only 'application/json' is allowed", None
+    try:
+        document = json.loads(content)
+    except json.JSONDecodeError as error:
+        part = f"body.{error.pos}"
+        return (f"{start}{{'type': 'json_invalid', 'loc': '{part}', 'msg': 'JSON decode error',"
+                f" 'input': '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), part
+    except ValueError:  # no UTF-8
+        return f"{start}There was an error parsing the body", None
+    if not isinstance(document, dict):
+        found = f"<list of {len(document)} items>" if isinstance(document, list) else document
+        return (f"{start}{{'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input should be"
+                " a valid dictionary or object to extract fields from', 'input':"
+                f" '{found}'}}"), "body"
+    if absent := [name for name in needed if name not in document]:
+        return missing(absent, document)
+    if not isinstance(document.get("messages", []), list):
+        return (f"{start}{{'type': 'list_type', 'loc': 'body.messages', 'msg': 'Input should be a"
+                f" valid list', 'input': {document['messages']!r}}}"), "body.messages"
+    for name in ("temperature", "top_p"):
+        if isinstance(value := document.get(name), str):
+            return (f"{start}{{'type': 'float_parsing', 'loc': 'body.{name}', 'msg': 'Input should"
+                    f" be a valid number, unable to parse string as a number', 'input': {value!r}}}"
+                    ), f"body.{name}"
+    return None
+
+
+LIMIT_WORDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str | None] | None:
+    """Which value cannot be, in vLLM's words, and its parameter."""
+
+    def at(text: str, name: str, value: Any) -> tuple[str, str]:
+        return f"{text} (parameter={name}, value={value})", name
+
+    for name, low, high, range_said in (("temperature", 0, 2, "[0, 2]"), ("top_p", 0, 1, "(0, 1]")):
+        if isinstance(value := wanted.get(name), (int, float)):
+            value = float(value)
+            if name == "temperature" and value < 0:
+                return at(f"temperature must be non-negative, got {value}.", name, value)
+            if not low <= value <= high or (name == "top_p" and value == 0):
+                return at(f"{name} must be in {range_said}, got {value}.", name, value)
+    if isinstance(n := wanted.get("n"), int) and n < 1:
+        return f"n must be at least 1, got {n}.", None
+    for name in LIMIT_WORDS:
+        if not isinstance(tokens := wanted.get(name), int):
+            continue  # null is none
+        if tokens < 1:
+            return at(f"max_tokens must be at least 1, got {tokens}.", "max_tokens", tokens)
+        if tokens > SIMULATED_LENGTH:
+            return at(f"{name}={tokens} cannot be greater than max_model_len={SIMULATED_LENGTH}."
+                      " Please request fewer output tokens.", name, tokens)
+    if wanted.get("messages") == []:
+        return ("Cannot apply chat template to an empty conversation. Provide at least one"
+                " message."), None
+    if wanted.get("prompt") == "":
+        text = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
+        return text, "prompt"
+    if prompt.tokens < SIMULATED_LENGTH:
+        return None
+    return at(f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
+              f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit"
+              " even without any output tokens. Please reduce the length of the input prompt.",
+              "input_tokens", prompt.tokens)
+
+
+def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
+    """A value that fits a JSON schema, as far as the usual ones go."""
+    if not isinstance(schema, dict) or depth > 20:
+        return None
+    known = known or {**schema.get("definitions", {}), **schema.get("$defs", {})}
+    within = functools.partial(fitting, known=known, depth=depth + 1)
+    if "const" in schema:
+        return schema["const"]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    if isinstance(name := schema.get("$ref"), str):
+        return within(known.get(name.rpartition("/")[2]))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return within(schema[key][0])
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    low = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+    if kind == "object":
+        return {name: within(part) for name, part in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [within(schema.get("items"))] * max(1, schema.get("minItems", 1))
+    if kind == "string":
+        size = max(4, schema.get("minLength", 0))
+        return "text".ljust(size, "x")[: min(size, schema.get("maxLength", size))]
+    return {"integer": math.ceil(low), "number": float(low), "boolean": True}.get(kind)
+
+
+class Script(NamedTuple):
+    """What is said: for each choice its tokens' texts; of the arguments of a call where `tool`
+    names one."""
+
+    choices: list[list[str]]
+    tool: str = ""
+    cut: bool = False  # by the limit of tokens
+
+
+def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tool that is called: one that the request insists on, or the first, unless the request
+    tells what one has returned already.  In any of the APIs' forms."""
+    tools = [one.get("function", one) for one in wanted.get("tools") or () if isinstance(one, dict)]
+    turns = wanted.get("messages") or wanted.get("input") or []
+    last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
+    parts = last.get("content") if isinstance(last.get("content"), list) else []
+    returned = (last.get("role") == "tool" or last.get("type") == "function_call_output"
+                or any(isinstance(p, dict) and p.get("type") == "tool_result" for p in parts))
+    choice = wanted.get("tool_choice")
+    if not tools or returned or choice == "none":
+        return None
+    named = choice.get("function", choice).get("name") if isinstance(choice, dict) else None
+    return next((one for one in tools if one.get("name") == named), tools[0])
+
+
+def wanted_schema(wanted: Mapping[str, Any]) -> Any:
+    """The JSON schema that the answer is to fit, or None."""
+    form = wanted.get("response_format") or (wanted.get("text") or {}).get("format") or {}
+    if form.get("type") == "json_object":
+        return {"type": "object", "properties": {"answer": {}}}
+    if form.get("type") == "json_schema":
+        return (form.get("json_schema") or form).get("schema")
+    return wanted.get("guided_json") or (wanted.get("structured_outputs") or {}).get("json")
+
+
+def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
+    limit = next((wanted[name] for name in LIMIT_WORDS if isinstance(wanted.get(name), int)), 0)
+    count = wanted.get("n") if isinstance(wanted.get("n"), int) else 1
+    if isinstance(prompts := wanted.get("prompt"), list) and isinstance(prompts[:1], list):
+        count *= len(prompts) if prompts and not isinstance(prompts[0], int) else 1
+    tool, schema = wanted_tool(wanted), wanted_schema(wanted)
+    if tool is not None or schema is not None:
+        parameters = (tool or {}).get("parameters") or (tool or {}).get("input_schema") or {}
+        value = fitting(schema) if tool is None else fitting(parameters) or {}
+        pieces = TOKEN_TEXT.findall(json.dumps(value))
+        return Script([pieces] * count, str((tool or {}).get("name") or ""))
+    choices = []
+    for _ in range(count):
+        words = [f" {draw.choice(WORDS)}" for _ in range(limit or draw.randint(40, 120))]
+        choices.append([words[0].strip().capitalize(), *words[1:]])
+    return Script(choices, cut=bool(limit))
+
+
+# ============================================================================================
+#  71  canned forms
+# ============================================================================================
+#
+# The same in the forms of vLLM's APIs, plain and streamed.
+#
+# To add a form: a class that says what begins an answer, each piece and the end, and its row in
+# FORMS.  What generates nothing is a row of REPLIES.
+
+
+class Form:
+    """One answer in the words of one API."""
+
+    needed: ClassVar[tuple[str, ...]] = ("messages",)
+    prefix, tail = "chatcmpl", b""
+    tool_finish, cut_finish, finish = "tool_calls", "length", "stop"
+
+    def __init__(self, wanted: Mapping[str, Any], script: Script, model: str, id: str,
+                 created: int, prompt_tokens: int) -> None:
+        self.wanted, self.script, self.model = wanted, script, model
+        self.id, self.created, self.prompt_tokens = f"{self.prefix}-{id}", created, prompt_tokens
+        self.call_id = f"call_{id}"
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.script.choices))
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(pieces) for pieces in self.script.choices]
+
+    @property
+    def ending(self) -> str:
+        """Why it ends."""
+        if self.script.tool:
+            return self.tool_finish
+        return self.cut_finish if self.script.cut else self.finish
+
+    def begin(self) -> list[Event]:
+        return []
+
+    def piece(self, i: int, n: int) -> list[Event]:
+        """Piece `n` of choice `i`."""
+        raise NotImplementedError
+
+    def end(self) -> list[Event]:
+        return []
+
+    def whole(self) -> Any:
+        """The answer that is not streamed."""
+        raise NotImplementedError
+
+
+class TextForm(Form):
+    """/v1/completions."""
+
+    needed, prefix, kind, tail = ("prompt",), "cmpl", "text_completion", b"data: [DONE]\n\n"
+
+    def said(self, i: int, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
+        wanted, echoed = self.wanted, ""
+        if first and wanted.get("echo") and isinstance(wanted.get("prompt"), str):
+            echoed = wanted["prompt"]
+        return {"text": echoed + "".join(pieces)}
+
+    def chances(self, pieces: Sequence[str]) -> Any:
+        """Logprobs, of chances that are always the same."""
+        if not isinstance(self.wanted.get("logprobs"), int):
+            return None
+        offsets = itertools.accumulate(map(len, pieces[:-1]), initial=0)
+        return {"text_offset": [*offsets], "token_logprobs": [-0.5] * len(pieces),
+                "tokens": [*pieces], "top_logprobs": [{piece: -0.5} for piece in pieces]}
+
+    def choice(self, i: int, n: int | None = None) -> dict[str, Any]:
+        """All of a choice, or its piece `n`."""
+        pieces = self.script.choices[i]
+        shown = pieces if n is None else pieces[n : n + 1]
+        last = n is None or n == len(pieces) - 1
+        return {"index": i, **self.said(i, shown, n is not None, not n),
+                "logprobs": self.chances(shown), "finish_reason": self.ending if last else None,
+                **({"stop_reason": None} if last else {}), "token_ids": None}
+
+    def document(self, choices: list[Any], kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
+                "choices": choices}
+
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt_tokens,
+                "total_tokens": self.prompt_tokens + self.tokens, "completion_tokens": self.tokens}
+
+    def piece(self, i: int, n: int) -> list[Event]:
+        return [("", self.document([self.choice(i, n)], self.kind))]
+
+    def end(self) -> list[Event]:
+        options = self.wanted.get("stream_options")
+        if not (isinstance(options, dict) and options.get("include_usage") is True):
+            return []
+        return [("", self.document([], self.kind) | {"usage": self.usage()})]
+
+    def whole(self) -> Any:
+        choices = [self.choice(i) for i in range(len(self.script.choices))]
+        kind = self.kind.removesuffix(".chunk")
+        return self.document(choices, kind) | {
+            "service_tier": None, "system_fingerprint": "vllm-simulated",
+            "usage": self.usage() | {"prompt_tokens_details": None}}
+
+
+class ChatForm(TextForm):
+    """/v1/chat/completions."""
+
+    needed, prefix, kind = ("messages",), "chatcmpl", "chat.completion.chunk"
+
+    def chances(self, pieces: Sequence[str]) -> Any:
+        if self.wanted.get("logprobs") is not True:
+            return None
+        said = [{"token": piece, "logprob": -0.5, "bytes": [*piece.encode()]} for piece in pieces]
+        tops = self.wanted.get("top_logprobs") or 0
+        return {"content": [one | {"top_logprobs": [one] * min(1, tops)} for one in said]}
+
+    def said(self, i: int, pieces: Sequence[str], streams: bool, first: bool) -> dict[str, Any]:
+        text = "".join(pieces)
+        if not self.script.tool:
+            role = {} if streams else {"role": "assistant"}
+            more = {} if streams else {"refusal": None, "reasoning": None, "tool_calls": []}
+            return {"delta" if streams else "message": {**role, "content": text, **more}}
+        function: dict[str, Any] = {"arguments": text}
+        call: dict[str, Any] = {"function": function}
+        if first:
+            function["name"] = self.script.tool
+            call |= {"id": self.call_id, "type": "function"}
+        if streams:
+            return {"delta": {"tool_calls": [{"index": 0, **call}]}}
+        return {"message": {"role": "assistant", "content": None, "tool_calls": [call]}}
+
+    def begin(self) -> list[Event]:
+        return [("", self.document([{
+            "index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
+            "finish_reason": None}], self.kind)) for i in range(len(self.script.choices))]
+
+
+class MessagesForm(Form):
+    """/v1/messages, Anthropic's."""
+
+    needed = ("messages", "max_tokens")
+    tool_finish, cut_finish, finish = "tool_use", "max_tokens", "end_turn"
+
+    def message(self, content: list[Any], ending: str | None, tokens: int) -> dict[str, Any]:
+        return {"id": self.id, "type": "message", "role": "assistant", "content": content,
+                "model": self.model, "stop_reason": ending, "stop_sequence": None,
+                "usage": {"input_tokens": self.prompt_tokens, "output_tokens": tokens}}
+
+    def block(self, text: str, value: Any) -> dict[str, Any]:
+        if not self.script.tool:
+            return {"type": "text", "text": text}
+        return {"type": "tool_use", "id": self.call_id, "name": self.script.tool, "input": value}
+
+    def begin(self) -> list[Event]:
+        return [
+            ("message_start", {"type": "message_start", "message": self.message([], None, 0)}),
+            ("content_block_start", {"type": "content_block_start",
+                                     "content_block": self.block("", {}), "index": 0})]
+
+    def piece(self, i: int, n: int) -> list[Event]:
+        text = self.script.choices[i][n]
+        delta = ({"type": "input_json_delta", "partial_json": text} if self.script.tool
+                 else {"type": "text_delta", "text": text})
+        return [("content_block_delta",
+                 {"type": "content_block_delta", "delta": delta, "index": 0})]
+
+    def end(self) -> list[Event]:
+        said = self.message([], self.ending, self.tokens)
+        delta = {"stop_reason": self.ending, "stop_sequence": None}
+        return [("content_block_stop", {"type": "content_block_stop", "index": 0}),
+                ("message_delta", {"type": "message_delta", "delta": delta,
+                                   "usage": said["usage"]}),
+                ("message_stop", {"type": "message_stop"})]
+
+    def whole(self) -> Any:
+        text = self.texts[0]
+        value = json.loads(text) if self.script.tool else None
+        return self.message([self.block(text, value)], self.ending, self.tokens)
+
+
+class ResponsesForm(Form):
+    """/v1/responses."""
+
+    needed, prefix = ("input",), "resp"
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
+        self.id = self.id.replace("-", "_", 1)
+        self.item_id = self.id.replace("resp", "fc" if self.script.tool else "msg", 1)
+
+    def response(self, status: str) -> dict[str, Any]:
+        begun, wanted = status == "in_progress", self.wanted
+        if self.script.cut and not begun:
+            status = "incomplete"
+        usage = None if begun else {
+            "input_tokens": self.prompt_tokens, "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": self.tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.prompt_tokens + self.tokens}
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        given = {name: wanted.get(name) for name in (
+            "instructions", "metadata", "max_output_tokens", "previous_response_id", "reasoning",
+            "text", "user")}
+        return {"id": self.id, "created_at": self.created, "incomplete_details": reason, **given,
+                "model": self.model, "object": "response",
+                "output": [] if begun else [self.item("completed", self.texts[0])],
+                "parallel_tool_calls": True, "temperature": wanted.get("temperature", 1.0),
+                "tool_choice": wanted.get("tool_choice", "auto"), "tools": wanted.get("tools", []),
+                "top_p": wanted.get("top_p", 1.0), "background": False, "service_tier": "auto",
+                "status": status, "truncation": "disabled", "usage": usage}
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"annotations": [], "text": text, "type": "output_text", "logprobs": []}
+
+    def item(self, status: str, text: str) -> dict[str, Any]:
+        if self.script.tool:
+            return {"id": self.item_id, "call_id": self.call_id, "type": "function_call",
+                    "name": self.script.tool, "arguments": text, "status": status}
+        return {"id": self.item_id, "content": [self.part(text)] if text else [],
+                "role": "assistant", "status": status, "type": "message"}
+
+    def event(self, number: int, kind: str, **more: Any) -> Event:
+        return f"response.{kind}", {**more, "sequence_number": number, "type": f"response.{kind}"}
+
+    def begin(self) -> list[Event]:
+        response, at = self.response("in_progress"), {"output_index": 0}
+        events = [self.event(0, "created", response=response),
+                  self.event(1, "in_progress", response=response),
+                  self.event(2, "output_item.added", item=self.item("in_progress", ""), **at)]
+        if not self.script.tool:
+            events.append(self.event(3, "content_part.added", content_index=0,
+                                     item_id=self.item_id, part=self.part(""), **at))
+        return events
+
+    def piece(self, i: int, n: int) -> list[Event]:
+        at = {"item_id": self.item_id, "output_index": 0, "delta": self.script.choices[i][n]}
+        if self.script.tool:
+            return [self.event(3 + n, "function_call_arguments.delta", **at)]
+        return [self.event(4 + n, "output_text.delta", content_index=0, logprobs=[], **at)]
+
+    def end(self) -> list[Event]:
+        text, number = self.texts[0], 4 + self.tokens
+        at: dict[str, Any] = {"item_id": self.item_id, "output_index": 0}
+        if self.script.tool:
+            done = [self.event(number - 1, "function_call_arguments.done", arguments=text,
+                               name=self.script.tool, **at)]
+        else:
+            done = [self.event(number, "output_text.done", content_index=0, logprobs=[], text=text,
+                               **at),
+                    self.event(number + 1, "content_part.done", content_index=0,
+                               part=self.part(text), **at)]
+        number += 2
+        return [*done, self.event(number, "output_item.done", output_index=0,
+                                  item=self.item("completed", text)),
+                self.event(number + 1, "completed", response=self.response("completed"))]
+
+    def whole(self) -> Any:
+        return self.response("completed")
+
+
+FORMS: dict[str, type[Form]] = {
+    "/v1/chat/completions": ChatForm, "/v1/completions": TextForm,
+    "/v1/messages": MessagesForm, "/v1/responses": ResponsesForm,
+}
+
+
+def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
+                      prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
+    """(status, JSON) with which vLLM refuses such a request, or None."""
+    form = FORMS.get(head.path)
+    if (wrong := unreadable(head, content, form.needed if form else ())) is not None:
+        return 400, vllm_error("Bad Request", 400, *wrong)
+    status, kind = 404, "NotFoundError"
+    refused: tuple[str, str | None] | None = None
+    if (model := wanted.get("model") or models[0]) not in models:
+        text = f"The model `{model}` does not exist. Valid aliases: {', '.join(models)}."
+        refused = text, "model"
+    elif (refused := out_of_range(wanted, prompt)) is not None:
+        status, kind = 400, "BadRequestError"
+    if refused is None:
+        return None
+    if form is MessagesForm:
+        return status, {"type": "error", "error": {"type": kind, "message": refused[0]}}
+    return status, vllm_error(kind, status, *refused)
+
+
+def words_of(document: Any) -> list[str]:
+    """The texts in an `input`, `documents` or `messages`, one for each entry."""
+    if not isinstance(document, list) or (document and isinstance(document[0], int)):
+        document = [document]
+    return [one if isinstance(one, str) else json.dumps(one) for one in document]
+
+
+def embedded(text: str, dimensions: int) -> list[float]:
+    """A vector of length 1, the same for the same text."""
+    draw = random.Random(text)
+    vector = [draw.gauss(0, 1) for _ in range(dimensions)]
+    length = math.hypot(*vector) or 1.0
+    return [value / length for value in vector]
+
+
+def likeness(query: str, text: str) -> float:
+    """How many of the words two texts share."""
+    a, b = (set(re.findall(r"\w+", one.lower())) for one in (query, text))
+    return round(len(a & b) / (len(a | b) or 1), 6)
+
+
+def embeddings(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+    dimensions = wanted.get("dimensions") or 64
+    data, tokens = [], 0
+    for i, text in enumerate(words_of(wanted.get("input") or wanted.get("messages") or "")):
+        vector: Any = embedded(text, dimensions)
+        if wanted.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{dimensions}f", *vector)).decode()
+        data.append({"index": i, "object": "embedding", "embedding": vector})
+        tokens += len(TOKEN_TEXT.findall(text))
+    return {"id": f"embd-{id}", "object": "list", "model": model, "data": data,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def reranked(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+    query, texts = str(wanted.get("query") or ""), words_of(wanted.get("documents") or [])
+    results = [{"index": i, "document": {"text": text, "multi_modal": None},
+                "relevance_score": likeness(query, text)} for i, text in enumerate(texts)]
+    results.sort(key=lambda one: -one["relevance_score"])
+    tokens = sum(len(TOKEN_TEXT.findall(text)) for text in (query, *texts))
+    return {"id": f"score-{id}", "model": model, "results": results[: wanted.get("top_n") or None],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def tokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+    texts = words_of(wanted.get("prompt") or wanted.get("messages") or "")
+    pieces = TOKEN_TEXT.findall("".join(texts))
+    return {"count": len(pieces), "max_model_len": SIMULATED_LENGTH,
+            "tokens": [zlib.crc32(piece.encode()) % 32000 for piece in pieces],
+            "token_strs": pieces if wanted.get("return_token_strs") else None}
+
+
+def counted(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+    tokens = tokenized(wanted, id, model)["count"]
+    return {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
+
+
+# What generates nothing and is asked with POST: from (content, id, model) to the answer.
+REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
+    "/v1/embeddings": embeddings, "/v1/rerank": reranked, "/rerank": reranked,
+    "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": counted,
+}
+
+
+# ============================================================================================
+#  72  simulation
+# ============================================================================================
+#
+# A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
+# believable pace, runs as many requests at once as it has capacity and lets the rest wait, slows
+# down as it fills up, and says so in /metrics.  POST /simulate {"mode": …} makes it fail, hang or
+# slow down, for tests and for showing off.
+
+MODES = ("ok", "fail", "hang", "slow")
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
                b"content-type: text/event-stream; charset=utf-8\r\n\r\n")
 
@@ -15143,7 +15672,19 @@ class Simulated(NamedTuple):
     prefill_tokens_per_s: float
 
 
-DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
+Page = Callable[["SimulatedServer", RequestHead, dict[str, Any]], tuple[int, Any]]
+# Everything else by path and method; a page returns a status, and text or JSON.
+PAGES: dict[str, dict[str, Page]] = {}
+
+
+def simulated_page(path: str, method: str = "GET") -> Callable[[Page], Page]:
+    """Registers the decorated function; a last part like {id} is variable."""
+
+    def register(page: Page) -> Page:
+        PAGES.setdefault(path, {})[method] = page
+        return page
+
+    return register
 
 
 class SimulatedServer:
@@ -15155,6 +15696,7 @@ class SimulatedServer:
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
         self.cache, self.cached_tokens = PrefixCache(), 0
         self.slots = asyncio.Semaphore(kind.capacity)
+        self.stored: OrderedDict[str, Any] = OrderedDict()  # the last responses, by id
         self._tasks: set[asyncio.Task[Any] | None] = set()
 
     async def __aenter__(self) -> SimulatedServer:
@@ -15190,56 +15732,106 @@ class SimulatedServer:
             await unless_gone(client, asyncio.Event().wait())
         wanted = read_members(content, None)
         prompt = read_prompt(content, None, wanted, None)
-        if head.method != "POST" or head.path not in SIMULATED_PATHS:
-            reply: tuple[int, Any] | None = self._page(head, wanted)
-        else:
-            reply = simulated_refusal(head, content, wanted, prompt, self.models)
-            if reply is None and self.mode == "fail":
-                text = "EngineCore encountered an issue."
-                reply = 500, vllm_error("InternalServerError", 500, text)
-        if reply is not None:
+        if (reply := self._reply(head, content, wanted, prompt)) is not None:
             writer.write(simulated_response(head, *reply))
             return
         try:
-            await unless_gone(client, Generation(self, writer, head, wanted, prompt).run())
+            await unless_gone(client, Generation(self, writer, head, content, prompt).run())
         except (PeerGone, OSError):
             self.aborted += 1
             raise
 
+    def _reply(self, head: RequestHead, content: Content, wanted: dict[str, Any], prompt: Prompt
+               ) -> tuple[int, Any] | None:
+        """(status, text or JSON), or None where an answer is generated."""
+        if head.method != "POST" or not (head.path in FORMS or head.path in REPLIES):
+            return self._page(head, wanted)
+        if refusal := simulated_refusal(head, content, wanted, prompt, self.models):
+            return refusal
+        if self.mode == "fail":
+            return 500, vllm_error("InternalServerError", 500, "EngineCore encountered an issue.")
+        if reply := REPLIES.get(head.path):
+            return 200, reply(json.loads(content), self.new_id(), self.models[0])
+        return None
+
     def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
-        """(status, text or JSON) of everything that generates nothing."""
-        pages: dict[str, Callable[[], Any]] = {
-            "/health": str, "/version": lambda: {"version": "0.0.0+simulated"},
-            "/metrics": self._metrics, "/v1/models": self._models}
-        if head.path == "/simulate":
-            if wanted.get("mode") not in MODES:
-                text = f"mode is {wanted.get('mode')!r}, expected one of {', '.join(MODES)}"
-                return 400, vllm_error("BadRequestError", 400, text)
-            self.mode = wanted["mode"]
-            return 200, {"mode": self.mode}
-        if head.path not in (*SIMULATED_PATHS, *pages):
+        methods = simulated_methods(head.path)
+        if not methods:
             return 404, {"detail": "Not Found"}
-        if head.method != "GET" or head.path not in pages:
+        if (page := methods.get(head.method)) is None:
             return 405, {"detail": "Method Not Allowed"}
-        return 500 if self.mode == "fail" else 200, pages[head.path]()
+        status, said = page(self, head, wanted)
+        return 500 if self.mode == "fail" and head.path != "/simulate" else status, said
 
-    def _models(self) -> Any:
-        said = {"object": "model", "created": 0, "owned_by": "vllm",
-                "max_model_len": SIMULATED_LENGTH}
-        data = [{"id": name, **said, "root": name, "parent": None} for name in self.models]
-        return {"object": "list", "data": data}
+    def new_id(self) -> str:
+        return f"{self.draw.getrandbits(64):016x}"
 
-    def _metrics(self) -> str:
-        used = min(1.0, 0.9 * self.running / self.kind.capacity)
-        labels = f'{{engine="0",model_name="{escape(self.models[0])}"}}'
-        return "".join(f"# TYPE vllm:{name} {kind}\nvllm:{name}{labels} {value}\n" for (
-            kind, name, value) in (
-            ("gauge", "num_requests_running", self.running),
-            ("gauge", "num_requests_waiting", self.waiting),
-            ("gauge", "kv_cache_usage_perc", used),
-            ("counter", "prompt_tokens_total", self.prompt_tokens),
-            ("counter", "generation_tokens_total", self.generated_tokens),
-            ("counter", "prefix_cache_hits_total", self.cached_tokens)))
+    def keep(self, response: Mapping[str, Any]) -> None:
+        self.stored[response["id"]] = response
+        if len(self.stored) > 100:
+            self.stored.popitem(last=False)
+
+
+def simulated_methods(path: str) -> Mapping[str, Any]:
+    """What is served at a path, by method."""
+    if path in FORMS or path in REPLIES:
+        return {"POST": None}
+    return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
+
+
+@simulated_page("/health")
+@simulated_page("/ping")
+def simulated_health(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                     ) -> tuple[int, Any]:
+    return 200, ""
+
+
+@simulated_page("/version")
+def simulated_version(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                      ) -> tuple[int, Any]:
+    return 200, {"version": "0.0.0+simulated"}
+
+
+@simulated_page("/simulate", "POST")
+def simulated_mode(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                   ) -> tuple[int, Any]:
+    if wanted.get("mode") not in MODES:
+        text = f"mode is {wanted.get('mode')!r}, expected one of {', '.join(MODES)}"
+        return 400, vllm_error("BadRequestError", 400, text)
+    server.mode = wanted["mode"]
+    return 200, {"mode": server.mode}
+
+
+@simulated_page("/v1/models")
+def simulated_models(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                     ) -> tuple[int, Any]:
+    said = {"object": "model", "created": 0, "owned_by": "vllm", "max_model_len": SIMULATED_LENGTH}
+    data = [{"id": name, **said, "root": name, "parent": None} for name in server.models]
+    return 200, {"object": "list", "data": data}
+
+
+@simulated_page("/v1/responses/{id}")
+def simulated_stored(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                     ) -> tuple[int, Any]:
+    id = head.path.rpartition("/")[2]
+    if id in server.stored:
+        return 200, server.stored[id]
+    text = f"Response with id '{id}' not found."
+    return 404, vllm_error("invalid_request_error", 404, text, "response_id")
+
+
+@simulated_page("/metrics")
+def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                      ) -> tuple[int, Any]:
+    labels = f'{{engine="0",model_name="{escape(server.models[0])}"}}'
+    return 200, "".join(f"# TYPE vllm:{name} {kind}\nvllm:{name}{labels} {value}\n" for (
+        kind, name, value) in (
+        ("gauge", "num_requests_running", server.running),
+        ("gauge", "num_requests_waiting", server.waiting),
+        ("gauge", "kv_cache_usage_perc", min(1.0, 0.9 * server.running / server.kind.capacity)),
+        ("counter", "prompt_tokens_total", server.prompt_tokens),
+        ("counter", "generation_tokens_total", server.generated_tokens),
+        ("counter", "prefix_cache_hits_total", server.cached_tokens)))
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
@@ -15254,75 +15846,13 @@ async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) 
         await asyncio.wait((working, leaving))
 
 
-def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
-
-
-def unreadable(head: RequestHead, content: Content) -> tuple[str, str | None] | None:
-    """What is wrong with a request's content, in vLLM's words, and the part of it that is."""
-    media_type, _, _ = head.fields.get("content-type").partition(";")
-    if media_type.strip().lower() != "application/json":
-        return "Unsupported Media Type: Only 'application/json' is allowed", None
-    try:
-        document = json.loads(content)
-    except json.JSONDecodeError as error:
-        part = f"body.{error.pos}"
-        return (f"{{'type': 'json_invalid', 'loc': '{part}', 'msg': 'JSON decode error', 'input':"
-                f" '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}}}"), part
-    except ValueError:  # no UTF-8
-        return "There was an error parsing the body", None
-    if not isinstance(document, dict):
-        return ("{'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input should be a valid"
-                " dictionary or object to extract fields from'}"), "body"
-    needed = "messages" if head.path.endswith("chat/completions") else "prompt"
-    if needed in document:
-        return None
-    return (f"{{'type': 'missing', 'loc': 'body.{needed}', 'msg': 'Field required', 'input':"
-            f" '<dict of {len(document)} items>'}}"), f"body.{needed}"
-
-
-def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str] | None:
-    """Which value cannot be, in vLLM's words, and its parameter."""
-    heat = wanted.get("temperature")
-    if isinstance(heat, (int, float)) and heat < 0:
-        return f"temperature must be non-negative, got {heat}.", "temperature"
-    for name in ("max_tokens", "max_completion_tokens"):
-        if not isinstance(tokens := wanted.get(name), (int, float)):
-            continue  # null is none
-        if tokens < 1:
-            return f"{name} must be at least 1, got {tokens}.", name
-        if tokens > SIMULATED_LENGTH:
-            return (f"{name}={tokens} cannot be greater than max_model_len={SIMULATED_LENGTH}."
-                    " Please request fewer output tokens."), name
-    if prompt.tokens < SIMULATED_LENGTH:
-        return None
-    return (f"This model's maximum context length is {SIMULATED_LENGTH} tokens. However, your"
-            f" prompt contains at least {prompt.tokens} input tokens, which exceeds this limit even"
-            " without any output tokens. Please reduce the length of the input prompt."
-            ), "input_tokens"
-
-
-def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
-                      prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
-    """(status, JSON) with which vLLM refuses such a request, or None."""
-    if (wrong := unreadable(head, content)) is not None:
-        text, param = wrong
-        return 400, vllm_error("Bad Request", 400, f"1 validation error:\n  {text}", param)
-    if (model := wanted.get("model") or models[0]) not in models:
-        text = f"The model `{model}` does not exist. Valid aliases: {', '.join(models)}."
-        return 404, vllm_error("NotFoundError", 404, text, "model")
-    if (wrong := out_of_range(wanted, prompt)) is not None:
-        return 400, vllm_error("BadRequestError", 400, *wrong)
-    return None
-
-
 def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
     plain = isinstance(document, str)
     content = document.encode() if plain else json.dumps(document).encode()
     kind = "text/plain; charset=utf-8" if plain else "application/json"
     fields = [("server", "simulated"), ("content-type", kind)]
     if status == 405:
-        fields.append(("allow", "POST" if head.path in SIMULATED_PATHS else "GET"))
+        fields.append(("allow", ", ".join(simulated_methods(head.path))))
     return own_response(status, head, content, True, fields)
 
 
@@ -15330,16 +15860,13 @@ class Generation:
     """One answer of a simulated server."""
 
     def __init__(self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
-                 wanted: dict[str, Any], prompt: Prompt) -> None:
+                 content: Content, prompt: Prompt) -> None:
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
-        self.chat = head.path.endswith("chat/completions")
+        wanted = json.loads(content)
         self.streams = wanted.get("stream") is True
-        limit = wanted.get("max_completion_tokens") or wanted.get("max_tokens")
-        given = isinstance(limit, int) and limit > 0
-        self.tokens = limit if given else server.draw.randint(40, 120)
-        options = wanted.get("stream_options")
-        self.usage_wanted = isinstance(options, dict) and options.get("include_usage") is True
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{server.draw.getrandbits(64):016x}"
+        self.form = FORMS[head.path](
+            wanted, script_for(wanted, server.draw), server.models[0], server.new_id(),
+            int(time.time()), prompt.tokens)
 
     async def run(self) -> None:
         server = self.server
@@ -15358,45 +15885,43 @@ class Generation:
             server.slots.release()
 
     async def generate(self) -> None:
-        kind, server, text = self.server.kind, self.server, list[str]()
+        kind, server, form = self.server.kind, self.server, self.form
         cached = self.prompt.tokens_in(server.cache.cached_links(self.prompt.prefix_hashes))
         server.cache.sent(self.prompt)
         server.prompt_tokens += self.prompt.tokens
         server.cached_tokens += cached
         await asyncio.sleep((self.prompt.tokens - cached) / kind.prefill_tokens_per_s)
-        for n in range(self.tokens):
+        choices = form.script.choices
+        for n in range(max(map(len, choices))):
             pace = (1 + server.running / kind.capacity) * (5 if server.mode == "slow" else 1)
             await asyncio.sleep(kind.token_s * pace * server.draw.uniform(0.8, 1.2))
-            word = server.draw.choice(WORDS)
-            text.append(f" {word}" if n else word.capitalize())
-            server.generated_tokens += 1
+            told = [i for i, pieces in enumerate(choices) if n < len(pieces)]
+            server.generated_tokens += len(told)
             if self.streams:
-                await self.event([self.choice("delta", text[-1], n)])
-        usage = {"prompt_tokens": self.prompt.tokens, "completion_tokens": self.tokens,
-                 "total_tokens": self.prompt.tokens + self.tokens}
+                begun = form.begin() if n == 0 else []
+                await self.say([*begun, *(event for i in told for event in form.piece(i, n))])
+        if isinstance(form, ResponsesForm):
+            server.keep(form.whole())
         if not self.streams:
-            document = self.document([self.choice("message", "".join(text), self.tokens - 1)])
-            self.writer.write(simulated_response(self.head, 200, document | {"usage": usage}))
+            self.writer.write(simulated_response(self.head, 200, form.whole()))
             return
-        if self.usage_wanted:
-            await self.event([], usage=usage)
-        self.writer.write(encode_chunk(b"data: [DONE]\n\n") + LAST_CHUNK)
+        await self.say(form.end())
+        self.writer.write((encode_chunk(form.tail) if form.tail else b"") + LAST_CHUNK)
 
-    def choice(self, part: str, text: str, n: int) -> dict[str, Any]:
-        role = {"role": "assistant"} if part == "message" or n == 0 else {}
-        content = {part: {**role, "content": text}} if self.chat else {"text": text}
-        last = "length" if n == self.tokens - 1 else None
-        return {"index": 0, **content, "logprobs": None, "finish_reason": last}
-
-    def document(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = f"chat.completion{'.chunk' * self.streams}" if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": int(time.time()),
-                "model": self.server.models[0], "choices": choices}
-
-    async def event(self, choices: list[dict[str, Any]], **more: Any) -> None:
-        event = b"data: " + json.dumps(self.document(choices) | more).encode() + b"\n\n"
-        self.writer.write(encode_chunk(event))
+    async def say(self, events: Iterable[Event]) -> None:
+        for name, document in events:
+            said = f"event: {name}\n" * bool(name) + f"data: {json.dumps(document)}\n\n"
+            self.writer.write(encode_chunk(said.encode()))
         await self.writer.drain()
+
+
+# ============================================================================================
+#  73  demo
+# ============================================================================================
+#
+# The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
+
+DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
@@ -15441,7 +15966,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  71  doctor
+#  74  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

@@ -14638,15 +14638,15 @@ def test_made_up_traffic_is_what_it_says(kind):
 
 
 # ============================================================================================
-#  demo
+#  canned words, canned forms, simulation and demo
 # ============================================================================================
 
 TINY = lite.Simulated(2, 0.001, 1e6)
 
 
 def prompt(stream=True, **more):
-    return json.dumps({"model": "demo-model", "stream": stream, "messages": [], "max_tokens": 5,
-                       **more}).encode()
+    return json.dumps({"model": "demo-model", "stream": stream, "max_tokens": 5,
+                       "messages": [{"role": "user", "content": "Hello"}], **more}).encode()
 
 
 @contextlib.asynccontextmanager
@@ -14664,10 +14664,10 @@ async def test_a_simulated_server_speaks_as_vllm_does():
         client = await running.client()
         got = await client.post(body=prompt(stream_options={"include_usage": True}), fields=AS_JSON)
         events = [json.loads(e[6:]) for e in got.body.decode().split("\n\n")[:-2]]
-        assert (got.body.endswith(DONE) and len(events) == 6
+        assert (got.body.endswith(DONE) and len(events) == 7
                 and got.get("content-type").startswith("text/event-stream"))
-        assert [e["choices"][0]["finish_reason"] for e in events[:5]] == [None] * 4 + ["length"]
-        assert (events[5]["usage"]["completion_tokens"] == 5
+        assert [e["choices"][0]["finish_reason"] for e in events[:6]] == [None] * 5 + ["length"]
+        assert (events[6]["usage"]["completion_tokens"] == 5
                 and events[0]["choices"][0]["delta"]["role"] == "assistant")
         plain = (await client.post(body=prompt(stream=False), fields=AS_JSON)).json
         assert (plain["object"] == "chat.completion"
@@ -14675,8 +14675,11 @@ async def test_a_simulated_server_speaks_as_vllm_does():
         text = (await client.post("/v1/completions", prompt(stream=False, prompt="x"),
                                   AS_JSON)).json
         assert text["object"] == "text_completion" and len(text["choices"][0]["text"].split()) == 5
-        assert (await client.post("/v1/embeddings", prompt())).json == {"detail": "Not Found"}
-        page = (await lite.HttpClient(one.url).fetch("/metrics", 5))[1].decode()
+        assert (await client.post("/v1/audio/speech", prompt())).json == {"detail": "Not Found"}
+        direct = Client(*await asyncio.open_connection("127.0.0.1",
+                                                       int(one.url.rpartition(":")[2])))
+        page = (await direct.get("/metrics")).body.decode()
+        direct.close()
         assert engine_load(page)[:3] == (0, 0, 0.0) and one.generated_tokens == 15
 
 
@@ -14705,6 +14708,28 @@ REFUSED_BY_VLLM = table(
      "BadRequestError", "temperature", "temperature must be non-negative, got -3.0."),
     ("no tokens", "POST", CHATS, "application/json", prompt(max_tokens=0), 400, "BadRequestError",
      "max_tokens", "must be at least 1"),
+    ("fewer than none", "POST", CHATS, "application/json", prompt(max_tokens=-1), 400,
+     "BadRequestError", "max_tokens",
+     "max_tokens must be at least 1, got -1. (parameter=max_tokens, value=-1)"),
+    ("too hot", "POST", CHATS, "application/json", prompt(temperature=3), 400, "BadRequestError",
+     "temperature", "temperature must be in [0, 2], got 3.0. (parameter=temperature, value=3.0)"),
+    ("a temperature in words", "POST", CHATS, "application/json", prompt(temperature="hot"), 400,
+     "Bad Request", "body.temperature", "unable to parse string as a number', 'input': 'hot'}"),
+    ("a share beyond all", "POST", CHATS, "application/json", prompt(top_p=2), 400,
+     "BadRequestError", "top_p", "top_p must be in (0, 1], got 2.0."),
+    ("no conversation", "POST", CHATS, "application/json", prompt(messages=[]), 400,
+     "BadRequestError", None, "Cannot apply chat template to an empty conversation. Provide at"
+     " least one message."),
+    ("messages that are a text", "POST", CHATS, "application/json", prompt(messages="x"), 400,
+     "Bad Request", "body.messages", "'msg': 'Input should be a valid list', 'input': 'x'}"),
+    ("an empty prompt", "POST", TEXTS, "application/json", prompt(prompt=""), 400,
+     "BadRequestError", "prompt", "Either prompt or prompt_embeds must be provided"),
+    ("no choices", "POST", CHATS, "application/json", prompt(n=0), 400, "BadRequestError", None,
+     "n must be at least 1, got 0."),
+    ("no input", "POST", "/v1/responses", "application/json", b'{"model": "demo-model"}', 400,
+     "Bad Request", "body.input", "1 validation error:\n  {'type': 'missing'"),
+    ("two are missing", "POST", "/v1/messages", "application/json", b'{"model": "demo-model"}',
+     400, "Bad Request", "body.messages", "2 validation errors:\n"),
     ("too many tokens", "POST", CHATS, "application/json", prompt(max_tokens=99999), 400,
      "BadRequestError", "max_tokens",
      "max_tokens=99999 cannot be greater than max_model_len=8192."),
@@ -14725,6 +14750,123 @@ def test_a_simulated_server_refuses_what_vllm_refuses(method, path, kind, conten
     assert (found, document["error"]["type"], document["error"]["param"],
             document["error"]["code"]) == (status, error, param, status)
     assert words in document["error"]["message"]
+
+
+def simulated(path, wanted, seed=1):
+    """The answer as a document, and as events, in the form of that path."""
+    form = lite.FORMS[path](wanted, lite.script_for(wanted, random.Random(seed)), "m", "7f", 1, 9)
+    choices = form.script.choices
+    events = [*form.begin(), *(event for n in range(max(map(len, choices)))
+                               for i in range(len(choices)) if n < len(choices[i])
+                               for event in form.piece(i, n)), *form.end()]
+    return form.whole(), events
+
+
+HI, CITY = [{"role": "user", "content": "hi"}], {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 3},
+                                     "days": {"type": "integer", "minimum": 2}}}
+CALLED = {"city": "tex", "days": 2}
+
+
+def test_a_simulated_chat_has_choices_and_logprobs_plain_and_in_pieces():
+    whole, events = simulated(CHATS, {"messages": HI, "n": 2, "max_tokens": 3, "logprobs": True,
+                                      "top_logprobs": 1, "stream_options": {"include_usage": True}})
+    assert [c["finish_reason"] for c in whole["choices"]] == ["length"] * 2
+    assert whole["usage"]["completion_tokens"] == 6 and events[-1][1]["choices"] == []
+    said = ["", ""]
+    for _, event in events[:-1]:
+        (choice,) = event["choices"]
+        said[choice["index"]] += choice["delta"]["content"]
+    assert said == [c["message"]["content"] for c in whole["choices"]] and said[0] != said[1]
+    (first, *_) = whole["choices"][0]["logprobs"]["content"]
+    assert (first["token"].encode() == bytes(first["bytes"]) and first["top_logprobs"]
+            and said[0].startswith(first["token"]))
+    texts, _ = simulated(TEXTS, {"prompt": ["a", "b"], "n": 2, "logprobs": 1, "max_tokens": 2})
+    assert [c["index"] for c in texts["choices"]] == [0, 1, 2, 3]
+    assert texts["choices"][0]["logprobs"]["text_offset"][0] == 0
+
+
+@pytest.mark.parametrize("path, wanted, call, pieces", table(
+    ("chat", CHATS, {"messages": HI, "tools": [
+        {"type": "function", "function": {"name": "rain", "parameters": CITY}}]},
+     lambda whole: whole["choices"][0]["message"]["tool_calls"][0]["function"],
+     lambda events: "".join(e["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"]
+                            for _, e in events if "tool_calls" in e["choices"][0]["delta"])),
+    ("Anthropic's messages", "/v1/messages", {"messages": HI, "max_tokens": 99, "tools": [
+        {"name": "rain", "input_schema": CITY}], "tool_choice": {"type": "tool", "name": "rain"}},
+     lambda whole: {"name": whole["content"][0]["name"],
+                    "arguments": json.dumps(whole["content"][0]["input"])},
+     lambda events: "".join(e["delta"]["partial_json"] for name, e in events
+                            if name == "content_block_delta")),
+    ("responses", "/v1/responses", {"input": "hi", "tools": [
+        {"type": "function", "name": "rain", "parameters": CITY}]},
+     lambda whole: whole["output"][0],
+     lambda events: "".join(e["delta"] for name, e in events if name.endswith(".delta"))),
+))
+def test_a_simulated_server_calls_the_tool_it_is_given_with_arguments_that_fit(path, wanted, call,
+                                                                              pieces):
+    whole, events = simulated(path, wanted)
+    assert (call(whole)["name"], json.loads(call(whole)["arguments"])) == ("rain", CALLED)
+    assert json.loads(pieces(events)) == CALLED
+    turns = "input" if "input" in wanted else "messages"
+    told = wanted | {turns: [*HI, {"role": "tool", "content": "wet"}]}
+    assert '"rain"' not in json.dumps(simulated(path, told)[0].get("choices", ""))
+
+
+@pytest.mark.parametrize("schema, value", table(
+    ("an object", CITY, CALLED), ("an enumeration", {"enum": ["b", "a"]}, "b"),
+    ("a constant", {"const": 7}, 7), ("a list", {"type": "array", "items": {"type": "number"}},
+                                      [1.0]),
+    ("one of several", {"anyOf": [{"type": "null"}, {"type": "boolean"}]}, None),
+    ("by its name", {"$ref": "#/$defs/x", "$defs": {"x": {"type": "boolean"}}}, True),
+    ("that contains itself", {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}, None),
+))
+def test_json_that_fits_a_schema(schema, value):
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    whole, _ = simulated(CHATS, wanted | {"messages": HI})
+    assert json.loads(whole["choices"][0]["message"]["content"]) == value == lite.fitting(schema)
+    whole, _ = simulated("/v1/responses", {
+        "input": "x", "text": {"format": {"type": "json_schema", "schema": schema}}})
+    assert json.loads(whole["output"][0]["content"][0]["text"]) == value
+
+
+@asynchronous
+async def test_a_simulated_server_answers_what_a_newcomer_tries_first_through_the_balancer():
+    one, hello = lite.SimulatedServer(TINY), {"model": "demo-model", "messages": HI}
+    async with in_front_of(one, **FAST) as running:
+        client = await running.client()
+
+        async def asked(path, **wanted):
+            got = await client.post(path, json.dumps(hello | wanted).encode(), AS_JSON)
+            assert got.status == 200, (path, got.body)
+            return got
+
+        got = await asked("/v1/messages", max_tokens=3, stream=True)
+        names = re.findall(r"^event: (\w+)$", got.body.decode(), re.MULTILINE)
+        assert names == ["message_start", "content_block_start", *["content_block_delta"] * 3,
+                         "content_block_stop", "message_delta", "message_stop"]
+        plain = (await asked("/v1/messages", max_tokens=3)).json
+        assert (plain["type"], plain["stop_reason"]) == ("message", "max_tokens")
+        got = await asked("/v1/responses", input="hi", stream=True, max_output_tokens=2)
+        events = [json.loads(line[6:]) for line in got.body.decode().splitlines()
+                  if line.startswith("data: ")]
+        assert ([e["sequence_number"] for e in events] == [*range(10)]
+                and events[-1]["response"]["status"] == "incomplete")
+        kept = await client.get(f"/v1/responses/{events[-1]['response']['id']}")
+        assert kept.json == events[-1]["response"]
+        vectors = (await asked("/v1/embeddings", input=["a", "b", "a"])).json["data"]
+        assert vectors[0]["embedding"] == vectors[2]["embedding"] != vectors[1]["embedding"]
+        packed = (await asked("/v1/embeddings", input="a", encoding_format="base64")).json["data"]
+        assert struct.unpack("<64f", base64.b64decode(packed[0]["embedding"]))[0] == pytest.approx(
+            vectors[0]["embedding"][0])
+        ranked = (await asked("/v1/rerank", query="red fox", documents=["a cat", "the fox"],
+                              top_n=1)).json["results"]
+        assert [(r["index"], r["document"]["text"]) for r in ranked] == [(1, "the fox")]
+        assert (await asked("/tokenize", prompt="hello world")).json["count"] == 2
+        assert (await asked("/v1/messages/count_tokens")).json["input_tokens"] > 0
+        refused = await client.post("/v1/messages", json.dumps(
+            hello | {"max_tokens": 3, "messages": []}).encode(), AS_JSON)
+        assert (refused.status, refused.json["type"]) == (400, "error")
 
 
 @asynchronous
