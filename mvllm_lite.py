@@ -1376,6 +1376,7 @@ def expose(families: Iterable[Family]) -> str:
 # was expected.  Among them a formula, which is compiled from a small part of Python's expressions.
 
 REQUIRED: Any = object()
+ROLES = ("prefill", "decode", "both")
 POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
     "unified", "least", "round_robin", "random", "power_of_two", "consistent_hash", "prefix",
     "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
@@ -1636,6 +1637,11 @@ class ServerSettings:
     pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
     data_parallel_size: int = setting(
         1, whole(1, 256), "its engines (vLLM's --data-parallel-size), each chosen by itself")
+    role: str = setting(
+        "both", one_of(*ROLES), "prefill servers read prompts for others, decode ones answer")
+    bootstrap_port: int = setting(
+        0, whole(0, 65535), "of Mooncake, on a prefill server; 0 is its own default, 8998")
+    zmq_address: str = setting("", words, "of P2pNccl: host:port, its address and kv_port")
     api_key: str = setting("", secret, "its key, for requests and checks, in place of the client's")
     api_key_file: str = setting("", file_path, "a file that holds it")
     ca_file: str = setting("", file_path, "https: certificates to trust, in place of the system's")
@@ -4162,6 +4168,21 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
             f" streams have moved for {still_s:.0f} s")
 
 
+def depends_on_the_moment(view: ServerView, now: float) -> bool:
+    """Whether it depends on the moment, or on chance, if it is passed over for others."""
+    s = view.settings
+    return bool(s.pool or s.tier > 1 or view.report.load.adapters or view.busy_until > now)
+
+
+def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
+    """Prompts that are shorter fit every server that has the model."""
+    shortest = INFINITY
+    for view in views:
+        if view.models and (model is None or model in view.models):  # else it is infinity
+            shortest = min(shortest, view.context(model))
+    return shortest
+
+
 # ============================================================================================
 #  19  learning
 # ============================================================================================
@@ -5075,6 +5096,7 @@ class Wanted(NamedTuple):
     tried: frozenset[str] = frozenset()  # servers that are not asked again
     pinned_to: str = ""  # the only server, or engine, that may be asked
     by_name: bool = False  # and it is no work of its engine
+    role: str = ""  # only servers of that one; else those that decode, as long as one can be asked
 
 
 class Candidate(NamedTuple):
@@ -5096,6 +5118,7 @@ class Ranking(NamedTuple):
     costs: list[float]  # of those, in their order
     policy: Policy
     tried: frozenset[str]
+    role: str = ""  # in which it is asked
     asked: ServerView | None = None  # the best one's view,
     expected: int = 0  # and what it has probably cached
     behind: bool = False  # others have been waiting for the same
@@ -5130,7 +5153,8 @@ class Ranking(NamedTuple):
         if not self.moment.enforced:
             return False
         anyhow = self.moment._replace(enforced=False)
-        return self.behind or not all(exclusions(self.views, self.call.model, self.tried, anyhow))
+        return self.behind or not all(
+            exclusions(self.views, self.call.model, self.tried, anyhow, self.role))
 
     @property
     def has_room(self) -> bool:
@@ -5201,11 +5225,28 @@ class Ranking(NamedTuple):
 
 
 def exclusions(
-    views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
+    views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment,
+    role: str = "",
 ) -> list[str]:
     """For each server the reason why it is not eligible, or ''.  One that has not told its models
     is asked only when no other is known to have this one; and when nothing but open circuits or
-    troubled checks keep the last ones out, they are asked after all."""
+    troubled checks keep the last ones out, they are asked after all.  Prefill servers get a whole
+    request only where none that decodes is well, those of a `role` nothing of another."""
+    if {view.settings.role for view in views} == {"both"}:
+        return exclusions_of_any(views, model, tried, moment)
+    other = {"prefill": "decode"}.get(role, "prefill")
+    fit = [view for view in views if view.settings.role != other]
+    if not (role or any(view.available and view.has(model) for view in fit)):
+        return exclusions_of_any(views, model, tried, moment)
+    found = iter(exclusions_of_any(fit, model, tried, moment))
+    return [f"is for {other} only" if view.settings.role == other else next(found)
+            for view in views]
+
+
+def exclusions_of_any(
+    views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
+) -> list[str]:
+    """The same, whatever role servers have."""
     trials = {view.settings.url for view in views if view.counts.on_trial}
     reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
@@ -5294,21 +5335,6 @@ def preferences(
         yield f"tier {tier} has room", lambda view: view.settings.tier == tier
 
 
-def depends_on_the_moment(view: ServerView, now: float) -> bool:
-    """Whether it depends on the moment, or on chance, if it is passed over for others."""
-    s = view.settings
-    return bool(s.pool or s.tier > 1 or view.report.load.adapters or view.busy_until > now)
-
-
-def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
-    """Prompts that are shorter fit every server that has the model."""
-    shortest = INFINITY
-    for view in views:
-        if view.models and (model is None or model in view.models):  # else it is infinity
-            shortest = min(shortest, view.context(model))
-    return shortest
-
-
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
     """The pool that is drawn by these shares; a session stays with its own."""
     at = draw.random()
@@ -5358,7 +5384,7 @@ def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float
 
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
     """The best server for a call; once for each attempt."""
-    call, pinned_to, tried = wanted.call, wanted.pinned_to, wanted.tried
+    call, pinned_to, tried, role = wanted.call, wanted.pinned_to, wanted.tried, wanted.role
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
     lasting = fleet.derived.get(call.model) or lasting_of(fleet, call.model, moment)
     reasons = lasting.reasons
@@ -5367,9 +5393,9 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         views, cached, reasons = [views[n] for n in kept], [cached[n] for n in kept], None
         if wanted.by_name:  # nor does it take a place there
             views, moment = [v.by_name for v in views], moment._replace(enforced=False)
-    if (reasons is None or tried or moment.enforced
+    if (reasons is None or tried or role or moment.enforced
             or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):
-        reasons = exclusions(views, call.model, tried, moment)
+        reasons = exclusions(views, call.model, tried, moment, role)
         apply_preferences(views, reasons, call, moment, draw)
     left, having = views, cached
     if any(reasons):
@@ -5380,11 +5406,12 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
                         having, shares, call, moment, draw)
     if not left:
-        return Ranking(None, views, cached, reasons, eligible, [], by, tried)
+        return Ranking(None, views, cached, reasons, eligible, [], by, tried, role)
     costs = by.costs(eligible)
     at = lowest_of(costs, by.tie_for(call), draw)
     best = left[at]
-    return Ranking(best.id, views, cached, reasons, eligible, costs, by, tried, best, having[at])
+    return Ranking(best.id, views, cached, reasons, eligible, costs, by, tried, role, best,
+                   having[at])
 
 
 def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
@@ -5436,7 +5463,8 @@ class RetryBudget:
         return True
 
 
-Wants = tuple[str | None, str, frozenset[str]]  # a model, maybe of one server, not of those tried
+# A model, maybe of one server, not of those tried, maybe of a role.
+Wants = tuple[str | None, str, frozenset[str], str]
 
 
 class Waiter(NamedTuple):
@@ -5648,9 +5676,10 @@ class Pause(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """Wait in the queue until a server has room."""
+    """Wait in the queue until a server, of that role, has room."""
 
     tried: frozenset[str]
+    role: str = ""
 
 
 class AwaitHealth(NamedTuple):
@@ -5687,6 +5716,26 @@ LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
 # The client was shown the server's own words for what went wrong.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
+
+
+class Planner(Protocol):
+    """Makes plans for a running balancer; what it remembers lasts as long as settings want it."""
+
+    def plan(self, exchange: Any, request: OutboundRequest, otherwise: Plan) -> Plan:
+        """The plan for a request: one of its own, that may go on as it goes `otherwise`, or that.
+        `exchange` has the request's call, settings and ranking."""
+
+
+class Planning(NamedTuple):
+    """Other plans than those of this room."""
+
+    wanted: Callable[[Settings], bool]  # asked when settings come into force
+    planner: Callable[[Any], Planner]  # of the Core; made when it is wanted first
+
+
+# Rooms further on that have plans of their own add a row, by name.  A plan of a later row goes on
+# as one of an earlier row, which goes on as `relay_plan` does.
+PLANS: dict[str, Planning] = {}
 
 
 class Retries:
@@ -5780,7 +5829,7 @@ def given_room(
     """The ranking whose best server has room, maybe after a wait in the queue; and the outcome."""
     waited = WELL
     if ranking.best is None and ranking.waits:
-        waited = yield Queue(ranking.tried)
+        waited = yield Queue(ranking.tried, ranking.role)
         if waited.fault is not None:
             return ranking, waited
         # Without a ranking the fleet has changed: all may be asked again.
@@ -8999,8 +9048,15 @@ class Core:
         self.recent = Recent()
         self.news = News(self.requests.queue)
         self.looks = Looks()
+        self.planners: dict[str, Planner] = {}  # those of PLANS that settings want
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
+
+    def adopt_plans(self) -> None:
+        """Those that are still wanted keep what they remember."""
+        known = self.planners
+        self.planners = {name: known.get(name) or row.planner(self)
+                         for name, row in PLANS.items() if row.wanted(self.settings)}
 
     def status(self) -> StatusDocument:
         """What the status page and the screen show."""
@@ -9793,7 +9849,10 @@ class Exchange:
 
     def plan(self, request: OutboundRequest) -> Plan:
         retries = Retries(self.choose, self.settings, self.core.draw, self.spend_retry)
-        return (search_plan if request.searches else relay_plan)(request, retries)
+        plan = (search_plan if request.searches else relay_plan)(request, retries)
+        for planner in self.core.planners.values():
+            plan = planner.plan(self, request, plan)
+        return plan
 
     async def carry_out(self, plan: Plan) -> None:
         try:
@@ -9814,7 +9873,9 @@ class Exchange:
         self.case.suspects.clear()  # nobody is asked whose failure it was
         return False
 
-    def choose(self, tried: frozenset[str], waiting: bool = False) -> Ranking:
+    def choose(
+        self, tried: frozenset[str], waiting: bool = False, role: str = "", by: Policy | None = None
+    ) -> Ranking:
         """The fleet's ranking for the call, passing over servers tried.  Who is not `waiting` comes
         after those who are."""
         core, call, s = self.core, self.call, self.settings
@@ -9823,11 +9884,11 @@ class Exchange:
         # is new is for those who come to it.
         enforced = s.queue_size > 0 and core.settings.queue_size > 0
         moment = Moment(self.loop.time(), s.metrics_interval, enforced, s.slow_start)
-        wanted = Wanted(call, tried, only, not infers)
-        by = self.policies.get(call.model, self.trail.model)
+        wanted = Wanted(call, tried, only, not infers, role)
+        by = by or self.policies.get(call.model, self.trail.model)
         ranking = rank(core.fleet, wanted, by, moment, core.draw)
         queue, moment = core.requests.queue, ranking.eligible.moment
-        if moment.enforced and not waiting and queue.waiting((call.model, only, tried)):
+        if moment.enforced and not waiting and queue.waiting((call.model, only, tried, role)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
             reasons = "; ".join(f"{row.id} {row.reason}" for row in ranking.candidates())
@@ -9965,8 +10026,8 @@ class Exchange:
             best = ranking.best
             turn.set_result(Outcome(lease=self.lease(best), ranking=ranking) if best else WELL)
 
-        wants = self.call.model, self.destination.only, step.tried
-        choose = functools.partial(self.choose, step.tried, waiting=True)
+        wants = self.call.model, self.destination.only, step.tried, step.role
+        choose = functools.partial(self.choose, step.tried, waiting=True, role=step.role)
         waiter, granted = Waiter(began, wants, choose, take, turn.set_exception), False
         queue.join(waiter)
         queue.hand_over(core.has_room)  # time may have made one eligible
@@ -10046,6 +10107,7 @@ class Exchange:
             self.response.break_off(fault, text)
         return WELL
 
+    # Rooms that add steps of their own add a row.
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
         Relay: relay, Pause: pause, Queue: queue, AwaitHealth: await_health, Refresh: refresh,
         GiveUp: give_up, BreakOff: break_off,
@@ -11652,6 +11714,7 @@ class Balancer:
         are under way keep those that they came under."""
         core, old = self.core, self.core.settings
         core.settings, core.policies = settings, core.policies.following(settings)
+        core.adopt_plans()
         core.clients.limit = min(settings.max_connections, descriptors_allow())
         core.clients.backlog.limit = settings.max_buffered_bytes
         log.setLevel(settings.log_level)

@@ -4594,7 +4594,8 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
 
     said = lite.EngineLoad(*load, adapters=frozenset(adapters))
     url = known.pop("url", f"s{n}")
-    set_ = lite.ServerSettings(url.partition("@")[0], configured, **taken("weight", "tier", "pool"))
+    set_ = lite.ServerSettings(
+        url.partition("@")[0], configured, **taken("weight", "tier", "pool", "role"))
     report = lite.report_of(said, load_at, known.pop("ours_at_scrape", 0))
     learned = lite.Learned(**taken("prefill_tokens_per_s", "tpot_s", "capacity"))
     counts = lite.Counts(**taken("in_flight", "on_trial", "pending"))
@@ -5036,6 +5037,35 @@ def test_costs_within_two_percent_are_as_good(pending, share):
     views, draw = [server(0), server(1, pending=pending)], random.Random(3)
     found = Counter(judged(views, tokens=1000, draw=draw).best for _ in range(1000))
     assert found["s0"] / 1000 == pytest.approx(share, abs=0.05)
+
+
+PRE, DEC, ANY = {"role": "prefill"}, {"role": "decode"}, {"role": "both"}
+DOWN = {"state": State.UNHEALTHY, "reason": "refused"}
+
+
+@pytest.mark.parametrize("views, role, reasons", table(
+    ("a whole request is nothing for prefill servers", [PRE, DEC, ANY], "",
+     ["is for prefill only", "", ""]),
+    ("a prompt is nothing for decode servers", [PRE, DEC, ANY], "prefill",
+     ["", "is for decode only", ""]),
+    ("an answer is for those that decode", [PRE, DEC, ANY], "decode",
+     ["is for prefill only", "", ""]),
+    ("a prefill server answers where no other is well", [PRE, {**DEC, **DOWN}], "",
+     ["", "is unhealthy (refused)"]),
+    ("but does not decode what another has read", [PRE, {**DEC, **DOWN}], "decode",
+     ["is for prefill only", "is unhealthy (refused)"]),
+    ("one that decodes is well, but failed with this request", [PRE, {**DEC, "tried": True}], "",
+     ["is for prefill only", "was tried already"]),
+))
+def test_which_servers_may_be_asked_in_which_role(views, role, reasons):
+    tried = {f"s{n}" for n, view in enumerate(views) if view.get("tried")}
+    views = [server(n, **{key: value for key, value in view.items() if key != "tried"})
+             for n, view in enumerate(views)]
+    wanted = lite.Wanted(lite.Call("m"), frozenset(tried), role=role)
+    ranking = lite.rank(lite.Fleet(views), wanted, lite.POLICIES["least"](Settings()),
+                        lite.Moment(NOW, 0.5, False, 0.0), random.Random(1))
+    assert list(ranking.reasons) == reasons and ranking.role == role
+    assert ranking.best in {f"s{n}" for n, why in enumerate(reasons) if not why} | {None}
 
 
 # costs of s1 are 0.6 or 1 % less
@@ -6313,7 +6343,7 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
     for since, model in ((1, "m"), (2, "n"), (3, "m"), (4, "n"), (5, "m")):
         last = waiter(since, model)
     assert (len(queue) == 5 and queue.longest_wait_s(11.0) == 10.0
-            and queue.waiting(("n", "", frozenset())))
+            and queue.waiting(("n", "", frozenset(), "")))
     queue.hand_over()
     assert took == []
     free["a"] = "n"
@@ -6322,7 +6352,7 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
     free.update(a="m", b="m")
     queue.leave(last)
     queue.hand_over()
-    assert took == [2, 1, 3] and len(queue) == 1 and not queue.waiting(("m", "", frozenset()))
+    assert took == [2, 1, 3] and len(queue) == 1 and not queue.waiting(("m", "", frozenset(), ""))
 
 
 def test_when_a_queue_clears_is_told_from_the_rate_of_late():
