@@ -14,10 +14,11 @@ of itself and of earlier rooms only.  A room is dry (·): pure functions and own
 in as `now`, chance as a Random; or wet (~): thin I/O that asks the dry ones.
 
 A ruler parts the file.  Parts I to X, above it, are all that runs for a servers.toml of five
-lines: to know what serves, read them and stop.  What stands below runs when a subcommand, a
-terminal or a browser at /status asks for it.  It hooks itself in by rows of ENDPOINTS, COMMANDS
-and SCREENS, and nothing above uses its names; only the last two lines, which call `main` of
-the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
+lines: to know what serves, read them and stop.  What stands below runs when a setting, a
+subcommand, a terminal or a browser at /status asks for it.  It hooks itself in by rows of
+ENDPOINTS, COMMANDS, SCREENS and SERVICES, and nothing above uses its names; only the last two
+lines, which call `main` of the command line, stand behind it.  `mvllm_lite.py help parts` counts
+the lines.
 
      #  room            what it owns
     ──  ─────────────  ───────────────────────────────────────────────────────────────────────
@@ -85,47 +86,48 @@ the command line, stand behind it.  `mvllm_lite.py help parts` counts the lines.
     45  accounts       ~ what is counted, kept and told of a request that has ended
     46  exchange       ~ one request, from its head to its last byte
 
-    IX  operating        1,600 lines, all the time
+    IX  operating        1,750 lines, all the time
     47  watch          ~ health checks, load reports
-    48  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    49  endpoints      ~ the paths that the balancer answers itself, in one table
-    50  front          ~ where clients come in: connections accepted, requests let in
-    51  following      ~ the settings file, and the files that it names
-    52  commands       ~ subcommands as rows; settings from file, environment and flags
-    53  handover       ~ one process takes over from another, without a gap
-    54  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    48  services       ~ what runs in the background because settings name it, as rows
+    49  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    50  endpoints      ~ the paths that the balancer answers itself, in one table
+    51  front          ~ where clients come in: connections accepted, requests let in
+    52  following      ~ the settings file, and the files that it names
+    53  commands       ~ subcommands as rows; settings from file, environment and flags
+    54  handover       ~ one process takes over from another, without a gap
+    55  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          260 lines, at the start and at the end
-    55  process        ~ signals, systemd, limits of the system
-    56  command line   ~ what is common to all subcommands; the one that serves; `help`
+    56  process        ~ signals, systemd, limits of the system
+    57  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  seen             2,230 lines, on a terminal, for `top`, `help`, a browser at /status
-    57  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    58  table          · the servers in lines, as many columns as there is room for
-    59  screen         · what is seen there: the table and the lines around it
-    60  keys           · what keys do to it, and ask of the balancer
-    61  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    62  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    63  page           ~ the status for a browser: one HTML string
-    64  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    65  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    58  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    59  table          · the servers in lines, as many columns as there is room for
+    60  screen         · what is seen there: the table and the lines around it
+    61  keys           · what keys do to it, and ask of the balancer
+    62  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    63  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    64  page           ~ the status for a browser: one HTML string
+    65  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    66  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
    XII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    66  traces         · requests of the past: from files, or made up
-    67  engine         · a model of a vLLM server, in simulated time
-    68  replay         · those requests sent to such servers by any policy
-    69  comparison     ~ policies compared on a trace: the program of `replay`
-    70  canned words   · what a vLLM server would say, without a model; what it refuses
-    71  canned forms   · the same in the forms of its APIs, plain and streamed
-    72  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    73  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    74  doctor         ~ what is amiss with servers and settings, and what to do about it
+    67  traces         · requests of the past: from files, or made up
+    68  engine         · a model of a vLLM server, in simulated time
+    69  replay         · those requests sent to such servers by any policy
+    70  comparison     ~ policies compared on a trace: the program of `replay`
+    71  canned words   · what a vLLM server would say, without a model; what it refuses
+    72  canned forms   · the same in the forms of its APIs, plain and streamed
+    73  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    74  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    75  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (50) reads a head from the client's
+A request walks through the rooms like this.  The `Front` (51) reads a head from the client's
 `Wire` (34), parses it (2), makes an `Exchange` (46) of it, and asks who may come in (28).  A local
-path is answered in room 49.  For any other the `Exchange` runs: the content is gathered (42) and
+path is answered in room 50.  For any other the `Exchange` runs: the content is gathered (42) and
 read as a `Call` (13) with its `Prompt` (12), the `Keys` (27) admit it, and `relay_plan` (26) says
 step by step what to do.  Each `Relay` step names the server that was ranked best (23) in the view
 of the fleet (20) by a policy (22).  An `Attempt` (43) at that server holds the answer back until
@@ -1295,6 +1297,13 @@ class Counter(Family):
             key = values if room else self.key(values)
             self.children[key] = self.children.get(key, 0) + amount
 
+    def fold(self, label: str, value: str, into: str) -> None:
+        """Count the children with that value of a label under another one: sums stay."""
+        at = self.labels.index(label)
+        for values in [one for one in self.children if one[at] == value]:
+            amount = self.children.pop(values)
+            self.add(*values[:at], into, *values[at + 1:], amount=amount)
+
 
 class Gauge(Family):
     kind = "gauge"
@@ -1647,6 +1656,15 @@ class ServerSettings:
     ca_file: str = setting("", file_path, "https: certificates to trust, in place of the system's")
     client_cert: str = setting("", file_path, "https: a file with our certificate and its key")
     verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
+    # What is no key of an entry, but said by who names the server.
+    id: str = ""  # all state is kept by it; where nothing is said, it is the URL
+    name: str = ""  # what people and programs are shown; the id, where nothing is said
+    address: str = ""  # an IP address to connect to; TLS name and Host stay the URL's
+    like: str = ""  # the id of an entry of the settings whose keys and certificates are used
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", self.id or self.url)
+        object.__setattr__(self, "name", self.name or self.id)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1808,7 +1826,7 @@ class Settings:
 
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
-SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings)}
+SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
 KEYS_THEMSELVES = ("key", "api_key")
@@ -3905,7 +3923,8 @@ class Learned(NamedTuple):
 class ServerView(NamedTuple):
     """All that is known of a server, or of one of its engines; monotonic times, -inf for never."""
 
-    id: str  # what all state is kept by: the server's URL, for an engine with its rank
+    id: str  # what all state is kept by: the server's id, for an engine with its rank
+    name: str  # what is shown: the server's name, for an engine with its rank
     settings: ServerSettings
     health: Health
     counts: Counts
@@ -3923,7 +3942,7 @@ class ServerView(NamedTuple):
     @property
     def server(self) -> str:
         """The server's id, for an engine, too."""
-        return self.settings.url
+        return self.settings.id
 
     @property
     def load(self) -> EngineLoad:
@@ -4126,7 +4145,7 @@ def disagreement(view: ServerView) -> str:
 class Transition(NamedTuple):
     """A change of a server's state: worth a line in the log."""
 
-    url: str
+    server: str  # its name
     old: State
     new: State
     reason: str
@@ -4438,6 +4457,11 @@ class Fleet:
         view = self.view(id)
         return view.server if view else id
 
+    def name_of(self, id: str) -> str:
+        """What is shown of a server or an engine; its id, once it has left."""
+        view = self.view(id)
+        return view.name if view else id
+
     def cached(self, prompt: Prompt) -> list[int]:
         """How many of a prompt's tokens each server has probably cached, in the order of views."""
         if not (chain := prompt.prefix_hashes):
@@ -4467,26 +4491,24 @@ class Fleet:
     ) -> tuple[list[str], list[str]]:
         """Make the fleet what the settings say: (ids added, ids now draining).  A server that is
         wanted again while it drains simply stays, with all that is known of it."""
-        old, members = self._members, dict[str, Member]()
+        old, members, drained = self._members, dict[str, Member](), frozenset(drained)
         staying = {id for id, member in old.items() if not member.view.draining}
+        kin = {member.view.server: member.view for member in old.values()}
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
         start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
-        fresh = Health(State.CHECKING, "not checked yet", now)
         for server in wanted:
-            kin = next((one.view for one in old.values() if one.view.server == server.url), None)
-            health, models, at = (
-                (kin.health, kin.models, kin.models_at) if kin else (fresh, None, -INFINITY))
+            limit, share = server.max_concurrent_requests, pools.get(server.pool, rest)
             for id, rank in engine_ids(server):
-                member = old.get(id) or Member(
-                    ServerView(id, server, health, Counts(), rank, models=models, models_at=at))
-                view, limit = member.view, server.max_concurrent_requests
+                member = members[id] = old.get(id) or Member(
+                    new_view(server, id, rank, kin.get(server.id), now))
+                view, own = member.view, (server, False, server.id in drained, share)
                 if id not in old or view.configured != limit:
                     view = view._replace(learned=view.learned._replace(capacity=limit or start))
-                member.view = view._replace(
-                    settings=server, draining=False, drained=server.url in drained,
-                    share=pools.get(server.pool, rest))
-                members[id] = member
+                if own != (view.settings, view.draining, view.drained, view.share):
+                    view = view._replace(name=engine_id(server.name, rank), settings=server,
+                                         draining=False, drained=own[2], share=share)
+                member.view = view
         leaving = {id: member for id, member in old.items() if id not in members}
         for id, member in leaving.items():
             if member.view.counts.in_flight:
@@ -4579,14 +4601,31 @@ class Fleet:
             self._put(view._replace(health=new, report=report))
         if new.state is old.state:
             return None
-        return Transition(server, old.state, new.state, new.reason)
+        return Transition(views[0].settings.name, old.state, new.state, new.reason)
+
+
+def new_view(
+    server: ServerSettings, id: str, rank: int | None, kin: ServerView | None, now: float
+) -> ServerView:
+    """Of a server, or an engine, that is new; engines of the same server have one health."""
+    name, counts = engine_id(server.name, rank), Counts()
+    if kin is None:
+        return ServerView(
+            id, name, server, Health(State.CHECKING, "not checked yet", now), counts, rank)
+    return ServerView(id, name, server, kin.health, counts, rank, models=kin.models,
+                      models_at=kin.models_at)
+
+
+def engine_id(server: str, rank: int | None) -> str:
+    """A server's id, or its name, as that of one of its engines."""
+    return server if rank is None else f"{server}@{rank}"
 
 
 def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
     """The ids of a server's engines, with their ranks; of a server that is one, its own."""
     if server.data_parallel_size == 1:
-        return [(server.url, None)]
-    return [(f"{server.url}@{rank}", rank) for rank in range(server.data_parallel_size)]
+        return [(server.id, None)]
+    return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
 
 
 # ============================================================================================
@@ -4594,7 +4633,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 # ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
-# is known of a server is kept elsewhere, by the id under which it stands here: its URL, so far.
+# is known of a server is kept elsewhere, by the id under which it stands here.
 #
 # To add a source: a row of Source, where its definitions are to count, and somebody who calls
 # `Roster.define` with all that it names, whenever that changes.
@@ -4607,7 +4646,8 @@ class Source(Enum):
     BY_HAND = "by_hand"
     POOL = "pool"
     REGISTERED = "registered"
-    DISCOVERED = "discovered"
+    KUBERNETES = "kubernetes"
+    DNS = "dns"
 
     __hash__ = object.__hash__  # as Fault's
 
@@ -4661,6 +4701,25 @@ def server_by_hand(
     return settings.servers[0]
 
 
+HANDED_OVER = (Source.REGISTERED, Source.KUBERNETES, Source.DNS)  # to a successor
+IDENTITY = ("id", "name", "address", "like")  # of ServerSettings
+
+
+def stated_fields(server: ServerSettings) -> dict[str, Any]:
+    """What a server has beyond defaults, without what it shares with an entry of the settings."""
+    usual, shared = ServerSettings(server.url), ("api_key", *SERVER_FILES) if server.like else ()
+    found = {key: value for key in (*SERVER_FIELDS, *IDENTITY) if key not in shared
+             and (value := getattr(server, key)) != getattr(usual, key)}
+    return {"url": server.url, **found}
+
+
+def server_stated(fields: Mapping[str, Any]) -> ServerSettings:
+    """The reverse.  Raises ValueError, TypeError, KeyError."""
+    return ServerSettings(**{
+        key: str(value) if key in IDENTITY else SERVER_FIELDS[key].metadata["check"](value)
+        for key, value in fields.items()})
+
+
 class Roster:
     """Owns what each source names and what was done by hand; what is by hand ends with the process
     and its successors.  After each change `on_change` is called, with new `entries` in place."""
@@ -4677,6 +4736,10 @@ class Roster:
         self._named[source] = dict(servers)
         self._merge()
 
+    def named_by(self, source: Source) -> Mapping[str, ServerSettings]:
+        """The servers that it names, by id."""
+        return self._named[source]
+
     def _merge(self) -> None:
         added = self._named[Source.BY_HAND]
         for id in added.keys() & self._named[Source.FILE].keys():  # the file has what was wanted
@@ -4690,8 +4753,8 @@ class Roster:
         self.on_change()
 
     def add(self, server: ServerSettings) -> None:
-        self._removed.discard(server.url)
-        self._named[Source.BY_HAND][server.url] = server
+        self._removed.discard(server.id)
+        self._named[Source.BY_HAND][server.id] = server
         self._merge()
 
     def remove(self, id: str) -> None:
@@ -4718,21 +4781,25 @@ class Roster:
                 "drained": sorted(self._drained), "weights": dict(self._weights)}
 
     def dump(self) -> str:
-        """The same for a successor, with all that is known of the servers that were added."""
-        added = [{key: value for key, value in dataclasses.asdict(server).items()
-                  if value != getattr(ServerSettings(""), key)}
-                 for server in self._named[Source.BY_HAND].values()]
+        """The same for a successor, with all that is known of the servers that were added, and of
+        those that other sources than its settings have named."""
+        added = list(map(stated_fields, self._named[Source.BY_HAND].values()))
+        named = {source.value: list(map(stated_fields, servers.values()))
+                 for source, servers in self._named.items() if source in HANDED_OVER}
         weights = {id: (weight, weight) for id, weight in self._weights.items()}  # as 0.1.0 reads
-        return json.dumps(self.report() | {"added": added, "weights": weights})
+        return json.dumps(self.report() | {"added": added, "weights": weights, "named": named})
 
     def load(self, text: str) -> None:
         """Take what a predecessor, maybe of another version, has dumped, before the first `define`.
         Raises ValueError, TypeError, KeyError or SettingsError; then nothing is taken."""
         said = json.loads(text)
-        added = {one.url: one for one in map(server_by_hand, said["added"])}
+        added = {one.id: one for one in map(server_by_hand, said["added"])}
+        named = {source: {one.id: one for one in map(server_stated, said["named"][source.value])}
+                 for source in HANDED_OVER if source.value in said.get("named", {})}
         weights = {str(id): share_weight(weight) for id, (weight, _) in said["weights"].items()}
         removed, drained = set(map(str, said["removed"])), set(map(str, said["drained"]))
-        self._named[Source.BY_HAND], self._weights = added, weights
+        self._named |= {**named, Source.BY_HAND: added}
+        self._weights = weights
         self._removed, self._drained = removed, drained
 
 
@@ -5102,7 +5169,7 @@ class Wanted(NamedTuple):
 class Candidate(NamedTuple):
     """A server in a ranking: with its cost, or excluded for a reason."""
 
-    id: str
+    name: str
     cost: float
     reason: str
 
@@ -5187,18 +5254,19 @@ class Ranking(NamedTuple):
         """Every server with its reason, best first.  Made only when somebody asks."""
         judged = {view.id: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
                   in zip(self.eligible.views, self.costs, self.policy.terms(self.eligible))}
-        rows = [Candidate(view.id, *judged.get(view.id, (INFINITY, reason)))
+        rows = [(view.id, Candidate(view.name, *judged.get(view.id, (INFINITY, reason))))
                 for view, reason in zip(self.views, self.reasons)]
-        return sorted(rows, key=lambda row: (row.id != self.best, row.cost))
+        rows.sort(key=lambda row: (row[0] != self.best, row[1].cost))
+        return [candidate for _, candidate in rows]
 
     def why(self) -> str:
         """The choice in one line, for who asks; in a field's characters."""
         if self.best is None:
             return "no server"
         first, *others = self.candidates()
-        words = f"{first.id} {first.reason}"
+        words = f"{first.name} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
-            words += f"; next {others[0].id} ×{others[0].cost / first.cost:.1f}"
+            words += f"; next {others[0].name} ×{others[0].cost / first.cost:.1f}"
         words = " ".join(words.replace("×", "x").split())
         return words.encode("ascii", "backslashreplace").decode()
 
@@ -5218,7 +5286,7 @@ class Ranking(NamedTuple):
         if model is not None and self.unheard_of and any(told) and not awaited:
             more = f" {told.count(False)} of the servers never told its models." * (not all(told))
             return Fault.UNKNOWN_MODEL, unknown_model(model, known) + more
-        reasons = "; ".join(f"{row.id if name_servers else f'server {n}'} {row.reason}"
+        reasons = "; ".join(f"{row.name if name_servers else f'server {n}'} {row.reason}"
                             for n, row in enumerate(self.candidates(), 1))
         what = "this request" if model is None else f"the model `{model[:200]}`"
         return Fault.NO_SERVER, f"No server can serve {what} now: {reasons}."
@@ -5247,7 +5315,7 @@ def exclusions_of_any(
     views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
 ) -> list[str]:
     """The same, whatever role servers have."""
-    trials = {view.settings.url for view in views if view.counts.on_trial}
+    trials = {view.settings.id for view in views if view.counts.on_trial}
     reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
@@ -5286,7 +5354,7 @@ def exclusion_reason(
         return f"gets none: its pool has 0 % ({view.settings.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
         return f"is full ({view.counts.in_flight} of {view.limit:.4g})"
-    return "was tried already" if tried and view.settings.url in tried else ""
+    return "was tried already" if tried and view.settings.id in tried else ""
 
 
 Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
@@ -5608,7 +5676,7 @@ class Poison:
 class Suspect(NamedTuple):
     """A server that failed with a request, which may be the request's failure."""
 
-    url: str
+    server: str  # its id, or its engine's
     text: str
     told: bool  # its health knows, and takes it for one of that content
 
@@ -5635,7 +5703,7 @@ SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers 
 class Held(NamedTuple):
     """A server's answer that was not shown yet, because another server may do better."""
 
-    url: str
+    server: str  # its id, or its engine's
     head: ResponseHead
     length: Length
     content: bytes
@@ -6357,11 +6425,12 @@ def explain_report(rankings: Sequence[Ranking]) -> dict[str, Any]:
 
 
 def ranking_report(ranking: Ranking) -> dict[str, Any]:
-    cached = {view.id: count for view, count in zip(ranking.views, ranking.cached)}
-    rows = [{"url": id, "cost": cost if cost < INFINITY else None, "reason": reason,
-             "cached_tokens": cached[id]} for id, cost, reason in ranking.candidates()]
+    cached = {view.name: count for view, count in zip(ranking.views, ranking.cached)}
+    rows = [{"url": name, "cost": cost if cost < INFINITY else None, "reason": reason,
+             "cached_tokens": cached[name]} for name, cost, reason in ranking.candidates()]
     return {
-        "policy": ranking.policy.name, "model": ranking.call.model, "chosen": ranking.best,
+        "policy": ranking.policy.name, "model": ranking.call.model,
+        "chosen": ranking.asked and ranking.asked.name,
         "why": ranking.why(), "prompt_tokens": ranking.call.prompt.tokens,
         "session": bool(ranking.call.session), "queued": ranking.best is None and ranking.waits,
         "servers": rows,
@@ -6395,7 +6464,7 @@ def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[st
 def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
     health = view.health
     return {
-        "url": view.id, "healthy": view.healthy, "health_status": health.state.value,
+        "url": view.name, "healthy": view.healthy, "health_status": health.state.value,
         "reason": view.reason, "since": clock.iso(health.since),
         "draining": view.draining or view.drained,
         "circuit": health.circuit(clock.monotonic),
@@ -6432,7 +6501,7 @@ def load_report(
 def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[str, Any]:
     said = view.load
     return {
-        "url": view.id, "current_load": load, "max_capacity": round(view.capacity),
+        "url": view.name, "current_load": load, "max_capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
         "available_capacity": max(0, round(view.capacity) - load),
         "utilization_percent": min(100.0, 100 * load / view.capacity),
@@ -6450,8 +6519,8 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
 
 def server_models_report(views: list[ServerView], clock: Clock) -> dict[str, Any]:
     """GET /server-models."""
-    servers = {view.id: {"supported_models": list(view.models or ()), "healthy": view.healthy,
-                         "models_last_updated": clock.iso(view.models_at)}
+    servers = {view.name: {"supported_models": list(view.models or ()), "healthy": view.healthy,
+                           "models_last_updated": clock.iso(view.models_at)}
                for view in views}
     healthy = sum(view.healthy for view in views)
     return {"servers": servers, "total_servers": len(views), "healthy_servers": healthy}
@@ -6504,6 +6573,9 @@ LIMIT_NAMES = (
 )
 
 
+SOURCE_NAMES = tuple(source.value for source in Source)
+
+
 class Metrics:
     """Everything that is counted, bumped where it happens."""
 
@@ -6519,12 +6591,15 @@ class Metrics:
             "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
         self.transitions = Counter(
             "mvllm_server_transitions_total", "Changes of a server's state.", "server", "state")
+        self.servers_added = Counter(
+            "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
+        self.servers_removed = Counter(
+            "mvllm_servers_removed_total", "Servers that have gone from the roster.", "source")
         self.reloads = Counter(
             "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
         self.scrapes = Counter(
             "mvllm_scrapes_total", "Looks at a server's metrics.", "server", "result")
-        self.upgrades = Counter(
-            "mvllm_upgrades_total", "Successors that were to take over.", "result")
+        self.upgrades = Counter("mvllm_upgrades_total", "Successors to take over.", "result")
         self.errors = Counter("mvllm_internal_errors_total", "Mistakes of the balancer's own.")
         self.stalls = Counter("mvllm_stalls_total", "Times the whole process stood still.")
         self.waits = Histogram(
@@ -6570,12 +6645,20 @@ class Metrics:
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
         for counter, values in ((self.reloads, ("applied", "refused")),
-                                (self.upgrades, ("failed",)), (self.limits, LIMIT_NAMES)):
+                                (self.upgrades, ("failed",)), (self.limits, LIMIT_NAMES),
+                                (self.servers_added, SOURCE_NAMES),
+                                (self.servers_removed, SOURCE_NAMES)):
             for value in values:
                 counter.add(value, amount=0)
 
     def families(self) -> list[Family]:
         return list(vars(self).values())
+
+    def retire(self, server: str) -> None:
+        """Drop the series of a server that has gone; its counts stay in the sums."""
+        for family in self.families():
+            if isinstance(family, Counter) and "server" in family.labels:
+                family.fold("server", server, "gone")
 
 
 # Gauges of each server; None, for what it has not said, leaves a sample out.
@@ -6646,7 +6729,7 @@ def gauges(
         families.append(gauge := Gauge(f"mvllm_{name}", meaning, "server"))
         for view in views:
             if (found := value(view)) is not None:
-                gauge.set(found, view.id)
+                gauge.set(found, view.name)
     return families
 
 
@@ -6781,7 +6864,7 @@ def json_word(value: str | None) -> str:
 
 def transition_record(at: float, change: Transition) -> str:
     """A change of a server's state as JSON."""
-    return json.dumps({"time": utc(at), "event": "transition", "server": change.url,
+    return json.dumps({"time": utc(at), "event": "transition", "server": change.server,
                        "from": change.old.value, "to": change.new.value, "reason": change.reason})
 
 
@@ -6796,7 +6879,7 @@ def utc_second(at: int) -> str:
 
 def transition_line(change: Transition, models: Models | None) -> str:
     names = "" if models is None else f"; models: {', '.join(models) or 'none'}"
-    return f"{change.url} is {change.new.value} (was {change.old.value}): {change.reason}{names}"
+    return f"{change.server} is {change.new.value} (was {change.old.value}): {change.reason}{names}"
 
 
 # ============================================================================================
@@ -7002,7 +7085,7 @@ def status_of(
     now, load, history = clock.monotonic, view.load, recent.histories.get(view.id) or History()
     before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
-        "url": view.id, "name": view.id.partition("://")[2],
+        "url": view.name, "name": view.name.partition("://")[2] or view.name,
         "source": entry.source.value if entry else "", "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
@@ -7642,7 +7725,7 @@ class Secrets:
         self.strangers = set[str]()  # servers that are shown no client's key
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         self.server_keys = {
-            server.url: server.api_key or self._read_key(server.api_key_file) or settings.api_key
+            server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
             for server in settings.servers
         }
         self.contexts: dict[str, ssl.SSLContext] = {}
@@ -7657,23 +7740,29 @@ class Secrets:
 
     def adopt(self, server: ServerSettings) -> None:
         """Take over a server that the settings do not name: it gets its own key alone, as it is
-        only as honest as who has named it.  No file is read."""
-        self.server_keys[server.url] = server.api_key
-        self.strangers.add(server.url)
+        only as honest as who has named it; or all that an entry of the settings has that it is
+        `like`.  No file is read."""
+        if server.like:
+            self.server_keys[server.id] = self.server_keys.get(server.like, "")
+            if context := self.contexts.get(server.like):
+                self.contexts[server.id] = context
+            return
+        self.server_keys[server.id] = server.api_key
+        self.strangers.add(server.id)
         self._make_context(server, self)
 
     def _make_context(self, server: ServerSettings, before: Secrets | None) -> None:
         """Make what an https server is verified with, where that is not the usual."""
         files = [path for path in (server.ca_file, server.client_cert) if path]
-        url, made_from = server.url, (server, *map(self._read, files))
+        id, made_from = server.id, (server, *map(self._read, files))
         if server.verify and not files:
-            self.contexts.pop(url, None)
+            self.contexts.pop(id, None)
             return
-        if before is not None and before._made_from.get(url) == made_from:
-            self.contexts[url] = before.contexts[url]
+        if before is not None and before._made_from.get(id) == made_from:
+            self.contexts[id] = before.contexts[id]
         else:
-            self.contexts[url] = self._load(server_context, server)
-        self._made_from[url] = made_from
+            self.contexts[id] = self._load(server_context, server)
+        self._made_from[id] = made_from
 
     def _read(self, path: str) -> bytes:
         self.files[path] = read_regular_file(path)
@@ -7735,11 +7824,14 @@ def read_regular_file(path: str) -> bytes:
 class Upstream:
     """A server as connections to it are made: its address, its key, its TLS context."""
 
-    def __init__(self, url: str, secrets: Secrets = Secrets(), name: str = "") -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.url, self.authority, self.prefix = url, parts.netloc, parts.path
-        self.is_tls = parts.scheme == "https"
-        self.host, self.port = parts.hostname or "", parts.port or (443 if self.is_tls else 80)
+    def __init__(
+        self, server: ServerSettings, secrets: Secrets = Secrets(), name: str = ""
+    ) -> None:
+        parts = urllib.parse.urlsplit(server.url)
+        self.server, self.authority, self.prefix = server, parts.netloc, parts.path
+        self.is_tls, self.host = parts.scheme == "https", server.address or parts.hostname or ""
+        self.tls_name = parts.hostname if self.is_tls else None
+        self.port = parts.port or (443 if self.is_tls else 80)
         self.name = name  # ours, for servers that are balancers, too
         self.key_line = ""  # for the server, in place of a client's
         self._context: ssl.SSLContext | None = None  # in place of the usual one
@@ -7748,8 +7840,8 @@ class Upstream:
     def equip(self, secrets: Secrets) -> None:
         """Take the server's key and context from these secrets; if they are others than before,
         idle connections end."""
-        key = secrets.server_keys.get(self.url, "")
-        now = key and f"Authorization: Bearer {key}\r\n", secrets.contexts.get(self.url)
+        key = secrets.server_keys.get(self.server.id, "")
+        now = key and f"Authorization: Bearer {key}\r\n", secrets.contexts.get(self.server.id)
         if now != (self.key_line, self._context):
             self.key_line, self._context = now
             self.close()
@@ -7893,7 +7985,7 @@ class HttpClient(Upstream):
         try:
             async with within(left_s):
                 reader, writer = await asyncio.open_connection(
-                    self.host, self.port, ssl=self.tls())
+                    self.host, self.port, ssl=self.tls(), server_hostname=self.tls_name)
         except OSError as error:
             raise connect_failure(error, timeout_s) from None
         async with within(deadline - asyncio.get_running_loop().time()):
@@ -7987,13 +8079,15 @@ class Pool(Upstream):
     is the sink of its idle wires: whatever a server says without being asked ends the connection.
     """
 
-    def __init__(self, url: str, secrets: Secrets = Secrets(), name: str = "") -> None:
+    def __init__(
+        self, server: ServerSettings, secrets: Secrets = Secrets(), name: str = ""
+    ) -> None:
         self.idle: dict[Wire, None] = {}
-        self.client = HttpClient(url, secrets, name)
-        super().__init__(url, secrets, name)
+        self.client = HttpClient(server, secrets, name)
+        super().__init__(server, secrets, name)
 
     def equip(self, secrets: Secrets) -> None:
-        self.sees_client_keys = self.url not in secrets.strangers
+        self.sees_client_keys = self.server.id not in secrets.strangers
         self.client.equip(secrets)
         super().equip(secrets)
 
@@ -8025,7 +8119,8 @@ class Pool(Upstream):
                 return (await loop.create_connection(lambda: Wire(Blame.SERVER), sock=sock))[1]
             async with within(timeout_s):
                 return (await loop.create_connection(
-                    lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls))[1]
+                    lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls,
+                    server_hostname=self.tls_name))[1]
         except OSError as error:
             raise connect_failure(error, timeout_s) from None
 
@@ -8865,6 +8960,7 @@ def trace_writer(path: str) -> Writer | None:
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
 
+GONE_KEPT_S = 900.0  # for which a server's series outlive it: every scrape has seen its last counts
 LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
 
 
@@ -8908,25 +9004,29 @@ class Pools:
         self.secrets = Secrets()
         self.by_server: dict[str, Pool] = {}
 
-    def get(self, url: str) -> Pool:
-        if url not in self.by_server:
-            self.by_server[url] = Pool(url, self.secrets, self.name)
-        return self.by_server[url]
+    def get(self, server: ServerSettings) -> Pool:
+        if (pool := self.by_server.get(server.id)) is None:
+            pool = self.by_server[server.id] = Pool(server, self.secrets, self.name)
+        return pool
 
     def adopt(self, secrets: Secrets) -> None:
         self.secrets = secrets
-        for url in self.by_server:
-            self.equip(url)
+        for pool in self.by_server.values():
+            pool.equip(secrets)
 
-    def equip(self, url: str) -> None:
-        """A server's secrets may be others now."""
-        if url in self.by_server:
-            self.by_server[url].equip(self.secrets)
+    def equip(self, server: ServerSettings) -> None:
+        """A server's secrets may be others now, and where it is reached."""
+        if (pool := self.by_server.get(server.id)) is None:
+            return
+        if (pool.server.url, pool.server.address) != (server.url, server.address):
+            self.by_server.pop(server.id).close()
+        else:
+            pool.equip(self.secrets)
 
     def keep(self, servers: Collection[str]) -> None:
-        """Close the connections to all other servers."""
-        for url in self.by_server.keys() - servers:
-            self.by_server.pop(url).close()
+        """Close the connections to all other servers, which are named by their ids."""
+        for id in self.by_server.keys() - servers:
+            self.by_server.pop(id).close()
 
 
 class News:
@@ -9042,6 +9142,7 @@ class Core:
         self.requests = Requests()
         self.policies = Policies(settings)  # of the settings in force, which replace it
         self.roster = Roster()
+        self.departed: dict[str, float] = {}  # names of servers, and when each has gone
         self.trace: Writer | None = None  # where the traffic's is written
         self.keys = Keys()
         self.clients = Clients(settings)
@@ -9074,22 +9175,45 @@ class Core:
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
 
-    def goes_well(self, url: str, s: Settings) -> bool:
+    def goes_well(self, id: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
-        now, minute = asyncio.get_running_loop().time(), self.recent.history(url)
+        now, minute = asyncio.get_running_loop().time(), self.recent.history(id)
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
-    def moves(self, url: str, within_s: float) -> bool:
+    def moves(self, server: str, within_s: float) -> bool:
         """Whether the engine of a server, or any of its engines, works: see `moves`."""
         now, s = asyncio.get_running_loop().time(), self.settings
         return any(moves(view, self.streams_at(view.id), within_s, now, s)
-                   for view in self.fleet.engines(url))
+                   for view in self.fleet.engines(server))
 
-    def streams_at(self, url: str) -> float:
+    def streams_at(self, id: str) -> float:
         """When a piece of a streamed answer came last, of those that it is giving."""
-        pumps = (attempt.pump for attempt in self.requests.running.get(url, ()))
+        pumps = (attempt.pump for attempt in self.requests.running.get(id, ()))
         return max((pump.moved_at for pump in pumps if pump is not None), default=-INFINITY)
+
+    def note_departures(self, old: Mapping[str, Entry], new: Mapping[str, Entry]) -> None:
+        """The roster has changed: count who has come, and who has gone."""
+        for id in new.keys() - old.keys():
+            self.metrics.servers_added.add(new[id].source.value)
+        for id in old.keys() - new.keys():
+            self.metrics.servers_removed.add(old[id].source.value)
+            for _, rank in engine_ids(old[id].settings):
+                name = engine_id(old[id].settings.name, rank)
+                self.departed[name] = asyncio.get_running_loop().time()
+
+    def retire_departed(self, now: float) -> None:
+        """Drop the series of servers that have been gone for GONE_KEPT_S."""
+        late = [name for name, gone_at in self.departed.items() if now - gone_at >= GONE_KEPT_S]
+        here = {view.name for view in self.fleet.views()} if late else ()
+        for name in late:
+            del self.departed[name]
+            if name not in here:
+                self.metrics.retire(name)
+
+    def client(self, server: str) -> HttpClient:
+        """For our own questions to a server that is on the roster."""
+        return self.pools.get(self.roster.entries[server].settings).client
 
     def has_room(self) -> bool:
         """Whether any server could take a request more."""
@@ -9110,12 +9234,13 @@ class Core:
         self.recent.ranked(id, ranking, attempt)
         return reason
 
-    def judge(self, url: str, after: Callable[..., Health], *news: Any) -> None:
+    def judge(self, id: str, after: Callable[..., Health], *news: Any) -> None:
         """Tell the fleet something about a server's health; a transition is everybody's news."""
-        change = self.fleet.judge(url, after, *news)
+        change = self.fleet.judge(id, after, *news)
         if change is not None:
-            self.metrics.transitions.add(change.url, change.new.value)
-            views = self.fleet.engines(change.url) if self.settings.show_models else []
+            self.metrics.transitions.add(change.server, change.new.value)
+            server = self.fleet.server_of(id)
+            views = self.fleet.engines(server) if self.settings.show_models else []
             level = logging.INFO if change.new is State.HEALTHY else logging.WARNING
             log.log(level, "%s", transition_line(change, views[0].models if views else None))
             self.news.publish(Transition, lambda: change)
@@ -9317,7 +9442,7 @@ Commit = Callable[["Answer"], bool]  # shows an answer; whether the rest is want
 class Answer(NamedTuple):
     """A server's answer as far as it was held back; it is to be shown."""
 
-    server: str
+    server: str  # its name
     head: ResponseHead
     length: Length
     framing: Framing
@@ -9325,8 +9450,8 @@ class Answer(NamedTuple):
     done: bool  # that is all of it
 
 
-def named_server(url: str, s: Settings) -> list[tuple[str, str]]:
-    return [("X-MVLLM-Server", url)] if s.server_header else []
+def named_server(name: str, s: Settings) -> list[tuple[str, str]]:
+    return [("X-MVLLM-Server", name)] if s.server_header else []
 
 
 class Attempt:
@@ -9340,7 +9465,8 @@ class Attempt:
         self.request, self.settings = step.request, response.settings
         view = step.ranking.asked
         assert view is not None
-        self.server, self.rank, self.pool = view.id, view.rank, core.pools.get(view.settings.url)
+        self.server, self.name, self.rank = view.id, view.name, view.rank
+        self.pool = core.pools.get(view.settings)
         self.begun_at = response.client.loop.time()
         self.content_bytes = len(step.request.body.content)
         self.wire: Wire | None = None  # while nothing of an answer was shown
@@ -9412,7 +9538,7 @@ class Attempt:
             self.wire = None  # which may be followed by another
         fault, first = judge.fault, judge.content
         if fault is None:
-            answer = Answer(self.server, head, length, framing, first, decoder.done)
+            answer = Answer(self.name, head, length, framing, first, decoder.done)
             if self._commit(answer):
                 await self.pass_on(wire, decoder)
         wire.reusable = sent_whole and decoder.done and head.persists and not decoder.rest
@@ -9595,7 +9721,7 @@ class Case:
         shown = fault is Fault.SERVER_ERROR and response.status == 500
         shown = shown or (fault is Fault.STREAM_FAILED and says_failure(response.tail))
         if (shown or fault is Fault.SERVER_FAILED) and await self.is_dead(server):
-            self.suspects = [one for one in self.suspects if one.url != server]
+            self.suspects = [one for one in self.suspects if one.server != server]
             return self.died(server, failure, sent_at)
         return failure
 
@@ -9632,21 +9758,23 @@ class Case:
     async def is_dead(self, server: str) -> bool:
         """Whether a server that should be there is found dead."""
         view = self.core.fleet.view(server)
-        return bool(view and view.open) and await is_dead(self.core.pools.get(view.server).client)
+        return bool(view and view.open) and await is_dead(
+            self.core.pools.get(view.settings).client)
 
     def died(self, server: str, failure: Outcome, sent_at: float) -> Outcome:
         """Book a server's death: the failure, with how many have died with this request or its
         content."""
         core, s, now = self.core, self.settings, asyncio.get_running_loop().time()
         core.judge(server, Health.died, failure.text, now)
-        core.metrics.deaths.add(server)
+        core.metrics.deaths.add(core.fleet.name_of(server))
         self._deaths += 1
         if not (s.poison_hold and self.digest()):
             return failure._replace(deaths=self._deaths)
         deaths = max(self._deaths, core.requests.poison.died(self.digest(), sent_at, now))
         if deaths >= DEADLY:
             log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
-                        " died with it, now %s", self.id, s.poison_hold, deaths, server)
+                        " died with it, now %s", self.id, s.poison_hold, deaths,
+                        core.fleet.name_of(server))
         return failure._replace(deaths=deaths)
 
 
@@ -9662,7 +9790,7 @@ def account(x: Exchange) -> None:
     core, trail, response, first_s = x.core, x.trail, x.response, None
     now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
     model, server = trail.model, trail.server
-    metrics.requests.add(server, model, str(response.status))
+    metrics.requests.add(trail.name, model, str(response.status))
     noted = [(metrics.durations, now - trail.began_at), (metrics.request_sizes, x.body.size),
              (metrics.response_sizes, response.sent_bytes)]
     if response.first_byte_at is not None:
@@ -9683,7 +9811,8 @@ def account(x: Exchange) -> None:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
         core.trace.say(trace_line(call, TracedAnswer(
-            time.time() - age_s, first_s, age_s, tokens, server, response.status, response.end)))
+            time.time() - age_s, first_s, age_s, tokens, trail.name, response.status,
+            response.end)))
     core.news.publish(RequestFacts, lambda: facts_of(x, now, first_s, usage))
 
 
@@ -9696,7 +9825,7 @@ def facts_of(
     return RequestFacts(
         response.id, f"{peer}:{port}" if host == peer else host,
         x.key.name if x.key else None, x.head.method, x.head.path[:200],
-        call.model and call.model[:100], call.stream, trail.server or None, trail.attempts,
+        call.model and call.model[:100], call.stream, trail.name or None, trail.attempts,
         response.status, trail.queued_s, first_s, now - trail.began_at, x.body.size,
         response.sent_bytes, usage.get("prompt"), usage.get("cached"), usage.get("completion"),
         response.end)
@@ -9718,12 +9847,14 @@ ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not see
 class Trail:
     """What is noted of a request on its way, for metrics and logs.  Times are the loop's."""
 
-    __slots__ = ("began_at", "asked_at", "queued_s", "server", "attempts", "failures", "model")
+    __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "attempts", "failures",
+                 "model")
 
     def __init__(self, now: float) -> None:
         self.began_at = self.asked_at = now  # its head was there; it was understood
         self.queued_s = 0.0
-        self.server = ""  # the one asked last
+        self.server = ""  # the id of the one asked last, or its engine's,
+        self.name = ""  # and what is shown of it
         self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
         self.failures: list[str] = []  # of the attempts before the last
         self.model = ""  # as a label: only names that servers told us
@@ -9891,7 +10022,7 @@ class Exchange:
         if moment.enforced and not waiting and queue.waiting((call.model, only, tried, role)):
             ranking = ranking._replace(best=None, behind=True)
         if log.isEnabledFor(logging.DEBUG):
-            reasons = "; ".join(f"{row.id} {row.reason}" for row in ranking.candidates())
+            reasons = "; ".join(f"{row.name} {row.reason}" for row in ranking.candidates())
             log.debug("id=%s: %s, of: %s", self.response.id, ranking.best or "nobody", reasons)
         return ranking
 
@@ -9918,6 +10049,8 @@ class Exchange:
             core.metrics.retries.add(trail.failures[-1])
             core.recent.history(trail.server).retries += 1
         trail.server, label, sent_at = server, "abandoned", self.loop.time()
+        assert step.ranking.asked is not None
+        trail.name = step.ranking.asked.name
         reason = core.count_decision(self.response.id, step.ranking, step.attempt)
         try:
             attempt = Attempt(core, step, self.response, case.wants_second_opinion)
@@ -9932,8 +10065,8 @@ class Exchange:
             elif outcome.fault in LACKING and not step.request.searches:
                 core.looks.want(step.ranking.server)  # has it still what it said it has?
         finally:
-            core.metrics.attempts.add(server, label)
-            trail.attempts.append((server, reason, label))
+            core.metrics.attempts.add(trail.name, label)
+            trail.attempts.append((trail.name, reason, label))
         if outcome.fault is not None and outcome.fault is not Fault.NOT_THERE:
             what = f"{time.strftime('%H:%M:%S')} {label}: {outcome.text[:200]}"
             core.recent.history(server).attempt_failed(what)
@@ -9967,7 +10100,8 @@ class Exchange:
         head, s = answer.head, self.settings
         added = named_server(answer.server, s)
         if location := head.fields.values.get("location"):
-            pool = self.core.pools.get(step.ranking.server)
+            assert step.ranking.asked is not None
+            pool = self.core.pools.get(step.ranking.asked.settings)
             added.append(("Location", local_location(location, pool.authority, pool.prefix)))
         asked = "x-mvllm-why" in self.head.fields.values and asks_why(self.head.fields)
         if s.server_header and (s.why_header or asked):
@@ -10081,8 +10215,8 @@ class Exchange:
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
         fault = fault or Fault.INTERNAL
         if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
-            await self.await_looks([self.core.fleet.server_of(held.url)])
-            view = self.core.fleet.view(held.url)
+            await self.await_looks([self.core.fleet.server_of(held.server)])
+            view = self.core.fleet.view(held.server)
             held = held if view is not None and view.healthy else None
             text = "The server rejected the key that is set for it."
         if held is None:
@@ -10090,12 +10224,12 @@ class Exchange:
             after_s = self.core.requests.queue.clears_in_s(self.loop.time()) if queued else 0
             self.refuse(Refusal(fault, text, after_s))
             return WELL
-        self.trail.server = held.url
+        self.trail.server, self.trail.name = held.server, self.core.fleet.name_of(held.server)
         if fault is not Fault.NOT_THERE:  # that is an answer like any other
             self.response.failed(fault)
         whole = Framing(len(held.content))
         framing = returned_framing(held.head, held.length, self.head, whole)
-        added = named_server(held.url, self.settings)
+        added = named_server(self.trail.name, self.settings)
         self.response.begin(held.head, framing, held.content, True, added)
         return WELL
 
@@ -10187,40 +10321,41 @@ ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
                  ("/v1/embeddings", b'{"input":"1"}'))
 
 
-async def watch_health(core: Core, url: str) -> None:
+async def watch_health(core: Core, server: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
-    client, loop = core.pools.get(url).client, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     while True:
         s = core.settings
         active = s.enable_active_health_check
-        want_models = core.fleet.models_due(url, loop.time(), s) or url in core.looks.wanted
+        want_models = core.fleet.models_due(server, loop.time(), s) or server in core.looks.wanted
         if active or want_models:
             begun = loop.time()
-            found = await check_server(client, s.health_check_timeout, active, want_models)
+            found = await check_server(
+                core.client(server), s.health_check_timeout, active, want_models)
             if core.process.stood_still_since(begun, loop.time()):
                 continue  # its time, and maybe its failure, was ours
             if found is not None and found.models is not None:
-                core.fleet.models_listed(url, found.models, loop.time())
+                core.fleet.models_listed(server, found.models, loop.time())
             if found is not None and (active or found.rejected):
-                note_check(core, url, found, begun)
-            if want_models and core.looks.done(url):
+                note_check(core, server, found, begun)
+            if want_models and core.looks.done(server):
                 core.news.notify()
         if not active:
-            core.judge(url, Health.rested, loop.time(), s)
-        await core.looks.rest(url, min(s.health_check_interval, INFINITY if active else 1.0))
+            core.judge(server, Health.rested, loop.time(), s)
+        await core.looks.rest(server, min(s.health_check_interval, INFINITY if active else 1.0))
 
 
-def note_check(core: Core, url: str, found: Check, begun: float) -> None:
+def note_check(core: Core, server: str, found: Check, begun: float) -> None:
     """Judge a server by a check.  One that hung while answers flowed takes no server out, one in
     which our key was rejected does at once."""
-    now, views = asyncio.get_running_loop().time(), core.fleet.engines(url)
+    now, views = asyncio.get_running_loop().time(), core.fleet.engines(server)
     if found.rejected:
-        core.judge(url, Health.refused, found.why, now)
+        core.judge(server, Health.refused, found.why, now)
         return
-    if found.hung and views and views[0].healthy and core.moves(url, now - begun):
-        core.judge(url, Health.excused, now)
+    if found.hung and views and views[0].healthy and core.moves(server, now - begun):
+        core.judge(server, Health.excused, now)
         return
-    core.judge(url, Health.checked, *found[:3], now, core.settings, found.reached)
+    core.judge(server, Health.checked, *found[:3], now, core.settings, found.reached)
 
 
 Result = TypeVar("Result")
@@ -10236,48 +10371,50 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
         await asyncio.sleep(0)
 
 
-async def watch_load(core: Core, url: str) -> None:
+async def watch_load(core: Core, server: str) -> None:
     """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
-    client, loop = core.pools.get(url).client, asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     agreed_at = dict[str, float]()
     lost = 0  # pages in a row
     while True:
         interval_s = core.settings.metrics_interval
         trouble, begun = "", loop.time()
-        own = {v.id: v.counts.in_flight for v in core.fleet.engines(url)}
+        own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
         try:
-            status, page = await client.fetch("/metrics", max(1.0, 2 * interval_s))
+            status, page = await core.client(server).fetch(
+                "/metrics", max(1.0, 2 * interval_s))
             result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
                 result, trouble = "ok", ""
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
-                take_loads(core, url, loads, own, agreed_at)
+                take_loads(core, server, loads, own, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
-        core.metrics.scrapes.add(url, result)
+        name = core.fleet.name_of(server)
+        core.metrics.scrapes.add(name, result)
         if not trouble and lost >= KEPT_REPORTS:
-            log.info("%s: /metrics answers again", url)
+            log.info("%s: /metrics answers again", name)
         lost = lost + 1 if trouble else 0
-        if lost >= KEPT_REPORTS and core.fleet.unscraped(url, trouble):
-            log.warning("%s: %s: only our own requests there are known", url, trouble)
+        if lost >= KEPT_REPORTS and core.fleet.unscraped(server, trouble):
+            log.warning("%s: %s: only our own requests there are known", name, trouble)
         if not core.process.stood_still_since(begun - interval_s, loop.time()):
-            await check_progress(core, url)
+            await check_progress(core, server)
         await asyncio.sleep(max(interval_s / 2, begun + interval_s - loop.time()))
 
 
 def take_loads(
-    core: Core, url: str, loads: Mapping[str, EngineLoad], own: Mapping[str, int],
+    core: Core, server: str, loads: Mapping[str, EngineLoad], own: Mapping[str, int],
     agreed_at: dict[str, float],
 ) -> None:
     """What a server's page told of its engines, which had so many requests of our `own` before."""
     now = asyncio.get_running_loop().time()
-    for view in core.fleet.engines(url):
+    for view in core.fleet.engines(server):
         own_then = max(own.get(view.id, 0), view.counts.in_flight)
         load = loads.get("" if view.rank is None else str(view.rank), EngineLoad())
         hits = core.fleet.scraped(view.id, load, own_then, now)
-        core.metrics.prefix_hits.add(view.id, amount=hits)
+        core.metrics.prefix_hits.add(view.name, amount=hits)
         if load.asleep != view.load.asleep:
-            log.info("%s %s", view.id, "sleeps" if load.asleep else "is awake again")
+            log.info("%s %s", view.name, "sleeps" if load.asleep else "is awake again")
             core.news.notify()
         say_disagreement(view, now, agreed_at)
 
@@ -10288,24 +10425,24 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
     if not text:
         agreed_at[view.id] = now
     elif now - since > DISAGREEMENT_S:
-        log.warning("%s: %s", view.id, text)
+        log.warning("%s: %s", view.name, text)
         agreed_at[view.id] = INFINITY  # once
 
 
-async def check_progress(core: Core, url: str) -> None:
+async def check_progress(core: Core, server: str) -> None:
     """Take a server out of which an engine stands still; look whether one that did moves again."""
-    views, now, s = core.fleet.engines(url), asyncio.get_running_loop().time(), core.settings
+    views, now, s = core.fleet.engines(server), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
         if views[0].health.circuit(now) == "half-open":
-            if await engine_responds(core.pools.get(url).client, s.health_check_timeout):
-                core.judge(url, Health.become, State.HEALTHY, "its engine moves again", now)
+            if await engine_responds(core.client(server), s.health_check_timeout):
+                core.judge(server, Health.become, State.HEALTHY, "its engine moves again", now)
             else:
-                core.judge(url, Health.stood_still, "frozen: no answer to a probe", now, s)
+                core.judge(server, Health.stood_still, "frozen: no answer to a probe", now, s)
         return
     opens_at = views[0].health.open_until if views and views[0].open else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
-        well = await engine_responds(core.pools.get(url).client, s.health_check_timeout)
-        core.judge(url, Health.probed, well, asyncio.get_running_loop().time(), s)
+        well = await engine_responds(core.client(server), s.health_check_timeout)
+        core.judge(server, Health.probed, well, asyncio.get_running_loop().time(), s)
     for view in views:
         attempts = core.requests.running.get(view.id, set())
         waiting = [attempt for attempt in attempts if attempt.waits]
@@ -10320,7 +10457,7 @@ async def check_progress(core: Core, url: str) -> None:
         )
         if why := frozen_reason(view, work, now, s):
             if view.healthy:
-                core.judge(url, Health.stood_still, why, now, s)
+                core.judge(server, Health.stood_still, why, now, s)
             for attempt in waiting:
                 attempt.give_up(even_begun=not view.healthy)
 
@@ -10337,14 +10474,25 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
     return True  # it has neither: nothing more can be asked
 
 
+PAUSE_MAX_S = 60.0  # between two tries of background work that fails again and again
+
+
 async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Do background work again and again, whatever happens in it."""
+    """Do background work again and again, whatever happens in it; after each failure in a row it
+    rests for twice as long."""
+    pause_s, loop = 0.0, asyncio.get_running_loop()
     while True:
+        begun = loop.time()
         try:
             await work()
+            pause_s = 0.0
         except Exception:  # the broad except for background tasks
             core.internal_error(what)
-            await asyncio.sleep(core.settings.health_check_interval)
+            if loop.time() - begun > PAUSE_MAX_S:
+                pause_s = 0.0
+            usual_s = core.settings.health_check_interval
+            pause_s = max(usual_s, min(2 * pause_s, PAUSE_MAX_S))
+            await asyncio.sleep(pause_s)
 
 
 class Watchers:
@@ -10361,22 +10509,97 @@ class Watchers:
             s.health_check_interval, s.metrics_interval, s.enable_active_health_check)
         wanted = set(servers)
         self.stop(self._tasks.keys() - (wanted if known == self._intervals else ()))
-        for url in wanted - self._tasks.keys():
-            self._tasks[url] = [
-                self._group.create_task(guarded(
-                    self._core, f"watching {url}", functools.partial(watch, self._core, url)))
+        for server in wanted - self._tasks.keys():
+            self._tasks[server] = [
+                self._group.create_task(guarded(self._core, f"watching {server}",
+                                                functools.partial(watch, self._core, server)))
                 for watch in (watch_health, watch_load)
             ]
 
     def stop(self, servers: Iterable[str] | None = None) -> None:
         """Those of these servers, or all."""
-        for url in list(self._tasks if servers is None else servers):
-            for task in self._tasks.pop(url):
+        for server in list(self._tasks if servers is None else servers):
+            for task in self._tasks.pop(server):
                 task.cancel()
 
 
 # ============================================================================================
-#  48  operations
+#  48  services
+# ============================================================================================
+#
+# What runs in the background only because the settings name it, like a source of servers.  The
+# rooms of services stand below the ruler.
+#
+# To add one: decorate what it does with @service.
+
+
+class Service(NamedTuple):
+    """`wanted` says, by the settings, what it is to do, or None; `run` does that until it is
+    cancelled.  When nothing is wanted of a service any more, its `source` names no servers."""
+
+    wanted: Callable[[Settings], Any]
+    run: Callable[[Core, Any], Awaitable[None]]
+    source: Source | None = None
+
+
+SERVICES: dict[str, Service] = {}
+Run = TypeVar("Run", bound=Callable[..., Awaitable[None]])
+
+
+def service(
+    name: str, wanted: Callable[[Settings], Any], source: Source | None = None
+) -> Callable[[Run], Run]:
+    """Registers the decorated coroutine as a service."""
+
+    def register(run: Run) -> Run:
+        SERVICES[name] = Service(wanted, run, source)
+        return run
+
+    return register
+
+
+class Services:
+    """Those that run.  One that fails is logged, and begun anew after a growing pause."""
+
+    def __init__(
+        self, core: Core, group: asyncio.TaskGroup, rows: Mapping[str, Service] = SERVICES
+    ) -> None:
+        self._core, self._group, self._rows = core, group, rows
+        self._tasks: dict[str, tuple[Any, asyncio.Task[None]]] = {}  # with what each is to do
+
+    def adopt(self, s: Settings) -> None:
+        """Run what these settings want; what is to do the same as before goes on."""
+        for name, row in self._rows.items():
+            wanted, (before, task) = row.wanted(s), self._tasks.get(name, (None, None))
+            if wanted is not None and wanted == before:
+                continue
+            if task is not None:
+                task.cancel()
+                del self._tasks[name]
+            if wanted is not None:
+                self._tasks[name] = wanted, self._group.create_task(self._run(name, wanted, task))
+            elif row.source is not None and self._core.roster.named_by(row.source):
+                self._core.roster.define(row.source, {})
+
+    async def _run(self, name: str, wanted: Any, before: asyncio.Task[None] | None) -> None:
+        """Once the task `before` has ended, which may hold what this one needs."""
+        if before is not None:
+            await asyncio.wait((before,))
+
+        async def work() -> None:
+            await self._rows[name].run(self._core, wanted)
+            await asyncio.Event().wait()  # it has nothing more to do
+
+        await guarded(self._core, f"running {name}", work)
+
+    def stop(self) -> None:
+        for _, task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+
+
+# ============================================================================================
+#  49  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -10387,14 +10610,24 @@ Operation = Callable[[Core, str], Awaitable[dict[str, Any]]]
 
 
 def server_named(core: Core, name: str) -> str:
-    """The id of the server that is meant: its URL, whole or as host:port, or that of one of its
-    engines.  Raises LookupError."""
-    name, servers = core.fleet.server_of(name.rstrip("/")), core.roster.entries
-    for server in servers:
-        if name in (server, server.partition("://")[2]):
-            return server
-    known = ", ".join(sorted(servers)) or "none"
+    """The id of the server that is meant: by its id or name, the URL that it alone has, these as
+    host:port, or those of one of its engines.  Raises LookupError."""
+    name, entries = name.rstrip("/"), core.roster.entries
+    engine = next((view.server for view in core.fleet.views() if name in (view.id, view.name)), "")
+    for id, one in entries.items():
+        words = id, one.settings.name
+        if engine == id or name in words or name in [word.partition("://")[2] for word in words]:
+            return id
+    having = [id for id, one in entries.items()
+              if name in (one.settings.url, one.settings.url.partition("://")[2])]
+    if len(having) == 1:
+        return having[0]
+    known = ", ".join(sorted(one.settings.name for one in entries.values())) or "none"
     raise LookupError(f"No server {shown(name)} here; ?url= is one of {known}.")
+
+
+def shown_name(core: Core, server: str) -> str:
+    return core.roster.entries[server].settings.name
 
 
 def report_done(core: Core, what: str) -> dict[str, Any]:
@@ -10407,7 +10640,7 @@ async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
     if not entry:
         raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
     server = server_by_hand(entry, core.settings.pools)
-    if server.url in core.roster.entries:
+    if server.id in core.roster.entries:
         raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
     core.roster.add(server)
     return report_done(core, f"{server.url} added")
@@ -10415,8 +10648,9 @@ async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
 
 async def remove_server(core: Core, server: str) -> dict[str, Any]:
     """Have no new requests sent to it; it leaves with its last one."""
+    name = shown_name(core, server)
     core.roster.remove(server)
-    return report_done(core, f"{server} removed")
+    return report_done(core, f"{name} removed")
 
 
 async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, Any]:
@@ -10427,25 +10661,26 @@ async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, 
         text = f"found {shown(given or 'nothing')}, expected {expected}"
         raise SettingsError([Complaint("request", 0, "weight", text)]) from None
     core.roster.weigh(server, weight)
-    names = ", ".join(unweighed(core.settings)) if weight else ""
-    note = f" (to policy {names} only 0 would matter)" if names else ""
-    return report_done(core, f"{server} has weight {weight:g}{note}")
+    name = shown_name(core, server)
+    unmoved = ", ".join(unweighed(core.settings)) if weight else ""
+    note = f" (to policy {unmoved} only 0 would matter)" if unmoved else ""
+    return report_done(core, f"{name} has weight {weight:g}{note}")
 
 
 async def drain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server)
-    return report_done(core, f"{server} drained")
+    return report_done(core, f"{shown_name(core, server)} drained")
 
 
 async def undrain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server, False)
-    return report_done(core, f"{server} in use")
+    return report_done(core, f"{shown_name(core, server)} in use")
 
 
 async def probe_server(core: Core, server: str) -> dict[str, Any]:
     """Check it now; a circuit that is open gets its trial.  Raises PeerGone."""
     s = core.settings
-    found = await check_server(core.pools.get(server).client, s.health_check_timeout, True, True)
+    found = await check_server(core.client(server), s.health_check_timeout, True, True)
     now = asyncio.get_running_loop().time()
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
@@ -10466,7 +10701,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  49  endpoints
+#  50  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -10642,11 +10877,12 @@ async def get_server_models(core: Core, asked: Asked) -> Reply:
 
 
 async def refresh_models(core: Core) -> None:
-    urls, timeout_s = {v.server for v in core.fleet.views()}, core.settings.health_check_timeout
-    checks = (check_server(core.pools.get(url).client, timeout_s, False, True) for url in urls)
-    for url, found in zip(urls, await asyncio.gather(*checks)):
+    servers = {view.server: core.pools.get(view.settings).client for view in core.fleet.views()}
+    checks = (check_server(client, core.settings.health_check_timeout, False, True)
+              for client in servers.values())
+    for server, found in zip(servers, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
-            core.fleet.models_listed(url, found.models, asyncio.get_running_loop().time())
+            core.fleet.models_listed(server, found.models, asyncio.get_running_loop().time())
 
 
 @endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
@@ -10739,7 +10975,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  50  front
+#  51  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -11074,14 +11310,14 @@ class Front:
             only = head.fields.get("x-mvllm-server")
             exchange.destination = Destination(head.path, only, infers=False)
             if not core.fleet.engines(only):
-                known = ", ".join(view.id for view in core.fleet.views())
+                known = ", ".join(view.name for view in core.fleet.views())
                 text = f"X-MVLLM-Server is {shown(only)}, expected one of {known}."
                 return Refusal(Fault.BAD_REQUEST, text)
         return None
 
 
 # ============================================================================================
-#  51  following
+#  52  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -11211,7 +11447,7 @@ class Follower:
 
 
 # ============================================================================================
-#  52  commands
+#  53  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -11355,7 +11591,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  53  handover
+#  54  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -11485,8 +11721,8 @@ def own_url(s: Settings, host: str, port: int) -> str:
 
 async def process_at(url: str) -> int:
     """The process of the balancer that listens there; 0 if none says so."""
-    trusting = Secrets(Settings((ServerSettings(url, verify=url.startswith("http:")),)))
-    with contextlib.closing(HttpClient(url, trusting)) as client:
+    server = ServerSettings(url, verify=url.startswith("http:"))
+    with contextlib.closing(HttpClient(server, Secrets(Settings((server,))))) as client:
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
             status, found = await client.fetch("/version", 2.0)
             pid = read_members(found, None).get("pid") if status == 200 else None
@@ -11538,7 +11774,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  54  balancer
+#  55  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -11568,6 +11804,7 @@ class Balancer:
         self._roster: Mapping[str, Entry] = {}  # that was adopted
         self._front: Front = None  # type: ignore[assignment]  # while it runs
         self._watchers: Watchers = None  # type: ignore[assignment]  # while it runs
+        self._services: Services = None  # type: ignore[assignment]  # while it runs
         self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
@@ -11589,6 +11826,7 @@ class Balancer:
         core, sockets = self.core, self._sockets
         async with asyncio.TaskGroup() as self._tasks:
             self._watchers = Watchers(core, self._tasks)
+            self._services = Services(core, self._tasks)
             core.roster.on_change = self.adopt_roster
             self.adopt(core.settings, secrets)
             if not core.keys.required:
@@ -11605,6 +11843,7 @@ class Balancer:
                 await self.wait_for_second_stop(core.settings.drain_delay)
             self._front.close(to_the_last=not self.handover.succeeded)
             await self.drain()
+            self._services.stop()
             self._watchers.stop()
             for task in (*core.clients.tasks.values(), follower, pulse, self._handing_over):
                 if task is not None:
@@ -11701,6 +11940,7 @@ class Balancer:
             self.core.requests.queue.hand_over(self.core.has_room)
             if loop.time() >= sampled_at + 1:
                 sampled_at = loop.time()
+                self.core.retire_departed(sampled_at)
                 for view in self.core.fleet.views():
                     interval_s = self.core.settings.metrics_interval
                     self.core.recent.history(view.id).sample(view, sampled_at, interval_s)
@@ -11722,8 +11962,9 @@ class Balancer:
             if core.trace is not None:  # which may take a second
                 asyncio.get_running_loop().run_in_executor(None, core.trace.stop)
             core.trace = trace_writer(settings.trace_file) if settings.trace_file else None
-        core.roster.define(Source.FILE, {server.url: server for server in settings.servers})
+        core.roster.define(Source.FILE, {server.id: server for server in settings.servers})
         self.adopt_secrets(secrets or Secrets(settings, core.pools.secrets))
+        self._services.adopt(settings)
         if old.keys and not settings.keys:
             log.warning("the last of [[keys]] is gone, the balancer is OPEN: %s",
                         open_line(settings))
@@ -11743,16 +11984,18 @@ class Balancer:
         the others keep all that they have."""
         core, s, old, new = self.core, self.core.settings, self._roster, self.core.roster.entries
         self._roster = new
-        for url, entry in new.items():
-            if entry != old.get(url):
+        core.note_departures(old, new)
+        for id, entry in new.items():
+            if entry != (known := old.get(id)):
                 if entry.source is not Source.FILE:
                     core.pools.secrets.adopt(entry.settings)
-                core.pools.equip(url)
-                if not entry.settings.verify and (url not in old or old[url].settings.verify):
-                    log.warning("%s: its certificate is NOT verified (verify = false)", url)
+                core.pools.equip(entry.settings)
+                if not entry.settings.verify and (known is None or known.settings.verify):
+                    log.warning("%s: its certificate is NOT verified (verify = false)",
+                                entry.settings.name)
         core.fleet.apply([entry.settings for entry in new.values()],
                          asyncio.get_running_loop().time(), s.pools,
-                         [url for url, entry in new.items() if entry.drained])
+                         [id for id, entry in new.items() if entry.drained])
         self._watchers.adopt(new, s)
         servers = {view.server for view in core.fleet.views()}
         core.recent.keep({view.id for view in core.fleet.views()})
@@ -11765,7 +12008,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  55  process
+#  56  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -11881,7 +12124,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  56  command line
+#  57  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -12046,15 +12289,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ────────────────────────────────────────── the ruler ─────────────────────────────────────────
-# Above: all that runs for a servers.toml of five lines.  Below: what a subcommand, a terminal or a
-# browser asks for.  It hooks itself into COMMANDS, ENDPOINTS and SCREENS.
+# Above: all that runs for a servers.toml of five lines.  Below: what a setting, a subcommand, a
+# terminal or a browser asks for.  It hooks itself into COMMANDS, ENDPOINTS, SCREENS and SERVICES.
 
 
 # ━━━ part XI: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  57  cells
+#  58  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -12329,7 +12572,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  58  table
+#  59  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -12561,7 +12804,7 @@ def marked(line: Line, width: int) -> Line:
 
 
 # ============================================================================================
-#  59  screen
+#  60  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -12849,7 +13092,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  60  keys
+#  61  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -12968,7 +13211,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  61  terminal
+#  62  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -13214,7 +13457,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  62  top
+#  63  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -13327,8 +13570,8 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
             found, why = await answer_of(client, "/status.json")
             if not why and "totals" not in found:
                 why = "it is no balancer's status"
-            writer.write(json_line({"note": f"{client.url}/status.json: {why}"} if why else
-                                   {"status": found | {"address": client.url}}))
+            writer.write(json_line({"note": f"{client.server.url}/status.json: {why}"} if why else
+                                   {"status": found | {"address": client.server.url}}))
             await asyncio.sleep(STATUS_S)
 
     telling = asyncio.ensure_future(tell())
@@ -13419,7 +13662,7 @@ def run_top(args: argparse.Namespace) -> int:
     entry = {"url": args.url, "api_key_file": args.key_file, "ca_file": args.ca_file,
              "verify": not args.insecure}
     settings, _ = parse_settings("", "top", {"servers": ([entry], "top")})
-    client = HttpClient(settings.servers[0].url, Secrets(settings))
+    client = HttpClient(settings.servers[0], Secrets(settings))
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return fail("top: expected a terminal")
     ours, theirs = socket.socketpair()
@@ -13432,7 +13675,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  63  page
+#  64  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13828,7 +14071,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  64  reference
+#  65  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -14020,7 +14263,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  65  deployment
+#  66  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -14291,7 +14534,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  66  traces
+#  67  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -14480,7 +14723,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  67  engine
+#  68  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -14820,7 +15063,7 @@ class Engine:
 
 
 # ============================================================================================
-#  68  replay
+#  69  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -14851,7 +15094,7 @@ class PolicyRouter:
         self.settings, self.draw, self.fleet = s, draw, Fleet()
         self.fleet.apply(s.servers, 0.0, s.pools)
         for server in s.servers:
-            self.fleet.judge(server.url, Health.become, State.HEALTHY, "", 0.0)
+            self.fleet.judge(server.id, Health.become, State.HEALTHY, "", 0.0)
         self.urls = [view.id for view in self.fleet.views()]
         self.policies, self.leases = Policies(s), dict[int, Lease]()
 
@@ -15044,7 +15287,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  69  comparison
+#  70  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -15180,7 +15423,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  70  canned words
+#  71  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -15363,7 +15606,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  71  canned forms
+#  72  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -15714,7 +15957,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  72  simulation
+#  73  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -15979,7 +16222,7 @@ class Generation:
 
 
 # ============================================================================================
-#  73  demo
+#  74  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -16029,7 +16272,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  74  doctor
+#  75  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -16065,7 +16308,7 @@ class Streamed(NamedTuple):
 async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
     """Ask one server for everything."""
     timeout_s, streamed = settings.health_check_timeout, None
-    with contextlib.closing(HttpClient(server.url, secrets)) as client:
+    with contextlib.closing(HttpClient(server, secrets)) as client:
         check = await check_server(client, timeout_s, True, True)
         if check is None or not check.passed:
             why = check.why if check else "no file descriptors left"

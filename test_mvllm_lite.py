@@ -4600,7 +4600,7 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
     learned = lite.Learned(**taken("prefill_tokens_per_s", "tpot_s", "capacity"))
     counts = lite.Counts(**taken("in_flight", "on_trial", "pending"))
     return lite.ServerView(
-        url, set_, lite.Health(state, reason, since), counts, report=report, learned=learned,
+        url, url, set_, lite.Health(state, reason, since), counts, report=report, learned=learned,
         **{"models": {"m": {}}, "models_at": 0.0, "rank": 0 if "@" in url else None, **known})
 
 
@@ -4665,7 +4665,7 @@ def test_engines_of_one_server_are_known_one_by_one_and_are_of_one_health():
     assert ([v.id for v in fleet.engines("a")] == ["a@0", "a@1"]
             and [v.id for v in fleet.engines("b")] == ["b"])
     change = fleet.judge("a@1", lite.Health.checked, True, 0.1, "", 0.0, Settings())
-    assert change.url == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
+    assert change.server == "a" and [v.healthy for v in fleet.views()] == [True, True, False]
     fleet.models_listed("a", {"m": {}}, 0.0)
     prompt = prompt_of_links(range(1, 11))
     with fleet.lease("a@1", 0.0, prompt):
@@ -4697,24 +4697,24 @@ def named(**sources):
 
 
 def by_id(servers):
-    return {server.url: server for server in servers}
+    return {server.id: server for server in servers}
 
 
 MERGED = table(
     ("nobody names any", {}, lite.ByHand(), {}),
-    ("the file counts before all", {"DISCOVERED": {"a": 5}, "BY_HAND": {"a": 2}, "FILE": {"a": 1}},
+    ("the file counts before all", {"DNS": {"a": 5}, "BY_HAND": {"a": 2}, "FILE": {"a": 1}},
      lite.ByHand(), {"a": ("file", 1, False)}),
     ("by hand before a pool", {"POOL": {"a": 3}, "BY_HAND": {"a": 2}}, lite.ByHand(),
      {"a": ("by_hand", 2, False)}),
     ("a pool before who registers", {"REGISTERED": {"a": 4}, "POOL": {"a": 3}}, lite.ByHand(),
      {"a": ("pool", 3, False)}),
-    ("who registers before what is found", {"DISCOVERED": {"a": 5}, "REGISTERED": {"a": 4}},
+    ("who registers before what is found", {"DNS": {"a": 5}, "REGISTERED": {"a": 4}},
      lite.ByHand(), {"a": ("registered", 4, False)}),
-    ("each names its own", {"DISCOVERED": {"c": 1}, "FILE": {"b": 1, "a": 1}}, lite.ByHand(),
-     {"b": ("file", 1, False), "a": ("file", 1, False), "c": ("discovered", 1, False)}),
-    ("drain and weight hold over every source", {"FILE": {"a": 1}, "DISCOVERED": {"c": 1}},
+    ("each names its own", {"DNS": {"c": 1}, "FILE": {"b": 1, "a": 1}}, lite.ByHand(),
+     {"b": ("file", 1, False), "a": ("file", 1, False), "c": ("dns", 1, False)}),
+    ("drain and weight hold over every source", {"FILE": {"a": 1}, "DNS": {"c": 1}},
      lite.ByHand((), {"a", "c"}, {"c": 0.5}),
-     {"a": ("file", 1, True), "c": ("discovered", 0.5, True)}),
+     {"a": ("file", 1, True), "c": ("dns", 0.5, True)}),
     ("whoever names what was removed", {"FILE": {"a": 1}, "POOL": {"a": 2, "b": 1}},
      lite.ByHand({"a"}), {"b": ("pool", 1, False)}),
 )
@@ -4749,6 +4749,46 @@ def test_what_was_done_by_hand_lasts_until_it_is_undone_or_nobody_names_the_serv
     roster.define(lite.Source.FILE, by_id([lite.ServerSettings("c", weight=2)]))  # it has it now
     roster.define(lite.Source.FILE, by_id([]))
     assert told[-1] == {}
+
+
+def test_a_server_is_known_by_its_id_and_shown_by_its_name():
+    fleet, pod = lite.Fleet(), {"name": "prod/vllm-0:8000", "data_parallel_size": 2}
+    for id in ("uid-1:8000", "uid-2:8000"):
+        added, draining = fleet.apply(
+            [lite.ServerSettings("http://10.0.0.1:8000", 4, id=id, **pod)], 1.0)
+        assert added == [f"{id}@0", f"{id}@1"]  # the same address and name make it no old one
+    assert draining == ["uid-1:8000@0", "uid-1:8000@1"]
+    assert [view.name for view in fleet.views()] == ["prod/vllm-0:8000@0", "prod/vllm-0:8000@1"]
+    fleet.judge("uid-2:8000@1", lite.Health.become, State.HEALTHY, "", 0.0)
+    ranking = ranking_of(fleet)
+    assert ranking.server == "uid-2:8000" and ranking.best.startswith("uid-2:8000@")
+    assert {row.name for row in ranking.candidates()} == {view.name for view in fleet.views()}
+
+
+def test_a_new_definition_of_one_server_leaves_the_views_of_the_others():
+    listed = [lite.ServerSettings(f"http://s{n}", 4) for n in range(3)]
+    fleet = lite.Fleet()
+    fleet.apply(listed, 0.0)
+    before = fleet.views()
+    fleet.apply([*listed[:2], lite.ServerSettings("http://s2", 8)], 1.0)
+    after = fleet.views()
+    assert [a is b for a, b in zip(before, after)] == [True, True, False]
+
+
+def test_what_was_found_is_handed_over_to_a_successor():
+    old, new = lite.Roster(), lite.Roster()
+    pod = lite.ServerSettings("http://10.0.0.1:8000", 4, id="uid:8000", name="pod", like="k8s",
+                              api_key="secret", api_key_file="/run/key", tier=2)
+    here = lite.ServerSettings("http://vllm:8000", id="http://vllm:8000@::1", address="::1")
+    said = lite.ServerSettings("http://10.0.0.9:8000", api_key="its-own")
+    for source, one in ((lite.Source.KUBERNETES, pod), (lite.Source.DNS, here),
+                        (lite.Source.REGISTERED, said)):
+        old.define(source, by_id([one]))
+    new.load(old.dump())
+    new.define(lite.Source.FILE, {})
+    assert new.entries == old.entries | {
+        "uid:8000": lite.Entry(dataclasses.replace(pod, api_key="", api_key_file=""),
+                               lite.Source.KUBERNETES)}  # they are the file's, and it has them
 
 
 # ============================================================================================
@@ -4820,7 +4860,7 @@ def test_circuits(opened, now, best, reason):
     for i, then in enumerate(opened):
         fleet.judge(f"s{i}", lite.Health.opened, "x", then, Settings())
     ranking = ranking_of(fleet, now=now)
-    assert ranking.best == best and {c.id: c.reason for c in ranking.candidates()}["s0"] == reason
+    assert ranking.best == best and {c.name: c.reason for c in ranking.candidates()}["s0"] == reason
 
 
 def test_full_servers_are_no_reason_to_ask_one_whose_circuit_is_open():
@@ -4928,7 +4968,7 @@ def test_every_candidate_has_a_reason_in_words_and_numbers():
     for _ in range(3):
         fleet.judge("s3", lite.Health.checked, False, 0.1, "refused", 0.0, Settings())
     rows = ranking_of(fleet, model="m", tried=["s1"]).candidates()
-    assert [(row.id, row.reason) for row in rows] == [
+    assert [(row.name, row.reason) for row in rows] == [
         ("s0", "cost 0.5 = (in_flight 0 + foreign 1 + 1) / capacity 4 / slow_start 1"),
         ("s1", "was tried already"),
         ("s2", "does not serve 'm'"),
@@ -5633,12 +5673,12 @@ def test_whoever_is_asked_may_be_asked_on_any_scene(policy):
                     and len(ranking.costs) == len(ranking.eligible.views))
         if n % 8 == 0 and views:
             rows = ranking.candidates()
-            assert sorted(row.id for row in rows) == sorted(view.id for view in views)
+            assert sorted(row.name for row in rows) == sorted(view.id for view in views)
             assert all(row.reason.isprintable() and 3 < len(row.reason) < 300 for row in rows)
             assert (ranking.missed_tokens() >= 0 and ranking.why()
                     and (ranking.best is None) == (ranking.why() == "no server"))
             if ranking.best:
-                assert rows[0].id == ranking.best
+                assert rows[0].name == ranking.best
                 words = by.terms(ranking.eligible)
                 assert (len(words) == len(ranking.eligible.views)
                         and not any(re.search(r"\b(nan|inf)\b", text) for text in words))
@@ -5692,7 +5732,7 @@ def test_a_pool_of_no_share_gets_none_even_if_the_others_are_down():
     fleet.judge("s1", lite.Health.become, State.HEALTHY, "x", 1.0)
     assert ranking_of(fleet, tried=["s1"]).best is None
     rest = fleet_in_pools({"a": 100}, {"pool": "a"}, {})
-    assert ({c.id: c.reason for c in ranking_of(rest, tried=["s0"]).candidates()}["s1"]
+    assert ({c.name: c.reason for c in ranking_of(rest, tried=["s0"]).candidates()}["s1"]
             == "gets none: its pool has 0 % (of no pool)")
 
 
@@ -5754,7 +5794,7 @@ def test_a_long_prompt_goes_to_a_server_that_it_fits(lengths, tokens, asked):
     views = [server(n, models={"m": {"max_model_len": length}}) for n, length in enumerate(lengths)]
     rankings = [judged(views, "random", tokens=tokens, draw=random.Random(n)) for n in range(40)]
     assert {ranking.best for ranking in rankings} == asked
-    reasons = {row.id: row.reason for row in rankings[0].candidates() if row.id not in asked}
+    reasons = {row.name: row.reason for row in rankings[0].candidates() if row.name not in asked}
     assert all("context" in reason and f"{tokens} tokens" in reason for reason in reasons.values())
 
 
@@ -5786,7 +5826,7 @@ def test_a_tier_is_asked_when_those_before_it_are_full(capacities, in_flight, as
     views = [server(n, c, in_flight=count, tier=(1, 1, 2, 3)[n])
              for n, (c, count) in enumerate(zip(capacities, in_flight))]
     assert {judged(views, "random", draw=random.Random(n)).best for n in range(60)} == asked
-    others = {row.reason for row in judged(views, "random").candidates() if row.id not in asked}
+    others = {row.reason for row in judged(views, "random").candidates() if row.name not in asked}
     assert all(re.fullmatch(r"tier \d has room", reason) for reason in others)
 
 
@@ -5823,7 +5863,7 @@ def test_an_adapter_is_asked_for_where_it_is_loaded(views, asked):
     assert {judged(views, "random", call=lite.Call("la"), draw=random.Random(n)).best
             for n in range(40)} == asked
     reasons = {row.reason for row in judged(views, call=lite.Call("la")).candidates()
-               if row.id not in asked}
+               if row.name not in asked}
     assert (not any("adapter" in reason for reason in reasons)
             or reasons == {"has the adapter not loaded"})
 
@@ -5839,7 +5879,7 @@ def test_all_engines_of_a_server_that_was_tried_are_passed_over():
     assert judged(views).best == "a@1"
     ranking = judged(views, tried=["a"])
     assert ranking.best == "b"
-    assert ({row.id: row.reason for row in ranking.candidates() if row.id != "b"}
+    assert ({row.name: row.reason for row in ranking.candidates() if row.name != "b"}
             == dict.fromkeys(("a@0", "a@1"), "was tried already"))
 
 
@@ -6125,7 +6165,7 @@ SUSPECTS = table(  # servers that failed, those whose health knows in capitals
 @pytest.mark.parametrize("servers, well, blamed", SUSPECTS)
 def test_who_is_to_blame_for_failures_of_one_request(servers, well, blamed):
     suspects = [lite.Suspect(name, "", name.isupper()) for name in servers]
-    assert "".join(one.url for one in lite.to_blame(suspects, well)) == blamed
+    assert "".join(one.server for one in lite.to_blame(suspects, well)) == blamed
 
 
 # of the second server, in front of which a 503 cannot be afforded to be retried
@@ -7096,7 +7136,8 @@ async def asking(*scripts):
         writer.close()
 
     listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    client = lite.HttpClient(lite.ServerSettings(
+        "http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1]))
     try:
         yield client, came
     finally:
@@ -7186,7 +7227,8 @@ async def test_our_own_questions_have_one_deadline_however_much_is_said():
 
     ended = asyncio.Event()
     listener = await asyncio.start_server(trickle, "127.0.0.1", 0)
-    client = lite.HttpClient("http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1])
+    client = lite.HttpClient(lite.ServerSettings(
+        "http://127.0.0.1:%d" % listener.sockets[0].getsockname()[1]))
     with pytest.raises(TimeoutError):
         await client.fetch("/metrics", 0.1)
     listener.close()
@@ -7214,7 +7256,8 @@ async def test_a_server_is_reached_by_any_name(host):
 async def test_a_server_that_never_shakes_hands_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(lite.PeerGone, match=r"no connection within 0\.1 s") as caught:
-            await lite.Pool(f"https://127.0.0.1:{silent.getsockname()[1]}").dial(0.1)
+            await lite.Pool(
+                lite.ServerSettings(f"https://127.0.0.1:{silent.getsockname()[1]}")).dial(0.1)
     assert caught.value.fault is Fault.CONNECT_TIMEOUT
 
 
@@ -8461,7 +8504,7 @@ async def test_a_connection_whose_close_met_the_request_is_replaced(reset):
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        pool = lite.Pool("http://127.0.0.1:%d" % listener.getsockname()[1])
+        pool = lite.Pool(lite.ServerSettings("http://127.0.0.1:%d" % listener.getsockname()[1]))
         for _ in range(3):
             sock, answer = await asyncio.gather(answer_one(), exchange())
             assert answer == (204, False) and len(pool.idle) == 1
@@ -9458,7 +9501,7 @@ async def test_a_server_that_wants_a_certificate_of_ours_is_heard(tmp_path):
         url = f"https://127.0.0.1:{listener.getsockname()[1]}"
         trusting = lite.Secrets(Settings((lite.ServerSettings(url, verify=False),)))
         with pytest.raises(lite.PeerGone, match="TLS: tlsv13 alert certificate required"):
-            await lite.HttpClient(url, trusting).fetch("/health", 5.0)
+            await lite.HttpClient(lite.ServerSettings(url), trusting).fetch("/health", 5.0)
         await served
 
 
@@ -11035,7 +11078,8 @@ async def test_what_a_check_finds(page, passed, reached, hung):
     async with Server(**{"/health": page}) as server, balancing() as running:
         if page == "refused":
             await server.kill()
-        found = await lite.check_server(running.core.pools.get(server.url).client, 0.2, True, False)
+        client = running.core.pools.get(lite.ServerSettings(server.url)).client
+        found = await lite.check_server(client, 0.2, True, False)
         assert (found.passed, found.reached, found.hung) == (passed, reached, hung)
 
 
@@ -11279,6 +11323,108 @@ async def test_neither_a_server_that_hangs_nor_one_that_never_answered_turns_a_t
         got = await (await running.client()).post(body=b'{"model":"typo"}')
         assert got.status == 404
         assert got.error["message"].startswith("The model `typo` does not exist. Valid names: m.")
+
+
+# ============================================================================================
+#  services
+# ============================================================================================
+
+
+class Recorded:
+    """A service that does what it is told to do, and what became of it."""
+
+    def __init__(self, source=None):
+        self.begun, self.ended, self.changed = [], [], asyncio.Event()
+        self.row = lite.Service(lambda s: s.log_level if s.log_level != "INFO" else None,
+                                self.run, source)
+
+    async def run(self, core, wanted):
+        self.begun.append(wanted)
+        self.changed.set()
+        if len(self.begun) == 1 and wanted == "ERROR":
+            raise ValueError("a mistake")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # it takes a while to let go
+            self.ended.append(wanted)
+
+    async def has_begun(self, *wanted):
+        await eventually(lambda: self.begun == list(wanted), f"these have begun: {wanted}")
+
+
+@contextlib.asynccontextmanager
+async def services_of(rows, **settings):
+    core = lite.Core(Settings(health_check_interval=0.001, **settings), random.Random(1))
+    async with asyncio.TaskGroup() as group:
+        running = lite.Services(core, group, rows)
+        running.adopt(core.settings)
+        yield core, running
+        running.stop()
+
+
+@asynchronous
+async def test_a_service_runs_while_settings_want_it_and_restarts_when_they_change():
+    one = Recorded(lite.Source.DNS)
+    async with services_of({"one": one.row}) as (core, running):
+        core.roster.define(lite.Source.DNS, by_id([lite.ServerSettings("http://a")]))
+        assert not one.begun
+        for level in ("DEBUG", "DEBUG", "WARNING"):
+            running.adopt(Settings(log_level=level))
+            await one.has_begun("DEBUG", *["WARNING"] * (level == "WARNING"))
+        assert one.ended == ["DEBUG"] and core.roster.entries  # the old one had let go before
+        running.adopt(Settings())
+        assert not core.roster.entries  # what nobody looks after is not kept
+        running.adopt(Settings(log_level="DEBUG"))
+        await one.has_begun("DEBUG", "WARNING", "DEBUG")
+    assert one.ended == ["DEBUG", "WARNING", "DEBUG"]
+
+
+@asynchronous
+async def test_a_service_that_fails_is_logged_and_tried_again_and_harms_no_other(caplog):
+    one, other = Recorded(), Recorded()
+    async with services_of({"one": one.row, "other": other.row}) as (core, running):
+        other.begun.append("before")  # it will not fail
+        running.adopt(Settings(log_level="ERROR"))
+        await one.has_begun("ERROR", "ERROR")
+        assert other.begun == ["before", "ERROR"] and not other.ended
+        assert core.metrics.errors.children[()] == 1
+    assert "running one" in caplog.text and "ValueError: a mistake" in caplog.text
+
+
+@asynchronous
+async def test_comings_and_goings_are_counted_by_source_and_series_end_a_quarter_of_an_hour_later():
+    async with balancing(Server()) as running:
+        core = running.core
+        found = lite.ServerSettings("http://127.0.0.1:9", id="x", name="pod")
+        core.roster.define(lite.Source.KUBERNETES, {"x": found})
+        core.metrics.requests.add("pod", "m", "200")
+        core.metrics.requests.add("pod", "m", "500", amount=2)
+        core.roster.define(lite.Source.KUBERNETES, {})
+        assert [await running.metric(f"mvllm_servers_{what}_total", source="kubernetes")
+                for what in ("added", "removed")] == [1, 1]
+        assert await running.metric("mvllm_servers_added_total", source="file") == 1
+        gone_at = core.departed["pod"]
+        core.retire_departed(gone_at + lite.GONE_KEPT_S - 1)
+        assert await running.metric("mvllm_requests_total", server="pod") == 3
+        core.retire_departed(gone_at + lite.GONE_KEPT_S)
+        assert await running.metric("mvllm_requests_total", server="pod") == 0
+        assert await running.metric("mvllm_requests_total") == 3 and not core.departed
+
+
+@asynchronous
+async def test_a_server_with_an_address_is_reached_there_under_the_name_of_its_url():
+    async with Server() as server, balancing() as running:
+        found = lite.ServerSettings(f"http://vllm.invalid:{server.port}", 4, id="x", name="pod",
+                                    address="127.0.0.1")
+        running.core.roster.define(lite.Source.DNS, {"x": found})
+        await running.until(lambda: running.states() == ["healthy"])
+        got = await (await running.client()).post()
+        assert (got.status, got.get("x-mvllm-server")) == (200, "pod")
+        assert server.asked[-1].get("host") == [f"vllm.invalid:{server.port}"]
+        assert await running.metric("mvllm_attempts_total", server="pod", result="ok") == 1
+        for word in ("x", "pod", f"vllm.invalid:{server.port}"):
+            assert lite.server_named(running.core, word) == "x"
 
 
 # ============================================================================================
