@@ -46,94 +46,96 @@ the lines.
     15  judge          · an answer judged as it comes; its tokens and its id
     16  engine load    · what a server says of itself: its load, its models
 
-    IV  fleet            1,780 lines, for each request, check and scrape
+    IV  fleet            2,120 lines, for each request, check and scrape
     17  health         · whether a server can be asked, by checks and by what became of requests
-    18  servers        · what is known of each: settings, health, report, what was learned, counts
-    19  learning       · what answers and reports teach of a server
-    20  fleet          · the servers, and requests of ours with them
-    21  roster         · which servers there are: named by the file, by hand, merged by one rule
-    22  policies       · what a server is worth for a call, by a dozen rules
-    23  ranking        · who may be asked, who is asked, and why
+    18  pace           · what a server has of ours; how fast it reads and answers, as learned
+    19  servers        · what is known of each: settings, health, report, what was learned, counts
+    20  learning       · what reports teach of a server: its capacity, and what its cache has
+    21  fleet          · the servers, and requests of ours with them
+    22  roster         · which servers there are: named by the file, by hand, merged by one rule
+    23  estimates      · what a call would take at each server, and take from others, in seconds
+    24  policies       · what a server is worth for a call, by a dozen rules
+    25  ranking        · who may be asked, who is asked, and why
 
      V  answering        880 lines, for each request
-    24  queue          · requests that wait for room; what retries the fleet can afford
-    25  poison         · content with which servers die, and whose failure it was
-    26  plans          · how a call is answered, step by step
-    27  client keys    · clients' keys and what each uses; whose stored responses are
-    28  access         · who may come in, and to which path; proxies that are trusted
+    26  queue          · requests that wait for room; what retries the fleet can afford
+    27  poison         · content with which servers die, and whose failure it was
+    28  plans          · how a call is answered, step by step
+    29  client keys    · clients' keys and what each uses; whose stored responses are
+    30  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  730 lines, for each request, and when asked for
-    29  documents      · what programs are shown in JSON
-    30  metrics        · what is counted and measured, as families for Prometheus
-    31  records        · what is written of requests and transitions: log lines, records, traces
-    32  status         · the last minute of each server; what screen, page and /status.json show
+    31  documents      · what programs are shown in JSON
+    32  metrics        · what is counted and measured, as families for Prometheus
+    33  records        · what is written of requests and transitions: log lines, records, traces
+    34  status         · the last minute of each server; what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    33  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    34  wire           ~ one connection: its buffer, its deadline, its end
-    35  secrets        ~ keys and certificates, and how a server is reached with them
-    36  client         ~ what we ask servers ourselves, over asyncio's streams
-    37  pool           ~ the connections to one server over which requests go, kept and reused
-    38  pump           ~ bytes on their way through, with back-pressure
-    39  response       ~ the client's side of an exchange
-    40  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    35  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    36  wire           ~ one connection: its buffer, its deadline, its end
+    37  secrets        ~ keys and certificates, and how a server is reached with them
+    38  client         ~ what we ask servers ourselves, over asyncio's streams
+    39  pool           ~ the connections to one server over which requests go, kept and reused
+    40  pump           ~ bytes on their way through, with back-pressure
+    41  response       ~ the client's side of an exchange
+    42  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,250 lines, for each request
-    41  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    42  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    43  attempt        ~ a request said to one server; its answer judged and passed on
-    44  case           ~ whose failure it was: suspects, deaths, content that is held off
-    45  accounts       ~ what is counted, kept and told of a request that has ended
-    46  exchange       ~ one request, from its head to its last byte
+    43  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    44  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    45  attempt        ~ a request said to one server; its answer judged and passed on
+    46  case           ~ whose failure it was: suspects, deaths, content that is held off
+    47  accounts       ~ what is counted, kept and told of a request that has ended
+    48  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    47  watch          ~ health checks, load reports
-    48  services       ~ what runs in the background because settings name it, as rows
-    49  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    50  endpoints      ~ the paths that the balancer answers itself, in one table
-    51  front          ~ where clients come in: connections accepted, requests let in
-    52  following      ~ the settings file, and the files that it names
-    53  commands       ~ subcommands as rows; settings from file, environment and flags
-    54  handover       ~ one process takes over from another, without a gap
-    55  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    49  watch          ~ health checks, load reports
+    50  services       ~ what runs in the background because settings name it, as rows
+    51  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    52  endpoints      ~ the paths that the balancer answers itself, in one table
+    53  front          ~ where clients come in: connections accepted, requests let in
+    54  following      ~ the settings file, and the files that it names
+    55  commands       ~ subcommands as rows; settings from file, environment and flags
+    56  handover       ~ one process takes over from another, without a gap
+    57  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          260 lines, at the start and at the end
-    56  process        ~ signals, systemd, limits of the system
-    57  command line   ~ what is common to all subcommands; the one that serves; `help`
+    58  process        ~ signals, systemd, limits of the system
+    59  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  seen             2,230 lines, on a terminal, for `top`, `help`, a browser at /status
-    58  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    59  table          · the servers in lines, as many columns as there is room for
-    60  screen         · what is seen there: the table and the lines around it
-    61  keys           · what keys do to it, and ask of the balancer
-    62  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    63  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    64  page           ~ the status for a browser: one HTML string
-    65  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    66  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    60  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    61  table          · the servers in lines, as many columns as there is room for
+    62  screen         · what is seen there: the table and the lines around it
+    63  keys           · what keys do to it, and ask of the balancer
+    64  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    65  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    66  page           ~ the status for a browser: one HTML string
+    67  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    68  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
    XII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    67  traces         · requests of the past: from files, or made up
-    68  engine         · a model of a vLLM server, in simulated time
-    69  replay         · those requests sent to such servers by any policy
-    70  comparison     ~ policies compared on a trace: the program of `replay`
-    71  canned words   · what a vLLM server would say, without a model; what it refuses
-    72  canned forms   · the same in the forms of its APIs, plain and streamed
-    73  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    74  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    75  doctor         ~ what is amiss with servers and settings, and what to do about it
+    69  traces         · requests of the past: from files, or made up
+    70  engine         · a model of a vLLM server, in simulated time
+    71  replay         · those requests sent to such servers by any policy
+    72  comparison     ~ policies compared on a trace: the program of `replay`
+    73  canned words   · what a vLLM server would say, without a model; what it refuses
+    74  canned forms   · the same in the forms of its APIs, plain and streamed
+    75  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    76  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    77  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (51) reads a head from the client's
-`Wire` (34), parses it (2), makes an `Exchange` (46) of it, and asks who may come in (28).  A local
-path is answered in room 50.  For any other the `Exchange` runs: the content is gathered (42) and
-read as a `Call` (13) with its `Prompt` (12), the `Keys` (27) admit it, and `relay_plan` (26) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (23) in the view
-of the fleet (20) by a policy (22).  An `Attempt` (43) at that server holds the answer back until
-it is judged to be one (15), and then has the `Exchange` commit: the `Response` (39) begins, and a
-`Pump` (38) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (45) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (53) reads a head from the client's
+`Wire` (36), parses it (2), makes an `Exchange` (48) of it, and asks who may come in (30).  A local
+path is answered in room 52.  For any other the `Exchange` runs: the content is gathered (44) and
+read as a `Call` (13) with its `Prompt` (12), the `Keys` (29) admit it, and `relay_plan` (28) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (25) in the view
+of the fleet (21) by a policy (24).  An `Attempt` (45) at that server holds the answer back until
+it is judged to be one (15), and then has the `Exchange` commit: the `Response` (41) begins, and a
+`Pump` (40) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (47) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -2598,16 +2600,24 @@ class Prompt(NamedTuple):
         """How many tokens of the prompt so many links cover."""
         if not links:
             return 0
-        at = links - (self.leading_tokens > 0)
-        reach = self.leading_tokens + (int(self.hash_ends[at - 1] / self.per_token) if at else 0)
+        at, per_unit = links - (self.leading_tokens > 0), self.tokens_per_unit()
+        reach = self.leading_tokens + (int(self.hash_ends[at - 1] * per_unit) if at else 0)
         return min(self.tokens, reach)
+
+    def tokens_per_unit(self) -> float:
+        """Tokens in one unit of `hash_ends`: as usual, or more, where the prompt has more of them
+        than would fit into its length (pictures)."""
+        links, usual = len(self.prefix_hashes) - (self.leading_tokens > 0), 1 / self.per_token
+        if links >= len(self.hash_ends):  # how long it is cannot be seen
+            return usual
+        return max(usual, (self.tokens - self.leading_tokens) / self.hash_ends[links])
 
     def totals(self) -> list[int]:
         """The same for 1 link, 2 links, and so on to all."""
-        tokens, lead, per_token = self.tokens, self.leading_tokens, self.per_token
+        tokens, lead, per_unit = self.tokens, self.leading_tokens, self.tokens_per_unit()
         leading = [min(tokens, lead)] if lead else []
         ends = self.hash_ends[: len(self.prefix_hashes) - len(leading)]
-        return leading + [min(tokens, lead + int(end / per_token)) for end in ends]
+        return leading + [min(tokens, lead + int(end * per_unit)) for end in ends]
 
 
 NO_PROMPT = Prompt()
@@ -3856,7 +3866,198 @@ class Health(NamedTuple):
 
 
 # ============================================================================================
-#  18  servers
+#  18  pace
+# ============================================================================================
+#
+# What a server has of ours, counted in place, and how fast it is, in two figures that are learned
+# in place: the seconds of a step in which its engine makes one token of each answer, if it had no
+# other work, and what a prompt's token takes beside that.  Answers tell both, and reports.  All
+# samples are clamped: one silent interval, or one lucky prompt, changes little.
+
+STEP_S = 0.015  # until something was seen: an 8B model on an A100
+PROMPT_STEPS = 0.0055  # what reading a token takes, in steps, there
+DOUBLED_BY = 100.0  # requests in the engine with which a step takes twice as long as with none
+PACE_CLAMP = 4.0  # a sample is taken for so much faster or slower at most
+PROMPT_CLAMP = 8.0  # the same, of what reading takes
+ANSWER_WEIGHT = 0.1  # of one answer that has ended
+ANSWER_TRUSTED_TOKENS = 50  # from here on it has its full weight
+PACE_MEMORY_S = 2.5  # of reports, and of streams as they run
+PROMPT_SAMPLE_TOKENS = 600  # a shorter wait says more of the network and of steps than of reading
+PROMPT_TRUSTED_TOKENS = 2000
+PROMPT_WEIGHT = 0.05
+FIRST_STEPS = 1.5  # until a token that is due is made: the step under way, and its own
+PROBE_S = 60.0  # an idle server of which nothing was seen for so long may have changed,
+PROBE_SLOWED_S = 5.0  # and one that has slowed down all the more; later ever more rarely
+PROBE_LIMIT_S = 300.0
+PROBE_TOKENS = 512  # it is tried with a prompt that is no longer
+READ_MEMORY_S = 5.0  # of the rate at which prompts come
+ANSWER_TOKENS = 200.0  # of an answer, until some have ended
+ANSWERS_WEIGHT = 0.01
+ANSWERS_SOON = 8  # what was assumed counts as so many answers
+PACE_SOON = 8  # samples of a server, until others are not judged by it any more
+
+
+class Counts:
+    """Requests of ours with a server, exact.  The fleet changes them in place."""
+
+    __slots__ = ("in_flight", "on_trial", "pending", "request_s", "at", "read", "rate",
+                 "held", "quiet")
+
+    def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
+        self.in_flight = in_flight
+        self.on_trial = on_trial  # of these, begun while the circuit was half-open
+        self.pending = pending  # tokens of their prompts to be read before they are answered
+        self.read = 0  # and those that were
+        self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, until then,
+        self.rate = 0.0  # and tokens to read that came per second
+        self.quiet = False  # at its last report it had nothing to read
+        self.held = 0  # tokens that have come into its KV cache, less those gone, since its report
+
+    def sent(self, tokens: int, pending: int, now: float) -> None:
+        """It gets one more, with so many tokens, of which it has to read the `pending`."""
+        self.until(now)
+        self.in_flight += 1
+        self.pending += pending
+        self.held += tokens
+        self.rate += pending / READ_MEMORY_S
+
+    def until(self, now: float) -> None:
+        """Count that it has been as it is until now."""
+        if (elapsed_s := now - self.at) > 0:
+            if self.in_flight:
+                self.request_s += self.in_flight * elapsed_s
+            self.rate *= max(0.0, 1 - elapsed_s / READ_MEMORY_S)
+            self.at = now
+
+
+class Pace:
+    """How fast a server is, as far as it was seen; changed in place."""
+
+    __slots__ = ("step_s", "prompt_steps", "samples", "probe_s", "probe_at",
+                 "tokens_per_event")
+
+    def __init__(self, step_s: float = STEP_S) -> None:
+        self.step_s = step_s  # of one token of an answer, with nothing else to do
+        self.prompt_steps = PROMPT_STEPS  # what one token of a prompt takes of that
+        self.samples = 0  # since it was new, or idle for long
+        self.probe_s = PROBE_S  # without one, until it is worth a try,
+        self.probe_at = INFINITY  # and when that will be
+        self.tokens_per_event = 1.0  # of its streams
+
+    @property
+    def prompt_token_s(self) -> float:
+        """Seconds to read one token of a prompt."""
+        return self.step_s * self.prompt_steps
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """How fast it reads; 0 is unknown."""
+        return 1 / self.prompt_token_s if self.samples else 0.0
+
+    def expect(self, step_s: float, now: float) -> None:
+        """Nothing was seen of it yet; it is probably so fast."""
+        self.step_s, self.probe_at = step_s, now + self.probe_s
+
+    def restarted(self) -> None:
+        """It may be another now; until something is seen it is taken for the same."""
+        self.samples, self.prompt_steps = 0, PROMPT_STEPS
+
+    def tried(self, now: float) -> None:
+        """It gets a request after a long time: what that shows counts as much as what was known."""
+        self.samples, self.probe_s = min(self.samples, 1), min(PROBE_LIMIT_S, 2 * self.probe_s)
+        self.probe_at = now + self.probe_s
+
+    def worked(
+        self, seconds: float, tokens: float, running: float, read: float, weight: float, now: float
+    ) -> None:
+        """In that time it made so many tokens of each answer while so many ran on average, and
+        read so many tokens of prompts.  The sample counts by its `weight`, early ones more."""
+        known, steps = self.step_s, tokens * (1 + running / DOUBLED_BY) + read * self.prompt_steps
+        found = min(PACE_CLAMP * known, max(known / PACE_CLAMP, seconds / steps))
+        if found > 1.5 * known:
+            self.probe_s = PROBE_SLOWED_S
+        elif found < 0.7 * known:
+            self.probe_s = PROBE_S
+        self.samples += 1
+        if self.samples < 1 / weight:
+            weight = max(weight, 1 / (1 + self.samples))
+        self.step_s, self.probe_at = known + weight * (found - known), now + self.probe_s
+
+    def answered(
+        self, seconds: float, tokens: int, running: float, read: float, now: float
+    ) -> None:
+        """An answer has ended: so many tokens after the first, since that one came."""
+        if tokens >= 8:
+            self.worked(seconds, tokens, running, read,
+                        ANSWER_WEIGHT * min(1.0, tokens / ANSWER_TRUSTED_TOKENS), now)
+
+    def counted(self, tokens_per_event: float) -> None:
+        """So many tokens came with each event of a stream."""
+        self.tokens_per_event += ANSWER_WEIGHT * (tokens_per_event - self.tokens_per_event)
+
+    def prompt_read(self, seconds: float, tokens: int, running: float) -> None:
+        """An answer began when so many tokens of prompts, its own last, were read."""
+        if tokens <= PROMPT_SAMPLE_TOKENS:
+            return
+        steps = seconds / self.step_s - FIRST_STEPS * (1 + running / DOUBLED_BY)
+        found = min(PROMPT_CLAMP, max(1 / PROMPT_CLAMP, steps / (tokens * PROMPT_STEPS)))
+        weight = PROMPT_WEIGHT * min(1.0, tokens / PROMPT_TRUSTED_TOKENS)
+        self.prompt_steps += weight * (found * PROMPT_STEPS - self.prompt_steps)
+
+    def reported(self, before: EngineLoad, load: EngineLoad, elapsed_s: float, now: float) -> None:
+        """Two reports tell what it did between them, for us and for others.  At neither was a
+        prompt of ours under way, which the engine counts as running and as read before it is."""
+        if None in (before.generation_tokens, load.generation_tokens, before.running, load.running):
+            return
+        made = load.generation_tokens - before.generation_tokens  # type: ignore[operator]
+        running = (before.running + load.running) / 2  # type: ignore[operator]
+        if made <= 0 or min(before.running, load.running) < 2:  # type: ignore[type-var]
+            return  # it may have been idle in between
+        read = (load.tokens or 0) - (before.tokens or 0) - made
+        read -= (load.prefix_hits or 0) - (before.prefix_hits or 0)
+        share = 1 - math.exp(-min(elapsed_s, PACE_MEMORY_S) / PACE_MEMORY_S)
+        self.worked(elapsed_s, made / running, running, max(0, read),
+                    share * min(1.0, running / 4), now)
+
+    def streamed(
+        self, seconds: float, events: float, streams: int, running: float, read: float, now: float
+    ) -> None:
+        """In that time each of so many streams brought so many events on average."""
+        if (tokens := events * self.tokens_per_event) * streams >= 8:
+            share = 1 - math.exp(-min(seconds, PACE_MEMORY_S) / PACE_MEMORY_S)
+            self.worked(seconds, tokens, running, read, share * min(1.0, streams / 4), now)
+
+
+def usual_step_s(known: Iterable[tuple[float, float]]) -> float:
+    """A step's seconds × capacity, by those known of servers; 0 is unknown.  Until one is seen
+    itself, a server that is twice as large is taken for twice as fast."""
+    products = [step_s * capacity for step_s, capacity in known]
+    return statistics.median(products) if products else 0.0
+
+
+class AnswerLengths:
+    """How many tokens an answer has, by model, as far as some have ended."""
+
+    def __init__(self) -> None:
+        self.known: dict[str | None, tuple[float, int]] = {}  # mean, and of how many
+
+    def get(self, model: str | None) -> float:
+        return self.known[model][0] if model in self.known else ANSWER_TOKENS
+
+    def means(self) -> dict[str, float]:
+        """By model; '' is of requests that named none."""
+        return {model or "": mean for model, (mean, _) in self.known.items()}
+
+    def ended(self, model: str | None, tokens: int) -> None:
+        if model not in self.known and len(self.known) >= MODELS_LIMIT:
+            return
+        mean, count = self.known.get(model, (ANSWER_TOKENS, ANSWERS_SOON))
+        weight = max(ANSWERS_WEIGHT, 1 / (1 + count))
+        self.known[model] = mean + weight * (tokens - mean), count + 1
+
+
+# ============================================================================================
+#  19  servers
 # ============================================================================================
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -3870,27 +4071,16 @@ START_CAPACITY = 64.0  # of a server that was given none: where learning begins
 FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
 BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
 KEPT_REPORTS = 3  # a single report may be missed
-KV_LIMIT = 1.05  # so that a full KV cache is not infinitely bad
 IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
 PENDING_OF = operator.attrgetter("counts.pending")
-PREFILL_SPEED_OF = operator.attrgetter("learned.prefill_tokens_per_s")
+PROMPT_SPEED_OF = operator.attrgetter("pace.prompt_tokens_per_s")
+SEATS_GROWTH = 1.1  # by report, of what a server ran when it had a queue
 SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
 
 
 def oldest_report(now: float, interval_s: float) -> float:
     """The time of a report that is still news."""
     return now - KEPT_REPORTS * interval_s - 1
-
-
-class Counts:
-    """Requests of ours with a server, exact.  The fleet changes them in place."""
-
-    __slots__ = ("in_flight", "on_trial", "pending")
-
-    def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
-        self.in_flight = in_flight
-        self.on_trial = on_trial  # of these, begun while the circuit was half-open
-        self.pending = pending  # tokens of their prompts to be read before they are answered
 
 
 class Report(NamedTuple):
@@ -3900,21 +4090,32 @@ class Report(NamedTuple):
     at: float = -INFINITY  # monotonic, -inf for never
     ours_at_scrape: int = 0  # of the requests in it, as many as may be ours
     foreign: int = 0  # the others
-    kv_free_ratio: float = 1.0  # what is left of its KV cache, as far as that is known
+    kv_room: float = INFINITY  # tokens for which its KV cache has room
+    seats: float = INFINITY  # requests that run at most; others wait
     trouble: str = ""  # why it says nothing any more
 
 
-def report_of(load: EngineLoad, at: float, ours_at_scrape: int) -> Report:
+def report_of(
+    load: EngineLoad, at: float, ours_at_scrape: int, before: Report = Report()
+) -> Report:
     reported, used = (load.running or 0) + (load.waiting or 0), load.kv_usage_ratio
-    free = 1.0 - (used if used < 1 else 1.0) / KV_LIMIT if used else 1.0
-    return Report(load, at, ours_at_scrape, max(0, reported - ours_at_scrape), free)
+    room = INFINITY if used is None else max(0.0, 1 - used) * (load.kv_tokens or INFINITY)
+    return Report(load, at, ours_at_scrape, max(0, reported - ours_at_scrape), room,
+                  seats_after(before, load))
+
+
+def seats_after(before: Report, load: EngineLoad) -> float:
+    """How many requests it runs at most: as many as it ran when it had a queue twice in a row.
+    After that it may take a few more from report to report."""
+    running = load.running or 0
+    if load.queued and before.load.queued and running:
+        return max(running, before.load.running or 0)
+    return SEATS_GROWTH * before.seats
 
 
 class Learned(NamedTuple):
     """What was learned of a server; 0 is unknown."""
 
-    prefill_tokens_per_s: float = 0.0
-    prefill_at: float = -INFINITY  # when an answer told that last
     tpot_s: float = 0.0  # time per output token
     capacity: float = START_CAPACITY  # what its tpot_s says of it
     hit_ratio: float = 1.0  # of prompt tokens that it should have cached, the share that it had
@@ -3928,6 +4129,7 @@ class ServerView(NamedTuple):
     settings: ServerSettings
     health: Health
     counts: Counts
+    pace: Pace
     rank: int | None = None  # the engine's number; None for a server that is one
     share: float = 100.0  # of requests, in percent, that its pool gets
     draining: bool = False  # it leaves, with its last request
@@ -4080,6 +4282,7 @@ class Eligible(NamedTuple):
     call: Call
     moment: Moment
     draw: random.Random
+    answer_tokens: float = ANSWER_TOKENS  # that an answer to such a call has, probably
 
     def foreign(self) -> list[float]:
         """Requests with each that are not ours, as far as they are known."""
@@ -4099,26 +4302,9 @@ class Eligible(NamedTuple):
         return [(view.settings.max_concurrent_requests or view.learned.capacity)
                 * view.settings.weight for view in self.views]
 
-    def utilization(self) -> list[float]:
-        """How full each would be with one more.  Own requests count exactly and at once, so a
-        burst between two reports spreads; those of others as reported."""
-        now, interval_s = self.moment.now, self.moment.interval_s
-        full = [((ours + view.foreign(now, interval_s) if view.report.foreign else ours) + 1)
-                / ((view.settings.max_concurrent_requests or view.learned.capacity)
-                   * view.settings.weight) for view, ours in zip(self.views, self.in_flight)]
-        if not self.slow_start:
-            return full
-        return [one / share for one, share in zip(full, self.slow_start)]
-
-    def kv_free_ratios(self) -> list[float]:
-        """What is left of the KV cache of each."""
-        oldest = oldest_report(self.moment.now, self.moment.interval_s)
-        return [1.0 if view.report.at < oldest else view.report.kv_free_ratio
-                for view in self.views]
-
     def relative_speeds(self) -> list[float]:
         """How fast each reads, 1 being the mean; unknown ones as the others, by capacity."""
-        speeds = list(map(PREFILL_SPEED_OF, self.views))
+        speeds = list(map(PROMPT_SPEED_OF, self.views))
         known = sum(speeds)
         if not known:
             return [1.0] * len(speeds)
@@ -4203,18 +4389,14 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
 
 
 # ============================================================================================
-#  19  learning
+#  20  learning
 # ============================================================================================
 #
-# What a server's answers and reports teach of it: how fast it reads prompts, its time per output
-# token, its capacity, and how much of what it was sent it really finds in its cache.
+# What a server's reports teach of it besides its pace: its time per output token as it is now, its
+# capacity, and how much of what it was sent it really finds in its cache.
 
 # How fast what was learned gives way to what is seen.  On a simulated fleet, half and twice the
 # CAPACITY_GAIN did as well.
-PREFILL_SAMPLE_TOKENS = 200  # a shorter prompt says more of the network than of the engine
-PREFILL_TRUSTED_TOKENS = 2000  # from here on a sample has its full weight
-PREFILL_WEIGHT = 0.05
-PREFILL_MEMORY_S = 300.0  # without samples, until it is taken for as fast as others, mostly
 TPOT_MEMORY_S = 15.0
 CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median time per token
 CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
@@ -4253,25 +4435,6 @@ class HitRate:
         self.found = self.found * HITS_FADE + max(0, (load.prefix_hits or 0) - before.prefix_hits)
         share = (self.found + HIT_PRIOR_TOKENS) / (self.sum + HIT_PRIOR_TOKENS)
         return min(1.0, HITS_SLACK * share)
-
-
-def usual_prefill(view: ServerView, views: Iterable[ServerView]) -> float:
-    """Prompt tokens that others read per second, for the server's capacity; 0 is unknown."""
-    known = [v for v in views
-             if v.learned.prefill_tokens_per_s and v.id != view.id and v.shares_models(view)]
-    capacity = sum(v.capacity for v in known)
-    speeds = sum(v.learned.prefill_tokens_per_s for v in known)
-    return view.capacity * speeds / capacity if known else 0.0
-
-
-def prefill_after(
-    view: ServerView, tokens: int, seconds: float, views: Iterable[ServerView]
-) -> float:
-    """How fast it reads, after an answer: so many prompt tokens were read in that time."""
-    found = tokens / seconds
-    speed = view.learned.prefill_tokens_per_s or usual_prefill(view, views) or found
-    found = min(SPEED_CLAMP * speed, max(speed / SPEED_CLAMP, found))
-    return speed + PREFILL_WEIGHT * min(1.0, tokens / PREFILL_TRUSTED_TOKENS) * (found - speed)
 
 
 def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
@@ -4314,19 +4477,20 @@ def learned_after(
     view: ServerView, load: EngineLoad, now: float, hit_rate: HitRate, views: Iterable[ServerView]
 ) -> Learned:
     """What is known of a server after one more report; `views` are of all servers."""
-    learned, elapsed_s = view.learned, now - view.report.at
+    learned, counts, elapsed_s = view.learned, view.counts, now - view.report.at
     hit_ratio = hit_rate.after(view.load, load, learned.hit_ratio)
     if restarted(view.load, load):
-        return learned._replace(prefill_tokens_per_s=0.0, tpot_s=0.0, hit_ratio=hit_ratio)
-    speed = learned.prefill_tokens_per_s
-    if speed and learned.prefill_at < view.report.at and (usual := usual_prefill(view, views)):
-        speed += min(1.0, elapsed_s / PREFILL_MEMORY_S) * (usual - speed)
-    return Learned(speed, learned.prefill_at, tpot_after(view, load, elapsed_s),
+        view.pace.restarted()
+        return learned._replace(tpot_s=0.0, hit_ratio=hit_ratio)
+    quiet, counts.quiet = counts.quiet, not counts.pending
+    if quiet and counts.quiet:
+        view.pace.reported(view.load, load, elapsed_s, now)
+    return Learned(tpot_after(view, load, elapsed_s),
                    capacity_after(view, load, elapsed_s, views), hit_ratio)
 
 
 # ============================================================================================
-#  20  fleet
+#  21  fleet
 # ============================================================================================
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -4350,17 +4514,20 @@ class Lease:
     """Counts a request in flight until its `end`, and its prompt until its answer begins."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
-                 "_fresh")
+                 "_fresh", "_tokens", "_begun")
 
     def __init__(self, fleet: Fleet, id: str, now: float, prompt: Prompt) -> None:
         self.id, self._fleet, self._sent_at = id, fleet, now
         self._trial = self.pending = self._ahead = self._cached = 0
         self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
+        # When its answer began, and what had run and been read there by then.
+        self._begun: tuple[float, float, int] | None = None
+        self._tokens = prompt.tokens
         self._member = member = fleet.member(id)
         if member is None:
             return
         view = member.view
-        counts = view.counts
+        counts, pace = view.counts, view.pace
         if view.health.open_until is not None:
             self._trial = view.health.circuit(now) == "half-open"
         self._fresh = member.cache.sent(prompt)
@@ -4368,31 +4535,53 @@ class Lease:
         self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
         if not view.report.load.queued:  # else the time to the first byte says nothing of its speed
             self._ahead = counts.pending + self.pending
-        counts.in_flight += 1
+        if not counts.in_flight and now > pace.probe_at:
+            pace.tried(now)
         counts.on_trial += self._trial
-        counts.pending += self.pending
+        counts.sent(prompt.tokens, self.pending, now)
 
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
-        if (member := self._member) is None or not (self.pending or self._cached):
+        if (member := self._member) is None or self._begun is not None:
             return
-        member.view.counts.pending -= self.pending
+        counts = member.view.counts
+        counts.until(now)
+        counts.pending -= self.pending
+        counts.read += self.pending
         member.hit_rate.since += self._cached
-        if learn and self._ahead > PREFILL_SAMPLE_TOKENS and now > self._sent_at:
-            self._fleet.prompt_read(member, self._ahead, now - self._sent_at, now)
+        if learn and self._ahead:
+            member.view.pace.prompt_read(now - self._sent_at, self._ahead, counts.in_flight)
         if self._fresh:
             member.cache.confirm(self._fresh)
+        self._begun = now, counts.request_s, counts.read
         self.pending, self._cached, self._fresh = 0, 0, ()
 
-    def end(self) -> None:
+    def complete(self, now: float, tokens: int, model: str | None, events: int = 0) -> None:
+        """The answer, a stream of so many events, has come to its end, with so many tokens; `end`
+        follows."""
+        if (member := self._member) is None or self._begun is None:
+            return
+        view, (begun_at, request_s, read) = member.view, self._begun
+        counts, seconds, self._tokens = view.counts, now - begun_at, self._tokens + tokens
+        counts.until(now)
+        if seconds > 0:
+            running = (counts.request_s - request_s) / seconds
+            view.pace.answered(seconds, tokens - 1, running, counts.read - read, now)
+            if events:
+                view.pace.counted(tokens / events)
+        self._fleet.answer_ended(view, model, tokens)
+
+    def end(self, now: float = -INFINITY) -> None:
         member, self._member = self._member, None
         if member is not None:
             if self._fresh:  # who knows whether it was read
                 member.cache.withdraw(self._fresh)
             counts = member.view.counts
+            counts.until(now)
             counts.in_flight -= 1
             counts.on_trial -= self._trial
             counts.pending -= self.pending
+            counts.held -= self._tokens
             self.pending = 0
             if member.view.draining and not counts.in_flight:
                 self._fleet.left(self.id)
@@ -4415,6 +4604,7 @@ class Fleet:
         # What choosing derives from the views for a model, as long as all of them keep or admit
         # the same requests: `_put` and what changes the members forget it.
         self.derived: dict[str | None, Any] = {}
+        self.answers = AnswerLengths()
 
     def views(self, now: float | None = None) -> list[ServerView]:
         """All of them; with a moment, prompts that should be read by then are."""
@@ -4497,6 +4687,7 @@ class Fleet:
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
         start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
+        likely = usual_step_s(self.known_steps()) or STEP_S * start
         for server in wanted:
             limit, share = server.max_concurrent_requests, pools.get(server.pool, rest)
             for id, rank in engine_ids(server):
@@ -4505,6 +4696,8 @@ class Fleet:
                 view, own = member.view, (server, False, server.id in drained, share)
                 if id not in old or view.configured != limit:
                     view = view._replace(learned=view.learned._replace(capacity=limit or start))
+                if not view.pace.samples:
+                    view.pace.expect(likely / (limit or start), now)
                 if own != (view.settings, view.draining, view.drained, view.share):
                     view = view._replace(name=engine_id(server.name, rank), settings=server,
                                          draining=False, drained=own[2], share=share)
@@ -4538,12 +4731,18 @@ class Fleet:
         while self._reading and self._reading[0][0] <= now:
             heapq.heappop(self._reading)[2].answered(now, False)
 
-    def prompt_read(self, member: Member, tokens: int, seconds: float, now: float) -> None:
-        """So many prompt tokens were read in that time."""
-        view = member.view
-        speed = prefill_after(view, tokens, seconds, self.views())
-        learned = view.learned._replace(prefill_tokens_per_s=speed, prefill_at=now)
-        member.view = view._replace(learned=learned)  # it keeps no request from the server
+    def answer_ended(self, view: ServerView, model: str | None, tokens: int) -> None:
+        """A server has given an answer of so many tokens."""
+        self.answers.ended(model, tokens)
+        if view.pace.samples <= PACE_SOON:  # then others are probably like it
+            usual = usual_step_s(self.known_steps())
+            for other in self.views():
+                if not other.pace.samples and other.shares_models(view):
+                    other.pace.step_s = usual / other.capacity
+
+    def known_steps(self) -> list[tuple[float, float]]:
+        """What a step takes at each server of which something was seen, and its capacity."""
+        return [(view.pace.step_s, view.capacity) for view in self.views() if view.pace.samples]
 
     def said_busy(self, id: str, now: float) -> None:
         """The server said that it has enough to do."""
@@ -4570,9 +4769,10 @@ class Fleet:
         member.cache.limit_tokens = load.kv_tokens or CACHE_TOKENS
         if load.asleep or restarted(before, load):
             member.cache.forget()
+        view.counts.held = 0
         moved = load.tokens != before.tokens and None not in (load.tokens, before.tokens)
         self._put(view._replace(
-            report=report_of(load, now, own_then),
+            report=report_of(load, now, own_then, view.report),
             learned=learned_after(view, load, now, member.hit_rate, self.views()),
             progress_at=now if moved else view.progress_at))
         hits = before.prefix_hits
@@ -4611,8 +4811,8 @@ def new_view(
     name, counts = engine_id(server.name, rank), Counts()
     if kin is None:
         return ServerView(
-            id, name, server, Health(State.CHECKING, "not checked yet", now), counts, rank)
-    return ServerView(id, name, server, kin.health, counts, rank, models=kin.models,
+            id, name, server, Health(State.CHECKING, "not checked yet", now), counts, Pace(), rank)
+    return ServerView(id, name, server, kin.health, counts, Pace(), rank, models=kin.models,
                       models_at=kin.models_at)
 
 
@@ -4629,7 +4829,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ============================================================================================
-#  21  roster
+#  22  roster
 # ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -4804,7 +5004,91 @@ class Roster:
 
 
 # ============================================================================================
-#  22  policies
+#  23  estimates
+# ============================================================================================
+#
+# What a call would cost at a server, in seconds: until its first token, for its answer, and what
+# reading its prompt takes from the answers that are running already.  With a step's seconds s and
+# a prompt token's r (`Pace`), n requests in the engine, and W the share of the last seconds that it
+# spent reading:
+#
+#     crowd   = (1 + (n + 1) / 100) / (1 − W)
+#     first   = (prompts ahead + what is not cached of this one) × r + 1.5 × s × crowd + waits
+#     answer  = tokens × s × crowd × √crowd, and from a crowd of 3 on much more
+#     others  = what is not cached × r × (0.3 × the fleet's mean n + n × 25 / tokens)
+#     cost    = 4 × first + answer + others
+#
+# √crowd is what a request more does to the answers beside it, a half of it.  All of these numbers
+# have been varied on a simulated fleet, on workloads of all kinds: half and twice change little.
+
+FIRST_WEIGHT = 4.0  # people wait for a first token more than for others
+READING_SHARE = 0.8  # of its time, at most
+LEAST_NEW_TOKENS = 16  # the last ones are always read
+CROWDED = 3.0  # steps that take so many times as long are too slow for most,
+CROWDED_POWER = 8  # and an even larger crowd costs so much more
+OTHERS_MEAN = 0.3  # of the fleet's mean: requests that are there by the time it is read
+OTHERS_TOKENS = 25.0  # of their answers that are late by it
+KV_GROWTH = 128  # tokens of KV cache that each request will still want, about
+
+
+class Estimate(NamedTuple):
+    """What a call would cost at one server, in seconds, and behind that: tokens, factors."""
+
+    first_s: float  # with the waits
+    answer_s: float
+    others_s: float
+    wait_s: float  # for room in the KV cache, or for a seat
+    crowd: float  # how many times as long a step takes as alone, and what that means for others
+    new: int  # tokens of its prompt that are to be read
+
+
+def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, oldest: float) -> float:
+    """How long it waits until some of the running requests have ended and left room for it."""
+    report, seconds = view.report, 0.0
+    lacking = tokens + KV_GROWTH * (running + 1) + view.counts.held - report.kv_room
+    if lacking > 0 and report.at >= oldest:
+        used = (report.load.kv_tokens or 0) - report.kv_room + view.counts.held
+        seconds = lacking * answer_s / max(used, tokens, 1)
+    if running >= report.seats and report.at >= oldest:
+        seconds += (running + 1 - report.seats) * answer_s / report.seats
+    return seconds
+
+
+def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, float, int]]:
+    """What an Estimate has, for each server; once for each attempt, and therefore quick."""
+    (now, interval_s, *_), length = eligible.moment, eligible.answer_tokens
+    tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
+    mean = OTHERS_MEAN * sum(eligible.in_flight) / max(1, len(eligible.views))
+    late = min(1.0, OTHERS_TOKENS / max(1.0, length))
+    sqrt, doubled_by, memory_s, out = math.sqrt, DOUBLED_BY, READ_MEMORY_S, []
+    for view, ours, pending, cached, share in zip(
+            eligible.views, eligible.in_flight, eligible.pending, eligible.cached,
+            eligible.slow_start or itertools.repeat(1.0)):
+        counts, report, pace = view.counts, view.report, view.pace
+        step_s, running = pace.step_s, ours
+        token_s = step_s * pace.prompt_steps
+        if report.foreign:
+            running += view.foreign(now, interval_s)  # type: ignore[assignment]
+        crowd = 1 + (running + 1) / (doubled_by * view.settings.weight * share)
+        strain = 1.0 if crowd <= CROWDED else (crowd / CROWDED) ** CROWDED_POWER
+        if counts.rate and (fades := 1 - (now - counts.at) / memory_s) > 0:
+            reading = token_s * counts.rate * fades
+            crowd /= 1 - (reading if reading < READING_SHARE else READING_SHARE)
+        new, wait_s = tokens - cached, 0.0
+        if new < LEAST_NEW_TOKENS:
+            new = LEAST_NEW_TOKENS
+        if (running >= report.seats
+                or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
+            wait_s = waits_s(view, running, tokens, length * step_s * crowd, oldest)
+        first_s = (pending + new) * token_s + FIRST_STEPS * step_s * crowd + wait_s
+        crowd *= sqrt(crowd) * strain
+        out.append((first_s, length * step_s * crowd, (mean + late * running) * new * token_s,
+                    wait_s, crowd, new))
+    return out
+
+
+# ============================================================================================
+#  24  policies
 # ============================================================================================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -4822,6 +5106,7 @@ class Policy:
     uses: ClassVar[tuple[str, ...]] = ()  # settings; what it remembers ends when one changes
     weighs: ClassVar[bool] = True  # servers' weights matter; those without any are never seen
     tie: ClassVar[float] = 1.02  # costs up to so many times the lowest are as good
+    in_seconds: ClassVar[bool] = False  # the costs
 
     def __init__(self, s: Settings) -> None:
         self.settings = s
@@ -4884,39 +5169,35 @@ class Policies:
         return self.known[key]
 
 
-# The default.  An answer is some work, too, about as much as reading so many tokens; so a prompt
-# that is cached is not free.  Beyond its capacity a server gets slow for all it serves, far more
-# than in proportion.  On a simulated fleet, half and twice of either changed the share of requests
-# that were in time by less than two points.
-ANSWER_TOKENS = 512
-OVERFULL_POWER = 4
-
-
 @policy("unified")
 class Unified(Policy):
-    """The work before the first token × how crowded it will be ÷ the room in its KV cache."""
+    """The default: where it costs the fewest seconds, its own and others'.  An idle server of which
+    nothing was seen for long is tried with a short prompt: it may be faster by now."""
+
+    tie, in_seconds = 1.005, True
 
     def costs(self, eligible: Eligible) -> list[float]:
-        tokens = eligible.call.prompt.tokens
-        power = 1 + OVERFULL_POWER
-        return [
-            ((pending + tokens - cached) / speed + ANSWER_TOKENS)
-            * ((full if full <= 1 else full**power) / free)
-            for pending, cached, speed, full, free
-            in zip(eligible.pending, eligible.cached, eligible.relative_speeds(),
-                   eligible.utilization(), eligible.kv_free_ratios())]
+        costs = [FIRST_WEIGHT * first_s + answer_s + others_s
+                 for first_s, answer_s, others_s, _, _, _ in estimates(eligible)]
+        if eligible.call.prompt.tokens <= PROBE_TOKENS and not all(eligible.in_flight):
+            now = eligible.moment.now
+            for n, (view, ours) in enumerate(zip(eligible.views, eligible.in_flight)):
+                if not ours and now > view.pace.probe_at:
+                    costs[n] = 0.0
+        return costs
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """The numbers of the same formula; a speed is relative to the fleet's mean."""
-        tokens, lines = eligible.call.prompt.tokens, []
-        for pending, cached, speed, full, free in zip(
-                eligible.pending, eligible.cached, eligible.relative_speeds(),
-                eligible.utilization(), eligible.kv_free_ratios()):
-            work = f"pending {pending} + uncached {tokens - cached}"
-            work = work if speed == 1.0 else f"({work}) / speed {speed:.2f}"
-            power = "" if full <= 1 else f"^{1 + OVERFULL_POWER}"
-            room = f" / kv_free {free:.2f}" if free < 1 else ""
-            lines.append(f"({work} + {ANSWER_TOKENS}) × utilization {full:.2f}{power}{room}")
+        """The same in words."""
+        length, lines = eligible.answer_tokens, []
+        for view, pending, one in zip(eligible.views, eligible.pending,
+                                      itertools.starmap(Estimate, estimates(eligible))):
+            speed = 1 / view.pace.prompt_token_s
+            waits = f", waits {one.wait_s:.2f} s" if one.wait_s else ""
+            lines.append(
+                f"{FIRST_WEIGHT:g} × first token {one.first_s:.3g}"
+                f" (pending {pending} + uncached {one.new} at {speed:,.0f}/s{waits})"
+                f" + answer {one.answer_s:.3g} ({length:.0f} tokens at"
+                f" {1e3 * view.pace.step_s:.3g} ms × {one.crowd:.2f}) + others {one.others_s:.2g}")
         return lines
 
 
@@ -5148,7 +5429,7 @@ class Expression(Formula):
 
 
 # ============================================================================================
-#  23  ranking
+#  25  ranking
 # ============================================================================================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -5250,9 +5531,12 @@ class Ranking(NamedTuple):
         model = self.call.model
         return model is not None and not any(model in (v.models or ()) for v in self.views)
 
+    def worded(self, cost: float) -> str:
+        return f"{cost:.3g} s" if self.policy.in_seconds else f"cost {cost:.4g}"
+
     def candidates(self) -> list[Candidate]:
         """Every server with its reason, best first.  Made only when somebody asks."""
-        judged = {view.id: (cost, f"cost {cost:.4g} = {terms}") for view, cost, terms
+        judged = {view.id: (cost, f"{self.worded(cost)} = {terms}") for view, cost, terms
                   in zip(self.eligible.views, self.costs, self.policy.terms(self.eligible))}
         rows = [(view.id, Candidate(view.name, *judged.get(view.id, (INFINITY, reason))))
                 for view, reason in zip(self.views, self.reasons)]
@@ -5266,7 +5550,9 @@ class Ranking(NamedTuple):
         first, *others = self.candidates()
         words = f"{first.name} {first.reason}"
         if others and others[0].cost < INFINITY and first.cost > 0:
-            words += f"; next {others[0].name} ×{others[0].cost / first.cost:.1f}"
+            times = others[0].cost / first.cost
+            more = self.worded(others[0].cost) if self.policy.in_seconds else f"×{times:.1f}"
+            words += f"; next {others[0].name} {more}"
         words = " ".join(words.replace("×", "x").split())
         return words.encode("ascii", "backslashreplace").decode()
 
@@ -5472,7 +5758,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     shares = (slow_starts(left, moment, lasting.steady_since)
               if moment.now - lasting.changed_at < moment.slow_start_s else [])
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
-                        having, shares, call, moment, draw)
+                        having, shares, call, moment, draw, fleet.answers.get(call.model))
     if not left:
         return Ranking(None, views, cached, reasons, eligible, [], by, tried, role)
     costs = by.costs(eligible)
@@ -5494,7 +5780,7 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
 
 
 # ============================================================================================
-#  24  queue
+#  26  queue
 # ============================================================================================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -5612,7 +5898,7 @@ class WaitQueue:
 
 
 # ============================================================================================
-#  25  poison
+#  27  poison
 # ============================================================================================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -5690,7 +5976,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ============================================================================================
-#  26  plans
+#  28  plans
 # ============================================================================================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -5955,7 +6241,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ============================================================================================
-#  27  client keys
+#  29  client keys
 # ============================================================================================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -6076,7 +6362,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ============================================================================================
-#  28  access
+#  30  access
 # ============================================================================================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -6398,7 +6684,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ============================================================================================
-#  29  documents
+#  31  documents
 # ============================================================================================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -6477,7 +6763,8 @@ def server_health(view: ServerView, clock: Clock) -> dict[str, Any]:
 
 
 def load_report(
-    views: list[ServerView], s: Settings, clock: Clock, roster: Mapping[str, Entry] = {}
+    views: list[ServerView], s: Settings, clock: Clock, roster: Mapping[str, Entry] = {},
+    answers: Mapping[str, float] = {},
 ) -> dict[str, Any]:
     """GET /load-stats.  A server's load is our requests, exactly, and those of others as far as
     they are known; servers that have left are in no sum."""
@@ -6495,6 +6782,7 @@ def load_report(
             "total_active_load": sum(loads), "total_capacity": capacity,
             "overall_utilization_percent": 100 * sum(loads) / capacity if capacity else 0.0,
         },
+        "answer_tokens": {model: round(tokens, 1) for model, tokens in answers.items()},
     }
 
 
@@ -6507,7 +6795,8 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
         "utilization_percent": min(100.0, 100 * load / view.capacity),
         "status": view.healthy, "health_status": view.health.state.value,
         "in_flight": view.counts.in_flight, "pending_prompt_tokens": view.counts.pending,
-        "prompt_tokens_per_second": round(view.learned.prefill_tokens_per_s),
+        "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
+        "step_ms": round(1e3 * view.pace.step_s, 3), "step_samples": view.pace.samples,
         "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
@@ -6554,7 +6843,7 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
 
 
 # ============================================================================================
-#  30  metrics
+#  32  metrics
 # ============================================================================================
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -6674,7 +6963,10 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "server_prompt_tokens_pending": (
         "Prompt tokens that it has to read.", lambda v: v.counts.pending),
     "server_prompt_tokens_per_second": (
-        "How fast it reads prompts, as learned.", lambda v: v.learned.prefill_tokens_per_s or None),
+        "How fast it reads prompts, as learned.", lambda v: v.pace.prompt_tokens_per_s or None),
+    "server_step_seconds": (
+        "A token of an answer, if the server had no other work, as learned.",
+        lambda v: v.pace.step_s if v.pace.samples else None),
     "server_num_requests_running": ("Running requests by its own word.", lambda v: v.load.running),
     "server_num_requests_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
     "server_kv_cache_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
@@ -6714,12 +7006,16 @@ def with_old_names(families: Iterable[Family]) -> Iterator[Family]:
 
 
 def gauges(
-    views: list[ServerView], now: float, s: Settings, process: Mapping[str, float]
+    views: list[ServerView], now: float, s: Settings, process: Mapping[str, float],
+    answers: Mapping[str, float] = {},
 ) -> list[Family]:
     """Gauges of this moment; of a load that was said a while ago there are none."""
+    length = Gauge("mvllm_answer_tokens", "Tokens of a streamed answer, as learned.", "model")
+    for model, tokens in answers.items():
+        length.set(tokens, model)
     build = Gauge("mvllm_build_info", "Always 1.", "version", "python")
     build.set(1, __version__, sys.version.split()[0])
-    families: list[Family] = [build]
+    families: list[Family] = [build, length]
     for name, meaning in PROCESS_GAUGES.items():
         families.append(gauge := Gauge(f"mvllm_{name}", meaning))
         gauge.set(process[name])
@@ -6734,7 +7030,7 @@ def gauges(
 
 
 # ============================================================================================
-#  31  records
+#  33  records
 # ============================================================================================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -6883,7 +7179,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================================================================================
-#  32  status
+#  34  status
 # ============================================================================================
 #
 # What people see of the fleet: the last minute of each server, and the document that the screen,
@@ -7039,6 +7335,7 @@ class ServerStatus(TypedDict):
     retries: int  # and those that another followed
     pending_prompt_tokens: int
     prompt_tokens_per_second: int
+    step_ms: float | None  # of a token of an answer, if it had no other work
     stale: bool  # its metrics are old
     history: list[float]  # its load's share of the capacity, a second each
     last_errors: list[str]
@@ -7097,7 +7394,8 @@ def status_of(
         "ttft_p50_s": rounded(quantile(ttfb, 0.5)), "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
         "errors": history.failed - before.failed, "retries": history.retries - before.retries,
         "pending_prompt_tokens": view.counts.pending,
-        "prompt_tokens_per_second": round(view.learned.prefill_tokens_per_s),
+        "prompt_tokens_per_second": round(view.pace.prompt_tokens_per_s),
+        "step_ms": round(1e3 * view.pace.step_s, 2) if view.pace.samples else None,
         "stale": not view.reports(now, s.metrics_interval),
         "history": [round(one.load_ratio, 3) for one in history.samples],
         "last_errors": list(history.errors), "decisions": decisions,
@@ -7143,7 +7441,7 @@ def status_report(
 
 
 # ============================================================================================
-#  33  sockets
+#  35  sockets
 # ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -7303,7 +7601,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================================================================================
-#  34  wire
+#  36  wire
 # ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -7702,7 +8000,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================================================================================
-#  35  secrets
+#  37  secrets
 # ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -7868,7 +8166,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================================================================================
-#  36  client
+#  38  client
 # ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -8064,7 +8362,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================================================================================
-#  37  pool
+#  39  pool
 # ============================================================================================
 #
 # The connections to one server over which requests are passed on.
@@ -8193,7 +8491,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================================================================================
-#  38  pump
+#  40  pump
 # ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -8401,7 +8699,7 @@ class Tunnel:
 
 
 # ============================================================================================
-#  39  response
+#  41  response
 # ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -8489,6 +8787,14 @@ class Response:
         self.tail = b""  # the last pieces of content that were sent
         self.first_byte_at: float | None = None
         self.end = "complete"  # or the label of a fault
+        self._usage: tuple[bytes, dict[str, int]] = b"", {}  # of which tail
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """What its end says of tokens; see `usage_of`."""
+        if self._usage[0] is not self.tail:
+            self._usage = self.tail, usage_of(self.tail, self.notation)
+        return self._usage[1]
 
     @property
     def begun(self) -> bool:
@@ -8631,7 +8937,7 @@ class Response:
 
 
 # ============================================================================================
-#  40  logging
+#  42  logging
 # ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -8955,7 +9261,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  41  core
+#  43  core
 # ============================================================================================
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -9280,7 +9586,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================================================================================
-#  42  intake
+#  44  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -9418,7 +9724,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  43  attempt
+#  45  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -9641,7 +9947,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  44  case
+#  46  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -9779,7 +10085,7 @@ class Case:
 
 
 # ============================================================================================
-#  45  accounts
+#  47  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -9804,7 +10110,7 @@ def account(x: Exchange) -> None:
         core.recent.history(server).ended(now, first_s if response.streams else None, well)
         key = x.key.name if x.key else ""
         metrics.key_requests.add(key, model)
-        usage = usage_of(response.tail, response.notation)
+        usage = response.usage
         for kind, tokens in usage.items():
             metrics.usage.add(key, model, kind, amount=tokens)
     if core.trace is not None and server and response.status < 500:
@@ -9832,7 +10138,7 @@ def facts_of(
 
 
 # ============================================================================================
-#  46  exchange
+#  48  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -9841,7 +10147,6 @@ def facts_of(
 # server's connection on the way out, so that vLLM stops generating.
 
 LOOK_LIMIT_S = 2.0  # for which a request waits for a look at servers' models
-ASSUMED_SPEED = 2000.0  # prompt tokens per second, of a server that was not seen to read yet
 
 
 class Trail:
@@ -10058,6 +10363,8 @@ class Exchange:
             label = outcome.fault.label if outcome.fault else "ok"
             if outcome.fault is None:
                 case.answered(server, self.response)
+                if self.response.streams:
+                    self.learn(lease)
             elif outcome.fault.blame is Blame.SERVER:
                 outcome = await case.accuse(server, outcome, sent_at, self.response)
             elif outcome.fault in (Fault.SERVER_BUSY, Fault.DECLINED):
@@ -10074,6 +10381,13 @@ class Exchange:
                 trail.failures.append(label)
         return outcome
 
+    def learn(self, lease: Lease) -> None:
+        """A stream has come to its end, and shows how fast its server is."""
+        said, tail, size = self.response.usage, self.response.tail, self.response.sent_bytes
+        events = completion_tokens({}, tail, size)
+        tokens = said.get("completion", events)
+        lease.complete(self.loop.time(), tokens, self.call.model, events if tail else 0)
+
     def lease(self, server: str) -> Lease:
         """A lease with that server.  A plain answer begins when all is generated: its prompt is
         taken to be read after as long as that should take."""
@@ -10081,17 +10395,16 @@ class Exchange:
         lease = fleet.lease(server, now, self.call.prompt)
         if lease.pending and not self.call.stream:
             view = fleet.view(server)
-            speed = view.learned.prefill_tokens_per_s if view else 0.0
-            seconds = lease.pending / (speed or ASSUMED_SPEED)
-            fleet.answers_by(lease, now + seconds)
+            token_s = view.pace.prompt_token_s if view else 0.0
+            fleet.answers_by(lease, now + lease.pending * token_s)
         return lease
 
     def end_lease(self, lease: Lease) -> None:
         """A server has room again, for whoever is waiting for it."""
-        lease.end()
-        core = self.core
+        now, core = self.loop.time(), self.core
+        lease.end(now)
         if core.settings.queue_size or core.requests.queue:
-            core.requests.queue.served(self.loop.time())
+            core.requests.queue.served(now)
             core.requests.queue.hand_over(core.has_room)
 
     def commit(self, step: Relay, lease: Lease, answer: Answer) -> bool:
@@ -10258,7 +10571,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  47  watch
+#  49  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -10524,7 +10837,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  48  services
+#  50  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -10599,7 +10912,7 @@ class Services:
 
 
 # ============================================================================================
-#  49  operations
+#  51  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -10701,7 +11014,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  50  endpoints
+#  52  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -10811,7 +11124,8 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Core], Any]]] = {
     "/health": ("the fleet's state with each server's reason; always 200", lambda core:
                 health_report(core.fleet.views(), core.settings, clock_now())),
     "/load-stats": ("load, capacity and reports of each server", lambda core: load_report(
-        core.fleet.views(clock_now().monotonic), core.settings, clock_now(), core.roster.entries)
+        core.fleet.views(clock_now().monotonic), core.settings, clock_now(), core.roster.entries,
+        core.fleet.answers.means())
         | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
                      "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}}),
     "/status.json": ("what screen and page show", lambda core: core.status()),
@@ -10924,7 +11238,8 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
         "queue_length": len(core.requests.queue), "buffered_bytes": core.clients.backlog.bytes,
     }
     monotonic = clock_now().monotonic
-    now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process)
+    now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process,
+                 core.fleet.answers.means())
     page = expose(with_old_names([*core.metrics.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -10975,7 +11290,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  51  front
+#  53  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -11317,7 +11632,7 @@ class Front:
 
 
 # ============================================================================================
-#  52  following
+#  54  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -11447,7 +11762,7 @@ class Follower:
 
 
 # ============================================================================================
-#  53  commands
+#  55  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -11591,7 +11906,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  54  handover
+#  56  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -11774,7 +12089,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  55  balancer
+#  57  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -12008,7 +12323,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  56  process
+#  58  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -12124,7 +12439,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  57  command line
+#  59  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -12297,7 +12612,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  58  cells
+#  60  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -12572,7 +12887,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  59  table
+#  61  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -12804,7 +13119,7 @@ def marked(line: Line, width: int) -> Line:
 
 
 # ============================================================================================
-#  60  screen
+#  62  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -12997,6 +13312,8 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     pending, speed = (
         short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
     yield "prompts", f"{pending} tokens not answered yet, read at {speed} tokens/s", Style.PLAIN
+    step = f"{step_ms:.3g} ms" if (step_ms := server["step_ms"]) else "not learned yet"
+    yield "pace", f"{step} for a token of an answer, with no other work", Style.PLAIN
     p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
     yield "TTFT", f"{p50} median, {p95} p95, of the last minute", Style.PLAIN
     errors, retries = short_number(server["errors"]), short_number(server["retries"])
@@ -13092,7 +13409,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  61  keys
+#  63  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -13211,7 +13528,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  62  terminal
+#  64  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -13457,7 +13774,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  63  top
+#  65  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -13675,7 +13992,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  64  page
+#  66  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -13796,7 +14113,8 @@ vector-effect="non-scaling-stroke"/><polyline data-part="line" vector-effect="no
 </summary><div class="rest"><dl><dt>Address</dt><dd data-part="url"></dd>
 <dt>State</dt><dd data-part="reason"></dd></dl><dl><dt>Capacity</dt><dd data-part="capacity"></dd>
 <dt>Prompt tokens it has to read</dt><dd data-part="pending_prompt_tokens"></dd>
-<dt>Prompt tokens it reads per second</dt><dd data-part="prompt_tokens_per_second"></dd></dl>
+<dt>Prompt tokens it reads per second</dt><dd data-part="prompt_tokens_per_second"></dd>
+<dt>A token of an answer, with no other work</dt><dd data-part="step_ms"></dd></dl>
 <div><h3>Models</h3><ul data-part="every_model"></ul></div>
 <div><h3>Last errors</h3><ul data-part="last_errors"></ul></div>
 <div class="wide"><h3>Last decisions</h3><ul data-part="decisions"></ul></div>
@@ -13898,6 +14216,7 @@ function showServer(url, server) {
     + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
   put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
   put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second));
+  put(part.step_ms, known(server.step_ms) ? server.step_ms + " ms" : "–");
   fill(part.every_model, models);
   fill(part.last_errors, list(server.last_errors).map(text));
   fill(part.decisions, list(server.decisions).map(text));
@@ -14071,7 +14390,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  65  reference
+#  67  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -14263,7 +14582,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  66  deployment
+#  68  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -14534,7 +14853,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  67  traces
+#  69  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -14723,7 +15042,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  68  engine
+#  70  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -15063,7 +15382,7 @@ class Engine:
 
 
 # ============================================================================================
-#  69  replay
+#  71  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -15097,6 +15416,7 @@ class PolicyRouter:
             self.fleet.judge(server.id, Health.become, State.HEALTHY, "", 0.0)
         self.urls = [view.id for view in self.fleet.views()]
         self.policies, self.leases = Policies(s), dict[int, Lease]()
+        self.arrivals = dict[int, Arrival]()  # of those leases
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
         s = self.settings
@@ -15111,14 +15431,17 @@ class PolicyRouter:
         if ranking.asked is None:
             return None
         by.chosen(ranking.asked)
-        self.leases[number] = self.fleet.lease(ranking.asked.id, now, prompt)
+        self.leases[number], self.arrivals[number] = (
+            self.fleet.lease(ranking.asked.id, now, prompt), arrival)
         return self.urls.index(ranking.asked.id)
 
     def first_token(self, number: int, now: float) -> None:
         self.leases[number].answered(now, True)
 
     def finished(self, number: int, now: float) -> None:
-        self.leases.pop(number).end()
+        lease, arrival = self.leases.pop(number), self.arrivals.pop(number)
+        lease.complete(now, arrival.output_tokens, arrival.model)
+        lease.end(now)
 
     def scraped(self, server: int, report: EngineReport, now: float) -> None:
         url = self.urls[server]
@@ -15287,7 +15610,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  70  comparison
+#  72  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -15423,7 +15746,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  71  canned words
+#  73  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -15606,7 +15929,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  72  canned forms
+#  74  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -15957,7 +16280,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  73  simulation
+#  75  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -16222,7 +16545,7 @@ class Generation:
 
 
 # ============================================================================================
-#  74  demo
+#  76  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -16272,7 +16595,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  75  doctor
+#  77  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
