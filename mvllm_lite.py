@@ -64,78 +64,80 @@ the lines.
     29  client keys    · clients' keys and what each uses; whose stored responses are
     30  access         · who may come in, and to which path; proxies that are trusted
 
-    VI  what is counted  730 lines, for each request, and when asked for
+    VI  what is counted  950 lines, for each request, and when asked for
     31  documents      · what programs are shown in JSON
     32  metrics        · what is counted and measured, as families for Prometheus
     33  records        · what is written of requests and transitions: log lines, records, traces
-    34  status         · the last minute of each server; what screen, page and /status.json show
+    34  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    35  status         · what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    35  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    36  wire           ~ one connection: its buffer, its deadline, its end
-    37  secrets        ~ keys and certificates, and how a server is reached with them
-    38  client         ~ what we ask servers ourselves, over asyncio's streams
-    39  pool           ~ the connections to one server over which requests go, kept and reused
-    40  pump           ~ bytes on their way through, with back-pressure
-    41  response       ~ the client's side of an exchange
-    42  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    36  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    37  wire           ~ one connection: its buffer, its deadline, its end
+    38  secrets        ~ keys and certificates, and how a server is reached with them
+    39  client         ~ what we ask servers ourselves, over asyncio's streams
+    40  pool           ~ the connections to one server over which requests go, kept and reused
+    41  pump           ~ bytes on their way through, with back-pressure
+    42  response       ~ the client's side of an exchange
+    43  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,250 lines, for each request
-    43  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    44  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    45  attempt        ~ a request said to one server; its answer judged and passed on
-    46  case           ~ whose failure it was: suspects, deaths, content that is held off
-    47  accounts       ~ what is counted, kept and told of a request that has ended
-    48  exchange       ~ one request, from its head to its last byte
+    44  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    45  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    46  attempt        ~ a request said to one server; its answer judged and passed on
+    47  case           ~ whose failure it was: suspects, deaths, content that is held off
+    48  accounts       ~ what is counted, kept and told of a request that has ended
+    49  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    49  watch          ~ health checks, load reports
-    50  services       ~ what runs in the background because settings name it, as rows
-    51  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    52  endpoints      ~ the paths that the balancer answers itself, in one table
-    53  front          ~ where clients come in: connections accepted, requests let in
-    54  following      ~ the settings file, and the files that it names
-    55  commands       ~ subcommands as rows; settings from file, environment and flags
-    56  handover       ~ one process takes over from another, without a gap
-    57  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    50  watch          ~ health checks, load reports
+    51  services       ~ what runs in the background because settings name it, as rows
+    52  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    53  endpoints      ~ the paths that the balancer answers itself, in one table
+    54  front          ~ where clients come in: connections accepted, requests let in
+    55  following      ~ the settings file, and the files that it names
+    56  commands       ~ subcommands as rows; settings from file, environment and flags
+    57  handover       ~ one process takes over from another, without a gap
+    58  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          260 lines, at the start and at the end
-    58  process        ~ signals, systemd, limits of the system
-    59  command line   ~ what is common to all subcommands; the one that serves; `help`
+    59  process        ~ signals, systemd, limits of the system
+    60  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  seen             2,230 lines, on a terminal, for `top`, `help`, a browser at /status
-    60  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    61  table          · the servers in lines, as many columns as there is room for
-    62  screen         · what is seen there: the table and the lines around it
-    63  keys           · what keys do to it, and ask of the balancer
-    64  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    65  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    66  page           ~ the status for a browser: one HTML string
-    67  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    68  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    XI  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
+    61  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    62  table          · the servers in lines, as many columns as there is room for
+    63  views          · graphs of the fleet; models, requests and keys as tables
+    64  screen         · what is seen there: the table and the lines around it
+    65  keys           · what keys do to it, and ask of the balancer
+    66  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    67  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    68  page           ~ the status for a browser: one HTML string
+    69  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    70  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
    XII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    69  traces         · requests of the past: from files, or made up
-    70  engine         · a model of a vLLM server, in simulated time
-    71  replay         · those requests sent to such servers by any policy
-    72  comparison     ~ policies compared on a trace: the program of `replay`
-    73  canned words   · what a vLLM server would say, without a model; what it refuses
-    74  canned forms   · the same in the forms of its APIs, plain and streamed
-    75  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    76  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    77  doctor         ~ what is amiss with servers and settings, and what to do about it
+    71  traces         · requests of the past: from files, or made up
+    72  engine         · a model of a vLLM server, in simulated time
+    73  replay         · those requests sent to such servers by any policy
+    74  comparison     ~ policies compared on a trace: the program of `replay`
+    75  canned words   · what a vLLM server would say, without a model; what it refuses
+    76  canned forms   · the same in the forms of its APIs, plain and streamed
+    77  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    78  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    79  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (53) reads a head from the client's
-`Wire` (36), parses it (2), makes an `Exchange` (48) of it, and asks who may come in (30).  A local
-path is answered in room 52.  For any other the `Exchange` runs: the content is gathered (44) and
+A request walks through the rooms like this.  The `Front` (54) reads a head from the client's
+`Wire` (37), parses it (2), makes an `Exchange` (49) of it, and asks who may come in (30).  A local
+path is answered in room 53.  For any other the `Exchange` runs: the content is gathered (45) and
 read as a `Call` (13) with its `Prompt` (12), the `Keys` (29) admit it, and `relay_plan` (28) says
 step by step what to do.  Each `Relay` step names the server that was ranked best (25) in the view
-of the fleet (21) by a policy (24).  An `Attempt` (45) at that server holds the answer back until
-it is judged to be one (15), and then has the `Exchange` commit: the `Response` (41) begins, and a
-`Pump` (40) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (47) counts the request and writes its line.
+of the fleet (21) by a policy (24).  An `Attempt` (46) at that server holds the answer back until
+it is judged to be one (15), and then has the `Exchange` commit: the `Response` (42) begins, and a
+`Pump` (41) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (48) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -2915,6 +2917,7 @@ class OutboundRequest(NamedTuple):
     searches: bool  # for the server that has what is asked for
     asked_at: float  # when it was understood, on the loop's clock
     model_label: str
+    key: str = ""  # the name of the one by which it came in
 
     def encode_head(self, prefix: str, authority: str, key_line: str, rank: int | None) -> bytes:
         """The head for one server, or for its engine of that rank."""
@@ -3662,6 +3665,9 @@ def is_plain(value: Any, depth: int) -> bool:
 # is a new frozen Health.
 
 
+CHECKED_SINCE = "; its checks say: "
+
+
 class State(Enum):
     """mvllm's three words.  Only a healthy server is asked."""
 
@@ -3759,13 +3765,18 @@ class Health(NamedTuple):
             return health
         health = health._replace(shaky=self.shaky and not away)
         if health.shaky and (limit := health.window_limit_met(s)):
-            return health.become(State.UNHEALTHY, limit, now)
+            return health.still_out(limit, now)
         if health.successes >= s.health_check_consecutive_successes:
             return health._replace(window=health.window[-1:]).become(State.HEALTHY, good, now)
         if health.successes:
             return health
-        why = f"a check took {seconds:.1f} s" if passed else why
-        return health.become(State.UNHEALTHY, why, now)
+        return health.still_out(f"a check took {seconds:.1f} s" if passed else why, now)
+
+    def still_out(self, why: str, now: float) -> Health:
+        """Out for another reason; that of an open circuit still stands."""
+        if self.open_until is not None:
+            why = f"{self.reason.partition(CHECKED_SINCE)[0]}{CHECKED_SINCE}{why}"
+        return self.become(State.UNHEALTHY, why, now)
 
     def refused(self, why: str, now: float) -> Health:
         """After a check in which our key was rejected: nothing else can come of any request."""
@@ -4172,6 +4183,10 @@ class ServerView(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is in its state, in words; and what else is the matter with it."""
+        if self.draining or self.drained:
+            done = "drained by hand" if self.drained else "it leaves"
+            left = f", {self.counts.in_flight} in flight" * bool(self.counts.in_flight)
+            return f"{done}{left}" + f"; {self.health.reason}" * (not self.healthy)
         troubles = ["its weight is 0"] * (not self.settings.weight) + [self.report.trouble]
         return "; ".join([self.health.reason, *filter(None, troubles if self.healthy else ())])
 
@@ -6730,13 +6745,14 @@ def service_report() -> dict[str, Any]:
 
 def health_report(views: list[ServerView], s: Settings, clock: Clock) -> dict[str, Any]:
     """GET /health."""
-    healthy, every_s = sum(view.healthy for view in views), float(s.health_check_interval)
-    score = healthy / len(views) if views else 0.0
+    asked, every_s = [view for view in views if view.open], float(s.health_check_interval)
+    healthy = sum(view.healthy for view in asked)
+    score = healthy / len(asked) if asked else 0.0
     word = "healthy" if score >= 0.8 else "degraded" if score >= 0.5 else "unhealthy"
     return {
         "status": word if views else "no_servers", "health_score": score,
         "total_servers": len(views), "healthy_servers": healthy,
-        "unhealthy_servers": len(views) - healthy,
+        "unhealthy_servers": len(asked) - healthy, "drained_servers": len(views) - len(asked),
         "servers": [server_health(view, clock) for view in views],
         "config": {
             "health_check_enabled": s.enable_active_health_check,
@@ -7179,11 +7195,11 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================================================================================
-#  34  status
+#  34  recent past
 # ============================================================================================
 #
-# What people see of the fleet: the last minute of each server, and the document that the screen,
-# the page and /status.json share.
+# What is kept of the recent past, for people: the last minute of each server and model, the last
+# quarter of an hour of the fleet, requests that have ended, and events.
 
 
 MINUTE_S = 60.0
@@ -7193,6 +7209,11 @@ TTFB_KEPT = 300  # of one server's times to the first byte, of which quantiles a
 DECISIONS_SHOWN = 3  # of each server, among the last
 RANKINGS_LOOKED_AT = 30
 EVENTS_KEPT = 100
+ENDED_KEPT = 50  # requests
+RUNNING_SHOWN = 100  # requests, the oldest ones
+GRAPH_S = 10.0  # between two points of the fleet's graphs,
+GRAPH_POINTS = 90  # which are a quarter of an hour
+MODELS_SHOWN = 200
 
 
 class HistorySample(NamedTuple):
@@ -7255,11 +7276,62 @@ class History:
         return max(0, made) / (known[-1].at - known[0].at)
 
 
+class ModelCounts(NamedTuple):
+    """What was counted of one model since the start."""
+
+    requests: float = 0.0
+    failed: float = 0.0
+    first: Sequence[float] = ()  # times to the first token, by bucket
+
+
+def counts_by_model(metrics: Metrics) -> dict[str, ModelCounts]:
+    found = dict[str, ModelCounts]()
+    for (_, model, status), count in metrics.requests.children.items():
+        known = found.get(model, ModelCounts())
+        found[model] = ModelCounts(known.requests + count, known.failed + count * (status >= "500"))
+    for (model,), child in metrics.first_token.children.items():
+        found[model] = found.get(model, ModelCounts())._replace(first=child[:-1])
+    return found
+
+
+def bucket_quantile(counts: Sequence[float], bounds: Sequence[float], share: float) -> float | None:
+    """A quantile of what was counted in buckets, by interpolation; None of nothing."""
+    wanted, below = share * sum(counts), 0.0
+    for n, count in enumerate(counts):
+        if count and below + count >= wanted:
+            low = bounds[n - 1] if n else 0.0
+            high = bounds[n] if n < len(bounds) else bounds[-1]
+            return low + (high - low) * (wanted - below) / count
+        below += count
+    return None
+
+
+class EndedRequest(NamedTuple):
+    """A request that has ended, for people; times are the loop's."""
+
+    at: float
+    id: str
+    model: str
+    server: str
+    key: str | None
+    status: int
+    end: str
+    began_at: float
+    first_s: float | None
+    tokens: int | None
+
+
 class Recent:
-    """The recent past, for people: each server's history, events, and rankings by request."""
+    """The recent past, for people: each server's history, events, requests that have ended,
+    rankings by request, and the fleet's graphs."""
 
     def __init__(self) -> None:
         self.histories: dict[str, History] = {}
+        self.ended: deque[tuple[Any, ...]] = deque(maxlen=ENDED_KEPT)  # each an EndedRequest
+        self.models: deque[tuple[float, dict[str, ModelCounts]]] = deque(maxlen=SAMPLES_KEPT)
+        self.graph: deque[Totals] = deque(maxlen=GRAPH_POINTS)
+        self.graphed_at = -INFINITY
+        self.model_states: dict[str, str] = {}  # of models that somebody starts and stops
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
 
@@ -7300,6 +7372,13 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
 
 
+# ============================================================================================
+#  35  status
+# ============================================================================================
+#
+# What people see of the fleet: the document that the screen, the page and /status.json share.
+
+
 def state_word(view: ServerView, now: float) -> str:
     """What people are told of a server."""
     if view.draining or view.drained:
@@ -7324,6 +7403,7 @@ class ServerStatus(TypedDict):
     in_flight: int  # and those that it has from us
     capacity: int  # requests that it runs well at once
     capacity_learned: bool
+    capacity_seen: bool  # else a learned one is what was assumed before there was traffic
     capacity_note: str
     kv_usage_ratio: float | None
     weight: float
@@ -7346,7 +7426,8 @@ class Totals(TypedDict):
     """All servers in the status document."""
 
     healthy: int  # servers that are asked,
-    servers: int  # of so many
+    servers: int  # of so many,
+    drained: int  # of which so many are not to be asked: drained, leaving, or of weight 0
     queue: int
     in_flight: int
     connections: int  # of clients
@@ -7355,6 +7436,63 @@ class Totals(TypedDict):
     ttft_p50_s: float | None  # of streams of the last minute
     ttft_p95_s: float | None
     error_ratio: float  # of the last minute's requests
+
+
+class ModelStatus(TypedDict):
+    """One model in the status document; rates are of ten seconds, the rest of the last minute."""
+
+    model: str
+    state: str  # "served", "no server", or the word of who starts and stops it
+    servers: int  # that list it,
+    healthy: int  # and of these, those that are asked
+    in_flight: int
+    requests_per_s: float
+    tokens_per_s: float | None  # of servers of which it is the first model
+    ttft_p50_s: float | None
+    ttft_p95_s: float | None
+    errors: int  # requests whose clients saw a 5xx
+
+
+class RunningStatus(TypedDict):
+    """A request that is with a server."""
+
+    id: str
+    age_s: float
+    server: str
+    model: str
+    key: str  # its name
+    path: str
+    tokens: int | None  # pieces of a stream so far; None before its answer has begun
+
+
+class EndedStatus(TypedDict):
+    """A request that has ended."""
+
+    id: str
+    ago_s: float
+    server: str
+    model: str
+    key: str
+    status: int
+    end: str  # "complete", or the label of what ended it
+    duration_s: float
+    first_s: float | None
+    tokens: int | None  # by the server's word
+
+
+class RequestsStatus(TypedDict):
+    running: list[RunningStatus]  # the oldest first, RUNNING_SHOWN at most
+    ended: list[EndedStatus]  # the last first
+
+
+class KeyUsage(TypedDict):
+    """What a key has used since the start."""
+
+    name: str
+    requests: int
+    prompt: int  # tokens, as far as servers said them
+    cached: int
+    completion: int
 
 
 class StatusDocument(TypedDict):
@@ -7371,6 +7509,10 @@ class StatusDocument(TypedDict):
     queue: int
     totals: Totals
     servers: list[ServerStatus]
+    models: list[ModelStatus]
+    requests: RequestsStatus
+    keys: list[KeyUsage]
+    fleet: dict[str, Any]  # the last quarter of an hour: step_s, and lists, the newest last
     events: list[dict[str, str]]  # the last lines of the log: time, level, text
     live: dict[str, Any]  # what was changed by hand: added, removed, drained, weights
 
@@ -7388,7 +7530,7 @@ def status_of(
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
         "in_flight": view.counts.in_flight, "capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
-        "kv_usage_ratio": load.kv_usage_ratio,
+        "capacity_seen": view.learned.capacity is not None, "kv_usage_ratio": load.kv_usage_ratio,
         "weight": view.settings.weight, "tier": view.settings.tier,
         "tokens_per_s": rounded(history.tokens_per_s(now), 1),
         "ttft_p50_s": rounded(quantile(ttfb, 0.5)), "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
@@ -7414,6 +7556,7 @@ def totals_of(
     ttfb = [first for h in histories for first in h.ttfb_since(now - MINUTE_S)]
     return {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
+        "drained": sum(not view.open for view in views),
         "queue": process["queue"], "in_flight": sum(view.counts.in_flight for view in views),
         "connections": process["connections"], "requests_per_s": round(late / RATE_S, 2),
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
@@ -7422,18 +7565,79 @@ def totals_of(
     }
 
 
+def models_of(
+    views: Sequence[ServerView], recent: Recent, running: Sequence[RunningStatus], now: float
+) -> list[ModelStatus]:
+    """Each model that a server lists or that was asked for, in their order."""
+
+    def since(moment: float) -> dict[str, ModelCounts]:
+        return next((counts for at, counts in reversed(recent.models) if at <= moment), {})
+
+    minute, late = since(now - MINUTE_S), since(now - RATE_S)
+    counted = recent.models[-1][1] if recent.models else {}
+    names = dict.fromkeys([name for view in views for name in view.models or ()])
+    names |= dict.fromkeys([*recent.model_states, *counted])
+    found: list[ModelStatus] = []
+    for name in itertools.islice((one for one in names if one), MODELS_SHOWN):
+        listing = [view for view in views if name in (view.models or ())]
+        healthy = sum(view.healthy and view.open for view in listing)
+        rates = [recent.histories[view.id].tokens_per_s(now) for view in listing
+                 if view.id in recent.histories and next(iter(view.models or ()), "") == name]
+        this, then = counted.get(name, ModelCounts()), minute.get(name, ModelCounts())
+        before = late.get(name, ModelCounts())
+        first = [a - b for a, b in itertools.zip_longest(this.first, then.first, fillvalue=0.0)]
+        p50, p95 = (rounded(bucket_quantile(first, FIRST_BYTE_BOUNDS_S, share))
+                    for share in (0.5, 0.95))
+        state = recent.model_states.get(name) or ("served" if healthy else "no server")
+        found.append({
+            "model": name, "state": state, "servers": len(listing), "healthy": healthy,
+            "in_flight": sum(one["model"] == name for one in running),
+            "requests_per_s": round((this.requests - before.requests) / RATE_S, 2),
+            "tokens_per_s": rounded(sum(rate or 0.0 for rate in rates), 1) if rates else None,
+            "ttft_p50_s": p50, "ttft_p95_s": p95, "errors": round(this.failed - then.failed)})
+    return found
+
+
+def ended_report(recent: Recent, now: float) -> list[EndedStatus]:
+    return [{"id": one.id, "ago_s": round(now - one.at, 1), "server": one.server,
+             "model": one.model, "key": one.key or "", "status": one.status, "end": one.end,
+             "duration_s": round(one.at - one.began_at, 4), "first_s": rounded(one.first_s),
+             "tokens": one.tokens} for one in map(EndedRequest._make, reversed(recent.ended))]
+
+
+def keys_report(metrics: Metrics) -> list[KeyUsage]:
+    found = dict[str, KeyUsage]()
+    counted = [(name, "requests", count)
+               for (name, _), count in metrics.key_requests.children.items()]
+    counted += [(name, kind, count) for (name, _, kind), count in metrics.usage.children.items()]
+    for name, kind, count in counted:
+        used = found.setdefault(name, {"name": name, "requests": 0, "prompt": 0, "cached": 0,
+                                       "completion": 0})
+        used[kind] += round(count)  # type: ignore[literal-required]
+    return [used for _, used in sorted(found.items())]
+
+
+GRAPHS = ("requests_per_s", "tokens_per_s", "ttft_p50_s", "ttft_p95_s", "queue", "error_ratio")
+
+
+def graphs_of(recent: Recent) -> dict[str, Any]:
+    return {"step_s": GRAPH_S, **{name: [point[name] for point in recent.graph]  # type: ignore
+                                  for name in GRAPHS}}
+
+
 def status_report(
     views: Sequence[ServerView], roster: Roster, recent: Recent, clock: Clock, s: Settings,
     process: Mapping[str, Any],
 ) -> StatusDocument:
-    """`process` has the members that are of the process."""
+    """`process` has the members that are of the process, and of its requests."""
     entries, decisions = roster.entries, recent.decisions()
     servers = [status_of(view, entries.get(view.server), recent, clock, s,
                          decisions.get(view.id, [])) for view in views]
     return {
         "version": __version__, "time": (clock.iso(clock.monotonic) or "")[11:19], **process,
         "totals": totals_of(views, recent, clock.monotonic, process), "servers": servers,
-        "events": list(recent.events), "live": roster.report(),
+        "models": models_of(views, recent, process["requests"]["running"], clock.monotonic),
+        "fleet": graphs_of(recent), "events": list(recent.events), "live": roster.report(),
     }  # type: ignore[typeddict-item]
 
 
@@ -7441,7 +7645,7 @@ def status_report(
 
 
 # ============================================================================================
-#  35  sockets
+#  36  sockets
 # ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -7601,7 +7805,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================================================================================
-#  36  wire
+#  37  wire
 # ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -8000,7 +8204,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================================================================================
-#  37  secrets
+#  38  secrets
 # ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -8166,7 +8370,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================================================================================
-#  38  client
+#  39  client
 # ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -8362,7 +8566,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================================================================================
-#  39  pool
+#  40  pool
 # ============================================================================================
 #
 # The connections to one server over which requests are passed on.
@@ -8491,7 +8695,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================================================================================
-#  40  pump
+#  41  pump
 # ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -8514,9 +8718,9 @@ class Pump:
     """
 
     __slots__ = (
-        "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "tail",
-        "moved_at", "_notation", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen", "_gaps",
-        "_gaps_child",
+        "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "pieces",
+        "tail", "moved_at", "_notation", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen",
+        "_gaps", "_gaps_child",
     )
 
     def __init__(
@@ -8529,7 +8733,7 @@ class Pump:
         self.done: asyncio.Future[None] = client.loop.create_future()
         # Pieces go on as they are.
         self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))
-        self.sent_bytes = 0
+        self.sent_bytes = self.pieces = 0
         self.first_at: float | None = None  # when the first piece came
         # The last pieces, of what was shown before, too.
         self.tail: deque[bytes] = deque((shown,), maxlen=TAIL_PIECES)
@@ -8567,6 +8771,7 @@ class Pump:
             last = content if len(content) <= TAIL_BYTES else content[-TAIL_BYTES:]
             self.tail.append(bytes(last))
             self.sent_bytes += len(content)
+            self.pieces += 1
             if self.chunked:
                 out = data if decoder.verbatim else encode_chunk(content)
         if len(data) - len(content) > TINY_CHUNKS_BYTES:  # others have their turn between them
@@ -8699,7 +8904,7 @@ class Tunnel:
 
 
 # ============================================================================================
-#  41  response
+#  42  response
 # ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -8937,7 +9142,7 @@ class Response:
 
 
 # ============================================================================================
-#  42  logging
+#  43  logging
 # ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -9261,7 +9466,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  43  core
+#  44  core
 # ============================================================================================
 #
 # What all exchanges, watchers and local pages work with: the state of the running balancer.
@@ -9276,6 +9481,9 @@ class Running(Protocol):
     begun_at: float
     content_bytes: int
     pump: Pump | None
+    server: str
+    request: OutboundRequest
+    response: Response
 
     @property
     def waits(self) -> bool: ...
@@ -9435,6 +9643,15 @@ class Requests:
         self.stored = StoredResponses()
         self.running: dict[str, set[Running]] = {}  # by server
 
+    def report(self, now: float) -> list[RunningStatus]:
+        """Those that are with servers, the oldest first."""
+        attempts = sorted((one for found in self.running.values() for one in found),
+                          key=lambda one: one.request.asked_at)
+        return [{"id": one.response.id, "age_s": round(now - one.request.asked_at, 1),
+                 "server": one.server, "model": one.request.model_label, "key": one.request.key,
+                 "path": one.request.path[:200], "tokens": one.pump and one.pump.pieces}
+                for one in attempts[:RUNNING_SHOWN]]
+
 
 class Core:
     """The balancer owns it, and replaces its settings on reload; a request keeps those that it
@@ -9477,9 +9694,23 @@ class Core:
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
             "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
+            "requests": {"running": self.requests.report(now.monotonic),
+                         "ended": ended_report(self.recent, now.monotonic)},
+            "keys": keys_report(self.metrics),
         }
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
+
+    def sample(self, now: float) -> None:
+        """For the recent past, once a second."""
+        views, recent = self.fleet.views(), self.recent
+        for view in views:
+            recent.history(view.id).sample(view, now, self.settings.metrics_interval)
+        recent.models.append((now, counts_by_model(self.metrics)))
+        if now >= recent.graphed_at + GRAPH_S:
+            recent.graphed_at = now
+            recent.graph.append(totals_of(views, recent, now, {
+                "queue": len(self.requests.queue), "connections": len(self.clients.tasks)}))
 
     def goes_well(self, id: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
@@ -9586,7 +9817,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================================================================================
-#  44  intake
+#  45  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -9724,7 +9955,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  45  attempt
+#  46  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -9947,7 +10178,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  46  case
+#  47  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -10085,7 +10316,7 @@ class Case:
 
 
 # ============================================================================================
-#  47  accounts
+#  48  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -10113,6 +10344,9 @@ def account(x: Exchange) -> None:
         usage = response.usage
         for kind, tokens in usage.items():
             metrics.usage.add(key, model, kind, amount=tokens)
+    core.recent.ended.append((  # an EndedRequest; this is for each request
+        now, response.id, model, server, x.key and x.key.name, response.status, response.end,
+        trail.began_at, first_s if response.streams else None, usage.get("completion")))
     if core.trace is not None and server and response.status < 500:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
@@ -10138,7 +10372,7 @@ def facts_of(
 
 
 # ============================================================================================
-#  48  exchange
+#  49  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -10280,7 +10514,7 @@ class Exchange:
         self.case.request = request = OutboundRequest(
             self.head, to.path, f"{fields}X-Request-Id: {self.response.id}\r\n", key_lines,
             self.body, self.body.framed, to.infers, to.searches, self.trail.asked_at,
-            self.trail.model)
+            self.trail.model, self.key.name if self.key else "")
         return request
 
     def plan(self, request: OutboundRequest) -> Plan:
@@ -10571,7 +10805,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  49  watch
+#  50  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -10837,7 +11071,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  50  services
+#  51  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -10912,7 +11146,7 @@ class Services:
 
 
 # ============================================================================================
-#  51  operations
+#  52  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -11014,7 +11248,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  52  endpoints
+#  53  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -11290,7 +11524,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  53  front
+#  54  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -11632,7 +11866,7 @@ class Front:
 
 
 # ============================================================================================
-#  54  following
+#  55  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -11762,7 +11996,7 @@ class Follower:
 
 
 # ============================================================================================
-#  55  commands
+#  56  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -11906,7 +12140,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  56  handover
+#  57  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12089,7 +12323,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  57  balancer
+#  58  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -12256,9 +12490,7 @@ class Balancer:
             if loop.time() >= sampled_at + 1:
                 sampled_at = loop.time()
                 self.core.retire_departed(sampled_at)
-                for view in self.core.fleet.views():
-                    interval_s = self.core.settings.metrics_interval
-                    self.core.recent.history(view.id).sample(view, sampled_at, interval_s)
+                self.core.sample(sampled_at)
             if (late_s := loop.time() - due) > STALL_S:
                 self.core.process.stalled_at = loop.time()
                 self.core.metrics.stalls.add()
@@ -12323,7 +12555,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  58  process
+#  59  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -12439,7 +12671,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  59  command line
+#  60  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -12612,7 +12844,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  60  cells
+#  61  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -12670,6 +12902,7 @@ class Look(NamedTuple):
 
 class Mode(Enum):
     LIST = "list"
+    VIEW = "view"  # another one than that of servers
     DETAIL = "detail"
     HELP = "help"
 
@@ -12689,7 +12922,8 @@ class Ui(NamedTuple):
     scroll: int = 0  # rows of the list that are above the screen
     lines_up: int = 0  # the same of the detail, or the help
     page: int = 10  # rows that are seen at once
-    sort: str = "given"
+    sort: str = "trouble"
+    view: str = ""  # one of VIEWS, in Mode.VIEW
     filter: str = ""
     typed: str | None = None  # a filter that is being typed
     asked: Action | None = None  # waits for y or n
@@ -12887,7 +13121,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  61  table
+#  62  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -12958,6 +13192,7 @@ def unknown_last(value: float | None) -> float:
 
 # How the list can be sorted: by name in words, and what is first has the lowest value.
 SORTS: dict[str, Callable[[Document], Any]] = {
+    "trouble": lambda server: (state_style(server) is not Style.BAD, not server["errors"]),
     "given": lambda server: 0,
     "name": lambda server: server["name"],
     "state": lambda server: (server["state"] == "healthy", server["state"]),
@@ -13112,14 +13347,158 @@ def reason_line(server: Document, look: Look, width: int) -> Line:
     return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
 
 
-def marked(line: Line, width: int) -> Line:
-    """A row as the selected one: by a mark, too, for who sees no inverse."""
-    text = "".join(text for text, _ in line)
-    return [(pad(cut(f">{text[1:]}", width), width), Style.SELECTED)]
+def marked(line: Line) -> Line:
+    """A row as the selected one: by a mark and its name, so that its colours stay."""
+    (start, _), (name, _), *rest = line
+    return [(">" + start[1:], Style.SELECTED), (name, Style.SELECTED), *rest]
 
 
 # ============================================================================================
-#  62  screen
+#  63  views
+# ============================================================================================
+#
+# What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
+
+# Graphs of the fleet, by what the document calls them: what is read beside each.
+GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "requests_per_s": ("requests/s", short_number), "tokens_per_s": ("tokens/s", short_number),
+    "ttft_p50_s": ("TTFT p50", short_time), "ttft_p95_s": ("TTFT p95", short_time),
+    "queue": ("queue", short_number), "error_ratio": ("errors", percent),
+}
+
+
+def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]:
+    """Values, the newest at the right, as columns of that many rows; the highest fills them."""
+    top = max((value for value in values if known(value)), default=0.0) or 1.0  # type: ignore
+    steps, lines = len(look.levels), list[str]()
+    heights = [None if not known(value) else math.ceil(value / top * steps * rows - 1e-9)
+               for value in values]  # type: ignore[operator]
+    for row in reversed(range(rows)):
+        marks = ((" " if height is None or (row and height <= row * steps) else
+                  look.levels[max(0, min(steps, height - row * steps) - 1)]) for height in heights)
+        lines.append("".join(marks))
+    return lines
+
+
+def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line]:
+    """The last quarter of an hour, in that many rows."""
+    if rows < 1:
+        return []
+    lines: list[Line] = [[(f"{look.rule * 2} the last 15 minutes ", Style.DIM),
+                          (look.rule * (width - 23), Style.DIM)]]
+    tall, wide = (rows - 1) // len(GRAPHED), max(1, (width - 20) // GRAPH_POINTS)
+    for name, (label, form) in GRAPHED.items():
+        values = fleet[name][-max(1, (width - 20) // wide):]
+        now, top = (form(value) for value in (
+            values[-1] if values else None, max(filter(known, values), default=None)))
+        drawn = graph_of([value for value in values for _ in range(wide)], tall, look)
+        for n, line in enumerate(drawn):
+            words = f"{label:11}{now:>6}" if n == tall - 1 else f"{top:>17}" if n == 0 else ""
+            lines.append([(f"{words:18}", Style.PLAIN if n == tall - 1 else Style.DIM),
+                          (line, Style.BAR)])
+    return lines
+
+
+# The other views, by Tab.
+
+
+class ViewColumn(NamedTuple):
+    """A column of a view; `width` is the most that it takes when there is not room for all."""
+
+    head: str
+    text: Callable[[Document], str]
+    right: bool = True
+    style: Callable[[Document], Style] = plain
+    width: int = 100
+
+
+class View(NamedTuple):
+    """Another table than that of the servers."""
+
+    rows: Callable[[Document], Sequence[Document]]
+    columns: Sequence[ViewColumn]  # the last ones are left out first
+    empty: str  # what is said when there are no rows
+
+
+def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], str]:
+    return lambda row: form(row[key]) if row[key] not in (None, "") else "-"
+
+
+def request_rows(status: Document) -> list[Document]:
+    """Those that run, and below them the last that have ended."""
+    running = [{**one, "time_s": one["age_s"], "first_s": None, "bad": False,
+                "end": "runs" if one["tokens"] else "waits for its first token"}
+               for one in status["requests"]["running"]]
+    ended = [{**one, "time_s": one["duration_s"], "bad": one["status"] >= 400,
+              "end": f"{one['status']} {one['end']}, {long_time(one['ago_s'])} ago"}
+             for one in status["requests"]["ended"]]
+    return [*running, *ended]
+
+
+def short_server(url: str) -> str:
+    return url.partition("://")[2] or url
+
+
+# To add a view: its row; Tab comes to it.
+VIEWS: dict[str, View] = {
+    "models": View(lambda status: status["models"], (
+        ViewColumn("MODEL", text_at("model"), False, width=30),
+        ViewColumn("STATE", text_at("state"), False, lambda row: (
+            Style.GOOD if row["state"] == "served" else Style.WARN), 24),
+        ViewColumn("SERVERS", lambda row: f"{row['healthy']}/{row['servers']}", True, lambda row: (
+            Style.PLAIN if row["healthy"] == row["servers"] else Style.WARN)),
+        ViewColumn("OURS", text_at("in_flight", short_number)),
+        ViewColumn("REQ/S", text_at("requests_per_s", short_number)),
+        ViewColumn("TOK/S", text_at("tokens_per_s", short_number)),
+        ViewColumn("TTFT 50/95", lambda row: time_pair(row["ttft_p50_s"], row["ttft_p95_s"])),
+        ViewColumn("ERR", text_at("errors", short_number), True, failure_style),
+    ), "no server has listed a model, and none was asked for"),
+    "requests": View(request_rows, (
+        ViewColumn("TIME", text_at("time_s", short_time)),
+        ViewColumn("SERVER", text_at("server", short_server), False, width=22),
+        ViewColumn("TOKENS", text_at("tokens", short_number)),
+        ViewColumn("HOW", text_at("end"), False, lambda row: (
+            Style.BAD if row["bad"] else Style.PLAIN), 34),
+        ViewColumn("MODEL", text_at("model"), False, width=24),
+        ViewColumn("KEY", text_at("key"), False, width=12),
+        ViewColumn("TTFT", text_at("first_s", short_time)),
+        ViewColumn("ID", text_at("id"), False),
+    ), "no requests yet"),
+    "keys": View(lambda status: status["keys"], (
+        ViewColumn("KEY", lambda row: row["name"] or "(no key)", False, width=30),
+        ViewColumn("REQUESTS", text_at("requests", short_number)),
+        ViewColumn("PROMPT", text_at("prompt", short_number)),
+        ViewColumn("CACHED", text_at("cached", short_number)),
+        ViewColumn("COMPLETION", text_at("completion", short_number)),
+    ), "nobody has used anything yet"),
+}
+
+
+def view_lines(view: View, status: Document, look: Look, width: int) -> list[Line]:
+    """A view as a table: its head, and a line for each row."""
+    rows = list(view.rows(status))
+    if not rows:
+        return [[(view.empty, Style.DIM)]]
+    shown, left = list[tuple[ViewColumn, int]](), width
+    for column in view.columns:
+        wants = max(cells(column.head), *(cells(column.text(row)) for row in rows))
+        size = min(wants, column.width if left < 110 else 2 * column.width, left)
+        if size < min(wants, 4):
+            break
+        shown.append((column, size))
+        left -= size + 2
+
+    def line(text: Callable[[ViewColumn], str], style: Callable[[ViewColumn], Style]) -> Line:
+        return [(pad(fit(text(column), size, look), size, column.right) + "  ", style(column))
+                for column, size in shown]
+
+    return [line(lambda column: column.head, lambda column: Style.HEAD),
+            *(line(lambda column: column.text(row), lambda column: column.style(row))
+              for row in rows)]
+
+
+# ============================================================================================
+#  64  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -13140,12 +13519,13 @@ def total_items(status: Document) -> list[Span]:
     """The fleet in one line, what matters most first."""
     t = status["totals"]
     healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
-    style = Style.GOOD if healthy == servers else Style.WARN if healthy else Style.BAD
-    words = f"{healthy} of {servers} healthy" if servers else "no servers"
+    drained = t["drained"] or 0
+    style = Style.BAD if not healthy else Style.WARN if healthy < servers - drained else Style.GOOD
+    words = f"{healthy} of {servers - drained} healthy" if servers else "no servers"
     ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
     wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
     return [
-        (words, style), *wrong,
+        (words, style), (f"{drained} drained" * bool(drained), Style.WARN), *wrong,
         (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
         (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
         (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
@@ -13192,6 +13572,7 @@ def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 KEYS = (
     ("q", "quit, or back", "quit"), ("?", "help, this page", "help"),
+    ("Tab", "servers, models, requests, keys: the next view", "view"),
     ("Enter", "all about the selected server", "detail"),
     ("d", "drain it, or undo that; asks before", "drain"),
     ("/", "filter by name, state or model", "filter"), ("s", "sort by the next column", "sort"),
@@ -13200,6 +13581,13 @@ KEYS = (
     ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
     ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
 )
+
+
+MODE_KEYS = {  # besides q
+    Mode.DETAIL: (("d", "drain"), ("r", "probe"), ("j k", "down, up"), ("p", "pause"),
+                  ("?", "help")),
+    Mode.VIEW: (("Tab", "next view"), ("j k", "down, up"), ("p", "pause"), ("?", "help")),
+}
 
 
 def key_line(ui: Ui, place: str, width: int) -> Line:
@@ -13212,8 +13600,13 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
     if ui.note:
         return [(ui.note, Style.TITLE)]
     if ui.mode is not Mode.LIST:
-        return [("q", Style.KEY), (" back  ", Style.DIM), (place, Style.DIM)]
-    line: Line = []
+        line, left = list[Span](), width - cells(place)
+        for key, word in (("q", "back"), *MODE_KEYS.get(ui.mode, ())):
+            if len(key) + len(word) + 3 <= left:
+                line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
+                left -= len(key) + len(word) + 3
+        return [*line, (place, Style.DIM)]
+    line = []
     left = width - cells(place) - 2 * bool(place)
     if ui.filter:
         line = [(cut(f"/{ui.filter}  ", max(0, left)), Style.KEY)]
@@ -13242,7 +13635,7 @@ def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Lin
     return lines
 
 
-# The three screens.
+# The screens.
 
 
 class Frame(NamedTuple):
@@ -13251,6 +13644,7 @@ class Frame(NamedTuple):
     top: list[Line]
     table: int  # rows for servers
     reasons: bool  # whether reasons have lines of their own
+    graphs: int  # rows for graphs
     events: int  # rows for events
 
 
@@ -13263,7 +13657,11 @@ def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
     reasons = with_reasons <= free - least
     table = min(with_reasons if reasons else len(servers), free - least)
     events = free - table
-    return Frame(top, table + (events if events < 2 else 0), reasons, events if events > 1 else 0)
+    tall = min(4, (events - max(least, 7) - 1) // len(GRAPHED))  # rows of each graph
+    graphs = 1 + tall * len(GRAPHED) if tall > 0 and len(status["fleet"]["queue"]) > 1 else 0
+    events -= graphs
+    return Frame(top, table + (events if events < 2 else 0), reasons, graphs,
+                 events if events > 1 else 0)
 
 
 def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
@@ -13275,13 +13673,14 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     window = servers[ui.scroll : ui.scroll + max(0, parts.table)]
     for server in window:
         line = server_line(server, name_width, shown, look, parts.reasons, width)
-        rows.append(marked(line, width) if server["url"] == ui.selected else line)
+        rows.append(marked(line) if server["url"] == ui.selected else line)
         if parts.reasons and is_out(server):
             rows.append(reason_line(server, look, width))
     if not servers:
         rows = [[("no server matches the filter" if status["servers"] else
                   "no servers in the settings", Style.WARN)]]
     rows = (rows + [[]] * parts.table)[: parts.table]
+    rows += graph_lines(status["fleet"], parts.graphs, look, width)
     events = event_lines(status, parts.events, look, width)
     rows += events + [[]] * (parts.events - len(events))
     end = ui.scroll + len(window)
@@ -13301,17 +13700,22 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     old = " (reported some time ago)" if server["stale"] else ""
     running, waiting, ours = (
         short_number(server[key]) for key in ("running", "waiting", "in_flight"))
-    words = f"{running} running, {waiting} waiting{old}; {ours} of ours in flight"
+    words = f"{running} running, {waiting} waiting{old}" if known(server["running"]) else (
+        "never reported")
+    words += f"; {ours} of ours in flight"
     yield "requests", words, Style.PLAIN
     ratio, note = load_ratio(server), server["capacity_note"]
-    learned = "learned" if server["capacity_learned"] else "as set"
+    learned = ("as set" if not server["capacity_learned"] else
+               "learned" if server["capacity_seen"] else "assumed, until there is traffic")
     words = f"{bar_of(ratio, 10, look)} {percent(ratio)} of {short_number(server['capacity'])}"
     yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
-    yield "KV cache", percent(server["kv_usage_ratio"]) + old, Style.PLAIN
+    usage = server["kv_usage_ratio"]
+    yield "KV cache", percent(usage) + old if known(usage) else "never reported", Style.PLAIN
     yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
     pending, speed = (
         short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
-    yield "prompts", f"{pending} tokens not answered yet, read at {speed} tokens/s", Style.PLAIN
+    read = f"read at {speed} tokens/s" if speed != "0" else "its speed was not seen yet"
+    yield "prompts", f"{pending} tokens not answered yet, {read}", Style.PLAIN
     step = f"{step_ms:.3g} ms" if (step_ms := server["step_ms"]) else "not learned yet"
     yield "pace", f"{step} for a token of an answer, with no other work", Style.PLAIN
     p50, p95 = short_time(server["ttft_p50_s"]), short_time(server["ttft_p95_s"])
@@ -13358,6 +13762,9 @@ def help_lines(width: int) -> list[Line]:
 
 def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, list[Line]]:
     """The title and the text of a screen that is not the list."""
+    if ui.mode is Mode.VIEW:
+        title = packed([(ui.view.upper(), Style.TITLE), *total_items(status)], size.columns)
+        return title, view_lines(VIEWS[ui.view], status, look, size.columns)
     server = selected(ui, status)
     if ui.mode is Mode.HELP or server is None:
         return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns)
@@ -13409,7 +13816,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  63  keys
+#  65  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -13429,9 +13836,13 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     if key in ("q", "esc"):
         return leave(key, ui, status)
     if key == "?":
-        return ui._replace(mode=Mode.HELP, lines_up=0), None
+        return ui._replace(mode=Mode.HELP, view="", lines_up=0), None
     if key == "p":
         return ui._replace(paused=not ui.paused), None
+    if key == "tab":
+        views = ["", *VIEWS]
+        view = views[(views.index(ui.view) + 1) % len(views)]
+        return ui._replace(mode=Mode.VIEW if view else Mode.LIST, view=view, lines_up=0), None
     if ui.mode is Mode.LIST and key == "s":
         names = list(SORTS)
         return ui._replace(sort=names[(names.index(ui.sort) + 1) % len(names)]), None
@@ -13483,7 +13894,7 @@ def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
 def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     """Back to where one came from; from the list, q leaves the program."""
     if ui.mode is not Mode.LIST:
-        return ui._replace(mode=Mode.LIST, lines_up=0), None
+        return ui._replace(mode=Mode.LIST, view="", lines_up=0), None
     if key == "esc":
         return ui._replace(filter=""), None
     running = status["totals"]["in_flight"]
@@ -13495,7 +13906,7 @@ def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
 
 def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
     """Keys about the selected server."""
-    if server is None or ui.mode is Mode.HELP:
+    if server is None or ui.mode in (Mode.HELP, Mode.VIEW):
         return ui, None
     url, name = server["url"], server["name"]
     if key == "enter":
@@ -13518,7 +13929,7 @@ FUNCTION_KEYS = {
     "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
     "KEY_ENTER": "enter", "KEY_BACKSPACE": "backspace", "KEY_RESIZE": "redraw",
 }
-CONTROLS = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
+CONTROLS = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
             "\x0c": "redraw", "\x1b": "esc"}
 
 
@@ -13528,7 +13939,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  64  terminal
+#  66  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -13774,7 +14185,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  65  top
+#  67  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -13992,7 +14403,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  66  page
+#  68  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -14390,7 +14801,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  67  reference
+#  69  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -14582,7 +14993,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  68  deployment
+#  70  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -14853,7 +15264,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  69  traces
+#  71  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -15042,7 +15453,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  70  engine
+#  72  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -15382,7 +15793,7 @@ class Engine:
 
 
 # ============================================================================================
-#  71  replay
+#  73  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -15610,7 +16021,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  72  comparison
+#  74  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -15746,7 +16157,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  73  canned words
+#  75  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -15929,7 +16340,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  74  canned forms
+#  76  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -16280,7 +16691,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  75  simulation
+#  77  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -16545,7 +16956,7 @@ class Generation:
 
 
 # ============================================================================================
-#  76  demo
+#  78  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -16595,7 +17006,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  77  doctor
+#  79  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

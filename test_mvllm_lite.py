@@ -13591,7 +13591,8 @@ def shown_server(n, **more):
         "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
         "reason": "check passed", "since_s": 130.0, "models": ["llama-3-70b"], "running": 3,
         "waiting": 0, "in_flight": 3, "capacity": 16, "capacity_learned": False,
-        "capacity_note": "", "kv_usage_ratio": 0.42, "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
+        "capacity_seen": True, "capacity_note": "", "kv_usage_ratio": 0.42,
+        "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
         "ttft_p95_s": 0.3, "errors": 0, "retries": 0, "pending_prompt_tokens": 1200,
         "prompt_tokens_per_second": 9000, "step_ms": 12.3, "stale": False,
         "history": [n / 20 for n in range(20)], "last_errors": ["14:02:01 connection refused"],
@@ -13601,13 +13602,17 @@ def shown_server(n, **more):
 
 def document(servers, **more):
     healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
+    drained = sum(shown_server["state"] == "draining" for shown_server in servers)
     totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
-              "connections": 40, "requests_per_s": 3.2, "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
+              "connections": 40, "drained": drained, "requests_per_s": 3.2,
+              "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
               "ttft_p95_s": 0.4, "error_ratio": 0.01}
     return {
         "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
         "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
         "settings": "unchanged since the start", "totals": totals, "servers": servers,
+        "models": [], "requests": {"running": [], "ended": []}, "keys": [],
+        "fleet": {"step_s": 10.0, **{name: [] for name in lite.GRAPHED}},
         "events": [
             {"time": "14:01:00", "level": "info", "text": "10.0.0.1:8000 is healthy"},
             {"time": "14:02:01", "level": "warning",
@@ -13629,7 +13634,7 @@ SHOWN_STATUS = document([
            stale=True),
 ])
 MANY = document([shown_server(n) for n in range(1, 61)])
-TOP_SERVER, SECOND = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
+TOP_SERVER, SECOND, OUT_SERVER = (f"http://10.0.0.{n}:8000" for n in (1, 2, 3))
 SHOWN_IDLE = document([shown_server(1)], totals={**SHOWN_STATUS["totals"], "in_flight": 0})
 DRAINED_SERVER = "http://10.0.0.4:8000"
 
@@ -13644,13 +13649,13 @@ def text_of(status, ui, look, columns, rows):
 CAPTURED = [
     (80, 24, """
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
-2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms
+2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
 settings unchanged since the start
   SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
-> 10.0.0.1:8000 healthy   llama-3…   3    0    3 ██░░░░   16  42%   60/300ms   0
-  10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
- !10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
+>!10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
    └ 3 checks failed in a row: connection refused, for 2 min
+  10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
+  10.0.0.1:8000 healthy   llama-3…   3    0    3 ██░░░░   16  42%   60/300ms   0
  ?10.0.0.4:8000 draining  qwen, l…  1?   0?    1 █░░░░░   16 42%?   60/300ms   0
 ── events ──────────────────────────────────────────────────────────────────────
 14:01:00 10.0.0.1:8000 is healthy
@@ -13666,17 +13671,17 @@ settings unchanged since the start
 
 
 
-q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble
 """),
     (120, 40, """
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
-2 of 4 healthy  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
+2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
 settings unchanged since the start
   SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
-> 10.0.0.1:8000 healthy   llama-3-70b       3    0    3 ██░░░░   16  42%   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
-  10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
- !10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
+>!10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
    └ 3 checks failed in a row: connection refused, for 2 min
+  10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
+  10.0.0.1:8000 healthy   llama-3-70b       3    0    3 ██░░░░   16  42%   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
  ?10.0.0.4:8000 draining  qwen, lora (+2)  1?   0?    1 █░░░░░   16 42%?   120   60/300ms   0     0 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
 ── events ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 14:01:00 10.0.0.1:8000 is healthy
@@ -13708,19 +13713,19 @@ settings unchanged since the start
 
 
 
-q quit  ? help  Enter detail  d drain  / filter  s sort given  r probe  p pause
+q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble  r probe  p pause
 """),  # noqa: E501
     (40, 10, """
 mvllm_lite 0.1.0  up 65 min     14:03:22
-2 of 4 healthy  queue 0  in flight 12
+2 of 3 healthy  1 drained  queue 0
 settings unchanged since the start
   SERVER        STATE     RUN WAIT OURS
-> 10.0.0.1:8000 healthy     3    0    3
-  10.0.0.2:8000 healthy    15    4   15
- !10.0.0.3:8000 unhealthy   -    -    0
+>!10.0.0.3:8000 unhealthy   -    -    0
    └ 3 checks failed in a row: connecti…
+  10.0.0.2:8000 healthy    15    4   15
+  10.0.0.1:8000 healthy     3    0    3
  ?10.0.0.4:8000 draining   1?   0?    1
-q quit  ? help  Enter detail  d drain
+q quit  ? help  Tab view  Enter detail
 """),
 ]
 
@@ -13734,9 +13739,9 @@ def test_the_list_looks_like_this(columns, rows, expected):
 
 def test_at_20x5_there_are_totals_servers_and_keys():
     assert text_of(SHOWN_STATUS, Ui(), Look(False), 20, 5) == [
-        "2 of 4 healthy",
+        "2 of 3 healthy",
         "  SERVER        STAT",
-        "> 10.0.0.1:8000 ok",
+        ">!10.0.0.3:8000 down",
         "  10.0.0.2:8000 ok",
         "q quit      1-2 of 4",
     ]
@@ -13744,8 +13749,81 @@ def test_at_20x5_there_are_totals_servers_and_keys():
 
 def test_where_rows_are_few_the_reason_takes_the_place_of_the_numbers():
     lines = text_of(SHOWN_STATUS, Ui(), Look(), 80, 8)
-    assert f" !10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
+    assert f">!10.0.0.3:8000 unhealthy {shown_REFUSED}, for 2 m…" in lines
     assert any("draining  qwen" in line for line in lines)  # its numbers are of interest
+
+
+def test_the_selected_row_keeps_its_colours():
+    def styles(lines):
+        (row,) = (line for line in lines if len(line) > 9 and "10.0.0.2:8000" in line[1][0])
+        return [style for _, style in row]
+
+    plain, chosen = (styles(lite.screen(SHOWN_STATUS, Ui(selected=one), Look(), Size(120, 40)))
+                     for one in (TOP_SERVER, SECOND))
+    assert chosen[:2] == [Style.SELECTED] * 2 and chosen[2:] == plain[2:]
+    assert Style.WARN in chosen and Style.BAD in chosen
+
+
+@pytest.mark.parametrize("sort, names", table(
+    ("trouble first", "trouble", "3214"), ("as in the file", "given", "1234")))
+def test_servers_that_are_out_or_fail_stand_on_top(sort, names):
+    shown = lite.listed(Ui(sort=sort), SHOWN_STATUS)
+    assert [one["name"][7] for one in shown] == list(names)
+
+
+BUSY = {
+    **SHOWN_STATUS,
+    "fleet": {"step_s": 10.0, **{name: [n / 89 for n in range(90)] for name in lite.GRAPHED}},
+    "models": [{"model": "Qwen/Qwen3-32B", "state": "served", "servers": 3, "healthy": 2,
+                "in_flight": 4, "requests_per_s": 1.2, "tokens_per_s": 300.0, "ttft_p50_s": 0.1,
+                "ttft_p95_s": 0.4, "errors": 1}],
+    "requests": {
+        "running": [{"id": "a1", "age_s": 3.2, "server": TOP_SERVER, "model": "qwen",
+                     "key": "team-a", "path": "/v1/chat/completions", "tokens": 12},
+                    {"id": "a2", "age_s": 1.0, "server": SECOND, "model": "qwen", "key": "",
+                     "path": "/v1/chat/completions", "tokens": None}],
+        "ended": [{"id": "a0", "ago_s": 3.0, "server": OUT_SERVER, "model": "qwen", "key": "",
+                   "status": 502, "end": "server_gone", "duration_s": 1.2, "first_s": None,
+                   "tokens": None}]},
+    "keys": [{"name": "", "requests": 4, "prompt": 100, "cached": 3, "completion": 9}],
+}
+
+
+@pytest.mark.parametrize("view, expected", table(
+    ("models", "models", """
+MODELS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
+MODEL           STATE   SERVERS  OURS  REQ/S  TOK/S  TTFT 50/95  ERR
+Qwen/Qwen3-32B  served      2/3     4    1.2    300   100/400ms    1"""),
+    ("requests", "requests", """
+REQUESTS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
+TIME  SERVER         TOKENS  HOW                        MODEL  KEY     TTFT  ID
+3.2s  10.0.0.1:8000      12  runs                       qwen   team-a     -  a1
+   1s  10.0.0.2:8000       -  waits for its first token  qwen   -          -  a2
+1.2s  10.0.0.3:8000       -  502 server_gone, 3 s ago   qwen   -          -  a0"""),
+    ("keys", "keys", """
+KEYS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
+KEY       REQUESTS  PROMPT  CACHED  COMPLETION
+(no key)         4     100       3           9"""),
+))
+def test_a_view_looks_like_this(view, expected):
+    lines = text_of(BUSY, Ui(Mode.VIEW, view=view), Look(), 80, 8)
+    assert "\n".join(lines[:-1]).strip() == expected.replace("\n   1s", "\n  1s").strip()
+    assert lines[-1].startswith("q back  Tab next view")
+    for columns, rows in ((20, 5), (40, 10), (200, 50)):
+        assert all(len(line) <= columns for line in text_of(BUSY, Ui(Mode.VIEW, view=view), Look(),
+                                                            columns, rows))
+
+
+def test_graphs_of_the_last_quarter_of_an_hour_use_the_room_there_is():
+    def graphs(rows, columns=80):
+        lines = text_of(BUSY, Ui(), Look(), columns, rows)
+        (at,) = [n for n, line in enumerate(lines) if "the last 15 minutes" in line] or (0,)
+        return lines[at : lines.index(next(x for x in lines if "── events" in x))] if at else []
+
+    assert graphs(22) == [] and len(graphs(24)) == 7 and len(graphs(40)) == 19
+    assert len(graphs(40, 200)[-1]) == 198 and graphs(24)[1].endswith("▇" + "█" * 12)
+    assert lite.graph_of([0, 1, None, 2], 2, Look()) == ["   █", "▁█ █"]
+    assert lite.graph_of([0.0, None], 1, Look(False)) == ["_ "]
 
 
 def test_sixty_servers_scroll_and_the_selected_one_is_always_seen():
@@ -13931,12 +14009,16 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
 @pytest.mark.parametrize("key, before, changed, action", table(
     ("down", "down", Ui(), {"selected": SECOND}, None),
     ("j", "j", Ui(), {"selected": SECOND}, None),
-    ("up at the top stays", "up", Ui(), {"selected": TOP_SERVER}, None),
+    ("up at the top stays", "up", Ui(), {"selected": OUT_SERVER}, None),
     ("page down ends at the last", "pgdn", Ui(), {"selected": DRAINED_SERVER}, None),
     ("G", "G", Ui(), {"selected": DRAINED_SERVER}, None),
-    ("g", "g", Ui(selected=DRAINED_SERVER), {"selected": TOP_SERVER}, None),
-    ("sort", "s", Ui(), {"sort": "name"}, None),
-    ("sort comes round", "s", Ui(sort="errors"), {"sort": "given"}, None),
+    ("g", "g", Ui(selected=DRAINED_SERVER), {"selected": OUT_SERVER}, None),
+    ("sort", "s", Ui(), {"sort": "given"}, None),
+    ("sort comes round", "s", Ui(sort="errors"), {"sort": "trouble"}, None),
+    ("another view", "tab", Ui(), {"mode": Mode.VIEW, "view": "models"}, None),
+    ("views come round", "tab", Ui(Mode.VIEW, view="keys"), {"mode": Mode.LIST, "view": ""}, None),
+    ("back from a view", "q", Ui(Mode.VIEW, view="keys"), {"mode": Mode.LIST, "view": ""}, None),
+    ("no drain from a view", "d", Ui(Mode.VIEW, view="models"), {"asked": None}, None),
     ("filter begins", "/", Ui(), {"typed": ""}, None),
     ("filter again", "/", Ui(filter="a"), {"typed": "a"}, None),
     ("typed", "q", Ui(typed="a"), {"typed": "aq"}, None),
@@ -13945,7 +14027,7 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     ("filter kept", "enter", Ui(typed="ab"), {"typed": None, "filter": "ab"}, None),
     ("filter cleared", "esc", Ui(typed="ab", filter="a"), {"typed": None, "filter": ""}, None),
     ("Esc ends a filter", "esc", Ui(filter="a"), {"filter": ""}, None),
-    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": TOP_SERVER}, None),
+    ("detail", "enter", Ui(), {"mode": Mode.DETAIL, "selected": OUT_SERVER}, None),
     ("back by q", "q", Ui(Mode.DETAIL), {"mode": Mode.LIST}, None),
     ("back by Esc", "esc", Ui(Mode.HELP), {"mode": Mode.LIST}, None),
     ("help", "?", Ui(), {"mode": Mode.HELP}, None),
@@ -14099,7 +14181,7 @@ def test_keys_change_the_screen_and_actions_reach_the_balancer(terminal):
     terminal.read_until("PAUSED")
     shown.say(status={**SHOWN_STATUS, "time": "14:04:44"})
     terminal.press(b"k" + REDRAW)
-    assert "14:03:59" in terminal.read_until("> 10.0.0.1:8000")
+    assert "14:03:59" in terminal.read_until(">!10.0.0.3:8000")
     terminal.press(b"p" + REDRAW)
     terminal.read_until("14:04:44")
     shown.say(note="a note from elsewhere")
