@@ -106,28 +106,34 @@ the lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
-    61  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    62  table          · the servers in lines, as many columns as there is room for
-    63  views          · graphs of the fleet; models, requests and keys as tables
-    64  screen         · what is seen there: the table and the lines around it
-    65  keys           · what keys do to it, and ask of the balancer
-    66  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    67  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    68  page           ~ the status for a browser: one HTML string
-    69  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    70  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    XI  discovery        900 lines, when servers come and go by themselves
+    61  zmtp           · what ZeroMQ's sockets say, and msgpack
+    62  registration   · servers and agents that say themselves that they are there
+    63  registering    ~ where they say it over HTTP
+    64  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
-   XII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    71  traces         · requests of the past: from files, or made up
-    72  engine         · a model of a vLLM server, in simulated time
-    73  replay         · those requests sent to such servers by any policy
-    74  comparison     ~ policies compared on a trace: the program of `replay`
-    75  canned words   · what a vLLM server would say, without a model; what it refuses
-    76  canned forms   · the same in the forms of its APIs, plain and streamed
-    77  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    78  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    79  doctor         ~ what is amiss with servers and settings, and what to do about it
+   XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
+    65  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    66  table          · the servers in lines, as many columns as there is room for
+    67  views          · graphs of the fleet; models, requests and keys as tables
+    68  screen         · what is seen there: the table and the lines around it
+    69  keys           · what keys do to it, and ask of the balancer
+    70  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    71  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    72  page           ~ the status for a browser: one HTML string
+    73  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    74  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+
+  XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
+    75  traces         · requests of the past: from files, or made up
+    76  engine         · a model of a vLLM server, in simulated time
+    77  replay         · those requests sent to such servers by any policy
+    78  comparison     ~ policies compared on a trace: the program of `replay`
+    79  canned words   · what a vLLM server would say, without a model; what it refuses
+    80  canned forms   · the same in the forms of its APIs, plain and streamed
+    81  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    82  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    83  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (54) reads a head from the client's
 `Wire` (37), parses it (2), makes an `Exchange` (49) of it, and asks who may come in (30).  A local
@@ -1512,6 +1518,17 @@ def network(value: Any) -> str:
         raise ValueError("an address like 10.0.0.1 or a network like 10.0.0.0/8") from None
 
 
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+
+
+def listening_address(value: Any) -> str:
+    """An address and a port; `*` is all addresses."""
+    found = re.fullmatch(r"(?:tcp://)?(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", words(value))
+    if value and (found is None or not 0 < int(found[2]) < 65536):
+        raise ValueError("an address and a port, like 0.0.0.0:30001")
+    return f"{found[1]}:{found[2]}" if found else ""
+
+
 def printable_name(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 100:
         raise ValueError("a name")
@@ -1714,6 +1731,20 @@ class Settings:
         "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
     admin_paths: tuple[str, ...] = setting(
         (), list_of(words), "paths beyond inference that admin keys may ask one server for")
+    registration_key: str = setting(
+        "", optional_secret, "what servers show that register themselves; or")
+    registration_key_file: str = setting("", file_path, "a file that holds it")
+    registration_networks: tuple[str, ...] = setting(
+        LOOPBACK, list_of(network), "addresses that may register at all")
+    registration_any_address: bool = setting(
+        False, truth, "they may register other addresses than their own")
+    registration_address: str = setting(
+        "", listening_address, "where vLLM's connectors register over ZMQ, like 0.0.0.0:30001")
+    registered_api_key: str = setting(
+        "", optional_secret, "the key of servers that have registered; or")
+    registered_api_key_file: str = setting("", file_path, "a file that holds it")
+    registered_get_client_key: bool = setting(
+        False, truth, "servers that have registered are shown the client's key")
     policy: str = setting("unified", one_of(*POLICY_NAMES), "how a server is chosen")
     score: str = setting("", formula, "of policy expression: the server with the lowest is asked")
     session_headers: tuple[str, ...] = setting(
@@ -1833,7 +1864,7 @@ CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
-KEYS_THEMSELVES = ("key", "api_key")
+KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
 SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
@@ -4935,6 +4966,13 @@ def server_stated(fields: Mapping[str, Any]) -> ServerSettings:
         for key, value in fields.items()})
 
 
+class Keeper(Protocol):
+    """Who knows more of a source's servers than is on the roster."""
+
+    def dump(self) -> Any:
+        """For a successor, in JSON's types."""
+
+
 class Roster:
     """Owns what each source names and what was done by hand; what is by hand ends with the process
     and its successors.  After each change `on_change` is called, with new `entries` in place."""
@@ -4942,6 +4980,8 @@ class Roster:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.on_change: Callable[[], object] = lambda: None
+        self.keepers: dict[Source, Keeper] = {}
+        self.kept: dict[str, Any] = {}  # what those of a predecessor had to tell
         self._named = {source: dict[str, ServerSettings]() for source in Source}
         self._removed, self._drained = set[str](), set[str]()
         self._weights: dict[str, float] = {}
@@ -5002,7 +5042,9 @@ class Roster:
         named = {source.value: list(map(stated_fields, servers.values()))
                  for source, servers in self._named.items() if source in HANDED_OVER}
         weights = {id: (weight, weight) for id, weight in self._weights.items()}  # as 0.1.0 reads
-        return json.dumps(self.report() | {"added": added, "weights": weights, "named": named})
+        kept = {source.value: keeper.dump() for source, keeper in self.keepers.items()}
+        return json.dumps(self.report() | {
+            "added": added, "weights": weights, "named": named, "kept": kept})
 
     def load(self, text: str) -> None:
         """Take what a predecessor, maybe of another version, has dumped, before the first `define`.
@@ -5016,6 +5058,7 @@ class Roster:
         self._named |= {**named, Source.BY_HAND: added}
         self._weights = weights
         self._removed, self._drained = removed, drained
+        self.kept = dict(said.get("kept", {}))
 
 
 # ============================================================================================
@@ -6280,12 +6323,14 @@ class Keys:
 
     def __init__(self) -> None:
         self.required = False  # or everybody may come in
+        self._registration: bytes | None = None  # the digest of the key that registers servers
         self._keys: list[tuple[bytes, KeySettings]] = []
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
 
-    def adopt(self, keys: Iterable[tuple[KeySettings, str]]) -> None:
-        """Make these the keys, each with its secret."""
+    def adopt(self, keys: Iterable[tuple[KeySettings, str]], registration: str = "") -> None:
+        """Make these the keys, each with its secret; and the one that registers servers."""
+        self._registration = digest(registration) if registration else None
         self._keys = [(digest(secret), key) for key, secret in keys]
         self.required = bool(self._keys)
         names = {key.name for _, key in self._keys}
@@ -6296,6 +6341,12 @@ class Keys:
         said = digest(key_in(fields))
         found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
         return found[-1] if found else None
+
+    def registers(self, fields: Fields) -> bool | None:
+        """Whether a request shows the key that registers servers; None: there is none."""
+        if (known := self._registration) is None:
+            return None
+        return hmac.compare_digest(known, digest(key_in(fields)))
 
     def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
         """Let a request in, until its `release`, and return None; or return why not."""
@@ -6448,6 +6499,7 @@ class Visit(NamedTuple):
     keyed: bool  # whether there are [[keys]]
     settings: Settings
     audience: Audience = Audience.EVERYBODY  # of the listener
+    registers: bool | None = None  # whether it shows the registration key; None: there is none
     hop: str = ""  # the address of a proxy that has said by the PROXY protocol who the peer is
 
     @property
@@ -6518,7 +6570,6 @@ def foreign_websocket(v: Visit) -> Refusal | None:
     return Refusal(Fault.FORBIDDEN, text)
 
 
-LOOPBACK = ("127.0.0.0/8", "::1/128")
 # Fields by which proxies, tunnels and clouds tell of others.
 PROXY_SIGN = re.compile(
     r"via|(?:x-)?forwarded(?:-.+)?|x-(?:original|envoy|azure|appengine|arr|cluster|proxy)[a-z]*-.+"
@@ -6594,6 +6645,23 @@ def may_not_change(v: Visit) -> Refusal | None:
     return not_admin(v) if v.keyed else remote_peer(v)
 
 
+def registrant_of(v: Visit) -> str:
+    """The address of who registers; '' where it is hidden behind a proxy that is not ours."""
+    hidden = not v.is_trusted and any(map(PROXY_SIGN.fullmatch, v.head.fields.values))
+    return "" if hidden else client_address(v.peer, v.head.fields, v.settings.trusted_proxies)
+
+
+def may_not_register(v: Visit) -> Refusal | None:
+    host = registrant_of(v)
+    if not is_trusted(host, v.settings.registration_networks):
+        who = f"which {host} is not in" if host else "and a strange proxy hides who asks"
+        text = f"{v.head.path} is for registration_networks, {who}."
+        return Refusal(Fault.FORBIDDEN, text)
+    if v.registers is None:
+        return may_not_change(v)
+    return None if v.registers else not_admin(v)
+
+
 def escapes_key(v: Visit) -> Refusal | None:
     """Why a request cannot be held to what is its key's, or None: where a server may read another
     model than we do, or be told another one, or of another key's response, later."""
@@ -6642,6 +6710,8 @@ class Kind(Enum):
     EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
                (foreign_page, lacks_key, may_not_see, escapes_key), True)
     ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
+    REGISTRATION = ("servers that say that they are there", Audience.EVERYBODY,
+                    (foreign_page, may_not_register, not_json))
     CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
                (foreign_page, not_admin, escapes_key, not_json), True)
     AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
@@ -8226,6 +8296,10 @@ class Secrets:
         self.files: dict[str, bytes] = {}  # all that was read
         self.strangers = set[str]()  # servers that are shown no client's key
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
+        s = settings
+        self.registration = s.registration_key or self._read_key(s.registration_key_file)
+        self._registered_key = s.registered_api_key or self._read_key(s.registered_api_key_file)
+        self._settings = s
         self.server_keys = {
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
             for server in settings.servers
@@ -8240,17 +8314,19 @@ class Secrets:
                 self._read(path)
             self.listener = self._load(listener_context, settings)
 
-    def adopt(self, server: ServerSettings) -> None:
+    def adopt(self, server: ServerSettings, source: Source) -> None:
         """Take over a server that the settings do not name: it gets its own key alone, as it is
-        only as honest as who has named it; or all that an entry of the settings has that it is
-        `like`.  No file is read."""
+        only as honest as who has named it, and what they say of those of its source; or all that an
+        entry of the settings has that it is `like`.  No file is read."""
         if server.like:
             self.server_keys[server.id] = self.server_keys.get(server.like, "")
             if context := self.contexts.get(server.like):
                 self.contexts[server.id] = context
             return
-        self.server_keys[server.id] = server.api_key
-        self.strangers.add(server.id)
+        s, registered = self._settings, source is Source.REGISTERED
+        self.server_keys[server.id] = server.api_key or self._registered_key * registered
+        sees = s.registered_get_client_key if registered else s.added_get_client_key
+        (self.strangers.discard if sees else self.strangers.add)(server.id)
         self._make_context(server, self)
 
     def _make_context(self, server: ServerSettings, before: Secrets | None) -> None:
@@ -10093,7 +10169,7 @@ class Attempt:
         request, pool, response = self.request, self.pool, self.response
         silence_s, content = self.settings.request_timeout, request.body.content
         key_line = pool.key_line
-        if not key_line and (pool.sees_client_keys or self.settings.added_get_client_key):
+        if not key_line and pool.sees_client_keys:
             key_line = request.key_lines
         head_bytes = request.encode_head(pool.prefix, pool.authority, key_line, self.rank)
         at = len(content)
@@ -10411,6 +10487,8 @@ class Destination(NamedTuple):
 class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
+
+    visit: Visit | None = None  # as which it came in, if that was a question
 
     def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
         self.core, self.client, self.head, self.loop = core, client, head, client.loop
@@ -11263,6 +11341,7 @@ class Asked(NamedTuple):
 
     head: RequestHead
     content: bytes = b""  # where it is read
+    visit: Visit | None = None  # as which it came in
 
     @property
     def query(self) -> dict[str, str]:
@@ -11335,9 +11414,15 @@ def kind_of(head: RequestHead, s: Settings) -> Kind:
     return Kind.EXPLAIN if kind is Kind.STATUS and wants_explanation(head) else kind
 
 
+# Below these paths a URL may stand escaped; they are ours alone, so no server reads it differently.
+URLS_BELOW = ("/workers/",)
+ESCAPED_SLASH = re.compile("%2f", re.IGNORECASE)
+
+
 @remembered_text
 def path_kind(path: str) -> Kind:
-    if AMBIGUITY.search(path):
+    escaped = path.startswith(URLS_BELOW) and ESCAPED_SLASH.sub("", path)
+    if AMBIGUITY.search(escaped or path):
         return Kind.AMBIGUOUS
     if rows := endpoints_at(path):
         return rows.get("GET", next(iter(rows.values()))).kind
@@ -11489,8 +11574,8 @@ async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
         fault, text = Fault.BAD_REQUEST, str(error)
     except LookupError as error:
         fault, text = Fault.NOT_SERVED, str(error.args[0])
-    except PeerGone as gone:
-        fault, text = gone.fault, str(gone)
+    except (PeerGone, BadMessage) as error:
+        fault, text = error.fault, str(error)
     return Reply(fault.status, error_body(fault, text))
 
 
@@ -11799,7 +11884,7 @@ class Front:
             exchange.reject(bad)
             account(exchange)
             return
-        answer = await row.handle(self.core, Asked(exchange.head, content))
+        answer = await row.handle(self.core, Asked(exchange.head, content, exchange.visit))
         if isinstance(answer, Reply):
             exchange.response.send(answer)
         else:
@@ -11844,10 +11929,10 @@ class Front:
             hop = ""
             if kind not in FOR_PAGES:
                 hop = address_of(client.transport.get_extra_info("peername"))[0]
-            refusal = refusal_of(Visit(
+            exchange.visit = Visit(
                 kind, head, exchange.body.unread, client.peer[0], client.is_tls, exchange.key,
-                keys.required, s, audience, hop))
-            if refusal is not None:
+                keys.required, s, audience, keys.registers(head.fields), hop)
+            if (refusal := refusal_of(exchange.visit)) is not None:
                 if refusal.warning and not self._warned:
                     self._warned = True
                     log.warning("%s", refusal.warning)
@@ -12520,11 +12605,11 @@ class Balancer:
         core, aliases = self.core, self.core.settings.aliases
         for entry in core.roster.entries.values():
             if entry.source is not Source.FILE:
-                secrets.adopt(entry.settings)
+                secrets.adopt(entry.settings, entry.source)
         core.pools.adopt(secrets)
-        core.keys.adopt(
+        core.keys.adopt([
             (dataclasses.replace(key, models=tuple(aliases.get(m, m) for m in key.models)), word)
-            for key, word in secrets.keys)
+            for key, word in secrets.keys], secrets.registration)
 
     def adopt_roster(self) -> None:
         """Servers that are new, or defined anew, are taken over, and those that are gone drain;
@@ -12535,7 +12620,7 @@ class Balancer:
         for id, entry in new.items():
             if entry != (known := old.get(id)):
                 if entry.source is not Source.FILE:
-                    core.pools.secrets.adopt(entry.settings)
+                    core.pools.secrets.adopt(entry.settings, entry.source)
                 core.pools.equip(entry.settings)
                 if not entry.settings.verify and (known is None or known.settings.verify):
                     log.warning("%s: its certificate is NOT verified (verify = false)",
@@ -12840,11 +12925,910 @@ def main(argv: list[str] | None = None) -> int:
 # terminal or a browser asks for.  It hooks itself into COMMANDS, ENDPOINTS, SCREENS and SERVICES.
 
 
-# ━━━ part XI: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XI: discovery ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  61  cells
+#  61  zmtp
+# ============================================================================================
+#
+# ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
+# needs it to which DEALER, REQ and ROUTER sockets connect, with the mechanism NULL; and msgpack, in
+# which vLLM's connectors write.  Anybody may be at the other end: lengths are judged before
+# anything is kept, and what breaks a rule raises BadMessage, which ends that connection alone.
+
+ZMTP_MORE, ZMTP_LONG, ZMTP_COMMAND = 1, 2, 4  # flags of a frame; the others are 0
+ZMTP_PEERS = (b"DEALER", b"REQ", b"ROUTER")  # sockets that a ROUTER talks with
+ZMTP_MESSAGE_BYTES = 4096  # of all frames of a message; a registration has 150
+ZMTP_FRAMES = 8  # of a message, where two are usual
+# Signature, version 3.1, mechanism, no server; what a peer has in bytes 1 to 8 may be anything.
+ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+
+
+def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
+    if len(body) > 255:
+        return bytes((flags | ZMTP_LONG,)) + len(body).to_bytes(8, "big") + body
+    return bytes((flags, len(body))) + body
+
+
+def zmtp_command(name: bytes, data: bytes) -> bytes:
+    return zmtp_frame(bytes((len(name),)) + name + data, ZMTP_COMMAND)
+
+
+def zmtp_property(name: bytes, value: bytes) -> bytes:
+    return bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value
+
+
+def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
+    """What stands behind its length, which has `width` bytes, and where it ends.  Raises
+    BadMessage."""
+    start = at + width
+    end = start + int.from_bytes(data[at:start], "big")
+    if start > len(data) or end > len(data):
+        raise BadMessage(f"a length at byte {at} reaches beyond the {len(data)} bytes that came")
+    return data[start:end], end
+
+
+def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
+    """By name in lower case.  Raises BadMessage."""
+    found, at = dict[bytes, bytes](), 0
+    while at < len(data):
+        name, at = split_prefixed(data, at, 1)
+        value, at = split_prefixed(data, at, 4)
+        found[name.lower()] = value
+    return found
+
+
+class ZmtpPeer:
+    """One connection, as a ROUTER hears it: bytes in, messages out, and `answer` what to send
+    back.  Raises BadMessage where the peer breaks the protocol, or is of another kind."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()  # of a frame that is not whole yet
+        self.answer = bytearray(ZMTP_GREETING)  # to be sent, and emptied by who sends it
+        self.identity: bytes | None = None  # None before the handshake has ended
+        self._greeted = False
+        self._frames: list[bytes] = []  # of a message that is not whole yet
+
+    def feed(self, data: bytes) -> Iterator[list[bytes]]:
+        """The messages that are whole now, without the empty frame that a REQ begins with."""
+        self.buffer += data
+        if not (self._greeted or self._greets()):
+            return
+        while (frame := self._take_frame()) is not None:
+            flags, body = frame
+            if flags & ZMTP_COMMAND:
+                self._obey(*split_prefixed(body, 0, 1), body)
+                continue
+            self._frames.append(body)
+            size = sum(map(len, self._frames))
+            if self.identity is None:
+                raise BadMessage("a message came before READY")
+            if size > ZMTP_MESSAGE_BYTES or len(self._frames) > ZMTP_FRAMES:
+                text = f"a message of {len(self._frames)} frames and {size} bytes"
+                raise BadMessage(f"{text}, at most {ZMTP_FRAMES} and {ZMTP_MESSAGE_BYTES} are read")
+            if not flags & ZMTP_MORE:
+                message, self._frames = self._frames, []
+                yield message[1:] if message[0] == b"" else message
+
+    def _greets(self) -> bool:
+        """Whether the peer's greeting is whole, which it is taken for as early as it is wrong."""
+        said, size = self.buffer, len(ZMTP_GREETING)
+        mechanism = bytes(said[12:32])
+        if said[:1] not in (b"", b"\xff") or said[9:10] not in (b"", b"\x7f"):
+            raise BadMessage("what came first is no greeting of ZMTP")
+        if said[10:11] and said[10] < 3:
+            raise BadMessage(f"its ZMTP has version {said[10]}, expected 3")
+        if not b"NULL".ljust(20, b"\0").startswith(mechanism):
+            name = shown(mechanism.rstrip(b"\0").decode("latin-1"))
+            raise BadMessage(f"its mechanism is {name}, expected NULL")
+        if len(said) < size:
+            return False
+        del said[:size]
+        self._greeted = True
+        properties = zmtp_property(b"Socket-Type", b"ROUTER") + zmtp_property(b"Identity", b"")
+        self.answer += zmtp_command(b"READY", properties)
+        return True
+
+    def _take_frame(self) -> tuple[int, bytes] | None:
+        """Flags and body of a whole frame, taken off the buffer."""
+        if not (said := self.buffer):
+            return None
+        flags = said[0]
+        if flags > 7 or flags & (ZMTP_COMMAND | ZMTP_MORE) == ZMTP_COMMAND | ZMTP_MORE:
+            raise BadMessage(f"a frame has the flags {flags:#04x}")
+        start = 9 if flags & ZMTP_LONG else 2
+        if len(said) < start:
+            return None
+        end = start + (size := int.from_bytes(said[1:start], "big"))
+        if size > ZMTP_MESSAGE_BYTES:
+            raise BadMessage(f"a frame of {size} bytes, at most {ZMTP_MESSAGE_BYTES} are read")
+        if len(said) < end:
+            return None
+        body = bytes(said[start:end])
+        del said[:end]
+        return flags, body
+
+    def _obey(self, name: bytes, end: int, body: bytes) -> None:
+        """A command came.  Those that are unknown mean nothing to a ROUTER."""
+        if name == b"ERROR":
+            reason, _ = split_prefixed(body, end, 1)
+            raise BadMessage(f"it says ERROR: {shown(reason.decode('latin-1'))}")
+        if self.identity is not None:
+            if name == b"PING":  # behind the time it waits stands what it wants to see again
+                self.answer += zmtp_command(b"PONG", body[end + 2 : end + 18])
+            return
+        if name != b"READY":
+            raise BadMessage(f"{shown(name.decode('latin-1'))} came, expected READY")
+        properties = zmtp_properties(body[end:])
+        kind = properties.get(b"socket-type", b"")
+        if kind not in ZMTP_PEERS:
+            expected = b", ".join(ZMTP_PEERS).decode()
+            text = f"its socket is a {shown(kind.decode('latin-1'))}, expected one of {expected}"
+            raise BadMessage(text)
+        self.identity = properties.get(b"identity", b"")
+
+
+MSGPACK_DEPTH = 8
+MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+MSGPACK_NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq"))  # struct's letters
+# First bytes: what follows, and in how many bytes its length stands.
+MSGPACK_SIZED = {
+    0xC4: ("bin", 1), 0xC5: ("bin", 2), 0xC6: ("bin", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2),
+    0xC9: ("ext", 4), 0xD9: ("str", 1), 0xDA: ("str", 2), 0xDB: ("str", 4), 0xDC: ("array", 2),
+    0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
+}
+
+
+class MsgpackReader:
+    """Reads one value.  Texts may have been written as binary by old writers: both are `str`; of
+    extensions nothing is known, they are None."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise BadMessage(f"msgpack ends after {len(self.data)} bytes, in the middle of a value")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def value(self, depth: int = 0) -> Any:
+        """Raises BadMessage."""
+        kind = self.take(1)[0]
+        if kind < 0x80 or kind >= 0xE0:
+            return kind - 256 * (kind >= 0xE0)
+        if kind in MSGPACK_CONSTANTS:
+            return MSGPACK_CONSTANTS[kind]
+        if (letter := MSGPACK_NUMBERS.get(kind)) is not None:
+            layout = struct.Struct(f">{letter}")
+            return layout.unpack(self.take(layout.size))[0]
+        if depth > MSGPACK_DEPTH:
+            raise BadMessage(f"msgpack is nested more than {MSGPACK_DEPTH} deep")
+        return self.sized(*self.shape(kind), depth)
+
+    def shape(self, kind: int) -> tuple[str, int]:
+        """What follows, and its length: of an extension with the byte of its type."""
+        if kind < 0xC0:
+            name = "map" if kind < 0x90 else "array" if kind < 0xA0 else "str"
+            return name, kind & (0x1F if name == "str" else 0x0F)
+        if 0xD4 <= kind <= 0xD8:
+            return "ext", 1 + (1 << kind - 0xD4)
+        if kind not in MSGPACK_SIZED:
+            raise BadMessage(f"msgpack has no value that begins with {kind:#04x}")
+        name, width = MSGPACK_SIZED[kind]
+        return name, int.from_bytes(self.take(width), "big") + (name == "ext")
+
+    def sized(self, name: str, size: int, depth: int) -> Any:
+        if name in ("str", "bin"):
+            return self.take(size).decode("utf-8", "replace")
+        if name == "ext":
+            return self.take(size) and None
+        if size > len(self.data) - self.at:  # each has a byte at least
+            raise BadMessage(f"msgpack has {size} members in {len(self.data) - self.at} bytes")
+        if name == "array":
+            return [self.value(depth + 1) for _ in range(size)]
+        return {str(self.value(depth + 1)): self.value(depth + 1) for _ in range(size)}
+
+
+def parse_msgpack(data: bytes) -> Any:
+    """The one value in these bytes.  Raises BadMessage."""
+    reader = MsgpackReader(data)
+    found = reader.value()
+    if reader.at < len(data):
+        raise BadMessage(f"msgpack goes on after its value, at byte {reader.at}")
+    return found
+
+
+# ============================================================================================
+#  62  registration
+# ============================================================================================
+#
+# Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
+# when it is silent for as long as it said, or says that it goes.  What it says comes from outside:
+# it names no file, and no address but where its sender may have requests sent to.
+
+REGISTRATIONS_LIMIT = 1000
+INSTANCES_LIMIT = 64  # of an agent
+TTL_S = 60.0  # where a registration does not say; serverless_vllm's workers come each 30 s
+ZMQ_TTL_S = 5.0  # as vLLM's proxies have it; its connectors speak each 3 s
+REGISTRANT = re.compile(r"[A-Za-z0-9][\w.:\[\]-]{0,99}", re.ASCII)
+INSTANCE = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})?", re.ASCII)
+ZMQ_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}", re.ASCII)
+# Keys of `servers` that a registration may have; words of vllm-project/router for some keys.
+REGISTERED_KEYS = ("role", "max_concurrent_requests", "data_parallel_size", "bootstrap_port",
+                   "zmq_address")
+REGISTERED_WORDS = {"model_id": "models", "worker_type": "role",
+                    "capacity": "max_concurrent_requests"}
+URL_KEYS = ("url", "public_worker_url", "worker_url")
+REGISTRATION_KEYS = {*REGISTERED_KEYS, *REGISTERED_WORDS.values(), *URL_KEYS, "worker_id",
+                     "gpu_info", "instances", "ttl_s"}
+
+
+class Registrar(Enum):
+    """By what right something was registered: who has the same may change it, and an admin."""
+
+    ZMQ = "zmq"  # none: ZMTP has no keys
+    KEY = "key"  # the registration key
+    ADMIN = "admin"  # an admin's key; without keys, a peer on this machine
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+# From a URL's host to the one that is meant, and the address to connect to ('': what that says).
+# Raises ValueError with what was expected.
+Placing = Callable[[str], tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Registration:
+    """What somebody has registered.  Times are monotonic."""
+
+    id: str  # what it calls itself, or its address
+    registrar: Registrar
+    said: Mapping[str, Any]  # as it came, with our words for its keys
+    servers: Mapping[str, ServerSettings]  # that it is, or runs now, by id
+    url: str  # where it is, or its servers are
+    worker_url: str  # where it is talked to
+    placed: Mapping[str, tuple[str, str]]  # what its Placing said of their hosts
+    registered_at: float = 0.0
+    seen_at: float = 0.0
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether it is no server, but runs some."""
+        return "gpu_info" in self.said or "instances" in self.said
+
+    @property
+    def ttl_s(self) -> float:
+        return float(self.said.get("ttl_s", TTL_S))
+
+    @property
+    def expires_at(self) -> float:
+        return self.seen_at + self.ttl_s
+
+
+class RegistrationBook:
+    """Owns the registrations.  After each change all of `on_change` are called; that somebody is
+    still there, as before, is none."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Registration] = {}
+        self.on_change: list[Callable[[], object]] = []
+
+    def servers(self) -> dict[str, ServerSettings]:
+        """All that are registered, by id; of two that are the same, the one that came first."""
+        found = dict[str, ServerSettings]()
+        for one in self.by_id.values():
+            found |= {id: server for id, server in one.servers.items() if id not in found}
+        return found
+
+    def of_server(self, id: str) -> Registration | None:
+        """Whose that server is."""
+        return next((one for one in self.by_id.values() if id in one.servers), None)
+
+    def find(self, name: str) -> Registration:
+        """By its id, or a URL of it.  Raises LookupError."""
+        for one in self.by_id.values():
+            if name in (one.id, one.url, one.worker_url, *one.servers):
+                return one
+        raise LookupError(f"{shown(name)} is not registered here: register it (again).")
+
+    def put(self, new: Registration, now: float) -> bool:
+        """Take a registration, which may be there as it was.  Returns whether anything changed.
+        Raises BadMessage when there are too many."""
+        old = self.by_id.get(new.id)
+        if old is None and len(self.by_id) >= REGISTRATIONS_LIMIT:
+            text = f"{REGISTRATIONS_LIMIT} are registered, and not more"
+            raise BadMessage(text, Fault.NO_RESOURCES)
+        began = old.registered_at if old else now
+        new = self.by_id[new.id] = dataclasses.replace(new, registered_at=began, seen_at=now)
+        changed = old is None or dataclasses.replace(old, seen_at=now) != new
+        if changed:
+            self._tell()
+        return changed
+
+    def heard(self, registrar: Registrar, now: float) -> None:
+        """All who are registered so are still there."""
+        self.by_id |= {one.id: dataclasses.replace(one, seen_at=now)
+                       for one in self.by_id.values() if one.registrar is registrar}
+
+    def remove(self, *gone: str) -> None:
+        for id in gone:
+            del self.by_id[id]
+        if gone:
+            self._tell()
+
+    def expire(self, now: float) -> list[Registration]:
+        """Those that have been silent for too long, which are gone now."""
+        silent = [one for one in self.by_id.values() if one.expires_at <= now]
+        self.remove(*(one.id for one in silent))
+        return silent
+
+    def next_expiry(self) -> float:
+        return min((one.expires_at for one in self.by_id.values()), default=INFINITY)
+
+    def _tell(self) -> None:
+        for tell in self.on_change:
+            tell()
+
+    def dump(self, now: float) -> list[dict[str, Any]]:
+        """For a successor, in JSON's types."""
+        return [{"registrar": one.registrar.value, "said": dict(one.said),
+                 "placed": dict(one.placed), "age_s": now - one.registered_at,
+                 "silent_s": now - one.seen_at} for one in self.by_id.values()]
+
+    def load(self, document: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Take what a predecessor has dumped.  Raises SettingsError, or whatever a document causes
+        that is none; then nothing is taken."""
+        found = dict[str, Registration]()
+        for one in document:
+            placed = {host: (str(to), str(pin)) for host, (to, pin) in one["placed"].items()}
+            new = parse_registration(one["said"], Registrar(one["registrar"]), placed.__getitem__)
+            found[new.id] = dataclasses.replace(
+                new, registered_at=now - one["age_s"], seen_at=now - one["silent_s"])
+        self.by_id |= found
+        self._tell()
+
+
+def parse_registration(
+    said: Mapping[str, Any], registrar: Registrar, place: Placing
+) -> Registration:
+    """What such content registers; what is null or unknown there says nothing.  Raises
+    SettingsError."""
+    said = {REGISTERED_WORDS.get(key, key): value for key, value in said.items()
+            if value is not None}
+    placed, urls, key = dict[str, tuple[str, str]](), dict[str, str](), ""
+    try:
+        for key in said.keys() & {*REGISTRATION_CHECKS, *SERVER_FILES}:
+            said[key] = REGISTRATION_CHECKS.get(key, no_file)(said[key])
+        for key in said.keys() & set(URL_KEYS):
+            urls[key] = placed_url(said[key], place, placed)
+        if (key := "zmq_address") in said:
+            place(said[key].rpartition(":")[0].strip("[]"))
+    except ValueError as expected:
+        raise wrong(key, said[key], expected) from None
+    is_agent = "gpu_info" in said or "instances" in said
+    order = (*URL_KEYS[is_agent:], *URL_KEYS[:is_agent])
+    if (url := next((urls[key] for key in order if key in urls), "")) == "":
+        raise wrong("url", None, "the URL that it is reached at")
+    running = [(f"{url}/proxy/{alias}", one) for alias, one in said.get("instances", {}).items()
+               if str(one.get("status")).lower() == "running"] if is_agent else [(url, said)]
+    servers = {id: registered_server(id, one, placed) for id, one in running}
+    id = said.get("worker_id") or url.partition("://")[2]
+    return Registration(
+        id, registrar, said, servers, url, urls.get("worker_url", url), placed)
+
+
+def wrong(key: str, found: Any, expected: object) -> SettingsError:
+    what = "nothing" if found is None else shown(str(found))
+    return SettingsError([Complaint("registration", 0, key, f"found {what}, expected {expected}")])
+
+
+def placed_url(said: Any, place: Placing, placed: dict[str, tuple[str, str]]) -> str:
+    """The URL that is meant; `placed` is told of its host.  Raises ValueError."""
+    parts = urllib.parse.urlsplit(base_url(said))
+    host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
+    to, _ = placed[host] = place(host)
+    placed[to] = placed[host]
+    return parts._replace(netloc=(f"[{to}]" if ":" in to else to) + port).geturl()
+
+
+def registered_server(
+    url: str, said: Mapping[str, Any], placed: Mapping[str, tuple[str, str]]
+) -> ServerSettings:
+    """Raises SettingsError."""
+    _, address = placed[urllib.parse.urlsplit(url).hostname or ""]
+    known = {key: said[key] for key in REGISTERED_KEYS if said.get(key) is not None}
+    return dataclasses.replace(server_by_hand({"url": url, **known}), address=address)
+
+
+def no_file(value: Any) -> Any:
+    raise ValueError("none: what comes over a network names no file")
+
+
+def registered_models(value: Any) -> list[str]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError("the name of a model, or a list of names")
+    return found
+
+
+def matching(pattern: re.Pattern[str], expected: str) -> Clean:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError(expected)
+        return value
+
+    return check
+
+
+def instances_of(said: Any) -> dict[str, dict[str, Any]]:
+    """What an agent runs, by alias.  Raises ValueError."""
+    if isinstance(said, list) and all(isinstance(one, dict) for one in said):
+        said = {one.get("alias", one.get("instance_alias")): one for one in said}
+    if not isinstance(said, dict) or len(said) > INSTANCES_LIMIT or not all(
+        isinstance(one, dict) and INSTANCE.fullmatch(str(alias or ""))
+        for alias, one in said.items()
+    ):
+        raise ValueError(f"{INSTANCES_LIMIT} instances at most, as objects by their aliases")
+    return said
+
+
+REGISTRATION_CHECKS: dict[str, Clean] = {
+    "worker_id": matching(REGISTRANT, "a name of letters, digits and . _ : -"),
+    "zmq_address": matching(ZMQ_ADDRESS, "an address and a port, like 10.0.0.1:21001"),
+    "role": lambda value: "both" if value == "regular" else value,
+    "ttl_s": number(0.1, 86400), "models": registered_models, "instances": instances_of,
+}
+
+
+class Peer(NamedTuple):
+    """Who registers, as far as it decides which addresses it may name."""
+
+    host: str  # its address
+    any_address: bool = False  # settings let it name those of others,
+    resolved: Mapping[str, Sequence[str]] = {}  # also by names, which stand for these
+
+    def place(self, host: str) -> tuple[str, str]:
+        """A Placing.  A name is pinned to an address that was judged, so that it cannot mean
+        another one later; 0.0.0.0, where many programs listen, is taken for the peer's."""
+        literal, peer = ip_address_or_none(host), ip_address_or_none(self.host)
+        if literal is not None and literal.is_unspecified:
+            host, literal = self.host, peer
+        local = is_local_name(f"[{host}]" if ":" in host else host)
+        found: Iterable[Any] = [literal or peer]
+        if literal is None and self.any_address and not local:
+            found = map(ip_address_or_none, self.resolved.get(host, ()))
+        for address in found:
+            if address is not None and self.may_name(address, peer, local):
+                return host, "" if literal or local else str(address)
+        raise ValueError(
+            "an address that is neither link-local nor multicast, nor local" if self.any_address
+            else f"{self.host}, where it comes from (or registration_any_address = true)")
+
+    def may_name(self, address: Any, peer: Any, local: bool) -> bool:
+        if address.is_link_local or address.is_multicast or address.is_unspecified:
+            return False
+        if local or address.is_loopback:  # which is this machine's
+            return peer is not None and peer.is_loopback
+        return self.any_address or address == peer
+
+
+def ip_address_or_none(text: str) -> Any:
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(text.partition("%")[0])
+        return getattr(address, "ipv4_mapped", None) or address
+    return None
+
+
+def zmq_registration(said: Any, place: Placing) -> Registration | str:
+    """What a message of vLLM's connectors registers: P2pNccl's map; or why it registers nothing, ''
+    where that is no news.  Raises SettingsError, BadMessage."""
+    if not isinstance(said, dict):
+        raise BadMessage(f"a message is {shown(str(said))}, expected a map in msgpack")
+    kind, address, http = map(said.get, ("type", "zmq_address", "http_address"))
+    if kind not in ("P", "D"):
+        return ""
+    if "transfer_mode" in said or "handshake:" in str(address):
+        return "it is of MoRI-IO's connector, which is not supported yet"
+    role = "prefill" if kind == "P" else "decode"
+    said = {"worker_id": f"zmq:{http}", "url": f"http://{http or ''}", "role": role,
+            "zmq_address": address or "", "ttl_s": ZMQ_TTL_S}
+    return parse_registration(said, Registrar.ZMQ, place)
+
+
+# ============================================================================================
+#  63  registering
+# ============================================================================================
+#
+# The paths at which servers and agents register.  The roster is kept true to the book of
+# registrations.
+
+RESOLVE_S = 5.0  # for a name in a registration
+
+
+class Registrations:
+    """The registrations of a running balancer."""
+
+    def __init__(self, core: Core) -> None:
+        self.core, self.book = core, RegistrationBook()
+        self.loop = asyncio.get_running_loop()
+        self.holds_zmq = False  # those who register over ZMQ cannot, so far
+        self._timer: asyncio.TimerHandle | None = None
+        self.book.on_change.append(self.define)
+        core.roster.keepers[Source.REGISTERED] = self
+        try:
+            self.book.load(core.roster.kept.pop(Source.REGISTERED.value, ()), self.loop.time())
+        except (ValueError, TypeError, KeyError, AttributeError, SettingsError) as error:
+            log.warning("what was registered has to register again: %s", error)
+
+    @staticmethod
+    def of(core: Core) -> Registrations:
+        found = core.roster.keepers.get(Source.REGISTERED) or Registrations(core)
+        assert isinstance(found, Registrations)
+        return found
+
+    def dump(self) -> list[dict[str, Any]]:
+        return self.book.dump(self.loop.time())
+
+    def define(self) -> None:
+        self.core.roster.define(Source.REGISTERED, self.book.servers())
+        if self.book.by_id:
+            self.expire_by(self.book.next_expiry())
+
+    def take(self, new: Registration) -> None:
+        """Somebody has registered, or is still there.  Raises BadMessage."""
+        core, known = self.core, new.id in self.book.by_id
+        if self.book.put(new, self.loop.time()) and not known:
+            what = "agent" if new.is_agent else "server"
+            log.info("%s registered: %s %s (%s)", new.id, what, new.url, new.registrar.value)
+        for id in new.servers:
+            for view in core.fleet.engines(id)[:1]:
+                if view.models is None and (names := new.said.get("models")):
+                    models = {name: {"id": name, "object": "model"} for name in names}
+                    core.fleet.models_listed(id, models, -INFINITY)
+                if not view.healthy:  # it is there: the next check need not wait
+                    core.looks.want(id)
+
+    def expire_by(self, due: float) -> None:
+        if self._timer is None or self._timer.when() > due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(due, self.expire, due)
+
+    def expire(self, due: float) -> None:
+        """Who is silent leaves; but where this process is late, nobody was heard, so far."""
+        self._timer, now = None, self.loop.time()
+        if now > due + STALL_S:
+            self.expire_by(now + 1.0)
+            return
+        if self.holds_zmq:
+            self.book.heard(Registrar.ZMQ, now)
+        for one in self.book.expire(now):
+            log.warning("%s is gone: it was silent for %g s", one.id, one.ttl_s)
+        if self.book.by_id:
+            self.expire_by(self.book.next_expiry())
+
+
+async def peer_of(asked: Asked, said: Mapping[str, Any]) -> Peer:
+    """Who registers that, with what the names in it stand for, if that matters."""
+    assert asked.visit is not None
+    resolved, s = dict[str, list[str]](), asked.visit.settings
+    for key in URL_KEYS if s.registration_any_address else ():
+        with contextlib.suppress(ValueError):
+            if host := urllib.parse.urlsplit(str(said.get(key, ""))).hostname:
+                resolved[host] = await addresses_of(host)
+    return Peer(registrant_of(asked.visit), s.registration_any_address, resolved)
+
+
+async def addresses_of(host: str) -> list[str]:
+    with contextlib.suppress(OSError, UnicodeError):
+        async with within(RESOLVE_S):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, None, type=socket.SOCK_STREAM)
+            return [str(address[0]) for *_, address in found]
+    return []
+
+
+def registrar_of(asked: Asked, one: Registration | None = None) -> Registrar:
+    """By what right somebody asks, for what may be registered already.  Raises BadMessage where
+    that is another's."""
+    assert asked.visit is not None
+    if may_not_change(asked.visit) is None:
+        return Registrar.ADMIN
+    if one is not None and one.registrar is not Registrar.KEY:
+        text = f"{one.id} was not registered with the registration key"
+        raise BadMessage(text, Fault.FORBIDDEN)
+    return Registrar.KEY
+
+
+async def register(core: Core, asked: Asked) -> dict[str, Any]:
+    """a server or an agent says that it is there, for the first time or again"""
+    if not (said := read_members(asked.content, None)):
+        raise wrong("", None, 'JSON like {"url": "http://10.0.0.1:8000"}')
+    place, registrations = (await peer_of(asked, said)).place, Registrations.of(core)
+    new = parse_registration(said, registrar_of(asked), place)
+    registrar_of(asked, registrations.book.by_id.get(new.id))
+    registrations.take(new)
+    ignored = sorted(new.said.keys() - REGISTRATION_KEYS)
+    return {"status": "success", "message": f"{new.id} is registered", "worker_id": new.id,
+            "ttl_s": new.ttl_s, "ignored": ignored}
+
+
+def name_in(asked: Asked, suffix: str = "") -> str:
+    """Which worker a path names: by its id, or its URL, which may be escaped."""
+    path = asked.head.path.rstrip("/").removesuffix(suffix)
+    return urllib.parse.unquote(path.removeprefix("/workers/"))
+
+
+async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
+    """with /heartbeat: it is still there; what it says takes the place of what it said before"""
+    if asked.head.path.rstrip("/").endswith("/unregister"):
+        return await unregister(core, asked)
+    if not asked.head.path.rstrip("/").endswith("/heartbeat"):
+        raise LookupError("POST is for /workers/register, and /heartbeat below a worker.")
+    registrations = Registrations.of(core)
+    one = registrations.book.find(name_in(asked, "/heartbeat"))
+    registrar_of(asked, one)
+    if more := read_members(asked.content, None):
+        said = {**one.said, **more, "worker_id": one.id}
+        one = parse_registration(said, one.registrar, (await peer_of(asked, said)).place)
+    registrations.take(one)
+    return {"status": "success", "message": f"{one.id} is there", "ttl_s": one.ttl_s}
+
+
+async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
+    """it leaves; for an admin any server does, by hand"""
+    name, book = name_in(asked, "/unregister"), Registrations.of(core).book
+    try:
+        one = book.find(name)
+    except LookupError:
+        if registrar_of(asked) is not Registrar.ADMIN:
+            raise
+        return {"status": "success", **await remove_server(core, server_named(core, name))}
+    registrar_of(asked, one)
+    book.remove(one.id)
+    log.info("%s has left: it says so", one.id)
+    return {"status": "success", "message": f"{one.id} is no longer registered"}
+
+
+def worker_rows(core: Core) -> list[dict[str, Any]]:
+    """Servers and agents, as vllm-project/router and serverless_vllm list them."""
+    now, book = clock_now(), Registrations.of(core).book
+    rows = list[dict[str, Any]]()
+    for id, entry in core.roster.entries.items():
+        views, url, role = core.fleet.engines(id), entry.settings.url, entry.settings.role
+        models = [name for view in views[:1] for name in view.models or ()]
+        loads = (view.counts.in_flight + round(
+            view.foreign(now.monotonic, core.settings.metrics_interval)) for view in views)
+        rows.append({
+            "worker_id": url.partition("://")[2], "url": url, "worker_url": url,
+            "worker_type": "regular" if role == "both" else role,
+            "model_id": models[0] if models else "unknown", "models": models,
+            "is_healthy": any(view.healthy for view in views), "load": sum(loads),
+            "connection_mode": "http", "priority": 50, "cost": 1.0, "source": entry.source.value,
+            **registration_row(book.of_server(id), now)})
+    return rows + [{"url": one.url, "worker_type": "agent", "source": Source.REGISTERED.value,
+                    "instances": one.said.get("instances", {}), **registration_row(one, now)}
+                   for one in book.by_id.values() if one.is_agent]
+
+
+def registration_row(one: Registration | None, now: Clock) -> dict[str, Any]:
+    if one is None:
+        return {}
+    return {"worker_id": one.id, "worker_url": one.worker_url,
+            "public_worker_url": one.said.get("public_worker_url"),
+            "gpu_info": one.said.get("gpu_info"), "registered_by": one.registrar.value,
+            "registered_at": now.iso(one.registered_at), "ttl_s": one.ttl_s}
+
+
+async def list_workers(core: Core, asked: Asked) -> dict[str, Any]:
+    """servers and agents, as vllm-project/router and serverless_vllm list them"""
+    rows = worker_rows(core)
+    kinds = [row["worker_type"] for row in rows]
+    stats = {f"{kind}_count": kinds.count(kind) for kind in ("prefill", "decode", "regular")}
+    return {"workers": rows, "total": len(rows), "stats": stats}
+
+
+async def show_worker(core: Core, asked: Asked) -> dict[str, Any]:
+    """one of them, by its id or its URL"""
+    if registrar_of(asked) is not Registrar.ADMIN:
+        raise BadMessage("who is registered is shown to admins", Fault.FORBIDDEN)
+    name = name_in(asked)
+    for row in worker_rows(core):
+        if name in (row["worker_id"], row["url"], row["worker_url"]):
+            return row
+    raise LookupError(f"No worker {shown(name)} here.")
+
+
+async def add_worker(core: Core, asked: Asked) -> dict[str, Any]:
+    """add a server by hand, in the words of vllm-project/router"""
+    said = read_members(asked.content, None) | asked.query
+    given = {REGISTERED_WORDS.get(key, key): value for key, value in said.items()}
+    if given.get("role") == "regular":
+        del given["role"]
+    known = set(core.roster.entries)
+    done = await add_server(core, {key: given[key] for key in ("url", *REGISTERED_KEYS)
+                                   if key in given})
+    (added,) = core.roster.entries.keys() - known
+    url = core.roster.entries[added].settings.url
+    row = next(row for row in worker_rows(core) if row["url"] == url)
+    return {"success": True, "message": done["done"], "worker": row}
+
+
+async def list_urls(core: Core, asked: Asked) -> dict[str, Any]:
+    """the servers' URLs"""
+    return {"urls": [row["url"] for row in worker_rows(core) if "load" in row]}
+
+
+async def list_loads(core: Core, asked: Asked) -> dict[str, Any]:
+    """how many requests each server has"""
+    return {"workers": [{"worker": row["url"], "load": row["load"]}
+                        for row in worker_rows(core) if "load" in row]}
+
+
+WORKERS: dict[str, tuple[Kind, dict[str, Operate]]] = {
+    "/workers": (Kind.ADMIN, {"GET": list_workers, "POST": add_worker}),
+    "/workers/register": (Kind.REGISTRATION, {"POST": register}),
+    "/workers/{id}": (Kind.REGISTRATION, {
+        "GET": show_worker, "DELETE": unregister, "POST": heartbeat}),
+    "/add_worker": (Kind.ADMIN, {"POST": add_worker}),
+    "/remove_worker": (Kind.ADMIN, {"POST": on_server(remove_server)}),
+    "/list_workers": (Kind.ADMIN, {"GET": list_urls}),
+    "/get_loads": (Kind.ADMIN, {"GET": list_loads}),
+}
+ENDPOINTS |= {
+    path: {method: Endpoint(kind, functools.partial(run_operation, operate), True,
+                            " ".join((operate.__doc__ or "the same as DELETE").split()))
+           for method, operate in rows.items()} for path, (kind, rows) in WORKERS.items()
+}
+
+
+# ============================================================================================
+#  64  zmq listener
+# ============================================================================================
+#
+# Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
+# NULL has no keys: registration_networks alone says who may.  So each peer is bounded: what it may
+# send, how fast, for how long it may be silent, on how many connections.
+
+ZMQ_HANDSHAKE_S = 5.0
+ZMQ_SILENCE_S = 30.0  # of a peer that is heard; connectors speak each 3 s
+ZMQ_PEERS, ZMQ_PEERS_EACH = 256, 16  # connections: of all, of one address
+ZMQ_PIECE_BYTES, ZMQ_PAUSE_S = 8192, 0.2  # read at once, and between two reads: 40 kB/s of a peer
+ZMQ_RETRY_S = 0.5  # between two tries to listen, where a predecessor still does
+ZMQ_TOLD = 256  # warnings that are remembered, so that each is given once
+
+
+class ZmqListener:
+    """Hears vLLM's connectors register, each on a connection of its own."""
+
+    def __init__(self, core: Core) -> None:
+        self.core, self.registrations = core, Registrations.of(core)
+        self.peers = dict[asyncio.Task[None], str]()  # by connection
+        self.listeners = list[Listener]()
+        self._told: dict[tuple[str, str], None] = {}
+
+    def tell(self, host: str, text: str) -> None:
+        """Warn of something, once."""
+        if (host, text) not in self._told:
+            self._told[host, text] = None
+            if len(self._told) > ZMQ_TOLD:
+                del self._told[next(iter(self._told))]
+            log.warning("registration over ZMQ: %s: %s", host, text)
+
+    async def run(self, address: str) -> None:
+        """Listen for ever; as long as it cannot, whoever had registered before stays."""
+        self.registrations.holds_zmq = True
+        try:
+            sockets = await self.sockets_at(address)
+            self.registrations.holds_zmq = False
+            log.warning("%s", zmq_open_line(self.core.settings))
+            async with asyncio.TaskGroup() as tasks:
+                take = functools.partial(self.accept, tasks)
+                self.listeners += [
+                    Listener(sock, self.has_room, lambda: None, take, self.cannot_accept)
+                    for sock in sockets]
+                while not self.core.process.stopping:  # then a successor may listen
+                    await asyncio.sleep(ZMQ_RETRY_S)
+                for task in self.peers:
+                    task.cancel()
+        finally:
+            self.registrations.holds_zmq = False
+            for listener in self.listeners:
+                listener.close()
+
+    async def sockets_at(self, address: str) -> list[socket.socket]:
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                return listening_sockets(host.strip("[]*"), int(port))
+            except OSError as error:
+                self.tell(address, f"{error_text(error)}; trying again")
+                await asyncio.sleep(ZMQ_RETRY_S)
+
+    def has_room(self) -> bool:
+        return len(self.peers) < ZMQ_PEERS
+
+    def cannot_accept(self, error: OSError) -> None:
+        self.tell("accepting", error_text(error))
+
+    def accept(self, tasks: asyncio.TaskGroup, sock: socket.socket, address: Any) -> None:
+        host = address_of(address)[0]
+        if not is_trusted(host, self.core.settings.registration_networks):
+            self.tell(host, "it is not in registration_networks")
+        elif list(self.peers.values()).count(host) < ZMQ_PEERS_EACH:
+            self.peers[task := tasks.create_task(self.serve(sock, host))] = host
+            task.add_done_callback(functools.partial(self.left, sock))
+            return
+        sock.close()
+
+    def left(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        del self.peers[task]
+        sock.close()
+        for listener in self.listeners:
+            listener.resume()
+
+    async def serve(self, sock: socket.socket, host: str) -> None:
+        """One peer, until it leaves, says what cannot be, or nothing for long."""
+        try:
+            sock.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=sock)
+            with contextlib.closing(writer.transport):
+                await self.hear(reader, writer, host)
+        except (BadMessage, SettingsError) as error:
+            self.tell(host, str(error))
+        except (OSError, TimeoutError):
+            pass
+
+    async def hear(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str
+    ) -> None:
+        """Raises BadMessage, SettingsError, OSError, TimeoutError."""
+        zmtp = ZmtpPeer()
+        while True:
+            writer.write(bytes(zmtp.answer))
+            zmtp.answer.clear()
+            async with within(ZMQ_HANDSHAKE_S if zmtp.identity is None else ZMQ_SILENCE_S):
+                await writer.drain()
+                if not (piece := await reader.read(ZMQ_PIECE_BYTES)):
+                    return
+            for message in zmtp.feed(piece):
+                peer = Peer(host, self.core.settings.registration_any_address)
+                found = zmq_registration(parse_msgpack(message[-1]), peer.place)
+                if isinstance(found, Registration):
+                    self.registrations.take(found)
+                elif found:
+                    self.tell(host, found)
+            await asyncio.sleep(ZMQ_PAUSE_S)
+
+
+def wanted_registration(s: Settings) -> str | None:
+    """The address to listen on for ZMQ; '' where only HTTP is prepared for, None where nothing is:
+    then the first who registers sets it going."""
+    keyed = s.registration_key or s.registration_key_file
+    return s.registration_address if keyed or s.registration_address else None
+
+
+@service("registration", wanted_registration)
+async def take_registrations(core: Core, address: str) -> None:
+    Registrations.of(core)  # which has inherited ones expire
+    if address:
+        await ZmqListener(core).run(address)
+
+
+def zmq_open_line(s: Settings) -> str:
+    """What it means that registration_address is set."""
+    return (f"registration_address {s.registration_address} takes servers from whoever reaches it"
+            f" from {', '.join(s.registration_networks)}: ZMTP's NULL has no keys")
+
+
+# ━━━ part XII: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
+# ============================================================================================
+#  65  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -13121,7 +14105,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  62  table
+#  66  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -13354,7 +14338,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  63  views
+#  67  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -13498,7 +14482,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  64  screen
+#  68  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -13816,7 +14800,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  65  keys
+#  69  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -13939,7 +14923,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  66  terminal
+#  70  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -14185,7 +15169,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  67  top
+#  71  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -14403,7 +15387,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  68  page
+#  72  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -14801,7 +15785,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  69  reference
+#  73  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -14993,7 +15977,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  70  deployment
+#  74  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -15260,11 +16244,11 @@ def grafana_topic() -> str:
     }, indent=1)
 
 
-# ━━━ part XII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XIII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  71  traces
+#  75  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -15453,7 +16437,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  72  engine
+#  76  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -15793,7 +16777,7 @@ class Engine:
 
 
 # ============================================================================================
-#  73  replay
+#  77  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -16021,7 +17005,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  74  comparison
+#  78  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -16157,7 +17141,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  75  canned words
+#  79  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -16340,7 +17324,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  76  canned forms
+#  80  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -16691,7 +17675,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  77  simulation
+#  81  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -16956,7 +17940,7 @@ class Generation:
 
 
 # ============================================================================================
-#  78  demo
+#  82  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -16964,8 +17948,32 @@ class Generation:
 DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
 
 
-async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
-    """A balancer in front of simulated servers of unequal kinds; `run` runs it."""
+REGISTRATION_S = 1.0  # between two registrations of a simulated server
+
+
+async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int) -> None:
+    """Have a simulated server register itself, leave after a while, and come again."""
+    draw, s = random.Random(seed), balancer.core.settings
+    said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
+    while not balancer.port:
+        await asyncio.sleep(REGISTRATION_S / 10)
+    with contextlib.closing(HttpClient(own_url(s, s.host, balancer.port))) as client:
+        async def post(path: str, content: bytes) -> None:
+            with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+                await client.fetch(f"/workers/{path}", 2.0, content)
+
+        while True:
+            for _ in range(draw.randint(10, 30)):
+                await post("register", json.dumps(said).encode())
+                await asyncio.sleep(REGISTRATION_S)
+            await post(f"{server.url.partition('://')[2]}/unregister", b"{}")
+            await asyncio.sleep(draw.randint(3, 10) * REGISTRATION_S)
+
+
+async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
+               discovery: bool = False) -> None:
+    """A balancer in front of simulated servers of unequal kinds; `run` runs it.  With `discovery`
+    all but the first register themselves, and come and go."""
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for i in range(count):
@@ -16974,7 +17982,15 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
             pace = f"{one.kind.capacity} at once, {1 / one.kind.token_s:.0f} tokens/s"
             print(f"simulated vLLM server {one.url}: {pace}", flush=True)
         listed = tuple(ServerSettings(one.url, one.kind.capacity) for one in servers)
-        await run(Balancer(dataclasses.replace(settings, servers=listed)))
+        named = listed[:1] if discovery else listed
+        balancer = Balancer(dataclasses.replace(settings, servers=named))
+        coming = [asyncio.create_task(come_and_go(one, balancer, i))
+                  for i, one in enumerate(servers) if i >= len(named)]
+        try:
+            await run(balancer)
+        finally:
+            for task in coming:
+                task.cancel()
 
 
 DEMO_HINT = """
@@ -16994,6 +18010,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("-c", "--console", action="store_true", help="a log line for each request")
+    parser.add_argument("--discovery", action="store_true",
+                        help="all but the first register themselves, and come and go")
 
 
 @command("demo", "try it in front of simulated servers", add_demo, example="demo")
@@ -17002,11 +18020,12 @@ def run_demo(args: argparse.Namespace) -> int:
     if args.servers < 1:
         return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
     with logging_to_stdout(settings.log_level):
-        return serve_until_stopped(lambda run: demo(args.servers, settings, run), DEMO_HINT)
+        return serve_until_stopped(lambda run: demo(
+            args.servers, settings, run, args.discovery), DEMO_HINT)
 
 
 # ============================================================================================
-#  79  doctor
+#  83  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -17186,6 +18205,7 @@ def secret_files(path: str, s: Settings) -> list[str]:
     entries = (s, *s.servers, *s.keys)
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
     files = [key.key_file for key in s.keys] + [s.tls_key]
+    files += [s.registration_key_file, s.registered_api_key_file]
     files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
     return own + list(dict.fromkeys(filter(None, files)))
 

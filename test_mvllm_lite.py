@@ -146,7 +146,7 @@ def test_the_map_in_the_docstring_has_the_parts_where_they_are():
     ruler = SOURCE.index(" the ruler ─"), lite.__doc__.index("── the ruler")
     assert [text.count(f" {at}: ", 0, ruler[0]) for at in ("part X", "part XI")
             for text in [SOURCE]] == [1, 0]
-    assert lite.__doc__.index("   X  program") < ruler[1] < lite.__doc__.index("  XI  seen")
+    assert lite.__doc__.index("   X  program") < ruler[1] < lite.__doc__.index("  XI  discovery")
 
 
 def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_parts_exactly():
@@ -6933,7 +6933,8 @@ def test_where_operators_have_a_listener_each_has_its_own_paths():
                  visit in visits.items()
                  for refusal in [lite.refusal_of(visit)]}
         always = {"AMBIGUOUS": 400, "NOTHING": 404}.get(kind.name)
-        inference, probe = kind.name in ("INFERENCE", "MODELS"), kind.name == "PROBE"
+        inference = kind.name in ("INFERENCE", "MODELS")
+        probe = kind.name in ("PROBE", "REGISTRATION")
         assert found["EVERYBODY"] == always
         assert found["CLIENTS"] == (always or (None if inference or probe else 404)), kind
         assert found["OPERATORS"] == (always or (404 if inference else None)), kind
@@ -11689,7 +11690,8 @@ def test_each_endpoint_has_one_kind_and_those_that_read_content_are_operations()
     for path, rows in lite.ENDPOINTS.items():
         kinds = {row.kind for row in rows.values()}
         assert len(kinds) == 1 or path == "/explain"
-        assert {row.reads_content for row in rows.values()} == {lite.Kind.ADMIN in kinds}
+        assert {row.reads_content for row in rows.values()} == {
+            bool(kinds & {lite.Kind.ADMIN, lite.Kind.REGISTRATION})}
         assert lite.endpoints_at(path.replace("{id}", "a/b")) == rows
 
 
@@ -13573,6 +13575,618 @@ def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     seen = terminal.read_until("\x1b[?1049l", " INFO stopped")
     assert " INFO stopped" in seen.partition("\x1b[?1049l")[2]  # then there are log lines again
     assert child.wait(20) == 0 and terminal.restored
+
+
+# ============================================================================================
+#  zmtp and registration
+# ============================================================================================
+
+READY = lite.zmtp_command(b"READY", lite.zmtp_property(b"Socket-Type", b"DEALER")
+                          + lite.zmtp_property(b"Identity", b"10.0.0.1:6301"))
+# What libzmq 4.3.5 sends as a DEALER of that identity, whose length it has in its signature.
+LIBZMQ = (b"\xff" + bytes(7) + b"\x0e\x7f\x03\x01NULL" + bytes(48)
+          + b"\x046\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\r10.0.0.1:6301")
+HELLO = lite.ZMTP_GREETING + READY
+
+
+def heard(data, how="whole"):
+    """The messages in what a peer sends, and what it is answered behind the greeting."""
+    peer = lite.ZmtpPeer()
+    messages = [message for piece in pieces_of(data, how) for message in peer.feed(piece)]
+    assert peer.answer.startswith(lite.ZMTP_GREETING) and len(lite.ZMTP_GREETING) == 64
+    return messages, bytes(peer.answer[64:])
+
+
+OURS = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0"
+PING = lite.zmtp_command(b"PING", b"\0\x64context")
+
+
+@pytest.mark.parametrize("how", FEEDS)
+@pytest.mark.parametrize("data, messages, answer", table(
+    ("nothing yet", b"", [], b""),
+    ("half a greeting", lite.ZMTP_GREETING[:30], [], b""),
+    ("libzmq's own bytes", LIBZMQ + b"\x00\x02hi", [[b"hi"]], OURS),
+    ("minor version 0", HELLO[:11] + b"\0" + HELLO[12:] + b"\x00\x02hi", [[b"hi"]], OURS),
+    ("names of properties in any case", lite.ZMTP_GREETING + READY.replace(b"Socket-T", b"sOCKET-t")
+     + b"\x00\x02hi", [[b"hi"]], OURS),
+    ("several messages, of several frames", HELLO + b"\x01\x01a\x00\x01b\x00\x00\x00\x01c",
+     [[b"a", b"b"], [], [b"c"]], OURS),
+    ("a REQ's empty frame", HELLO + b"\x01\x00\x00\x02hi", [[b"hi"]], OURS),
+    ("a long frame", HELLO + lite.zmtp_frame(b"x" * 300), [[b"x" * 300]], OURS),
+    ("a long size of a short frame", HELLO + b"\x02" + bytes(7) + b"\x02hi", [[b"hi"]], OURS),
+    ("a heartbeat", HELLO + PING + b"\x00\x02hi", [[b"hi"]],
+     OURS + lite.zmtp_command(b"PONG", b"context")),
+    ("a command that is unknown", HELLO + lite.zmtp_command(b"SUBSCRIBE", b"x"), [], OURS),
+    ("half a message", HELLO + b"\x01\x01a", [], OURS),
+))
+def test_a_peer_of_zeromq_is_heard_however_its_bytes_come(data, messages, answer, how):
+    assert heard(data, how) == (messages, answer)
+
+
+@pytest.mark.parametrize("how", FEEDS[:5])
+@pytest.mark.parametrize("data, why", table(
+    ("HTTP", b"GET / HTTP/1.1\r\n\r\n", "no greeting"),
+    ("TLS", TLS_HELLO, "no greeting"),
+    ("a signature that ends wrong", b"\xff" + bytes(9), "no greeting"),
+    ("ZMTP 2", b"\xff" + bytes(8) + b"\x7f\x01", "version 1, expected 3"),
+    ("a mechanism with keys", HELLO.replace(b"NULL", b"CURV"), "expected NULL"),
+    ("a subscriber", HELLO.replace(b"DEALER", b"XSUBSC"), "socket is a 'XSUBSC'"),
+    ("no socket type", lite.ZMTP_GREETING + lite.zmtp_command(b"READY", b""), "socket is a ''"),
+    ("a message before READY", lite.ZMTP_GREETING + b"\0\x01a", "before READY"),
+    ("a command before READY", lite.ZMTP_GREETING + PING, "'PING' came, expected READY"),
+    ("an error", HELLO + lite.zmtp_command(b"ERROR", b"\x03bad"), "it says ERROR: 'bad'"),
+    ("flags that do not exist", HELLO + b"\x08\x00", "flags 0x08"),
+    ("a command with more to come", HELLO + b"\x05\x00", "flags 0x05"),
+    ("a frame of 2 ** 63 bytes", HELLO + b"\x02\x80" + bytes(7), "9223372036854775808 bytes"),
+    ("many frames", HELLO + b"\x01\x01a" * 9, "9 frames"),
+    ("many bytes", HELLO + (b"\x03" + (3000).to_bytes(8, "big") + bytes(3000)) * 2, "6000 bytes"),
+    ("a command without a name", HELLO + b"\x04\x00", "reaches beyond"),
+    ("a property that is cut", lite.ZMTP_GREETING + lite.zmtp_command(b"READY", b"\x0bSock"),
+     "reaches beyond"),
+))
+def test_a_peer_that_breaks_zeromq_s_protocol_is_told_apart_at_once(data, why, how):
+    with pytest.raises(lite.BadMessage, match=re.escape(why)):
+        heard(data, how)
+
+
+def test_no_bytes_take_the_reader_of_zeromq_out_of_its_bounds():
+    draw = random.Random(7)
+    for _ in range(1500):
+        data = bytearray(HELLO + b"\x01\x01a\x00\x01b" * 5 + PING)
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] = draw.choice((0, 1, 2, 4, 255, draw.randrange(256)))
+        with contextlib.suppress(lite.BadMessage):
+            heard(bytes(data), draw.choice(FEEDS[2:]))
+        with contextlib.suppress(lite.BadMessage):
+            lite.parse_msgpack(bytes(data[64:]))
+
+
+@pytest.mark.parametrize("data, value", table(
+    ("the map of P2pNccl", b"\x83\xa4type\xa1P\xad" b"hello_address\xa10\xa1z\xd9\x01x",
+     {"type": "P", "hello_address": "0", "z": "x"}),
+    ("small numbers", b"\x94\x00\x7f\xe0\xff", [0, 127, -32, -1]),
+    ("unsigned", b"\x94\xcc\xff\xcd\xff\xff\xce\xff\xff\xff\xff\xcf" + b"\xff" * 8,
+     [255, 2**16 - 1, 2**32 - 1, 2**64 - 1]),
+    ("signed", b"\x94\xd0\x80\xd1\x80\0\xd2\x80\0\0\0\xd3\x80" + bytes(7),
+     [-128, -(2**15), -(2**31), -(2**63)]),
+    ("constants", b"\x93\xc0\xc2\xc3", [None, False, True]),
+    ("floats", b"\x92\xca\x3f\x80\0\0\xcb\x3f\xf0" + bytes(6), [1.0, 1.0]),
+    ("texts with longer lengths", b"\x93\xd9\x01a\xda\0\x01b\xdb\0\0\0\x01c", ["a", "b", "c"]),
+    ("binary, as old writers have it", b"\x81\xc4\x01k\xc5\0\x01v", {"k": "v"}),
+    ("longer maps and arrays", b"\xde\0\x01\xa1a\xdc\0\x01\xdd\0\0\0\0", {"a": [[]]}),
+    ("extensions", b"\x94\xd4\x01x\xd8\x01" + bytes(16) + b"\xc7\x02\x01xx\x05", [None] * 3 + [5]),
+    ("no UTF-8", b"\xa2\xff\xfe", "\ufffd\ufffd"),
+))
+def test_msgpack_is_read(data, value):
+    assert lite.parse_msgpack(data) == value
+    for size in range(len(data)):
+        with pytest.raises(lite.BadMessage):
+            lite.parse_msgpack(data[:size])
+
+
+@pytest.mark.parametrize("data, why", table(
+    ("a value that goes on", b"\x01\x02", "goes on"),
+    ("more members than bytes", b"\xdd\xff\xff\xff\xff\x00", "4294967295 members in 1 bytes"),
+    ("a text that is longer", b"\xdb\xff\xff\xff\xffa", "middle of a value"),
+    ("nested without end", b"\x91" * 2000, "nested more than"),
+    ("what is no value", b"\xc1", "begins with 0xc1"),
+))
+def test_msgpack_that_is_none_is_refused(data, why):
+    with pytest.raises(lite.BadMessage, match=re.escape(why)):
+        lite.parse_msgpack(data)
+
+
+def registered(said, host="10.0.0.1", registrar=lite.Registrar.KEY, **peer):
+    return lite.parse_registration(said, registrar, lite.Peer(host, **peer).place)
+
+
+@pytest.mark.parametrize("url, host, peer, expected", table(
+    ("its own address", "http://10.0.0.1:8000", "10.0.0.1", {}, "http://10.0.0.1:8000"),
+    ("with /v1, as clients have it", "http://10.0.0.1:8000/v1", "10.0.0.1", {},
+     "http://10.0.0.1:8000"),
+    ("all addresses: its own is meant", "http://0.0.0.0:8000", "10.0.0.1", {},
+     "http://10.0.0.1:8000"),
+    ("all of IPv6", "http://[::]:8000", "fd00::1", {}, "http://[fd00::1]:8000"),
+    ("IPv4 in IPv6", "http://10.0.0.1:8000", "::ffff:10.0.0.1", {}, "http://10.0.0.1:8000"),
+    ("another's", "http://10.0.0.2:8000", "10.0.0.1", {}, None),
+    ("another's, allowed", "http://10.0.0.2:8000", "10.0.0.1", {"any_address": True},
+     "http://10.0.0.2:8000"),
+    ("a name, which is pinned to the peer", "http://gpu1:8000", "10.0.0.1", {},
+     "http://gpu1:8000 10.0.0.1"),
+    ("a number that the system takes for an address", "http://2852039166/", "10.0.0.1", {},
+     "http://2852039166 10.0.0.1"),
+    ("another's name, pinned to what it stood for", "http://gpu2:8000", "10.0.0.1",
+     {"any_address": True, "resolved": {"gpu2": ["169.254.169.254", "10.0.0.2"]}},
+     "http://gpu2:8000 10.0.0.2"),
+    ("a name for a link-local address", "http://gpu2:8000", "10.0.0.1",
+     {"any_address": True, "resolved": {"gpu2": ["169.254.169.254"]}}, None),
+    ("a name that is unknown", "http://gpu2:8000", "10.0.0.1", {"any_address": True}, None),
+    ("a cloud's metadata", "http://169.254.169.254", "10.0.0.1", {"any_address": True}, None),
+    ("the same in IPv6", "http://[::ffff:169.254.169.254]", "10.0.0.1", {"any_address": True},
+     None),
+    ("link-local, its own", "http://[fe80::1]:8000", "fe80::1%eth0", {}, None),
+    ("multicast", "http://224.0.0.1:8000", "224.0.0.1", {"any_address": True}, None),
+    ("this machine, from elsewhere", "http://127.0.0.1:6379", "10.0.0.1", {"any_address": True},
+     None),
+    ("this machine by name, from elsewhere", "http://localhost:6379", "10.0.0.1", {}, None),
+    ("this machine", "http://localhost:8000", "127.0.0.1", {}, "http://localhost:8000"),
+    ("this machine by another of its addresses", "http://127.0.0.1:8000", "::1", {},
+     "http://127.0.0.1:8000"),
+    ("a port that is none", "http://10.0.0.1:99999", "10.0.0.1", {}, None),
+    ("no HTTP", "file:///etc/passwd", "10.0.0.1", {}, None),
+    ("a secret in it", "http://a:b@10.0.0.1", "10.0.0.1", {}, None),
+))
+def test_who_registers_names_its_own_address(url, host, peer, expected):
+    try:
+        (server,) = registered({"url": url}, host, **peer).servers.values()
+    except lite.SettingsError as error:
+        assert expected is None and "registration: url: found " in str(error)
+    else:
+        assert f"{server.url} {server.address}".strip() == expected
+
+
+AGENT = {"worker_id": "gpu-1", "worker_url": "http://0.0.0.0:7000",
+         "public_worker_url": "http://10.0.0.1:7100", "gpu_info": {"gpu_count": 2},
+         "instances": {"a": {"status": "running", "max_concurrent_requests": 8},
+                       "b": {"status": "starting"}}}
+
+
+@pytest.mark.parametrize("said, id, servers", table(
+    ("a server", {"url": "http://10.0.0.1:8000"}, "10.0.0.1:8000", ["http://10.0.0.1:8000"]),
+    ("a server of serverless_vllm", {"worker_id": "w", "worker_url": "http://10.0.0.1:7000",
+                                     "gpu_info": None}, "w", ["http://10.0.0.1:7000"]),
+    ("an agent and what it runs", AGENT, "gpu-1", ["http://10.0.0.1:7100/proxy/a"]),
+    ("an agent that lists", AGENT | {"instances": [{"alias": "x", "status": "RUNNING"}]}, "gpu-1",
+     ["http://10.0.0.1:7100/proxy/x"]),
+    ("an agent that runs nothing", {"worker_url": "http://10.0.0.1:7000", "gpu_info": {}},
+     "10.0.0.1:7000", []),
+))
+def test_an_agent_is_no_server_but_what_it_runs_is(said, id, servers):
+    one = registered(said)
+    assert (one.id, list(one.servers), one.is_agent) == (id, servers, "agent" in repr(said) or
+                                                         said.get("gpu_info") is not None)
+    assert all(server.api_key == "" for server in one.servers.values())
+
+
+def test_what_a_registration_says_of_a_server_is_taken_in_the_words_of_its_program():
+    (server,) = registered({"url": "http://10.0.0.1:1", "worker_type": "prefill", "capacity": 4,
+                            "data_parallel_size": 2, "model_id": "m"}).servers.values()
+    assert (server.role, server.max_concurrent_requests, server.data_parallel_size) == (
+        "prefill", 4, 2)
+    agent = registered(AGENT)
+    assert agent.servers[f"{agent.url}/proxy/a"].max_concurrent_requests == 8
+    assert agent.worker_url == "http://10.0.0.1:7000"
+
+
+@pytest.mark.parametrize("said, why", table(
+    ("nothing", {}, "url: found nothing"),
+    ("a file", {"url": "http://10.0.0.1:1", "api_key_file": "/etc/passwd"},
+     "api_key_file: found '/etc/passwd', expected none"),
+    ("an id like a path", {"url": "http://10.0.0.1:1", "worker_id": "../x"}, "worker_id"),
+    ("no time", {"url": "http://10.0.0.1:1", "ttl_s": 0}, "ttl_s: found '0', expected a number"),
+    ("no role", {"url": "http://10.0.0.1:1", "role": "king"}, "role: found 'king'"),
+    ("no models", {"url": "http://10.0.0.1:1", "models": [1]}, "models: found"),
+    ("instances without a name", {"url": "http://10.0.0.1:1", "instances": [{}]}, "instances"),
+    ("an instance like a path", {"url": "http://10.0.0.1:1", "instances": {"..": {}}},
+     "instances"),
+    ("a ZeroMQ address with a line break", {"url": "http://10.0.0.1:1", "zmq_address": "a\r\n:1"},
+     "zmq_address"),
+    ("another's ZeroMQ address", {"url": "http://10.0.0.1:1", "zmq_address": "10.0.0.2:1"},
+     "zmq_address: found '10.0.0.2:1', expected 10.0.0.1"),
+))
+def test_a_registration_that_is_wrong_is_told_which_key_is(said, why):
+    with pytest.raises(lite.SettingsError, match=re.escape(why)):
+        registered(said)
+
+
+def test_the_book_tells_of_changes_and_forgets_who_is_silent():
+    book, told = lite.RegistrationBook(), []
+    book.on_change.append(lambda: told.append(list(book.servers())))
+    first = registered({"url": "http://10.0.0.1:1", "ttl_s": 5})
+    assert book.put(first, 100.0) and not book.put(first, 103.0) and len(told) == 1
+    book.put(registered({"url": "http://10.0.0.1:2", "ttl_s": 60}), 100.0)
+    book.put(registered(AGENT), 104.0)
+    assert book.next_expiry() == 108.0 and not book.expire(107.9)
+    assert [one.id for one in book.expire(108.0)] == ["10.0.0.1:1"]
+    assert told[-1] == ["http://10.0.0.1:2", "http://10.0.0.1:7100/proxy/a"]
+    assert book.find("http://10.0.0.1:7100").id == "gpu-1" == book.find("gpu-1").id
+    with pytest.raises(LookupError, match="register it"):
+        book.find("10.0.0.1:1")
+    assert book.put(registered(AGENT | {"instances": {}}), 109.0)  # what it ran is gone
+    assert told[-1] == ["http://10.0.0.1:2"]
+
+    successor = lite.RegistrationBook()
+    successor.load(json.loads(json.dumps(book.dump(110.0))), 10.0)
+    assert successor.servers() == book.servers() and len(successor.by_id) == 2
+    assert successor.find("10.0.0.1:2").expires_at == 60.0
+    assert successor.find("gpu-1").registered_at == 4.0
+    book.remove("gpu-1", "10.0.0.1:2")
+    assert told[-1] == [] and book.next_expiry() == math.inf
+
+
+def test_there_is_a_bound_to_registrations():
+    book = lite.RegistrationBook()
+    for n in range(lite.REGISTRATIONS_LIMIT):
+        book.put(registered({"url": f"http://10.0.0.1:{n + 1}"}), 0.0)
+    with pytest.raises(lite.BadMessage, match="1000 are registered"):
+        book.put(registered({"url": "http://10.0.0.1:9999"}), 0.0)
+
+
+def test_the_server_that_registered_first_defines_it():
+    book = lite.RegistrationBook()
+    for n in (1, 2):
+        book.put(registered({"url": "http://10.0.0.1:1", "worker_id": str(n), "capacity": n}), 0.0)
+    assert [one.max_concurrent_requests for one in book.servers().values()] == [1]
+
+
+P2P = {"type": "P", "http_address": "10.0.0.1:8000", "zmq_address": "10.0.0.1:21001"}
+
+
+@pytest.mark.parametrize("said, expected", table(
+    ("P2pNccl's, of a prefill server", P2P, ("prefill", "10.0.0.1:21001")),
+    ("of a decode server, with what is unknown", P2P | {"type": "D", "x": 1},
+     ("decode", "10.0.0.1:21001")),
+    ("MoRI-IO's", P2P | {"zmq_address": "host:10.0.0.1,handshake:6301,notify:61005",
+                         "transfer_mode": "READ"}, "MoRI-IO's connector, which is not supported"),
+    ("MoRI-IO's greeting", {"type": "HELLO"}, ""),
+    ("another's address", P2P | {"http_address": "10.0.0.2:8000"}, "url: found"),
+    ("another's ZeroMQ", P2P | {"zmq_address": "10.0.0.2:21001"}, "zmq_address: found"),
+    ("no ZeroMQ", {"type": "P", "http_address": "10.0.0.1:8000"}, "zmq_address: found ''"),
+    ("no HTTP", {"type": "D", "zmq_address": "10.0.0.1:21001"}, "url: found"),
+    ("no map", ["P"], "expected a map"),
+))
+def test_what_vllm_s_connectors_register_is_read(said, expected):
+    try:
+        found = lite.zmq_registration(said, lite.Peer("10.0.0.1").place)
+    except (lite.SettingsError, lite.BadMessage) as error:
+        assert re.search(expected, str(error))
+        return
+    if isinstance(found, str):
+        assert expected in found
+        return
+    (server,) = found.servers.values()
+    assert (server.role, server.zmq_address) == expected and found.ttl_s == lite.ZMQ_TTL_S
+    book = lite.RegistrationBook()
+    book.put(found, 0.0)
+    book.heard(lite.Registrar.ZMQ, 9.0)
+    successor = lite.RegistrationBook()
+    successor.load(json.loads(json.dumps(book.dump(10.0))), 0.0)
+    assert successor.servers() == book.servers() and book.next_expiry() == 14.0
+
+
+JSON = "Content-Type: application/json"
+
+
+async def post(b, path, said=None, *fields, method="POST", host=None):
+    """(status, document) that the balancer answers; `host` is the address to come from."""
+    local = (host, 0) if host else None
+    reader, writer = await asyncio.open_connection("127.0.0.1", b.balancer.port, local_addr=local)
+    client = Client(reader, writer)
+    b.stack.callback(client.close)
+    body = b"" if said is None else json.dumps(said).encode()
+    await client.ask(method, path, body, [JSON, *fields] if body else list(fields))
+    got = await client.answer()
+    return got.status, json.loads(got.body)
+
+
+async def get_json(b, path, *fields):
+    return await post(b, path, None, *fields, method="GET")
+
+
+def on_roster(b):
+    return {id: entry.source.value for id, entry in b.core.roster.entries.items()}
+
+
+@asynchronous
+async def test_a_server_registers_is_asked_and_leaves():
+    async with Server() as server, balancing(wait=False) as b:
+        status, said = await post(b, "/workers/register", {"url": server.url, "models": ["m"],
+                                                           "capacity": 7, "colour": "red"})
+        assert (status, said["status"], said["ignored"], said["ttl_s"]) == (
+            200, "success", ["colour"], 60.0)
+        assert (await (await b.client()).post()).status == 200  # its models were said
+        assert on_roster(b) == {server.url: "registered"}
+        assert [view.capacity for view in b.views()] == [7]
+        id = said["worker_id"]
+        assert id == server.url.partition("://")[2]
+        for name in (id, server.url, lite.urllib.parse.quote(server.url, safe="")):
+            if "//" not in name:
+                assert (await post(b, f"/workers/{name}/heartbeat"))[0] == 200
+                assert (await get_json(b, f"/workers/{name}"))[1]["url"] == server.url
+        row, = (await get_json(b, "/workers"))[1]["workers"]
+        assert row["worker_type"] == "regular" and row["model_id"] == "m" and row["is_healthy"]
+        assert row["source"] == "registered" and row["load"] == 0
+        assert (await post(b, f"/workers/{id}", method="DELETE"))[0] == 200 and not on_roster(b)
+        status, said = await post(b, f"/workers/{id}/heartbeat")
+        assert status == 404 and "register it" in said["error"]["message"]
+
+
+@asynchronous
+async def test_a_server_that_is_silent_leaves_and_its_answers_end():
+    gate = asyncio.Event()
+
+    async def slow(asked, conn):
+        await conn.events(FIRST, end=False)
+        await gate.wait()
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    async with Server(slow) as server, balancing(wait=False) as b:
+        assert (await post(b, "/workers/register", {"url": server.url, "ttl_s": 0.2}))[0] == 200
+        await b.until(lambda: b.states() == ["healthy"])
+        client = await b.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"model":"m","stream":true}')
+        await client.reader.readuntil(FIRST)
+        await b.until(lambda: not on_roster(b))
+        assert [view.draining for view in b.views()] == [True]
+        gate.set()
+        assert (await client.reader.readuntil(b"0\r\n\r\n")).count(b"[DONE]") == 1
+
+
+@asynchronous
+async def test_an_agent_is_shown_and_only_what_it_runs_is_asked():
+    async with Server() as agent, balancing(wait=False) as b:
+        said = {"worker_id": "gpu-1", "worker_url": agent.url, "gpu_info": {"gpu_count": 1},
+                "instances": {"a": {"status": "starting"}}}
+        agent.pages |= {f"/proxy/a{path}": page for path, page in agent.pages.items()}
+        assert (await post(b, "/workers/register", said))[0] == 200 and not on_roster(b)
+        told = []
+        lite.Registrations.of(b.core).book.on_change.append(lambda: told.append(1))
+        await post(b, "/workers/gpu-1/heartbeat", {"instances": {"a": {"status": "running"}}})
+        assert told and on_roster(b) == {f"{agent.url}/proxy/a": "registered"}
+        await b.until(lambda: b.states() == ["healthy"])
+        assert (await (await b.client()).post()).status == 200
+        assert agent.asked[-1].line == "POST /proxy/a/v1/chat/completions HTTP/1.1"
+        rows = (await get_json(b, "/workers"))[1]["workers"]
+        assert [row["worker_type"] for row in rows] == ["regular", "agent"]
+        assert rows[1]["gpu_info"] == {"gpu_count": 1} and rows[1]["worker_id"] == "gpu-1"
+        assert len((await get_json(b, "/list_workers"))[1]["urls"]) == 1
+        await post(b, "/workers/gpu-1/heartbeat", {"instances": {}})
+        await b.until(lambda: not on_roster(b))
+
+
+KEYED = {"keys": (lite.KeySettings("boss", "BOSS", admin=True), lite.KeySettings("user", "USER"))}
+OPEN_TO_ALL = {"registration_networks": ("127.0.0.0/8",)}
+PROXIED = "X-Forwarded-For: 10.1.2.3"
+
+
+@pytest.mark.parametrize("settings, key, fields, status", table(
+    ("this machine without keys", {}, "", [], 200),
+    ("a page of another site", {}, "", ["Origin: http://evil.example"], 403),
+    ("through a proxy that is not ours", {}, "", [PROXIED], 403),
+    ("a name of others for us", {}, "", ["Host: evil.example"], 400),
+    ("no key, where clients have some", KEYED, "", [], 401),
+    ("a client's key", KEYED, "USER", [], 403),
+    ("an admin's key", KEYED, "BOSS", [], 200),
+    ("the registration key", {"registration_key": "REG"}, "REG", [], 200),
+    ("the registration key beside clients'", {**KEYED, "registration_key": "REG"}, "REG", [], 200),
+    ("an admin's key beside it", {**KEYED, "registration_key": "REG"}, "BOSS", [], 200),
+    ("a client's beside it", {**KEYED, "registration_key": "REG"}, "USER", [], 403),
+    ("none", {"registration_key": "REG"}, "", [], 401),
+    ("another", {"registration_key": "REG"}, "GER", [], 401),
+    ("the key from another network", {"registration_key": "REG",
+                                      "registration_networks": ("10.0.0.0/8",)}, "REG", [], 403),
+    ("an admin from another network", {**KEYED, "registration_networks": ()}, "BOSS", [], 403),
+    ("the key behind a strange proxy", {"registration_key": "REG"}, "REG", [PROXIED], 403),
+    ("the key behind a proxy of ours", {
+        "registration_key": "REG", "trusted_proxies": ("127.0.0.1",),
+        "registration_networks": ("10.0.0.0/8",)}, "REG", [PROXIED], 200),
+    ("from outside behind a proxy of ours", {
+        "registration_key": "REG", "trusted_proxies": ("127.0.0.1",)}, "REG", [PROXIED], 403),
+))
+@asynchronous
+async def test_who_may_register(settings, key, fields, status):
+    async with balancing(wait=False, **settings) as b:
+        shown = [f"Authorization: Bearer {key}"] if key else []
+        got, said = await post(b, "/workers/register", {"url": "http://0.0.0.0:9"}, *shown, *fields)
+        assert got == status, said
+        assert len(on_roster(b)) == (status == 200)
+        if status == 200 and PROXIED in fields:
+            assert list(on_roster(b)) == ["http://10.1.2.3:9"]
+
+
+@asynchronous
+async def test_the_registration_key_changes_what_was_registered_with_it_and_nothing_else():
+    settings = {**KEYED, "registration_key": "REG"}
+    by_key, admin = "Authorization: Bearer REG", "x-api-key: BOSS"
+    async with Server() as server, balancing(server, **settings) as b:
+        named = server.url.partition("://")[2]
+        for port, field in ((1, by_key), (2, admin)):
+            said = {"url": f"http://0.0.0.0:{port}"}
+            assert (await post(b, "/workers/register", said, field))[0] == 200
+        for port, status in ((1, 200), (2, 403)):
+            path = f"/workers/127.0.0.1:{port}"
+            assert (await post(b, f"{path}/heartbeat", None, by_key))[0] == status
+            said = {"url": f"http://0.0.0.0:{port}", "ttl_s": 5}
+            assert (await post(b, "/workers/register", said, by_key))[0] == status
+            assert (await post(b, path, None, by_key, method="DELETE"))[0] == status
+        for method, path in (("GET", "/workers"), ("GET", "/list_workers"), ("GET", "/get_loads"),
+                             ("POST", f"/remove_worker?url={named}"), ("POST", "/workers"),
+                             ("POST", "/add_worker?url=http://127.0.0.1:3")):
+            assert (await post(b, path, None, by_key, method=method))[0] in (401, 403)
+        assert (await post(b, f"/workers/{named}", None, by_key, method="GET"))[0] == 403
+        assert (await post(b, f"/workers/{named}", None, by_key, method="DELETE"))[0] == 404
+        assert on_roster(b) == {server.url: "file", "http://127.0.0.1:2": "registered"}
+        for name in (named, "127.0.0.1:2"):
+            assert (await post(b, f"/workers/{name}", None, admin, method="DELETE"))[0] == 200
+        assert on_roster(b) == {}
+
+
+@asynchronous
+async def test_servers_are_added_and_removed_in_the_words_of_vllm_project_s_router():
+    async with Server() as one, Server() as two, balancing(wait=False) as b:
+        assert (await post(b, f"/add_worker?url={one.url}"))[0] == 200
+        assert (await post(b, f"/add_worker?url={one.url}"))[0] == 400
+        status, said = await post(b, "/workers", {"url": two.url, "worker_type": "regular",
+                                                  "model_id": "m", "priority": 50})
+        assert status == 200 and said["success"] and said["worker"]["url"] == two.url
+        await b.until(lambda: b.states() == ["healthy"] * 2)
+        listed = (await get_json(b, "/workers"))[1]
+        assert listed["total"] == 2 == listed["stats"]["regular_count"]
+        assert {"url", "model_id", "worker_type", "is_healthy", "load", "connection_mode",
+                "priority", "cost"} <= listed["workers"][0].keys()
+        assert (await get_json(b, "/list_workers"))[1] == {"urls": [one.url, two.url]}
+        assert (await get_json(b, "/get_loads"))[1] == {
+            "workers": [{"worker": url, "load": 0} for url in (one.url, two.url)]}
+        assert on_roster(b) == {one.url: "by_hand", two.url: "by_hand"}
+        assert (await post(b, f"/remove_worker?url={one.url}"))[0] == 200
+        escaped = lite.urllib.parse.quote(two.url, safe="")
+        assert (await post(b, f"/workers/{escaped}", method="DELETE"))[0] == 200
+        assert on_roster(b) == {}
+        assert (await post(b, "/workers/x/../register", {}))[0] == 400  # still ambiguous
+
+
+@pytest.mark.parametrize("settings, shown", table(
+    ("nothing is said", {}, []),
+    ("a key of theirs", {"registered_api_key": "THEIRS"}, ["Bearer THEIRS"]),
+    ("clients' keys, by settings", {"registered_get_client_key": True}, ["Bearer CLIENT"]),
+    ("clients' keys for those added by hand", {"added_get_client_key": True}, []),
+))
+@asynchronous
+async def test_a_server_that_registered_sees_no_key_unless_settings_say_so(settings, shown):
+    async with Server() as server, balancing(wait=False, api_key="OURS", **settings) as b:
+        await post(b, "/workers/register", {"url": server.url})
+        await b.until(lambda: b.states() == ["healthy"])
+        client = await b.client()
+        assert (await client.post(fields=["Authorization: Bearer CLIENT"])).status == 200
+        assert server.asked[-1].get("authorization") == shown
+
+
+class Dealer:
+    """A connector's end, as libzmq's DEALER speaks."""
+
+    @classmethod
+    async def dial(cls, address, host="127.0.0.1"):
+        self = cls()
+        self.reader, self.writer = await asyncio.open_connection(*address, local_addr=(host, 0))
+        self.writer.write(LIBZMQ)
+        return self
+
+    def say(self, **said):
+        packed = bytes([0x80 + len(said)]) + b"".join(
+            bytes([0xD9, len(text)]) + text.encode() for pair in said.items() for text in pair)
+        self.writer.write(lite.zmtp_frame(packed))
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def listening_over_zmq(**settings):
+    """A balancer, and where it takes registrations over ZMQ."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    said = "{}:{}".format(*address)
+    async with balancing(wait=False, registration_address=said, **settings) as b:
+        listens = lambda: is_listening(address)  # noqa: E731
+        await eventually(listens, "it listens")
+        yield b, address
+
+
+def is_listening(address):
+    with socket.socket() as sock:
+        return sock.connect_ex(address) == 0
+
+
+@asynchronous
+async def test_vllm_s_connectors_register_over_zmq_and_leave_when_they_are_silent():
+    async with Server() as one, listening_over_zmq() as (b, address):
+        said = {"http_address": one.url[7:], "zmq_address": "127.0.0.1:21001"}
+        async with await Dealer.dial(address) as dealer:
+            dealer.say(type="P", **said)
+            await b.until(lambda: b.states() == ["healthy"])
+            (entry,) = b.core.roster.entries.values()
+            assert (entry.source, entry.settings.role, entry.settings.zmq_address) == (
+                lite.Source.REGISTERED, "prefill", "127.0.0.1:21001")
+            dealer.say(type="D", **said)
+            await b.until(lambda: [v.settings.role for v in b.views()] == ["decode"])
+            row, = (await get_json(b, "/workers"))[1]["workers"]
+            assert row["registered_by"] == "zmq" and row["ttl_s"] == 5.0
+        book, now = lite.Registrations.of(b.core).book, asyncio.get_running_loop().time()
+        assert on_roster(b) and 4.0 < book.next_expiry() - now <= 5.0  # it ended without a word
+        assert (await post(b, "/workers/zmq:127.0.0.1:1/heartbeat"))[0] == 404
+
+
+@asynchronous
+async def test_garbage_over_zmq_ends_its_own_connection_alone(caplog):
+    async with Server() as one, listening_over_zmq() as (b, address):
+        said = {"type": "D", "http_address": one.url[7:], "zmq_address": "127.0.0.1:21001"}
+        async with await Dealer.dial(address) as good, await Dealer.dial(address) as moriio:
+            moriio.say(type="P", http_address="127.0.0.1:1", transfer_mode="READ",
+                       zmq_address="host:127.0.0.1,handshake:6301,notify:61005")
+            for garbage in (b"GET / HTTP/1.1\r\n\r\n", LIBZMQ + b"\x00\x01\xc1",
+                            LIBZMQ + b"\x02" + b"\xff" * 8):
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(garbage)
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                writer.close()
+            async with await Dealer.dial(address) as liar:
+                liar.say(**{**said, "http_address": "10.0.0.1:80"})
+                with contextlib.suppress(ConnectionError):
+                    await liar.reader.read()
+            good.say(**said)
+            await b.until(lambda: on_roster(b) == {one.url: "registered"})
+            for said in ("no greeting", "begins with 0xc1", "MoRI-IO's connector, which is not",
+                         "url: found 'http://10.0.0.1:80', expected 127.0.0.1"):
+                assert said in caplog.text
+            assert "takes servers from whoever reaches it" in caplog.text
+
+
+@asynchronous
+async def test_registration_over_zmq_is_for_some_networks_and_so_many_connections_of_one():
+    networks = {"registration_networks": ("127.0.0.1", "127.0.0.3")}
+    async with listening_over_zmq(**networks) as (_, address):
+        async with await Dealer.dial(address, "127.0.0.2") as stranger:
+            with contextlib.suppress(ConnectionError):
+                assert await stranger.reader.read() == b""
+        async with contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(await Dealer.dial(address, "127.0.0.3"))
+                     for _ in range(lite.ZMQ_PEERS_EACH)]
+            for peer in peers:
+                assert await peer.reader.readexactly(64) == lite.ZMTP_GREETING
+            more = await stack.enter_async_context(await Dealer.dial(address, "127.0.0.3"))
+            with contextlib.suppress(ConnectionError):
+                assert await more.reader.read() == b""
+            other = await stack.enter_async_context(await Dealer.dial(address))
+            assert await other.reader.readexactly(64) == lite.ZMTP_GREETING
+
+
+@pytest.mark.parametrize("said, address", table(
+    ("an address", "0.0.0.0:30001", "0.0.0.0:30001"), ("all addresses", "*:30001", "*:30001"),
+    ("as ZeroMQ writes it", "tcp://*:30001", "*:30001"), ("IPv6", "[::]:30001", "[::]:30001"),
+    ("none", "", ""), ("no port", "0.0.0.0", None), ("no such port", "0.0.0.0:99999", None),
+    ("no address", "a b:1", None)))
+def test_where_registrations_over_zmq_are_taken(said, address):
+    config = f'servers = []\n[config]\nregistration_address = "{said}"'
+    if address is None:
+        with pytest.raises(lite.SettingsError, match="expected an address and a port"):
+            lite.parse_settings(config)
+    else:
+        assert lite.parse_settings(config)[0].registration_address == address
 
 
 # ============================================================================================
