@@ -160,7 +160,7 @@ def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_par
 
 
 def test_the_file_fits_a_config_map():
-    assert len(SOURCE.encode()) < 900_000
+    assert len(SOURCE.encode()) < 1_000_000  # which holds 1 MiB, with whatever else is in it
 
 
 def names_used(scope):
