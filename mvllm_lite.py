@@ -32,7 +32,7 @@ the lines.
      5  forwarding     · what an intermediary does to messages; responses of our own; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         730 lines, at the start, and at a reload
+    II  settings         830 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  settings       · all that can be set, each with its default, check and meaning
      9  settings file  · from TOML to settings; complaints with file, line and key
@@ -106,34 +106,35 @@ the lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  discovery        900 lines, when servers come and go by themselves
-    61  zmtp           · what ZeroMQ's sockets say, and msgpack
-    62  registration   · servers and agents that say themselves that they are there
-    63  registering    ~ where they say it over HTTP
-    64  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    XI  discovery        1,060 lines, when servers come and go by themselves
+    61  names          ~ servers by DNS: each address of a name is one; names that move
+    62  zmtp           · what ZeroMQ's sockets say, and msgpack
+    63  registration   · servers and agents that say themselves that they are there
+    64  registering    ~ where they say it over HTTP
+    65  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
-    65  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    66  table          · the servers in lines, as many columns as there is room for
-    67  views          · graphs of the fleet; models, requests and keys as tables
-    68  screen         · what is seen there: the table and the lines around it
-    69  keys           · what keys do to it, and ask of the balancer
-    70  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    71  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    72  page           ~ the status for a browser: one HTML string
-    73  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    74  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    66  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    67  table          · the servers in lines, as many columns as there is room for
+    68  views          · graphs of the fleet; models, requests and keys as tables
+    69  screen         · what is seen there: the table and the lines around it
+    70  keys           · what keys do to it, and ask of the balancer
+    71  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    72  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    73  page           ~ the status for a browser: one HTML string
+    74  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    75  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    75  traces         · requests of the past: from files, or made up
-    76  engine         · a model of a vLLM server, in simulated time
-    77  replay         · those requests sent to such servers by any policy
-    78  comparison     ~ policies compared on a trace: the program of `replay`
-    79  canned words   · what a vLLM server would say, without a model; what it refuses
-    80  canned forms   · the same in the forms of its APIs, plain and streamed
-    81  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    82  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    83  doctor         ~ what is amiss with servers and settings, and what to do about it
+    76  traces         · requests of the past: from files, or made up
+    77  engine         · a model of a vLLM server, in simulated time
+    78  replay         · those requests sent to such servers by any policy
+    79  comparison     ~ policies compared on a trace: the program of `replay`
+    80  canned words   · what a vLLM server would say, without a model; what it refuses
+    81  canned forms   · the same in the forms of its APIs, plain and streamed
+    82  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    83  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    84  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (54) reads a head from the client's
 `Wire` (37), parses it (2), makes an `Exchange` (49) of it, and asks who may come in (30).  A local
@@ -1475,6 +1476,12 @@ def one_of(*choices: str) -> Clean:
     return check
 
 
+def ip_family(value: Any) -> int:
+    if value in (4, 6) and not isinstance(value, float):
+        return int(value)
+    raise ValueError("4 or 6")
+
+
 def list_of(check_one: Clean) -> Clean:
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
@@ -1677,6 +1684,7 @@ class ServerSettings:
     ca_file: str = setting("", file_path, "https: certificates to trust, in place of the system's")
     client_cert: str = setting("", file_path, "https: a file with our certificate and its key")
     verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
+    refresh: float = setting(5.0, number(0.05), "time between two lookups of the name in its URL")
     # What is no key of an entry, but said by who names the server.
     id: str = ""  # all state is kept by it; where nothing is said, it is the URL
     name: str = ""  # what people and programs are shown; the id, where nothing is said
@@ -1686,6 +1694,44 @@ class ServerSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", self.id or self.url)
         object.__setattr__(self, "name", self.name or self.id)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DnsSettings:
+    """An entry of the list of servers with `dns` in place of `url`, which stands for several."""
+
+    dns: str = setting(
+        REQUIRED, base_url, "a URL; each address of the name in it is a server, with these keys")
+    family: int = setting(0, ip_family, "4 or 6: its addresses of that kind; 0: 4 or, if none, 6")
+    server: ServerSettings = ServerSettings("")  # what each of them is like
+
+    @property
+    def pool(self) -> str:
+        return self.server.pool
+
+
+def dns_entry(dns: str, family: int = 0, **keys: Any) -> DnsSettings:
+    return DnsSettings(dns, family, ServerSettings(dns, **keys))
+
+
+def host_of(url: str) -> str:
+    return urllib.parse.urlsplit(url).hostname or ""
+
+
+def may_move(url: str) -> bool:
+    """Whether a name stands in it that may have other addresses one day."""
+    try:
+        ipaddress.ip_address(host_of(url))
+    except ValueError:
+        return host_of(url) != "localhost"
+    return False
+
+
+class NamesWanted(NamedTuple):
+    """What is to be looked up: names that stand for several servers, and those of single ones."""
+
+    entries: tuple[DnsSettings, ...]
+    servers: tuple[ServerSettings, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1711,6 +1757,7 @@ class Settings:
     policies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by model
     pools: Mapping[str, float] = dataclasses.field(default_factory=dict)  # percent of requests
     keys: tuple[KeySettings, ...] = ()
+    dns: tuple[DnsSettings, ...] = ()
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
@@ -1859,9 +1906,28 @@ class Settings:
     error_log_days: float = setting(
         30.0, number(0.001), "the same, of errors", restart=True)
 
+    @property
+    def patterns(self) -> tuple[ServerSettings, ...]:
+        """What servers are like that are found, and not named here."""
+        return tuple(entry.server for entry in self.dns)
+
+    @property
+    def registration(self) -> str | None:
+        """The address to listen on for ZMQ; '' where only HTTP is prepared for, None where nothing
+        is: then the first who registers sets it going."""
+        keyed = self.registration_key or self.registration_key_file
+        return self.registration_address if keyed or self.registration_address else None
+
+    @property
+    def names(self) -> NamesWanted | None:
+        servers = tuple(one for one in self.servers if may_move(one.url))
+        return NamesWanted(self.dns, servers) if self.dns or servers else None
+
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
+DNS_FIELDS = {f.name: f for f in dataclasses.fields(DnsSettings) if f.metadata} | {
+    name: field for name, field in SERVER_FIELDS.items() if name != "url"}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
 KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
@@ -1906,10 +1972,12 @@ class SettingsError(Exception):
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys")
-# Of lists: what an entry is, its fields, of which the first identifies it; and what is expected.
-LISTS: dict[str, tuple[Callable[..., Any], Mapping[str, Any], str]] = {
-    "servers": (ServerSettings, SERVER_FIELDS, 'a list like [{ url = "http://10.0.0.1:8000" }]'),
-    "keys": (KeySettings, KEY_FIELDS, "a list of tables [[keys]]"),
+# Of lists: what is expected; and by the key that identifies an entry, what it is, and its fields.
+# One without any of these keys is taken for one of the first kind.
+LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]]] = {
+    "servers": ('a list like [{ url = "http://10.0.0.1:8000" }]',
+                {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)}),
+    "keys": ("a list of tables [[keys]]", {"name": (KeySettings, KEY_FIELDS)}),
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -1965,7 +2033,9 @@ class SettingsReader:
         self.check_together(values, keys.values(), policies)
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
-        tables = tuple(servers.values()), aliases, policies, pools, tuple(keys.values())
+        urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
+        dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
+        tables = urls, aliases, policies, pools, tuple(keys.values()), dns
         return Settings(*tables, **values), self.warnings
 
     def check_together(
@@ -1990,7 +2060,7 @@ class SettingsReader:
                 self.complain(("config", key), given(key), expected)
 
     def pools(
-        self, servers: Mapping[int, ServerSettings], given: Mapping[str, Any]
+        self, servers: Mapping[int, ServerSettings | DnsSettings], given: Mapping[str, Any]
     ) -> dict[str, float]:
         """What share of requests each pool gets, in percent; servers of no pool get the rest."""
         pools, check = dict[str, float](), number(0, 100)
@@ -2006,7 +2076,7 @@ class SettingsReader:
                 self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
         return pools
 
-    def servers(self, entries: Any, origin: str) -> dict[int, ServerSettings]:
+    def servers(self, entries: Any, origin: str) -> dict[int, ServerSettings | DnsSettings]:
         """`[servers] servers = [{…}]` as in mvllm, or `[[servers]]`."""
         if entries is None:
             entries = self.document.get("servers")
@@ -2025,13 +2095,16 @@ class SettingsReader:
 
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
         """The good entries of a list of tables, by their place in it."""
-        kind, fields, expected = LISTS[table]
-        identity, found, known = next(iter(fields)), dict[int, Any](), set[str]()
+        (expected, kinds), found, known = LISTS[table], dict[int, Any](), set[str]()
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             self.complain((table,), entries, expected)
             return found
         for i, entry in enumerate(entries):
             path, before = (table, i), len(self.errors)
+            identity = next((key for key in reversed(kinds) if key in entry), next(iter(kinds)))
+            kind, fields = kinds[identity]
+            for other in kinds.keys() & entry.keys() - {identity}:
+                self.complain((*path, other), entry[other], f"no {other} beside {identity}", origin)
             values = self.values(entry, fields, path, origin)
             if identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
@@ -4936,9 +5009,9 @@ def server_by_hand(
     """A server that comes over HTTP, maybe of one of these pools; None: of any.  It names no file,
     or who adds it could have any that we may read sent to an address of theirs.  Raises
     SettingsError."""
-    text = "what comes over HTTP names no file; write it into the settings file"
-    if named_files := [name for name in SERVER_FILES if name in entry]:
-        raise SettingsError([Complaint("request", 0, name, text) for name in named_files])
+    text = "what comes over HTTP names no file, and one server; write it into the settings file"
+    if refused := [name for name in (*SERVER_FILES, "dns") if name in entry]:
+        raise SettingsError([Complaint("request", 0, name, text) for name in refused])
     known = {entry.get("pool", ""): 0.0} if pools is None else pools
     overrides = {"servers": ([entry], "request"), "pools": (known, "request")}
     settings, warnings = parse_settings("", "request", overrides)
@@ -5622,7 +5695,7 @@ class Ranking(NamedTuple):
         """Why no server can take the call: the model is nobody's, or each server's reason."""
         views, model = [view for view in self.views if not view.draining], self.call.model
         if not views:
-            return Fault.NO_SERVER, "No server is configured."
+            return Fault.NO_SERVER, "There is no server."
         known = {name for view in views for name in view.models or ()}
         told = [view.models is not None for view in views]
         # Who has never told any is not waited for for ever.
@@ -6966,10 +7039,6 @@ class Metrics:
             "mvllm_retries_total", "Attempts after the first, by what had failed.", "reason")
         self.transitions = Counter(
             "mvllm_server_transitions_total", "Changes of a server's state.", "server", "state")
-        self.servers_added = Counter(
-            "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
-        self.servers_removed = Counter(
-            "mvllm_servers_removed_total", "Servers that have gone from the roster.", "source")
         self.reloads = Counter(
             "mvllm_settings_reloads_total", "Changes of the settings file.", "result")
         self.scrapes = Counter(
@@ -7013,7 +7082,16 @@ class Metrics:
             "mvllm_request_size_bytes", "Content of requests.", SIZE_BOUNDS_BYTES, "model")
         self.response_sizes = Histogram(
             "mvllm_response_size_bytes", "Content of answers.", SIZE_BOUNDS_BYTES, "model")
+        self.begin_servers()
         self.begin()
+
+    def begin_servers(self) -> None:
+        """What is counted of their coming and going."""
+        self.servers_added = Counter(
+            "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
+        self.servers_removed = Counter(
+            "mvllm_servers_removed_total", "Servers that have gone from the roster.", "source")
+        self.lookups = Counter("mvllm_name_lookups_total", "Lookups of servers' names.", "result")
 
     def begin(self) -> None:
         """Counts of 0, so that a rate over them exists from the start."""
@@ -8302,11 +8380,11 @@ class Secrets:
         self._settings = s
         self.server_keys = {
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
-            for server in settings.servers
+            for server in (*settings.servers, *settings.patterns)
         }
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
-        for server in settings.servers:
+        for server in (*settings.servers, *settings.patterns):
             self._make_context(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
@@ -8412,6 +8490,7 @@ class Upstream:
         self.port = parts.port or (443 if self.is_tls else 80)
         self.name = name  # ours, for servers that are balancers, too
         self.key_line = ""  # for the server, in place of a client's
+        self.addresses: Collection[str] = ()  # of the name in its URL, once they have changed
         self._context: ssl.SSLContext | None = None  # in place of the usual one
         self.equip(secrets)
 
@@ -8423,6 +8502,16 @@ class Upstream:
         if now != (self.key_line, self._context):
             self.key_line, self._context = now
             self.close()
+
+    def moved(self, addresses: Collection[str]) -> None:
+        """Use no connection any more but to these addresses."""
+        self.addresses = addresses
+        self.close()
+
+    def leads_elsewhere(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether a connection is to an address that the server's name has no more."""
+        peer = transport.get_extra_info("peername")
+        return bool(self.addresses) and peer is not None and peer[0] not in self.addresses
 
     def tls(self) -> ssl.SSLContext | None:
         """What a new connection is secured with; None for plain http."""
@@ -8587,7 +8676,9 @@ class HttpClient(Upstream):
                     text = f"the answer is longer than {FETCH_LIMIT_BYTES} bytes"
                     raise BadMessage(text, Fault.BAD_ANSWER)
                 take(piece)
-            reusable = head.persists and not (server.buffer or decoder.until_close or self._idle)
+            reusable = head.persists and not (
+                server.buffer or decoder.until_close or self._idle
+                or self.leads_elsewhere(writer.transport))
             return head.status
         finally:
             if reusable:
@@ -8707,6 +8798,8 @@ class Pool(Upstream):
         a vLLM that is still generating to stop."""
         wire.feeder = wire.sink = None
         good = wire.reusable and not (wire.gone or wire.buffer)
+        if good and self.addresses:
+            good = not self.leads_elsewhere(wire.transport)
         if not good or len(self.idle) >= POOL_IDLE_LIMIT:
             wire.abort()
             return
@@ -8715,6 +8808,10 @@ class Pool(Upstream):
         wire.sink = self
         wire.expect_by(wire.loop.time() + POOL_IDLE_S)
         self.idle[wire] = None
+
+    def moved(self, addresses: Collection[str]) -> None:
+        self.client.moved(addresses)
+        super().moved(addresses)
 
     def close(self) -> None:
         self.client.close()
@@ -11159,25 +11256,30 @@ class Watchers:
 
 
 class Service(NamedTuple):
-    """`wanted` says, by the settings, what it is to do, or None; `run` does that until it is
-    cancelled.  When nothing is wanted of a service any more, its `source` names no servers."""
+    """`wanted` says, by the settings, what it is to do, if anything: an attrgetter, since nothing
+    below the ruler runs to find that out.  `run` does it until it is cancelled.  When nothing is
+    wanted of a service any more, its `source` names no servers.
+    `preview` is for check-config: the servers that would be named now, and lines to be printed."""
 
     wanted: Callable[[Settings], Any]
     run: Callable[[Core, Any], Awaitable[None]]
     source: Source | None = None
+    preview: Callable[[Any], Awaitable[tuple[list[ServerSettings], list[str]]]] | None = None
 
 
 SERVICES: dict[str, Service] = {}
+NOT_WANTED = (None, ())  # of a service
 Run = TypeVar("Run", bound=Callable[..., Awaitable[None]])
 
 
 def service(
-    name: str, wanted: Callable[[Settings], Any], source: Source | None = None
+    name: str, wanted: Callable[[Settings], Any], source: Source | None = None,
+    preview: Callable[[Any], Awaitable[tuple[list[ServerSettings], list[str]]]] | None = None,
 ) -> Callable[[Run], Run]:
     """Registers the decorated coroutine as a service."""
 
     def register(run: Run) -> Run:
-        SERVICES[name] = Service(wanted, run, source)
+        SERVICES[name] = Service(wanted, run, source, preview)
         return run
 
     return register
@@ -11196,12 +11298,12 @@ class Services:
         """Run what these settings want; what is to do the same as before goes on."""
         for name, row in self._rows.items():
             wanted, (before, task) = row.wanted(s), self._tasks.get(name, (None, None))
-            if wanted is not None and wanted == before:
+            if wanted not in NOT_WANTED and wanted == before:
                 continue
             if task is not None:
                 task.cancel()
                 del self._tasks[name]
-            if wanted is not None:
+            if wanted not in NOT_WANTED:
                 self._tasks[name] = wanted, self._group.create_task(self._run(name, wanted, task))
             elif row.source is not None and self._core.roster.named_by(row.source):
                 self._core.roster.define(row.source, {})
@@ -12051,7 +12153,7 @@ class Follower:
         try:
             if (text := await file.read_if_changed()) is None:
                 if asked:
-                    unchanged = f"{len(old.servers)} servers, nothing changed"
+                    unchanged = f"{len(core.roster.entries)} servers, nothing changed"
                     log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
                             " were: %s", f"\n{refused}" if refused else unchanged)
                 return
@@ -12077,7 +12179,7 @@ class Follower:
             words = [counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
         elif asked:
-            log.info("new settings: %d servers, nothing changed", len(settings.servers))
+            log.info("new settings: %d servers, nothing changed", len(core.roster.entries))
 
 
 # ============================================================================================
@@ -12700,7 +12802,7 @@ def announce(balancer: Balancer, hint: str) -> None:
         print(hint.format(url=url, server=s.servers[0].url), flush=True)
     notify_ready()
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-             __version__, url, len(s.servers), s.policy, limit)
+             __version__, url, len(balancer.core.roster.entries), s.policy, limit)
     if second is not None:
         log.info("metrics, status and admin are on %s alone",
                  own_url(s, second[0], balancer.operator_port))
@@ -12929,7 +13031,176 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  61  zmtp
+#  61  names
+# ============================================================================================
+#
+# Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
+# Lookups are made in threads of their own, one for each name at most, so that one which hangs
+# delays nothing; whatever goes wrong with it, what was known stays.
+
+LOOKUP_LIMIT_S = 10.0  # after which a lookup counts as failed, though its end is waited for
+LOOKUPS_AT_ONCE = 32
+NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+Resolve = Callable[[str, socket.AddressFamily], Sequence[str]]  # in a thread; raises OSError
+FAMILIES = {0: (socket.AF_INET, socket.AF_INET6), 4: (socket.AF_INET,), 6: (socket.AF_INET6,)}
+
+
+def addresses_of(host: str, family: socket.AddressFamily) -> Sequence[str]:
+    """The addresses that this machine has a name stand for.  Raises OSError."""
+    found = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(one[4][0]) for one in found))
+
+
+def first_family(
+    resolve: Resolve, host: str, families: Sequence[socket.AddressFamily]
+) -> tuple[str, ...]:
+    """A name's addresses of the first of these families that it has any of.  That one could not be
+    looked up says nothing of the next.  Raises OSError."""
+    for family in families:
+        try:
+            if found := resolve(host, family):
+                return tuple(sorted(found))
+        except socket.gaierror as error:
+            if error.errno not in NO_SUCH_NAME:
+                raise
+    raise OSError("it has no address")
+
+
+def at_addresses(entry: DnsSettings, addresses: Iterable[str]) -> dict[str, ServerSettings]:
+    """The servers that an entry stands for, by id."""
+    ids = {f"{entry.dns}@{address}": address for address in addresses}
+    return {id: dataclasses.replace(entry.server, id=id, name=id, address=address, like=entry.dns)
+            for id, address in ids.items()}
+
+
+async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """What will come of work in a thread that nobody waits for at the end of the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: Exception | None) -> None:
+        if not done.done():
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            news = work(), None
+        except (OSError, UnicodeError) as error:
+            news = None, error  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, *news)
+
+    threading.Thread(target=run, name="name", daemon=True).start()
+    return done
+
+
+class NameFollower:
+    """Looks up what is wanted again and again."""
+
+    def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = addresses_of) -> None:
+        self._core, self._wanted, self._resolve = core, wanted, resolve
+        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        known = core.roster.named_by(Source.DNS).values()
+        self._found = {entry.dns: tuple(one.address for one in known if one.like == entry.dns)
+                       for entry in wanted.entries}
+
+    async def run(self) -> None:
+        hosts = dict[str, list[ServerSettings]]()
+        for server in self._wanted.servers:
+            hosts.setdefault(host_of(server.url), []).append(server)
+        self.define()  # what is wanted no more is gone, what was known is as it is to be now
+        async with asyncio.TaskGroup() as group:
+            for entry in self._wanted.entries:
+                group.create_task(self.follow(
+                    host_of(entry.dns), FAMILIES[entry.family], entry.server.refresh,
+                    functools.partial(self.found, entry)))
+            for host, servers in hosts.items():
+                group.create_task(self.follow(
+                    host, (socket.AF_UNSPEC,), min(one.refresh for one in servers),
+                    functools.partial(self.moved, servers)))
+
+    async def follow(
+        self, host: str, families: Sequence[socket.AddressFamily], refresh_s: float,
+        take: Callable[[tuple[str, ...], tuple[str, ...]], object],
+    ) -> None:
+        """Have `take` told of each change: the addresses before, and those now."""
+        loop, known, failing = asyncio.get_running_loop(), tuple[str, ...](), False
+        while True:
+            begun = loop.time()
+            async with self._lookups:
+                lookup = await in_thread(
+                    functools.partial(first_family, self._resolve, host, families))
+                await asyncio.wait((lookup,), timeout=LOOKUP_LIMIT_S)
+                failing = self.note(host, lookup, failing)
+                await asyncio.wait((lookup,))
+            if lookup.exception() is None and lookup.result() != known:
+                take(known, lookup.result())
+                known = lookup.result()
+            await asyncio.sleep(max(0.0, begun + refresh_s - loop.time()))
+
+    def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
+        """Count a lookup.  Returns whether it has failed, which is said once."""
+        why = f"no answer within {LOOKUP_LIMIT_S:g} s"
+        if lookup.done():
+            error = lookup.exception()
+            why = "" if error is None else error_text(error) if isinstance(error, OSError) else (
+                str(error))
+        self._core.metrics.lookups.add("failed" if why else "ok")
+        if why and not failing:
+            log.warning("the name %s was not looked up: %s; what was known of it stays", host, why)
+        elif failing and not why:
+            log.info("the name %s is looked up again", host)
+        return bool(why)
+
+    def found(self, entry: DnsSettings, _: object, now: tuple[str, ...]) -> None:
+        """A name stands for these servers from now on."""
+        before, self._found[entry.dns] = self._found[entry.dns], now
+        if before != now:
+            log.info("%s has %d addresses: %s", entry.dns, len(now), ", ".join(
+                [f"+{one}" for one in now if one not in before]
+                + [f"-{one}" for one in before if one not in now]))
+        self.define()
+
+    def define(self) -> None:
+        servers = dict[str, ServerSettings]()
+        for entry in self._wanted.entries:
+            servers |= at_addresses(entry, self._found[entry.dns])
+        self._core.roster.define(Source.DNS, servers)
+
+    def moved(
+        self, servers: Sequence[ServerSettings], before: tuple[str, ...], now: tuple[str, ...]
+    ) -> None:
+        """The name of these servers' URLs has other addresses now."""
+        if before:
+            log.info("%s: its name has moved to %s", servers[0].name, ", ".join(now))
+            for server in servers:
+                self._core.pools.get(server).moved(now)
+
+
+async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list[str]]:
+    """Look the names up once."""
+    servers, lines = list[ServerSettings](), list[str]()
+    for entry in wanted.entries:
+        try:
+            found = await (await in_thread(functools.partial(
+                first_family, addresses_of, host_of(entry.dns), FAMILIES[entry.family])))
+            servers += at_addresses(entry, found).values()
+        except (OSError, UnicodeError) as error:
+            why = error_text(error) if isinstance(error, OSError) else str(error)
+            lines.append(f"{entry.dns}  NOT USABLE: the name was not looked up: {why}")
+    return servers, lines
+
+
+@service("names", operator.attrgetter("names"), Source.DNS, preview_names)
+async def follow_names(core: Core, wanted: NamesWanted) -> None:
+    await NameFollower(core, wanted).run()
+
+
+# ============================================================================================
+#  62  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -13141,7 +13412,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  62  registration
+#  63  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -13439,7 +13710,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  63  registering
+#  64  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -13686,7 +13957,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  64  zmq listener
+#  65  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -13804,14 +14075,7 @@ class ZmqListener:
             await asyncio.sleep(ZMQ_PAUSE_S)
 
 
-def wanted_registration(s: Settings) -> str | None:
-    """The address to listen on for ZMQ; '' where only HTTP is prepared for, None where nothing is:
-    then the first who registers sets it going."""
-    keyed = s.registration_key or s.registration_key_file
-    return s.registration_address if keyed or s.registration_address else None
-
-
-@service("registration", wanted_registration)
+@service("registration", operator.attrgetter("registration"))
 async def take_registrations(core: Core, address: str) -> None:
     Registrations.of(core)  # which has inherited ones expire
     if address:
@@ -13828,7 +14092,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  65  cells
+#  66  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -14105,7 +14369,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  66  table
+#  67  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -14338,7 +14602,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  67  views
+#  68  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -14482,7 +14746,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  68  screen
+#  69  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -14800,7 +15064,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  69  keys
+#  70  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -14923,7 +15187,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  70  terminal
+#  71  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -15169,7 +15433,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  71  top
+#  72  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -15387,7 +15651,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  72  page
+#  73  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -15785,7 +16049,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  73  reference
+#  74  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -15847,8 +16111,8 @@ TABLE_MEANINGS = {
 @topic("settings", "every key of the settings file: its default and its meaning")
 def settings_topic() -> str:
     lines = list[str]()
-    for name, fields in ((("servers", SERVER_FIELDS), ("keys", KEY_FIELDS),
-                          ("config", CONFIG_FIELDS))):
+    for name, fields in (("servers", {**SERVER_FIELDS, **DNS_FIELDS}), ("keys", KEY_FIELDS),
+                         ("config", CONFIG_FIELDS)):
         rows = [("  " + key, default_word(field), setting_meaning(field))
                 for key, field in fields.items()]
         lines += [f"[{name}]  {TABLE_MEANINGS[name]}", *table_lines(rows), ""]
@@ -15954,9 +16218,11 @@ EXAMPLE_TABLES = """\
 @topic("example", "a settings file with every key, its default and its meaning, to start from")
 def example_topic() -> str:
     rows = [("    # " + name, setting_meaning(field) + f".  Default {default_word(field)}")
-            for name, field in SERVER_FIELDS.items() if name != "url"]
+            for name, field in {**SERVER_FIELDS, **DNS_FIELDS}.items()
+            if name not in ("url", "dns")]
     lines = [EXAMPLE_START.rstrip("\n"),
-             "    # url: where it listens; a path prefix and a trailing /v1 are fine"]
+             "    # url: where it listens; a path prefix and a trailing /v1 are fine",
+             "    # dns: in its place; each address of the name in this URL is a server"]
     lines += [line.replace(" " * 8, "    #   ", 1) if line.startswith(" " * 8) else line
               for line in table_lines(rows)]
     lines.append(EXAMPLE_TABLES.rstrip("\n"))
@@ -15977,7 +16243,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  74  deployment
+#  75  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -16248,7 +16514,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  75  traces
+#  76  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -16437,7 +16703,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  76  engine
+#  77  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -16777,7 +17043,7 @@ class Engine:
 
 
 # ============================================================================================
-#  77  replay
+#  78  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -17005,7 +17271,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  78  comparison
+#  79  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -17141,7 +17407,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  79  canned words
+#  80  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -17324,7 +17590,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  80  canned forms
+#  81  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -17675,7 +17941,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  81  simulation
+#  82  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -17940,7 +18206,7 @@ class Generation:
 
 
 # ============================================================================================
-#  82  demo
+#  83  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -18025,7 +18291,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  83  doctor
+#  84  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -18202,7 +18468,8 @@ def buffered_findings(streamed: Streamed | None) -> list[Finding]:
 
 def secret_files(path: str, s: Settings) -> list[str]:
     """Those that hold keys: of the settings file at `path` and the files that it names."""
-    entries = (s, *s.servers, *s.keys)
+    servers = (*s.servers, *s.patterns)
+    entries = (s, *servers, *s.keys)
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
     files = [key.key_file for key in s.keys] + [s.tls_key]
     files += [s.registration_key_file, s.registered_api_key_file]
@@ -18224,7 +18491,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         findings.append(Finding(
             f"file descriptors are enough for {clients} clients, max_connections is"
             f" {s.max_connections}", f"raise their limit to {needed} (ulimit -Hn, LimitNOFILE)"))
-    if {server.weight for server in s.servers} - {0.0, 1.0}:
+    if {server.weight for server in (*s.servers, *s.patterns)} - {0.0, 1.0}:
         findings += [Finding(
             f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
             " is named after", "choose unified, or give other max_concurrent_requests")
@@ -18246,6 +18513,16 @@ def total_capacity(servers: Sequence[ServerSettings]) -> str:
     return " + ".join([str(known)] * bool(known) + ["auto"] * learned) or "0"
 
 
+async def preview_servers(s: Settings) -> tuple[list[ServerSettings], list[str]]:
+    """The servers that services would find now, and lines about how."""
+    servers, lines = list[ServerSettings](), list[str]()
+    for row in SERVICES.values():
+        if row.preview is not None and (wanted := row.wanted(s)) not in NOT_WANTED:
+            found, said = await row.preview(wanted)
+            servers, lines = servers + found, lines + said
+    return servers, lines
+
+
 @command("check-config", "read the settings and ask every server", add_config,
          example="check-config servers.toml")
 def check_config(args: argparse.Namespace) -> int:
@@ -18257,19 +18534,25 @@ def check_config(args: argparse.Namespace) -> int:
     secrets = Secrets(settings)
     raise_descriptor_limit()
 
-    async def examine_all() -> list[Examined]:
-        return await asyncio.gather(*(examine(one, settings, secrets) for one in settings.servers))
+    async def examine_all() -> tuple[list[ServerSettings], list[str], list[Examined]]:
+        servers, lines = await preview_servers(settings)
+        for server in servers:
+            secrets.adopt(server)
+        servers = [*settings.servers, *servers]
+        return servers, lines, await asyncio.gather(
+            *(examine(one, settings, secrets) for one in servers))
 
-    found = asyncio.run(examine_all())
-    for server, one in zip(settings.servers, found):
+    servers, lines, found = asyncio.run(examine_all())
+    for server, one in zip(servers, found):
         capacity = server.max_concurrent_requests or "auto"
-        print(printable(f"{server.url}  capacity {capacity}  {one.summary}"))
+        print(printable(f"{server.name}  capacity {capacity}  {one.summary}"))
         print_findings(one.findings)
+    print(*map(printable, lines), sep="\n", end="\n" * bool(lines))
     print_findings(own_findings(settings, found, descriptors_allow()))
     modes = {name: os.stat(name).st_mode for name in secret_files(path, settings)}
     print_findings(mode_findings(modes))
     usable = sum(one.usable for one in found)
-    capacity = total_capacity(settings.servers)
+    capacity = total_capacity(servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     return 0 if usable else 2
 

@@ -449,6 +449,8 @@ class Server:
     """A scripted vLLM.  `answer` is a coroutine function (asked, conn) for everything but the
     pages that the balancer asks for itself."""
 
+    host = "127.0.0.1"
+
     def __init__(self, answer=echo, models=("m",), **pages):
         self.answer = answer
         self.pages = {"/health": "", "/metrics": "",
@@ -466,7 +468,7 @@ class Server:
         await self.kill()
 
     async def start(self):
-        self.listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port,
+        self.listener = await asyncio.start_server(self.serve, self.host, self.port,
                                                    limit=1 << 26)
         self.port = self.listener.sockets[0].getsockname()[1]
 
@@ -2046,11 +2048,46 @@ def test_the_example_file_shows_every_setting_with_its_default():
     assert list(shown["config"]) == list(lite.CONFIG_FIELDS)
     for key, value in shown["config"].items():
         assert lite.CONFIG_FIELDS[key].metadata["check"](value) == getattr(defaults, key), key
-    assert all(re.search(rf"\b{key}\b", toml) for key in lite.SERVER_FIELDS)
+    assert all(re.search(rf"\b{key}\b", toml) for key in {**lite.SERVER_FIELDS, **lite.DNS_FIELDS})
     assert list(shown["keys"][0]) == list(lite.KEY_FIELDS)
     settings, warnings = lite.parse_settings(toml)
     assert settings.servers and not warnings
     assert toml == lite.TOPICS["example"].text() + "\n"  # mvllm_lite.py example >…
+
+
+DNS = 'servers = [{ %s }]'
+
+
+@pytest.mark.parametrize("entry, complaint", table(
+    ("no number of a family", 'dns = "http://a", family = 5',
+     "servers[1].family: found 5, expected 4 or 6"),
+    ("no URL", 'dns = "vllm:8000"', "servers[1].dns: found 'vllm:8000', expected a URL like"),
+    ("which of them", 'dns = "http://a", url = "http://b"',
+     "servers[1].url: found 'http://b', expected no url beside dns"),
+    ("the same name twice", 'dns = "http://a" }, { dns = "http://a/"',
+     "servers[2].dns: found 'http://a/', expected each of them once"),
+    ("a pool that is not there", 'dns = "http://a", pool = "p"',
+     "servers[1].pool: found 'p', expected one of [pools]"),
+    ("a refresh of nothing", 'dns = "http://a", refresh = 0',
+     "servers[1].refresh: found 0, expected a number, 0.05 or more"),
+))
+def test_what_is_wrong_with_an_entry_for_a_name(entry, complaint):
+    with pytest.raises(lite.SettingsError, match=re.escape(complaint)):
+        lite.parse_settings(DNS % entry)
+
+
+def test_a_name_stands_for_servers_with_the_other_keys_of_its_entry():
+    settings, warnings = lite.parse_settings(
+        DNS % 'dns = "http://vllm.default.svc:8000/v1", refresh = 1, capacity = 16, tier = 2')
+    (entry,) = settings.dns
+    assert not (warnings or settings.servers)
+    assert lite.at_addresses(entry, ["10.0.0.1", "fd00::1"]) == {
+        f"http://vllm.default.svc:8000@{address}": lite.ServerSettings(
+            "http://vllm.default.svc:8000", 16, tier=2, refresh=1.0, address=address,
+            id=f"http://vllm.default.svc:8000@{address}", like="http://vllm.default.svc:8000")
+        for address in ("10.0.0.1", "fd00::1")}
+    with pytest.raises(lite.SettingsError, match="request: dns: what comes over HTTP"):
+        lite.server_by_hand({"dns": "http://a"})
 
 
 def test_changes_are_named_and_those_that_wait_for_a_restart():
@@ -5124,7 +5161,7 @@ def test_every_candidate_has_a_reason_in_words_and_numbers():
 
 
 REFUSALS = table(
-    ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "No server is configured."),
+    ("no servers", lambda: lite.Fleet(), None, Fault.NO_SERVER, "There is no server."),
     ("unknown model", lambda: fleet_of(1, models=["b", "a"]), "x", Fault.UNKNOWN_MODEL,
      "The model `x` does not exist. Valid names: a, b."),
     ("it may be on a server that has not said yet", lambda: fleet_of(1, healthy=False), "x",
@@ -13578,8 +13615,193 @@ def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
 
 
 # ============================================================================================
+#  names
+# ============================================================================================
+
+
+NO_SUCH_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+LATER = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+class Names:
+    """A resolver with a script: by host the addresses, or an error, or those by family."""
+
+    def __init__(self, **names):
+        self.names, self.asked = names, 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, host, family):
+        self.gate.wait()
+        self.asked += 1
+        found = self.names[host.partition(".")[0]]
+        if isinstance(found, dict):
+            found = found.get(family, NO_SUCH_NAME)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def asked_anew(self):
+        """Until a lookup that began after this moment was taken."""
+        now = self.asked
+        await eventually(lambda: self.asked > now + 1, "the names are looked up again")
+
+
+@pytest.mark.parametrize("family, answers, found", table(
+    ("the older family alone", 0, {socket.AF_INET: ["10.0.0.2", "10.0.0.1"],
+                                   socket.AF_INET6: ["fd00::1"]}, ("10.0.0.1", "10.0.0.2")),
+    ("the newer one, where there is no other", 0, {socket.AF_INET6: ["fd00::1"]}, ("fd00::1",)),
+    ("the newer one, as wished", 6, {socket.AF_INET: ["10.0.0.1"], socket.AF_INET6: ["fd00::1"]},
+     ("fd00::1",)),
+    ("not the newer, against the wish", 4, {socket.AF_INET6: ["fd00::1"]}, None),
+    ("a failure says nothing of the other", 0, {socket.AF_INET: LATER,
+                                                socket.AF_INET6: ["fd00::1"]}, None),
+    ("no such name", 0, {}, None),
+))
+def test_a_name_has_addresses_of_one_family(family, answers, found):
+    def resolve(host, family):
+        answer = answers.get(family, NO_SUCH_NAME)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    if found is None:
+        with pytest.raises(OSError):
+            lite.first_family(resolve, "vllm", lite.FAMILIES[family])
+    else:
+        assert lite.first_family(resolve, "vllm", lite.FAMILIES[family]) == found
+
+
+@contextlib.asynccontextmanager
+async def following_names(resolve, *entries, **settings):
+    """A balancer that looks names up as scripted; `entries` as the file has them."""
+    parsed, _ = lite.parse_settings("servers = [%s]" % ", ".join(entries))
+    async with balancing(wait=False, servers=parsed.servers, **settings) as running:
+        running.balancer.adopt(dataclasses.replace(running.core.settings, dns=()))
+        running.core.pools.adopt(lite.Secrets(parsed))
+        wanted = lite.NamesWanted(parsed.dns, parsed.servers)
+        task = asyncio.create_task(lite.NameFollower(running.core, wanted, resolve).run())
+        try:
+            yield running
+        finally:
+            resolve.gate.set()
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+@asynchronous
+async def test_each_address_of_a_name_is_a_server_and_one_that_leaves_drains(caplog):
+    caplog.set_level(logging.INFO)
+    gate, held = asyncio.Event(), asyncio.Event()
+
+    async def answer(asked, conn):
+        held.set()
+        await gate.wait()
+        await conn.json(b'{"id": "x", "object": "chat.completion"}')
+
+    async with Server(answer) as one, Server() as other:
+        await other.kill()
+        other.host, other.port = "127.0.0.2", one.port
+        await other.start()
+        names = Names(vllm=["127.0.0.1"])
+        async with following_names(
+            names, '{ dns = "http://vllm.svc:%d", refresh = 0.05, api_key = "ours" }' % one.port,
+        ) as running:
+            ids = [f"http://vllm.svc:{one.port}@127.0.0.{n}" for n in (1, 2)]
+            await running.until(lambda: running.states() == ["healthy"])
+            waits = asyncio.create_task((await running.client()).post())
+            await held.wait()
+            names.names["vllm"] = ["127.0.0.2"]
+            await running.until(lambda: running.states() == ["healthy", "healthy"])
+            assert [(v.id, v.draining) for v in running.views()] == [
+                (ids[1], False), (ids[0], True)]
+            got = await (await running.client()).post()
+            assert (got.status, got.get("x-mvllm-server")) == (200, ids[1])
+            asked = other.asked[-1]
+            assert asked.get("host") == [f"vllm.svc:{one.port}"]
+            assert asked.get("authorization") == ["Bearer ours"]
+            names.names["vllm"] = NO_SUCH_NAME
+            await names.asked_anew()
+            assert list(running.core.roster.entries) == [ids[1]]  # what was known stays
+            assert caplog.text.count("was not looked up") == 1
+            assert await running.metric("mvllm_name_lookups_total", result="failed") >= 1
+            gate.set()
+            assert (await waits).status == 200
+            status = (await (await running.client()).get("/status.json")).json
+            assert [(s["url"], s["source"]) for s in status["servers"]] == [(ids[1], "dns")]
+            names.names["vllm"] = ["127.0.0.1", "127.0.0.2"]
+            await running.until(lambda: running.states() == ["healthy"] * 2)
+            assert "is looked up again" in caplog.text
+
+
+@asynchronous
+async def test_connections_to_an_address_that_a_url_s_name_has_left_are_not_used_again():
+    gate, held = asyncio.Event(), asyncio.Event()
+
+    async def answer(asked, conn):
+        if not gate.is_set():
+            held.set()
+            await gate.wait()
+        await echo(asked, conn)
+
+    async with Server(answer) as server:
+        names, url = Names(localhost=["127.0.0.1"]), f"http://localhost:{server.port}"
+        async with following_names(names, '{ url = "%s", refresh = 0.05 }' % url) as running:
+            await running.until(lambda: running.states() == ["healthy"])
+            pool = running.core.pools.get(running.views()[0].settings)
+            waits = asyncio.create_task((await running.client()).post())
+            await held.wait()
+            gate.set()
+            assert (await waits).status == 200
+            assert len(pool.idle) == 1
+            gate.clear()
+            held.clear()
+            waits = asyncio.create_task((await running.client()).post())
+            await held.wait()
+            names.names["localhost"] = ["127.0.0.9"]
+            await eventually(lambda: pool.addresses, "the name has moved")
+            before = server.connections
+            gate.set()
+            assert (await waits).status == 200 and not pool.idle
+            assert (await (await running.client()).post()).status == 200
+            assert server.connections > before and not pool.idle
+
+
+@asynchronous
+async def test_a_lookup_that_hangs_delays_nothing_and_a_new_one_keeps_what_was_known():
+    async with Server() as server:
+        names, url = Names(vllm=["127.0.0.1"]), f"http://vllm:{server.port}"
+        entry = '{ dns = "%s", refresh = 0.05 }' % url
+        async with following_names(names, entry) as running:
+            await running.until(lambda: running.states() == ["healthy"])
+            names.gate.clear()
+            assert (await (await running.client()).post()).status == 200
+            parsed, _ = lite.parse_settings(f"servers = [{entry.replace(' }', ', tier = 3 }')}]")
+            again = asyncio.create_task(lite.NameFollower(
+                running.core, lite.NamesWanted(parsed.dns, ()), names).run())
+            await eventually(lambda: running.views()[0].settings.tier == 3, "it is defined anew")
+            assert running.states() == ["healthy"]
+            again.cancel()
+
+
+@asynchronous
+async def test_a_name_in_the_settings_is_looked_up_and_forgotten_with_its_entry():
+    async with Server() as server:
+        file = Settings(**QUICK)
+        entry = lite.DnsSettings(f"http://localhost:{server.port}", 4,
+                                 lite.ServerSettings(f"http://localhost:{server.port}", 3))
+        async with balancing(wait=False) as running:
+            running.balancer.adopt(dataclasses.replace(file, dns=(entry,)))
+            await running.until(lambda: running.states() == ["healthy"])
+            assert running.views()[0].id == f"http://localhost:{server.port}@127.0.0.1"
+            running.balancer.adopt(file)
+            assert not running.views()
+
+
+# ============================================================================================
 #  zmtp and registration
 # ============================================================================================
+
 
 READY = lite.zmtp_command(b"READY", lite.zmtp_property(b"Socket-Type", b"DEALER")
                           + lite.zmtp_property(b"Identity", b"10.0.0.1:6301"))
