@@ -32,7 +32,7 @@ the lines.
      5  forwarding     · what an intermediary does to messages; responses of our own; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         830 lines, at the start, and at a reload
+    II  settings         950 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  settings       · all that can be set, each with its default, check and meaning
      9  settings file  · from TOML to settings; complaints with file, line and key
@@ -106,35 +106,38 @@ the lines.
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
-    XI  discovery        1,060 lines, when servers come and go by themselves
+    XI  discovery        1,890 lines, when servers come and go by themselves
     61  names          ~ servers by DNS: each address of a name is one; names that move
-    62  zmtp           · what ZeroMQ's sockets say, and msgpack
-    63  registration   · servers and agents that say themselves that they are there
-    64  registering    ~ where they say it over HTTP
-    65  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    62  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    63  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    64  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    65  zmtp           · what ZeroMQ's sockets say, and msgpack
+    66  registration   · servers and agents that say themselves that they are there
+    67  registering    ~ where they say it over HTTP
+    68  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
-    66  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    67  table          · the servers in lines, as many columns as there is room for
-    68  views          · graphs of the fleet; models, requests and keys as tables
-    69  screen         · what is seen there: the table and the lines around it
-    70  keys           · what keys do to it, and ask of the balancer
-    71  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    72  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    73  page           ~ the status for a browser: one HTML string
-    74  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    75  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    69  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    70  table          · the servers in lines, as many columns as there is room for
+    71  views          · graphs of the fleet; models, requests and keys as tables
+    72  screen         · what is seen there: the table and the lines around it
+    73  keys           · what keys do to it, and ask of the balancer
+    74  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    75  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    76  page           ~ the status for a browser: one HTML string
+    77  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    78  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    76  traces         · requests of the past: from files, or made up
-    77  engine         · a model of a vLLM server, in simulated time
-    78  replay         · those requests sent to such servers by any policy
-    79  comparison     ~ policies compared on a trace: the program of `replay`
-    80  canned words   · what a vLLM server would say, without a model; what it refuses
-    81  canned forms   · the same in the forms of its APIs, plain and streamed
-    82  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    83  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    84  doctor         ~ what is amiss with servers and settings, and what to do about it
+    79  traces         · requests of the past: from files, or made up
+    80  engine         · a model of a vLLM server, in simulated time
+    81  replay         · those requests sent to such servers by any policy
+    82  comparison     ~ policies compared on a trace: the program of `replay`
+    83  canned words   · what a vLLM server would say, without a model; what it refuses
+    84  canned forms   · the same in the forms of its APIs, plain and streamed
+    85  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    86  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    87  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (54) reads a head from the client's
 `Wire` (37), parses it (2), makes an `Exchange` (49) of it, and asks who may come in (30).  A local
@@ -1466,6 +1469,42 @@ def file_name(value: Any) -> str:
     return name
 
 
+LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,251}[A-Za-z0-9])?", re.ASCII)
+LABEL_REQUIREMENT = re.compile(
+    r"!?[\w./-]+|[\w./-]+ ?(?:==?|!=) ?[\w.-]*|[\w./-]+ (?:not)?in ?\([\w., -]*\)", re.ASCII)
+
+
+def label_value(value: Any) -> str:
+    if words(value) and not LABEL_VALUE.fullmatch(value):
+        raise ValueError("a name of Kubernetes")
+    return str(value)
+
+
+def label_selector(value: Any) -> str:
+    """A selector of labels as kubectl's -l takes it."""
+    found = " ".join(words(value).split())
+    parts = re.split(r",(?![^()]*\))", found) if found else []
+    if not all(LABEL_REQUIREMENT.fullmatch(part.strip()) for part in parts):
+        raise ValueError("labels like app=vllm,tier!=test,zone in (a,b)")
+    return found
+
+
+def port_list(value: Any) -> tuple[int | str, ...]:
+    """One port or several, each by its number or its name."""
+    found = [one.strip() if isinstance(one, str) else one
+             for one in (value if isinstance(value, list) else [value])]
+    for i, one in enumerate(found):
+        if isinstance(one, str) and LABEL_VALUE.fullmatch(one) and not one.isdigit():
+            continue
+        try:
+            found[i] = whole(1, 65535)(one)
+        except ValueError:
+            raise ValueError("a port, its name, or a list of these") from None
+    if len(found) > 64:
+        raise ValueError("64 ports at most")
+    return tuple(found)
+
+
 def one_of(*choices: str) -> Clean:
     def check(value: Any) -> str:
         for choice in choices:
@@ -1748,6 +1787,33 @@ class KeySettings:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class KubernetesSettings:
+    """One entry of [[kubernetes]]: pods that are servers.  Its other keys are of those servers."""
+
+    selector: str = setting("", label_selector, "labels of pods, like app=vllm; or")
+    prefill_selector: str = setting("", label_selector, "of those for prefill,")
+    decode_selector: str = setting("", label_selector, "of those for decode; or")
+    service: str = setting("", label_value, "a Service, for who may read its EndpointSlices alone")
+    namespace: str = setting("", label_value, 'where they are; "" is all namespaces')
+    port: tuple[int | str, ...] = setting(
+        (), port_list, "port of each pod, by number or name; of several each is a server")
+    scheme: str = setting("http", one_of("http", "https"), "what the pods speak")
+    server_ca_file: str = setting("", file_path, "https: certificates to trust, of the pods")
+    kubeconfig: str = setting("", file_path, "how the API is reached, as JSON; else as a pod")
+    api_server: str = setting("", base_url, "or its URL, with")
+    token_file: str = setting("", file_path, "a file with a token, and")
+    ca_file: str = setting("", file_path, "one with certificates to trust")
+    server: ServerSettings = ServerSettings("")  # what its servers have in common
+
+
+class ClustersWanted(NamedTuple):
+    """What is to be watched, and the pools that pods may name."""
+
+    tables: tuple[KubernetesSettings, ...]
+    pools: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that can be set.  The first fields are tables of their own in the file; every
     other is a key of [config].  Times are in seconds."""
@@ -1758,6 +1824,7 @@ class Settings:
     pools: Mapping[str, float] = dataclasses.field(default_factory=dict)  # percent of requests
     keys: tuple[KeySettings, ...] = ()
     dns: tuple[DnsSettings, ...] = ()
+    kubernetes: tuple[KubernetesSettings, ...] = ()
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
@@ -1909,7 +1976,11 @@ class Settings:
     @property
     def patterns(self) -> tuple[ServerSettings, ...]:
         """What servers are like that are found, and not named here."""
-        return tuple(entry.server for entry in self.dns)
+        return tuple(entry.server for entry in (*self.dns, *self.kubernetes))
+
+    @property
+    def clusters(self) -> ClustersWanted | None:
+        return ClustersWanted(self.kubernetes, frozenset(self.pools)) if self.kubernetes else None
 
     @property
     def registration(self) -> str | None:
@@ -1929,6 +2000,10 @@ SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.meta
 DNS_FIELDS = {f.name: f for f in dataclasses.fields(DnsSettings) if f.metadata} | {
     name: field for name, field in SERVER_FIELDS.items() if name != "url"}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
+KUBERNETES_FIELDS = {f.name: f for f in dataclasses.fields(KubernetesSettings) if f.metadata}
+POD_FIELDS = KUBERNETES_FIELDS | {  # with those of servers, but for what a pod says itself
+    key: field for key, field in SERVER_FIELDS.items()
+    if key not in ("url", "refresh", "zmq_address", *KUBERNETES_FIELDS)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
 KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
 SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # their values stand in no complaint
@@ -1971,13 +2046,24 @@ class SettingsError(Exception):
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
-TABLES = ("servers", "config", "aliases", "policies", "pools", "keys")
+TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes")
+
+
+def kubernetes_settings(**values: Any) -> KubernetesSettings:
+    """Of an entry of [[kubernetes]], with the keys of its servers."""
+    own = {key: value for key, value in values.items() if key in KUBERNETES_FIELDS}
+    server = {key: value for key, value in values.items() if key not in KUBERNETES_FIELDS}
+    ca_file = own.get("server_ca_file", "")
+    return KubernetesSettings(**own, server=ServerSettings("", ca_file=ca_file, **server))
+
+
 # Of lists: what is expected; and by the key that identifies an entry, what it is, and its fields.
-# One without any of these keys is taken for one of the first kind.
+# One without any of these keys is taken for one of the first kind; '' is a kind that needs none.
 LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]]] = {
     "servers": ('a list like [{ url = "http://10.0.0.1:8000" }]',
                 {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)}),
     "keys": ("a list of tables [[keys]]", {"name": (KeySettings, KEY_FIELDS)}),
+    "kubernetes": ("a list of tables [[kubernetes]]", {"": (kubernetes_settings, POD_FIELDS)}),
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -2010,6 +2096,7 @@ class SettingsReader:
 
     def __init__(self, document: dict[str, Any], toml: str, source: str) -> None:
         self.document, self.toml, self.source = document, toml, source
+        self.sources = set(document)  # where servers may come from, besides the list of them
         self.bare: str | None = None  # the text without comments and values, for finding lines
         self.errors: list[Complaint] = []
         self.warnings: list[Complaint] = []
@@ -2022,6 +2109,7 @@ class SettingsReader:
         for key, (value, origin) in overrides.items():
             if key in CONFIG_FIELDS:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
+        self.sources |= set(overrides)
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys = self.aliases(), self.keys()
         if keys:
@@ -2030,12 +2118,13 @@ class SettingsReader:
                     self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
                     for model, value in self.table("policies").items()}
         pools = self.pools(servers, overrides.get("pools", (self.table("pools"), ""))[0])
+        kubernetes = self.kubernetes(pools, *overrides.get("kubernetes", (None, "")))
         self.check_together(values, keys.values(), policies)
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
-        tables = urls, aliases, policies, pools, tuple(keys.values()), dns
+        tables = urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes
         return Settings(*tables, **values), self.warnings
 
     def check_together(
@@ -2083,6 +2172,8 @@ class SettingsReader:
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
             entries = entries.get("servers")
+        if entries is None and "kubernetes" in self.sources:
+            entries = []
         # None is refused: an empty file is a half-written one, not a wish for no servers.
         return self.entries("servers", entries, origin)
 
@@ -2092,6 +2183,30 @@ class SettingsReader:
             if bool(key.key) is bool(key.key_file):
                 self.complain(("keys", i, "name"), key.name, "either key or key_file with it")
         return keys
+
+    def kubernetes(
+        self, pools: Mapping[str, float], entries: Any, origin: str
+    ) -> tuple[KubernetesSettings, ...]:
+        if entries is None:
+            entries = self.document.get("kubernetes", [])
+        tables = self.entries("kubernetes", entries, origin)
+        for i, one in tables.items():
+            id = f"[[kubernetes]] {i + 1}"
+            tables[i] = dataclasses.replace(one, server=dataclasses.replace(one.server, id=id))
+            selectors = one.selector or one.prefill_selector or one.decode_selector
+            for key, wrong, expected in (
+                ("selector", not (selectors or one.service), "selector, or service"),
+                ("service", selectors and one.service, "no selector with it"),
+                ("kubeconfig", one.kubeconfig and one.api_server, "no api_server with it"),
+                ("token_file", one.token_file and not one.api_server, "api_server with it"),
+                ("ca_file", one.ca_file and not one.api_server,
+                 "api_server with it (of pods: server_ca_file)"),
+                ("pool", one.server.pool and one.server.pool not in pools, "one of [pools]"),
+            ):
+                if wrong:
+                    found = getattr(one, key, one.server.pool) or None
+                    self.complain(("kubernetes", i, key), found, expected, origin)
+        return tuple(tables.values())
 
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
         """The good entries of a list of tables, by their place in it."""
@@ -2106,13 +2221,13 @@ class SettingsReader:
             for other in kinds.keys() & entry.keys() - {identity}:
                 self.complain((*path, other), entry[other], f"no {other} beside {identity}", origin)
             values = self.values(entry, fields, path, origin)
-            if identity not in entry:
+            if identity and identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
-            elif values[identity] in known:
+            elif identity and values[identity] in known:
                 self.complain((*path, identity), entry[identity], "each of them once", origin)
             if len(self.errors) == before:
                 found[i] = kind(**values)
-                known.add(values[identity])
+                known.add(values.get(identity, ""))
         return found
 
     def aliases(self) -> dict[str, str]:
@@ -2218,7 +2333,7 @@ def line_of(toml: str, path: Path) -> int:
 
 def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them wait for the next start."""
-    changed = [key for key in (*CONFIG_FIELDS, "aliases", "policies", "pools", "keys")
+    changed = [key for key in (*CONFIG_FIELDS, "aliases", "policies", "pools", "keys", "kubernetes")
                if getattr(old, key) != getattr(new, key)]
     late = [key for key in changed if key in RESTART_KEYS]
     now = [key for key in changed if key not in late]
@@ -7662,6 +7777,7 @@ class StatusDocument(TypedDict):
     keys: list[KeyUsage]
     fleet: dict[str, Any]  # the last quarter of an hour: step_s, and lists, the newest last
     events: list[dict[str, str]]  # the last lines of the log: time, level, text
+    services: dict[str, Any]  # what runs in the background for the settings, by name
     live: dict[str, Any]  # what was changed by hand: added, removed, drained, weights
 
 
@@ -8619,6 +8735,7 @@ class HttpClient(Upstream):
     """Asks one server for things of our own.  One idle connection is kept, so that a report each
     half second needs no new one, for POOL_IDLE_S: vLLM ends it a second later."""
 
+    limit_bytes: float = FETCH_LIMIT_BYTES  # of an answer
     _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
 
@@ -8634,7 +8751,7 @@ class HttpClient(Upstream):
         self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
     ) -> int:
         """GET, or POST some JSON, and return the status.  Each piece of the answer's content is
-        taken as it comes, up to FETCH_LIMIT_BYTES.  When an idle connection turns out to be closed,
+        taken as it comes, up to `limit_bytes`.  When an idle connection turns out to be closed,
         a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
         request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
         request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}"
@@ -8663,17 +8780,18 @@ class HttpClient(Upstream):
         self, stream: Stream, message: bytes, take: Callable[[bytes], object]
     ) -> int:
         """Raises Stale where the connection ends before an answer has begun."""
-        (server, writer), left_bytes, reusable = stream, FETCH_LIMIT_BYTES, False
+        (server, writer), left_bytes, reusable = stream, self.limit_bytes, False
         try:
             writer.write(message)
             try:
                 head, length = await read_final_head(server)
             except PeerGone as gone:
                 raise Stale(str(gone), gone.fault) from None
+            self.begins(head)
             decoder = decoder_for(response_framing(head, length, "GET"))
             while piece := await server.read_content(decoder):
                 if (left_bytes := left_bytes - len(piece)) < 0:
-                    text = f"the answer is longer than {FETCH_LIMIT_BYTES} bytes"
+                    text = f"the answer is longer than {self.limit_bytes} bytes"
                     raise BadMessage(text, Fault.BAD_ANSWER)
                 take(piece)
             reusable = head.persists and not (
@@ -8686,6 +8804,9 @@ class HttpClient(Upstream):
                 self._expiry = loop.call_later(POOL_IDLE_S, self.close)
             else:  # which also stops a vLLM that still generates
                 writer.transport.abort()
+
+    def begins(self, head: ResponseHead) -> None:
+        """An answer with this head begins."""
 
     def _take_idle(self) -> Stream | None:
         stream, self._idle = self._idle, None
@@ -9670,8 +9791,7 @@ class Clients:
         self.tasks: dict[Wire, asyncio.Task[None]] = {}
         self.limit = s.max_connections
         self.idle: dict[Wire, None] = {}  # between two requests, the longest idle first
-        # In the middle of a request; None while its head is still coming.
-        self.exchanges: dict[Wire, Response | None] = {}
+        self.exchanges: dict[Wire, Response | None] = {}  # None while a request's head still comes
         self.ids = set[str]()  # of these requests
         self.forwarding = 0  # requests that were let in, and are not answered yet
         self.backlog = Backlog(s.max_buffered_bytes)
@@ -9845,6 +9965,7 @@ class Core:
         self.recent = Recent()
         self.news = News(self.requests.queue)
         self.looks = Looks()
+        self.services: dict[str, Any] = {}  # each with its `report` and `families` of a moment
         self.planners: dict[str, Planner] = {}  # those of PLANS that settings want
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
@@ -9858,9 +9979,8 @@ class Core:
     def status(self) -> StatusDocument:
         """What the status page and the screen show."""
         now, this = clock_now(), self.process
-        settings = "unchanged since the start"
-        if this.reloaded_at is not None:
-            settings = f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago"
+        settings = "unchanged since the start" if this.reloaded_at is None else (
+            f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago")
         if any(self.roster.report().values()):
             settings += ", and changed by hand"
         process = {
@@ -9870,6 +9990,7 @@ class Core:
             "requests": {"running": self.requests.report(now.monotonic),
                          "ended": ended_report(self.recent, now.monotonic)},
             "keys": keys_report(self.metrics),
+            "services": {name: one.report(now.monotonic) for name, one in self.services.items()},
         }
         views = self.fleet.views(now.monotonic)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
@@ -11661,6 +11782,7 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
     monotonic = clock_now().monotonic
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process,
                  core.fleet.answers.means())
+    now += [family for one in core.services.values() for family in one.families(monotonic)]
     page = expose(with_old_names([*core.metrics.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -13200,7 +13322,839 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  62  zmtp
+#  62  pods
+# ============================================================================================
+#
+# Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
+# follow from, by its uid: the same name or address under another uid is another pod.
+
+ANNOTATION_PREFIX = "mvllm-lite/"
+ANNOTATED = (  # what a pod may set of its server, besides `port`
+    "max_concurrent_requests", "weight", "tier", "pool", "role", "data_parallel_size",
+    "bootstrap_port",
+)
+BOOTSTRAP_ANNOTATION = "vllm.ai/bootstrap-port"  # as vllm-project/router reads it
+WORKER_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"  # only 0 answers requests
+POD_PORT = 8000  # vLLM's own
+
+
+class Pod(NamedTuple):
+    """A pod, or an endpoint of a slice: what servers may be made of."""
+
+    uid: str
+    name: str  # with its namespace
+    address: str = ""
+    why_not: str = ""  # it is not to be asked
+    leaving: bool = False
+    ports: tuple[tuple[str, int], ...] = ()  # that it declares
+    port: int = 0  # where the settings say none
+    annotations: tuple[tuple[str, str], ...] = ()  # those that are for us
+
+
+def member_at(document: Any, *path: str) -> Any:
+    """What stands there in a JSON document; None for nothing."""
+    for key in path:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
+def string_at(document: Any, *path: str) -> str:
+    found = member_at(document, *path)
+    return found if isinstance(found, str) else ""
+
+
+def objects_at(document: Any, *path: str) -> list[dict[str, Any]]:
+    found = member_at(document, *path)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def strings_at(document: Any, *path: str) -> dict[str, str]:
+    found = member_at(document, *path)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def ports_at(document: Any, *path: str, number: str) -> list[tuple[str, int]]:
+    """Ports of TCP, by name."""
+    found = [(string_at(one, "name"), one.get(number)) for one in objects_at(document, *path)
+             if one.get("protocol", "TCP") in ("TCP", None)]
+    return [(name, port) for name, port in found if type(port) is int and 0 < port < 65536]
+
+
+def address_trouble(address: str) -> str:
+    """Why nobody is asked at that address, or ''."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return f"its address {shown(address)} is none" if address else "it has no address yet"
+    foreign = found.is_link_local or found.is_multicast or found.is_unspecified
+    return f"no server is at {found}" if foreign else ""
+
+
+def uid_of(document: Any) -> str:
+    names = string_at(document, "metadata", "namespace"), string_at(document, "metadata", "name")
+    return string_at(document, "metadata", "uid") or "/".join(filter(None, names))
+
+
+def name_of(document: Any) -> str:
+    meta = member_at(document, "metadata")
+    return f"{string_at(meta, 'namespace')}/{string_at(meta, 'name')}".strip("/")
+
+
+def read_pod(pod: Any) -> tuple[Pod, ...]:
+    """A pod as the API shows it."""
+    phase, labels = string_at(pod, "status", "phase"), strings_at(pod, "metadata", "labels")
+    addresses = [string_at(pod, "status", "podIP")]  # the first of its addresses, if it has two
+    addresses += [string_at(one, "ip") for one in objects_at(pod, "status", "podIPs")]
+    address = next(filter(None, addresses), "")
+    ready = next((condition for condition in objects_at(pod, "status", "conditions")
+                  if condition.get("type") == "Ready"), {})
+    said = string_at(ready, "message") or string_at(ready, "reason")
+    leaving = member_at(pod, "metadata", "deletionTimestamp") is not None
+    worker = labels.get(WORKER_LABEL, "0")
+    why_not = next((why for amiss, why in (
+        (leaving, "it is being deleted"),
+        (phase != "Running", f"its phase is {shown(phase or 'unknown')}"),
+        (address_trouble(address), address_trouble(address)),
+        (worker != "0", f"it is worker {shown(worker)} of a group: only 0 answers"),
+        (ready.get("status") != "True", "it is not ready" + (said and f": {shown(said, 200)}")),
+    ) if amiss), "")
+    sidecars = [one for one in objects_at(pod, "spec", "initContainers")
+                if one.get("restartPolicy") == "Always"]
+    ports = [port for one in objects_at(pod, "spec", "containers") + sidecars
+             for port in ports_at(one, "ports", number="containerPort")]
+    ours = [(key, value) for key, value in strings_at(pod, "metadata", "annotations").items()
+            if key.startswith(ANNOTATION_PREFIX) or key == BOOTSTRAP_ANNOTATION]
+    return (Pod(uid_of(pod), name_of(pod), address, why_not, leaving, tuple(ports),
+                      POD_PORT, tuple(ours)),)
+
+
+def read_slice(one: Any) -> tuple[Pod, ...]:
+    """The endpoints of an EndpointSlice; its ports are resolved already."""
+    namespace = string_at(one, "metadata", "namespace")
+    fqdn = string_at(one, "addressType") == "FQDN"
+    ports, found = ports_at(one, "ports", number="port"), list[Pod]()
+    for endpoint in objects_at(one, "endpoints"):
+        addresses = member_at(endpoint, "addresses")
+        address = next(iter(addresses if isinstance(addresses, list) else ()), "")
+        address = address if isinstance(address, str) else ""
+        leaving = member_at(endpoint, "conditions", "terminating") is True
+        why_not = next((why for amiss, why in (
+            (leaving, "it is being deleted"),
+            (fqdn, "its address is a name: give it to dns"),
+            (address_trouble(address), address_trouble(address)),
+            (member_at(endpoint, "conditions", "ready") is False, "it is not ready"),
+        ) if amiss), "")
+        target = string_at(endpoint, "targetRef", "name") or address
+        uid = string_at(endpoint, "targetRef", "uid") or f"{namespace}/{target}"
+        port = ports[0][1] if ports else 0
+        found.append(Pod(
+            uid, f"{namespace}/{target}", address, why_not, leaving, tuple(ports), port))
+    return tuple(found)
+
+
+class ObjectKind(NamedTuple):
+    """A kind of object of the API, and what pods one is."""
+
+    group: str
+    base: str
+    plural: str
+    read: Callable[[Any], tuple[Pod, ...]]
+
+
+PODS = ObjectKind("", "/api/v1", "pods", read_pod)
+SLICES = ObjectKind("discovery.k8s.io", "/apis/discovery.k8s.io/v1", "endpointslices", read_slice)
+
+
+class Watched(NamedTuple):
+    """What one watch is of, and what its servers are."""
+
+    table: KubernetesSettings
+    kind: ObjectKind
+    selector: str
+    role: str
+
+    @property
+    def name(self) -> str:
+        where = f"in {self.table.namespace}" if self.table.namespace else "in all namespaces"
+        return f"{self.kind.plural} {self.selector} {where}"
+
+    def path(self, **query: object) -> str:
+        """Where the API has them."""
+        namespace = self.table.namespace and f"/namespaces/{self.table.namespace}"
+        asked = urllib.parse.urlencode({"labelSelector": self.selector, **query})
+        return f"{self.kind.base}{namespace}/{self.kind.plural}?{asked}"
+
+
+def watches_of(table: KubernetesSettings) -> list[Watched]:
+    """Those of a table.  A pod that two select is of the first."""
+    by_service = table.service and f"kubernetes.io/service-name={table.service}"
+    return [Watched(table, kind, selector, role) for kind, selector, role in (
+        (PODS, table.prefill_selector, "prefill"), (PODS, table.decode_selector, "decode"),
+        (PODS, table.selector, table.server.role), (SLICES, by_service, table.server.role),
+    ) if selector]
+
+
+class Offer(NamedTuple):
+    """The servers of a pod, by id, or why it has none; and what is wrong with what it says of
+    itself."""
+
+    servers: Mapping[str, ServerSettings]
+    why_not: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
+    """The servers are at the pod's ports; `pools` are those of the settings."""
+    values, ports, warnings = read_annotations(one, what, pools)
+    wanted = ports or what.table.port or (one.port,)
+    numbers, why_not = port_numbers(one, wanted), one.why_not
+    if not (why_not or all(numbers)):
+        missing = [str(port or "at all") for port, n in zip(wanted, numbers) if not n]
+        why_not = f"it has no port {', '.join(missing)}"
+    if why_not:
+        return Offer({}, why_not, warnings)
+    host = f"[{one.address}]" if ":" in one.address else one.address
+    default, servers = what.table.server, dict[str, ServerSettings]()
+    default = dataclasses.replace(default, like=default.id, **{"role": what.role, **values})
+    for number in dict.fromkeys(numbers):
+        url = f"{what.table.scheme}://{host}:{number}"
+        name = f"{one.name}:{number}" if len(numbers) > 1 else one.name
+        id = f"{one.uid}:{number}"
+        servers[id] = dataclasses.replace(default, id=id, name=name, url=url)
+    return Offer(servers, "", warnings)
+
+
+def port_numbers(one: Pod, wanted: Sequence[int | str]) -> list[int]:
+    """Those that are wanted, by number or name; 0 for a name that the pod does not have."""
+    names = dict(reversed(one.ports))
+    return [port if isinstance(port, int) else names.get(port, 0)
+            for port in wanted]
+
+
+def read_annotations(
+    one: Pod, what: Watched, pools: Collection[str]
+) -> tuple[dict[str, Any], tuple[int | str, ...], tuple[str, ...]]:
+    """What a pod says of its server, its ports, and what is wrong with that, which is ignored."""
+    values, ports, wrong = dict[str, Any](), tuple[int | str, ...](), list[str]()
+    for name, value in one.annotations:
+        key = "bootstrap_port" if name == BOOTSTRAP_ANNOTATION else name.removeprefix(
+            ANNOTATION_PREFIX)
+        try:
+            if key == "port":
+                ports = port_list(value.split(","))
+            elif key not in ANNOTATED:
+                raise ValueError(f"one of {', '.join((*ANNOTATED, 'port'))}")
+            elif key == "pool" and value not in pools:
+                raise ValueError("one of [pools]")
+            elif key not in values or name != BOOTSTRAP_ANNOTATION:  # ours wins
+                values[key] = SERVER_FIELDS[key].metadata["check"](value)
+        except ValueError as expected:
+            found = f"{name}: {shown(value)}" if key in (*ANNOTATED, "port") else name
+            wrong.append(f"{what.kind.plural[:-1]} {one.name}: annotation {found} is ignored,"
+                         f" expected {expected}")
+    return values, ports, tuple(wrong)
+
+
+def offers_of(
+    pods: Iterable[Pod], what: Watched, pools: Collection[str],
+    before: Mapping[Pod, Offer],
+) -> dict[Pod, Offer]:
+    """What all pods of a watch offer; those that are as `before` offer the same.  One that is
+    in several slices leaves as soon as one of them says so; it has one address."""
+    best = dict[str, Pod]()
+    for one in pods:
+        known = best.get(one.uid)
+        if known is None or pod_rank(one) > pod_rank(known):
+            best[one.uid] = one
+    return {one: before.get(one) or offer_of(one, what, pools) for one in best.values()}
+
+
+def pod_rank(one: Pod) -> tuple[bool, bool, bool]:
+    """Of two that are the same pod, the one with the higher rank is believed."""
+    return one.leaving, not one.why_not, ":" not in one.address
+
+
+def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSettings]:
+    """All servers by id, of the first watch that has them.  At an address of two pods only the
+    later one can be: the other one's end was missed."""
+    servers, at = dict[str, ServerSettings](), dict[str, str]()
+    for offer in itertools.chain.from_iterable(one.values() for one in offers):
+        for id, server in offer.servers.items():
+            if id not in servers:
+                servers.pop(at.get(server.url, ""), None)
+                servers[id], at[server.url] = server, id
+    return servers
+
+
+# ============================================================================================
+#  63  listing
+# ============================================================================================
+#
+# What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
+# to date by a watch: each event alone suffices, a list anew repairs whatever was missed, and while
+# the API says nothing everything stays as it was last known.
+
+PAGE_OBJECTS = 100  # a pod is 5 to 60 kB, and a page of them is parsed in one turn of the loop
+WATCH_S = (240, 290)  # proxies cut idle streams after 300
+PAUSE_LIMIT_S = 30.0
+RETRY_AFTER_LIMIT_S = 300.0
+GONE = 410  # what was to be watched from is forgotten
+LINE_LIMIT_BYTES = 4 * 1024 * 1024  # etcd takes objects of 1.5 MB
+
+
+class ApiFailure(NamedTuple):
+    """The API did not do what it was asked; status 0 is none at all."""
+
+    status: int
+    text: str
+    retry_after_s: float = 0.0
+
+
+class Listing:
+    """The objects of one watch: a list, and all that has changed since."""
+
+    def __init__(self, what: Watched) -> None:
+        self.what = what
+        self.objects: dict[str, tuple[Pod, ...]] = {}  # by uid
+        self.version = ""  # what has come so far, in the API's words
+        self.complete = False  # it can be watched; otherwise it has to be listed
+        self.lists = 0  # that were complete
+        self._pages: dict[str, tuple[Pod, ...]] = {}  # of a list under way
+        self._continue = ""
+
+    @property
+    def verb(self) -> str:
+        return "watch" if self.complete else "list"
+
+    def pods(self) -> Iterable[Pod]:
+        return itertools.chain.from_iterable(self.objects.values())
+
+    def path(self, watch_s: int) -> str:
+        """What is to be asked for next: a page of the list, or what changes within a time."""
+        if not self.complete:
+            more = {"continue": self._continue} if self._continue else {}
+            return self.what.path(limit=PAGE_OBJECTS, **more)
+        since = {"resourceVersion": self.version} if self.version else {}
+        return self.what.path(watch=1, **since, allowWatchBookmarks="true", timeoutSeconds=watch_s)
+
+    def take_page(self, page: Any) -> ApiFailure | None:
+        """A page of the list; the last one makes it complete, and what is not in it is gone."""
+        if not isinstance(member_at(page, "items"), (list, type(None))) or not isinstance(
+                member_at(page, "metadata"), dict):
+            return ApiFailure(0, "what it answered is no list of Kubernetes objects")
+        read = self.what.kind.read
+        self._pages |= {uid_of(one): read(one) for one in objects_at(page, "items")}
+        self._continue = string_at(page, "metadata", "continue")
+        if not self._continue:
+            self.objects, self._pages = self._pages, {}
+            self.version = string_at(page, "metadata", "resourceVersion")
+            self.complete, self.lists = True, self.lists + 1
+        return None
+
+    def take_event(self, event: Any) -> ApiFailure | None:
+        """A line of a watch: one object as it is now, or was at last."""
+        kind, one = string_at(event, "type"), member_at(event, "object")
+        if not kind:
+            return ApiFailure(0, "what it sent is no event of a watch")
+        if kind == "ERROR":
+            code = member_at(one, "code")
+            said = shown(string_at(one, "message") or string_at(one, "reason"), 200)
+            return ApiFailure(code if type(code) is int else 0, f"the watch ended: {said}")
+        if kind in ("ADDED", "MODIFIED"):
+            self.objects[uid_of(one)] = self.what.kind.read(one)
+        elif kind == "DELETED":
+            self.objects.pop(uid_of(one), None)
+        self.version = string_at(one, "metadata", "resourceVersion") or self.version
+        return None
+
+    def refused(self, failure: ApiFailure, failures: int) -> None:
+        """Where nothing can be watched or listed from where it was, list anew.  What is known stays
+        until that is done."""
+        stuck = self.complete and failure.status and failures % 3 == 0
+        if stuck or failure.status in (400, GONE):
+            self.complete, self._pages, self._continue = False, {}, ""
+
+
+class Standing:
+    """How a watch and its API get on with each other."""
+
+    def __init__(self) -> None:
+        self.contact_at = -INFINITY  # when the API last said anything good
+        self.trouble = ""  # why it does not now
+        self.failures = 0  # in a row
+        self.errors: dict[str, int] = {}  # by status
+        self._verb = ""  # what it did not do
+
+    def answered(self, verb: str, now: float, proven: bool = True) -> None:
+        """It does what it was asked to; it is `proven` once that has brought something.  That it
+        lists says nothing about a watch that it refused."""
+        self.contact_at = now
+        if verb == "watch" or self._verb != "watch":
+            self.trouble = ""
+            if proven:
+                self.failures = 0
+
+    def failed(self, verb: str, failure: ApiFailure, draw: random.Random) -> float:
+        """Return for how many seconds nothing is to be asked."""
+        self.failures, self._verb = self.failures + 1, verb
+        label = str(failure.status or "no answer")
+        self.errors[label] = self.errors.get(label, 0) + 1
+        if not (failure.status == GONE and self.failures == 1):  # which is of no consequence
+            self.trouble = failure.text
+        return pause_s(failure, self.failures, draw)
+
+
+def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
+    """How long to wait after the n-th failure in a row: 1, 2, 4 … 30 s, half of it by chance, so
+    that balancers of one API do not come together."""
+    share = draw.uniform(0.5, 1.0)
+    if failure.status == GONE and failures == 1:
+        return 0.0
+    if failure.retry_after_s:
+        return min(failure.retry_after_s, RETRY_AFTER_LIMIT_S) + share
+    if failure.status in (403, 404):  # until a person has done something
+        return PAUSE_LIMIT_S * share
+    return min(PAUSE_LIMIT_S, 2.0 ** min(failures - 1, 9)) * share
+
+
+def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: str) -> ApiFailure:
+    """An answer of the API that is not 200; `said` is its content."""
+    group, plural = json.dumps(what.kind.group), json.dumps(what.kind.plural)
+    reason = string_at(said, "message")
+    where = f"in namespace {what.table.namespace}" if what.table.namespace else "in all namespaces"
+    advice = {
+        401: "its token or certificate is not accepted",
+        403: f"this account may not {verb} {what.kind.plural} {where}; its"
+             f" {'Role' if what.table.namespace else 'ClusterRole'} needs the rule"
+             f' {{apiGroups: [{group}], resources: [{plural}], verbs: ["get", "list", "watch"]}}',
+        404: f"there are no {what.kind.plural} {where}",
+        GONE: "what was listed is too old to go on from",
+    }.get(status, f"it cannot {verb} {what.kind.plural} {where} now")
+    seconds = float(retry_after) if re.fullmatch(r"\d{1,9}", retry_after) else 0.0
+    reason = reason and f" ({shown(reason, 200)})"
+    return ApiFailure(status, f"answered {status}: {advice}{reason}", seconds)
+
+
+def watch_report(
+    listing: Listing, standing: Standing, offers: Mapping[Pod, Offer], now: float
+) -> dict[str, Any]:
+    """What is shown of a watch."""
+    unused = [(pod.name, offer.why_not) for pod, offer in offers.items() if offer.why_not]
+    contact_s = None if standing.contact_at == -INFINITY else round(now - standing.contact_at, 1)
+    return {
+        "watch": listing.what.name, "state": f"{listing.verb}ing",
+        "trouble": standing.trouble, "since_contact_s": contact_s, "lists": listing.lists,
+        "errors": sum(standing.errors.values()), "pods": len(offers),
+        "servers": sum(len(offer.servers) for offer in offers.values()),
+        "not_used": dict(sorted(unused)[:NAMES_LIMIT]),
+    }
+
+
+class Lines:
+    """Lines of a stream, however it is cut; one may be as long as the API's largest object."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        """Those that are complete.  Raises BadMessage."""
+        end = piece.rfind(b"\n")
+        if end < 0:
+            self._rest += piece
+            if len(self._rest) > LINE_LIMIT_BYTES:
+                text = f"a line is longer than {LINE_LIMIT_BYTES} bytes"
+                raise BadMessage(text, Fault.BAD_ANSWER)
+            return []
+        lines = bytes(self._rest + piece[:end]).split(b"\n")
+        self._rest[:] = piece[end + 1 :]
+        return list(filter(bytes.strip, lines))
+
+
+class Cluster(NamedTuple):
+    """How an API server is reached: by texts in the PEM format, or by files that hold them."""
+
+    url: str
+    token: str = ""
+    token_file: str = ""
+    ca: str = ""
+    ca_file: str = ""
+    certificate: str = ""
+    certificate_file: str = ""
+    key: str = ""
+    key_file: str = ""
+    verify: bool = True
+
+
+# What a kubeconfig may say of a cluster or a user that is not done here, and what to do instead.
+KUBECONFIG_REFUSED = {
+    "exec": "runs a program, which is not done here: give the user a token or a certificate",
+    "auth-provider": "is of older kubectls: give the user a token or a certificate",
+    "username": "is not taken by any API server of today: give the user a token",
+    "as": "is not done here: give the account itself the rights",
+    "proxy-url": "is not done here: name an address that can be reached",
+    "tls-server-name": "is not done here: use a name that is in the certificate",
+}
+
+
+def parse_kubeconfig(text: str) -> Cluster:
+    """The cluster and the user of its current context.  Raises ValueError."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON; write it with: kubectl config view --raw --minify --flatten"
+                         " -o json") from None
+    context = kubeconfig_entry(document, "context", string_at(document, "current-context"))
+    cluster = kubeconfig_entry(document, "cluster", string_at(context, "cluster"))
+    user = kubeconfig_entry(document, "user", string_at(context, "user"))
+    for key, why in KUBECONFIG_REFUSED.items():
+        if found := user.get(key) or cluster.get(key):
+            said = string_at(found, "command") or string_at(found, "name") or str(found)
+            raise ValueError(f"{key} {shown(said)} {why}")
+    try:
+        url = base_url(cluster.get("server"))
+    except ValueError as expected:
+        raise ValueError(f"its cluster has no server, expected {expected}") from None
+    return Cluster(
+        url, string_at(user, "token"), string_at(user, "tokenFile"),
+        pem_at(cluster, "certificate-authority-data"), string_at(cluster, "certificate-authority"),
+        pem_at(user, "client-certificate-data"), string_at(user, "client-certificate"),
+        pem_at(user, "client-key-data"), string_at(user, "client-key"),
+        cluster.get("insecure-skip-tls-verify") is not True)
+
+
+def kubeconfig_entry(document: Any, kind: str, name: str) -> dict[str, Any]:
+    """What stands under a name in one of the lists of a kubeconfig.  Raises ValueError."""
+    for one in objects_at(document, f"{kind}s"):
+        if one.get("name") == name and isinstance(one.get(kind), dict):
+            found: dict[str, Any] = one[kind]
+            return found
+    raise ValueError(f"has no {kind} " + (shown(name) if name else "in its current-context"))
+
+
+def pem_at(document: Any, key: str) -> str:
+    """Raises ValueError."""
+    try:
+        return base64.b64decode(string_at(document, key), validate=True).decode("ascii")
+    except ValueError:
+        raise ValueError(f"{key} is no text in base64") from None
+
+
+# ============================================================================================
+#  64  cluster
+# ============================================================================================
+#
+# The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
+# before each question, because tokens and authorities are renewed in place.
+
+ACCOUNT_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
+LIST_TIMEOUT_S = 30.0
+PAGE_LIMIT_BYTES = 64 * 1024 * 1024
+SILENCE_S = 30  # after the time at which the API should have ended a watch
+LOOK_S = 1.0  # between two looks at credentials, while there is trouble
+BRIEF_S = 1.0  # a watch that ends sooner, and has said nothing, is not begun anew at once
+
+
+def cluster_of(table: KubernetesSettings, environ: Mapping[str, str]) -> Cluster:
+    """How a table's API server is reached now.  Raises SettingsError."""
+    if table.kubeconfig:
+        try:
+            text = read_regular_file(table.kubeconfig).decode("utf-8", "replace")
+            cluster = parse_kubeconfig(text)
+        except ValueError as error:
+            raise SettingsError([Complaint(table.kubeconfig, 0, "", str(error))]) from None
+        home = os.path.dirname(table.kubeconfig)
+        files = {key: os.path.join(home, getattr(cluster, key)) for key in Cluster._fields
+                 if key.endswith("_file") and getattr(cluster, key)}
+        return with_files(Cluster(**{**cluster._asdict(), **files}))
+    if table.api_server:
+        return with_files(Cluster(
+            table.api_server, token_file=table.token_file, ca_file=table.ca_file))
+    host = environ.get("KUBERNETES_SERVICE_HOST", "")
+    port = environ.get("KUBERNETES_SERVICE_PORT_HTTPS") or environ.get("KUBERNETES_SERVICE_PORT")
+    if not host:
+        text = "this is no pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_server"
+        raise SettingsError([Complaint("[[kubernetes]]", 0, "", text)])
+    return with_files(Cluster(
+        f"https://{f'[{host}]' if ':' in host else host}:{port or 443}",
+        token_file=f"{ACCOUNT_PATH}/token", ca_file=f"{ACCOUNT_PATH}/ca.crt"))
+
+
+def with_files(cluster: Cluster) -> Cluster:
+    """The cluster with what its files hold.  Raises SettingsError."""
+    held = {name.removesuffix("_file"): read_regular_file(path).decode("latin-1").strip()
+            for name, path in cluster._asdict().items() if name.endswith("_file") and path}
+    if (token := held.get("token", cluster.token)) and not SECRET.fullmatch(token):
+        text = "holds no token"
+        raise SettingsError([Complaint(cluster.token_file or "kubeconfig", 0, "", text)])
+    return Cluster(**{**cluster._asdict(), **held})
+
+
+def cluster_context(cluster: Cluster) -> ssl.SSLContext:
+    """Raises SettingsError."""
+    try:
+        context = ssl.create_default_context(cadata=cluster.ca or None)
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the authorities of many clusters are old
+        if not cluster.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if cluster.certificate:
+            with tempfile.NamedTemporaryFile("w", prefix="mvllm_lite-") as file:  # mode 0600
+                file.write(f"{cluster.certificate}\n{cluster.key}\n")
+                file.flush()
+                context.load_cert_chain(file.name, password=NO_PASSWORD)
+        return context
+    except OSError as error:
+        text = f"no usable certificate or key: {error_text(error).removeprefix('TLS: ')}"
+        raise SettingsError([Complaint(cluster.url, 0, "", text)]) from None
+
+
+class ApiServer(HttpClient):
+    """Asks an API server.  Its answers may be long, and those to a watch last for minutes."""
+
+    def __init__(self, cluster: Cluster, begun: Callable[[], object]) -> None:
+        super().__init__(ServerSettings(cluster.url))
+        self.cluster, self._begun = cluster, begun  # a good answer
+        self.head: ResponseHead | None = None  # of the last answer
+        self._context = cluster_context(cluster) if self.is_tls else None
+        self.key_line = f"User-Agent: mvllm_lite/{__version__}\r\n"
+        if cluster.token:
+            self.key_line += f"Authorization: Bearer {cluster.token}\r\n"
+
+    def begins(self, head: ResponseHead) -> None:
+        self.head = head
+        if head.status == 200:
+            self._begun()
+
+
+class Watch:
+    """One watch as it runs.  After whatever it hears that changes its servers, `changed` is called
+    with warnings that are new; `pools` are those of the settings."""
+
+    def __init__(
+        self, what: Watched, pools: Collection[str], changed: Callable[[list[str]], object],
+        environ: Mapping[str, str] = os.environ, before: Watch | None = None,
+    ) -> None:
+        self.listing: Listing = before.listing if before else Listing(what)
+        self.standing: Standing = before.standing if before else Standing()
+        self._pools, self._changed, self._environ = pools, changed, environ
+        self.offers = offers_of(self.listing.pods(), what, pools, {})
+        self._draw = random.Random()
+        self._api: ApiServer | None = None
+
+    async def follow(self) -> None:
+        """List and watch, and rest after what went wrong; for ever."""
+        try:
+            while True:
+                verb = self.listing.verb
+                if (failure := await self.step()) is not None:
+                    await self.rest(verb, failure)
+        finally:
+            self.close()
+
+    async def step(self) -> ApiFailure | None:
+        """Ask for a page of the list, or watch for some minutes.  Why that failed is returned."""
+        timeout_s, watch_s = LIST_TIMEOUT_S, self._draw.randint(*WATCH_S)
+        try:
+            api, path = self._reached(), self.listing.path(watch_s)
+            if self.listing.complete:
+                timeout_s = watch_s + SILENCE_S
+                return await self._watch(api, path, timeout_s)
+            api.limit_bytes = PAGE_LIMIT_BYTES
+            status, content = await api.fetch(path, timeout_s)
+            failure = self._failure_of(api, content) or self.listing.take_page(parsed(content))
+            if failure is None:
+                self._note("list")
+            return failure
+        except SettingsError as error:
+            return ApiFailure(0, str(error))
+        except TimeoutError:
+            return ApiFailure(0, f"the API has said nothing for {timeout_s:g} s")
+        except (PeerGone, BadMessage) as error:
+            return ApiFailure(0, f"the API: {error}")
+
+    def _reached(self) -> ApiServer:
+        """The API server, with the credentials of now.  Raises SettingsError."""
+        cluster = cluster_of(self.listing.what.table, self._environ)
+        if self._api is None or self._api.cluster != cluster:
+            self.close()
+            self._api = ApiServer(cluster, self._answered)
+        return self._api
+
+    def _answered(self) -> None:
+        """A good answer begins: to a watch nothing more may come for long."""
+        standing, was = self.standing, self.standing.trouble
+        standing.answered(self.listing.verb, asyncio.get_running_loop().time(), proven=False)
+        if was and not standing.trouble:
+            log.info("kubernetes: %s: the API answers again", self.listing.what.name)
+
+    def _failure_of(self, api: ApiServer, content: bytes) -> ApiFailure | None:
+        head, listing = api.head, self.listing
+        if head is None or head.status == 200:
+            return None
+        return api_failure(listing.what, listing.verb, head.status, parsed(content),
+                          head.fields.get("retry-after"))
+
+    async def _watch(self, api: ApiServer, path: str, timeout_s: float) -> ApiFailure | None:
+        """Hear of changes until the stream ends, which is no failure.  Raises what `ask` raises
+        before that."""
+        listing, lines, content, failures = self.listing, Lines(), bytearray(), list[ApiFailure]()
+        loop, version = asyncio.get_running_loop(), listing.version
+        begun, api.head, api.limit_bytes = loop.time(), None, INFINITY
+
+        def take(piece: bytes) -> None:
+            if api.head is not None and api.head.status != 200:
+                content.extend(piece)
+                return
+            said = [listing.take_event(parsed(line)) for line in lines.feed(piece)]
+            failures.extend(filter(None, said))
+            self._note("watch", proven=not failures and bool(said))
+            if failures:  # whatever follows is of no use
+                raise BadMessage(failures[0].text, Fault.BAD_ANSWER)
+
+        try:
+            await api.ask(path, timeout_s, None, take)
+        except (PeerGone, BadMessage):
+            if not failures and (api.head is None or api.head.status != 200):
+                raise
+        if failures or (failure := self._failure_of(api, bytes(content))) is not None:
+            return failures[0] if failures else failure
+        if loop.time() - begun < BRIEF_S and listing.version == version:
+            return ApiFailure(0, "the API ends each watch at once")
+        self._note("watch")
+        return None
+
+    def _note(self, verb: str, proven: bool = True) -> None:
+        """Something good has come."""
+        what, listing = self.listing.what, self.listing
+        self.standing.answered(verb, asyncio.get_running_loop().time(), proven)
+        if not listing.lists:  # what is not whole does not say what is gone
+            return
+        known = self.offers
+        self.offers = offers_of(listing.pods(), what, self._pools, known)
+        if self.offers != known or listing.lists == 1:
+            said = {warning for offer in known.values() for warning in offer.warnings}
+            now = [warning for offer in self.offers.values() for warning in offer.warnings]
+            self._changed([warning for warning in now if warning not in said])
+
+    async def rest(self, verb: str, failure: ApiFailure) -> None:
+        """Wait, after something went wrong, until it is worth while to ask again: for a pause, or
+        until there are other credentials."""
+        standing, loop = self.standing, asyncio.get_running_loop()
+        was, used = standing.trouble, self._api and self._api.cluster
+        deadline = loop.time() + standing.failed(verb, failure, self._draw)
+        self.listing.refused(failure, standing.failures)
+        if standing.trouble not in ("", was):
+            log.warning("kubernetes: %s: %s; its servers stay as they are",
+                        self.listing.what.name, failure.text)
+        while (left_s := deadline - loop.time()) > 0:
+            await asyncio.sleep(min(left_s, LOOK_S))
+            with contextlib.suppress(SettingsError):
+                if cluster_of(self.listing.what.table, self._environ) != used:
+                    return
+
+    def close(self) -> None:
+        if self._api is not None:
+            self._api.close()
+
+
+def parsed(content: bytes) -> Any:
+    """A JSON document; None for what is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(content)
+    return None
+
+
+class Watches:
+    """All that the settings have watched, and the servers that are found together.  What was
+    watched `before` and is to be still goes on from where it was."""
+
+    def __init__(
+        self, core: Core, wanted: ClustersWanted, before: Watches | None = None
+    ) -> None:
+        self._core = core
+        known = {one.listing.what: one for one in before.all} if before else {}
+        self.all: list[Watch] = [
+            Watch(what, wanted.pools, self._changed, before=known.get(what))
+            for table in wanted.tables for what in watches_of(table)]
+
+    def _changed(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            log.warning("kubernetes: %s", warning)
+        self.define()
+
+    def define(self) -> None:
+        """Name what was found.  What a table has named stays until it was listed again."""
+        unheard = {one.listing.what.table.server.id for one in self.all if not one.listing.lists}
+        before = self._core.roster.named_by(Source.KUBERNETES)
+        found = {id: server for id, server in before.items() if server.like in unheard}
+        found |= servers_of(one.offers for one in self.all)
+        if found != before:
+            self._core.roster.define(Source.KUBERNETES, found)
+
+    def report(self, now: float) -> list[dict[str, Any]]:
+        """For /status.json: each watch."""
+        return [watch_report(one.listing, one.standing, one.offers, now) for one in self.all]
+
+    def families(self, now: float) -> list[Family]:
+        """For /metrics."""
+        return watch_families(self.all, now)
+
+
+def watch_families(watches: Iterable[Watch], now: float) -> list[Family]:
+    """What is counted and measured of these."""
+    errors = Counter("mvllm_kubernetes_errors_total",
+                     "Requests that the Kubernetes API did not do, by its status.",
+                     "watch", "status")
+    lists = Counter("mvllm_kubernetes_lists_total", "Lists from the start.", "watch")
+    contact = Gauge("mvllm_kubernetes_last_contact_seconds",
+                    "Time since the Kubernetes API said anything good.", "watch")
+    for one in watches:
+        name, standing = one.listing.what.name, one.standing
+        lists.add(name, amount=one.listing.lists)
+        errors.add(name, str(GONE), amount=0)
+        for status, count in standing.errors.items():
+            errors.add(name, status, amount=count)
+        if standing.contact_at > -INFINITY:
+            contact.set(now - standing.contact_at, name)
+    return [errors, lists, contact]
+
+
+async def preview_pods(wanted: ClustersWanted) -> tuple[list[ServerSettings], list[str]]:
+    """List once what is to be watched; which pods would be used, and why others not."""
+    watches = [Watch(what, wanted.pools, lambda warnings: None)
+               for table in wanted.tables for what in watches_of(table)]
+    lines = itertools.chain.from_iterable(await asyncio.gather(*map(previewed, watches)))
+    return list(servers_of(one.offers for one in watches).values()), list(lines)
+
+
+async def previewed(watch: Watch) -> list[str]:
+    failure = None
+    while failure is None and not watch.listing.complete:
+        failure = await watch.step()
+    watch.close()
+    offers, name = watch.offers.items(), watch.listing.what.name
+    if failure is not None:
+        return [f"{name}  NOT USABLE: {failure.text}"]
+    used = sum(bool(offer.servers) for _, offer in offers)
+    lines = [f"{name}  the API answers, {len(offers)} match, {used} are used"]
+    for pod, offer in offers:
+        lines += [f"  ! {pod.name} is not used: {offer.why_not}"] * bool(offer.why_not)
+        lines += [f"  ! {warning}" for warning in offer.warnings]
+    return lines
+
+
+@service("kubernetes", operator.attrgetter("clusters"), Source.KUBERNETES, preview_pods)
+async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
+    watches = Watches(core, wanted, core.services.get("kubernetes"))
+    core.services["kubernetes"] = watches
+    watches.define()
+    async with asyncio.TaskGroup() as group:
+        for one in watches.all:
+            group.create_task(guarded(core, one.listing.what.name, one.follow))
+
+
+# ============================================================================================
+#  65  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -13412,7 +14366,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  63  registration
+#  66  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -13710,7 +14664,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  64  registering
+#  67  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -13957,7 +14911,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  65  zmq listener
+#  68  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -14092,7 +15046,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  66  cells
+#  69  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -14369,7 +15323,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  67  table
+#  70  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -14602,7 +15556,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  68  views
+#  71  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -14746,7 +15700,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  69  screen
+#  72  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -15064,7 +16018,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  70  keys
+#  73  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -15187,7 +16141,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  71  terminal
+#  74  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -15433,7 +16387,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  72  top
+#  75  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -15651,7 +16605,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  73  page
+#  76  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -16049,7 +17003,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  74  reference
+#  77  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -16101,6 +17055,7 @@ def setting_meaning(field: dataclasses.Field[Any]) -> str:
 TABLE_MEANINGS = {
     "servers": 'the servers: a list of { url = "…", … }, or tables [[servers]]',
     "keys": "tables [[keys]]: who may come in; without any, everybody",
+    "kubernetes": "tables [[kubernetes]]: pods that are servers, and keys that these have",
     "aliases": "other names for models: a name that clients use, and the model that it means",
     "policies": "another policy for one model, by its name",
     "pools": "what share of requests, in percent, the servers with that `pool` get",
@@ -16112,12 +17067,12 @@ TABLE_MEANINGS = {
 def settings_topic() -> str:
     lines = list[str]()
     for name, fields in (("servers", {**SERVER_FIELDS, **DNS_FIELDS}), ("keys", KEY_FIELDS),
-                         ("config", CONFIG_FIELDS)):
+                         ("kubernetes", KUBERNETES_FIELDS), ("config", CONFIG_FIELDS)):
         rows = [("  " + key, default_word(field), setting_meaning(field))
                 for key, field in fields.items()]
         lines += [f"[{name}]  {TABLE_MEANINGS[name]}", *table_lines(rows), ""]
     others = [(f"[{name}]", meaning) for name, meaning in TABLE_MEANINGS.items()
-              if name not in ("servers", "keys", "config")]
+              if name not in ("servers", "keys", "kubernetes", "config")]
     return "\n".join([*lines, *table_lines(others), "",
                       "A flag wins over the environment, that over the file, that over the default."
                       "  Paths in a file are", "relative to that file."])
@@ -16160,7 +17115,8 @@ def errors_topic() -> str:
 
 def all_families() -> list[Family]:
     """Every family of /metrics, without samples of servers."""
-    return [*Metrics().families(), *gauges([], 0.0, Settings(), dict.fromkeys(PROCESS_GAUGES, 0.0))]
+    now = gauges([], 0.0, Settings(), dict.fromkeys(PROCESS_GAUGES, 0.0))
+    return [*Metrics().families(), *now, *watch_families((), 0.0)]
 
 
 @topic("metrics", "every metric of /metrics, with its labels")
@@ -16239,11 +17195,15 @@ def example_topic() -> str:
     for key, field in KEY_FIELDS.items():
         value = '"team-a"' if key == "name" else toml_word(field.default)
         lines.append(f"# {key} = {value}".ljust(30) + f" # {field.metadata['meaning']}")
+    lines += ["", "# ── " + TABLE_MEANINGS["kubernetes"], "# [[kubernetes]]"]
+    for key, field in KUBERNETES_FIELDS.items():
+        value = '"app=vllm"' if key == "selector" else toml_word(field.default)
+        lines.append(f"# {key} = {value}".ljust(30) + f" # {field.metadata['meaning']}")
     return "\n".join(lines)
 
 
 # ============================================================================================
-#  75  deployment
+#  78  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -16342,13 +17302,33 @@ kind: ConfigMap
 metadata: { name: mvllm-lite }
 data:
   servers.toml: |
-    servers = [
-        { url = "http://vllm-a:8000", max_concurrent_requests = 16 },
-        { url = "http://vllm-b:8000", max_concurrent_requests = 16 },
-    ]
+    [[kubernetes]]
+    selector = "app=vllm"     # labels of the pods that run vLLM
+    namespace = "default"     # where they are; without it everywhere, which takes a ClusterRole
+    port = 8000
+    max_concurrent_requests = 16
 
     [config]
     log_dir = ""
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: { name: mvllm-lite }
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role # in the namespace of the pods
+metadata: { name: mvllm-lite, namespace: default }
+rules:
+  - { apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"] }
+  - apiGroups: ["discovery.k8s.io"] # for `service` in place of `selector`
+    resources: ["endpointslices"]
+    verbs: ["get", "list", "watch"]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: { name: mvllm-lite, namespace: default }
+subjects: [{ kind: ServiceAccount, name: mvllm-lite, namespace: default }]
+roleRef: { apiGroup: rbac.authorization.k8s.io, kind: Role, name: mvllm-lite }
 ---
 apiVersion: apps/v1
 kind: Deployment
@@ -16359,6 +17339,7 @@ spec:
   template:
     metadata: { labels: { app: mvllm-lite } }
     spec:
+      serviceAccountName: mvllm-lite
       terminationGracePeriodSeconds: 40
       containers:
         - name: mvllm-lite
@@ -16407,7 +17388,7 @@ spec:
         threshold: "4" # waiting requests for each replica"""
 
 
-@topic("kubernetes", "ConfigMap, Deployment, Service, disruption budget; KEDA and an autoscaler")
+@topic("kubernetes", "ConfigMap, account and role, Deployment, Service, disruption budget, KEDA")
 def kubernetes_topic() -> str:
     return KUBERNETES
 
@@ -16514,7 +17495,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  76  traces
+#  79  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -16703,7 +17684,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  77  engine
+#  80  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -17043,7 +18024,7 @@ class Engine:
 
 
 # ============================================================================================
-#  78  replay
+#  81  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -17271,7 +18252,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  79  comparison
+#  82  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -17407,7 +18388,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  80  canned words
+#  83  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -17590,7 +18571,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  81  canned forms
+#  84  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -17941,7 +18922,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  82  simulation
+#  85  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -18206,7 +19187,7 @@ class Generation:
 
 
 # ============================================================================================
-#  83  demo
+#  86  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -18291,7 +19272,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  84  doctor
+#  87  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -18473,7 +19454,8 @@ def secret_files(path: str, s: Settings) -> list[str]:
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
     files = [key.key_file for key in s.keys] + [s.tls_key]
     files += [s.registration_key_file, s.registered_api_key_file]
-    files += [name for one in s.servers for name in (one.api_key_file, one.client_cert)]
+    files += [name for one in servers for name in (one.api_key_file, one.client_cert)]
+    files += [name for one in s.kubernetes for name in (one.kubeconfig, one.token_file)]
     return own + list(dict.fromkeys(filter(None, files)))
 
 

@@ -42,6 +42,7 @@ import termios
 import threading
 import time
 import unicodedata
+import urllib.parse
 import tomllib
 import zlib
 import tracemalloc
@@ -2043,13 +2044,14 @@ def test_overrides_win_and_are_checked_alike():
 
 def test_the_example_file_shows_every_setting_with_its_default():
     toml = (HERE / "servers.example.toml").read_text()
-    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = |\[\[keys\]\])", "", toml, flags=re.MULTILINE))
+    shown = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = |\[\[)", "", toml, flags=re.MULTILINE))
     defaults = Settings()
     assert list(shown["config"]) == list(lite.CONFIG_FIELDS)
     for key, value in shown["config"].items():
         assert lite.CONFIG_FIELDS[key].metadata["check"](value) == getattr(defaults, key), key
     assert all(re.search(rf"\b{key}\b", toml) for key in {**lite.SERVER_FIELDS, **lite.DNS_FIELDS})
     assert list(shown["keys"][0]) == list(lite.KEY_FIELDS)
+    assert list(shown["kubernetes"][0]) == list(lite.KUBERNETES_FIELDS)
     settings, warnings = lite.parse_settings(toml)
     assert settings.servers and not warnings
     assert toml == lite.TOPICS["example"].text() + "\n"  # mvllm_lite.py example >…
@@ -13799,6 +13801,871 @@ async def test_a_name_in_the_settings_is_looked_up_and_forgotten_with_its_entry(
 
 
 # ============================================================================================
+#  pods, listing and cluster
+# ============================================================================================
+
+
+def pod_named(name="a", *, ip="10.0.0.1", phase="Running", ready="True", notes=None, **more):
+    """A pod as the API shows it; `more` are members of its metadata, or `spec`, or `status`."""
+    status = {"phase": phase, "podIP": ip, "conditions": [{"type": "Ready", "status": ready}]}
+    meta = {"name": name, "namespace": "llm", "uid": f"uid-{name}", "resourceVersion": "1",
+            "labels": {"app": "vllm"}, "annotations": notes or {}}
+    status |= more.pop("status", {})
+    spec = more.pop("spec", {"containers": [{"name": "vllm"}]})
+    return {"metadata": meta | more, "spec": spec, "status": status}
+
+
+def slice_of(name, *endpoints, ports=((None, 8000),), family="IPv4", **more):
+    return {"metadata": {"name": name, "namespace": "llm", "uid": f"uid-{name}",
+                         "resourceVersion": "1"} | more,
+            "addressType": family, "endpoints": list(endpoints),
+            "ports": [{"name": label, "port": port, "protocol": "TCP"} for label, port in ports]}
+
+
+def endpoint(pod="a", address="10.0.0.1", **conditions):
+    return {"addresses": [address], "conditions": conditions,
+            "targetRef": {"kind": "Pod", "name": pod, "namespace": "llm", "uid": f"uid-{pod}"}}
+
+
+def kubernetes(toml="", **values):
+    """A table [[kubernetes]] of the settings."""
+    given = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+    settings = lite.parse_settings(f"[pools]\ncanary = 20\n[[kubernetes]]\n{toml}\n{given}")[0]
+    return settings.kubernetes[0]
+
+
+def offered(objects, nth=0, **values):
+    """The offers of one of a table's watches for these objects, by the pods' uids."""
+    what = lite.watches_of(kubernetes(**{"namespace": "llm", **values}))[nth]
+    pods = [pod for one in objects for pod in what.kind.read(one)]
+    return {pod.uid: offer for pod, offer in lite.offers_of(pods, what, ["canary"], {}).items()}
+
+
+def urls(offers):
+    return [server.url for server in lite.servers_of([offers]).values()]
+
+
+NAMED_PORTS = {"containers": [{"name": "vllm", "ports": [
+    {"name": "metrics", "containerPort": 9000}, {"name": "http", "containerPort": 8080}]}]}
+SIDECAR = {"containers": [{"name": "vllm"}], "initContainers": [
+    {"name": "once", "ports": [{"name": "http", "containerPort": 1}]},
+    {"name": "front", "restartPolicy": "Always",
+     "ports": [{"name": "http", "containerPort": 8443, "protocol": "TCP"}]}]}
+
+
+@pytest.mark.parametrize("pod, values, expected", table(
+    ("a pod is a server at vLLM's port", pod_named(), {}, ["http://10.0.0.1:8000"]),
+    ("a port by number", pod_named(), {"port": 80}, ["http://10.0.0.1:80"]),
+    ("a port by name", pod_named(spec=NAMED_PORTS), {"port": "http"}, ["http://10.0.0.1:8080"]),
+    ("a sidecar's port; of one that only began the pod there is none", pod_named(spec=SIDECAR),
+     {"port": "http"}, ["http://10.0.0.1:8443"]),
+    ("servers of data-parallel ranks, at a port each", pod_named(), {"port": [8000, 8001]},
+     ["http://10.0.0.1:8000", "http://10.0.0.1:8001"]),
+    ("a name and a number", pod_named(spec=NAMED_PORTS), {"port": ["http", 8000, 8080]},
+     ["http://10.0.0.1:8080", "http://10.0.0.1:8000"]),
+    ("TLS", pod_named(), {"scheme": "https", "verify": False}, ["https://10.0.0.1:8000"]),
+    ("IPv6", pod_named(ip="fd00::1"), {}, ["http://[fd00::1]:8000"]),
+    ("two families: the cluster's first", pod_named(
+        status={"podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}), {}, ["http://10.0.0.1:8000"]),
+    ("an address only in the list", pod_named(ip="", status={"podIPs": [{"ip": "fd00::1"}]}), {},
+     ["http://[fd00::1]:8000"]),
+    ("its annotation says the port", pod_named(notes={"mvllm-lite/port": "8000, 8001"}),
+     {"port": 1}, ["http://10.0.0.1:8000", "http://10.0.0.1:8001"]),
+    ("the first of a group", pod_named(labels={lite.WORKER_LABEL: "0"}), {},
+     ["http://10.0.0.1:8000"]),
+))
+def test_pods_are_servers_at_their_ports(pod, values, expected):
+    assert urls(offered([pod], selector="app=vllm", **values)) == expected
+
+
+@pytest.mark.parametrize("pod, values, why", table(
+    ("it begins", pod_named(phase="Pending", ip=""), {}, "its phase is 'Pending'"),
+    ("it ended, and its address is another's", pod_named(phase="Failed", ip=""), {},
+     "its phase is 'Failed'"),
+    ("no phase at all", pod_named(phase=None), {}, "its phase is 'unknown'"),
+    ("it runs and has no address", pod_named(ip=""), {}, "it has no address yet"),
+    ("not ready", pod_named(ready="False"), {}, "it is not ready"),
+    ("not ready, in Kubernetes' words", pod_named(status={"conditions": [
+        {"type": "Ready", "status": "False", "reason": "ContainersNotReady"}]}), {},
+     "it is not ready: 'ContainersNotReady'"),
+    ("no condition", pod_named(status={"conditions": None}), {}, "it is not ready"),
+    ("deleted, and ready for a while", pod_named(deletionTimestamp="2026-01-01T00:00:00Z"), {},
+     "it is being deleted"),
+    ("link-local", pod_named(ip="169.254.169.254"), {}, "no server is at 169.254.169.254"),
+    ("multicast", pod_named(ip="ff02::1"), {}, "no server is at ff02::1"),
+    ("no address", pod_named(ip="a\nb"), {}, r"its address 'a\nb' is none"),
+    ("no such port", pod_named(spec=NAMED_PORTS), {"port": ["http", "grpc"]},
+     "it has no port grpc"),
+    ("a worker of a group", pod_named(labels={lite.WORKER_LABEL: "2"}), {},
+     "it is worker '2' of a group: only 0 answers"),
+))
+def test_why_a_pod_is_not_asked(pod, values, why):
+    offer, = offered([pod], selector="app=vllm", **values).values()
+    assert offer.servers == {} and offer.why_not == why
+
+
+@pytest.mark.parametrize("pod", [
+    {}, {"metadata": 1}, {"metadata": {"annotations": [1], "labels": 2}, "status": "x", "spec": []},
+    {"status": {"podIPs": [1, {"ip": 2}], "conditions": [None, {"type": []}], "phase": {}},
+     "spec": {"containers": {"ports": 1}}},
+    {"spec": {"containers": [{"ports": [{"name": 1, "containerPort": "x"}, 5]}]}}, None, 1,
+])
+def test_what_is_no_pod_is_no_server(pod):
+    for kind in (lite.PODS, lite.SLICES):
+        assert all(found.why_not for found in kind.read(pod))
+
+
+def test_a_server_has_the_table_s_keys_and_what_its_pod_says_of_itself():
+    notes = {"mvllm-lite/max_concurrent_requests": "16", "mvllm-lite/weight": "0.5",
+             "mvllm-lite/tier": "2", "mvllm-lite/pool": "canary", "other/weight": "7",
+             "mvllm-lite/data_parallel_size": "4"}
+    plain, noted = offered(
+        [pod_named("a"), pod_named("b", ip="10.0.0.2", notes=notes)], selector="app=vllm",
+        max_concurrent_requests=8, api_key="k", weight=2).values()
+    (server,), (other,) = plain.servers.values(), noted.servers.values()
+    assert (server.max_concurrent_requests, server.weight, server.tier) == (8, 2.0, 1)
+    assert (other.max_concurrent_requests, other.weight, other.tier) == (16, 0.5, 2)
+    assert (other.pool, other.data_parallel_size, other.api_key) == ("canary", 4, "k")
+    assert not noted.warnings
+
+
+@pytest.mark.parametrize("name, value, expected", table(
+    ("another key", "mvllm-lite/api_key_file", "/etc/passwd", "annotation mvllm-lite/api_key_file "
+     "is ignored, expected one of max_concurrent_requests, weight, tier, pool, "),
+    ("a URL", "mvllm-lite/url", "http://1.2.3.4", "mvllm-lite/url is ignored"),
+    ("no weight", "mvllm-lite/weight", "heavy",
+     "mvllm-lite/weight: 'heavy' is ignored, expected a number, 0 to 1000"),
+    ("no pool of ours", "mvllm-lite/pool", "x", "'x' is ignored, expected one of [pools]"),
+    ("no port", "mvllm-lite/port", "8000,", "is ignored, expected a port"),
+))
+def test_an_annotation_that_means_nothing_is_a_warning_that_names_the_pod(name, value, expected):
+    offer, = offered([pod_named(notes={name: value})], selector="a=b").values()
+    assert [server.weight for server in offer.servers.values()] == [1.0]
+    warning, = offer.warnings
+    assert warning.startswith("pod llm/a: annotation ") and expected in warning
+
+
+SERVING = dict(ready=True, serving=True, terminating=False)
+
+
+@pytest.mark.parametrize("slices, values, expected", table(
+    ("a slice has its ports resolved", [slice_of("s", endpoint(**SERVING))], {},
+     {"uid-a:8000": "http://10.0.0.1:8000"}),
+    ("no condition is ready", [slice_of("s", endpoint())], {},
+     {"uid-a:8000": "http://10.0.0.1:8000"}),
+    ("not ready", [slice_of("s", endpoint(ready=False))], {}, {}),
+    ("leaving, though ready still", [slice_of("s", endpoint(ready=True, terminating=True))], {},
+     {}),
+    ("a port by name", [slice_of("s", endpoint(), ports=(("metrics", 9), ("http", 8080)))],
+     {"port": "http"}, {"uid-a:8080": "http://10.0.0.1:8080"}),
+    ("many slices are one service", [
+        slice_of("s", endpoint()), slice_of("t", endpoint("b", "10.0.0.2"))], {},
+     {"uid-a:8000": "http://10.0.0.1:8000", "uid-b:8000": "http://10.0.0.2:8000"}),
+    ("two families are one pod", [
+        slice_of("six", endpoint(address="fd00::1"), family="IPv6"), slice_of("s", endpoint())],
+     {}, {"uid-a:8000": "http://10.0.0.1:8000"}),
+    ("in two slices while it moves, not ready in the old one", [
+        slice_of("s", endpoint(ready=False)), slice_of("t", endpoint())], {},
+     {"uid-a:8000": "http://10.0.0.1:8000"}),
+    ("in two slices, and one says that it leaves", [
+        slice_of("s", endpoint(ready=False, terminating=True)), slice_of("t", endpoint())], {}, {}),
+    ("no ports at all, where the settings say none", [slice_of("s", endpoint(), ports=())], {}, {}),
+    ("any port, which the settings say", [slice_of("s", endpoint(), ports=())], {"port": 8001},
+     {"uid-a:8001": "http://10.0.0.1:8001"}),
+    ("names", [slice_of("s", endpoint(address="a.example"), family="FQDN")], {}, {}),
+    ("an endpoint that is no pod", [slice_of("s", {"addresses": ["10.0.0.9"]})], {},
+     {"llm/10.0.0.9:8000": "http://10.0.0.9:8000"}),
+))
+def test_endpoint_slices_are_servers(slices, values, expected):
+    found = lite.servers_of([offered(slices, service="vllm", **values)])
+    assert {id: server.url for id, server in found.items()} == expected
+
+
+def test_a_pod_is_known_by_its_uid_and_the_later_one_at_an_address_is_believed():
+    old, new = offered([pod_named("a")], selector="a=b"), offered([pod_named("b")], selector="a=b")
+    assert list(lite.servers_of([{**old, **new}])) == ["uid-b:8000"]
+    both = offered([pod_named("a")], selector="a=b", weight=3), old
+    assert [server.weight for server in lite.servers_of(both).values()] == [3.0], "the first's"
+
+
+def test_what_is_watched_of_a_table():
+    def paths(**values):
+        return [what.path() for what in lite.watches_of(kubernetes(**values))]
+
+    assert paths(selector="app=vllm,tier in (a,b)", namespace="llm") == [
+        "/api/v1/namespaces/llm/pods?labelSelector=app%3Dvllm%2Ctier+in+%28a%2Cb%29"]
+    assert paths(service="vllm", namespace="llm") == [
+        "/apis/discovery.k8s.io/v1/namespaces/llm/endpointslices"
+        "?labelSelector=kubernetes.io%2Fservice-name%3Dvllm"]
+    assert paths(selector="a=b", prefill_selector="p=1", decode_selector="d=1") == [
+        f"/api/v1/pods?labelSelector={label}" for label in ("p%3D1", "d%3D1", "a%3Db")]
+
+
+def listing_of(**values):
+    table = kubernetes(**{"selector": "a=b", "namespace": "llm", **values})
+    return lite.Listing(lite.watches_of(table)[0])
+
+
+def page_of(*objects, version="10", more=""):
+    return {"kind": "PodList", "metadata": {"resourceVersion": version, "continue": more},
+            "items": list(objects)}
+
+
+def event(kind, pod, version="11"):
+    return {"type": kind, "object": {**pod, "metadata": {**pod["metadata"],
+                                                         "resourceVersion": version}}}
+
+
+def test_a_list_is_taken_page_by_page_and_then_watched():
+    one = listing_of()
+    assert one.path(250) == "/api/v1/namespaces/llm/pods?labelSelector=a%3Db&limit=100"
+    assert one.take_page(page_of(pod_named("a"), more="c/1=")) is None
+    assert one.path(250).endswith("&limit=100&continue=c%2F1%3D") and not one.objects
+    assert one.take_page(page_of(pod_named("b"))) is None and one.objects.keys() == {
+        "uid-a", "uid-b"}
+    assert one.path(250).endswith(
+        "&watch=1&resourceVersion=10&allowWatchBookmarks=true&timeoutSeconds=250")
+
+
+@pytest.mark.parametrize("events, names, version", table(
+    ("added", [event("ADDED", pod_named("b"))], {"a", "b"}, "11"),
+    ("changed, without having been added", [event("MODIFIED", pod_named("b"))], {"a", "b"}, "11"),
+    ("deleted, without a word before", [event("DELETED", pod_named("a"))], set(), "11"),
+    ("deleted, and known to nobody", [event("DELETED", pod_named("z"))], {"a"}, "11"),
+    ("the same name under another uid, and then the old one's end", [
+        event("ADDED", pod_named("a", uid="new", ip="10.0.0.2"), "12"),
+        event("DELETED", pod_named("a"), "13")], {"a"}, "13"),
+    ("a bookmark", [{"type": "BOOKMARK", "object": {"kind": "Pod", "metadata": {
+        "resourceVersion": "77"}}}], {"a"}, "77"),
+    ("of a kind of the future", [event("RENAMED", pod_named("b"))], {"a"}, "11"),
+))
+def test_each_event_alone_suffices(events, names, version):
+    one = listing_of()
+    one.take_page(page_of(pod_named("a")))
+    assert [one.take_event(said) for said in events] == [None] * len(events)
+    assert {pod.name for pods in one.objects.values() for pod in pods} == {
+        f"llm/{name}" for name in names}
+    assert one.version == version
+
+
+def test_a_slice_takes_its_endpoints_along():
+    one = lite.Listing(lite.watches_of(kubernetes(service="vllm"))[0])
+    one.take_page(page_of(slice_of("s", endpoint("a"), endpoint("b", "10.0.0.2"))))
+    assert len(one.objects["uid-s"]) == 2
+    one.take_event(event("DELETED", slice_of("s")))
+    assert not one.objects
+
+
+def test_what_was_missed_is_repaired_by_a_list_anew_and_known_until_then():
+    one = listing_of()
+    one.take_page(page_of(pod_named("a"), pod_named("b")))
+    failure = one.take_event({"type": "ERROR", "object": {
+        "kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}})
+    assert failure == (410, "the watch ended: 'too old'", 0.0)
+    one.refused(failure, 1)
+    assert "watch=1" not in one.path(250) and one.objects.keys() == {"uid-a", "uid-b"}
+    one.take_page(page_of(pod_named("c"), more="next"))
+    assert one.objects.keys() == {"uid-a", "uid-b"}, "half a list says nothing of the rest"
+    one.refused(lite.ApiFailure(410, "the token is too old"), 1)
+    assert "continue" not in one.path(250)
+    one.take_page(page_of(pod_named("b")))
+    assert one.objects.keys() == {"uid-b"}
+
+
+@pytest.mark.parametrize("status, failures, anew", table(
+    ("none at all", 0, 3, False), ("too old", 410, 1, True), ("an odd version", 400, 1, True),
+    ("an error", 500, 1, False), ("errors again and again", 500, 3, True),
+))
+def test_when_a_watch_has_to_list_anew(status, failures, anew):
+    one = listing_of()
+    one.take_page(page_of())
+    one.refused(lite.ApiFailure(status, ""), failures)
+    assert one.complete is not anew
+
+
+@pytest.mark.parametrize("page", [None, [], {}, {"items": []}, {"items": 5, "metadata": {}}])
+def test_a_page_that_is_no_list_is_refused_and_nothing_is_gone(page):
+    one = listing_of()
+    assert one.take_page(page).text == "what it answered is no list of Kubernetes objects"
+    assert not one.complete
+    assert one.take_page(page_of() | {"items": None}) is None and one.complete, "Go's empty list"
+
+
+@pytest.mark.parametrize("event", [None, 5, [], "ADDED", {"kind": "Status"}])
+def test_a_line_that_is_no_event_is_refused(event):
+    one = listing_of()
+    assert one.take_event(event).text == "what it sent is no event of a watch"
+
+
+@pytest.mark.parametrize("failure, failures, low, high", table(
+    ("the first", (500, ""), 1, 0.5, 1), ("the third", (0, ""), 3, 2, 4),
+    ("the hundredth", (503, ""), 100, 15, 30), ("what it says", (429, "", 7.0), 1, 7.5, 8),
+    ("what it says, within reason", (503, "", 86400.0), 1, 300, 301),
+    ("a right is missing", (403, ""), 1, 15, 30), ("too old, which is no trouble", (410, ""), 1,
+                                                   0, 0), ("too old again", (410, ""), 2, 1, 2),
+))
+def test_pauses_grow_and_are_half_by_chance(failure, failures, low, high):
+    pauses = {lite.pause_s(lite.ApiFailure(*failure), failures, random.Random(seed))
+              for seed in range(50)}
+    assert low <= min(pauses) and max(pauses) <= high and (len(pauses) > 10) is (high > 0)
+
+
+@pytest.mark.parametrize("status, values, said, retry_after, expected", table(
+    ("the rule that is missing", 403, {"namespace": "llm"}, {"message": "pods is forbidden"}, "",
+     "answered 403: this account may not list pods in namespace llm; its Role needs the rule "
+     '{apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"]} '
+     "('pods is forbidden')"),
+    ("of all namespaces, and slices", 403, {"selector": "", "service": "v", "namespace": ""}, None,
+     "", "answered 403: this account may not list endpointslices in all namespaces; its ClusterRole"
+     ' needs the rule {apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], verbs: '
+     '["get", "list", "watch"]}'),
+    ("a token that is too old", 401, {}, {"message": 5}, "",
+     "answered 401: its token or certificate is not accepted"),
+    ("too much at once", 429, {}, None, "3",
+     "answered 429: it cannot list pods in namespace llm now"),
+    ("an odd word", 503, {}, None, "Wed, 21 Oct",
+     "answered 503: it cannot list pods in namespace llm now"),
+))
+def test_what_the_api_refuses_is_said_with_what_to_do(status, values, said, retry_after, expected):
+    failure = lite.api_failure(listing_of(**values).what, "list", status, said, retry_after)
+    assert failure == (status, expected, 3.0 if retry_after == "3" else 0.0)
+
+
+def test_a_list_that_works_says_nothing_about_a_watch_that_does_not():
+    one, draw = lite.Standing(), random.Random(1)
+    one.answered("list", 1.0)
+    one.failed("watch", lite.ApiFailure(403, "may not watch"), draw)
+    one.answered("list", 2.0)
+    assert (one.trouble, one.failures, one.contact_at) == ("may not watch", 1, 2.0)
+    one.answered("watch", 3.0, proven=False)
+    assert (one.trouble, one.failures) == ("", 1), "it may end it at once"
+    one.answered("watch", 4.0)
+    assert one.failures == 0 and one.errors == {"403": 1}
+
+
+@pytest.mark.parametrize("how", ["whole", "bytewise", 1, 2, 3])
+def test_lines_are_found_however_they_arrive(how):
+    expected = [b'{"a": 1}', b"x" * 100_000, b"{}"]
+    lines, found = lite.Lines(), []
+    for piece in pieces_of(b"\n".join([*expected[:2], b"", expected[2], b""]) + b"rest", how):
+        found += lines.feed(piece)
+    assert found == expected and lines.feed(b"\n") == [b"rest"]
+
+
+def test_a_line_that_never_ends_is_refused():
+    lines = lite.Lines()
+    with pytest.raises(lite.BadMessage, match="a line is longer than 4194304 bytes"):
+        for _ in range(5):
+            lines.feed(b"x" * (1 << 20))
+
+
+def kubeconfig(cluster=None, user=None, **more):
+    pem = base64.b64encode(b"-----BEGIN").decode()
+    return json.dumps({
+        "current-context": "c", "contexts": [
+            {"name": "other", "context": {}},
+            {"name": "c", "context": {"cluster": "k", "user": "u", "namespace": "llm"}}],
+        "clusters": [{"name": "k", "cluster": {
+            "server": "https://1.2.3.4:6443/", "certificate-authority-data": pem,
+            **(cluster or {})}}],
+        "users": [{"name": "u", "user": {"token": "t"} if user is None else user}], **more})
+
+
+def test_a_kubeconfig_says_how_its_cluster_is_reached():
+    pem = base64.b64encode(b"PEM").decode()
+    assert lite.parse_kubeconfig(kubeconfig()) == lite.Cluster(
+        "https://1.2.3.4:6443", token="t", ca="-----BEGIN")
+    user = {"client-certificate-data": pem, "client-key": "key.pem"}
+    found = lite.parse_kubeconfig(kubeconfig({"insecure-skip-tls-verify": True}, user))
+    assert (found.certificate, found.key_file, found.verify) == ("PEM", "key.pem", False)
+
+
+@pytest.mark.parametrize("text, expected", table(
+    ("YAML", "apiVersion: v1\nkind: Config\n", "is not JSON; write it with: kubectl config view "
+     "--raw --minify --flatten -o json"),
+    ("JSON of another kind", "[]", "has no context in its current-context"),
+    ("no context", kubeconfig(**{"current-context": "gone"}), "has no context 'gone'"),
+    ("no user", kubeconfig(users=None), "has no user 'u'"),
+    ("no server", kubeconfig({"server": 5}), "its cluster has no server, expected a URL"),
+    ("a plugin", kubeconfig(user={"exec": {"command": "aws"}}), "exec 'aws' runs a program, which "
+     "is not done here: give the user a token or a certificate"),
+    ("a plugin of old", kubeconfig(user={"auth-provider": {"name": "gcp"}}),
+     "auth-provider 'gcp' is of older kubectls"),
+    ("a proxy", kubeconfig({"proxy-url": "http://p"}), "proxy-url 'http://p' is not done here"),
+    ("no base64", kubeconfig({"certificate-authority-data": "&"}),
+     "certificate-authority-data is no text in base64"),
+))
+def test_a_kubeconfig_that_cannot_be_used_says_why(text, expected):
+    with pytest.raises(ValueError, match="^" + re.escape(expected)):
+        lite.parse_kubeconfig(text)
+
+
+@pytest.mark.parametrize("toml, expected", table(
+    ("nothing to look for", "namespace = 'llm'", "selector: found nothing, expected selector, or"),
+    ("two ways", "selector = 'a=b'\nservice = 's'", "service: found 's', expected no selector"),
+    ("two APIs", "selector = 'a=b'\nkubeconfig = 'k'\napi_server = 'http://a'",
+     "kubeconfig: found 'k', expected no api_server with it"),
+    ("a token for nobody", "selector = 'a=b'\ntoken_file = 't'", "token_file: found 't', expected"),
+    ("an authority for whom?", "selector = 'a=b'\nca_file = 'c'", "ca_file: found 'c', expected "
+     "api_server with it (of pods: server_ca_file)"),
+    ("no selector", "selector = 'a=b,,c'", "selector: found 'a=b,,c', expected labels like"),
+    ("a path for a namespace", "selector = 'a=b'\nnamespace = '../x'", "expected a name of Kube"),
+    ("no port", "selector = 'a=b'\nport = [8000, 70000]", "expected a port, its name, or a list"),
+    ("no pool", "selector = 'a=b'\npool = 'x'", "pool: found 'x', expected one of [pools]"),
+    ("a server's key", "selector = 'a=b'\nweight = -1", "weight: found -1, expected a number"),
+    ("no table", "x = 1\n[kubernetes]", "kubernetes: found a table, expected a list of tables"),
+))
+def test_a_table_of_kubernetes_that_cannot_be_used(toml, expected):
+    head = "" if "[kubernetes]" in toml else "[[kubernetes]]\n"
+    with pytest.raises(lite.SettingsError, match=re.escape(expected)):
+        lite.parse_settings(head + toml)
+
+
+@pytest.mark.parametrize("selector", [
+    "app=vllm", "a==b", "a!=b", "a", "!a", "a in (x, y),b notin (z),!c", "k8s.io/a=", "a = b , c",
+])
+def test_selectors_are_those_of_kubectl(selector):
+    assert kubernetes(selector=selector).selector == selector
+
+
+class Api(Server):
+    """A scripted API server of Kubernetes: objects that it lists, and events for who watches."""
+
+    def __init__(self, *objects, page=100):
+        super().__init__(self.api)
+        self.objects, self.version, self.page_size = {}, 10, page
+        self.told = []  # (version, line), the history
+        self.refusals = []  # (status line, fields, document) for the next requests
+        self.watching = {}  # connections on which somebody hears, with what they wait for
+        self.says = {}  # the line with which each was begun
+        for one in objects:
+            self.objects[one["metadata"]["uid"]] = one
+
+    @property
+    def lists(self):
+        return [asked.line.split()[1] for asked in self.asked if "watch=1" not in asked.line]
+
+    @property
+    def watches(self):
+        return [asked.line.split()[1] for asked in self.asked if "watch=1" in asked.line]
+
+    async def api(self, asked, conn):
+        query = dict(urllib.parse.parse_qsl(asked.line.split()[1].partition("?")[2]))
+        if self.refusals:
+            status, fields, document = self.refusals.pop(0)
+            return await conn.json(document or {}, status, fields)
+        if "watch" in query:
+            self.says[conn] = asked.line
+            return await self.watch(conn, int(query.get("resourceVersion") or self.version))
+        names = [name for name in sorted(self.objects) if name > query.get("continue", "")]
+        page, more = names[: self.page_size], names[self.page_size :]
+        await conn.json(page_of(*(self.objects[name] for name in page), version=str(self.version),
+                                more=page[-1] if more else ""))
+
+    async def watch(self, conn, version):
+        await conn.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        await conn.send(*(chunk(line) for at, line in self.told if at > version))
+        over = self.watching[conn] = asyncio.Event()
+        left = asyncio.create_task(conn.left())  # an end of it is an end, too
+        left.add_done_callback(lambda task: over.set())
+        try:
+            await over.wait()
+            await conn.send(b"0\r\n\r\n")
+            return "close"
+        finally:
+            left.cancel()
+            self.watching.pop(conn, None)
+
+    async def tell(self, kind, one, cut=None):
+        """An object is changed so; `cut`: where the line is cut into two chunks."""
+        self.version += 1
+        one = {**one, "metadata": {**one.get("metadata", {}), "resourceVersion": str(self.version)}}
+        if kind == "DELETED":
+            self.objects.pop(one["metadata"]["uid"], None)
+        elif kind != "BOOKMARK":
+            self.objects[one["metadata"]["uid"]] = one
+        line = json.dumps({"type": kind, "object": one}).encode() + b"\n"
+        self.told.append((self.version, line))
+        await self.say(*filter(None, (line[:cut], line[cut:] if cut else b"")))
+
+    async def say(self, *pieces):
+        for conn in list(self.watching):
+            for piece in pieces:
+                await conn.send(chunk(piece))
+
+    def end_watches(self):
+        for over in self.watching.values():
+            over.set()
+
+    def cut_watches(self):
+        for conn in self.watching:
+            conn.reset()
+        self.end_watches()
+
+
+class Watching:
+    """A watch that runs, and what it has found."""
+
+    def __init__(self, api, values):
+        keys = {} if "kubeconfig" in values else {"api_server": api.url}
+        table = kubernetes(**{"selector": "app=vllm", "namespace": "llm", **keys, **values})
+        self.api, self.changes = api, 0
+        self.watch = lite.Watch(lite.watches_of(table)[0], ["canary"], self.changed)
+
+    def changed(self, warnings):
+        self.changes += 1
+
+    def urls(self):
+        return sorted(urls(self.watch.offers))
+
+    async def finds(self, *addresses):
+        expected = sorted(f"http://{address}:8000" for address in addresses)
+        await eventually(lambda: self.urls() == expected, f"{addresses} are found", 10)
+
+    async def watched(self, times=1):
+        await eventually(lambda: self.api.watching and len(self.api.watches) == times,
+                         f"it watches, for the {times}. time", 10)
+
+
+@contextlib.asynccontextmanager
+async def watching(*objects, page=100, api=None, **values):
+    api = api or Api(*objects, page=page)
+    async with contextlib.nullcontext(api) if api.listener else api:
+        found = Watching(api, values)
+        task = asyncio.create_task(found.watch.follow())
+        try:
+            yield found, api
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+POD_A, POD_B = pod_named("a", ip="10.0.0.1"), pod_named("b", ip="10.0.0.2")
+POD_C = pod_named("c", ip="10.0.0.3")
+DELETED_AT = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+
+
+@pytest.mark.parametrize("kind, one, expected", table(
+    ("added", "ADDED", POD_C, ["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
+    ("deleted, without a word before", "DELETED", POD_A, ["10.0.0.2"]),
+    ("its labels are others now", "DELETED", pod_named("a", labels={}), ["10.0.0.2"]),
+    ("not ready any more", "MODIFIED", pod_named("a", ready="False"), ["10.0.0.2"]),
+    ("it leaves, and is ready for a while", "MODIFIED", pod_named("a", **DELETED_AT), ["10.0.0.2"]),
+    ("evicted, with its address gone", "MODIFIED", pod_named("a", phase="Failed", ip=""),
+     ["10.0.0.2"]),
+    ("its address is a stranger's now", "ADDED", pod_named("x", ip="10.0.0.1"),
+     ["10.0.0.1", "10.0.0.2"]),
+    ("dual stack", "ADDED", pod_named("c", ip="10.0.0.3", status={"podIPs": [
+        {"ip": "10.0.0.3"}, {"ip": "fd00::3"}]}), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
+    ("a pod of more than 64 KB", "ADDED", pod_named("c", ip="10.0.0.3", managed="x" * 200_000),
+     ["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
+))
+@asynchronous
+async def test_a_watch_hears_what_becomes_of_pods(kind, one, expected):
+    async with watching(POD_A, POD_B) as (found, api):
+        await found.finds("10.0.0.1", "10.0.0.2")
+        await found.watched()
+        await api.tell(kind, one, cut=70)
+        await eventually(lambda: found.watch.listing.version == "11", "it is heard")
+        await found.finds(*expected)
+        assert len(api.lists) == 1
+        servers = lite.servers_of([found.watch.offers])
+        assert ("uid-x:8000" in servers) is (one["metadata"]["uid"] == "uid-x")
+
+
+@asynchronous
+async def test_a_list_comes_in_pages_and_servers_only_with_the_last():
+    async with watching(POD_A, POD_B, POD_C, page=1) as (found, api):
+        await found.finds("10.0.0.1", "10.0.0.2", "10.0.0.3")
+        assert len(api.lists) == 3 and found.changes == 1
+        assert all("labelSelector=app%3Dvllm&limit=" in path for path in api.lists)
+
+
+@pytest.mark.parametrize("how", ["end_watches", "cut_watches"])
+@asynchronous
+async def test_a_stream_that_ends_is_watched_on_from_where_it_was_without_a_list(how):
+    async with watching(POD_A) as (found, api):
+        await found.watched()
+        await api.tell("ADDED", POD_B)
+        await found.finds("10.0.0.1", "10.0.0.2")
+        getattr(api, how)()
+        await eventually(lambda: len(api.watches) == 2, "it is watched again")
+        await api.tell("ADDED", POD_C)
+        await found.finds("10.0.0.1", "10.0.0.2", "10.0.0.3")
+        assert len(api.lists) == 1 and "resourceVersion=11&" in api.watches[1]
+        assert not found.watch.standing.trouble
+
+
+@asynchronous
+async def test_what_happened_between_two_streams_is_told_by_the_second():
+    async with watching(POD_A) as (found, api):
+        await found.watched()
+        await api.tell("BOOKMARK", {"kind": "Pod"})
+        await eventually(lambda: found.watch.listing.version == "11", "the bookmark is heard")
+        api.end_watches()
+        await eventually(lambda: not api.watching, "the stream has ended")
+        await api.tell("DELETED", POD_A)
+        await found.finds()
+        assert "resourceVersion=11&" in api.watches[1] and len(api.lists) == 1
+
+
+TOO_OLD = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
+
+
+@pytest.mark.parametrize("in_stream", [True, False])
+@asynchronous
+async def test_after_a_410_a_list_says_who_is_missing(in_stream):
+    async with watching(POD_A, POD_B) as (found, api):
+        await found.watched()
+        del api.objects["uid-a"]  # which no event will tell
+        api.objects["uid-c"] = POD_C
+        if in_stream:
+            line = json.dumps({"type": "ERROR", "object": TOO_OLD}).encode() + b"\n"
+            await api.say(line)
+        else:
+            api.refusals.append(("410 Gone", "", TOO_OLD))
+            await api.tell("BOOKMARK", {"kind": "Pod"})
+            api.end_watches()
+        await found.finds("10.0.0.2", "10.0.0.3")
+        await found.watched(2 if in_stream else 3)
+        assert len(api.lists) == 2 and not found.watch.standing.trouble
+        assert found.watch.standing.errors == {"410": 1}
+
+
+@asynchronous
+async def test_a_token_is_read_again_and_a_new_one_is_tried_at_once(tmp_path):
+    (tmp_path / "token").write_text("old\n")
+    async with watching(POD_A, token_file=str(tmp_path / "token")) as (found, api):
+        await found.watched()
+        assert api.asked[-1].get("authorization") == ["Bearer old"]
+        api.refusals += [("401 Unauthorized", "", None)] * 2
+        await api.tell("ADDED", POD_B)
+        api.end_watches()
+        await eventually(lambda: "401" in found.watch.standing.trouble, "it is refused")
+        assert found.urls() == ["http://10.0.0.1:8000", "http://10.0.0.2:8000"]
+        api.refusals.clear()
+        (tmp_path / "token").write_text("new\n")
+        await found.watched(3)
+        assert api.asked[-1].get("authorization") == ["Bearer new"] and len(api.lists) == 1
+
+
+@asynchronous
+async def test_while_the_api_is_away_everything_known_stays(caplog):
+    caplog.set_level("INFO")
+    async with watching(POD_A, POD_B) as (found, api):
+        await found.watched()
+        await api.tell("ADDED", POD_C)
+        await found.finds("10.0.0.1", "10.0.0.2", "10.0.0.3")
+        await api.kill()
+        await eventually(lambda: found.watch.standing.failures, "it is away")
+        assert len(found.urls()) == 3 and "its servers stay as they are" in caplog.text
+        api.objects.pop("uid-a")
+        await api.start()
+        await found.watched(2)
+        assert len(found.urls()) == 3 and len(api.lists) == 1
+        await eventually(lambda: "the API answers again" in caplog.text, "that it is back is said")
+
+
+@pytest.mark.parametrize("status, document, retry_after, trouble", table(
+    ("no right to", "403 Forbidden", {"message": "pods is forbidden"}, "",
+     'Role needs the rule {apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"]}'),
+    ("too many", "429 Too Many Requests", {}, "retry-after: 60\r\n", "answered 429"),
+    ("a page of somebody else", "200 OK", b"<html>", "", "is no list of Kubernetes objects"),
+    ("broken", "500 Oops", b"\xff", "", "answered 500: it cannot list pods in namespace llm now"),
+))
+@asynchronous
+async def test_an_api_that_refuses_is_named_and_asked_again_later(
+    status, document, retry_after, trouble, caplog
+):
+    api = Api(POD_A)
+    api.refusals.append((status, retry_after, document))
+    async with watching(api=api) as (found, api):
+        await eventually(lambda: found.watch.standing.trouble, "there is trouble")
+        assert trouble in found.watch.standing.trouble and trouble in caplog.text
+        assert len(api.asked) == 1 and not found.changes
+
+
+@asynchronous
+async def test_a_watch_that_ends_at_once_again_and_again_is_not_begun_again_as_often():
+    async with watching(POD_A) as (found, api):
+        await found.watched()
+        api.end_watches()
+        await eventually(lambda: found.watch.standing.trouble, "it is noticed")
+        assert found.watch.standing.trouble == "the API ends each watch at once"
+        assert len(api.watches) == 1
+
+
+@asynchronous
+async def test_a_kubeconfig_with_files_beside_it(tmp_path):
+    async with watching(POD_A) as (_, api):
+        (tmp_path / "t").write_text("from-a-file")
+        (tmp_path / "config").write_text(kubeconfig(
+            {"server": api.url, "certificate-authority-data": None}, {"tokenFile": "t"}))
+        async with watching(api=api, kubeconfig=str(tmp_path / "config")) as (found, _):
+            await found.finds("10.0.0.1")
+            assert api.asked[-1].get("authorization") == ["Bearer from-a-file"]
+            assert api.asked[-1].get("user-agent") == [f"mvllm_lite/{lite.__version__}"]
+
+
+@pytest.mark.parametrize("environ, expected", table(
+    ("no pod", {}, "this is no pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_ser"),
+    ("a pod without an account", {"KUBERNETES_SERVICE_HOST": "fd00::1"},
+     f"{lite.ACCOUNT_PATH}/"),
+))
+def test_where_the_api_is_cannot_be_known(environ, expected):
+    with pytest.raises(lite.SettingsError, match=re.escape(expected)):
+        lite.cluster_of(kubernetes(selector="a=b"), environ)
+
+
+def pod_at(server, name="a", **more):
+    """A pod whose server is a scripted one."""
+    notes = {"mvllm-lite/port": str(server.port), **more.pop("notes", {})}
+    return pod_named(name, ip="127.0.0.1", notes=notes, **more)
+
+
+def sources(running):
+    entries = running.core.roster.entries.values()
+    return {entry.settings.name: entry.source.value for entry in entries}
+
+
+@contextlib.asynccontextmanager
+async def in_cluster(api, *pods, **values):
+    """A balancer whose servers are these pods."""
+    for pod in pods:
+        api.objects[pod["metadata"]["uid"]] = pod
+    table = kubernetes(**{"selector": "a=b", "namespace": "llm", "api_server": api.url, **values})
+    async with balancing(kubernetes=(table,), wait=False) as running:
+        await running.until(lambda: running.states() == ["healthy"] * len(pods))
+        yield running
+
+
+@asynchronous
+async def test_pods_are_asked_and_one_that_is_deleted_finishes_its_answers_first():
+    gate = asyncio.Event()
+
+    async def held(asked, conn):
+        await conn.events(FIRST, end=False)
+        await gate.wait()
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    async with Api() as api, Server(held) as old, Server() as new, in_cluster(
+            api, pod_at(old, "a", notes={"mvllm-lite/weight": "0.5"})) as running:
+        assert sources(running) == {"llm/a": "kubernetes"}
+        client, other = await running.client(), await running.client()
+        await client.ask("POST", "/v1/chat/completions", b'{"model":"m","stream":true}')
+        await old.came.wait()
+        await api.tell("ADDED", pod_at(new, "b"))
+        await running.until(lambda: running.states() == ["healthy"] * 2)
+        await api.tell("MODIFIED", pod_at(old, "a", **DELETED_AT))
+        await running.until(lambda: [view.name for view in running.views() if view.draining])
+        for _ in range(4):
+            assert (await other.post()).status == 200
+        assert (len(old.asked), len(new.asked)) == (1, 4)
+        gate.set()
+        assert DONE in (await client.answer()).body
+        await running.until(lambda: [view.name for view in running.views()] == ["llm/b"])
+        assert await running.metric("mvllm_servers_removed_total", source="kubernetes") == 1
+
+
+@asynchronous
+async def test_a_stranger_at_the_address_of_a_pod_is_a_server_of_its_own():
+    async with Api() as api, Server() as server, in_cluster(
+            api, pod_at(server, "a")) as running:
+        known, = running.views()
+        await api.tell("ADDED", pod_at(server, "x"))
+        await running.until(lambda: [view.name for view in running.views()] == ["llm/x"]
+                            and running.states() == ["healthy"])
+        stranger, = running.views()
+        assert (known.id, stranger.id) == (f"uid-a:{server.port}", f"uid-x:{server.port}")
+        assert stranger.health is not known.health
+        await api.tell("DELETED", pod_at(server, "a"))
+        await eventually(lambda: api.version == 12, "the old one's end is told")
+        assert (await (await running.client()).post()).status == 200
+
+
+@asynchronous
+async def test_ports_of_a_pod_are_servers_and_selectors_say_their_roles():
+    async with Api() as api, Server() as one, Server() as other:
+        notes = {"mvllm-lite/port": f"{one.port},{other.port}", "vllm.ai/bootstrap-port": "9001"}
+        async with in_cluster(api, selector="", prefill_selector="p=1",
+                              decode_selector="d=1") as running:
+            await eventually(lambda: len(api.watching) == 2, "both are watched")
+            prefill, decode = sorted(api.watching, key=lambda conn: "d%3D1" in api.says[conn])
+            line = event("ADDED", pod_at(one, "p", notes=notes))
+            await prefill.send(chunk(json.dumps(line).encode() + b"\n"))
+            line = event("ADDED", pod_at(other, "d", notes={"mvllm-lite/port": "1"}))
+            await decode.send(chunk(json.dumps(line).encode() + b"\n"))
+            await running.until(lambda: len(running.views()) == 3)
+            found = {view.name: (view.settings.role, view.settings.bootstrap_port)
+                     for view in running.views()}
+            assert found == {f"llm/p:{one.port}": ("prefill", 9001),
+                             f"llm/p:{other.port}": ("prefill", 9001), "llm/d": ("decode", 0)}
+
+
+@asynchronous
+async def test_status_and_metrics_show_how_each_watch_goes():
+    async with Api() as api, Server() as server, in_cluster(
+            api, pod_at(server, "a")) as running:
+        await api.tell("ADDED", pod_named("b", ready="False"))
+        await api.tell("ADDED", pod_named("c", **DELETED_AT))
+        await eventually(lambda: running.core.services["kubernetes"].report(0)[0]["pods"] == 3,
+                         "all are heard of")
+        client = await running.client()
+        status = (await client.get("/status.json")).json
+        server_shown, = status["servers"]
+        assert (server_shown["source"], server_shown["name"]) == ("kubernetes", "llm/a")
+        watch, = status["services"]["kubernetes"]
+        assert watch["since_contact_s"] < 10 and watch | {"since_contact_s": 0} == {
+            "watch": "pods a=b in llm", "state": "watching", "trouble": "", "since_contact_s": 0,
+            "lists": 1, "errors": 0, "pods": 3, "servers": 1,
+            "not_used": {"llm/b": "it is not ready", "llm/c": "it is being deleted"}}
+        assert await running.metric("mvllm_kubernetes_lists_total", watch="pods a=b in llm") == 1
+        assert await running.metric("mvllm_kubernetes_last_contact_seconds") < 10
+        await api.say(json.dumps({"type": "ERROR", "object": TOO_OLD}).encode() + b"\n")
+        await eventually(lambda: len(api.watches) == 2, "it is listed anew")
+        assert await running.metric("mvllm_kubernetes_errors_total", status="410") == 1
+        assert await running.metric("mvllm_kubernetes_lists_total") == 2
+
+
+@asynchronous
+async def test_a_reload_leaves_watches_that_it_does_not_change(tmp_path):
+    async with Api() as api, Server() as server:
+        api.objects["uid-a"] = pod_at(server, "a")
+        toml = f"[[kubernetes]]\nselector = 'a=b'\napi_server = '{api.url}'\n"
+        settings, _ = lite.parse_settings(toml)
+        async with balancing(kubernetes=settings.kubernetes, wait=False) as running:
+            await running.until(lambda: running.states() == ["healthy"])
+            known, secrets = running.views()[0], lite.Secrets
+            more = toml + "[[kubernetes]]\nselector = 'c=d'\n" + f"api_server = '{api.url}'\n"
+            for text, watches in ((more, 2), (toml, 1), ("servers = []", 0)):
+                new = lite.parse_settings(text)[0]
+                running.balancer.adopt(dataclasses.replace(
+                    running.core.settings, kubernetes=new.kubernetes), secrets(new))
+                await eventually(lambda: len(api.watching) == watches, f"{watches} are watched")
+                if watches:
+                    assert running.views()[0].health is known.health
+            await running.until(lambda: not running.views())
+            assert len([path for path in api.lists if "a%3Db" in path]) == 1
+
+
+@asynchronous
+async def test_what_a_predecessor_has_named_stays_until_it_is_listed_again():
+    async with Api() as api, Server() as server, in_cluster(
+            api, pod_at(server, "a")) as running:
+        handed_over = running.core.roster.dump()
+        api.refusals += [("503 Busy", "", None)] * 3
+        core = lite.Core(running.core.settings, random.Random())
+        core.roster.load(handed_over)
+        task = asyncio.create_task(lite.follow_pods(
+            core, running.core.settings.clusters))
+        await eventually(lambda: "kubernetes" in core.services
+                         and core.services["kubernetes"].all[0].standing.failures, "it is refused")
+        assert list(core.roster.named_by(lite.Source.KUBERNETES)) == [f"uid-a:{server.port}"]
+        task.cancel()
+        await asyncio.wait([task])
+
+
+# ============================================================================================
 #  zmtp and registration
 # ============================================================================================
 
@@ -17004,7 +17871,7 @@ def test_the_readme_s_settings_can_be_used():
     assert len(snippets("toml")) > 7
     for toml in snippets("toml"):
         settings, warnings = lite.parse_settings(toml)
-        assert settings.servers and not warnings
+        assert (settings.servers or settings.kubernetes) and not warnings
 
 
 def test_the_readme_has_at_most_650_lines_and_its_links_lead_somewhere():
@@ -17031,7 +17898,8 @@ def test_the_first_80_lines_are_the_small_product():
 
 def test_help_tells_of_every_setting_path_error_metric_and_policy():
     for topic, names in (
-        ("settings", [*lite.CONFIG_FIELDS, *lite.SERVER_FIELDS, *lite.KEY_FIELDS, *lite.TABLES]),
+        ("settings", [*lite.CONFIG_FIELDS, *lite.SERVER_FIELDS, *lite.KEY_FIELDS, *lite.TABLES,
+                      *lite.KUBERNETES_FIELDS]),
         ("paths", [*lite.ENDPOINTS, *lite.INFERENCE_PREFIXES, *lite.INFERENCE_PATHS]),
         ("errors", [fault.label for fault in lite.Fault]), ("policies", lite.POLICY_NAMES),
         ("metrics", [f.name for f in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))]),
@@ -17135,5 +18003,10 @@ def test_the_container_and_kubernetes_files_fit_the_program():
     probed = re.findall(r"\bpath: (/\w+)", kubernetes)
     assert len(probed) == 2 and {*probed} <= lite.ENDPOINTS.keys()
     toml = re.search(r"^  servers\.toml: \|\n((?:    .*\n|\n)+)", kubernetes, re.MULTILINE)[1]
-    assert lite.parse_settings(toml.replace("\n    ", "\n"))[0].servers
+    table, = lite.parse_settings(toml.replace("\n    ", "\n"))[0].kubernetes
+    refused = lite.api_failure(lite.watches_of(table)[0], "list", 403, None, "").text
+    assert re.search(r"\{(apiGroups.*)\}", refused)[1] in kubernetes
+    assert f"namespace: {table.namespace} }}" in kubernetes
+    account = re.search(r"kind: ServiceAccount\nmetadata: \{ name: (\S+) \}", kubernetes)[1]
+    assert f"serviceAccountName: {account}\n" in kubernetes
     assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
