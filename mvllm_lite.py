@@ -82,72 +82,73 @@ the lines.
     43  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,250 lines, for each request
-    44  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    45  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    46  attempt        ~ a request said to one server; its answer judged and passed on
-    47  case           ~ whose failure it was: suspects, deaths, content that is held off
-    48  accounts       ~ what is counted, kept and told of a request that has ended
-    49  exchange       ~ one request, from its head to its last byte
+    44  shared state   ~ clients, pools, news, requests under way
+    45  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    46  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    47  attempt        ~ a request said to one server; its answer judged and passed on
+    48  case           ~ whose failure it was: suspects, deaths, content that is held off
+    49  accounts       ~ what is counted, kept and told of a request that has ended
+    50  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    50  watch          ~ health checks, load reports
-    51  services       ~ what runs in the background because settings name it, as rows
-    52  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    53  endpoints      ~ the paths that the balancer answers itself, in one table
-    54  front          ~ where clients come in: connections accepted, requests let in
-    55  following      ~ the settings file, and the files that it names
-    56  commands       ~ subcommands as rows; settings from file, environment and flags
-    57  handover       ~ one process takes over from another, without a gap
-    58  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    51  watch          ~ health checks, load reports
+    52  services       ~ what runs in the background because settings name it, as rows
+    53  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    54  endpoints      ~ the paths that the balancer answers itself, in one table
+    55  front          ~ where clients come in: connections accepted, requests let in
+    56  following      ~ the settings file, and the files that it names
+    57  commands       ~ subcommands as rows; settings from file, environment and flags
+    58  handover       ~ one process takes over from another, without a gap
+    59  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          260 lines, at the start and at the end
-    59  process        ~ signals, systemd, limits of the system
-    60  command line   ~ what is common to all subcommands; the one that serves; `help`
+    60  process        ~ signals, systemd, limits of the system
+    61  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    61  names          ~ servers by DNS: each address of a name is one; names that move
-    62  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    63  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    64  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    65  zmtp           · what ZeroMQ's sockets say, and msgpack
-    66  registration   · servers and agents that say themselves that they are there
-    67  registering    ~ where they say it over HTTP
-    68  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    62  names          ~ servers by DNS: each address of a name is one; names that move
+    63  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    64  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    65  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    66  zmtp           · what ZeroMQ's sockets say, and msgpack
+    67  registration   · servers and agents that say themselves that they are there
+    68  registering    ~ where they say it over HTTP
+    69  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
-    69  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    70  table          · the servers in lines, as many columns as there is room for
-    71  views          · graphs of the fleet; models, requests and keys as tables
-    72  screen         · what is seen there: the table and the lines around it
-    73  keys           · what keys do to it, and ask of the balancer
-    74  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    75  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    76  page           ~ the status for a browser: one HTML string
-    77  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    78  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    70  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    71  table          · the servers in lines, as many columns as there is room for
+    72  views          · graphs of the fleet; models, requests and keys as tables
+    73  screen         · what is seen there: the table and the lines around it
+    74  keys           · what keys do to it, and ask of the balancer
+    75  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    76  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    77  page           ~ the status for a browser: one HTML string
+    78  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    79  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    79  traces         · requests of the past: from files, or made up
-    80  engine         · a model of a vLLM server, in simulated time
-    81  replay         · those requests sent to such servers by any policy
-    82  comparison     ~ policies compared on a trace: the program of `replay`
-    83  canned words   · what a vLLM server would say, without a model; what it refuses
-    84  canned forms   · the same in the forms of its APIs, plain and streamed
-    85  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    86  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    87  doctor         ~ what is amiss with servers and settings, and what to do about it
+    80  traces         · requests of the past: from files, or made up
+    81  engine         · a model of a vLLM server, in simulated time
+    82  replay         · those requests sent to such servers by any policy
+    83  comparison     ~ policies compared on a trace: the program of `replay`
+    84  canned words   · what a vLLM server would say, without a model; what it refuses
+    85  canned forms   · the same in the forms of its APIs, plain and streamed
+    86  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    87  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    88  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (54) reads a head from the client's
-`Wire` (37), parses it (2), makes an `Exchange` (49) of it, and asks who may come in (30).  A local
-path is answered in room 53.  For any other the `Exchange` runs: the content is gathered (45) and
+A request walks through the rooms like this.  The `Front` (55) reads a head from the client's
+`Wire` (37), parses it (2), makes an `Exchange` (50) of it, and asks who may come in (30).  A local
+path is answered in room 54.  For any other the `Exchange` runs: the content is gathered (46) and
 read as a `Call` (13) with its `Prompt` (12), the `Keys` (29) admit it, and `relay_plan` (28) says
 step by step what to do.  Each `Relay` step names the server that was ranked best (25) in the view
-of the fleet (21) by a policy (24).  An `Attempt` (46) at that server holds the answer back until
+of the fleet (21) by a policy (24).  An `Attempt` (47) at that server holds the answer back until
 it is judged to be one (15), and then has the `Exchange` commit: the `Response` (42) begins, and a
 `Pump` (41) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (48) counts the request and writes its line.
+asked next.  At the end `account` (49) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -7767,6 +7768,7 @@ class StatusDocument(TypedDict):
     address: str
     stopping: bool
     settings: str  # since when they are in force, for people
+    hint: str  # what to try; of a demo
     settings_error: str  # why the file could not be used when it was last read
     connections: int  # of clients
     queue: int
@@ -9760,10 +9762,11 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  44  core
+#  44  shared state
 # ============================================================================================
 #
-# What all exchanges, watchers and local pages work with: the state of the running balancer.
+# What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
+# news, looks at servers, requests under way.
 
 GONE_KEPT_S = 900.0  # for which a server's series outlive it: every scrape has seen its last counts
 LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
@@ -9915,6 +9918,7 @@ class Process:
         self.address = ""
         self.started_at = time.time()
         self.reloaded_at: float | None = None  # on the loop's clock
+        self.hint = ""  # what to try, for people
         self.settings_error = ""  # why the settings file could not be used when it was last read
         self.stopping = False
         self.stalled_at = -INFINITY  # when it last turned out to have stood still
@@ -9944,6 +9948,13 @@ class Requests:
                  "server": one.server, "model": one.request.model_label, "key": one.request.key,
                  "path": one.request.path[:200], "tokens": one.pump and one.pump.pieces}
                 for one in attempts[:RUNNING_SHOWN]]
+
+
+# ============================================================================================
+#  45  core
+# ============================================================================================
+#
+# The state of the running balancer, in one place: what exchanges, watchers and local pages get.
 
 
 class Core:
@@ -9986,6 +9997,7 @@ class Core:
         process = {
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
+            "hint": this.hint,
             "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
             "requests": {"running": self.requests.report(now.monotonic),
                          "ended": ended_report(self.recent, now.monotonic)},
@@ -10111,7 +10123,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================================================================================
-#  45  intake
+#  46  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -10249,7 +10261,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  46  attempt
+#  47  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -10472,7 +10484,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  47  case
+#  48  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -10610,7 +10622,7 @@ class Case:
 
 
 # ============================================================================================
-#  48  accounts
+#  49  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -10666,7 +10678,7 @@ def facts_of(
 
 
 # ============================================================================================
-#  49  exchange
+#  50  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -11101,7 +11113,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  50  watch
+#  51  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -11367,7 +11379,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  51  services
+#  52  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -11447,7 +11459,7 @@ class Services:
 
 
 # ============================================================================================
-#  52  operations
+#  53  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -11549,7 +11561,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  53  endpoints
+#  54  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -11833,7 +11845,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  54  front
+#  55  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12175,7 +12187,7 @@ class Front:
 
 
 # ============================================================================================
-#  55  following
+#  56  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -12305,7 +12317,7 @@ class Follower:
 
 
 # ============================================================================================
-#  56  commands
+#  57  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -12449,7 +12461,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  57  handover
+#  58  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12632,7 +12644,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  58  balancer
+#  59  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -12864,7 +12876,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  59  process
+#  60  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -12921,7 +12933,8 @@ def announce(balancer: Balancer, hint: str) -> None:
     s, limit = balancer.core.settings, balancer.core.clients.limit
     url, second = own_url(s, s.host, balancer.port), operator_address(s)
     if hint:
-        print(hint.format(url=url, server=s.servers[0].url), flush=True)
+        balancer.core.process.hint = hint.format(url=url, server=s.servers[0].url).strip()
+        print(f"\n{balancer.core.process.hint}\n", flush=True)
     notify_ready()
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
              __version__, url, len(balancer.core.roster.entries), s.policy, limit)
@@ -12980,7 +12993,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  60  command line
+#  61  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -13153,7 +13166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  61  names
+#  62  names
 # ============================================================================================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -13322,7 +13335,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  62  pods
+#  63  pods
 # ============================================================================================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -13588,7 +13601,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================================================================================
-#  63  listing
+#  64  listing
 # ============================================================================================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -13841,7 +13854,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================================================================================
-#  64  cluster
+#  65  cluster
 # ============================================================================================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -14154,7 +14167,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================================================================================
-#  65  zmtp
+#  66  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -14366,7 +14379,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  66  registration
+#  67  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -14664,7 +14677,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  67  registering
+#  68  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -14911,7 +14924,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  68  zmq listener
+#  69  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -15046,7 +15059,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  69  cells
+#  70  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -15169,7 +15182,8 @@ def clean(text: str, look: Look) -> str:
     return f" {text}" if text and not cell(text[0]) else text  # nothing to combine with
 
 
-UNCLEANED = ("history", "url", "settings_error")  # numbers, what actions are about, and lines
+# Numbers, what actions are about, and lines.
+UNCLEANED = ("history", "url", "settings_error", "fleet", "hint")
 
 
 def cleaned(value: Any, look: Look) -> Any:
@@ -15323,7 +15337,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  70  table
+#  71  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -15556,7 +15570,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  71  views
+#  72  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -15700,7 +15714,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  72  screen
+#  73  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -15946,8 +15960,9 @@ def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
     return lines
 
 
-def help_lines(width: int) -> list[Line]:
-    lines: list[Line] = [[("Keys", Style.TITLE)]]
+def help_lines(width: int, hint: str = "") -> list[Line]:
+    lines: list[Line] = [[(text, Style.PLAIN)] for text in wrapped(hint, max(1, width))]
+    lines = [*lines * bool(hint), [], [("Keys", Style.TITLE)]][0 if hint else 1 :]
     lines += [[(f"{key:10}", Style.KEY), (words, Style.PLAIN)] for key, words, _ in KEYS]
     meanings = (
         "RUN and WAIT are the server's own counts, of whoever asks; OURS are requests in flight"
@@ -15969,7 +15984,7 @@ def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, 
         return title, view_lines(VIEWS[ui.view], status, look, size.columns)
     server = selected(ui, status)
     if ui.mode is Mode.HELP or server is None:
-        return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns)
+        return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns, status["hint"])
     name = fit_name(server["name"], size.columns, look)
     return [(name, Style.TITLE)], detail_lines(server, look, size.columns)
 
@@ -16018,7 +16033,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  73  keys
+#  74  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -16141,7 +16156,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  74  terminal
+#  75  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -16387,7 +16402,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  75  top
+#  76  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -16605,7 +16620,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  76  page
+#  77  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -17003,7 +17018,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  77  reference
+#  78  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -17203,7 +17218,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  78  deployment
+#  79  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -17495,7 +17510,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  79  traces
+#  80  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -17684,7 +17699,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  80  engine
+#  81  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -18024,7 +18039,7 @@ class Engine:
 
 
 # ============================================================================================
-#  81  replay
+#  82  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -18252,7 +18267,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  82  comparison
+#  83  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -18388,7 +18403,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  83  canned words
+#  84  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -18571,7 +18586,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
 
 
 # ============================================================================================
-#  84  canned forms
+#  85  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -18922,7 +18937,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  85  simulation
+#  86  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -19187,7 +19202,7 @@ class Generation:
 
 
 # ============================================================================================
-#  86  demo
+#  87  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -19204,7 +19219,8 @@ async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int) ->
     said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
     while not balancer.port:
         await asyncio.sleep(REGISTRATION_S / 10)
-    with contextlib.closing(HttpClient(own_url(s, s.host, balancer.port))) as client:
+    balancer_itself = ServerSettings(own_url(s, s.host, balancer.port))
+    with contextlib.closing(HttpClient(balancer_itself)) as client:
         async def post(path: str, content: bytes) -> None:
             with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
                 await client.fetch(f"/workers/{path}", 2.0, content)
@@ -19217,10 +19233,69 @@ async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int) ->
             await asyncio.sleep(draw.randint(3, 10) * REGISTRATION_S)
 
 
+MISHAPS = {"fail": "answers 500", "slow": "is five times as slow"}  # by the mode of a server
+MISHAP_S = 12.0  # for so long,
+BETWEEN_MISHAPS_S = 30.0
+SESSIONS_KEPT = 6
+
+
+def demo_request(sessions: list[list[dict[str, str]]], draw: random.Random) -> dict[str, Any]:
+    """A short question, a long text, or the next turn of one of the sessions, which it changes."""
+
+    def said(role: str, words: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(draw.choices(WORDS, k=words))}
+
+    chance = draw.random()
+    if chance < 0.5 and sessions:
+        messages = draw.choice(sessions)
+        messages += [said("assistant", 60), said("user", 15)]
+    else:
+        messages = [said("user", draw.randint(800, 3000) if chance > 0.85 else 20)]
+        sessions[:] = [messages, *sessions][:SESSIONS_KEPT]
+    return {"model": "demo-model", "messages": messages, "stream": draw.random() < 0.8,
+            "max_tokens": draw.randint(20, 150)}
+
+
+async def demo_traffic(balancer: Balancer, rate: float, draw: random.Random) -> None:
+    """So many requests per second, by chance, for ever."""
+    sessions, running = list[list[dict[str, str]]](), set[asyncio.Task[None]]()
+
+    async def ask(content: bytes) -> None:
+        url = own_url(balancer.core.settings, balancer.core.settings.host, balancer.port)
+        with contextlib.closing(HttpClient(ServerSettings(url))) as client:
+            with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+                await client.fetch("/v1/chat/completions", 120.0, content)
+
+    try:
+        while True:
+            await asyncio.sleep(draw.expovariate(rate))
+            if balancer.port and len(running) < 200:
+                content = json.dumps(demo_request(sessions, draw)).encode()
+                running.add(task := asyncio.ensure_future(ask(content)))
+                task.add_done_callback(running.discard)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) -> None:
+    """Now and then one of several servers fails or is slow, and comes back."""
+    while len(servers) > 1:
+        await asyncio.sleep(BETWEEN_MISHAPS_S)
+        one, mode = draw.choice(servers), draw.choice(list(MISHAPS))
+        if one.mode == "ok":  # or somebody plays with it
+            log.info("demo: %s %s from now on, for %.0f s", one.url, MISHAPS[mode], MISHAP_S)
+            one.mode = mode
+            await asyncio.sleep(MISHAP_S)
+            one.mode = "ok" if one.mode == mode else one.mode
+
+
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
-               discovery: bool = False) -> None:
+               discovery: bool = False, rate: float = 0.0) -> None:
     """A balancer in front of simulated servers of unequal kinds; `run` runs it.  With `discovery`
-    all but the first register themselves, and come and go."""
+    all but the first register themselves, and come and go; with a `rate`, requests per second,
+    there is traffic, and servers have their troubles."""
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for i in range(count):
@@ -19231,13 +19306,17 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
         listed = tuple(ServerSettings(one.url, one.kind.capacity) for one in servers)
         named = listed[:1] if discovery else listed
         balancer = Balancer(dataclasses.replace(settings, servers=named))
-        coming = [asyncio.create_task(come_and_go(one, balancer, i))
-                  for i, one in enumerate(servers) if i >= len(named)]
+        works = [come_and_go(one, balancer, i) for i, one in enumerate(servers) if i >= len(named)]
+        if rate:
+            works += [demo_traffic(balancer, rate, random.Random(1)),
+                      demo_mishaps(servers, random.Random(2))]
+        tasks = [asyncio.ensure_future(work) for work in works]
         try:
             await run(balancer)
         finally:
-            for task in coming:
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 DEMO_HINT = """
@@ -19247,7 +19326,9 @@ Ask it something:
         -d '{{"model": "demo-model", "stream": true, "messages": [{{"role": "user",
              "content": "Hello"}}]}}'
 
-Look at it:          curl {url}/load-stats
+Look at it:          {url}/status in a browser; curl {url}/status.json
+Why that server?     the same curl line with /explain in place of /v1/chat/completions
+On the screen:       ? for keys and these lines, Tab for models and requests, q to quit
 Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)
 """
 
@@ -19256,23 +19337,30 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
     parser.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("-c", "--console", action="store_true", help="a log line for each request")
+    parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
+    parser.add_argument("--load", type=float, metavar="RATE", help="requests per second of its own"
+                        " (default 2 with the screen, else none; 0: none)")
     parser.add_argument("--discovery", action="store_true",
                         help="all but the first register themselves, and come and go")
 
 
 @command("demo", "try it in front of simulated servers", add_demo, example="demo")
 def run_demo(args: argparse.Namespace) -> int:
-    settings, _ = parse_settings("servers = []", "demo", overrides_from(args, {}))
+    toml = "servers = []\n[config]\nbreaker_open_time = 8"  # so that one sees it come back
+    settings, _ = parse_settings(toml, "demo", overrides_from(args, {}))
     if args.servers < 1:
         return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
+    screen = sys.stdout.isatty() and not args.console
+    rate = args.load if args.load is not None else 2.0 * screen
+    if not 0 <= rate <= 1000:
+        return fail(f"--load: found {rate:g}, expected requests per second, 0 to 1000")
     with logging_to_stdout(settings.log_level):
         return serve_until_stopped(lambda run: demo(
-            args.servers, settings, run, args.discovery), DEMO_HINT)
+            args.servers, settings, run, args.discovery, rate), DEMO_HINT, screen)
 
 
 # ============================================================================================
-#  87  doctor
+#  88  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

@@ -15312,7 +15312,7 @@ def document(servers, **more):
               "ttft_p95_s": 0.4, "error_ratio": 0.01}
     return {
         "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
-        "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "",
+        "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "", "hint": "",
         "settings": "unchanged since the start", "totals": totals, "servers": servers,
         "models": [], "requests": {"running": [], "ended": []}, "keys": [],
         "fleet": {"step_s": 10.0, **{name: [] for name in lite.GRAPHED}},
@@ -17081,6 +17081,33 @@ async def test_simulated_servers_can_be_told_to_fail_and_hang():
              for _ in range(10)])
         assert statuses[504] == 2 and statuses[200] == 8
         control.close()
+
+
+def test_the_demo_s_traffic_has_sessions_and_long_and_short_prompts():
+    draw, sessions = random.Random(3), []
+    asked = [lite.demo_request(sessions, draw) for _ in range(200)]
+    sizes = [len(one["messages"][0]["content"].split()) for one in asked]
+    assert min(sizes) == 20 and max(sizes) > 800 and len(sessions) == lite.SESSIONS_KEPT
+    assert {one["stream"] for one in asked} == {True, False}
+    assert max(len(one["messages"]) for one in asked) > 4
+
+
+@asynchronous
+async def test_the_demo_has_traffic_where_it_is_wanted_and_says_what_to_try():
+    done, settings = [], lite.parse_settings(
+        'servers = []\n[config]\nport = 0\nhost = "127.0.0.1"\ndrain_timeout = 0.1')[0]
+
+    async def run(balancer):
+        running = asyncio.ensure_future(balancer.run(lambda: lite.announce(
+            balancer, lite.DEMO_HINT)))
+        await eventually(lambda: len(balancer.core.recent.ended) > 3, "requests are answered")
+        done.append(balancer.core.status())
+        balancer.stop()
+        await running
+
+    await lite.demo(2, settings, run, rate=100.0)
+    assert done and {one["status"] for one in done[0]["requests"]["ended"]} == {200}
+    assert all(word in done[0]["hint"] for word in ("curl -N http", "/status", "/explain", "Tab"))
 
 
 # ============================================================================================
