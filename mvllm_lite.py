@@ -4106,13 +4106,16 @@ class Health(NamedTuple):
 # samples are clamped: one silent interval, or one lucky prompt, changes little.
 
 STEP_S = 0.015  # until something was seen: an 8B model on an A100
+LEAST_STEP_S = 1e-4
 PROMPT_STEPS = 0.0055  # what reading a token takes, in steps, there
 DOUBLED_BY = 100.0  # requests in the engine with which a step takes twice as long as with none
 PACE_CLAMP = 4.0  # a sample is taken for so much faster or slower at most
 PROMPT_CLAMP = 8.0  # the same, of what reading takes
-ANSWER_WEIGHT = 0.1  # of one answer that has ended
+ANSWER_WEIGHT = 0.05  # of one answer that has ended
 ANSWER_TRUSTED_TOKENS = 50  # from here on it has its full weight
-PACE_MEMORY_S = 2.5  # of reports, and of streams as they run
+PACE_MEMORY_S = 2.5  # of reports
+CHANGED = 1.6  # streams that run so many times as slow, or as fast, twice in a row, show a change,
+STREAMS_WEIGHT = 0.5  # which is taken for true by so much, and twice a second
 PROMPT_SAMPLE_TOKENS = 600  # a shorter wait says more of the network and of steps than of reading
 PROMPT_TRUSTED_TOKENS = 2000
 PROMPT_WEIGHT = 0.05
@@ -4132,7 +4135,7 @@ class Counts:
     """Requests of ours with a server, exact.  The fleet changes them in place."""
 
     __slots__ = ("in_flight", "on_trial", "pending", "request_s", "at", "read", "rate",
-                 "held", "quiet")
+                 "held", "quiet", "looked")
 
     def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
         self.in_flight = in_flight
@@ -4141,6 +4144,7 @@ class Counts:
         self.read = 0  # and those that were
         self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, until then,
         self.rate = 0.0  # and tokens to read that came per second
+        self.looked = -INFINITY, 0.0, 0  # at its streams: when, request_s and read then
         self.quiet = False  # at its last report it had nothing to read
         self.held = 0  # tokens that have come into its KV cache, less those gone, since its report
 
@@ -4153,7 +4157,7 @@ class Counts:
         self.rate += pending / READ_MEMORY_S
 
     def until(self, now: float) -> None:
-        """Count that it has been as it is until now."""
+        """Count that all has been as it is until now."""
         if (elapsed_s := now - self.at) > 0:
             if self.in_flight:
                 self.request_s += self.in_flight * elapsed_s
@@ -4165,7 +4169,7 @@ class Pace:
     """How fast a server is, as far as it was seen; changed in place."""
 
     __slots__ = ("step_s", "prompt_steps", "samples", "probe_s", "probe_at",
-                 "tokens_per_event")
+                 "tokens_per_event", "change")
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.step_s = step_s  # of one token of an answer, with nothing else to do
@@ -4174,6 +4178,7 @@ class Pace:
         self.probe_s = PROBE_S  # without one, until it is worth a try,
         self.probe_at = INFINITY  # and when that will be
         self.tokens_per_event = 1.0  # of its streams
+        self.change = 0  # 1 if they were slower than they should be when last looked at, -1 faster
 
     @property
     def prompt_token_s(self) -> float:
@@ -4212,7 +4217,8 @@ class Pace:
         self.samples += 1
         if self.samples < 1 / weight:
             weight = max(weight, 1 / (1 + self.samples))
-        self.step_s, self.probe_at = known + weight * (found - known), now + self.probe_s
+        self.step_s = max(LEAST_STEP_S, known + weight * (found - known))
+        self.probe_at = now + self.probe_s
 
     def answered(
         self, seconds: float, tokens: int, running: float, read: float, now: float
@@ -4253,17 +4259,18 @@ class Pace:
     def streamed(
         self, seconds: float, events: float, streams: int, running: float, read: float, now: float
     ) -> None:
-        """In that time each of so many streams brought so many events on average."""
-        if (tokens := events * self.tokens_per_event) * streams >= 8:
-            share = 1 - math.exp(-min(seconds, PACE_MEMORY_S) / PACE_MEMORY_S)
-            self.worked(seconds, tokens, running, read, share * min(1.0, streams / 4), now)
-
-
-def usual_step_s(known: Iterable[tuple[float, float]]) -> float:
-    """A step's seconds × capacity, by those known of servers; 0 is unknown.  Until one is seen
-    itself, a server that is twice as large is taken for twice as fast."""
-    products = [step_s * capacity for step_s, capacity in known]
-    return statistics.median(products) if products else 0.0
+        """In that time each of so many streams brought so many events on average, while at most so
+        many tokens of prompts were read.  Two in a row tell of a change; what is within these
+        bounds, answers tell better when they have ended."""
+        tokens = events * self.tokens_per_event
+        if tokens * streams < 8 and events:
+            return
+        steps = max(tokens, 1.0) * (1 + running / DOUBLED_BY)
+        slower = seconds > CHANGED * self.step_s * (steps + read * self.prompt_steps)
+        faster = seconds < self.step_s / CHANGED * steps
+        before, self.change = self.change, slower - faster
+        if self.change and self.change == before:
+            self.worked(seconds, max(tokens, 1.0), running, slower * read, STREAMS_WEIGHT, now)
 
 
 class AnswerLengths:
@@ -4672,6 +4679,13 @@ class HitRate:
         return min(1.0, HITS_SLACK * share)
 
 
+def usual_step_s(views: Iterable[ServerView]) -> float:
+    """A step's seconds × capacity, by the servers of which something was seen; 0 is unknown.  Until
+    one is seen itself, a server that is twice as large is taken for twice as fast."""
+    products = [view.pace.step_s * view.capacity for view in views if view.pace.samples]
+    return statistics.median(products) if products else 0.0
+
+
 def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
     """Its time per output token, after one more report: so many requests ran for so long, and so
     many tokens were generated."""
@@ -4732,6 +4746,7 @@ def learned_after(
 # replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
 # the settings.
 
+STREAMS_LIMIT_S = 5.0  # between two looks at streams, that are told of
 BUSY_S = 0.25  # for which a server that says it is busy is spared
 VIEW_OF = operator.attrgetter("view")
 
@@ -4800,7 +4815,7 @@ class Lease:
         counts, seconds, self._tokens = view.counts, now - begun_at, self._tokens + tokens
         counts.until(now)
         if seconds > 0:
-            running = (counts.request_s - request_s) / seconds
+            running = (counts.request_s - request_s) / seconds + view.report.foreign
             view.pace.answered(seconds, tokens - 1, running, counts.read - read, now)
             if events:
                 view.pace.counted(tokens / events)
@@ -4922,7 +4937,7 @@ class Fleet:
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
         start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
-        likely = usual_step_s(self.known_steps()) or STEP_S * start
+        likely = usual_step_s(self.views()) or STEP_S * start
         for server in wanted:
             limit, share = server.max_concurrent_requests, pools.get(server.pool, rest)
             for id, rank in engine_ids(server):
@@ -4969,15 +4984,24 @@ class Fleet:
     def answer_ended(self, view: ServerView, model: str | None, tokens: int) -> None:
         """A server has given an answer of so many tokens."""
         self.answers.ended(model, tokens)
-        if view.pace.samples <= PACE_SOON:  # then others are probably like it
-            usual = usual_step_s(self.known_steps())
+        if 0 < view.pace.samples <= PACE_SOON:  # then others are probably like it
+            usual = usual_step_s(self.views())
             for other in self.views():
                 if not other.pace.samples and other.shares_models(view):
                     other.pace.step_s = usual / other.capacity
 
-    def known_steps(self) -> list[tuple[float, float]]:
-        """What a step takes at each server of which something was seen, and its capacity."""
-        return [(view.pace.step_s, view.capacity) for view in self.views() if view.pace.samples]
+    def streamed(self, id: str, streams: int, events: float, now: float) -> None:
+        """Since this was last told, each of so many streams of a server has brought so many events,
+        on average."""
+        if (view := self.view(id)) is None:
+            return
+        counts = view.counts
+        counts.until(now)
+        (at, request_s, read), counts.looked = counts.looked, (now, counts.request_s, counts.read)
+        if streams and 0 < now - at <= STREAMS_LIMIT_S:
+            running = (counts.request_s - request_s) / (now - at) + view.report.foreign
+            most = counts.read - read + counts.pending
+            view.pace.streamed(now - at, events, streams, running, most, now)
 
     def said_busy(self, id: str, now: float) -> None:
         """The server said that it has enough to do."""
@@ -9015,8 +9039,8 @@ class Pump:
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "pieces",
-        "tail", "moved_at", "_notation", "_lent", "_silence_s", "_patience_s", "_look_s", "_seen",
-        "_gaps", "_gaps_child",
+        "tail", "moved_at", "looked_bytes", "_notation", "_lent", "_silence_s", "_patience_s",
+        "_look_s", "_seen", "_gaps", "_gaps_child",
     )
 
     def __init__(
@@ -9034,6 +9058,7 @@ class Pump:
         # The last pieces, of what was shown before, too.
         self.tail: deque[bytes] = deque((shown,), maxlen=TAIL_PIECES)
         self.moved_at = client.loop.time()  # when the last piece came
+        self.looked_bytes = -1  # sent when the pace was last looked at; -1: it was not
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
         self._patience_s, self._look_s = patience_s, min(silence_s, patience_s)
         # Of a slow client, at the last look: the last piece, what it had not taken, since when.
@@ -11119,6 +11144,8 @@ class Exchange:
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
 # and one that reads its load, so that a hanging server makes nobody else's numbers old.
 
+PACE_LOOK_S = 0.5  # between two looks at the streams of a server,
+PACE_STREAMS = 32  # of which so many tell enough
 DISAGREEMENT_S = 600.0  # for which a capacity must behave like another before that is said
 
 
@@ -11350,8 +11377,31 @@ async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) ->
             await asyncio.sleep(pause_s)
 
 
+async def watch_pace(core: Core, server: str) -> None:
+    """See for ever how fast a server's streams run."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(PACE_LOOK_S)
+        for view in core.fleet.engines(server):
+            if attempts := core.requests.running.get(view.id):
+                pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
+                         if attempt.pump is not None and attempt.response.streams]
+                known = [n for n in map(streamed_events, pumps) if n is not None]
+                core.fleet.streamed(view.id, len(known), sum(known) / max(1, len(known)),
+                                    loop.time())
+
+
+def streamed_events(pump: Pump) -> int | None:
+    """About how many events of a stream have come since the last look; None if there was none, or
+    if it has to wait for its client."""
+    before, pump.looked_bytes = pump.looked_bytes, -1 if pump.client.blocked else pump.sent_bytes
+    if before < 0 or pump.looked_bytes < 0:
+        return None
+    return completion_tokens({}, b"".join(pump.tail), pump.sent_bytes - before)
+
+
 class Watchers:
-    """Each server's two tasks."""
+    """Each server's three tasks."""
 
     def __init__(self, core: Core, group: asyncio.TaskGroup) -> None:
         self._core, self._group = core, group
@@ -11368,7 +11418,7 @@ class Watchers:
             self._tasks[server] = [
                 self._group.create_task(guarded(self._core, f"watching {server}",
                                                 functools.partial(watch, self._core, server)))
-                for watch in (watch_health, watch_load)
+                for watch in (watch_health, watch_load, watch_pace)
             ]
 
     def stop(self, servers: Iterable[str] | None = None) -> None:

@@ -4337,11 +4337,15 @@ SAMPLES = table(  # what was seen, and the step that a server of 10 ms is taken 
     ("an answer", [("answered", 1.0, 50, 0, 0)], 0.015),
     ("a short answer says less, but that is all there is", [("answered", 0.2, 10, 0, 0)], 0.015),
     ("one of a few words says nothing", [("answered", 9.0, 7, 0, 0)], 0.010),
-    ("four streams for half a second", [("worked", 1.0, 100, 0, 0, 0.1)] * 20
-     + [("streamed", 0.5, 25, 4, 0, 0)], 0.01 + 0.01 * (1 - math.exp(-0.2))),
-    ("one stream says less", [("worked", 1.0, 100, 0, 0, 0.1)] * 40
-     + [("streamed", 0.5, 25, 1, 0, 0)], 0.01 + 0.01 * (1 - math.exp(-0.2)) / 4),
-    ("too few events", [("streamed", 0.5, 1, 4, 0, 0)], 0.010),
+    ("streams at half the pace, twice in a row", [("streamed", 0.5, 25, 4, 0, 0)] * 2, 0.015),
+    ("once says nothing", [("streamed", 0.5, 25, 4, 0, 0), ("streamed", 0.5, 50, 4, 0, 0)] * 9,
+     0.01),
+    ("as prompts were read", [("streamed", 0.5, 25, 4, 0, 4600)] * 9, 0.01),
+    ("a crowd runs there", [("streamed", 0.5, 25, 4, 100, 0)] * 9, 0.01),
+    ("a little slower", [("streamed", 0.5, 32, 4, 0, 0)] * 9, 0.01),
+    ("they stand still", [("streamed", 0.5, 0, 4, 0, 0)] * 2, 0.025),
+    ("twice the pace again", [("streamed", 0.5, 100, 4, 0, 0)] * 2, 0.0075),
+    ("too few events", [("streamed", 0.5, 1, 4, 0, 0)] * 9, 0.010),
 )
 
 
@@ -4437,11 +4441,58 @@ def test_an_answer_teaches_its_length_and_its_server_s_step():
     lease.complete(1.0 + 1.01 * 0.02 * 100, 101, "m", events=50)
     lease.end(4.0)
     assert pace.step_s == pytest.approx(0.015)  # alone for 100 steps of 20 ms
-    assert pace.tokens_per_event == pytest.approx(1 + 0.1 * (101 / 50 - 1))
+    assert pace.tokens_per_event == pytest.approx(1 + 0.05 * (101 / 50 - 1))
     assert answers.means() == {"m": pytest.approx(200 - 99 / 9)} and answers.get("n") == 200
     for _ in range(500):
         answers.ended("m", 20)
     assert answers.get("m") == pytest.approx(20, abs=2)
+
+
+def test_streams_are_looked_at_against_what_was_sent_and_read_meanwhile():
+    fleet = fleet_of(16)
+    counts, pace = fleet.view("s0").counts, fleet.view("s0").pace
+    pace.step_s, sent = 0.01, [fleet.lease("s0", 0.0, lite.Prompt(1000)) for _ in range(4)]
+    for at, events in ((1.0, 0), (1.5, 20), (2.0, 20)):
+        fleet.streamed("s0", 4, events, at)
+    assert pace.samples == 0  # 4,000 tokens may have been read for all that time
+    for lease in sent:
+        lease.answered(2.0, False)
+    for at in (2.5, 3.0, 3.5):
+        fleet.streamed("s0", 4, 20, at)
+    assert pace.samples == 1 and 0.015 < pace.step_s < 0.02  # two looks since the last was read
+    fleet.streamed("s0", 4, 500, 99.0)  # which says nothing, for nobody looked for long
+    fleet.streamed("gone", 4, 20, 99.5)
+    assert pace.samples == 1 and counts.looked[0] == 99.0
+
+
+@pytest.mark.parametrize("before, sent, blocked, events, after", table(
+    ("the first look", -1, 500, False, None, 500),
+    ("five events since", 500, 600, False, 5, 600),
+    ("none", 600, 600, False, 0, 600),
+    ("its client takes nothing", 500, 600, True, None, -1),
+    ("its client takes something again", -1, 600, False, None, 600),
+))
+def test_events_of_a_stream_are_counted_between_two_looks(before, sent, blocked, events, after):
+    pump = types.SimpleNamespace(
+        looked_bytes=before, sent_bytes=sent, tail=[b"data: 123456789012\n\n"] * 4,
+        client=types.SimpleNamespace(blocked=blocked))
+    assert (lite.streamed_events(pump), pump.looked_bytes) == (events, after)
+
+
+@asynchronous
+async def test_what_a_stream_teaches_is_shown():
+    answer = [chunk(FIRST)] * 40 + [chunk(DONE), b"0\r\n\r\n"]
+    async with balancing(Server(failing(STREAM_HEAD, *answer).answer)) as running:
+        client = await running.client()
+        for _ in range(3):
+            assert (await client.post(body=b'{"model":"m","stream":true}')).status == 200
+        pace, stats = running.views()[0].pace, (await client.get("/load-stats")).json
+        (row,) = stats["servers"]
+        assert 1 <= pace.samples == row["step_samples"]
+        assert row["step_ms"] == round(1e3 * pace.step_s, 3)
+        assert 40 < stats["answer_tokens"]["m"] < 200
+        assert await running.metric("mvllm_server_step_seconds") == pytest.approx(pace.step_s)
+        assert 40 < await running.metric("mvllm_answer_tokens", model="m") < 200
 
 
 def test_lengths_of_answers_are_known_of_so_many_models():
