@@ -37,118 +37,121 @@ the lines.
      8  settings       · all that can be set, each with its default, check and meaning
      9  settings file  · from TOML to settings; complaints with file, line and key
 
-   III  vLLM             1,520 lines, for each request, check and scrape
+   III  vLLM             2,210 lines, for each request, check and scrape
     10  content        · compression undone; JSON: where the members that matter stand
     11  forms          · forms: the model that a part names; another model in its place
     12  prompts        · how long a prompt is, and what of it each server has probably cached
     13  calls          · which paths are passed on, and what a request wants: its model, a stream
     14  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
     15  judge          · an answer judged as it comes; its tokens and its id
-    16  engine load    · what a server says of itself: its load, its models
+    16  transcripts    · what a stream has shown
+    17  resumption     · whether and how another server goes on with a stream; the join
+    18  engine load    · what a server says of itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
-    17  health         · whether a server can be asked, by checks and by what became of requests
-    18  pace           · what a server has of ours; how fast it reads and answers, as learned
-    19  servers        · what is known of each: settings, health, report, what was learned, counts
-    20  learning       · what reports teach of a server: its capacity, and what its cache has
-    21  fleet          · the servers, and requests of ours with them
-    22  roster         · which servers there are: named by the file, by hand, merged by one rule
-    23  estimates      · what a call would take at each server, and take from others, in seconds
-    24  policies       · what a server is worth for a call, by a dozen rules
-    25  ranking        · who may be asked, who is asked, and why
+    19  health         · whether a server can be asked, by checks and by what became of requests
+    20  pace           · what a server has of ours; how fast it reads and answers, as learned
+    21  servers        · what is known of each: settings, health, report, what was learned, counts
+    22  learning       · what reports teach of a server: its capacity, and what its cache has
+    23  fleet          · the servers, and requests of ours with them
+    24  roster         · which servers there are: named by the file, by hand, merged by one rule
+    25  estimates      · what a call would take at each server, and take from others, in seconds
+    26  policies       · what a server is worth for a call, by a dozen rules
+    27  ranking        · who may be asked, who is asked, and why
 
-     V  answering        880 lines, for each request
-    26  queue          · requests that wait for room; what retries the fleet can afford
-    27  poison         · content with which servers die, and whose failure it was
-    28  plans          · how a call is answered, step by step
-    29  client keys    · clients' keys and what each uses; whose stored responses are
-    30  access         · who may come in, and to which path; proxies that are trusted
+     V  answering        1,000 lines, for each request
+    28  queue          · requests that wait for room; what retries the fleet can afford
+    29  poison         · content with which servers die, and whose failure it was
+    30  plans          · how a call is answered, step by step
+    31  client keys    · clients' keys and what each uses; whose stored responses are
+    32  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  950 lines, for each request, and when asked for
-    31  documents      · what programs are shown in JSON
-    32  metrics        · what is counted and measured, as families for Prometheus
-    33  records        · what is written of requests and transitions: log lines, records, traces
-    34  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    35  status         · what screen, page and /status.json show
+    33  documents      · what programs are shown in JSON
+    34  metrics        · what is counted and measured, as families for Prometheus
+    35  records        · what is written of requests and transitions: log lines, records, traces
+    36  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    37  status         · what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    36  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    37  wire           ~ one connection: its buffer, its deadline, its end
-    38  secrets        ~ keys and certificates, and how a server is reached with them
-    39  client         ~ what we ask servers ourselves, over asyncio's streams
-    40  pool           ~ the connections to one server over which requests go, kept and reused
-    41  pump           ~ bytes on their way through, with back-pressure
-    42  response       ~ the client's side of an exchange
-    43  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    38  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    39  wire           ~ one connection: its buffer, its deadline, its end
+    40  secrets        ~ keys and certificates, and how a server is reached with them
+    41  client         ~ what we ask servers ourselves, over asyncio's streams
+    42  pool           ~ the connections to one server over which requests go, kept and reused
+    43  pump           ~ bytes on their way through, with back-pressure
+    44  response       ~ the client's side of an exchange
+    45  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
-  VIII  a request        1,250 lines, for each request
-    44  shared state   ~ clients, pools, news, requests under way
-    45  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    46  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    47  attempt        ~ a request said to one server; its answer judged and passed on
-    48  case           ~ whose failure it was: suspects, deaths, content that is held off
-    49  accounts       ~ what is counted, kept and told of a request that has ended
-    50  exchange       ~ one request, from its head to its last byte
+  VIII  a request        1,540 lines, for each request
+    46  shared state   ~ clients, pools, news, requests under way
+    47  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    48  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    49  attempt        ~ a request said to one server; its answer judged and passed on
+    50  case           ~ whose failure it was: suspects, deaths, content that is held off
+    51  accounts       ~ what is counted, kept and told of a request that has ended
+    52  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    53  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    51  watch          ~ health checks, load reports
-    52  services       ~ what runs in the background because settings name it, as rows
-    53  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    54  endpoints      ~ the paths that the balancer answers itself, in one table
-    55  front          ~ where clients come in: connections accepted, requests let in
-    56  following      ~ the settings file, and the files that it names
-    57  commands       ~ subcommands as rows; settings from file, environment and flags
-    58  handover       ~ one process takes over from another, without a gap
-    59  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    54  watch          ~ health checks, load reports
+    55  services       ~ what runs in the background because settings name it, as rows
+    56  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    57  endpoints      ~ the paths that the balancer answers itself, in one table
+    58  front          ~ where clients come in: connections accepted, requests let in
+    59  following      ~ the settings file, and the files that it names
+    60  commands       ~ subcommands as rows; settings from file, environment and flags
+    61  handover       ~ one process takes over from another, without a gap
+    62  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          260 lines, at the start and at the end
-    60  process        ~ signals, systemd, limits of the system
-    61  command line   ~ what is common to all subcommands; the one that serves; `help`
+    63  process        ~ signals, systemd, limits of the system
+    64  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    62  names          ~ servers by DNS: each address of a name is one; names that move
-    63  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    64  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    65  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    66  zmtp           · what ZeroMQ's sockets say, and msgpack
-    67  registration   · servers and agents that say themselves that they are there
-    68  registering    ~ where they say it over HTTP
-    69  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    65  names          ~ servers by DNS: each address of a name is one; names that move
+    66  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    67  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    68  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    69  zmtp           · what ZeroMQ's sockets say, and msgpack
+    70  registration   · servers and agents that say themselves that they are there
+    71  registering    ~ where they say it over HTTP
+    72  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
-    70  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    71  table          · the servers in lines, as many columns as there is room for
-    72  views          · graphs of the fleet; models, requests and keys as tables
-    73  screen         · what is seen there: the table and the lines around it
-    74  keys           · what keys do to it, and ask of the balancer
-    75  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    76  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    77  page           ~ the status for a browser: one HTML string
-    78  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    79  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    73  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    74  table          · the servers in lines, as many columns as there is room for
+    75  views          · graphs of the fleet; models, requests and keys as tables
+    76  screen         · what is seen there: the table and the lines around it
+    77  keys           · what keys do to it, and ask of the balancer
+    78  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    79  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    80  page           ~ the status for a browser: one HTML string
+    81  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    82  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    80  traces         · requests of the past: from files, or made up
-    81  engine         · a model of a vLLM server, in simulated time
-    82  replay         · those requests sent to such servers by any policy
-    83  comparison     ~ policies compared on a trace: the program of `replay`
-    84  canned words   · what a vLLM server would say, without a model; what it refuses
-    85  canned forms   · the same in the forms of its APIs, plain and streamed
-    86  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    87  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    88  doctor         ~ what is amiss with servers and settings, and what to do about it
+    83  traces         · requests of the past: from files, or made up
+    84  engine         · a model of a vLLM server, in simulated time
+    85  replay         · those requests sent to such servers by any policy
+    86  comparison     ~ policies compared on a trace: the program of `replay`
+    87  canned words   · what a vLLM server would say, without a model; what it refuses
+    88  canned forms   · the same in the forms of its APIs, plain and streamed
+    89  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    90  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    91  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (55) reads a head from the client's
-`Wire` (37), parses it (2), makes an `Exchange` (50) of it, and asks who may come in (30).  A local
-path is answered in room 54.  For any other the `Exchange` runs: the content is gathered (46) and
-read as a `Call` (13) with its `Prompt` (12), the `Keys` (29) admit it, and `relay_plan` (28) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (25) in the view
-of the fleet (21) by a policy (24).  An `Attempt` (47) at that server holds the answer back until
-it is judged to be one (15), and then has the `Exchange` commit: the `Response` (42) begins, and a
-`Pump` (41) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (49) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (58) reads a head from the client's
+`Wire` (39), parses it (2), makes an `Exchange` (53) of it, and asks who may come in (32).  A local
+path is answered in room 57.  For any other the `Exchange` runs: the content is gathered (48) and
+read as a `Call` (13) with its `Prompt` (12), the `Keys` (31) admit it, and `relay_plan` (30) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (27) in the view
+of the fleet (23) by a policy (26).  An `Attempt` (49) at that server holds the answer back until
+it is judged to be one (15), and then has the `Exchange` commit: the `Response` (44) begins, and a
+`Pump` (43) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (51) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -358,6 +361,10 @@ class Fault(Enum):
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
     SERVER_DIED_TWICE = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"  # of the same content
     SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
+    MOVED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # its server is drained
+    # A stream that broke went on at another server, which says something else, or nothing.
+    RESUME_DIFFERS = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"
+    RESUME_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"
     # The way leads back to where it came from: we say so, or a server does that is a balancer, too.
     LOOP_DETECTED = 508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError"
     # Our own mistake.
@@ -1826,6 +1833,7 @@ class Settings:
     keys: tuple[KeySettings, ...] = ()
     dns: tuple[DnsSettings, ...] = ()
     kubernetes: tuple[KubernetesSettings, ...] = ()
+    resumes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by model
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
@@ -1914,6 +1922,17 @@ class Settings:
         False, truth, "run a request again that met request_timeout; it may run twice")
     retry_budget: float = setting(
         0.2, number(0), "share that retries may add to the requests of ten seconds")
+
+    resume: str = setting(
+        "repeat", one_of("off", "repeat", "continue"), "how a stream that breaks goes on elsewhere")
+    resume_within: float = setting(
+        30.0, number(0), "from a stream's break to where it goes on, at most")
+    resume_bytes: int = setting(
+        2**26, whole(0), "what is kept for that of all streams' events, as packed")
+    resume_seed: bool = setting(
+        False, truth, "streams without a seed get one, so that all can be repeated")
+    drain_resume: bool = setting(
+        False, truth, "streams leave a server that is drained at once, and go on elsewhere")
 
     poison_hold: float = setting(
         30.0, number(0), "how long content with which two servers have died is held off; 0 is off")
@@ -2047,7 +2066,7 @@ class SettingsError(Exception):
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
-TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes")
+TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes", "resumes")
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
@@ -2115,9 +2134,10 @@ class SettingsReader:
         aliases, keys = self.aliases(), self.keys()
         if keys:
             values.setdefault("cors_allowed_origins", ("*",))
-        policies = {aliases.get(model, model):
-                    self.checked(CONFIG_FIELDS["policy"], value, ("policies", model))
-                    for model, value in self.table("policies").items()}
+        policies, resumes = (
+            {aliases.get(model, model): self.checked(CONFIG_FIELDS[key], value, (table, model))
+             for model, value in self.table(table).items()}
+            for table, key in (("policies", "policy"), ("resumes", "resume")))
         pools = self.pools(servers, overrides.get("pools", (self.table("pools"), ""))[0])
         kubernetes = self.kubernetes(pools, *overrides.get("kubernetes", (None, "")))
         self.check_together(values, keys.values(), policies)
@@ -2125,7 +2145,7 @@ class SettingsReader:
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
-        tables = urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes
+        tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes)
         return Settings(*tables, **values), self.warnings
 
     def check_together(
@@ -2334,7 +2354,7 @@ def line_of(toml: str, path: Path) -> int:
 
 def changes_line(old: Settings, new: Settings) -> str:
     """Which keys have changed, and which of them wait for the next start."""
-    changed = [key for key in (*CONFIG_FIELDS, "aliases", "policies", "pools", "keys", "kubernetes")
+    changed = [key for key in (*CONFIG_FIELDS, *TABLES[2:])
                if getattr(old, key) != getattr(new, key)]
     late = [key for key in changed if key in RESTART_KEYS]
     now = [key for key in changed if key not in late]
@@ -2374,7 +2394,22 @@ PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
 RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
-READ_MEMBERS = (*CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS)
+# Whether another server would say the same again, and what its text can be continued without, each
+# with the values that mean nothing.
+REPEAT_MEMBERS = ("temperature", "seed", "top_k")
+STORED_MEMBERS = ("previous_response_id", "background", "store", "conversation")
+PLAIN_MEMBERS: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "stop": ("", []), "min_tokens": (0,), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "repetition_penalty": (1,), "logprobs": (False,),
+    "top_logprobs": (0,), "prompt_logprobs": (), "echo": (False,), "suffix": ("",),
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (),
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "tool_choice": ("auto", "none"),
+    "return_token_ids": (False,), "continue_final_message": (False,), "prompt_embeds": (),
+    "add_generation_prompt": (True,), "use_beam_search": (False,), "truncate_prompt_tokens": (),
+}
+ASKED_MEMBERS = frozenset((*REPEAT_MEMBERS, *STORED_MEMBERS, *PLAIN_MEMBERS))
+READ_MEMBERS = tuple(dict.fromkeys((
+    *CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS, *ASKED_MEMBERS)))
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS, *PROMPT_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
@@ -3032,6 +3067,7 @@ class Call(NamedTuple):
     stored: str = ""  # the id of the stored response that it asks for, or goes on from
     makes_response: bool = False  # that may be stored,
     names_response: bool = False  # under an id of the client's own
+    asks: Mapping[str, Any] | None = None  # of a stream: those of ASKED_MEMBERS that it has
 
 
 NO_CALL = Call(None)
@@ -3070,11 +3106,14 @@ def read_call(
         content = with_model(content, boundary, spans, model)
     stream = is_true(members.get("stream"))
     session, meant = session_of(head.fields, members, s), meant_path(head.path)
+    asks = None
+    if stream and content and not boundary:
+        asks = {name: members[name] for name in members.keys() & ASKED_MEMBERS}
     if not meant.startswith(RESPONSES_PATH):
-        return Call(model, stream, prompt, session), content
+        return Call(model, stream, prompt, session, asks=asks), content
     makes, names = head.method == "POST" and meant == RESPONSES_PATH, "request_id" in members
     return Call(model, stream, prompt, session, stored_response(head.method, meant, members, spans),
-                makes, names or "request_id" in (spans or ())), content
+                makes, names or "request_id" in (spans or ()), asks), content
 
 
 RESPONSES_PATH = "/v1/responses"
@@ -3701,7 +3740,669 @@ def response_id(start: bytes, streams: bool) -> str:
 
 
 # ============================================================================================
-#  16  engine load
+#  16  transcripts
+# ============================================================================================
+#
+# What a stream has shown, so that another server can go on with it when its own is lost.  While all
+# goes well a Transcript keeps the bytes of whole events, and few of them: nearly all events of a
+# stream differ in some characters only.  After a break they are read (`Shown`).
+
+SHORT_PIECES = 64  # that are packed together
+LESSONS_LIMIT = 12  # from which a transcript learns what its events have in common
+LOOSE_BYTES = 32  # of what is kept of a piece, on average, beyond which it is compressed
+READ_AT_ONCE = 200  # events that are read before others get their turn: about 2 ms
+TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
+BLOCK_BYTES = 120  # that stand around what is packed
+NO_MATCH = b"\n"  # with which no event begins
+# Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
+HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
+
+
+class Memory:
+    """What all transcripts take."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Transcript:
+    """The events that a stream has shown, in order and byte for byte.  It lets whole events pass
+    only, so that there is no break within one, and none that admits a failure: `fault` says which.
+    It counts in the `memory` of all, up to `limit` bytes; beyond, it is `lost`, and no matter."""
+
+    __slots__ = ("fault", "lost", "_memory", "_limit", "_begin", "_end", "_short", "_blocks",
+                 "_last", "_torn", "_lessons", "_counted")
+
+    def __init__(self, memory: Memory, limit: int) -> None:
+        self.fault: Fault | None = None  # that the last event admitted to; it was not shown
+        self.lost = False
+        self._memory, self._limit, self._counted = memory, limit, 0
+        self._begin, self._end = NO_MATCH, b""  # what events have in common
+        self._short: list[bytes] = []  # what was between, of the last pieces
+        self._blocks: list[tuple[bytes, bytes, bytes, bool]] = []  # begin, end, packed, compressed
+        self._last = self._torn = b""  # the last unusual piece; an event that has no end yet
+        self._lessons = 0
+
+    def take(self, piece: bytes) -> bytes:
+        """What of a piece is to be shown.  Called for each piece of the stream."""
+        begin, end = self._begin, self._end
+        if piece.startswith(begin) and piece.endswith(end) and not self._torn:
+            short = self._short
+            short.append(piece[len(begin) : -len(end)])
+            if len(short) >= SHORT_PIECES:
+                self._pack()
+            return piece
+        return self._look(piece)
+
+    def rest(self) -> bytes:
+        """What was held back, at the stream's end."""
+        rest, self._torn = self._torn, b""
+        return rest
+
+    @property
+    def withheld(self) -> bytes:
+        """A server's words for its failure, or the beginning of an event."""
+        return self._torn
+
+    def reopen(self) -> None:
+        """Another server goes on."""
+        self.fault, self._torn = None, b""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its last event is one behind which nothing comes."""
+        last = BLANK_LINE.split(self._last.rstrip())[-1]
+        name, data = parse_event(last)
+        return not (self._short or self.lost) and (data == b"[DONE]" or name in LAST_EVENTS)
+
+    def close(self) -> None:
+        """It is not needed any more."""
+        self._memory.bytes -= self._counted
+        self._counted, self._begin = 0, NO_MATCH
+        self._blocks.clear()
+        self._short.clear()
+
+    def pieces(self) -> Iterator[bytes]:
+        """All that was shown."""
+        self._pack()
+        for begin, end, packed, compressed in self._blocks:
+            text = zlib.decompress(packed) if compressed else packed
+            for short in text.split(b"\0") if begin else (text,):
+                yield begin + short + end
+
+    def _look(self, piece: bytes) -> bytes:
+        """The same for a piece that is unlike those before, or not whole."""
+        piece, cut, self._torn = self._torn + piece, 0, b""
+        if self.lost:
+            return piece
+        for found in BLANK_LINE.finditer(piece):
+            if may_admit(event := piece[cut : found.end()]):
+                name, data = parse_event(event)
+                self.fault = fault_admitted(name, document_at_end(data))
+            if self.fault is not None:
+                break
+            cut = found.end()
+        self._torn = piece[cut:]  # or a server's words for its failure
+        if len(self._torn) > TORN_LIMIT_BYTES:  # no event of a model's
+            self._lose()
+            return piece
+        if cut:
+            self._learn(piece[:cut])
+        return piece[:cut]
+
+    def _learn(self, piece: bytes) -> None:
+        """Keep a piece, and look what it has in common with the last such one."""
+        self._pack()
+        usual = self._begin != NO_MATCH
+        begin, end = (self._begin, self._end) if usual else (self._last, self._last)
+        if begin and self._lessons < LESSONS_LIMIT:
+            self._lessons += 1
+            begin = piece[: piece.rfind(b'"', 0, common_start(begin, piece)) + 1]
+            n = common_start(end[::-1], piece[len(begin) :][::-1])
+            end = piece[len(piece) - n :]
+            end = end[max(0, end.find(b'"')) :]
+            if 2 * (len(begin) + len(end)) > len(piece) and HARMLESS_END.search(end):
+                self._begin, self._end = begin, end
+        self._last = piece
+        self._keep(b"", b"", piece, 1)
+
+    def _pack(self) -> None:
+        """Keep what the last pieces have in common once."""
+        if not self._short:
+            return
+        short, self._short = self._short, []
+        packed = b"\0".join(short)
+        if packed.count(b"\0") == len(short) - 1:
+            self._keep(self._begin, self._end, packed, len(short))
+        else:
+            packed = (self._end + self._begin).join(short)
+            self._keep(b"", b"", self._begin + packed + self._end, len(short))
+
+    def _keep(self, begin: bytes, end: bytes, packed: bytes, pieces: int) -> None:
+        compressed = len(packed) > max(512, LOOSE_BYTES * pieces)
+        packed = zlib.compress(packed, 1) if compressed else packed
+        self._blocks.append((begin, end, packed, compressed))
+        grown = len(packed) + BLOCK_BYTES
+        self._memory.bytes += grown
+        self._counted += grown
+        if self._memory.bytes > self._limit:
+            self._lose()
+
+    def _lose(self) -> None:
+        self.close()
+        self.lost = True
+
+
+def common_start(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
+
+
+# What an event says, as parts: (kind, key, what holds it, its name there).  The key begins with
+# what it belongs to: a choice, an item of the output, a block; None is the whole answer.
+GROWS, LISTED, ONCE = "grows", "listed", "once"  # text; entries; said once, and the same
+COUNTED, OWN = "counted", "own"  # an event of its own; what each server has its own of
+Part = tuple[str, tuple[Any, ...], dict[str, Any], str]
+Shape = dict[str, Any]
+LAST_EVENTS = (b"message_stop", b"response.completed", b"response.incomplete")
+ANSWER_NAMES = ("id", "created", "created_at")  # an answer's own
+ITEM_NAMES = ("id", "call_id")
+
+
+def parts_of(said: Shape) -> Iterator[Part]:
+    """All parts of an event that may have been shown before, or grow."""
+    if isinstance(said.get("choices"), list):
+        return choice_parts(said)
+    return typed_parts(said) if isinstance(said.get("type"), str) else iter(())
+
+
+def own_parts(holder: Shape, names: Iterable[str], *key: Any) -> Iterator[Part]:
+    for name in names:
+        if holder.get(name) is not None:
+            yield OWN, (*key, name), holder, name
+
+
+def choice_parts(said: Shape) -> Iterator[Part]:
+    """Of chat and completions."""
+    yield from own_parts(said, ANSWER_NAMES, None)
+    if not said["choices"]:
+        yield ONCE, (None, "usage"), {}, "usage"
+    for choice in said["choices"]:
+        n = choice.get("index", 0)
+        for name, value in (*choice.items(), *member(choice, "delta", dict).items()):
+            if value is None or name in ("index", "delta"):
+                continue
+            holder = choice if name in choice else choice["delta"]
+            if name == "tool_calls":
+                for call in value:
+                    yield from tool_parts(call, n)
+            elif name == "logprobs":
+                for kind in [one for one in value if isinstance(value[one], list)]:
+                    yield LISTED, (n, name, kind), value, kind
+            else:
+                yield part_kind(name, value), (n, name), holder, name
+
+
+def part_kind(name: str, value: Any) -> str:
+    if isinstance(value, str) and name not in ("role", "finish_reason", "stop_reason"):
+        return GROWS
+    return LISTED if isinstance(value, list) else ONCE
+
+
+def tool_parts(call: Shape, n: int) -> Iterator[Part]:
+    """Of one tool call's part in choice n."""
+    function, key = member(call, "function", dict), (n, "tool", call.get("index", 0))
+    yield from own_parts(call, ("id",), *key)
+    for holder, name in ((call, "type"), (function, "name")):
+        if holder.get(name) is not None:
+            yield ONCE, (*key, name), holder, name
+    if function.get("arguments") is not None:
+        yield GROWS, (*key, "arguments"), function, "arguments"
+
+
+def typed_parts(said: Shape) -> Iterator[Part]:
+    """Of /v1/responses and /v1/messages."""
+    kind, delta = said["type"], said.get("delta")
+    at = said.get("output_index", said.get("index"))
+    key = at, kind, said.get("content_index"), said.get("summary_index")
+    for name in ("response", "message"):
+        yield from own_parts(member(said, name, dict), ANSWER_NAMES, None)
+    for name in ("item", "content_block"):
+        yield from own_parts(member(said, name, dict), ITEM_NAMES, at)
+    if isinstance(delta, str):
+        yield GROWS, key, said, "delta"
+        if said.get("logprobs"):
+            yield LISTED, (*key, "logprobs"), said, "logprobs"
+    elif kind == "content_block_delta" and isinstance(delta, dict):
+        for name, value in delta.items():
+            if name == "signature":
+                yield COUNTED, (*key, name), delta, name
+            elif name != "type":
+                yield part_kind(name, value), (*key, name), delta, name
+    else:
+        yield COUNTED, key, said, ""
+
+
+class Shown:
+    """What was shown, read: the same as dictionaries by key."""
+
+    def __init__(self) -> None:
+        self.said: dict[tuple[Any, ...], Any] = {}  # texts, lists, values, counts
+        self.grown: dict[tuple[Any, ...], list[str]] = {}  # texts, in pieces
+        self.events = 0
+        self.number = -1  # of the last event that has one, in /v1/responses
+
+    def read(self, pieces: Iterable[bytes]) -> Iterator[None]:
+        """Others' turn comes after some events each.  Raises ValueError for what is no event."""
+        for piece in pieces:
+            for event in BLANK_LINE.split(piece):
+                _, data = parse_event(event)
+                if data and data != b"[DONE]":
+                    self.add(JSON.decode(str(data, "utf-8")))
+                    if self.events % READ_AT_ONCE == 0:
+                        yield
+        for key, texts in self.grown.items():
+            self.said[key] = units("".join(texts))
+
+    def add(self, said: Shape) -> None:
+        self.events += 1
+        self.number = said.get("sequence_number", self.number)
+        known = self.said
+        for kind, key, holder, name in parts_of(said):
+            if kind is GROWS:
+                self.grown.setdefault(key, []).append(holder[name])
+            elif kind is LISTED:
+                known.setdefault(key, []).extend(holder[name])
+            elif kind is COUNTED:
+                known[key] = known.get(key, 0) + 1
+            else:
+                known.setdefault(key, holder.get(name))
+
+    def text(self) -> str:
+        """All of it, if it is nothing but one choice's text; '' if there is none of it yet.  Raises
+        ValueError for anything else."""
+        texts = {key: text for key, text in self.said.items() if key in self.grown and text}
+        if texts.keys() - PLAIN_TEXTS or any("tool" in key for key in self.said):
+            raise ValueError("more than text")
+        return whole_characters("".join(texts.values()))
+
+
+PLAIN_TEXTS = {(0, "content"), (0, "text")}
+WIDE = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
+
+
+def units(text: str) -> str:
+    """A text as UTF-16 has it: JSON may cut a character into halves, and events between them."""
+    if text.isascii() or not WIDE.search(text):
+        return text
+    raw = text.encode("utf-16-le", "surrogatepass")
+    return "".join(map(chr, struct.unpack(f"<{len(raw) // 2}H", raw)))
+
+
+def whole_characters(text: str) -> str:
+    """The same with whole characters, where both halves are there."""
+    if text.isascii() or not WIDE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def compact(value: Any) -> bytes:
+    """JSON as vLLM writes it; half a character as an escape."""
+    try:
+        return COMPACT.encode(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+# ============================================================================================
+#  17  resumption
+# ============================================================================================
+#
+# How another server goes on with a stream: whether it can, by what was asked for and shown; and a
+# Join, which compares what it says with what was shown, leaves that out, and keeps the stream's
+# ids.  Never is a wrong, doubled or spliced answer shown as a good one: what differs ends it.
+
+
+class Join:
+    """Has what another server says go on where a stream was.  Used in place of its Transcript,
+    which it goes on with.  Raises BadMessage where the two differ."""
+
+    def __init__(
+        self, shown: Shown, transcript: Transcript, told_tokens: int | None = None,
+        on_news: Callable[[], object] = bool,
+    ) -> None:
+        self.shown, self.transcript, self.on_news = shown, transcript, on_news
+        # Of a text that is continued: how many tokens of it are in the other server's prompt.
+        self.told_tokens = told_tokens
+        texts = {key: text for key, text in shown.said.items() if key in shown.grown}
+        self.left = dict(texts) if told_tokens is None else {}  # what must still come, by key
+        self.behind = {key for key, text in self.left.items() if text}
+        self.counts: dict[tuple[Any, ...], int] = {}  # of what has come of the rest
+        self.theirs: dict[tuple[Any, ...], Any] = {}  # ids, and so on
+        self.names: dict[bytes, bytes] = {}  # the same as written, and the stream's own
+        self.last_words = b""  # to be said at the end
+        self.number = shown.number
+        self.went_on = False  # something new was shown
+        self._torn = b""
+
+    @property
+    def fault(self) -> Fault | None:
+        return self.transcript.fault
+
+    @property
+    def is_whole(self) -> bool:
+        return self.transcript.is_whole
+
+    @property
+    def withheld(self) -> bytes:
+        return self.transcript.withheld
+
+    def rest(self) -> bytes:
+        """What is to be shown at the end."""
+        self.check(None)
+        return self._torn + self.last_words
+
+    def take(self, piece: bytes) -> bytes:
+        """What of a piece is new, as whole events."""
+        piece, cut, out = self._torn + piece, 0, list[bytes]()
+        for found in BLANK_LINE.finditer(piece):
+            event = piece[cut : found.end()]
+            cut = found.end()
+            if new := self.new_of(event):
+                out.append(self.transcript.take(new))
+            if self.transcript.fault is not None:
+                break
+        self._torn = piece[cut:]
+        return b"".join(out)
+
+    def new_of(self, event: bytes) -> bytes:
+        """An event without what was shown; b"" if nothing is left."""
+        name, data = parse_event(event)
+        if data == b"[DONE]":
+            self.check(None)
+        if not data or data == b"[DONE]" or may_admit(event) and fault_admitted(
+                name, document_at_end(data)):
+            return event
+        try:
+            return self.rest_of(event, name, JSON.decode(str(data, "utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            text = "an event of another server's is not to be understood"
+            raise BadMessage(text, Fault.RESUME_DIFFERS) from None
+
+    def rest_of(self, event: bytes, name: bytes, said: Shape) -> bytes:
+        parts, trimmed = list(parts_of(said)), False
+        new = set[Any]()  # what anything new belongs to
+        for part in parts:
+            fresh, cut = self.trim(part)
+            trimmed = trimmed or cut
+            if fresh:
+                new.add(part[1][0] if "choices" in said else None)
+        if not new:
+            return b""
+        for one in new:
+            self.check(one)
+        if not self.went_on:
+            self.went_on = True
+            self.on_news()
+        if trimmed:
+            drop_empty(said)
+        return self.written(event, name, said, trimmed)
+
+    def trim(self, part: Part) -> tuple[bool, bool]:
+        """Take what was shown from a part.  Returns whether anything new is left of it, and whether
+        anything was taken."""
+        kind, key, holder, name = part
+        known = self.shown.said.get(key)
+        if kind is GROWS:
+            return self.trim_text(key, holder, name)
+        if kind is LISTED:
+            at, entries = self.counts.get(key, 0), holder[name]
+            old = 0 if self.told_tokens is not None else max(0, len(known or ()) - at)
+            self.counts[key] = at + len(entries)
+            holder[name] = entries[old:]
+            return len(entries) > old, old > 0 and entries != []
+        if kind is OWN:
+            return self.trim_own(key, holder, name)
+        if kind is COUNTED:
+            self.counts[key] = self.counts.get(key, 0) + 1
+            return self.counts[key] > (known or 0), False
+        if key not in self.shown.said:
+            return True, False
+        if name in holder and holder[name] != known:
+            raise differs(key)
+        holder.pop(name, None)
+        return False, True
+
+    def trim_text(self, key: tuple[Any, ...], holder: Shape, name: str) -> tuple[bool, bool]:
+        if self.told_tokens is not None and key[1] not in ("content", "text", "tool"):
+            raise differs(key)
+        left = self.left.get(key)
+        if not left:
+            return holder[name] != "", False
+        text = units(holder[name])
+        if not (left.startswith(text) or text.startswith(left)):
+            raise differs(key)
+        self.left[key] = left[len(text) :]
+        if len(text) >= len(left):
+            self.behind.discard(key)
+        holder[name] = whole_characters(text[len(left) :])
+        return len(text) > len(left), text != ""
+
+    def check(self, of: Any) -> None:
+        """Raises BadMessage if something new is said of what has not come to where it was."""
+        for key in self.behind:
+            if of is None or key[0] == of:
+                raise differs(key)
+
+    def trim_own(self, key: tuple[Any, ...], holder: Shape, name: str) -> tuple[bool, bool]:
+        """Note what of theirs stands for what of the stream's.  A tool call's id is said once."""
+        known, theirs, of_tool = self.shown.said.get(key), holder[name], "tool" in key
+        if known is None:
+            return of_tool, False
+        if known != theirs != self.theirs.get(key):
+            self.theirs[key] = theirs
+            for space in ("", " "):
+                place = "" if isinstance(known, str) else f'"{name}":{space}'
+                found, put = (place.encode() + compact(one) for one in (theirs, known))
+                self.names[found] = put
+        if of_tool:
+            del holder[name]
+        return False, of_tool
+
+    def written(self, event: bytes, name: bytes, said: Shape, trimmed: bool) -> bytes:
+        """The event as it is shown."""
+        if self.told_tokens and (usage := member(said, "usage", dict)):
+            for what, tokens in (("prompt_tokens", -self.told_tokens),
+                                 ("completion_tokens", self.told_tokens)):
+                if isinstance(usage.get(what), int):
+                    usage[what] += tokens
+                    trimmed = True
+        if trimmed:
+            event = b"event: " + name + b"\n" if name else b""
+            event += b"data: " + compact(said) + b"\n\n"
+        for theirs, ours in self.names.items():
+            event = event.replace(theirs, ours)
+        if "sequence_number" in said:
+            self.number += 1
+            event = SEQUENCE_NUMBER.sub(b'"sequence_number":%d' % self.number, event)
+        return event
+
+
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
+
+
+def differs(key: tuple[Any, ...]) -> BadMessage:
+    what = ".".join(str(one) for one in key if one is not None)
+    return BadMessage(f"another server's answer differs in {what}", Fault.RESUME_DIFFERS)
+
+
+def drop_empty(said: Shape) -> None:
+    """Leave out the choices, and the parts of tool calls, of which nothing is left."""
+    kept = list[Shape]()
+    for choice in said.get("choices", ()):
+        delta = member(choice, "delta", dict)
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = [call for call in calls if says_anything(call)]
+            if not delta["tool_calls"]:
+                del delta["tool_calls"]
+        if says_anything(choice):
+            kept.append(choice)
+    if "choices" in said:
+        said["choices"] = kept
+
+
+def says_anything(said: Any) -> bool:
+    """Whether there is anything in it but places and what is empty."""
+    if isinstance(said, dict):
+        return any(name != "index" and says_anything(value) for name, value in said.items())
+    return said is not None and said not in ("", [])
+
+
+class Way(Enum):
+    """How a stream goes on at another server."""
+
+    REPEAT = "repeat"  # all is said again; what was shown is left out
+    CONTINUE = "continue"  # the text so far is part of the prompt
+
+
+class Prospect(NamedTuple):
+    """Whether a stream could go on elsewhere, and how; else why not: a label, and in words."""
+
+    way: Way | None
+    reason: str = ""
+    text: str = ""
+
+
+RESUMED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+SEEDED_PATHS = RESUMED_PATHS[:3]  # /v1/messages knows no seed
+BUDGETS = ("max_tokens", "max_completion_tokens")
+COMPLETION_TOKENS = 16  # that vLLM generates for /v1/completions unless it is told otherwise
+MEDIA_MEMBERS = ("url", "image_url", "video_url", "audio_url", "file_url", "file_id")
+
+
+NO_STREAM = Prospect(None)
+
+
+def first_prospect(call: Call, head: RequestHead, path: str, s: Settings) -> Prospect:
+    """Whether a stream is kept from its beginning on, so that it could go on."""
+    allowed = s.resumes.get(call.model or "", s.resume)
+    if allowed == "off" or not s.max_retries:
+        return Prospect(None, "off", "the settings say so")
+    if head.fields.get("x-mvllm-resume").lower() in ("off", "no", "false", "0"):
+        return Prospect(None, "client", "its client said so")
+    if "x-data-parallel-rank" in head.fields.values:
+        return Prospect(None, "rank", "its client chose the engine")
+    asked = call.asks if head.method == "POST" else None
+    return prospect_of(dict(asked), path, allowed) if asked is not None else Prospect(
+        None, "path", f"{head.method} of this path is not gone on with")
+
+
+def prospect_of(asked: Shape, path: str, allowed: str) -> Prospect:
+    """By what a request asks for; what was shown may change that."""
+    if path not in RESUMED_PATHS:
+        return Prospect(None, "path", f"{path} is not gone on with")
+    for name in STORED_MEMBERS:
+        if asked.get(name):
+            return Prospect(None, "stored", f"{name} is of one server")
+    if is_repeatable(asked, path):
+        return Prospect(Way.REPEAT)
+    if allowed != Way.CONTINUE.value:
+        return Prospect(None, "sampled", "it is sampled without a seed")
+    if path not in RESUMED_PATHS[:2]:
+        return Prospect(None, "path", f"{path} is not continued")
+    for name, neutral in PLAIN_MEMBERS.items():
+        value = asked.get(name)  # of which 0 is not false: it asks for logprobs
+        if value is not None and (type(value) is bool, value) not in [
+                (type(one) is bool, one) for one in neutral]:
+            return Prospect(None, "not_plain", f"{name} keeps its text from being continued")
+    return Prospect(Way.CONTINUE)
+
+
+def is_repeatable(asked: Mapping[str, Any], path: str) -> bool:
+    """Whether any server of the model says the same: vLLM samples at a temperature of 1e-6, and
+    takes a seed of -1 for none."""
+    heat, seed, top_k = map(asked.get, REPEAT_MEMBERS)
+    seeded = path in SEEDED_PATHS and type(seed) is int and seed != -1
+    greedy = type(heat) in (int, float) and heat == 0
+    return seeded or greedy or (type(top_k) is int and top_k == 1)
+
+
+def prospect_with(prospect: Prospect, document: Shape, shown: Shown) -> Prospect:
+    """The same, now that it must be known exactly."""
+    said = [document.get(name) for name in (*PROMPT_MEMBERS, *LEADING_MEMBERS)]
+    if names_media(said):
+        return Prospect(None, "media", "what its media's URLs mean may have changed")
+    if prospect.way is not Way.CONTINUE:
+        return prospect
+    try:
+        text = shown.text()
+    except ValueError:
+        return Prospect(None, "not_plain", "more than text was shown")
+    prompt, messages = document.get("prompt"), document.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    speaks = isinstance(last, dict) and last.get("role") != "assistant"
+    if not text:
+        return Prospect(Way.REPEAT)  # any answer will do
+    return prospect if speaks or isinstance(prompt, str) else Prospect(
+        None, "not_plain", "its prompt is none that a text can follow")
+
+
+def names_media(said: Any) -> bool:
+    """Whether there are URLs in it that are no data."""
+    if isinstance(said, list):
+        return any(map(names_media, said))
+    if not isinstance(said, dict):
+        return False
+    links = [value for name, value in said.items()
+             if name in MEDIA_MEMBERS and isinstance(value, str)]
+    return any(not link.startswith("data:") for link in links) or any(
+        map(names_media, said.values()))
+
+
+def with_text(document: Shape, text: str) -> Shape:
+    """A request whose answer begins behind that text."""
+    if "messages" not in document:
+        return {**document, "prompt": document["prompt"] + text}
+    so_far = {"role": "assistant", "content": text}
+    return {**document, "messages": [*document["messages"], so_far],
+            "add_generation_prompt": False, "continue_final_message": True}
+
+
+TOKENIZED_MEMBERS = (
+    "model", "prompt", "messages", "tools", "add_special_tokens", "add_generation_prompt",
+    "continue_final_message", "chat_template", "chat_template_kwargs", "mm_processor_kwargs",
+    "media_io_kwargs")
+
+
+def within_budget(document: Shape, tokens: int) -> Shape | None:
+    """A request that may generate so many tokens less; None if nothing is left."""
+    given = {name: document[name] for name in BUDGETS if type(document.get(name)) is int}
+    if "messages" not in document and "max_tokens" not in document:
+        given["max_tokens"] = COMPLETION_TOKENS
+    left = {name: value - tokens for name, value in given.items()}
+    return None if any(value < 1 for value in left.values()) else {**document, **left}
+
+
+def with_seed(content: Content, seed: int) -> bytes:
+    """A JSON object with that seed, in place of null if it says so."""
+    content = bytes(content)
+    spans = member_spans(content, ("seed",)) if b'"seed"' in content else {}
+    begin, end = spans.get("seed", (0, 0))
+    if end:
+        return b"%b%d%b" % (content[:begin], seed, content[end:])
+    at = content.index(b"{") + 1
+    return b'%b"seed":%d,%b' % (content[:at], seed, content[at:])
+
+
+# ============================================================================================
+#  18  engine load
 # ============================================================================================
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
@@ -3878,7 +4579,7 @@ def is_plain(value: Any, depth: int) -> bool:
 
 
 # ============================================================================================
-#  17  health
+#  19  health
 # ============================================================================================
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -4097,7 +4798,7 @@ class Health(NamedTuple):
 
 
 # ============================================================================================
-#  18  pace
+#  20  pace
 # ============================================================================================
 #
 # What a server has of ours, counted in place, and how fast it is, in two figures that are learned
@@ -4295,7 +4996,7 @@ class AnswerLengths:
 
 
 # ============================================================================================
-#  19  servers
+#  21  servers
 # ============================================================================================
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -4631,7 +5332,7 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
 
 
 # ============================================================================================
-#  20  learning
+#  22  learning
 # ============================================================================================
 #
 # What a server's reports teach of it besides its pace: its time per output token as it is now, its
@@ -4739,7 +5440,7 @@ def learned_after(
 
 
 # ============================================================================================
-#  21  fleet
+#  23  fleet
 # ============================================================================================
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -5088,7 +5789,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ============================================================================================
-#  22  roster
+#  24  roster
 # ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -5275,7 +5976,7 @@ class Roster:
 
 
 # ============================================================================================
-#  23  estimates
+#  25  estimates
 # ============================================================================================
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
@@ -5359,7 +6060,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
 
 
 # ============================================================================================
-#  24  policies
+#  26  policies
 # ============================================================================================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -5700,7 +6401,7 @@ class Expression(Formula):
 
 
 # ============================================================================================
-#  25  ranking
+#  27  ranking
 # ============================================================================================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -6051,7 +6752,7 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
 
 
 # ============================================================================================
-#  26  queue
+#  28  queue
 # ============================================================================================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -6169,7 +6870,7 @@ class WaitQueue:
 
 
 # ============================================================================================
-#  27  poison
+#  29  poison
 # ============================================================================================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -6247,7 +6948,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ============================================================================================
-#  28  plans
+#  30  plans
 # ============================================================================================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -6276,6 +6977,8 @@ class Outcome(NamedTuple):
     lease: Lease | None = None  # of Queue: with the server that has room now,
     ranking: Ranking | None = None  # and why it is that one
     deaths: int = 0  # of Relay: how many servers have died with that content, this one, too
+    went_on: bool = False  # of Resume: something new was shown
+    prospect: Prospect | None = None  # of Recall: whether the answer can go on, and how
 
 
 class Relay(NamedTuple):
@@ -6292,6 +6995,19 @@ class Relay(NamedTuple):
         """Whether another server takes longer prompts than this one."""
         servers = {view.server for view in self.ranking.views}
         return len(self.ranking.as_short(self.server)) < len(servers)
+
+
+class Recall(NamedTuple):
+    """Look how an answer that was begun, and broke like this, could go on at another server."""
+
+    outcome: Outcome
+
+
+class Resume(NamedTuple):
+    """Have another server go on with an answer that broke."""
+
+    relay: Relay
+    way: Way
 
 
 class Pause(NamedTuple):
@@ -6326,12 +7042,14 @@ class GiveUp(NamedTuple):
 
 
 class BreakOff(NamedTuple):
-    """End an answer that was begun and cannot be finished so that nobody takes it for whole."""
+    """End an answer that was begun and cannot be finished so that nobody takes it for whole; `why`
+    says in a word why no other server goes on."""
 
     outcome: Outcome
+    why: str = ""
 
 
-Step = Relay | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
+Step = Relay | Recall | Resume | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
 Plan = Generator[Step, Outcome, None]
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
@@ -6401,8 +7119,12 @@ class Retries:
             return True
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED:
             self.tried |= ranking.as_short(ranking.best or "")
-        left = self.settings.max_retries + 1 - (self.attempts - len(self.lacking))
-        return fault is not None and may_retry(fault, self.settings) and left > 0
+        return fault is not None and may_retry(fault, self.settings) and self.left > 0
+
+    @property
+    def left(self) -> int:
+        """How many more attempts there may be."""
+        return self.settings.max_retries + 1 - (self.attempts - len(self.lacking))
 
 
 def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
@@ -6417,7 +7139,7 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
             break
         outcome = yield Relay(ranking.best or "", request, ranking, found.lease, retries.attempts)
         if outcome.committed and outcome.fault is not None:
-            yield BreakOff(outcome)
+            yield from resume_plan(request, retries, outcome, ranking)
         if outcome.committed or outcome.fault is None:
             return
         goes_on = retries.record_attempt(outcome, ranking)
@@ -6432,6 +7154,49 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
         if follows or not goes_on:
             break
     yield GiveUp(failure)
+
+
+def resume_plan(
+    request: OutboundRequest, retries: Retries, broken: Outcome, ranking: Ranking
+) -> Plan:
+    """An answer that broke after its beginning goes on at another server, or breaks off.  One that
+    does not begin is followed by the next; one that breaks before anything new was shown, or says
+    something else, is the last."""
+    failure = last = broken
+    why = "died_twice" if broken.deaths >= DEADLY else ""
+    while not why:
+        retries.tried |= {ranking.server}
+        found = (yield Recall(failure)).prospect or NO_STREAM
+        ranking, room = yield from resume_ranking(retries, found, last, ranking)
+        if room.fault is not None or found.way is None:
+            why = room.text
+            break
+        relay = Relay(ranking.best or "", request, ranking, room.lease, retries.attempts)
+        last = yield Resume(relay, found.way)
+        if last.fault is None:
+            return
+        if last.deaths >= DEADLY:
+            failure, why = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE, True), "died_twice"
+        elif last.fault.retry is Retry.NEVER:
+            failure, why = last, last.fault.label
+        elif last.committed:
+            failure, why = last, "" if last.went_on else "twice"
+    yield BreakOff(failure, why)
+
+
+def resume_ranking(
+    retries: Retries, found: Prospect, failure: Outcome, ranking: Ranking
+) -> Generator[Step, Outcome, tuple[Ranking, Outcome]]:
+    """The ranking whose best server goes on, and the outcome of a wait for it; where there is none
+    a fault, and why in a word."""
+    if found.way is None or retries.left <= 0:
+        return ranking, Outcome(failure.fault, "max_retries" if found.way else found.reason)
+    another = yield from retries.ranked(failure)
+    if another is None:
+        return ranking, Outcome(failure.fault, "retry_budget")
+    another, room = yield from given_room(
+        another, retries.choose, retries.lacking, retries.settings)
+    return another, room._replace(text=room.fault.label) if room.fault else room
 
 
 def first_ranking(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranking]:
@@ -6512,7 +7277,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ============================================================================================
-#  29  client keys
+#  31  client keys
 # ============================================================================================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -6641,7 +7406,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ============================================================================================
-#  30  access
+#  32  access
 # ============================================================================================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -6982,7 +7747,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ============================================================================================
-#  31  documents
+#  33  documents
 # ============================================================================================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -7142,7 +7907,7 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
 
 
 # ============================================================================================
-#  32  metrics
+#  34  metrics
 # ============================================================================================
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -7162,6 +7927,11 @@ LIMIT_NAMES = (
 
 
 SOURCE_NAMES = tuple(source.value for source in Source)
+# Streams that broke off.
+RESUMES = ("mvllm_resumes_total", "Attempts of other servers to go on with a stream.", "way",
+           "result")
+NOT_RESUMED = ("mvllm_resumes_refused_total", "Streams that broke off, by why no other went on.",
+               "reason")
 
 
 class Metrics:
@@ -7234,7 +8004,8 @@ class Metrics:
         self.lookups = Counter("mvllm_name_lookups_total", "Lookups of servers' names.", "result")
 
     def begin(self) -> None:
-        """Counts of 0, so that a rate over them exists from the start."""
+        """Those of streams that broke, and counts of 0, so that a rate exists from the start."""
+        self.resumes, self.not_resumed = Counter(*RESUMES), Counter(*NOT_RESUMED)
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
         for counter, values in ((self.reloads, ("applied", "refused")),
@@ -7334,7 +8105,7 @@ def gauges(
 
 
 # ============================================================================================
-#  33  records
+#  35  records
 # ============================================================================================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -7483,7 +8254,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================================================================================
-#  34  recent past
+#  36  recent past
 # ============================================================================================
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
@@ -7661,7 +8432,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ============================================================================================
-#  35  status
+#  37  status
 # ============================================================================================
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
@@ -7935,7 +8706,7 @@ def status_report(
 
 
 # ============================================================================================
-#  36  sockets
+#  38  sockets
 # ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -8095,7 +8866,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================================================================================
-#  37  wire
+#  39  wire
 # ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -8105,6 +8876,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 # again when it fires instead of being set anew.
 
 READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
+SPARE_PART = 4  # the part of max_buffered_bytes that may be content kept in case a stream breaks
 LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
 # Where all wires receive: a new buffer for each piece, as asyncio.Protocol has it, costs a streamed
 # token 5 to 12 % more.  What is in it is there until the next wire is asked.
@@ -8142,6 +8914,9 @@ class Backlog:
         self.unread_bytes = 0
         self._poll, self._stopped = select.poll(), dict[int, Wire]()  # by descriptor
         self._timer: asyncio.TimerHandle | None = None
+        # Content kept in case its stream breaks, the oldest first: what gives it up, and its bytes.
+        self._spare: dict[int, tuple[Callable[[], object], int]] = {}
+        self._spare_bytes = 0
 
     @property
     def bytes(self) -> int:
@@ -8149,7 +8924,25 @@ class Backlog:
 
     def full(self, own: int) -> bool:
         """Whether too much is held; that of one client alone never is."""
+        while self._spare and self.limit < self.content_bytes + self.unread_bytes:
+            self._give_up_oldest()
         return self.limit < self.content_bytes + self.unread_bytes != own
+
+    def spare(self, key: int, size: int, give_up: Callable[[], object]) -> None:
+        """This content is no longer needed unless its stream breaks: it is among a quarter of what
+        may be held, and `give_up` is called when there is no room for it."""
+        self._spare[key], self._spare_bytes = (give_up, size), self._spare_bytes + size
+        while self._spare_bytes > self.limit // SPARE_PART:
+            self._give_up_oldest()
+
+    def unspare(self, key: int) -> None:
+        """It is released."""
+        if key in self._spare:
+            self._spare_bytes -= self._spare.pop(key)[1]
+
+    def _give_up_oldest(self) -> None:
+        give_up, _ = self._spare[next(iter(self._spare))]
+        give_up()
 
     def watch(self, wire: Wire) -> None:
         """This wire is not read from any more,"""
@@ -8494,7 +9287,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================================================================================
-#  38  secrets
+#  40  secrets
 # ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -8677,7 +9470,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================================================================================
-#  39  client
+#  41  client
 # ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -8880,7 +9673,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================================================================================
-#  40  pool
+#  42  pool
 # ============================================================================================
 #
 # The connections to one server over which requests are passed on.
@@ -9015,7 +9808,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================================================================================
-#  41  pump
+#  43  pump
 # ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -9026,6 +9819,8 @@ INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 
 
+NOT_WHOLE = "the server ended the answer before it was whole"
+StreamKeeper = Transcript | Join  # of the events of a stream that may go on at another server
 TINY_CHUNKS_BYTES = 16 * 1024  # of a piece's framing; taking it apart takes some ms
 
 
@@ -9039,20 +9834,21 @@ class Pump:
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "pieces",
-        "tail", "moved_at", "looked_bytes", "_notation", "_lent", "_silence_s", "_patience_s",
-        "_look_s", "_seen", "_gaps", "_gaps_child",
+        "tail", "moved_at", "looked_bytes", "keeper", "_notation", "_lent", "_silence_s",
+        "_patience_s", "_look_s", "_seen", "_gaps", "_gaps_child",
     )
 
     def __init__(
         self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, notation: Notation,
         silence_s: float, patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
-        shown: bytes = b"",
+        shown: bytes = b"", keeper: StreamKeeper | None = None,
     ) -> None:
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
+        self.keeper = keeper
         self._notation = notation
         self.done: asyncio.Future[None] = client.loop.create_future()
         # Pieces go on as they are.
-        self._lent = not (chunked or isinstance(decoder, ChunkedDecoder))
+        self._lent = not (chunked or isinstance(decoder, ChunkedDecoder) or keeper)
         self.sent_bytes = self.pieces = 0
         self.first_at: float | None = None  # when the first piece came
         # The last pieces, of what was shown before, too.
@@ -9080,6 +9876,8 @@ class Pump:
         data: Any = piece if self._lent else bytes(piece)
         try:
             content = out = decoder.feed(data)
+            if self.keeper is not None and content:
+                content = self.keeper.take(content)
         except BadMessage as bad:
             self._end(bad)
             return
@@ -9094,11 +9892,18 @@ class Pump:
             self.sent_bytes += len(content)
             self.pieces += 1
             if self.chunked:
-                out = data if decoder.verbatim else encode_chunk(content)
+                out = data if decoder.verbatim and content is out else encode_chunk(content)
+            else:
+                out = content
+        elif out:  # held back, or shown before
+            self.moved_at, out = now, b""
         if len(data) - len(content) > TINY_CHUNKS_BYTES:  # others have their turn between them
             wire.at_once = RECEIVED[:TINY_CHUNKS_BYTES]
         wire.deadline = now + self._look_s
-        if decoder.done:
+        if self.keeper is not None and self.keeper.fault is not None:
+            self.client.transport.write(out)
+            self._end(BadMessage(NOT_WHOLE, self.keeper.fault))
+        elif decoder.done:
             self._finish(bytes(out))
         elif self._lent:
             self.client.write_lent(out)
@@ -9116,9 +9921,15 @@ class Pump:
         """The last bytes.  An end that is well-formed may still be that of an answer cut short;
         it stays away then, unless the server's own last event tells the client."""
         fault = bad_end(b"".join(self.tail)[-TAIL_BYTES:], self._notation)
+        try:
+            if self.keeper is not None and (rest := self.keeper.rest()):
+                out += encode_chunk(rest) if self.chunked else rest
+        except BadMessage as bad:
+            self._end(bad)
+            return
         if fault is not Fault.ABORTED:
             self.client.transport.write(out + LAST_CHUNK if self.chunked else out)
-        self._end(fault and BadMessage("the server ended the answer before it was whole", fault))
+        self._end(fault and BadMessage(NOT_WHOLE, fault))
 
     def expired(self, wire: Wire) -> None:
         """Silence is the server's, unless it is held because the client takes nothing; a client
@@ -9225,7 +10036,7 @@ class Tunnel:
 
 
 # ============================================================================================
-#  42  response
+#  44  response
 # ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -9313,6 +10124,7 @@ class Response:
         self.tail = b""  # the last pieces of content that were sent
         self.first_byte_at: float | None = None
         self.end = "complete"  # or the label of a fault
+        self.keeper: StreamKeeper | None = None  # of what it shows, if it can go on elsewhere
         self._usage: tuple[bytes, dict[str, int]] = b"", {}  # of which tail
 
     @property
@@ -9353,7 +10165,7 @@ class Response:
         is ours, and any server's answer may still follow."""
         if self.client.blocked:
             return  # it has not taken the last ones
-        if not self.heartbeat_sent:
+        if not (self.heartbeat_sent or self.begun):
             self.heartbeat_sent = self.streams = True
             self.framing = CHUNKED if self.request.minor else UNTIL_CLOSE
             self.persists = self.persists and self.framing == CHUNKED
@@ -9410,6 +10222,14 @@ class Response:
         chunked = self.framing == CHUNKED
         self.client.transport.write(encode_chunk(content) if chunked else content)
 
+    def go_on(self, content: bytes, done: bool) -> None:
+        """Write what another server has to say, after a break; all of the rest if it is `done`."""
+        if content:
+            self.write(content)
+            self.sent(len(content), content[-TAIL_BYTES:], None)
+        if done and self.framing == CHUNKED:
+            self.client.transport.write(LAST_CHUNK)
+
     def sent(self, size: int, tail: bytes, first_at: float | None) -> None:
         """Book content that was written."""
         self.sent_bytes += size
@@ -9462,8 +10282,29 @@ class Response:
         self.write(event)  # and the last chunk stays away
 
 
+class abandoned_if_gone:  # it reads as a sentence
+    """`with abandoned_if_gone(client):` the block is left by PeerGone the moment the client
+    leaves, wherever it waits."""
+
+    __slots__ = ("_client", "_task")
+
+    def __init__(self, client: Wire, task: asyncio.Task[Any] | None = None) -> None:
+        self._client, self._task = client, task or asyncio.current_task()
+
+    def __enter__(self) -> None:
+        if self._client.gone:
+            raise self._client.departure()
+        self._client.on_gone = self._task.cancel  # type: ignore[union-attr]
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._client.on_gone = None
+        if kind is asyncio.CancelledError and self._client.gone:
+            self._task.uncancel()  # type: ignore[union-attr]
+            raise self._client.departure() from None
+
+
 # ============================================================================================
-#  43  logging
+#  45  logging
 # ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -9787,7 +10628,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  44  shared state
+#  46  shared state
 # ============================================================================================
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
@@ -9809,6 +10650,8 @@ class Running(Protocol):
 
     @property
     def waits(self) -> bool: ...
+    def movable(self) -> bool: ...
+    def move(self) -> None: ...
     def give_up(self, even_begun: bool) -> None: ...
 
 
@@ -9961,6 +10804,7 @@ class Requests:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.poison = Poison()
+        self.memory = Memory()  # of streams that may go on elsewhere
         self.tests: dict[bytes, asyncio.Event] = {}  # of contents in `poison` that are being tried
         self.stored = StoredResponses()
         self.running: dict[str, set[Running]] = {}  # by server
@@ -9976,7 +10820,7 @@ class Requests:
 
 
 # ============================================================================================
-#  45  core
+#  47  core
 # ============================================================================================
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
@@ -10126,29 +10970,8 @@ class Core:
             self.metrics.limits.add(limit)
 
 
-class abandoned_if_gone:  # it reads as a sentence
-    """`with abandoned_if_gone(client):` the block is left by PeerGone the moment the client
-    leaves, wherever it waits."""
-
-    __slots__ = ("_client", "_task")
-
-    def __init__(self, client: Wire, task: asyncio.Task[Any] | None = None) -> None:
-        self._client, self._task = client, task or asyncio.current_task()
-
-    def __enter__(self) -> None:
-        if self._client.gone:
-            raise self._client.departure()
-        self._client.on_gone = self._task.cancel  # type: ignore[union-attr]
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._client.on_gone = None
-        if kind is asyncio.CancelledError and self._client.gone:
-            self._task.uncancel()  # type: ignore[union-attr]
-            raise self._client.departure() from None
-
-
 # ============================================================================================
-#  46  intake
+#  48  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -10192,8 +11015,13 @@ class RequestContent(HeldContent):
         too little to be counted."""
         if not keeps:
             self.content = b""
+        self._backlog.unspare(id(self))
         self._backlog.content_bytes -= self._held_bytes
         self._held_bytes = 0
+
+    def spare(self, give_up: Callable[[], object]) -> None:
+        """It is needed only if its stream breaks; `give_up` must release it."""
+        self._backlog.spare(id(self), self._held_bytes, give_up)
 
     async def _received(self, looks: bool) -> tuple[Content, Spans | None]:
         """The content as it comes.  Large JSON is looked through meanwhile, if `looks`, so that it
@@ -10286,7 +11114,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  47  attempt
+#  49  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -10327,7 +11155,7 @@ class Attempt:
 
     def __init__(
         self, core: Core, step: Relay, response: Response,
-        wants_second_opinion: Callable[[str], bool],
+        wants_second_opinion: Callable[[str], bool], movable: Callable[[], bool],
     ) -> None:
         self.core, self.step, self.response = core, step, response
         self.request, self.settings = step.request, response.settings
@@ -10339,8 +11167,9 @@ class Attempt:
         self.content_bytes = len(step.request.body.content)
         self.wire: Wire | None = None  # while nothing of an answer was shown
         self.pump: Pump | None = None
-        self.frozen = False
-        self._wants_second_opinion = wants_second_opinion
+        self.lost_by = Fault.SERVER_FROZEN  # if we give it up
+        self.given_up = False
+        self._wants_second_opinion, self.movable = wants_second_opinion, movable
         self._commit: Commit = lambda answer: False
 
     @property
@@ -10355,8 +11184,14 @@ class Attempt:
         never end, let that be seen."""
         wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
         if wire is not None:
-            self.frozen, wire.reused = True, False
+            self.given_up, wire.reused = True, False
             wire.abort()
+
+    def move(self) -> None:
+        """Another server goes on with the stream, if one can."""
+        if self.pump is not None and self.movable():
+            self.lost_by, self.given_up = Fault.MOVED, True
+            self.pump.server.abort()
 
     async def outcome(self, commit: Commit) -> Outcome:
         """What became of asking the server, whatever it did.  `commit` is called once it has an
@@ -10375,10 +11210,10 @@ class Attempt:
                 finally:
                     self.pool.keep(wire)
         except PeerGone as gone:
-            fault = Fault.SERVER_FROZEN if self.frozen else gone.fault
+            fault = self.lost_by if self.given_up else gone.fault
             return Outcome(fault, str(gone), response.begun)
         except BadMessage as bad:
-            theirs = bad.fault.blame is Blame.SERVER
+            theirs = bad.fault.blame is not Blame.CLIENT
             return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
         except TimeoutError:
             attempts.discard(self)  # others are asked what they have seen
@@ -10483,16 +11318,22 @@ class Attempt:
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
         """Show the client the rest of the answer as it comes."""
         response, s, gaps = self.response, self.settings, self.core.metrics.gaps
+        if (keeper := response.keeper) is not None and keeper.fault is not None:
+            raise BadMessage(NOT_WHOLE, keeper.fault)
         child = gaps.child(self.request.model_label) if response.streams else None
         self.pump = pump = Pump(
             response.client, wire, decoder, response.framing == CHUNKED, response.notation,
-            s.request_timeout, s.body_timeout, gaps, child, response.tail)
+            s.request_timeout, s.body_timeout, gaps, child, response.tail, keeper)
         try:
             await pump.done
+        except (PeerGone, BadMessage, TimeoutError):
+            if keeper is None or not keeper.is_whole:
+                raise
+            response.go_on(b"", True)  # nothing was lost but the end of its framing
         finally:
             wire.sink = response.client.feeder = None
-            tail = b"".join(pump.tail)[-TAIL_BYTES:]
-            response.sent(pump.sent_bytes, tail, pump.first_at)
+            tail = b"".join((*pump.tail, keeper.withheld if keeper and keeper.fault else b""))
+            response.sent(pump.sent_bytes, tail[-TAIL_BYTES:], pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
         """The server agreed to another protocol: from here on bytes go both ways, untouched."""
@@ -10509,7 +11350,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  48  case
+#  50  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -10647,7 +11488,7 @@ class Case:
 
 
 # ============================================================================================
-#  49  accounts
+#  51  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -10703,7 +11544,100 @@ def facts_of(
 
 
 # ============================================================================================
-#  50  exchange
+#  52  resuming
+# ============================================================================================
+#
+# A stream that may go on at another server: what it has shown, from its first event on, and after
+# a break what is asked of the other one.
+
+
+class Resuming:
+    """One such stream."""
+
+    def __init__(
+        self, core: Core, s: Settings, request: OutboundRequest, prospect: Prospect, id: str
+    ) -> None:
+        self.core, self.settings, self.request, self.id = core, s, request, id
+        self.first, self.transcript = prospect, Transcript(core.requests.memory, s.resume_bytes)
+        self.broken_at, self.broken = 0.0, ""  # the last break, and where and how
+        self.document: dict[str, Any] = {}  # what was asked
+        self.shown = Shown()
+        self._waits = False  # since that break nothing new was shown
+
+    async def recall(self, outcome: Outcome, server: str, content: Content) -> Prospect:
+        """Read what was shown.  Returns how the stream can go on after that outcome."""
+        now, s = asyncio.get_running_loop().time(), self.settings
+        if not self._waits:
+            label = outcome.fault.label if outcome.fault else ""
+            self._waits, self.broken_at, self.broken = True, now, f"{label} at {server}"
+        if now > self.broken_at + s.resume_within:
+            return Prospect(None, "resume_within", f"{s.resume_within:g} s were not enough")
+        if self.transcript.lost or not content:
+            limit = "resume_bytes" if self.transcript.lost else "max_buffered_bytes"
+            return Prospect(None, limit, "there was no room to keep it")
+        self.transcript.reopen()
+        self.shown = Shown()
+        try:
+            for _ in self.shown.read(self.transcript.pieces()):
+                await asyncio.sleep(0)
+            self.document = JSON.decode(str(content, "utf-8"))
+            return prospect_with(self.first, self.document, self.shown)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return Prospect(None, "unreadable", "what was shown is not to be understood")
+
+    async def join(
+        self, way: Way, step: Relay, on_news: Callable[[], object]
+    ) -> tuple[OutboundRequest, Join]:
+        """What is asked of another server, and what joins its answer.  Raises PeerGone, BadMessage,
+        TimeoutError."""
+        request, tokens = step.request, None
+        if way is Way.CONTINUE:
+            view = step.ranking.asked
+            assert view is not None
+            document, tokens = await self.continued(self.core.pools.get(view.settings).client)
+            request = request._replace(body=HeldContent(compact(document)))
+        join = Join(self.shown, self.transcript, tokens, on_news)
+        name = step.ranking.asked.name if step.ranking.asked else ""
+        where = f" at {name}, after {self.broken}" if self.settings.server_header else ""
+        join.last_words = f": resumed by {way.value}{where}\n\n".encode()
+        return request, join
+
+    async def continued(self, client: HttpClient) -> tuple[dict[str, Any], int]:
+        """The request with the text so far, and how many tokens that is at this server."""
+        text, name = self.shown.text(), {k: v for k, v in self.document.items() if k == "model"}
+        document = with_text(self.document, text)
+        asked = {k: v for k, v in document.items() if k in TOKENIZED_MEMBERS}
+        tokens = await self.ask(client, "/tokenize", asked, "tokens")
+        prompt = await self.ask(client, "/detokenize", {**name, "tokens": tokens}, "prompt")
+        if not prompt.endswith(text):
+            words = "another server's prompt does not end with what was shown"
+            raise BadMessage(words, Fault.RESUME_DIFFERS)
+        alone = {**name, "prompt": text, "add_special_tokens": False}
+        count = len(await self.ask(client, "/tokenize", alone, "tokens"))
+        if (left := within_budget(document, count)) is None:
+            raise BadMessage("no tokens are left to be generated", Fault.RESUME_DIFFERS)
+        return left, count
+
+    async def ask(self, client: HttpClient, path: str, asked: Any, wanted: str) -> Any:
+        status, content = await client.fetch(path, self.settings.resume_within, compact(asked))
+        said = document_at_end(content) if status == 200 else {}
+        if not isinstance(said.get(wanted), (list, str)):
+            raise BadMessage(f"{path} was answered with {status}", Fault.RESUME_FAILED)
+        return said[wanted]
+
+    def went_on(self, limit: asyncio.Timeout, way: Way, server: str) -> None:
+        """Something new is shown."""
+        limit.reschedule(None)
+        self._waits = False
+        log.info("id=%s: its stream broke: %s; %s goes on with it, by %s",
+                 self.id, self.broken, server, way.value)
+
+    def ended(self, way: Way, outcome: Outcome) -> None:
+        self.core.metrics.resumes.add(way.value, outcome.fault.label if outcome.fault else "ok")
+
+
+# ============================================================================================
+#  53  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -10761,6 +11695,8 @@ class Exchange:
         self.admitted = False  # by that key
         self.released = False  # its content, for good
         self.case = Case(core, s, id)
+        self.stream: Resuming | None = None  # that could go on elsewhere
+        self.prospect = NO_STREAM  # of one that could not
         self.trail = Trail(self.loop.time())
 
     # The life of a request.
@@ -10839,6 +11775,11 @@ class Exchange:
         self.body.keep(content)
         self.core.requests.budget.came(self.trail.asked_at)
         client, s, call, to = self.client, self.settings, self.call, self.destination
+        if (s.resume_seed and call.asks is not None and to.path in SEEDED_PATHS
+                and not is_repeatable(call.asks, to.path)):
+            seed = self.core.draw.getrandbits(31)
+            self.call = call = call._replace(asks={**call.asks, "seed": seed})
+            self.body.keep(content := with_seed(content, seed))
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
         fields, key_lines = forwarded_fields(
@@ -10900,21 +11841,21 @@ class Exchange:
 
     # Steps.
 
-    async def relay(self, step: Relay) -> Outcome:
-        """Ask a server, and pass its answer on if it is one."""
+    async def relay(self, step: Relay, way: Way | None = None) -> Outcome:
+        """Ask a server, and pass its answer on if it is one; or have it go on, that way."""
         core, case, lease = self.core, self.case, step.lease
         try:
             if core.requests.poison.deaths and not await case.begin_test():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
             lease = lease or self.lease(step.server)
-            return await self.attempt(step, lease)
+            return await self.attempt(step, lease, way)
         finally:
             if case.test is not None:
                 case.end_test()
             if lease is not None:
                 self.end_lease(lease)
 
-    async def attempt(self, step: Relay, lease: Lease) -> Outcome:
+    async def attempt(self, step: Relay, lease: Lease, way: Way | None) -> Outcome:
         """The same, in its place; and note how it went."""
         core, case, trail, server = self.core, self.case, self.trail, step.server
         if trail.failures:
@@ -10924,9 +11865,13 @@ class Exchange:
         assert step.ranking.asked is not None
         trail.name = step.ranking.asked.name
         reason = core.count_decision(self.response.id, step.ranking, step.attempt)
+        reason = f"resume_{way.value}" if way else reason
         try:
-            attempt = Attempt(core, step, self.response, case.wants_second_opinion)
-            outcome = await attempt.outcome(functools.partial(self.commit, step, lease))
+            if way is None:
+                commit = functools.partial(self.commit, step, lease)
+                outcome = await self.attempt_at(step).outcome(commit)
+            else:
+                outcome = await self.go_on(step, lease, way)
             label = outcome.fault.label if outcome.fault else "ok"
             if outcome.fault is None:
                 case.answered(server, self.response)
@@ -10954,6 +11899,42 @@ class Exchange:
         events = completion_tokens({}, tail, size)
         tokens = said.get("completion", events)
         lease.complete(self.loop.time(), tokens, self.call.model, events if tail else 0)
+
+    def attempt_at(self, step: Relay) -> Attempt:
+        server = step.ranking.server
+
+        def movable() -> bool:
+            return self.stream is not None and self.choose(frozenset((server,))).best is not None
+
+        return Attempt(self.core, step, self.response, self.case.wants_second_opinion, movable)
+
+    async def go_on(self, step: Relay, lease: Lease, way: Way) -> Outcome:
+        """Another server goes on with a stream, within the time for that."""
+        stream, join, outcome = self.stream, None, WELL
+        assert stream is not None
+        try:
+            async with asyncio.timeout_at(stream.broken_at + self.settings.resume_within) as limit:
+                on_news = functools.partial(stream.went_on, limit, way, self.trail.name)
+                request, join = await stream.join(way, step, on_news)
+                commit = functools.partial(self.commit_again, step, lease, join)
+                outcome = await self.attempt_at(step._replace(request=request)).outcome(commit)
+        except TimeoutError:
+            text = f"no other went on within {self.settings.resume_within:g} s (resume_within)"
+            outcome = Outcome(Fault.RESUME_FAILED, text)
+        except (PeerGone, BadMessage) as error:
+            outcome = Outcome(error.fault, str(error))
+        stream.ended(way, outcome)
+        began = join is not None and self.response.keeper is join
+        return outcome._replace(committed=began, went_on=began and join.went_on)
+
+    async def resume(self, step: Resume) -> Outcome:
+        return await self.relay(step.relay, step.way)
+
+    async def recall(self, step: Recall) -> Outcome:
+        if self.stream is None:
+            return Outcome(prospect=self.prospect)
+        self.prospect = await self.stream.recall(step.outcome, self.trail.name, self.body.content)
+        return Outcome(prospect=self.prospect)
 
     def lease(self, server: str) -> Lease:
         """A lease with that server.  A plain answer begins when all is generated: its prompt is
@@ -10989,7 +11970,10 @@ class Exchange:
         if self.call.makes_response or self.call.stored:
             self.note_stored(head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
-        wanted = self.response.begin(head, framing, answer.first, answer.done, added)
+        first = answer.first
+        if self.call.stream and head.is_event_stream and not answer.done:
+            first = self.keep_stream(step.request, head, first)
+        wanted = self.response.begin(head, framing, first, answer.done, added)
         self.release(answer.done and head.status < 500)
         lease.answered(self.loop.time(), self.response.streams)
         return wanted
@@ -10998,12 +11982,51 @@ class Exchange:
         """The content is not needed any more; but what is known of it may be, unless the request
         is `done`: it may fail yet, or kill."""
         body, self.released = self.body, done
+        if self.stream is not None and not done:
+            if self.case.test is not None:
+                self.case.end_test()
+            body.spare(self.give_up_content)
+            return
+        if self.stream is not None:
+            self.stream.transcript.close()
         keeps = not done and len(body.content) <= KEPT_CONTENT_BYTES
         if self.core.requests.poison.deaths or not (done or keeps):
             self.case.digest()
         if self.case.test is not None:
             self.case.end_test()
         body.release(keeps)
+
+    def give_up_content(self) -> None:
+        """There is no room for it any more: its stream does not go on elsewhere."""
+        self.case.digest()
+        self.body.release()
+
+    def keep_stream(self, request: OutboundRequest, head: ResponseHead, first: bytes) -> bytes:
+        """A stream begins: keep what it shows if it can go on elsewhere.  Returns what of its first
+        piece is to be shown."""
+        self.prospect = first_prospect(self.call, self.head, request.path, self.settings)
+        if self.prospect.way is None or head.is_encoded or head.status != 200:
+            return first
+        self.stream = Resuming(self.core, self.settings, request, self.prospect, self.response.id)
+        self.response.keeper = self.stream.transcript
+        return self.stream.transcript.take(first)
+
+    def commit_again(self, step: Relay, lease: Lease, join: Join, answer: Answer) -> bool:
+        """Another server goes on.  Returns whether the rest of what it says is wanted."""
+        head, response = answer.head, self.response
+        if head.status != 200 or not head.is_event_stream or head.is_encoded:
+            text = f"the server answered {head.status} in place of a stream"
+            raise BadMessage(text, Fault.RESUME_FAILED)
+        if self.case.test is not None:
+            self.case.end_test()
+        if self.call.makes_response:
+            self.note_stored(head, answer.first)
+        lease.answered(self.loop.time(), True)
+        response.keeper = join
+        shown = join.take(answer.first)
+        done = answer.done and join.fault is None
+        response.go_on(shown + join.rest() if done else shown, done)
+        return not done
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
         """A server's answer is shown: remember which response it has made, or has."""
@@ -11115,7 +12138,14 @@ class Exchange:
 
     async def break_off(self, step: BreakOff) -> Outcome:
         fault, text = step.outcome.fault or Fault.INTERNAL, step.outcome.text
+        if step.why:
+            self.core.metrics.not_resumed.add(step.why)
+            words = f"{step.why}{': ' * bool(self.prospect.text)}{self.prospect.text}"
+            log.info("id=%s: no other server goes on with its stream: %s", self.response.id, words)
+            text = f"{text.rstrip('.')} (no other server goes on: {words})"
         if fault in SAID_BY_SERVER:
+            if self.response.keeper is not None:  # it was held back
+                self.response.write(self.response.keeper.withheld)
             self.response.failed(fault)
         else:
             self.response.break_off(fault, text)
@@ -11123,8 +12153,8 @@ class Exchange:
 
     # Rooms that add steps of their own add a row.
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
-        Relay: relay, Pause: pause, Queue: queue, AwaitHealth: await_health, Refresh: refresh,
-        GiveUp: give_up, BreakOff: break_off,
+        Relay: relay, Recall: recall, Resume: resume, Pause: pause, Queue: queue,
+        AwaitHealth: await_health, Refresh: refresh, GiveUp: give_up, BreakOff: break_off,
     }
 
     def label(self) -> str:
@@ -11138,7 +12168,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  51  watch
+#  54  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -11330,7 +12360,7 @@ async def check_progress(core: Core, server: str) -> None:
         waiting = [attempt for attempt in attempts if attempt.waits]
         if view.load.asleep:  # nobody's failure; what has begun may go on when it wakes up
             for attempt in waiting:
-                attempt.give_up(even_begun=False)
+                attempt.give_up(even_begun=attempt.movable())
             continue
         work = Work(
             len(waiting), min((a.begun_at for a in waiting), default=now),
@@ -11429,7 +12459,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  52  services
+#  55  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -11509,7 +12539,7 @@ class Services:
 
 
 # ============================================================================================
-#  53  operations
+#  56  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -11579,6 +12609,10 @@ async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, 
 
 async def drain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server)
+    if core.settings.drain_resume:
+        for view in core.fleet.engines(server):
+            for attempt in list(core.requests.running.get(view.id, ())):
+                attempt.move()
     return report_done(core, f"{shown_name(core, server)} drained")
 
 
@@ -11611,7 +12645,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  54  endpoints
+#  57  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -11895,7 +12929,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  55  front
+#  58  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -12237,7 +13271,7 @@ class Front:
 
 
 # ============================================================================================
-#  56  following
+#  59  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -12367,7 +13401,7 @@ class Follower:
 
 
 # ============================================================================================
-#  57  commands
+#  60  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -12511,7 +13545,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  58  handover
+#  61  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -12694,7 +13728,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  59  balancer
+#  62  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -12926,7 +13960,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  60  process
+#  63  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -13043,7 +14077,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  61  command line
+#  64  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -13216,7 +14250,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  62  names
+#  65  names
 # ============================================================================================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -13385,7 +14419,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  63  pods
+#  66  pods
 # ============================================================================================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -13651,7 +14685,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================================================================================
-#  64  listing
+#  67  listing
 # ============================================================================================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -13904,7 +14938,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================================================================================
-#  65  cluster
+#  68  cluster
 # ============================================================================================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -14217,7 +15251,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================================================================================
-#  66  zmtp
+#  69  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -14429,7 +15463,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  67  registration
+#  70  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -14727,7 +15761,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  68  registering
+#  71  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -14974,7 +16008,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  69  zmq listener
+#  72  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -15109,7 +16143,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  70  cells
+#  73  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -15387,7 +16421,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  71  table
+#  74  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -15620,7 +16654,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  72  views
+#  75  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -15764,7 +16798,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  73  screen
+#  76  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -16083,7 +17117,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  74  keys
+#  77  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -16206,7 +17240,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  75  terminal
+#  78  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -16452,7 +17486,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  76  top
+#  79  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -16670,7 +17704,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  77  page
+#  80  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -17068,7 +18102,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  78  reference
+#  81  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -17124,6 +18158,7 @@ TABLE_MEANINGS = {
     "aliases": "other names for models: a name that clients use, and the model that it means",
     "policies": "another policy for one model, by its name",
     "pools": "what share of requests, in percent, the servers with that `pool` get",
+    "resumes": "another `resume` for one model, by its name",
     "config": "everything else; times are in seconds",
 }
 
@@ -17168,6 +18203,35 @@ def paths_topic() -> str:
         *textwrap.wrap(", ".join(INFERENCE_PREFIXES) + ", and " + ", ".join(INFERENCE_PATHS), 98,
                        initial_indent="  ", subsequent_indent="  "),
         "Anything else is 404; [config] admin_paths names more, for keys with admin = true."])
+
+
+@topic("resume", "how a stream whose server was lost goes on at another one, and when it does not")
+def resume_topic() -> str:
+    return f"""\
+A stream whose server dies, freezes, sleeps, stops, ends it early, or is drained (with
+drain_resume = true) goes on at another server of its model, after a pause:
+
+  resume = "repeat" (the default): what has temperature 0, top_k 1 or a seed is asked again, and
+    takes as long again; what was shown is compared and left out.  Any tools, grammars, reasoning,
+    logprobs, n.  Paths: {", ".join(RESUMED_PATHS[:3])},
+    and {RESUMED_PATHS[3]}, which knows no seed.
+  resume = "continue" also goes on with plain text that was sampled, behind the text so far
+    (continue_final_message): a fair continuation of the text, not of the tokens.  For one choice,
+    without stop, min_tokens, penalties, logprobs, echo, suffix, a grammar, reasoning or a tool's
+    call so far.
+  resume = "off": never.  [resumes] says one of these for one model.
+
+resume_seed = true gives a seed to each stream that could not be repeated; on GPUs, vLLM says,
+generators for each request cost speed.  The stream keeps its id, and tells the usage of the whole.
+
+It ends with an error event, which says why, where another server says something else; for what
+one server keeps ({", ".join(STORED_MEMBERS)}); for media by
+URL; for an engine that the client chose; after resume_within; where the last two servers broke
+before anything new was shown; and where max_retries, retry_budget, resume_bytes (what is kept of
+all streams) or a quarter of max_buffered_bytes (their requests) are spent.
+
+A client refuses with X-MVLLM-Resume: off.  How it was done is said by the answer's last comment,
+the log, mvllm_resumes_total and mvllm_resumes_refused_total."""
 
 
 @topic("errors", "every error of the balancer's own: X-MVLLM-Error, status, blame, retries")
@@ -17226,6 +18290,10 @@ EXAMPLE_TABLES = """\
 # Another policy for one model.
 # "Qwen/Qwen3-Embedding-4B" = "least"
 
+[resumes]
+# Another `resume` for one model.
+# "Qwen/Qwen3-32B" = "continue"
+
 [pools]
 # What share of requests, in percent, goes to the servers with this `pool`, as long as one of them
 # can be asked; the others share the rest.  With 0 they get none at all.  Sessions stay together.
@@ -17268,7 +18336,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  79  deployment
+#  82  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -17560,7 +18628,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  80  traces
+#  83  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -17749,7 +18817,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  81  engine
+#  84  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -18089,7 +19157,7 @@ class Engine:
 
 
 # ============================================================================================
-#  82  replay
+#  85  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -18317,7 +19385,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  83  comparison
+#  86  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -18453,7 +19521,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  84  canned words
+#  87  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -18467,7 +19535,7 @@ WORDS = (
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
 Event = tuple[str, Any]  # its name, '' for none, and its document
-TOKEN_TEXT = re.compile(r"\s*\S{1,6}")  # what counts as a token of a text
+TOKEN_TEXT = re.compile(r"\s*\S{1,6}|\s+$")  # what counts as a token: its number is its bytes'
 
 
 def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
@@ -18618,6 +19686,11 @@ def wanted_schema(wanted: Mapping[str, Any]) -> Any:
 
 
 def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
+    """As with vLLM, any server says the same with a seed, or at a temperature of 0."""
+    asked = {name: wanted[name] for name in REPEAT_MEMBERS if name in wanted}
+    if is_repeatable(asked, SEEDED_PATHS[0]):
+        prompt = [wanted.get(name) for name in PROMPT_MEMBERS]
+        draw = random.Random(json.dumps([asked, prompt]))
     limit = next((wanted[name] for name in LIMIT_WORDS if isinstance(wanted.get(name), int)), 0)
     count = wanted.get("n") if isinstance(wanted.get("n"), int) else 1
     if isinstance(prompts := wanted.get("prompt"), list) and isinstance(prompts[:1], list):
@@ -18631,12 +19704,25 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
     choices = []
     for _ in range(count):
         words = [f" {draw.choice(WORDS)}" for _ in range(limit or draw.randint(40, 120))]
-        choices.append([words[0].strip().capitalize(), *words[1:]])
+        goes_on = wanted.get("continue_final_message") or isinstance(wanted.get("prompt"), str)
+        choices.append(words if goes_on else [words[0].strip().capitalize(), *words[1:]])
     return Script(choices, cut=bool(limit))
 
 
+def words_of(document: Any) -> list[str]:
+    """The texts in an `input`, `documents` or `messages`, one for each entry."""
+    if not isinstance(document, list) or (document and isinstance(document[0], int)):
+        document = [document]
+    return [one if isinstance(one, str) else json.dumps(one) for one in document]
+
+
+def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
+    found = (n.to_bytes((n.bit_length() + 7) // 8, "big") for n in wanted.get("tokens", ()))
+    return {"prompt": b"".join(found).decode("utf-8", "replace")}
+
+
 # ============================================================================================
-#  85  canned forms
+#  88  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -18922,13 +20008,6 @@ def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, 
     return status, vllm_error(kind, status, *refused)
 
 
-def words_of(document: Any) -> list[str]:
-    """The texts in an `input`, `documents` or `messages`, one for each entry."""
-    if not isinstance(document, list) or (document and isinstance(document[0], int)):
-        document = [document]
-    return [one if isinstance(one, str) else json.dumps(one) for one in document]
-
-
 def embedded(text: str, dimensions: int) -> list[float]:
     """A vector of length 1, the same for the same text."""
     draw = random.Random(text)
@@ -18967,10 +20046,10 @@ def reranked(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
 
 
 def tokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
-    texts = words_of(wanted.get("prompt") or wanted.get("messages") or "")
+    texts = words_of(wanted.get("prompt") or [one["content"] for one in wanted["messages"]])
     pieces = TOKEN_TEXT.findall("".join(texts))
     return {"count": len(pieces), "max_model_len": SIMULATED_LENGTH,
-            "tokens": [zlib.crc32(piece.encode()) % 32000 for piece in pieces],
+            "tokens": [int.from_bytes(piece.encode(), "big") for piece in pieces],
             "token_strs": pieces if wanted.get("return_token_strs") else None}
 
 
@@ -18983,19 +20062,20 @@ def counted(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
 REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
     "/v1/embeddings": embeddings, "/v1/rerank": reranked, "/rerank": reranked,
     "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": counted,
+    "/detokenize": detokenized,
 }
 
 
 # ============================================================================================
-#  86  simulation
+#  89  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
 # believable pace, runs as many requests at once as it has capacity and lets the rest wait, slows
-# down as it fills up, and says so in /metrics.  POST /simulate {"mode": …} makes it fail, hang or
-# slow down, for tests and for showing off.
+# down as it fills up, and says so in /metrics.  POST /simulate {"mode": …} makes it fail, hang,
+# slow down or cut its answers off, for tests and for showing off.
 
-MODES = ("ok", "fail", "hang", "slow")
+MODES = ("ok", "fail", "hang", "slow", "cut")
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
                b"content-type: text/event-stream; charset=utf-8\r\n\r\n")
 
@@ -19231,6 +20311,8 @@ class Generation:
         for n in range(max(map(len, choices))):
             pace = (1 + server.running / kind.capacity) * (5 if server.mode == "slow" else 1)
             await asyncio.sleep(kind.token_s * pace * server.draw.uniform(0.8, 1.2))
+            if server.mode == "cut":
+                raise PeerGone("its answers are cut off", Fault.SERVER_GONE)
             told = [i for i, pieces in enumerate(choices) if n < len(pieces)]
             server.generated_tokens += len(told)
             if self.streams:
@@ -19252,7 +20334,7 @@ class Generation:
 
 
 # ============================================================================================
-#  87  demo
+#  90  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -19379,7 +20461,7 @@ Ask it something:
 Look at it:          {url}/status in a browser; curl {url}/status.json
 Why that server?     the same curl line with /explain in place of /v1/chat/completions
 On the screen:       ? for keys and these lines, Tab for models and requests, q to quit
-Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}'     (or hang, slow, ok)
+Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}' (or hang, slow, cut, ok)
 """
 
 
@@ -19410,7 +20492,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  88  doctor
+#  91  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

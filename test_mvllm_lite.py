@@ -2799,7 +2799,7 @@ MEANT = table(
 def test_which_stored_response_is_meant_and_whether_one_is_made(line, body, meant):
     head = head_of(f"{line} HTTP/1.1\nHost: a")
     for spans in (None, lite.member_spans(body, lite.FOUND_MEMBERS) if body else None):
-        assert lite.read_call(head, body, spans, Settings())[0][-3:] == meant
+        assert lite.read_call(head, body, spans, Settings())[0][-4:-1] == meant
 
 
 def test_an_id_too_long_to_be_read_is_refused():
@@ -3801,6 +3801,398 @@ def test_comments_are_taken_from_a_judge_and_are_no_answer():
     assert not judge.has_comments
     assert judge.feed(b"data: x\n\n", False) and judge.fault is None
     assert judge.content == b"event: response.created\ndata: {}\n\ndata: x\n\n"
+
+
+# ============================================================================================
+#  transcripts and resumption
+# ============================================================================================
+
+
+SMILE = "\U0001f600"
+TOOL = f'{{"c":"é{SMILE}\\""}}'
+# By kind of answer: for each choice, item or block what is in it, in order.
+STREAMS = {
+    "chat": [[("content", f"é{SMILE}\"\\\n")]],
+    "reasoning": [[("reasoning", f"h…{SMILE}"), ("content", f"\t{SMILE}!")]],
+    "tools": [[("content", "Let"), ("tool", TOOL), ("tool", "{}")]],
+    "choices": [[("content", f"o{SMILE}e")], [("content", "two")]],
+    "logprobs": [[("content", f"a {SMILE}é")]],
+    "completions": [[("text", f"d{SMILE}\n\"")], [("text", "os")]],
+    "responses": [[("reasoning_text", SMILE)], [("function_call_arguments", TOOL)]],
+    "messages": [[("thinking", f"h{SMILE}")], [("input_json", TOOL)]],
+}
+
+
+def cuts(text, draw):
+    """A text in pieces of one or some UTF-16 units."""
+    halves, at = lite.units(text), 0
+    while at < len(halves):
+        size = draw.choice((1, 3, 4))
+        yield lite.whole_characters(halves[at : at + size])
+        at += size
+
+
+def said_in_choice(kind, draw, server, n, parts):
+    """What a server says in one choice, in events cut at random."""
+    def said(inner, reason=None, logs=None):
+        inner = inner if kind == "completions" else {"delta": inner}
+        choice = {"index": n, **inner, "logprobs": logs, "finish_reason": reason}
+        return {"id": f"id-{server}", "created": 10 + server, "model": "m", "choices": [choice]}
+
+    if kind != "completions":
+        yield said({"role": "assistant", "content": ""})
+    tools = itertools.count()
+    for what, text in parts:
+        tool = next(tools) if what == "tool" else None
+        if tool is not None:
+            yield said({"tool_calls": [{"id": f"call-{server}-{tool}", "type": "function",
+                                        "index": tool, "function": {"name": "f"}}]})
+        for piece in cuts(text, draw):
+            if tool is not None:
+                yield said({"tool_calls": [{"index": tool, "function": {"arguments": piece}}]})
+            elif kind == "logprobs":
+                yield said({what: piece}, logs={"content": [
+                    {"token": one, "logprob": -1e-05} for one in lite.units(piece)]})
+            else:
+                yield said({what: piece})
+    yield said({"text" if kind == "completions" else "content": ""}, "stop")
+
+
+def said_in_responses(draw, server, items):
+    whole = {"id": f"resp-{server}", "created_at": 10 + server}
+    yield {"type": "response.created", "response": whole}
+    for n, [(what, text)] in enumerate(items):
+        item = {"id": f"item-{server}-{n}", **({"call_id": f"call-{server}-{n}"} if n else {})}
+        place = {"item_id": item["id"], "output_index": n}
+        yield {"type": "response.output_item.added", "output_index": n, "item": item}
+        for piece in cuts(text, draw):
+            yield {"type": f"response.{what}.delta", **place, "delta": piece}
+        yield {"type": f"response.{what}.done", **place, "text": text}
+    yield {"type": "response.completed", "response": {**whole, "usage": {"total_tokens": 9}}}
+
+
+def said_in_messages(draw, server, blocks):
+    yield {"type": "message_start", "message": {"id": f"id-{server}", "model": "m"}}
+    for n, [(what, text)] in enumerate(blocks):
+        block = {"type": "tool_use", "id": f"call-{server}-{n}"} if n else {"type": what}
+        yield {"type": "content_block_start", "index": n, "content_block": block}
+        for piece in cuts(text, draw):
+            delta = {"type": f"{what}_delta", "partial_json" if n else what: piece}
+            yield {"type": "content_block_delta", "delta": delta, "index": n}
+        yield {"type": "content_block_stop", "index": n}
+    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output": 9}}
+    yield {"type": "message_stop"}
+
+
+def as_event(said):
+    name = f"event: {said['type']}\n".encode() if "type" in said else b""
+    return name + b"data: " + lite.compact(said) + b"\n\n"
+
+
+def whole_stream(kind, seed, server):
+    """An answer of that kind by a server."""
+    draw = random.Random(f"{kind} {seed} {server}")
+    if kind == "responses":
+        said = said_in_responses(draw, server, STREAMS[kind])
+        return b"".join(as_event({**one, "sequence_number": n}) for n, one in enumerate(said))
+    if kind == "messages":
+        return b"".join(map(as_event, said_in_messages(draw, server, STREAMS[kind])))
+    choices = [list(said_in_choice(kind, draw, server, n, parts))
+               for n, parts in enumerate(STREAMS[kind])]
+    said = []
+    while choices := [one for one in choices if one]:
+        said.append(draw.choice(choices).pop(0))
+    usage = {"prompt_tokens": 5, "completion_tokens": 9, "total_tokens": 14}
+    end = {"id": f"id-{server}", "created": 10 + server, "choices": [], "usage": usage}
+    return b"".join(map(as_event, [*said, end])) + b"data: [DONE]\n\n"
+
+
+@functools.lru_cache(None)
+def normal(stream):
+    """The same answer whatever its events were, as lines: each choice's, then the rest."""
+    lines, texts = [], {}
+    stream = re.sub(rb',"sequence_number":\d+', b"", stream)
+    for event in stream.split(b"\n\n"):
+        begin, name, text, end = GROWING.fullmatch(event).groups() if GROWING.fullmatch(
+            event) else (event, b"", b"", b"")
+        place = re.search(rb'"(?:output_)?index":\d', event)
+        logs = re.search(rb'"content":\[(.*?)\]\}', end)
+        end = end.replace(logs[1], b"") if logs else end
+        key = place and place[0], begin, name, end
+        if key not in texts:
+            lines.append(key)
+            texts[key] = [b"", b""]
+        texts[key][0] += text
+        texts[key][1] += b"," + logs[1] if logs else b""
+    whole = {key: (json.loads(b'"' + text + b'"'), json.loads(b"[" + logs[1:] + b"]"))
+             for key, (text, logs) in texts.items()}
+    return sorted([(str(key[0]), *key[1:], *whole[key]) for key in lines], key=lambda one: one[0])
+
+
+GROWING = re.compile(
+    rb'(.*?)"(content|reasoning|text|arguments|delta|partial_json|thinking)":"((?:[^"\\]|\\.)+)"'
+    rb'((?!,"stop|.*"type":"[a-z_.]*done).*)', re.DOTALL)
+
+
+def shown_by(stream):
+    """What is shown of a stream, and the transcript of it."""
+    transcript = lite.Transcript(lite.Memory(), 1 << 20)
+    return transcript.take(stream), transcript
+
+
+def joined(transcript, stream, size=1 << 20, told=None):
+    """What is shown after a break, of what another server says."""
+    shown = lite.Shown()
+    list(shown.read(transcript.pieces()))
+    transcript.reopen()
+    join = lite.Join(shown, transcript, told)
+    out = [join.take(stream[at : at + size]) for at in range(0, len(stream), size)]
+    return b"".join([*out, join.rest()])
+
+
+OTHER_IDS = re.compile(rb'(?:id|resp|item|call)-2|created(?:_at)?":12')
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_that_is_cut_anywhere_goes_on_as_if_it_had_not_been(kind):
+    draw = random.Random(kind)
+    first, second = ([whole_stream(kind, seed, server) for seed in range(6)] for server in (1, 2))
+    whole = normal(first[0])
+    assert all(normal(one) == whole for one in first)
+    for _ in range(10_000 // len(STREAMS)):
+        stream = draw.choice(first)
+        before, transcript = shown_by(stream[: draw.randrange(300, len(stream))])
+        if transcript.is_whole:
+            continue
+        out = before + joined(transcript, draw.choice(second))
+        for id in OTHER_IDS.findall(out):  # only of what the first server had not come to
+            assert id in (b"call-2", b"item-2") and before.count(b"call-1") < 2
+        assert normal(OTHER_IDS.sub(lambda id: id[0].replace(b"2", b"1", 1), out)) == whole
+
+
+CHAT_EVENT = ('data: {"id":"id-1","object":"chat.completion.chunk","created":1795193596,"model":'
+              '"m","choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,'
+              '"finish_reason":null}]}\n\n')
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_transcript_shows_whole_events_and_keeps_their_bytes_however_they_come(kind):
+    stream = whole_stream(kind, 1, 1)
+    for size in (1, 7, 100, 1000):
+        transcript = lite.Transcript(lite.Memory(), 1 << 20)
+        shown = [transcript.take(stream[at : at + size]) for at in range(0, len(stream), size)]
+        assert all(one == b"" or one.endswith(b"\n\n") for one in shown)
+        assert b"".join(shown) == stream == b"".join(transcript.pieces())
+        assert transcript.is_whole and transcript.rest() == b""
+
+
+def test_500_tokens_are_kept_in_some_kilobytes():
+    memory, draw = lite.Memory(), random.Random(3)
+    transcript = lite.Transcript(memory, 1 << 20)
+    words = [draw.choice((" the", "\\n", " \\\"so", "\0", SMILE)) for _ in range(500)]
+    stream = "".join(CHAT_EVENT % word for word in words).encode()
+    for event in re.findall(rb".+?\n\n", stream, re.DOTALL):
+        assert transcript.take(event) == event
+    assert b"".join(transcript.pieces()) == stream and len(stream) > 80_000 > 9_000 > memory.bytes
+    transcript.close()
+    assert memory.bytes == 0
+
+
+def test_a_transcript_for_which_there_is_no_room_lets_everything_pass():
+    memory = lite.Memory()
+    transcript = lite.Transcript(memory, 2000)
+    events = [(CHAT_EVENT % draw).encode() for draw in map(str, range(3000))]
+    abort = (CHAT_EVENT % "x").replace("null}", '"abort"}').encode()
+    assert b"".join(map(transcript.take, [*events, abort, b"data: half"])) == b"".join(
+        [*events, abort, b"data: half"])
+    assert transcript.lost and transcript.fault is None and memory.bytes == 0
+
+
+FAILURES = table(
+    ("a polite abort", CHAT_EVENT.replace("null}", '"abort"}') % "", Fault.ABORTED),
+    ("an error event", 'data: {"error":{"message":"EngineCore died","code":500}}\n\n',
+     Fault.STREAM_FAILED),
+    ("a cancelled response", 'event: response.completed\ndata: {"type":"response.completed",'
+     '"response":{"status":"cancelled"}}\n\n', Fault.ABORTED),
+    ("an error of the request's", 'data: {"error":{"message":"bad","code":400}}\n\n', None),
+    ("a text of errors", CHAT_EVENT % ' \\"error\\": \\"abort\\"', None),
+)
+
+
+@pytest.mark.parametrize("event, fault", FAILURES)
+def test_a_server_s_words_for_its_failure_are_held_back(event, fault):
+    good, event = (CHAT_EVENT % "a").encode(), event.encode()
+    for n in (1, 5):  # before and after it is known how events look
+        transcript = lite.Transcript(lite.Memory(), 1 << 20)
+        shown = b"".join(transcript.take(one) for one in [good] * n + [good + event])
+        assert transcript.fault is fault
+        assert shown == good * (n + 1) + event * (fault is None)
+        assert transcript.withheld == event * (fault is not None)
+
+
+def differing(*texts, kind="chat", of=2, **parts):
+    """What a second server says, with other texts."""
+    draw = random.Random(1)
+    events = said_in_choice(kind, draw, of, 0, [("content", "".join(texts))])
+    return b"".join(as_event(said | parts) for said in events) + b"data: [DONE]\n\n"
+
+
+DIFFERENCES = table(
+    ("another text", differing("abX")), ("a shorter one", differing("ab")),
+    ("another role", differing("abcd").replace(b"assistant", b"user")),
+    ("another kind of text", differing("abcd").replace(b'"content":"a', b'"reasoning":"a')),
+    ("no JSON", b"data: {nonsense\n\n"), ("no such event", b'data: {"choices":[7]}\n\n'),
+    ("nothing but an end", b"data: [DONE]\n\n"), ("nothing at all", b""),
+    ("another half", differing("abc\ud83d")),
+)
+
+
+@pytest.mark.parametrize("other", DIFFERENCES)
+def test_what_differs_is_never_shown(other):
+    stream = differing(f"abc{SMILE}", of=1).partition(b'"stop"')[0]
+    before, transcript = shown_by(stream)
+    assert b"\\ud" in before or SMILE.encode() in before
+    with pytest.raises(lite.BadMessage) as met:
+        joined(transcript, other)
+    assert met.value.fault is Fault.RESUME_DIFFERS
+    assert b"".join(transcript.pieces()) == before
+
+
+def test_a_choice_that_differs_ends_those_that_do_not():
+    first, second = (b"".join(as_event(said) for n, text in enumerate(texts) for said in
+                              said_in_choice("chat", random.Random(2), server, n,
+                                             [("content", text)]))
+                     for server, texts in ((1, ("one", "two")), (2, ("one", "twain"))))
+    _, transcript = shown_by(first)
+    with pytest.raises(lite.BadMessage, match="differs in 1.content"):
+        joined(transcript, second)
+
+
+def test_a_tool_call_keeps_the_id_by_which_it_was_begun():
+    stream = whole_stream("tools", 1, 1)
+    cut = stream.index(b'"arguments"', stream.index(b"call-1-0")) + 200
+    before, transcript = shown_by(stream[:cut])
+    after = joined(transcript, whole_stream("tools", 2, 2))
+    assert before.count(b"call-1-0") == 1 and b"call-2-0" not in after and b"call-2-1" in after
+    assert b'"id":"id-2"' not in after and b'"created":12' not in after
+
+
+def test_a_text_is_continued_without_its_role_and_with_the_usage_of_the_whole():
+    before, transcript = shown_by(differing("Hello", of=1).partition(b'"content":""},"logprobs":'
+                                                                     b'null,"finish_reason":"')[0])
+    shown = lite.Shown()
+    list(shown.read(transcript.pieces()))
+    assert shown.text() == "Hello"
+    usage = {"prompt_tokens": 15, "completion_tokens": 4, "total_tokens": 19}
+    rest = differing(", you").replace(b"data: [DONE]\n\n", b"") + as_event(
+        {"id": "id-2", "choices": [], "usage": usage})
+    after = joined(transcript, rest, told=5)
+    texts = re.findall(rb'"content":"(.*?)"', before + after)
+    assert b"".join(texts) == b"Hello, you" and after.count(b"assistant") == 0
+    assert json.loads(after.split(b"data: ")[-1])["usage"] == {
+        "prompt_tokens": 10, "completion_tokens": 9, "total_tokens": 19}
+    _, transcript = shown_by(before)
+    with pytest.raises(lite.BadMessage):  # it begins to think, behind a text
+        joined(transcript, rest.replace(b'"content"', b'"reasoning"'), told=5)
+
+
+PROSPECTS = table(
+    ("greedy", {"temperature": 0}, {}, "repeat"), ("0.0, too", {"temperature": -0.0}, {}, "repeat"),
+    ("1e-6 is sampled", {"temperature": 1e-6}, {}, "sampled"),
+    ("a text is no number", {"temperature": "0"}, {}, "sampled"),
+    ("nor is false", {"temperature": False}, {}, "sampled"),
+    ("the best token", {"top_k": 1, "temperature": 0.9}, {}, "repeat"),
+    ("a seed", {"seed": 11}, {}, "repeat"), ("0 is one", {"seed": 0}, {}, "repeat"),
+    ("-1 is none to vLLM", {"seed": -1}, {}, "sampled"), ("null", {"seed": None}, {}, "sampled"),
+    ("true is none", {"seed": True}, {}, "sampled"),
+    ("anything, greedy", {"temperature": 0, "n": 2, "stop": "x", "logprobs": True}, {}, "repeat"),
+    ("messages know no seed", {"seed": 1}, {"path": "/v1/messages"}, "sampled"),
+    ("responses do", {"seed": 1}, {"path": "/v1/responses"}, "repeat"),
+    ("no such path", {"seed": 1}, {"path": "/v1/audio"}, "path"),
+    ("a stored response", {"seed": 1, "store": True}, {"path": "/v1/responses"}, "stored"),
+    ("one that is gone on from", {"seed": 1, "previous_response_id": "x"}, {}, "stored"),
+    ("in the background", {"seed": 1, "background": True}, {}, "stored"),
+    ("off", {"seed": 1}, {"resume": "off"}, "off"),
+    ("off for its model", {"seed": 1}, {"resumes": {"m": "off"}}, "off"),
+    ("on for its model", {}, {"resume": "off", "resumes": {"m": "continue"}}, "continue"),
+    ("no retries", {"seed": 1}, {"max_retries": 0}, "off"),
+    ("its client refused", {"seed": 1}, {"field": "X-MVLLM-Resume: OFF"}, "client"),
+    ("and chose a rank", {"seed": 1}, {"field": "X-Data-Parallel-Rank: 1"}, "rank"),
+    ("no POST", {"seed": 1}, {"method": "GET"}, "path"),
+    ("continued", {}, {"resume": "continue"}, "continue"),
+    ("repeated if it can be", {"seed": 1}, {"resume": "continue"}, "repeat"),
+    *((f"not with {name}", {name: value}, {"resume": "continue"}, "not_plain")
+      for name, value in (("n", 2), ("stop", ["a"]), ("min_tokens", 5), ("presence_penalty", 0.1),
+                          ("logprobs", True), ("logprobs", 0), ("echo", True), ("suffix", "x"),
+                          ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
+                          ("frequency_penalty", 1), ("repetition_penalty", 1.1),
+                          ("continue_final_message", True), ("structured_outputs", {}))),
+    ("with what means nothing", {"n": 1, "stop": [], "presence_penalty": 0, "logprobs": False,
+                                 "response_format": {"type": "text"}, "tool_choice": "auto"},
+     {"resume": "continue"}, "continue"),
+    ("responses are not continued", {}, {"resume": "continue", "path": "/v1/responses"}, "path"),
+)
+
+
+@pytest.mark.parametrize("asked, more, found", PROSPECTS)
+def test_whether_a_stream_could_go_on_is_known_when_it_begins(asked, more, found):
+    path, method = more.get("path", "/v1/chat/completions"), more.get("method", "POST")
+    head = request_of(f"{method} {path} HTTP/1.1\nHost: x\n{more.get('field', 'A: b')}")[0]
+    settings = {k: v for k, v in more.items() if k not in ("path", "method", "field")}
+    body = json.dumps({"model": "m", "stream": True, "messages": [], **asked}).encode()
+    call, _ = lite.read_call(head, body, None, Settings(**settings))
+    prospect = lite.first_prospect(call, head, path, Settings(**settings))
+    assert (prospect.way.value if prospect.way else prospect.reason) == found
+    assert prospect.way or prospect.text
+
+
+def plain_shown(*texts, tool=False):
+    shown = lite.Shown()
+    list(shown.read([differing(*texts) if texts else b"", whole_stream("tools", 1, 1) * tool]))
+    return shown
+
+
+ASKER = {"role": "user", "content": "hi"}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/a"}}]}
+DATA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:a"}}]}
+WITH_ALL = table(
+    ("media by URL", "repeat", {"messages": [IMAGE]}, plain_shown("a"), "media"),
+    ("in /v1/responses", "repeat", {"input": [{"type": "input_image", "image_url": "https://x"}]},
+     plain_shown("a"), "media"),
+    ("media by value", "repeat", {"messages": [DATA]}, plain_shown("a"), "repeat"),
+    ("text is continued", "continue", {"messages": [ASKER]}, plain_shown("a"), "continue"),
+    ("a prompt, too", "continue", {"prompt": "x"}, plain_shown("a"), "continue"),
+    ("no text yet: any will do", "continue", {"messages": [ASKER]}, plain_shown(""), "repeat"),
+    ("a tool call", "continue", {"messages": [ASKER]}, plain_shown("a", tool=True), "not_plain"),
+    ("tokens for a prompt", "continue", {"prompt": [1, 2]}, plain_shown("a"), "not_plain"),
+    ("an assistant's word last", "continue", {"messages": [{"role": "assistant"}]},
+     plain_shown("a"), "not_plain"),
+)
+
+
+@pytest.mark.parametrize("way, document, shown, found", WITH_ALL)
+def test_after_a_break_all_that_was_asked_and_shown_is_looked_at(way, document, shown, found):
+    prospect = lite.prospect_with(lite.Prospect(lite.Way(way)), document, shown)
+    assert (prospect.way.value if prospect.way else prospect.reason) == found
+
+
+def test_what_was_shown_is_taken_from_what_may_be_generated():
+    assert lite.within_budget({"messages": [], "max_tokens": 9}, 4)["max_tokens"] == 5
+    assert lite.within_budget({"messages": [], "max_completion_tokens": 9}, 9) is None
+    assert lite.within_budget({"prompt": ""}, 4) == {"prompt": "", "max_tokens": 12}
+    assert lite.within_budget({"messages": []}, 4) == {"messages": []}
+    asked = lite.with_text({"messages": [ASKER], "model": "m"}, "so far")
+    assert asked["messages"] == [ASKER, {"role": "assistant", "content": "so far"}]
+    assert asked["continue_final_message"] and not asked["add_generation_prompt"]
+    assert lite.with_text({"prompt": "a"}, "b") == {"prompt": "ab"}
+
+
+@pytest.mark.parametrize("content, found", table(
+    ("none", b' {"a":1}', b' {"seed":7,"a":1}'), ("null", b'{"seed": null}', b'{"seed":7}'),
+    ("in a text", b'{"a":"\\"seed\\":1"}', b'{"seed":7,"a":"\\"seed\\":1"}')))
+def test_a_stream_gets_a_seed(content, found):
+    assert json.loads(lite.with_seed(content, 7)) == json.loads(found)
+    assert lite.with_seed(content, 7).replace(b" ", b"") == found.replace(b" ", b"")
 
 
 # ============================================================================================
@@ -6319,13 +6711,14 @@ def outcome(word):
               "silent": Fault.SERVER_SILENT, "cut": Fault.SERVER_GONE, "bad": Fault.BAD_ANSWER,
               "time": Fault.NO_SERVER, "full": Fault.QUEUE_FULL, "404": Fault.NOT_THERE,
               "long": Fault.CONTEXT_LENGTH_EXCEEDED, "key": Fault.KEY_REJECTED,
-              "500": Fault.SERVER_FAILED}
+              "500": Fault.SERVER_FAILED, "differs": Fault.RESUME_DIFFERS}
     held = lite.Held("s?", *response_of("HTTP/1.1 503 X"), b"sorry") if word.endswith("!") else None
     return lite.Outcome(faults[word.rstrip("!?")], word, word == "cut", held)
 
 
-def play(fleet, outcomes, affordable=99, enforced=False, search=False, **settings):
-    """The steps of a plan against these outcomes, in words, with so many affordable retries."""
+def play(fleet, outcomes, affordable=99, enforced=False, search=False, way=None, **settings):
+    """The steps of a plan against these outcomes, in words, with so many affordable retries; a
+    stream that was cut can go on that way."""
     s, draw, steps = Settings(**settings), random.Random(5), []
     afford = iter([True] * affordable + [False] * 99).__next__
     choose = functools.partial(ranking_of, fleet, "least", None, enforced=enforced)
@@ -6340,8 +6733,17 @@ def play(fleet, outcomes, affordable=99, enforced=False, search=False, **setting
                 steps.append(f"ask {step.server}")
                 assert step.request is OUTBOUND
                 told = outcome(next(outcomes))
+            elif isinstance(step, lite.Recall):
+                told = lite.Outcome(prospect=lite.Prospect(way and lite.Way(way), "sampled"))
+            elif isinstance(step, lite.Resume):
+                steps.append(f"{step.way.value} at {step.relay.server}")
+                assert step.relay.request is OUTBOUND and step.relay.attempt > 1
+                word = next(outcomes)
+                told = outcome(word.removesuffix("+"))._replace(
+                    committed=word.startswith(("cut", "differs")), went_on=word.endswith("+"))
             elif isinstance(step, lite.BreakOff):
-                steps.append(f"break off {step.outcome.fault.label}")
+                steps.append(", ".join(filter(None, (
+                    f"break off {step.outcome.fault.label}", step.why))))
             elif isinstance(step, lite.GiveUp):
                 steps.append(f"answer {step.outcome.fault.label}"
                              + " as held" * bool(step.outcome.held))
@@ -6377,7 +6779,32 @@ PLANS = table(
     ("silence is not run again", (2, 1), ["silent"], {}, ["ask s0", "answer server_silent"]),
     ("unless allowed", (2, 1), ["silent", "ok"], {"retry_timed_out": True},
      ["ask s0", "pause", "ask s1"]),
-    ("nothing after the commit", (2, 1), ["cut"], {}, ["ask s0", "break off server_gone"]),
+    ("after the commit nothing, if it cannot go on", (2, 1), ["cut"], {},
+     ["ask s0", "break off server_gone, sampled"]),
+    ("it goes on at another server", (2, 1), ["cut", "ok"], {"way": "repeat"},
+     ["ask s0", "repeat at s1"]),
+    ("and again, once it has gone on", (3, 2, 1), ["cut", "cut+", "ok"], {"way": "continue"},
+     ["ask s0", "continue at s1", "continue at s2"]),
+    ("twice in a row is the end", (3, 2, 1), ["cut", "cut"], {"way": "repeat"},
+     ["ask s0", "repeat at s1", "break off server_gone, twice"]),
+    ("but for servers that did not hear of it", (3, 2, 1), ["cut", "refused", "ok"],
+     {"way": "repeat"}, ["ask s0", "repeat at s1", "repeat at s2"]),
+    ("or had no answer", (3, 2, 1), ["cut", "503!", "ok"],
+     {"way": "repeat"}, ["ask s0", "repeat at s1", "pause", "repeat at s2"]),
+    ("what another says differs", (3, 2, 1), ["cut", "differs"], {"way": "repeat"},
+     ["ask s0", "repeat at s1", "break off resume_differs, resume_differs"]),
+    ("two servers died with it", (3, 2, 1), ["dead 1 seen", "dead 2"], {"way": "repeat"},
+     ["ask s0", "repeat at s1", "break off server_died_twice, died_twice"]),
+    ("a stream without retries", (2, 1), ["cut"], {"way": "repeat", "max_retries": 0},
+     ["ask s0", "break off server_gone, max_retries"]),
+    ("attempts before it began count, too", (3, 2, 1), ["refused", "cut"],
+     {"way": "repeat", "max_retries": 1},
+     ["ask s0", "ask s1", "break off server_gone, max_retries"]),
+    ("the first is free, the next are in the budget", (3, 2, 1), ["cut", "cut+"],
+     {"way": "repeat", "affordable": 0},
+     ["ask s0", "repeat at s1", "break off server_gone, retry_budget"]),
+    ("nobody else", (1,), ["cut", "cut"], {"way": "repeat"},
+     ["ask s0", "pause", "repeat at s0", "break off server_gone, twice"]),
     ("no retries wanted", (2, 1), ["refused"], {"max_retries": 0},
      ["ask s0", "answer connect_failed"]),
     ("retries run out", (1,), ["bad"] * 3, {"max_retries": 2},
@@ -6517,7 +6944,8 @@ def test_a_search_waits_for_servers_that_were_not_checked_and_for_places():
     ("one died with another of the same content", ["dead 2"],
      ["ask s0", "answer server_died_twice"]),
     ("one was lost without a death", ["dead 1", "cut?", "ok"], ["ask s0", "ask s1", "ask s2"]),
-    ("the client has seen a part", ["dead 2 seen"], ["ask s0", "break off server_gone"]),
+    ("the client has seen a part", ["dead 2 seen"],
+     ["ask s0", "break off server_gone, died_twice"]),
 ))
 def test_a_request_is_done_after_the_second_death(deaths, steps):
     assert play(fleet_of(3, 2, 1), deaths) == steps
@@ -11178,6 +11606,281 @@ async def test_many_streams_at_once_are_not_mixed_up():
         assert all(await asyncio.gather(*(one(n) for n in range(60))))
         await running.quiet()
         assert await running.metric("mvllm_requests_in_flight") == 0
+
+
+def said(text, server=1, n=0):
+    choice = {"index": n, "delta": {"content": text}, "finish_reason": None}
+    return as_event({"id": f"id-{server}", "created": 10 + server, "choices": [choice]})
+
+
+def finished(server=1, reason="stop"):
+    choice = {"index": 0, "delta": {"content": ""}, "finish_reason": reason}
+    return as_event({"id": f"id-{server}", "created": 10 + server, "choices": [choice]})
+
+
+def told_in(body):
+    return b"".join(re.findall(rb'"content":"(.*?)"', body))
+
+
+def telling(*texts, server=1, then=b"", how="end", wait=None):
+    """A server that streams these texts; then these bytes, and the end, or what else."""
+    async def answer(asked, conn):
+        await conn.events(*(said(text, server) for text in texts), end=False)
+        if wait is not None:
+            await wait.wait()
+        elif how != "end" or then:  # what was said is shown first
+            await conn.server.seen.wait()
+        if then:
+            await conn.send(then)
+        if how == "reset":
+            conn.reset()
+        elif how == "hang":
+            await conn.left()
+        else:
+            whole = [] if then else [finished(server), DONE]
+            await conn.send(*map(chunk, whole), b"0\r\n\r\n")
+    return answer
+
+
+SEEDED = b'{"model":"m","stream":true,"seed":1,"max_tokens":9,"messages":[{"role":"user"}]}'
+SAMPLED = SEEDED.replace(b'"seed":1,', b"")
+
+
+def in_order(*answers):
+    """Servers of which the first is asked first."""
+    servers = [Server(answer) for answer in answers]
+    for n, server in enumerate(servers):
+        server.capacity, server.seen = 1000 // 10**n or 1, asyncio.Event()
+    return servers
+
+
+async def streamed(running, body, *fields, last="b"):
+    """What a client sees of a stream, to its end; servers break once it has seen so much."""
+    client = await running.client()
+    await client.ask("POST", "/v1/chat/completions", body, fields)
+    raw = await client.reader.readuntil(last.encode() + b'"}')
+    for server in running.servers:
+        server.seen.set()
+    while not raw.endswith(b"0\r\n\r\n") and (more := await client.reader.read(65536)):
+        raw += more
+    body, whole = raw.partition(b"\r\n\r\n")[2], raw.endswith(b"0\r\n\r\n")
+    return re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", body).removesuffix(b"\r\n"), whole
+
+
+BREAKS = table(
+    ("its connection is reset", {"how": "reset"}, "server_gone"),
+    ("within an event", {"then": chunk(b'data: {"choices":[{"del')[:20], "how": "reset"},
+     "server_gone"),
+    ("between an event and its end", {"then": chunk(said(" c")[:-1]), "how": "reset"},
+     "server_gone"),
+    ("a polite abort", {"then": chunk(finished(reason="abort")) + chunk(DONE)}, "aborted"),
+    ("a text in the abort", {"then": chunk(finished(reason="abort").replace(b'""', b'" c"'))},
+     "aborted"),
+    ("its engine died", {"then": chunk(b'data: {"error":{"message":"EngineCore died","code":500}}'
+                                       b"\n\n") + chunk(DONE)}, "stream_failed"),
+    ("chunks that are none", {"then": b"nonsense\r\n"}, "bad_answer"),
+    ("silence", {"how": "hang"}, "server_silent"),
+)
+
+
+@pytest.mark.parametrize("how, fault", BREAKS)
+@asynchronous
+async def test_a_stream_goes_on_at_another_server_however_it_broke(how, fault):
+    first, second = in_order(telling("a", " b", **how), telling("a ", "b c", " d", server=2))
+    async with balancing(first, second, request_timeout=0.3 if fault == "server_silent" else 10,
+                         failure_threshold=99) as running:
+        running.servers = first, second
+        got, whole = await streamed(running, SEEDED, "X-Request-Id: mine")
+        assert told_in(got) == b"a b c d" and whole
+        assert b"id-2" not in got and b":12" not in got and b"error" not in got
+        events = got.split(b"\n\n")
+        assert events[-3] == b"data: [DONE]"
+        assert events[-2] == (f": resumed by repeat at {second.url}, after {fault} at"
+                              f" {first.url}").encode()
+        [asked] = second.asked
+        assert asked.body == SEEDED and asked.get("x-request-id") == ["mine"]
+        await running.quiet()
+        [told] = running.requests()
+        assert told["attempts"] == [(first.url, told["attempts"][0][1], fault),
+                                    (second.url, "resume_repeat", "ok")]
+        assert told["end"] == "complete" and told["server"] == second.url
+        assert await running.metric("mvllm_resumes_total", way="repeat", result="ok") == 1
+        assert running.core.requests.memory.bytes == running.held_bytes == 0
+
+
+NOT_RESUMED = table(
+    ("sampled", SAMPLED, {}, "", "sampled"),
+    ("off", SEEDED, {"resume": "off"}, "", "off"),
+    ("off for its model", SEEDED, {"resumes": {"m": "off"}}, "", "off"),
+    ("no retries", SEEDED, {"max_retries": 0}, "", "off"),
+    ("by its client", SEEDED, {}, "X-MVLLM-Resume: off", "client"),
+    ("no room for what was shown", SEEDED, {"resume_bytes": 100}, "", "resume_bytes"),
+    ("nor for what was asked", SEEDED, {"max_buffered_bytes": 300}, "", "max_buffered_bytes"),
+    ("no time", SEEDED, {"resume_within": 0}, "", "resume_within"),
+    ("media by URL", SEEDED.replace(b'"role"', b'"content":[{"image_url":{"url":"http://x"}}],'
+                                               b'"role"'), {}, "", "media"),
+)
+
+
+@pytest.mark.parametrize("body, settings, field, reason", NOT_RESUMED)
+@asynchronous
+async def test_a_stream_that_does_not_go_on_ends_with_an_error_event_that_says_why(
+        body, settings, field, reason):
+    servers = in_order(telling("a", how="reset"), telling("a", "b", server=2))
+    async with balancing(*servers, **settings) as running:
+        running.servers = servers
+        got, whole = await streamed(running, body, field or "A: b", last="a")
+        *_, last, end = got.split(b"\n\n")
+        words = json.loads(last.removeprefix(b"data: "))["error"]["message"]
+        assert f"(no other server goes on: {reason}" in words and told_in(got) == b"a"
+        assert not whole and end == b"" and servers[1].asked == []
+        assert await running.metric("mvllm_resumes_refused_total", reason=reason) == 1
+
+
+@asynchronous
+async def test_what_differs_elsewhere_ends_the_stream_before_it_is_shown():
+    servers = in_order(telling("a", " b", how="reset"), telling("a", " x", " c"))
+    async with balancing(*servers) as running:
+        running.servers = servers
+        got, whole = await streamed(running, SEEDED)
+        assert told_in(got) == b"a b" and not whole
+        assert b"no other server goes on: resume_differs" in got
+        assert await running.metric("mvllm_resumes_total", result="resume_differs") == 1
+        assert running.states() == ["healthy"] * 2  # which is no mark against it
+
+
+@asynchronous
+async def test_a_stream_goes_on_again_where_the_next_one_breaks_later():
+    servers = in_order(
+        telling("a", "b", how="reset"), telling("a", "b", "c", server=2, how="reset"),
+        telling("abcd", server=3))
+    async with balancing(*servers) as running:
+        running.servers = servers
+        got, _ = await streamed(running, SEEDED)
+        assert told_in(got) == b"abcd" and {*re.findall(rb"id-\d", got)} == {b"id-1"}
+
+
+@asynchronous
+async def test_a_stream_whose_end_was_shown_is_whole_though_its_framing_is_not():
+    whole = chunk(finished()) + chunk(DONE)
+    servers = in_order(telling("a", then=whole, how="reset"), telling("x"))
+    async with balancing(*servers) as running:
+        running.servers = servers
+        got, whole = await streamed(running, SEEDED, last="a")
+        assert whole and got.endswith(DONE) and servers[1].asked == []
+
+
+@asynchronous
+async def test_a_sampled_text_is_continued_behind_what_was_shown():
+    async def other(asked, conn):
+        said_there = json.loads(asked.body)
+        if asked.line.split()[1] == "/tokenize":
+            assert said_there.get("prompt", "a b") == "a b"
+            return await conn.json({"tokens": [1, 2] if "prompt" in said_there else [7, 1, 2]})
+        if asked.line.split()[1] == "/detokenize":
+            return await conn.json({"prompt": "user: a b", **said_there})
+        assert said_there["max_tokens"] == 7 and said_there["continue_final_message"] is True
+        assert said_there["messages"][-1] == {"role": "assistant", "content": "a b"}
+        await telling(" c", " d", server=2)(asked, conn)
+
+    servers = in_order(telling("a", " b", how="reset"), other)
+    async with balancing(*servers, resumes={"m": "continue"}) as running:
+        running.servers = servers
+        got, whole = await streamed(running, SAMPLED)
+        assert told_in(got) == b"a b c d" and b"id-2" not in got and whole
+        assert b": resumed by continue at" in got
+
+
+@asynchronous
+async def test_a_prompt_that_does_not_end_with_what_was_shown_is_not_continued():
+    async def other(asked, conn):
+        await conn.json({"tokens": [1], "prompt": "user: a"})
+
+    servers = in_order(telling("a", " b", how="reset"), other)
+    async with balancing(*servers, resume="continue") as running:
+        running.servers = servers
+        got, _ = await streamed(running, SAMPLED)
+        assert told_in(got) == b"a b" and b"resume_differs" in got
+
+
+@asynchronous
+async def test_a_stream_that_takes_too_long_to_go_on_breaks_off():
+    servers = in_order(telling("a", " b", how="reset"), telling("a", how="hang"))
+    async with balancing(*servers, resume_within=0.2) as running:
+        running.servers = servers
+        got, whole = await streamed(running, SEEDED)
+        assert b"no other server goes on: " in got and not whole
+        await running.quiet()
+        assert running.requests()[0]["attempts"][1][2] == "resume_failed"
+
+
+@asynchronous
+async def test_a_drained_server_s_streams_move_if_that_is_wanted_and_they_can():
+    gate = asyncio.Event()
+    servers = in_order(telling("a", how="hang"), telling("a", "b", server=2, wait=gate))
+    async with balancing(*servers, drain_resume=True) as running:
+        moved, stays = await running.client(), await running.client()
+        await moved.ask("POST", "/v1/chat/completions", SEEDED)
+        await stays.ask("POST", "/v1/chat/completions", SAMPLED)
+        await eventually(lambda: len(servers[0].asked) == 2 and all(
+            attempt.pump for attempt in running.core.requests.running[servers[0].url]), "both run")
+        await lite.drain_server(running.core, servers[0].url)
+        gate.set()
+        assert told_in((await moved.answer()).body) == b"ab"
+        assert running.views()[0].counts.in_flight == 1
+
+
+@asynchronous
+async def test_streams_get_a_seed_if_that_is_wanted():
+    servers = in_order(telling("a", how="reset"), telling("ab", server=2))
+    async with balancing(*servers, resume_seed=True) as running:
+        running.servers = servers
+        got, _ = await streamed(running, SAMPLED, last="a")
+        assert told_in(got) == b"ab"
+        [first], [second] = (server.asked for server in servers)
+        assert first.body == second.body and type(json.loads(first.body)["seed"]) is int
+        await (await running.client()).ask(
+            "POST", "/v1/chat/completions", SAMPLED.replace(b"true", b"false"))
+        await eventually(lambda: len([*servers[0].asked, *servers[1].asked]) == 3, "it is asked")
+        asked = [json.loads(one.body) for server in servers for one in server.asked]
+        assert ["seed" in one for one in asked if not one["stream"]] == [False]
+
+
+@asynchronous
+async def test_content_kept_in_case_a_stream_breaks_makes_room_for_what_is_needed():
+    async with balancing(*in_order(telling("a", how="hang")), max_buffered_bytes=8000) as running:
+        pad = SEEDED.replace(b'"role"', b'"content":"%b","role"' % (b"x" * 900))
+        for n in range(1, 5):
+            client = await running.client()
+            await client.ask("POST", "/v1/chat/completions", pad)
+            await eventually(lambda: len(running.core.requests.running) and sum(
+                attempt.pump is not None for attempt in next(iter(
+                    running.core.requests.running.values()))) == n, "it streams")
+            assert running.held_bytes <= 2000
+        assert 0 < running.held_bytes
+
+
+@asynchronous
+async def test_simulated_servers_go_on_with_each_other_s_streams():
+    kind = lite.Simulated(8, 0.002, 1e6)
+    async with lite.SimulatedServer(kind) as one, lite.SimulatedServer(kind, seed=1) as two:
+        async with balancing(one, two, resume="continue") as running:
+            client = await running.client()
+            for asked in ({"temperature": 0}, {"temperature": 1}):
+                body = {"model": "demo-model", "stream": True, "max_tokens": 40,
+                        "messages": [{"role": "user", "content": "hello"}], **asked}
+                await client.ask("POST", "/v1/chat/completions", json.dumps(body).encode(),
+                                 ["Content-Type: application/json"])
+                await eventually(lambda: one.generated_tokens + two.generated_tokens > 5, "it runs")
+                broken, other = (one, two) if one.running else (two, one)
+                broken.mode = "cut"
+                got = await client.answer()
+                broken.mode, one.generated_tokens, two.generated_tokens = "ok", 0, 0
+                words = re.findall(rb'"content": "(.*?)"', got.body)
+                assert got.framing == "chunked" and b": resumed by" in got.body
+                # of sampled text, the tokens are counted anew
+                assert 30 < len([word for word in words if word]) <= 40
+                await lite.probe_server(running.core, broken.url)
 
 
 # ============================================================================================
