@@ -14952,7 +14952,9 @@ LOOK_S = 1.0  # between two looks at credentials, while there is trouble
 BRIEF_S = 1.0  # a watch that ends sooner, and has said nothing, is not begun anew at once
 
 
-def cluster_of(table: KubernetesSettings, environ: Mapping[str, str]) -> Cluster:
+def cluster_of(
+    table: KubernetesSettings, environ: Mapping[str, str], account: str = ACCOUNT_PATH
+) -> Cluster:
     """How a table's API server is reached now.  Raises SettingsError."""
     if table.kubeconfig:
         try:
@@ -14974,7 +14976,7 @@ def cluster_of(table: KubernetesSettings, environ: Mapping[str, str]) -> Cluster
         raise SettingsError([Complaint("[[kubernetes]]", 0, "", text)])
     return with_files(Cluster(
         f"https://{f'[{host}]' if ':' in host else host}:{port or 443}",
-        token_file=f"{ACCOUNT_PATH}/token", ca_file=f"{ACCOUNT_PATH}/ca.crt"))
+        token_file=f"{account}/token", ca_file=f"{account}/ca.crt"))
 
 
 def with_files(cluster: Cluster) -> Cluster:

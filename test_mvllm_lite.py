@@ -15261,6 +15261,40 @@ async def test_a_kubeconfig_with_files_beside_it(tmp_path):
             assert api.asked[-1].get("user-agent") == [f"mvllm_lite/{lite.__version__}"]
 
 
+@asynchronous
+async def test_an_api_that_wants_a_certificate_and_a_renewed_authority(tmp_path):
+    (tmp_path / "cert").write_text(CERTIFICATE)
+    api = type("SecureApi", (Api, Secure), {"start": Secure.start, "url": Secure.url})(POD_A)
+    api.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    api.context.load_cert_chain(tmp_path / "cert")
+    api.context.load_verify_locations(tmp_path / "cert")
+    api.context.verify_mode = ssl.CERT_REQUIRED
+    async with api:
+        data = base64.b64encode(CERTIFICATE.encode()).decode()
+        server = {"server": f"https://localhost:{api.port}", "certificate-authority-data": None}
+        user = {"client-certificate-data": data, "client-key-data": data}
+        path = tmp_path / "config"
+        path.write_text(kubeconfig(server, user))
+        async with watching(api=api, kubeconfig=str(path)) as (found, _):
+            await eventually(lambda: found.watch.standing.trouble, "it is not trusted")
+            assert "certificate verify failed" in found.watch.standing.trouble
+            path.write_text(kubeconfig(server | {"certificate-authority-data": data}, user))
+            await found.finds("10.0.0.1")
+
+
+@pytest.mark.parametrize("host, url", [("10.96.0.1", "https://10.96.0.1:443"),
+                                       ("fd00::1", "https://[fd00::1]:443")])
+def test_a_pod_has_an_account_of_its_own(tmp_path, host, url):
+    (tmp_path / "token").write_text("t\n")
+    (tmp_path / "ca.crt").write_text("PEM")
+    environ = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": "443"}
+    found = lite.cluster_of(kubernetes(selector="a=b"), environ, str(tmp_path))
+    assert (found.url, found.token, found.ca) == (url, "t", "PEM")
+    (tmp_path / "token").write_text("no token at all")
+    with pytest.raises(lite.SettingsError, match="token: holds no token"):
+        lite.cluster_of(kubernetes(selector="a=b"), environ, str(tmp_path))
+
+
 @pytest.mark.parametrize("environ, expected", table(
     ("no pod", {}, "this is no pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_ser"),
     ("a pod without an account", {"KUBERNETES_SERVICE_HOST": "fd00::1"},
