@@ -10845,7 +10845,7 @@ class Core:
         self.recent = Recent()
         self.news = News(self.requests.queue)
         self.looks = Looks()
-        self.services: dict[str, Any] = {}  # each with its `report` and `families` of a moment
+        self.services: dict[str, Any] = {}  # with `report` and `families` of a moment, and words
         self.planners: dict[str, Planner] = {}  # those of PLANS that settings want
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
@@ -10863,6 +10863,7 @@ class Core:
             f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago")
         if any(self.roster.report().values()):
             settings += ", and changed by hand"
+        settings += "".join(f"; {one}" for one in self.services.values())
         process = {
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
@@ -15019,6 +15020,12 @@ class ApiServer(HttpClient):
         if cluster.token:
             self.key_line += f"Authorization: Bearer {cluster.token}\r\n"
 
+    async def _exchange(
+        self, stream: Stream, message: bytes, take: Callable[[bytes], object]
+    ) -> int:
+        keep_alive(stream[1].get_extra_info("socket"))  # nothing may be said on it for minutes
+        return await super()._exchange(stream, message, take)
+
     def begins(self, head: ResponseHead) -> None:
         self.head = head
         if head.status == 200:
@@ -15176,6 +15183,20 @@ class Watches:
             Watch(what, wanted.pools, self._changed, before=known.get(what))
             for table in wanted.tables for what in watches_of(table)]
 
+    def __str__(self) -> str:
+        """How it goes, for people."""
+        servers = sum(len(offer.servers) for one in self.all for offer in one.offers.values())
+        troubles = [f"{one.listing.what.name}: {one.standing.trouble}" for one in self.all
+                    if one.standing.trouble]
+        return "; ".join([f"kubernetes: {servers} servers", *troubles])
+
+    async def follow(self) -> None:
+        """Name what is known already, and hear of changes; for ever."""
+        self.define()
+        async with asyncio.TaskGroup() as group:
+            for one in self.all:
+                group.create_task(guarded(self._core, one.listing.what.name, one.follow))
+
     def _changed(self, warnings: list[str]) -> None:
         for warning in warnings:
             log.warning("kubernetes: %s", warning)
@@ -15244,12 +15265,12 @@ async def previewed(watch: Watch) -> list[str]:
 
 @service("kubernetes", operator.attrgetter("clusters"), Source.KUBERNETES, preview_pods)
 async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
-    watches = Watches(core, wanted, core.services.get("kubernetes"))
-    core.services["kubernetes"] = watches
-    watches.define()
-    async with asyncio.TaskGroup() as group:
-        for one in watches.all:
-            group.create_task(guarded(core, one.listing.what.name, one.follow))
+    watches = core.services["kubernetes"] = Watches(core, wanted, core.services.get("kubernetes"))
+    try:
+        await watches.follow()
+    finally:
+        if core.settings.clusters is None:
+            del core.services["kubernetes"]
 
 
 # ============================================================================================

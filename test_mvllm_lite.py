@@ -15401,6 +15401,7 @@ async def test_status_and_metrics_show_how_each_watch_goes():
         client = await running.client()
         status = (await client.get("/status.json")).json
         server_shown, = status["servers"]
+        assert status["settings"].endswith("; kubernetes: 1 servers")
         assert (server_shown["source"], server_shown["name"]) == ("kubernetes", "llm/a")
         watch, = status["services"]["kubernetes"]
         assert watch["since_contact_s"] < 10 and watch | {"since_contact_s": 0} == {
@@ -15433,6 +15434,7 @@ async def test_a_reload_leaves_watches_that_it_does_not_change(tmp_path):
                 if watches:
                     assert running.views()[0].health is known.health
             await running.until(lambda: not running.views())
+            await eventually(lambda: not running.core.status()["services"], "nothing is told of it")
             assert len([path for path in api.lists if "a%3Db" in path]) == 1
 
 
