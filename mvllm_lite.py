@@ -120,7 +120,7 @@ the lines.
     71  registering    ~ where they say it over HTTP
     72  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
-   XII  seen             2,420 lines, on a terminal, for `top`, `help`, a browser at /status
+   XII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
     73  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
     74  table          · the servers in lines, as many columns as there is room for
     75  views          · graphs of the fleet; models, requests and keys as tables
@@ -8564,6 +8564,7 @@ class StatusDocument(TypedDict):
     stopping: bool
     settings: str  # since when they are in force, for people
     hint: str  # what to try; of a demo
+    may_operate: bool  # whether who asks may drain, probe …
     settings_error: str  # why the file could not be used when it was last read
     connections: int  # of clients
     queue: int
@@ -10856,7 +10857,7 @@ class Core:
         self.planners = {name: known.get(name) or row.planner(self)
                          for name, row in PLANS.items() if row.wanted(self.settings)}
 
-    def status(self) -> StatusDocument:
+    def status(self, may_operate: bool = True) -> StatusDocument:
         """What the status page and the screen show."""
         now, this = clock_now(), self.process
         settings = "unchanged since the start" if this.reloaded_at is None else (
@@ -10867,7 +10868,7 @@ class Core:
         process = {
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
-            "hint": this.hint,
+            "hint": this.hint, "may_operate": may_operate,
             "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
             "requests": {"running": self.requests.report(now.monotonic),
                          "ended": ended_report(self.recent, now.monotonic)},
@@ -12758,7 +12759,6 @@ async def as_document(make: Callable[[Core], Any], core: Core, asked: Asked) -> 
 
 
 DOCUMENTS: dict[str, tuple[str, Callable[[Core], Any]]] = {
-    "/": ("name and version", lambda core: service_report()),
     "/version": ("version and process", lambda core: {"version": __version__, "pid": os.getpid()}),
     "/health": ("the fleet's state with each server's reason; always 200", lambda core:
                 health_report(core.fleet.views(), core.settings, clock_now())),
@@ -12767,7 +12767,6 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Core], Any]]] = {
         core.fleet.answers.means())
         | {"queue": {"length": len(core.requests.queue), "size": core.settings.queue_size,
                      "longest_wait_s": core.requests.queue.longest_wait_s(clock_now().monotonic)}}),
-    "/status.json": ("what screen and page show", lambda core: core.status()),
 }
 ENDPOINTS |= {
     path: {"GET": Endpoint(Kind.STATUS, functools.partial(as_document, make), meaning=meaning)}
@@ -12800,6 +12799,23 @@ async def get_explanation(core: Core, asked: Asked) -> Reply:
     return Reply(404, error_body(Fault.NOT_SERVED, text))
 
 
+def status_for(core: Core, asked: Asked) -> bytes:
+    may = asked.visit is not None and may_not_change(asked.visit) is None
+    return json.dumps(core.status(may)).encode()
+
+
+@endpoint("/status.json", meaning="what screen and page show")
+async def get_status(core: Core, asked: Asked) -> Reply:
+    return Reply(200, status_for(core, asked))
+
+
+@endpoint("/", meaning="name and version; to a browser: the way to the status page")
+async def get_root(core: Core, asked: Asked) -> Reply:
+    if "text/html" in asked.head.fields.get("accept"):
+        return Reply(303, b"See /status.\n", "text/plain", [("Location", "status")])
+    return as_json(service_report())
+
+
 STATUS_S = 1.0  # between two events of /status/events
 
 
@@ -12808,7 +12824,7 @@ async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[b
     """The same as /status.json, again and again."""
 
     def event() -> bytes:
-        return b"data: " + json.dumps(core.status()).encode() + b"\n\n"
+        return b"data: " + status_for(core, asked) + b"\n\n"
 
     async def events() -> AsyncIterator[bytes]:
         while not core.process.stopping:
@@ -17792,9 +17808,18 @@ summary b:not(:empty) { margin-right: .6rem }
   flex-wrap: wrap; gap: .6rem 1.5rem } .rest > * { flex: 1 1 15rem }
 .rest > .wide { flex-basis: 32rem } ul, ol { list-style: none; font-size: .88rem }
 #events { max-height: 22rem; overflow: auto } .only .good-server { display: none }
-button, input { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
+button, input, select { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
   border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
 button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+#graphs { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem;
+  margin: .7rem 0 } #graphs figure { border: 1px solid var(--line); border-radius: .4rem;
+  padding: .3rem .6rem } #graphs svg { width: 100%; height: 2.6rem }
+figcaption { color: var(--muted); font-size: .82rem } figcaption b { color: var(--text) }
+th button { font: inherit; border: 0; padding: 0; background: none; text-align: left }
+[aria-pressed=true] { border-color: var(--accent); color: var(--accent) }
+.many th, .many td { padding-top: .12rem; padding-bottom: .12rem } .many td small { display: inline;
+  margin-left: .5em } .many .bar, .many tbody:not(.open) > .more { display: none }
+.many svg { height: 1.1rem } .plain { font-size: .9rem } .scroll { overflow-x: auto }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 @media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
 @media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
@@ -17807,7 +17832,11 @@ button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); ou
   tbody { border-width: 1px; border-radius: .5rem; padding: .4rem; margin-bottom: .6rem }
   .main { display: grid; grid-template-columns: repeat(4, 1fr) }
   .main > .half { grid-column: span 2; min-width: 0 } .main > .whole { grid-column: 1 / -1 }
-  .n { text-align: left } svg, .bar { width: 100% }
+  .n { text-align: left } svg, .bar { width: 100% } .plain { display: table }
+  .plain thead { position: static; clip-path: none; display: table-header-group }
+  .plain tbody { display: table-row-group; border: 0 } .many tbody:not(.open) .main > .n,
+  .many tbody:not(.open) svg { display: none } .many tbody { padding: .2rem; margin: 0 }
+  .many .main { grid-template-columns: 1fr auto auto } .many .main > * { grid-column: auto }
   [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
     font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
 @media screen and (max-width: 30rem) { body { padding: .7rem }
@@ -17823,20 +17852,29 @@ button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); ou
 <p id="stopping" class="banner warn" hidden>The balancer is stopping: it finishes what it has.</p>
 <p id="lost" class="banner bad" hidden></p><p id="complaint" class="banner bad" hidden></p></div>
 <noscript>This page needs JavaScript; its facts are at <a href="/status.json">/status.json</a>.
-</noscript><div id="data" hidden><dl id="totals"></dl><div class="row tools">
+</noscript><div id="data" hidden><dl id="totals"></dl><div id="graphs"></div>
+<div class="row tools" id="views" role="group" aria-label="View"></div>
+<div class="scroll" id="view" hidden></div><div id="servers"><div class="row tools">
+<label>Find <input id="find" size="12"></label>
+<label>Sort <select id="sort"><option value="trouble">trouble first</option>
+<option value="given">as in the settings</option><option value="name">name</option>
+<option value="in_flight">most requests</option><option value="ttft_p95_s">slowest</option>
+<option value="errors">most errors</option></select></label>
 <label><input id="only" type="checkbox"> only servers that are not healthy</label>
 <label><input id="pause" type="checkbox"> pause</label></div>
 <table role="table"><caption>Servers <small>TTFT (time to first token, of streams), errors and
 retries: of the last minute; ~ is learned, – not known</small></caption><thead role="rowgroup">
-<tr role="row" id="heads"></tr></thead></table>
+<tr role="row" id="heads"></tr></thead></table></div>
 <h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
 <div class="tools"><h2>Operate</h2><form id="unlock" class="row">
 <label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
 <button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
-admin key, servers can be drained and probed: in their details. It is kept until this page is left,
-and nowhere else.</small></form><small><a id="raw" href="status.json">As JSON</a></small></div>
+admin key, servers can be drained and probed: in their details. (Without keys, from this machine.)
+It is kept until this page is left, and nowhere else.</small></form>
+<small><a id="raw" href="status.json">As JSON</a></small></div>
 </main><template><tbody role="rowgroup"><tr role="row" class="main">
-<th scope="row" role="rowheader" class="whole" data-part="name"></th>
+<th scope="row" role="rowheader" class="whole"><button type="button" data-part="name"
+aria-expanded="false"></button></th>
 <td role="cell" class="half"><b data-part="state"></b><small data-part="since"></small></td>
 <td role="cell" class="half" data-label="Load"><span data-part="load"></span>
 <div class="bar" aria-hidden="true"><div data-part="bar"></div></div></td>
@@ -17890,6 +17928,28 @@ const FIGURES = [["Running", "running", whole], ["Waiting", "waiting", whole],
   ["Retries", "retries", whole], ["TTFT p50", "ttft_p50_s", wait],
   ["TTFT p95", "ttft_p95_s", wait]];
 
+const ratio = v => share(v), GRAPHS = [["Requests/s", "requests_per_s", rate],
+  ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
+  ["TTFT p95", "ttft_p95_s", wait], ["Queue", "queue", whole], ["Errors", "error_ratio", ratio]];
+const says = v => text(v) || "–", host = url => says(url).replace(/^\w+:\/\//, "");
+const VIEWS = { servers: null,  // its head, what a row says, and whether that is a number
+  models: [d => list(d.models), [["Model", m => says(m.model)], ["State", m => says(m.state)],
+    ["Servers", m => `${num(m.healthy)} of ${num(m.servers)}`, 1],
+    ["Ours", m => whole(m.in_flight), 1], ["Requests/s", m => rate(m.requests_per_s), 1],
+    ["Tokens/s", m => rate(m.tokens_per_s), 1], ["TTFT p50", m => wait(m.ttft_p50_s), 1],
+    ["TTFT p95", m => wait(m.ttft_p95_s), 1], ["Errors", m => whole(m.errors), 1]]],
+  requests: [d => list((d.requests || {}).running).concat(list((d.requests || {}).ended)),
+    [["Time", r => wait(known(r.age_s) ? r.age_s : r.duration_s), 1],
+    ["Server", r => host(r.server)],
+    ["Model", r => says(r.model)], ["Key", r => says(r.key)], ["Tokens", r => whole(r.tokens), 1],
+    ["How", r => !r.end ? r.tokens ? "runs" : "waits for its first token"
+      : `${says(r.status)} ${says(r.end)}, ${long(r.ago_s) || "now"} ago`],
+    ["TTFT", r => wait(r.first_s), 1], ["Id", r => says(r.id)]]],
+  keys: [d => list(d.keys), [["Key", k => text(k.name) || "(no key)"],
+    ["Requests", k => whole(k.requests), 1], ["Prompt tokens", k => whole(k.prompt), 1],
+    ["Cached", k => whole(k.cached), 1], ["Completion", k => whole(k.completion), 1]]] };
+let view = "servers", mayOperate = false;
+
 const node = (tag, textContent, fields) =>
   Object.assign(document.createElement(tag), { textContent }, fields);
 function put(where, value, kind) {  // touches only what has changed
@@ -17903,6 +17963,51 @@ function fill(where, items) {
   where.replaceChildren(...entries.map(i => node("li", i.line || i, { className: i.kind || "" })));
 }
 
+function showView() {
+  for (const button of $("views").children)
+    button.setAttribute("aria-pressed", String(button.textContent.toLowerCase() === view));
+  $("servers").hidden = view !== "servers";
+  $("view").hidden = view === "servers";
+  if (view === "servers" || !last) return;
+  const [rowsOf, columns] = VIEWS[view], grid = node("table", "", { className: "plain" });
+  const head = node("tr"), body = node("tbody"), found = rowsOf(last);
+  for (const [label, , number] of columns)
+    head.append(node("th", label, { scope: "col", className: number ? "n" : "" }));
+  for (const item of found) {
+    const line = node("tr");
+    for (const [, form, number] of columns)
+      line.append(node("td", form(item || {}), { className: number ? "n" : "" }));
+    body.append(line);
+  }
+  const top = node("thead");
+  top.append(head);
+  grid.append(node("caption", found.length ? view[0].toUpperCase() + view.slice(1)
+    : "Nothing yet"), top, body);
+  $("view").replaceChildren(grid);
+}
+
+function showGraphs(fleet) {
+  for (const [, name, form] of GRAPHS) {
+    const values = list(fleet[name]), heights = values.map(v => known(v) ? v : 0);
+    const top = Math.max(...heights, 0) || 1, at = 90 - values.length;
+    $("graph-" + name).setAttribute("points",
+      heights.map((v, i) => `${at + i},${(20 - 20 * v / top).toFixed(1)}`).join(" "));
+    put($("now-" + name), form(values[values.length - 1]));
+    put($("top-" + name), ` of ${form(values.length ? top : null)}`);
+  }
+}
+
+function ordered(servers) {  // trouble first, or as one likes
+  const by = $("sort").value, words = $("find").value.toLowerCase().split(/\s+/);
+  const rank = s => kindOf(text(s.state)) === "bad" ? 0 : s.errors > 0 ? 1 : 2;
+  const size = s => known(s[by]) ? -s[by] : 0;
+  const order = by === "trouble" ? (a, b) => rank(a) - rank(b) : by === "given" ? () => 0
+    : by === "name" ? (a, b) => text(a.name).localeCompare(text(b.name))
+    : (a, b) => size(a) - size(b);
+  return servers.filter(s => { const all = [s.name, s.state, ...list(s.models)].map(text).join(" ")
+    .toLowerCase(); return words.every(w => all.includes(w)) }).sort(order);
+}
+
 function make(url) {
   const body = one("template").content.firstElementChild.cloneNode(true), part = {};
   for (const found of body.querySelectorAll("[data-part]")) part[found.dataset.part] = found;
@@ -17911,6 +18016,12 @@ function make(url) {
     part[name].dataset.label = label;
     part[name].setAttribute("role", "cell");
   }
+  part.name.addEventListener("click", () => {
+    const details = body.querySelector("details");
+    details.open = !details.open;
+    body.classList.toggle("open", details.open);
+    part.name.setAttribute("aria-expanded", String(details.open));
+  });
   for (const button of body.querySelectorAll("[data-act]"))
     button.addEventListener("click", () => operate(url, button.dataset.act));
   return rows.set(url, { body, part }).get(url);
@@ -17928,7 +18039,7 @@ function showServer(url, server) {
   const capacity = num(server.capacity);
   const learned = known(server.capacity) && server.capacity_learned;
   Object.assign(row, { name, state, kind });
-  row.body.className = kind + "-server";
+  row.body.className = kind + "-server" + (row.body.classList.contains("open") ? " open" : "");
   put(part.name, name);
   put(part.state, MARKS[kind] + " " + state, kind);
   put(part.since, since && "for " + since);
@@ -17948,21 +18059,29 @@ function showServer(url, server) {
   put(part.url, url);
   put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
   put(part.capacity, capacity + (learned ? ", learned" : "")
+    + (learned && server.capacity_seen === false ? ": assumed, until there is traffic" : "")
     + (server.capacity_note ? "; " + text(server.capacity_note) : ""));
   put(part.pending_prompt_tokens, num(server.pending_prompt_tokens));
-  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second));
+  put(part.prompt_tokens_per_second, num(server.prompt_tokens_per_second || null));
   put(part.step_ms, known(server.step_ms) ? server.step_ms + " ms" : "–");
   fill(part.every_model, models);
   fill(part.last_errors, list(server.last_errors).map(text));
   fill(part.decisions, list(server.decisions).map(text));
-  part.acts.hidden = !key;
+  part.acts.hidden = !mayOperate;
+  const drained = /^drain/.test(state);
+  part.acts.querySelector("[data-act=drain]").hidden = drained;
+  part.acts.querySelector("[data-act=undrain]").hidden = !drained;
   return row.body;
 }
 
 function show(doc) {
-  const servers = new Map(list(doc.servers).map(s => [text(s && s.url), s || {}]));
+  const servers = new Map(ordered(list(doc.servers).map(s => s || {})).map(s => [text(s.url), s]));
   const totals = doc.totals || {}, focus = document.activeElement;
   last = doc;
+  mayOperate = doc.may_operate === true;
+  table.classList.toggle("many", list(doc.servers).length > 9);
+  showGraphs(doc.fleet || {});
+  if (!$("view").matches(":hover")) showView();
   for (const [url, row] of rows) if (!servers.has(url)) row.body.remove(), rows.delete(url);
   let next = table.tBodies[0] || null;
   for (const [url, server] of servers) {
@@ -17970,9 +18089,11 @@ function show(doc) {
     if (body === next) next = next.nextElementSibling; else table.insertBefore(body, next);
   }
   if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
-  const all = totals.servers, well = totals.healthy, busy = totals.queue > 0;
+  const drained = known(totals.drained) ? totals.drained : 0;
+  const all = totals.servers - drained, well = totals.healthy, busy = totals.queue > 0;
   const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
-  const line = all ? healthy + " servers healthy" : "No server is configured";
+  const line = totals.servers ? healthy + " servers healthy"
+    + (drained ? `, ${num(drained)} drained` : "") : "No server is configured";
   const kind = !well ? "bad" : well < all || busy || failing ? "warn" : "good";
   put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
     + (failing ? ", many requests fail" : ""), kind);
@@ -18030,7 +18151,7 @@ async function poll(mine) {
     if (answer.status === 401 || answer.status === 403) return lock(answer);
     if (!answer.ok) throw new Error(answer.status);
     got(answer.raw);
-    if (!locked && Date.now() >= streamAfter) return stream(mine);
+    if (!locked && !key && Date.now() >= streamAfter) return stream(mine);
   } catch (error) {
     if (mine !== run) return;
     lost(answer && answer.ok ? `This page failed (${error.message})` : "Connection lost");
@@ -18090,13 +18211,30 @@ function use(typed, line) {
   $("key").value = "";
   $("forget").hidden = !key;
   put($("says"), line);
-  for (const row of rows.values()) row.part.acts.hidden = !key;
-  if (locked) start();
+  start();
 }
 
 for (const label of ["Server", "State", "Load", ...FIGURES.map(f => f[0]), "Load so far"])
   $("heads").append(node("th", label, { scope: "col", role: "columnheader",
     className: FIGURES.some(f => f[0] === label) ? "n" : "" }));
+for (const name of Object.keys(VIEWS)) {
+  const button = $("views").appendChild(node("button", name[0].toUpperCase() + name.slice(1)));
+  button.type = "button";
+  button.addEventListener("click", () => { view = name; showView() });
+}
+for (const [label, name] of GRAPHS) {
+  const figure = $("graphs").appendChild(node("figure")), words = node("figcaption", label + " ");
+  const drawn = one("template").content.querySelector("svg").cloneNode(true);
+  words.append(node("b", "–", { id: "now-" + name }), node("span", "", { id: "top-" + name }));
+  drawn.setAttribute("viewBox", "0 0 90 20");
+  drawn.setAttribute("aria-label", label + ", the last 15 minutes");
+  drawn.querySelector("path").setAttribute("d", "M0 20H90");
+  drawn.querySelector("polyline").id = "graph-" + name;
+  figure.append(words, drawn);
+}
+showView();
+for (const name of ["find", "sort"])
+  $(name).addEventListener("input", () => { if (last) show(last) });
 for (const [label, name] of TOTALS) $("totals").appendChild(node("div"))
   .append(node("dt", label), node("dd", "–", { id: "total-" + name }));
 $("raw").href = base + "/status.json";

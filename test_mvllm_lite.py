@@ -16103,6 +16103,7 @@ def document(servers, **more):
     return {
         "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
         "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "", "hint": "",
+        "may_operate": True,
         "settings": "unchanged since the start", "totals": totals, "servers": servers,
         "models": [], "requests": {"running": [], "ended": []}, "keys": [],
         "fleet": {"step_s": 10.0, **{name: [] for name in lite.GRAPHED}},
@@ -16264,7 +16265,7 @@ def test_servers_that_are_out_or_fail_stand_on_top(sort, names):
     assert [one["name"][7] for one in shown] == list(names)
 
 
-BUSY = {
+BUSY_STATUS = {
     **SHOWN_STATUS,
     "fleet": {"step_s": 10.0, **{name: [n / 89 for n in range(90)] for name in lite.GRAPHED}},
     "models": [{"model": "Qwen/Qwen3-32B", "state": "served", "servers": 3, "healthy": 2,
@@ -16299,17 +16300,17 @@ KEY       REQUESTS  PROMPT  CACHED  COMPLETION
 (no key)         4     100       3           9"""),
 ))
 def test_a_view_looks_like_this(view, expected):
-    lines = text_of(BUSY, Ui(Mode.VIEW, view=view), Look(), 80, 8)
+    lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), 80, 8)
     assert "\n".join(lines[:-1]).strip() == expected.replace("\n   1s", "\n  1s").strip()
     assert lines[-1].startswith("q back  Tab next view")
     for columns, rows in ((20, 5), (40, 10), (200, 50)):
-        assert all(len(line) <= columns for line in text_of(BUSY, Ui(Mode.VIEW, view=view), Look(),
-                                                            columns, rows))
+        lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), columns, rows)
+        assert all(len(line) <= columns for line in lines)
 
 
 def test_graphs_of_the_last_quarter_of_an_hour_use_the_room_there_is():
     def graphs(rows, columns=80):
-        lines = text_of(BUSY, Ui(), Look(), columns, rows)
+        lines = text_of(BUSY_STATUS, Ui(), Look(), columns, rows)
         (at,) = [n for n, line in enumerate(lines) if "the last 15 minutes" in line] or (0,)
         return lines[at : lines.index(next(x for x in lines if "── events" in x))] if at else []
 
@@ -17020,6 +17021,7 @@ def test_it_writes_what_it_is_told_as_text_alone() -> None:
         assert way not in STATUS_PAGE, way
     assert "textContent" in STATUS_PAGE
     assert set(re.findall(r'setAttribute\("?([\w-]+)', STATUS_PAGE)) <= {
+        "viewBox", "d", "aria-expanded", "aria-pressed",
         "points", "aria-label", "role"}
 
 
@@ -17050,6 +17052,22 @@ def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) ->
     rows = re.search(rf"const {table} = \[.*?\];", script, re.DOTALL) if table else None
     in_table = rows is not None and f'"{key}"' in rows[0]
     assert in_table or re.search(rf"\b{thing}\.{key}\b", script) or f"s.{key})" in script
+
+
+@asynchronous
+async def test_a_browser_at_the_root_is_led_to_the_page_and_told_whether_it_may_operate():
+    async with balancing(Server(), keys=()) as running:
+        client = await running.client()
+        led = await client.get("/", ["Accept: text/html,*/*;q=0.8"])
+        assert (led.status, led.get("location")) == (303, "status")
+        assert (await client.get("/")).json["service"] == "mvllm_lite"
+        assert (await client.get("/status.json")).json["may_operate"] is True
+    keyed = (lite.KeySettings("boss", key="sk-b", admin=True), lite.KeySettings("team", key="sk-t"))
+    async with balancing(Server(), keys=keyed) as running:
+        client = await running.client()
+        for field, may in (("X-Other: 1", False), ("Authorization: Bearer sk-t", False),
+                           ("Authorization: Bearer sk-b", True)):
+            assert (await client.get("/status.json", [field])).json["may_operate"] is may, field
 
 
 def test_the_paths_are_those_of_the_balancer() -> None:
