@@ -104,44 +104,45 @@ the lines.
     61  handover       ~ one process takes over from another, without a gap
     62  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
-     X  program          260 lines, at the start and at the end
+     X  program          470 lines, at the start and at the end
     63  process        ~ signals, systemd, limits of the system
-    64  command line   ~ what is common to all subcommands; the one that serves; `help`
+    64  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    65  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    65  names          ~ servers by DNS: each address of a name is one; names that move
-    66  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    67  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    68  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    69  zmtp           · what ZeroMQ's sockets say, and msgpack
-    70  registration   · servers and agents that say themselves that they are there
-    71  registering    ~ where they say it over HTTP
-    72  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    66  names          ~ servers by DNS: each address of a name is one; names that move
+    67  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    68  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    69  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    70  zmtp           · what ZeroMQ's sockets say, and msgpack
+    71  registration   · servers and agents that say themselves that they are there
+    72  registering    ~ where they say it over HTTP
+    73  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    73  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    74  table          · the servers in lines, as many columns as there is room for
-    75  views          · graphs of the fleet; models, requests and keys as tables
-    76  screen         · what is seen there: the table and the lines around it
-    77  keys           · what keys do to it, and ask of the balancer
-    78  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    79  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    80  page           ~ the status for a browser: one HTML string
-    81  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    82  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    74  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    75  table          · the servers in lines, as many columns as there is room for
+    76  views          · graphs of the fleet; models, requests and keys as tables
+    77  screen         · what is seen there: the table and the lines around it
+    78  keys           · what keys do to it, and ask of the balancer
+    79  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    80  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    81  page           ~ the status for a browser: one HTML string
+    82  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    83  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    83  traces         · requests of the past: from files, or made up
-    84  engine         · a model of a vLLM server, in simulated time
-    85  replay         · those requests sent to such servers by any policy
-    86  comparison     ~ policies compared on a trace: the program of `replay`
-    87  canned words   · what a vLLM server would say, without a model; what it refuses
-    88  canned forms   · the same in the forms of its APIs, plain and streamed
-    89  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    90  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    91  doctor         ~ what is amiss with servers and settings, and what to do about it
+    84  traces         · requests of the past: from files, or made up
+    85  engine         · a model of a vLLM server, in simulated time
+    86  replay         · those requests sent to such servers by any policy
+    87  comparison     ~ policies compared on a trace: the program of `replay`
+    88  canned words   · what a vLLM server would say, without a model; what it refuses
+    89  canned forms   · the same in the forms of its APIs, plain and streamed
+    90  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    91  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    92  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (58) reads a head from the client's
 `Wire` (39), parses it (2), makes an `Exchange` (53) of it, and asks who may come in (32).  A local
@@ -13489,7 +13490,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--config", metavar="FILE", help="the same")
 
 
-def config_path(args: argparse.Namespace, servers: Sequence[str] | None = None) -> str:
+def config_path(args: argparse.Namespace, servers: object = None) -> str:
     """What arguments or environment name, or the first of CONFIG_PLACES where there is a file; ''
     where there are `servers` in its place."""
     if named := args.file or args.config or os.environ.get("CONFIG_PATH"):
@@ -14094,7 +14095,193 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  64  command line
+#  64  router flags
+# ============================================================================================
+#
+# The command line of vllm-project/router: its flags are read, too, so that its command lines work
+# as they are.  To add a flag: a row of ROUTER_FLAGS.
+
+def thousandth(given: str) -> Any:
+    """Milliseconds in seconds; what is no number is for the setting's check to complain of."""
+    try:
+        return float(given) / 1000
+    except ValueError:
+        return given
+
+
+class RouterFlag(NamedTuple):
+    """A flag of vllm-project/router: the key of [config] that it gives, and what makes its value;
+    or what is done `instead`, which is said once; or why it is `refused`.  A row with none of them
+    is read by `router_servers`."""
+
+    key: str = ""
+    value: Callable[[Any], Any] = str
+    nargs: str | int | None = None  # as argparse has it; 0 for none
+    instead: str = ""
+    refused: str = ""
+
+
+# Its policies, where they have another name here, or none.
+ROUTER_POLICIES = {"rendezvous_hash": "consistent_hash", "sticky_least_loaded": "consistent_hash",
+                   "kv_aware": "unified"}
+LOG_LEVELS = {"warn": "WARNING", "trace": "DEBUG"}
+NO_CIRCUIT = 10**9  # failed requests in a row, which nobody will see
+IN_A_MAP = "what each server has cached is bounded by its own KV cache"
+KV_EVENTS = "what servers have cached is learned from answers and /metrics (policy unified)"
+NO_TRACES = "requests carry traceparent on, and the log has each one's times"
+NO_PROGRAMS = "sessions stay together by session_headers"
+ROUTER_FLAGS = {
+    "--worker-urls": RouterFlag(nargs="*"),
+    "--intra-node-data-parallel-size": RouterFlag(),
+    "--policy": RouterFlag("policy", lambda name: ROUTER_POLICIES.get(name, name)),
+    "--cache-threshold": RouterFlag("cache_threshold"),
+    "--balance-abs-threshold": RouterFlag("balance_abs_threshold"),
+    "--balance-rel-threshold": RouterFlag("balance_rel_threshold"),
+    "--api-key": RouterFlag("api_key"),
+    "--max-payload-size": RouterFlag("max_body_bytes"),
+    "--request-timeout-secs": RouterFlag("request_timeout"),
+    "--max-concurrent-requests": RouterFlag("max_requests"),
+    "--queue-size": RouterFlag("queue_size"),
+    "--queue-timeout-secs": RouterFlag("queue_timeout"),
+    "--cors-allowed-origins": RouterFlag("cors_allowed_origins", list, "*"),
+    "--request-id-headers": RouterFlag("request_id_headers", list, "*"),
+    "--retry-max-retries": RouterFlag("max_retries"),
+    "--retry-initial-backoff-ms": RouterFlag("retry_delay", thousandth),
+    "--retry-max-backoff-ms": RouterFlag("retry_delay_max", thousandth),
+    "--disable-retries": RouterFlag("max_retries", lambda _: 0, 0),
+    "--cb-failure-threshold": RouterFlag("failure_threshold"),
+    "--cb-success-threshold": RouterFlag("breaker_success_threshold"),
+    "--cb-timeout-duration-secs": RouterFlag("breaker_open_time"),
+    "--cb-window-duration-secs": RouterFlag("breaker_window"),
+    "--disable-circuit-breaker": RouterFlag("failure_threshold", lambda _: NO_CIRCUIT, 0),
+    "--health-check-interval-secs": RouterFlag("health_check_interval"),
+    "--health-check-timeout-secs": RouterFlag("health_check_timeout"),
+    "--health-failure-threshold": RouterFlag("health_check_consecutive_failures"),
+    "--health-success-threshold": RouterFlag("health_check_consecutive_successes"),
+    "--log-dir": RouterFlag("log_dir"),
+    "--prometheus-host": RouterFlag("operator_host"),
+    "--prometheus-port": RouterFlag("operator_port"),
+    "--vllm-discovery-address": RouterFlag("registration_address"),
+    # What has no counterpart.
+    "--retry-backoff-multiplier": RouterFlag(instead="each pause is twice the one before"),
+    "--retry-jitter-factor": RouterFlag(instead="a pause is drawn from its upper half"),
+    "--eviction-interval-secs": RouterFlag(instead=IN_A_MAP),
+    "--eviction-interval": RouterFlag(instead=IN_A_MAP),
+    "--max-tree-size": RouterFlag(instead=IN_A_MAP),
+    "--rate-limit-tokens-per-second": RouterFlag(
+        instead="requests_per_second limits each of [[keys]]"),
+    "--health-check-endpoint": RouterFlag(instead="/health is asked, /v1/models where it is none"),
+    "--worker-startup-timeout-secs": RouterFlag(instead="it serves at once, servers may follow"),
+    "--worker-startup-check-interval": RouterFlag(instead="health_check_interval is for all"),
+    "--enable-igw": RouterFlag(nargs=0, instead="requests go to servers that have their model"),
+    "--backend": RouterFlag(instead="servers are what speaks vLLM's API"),
+    "--runtime": RouterFlag(instead="servers are what speaks vLLM's API"),
+    "--history-backend": RouterFlag(instead="responses are kept by the servers that made them"),
+    "--mini-lb": RouterFlag(nargs=0, instead="it is one process anyway"),
+    "--profile": RouterFlag(nargs=0, instead="admin_paths may have /start_profile"),
+    **{f"--{name}": RouterFlag(instead=KV_EVENTS) for name in (
+        "router-temperature", "kv-penalty-host", "kv-penalty-external", "kv-penalty-disk",
+        "kv-aware-session-affinity-ttl-secs", "kv-event-block-size", "kv-event-model")},
+    **{f"--{name}": RouterFlag(nargs="+", instead=KV_EVENTS) for name in (
+        "kv-event-source", "kv-event-replay-source", "pd-kv-events")},
+    "--enable-program-scheduling": RouterFlag(nargs=0, instead=NO_PROGRAMS),
+    "--program-scheduling-config-json": RouterFlag(instead=NO_PROGRAMS),
+    "--enable-trace": RouterFlag(nargs=0, instead=NO_TRACES),
+    "--otlp-traces-endpoint": RouterFlag(instead=NO_TRACES),
+    "--otel-sampling-ratio": RouterFlag(instead=NO_TRACES),
+    "--otel-excluded-paths": RouterFlag(nargs="*", instead=NO_TRACES),
+    # Where another behaviour would be a hole, or would not be what was meant at all.
+    "--api-key-validation-urls": RouterFlag(nargs="+", refused="name clients' keys in [[keys]]"),
+    **{f"--wasm-middleware{end}": RouterFlag(nargs="+", refused="no code is run for requests")
+       for end in ("", "-sha256", "-route")},
+    "--epd-config": RouterFlag(refused="servers for encoders alone are not known here"),
+    # Of prefill and decode servers, until they are asked for one request.
+    "--vllm-pd-disaggregation": RouterFlag(nargs=0, refused=(
+        NO_PD := "prefill and decode servers are not asked for the same request yet")),
+    "--prefill": RouterFlag(nargs="+", refused=NO_PD),
+    "--decode": RouterFlag(nargs="+", refused=NO_PD),
+    "--prefill-policy": RouterFlag(refused=NO_PD),
+    "--decode-policy": RouterFlag(refused=NO_PD),
+    "--kv-connector": RouterFlag(refused=NO_PD),
+    # Of Kubernetes: `router_servers` makes a [[kubernetes]] of them.
+    "--service-discovery": RouterFlag(nargs=0),
+    "--selector": RouterFlag(nargs="*"),
+    "--prefill-selector": RouterFlag(nargs="*"),
+    "--decode-selector": RouterFlag(nargs="*"),
+    "--service-discovery-namespace": RouterFlag(),
+    "--service-discovery-port": RouterFlag(),
+}
+
+
+def add_router_flags(parser: argparse.ArgumentParser) -> None:
+    """For its command lines; `help router` says what they mean, the parser's help is ours."""
+    for name, flag in ROUTER_FLAGS.items():
+        how: dict[str, Any] = {"action": "store_true"} if flag.nargs == 0 else {
+            "nargs": flag.nargs, "action": "append" if flag.nargs == "+" else "store"}
+        parser.add_argument(name, help=argparse.SUPPRESS, default=None, **how)
+
+
+@topic("router", "the flags of vllm-project/router, which `run` takes, and their keys here")
+def router_topic() -> str:
+    rows = [(f"  {name}", f"[config] {flag.key}" if flag.key else
+             f"refused: {flag.refused}" if flag.refused else
+             f"has no effect: {flag.instead}" if flag.instead else "[servers]")
+            for name, flag in ROUTER_FLAGS.items()]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(["--host, --port and --log-level are the same here; ms become seconds.",
+                      *(name.ljust(width) + meaning for name, meaning in rows)])
+
+
+POD_FLAGS = {"--selector": "selector", "--prefill-selector": "prefill_selector",
+             "--decode-selector": "decode_selector", "--service-discovery-namespace": "namespace",
+             "--service-discovery-port": "port"}
+
+
+def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The servers that its flags name, or have looked for.  Raises SettingsError."""
+    found, size = dict[str, tuple[Any, str]](), given.get("--intra-node-data-parallel-size")
+    more = {} if size is None else {"data_parallel_size": size}
+    if (urls := given.get("--worker-urls")) is not None:
+        found["servers"] = [{"url": url, **more} for url in urls], "--worker-urls"
+    pods = {key: ",".join(given[name]) if isinstance(given[name], list) else given[name]
+            for name, key in POD_FLAGS.items() if name in given}
+    if "--service-discovery" in given:
+        found["kubernetes"] = [{**pods, **more}], "--service-discovery"
+    elif pods:
+        name = next(name for name in POD_FLAGS if name in given)
+        raise SettingsError([Complaint("command line", 0, name, "expected --service-discovery")])
+    return found
+
+
+def router_overrides(
+    args: argparse.Namespace
+) -> tuple[dict[str, tuple[Any, str]], list[Complaint]]:
+    """What flags of vllm-project/router say, as `overrides_from` has it, and one warning of those
+    that have no counterpart.  Raises SettingsError."""
+    values = {name: getattr(args, name[2:].replace("-", "_"), None) for name in ROUTER_FLAGS}
+    given = {name: value for name, value in values.items() if value is not None}
+    if refused := [name for name in given if ROUTER_FLAGS[name].refused]:
+        raise SettingsError([Complaint("command line", 0, name, ROUTER_FLAGS[name].refused)
+                             for name in refused])
+    found = router_servers(given)
+    for name, value in given.items():
+        if key := ROUTER_FLAGS[name].key:
+            found[key] = ROUTER_FLAGS[name].value(value), name
+    if "--prometheus-host" in given:  # its port is usual
+        found.setdefault("operator_port", (29000, "--prometheus-host"))
+    if (level := LOG_LEVELS.get((args.log_level or "").lower())) is not None:
+        found["log_level"] = level, "--log-level"
+    words = [f"{name}: {ROUTER_FLAGS[name].instead}" for name in given if ROUTER_FLAGS[name].instead
+             and (name, str(given[name]).strip("/")) != ("--health-check-endpoint", "health")]
+    policy = str(given.get("--policy"))
+    if policy in ROUTER_POLICIES:
+        words.append(f"--policy {policy}: {ROUTER_POLICIES[policy]} is next to it")
+    text = "flags of vllm-project/router without a counterpart: " + "; ".join(words)
+    return found, [Complaint("command line", 0, "", text)] * bool(words)
+
+
+# ============================================================================================
+#  65  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14148,6 +14335,22 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR")
     parser.add_argument("-m", "--model", action="store_true", help="name models in state changes")
     parser.add_argument("--reload", action="store_true", help="for mvllm's sake: it always follows")
+    add_router_flags(parser)
+
+
+def settings_to_run(
+    args: argparse.Namespace, environ: Mapping[str, str]
+) -> tuple[str, Overrides, Settings, list[Complaint]]:
+    """The settings that these arguments make, with the file and what wins over it, and warnings.
+    Raises SettingsError."""
+    found, unmatched = router_overrides(args)
+    named = {"servers", "kubernetes", "registration_address"} & found.keys()
+    path = config_path(args, args.server or named)
+    overrides = {**overrides_from(args, environ), **found}
+    if not path:
+        overrides.setdefault("servers", ([], "command line"))  # they will come
+    settings, warnings = load_settings(path, overrides)
+    return path, overrides, settings, [*warn_of(environ, args), *unmatched, *warnings]
 
 
 @command("run", "serve; also without the word", add_run, add_help=False)
@@ -14158,11 +14361,9 @@ def run_balancer(args: argparse.Namespace) -> int:
     if args.max_load and len(args.max_load) != len(args.server or ()):
         return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
                     " servers, expected one for each")
-    path = config_path(args, args.server)
-    overrides = overrides_from(args, os.environ)
-    settings, warnings = load_settings(path, overrides)
+    path, overrides, settings, warnings = settings_to_run(args, os.environ)
     with logging_to_stdout(settings.log_level):
-        for warning in (*warn_of(os.environ, args), *warnings):
+        for warning in warnings:
             log.warning("%s", warning)
         inherited = inherited_sockets()
         lines_wanted = settings.log_to_console  # --console, too
@@ -14267,7 +14468,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  65  names
+#  66  names
 # ============================================================================================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -14436,7 +14637,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  66  pods
+#  67  pods
 # ============================================================================================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -14702,7 +14903,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================================================================================
-#  67  listing
+#  68  listing
 # ============================================================================================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -14955,7 +15156,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================================================================================
-#  68  cluster
+#  69  cluster
 # ============================================================================================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -15290,7 +15491,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================================================================================
-#  69  zmtp
+#  70  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -15502,7 +15703,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  70  registration
+#  71  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -15800,7 +16001,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  71  registering
+#  72  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -16047,7 +16248,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  72  zmq listener
+#  73  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -16182,7 +16383,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  73  cells
+#  74  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -16460,7 +16661,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  74  table
+#  75  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -16693,7 +16894,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  75  views
+#  76  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -16837,7 +17038,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  76  screen
+#  77  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -17156,7 +17357,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  77  keys
+#  78  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -17279,7 +17480,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  78  terminal
+#  79  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -17525,7 +17726,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  79  top
+#  80  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -17743,7 +17944,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  80  page
+#  81  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -18263,7 +18464,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  81  reference
+#  82  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -18497,7 +18698,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  82  deployment
+#  83  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -18789,7 +18990,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  83  traces
+#  84  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -18978,7 +19179,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  84  engine
+#  85  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -19318,7 +19519,7 @@ class Engine:
 
 
 # ============================================================================================
-#  85  replay
+#  86  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -19546,7 +19747,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  86  comparison
+#  87  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -19682,7 +19883,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  87  canned words
+#  88  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -19883,7 +20084,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================================================================================
-#  88  canned forms
+#  89  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -20228,7 +20429,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  89  simulation
+#  90  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -20495,7 +20696,7 @@ class Generation:
 
 
 # ============================================================================================
-#  90  demo
+#  91  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -20653,7 +20854,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  91  doctor
+#  92  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

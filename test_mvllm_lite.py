@@ -14370,6 +14370,107 @@ def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     assert child.wait(20) == 0 and terminal.restored
 
 
+def run_with(line, **environ):
+    """The settings of a command line, and what is warned of; the file is none."""
+    args = lite.argument_parser("run").parse_args(["run", *line.split()])
+    path, _, settings, warnings = lite.settings_to_run(args, environ)
+    assert path == ""
+    return settings, [str(one) for one in warnings]
+
+
+# Each command line of vllm-project/router's README: what it sets, and what its one warning names.
+ROUTER_LINES = table(
+    ("engines", "--worker-urls http://worker1:8000 http://worker2:8000 --policy consistent_hash"
+     " --intra-node-data-parallel-size 8",
+     {"urls": ["http://worker1:8000", "http://worker2:8000"], "data_parallel_size": 8,
+      "policy": "consistent_hash"}, []),
+    ("metrics", "--worker-urls http://localhost:8080 http://localhost:8081"
+     " --prometheus-host 0.0.0.0 --prometheus-port 9000",
+     {"urls": ["http://localhost:8080", "http://localhost:8081"], "operator_host": "0.0.0.0",
+      "operator_port": 9000}, []),
+    ("retries", "--worker-urls http://localhost:8080 http://localhost:8081 --retry-max-retries 3"
+     " --retry-initial-backoff-ms 100 --retry-max-backoff-ms 10000 --retry-backoff-multiplier 2.0"
+     " --retry-jitter-factor 0.1",
+     {"max_retries": 3, "retry_delay": 0.1, "retry_delay_max": 10.0},
+     ["--retry-backoff-multiplier: each pause is twice", "--retry-jitter-factor: a pause is"]),
+    ("circuits", "--worker-urls http://localhost:8080 http://localhost:8081"
+     " --cb-failure-threshold 5 --cb-success-threshold 2 --cb-timeout-duration-secs 30"
+     " --cb-window-duration-secs 60",
+     {"failure_threshold": 5, "breaker_success_threshold": 2, "breaker_open_time": 30.0,
+      "breaker_window": 60.0}, []),
+    ("ids", "--worker-urls http://localhost:8080 --request-id-headers x-trace-id x-request-id",
+     {"urls": ["http://localhost:8080"], "request_id_headers": ("x-trace-id", "x-request-id")},
+     []),
+    ("pods", "--service-discovery --selector app=vllm-worker role=inference"
+     " --service-discovery-namespace default",
+     {"urls": [], "pods": [("app=vllm-worker,role=inference", "default", ())]}, []),
+    ("pods of a port", "--service-discovery --selector app=a --service-discovery-port 8000"
+     " --intra-node-data-parallel-size 2", {"pods": [("app=a", "", (8000,))]}, []),
+    # And of its table of flags.
+    ("the rest", "--worker-urls http://a:1 --host 127.0.0.1 --port 30000 --policy cache_aware"
+     " --cache-threshold 0.5 --balance-abs-threshold 32 --balance-rel-threshold 1.1 --api-key sk-1"
+     " --max-payload-size 1000 --request-timeout-secs 1800 --max-concurrent-requests 256"
+     " --queue-size 100 --queue-timeout-secs 60 --cors-allowed-origins http://x http://y"
+     " --health-check-interval-secs 60 --health-check-timeout-secs 5 --health-failure-threshold 3"
+     " --health-success-threshold 2 --log-level warn --log-dir logs --max-tree-size 5"
+     " --eviction-interval-secs 120 --health-check-endpoint health",
+     {"host": "127.0.0.1", "port": 30000, "policy": "cache_aware", "cache_threshold": 0.5,
+      "balance_abs_threshold": 32, "balance_rel_threshold": 1.1, "api_key": "sk-1",
+      "max_body_bytes": 1000, "request_timeout": 1800.0, "max_requests": 256, "queue_size": 100,
+      "queue_timeout": 60.0, "cors_allowed_origins": ("http://x", "http://y"),
+      "health_check_interval": 60.0, "health_check_timeout": 5.0,
+      "health_check_consecutive_failures": 3, "health_check_consecutive_successes": 2,
+      "log_level": "WARNING", "log_dir": "logs"},
+     ["--max-tree-size: ", "--eviction-interval-secs: "]),
+    ("turned off", "--worker-urls http://a:1 --disable-retries --disable-circuit-breaker"
+     " --prometheus-host 127.0.0.1", {"max_retries": 0, "failure_threshold": 10**9,
+                                      "operator_port": 29000}, []),
+    ("a policy that is none here", "--worker-urls http://a:1 --policy kv_aware",
+     {"policy": "unified"}, ["--policy kv_aware: unified is next to it"]),
+    ("servers that register", "--vllm-discovery-address 0.0.0.0:30001 --policy consistent_hash",
+     {"urls": [], "registration_address": "0.0.0.0:30001", "policy": "consistent_hash"}, []),
+)
+
+
+@pytest.mark.parametrize("line, expected, warned", ROUTER_LINES)
+def test_a_command_line_of_vllm_project_s_router_works(line, expected, warned):
+    settings, warnings = run_with(line)
+    for key, value in expected.items():
+        found = {"urls": [one.url for one in settings.servers],
+                 "pods": [(one.selector, one.namespace, one.port) for one in settings.kubernetes],
+                 "data_parallel_size": max((s.data_parallel_size for s in settings.servers),
+                                           default=0)}
+        assert (found[key] if key in found else getattr(settings, key)) == value, key
+    assert len(warnings) == bool(warned)  # one for all
+    assert all(word in warnings[0] for word in warned)
+
+
+@pytest.mark.parametrize("line, why", table(
+    ("a wrong value", "--worker-urls http://a:1 --retry-initial-backoff-ms soon",
+     "--retry-initial-backoff-ms: retry_delay: found 'soon', expected a number"),
+    ("a policy", "--worker-urls http://a:1 --policy best", "--policy: policy: found 'best'"),
+    ("a server of another protocol", "--worker-urls grpc://a:1", "servers[1].url: found"),
+    ("pods, or not", "--worker-urls http://a:1 --selector app=a",
+     "command line: --selector: expected --service-discovery"),
+    ("which pods", "--service-discovery", "kubernetes[1].selector: found nothing, expected"),
+    ("who may come in", "--api-key-validation-urls https://x/api",
+     "command line: --api-key-validation-urls: name clients' keys in [[keys]]"),
+))
+def test_what_a_command_line_of_vllm_project_s_router_is_refused_for(line, why):
+    with pytest.raises(lite.SettingsError, match=re.escape(why)):
+        run_with(line)
+
+
+def test_a_flag_of_vllm_project_s_router_is_not_lost_over_a_settings_file(tmp_path):
+    (tmp_path / "servers.toml").write_text(
+        'servers = [{ url = "http://a" }]\n[config]\nmax_retries = 7\npolicy = "least"\n')
+    args = lite.argument_parser("run").parse_args(
+        ["run", str(tmp_path / "servers.toml"), "--retry-max-retries", "1"])
+    path, _, settings, _ = lite.settings_to_run(args, {})
+    assert path and (settings.max_retries, settings.policy) == (1, "least")
+    assert [one.url for one in settings.servers] == ["http://a"]
+
+
 # ============================================================================================
 #  names
 # ============================================================================================
