@@ -16258,9 +16258,10 @@ ENDPOINTS |= {
 ZMQ_HANDSHAKE_S = 5.0
 ZMQ_SILENCE_S = 30.0  # of a peer that is heard; connectors speak each 3 s
 ZMQ_PEERS, ZMQ_PEERS_EACH = 256, 16  # connections: of all, of one address
+ZMQ_SERVERS_EACH = 64  # of one host
 ZMQ_PIECE_BYTES, ZMQ_PAUSE_S = 8192, 0.2  # read at once, and between two reads: 40 kB/s of a peer
 ZMQ_RETRY_S = 0.5  # between two tries to listen, where a predecessor still does
-ZMQ_TOLD = 256  # warnings that are remembered, so that each is given once
+ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings, of which each is given once; and for how long
 
 
 class ZmqListener:
@@ -16270,14 +16271,15 @@ class ZmqListener:
         self.core, self.registrations = core, Registrations.of(core)
         self.peers = dict[asyncio.Task[None], str]()  # by connection
         self.listeners = list[Listener]()
-        self._told: dict[tuple[str, str], None] = {}
+        self._told: dict[tuple[str, str], float] = {}  # warnings that were given, and when
 
     def tell(self, host: str, text: str) -> None:
-        """Warn of something, once."""
-        if (host, text) not in self._told:
-            self._told[host, text] = None
-            if len(self._told) > ZMQ_TOLD:
-                del self._told[next(iter(self._told))]
+        """Warn of something, once, and of ZMQ_TOLD things in ZMQ_TOLD_S: garbage fills no disk."""
+        now, told = asyncio.get_running_loop().time(), self._told
+        if len(told) >= ZMQ_TOLD and now > told[oldest := next(iter(told))] + ZMQ_TOLD_S:
+            del told[oldest]
+        if (host, text) not in told and len(told) < ZMQ_TOLD:
+            told[host, text] = now
             log.warning("registration over ZMQ: %s: %s", host, text)
 
     async def run(self, address: str) -> None:
@@ -16287,19 +16289,18 @@ class ZmqListener:
             sockets = await self.sockets_at(address)
             self.registrations.holds_zmq = False
             log.warning("%s", zmq_open_line(self.core.settings))
-            async with asyncio.TaskGroup() as tasks:
-                take = functools.partial(self.accept, tasks)
-                self.listeners += [
-                    Listener(sock, self.has_room, lambda: None, take, self.cannot_accept)
-                    for sock in sockets]
-                while not self.core.process.stopping:  # then a successor may listen
-                    await asyncio.sleep(ZMQ_RETRY_S)
-                for task in self.peers:
-                    task.cancel()
+            self.listeners += [
+                Listener(sock, self.has_room, lambda: None, self.accept, self.cannot_accept)
+                for sock in sockets]
+            while not self.core.process.stopping:  # then a successor may listen
+                await asyncio.sleep(ZMQ_RETRY_S)
         finally:
             self.registrations.holds_zmq = False
             for listener in self.listeners:
                 listener.close()
+            self.listeners.clear()
+            for task in self.peers:
+                task.cancel()
 
     async def sockets_at(self, address: str) -> list[socket.socket]:
         host, _, port = address.rpartition(":")
@@ -16316,12 +16317,12 @@ class ZmqListener:
     def cannot_accept(self, error: OSError) -> None:
         self.tell("accepting", error_text(error))
 
-    def accept(self, tasks: asyncio.TaskGroup, sock: socket.socket, address: Any) -> None:
+    def accept(self, sock: socket.socket, address: Any) -> None:
         host = address_of(address)[0]
         if not is_trusted(host, self.core.settings.registration_networks):
             self.tell(host, "it is not in registration_networks")
         elif list(self.peers.values()).count(host) < ZMQ_PEERS_EACH:
-            self.peers[task := tasks.create_task(self.serve(sock, host))] = host
+            self.peers[task := asyncio.create_task(self.serve(sock, host))] = host
             task.add_done_callback(functools.partial(self.left, sock))
             return
         sock.close()
@@ -16331,6 +16332,9 @@ class ZmqListener:
         sock.close()
         for listener in self.listeners:
             listener.resume()
+        if not task.cancelled() and (error := task.exception()) is not None:  # a mistake of ours
+            log.error("internal error while hearing a peer of ZeroMQ", exc_info=error)
+            self.core.metrics.errors.add()
 
     async def serve(self, sock: socket.socket, host: str) -> None:
         """One peer, until it leaves, says what cannot be, or nothing for long."""
@@ -16357,13 +16361,21 @@ class ZmqListener:
                 if not (piece := await reader.read(ZMQ_PIECE_BYTES)):
                     return
             for message in zmtp.feed(piece):
-                peer = Peer(host, self.core.settings.registration_any_address)
-                found = zmq_registration(parse_msgpack(message[-1]), peer.place)
-                if isinstance(found, Registration):
-                    self.registrations.take(found)
-                elif found:
-                    self.tell(host, found)
+                self.take(b"".join(message[-1:]), host)
             await asyncio.sleep(ZMQ_PAUSE_S)
+
+    def take(self, said: bytes, host: str) -> None:
+        """Raises BadMessage, SettingsError."""
+        peer = Peer(host, self.core.settings.registration_any_address)
+        found = zmq_registration(parse_msgpack(said), peer.place)
+        if not isinstance(found, Registration):
+            if found:
+                self.tell(host, found)
+            return
+        book, (place, *_) = self.registrations.book.by_id, found.id.rsplit(":", 1)
+        if found.id not in book and sum(id.startswith(place) for id in book) >= ZMQ_SERVERS_EACH:
+            raise BadMessage(f"{ZMQ_SERVERS_EACH} servers of {place} are registered, and not more")
+        self.registrations.take(found)
 
 
 @service("registration", operator.attrgetter("registration"))
@@ -21060,6 +21072,13 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
             f"weights other than 0 have no effect under policy {name}, which keeps to the rule it"
             " is named after", "choose unified, or give other max_concurrent_requests")
             for name in unweighed(s)]
+    findings += [Finding(text, advice) for amiss, text, advice in (
+        (s.registration_address, zmq_open_line(s), "keep registration_networks narrow"),
+        (not (s.registration_key or s.registration_key_file or s.keys)
+         and {*s.registration_networks} - {*LOOPBACK},
+         "registration_networks has others, who cannot register over HTTP without a key",
+         "set registration_key or registration_key_file"),
+    ) if amiss]
     known = {name for one in examined for name in one.models or ()}
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]

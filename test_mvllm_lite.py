@@ -16117,7 +16117,8 @@ async def test_garbage_over_zmq_ends_its_own_connection_alone(caplog):
         async with await Dealer.dial(address) as good, await Dealer.dial(address) as moriio:
             moriio.say(type="P", http_address="127.0.0.1:1", transfer_mode="READ",
                        zmq_address="host:127.0.0.1,handshake:6301,notify:61005")
-            for garbage in (b"GET / HTTP/1.1\r\n\r\n", LIBZMQ + b"\x00\x01\xc1",
+            await eventually(lambda: "MoRI-IO" in caplog.text, "MoRI-IO's is heard")
+            for garbage in (b"GET / HTTP/1.1\r\n\r\n", LIBZMQ + b"\x00\x01\xc1", LIBZMQ + b"\0\0",
                             LIBZMQ + b"\x02" + b"\xff" * 8):
                 reader, writer = await asyncio.open_connection(*address)
                 writer.write(garbage)
@@ -16130,16 +16131,16 @@ async def test_garbage_over_zmq_ends_its_own_connection_alone(caplog):
                     await liar.reader.read()
             good.say(**said)
             await b.until(lambda: on_roster(b) == {one.url: "registered"})
-            for said in ("no greeting", "begins with 0xc1", "MoRI-IO's connector, which is not",
-                         "url: found 'http://10.0.0.1:80', expected 127.0.0.1"):
+            for said in ("MoRI-IO's connector, which is not", "no greeting", "begins with 0xc1",
+                         "after 0 bytes", "url: found 'http://10.0.0.1:80', expected 127.0.0.1",
+                         "takes servers from whoever reaches it"):
                 assert said in caplog.text
-            assert "takes servers from whoever reaches it" in caplog.text
 
 
 @asynchronous
 async def test_registration_over_zmq_is_for_some_networks_and_so_many_connections_of_one():
     networks = {"registration_networks": ("127.0.0.1", "127.0.0.3")}
-    async with listening_over_zmq(**networks) as (_, address):
+    async with listening_over_zmq(**networks) as (b, address):
         async with await Dealer.dial(address, "127.0.0.2") as stranger:
             with contextlib.suppress(ConnectionError):
                 assert await stranger.reader.read() == b""
@@ -16153,6 +16154,11 @@ async def test_registration_over_zmq_is_for_some_networks_and_so_many_connection
                 assert await more.reader.read() == b""
             other = await stack.enter_async_context(await Dealer.dial(address))
             assert await other.reader.readexactly(64) == lite.ZMTP_GREETING
+            for port in range(lite.ZMQ_SERVERS_EACH + 1):
+                other.say(type="P", http_address=f"127.0.0.1:{port + 1}", zmq_address="127.0.0.1:1")
+            with contextlib.suppress(ConnectionError):
+                await other.reader.read()
+            assert len(on_roster(b)) == lite.ZMQ_SERVERS_EACH
 
 
 @pytest.mark.parametrize("said, address", table(
@@ -18139,6 +18145,10 @@ def test_what_is_amiss_here():
         "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]
     # who knows what it serves
     assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []
+    s = Settings(max_connections=1, registration_address="*:1", registration_networks=("::/0",))
+    found = lite.own_findings(s, [], 1)
+    assert ["ZMTP's NULL has no keys" in found[0].text, "without a key" in found[1].text,
+            len(found)] == [True, True, 2]
 
 
 @asynchronous
