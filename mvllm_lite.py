@@ -21120,7 +21120,7 @@ def check_config(args: argparse.Namespace) -> int:
     async def examine_all() -> tuple[list[ServerSettings], list[str], list[Examined]]:
         servers, lines = await preview_servers(settings)
         for server in servers:
-            secrets.adopt(server)
+            secrets.adopt(server, Source.DNS)  # or any: it is `like` an entry
         servers = [*settings.servers, *servers]
         return servers, lines, await asyncio.gather(
             *(examine(one, settings, secrets) for one in servers))
@@ -21132,7 +21132,8 @@ def check_config(args: argparse.Namespace) -> int:
         print_findings(one.findings)
     print(*map(printable, lines), sep="\n", end="\n" * bool(lines))
     print_findings(own_findings(settings, found, descriptors_allow()))
-    modes = {name: os.stat(name).st_mode for name in secret_files(path, settings)}
+    files = filter(os.path.exists, secret_files(path, settings))  # a kubeconfig may come later
+    modes = {name: os.stat(name).st_mode for name in files}
     print_findings(mode_findings(modes))
     usable = sum(one.usable for one in found)
     capacity = total_capacity(servers)

@@ -15518,6 +15518,31 @@ async def test_status_and_metrics_show_how_each_watch_goes():
 
 
 @asynchronous
+async def test_check_config_says_what_the_api_answers_and_which_pods_are_used(tmp_path):
+    async with Api() as api, Server(models=["a"]) as server:
+        for pod in (pod_at(server, "a", notes={"mvllm-lite/colour": "red"}), pod_named("b"),
+                    pod_named("b", phase="Pending")):
+            api.objects[pod["metadata"]["uid"]] = pod
+        api.refusals.append(("403 Forbidden", "", {"message": "pods is forbidden"}))
+        path = tmp_path / "servers.toml"
+        path.write_text(f"[[kubernetes]]\nselector = 'a=b'\napi_server = '{api.url}'\n"
+                        f"[[keys]]\nname = 'k'\nkey_file = '{tmp_path / 'key'}'\n")
+        (tmp_path / "key").write_text("k")
+        for code, said in (
+            (2, ["pods a=b in all namespaces  NOT USABLE: answered 403: this account may not list",
+                 ": 0 servers"]),
+            (0, ["pods a=b in all namespaces  the API answers, 2 match, 1 are used",
+                 "llm/a  capacity auto  usable", "! llm/b is not used: its phase is 'Pending'",
+                 "! pod llm/a: annotation mvllm-lite/colour is ignored, expected one of max_con",
+                 ": 1 servers"]),
+        ):
+            child = await asyncio.create_subprocess_exec(
+                *command("check-config", str(path)), env=CLEAN, stdout=asyncio.subprocess.PIPE)
+            out, _ = await child.communicate()
+            assert child.returncode == code and all(words in out.decode() for words in said), out
+
+
+@asynchronous
 async def test_a_reload_leaves_watches_that_it_does_not_change(tmp_path):
     async with Api() as api, Server() as server:
         api.objects["uid-a"] = pod_at(server, "a")
