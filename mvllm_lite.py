@@ -53,106 +53,107 @@ the lines.
     20  pace           · what a server has of ours; how fast it reads and answers, as learned
     21  servers        · what is known of each: settings, health, report, what was learned, counts
     22  learning       · what reports teach of a server: its capacity, and what its cache has
-    23  fleet          · the servers, and requests of ours with them
-    24  roster         · which servers there are: named by the file, by hand, merged by one rule
-    25  estimates      · what a call would take at each server, and take from others, in seconds
-    26  policies       · what a server is worth for a call, by a dozen rules
-    27  ranking        · who may be asked, who is asked, and why
+    23  leases         · a request that is with a server: what it counts for, what it teaches
+    24  fleet          · the servers, and requests of ours with them
+    25  roster         · which servers there are: named by the file, by hand, merged by one rule
+    26  estimates      · what a call would take at each server, and take from others, in seconds
+    27  policies       · what a server is worth for a call, by a dozen rules
+    28  ranking        · who may be asked, who is asked, and why
 
      V  answering        1,000 lines, for each request
-    28  queue          · requests that wait for room; what retries the fleet can afford
-    29  poison         · content with which servers die, and whose failure it was
-    30  plans          · how a call is answered, step by step
-    31  client keys    · clients' keys and what each uses; whose stored responses are
-    32  access         · who may come in, and to which path; proxies that are trusted
+    29  queue          · requests that wait for room; what retries the fleet can afford
+    30  poison         · content with which servers die, and whose failure it was
+    31  plans          · how a call is answered, step by step
+    32  client keys    · clients' keys and what each uses; whose stored responses are
+    33  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  950 lines, for each request, and when asked for
-    33  documents      · what programs are shown in JSON
-    34  metrics        · what is counted and measured, as families for Prometheus
-    35  records        · what is written of requests and transitions: log lines, records, traces
-    36  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    37  status         · what screen, page and /status.json show
+    34  documents      · what programs are shown in JSON
+    35  metrics        · what is counted and measured, as families for Prometheus
+    36  records        · what is written of requests and transitions: log lines, records, traces
+    37  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    38  status         · what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    38  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    39  wire           ~ one connection: its buffer, its deadline, its end
-    40  secrets        ~ keys and certificates, and how a server is reached with them
-    41  client         ~ what we ask servers ourselves, over asyncio's streams
-    42  pool           ~ the connections to one server over which requests go, kept and reused
-    43  pump           ~ bytes on their way through, with back-pressure
-    44  response       ~ the client's side of an exchange
-    45  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    39  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    40  wire           ~ one connection: its buffer, its deadline, its end
+    41  secrets        ~ keys and certificates, and how a server is reached with them
+    42  client         ~ what we ask servers ourselves, over asyncio's streams
+    43  pool           ~ the connections to one server over which requests go, kept and reused
+    44  pump           ~ bytes on their way through, with back-pressure
+    45  response       ~ the client's side of an exchange
+    46  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,540 lines, for each request
-    46  shared state   ~ clients, pools, news, requests under way
-    47  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    48  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    49  attempt        ~ a request said to one server; its answer judged and passed on
-    50  case           ~ whose failure it was: suspects, deaths, content that is held off
-    51  accounts       ~ what is counted, kept and told of a request that has ended
-    52  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
-    53  exchange       ~ one request, from its head to its last byte
+    47  shared state   ~ clients, pools, news, requests under way
+    48  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    49  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    50  attempt        ~ a request said to one server; its answer judged and passed on
+    51  case           ~ whose failure it was: suspects, deaths, content that is held off
+    52  accounts       ~ what is counted, kept and told of a request that has ended
+    53  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    54  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    54  watch          ~ health checks, load reports
-    55  services       ~ what runs in the background because settings name it, as rows
-    56  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    57  endpoints      ~ the paths that the balancer answers itself, in one table
-    58  front          ~ where clients come in: connections accepted, requests let in
-    59  following      ~ the settings file, and the files that it names
-    60  commands       ~ subcommands as rows; settings from file, environment and flags
-    61  handover       ~ one process takes over from another, without a gap
-    62  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    55  watch          ~ health checks, load reports
+    56  services       ~ what runs in the background because settings name it, as rows
+    57  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    58  endpoints      ~ the paths that the balancer answers itself, in one table
+    59  front          ~ where clients come in: connections accepted, requests let in
+    60  following      ~ the settings file, and the files that it names
+    61  commands       ~ subcommands as rows; settings from file, environment and flags
+    62  handover       ~ one process takes over from another, without a gap
+    63  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    63  process        ~ signals, systemd, limits of the system
-    64  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    65  command line   ~ what is common to all subcommands; the one that serves; `help`
+    64  process        ~ signals, systemd, limits of the system
+    65  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    66  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    66  names          ~ servers by DNS: each address of a name is one; names that move
-    67  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    68  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    69  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    70  zmtp           · what ZeroMQ's sockets say, and msgpack
-    71  registration   · servers and agents that say themselves that they are there
-    72  registering    ~ where they say it over HTTP
-    73  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    67  names          ~ servers by DNS: each address of a name is one; names that move
+    68  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    69  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    70  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    71  zmtp           · what ZeroMQ's sockets say, and msgpack
+    72  registration   · servers and agents that say themselves that they are there
+    73  registering    ~ where they say it over HTTP
+    74  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    74  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    75  table          · the servers in lines, as many columns as there is room for
-    76  views          · graphs of the fleet; models, requests and keys as tables
-    77  screen         · what is seen there: the table and the lines around it
-    78  keys           · what keys do to it, and ask of the balancer
-    79  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    80  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    81  page           ~ the status for a browser: one HTML string
-    82  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    83  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    75  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    76  table          · the servers in lines, as many columns as there is room for
+    77  views          · graphs of the fleet; models, requests and keys as tables
+    78  screen         · what is seen there: the table and the lines around it
+    79  keys           · what keys do to it, and ask of the balancer
+    80  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    81  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    82  page           ~ the status for a browser: one HTML string
+    83  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    84  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
   XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    84  traces         · requests of the past: from files, or made up
-    85  engine         · a model of a vLLM server, in simulated time
-    86  replay         · those requests sent to such servers by any policy
-    87  comparison     ~ policies compared on a trace: the program of `replay`
-    88  canned words   · what a vLLM server would say, without a model; what it refuses
-    89  canned forms   · the same in the forms of its APIs, plain and streamed
-    90  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    91  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    92  doctor         ~ what is amiss with servers and settings, and what to do about it
+    85  traces         · requests of the past: from files, or made up
+    86  engine         · a model of a vLLM server, in simulated time
+    87  replay         · those requests sent to such servers by any policy
+    88  comparison     ~ policies compared on a trace: the program of `replay`
+    89  canned words   · what a vLLM server would say, without a model; what it refuses
+    90  canned forms   · the same in the forms of its APIs, plain and streamed
+    91  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    92  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    93  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (58) reads a head from the client's
-`Wire` (39), parses it (2), makes an `Exchange` (53) of it, and asks who may come in (32).  A local
-path is answered in room 57.  For any other the `Exchange` runs: the content is gathered (48) and
-read as a `Call` (13) with its `Prompt` (12), the `Keys` (31) admit it, and `relay_plan` (30) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (27) in the view
-of the fleet (23) by a policy (26).  An `Attempt` (49) at that server holds the answer back until
-it is judged to be one (15), and then has the `Exchange` commit: the `Response` (44) begins, and a
-`Pump` (43) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (51) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (59) reads a head from the client's
+`Wire` (40), parses it (2), makes an `Exchange` (54) of it, and asks who may come in (33).  A local
+path is answered in room 58.  For any other the `Exchange` runs: the content is gathered (49) and
+read as a `Call` (13) with its `Prompt` (12), the `Keys` (32) admit it, and `relay_plan` (31) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (28) in the view
+of the fleet (24) by a policy (27).  An `Attempt` (50) at that server holds the answer back until
+it is judged to be one (15), and then has the `Exchange` commit: the `Response` (45) begins, and a
+`Pump` (44) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (52) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -2825,11 +2826,13 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 # kept.
 
 # A chain has a link up to each of these, in bytes from the prompt's start: fine where prompts part,
-# coarse where they have long been the same; the end is where a prompt costs 0.2 ms to hash.
+# in documents of a page as vLLM's blocks of 16 tokens, coarse where they have long been the same;
+# the end is where a prompt costs 0.2 ms to hash.
 LINK_ENDS = (
-    *range(256, 2**14 + 1, 256), *range(2**14 + 1024, 2**16 + 1, 1024),
-    *range(2**16 + 4096, 2**18 + 1, 4096),
+    *range(256, 2**10 + 1, 64), *range(2**10 + 256, 2**14 + 1, 256),
+    *range(2**14 + 1024, 2**16 + 1, 1024), *range(2**16 + 4096, 2**18 + 1, 4096),
 )
+OPENING_BYTES = 256  # of a prompt, by which policy `prefix` knows it
 BYTES_PER_TOKEN = 4  # of English and of JSON; a ratio that is wrong everywhere misleads nobody
 ESTIMATE_ROOM = 1.5  # a prompt may have so many times as many: code, or another script
 MEDIA_MARK = b";base64,"
@@ -2907,7 +2910,7 @@ def read_prompt(
         link = hash((link, raw[begin:end]))
         chain.append(link)
         begin = end
-    opening = hashlib.blake2b(raw[: LINK_ENDS[0]], digest_size=16).digest()
+    opening = hashlib.blake2b(raw[:OPENING_BYTES], digest_size=16).digest()
     tokens = lead + prompt_tokens(raw, size)
     return Prompt(tokens, tuple(chain), LINK_ENDS, BYTES_PER_TOKEN, lead, opening)
 
@@ -4850,14 +4853,6 @@ class Counts:
         self.quiet = False  # at its last report it had nothing to read
         self.held = 0  # tokens that have come into its KV cache, less those gone, since its report
 
-    def sent(self, tokens: int, pending: int, now: float) -> None:
-        """It gets one more, with so many tokens, of which it has to read the `pending`."""
-        self.until(now)
-        self.in_flight += 1
-        self.pending += pending
-        self.held += tokens
-        self.rate += pending / READ_MEMORY_S
-
     def until(self, now: float) -> None:
         """Count that all has been as it is until now."""
         if (elapsed_s := now - self.at) > 0:
@@ -5441,16 +5436,10 @@ def learned_after(
 
 
 # ============================================================================================
-#  23  fleet
+#  23  leases
 # ============================================================================================
 #
-# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
-# replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
-# the settings.
-
-STREAMS_LIMIT_S = 5.0  # between two looks at streams, that are told of
-BUSY_S = 0.25  # for which a server that says it is busy is spared
-VIEW_OF = operator.attrgetter("view")
+# What is counted of a request while it is with a server, and what is learned when it goes well.
 
 
 class Member:
@@ -5462,13 +5451,23 @@ class Member:
         self.view, self.cache, self.hit_rate = view, PrefixCache(), HitRate()
 
 
+class Leases(Protocol):
+    """Who gives leases."""
+
+    def member(self, id: str) -> Member | None: ...
+    def answer_ended(self, view: ServerView, model: str | None, tokens: int) -> None: ...
+    def left(self, id: str) -> None: ...
+
+
 class Lease:
     """Counts a request in flight until its `end`, and its prompt until its answer begins."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
                  "_fresh", "_tokens", "_begun")
 
-    def __init__(self, fleet: Fleet, id: str, now: float, prompt: Prompt) -> None:
+    def __init__(
+        self, fleet: Leases, id: str, now: float, prompt: Prompt, reads: bool = True
+    ) -> None:
         self.id, self._fleet, self._sent_at = id, fleet, now
         self._trial = self.pending = self._ahead = self._cached = 0
         self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
@@ -5484,20 +5483,31 @@ class Lease:
             self._trial = view.health.circuit(now) == "half-open"
         self._fresh = member.cache.sent(prompt)
         self._cached = prompt.tokens_in(len(prompt.prefix_hashes) - len(self._fresh))
-        self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
+        if reads:
+            self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
         if not view.report.load.queued:  # else the time to the first byte says nothing of its speed
             self._ahead = counts.pending + self.pending
         if not counts.in_flight and now > pace.probe_at:
             pace.tried(now)
+        counts.until(now)
+        counts.in_flight += 1
         counts.on_trial += self._trial
-        counts.sent(prompt.tokens, self.pending, now)
+        counts.pending += self.pending
+        counts.held += prompt.tokens
+        counts.rate += self.pending / READ_MEMORY_S
+
+    def reading_s(self) -> float:
+        """In how many seconds its prompt is probably read."""
+        pace = self._member.view.pace if self._member else None
+        return self.pending * pace.step_s * pace.prompt_steps if pace else 0.0
 
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
         if (member := self._member) is None or self._begun is not None:
             return
         counts = member.view.counts
-        counts.until(now)
+        if learn:
+            counts.until(now)
         counts.pending -= self.pending
         counts.read += self.pending
         member.hit_rate.since += self._cached
@@ -5543,6 +5553,19 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+
+# ============================================================================================
+#  24  fleet
+# ============================================================================================
+#
+# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
+# replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
+# the settings.
+
+STREAMS_LIMIT_S = 5.0  # between two looks at streams, that are told of
+BUSY_S = 0.25  # for which a server that says it is busy is spared
+VIEW_OF = operator.attrgetter("view")
 
 
 class Fleet:
@@ -5672,8 +5695,11 @@ class Fleet:
 
     # What leases tell.
 
-    def lease(self, id: str, now: float, prompt: Prompt = NO_PROMPT) -> Lease:
-        return Lease(self, id, now, prompt)
+    def lease(
+        self, id: str, now: float, prompt: Prompt = NO_PROMPT, reads: bool = True
+    ) -> Lease:
+        """With a server that `reads` the prompt, or gets it as another has read it."""
+        return Lease(self, id, now, prompt, reads)
 
     def answers_by(self, lease: Lease, moment: float) -> None:
         """The lease's prompt counts as read at that moment, if no answer begins before."""
@@ -5790,7 +5816,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ============================================================================================
-#  24  roster
+#  25  roster
 # ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -5977,7 +6003,7 @@ class Roster:
 
 
 # ============================================================================================
-#  25  estimates
+#  26  estimates
 # ============================================================================================
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
@@ -6015,6 +6041,14 @@ class Estimate(NamedTuple):
     new: int  # tokens of its prompt that are to be read
 
 
+def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
+    """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
+    lowest = min(costs)
+    limit = lowest * tie if lowest > 0 else lowest / tie
+    good = [n for n, cost in enumerate(costs) if cost <= limit]
+    return good[0] if len(good) == 1 else draw.choice(good)
+
+
 def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, oldest: float) -> float:
     """How long it waits until some of the running requests have ended and left room for it."""
     report, seconds = view.report, 0.0
@@ -6033,6 +6067,8 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
     tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
     mean = OTHERS_MEAN * sum(eligible.in_flight) / max(1, len(eligible.views))
     late = min(1.0, OTHERS_TOKENS / max(1.0, length))
+    if length <= 1:  # those who are there are before it, and have no answers running
+        mean = late = 0.0
     sqrt, doubled_by, memory_s, out = math.sqrt, DOUBLED_BY, READ_MEMORY_S, []
     for view, ours, pending, cached, share in zip(
             eligible.views, eligible.in_flight, eligible.pending, eligible.cached,
@@ -6061,7 +6097,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
 
 
 # ============================================================================================
-#  26  policies
+#  27  policies
 # ============================================================================================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -6402,7 +6438,7 @@ class Expression(Formula):
 
 
 # ============================================================================================
-#  27  ranking
+#  28  ranking
 # ============================================================================================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -6730,8 +6766,11 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         having = [tokens for tokens, reason in zip(cached, reasons) if not reason]
     shares = (slow_starts(left, moment, lasting.steady_since)
               if moment.now - lasting.changed_at < moment.slow_start_s else [])
+    # Who decodes gets the prompt as others have read it; who reads one says a single token.
+    known = [call.prompt.tokens] * len(left) if role == "decode" else having
+    length = 1.0 if role == "prefill" else fleet.answers.get(call.model)
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
-                        having, shares, call, moment, draw, fleet.answers.get(call.model))
+                        known, shares, call, moment, draw, length)
     if not left:
         return Ranking(None, views, cached, reasons, eligible, [], by, tried, role)
     costs = by.costs(eligible)
@@ -6741,19 +6780,11 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
                    having[at])
 
 
-def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
-    """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
-    lowest = min(costs)
-    limit = lowest * tie if lowest > 0 else lowest / tie
-    good = [n for n, cost in enumerate(costs) if cost <= limit]
-    return good[0] if len(good) == 1 else draw.choice(good)
-
-
 # ━━━ part V: answering ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  28  queue
+#  29  queue
 # ============================================================================================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -6871,7 +6902,7 @@ class WaitQueue:
 
 
 # ============================================================================================
-#  29  poison
+#  30  poison
 # ============================================================================================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -6949,7 +6980,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ============================================================================================
-#  30  plans
+#  31  plans
 # ============================================================================================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -7278,7 +7309,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ============================================================================================
-#  31  client keys
+#  32  client keys
 # ============================================================================================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -7407,7 +7438,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ============================================================================================
-#  32  access
+#  33  access
 # ============================================================================================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -7748,7 +7779,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ============================================================================================
-#  33  documents
+#  34  documents
 # ============================================================================================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -7908,7 +7939,7 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
 
 
 # ============================================================================================
-#  34  metrics
+#  35  metrics
 # ============================================================================================
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -8106,7 +8137,7 @@ def gauges(
 
 
 # ============================================================================================
-#  35  records
+#  36  records
 # ============================================================================================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -8255,7 +8286,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================================================================================
-#  36  recent past
+#  37  recent past
 # ============================================================================================
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
@@ -8433,7 +8464,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ============================================================================================
-#  37  status
+#  38  status
 # ============================================================================================
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
@@ -8708,7 +8739,7 @@ def status_report(
 
 
 # ============================================================================================
-#  38  sockets
+#  39  sockets
 # ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -8868,7 +8899,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================================================================================
-#  39  wire
+#  40  wire
 # ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9289,7 +9320,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================================================================================
-#  40  secrets
+#  41  secrets
 # ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9472,7 +9503,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================================================================================
-#  41  client
+#  42  client
 # ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -9675,7 +9706,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================================================================================
-#  42  pool
+#  43  pool
 # ============================================================================================
 #
 # The connections to one server over which requests are passed on.
@@ -9810,7 +9841,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================================================================================
-#  43  pump
+#  44  pump
 # ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -10038,7 +10069,7 @@ class Tunnel:
 
 
 # ============================================================================================
-#  44  response
+#  45  response
 # ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -10306,7 +10337,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================================================================================
-#  45  logging
+#  46  logging
 # ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10630,7 +10661,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  46  shared state
+#  47  shared state
 # ============================================================================================
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
@@ -10822,7 +10853,7 @@ class Requests:
 
 
 # ============================================================================================
-#  47  core
+#  48  core
 # ============================================================================================
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
@@ -10941,7 +10972,7 @@ class Core:
         ranking.policy.chosen(ranking.asked)
         reason, metrics = "retry" if attempt > 1 else ranking.basis, self.metrics
         metrics.decisions.add(ranking.policy.name, reason)
-        if tokens := ranking.eligible.call.prompt.tokens:
+        if (tokens := ranking.eligible.call.prompt.tokens) and ranking.role != "decode":
             metrics.prompt_tokens.add(amount=tokens)
             if any(ranking.cached):
                 metrics.cached_tokens.add(amount=ranking.expected)
@@ -10974,7 +11005,7 @@ class Core:
 
 
 # ============================================================================================
-#  48  intake
+#  49  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11117,7 +11148,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  49  attempt
+#  50  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11353,7 +11384,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  50  case
+#  51  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -11491,7 +11522,7 @@ class Case:
 
 
 # ============================================================================================
-#  51  accounts
+#  52  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -11547,7 +11578,7 @@ def facts_of(
 
 
 # ============================================================================================
-#  52  resuming
+#  53  resuming
 # ============================================================================================
 #
 # A stream that may go on at another server: what it has shown, from its first event on, and after
@@ -11640,7 +11671,7 @@ class Resuming:
 
 
 # ============================================================================================
-#  53  exchange
+#  54  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -11850,7 +11881,7 @@ class Exchange:
         try:
             if core.requests.poison.deaths and not await case.begin_test():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
-            lease = lease or self.lease(step.server)
+            lease = lease or self.lease(step.server, step.ranking.role)
             return await self.attempt(step, lease, way)
         finally:
             if case.test is not None:
@@ -11939,15 +11970,13 @@ class Exchange:
         self.prospect = await self.stream.recall(step.outcome, self.trail.name, self.body.content)
         return Outcome(prospect=self.prospect)
 
-    def lease(self, server: str) -> Lease:
+    def lease(self, server: str, role: str = "") -> Lease:
         """A lease with that server.  A plain answer begins when all is generated: its prompt is
         taken to be read after as long as that should take."""
         fleet, now = self.core.fleet, self.loop.time()
-        lease = fleet.lease(server, now, self.call.prompt)
+        lease = fleet.lease(server, now, self.call.prompt, role != "decode")
         if lease.pending and not self.call.stream:
-            view = fleet.view(server)
-            token_s = view.pace.prompt_token_s if view else 0.0
-            fleet.answers_by(lease, now + lease.pending * token_s)
+            fleet.answers_by(lease, now + lease.reading_s())
         return lease
 
     def end_lease(self, lease: Lease) -> None:
@@ -12063,8 +12092,8 @@ class Exchange:
         turn = self.loop.create_future()
 
         def take(ranking: Ranking) -> None:
-            best = ranking.best
-            turn.set_result(Outcome(lease=self.lease(best), ranking=ranking) if best else WELL)
+            lease = self.lease(ranking.best, step.role) if ranking.best else None
+            turn.set_result(Outcome(lease=lease, ranking=ranking) if lease else WELL)
 
         wants = self.call.model, self.destination.only, step.tried, step.role
         choose = functools.partial(self.choose, step.tried, waiting=True, role=step.role)
@@ -12171,7 +12200,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  54  watch
+#  55  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12462,7 +12491,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  55  services
+#  56  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -12542,7 +12571,7 @@ class Services:
 
 
 # ============================================================================================
-#  56  operations
+#  57  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12648,7 +12677,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  57  endpoints
+#  58  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -12947,7 +12976,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  58  front
+#  59  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -13289,7 +13318,7 @@ class Front:
 
 
 # ============================================================================================
-#  59  following
+#  60  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -13419,7 +13448,7 @@ class Follower:
 
 
 # ============================================================================================
-#  60  commands
+#  61  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -13563,7 +13592,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  61  handover
+#  62  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13746,7 +13775,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  62  balancer
+#  63  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -13978,7 +14007,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  63  process
+#  64  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14095,7 +14124,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  64  router flags
+#  65  router flags
 # ============================================================================================
 #
 # The command line of vllm-project/router: its flags are read, too, so that its command lines work
@@ -14281,7 +14310,7 @@ def router_overrides(
 
 
 # ============================================================================================
-#  65  command line
+#  66  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14468,7 +14497,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  66  names
+#  67  names
 # ============================================================================================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -14637,7 +14666,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  67  pods
+#  68  pods
 # ============================================================================================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -14903,7 +14932,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================================================================================
-#  68  listing
+#  69  listing
 # ============================================================================================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -15156,7 +15185,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================================================================================
-#  69  cluster
+#  70  cluster
 # ============================================================================================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -15491,7 +15520,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================================================================================
-#  70  zmtp
+#  71  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -15703,7 +15732,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  71  registration
+#  72  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -16001,7 +16030,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  72  registering
+#  73  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -16248,7 +16277,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  73  zmq listener
+#  74  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -16395,7 +16424,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  74  cells
+#  75  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -16673,7 +16702,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  75  table
+#  76  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -16906,7 +16935,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  76  views
+#  77  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -17050,7 +17079,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  77  screen
+#  78  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -17369,7 +17398,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  78  keys
+#  79  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -17492,7 +17521,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  79  terminal
+#  80  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -17738,7 +17767,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  80  top
+#  81  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -17956,7 +17985,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  81  page
+#  82  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -18476,7 +18505,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  82  reference
+#  83  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -18710,7 +18739,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  83  deployment
+#  84  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -19002,7 +19031,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  84  traces
+#  85  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -19191,7 +19220,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  85  engine
+#  86  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -19531,7 +19560,7 @@ class Engine:
 
 
 # ============================================================================================
-#  86  replay
+#  87  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -19759,7 +19788,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  87  comparison
+#  88  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -19895,7 +19924,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  88  canned words
+#  89  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -20096,7 +20125,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================================================================================
-#  89  canned forms
+#  90  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -20441,7 +20470,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  90  simulation
+#  91  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -20708,7 +20737,7 @@ class Generation:
 
 
 # ============================================================================================
-#  91  demo
+#  92  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -20866,7 +20895,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  92  doctor
+#  93  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

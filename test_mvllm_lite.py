@@ -4857,6 +4857,17 @@ def test_streams_are_looked_at_against_what_was_sent_and_read_meanwhile():
     assert pace.samples == 1 and counts.looked[0] == 99.0
 
 
+def test_a_picture_counts_by_its_tokens_and_not_by_its_bytes():
+    """As far as hashes reach, a prompt has the tokens that all of it was said to have."""
+    prompt = lite.Prompt(1500, tuple(range(1, 5)), hash_ends=(256, 512, 1024, 2048, 4096))
+    assert [prompt.tokens_in(n) for n in range(5)] == [0, 93, 187, 375, 750]
+    assert prompt.totals() == [93, 187, 375, 750]
+    text = prompt._replace(tokens=600)  # of 2,048 to 4,096 bytes
+    assert text.totals() == [64, 128, 256, 512]
+    endless = prompt._replace(tokens=90_000, prefix_hashes=tuple(range(1, 6)))
+    assert endless.totals() == [64, 128, 256, 512, 1024]
+
+
 @pytest.mark.parametrize("before, sent, blocked, events, after", table(
     ("the first look", -1, 500, False, None, 500),
     ("five events since", 500, 600, False, 5, 600),
@@ -5763,6 +5774,24 @@ def test_an_idle_server_that_was_not_seen_for_long_is_tried_with_a_short_prompt(
     assert ranking_of(fleet, "unified", now=6.0).best == "s1"
     fleet.lease("s1", 6.0).end(6.1)
     assert fleet.view("s1").pace.probe_at == 6.0 + 120
+
+
+def test_each_role_has_its_own_terms():
+    """Who reads a prompt says one token; who answers gets the prompt as it was read."""
+    views = [server(0, role="prefill", pending=9000, in_flight=9),
+             server(1, role="prefill", in_flight=60), server(2, role="decode", in_flight=30),
+             server(3, role="decode", in_flight=20, pending=0)]
+    by, fleet = lite.POLICIES["unified"](Settings()), Fleet(views, [0, 0, 5000, 0])
+    call = lite.Call("m", prompt=lite.Prompt(5000))
+    read, answer = (lite.rank(fleet, lite.Wanted(call, role=role), by, lite.Moment(NOW, 0.5),
+                              random.Random(1)) for role in ("prefill", "decode"))
+    assert (read.best, answer.best) == ("s1", "s3")  # the fewest prompts; the smallest crowd
+    assert "uncached 5000 " in read.why() and "(1 tokens at" in read.why()
+    assert "uncached 16 " in answer.why() and "(200 tokens at" in answer.why()
+    counts = fleet.view("s3").counts
+    with fleet.lease("s3", NOW, call.prompt, reads=False) as lease:
+        assert (counts.in_flight, counts.pending, counts.rate, counts.held) == (21, 0, 0, 5000)
+    assert lease is None and (counts.in_flight, counts.held) == (20, 0)
 
 
 PRE, DEC, ANY = {"role": "prefill"}, {"role": "decode"}, {"role": "both"}
