@@ -15534,20 +15534,7 @@ ZMTP_MESSAGE_BYTES = 4096  # of all frames of a message; a registration has 150
 ZMTP_FRAMES = 8  # of a message, where two are usual
 # Signature, version 3.1, mechanism, no server; what a peer has in bytes 1 to 8 may be anything.
 ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
-
-
-def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
-    if len(body) > 255:
-        return bytes((flags | ZMTP_LONG,)) + len(body).to_bytes(8, "big") + body
-    return bytes((flags, len(body))) + body
-
-
-def zmtp_command(name: bytes, data: bytes) -> bytes:
-    return zmtp_frame(bytes((len(name),)) + name + data, ZMTP_COMMAND)
-
-
-def zmtp_property(name: bytes, value: bytes) -> bytes:
-    return bytes((len(name),)) + name + len(value).to_bytes(4, "big") + value
+ZMTP_READY = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0"
 
 
 def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
@@ -15617,8 +15604,7 @@ class ZmtpPeer:
             return False
         del said[:size]
         self._greeted = True
-        properties = zmtp_property(b"Socket-Type", b"ROUTER") + zmtp_property(b"Identity", b"")
-        self.answer += zmtp_command(b"READY", properties)
+        self.answer += ZMTP_READY
         return True
 
     def _take_frame(self) -> tuple[int, bytes] | None:
@@ -15647,7 +15633,8 @@ class ZmtpPeer:
             raise BadMessage(f"it says ERROR: {shown(reason.decode('latin-1'))}")
         if self.identity is not None:
             if name == b"PING":  # behind the time it waits stands what it wants to see again
-                self.answer += zmtp_command(b"PONG", body[end + 2 : end + 18])
+                context = body[end + 2 : end + 18]
+                self.answer += bytes((ZMTP_COMMAND, 5 + len(context))) + b"\x04PONG" + context
             return
         if name != b"READY":
             raise BadMessage(f"{shown(name.decode('latin-1'))} came, expected READY")
@@ -15663,71 +15650,57 @@ class ZmtpPeer:
 MSGPACK_DEPTH = 8
 MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 MSGPACK_NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq"))  # struct's letters
-# First bytes: what follows, and in how many bytes its length stands.
-MSGPACK_SIZED = {
-    0xC4: ("bin", 1), 0xC5: ("bin", 2), 0xC6: ("bin", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2),
-    0xC9: ("ext", 4), 0xD9: ("str", 1), 0xDA: ("str", 2), 0xDB: ("str", 4), 0xDC: ("array", 2),
-    0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
+MSGPACK_SHORT = {8: "map", 9: "array", 10: "text", 11: "text"}  # by the upper half of a byte
+MSGPACK_SIZED = {  # what follows, and in how many bytes its length stands
+    0xC4: ("text", 1), 0xC5: ("text", 2), 0xC6: ("text", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2),
+    0xC9: ("ext", 4), 0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4),
+    0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
 }
 
 
-class MsgpackReader:
-    """Reads one value.  Texts may have been written as binary by old writers: both are `str`; of
-    extensions nothing is known, they are None."""
+def parse_msgpack(data: bytes) -> Any:
+    """The one value in these bytes.  Texts may have been written as binary by old writers: both are
+    `str`; of extensions nothing is known, they are None.  Raises BadMessage."""
+    at = 0
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+    def take(size: int) -> bytes:
+        nonlocal at
+        if size > len(data) - at:
+            raise BadMessage(f"msgpack ends after {len(data)} bytes, in the middle of a value")
+        at += size
+        return data[at - size : at]
 
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise BadMessage(f"msgpack ends after {len(self.data)} bytes, in the middle of a value")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def value(self, depth: int = 0) -> Any:
-        """Raises BadMessage."""
-        kind = self.take(1)[0]
+    def value(depth: int) -> Any:
+        kind = take(1)[0]
         if kind < 0x80 or kind >= 0xE0:
             return kind - 256 * (kind >= 0xE0)
         if kind in MSGPACK_CONSTANTS:
             return MSGPACK_CONSTANTS[kind]
-        if (letter := MSGPACK_NUMBERS.get(kind)) is not None:
-            layout = struct.Struct(f">{letter}")
-            return layout.unpack(self.take(layout.size))[0]
-        if depth > MSGPACK_DEPTH:
-            raise BadMessage(f"msgpack is nested more than {MSGPACK_DEPTH} deep")
-        return self.sized(*self.shape(kind), depth)
-
-    def shape(self, kind: int) -> tuple[str, int]:
-        """What follows, and its length: of an extension with the byte of its type."""
+        if letter := MSGPACK_NUMBERS.get(kind):
+            return struct.unpack(f">{letter}", take(struct.calcsize(f">{letter}")))[0]
         if kind < 0xC0:
-            name = "map" if kind < 0x90 else "array" if kind < 0xA0 else "str"
-            return name, kind & (0x1F if name == "str" else 0x0F)
-        if 0xD4 <= kind <= 0xD8:
-            return "ext", 1 + (1 << kind - 0xD4)
-        if kind not in MSGPACK_SIZED:
+            what, size = MSGPACK_SHORT[kind >> 4], kind & (0x1F if kind >= 0xA0 else 0x0F)
+        elif 0xD4 <= kind <= 0xD8:
+            what, size = "ext", 1 << kind - 0xD4
+        elif kind in MSGPACK_SIZED:
+            what, width = MSGPACK_SIZED[kind]
+            size = int.from_bytes(take(width), "big")
+        else:
             raise BadMessage(f"msgpack has no value that begins with {kind:#04x}")
-        name, width = MSGPACK_SIZED[kind]
-        return name, int.from_bytes(self.take(width), "big") + (name == "ext")
+        if what == "text":
+            return take(size).decode("utf-8", "replace")
+        if what == "ext":
+            return take(1 + size) and None
+        if depth == MSGPACK_DEPTH or size > len(data) - at:  # each has a byte at least
+            text = f"{size} members in {len(data) - at} bytes, {depth} deep"
+            raise BadMessage(f"msgpack has {text}, at most {MSGPACK_DEPTH} are read")
+        if what == "array":
+            return [value(depth + 1) for _ in range(size)]
+        return {str(value(depth + 1)): value(depth + 1) for _ in range(size)}
 
-    def sized(self, name: str, size: int, depth: int) -> Any:
-        if name in ("str", "bin"):
-            return self.take(size).decode("utf-8", "replace")
-        if name == "ext":
-            return self.take(size) and None
-        if size > len(self.data) - self.at:  # each has a byte at least
-            raise BadMessage(f"msgpack has {size} members in {len(self.data) - self.at} bytes")
-        if name == "array":
-            return [self.value(depth + 1) for _ in range(size)]
-        return {str(self.value(depth + 1)): self.value(depth + 1) for _ in range(size)}
-
-
-def parse_msgpack(data: bytes) -> Any:
-    """The one value in these bytes.  Raises BadMessage."""
-    reader = MsgpackReader(data)
-    found = reader.value()
-    if reader.at < len(data):
-        raise BadMessage(f"msgpack goes on after its value, at byte {reader.at}")
+    found = value(0)
+    if at < len(data):
+        raise BadMessage(f"msgpack goes on after its value, at byte {at}")
     return found
 
 
@@ -15957,10 +15930,9 @@ def matching(pattern: re.Pattern[str], expected: str) -> Clean:
 def instances_of(said: Any) -> dict[str, dict[str, Any]]:
     """What an agent runs, by alias.  Raises ValueError."""
     if isinstance(said, list) and all(isinstance(one, dict) for one in said):
-        said = {one.get("alias", one.get("instance_alias")): one for one in said}
+        said = {str(one.get("alias", one.get("instance_alias", ""))): one for one in said}
     if not isinstance(said, dict) or len(said) > INSTANCES_LIMIT or not all(
-        isinstance(one, dict) and INSTANCE.fullmatch(str(alias or ""))
-        for alias, one in said.items()
+        isinstance(one, dict) and INSTANCE.fullmatch(alias) for alias, one in said.items()
     ):
         raise ValueError(f"{INSTANCES_LIMIT} instances at most, as objects by their aliases")
     return said
@@ -16070,10 +16042,11 @@ class Registrations:
 
     def take(self, new: Registration) -> None:
         """Somebody has registered, or is still there.  Raises BadMessage."""
-        core, known = self.core, new.id in self.book.by_id
-        if self.book.put(new, self.loop.time()) and not known:
+        core, known = self.core, self.book.by_id.get(new.id)
+        if self.book.put(new, self.loop.time()) and (known is None or known.url != new.url):
             what = "agent" if new.is_agent else "server"
-            log.info("%s registered: %s %s (%s)", new.id, what, new.url, new.registrar.value)
+            log.info("%s registered: %s %s (%s)%s", new.id, what, new.url, new.registrar.value,
+                     f" in place of {known.url}" if known else "")
         for id in new.servers:
             for view in core.fleet.engines(id)[:1]:
                 if view.models is None and (names := new.said.get("models")):
