@@ -14673,8 +14673,8 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 # follow from, by its uid: the same name or address under another uid is another pod.
 
 ANNOTATION_PREFIX = "mvllm-lite/"
-ANNOTATED = (  # what a pod may set of its server, besides `port`
-    "max_concurrent_requests", "weight", "tier", "pool", "role", "data_parallel_size",
+ANNOTATED = (  # what a pod may set of its servers
+    "max_concurrent_requests", "weight", "tier", "pool", "role", "port", "data_parallel_size",
     "bootstrap_port",
 )
 BOOTSTRAP_ANNOTATION = "vllm.ai/bootstrap-port"  # as vllm-project/router reads it
@@ -14712,16 +14712,10 @@ def objects_at(document: Any, *path: str) -> list[dict[str, Any]]:
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
-def strings_at(document: Any, *path: str) -> dict[str, str]:
-    found = member_at(document, *path)
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in pairs if isinstance(value, str)}
-
-
-def ports_at(document: Any, *path: str, number: str) -> list[tuple[str, int]]:
+def ports_at(document: Any, number: str) -> list[tuple[str, int]]:
     """Ports of TCP, by name."""
-    found = [(string_at(one, "name"), one.get(number)) for one in objects_at(document, *path)
-             if one.get("protocol", "TCP") in ("TCP", None)]
+    found = [(string_at(one, "name"), one.get(number)) for one in objects_at(document, "ports")
+             if one.get("protocol") in ("TCP", None)]
     return [(name, port) for name, port in found if type(port) is int and 0 < port < 65536]
 
 
@@ -14735,65 +14729,64 @@ def address_trouble(address: str) -> str:
     return f"no server is at {found}" if foreign else ""
 
 
-def uid_of(document: Any) -> str:
-    names = string_at(document, "metadata", "namespace"), string_at(document, "metadata", "name")
-    return string_at(document, "metadata", "uid") or "/".join(filter(None, names))
-
-
 def name_of(document: Any) -> str:
-    meta = member_at(document, "metadata")
-    return f"{string_at(meta, 'namespace')}/{string_at(meta, 'name')}".strip("/")
+    names = string_at(document, "metadata", "namespace"), string_at(document, "metadata", "name")
+    return "/".join(filter(None, names))
+
+
+def uid_of(document: Any) -> str:
+    return string_at(document, "metadata", "uid") or name_of(document)
+
+
+def first_reason(leaving: bool, address: str, *others: tuple[Any, str]) -> str:
+    """The first that holds of these reasons not to ask a pod, or ''."""
+    bad = address_trouble(address)
+    rows = (leaving, "it is being deleted"), *others[:1], (bad, bad), *others[1:]
+    return next((why for amiss, why in rows if amiss), "")
 
 
 def read_pod(pod: Any) -> tuple[Pod, ...]:
     """A pod as the API shows it."""
-    phase, labels = string_at(pod, "status", "phase"), strings_at(pod, "metadata", "labels")
+    phase = string_at(pod, "status", "phase") or "unknown"
     addresses = [string_at(pod, "status", "podIP")]  # the first of its addresses, if it has two
     addresses += [string_at(one, "ip") for one in objects_at(pod, "status", "podIPs")]
     address = next(filter(None, addresses), "")
-    ready = next((condition for condition in objects_at(pod, "status", "conditions")
-                  if condition.get("type") == "Ready"), {})
+    ready = next((one for one in objects_at(pod, "status", "conditions")
+                  if one.get("type") == "Ready"), {})
     said = string_at(ready, "message") or string_at(ready, "reason")
     leaving = member_at(pod, "metadata", "deletionTimestamp") is not None
-    worker = labels.get(WORKER_LABEL, "0")
-    why_not = next((why for amiss, why in (
-        (leaving, "it is being deleted"),
-        (phase != "Running", f"its phase is {shown(phase or 'unknown')}"),
-        (address_trouble(address), address_trouble(address)),
+    worker = string_at(pod, "metadata", "labels", WORKER_LABEL) or "0"
+    why_not = first_reason(
+        leaving, address, (phase != "Running", f"its phase is {shown(phase)}"),
         (worker != "0", f"it is worker {shown(worker)} of a group: only 0 answers"),
-        (ready.get("status") != "True", "it is not ready" + (said and f": {shown(said, 200)}")),
-    ) if amiss), "")
+        (ready.get("status") != "True", "it is not ready" + (said and f": {shown(said, 200)}")))
     sidecars = [one for one in objects_at(pod, "spec", "initContainers")
                 if one.get("restartPolicy") == "Always"]
     ports = [port for one in objects_at(pod, "spec", "containers") + sidecars
-             for port in ports_at(one, "ports", number="containerPort")]
-    ours = [(key, value) for key, value in strings_at(pod, "metadata", "annotations").items()
-            if key.startswith(ANNOTATION_PREFIX) or key == BOOTSTRAP_ANNOTATION]
-    return (Pod(uid_of(pod), name_of(pod), address, why_not, leaving, tuple(ports),
-                      POD_PORT, tuple(ours)),)
+             for port in ports_at(one, "containerPort")]
+    notes = member_at(pod, "metadata", "annotations")
+    ours = [(key, value) for key, value in (notes if isinstance(notes, dict) else {}).items()
+            if (key.startswith(ANNOTATION_PREFIX) or key == BOOTSTRAP_ANNOTATION)
+            and isinstance(value, str)]
+    return (Pod(uid_of(pod), name_of(pod), address, why_not, leaving, tuple(ports), POD_PORT,
+                tuple(ours)),)
 
 
 def read_slice(one: Any) -> tuple[Pod, ...]:
     """The endpoints of an EndpointSlice; its ports are resolved already."""
-    namespace = string_at(one, "metadata", "namespace")
-    fqdn = string_at(one, "addressType") == "FQDN"
-    ports, found = ports_at(one, "ports", number="port"), list[Pod]()
+    namespace, kind = string_at(one, "metadata", "namespace"), string_at(one, "addressType")
+    ports, found = ports_at(one, "port"), list[Pod]()
     for endpoint in objects_at(one, "endpoints"):
         addresses = member_at(endpoint, "addresses")
-        address = next(iter(addresses if isinstance(addresses, list) else ()), "")
+        address = addresses[0] if isinstance(addresses, list) and addresses else ""
         address = address if isinstance(address, str) else ""
         leaving = member_at(endpoint, "conditions", "terminating") is True
-        why_not = next((why for amiss, why in (
-            (leaving, "it is being deleted"),
-            (fqdn, "its address is a name: give it to dns"),
-            (address_trouble(address), address_trouble(address)),
-            (member_at(endpoint, "conditions", "ready") is False, "it is not ready"),
-        ) if amiss), "")
-        target = string_at(endpoint, "targetRef", "name") or address
-        uid = string_at(endpoint, "targetRef", "uid") or f"{namespace}/{target}"
-        port = ports[0][1] if ports else 0
-        found.append(Pod(
-            uid, f"{namespace}/{target}", address, why_not, leaving, tuple(ports), port))
+        why_not = first_reason(
+            leaving, address, (kind == "FQDN", "its address is a name: give it to dns"),
+            (member_at(endpoint, "conditions", "ready") is False, "it is not ready"))
+        name = f"{namespace}/{string_at(endpoint, 'targetRef', 'name') or address}"
+        found.append(Pod(string_at(endpoint, "targetRef", "uid") or name, name, address, why_not,
+                         leaving, tuple(ports), ports[0][1] if ports else 0))
     return tuple(found)
 
 
@@ -14801,7 +14794,7 @@ class ObjectKind(NamedTuple):
     """A kind of object of the API, and what pods one is."""
 
     group: str
-    base: str
+    path: str
     plural: str
     read: Callable[[Any], tuple[Pod, ...]]
 
@@ -14819,15 +14812,18 @@ class Watched(NamedTuple):
     role: str
 
     @property
+    def where(self) -> str:
+        return f"in {self.table.namespace or 'all namespaces'}"
+
+    @property
     def name(self) -> str:
-        where = f"in {self.table.namespace}" if self.table.namespace else "in all namespaces"
-        return f"{self.kind.plural} {self.selector} {where}"
+        return f"{self.kind.plural} {self.selector} {self.where}"
 
     def path(self, **query: object) -> str:
         """Where the API has them."""
         namespace = self.table.namespace and f"/namespaces/{self.table.namespace}"
         asked = urllib.parse.urlencode({"labelSelector": self.selector, **query})
-        return f"{self.kind.base}{namespace}/{self.kind.plural}?{asked}"
+        return f"{self.kind.path}{namespace}/{self.kind.plural}?{asked}"
 
 
 def watches_of(table: KubernetesSettings) -> list[Watched]:
@@ -14850,54 +14846,41 @@ class Offer(NamedTuple):
 
 def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
     """The servers are at the pod's ports; `pools` are those of the settings."""
-    values, ports, warnings = read_annotations(one, what, pools)
-    wanted = ports or what.table.port or (one.port,)
-    numbers, why_not = port_numbers(one, wanted), one.why_not
-    if not (why_not or all(numbers)):
-        missing = [str(port or "at all") for port, n in zip(wanted, numbers) if not n]
-        why_not = f"it has no port {', '.join(missing)}"
-    if why_not:
+    values, warnings = read_annotations(one, what, pools)
+    wanted, names = values.pop("port", what.table.port) or (one.port,), dict(reversed(one.ports))
+    numbers = [names.get(port, 0) if isinstance(port, str) else port for port in wanted]
+    missing = [str(port or "at all") for port, number in zip(wanted, numbers) if not number]
+    if why_not := one.why_not or missing and f"it has no port {', '.join(missing)}":
         return Offer({}, why_not, warnings)
     host = f"[{one.address}]" if ":" in one.address else one.address
     default, servers = what.table.server, dict[str, ServerSettings]()
     default = dataclasses.replace(default, like=default.id, **{"role": what.role, **values})
     for number in dict.fromkeys(numbers):
-        url = f"{what.table.scheme}://{host}:{number}"
+        id, url = f"{one.uid}:{number}", f"{what.table.scheme}://{host}:{number}"
         name = f"{one.name}:{number}" if len(numbers) > 1 else one.name
-        id = f"{one.uid}:{number}"
         servers[id] = dataclasses.replace(default, id=id, name=name, url=url)
     return Offer(servers, "", warnings)
 
 
-def port_numbers(one: Pod, wanted: Sequence[int | str]) -> list[int]:
-    """Those that are wanted, by number or name; 0 for a name that the pod does not have."""
-    names = dict(reversed(one.ports))
-    return [port if isinstance(port, int) else names.get(port, 0)
-            for port in wanted]
-
-
 def read_annotations(
     one: Pod, what: Watched, pools: Collection[str]
-) -> tuple[dict[str, Any], tuple[int | str, ...], tuple[str, ...]]:
-    """What a pod says of its server, its ports, and what is wrong with that, which is ignored."""
-    values, ports, wrong = dict[str, Any](), tuple[int | str, ...](), list[str]()
-    for name, value in one.annotations:
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a pod says of its server, and what is wrong with that, which is ignored."""
+    values, wrong = dict[str, Any](), list[str]()
+    for name, value in sorted(one.annotations, reverse=True):  # ours come last, and win
         key = "bootstrap_port" if name == BOOTSTRAP_ANNOTATION else name.removeprefix(
             ANNOTATION_PREFIX)
         try:
-            if key == "port":
-                ports = port_list(value.split(","))
-            elif key not in ANNOTATED:
-                raise ValueError(f"one of {', '.join((*ANNOTATED, 'port'))}")
-            elif key == "pool" and value not in pools:
+            if key not in ANNOTATED:
+                raise ValueError(f"one of {', '.join(ANNOTATED)}")
+            if key == "pool" and value not in pools:
                 raise ValueError("one of [pools]")
-            elif key not in values or name != BOOTSTRAP_ANNOTATION:  # ours wins
-                values[key] = SERVER_FIELDS[key].metadata["check"](value)
+            values[key] = port_list(value.split(",")) if key == "port" else (
+                SERVER_FIELDS[key].metadata["check"](value))
         except ValueError as expected:
-            found = f"{name}: {shown(value)}" if key in (*ANNOTATED, "port") else name
-            wrong.append(f"{what.kind.plural[:-1]} {one.name}: annotation {found} is ignored,"
-                         f" expected {expected}")
-    return values, ports, tuple(wrong)
+            found = f"{name}: {shown(value)}" if key in ANNOTATED else name
+            wrong.append(f"pod {one.name}: annotation {found} is ignored, expected {expected}")
+    return values, tuple(wrong)
 
 
 def offers_of(
@@ -15064,20 +15047,19 @@ def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
 
 def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: str) -> ApiFailure:
     """An answer of the API that is not 200; `said` is its content."""
-    group, plural = json.dumps(what.kind.group), json.dumps(what.kind.plural)
-    reason = string_at(said, "message")
-    where = f"in namespace {what.table.namespace}" if what.table.namespace else "in all namespaces"
-    advice = {
+    kind, role = what.kind, "Role" if what.table.namespace else "ClusterRole"
+    rule = f"{{apiGroups: [{json.dumps(kind.group)}], resources: [{json.dumps(kind.plural)}]," + (
+        ' verbs: ["get", "list", "watch"]}')
+    why = {
         401: "its token or certificate is not accepted",
-        403: f"this account may not {verb} {what.kind.plural} {where}; its"
-             f" {'Role' if what.table.namespace else 'ClusterRole'} needs the rule"
-             f' {{apiGroups: [{group}], resources: [{plural}], verbs: ["get", "list", "watch"]}}',
-        404: f"there are no {what.kind.plural} {where}",
-        GONE: "what was listed is too old to go on from",
-    }.get(status, f"it cannot {verb} {what.kind.plural} {where} now")
+        403: f"this account may not {verb} {kind.plural} {what.where}; its {role} needs the rule"
+             f" {rule}",
+        404: f"there are no {kind.plural} {what.where}",
+    }.get(status, f"it cannot {verb} {kind.plural} {what.where} now")
+    reason = string_at(said, "message")
     seconds = float(retry_after) if re.fullmatch(r"\d{1,9}", retry_after) else 0.0
-    reason = reason and f" ({shown(reason, 200)})"
-    return ApiFailure(status, f"answered {status}: {advice}{reason}", seconds)
+    return ApiFailure(
+        status, f"answered {status}: {why}" + (reason and f" ({shown(reason, 200)})"), seconds)
 
 
 def watch_report(
@@ -15130,15 +15112,9 @@ class Cluster(NamedTuple):
     verify: bool = True
 
 
-# What a kubeconfig may say of a cluster or a user that is not done here, and what to do instead.
-KUBECONFIG_REFUSED = {
-    "exec": "runs a program, which is not done here: give the user a token or a certificate",
-    "auth-provider": "is of older kubectls: give the user a token or a certificate",
-    "username": "is not taken by any API server of today: give the user a token",
-    "as": "is not done here: give the account itself the rights",
-    "proxy-url": "is not done here: name an address that can be reached",
-    "tls-server-name": "is not done here: use a name that is in the certificate",
-}
+# What a kubeconfig may say of a cluster or a user that is not done here: programs, passwords …
+KUBECONFIG_REFUSED = (
+    "exec", "auth-provider", "username", "as", "proxy-url", "tls-server-name")
 
 
 def parse_kubeconfig(text: str) -> Cluster:
@@ -15151,18 +15127,19 @@ def parse_kubeconfig(text: str) -> Cluster:
     context = kubeconfig_entry(document, "context", string_at(document, "current-context"))
     cluster = kubeconfig_entry(document, "cluster", string_at(context, "cluster"))
     user = kubeconfig_entry(document, "user", string_at(context, "user"))
-    for key, why in KUBECONFIG_REFUSED.items():
+    for key in KUBECONFIG_REFUSED:
         if found := user.get(key) or cluster.get(key):
             said = string_at(found, "command") or string_at(found, "name") or str(found)
-            raise ValueError(f"{key} {shown(said)} {why}")
+            raise ValueError(f"{key} {shown(said)} is not supported: give the user a token or a"
+                             " certificate, and the cluster an address that can be reached")
     try:
         url = base_url(cluster.get("server"))
     except ValueError as expected:
         raise ValueError(f"its cluster has no server, expected {expected}") from None
+    ca, own = "certificate-authority", "client-certificate"
     return Cluster(
-        url, string_at(user, "token"), string_at(user, "tokenFile"),
-        pem_at(cluster, "certificate-authority-data"), string_at(cluster, "certificate-authority"),
-        pem_at(user, "client-certificate-data"), string_at(user, "client-certificate"),
+        url, string_at(user, "token"), string_at(user, "tokenFile"), pem_at(cluster, f"{ca}-data"),
+        string_at(cluster, ca), pem_at(user, f"{own}-data"), string_at(user, own),
         pem_at(user, "client-key-data"), string_at(user, "client-key"),
         cluster.get("insecure-skip-tls-verify") is not True)
 

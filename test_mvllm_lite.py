@@ -14996,7 +14996,7 @@ def test_pauses_grow_and_are_half_by_chance(failure, failures, low, high):
 
 @pytest.mark.parametrize("status, values, said, retry_after, expected", table(
     ("the rule that is missing", 403, {"namespace": "llm"}, {"message": "pods is forbidden"}, "",
-     "answered 403: this account may not list pods in namespace llm; its Role needs the rule "
+     "answered 403: this account may not list pods in llm; its Role needs the rule "
      '{apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"]} '
      "('pods is forbidden')"),
     ("of all namespaces, and slices", 403, {"selector": "", "service": "v", "namespace": ""}, None,
@@ -15006,9 +15006,9 @@ def test_pauses_grow_and_are_half_by_chance(failure, failures, low, high):
     ("a token that is too old", 401, {}, {"message": 5}, "",
      "answered 401: its token or certificate is not accepted"),
     ("too much at once", 429, {}, None, "3",
-     "answered 429: it cannot list pods in namespace llm now"),
+     "answered 429: it cannot list pods in llm now"),
     ("an odd word", 503, {}, None, "Wed, 21 Oct",
-     "answered 503: it cannot list pods in namespace llm now"),
+     "answered 503: it cannot list pods in llm now"),
 ))
 def test_what_the_api_refuses_is_said_with_what_to_do(status, values, said, retry_after, expected):
     failure = lite.api_failure(listing_of(**values).what, "list", status, said, retry_after)
@@ -15071,11 +15071,11 @@ def test_a_kubeconfig_says_how_its_cluster_is_reached():
     ("no context", kubeconfig(**{"current-context": "gone"}), "has no context 'gone'"),
     ("no user", kubeconfig(users=None), "has no user 'u'"),
     ("no server", kubeconfig({"server": 5}), "its cluster has no server, expected a URL"),
-    ("a plugin", kubeconfig(user={"exec": {"command": "aws"}}), "exec 'aws' runs a program, which "
-     "is not done here: give the user a token or a certificate"),
+    ("a plugin", kubeconfig(user={"exec": {"command": "aws"}}), "exec 'aws' is not supported: "
+     "give the user a token or a certificate"),
     ("a plugin of old", kubeconfig(user={"auth-provider": {"name": "gcp"}}),
-     "auth-provider 'gcp' is of older kubectls"),
-    ("a proxy", kubeconfig({"proxy-url": "http://p"}), "proxy-url 'http://p' is not done here"),
+     "auth-provider 'gcp' is not supported"),
+    ("a proxy", kubeconfig({"proxy-url": "http://p"}), "proxy-url 'http://p' is not supported"),
     ("no base64", kubeconfig({"certificate-authority-data": "&"}),
      "certificate-authority-data is no text in base64"),
 ))
@@ -15355,7 +15355,7 @@ async def test_while_the_api_is_away_everything_known_stays(caplog):
      'Role needs the rule {apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"]}'),
     ("too many", "429 Too Many Requests", {}, "retry-after: 60\r\n", "answered 429"),
     ("a page of somebody else", "200 OK", b"<html>", "", "is no list of Kubernetes objects"),
-    ("broken", "500 Oops", b"\xff", "", "answered 500: it cannot list pods in namespace llm now"),
+    ("broken", "500 Oops", b"\xff", "", "answered 500: it cannot list pods in llm now"),
 ))
 @asynchronous
 async def test_an_api_that_refuses_is_named_and_asked_again_later(
