@@ -122,28 +122,34 @@ the lines.
     73  registering    ~ where they say it over HTTP
     74  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
-   XII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    75  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    76  table          · the servers in lines, as many columns as there is room for
-    77  views          · graphs of the fleet; models, requests and keys as tables
-    78  screen         · what is seen there: the table and the lines around it
-    79  keys           · what keys do to it, and ask of the balancer
-    80  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    81  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    82  page           ~ the status for a browser: one HTML string
-    83  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    84  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+   XII  prefill and decode 1,060 lines, where [[disaggregation]] is set
+    75  legs           · two requests that are made of one, and one answer of theirs
+    76  connectors     · what the two are told, so that one server's blocks get to the other
+    77  splitting      · how a request is parted between two servers, step by step
+    78  pairs          ~ its two legs, carried out; what is counted of them
 
-  XIII  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    85  traces         · requests of the past: from files, or made up
-    86  engine         · a model of a vLLM server, in simulated time
-    87  replay         · those requests sent to such servers by any policy
-    88  comparison     ~ policies compared on a trace: the program of `replay`
-    89  canned words   · what a vLLM server would say, without a model; what it refuses
-    90  canned forms   · the same in the forms of its APIs, plain and streamed
-    91  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    92  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    93  doctor         ~ what is amiss with servers and settings, and what to do about it
+  XIII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
+    79  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    80  table          · the servers in lines, as many columns as there is room for
+    81  views          · graphs of the fleet; models, requests and keys as tables
+    82  screen         · what is seen there: the table and the lines around it
+    83  keys           · what keys do to it, and ask of the balancer
+    84  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    85  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    86  page           ~ the status for a browser: one HTML string
+    87  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    88  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+
+   XIV  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
+    89  traces         · requests of the past: from files, or made up
+    90  engine         · a model of a vLLM server, in simulated time
+    91  replay         · those requests sent to such servers by any policy
+    92  comparison     ~ policies compared on a trace: the program of `replay`
+    93  canned words   · what a vLLM server would say, without a model; what it refuses
+    94  canned forms   · the same in the forms of its APIs, plain and streamed
+    95  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    96  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    97  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (59) reads a head from the client's
 `Wire` (40), parses it (2), makes an `Exchange` (54) of it, and asks who may come in (33).  A local
@@ -350,6 +356,7 @@ class Fault(Enum):
     SERVER_SLOW = 504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError"  # it works, on others
     # A server answered, with a failure of its own; it is shown as it came if nobody does better.
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
+    TRANSFER_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # from another server
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
     NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have
@@ -1410,6 +1417,7 @@ def expose(families: Iterable[Family]) -> str:
 
 REQUIRED: Any = object()
 ROLES = ("prefill", "decode", "both")
+CONNECTOR_NAMES = ("nixl", "p2p_nccl", "mooncake", "plain")  # the rows of CONNECTORS
 POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
     "unified", "least", "round_robin", "random", "power_of_two", "consistent_hash", "prefix",
     "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
@@ -1824,6 +1832,28 @@ class ClustersWanted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DisaggregationSettings:
+    """One entry of [[disaggregation]]: prompts are read by some servers, answered by others."""
+
+    model: str = setting("", words, "the model that it is for; without it, all others")
+    kv_connector: str = setting(
+        "nixl", one_of(*CONNECTOR_NAMES), "vLLM's connector; plain: servers find blocks themselves")
+    bootstrap_port: int = setting(
+        0, whole(0, 65535), "Mooncake's, of servers that name none; 0 is 8998")
+    prefill_policy: str = setting(
+        "", one_of(*POLICY_NAMES), "how a prefill server is chosen; default as all are")
+    decode_policy: str = setting("", one_of(*POLICY_NAMES), "how the one that answers is chosen")
+    prefill_from_tokens: int = setting(
+        256, whole(0), "uncached tokens from which two servers pay; 0: always")
+    plain_fallback: bool = setting(
+        True, truth, "whether one server does it where two cannot")
+    decode_first_token_timeout: float = setting(
+        15.0, number(0.001), "wait for the answer's first token; then plainly")
+    kv_lease: float = setting(
+        30.0, number(0.001), "how long blocks are kept there (kv_lease_duration)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that can be set.  The first fields are tables of their own in the file; every
     other is a key of [config].  Times are in seconds."""
@@ -1836,6 +1866,7 @@ class Settings:
     dns: tuple[DnsSettings, ...] = ()
     kubernetes: tuple[KubernetesSettings, ...] = ()
     resumes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by model
+    disaggregation: tuple[DisaggregationSettings, ...] = ()
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
@@ -2021,6 +2052,7 @@ CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
 DNS_FIELDS = {f.name: f for f in dataclasses.fields(DnsSettings) if f.metadata} | {
     name: field for name, field in SERVER_FIELDS.items() if name != "url"}
+SPLIT_FIELDS = {f.name: f for f in dataclasses.fields(DisaggregationSettings)}
 KEY_FIELDS = {f.name: f for f in dataclasses.fields(KeySettings)}
 KUBERNETES_FIELDS = {f.name: f for f in dataclasses.fields(KubernetesSettings) if f.metadata}
 POD_FIELDS = KUBERNETES_FIELDS | {  # with those of servers, but for what a pod says itself
@@ -2030,6 +2062,13 @@ SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is fi
 KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
 SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # their values stand in no complaint
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
+
+
+def disaggregation_of(s: Settings, model: str | None) -> DisaggregationSettings | None:
+    """The entry for that model, or the one for all others."""
+    found = {entry.model: entry for entry in s.disaggregation}
+    return found.get(model or "") or found.get("")
+
 
 # Keys of older files: those that never had an effect, or have none here; those that have another
 # name now, and are warned about; and all words that stand for another.
@@ -2068,7 +2107,8 @@ class SettingsError(Exception):
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
-TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes", "resumes")
+TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
+          "resumes", "disaggregation")
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
@@ -2086,6 +2126,8 @@ LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any
                 {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)}),
     "keys": ("a list of tables [[keys]]", {"name": (KeySettings, KEY_FIELDS)}),
     "kubernetes": ("a list of tables [[kubernetes]]", {"": (kubernetes_settings, POD_FIELDS)}),
+    "disaggregation": ("a list of tables [[disaggregation]]",
+                       {"": (DisaggregationSettings, SPLIT_FIELDS)}),
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -2133,7 +2175,8 @@ class SettingsReader:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
         self.sources |= set(overrides)
         servers = self.servers(*overrides.get("servers", (None, "")))
-        aliases, keys = self.aliases(), self.keys()
+        aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
+            *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
         if keys:
             values.setdefault("cors_allowed_origins", ("*",))
         policies, resumes = (
@@ -2142,21 +2185,24 @@ class SettingsReader:
             for table, key in (("policies", "policy"), ("resumes", "resume")))
         pools = self.pools(servers, overrides.get("pools", (self.table("pools"), ""))[0])
         kubernetes = self.kubernetes(pools, *overrides.get("kubernetes", (None, "")))
-        self.check_together(values, keys.values(), policies)
+        used = {*policies.values(), *(policy for entry in split for policy in (
+            entry.prefill_policy, entry.decode_policy))}
+        self.check_together(values, keys.values(), used)
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
-        tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes)
+        tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes,
+                  split)
         return Settings(*tables, **values), self.warnings
 
     def check_together(
-        self, values: dict[str, Any], keys: Collection[KeySettings], policies: dict[str, str]
+        self, values: dict[str, Any], keys: Collection[KeySettings], policies: Collection[str]
     ) -> None:
         """Complains of settings that make sense only with others.  A value is None where a
         complaint about it was made already."""
         given, origins = values.get, values.get("cors_allowed_origins") or ()
-        by_score = "expression" in (given("policy"), *policies.values())
+        by_score = "expression" in (given("policy"), *policies)
         for key, wrong, expected in (
             ("tls_key", bool(given("tls_cert")) is not bool(given("tls_key")),
              "both tls_cert and tls_key"),
@@ -2230,6 +2276,16 @@ class SettingsReader:
                     found = getattr(one, key, one.server.pool) or None
                     self.complain(("kubernetes", i, key), found, expected, origin)
         return tuple(tables.values())
+
+    def disaggregation(self, entries: Any, origin: str) -> tuple[DisaggregationSettings, ...]:
+        aliases, found = self.table("aliases"), dict[str, DisaggregationSettings]()
+        for i, entry in self.entries("disaggregation", entries, origin).items():
+            model = aliases.get(entry.model, entry.model)
+            if model in found:
+                path = ("disaggregation", i, "model")
+                self.complain(path, entry.model or None, "each of them once", origin)
+            found[model] = dataclasses.replace(entry, model=model)
+        return tuple(found.values())
 
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
         """The good entries of a list of tables, by their place in it."""
@@ -2396,6 +2452,7 @@ PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
 RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
+EXTRA_MEMBERS = ("vllm_xargs", "sampling_params")
 # Whether another server would say the same again, and what its text can be continued without, each
 # with the values that mean nothing.
 REPEAT_MEMBERS = ("temperature", "seed", "top_k")
@@ -2411,7 +2468,8 @@ PLAIN_MEMBERS: dict[str, tuple[Any, ...]] = {
 }
 ASKED_MEMBERS = frozenset((*REPEAT_MEMBERS, *STORED_MEMBERS, *PLAIN_MEMBERS))
 READ_MEMBERS = tuple(dict.fromkeys((
-    *CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS, *ASKED_MEMBERS)))
+    *CALL_MEMBERS, *SESSION_MEMBERS, SESSION_PARAMS, *RESPONSE_MEMBERS, *EXTRA_MEMBERS,
+    *ASKED_MEMBERS)))
 FOUND_MEMBERS = (*READ_MEMBERS, *LEADING_MEMBERS, *PROMPT_MEMBERS)
 Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
@@ -3221,12 +3279,33 @@ def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     return found[0], found[1]
 
 
+# Where vLLM takes what it is told in reserved members from, too.
+NESTED_EXTRAS = (("vllm_xargs", ""), ("sampling_params", "extra_args"))
+
+
+def refuse_nested(
+    content: Content, spans: Spans | None, said: Any, outer: str, inner: str
+) -> None:
+    """Raises BadMessage for a reserved member in another one."""
+    if said is None and spans is not None:  # it is too long to have been read
+        begin, end = spans[outer]
+        with contextlib.suppress(ValueError, RecursionError):
+            said = json.loads(content[begin:end])
+    said = said.get(inner) if inner and isinstance(said, dict) else said
+    for name in RESERVED_MEMBERS if isinstance(said, dict) else ():
+        if name in said:
+            raise BadMessage(f"{name} is not for clients to say")
+
+
 def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
     """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
     could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
     for name in RESERVED_MEMBERS:
         if members.get(name) is not None or (spans is not None and name in spans):
             raise BadMessage(f"{name} is not for clients to say")
+    for outer, inner in NESTED_EXTRAS:
+        if outer in members or (spans is not None and outer in spans):
+            refuse_nested(content, spans, members.get(outer), outer, inner)
     said = members.get("request_id", "" if spans is None or "request_id" not in spans else None)
     if said is None or (isinstance(said, str) and ENGINE_HANDLES.search(said)):
         raise BadMessage("request_id is too long, or names engines, which is not for clients")
@@ -5327,6 +5406,18 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
     return shortest
 
 
+def engine_id(server: str, rank: int | None) -> str:
+    """A server's id, or its name, as that of one of its engines."""
+    return server if rank is None else f"{server}@{rank}"
+
+
+def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
+    """The ids of a server's engines, with their ranks; of a server that is one, its own."""
+    if server.data_parallel_size == 1:
+        return [(server.id, None)]
+    return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
+
+
 # ============================================================================================
 #  22  learning
 # ============================================================================================
@@ -5803,18 +5894,6 @@ def new_view(
                       models_at=kin.models_at)
 
 
-def engine_id(server: str, rank: int | None) -> str:
-    """A server's id, or its name, as that of one of its engines."""
-    return server if rank is None else f"{server}@{rank}"
-
-
-def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
-    """The ids of a server's engines, with their ranks; of a server that is one, its own."""
-    if server.data_parallel_size == 1:
-        return [(server.id, None)]
-    return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
-
-
 # ============================================================================================
 #  25  roster
 # ============================================================================================
@@ -6173,9 +6252,13 @@ class Policies:
         """The one for calls for that model; all whom nobody serves (`label`) share one."""
         s = self.settings
         key = s.policies.get(model or "", s.policy), label
-        if key not in self.known:
-            self.known[key] = POLICIES[key[0]](s)
-        return self.known[key]
+        return self.known[key] if key in self.known else self.named(*key)
+
+    def named(self, name: str, label: str) -> Policy:
+        """The one of that name, for all calls under that label."""
+        if (name, label) not in self.known:
+            self.known[name, label] = POLICIES[name](self.settings)
+        return self.known[name, label]
 
 
 @policy("unified")
@@ -7011,6 +7094,7 @@ class Outcome(NamedTuple):
     deaths: int = 0  # of Relay: how many servers have died with that content, this one, too
     went_on: bool = False  # of Resume: something new was shown
     prospect: Prospect | None = None  # of Recall: whether the answer can go on, and how
+    more: Any = None  # of a step of another room: what that room says
 
 
 class Relay(NamedTuple):
@@ -7027,6 +7111,9 @@ class Relay(NamedTuple):
         """Whether another server takes longer prompts than this one."""
         servers = {view.server for view in self.ranking.views}
         return len(self.ranking.as_short(self.server)) < len(servers)
+
+    def why(self) -> str:
+        return self.ranking.why()
 
 
 class Recall(NamedTuple):
@@ -7082,7 +7169,7 @@ class BreakOff(NamedTuple):
 
 
 Step = Relay | Recall | Resume | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
-Plan = Generator[Step, Outcome, None]
+Plan = Generator[Any, Outcome, None]  # of Steps, and those that other rooms add
 Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
 WELL = Outcome()
 # The server cannot do what is asked for, though others may; it is not asked again.
@@ -7099,6 +7186,12 @@ class Planner(Protocol):
     def plan(self, exchange: Any, request: OutboundRequest, otherwise: Plan) -> Plan:
         """The plan for a request: one of its own, that may go on as it goes `otherwise`, or that.
         `exchange` has the request's call, settings and ranking."""
+
+    def rankings(self, exchange: Any, otherwise: list[Ranking]) -> list[Ranking]:
+        """Whom the first step, or those that belong together, would ask."""
+
+    def families(self) -> list[Family]:
+        """What it counts."""
 
 
 class Planning(NamedTuple):
@@ -7811,7 +7904,7 @@ def ranking_report(ranking: Ranking) -> dict[str, Any]:
              "cached_tokens": cached[name]} for name, cost, reason in ranking.candidates()]
     return {
         "policy": ranking.policy.name, "model": ranking.call.model,
-        "chosen": ranking.asked and ranking.asked.name,
+        "chosen": ranking.asked and ranking.asked.name, "role": ranking.role or None,
         "why": ranking.why(), "prompt_tokens": ranking.call.prompt.tokens,
         "session": bool(ranking.call.session), "queued": ranking.best is None and ranking.waits,
         "servers": rows,
@@ -8448,7 +8541,8 @@ class Recent:
 
     def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
         earlier = self.rankings.pop(id, [])
-        self.rankings[id] = [*earlier, ranking] if attempt > 1 else [ranking]
+        follows = attempt > 1 or ranking.role == "decode"  # behind its prefill
+        self.rankings[id] = [*earlier, ranking] if follows else [ranking]
         if len(self.rankings) > RECENT_LIMIT:
             self.rankings.popitem(last=False)
 
@@ -11213,12 +11307,12 @@ class Attempt:
             return False
         return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
 
-    def give_up(self, even_begun: bool) -> None:
+    def give_up(self, even_begun: bool, fault: Fault = Fault.SERVER_FROZEN) -> None:
         """Another server may do it: this one stands still; or, where its answer has begun and will
         never end, let that be seen."""
         wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
         if wire is not None:
-            self.given_up, wire.reused = True, False
+            self.lost_by, self.given_up, wire.reused = fault, True, False
             wire.abort()
 
     def move(self) -> None:
@@ -11744,7 +11838,11 @@ class Exchange:
             if refusal := self.admit(call):
                 self.refuse(refusal)
             elif explains:
-                report = explain_report([self.choose(frozenset())])
+                rankings = [self.choose(frozenset())]
+                for planner in self.core.planners.values():
+                    self.prepare(content)
+                    rankings = planner.rankings(self, rankings)
+                report = explain_report(rankings)
                 response.send(Reply(200, json.dumps(report).encode()))
             else:
                 request = self.prepare(content)
@@ -11875,21 +11973,25 @@ class Exchange:
 
     # Steps.
 
-    async def relay(self, step: Relay, way: Way | None = None) -> Outcome:
+    async def relay(
+        self, step: Relay, way: Way | None = None, kind: type[Attempt] = Attempt
+    ) -> Outcome:
         """Ask a server, and pass its answer on if it is one; or have it go on, that way."""
         core, case, lease = self.core, self.case, step.lease
         try:
             if core.requests.poison.deaths and not await case.begin_test():
                 return Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
             lease = lease or self.lease(step.server, step.ranking.role)
-            return await self.attempt(step, lease, way)
+            return await self.attempt(step, lease, way, kind)
         finally:
             if case.test is not None:
                 case.end_test()
             if lease is not None:
                 self.end_lease(lease)
 
-    async def attempt(self, step: Relay, lease: Lease, way: Way | None) -> Outcome:
+    async def attempt(
+        self, step: Relay, lease: Lease, way: Way | None, kind: type[Attempt]
+    ) -> Outcome:
         """The same, in its place; and note how it went."""
         core, case, trail, server = self.core, self.case, self.trail, step.server
         if trail.failures:
@@ -11903,7 +12005,7 @@ class Exchange:
         try:
             if way is None:
                 commit = functools.partial(self.commit, step, lease)
-                outcome = await self.attempt_at(step).outcome(commit)
+                outcome = await self.attempt_at(step, kind).outcome(commit)
             else:
                 outcome = await self.go_on(step, lease, way)
             label = outcome.fault.label if outcome.fault else "ok"
@@ -11934,13 +12036,13 @@ class Exchange:
         tokens = said.get("completion", events)
         lease.complete(self.loop.time(), tokens, self.call.model, events if tail else 0)
 
-    def attempt_at(self, step: Relay) -> Attempt:
+    def attempt_at(self, step: Relay, kind: type[Attempt] = Attempt) -> Attempt:
         server = step.ranking.server
 
         def movable() -> bool:
             return self.stream is not None and self.choose(frozenset((server,))).best is not None
 
-        return Attempt(self.core, step, self.response, self.case.wants_second_opinion, movable)
+        return kind(self.core, step, self.response, self.case.wants_second_opinion, movable)
 
     async def go_on(self, step: Relay, lease: Lease, way: Way) -> Outcome:
         """Another server goes on with a stream, within the time for that."""
@@ -11998,7 +12100,7 @@ class Exchange:
             added.append(("Location", local_location(location, pool.authority, pool.prefix)))
         asked = "x-mvllm-why" in self.head.fields.values and asks_why(self.head.fields)
         if s.server_header and (s.why_header or asked):
-            added.append(("X-MVLLM-Why", step.ranking.why()))
+            added.append(("X-MVLLM-Why", step.why()))
         if self.call.makes_response or self.call.stored:
             self.note_stored(head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
@@ -12148,7 +12250,6 @@ class Exchange:
     async def give_up(self, step: GiveUp) -> Outcome:
         """The end of a plan that found nobody to answer: a server's words, or ours."""
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
-        fault = fault or Fault.INTERNAL
         if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
             await self.await_looks([self.core.fleet.server_of(held.server)])
             view = self.core.fleet.view(held.server)
@@ -12157,10 +12258,10 @@ class Exchange:
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
             after_s = self.core.requests.queue.clears_in_s(self.loop.time()) if queued else 0
-            self.refuse(Refusal(fault, text, after_s))
+            self.refuse(Refusal(fault or Fault.INTERNAL, text, after_s))
             return WELL
         self.trail.server, self.trail.name = held.server, self.core.fleet.name_of(held.server)
-        if fault is not Fault.NOT_THERE:  # that is an answer like any other
+        if fault not in (None, Fault.NOT_THERE):  # those are answers like any other
             self.response.failed(fault)
         whole = Framing(len(held.content))
         framing = returned_framing(held.head, held.length, self.head, whole)
@@ -12926,6 +13027,8 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
     now = gauges(core.fleet.views(monotonic), monotonic, core.settings, process,
                  core.fleet.answers.means())
     now += [family for one in core.services.values() for family in one.families(monotonic)]
+    for planner in core.planners.values():
+        now += planner.families()
     page = expose(with_old_names([*core.metrics.families(), *now]))
     return Reply(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -16370,11 +16473,1055 @@ def zmq_open_line(s: Settings) -> str:
             f" from {', '.join(s.registration_networks)}: ZMTP's NULL has no keys")
 
 
-# ━━━ part XII: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XII: prefill and decode ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  75  cells
+#  75  legs
+# ============================================================================================
+#
+# One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
+# and one answer of two.  The first leg is the client's request with exactly those members changed
+# that make it end after one token, which is thrown away; the second is the client's bytes, with
+# one member put in front.
+
+# The members that end a prompt's leg after one token.  `min_tokens` keeps that token from being an
+# end of its own, after which some connectors drop the blocks.  To add a path: add a row.
+LEG_LIMITS = {
+    "/v1/chat/completions": ("max_tokens", "min_tokens"),
+    "/v1/completions": ("max_tokens", "min_tokens"),
+    "/v1/messages": ("max_tokens", "min_tokens"),
+    "/v1/responses": ("max_output_tokens",),
+    "/inference/v1/generate": ("sampling_params",),
+    "/v2/chat": ("max_tokens",),
+}
+SHAPING = ("n", "best_of", "use_beam_search", "prompt", "prompt_embeds", "previous_response_id",
+           "background", "logprobs", "echo", "sampling_params", "max_completion_tokens")
+MERGED_PATHS = ("/v1/chat/completions", "/v1/completions")  # of which vLLM says what was cached
+HANDLES = ("kv_transfer_params", "ec_transfer_params")
+EVENT_LIMIT_BYTES = 8 * 1024 * 1024  # of one event that is looked through
+LEG_FIELDS = re.compile(r"(?im)^(?:x-request-id|x-data-parallel-rank|accept-encoding):.*\r\n")
+
+
+class LegShape(NamedTuple):
+    """What of a request's content decides how its legs are made."""
+
+    path: str
+    unfit: str  # why it is not parted, '' if it can be
+    logprobs: bool = False  # the prompt's may be wanted
+    completes: bool = False  # max_completion_tokens is said
+    sampling: Mapping[str, Any] = {}  # sampling_params
+
+
+def shape_of(path: str, content: Content) -> LegShape:
+    """Reads what matters of a request's content."""
+    if path not in LEG_LIMITS:
+        return LegShape(path, "path")
+    spans = member_spans(content, SHAPING)
+    try:
+        said = {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
+                if name != "prompt" or content[a:b].lstrip()[:1] == b"["}
+    except (ValueError, RecursionError):
+        return LegShape(path, "content")  # a server will say what is wrong with it
+    prompt, sampling = said.get("prompt", ""), said.get("sampling_params")
+    sampling = sampling if isinstance(sampling, dict) else {}
+    several = isinstance(prompt, list) and len(prompt) != 1 and not (
+        prompt and all(type(token) is int for token in prompt))
+    choices = [group.get(name) for group in (said, sampling) for name in ("n", "best_of")]
+    unfit = ""
+    if (content[:100].lstrip()[:1], content[-100:].rstrip()[-1:]) != (b"{", b"}"):
+        unfit = "content"
+    elif several or said.get("prompt_embeds") is not None:
+        unfit = "prompts"
+    elif any(one not in (None, 1) for one in choices) or said.get("use_beam_search"):
+        unfit = "choices"
+    elif said.get("previous_response_id") or said.get("background"):
+        unfit = "stored"
+    return LegShape(path, unfit, "logprobs" in said or said.get("echo") is True,
+                 said.get("max_completion_tokens") is not None, sampling)
+
+
+def with_members(content: Content, values: Mapping[str, bytes | None]) -> Content:
+    """A copy of a JSON object with other values of members, None: without them; those that are not
+    there are put in front.  Every other byte stays."""
+    changed, spans = bytearray(content), member_spans(content, values)
+    for name in sorted(spans, key=lambda name: -spans[name][0]):
+        begin, end = spans[name]
+        if (value := values[name]) is None:
+            begin, end = whole_member(changed, begin, end)
+        changed[begin:end] = value or b""
+    new = [b'"%b":%b' % (name.encode(), value) for name, value in values.items()
+           if value is not None and name not in spans]
+    brace = changed.find(b"{") + 1
+    empty = changed[brace:].lstrip()[:1] == b"}"
+    changed[brace:brace] = b",".join(new) + b"," * (bool(new) and not empty)
+    gone = {name: None for name in spans if values[name] is None}
+    return with_members(changed, gone) if gone else changed  # it may have been said twice
+
+
+def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
+    """Where the member with the value that stands there begins and ends, with one comma."""
+    name = content.rfind(b'"', 0, content.rfind(b'"', 0, begin))
+    if content[end : end + 1] == b",":
+        return name, end + 1
+    before = len(content[:name].rstrip()) - 1
+    return (before if content[before : before + 1] == b"," else name), end
+
+
+def prefill_content(content: Content, shape: LegShape, params: Mapping[str, Any] | None) -> Content:
+    """The content of a prompt's leg."""
+    values: dict[str, bytes | None] = {"stream": b"false", "stream_options": None}
+    for name in LEG_LIMITS[shape.path]:
+        values[name] = b"1"
+        if name == "sampling_params":
+            values[name] = json.dumps({**shape.sampling, "max_tokens": 1, "min_tokens": 1}).encode()
+    if shape.completes and "max_tokens" in values:
+        values["max_completion_tokens"] = b"1"
+    if params is not None:
+        values["kv_transfer_params"] = json.dumps(params).encode()
+    return with_members(content, values)
+
+
+class Shared(NamedTuple):
+    """What the two legs of one attempt have in common."""
+
+    id: str  # their X-Request-Id
+    transfer: str  # their transfer_id, where the connector has one
+    prefill: ServerView
+    decode: ServerView
+    identity: Mapping[str, Any] | None = None  # what is remembered of the prefill server
+    at_once: bool = False  # both legs are sent together
+
+
+def leg_request(
+    request: OutboundRequest, content: Content, shared: Shared, rank: int | None = None
+) -> OutboundRequest:
+    """A leg as it is said to its server; its answer is to come uncompressed."""
+    fields = LEG_FIELDS.sub("", request.fields)
+    fields += f"X-Request-Id: {shared.id}\r\nAccept-Encoding: identity\r\n"
+    if rank is not None:
+        fields += f"X-Data-Parallel-Rank: {rank}\r\n"
+    return request._replace(body=HeldContent(content), fields=fields, framed=True)
+
+
+def document_of(content: bytes) -> dict[str, Any]:
+    """A JSON object, {} for anything else."""
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def handle_in(said: bytes) -> bytes:
+    """What a prefill server says for the other one, byte for byte; b"" if it kept nothing."""
+    begin, end = member_spans(said, HANDLES[:1]).get(HANDLES[0], (0, 0))
+    handle = said[begin:end].strip()
+    return b"" if handle == b"null" else handle
+
+
+# What of a prefill server's answer belongs into the other's.
+
+
+class Merger:
+    """Makes one answer of two.  What was transferred counts as cached at the decode server, so the
+    prefill server's word on that is taken; and what names hosts of ours is taken out.  Fed with an
+    answer piece by piece; whole events are passed on, a document at its end."""
+
+    def __init__(self, shape: LegShape, streams: bool) -> None:
+        self.shape, self.streams = shape, streams
+        self.prefill: Mapping[str, Any] | None = None  # what it answered, where it was asked
+        self._held = b""  # of an event, or a document, that is not all there
+
+    def feed(self, piece: bytes) -> bytes:
+        held = self._held + piece if self._held else piece
+        end = held.rfind(b"\n\n") + 2 if self.streams else 0
+        if self.streams and end < 2:
+            end = held.rfind(b"\n") + 1
+        self._held = held[end:]
+        if self.streams and len(self._held) > EVENT_LIMIT_BYTES:
+            text = f"an event is longer than {EVENT_LIMIT_BYTES} bytes"
+            raise BadMessage(text, Fault.BAD_ANSWER)
+        return self.merged_events(held[:end]) if end else b""
+
+    def end(self) -> bytes:
+        """The rest."""
+        held, self._held = self._held, b""
+        return self.merged_events(held) if self.streams else self.merged(held)
+
+    def merged_events(self, events: bytes) -> bytes:
+        if b'"usage"' not in events and b'_transfer_params"' not in events:
+            return events
+        lines = events.split(b"\n")
+        for n, line in enumerate(lines):
+            if line.startswith(b"data:") and (b'"usage"' in line or b"_transfer_params" in line):
+                end = b"\r" * line.endswith(b"\r")
+                lines[n] = b"data: " + self.merged(line[5:].strip()) + end
+        return b"\n".join(lines)
+
+    def merged(self, said: bytes) -> bytes:
+        """A document of the decode server; as it came where there is nothing to change."""
+        document = document_of(said)
+        changed = without_handles(document)
+        inner = document.get("response")
+        if isinstance(inner, dict):
+            changed |= without_handles(inner)
+        if self.prefill is not None and self.shape.path in MERGED_PATHS:
+            changed |= merge_usage(document, self.prefill)
+            if self.shape.logprobs and not self.streams:
+                changed |= merge_logprobs(document, self.prefill)
+        if not changed:
+            return said
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
+            "utf-8", "surrogatepass")
+
+
+def without_handles(document: dict[str, Any]) -> bool:
+    """Takes out what servers tell each other.  Returns whether there was any."""
+    found = [name for name in HANDLES if document.get(name) is not None]
+    for name in found:
+        del document[name]
+    return bool(found)
+
+
+def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
+    """How many tokens of its prompt a server had, by its own word."""
+    usage = document.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if type(cached) is int and cached >= 0 else None
+
+
+def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
+    """Takes over what the prefill server had cached.  Returns whether that changes anything."""
+    usage, cached = document.get("usage"), cached_tokens_of(prefill)
+    if not isinstance(usage, dict):
+        return False
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    if cached is not None:
+        usage["prompt_tokens_details"] = {**details, "cached_tokens": cached}
+        return True
+    return details.pop("cached_tokens", None) is not None
+
+
+def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
+    """Takes over the logprobs of the prompt, which the prefill server has read.  Returns whether
+    there are any."""
+    changed = False
+    if prefill.get("prompt_logprobs") is not None:
+        document["prompt_logprobs"], changed = prefill["prompt_logprobs"], True
+    for ours, theirs in zip(member(document, "choices", list) or (),
+                            member(prefill, "choices", list) or ()):
+        if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+            continue
+        if (prompt := theirs.get("prompt_logprobs")) is not None:
+            ours["prompt_logprobs"], changed = prompt, True
+            put_before(ours.get("logprobs"), theirs.get("logprobs"), len(prompt))
+    meta, read = document.get("meta_info"), member(prefill, "meta_info", dict)
+    if isinstance(meta, dict) and read and isinstance(read.get("input_token_logprobs"), list):
+        own = meta.get("input_token_logprobs")
+        meta["input_token_logprobs"] = read["input_token_logprobs"] + (own or [])
+        changed = True
+    return changed
+
+
+def put_before(ours: Any, theirs: Any, count: int) -> None:
+    """Puts the first tokens of a prompt before those of an answer, in /v1/completions' form."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    if not all(isinstance(one, dict) for one in (ours, theirs)) or not count:
+        return
+    first = {name: (theirs.get(name) or [])[:count] for name in names}
+    if not first["tokens"] or (ours.get("tokens") or [])[:count] == first["tokens"]:
+        return  # it has them already
+    offsets, last = first["text_offset"], first["tokens"][-1]
+    shift = (offsets[-1] if offsets else 0) + len(str(last).encode())
+    for name in names:
+        own = ours.get(name) or []
+        ours[name] = first[name] + ([at + shift for at in own] if name == "text_offset" else own)
+
+
+# ============================================================================================
+#  76  connectors
+# ============================================================================================
+#
+# What the two legs of a request are told, and in which order they are sent, so that what one vLLM
+# has read gets to the other: by a connector of vLLM's own, of which each is a small class.
+#
+# To add a connector: a class with @connector("name"), its name in CONNECTOR_NAMES.  MoRI-IO would
+# be one that fits servers that registered with a transfer_mode: READ as NIXL's pull, WRITE at once.
+
+MOONCAKE_PORT = 8998
+
+
+class Connector:
+    """What the legs are told.  `said` is a prefill server's whole answer."""
+
+    name: ClassVar[str] = ""
+    passes_handles: ClassVar[bool] = True  # what one engine says goes to another: it must be ours
+    asks: ClassVar[bool] = False  # a prefill server's identity is asked for, before its first leg
+    pins_rank: ClassVar[bool] = False  # the prompt's leg names its rank, also where there is one
+
+    def unfit(self, view: ServerView) -> str:
+        """Why that server cannot be of a pair, '' if it can."""
+        return ""
+
+    def request_id(self, prefill: ServerView, decode: ServerView, token: str) -> str:
+        """An X-Request-Id for both legs, made of 32 hexadecimal digits that are new."""
+        return token
+
+    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+        """Whether both legs are sent together, to a prefill server of that identity."""
+        return False
+
+    def prefill_params(self, shared: Shared) -> Mapping[str, Any] | None:
+        return None
+
+    def decode_params(self, shared: Shared, said: bytes) -> bytes:
+        """The member for the decode leg, as JSON; b"" for none: it reads the prompt itself."""
+        return b""
+
+    def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
+        """What is to be remembered of a prefill server that has answered so."""
+        return None
+
+
+CONNECTORS: dict[str, Connector] = {}
+K = TypeVar("K", bound=type[Connector])
+
+
+def connector(name: str) -> Callable[[K], K]:
+    def register(kind: K) -> K:
+        kind.name = name
+        CONNECTORS[name] = kind()
+        return kind
+
+    return register
+
+
+@connector("plain")
+class PlainConnector(Connector):
+    """Servers that find each other's blocks by themselves (LMCache, a shared storage): the prompt
+    is read by one, then the other is asked as if nothing had been."""
+
+    passes_handles = False
+
+
+@connector("nixl")
+class Nixl(Connector):
+    """NixlConnector.  Pull: the prefill server's answer has a handle for the other, unread by us,
+    that works once.  Push, as its answers say: the other tells it where to write, of which it needs
+    no more than an identity that lasts; so from the second request on both legs go at once."""
+
+    ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+             "remote_block_ids": None, "remote_host": None, "remote_port": None}
+    IDENTITY = ("remote_engine_id", "remote_host", "remote_port")
+
+    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+        return identity is not None
+
+    def prefill_params(self, shared: Shared) -> Mapping[str, Any]:
+        # 0.32 pairs the legs by their id, later ones by a transfer_id; it takes either.
+        return {**self.ASKED, "transfer_id": shared.transfer} if shared.at_once else self.ASKED
+
+    def decode_params(self, shared: Shared, said: bytes) -> bytes:
+        identity = shared.identity if shared.at_once else self.identity_in(said)
+        if identity is None:
+            return handle_in(said)
+        params = {"do_remote_prefill": True, "do_remote_decode": False, **identity,
+                  "remote_request_id": shared.id}
+        if shared.at_once:
+            params["transfer_id"] = shared.transfer
+        return json.dumps(params).encode()
+
+    def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
+        params = document_of(handle_in(said))
+        known = {name: params.get(name) for name in self.IDENTITY}
+        if params.get("transfer_mode") != "push" or None in known.values():
+            return None
+        more = {"pp_size": params["pp_size"]} if params.get("pp_size") else {}
+        return {**known, "tp_size": params.get("tp_size") or 1, **more}
+
+
+@connector("p2p_nccl")
+class P2pNccl(Connector):
+    """P2pNcclConnector, of vLLM 0.9 to 0.22.  The legs find each other by the addresses in their
+    id, so both servers must have told theirs."""
+
+    passes_handles = False
+
+    def unfit(self, view: ServerView) -> str:
+        return "" if view.settings.zmq_address else "has no zmq_address"
+
+    def request_id(self, prefill: ServerView, decode: ServerView, token: str) -> str:
+        return (f"___prefill_addr_{prefill.settings.zmq_address}"
+                f"___decode_addr_{decode.settings.zmq_address}_{token}")
+
+
+@connector("mooncake")
+class Mooncake(Connector):
+    """MooncakeConnector.  The other leg needs the engine id of the prefill server's rank, which its
+    bootstrap server tells, and nothing of its answer: both go at once."""
+
+    asks, pins_rank, passes_handles = True, True, False
+
+    def at_once(self, identity: Mapping[str, Any] | None) -> bool:
+        return True
+
+    def prefill_params(self, shared: Shared) -> Mapping[str, Any]:
+        return {"do_remote_decode": True, "do_remote_prefill": False,
+                "transfer_id": shared.transfer}
+
+    def decode_params(self, shared: Shared, said: bytes) -> bytes:
+        identity, rank = shared.identity or {}, str(shared.prefill.rank or 0)
+        engines = identity.get("engines") or {}
+        return json.dumps({
+            "do_remote_decode": False, "do_remote_prefill": True, "transfer_id": shared.transfer,
+            "remote_bootstrap_addr": identity.get("address"), "remote_engine_id":
+            engines.get(rank) or next(iter(engines.values()), None)}).encode()
+
+
+def bootstrap_url(server: ServerSettings, port: int) -> str:
+    """Where a prefill server's bootstrap server is; `port` is that of servers with none."""
+    host = urllib.parse.urlsplit(server.url).hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{server.bootstrap_port or port or MOONCAKE_PORT}"
+
+
+def engines_in(content: bytes) -> dict[str, str]:
+    """The engine ids by rank that a bootstrap server tells; {} if it knows none yet."""
+    return {rank: row["engine_id"] for rank, row in document_of(content).items()
+            if isinstance(row, dict) and isinstance(row.get("engine_id"), str)}
+
+
+# ============================================================================================
+#  77  splitting
+# ============================================================================================
+#
+# How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
+# what follows when one of them fails.  Nothing that was transferred is used twice, and what cannot
+# be parted, or need not be, is one plain request to a server that decodes.
+
+TRANSFERS_LIMIT = 2  # that fail, before a request is served plainly
+PREFILL_FAILED = "prefill"  # of an outcome: it is that of the prompt's leg
+NO_PREFILL = "No prefill server can be asked now, and plain_fallback is off."
+
+
+class Leg(NamedTuple):
+    """Ask a server for its part of a request; as attempts go, a Relay."""
+
+    server: str
+    request: OutboundRequest
+    ranking: Ranking
+    lease: Lease | None
+    attempt: int  # from 1, in its role
+    split: Split
+    shared: Shared | None = None  # with the other leg; None for a plain request
+    handled: bool = False  # it has what the other said, which works once
+
+    @property
+    def has_larger(self) -> bool:
+        return Relay(*self[:5]).has_larger
+
+    def why(self) -> str:
+        """Both choices."""
+        why = self.ranking.why()
+        return f"prefill {self.split.prefill_why}; decode {why}" if self.shared else why
+
+
+class Learn(NamedTuple):
+    """Ask a prefill server's bootstrap server who it is; the outcome's `more` is its identity."""
+
+    split: Split
+    server: ServerView
+
+
+class Prefill(NamedTuple):
+    """Have a prompt read, while a place is kept at who will answer; the outcome's `more` is what
+    was said, its `lease` that place.  An answer of 4xx is `held`."""
+
+    leg: Leg
+    decode: Ranking
+    decode_lease: Lease | None
+
+
+class Decode(NamedTuple):
+    """Have the other leg answered, and pass the answer on."""
+
+    leg: Leg
+
+
+class Both(NamedTuple):
+    """Have both legs carried out at once; `more` is PREFILL_FAILED where that is so."""
+
+    prefill: Leg
+    decode: Leg
+
+
+class Plainly(NamedTuple):
+    """Note that a request is not parted, and why; a place that was kept for it is free again."""
+
+    split: Split
+    reason: str
+    lease: Lease | None = None
+
+
+class PeerMemory:
+    """What is remembered of prefill servers, by id; for as long as it holds."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Mapping[str, Any]] = {}
+
+    def get(self, server: str) -> Mapping[str, Any] | None:
+        return self._known.get(server)
+
+    def learn(self, server: str, identity: Mapping[str, Any] | None) -> None:
+        if identity is not None:
+            self._known[server] = identity
+
+    def forget(self, server: str) -> None:
+        """A transfer has failed: it may be another process now."""
+        self._known.pop(server, None)
+
+    def keep(self, servers: Collection[str]) -> None:
+        """Forget all others."""
+        for server in self._known.keys() - servers:
+            del self._known[server]
+
+
+@dataclasses.dataclass(slots=True)
+class Split:
+    """One request that is parted."""
+
+    request: OutboundRequest
+    terms: DisaggregationSettings
+    connector: Connector
+    shape: LegShape
+    streams: bool
+    memory: PeerMemory
+    draw: random.Random
+    planner: Any  # whose it is
+    prefill: Retries = dataclasses.field(init=False)
+    decode: Retries = dataclasses.field(init=False)
+    plain: Retries = dataclasses.field(init=False)
+    decoder: str = ""  # the server that answers, which does not read the prompt for itself
+    prefill_why: str = ""
+    prefill_failure: Outcome = WELL  # after which another prefill server is asked
+    lease: Lease | None = None  # of a place that was waited for
+    transfers: int = 0  # that have failed
+    # Of the legs under way:
+    failed: bool = False  # the prompt's leg has failed
+    said: Mapping[str, Any] | None = None  # what was answered to it
+    good_until: float = INFINITY  # on the loop's clock, what was transferred
+
+    def is_short(self, ranking: Ranking) -> bool:
+        """Whether the detour does not pay: the best decoder has most of the prompt."""
+        known = ranking.expected if ranking.best else max(ranking.cached, default=0)
+        tokens = ranking.call.prompt.tokens - known
+        return tokens < self.terms.prefill_from_tokens
+
+    def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
+        """New ids for an attempt at both legs."""
+        assert prefill.asked is not None and decode.asked is not None
+        token, identity = f"{self.draw.getrandbits(128):032x}", self.memory.get(prefill.asked.id)
+        self.prefill_why, self.failed, self.said = prefill.why(), False, None
+        self.good_until = INFINITY
+        return Shared(self.connector.request_id(prefill.asked, decode.asked, token),
+                      f"xfer-{self.draw.getrandbits(128):032x}", prefill.asked, decode.asked,
+                      identity, self.connector.at_once(identity))
+
+    def both(
+        self, prefill: Ranking, lease: Lease | None, decode: Ranking, shared: Shared
+    ) -> Both:
+        place, self.lease = self.lease, None
+        return Both(self.prefill_leg(prefill, lease, shared),
+                    self.decode_leg(decode, place, shared, b""))
+
+    def prefill_leg(self, ranking: Ranking, lease: Lease | None, shared: Shared) -> Leg:
+        params = self.connector.prefill_params(shared)
+        content = prefill_content(self.request.body.content, self.shape, params)
+        rank = (shared.prefill.rank or 0) if self.connector.pins_rank else None
+        request = leg_request(self.request, content, shared, rank)
+        return Leg(ranking.best or "", request, ranking, lease, self.prefill.attempts, self, shared)
+
+    def decode_leg(
+        self, ranking: Ranking, lease: Lease | None, shared: Shared, said: bytes
+    ) -> Leg:
+        content, params = self.request.body.content, self.connector.decode_params(shared, said)
+        if params:
+            content = with_members(content, {"kv_transfer_params": params})
+        request = leg_request(self.request, content, shared)
+        handled = bool(params) or self.connector.name == "p2p_nccl"
+        return Leg(ranking.best or "", request, ranking, lease, self.decode.attempts, self, shared,
+                   handled)
+
+
+def prefill_decode_plan(split: Split) -> Plan:
+    """One good answer from two servers.  A prompt's leg that fails is tried at other prefill
+    servers, a decode leg with a new prompt's leg; where that leads nowhere, plainly."""
+    failure, reason = WELL, ""
+    while not reason and (ranking := (yield from split.decode.ranked(failure))) is not None:
+        if failure.fault is None and split.is_short(ranking):
+            reason = "short_prompt"
+            break
+        ranking, found = yield from given_room(
+            ranking, split.decode.choose, split.decode.lacking, split.decode.settings)
+        if found.fault is not None:
+            failure, reason = found, "no_decode_server"
+            break
+        split.decoder, split.lease = ranking.server, found.lease
+        outcome, shared = yield from two_legs(split, ranking)
+        if outcome.committed and outcome.fault is not None:
+            yield from resume_plan(split.request, split.plain, outcome, ranking)
+        if outcome.committed or outcome.fault is None:
+            return
+        failure, reason = outcome, after_failure(split, outcome, ranking, shared)
+    yield from plainly(split, reason or "retries", failure)
+
+
+def two_legs(
+    split: Split, decode: Ranking
+) -> Generator[Any, Outcome, tuple[Outcome, Shared | None]]:
+    """The outcome of both legs, whichever had the last word, and what they shared; None where no
+    prompt's leg went well."""
+    failure, retries = split.prefill_failure, split.prefill
+    while (ranking := (yield from retries.ranked(failure))) is not None:
+        ranking, found = yield from given_room(
+            ranking, retries.choose, retries.lacking, retries.settings)
+        if found.fault is not None:
+            break
+        learned = yield from introduced(split, ranking)
+        shared = None if learned.fault else split.shared(ranking, decode)
+        if shared is None:
+            outcome = learned
+        elif shared.at_once:
+            outcome = yield split.both(ranking, found.lease, decode, shared)
+        else:
+            outcome = yield from in_turn(split, split.prefill_leg(ranking, found.lease, shared),
+                                         decode)
+        if outcome.more is not PREFILL_FAILED and shared is not None:
+            return outcome, shared
+        split.memory.forget(ranking.best or "")
+        failure = outcome
+        if outcome.deaths >= DEADLY or not retries.record_attempt(outcome, ranking):
+            break
+    return failure if failure.fault else Outcome(Fault.NO_SERVER, NO_PREFILL), None
+
+
+def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcome]:
+    """Well, once as much is known of the prefill server as its connector needs."""
+    server = ranking.asked
+    if server is None or not split.connector.asks or split.memory.get(server.id) is not None:
+        return WELL
+    outcome = yield Learn(split, server)
+    if outcome.fault is None:
+        split.memory.learn(server.id, outcome.more)
+    return outcome
+
+
+def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
+    """The outcome of the decode leg, behind the prompt's; or of that, if it did not go well, or is
+    the answer."""
+    place, split.lease = split.lease, None
+    read = yield Prefill(leg, decode, place)
+    if read.fault is not None:
+        return read._replace(more=PREFILL_FAILED)
+    if read.held is not None:
+        yield GiveUp(read)
+        return read
+    assert leg.shared is not None
+    split.memory.learn(leg.shared.prefill.id, split.connector.identity_in(read.more))
+    return (yield Decode(split.decode_leg(decode, read.lease, leg.shared, read.more)))
+
+
+def after_failure(
+    split: Split, outcome: Outcome, decode: Ranking, shared: Shared | None
+) -> str:
+    """Books what failed.  Returns why nothing is left but a plain request, '' if both legs may be
+    tried again."""
+    if outcome.deaths >= DEADLY:
+        return "died"
+    if shared is None:
+        return "no_prefill_server" if outcome.fault is Fault.NO_SERVER else "prefill_failed"
+    goes_on = split.decode.record_attempt(outcome, decode)
+    if outcome.fault is Fault.TRANSFER_FAILED:
+        split.memory.forget(shared.prefill.id)
+        split.prefill.tried |= {shared.prefill.server}
+        split.prefill_failure = outcome
+        split.transfers += 1
+        if split.transfers >= TRANSFERS_LIMIT or outcome.more == "refused":
+            return "transfer_failed"
+    return "" if goes_on else "retries"
+
+
+def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
+    """The rest of a request that is not parted, if that is allowed."""
+    lease, split.lease = split.lease, None
+    waited = failure.fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
+    yield Plainly(split, reason, lease)
+    if reason == "died":
+        yield GiveUp(Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE))
+    elif waited or not (split.terms.plain_fallback or reason == "short_prompt"):
+        yield GiveUp(failure)
+    else:
+        yield from plain_plan(split)
+
+
+def unfit_plan(split: Split) -> Plan:
+    """For what cannot be parted."""
+    yield Plainly(split, split.shape.unfit)
+    yield from plain_plan(split)
+
+
+def plain_plan(split: Split) -> Plan:
+    """As a request is relayed by itself, its answer looked through like others of such servers."""
+    plan = relay_plan(split.request, split.plain)
+    with contextlib.suppress(StopIteration):
+        step = next(plan)
+        while True:
+            if isinstance(step, Relay):
+                step = Decode(Leg(*step, split))
+            step = plan.send((yield step))
+
+
+# ============================================================================================
+#  78  pairs
+# ============================================================================================
+#
+# The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
+# ourselves, the other one whose answer is looked through on its way.  A transfer that fails is
+# neither server's failure, unless one is found dead.
+
+LEARN_LIMIT_S = 5.0  # for a bootstrap server to tell who is there
+LEASE_SHARE = 0.9  # of the time that blocks are kept, in which they must be asked for
+PREFILL_ANSWER_LIMIT_BYTES = 64 * 1024 * 1024  # logprobs of a long prompt are large
+# What a decode server says where the blocks did not come.
+TRANSFER_FAULTS = (Fault.STREAM_FAILED, Fault.SERVER_FAILED)
+
+
+class PrefillAttempt(Attempt):
+    """A prompt's leg at one server.  The outcome's `more` is what it said; 4xx is held."""
+
+    async def outcome(self, commit: Commit) -> Outcome:
+        self.leg: Leg = self.step  # type: ignore[assignment]
+        self.answer: Answer | None = None
+        self.content = bytearray()
+        outcome = await super().outcome(self.take)
+        if (answer := self.answer) is None or (outcome.fault and not outcome.committed):
+            return outcome._replace(committed=False)
+        status, content = answer.head.status, bytes(self.content)
+        if status >= 500:
+            return Outcome(Fault.SERVER_ERROR, f"the prefill server answered {status}")
+        if status >= 400:
+            whole = Framing(len(content))
+            return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
+        split, now = self.leg.split, self.response.client.loop.time()
+        split.good_until = now + LEASE_SHARE * split.terms.kv_lease
+        split.said = {**document_of(content)}
+        if self.leg.lease is not None:
+            self.leg.lease.answered(now, True)
+            self.leg.lease.end(now)
+        return Outcome(more=content)
+
+    def take(self, answer: Answer) -> bool:
+        self.answer = answer
+        self.content += answer.first
+        return not answer.done
+
+    async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
+        deadline = wire.loop.time() + self.settings.request_timeout
+        while not decoder.done:
+            self.content += await wire.read_content(decoder, deadline)
+            if len(self.content) > PREFILL_ANSWER_LIMIT_BYTES:
+                raise BadMessage("the answer to a prompt's leg is too long", Fault.BAD_ANSWER)
+
+
+class MergingDecoder(Decoder):
+    """The content of an answer that is merged on its way."""
+
+    __slots__ = ("_inner", "_merger")
+
+    def __init__(self, inner: Decoder, merger: Merger) -> None:
+        super().__init__(None)
+        self._inner, self._merger = inner, merger
+        self.done, self.until_close = inner.done, inner.until_close
+
+    def feed(self, data: bytes) -> bytes:
+        content = self._merger.feed(bytes(self._inner.feed(bytes(data))))
+        self.done, self.rest = self._inner.done, self._inner.rest
+        return content + self._merger.end() if self.done else content
+
+
+class DecodeAttempt(Attempt):
+    """The other leg at one server, or a plain request there."""
+
+    async def outcome(self, commit: Commit) -> Outcome:
+        self.leg: Leg = self.step  # type: ignore[assignment]
+        self.refused = 0  # the status, where it did not take what was transferred
+        self.shown = False
+        self.merger: Merger | None = None
+        self._show = commit
+        self.timer: asyncio.TimerHandle | None = None
+        if self.leg.handled:
+            self.look_later()
+        try:
+            outcome = await super().outcome(self.show)
+        finally:
+            if self.timer is not None:
+                self.timer.cancel()
+        fails = bool(self.refused) or outcome.fault in TRANSFER_FAULTS and not outcome.committed
+        if not (self.leg.handled and fails):
+            return outcome
+        refused = 400 <= self.refused < 500
+        if not refused and await is_dead(self.pool.client):
+            return Outcome(Fault.SERVER_GONE, outcome.text or "its engine died")
+        text = f"it did not take what was transferred: {outcome.text or self.refused}"
+        return Outcome(Fault.TRANSFER_FAILED, text, more="refused" if refused else None)
+
+    def look_later(self) -> None:
+        wait_s = self.leg.split.terms.decode_first_token_timeout
+        self.timer = self.response.client.loop.call_later(wait_s, self.look)
+
+    def look(self) -> None:
+        """Nothing came for long: a connector may hang.  A plain answer takes its time; it is ended
+        where its prefill server is not well, or nothing moves."""
+        core, terms, shared = self.core, self.leg.split.terms, self.leg.shared
+        if self.shown or shared is None:
+            return
+        wait_s = terms.decode_first_token_timeout
+        prefill = core.fleet.view(shared.prefill.id)
+        well = prefill is not None and prefill.healthy and not prefill.health.request_failures
+        if self.leg.split.streams or not well or not core.moves(self.server, wait_s):
+            self.give_up(False, Fault.TRANSFER_FAILED)
+        self.look_later()
+
+    async def converse(self, wire: Wire) -> Outcome:
+        try:
+            return await super().converse(wire)
+        except Stale as met:
+            if not self.leg.handled:
+                raise
+            raise PeerGone(str(met), Fault.TRANSFER_FAILED) from None  # it works once
+
+    async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
+        split, now = self.leg.split, wire.loop.time()
+        if self.leg.handled and (split.failed or now > split.good_until):
+            raise PeerGone("what was transferred is not there any more", Fault.TRANSFER_FAILED)
+        return await super().send_and_listen(wire)
+
+    def show(self, answer: Answer) -> bool:
+        """Show an answer, merged with the other leg's."""
+        if self.leg.handled and answer.head.status >= 400:
+            self.refused = answer.head.status
+            return False
+        self.shown = True
+        streams = answer.head.is_event_stream
+        if answer.head.is_encoded or not (streams or answer.head.is_json) or (
+                answer.framing.length is None and not answer.framing.chunked and not streams):
+            return self._show(answer)
+        merger = self.merger = Merger(self.leg.split.shape, streams)
+        merger.prefill = self.leg.split.said
+        first = merger.feed(answer.first)
+        if answer.done:
+            first += merger.end()
+        framing = answer.framing
+        if framing.length is not None:
+            framing = Framing(len(first)) if answer.done else CHUNKED
+        return self._show(answer._replace(first=first, framing=framing))
+
+    async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
+        if self.merger is not None:
+            decoder = MergingDecoder(decoder, self.merger)
+        await super().pass_on(wire, decoder)
+
+
+class PrefillDecode:
+    """The planner of requests for which there is a [[disaggregation]]."""
+
+    def __init__(self, core: Core) -> None:
+        self.core, self.memory = core, PeerMemory()
+        self._asking: dict[str, asyncio.Lock] = {}  # bootstrap servers, by the server's id
+        self.legs = Counter(
+            "mvllm_disaggregation_legs_total", "Legs of requests that were parted between servers.",
+            "role", "server", "result")
+        self.seconds = Histogram(
+            "mvllm_disaggregation_leg_seconds", "How long each leg took.", DURATION_BOUNDS_S,
+            "role")
+        self.transfers = Counter(
+            "mvllm_disaggregation_transfers_total", "Decode legs, by what became of the blocks.",
+            "connector", "result")
+        self.plain = Counter(
+            "mvllm_disaggregation_plain_total", "Requests that were not parted, and why.", "reason")
+
+    def families(self) -> list[Family]:
+        return [self.legs, self.seconds, self.transfers, self.plain]
+
+    def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
+        to = exchange.destination
+        if to.only or not to.infers or request.searches or request.head.method != "POST":
+            return otherwise
+        if (split := self.split(exchange, request)) is None:
+            return otherwise
+        return unfit_plan(split) if split.shape.unfit else prefill_decode_plan(split)
+
+    def split(self, x: Exchange, request: OutboundRequest) -> Split | None:
+        """What is needed to part that request; None where no [[disaggregation]] is for its
+        model."""
+        if (terms := disaggregation_of(x.settings, x.call.model)) is None:
+            return None
+        kind, path = CONNECTORS[terms.kv_connector], meant_path(x.head.path)
+        shape = shape_of(path, request.body.content)
+        split = Split(request, terms, kind, shape, x.call.stream, self.memory, x.core.draw, self)
+        patient = dataclasses.replace(x.settings, retry_timed_out=True)  # nothing is lost by it
+
+        def retries(role: str, s: Settings) -> Retries:
+            choose = functools.partial(self.choose, x, split, role)
+            return Retries(choose, s, x.core.draw, x.spend_retry)
+
+        split.prefill, split.decode = retries("prefill", patient), retries("decode", x.settings)
+        split.plain = retries("", x.settings)
+        return split
+
+    def choose(self, x: Exchange, split: Split, role: str, tried: frozenset[str]) -> Ranking:
+        """The ranking for a role, by its policy; of servers that can be of the pair."""
+        terms = split.terms
+        name = terms.prefill_policy if role == "prefill" else terms.decode_policy
+        by = x.policies.named(name, f"{x.trail.model} {role}") if name else None
+        if role:
+            tried |= {v.server for v in self.core.fleet.views() if split.connector.unfit(v)}
+        if role == "prefill":
+            tried |= {split.decoder}
+        return x.choose(tried, role=role, by=by)
+
+    def rankings(self, x: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
+        """Both choices, for who asks without sending anything."""
+        request = x.case.request
+        split = self.split(x, request) if request else None
+        if split is None or split.shape.unfit:
+            return otherwise
+        return [self.choose(x, split, role, frozenset()) for role in ("prefill", "decode")]
+
+    async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
+        """Who a prefill server is, by its bootstrap server's word; who asks at the same time gets
+        the same answer."""
+        async with self._asking.setdefault(server.id, asyncio.Lock()):
+            if (known := self.memory.get(server.id)) is not None:
+                return Outcome(more=known)
+            address = bootstrap_url(server.settings, terms.bootstrap_port)
+            client = HttpClient(ServerSettings(address, address=server.settings.address))
+            try:
+                status, content = await client.fetch("/query", LEARN_LIMIT_S)
+            except PeerGone as gone:
+                return Outcome(gone.fault, f"its bootstrap server {address}: {gone}")
+            except (BadMessage, TimeoutError) as error:
+                text = f"its bootstrap server {address}: {error or 'no answer'}"
+                return Outcome(Fault.CONNECT_TIMEOUT, text)
+            finally:
+                client.close()
+            if status != 200 or not (engines := engines_in(content)):
+                text = f"its bootstrap server {address} knows no engine (it answered {status})"
+                return Outcome(Fault.CONNECT_FAILED, text)
+            return Outcome(more={"address": address, "engines": engines})
+
+
+async def learn(x: Exchange, step: Learn) -> Outcome:
+    outcome: Outcome = await step.split.planner.learn(step.server, step.split.terms)
+    if outcome.fault is not None:
+        planner: PrefillDecode = step.split.planner
+        planner.legs.add("prefill", step.server.id, "unknown_engine")
+    return outcome
+
+
+async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
+    """Carry out a leg, and count it."""
+    planner: PrefillDecode = leg.split.planner
+    kind, began, label = LEG_ATTEMPTS[role], x.loop.time(), "abandoned"
+    try:
+        outcome = await x.relay(leg, kind=kind)  # type: ignore[arg-type]
+        label = outcome.fault.label if outcome.fault else "refused" if outcome.held else "ok"
+        return outcome
+    finally:
+        planner.legs.add(role, leg.server, label)
+        planner.seconds.note(x.loop.time() - began, role)
+        if role == "decode":
+            planner.transfers.add(leg.split.connector.name, "ok" if label == "ok" else "failed"
+                                  if label == Fault.TRANSFER_FAILED.label else label)
+
+
+def with_lease(x: Exchange, leg: Leg) -> Leg:
+    lease = leg.lease or x.core.fleet.lease(leg.server, x.loop.time(), x.call.prompt)
+    return leg._replace(lease=lease)
+
+
+async def prefill(x: Exchange, step: Prefill) -> Outcome:
+    place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
+    try:
+        outcome = await carry_leg(x, with_lease(x, step.leg), "prefill")
+        kept = outcome.fault is None and outcome.held is None
+        return outcome._replace(lease=place) if kept else outcome
+    finally:
+        if not kept:
+            x.end_lease(place)
+
+
+async def decode(x: Exchange, step: Decode) -> Outcome:
+    leg = step.leg
+    if leg.shared is not None:
+        return await carry_leg(x, leg, "decode")
+    return await x.relay(leg, kind=DecodeAttempt)  # type: ignore[arg-type]
+
+
+async def both(x: Exchange, step: Both) -> Outcome:
+    """When one leg fails, the other ends: it would wait for what does not come."""
+    leg = step.decode
+    leg = leg._replace(lease=leg.lease or x.lease(leg.server, "decode"))
+    first_leg = with_lease(x, step.prefill)
+    reading = x.loop.create_task(carry_leg(x, first_leg, "prefill"))
+
+    def read(task: asyncio.Task[Outcome]) -> None:
+        outcome = None if task.cancelled() or task.exception() else task.result()
+        if outcome is None or outcome.fault is not None or outcome.held is not None:
+            leg.split.failed = True
+            for attempt in tuple(x.core.requests.running.get(leg.server, ())):
+                if isinstance(attempt, DecodeAttempt) and attempt.leg is leg:
+                    attempt.give_up(False, Fault.TRANSFER_FAILED)
+
+    reading.add_done_callback(read)
+    try:
+        await asyncio.sleep(0)  # the one that answers is noted last
+        outcome = await carry_leg(x, leg, "decode")
+    finally:
+        reading.cancel()
+        await asyncio.wait((reading,))
+        for one in (first_leg, leg):  # that may not have begun
+            if one.lease is not None:
+                one.lease.end()
+    first = WELL if reading.cancelled() else reading.result()
+    if outcome.fault is None or outcome.committed or not (first.fault or first.held):
+        return outcome
+    if first.held is not None and not first.fault:
+        return await x.give_up(GiveUp(first))  # the answer
+    return first._replace(more=PREFILL_FAILED)
+
+
+async def note_plain(x: Exchange, step: Plainly) -> Outcome:
+    step.split.planner.plain.add(step.reason)
+    if step.lease is not None:
+        x.end_lease(step.lease)
+    return WELL
+
+
+LEG_ATTEMPTS = {"prefill": PrefillAttempt, "decode": DecodeAttempt}
+PLANS["prefill_decode"] = Planning(lambda s: bool(s.disaggregation), PrefillDecode)
+Exchange.CARRY_OUT |= {
+    Learn: learn, Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
+
+
+# ━━━ part XIII: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
+# ============================================================================================
+#  79  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -16652,7 +17799,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  76  table
+#  80  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -16885,7 +18032,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  77  views
+#  81  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -17029,7 +18176,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  78  screen
+#  82  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -17348,7 +18495,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  79  keys
+#  83  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -17471,7 +18618,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  80  terminal
+#  84  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -17717,7 +18864,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  81  top
+#  85  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -17935,7 +19082,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  82  page
+#  86  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -18455,7 +19602,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  83  reference
+#  87  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -18508,6 +19655,7 @@ TABLE_MEANINGS = {
     "servers": 'the servers: a list of { url = "…", … }, or tables [[servers]]',
     "keys": "tables [[keys]]: who may come in; without any, everybody",
     "kubernetes": "tables [[kubernetes]]: pods that are servers, and keys that these have",
+    "disaggregation": "tables [[disaggregation]]: prompts are read by some servers, for others",
     "aliases": "other names for models: a name that clients use, and the model that it means",
     "policies": "another policy for one model, by its name",
     "pools": "what share of requests, in percent, the servers with that `pool` get",
@@ -18519,13 +19667,15 @@ TABLE_MEANINGS = {
 @topic("settings", "every key of the settings file: its default and its meaning")
 def settings_topic() -> str:
     lines = list[str]()
-    for name, fields in (("servers", {**SERVER_FIELDS, **DNS_FIELDS}), ("keys", KEY_FIELDS),
-                         ("kubernetes", KUBERNETES_FIELDS), ("config", CONFIG_FIELDS)):
+    known = {"servers": {**SERVER_FIELDS, **DNS_FIELDS}, "keys": KEY_FIELDS,
+             "kubernetes": KUBERNETES_FIELDS, "disaggregation": SPLIT_FIELDS,
+             "config": CONFIG_FIELDS}
+    for name, fields in known.items():
         rows = [("  " + key, default_word(field), setting_meaning(field))
                 for key, field in fields.items()]
         lines += [f"[{name}]  {TABLE_MEANINGS[name]}", *table_lines(rows), ""]
     others = [(f"[{name}]", meaning) for name, meaning in TABLE_MEANINGS.items()
-              if name not in ("servers", "keys", "kubernetes", "config")]
+              if name not in known]
     return "\n".join([*lines, *table_lines(others), "",
                       "A flag wins over the environment, that over the file, that over the default."
                       "  Paths in a file are", "relative to that file."])
@@ -18677,19 +19827,19 @@ def example_topic() -> str:
             lines += ["#   " + line for line in table_lines(
                 policy_meanings(), 96)]
         lines.append(f"# {key} = {toml_word(field.default)}")
-    lines += ["", "# ── " + TABLE_MEANINGS["keys"], "# [[keys]]"]
-    for key, field in KEY_FIELDS.items():
-        value = '"team-a"' if key == "name" else toml_word(field.default)
-        lines.append(f"# {key} = {value}".ljust(30) + f" # {field.metadata['meaning']}")
-    lines += ["", "# ── " + TABLE_MEANINGS["kubernetes"], "# [[kubernetes]]"]
-    for key, field in KUBERNETES_FIELDS.items():
-        value = '"app=vllm"' if key == "selector" else toml_word(field.default)
-        lines.append(f"# {key} = {value}".ljust(30) + f" # {field.metadata['meaning']}")
+    for name, fields, first in (
+            ("keys", KEY_FIELDS, '"team-a"'), ("kubernetes", KUBERNETES_FIELDS, '"app=vllm"'),
+            ("disaggregation", SPLIT_FIELDS, '""')):
+        lines += ["", "# ── " + TABLE_MEANINGS[name], f"# [[{name}]]"]
+        for key, field in fields.items():
+            value = first if key == next(iter(fields)) else toml_word(field.default)
+            width = 38 if name == "disaggregation" else 30
+            lines.append(f"# {key} = {value}".ljust(width) + f" # {field.metadata['meaning']}")
     return "\n".join(lines)
 
 
 # ============================================================================================
-#  84  deployment
+#  88  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -18977,11 +20127,11 @@ def grafana_topic() -> str:
     }, indent=1)
 
 
-# ━━━ part XIII: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XIV: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================================================================================
-#  85  traces
+#  89  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -19170,7 +20320,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  86  engine
+#  90  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -19510,7 +20660,7 @@ class Engine:
 
 
 # ============================================================================================
-#  87  replay
+#  91  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -19738,7 +20888,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  88  comparison
+#  92  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -19874,7 +21024,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  89  canned words
+#  93  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -20075,7 +21225,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================================================================================
-#  90  canned forms
+#  94  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -20420,7 +21570,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  91  simulation
+#  95  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -20687,7 +21837,7 @@ class Generation:
 
 
 # ============================================================================================
-#  92  demo
+#  96  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -20845,7 +21995,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  93  doctor
+#  97  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

@@ -147,7 +147,8 @@ def test_the_map_in_the_docstring_has_the_parts_where_they_are():
     ruler = SOURCE.index(" the ruler ─"), lite.__doc__.index("── the ruler")
     assert [text.count(f" {at}: ", 0, ruler[0]) for at in ("part X", "part XI")
             for text in [SOURCE]] == [1, 0]
-    assert lite.__doc__.index("   X  program") < ruler[1] < lite.__doc__.index("  XI  discovery")
+    below = re.search("^ +XI  ", lite.__doc__, re.MULTILINE).start()
+    assert lite.__doc__.index("   X  program") < ruler[1] < below
 
 
 def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_parts_exactly():
@@ -276,7 +277,7 @@ def test_a_room_has_at_most_350_lines():
 
 # What does not keep these laws yet; shorter with time.
 LONG_CALLS = {"__init__(client"}  # of Pump, of which there is one for each answer
-LARGE_ROOMS = {"wire", "exchange", "page"}  # the last is a text for browsers
+LARGE_ROOMS = {"wire", "exchange", "page", "settings"}  # the last is a text for browsers
 
 
 def repeats_within(tree, inside=False):
@@ -2052,6 +2053,9 @@ def test_the_example_file_shows_every_setting_with_its_default():
     assert all(re.search(rf"\b{key}\b", toml) for key in {**lite.SERVER_FIELDS, **lite.DNS_FIELDS})
     assert list(shown["keys"][0]) == list(lite.KEY_FIELDS)
     assert list(shown["kubernetes"][0]) == list(lite.KUBERNETES_FIELDS)
+    (split,) = shown["disaggregation"]
+    assert lite.DisaggregationSettings(**split) == lite.DisaggregationSettings()
+    assert list(split) == list(lite.SPLIT_FIELDS)
     settings, warnings = lite.parse_settings(toml)
     assert settings.servers and not warnings
     assert toml == lite.TOPICS["example"].text() + "\n"  # mvllm_lite.py example >…
@@ -2548,6 +2552,13 @@ NOT_FOR_CLIENTS = table(
      "request_id"),
     ("with another spelling", rb'{"kv\u005ftransfer_params":{"do_remote_prefill":true}}',
      "kv_transfer_params"),
+    ("where vLLM takes it from, too",
+     b'{"vllm_xargs":{"kv_transfer_params":{"do_remote_prefill":true}}}', "kv_transfer_params"),
+    ("and for tokens", b'{"sampling_params":{"extra_args":{"kv_transfer_params":{}}}}',
+     "kv_transfer_params"),
+    ("in a large request, behind much else",
+     b'{"prompt":"' + b"x" * 70_000 + b'","vllm_xargs":{"a":"' + b"y" * 5000
+     + b'","ec_transfer_params":"x"}}', "ec_transfer_params"),
     ("spelled out", b'{"' + "".join(f"\\u{ord(c):04x}" for c in "kv_transfer_params").encode()
      + b'":{}}', "kv_transfer_params"),
     ("deep enough to blind a parser",
@@ -2566,7 +2577,7 @@ def test_what_clients_must_not_say_is_refused(body, named):
 @pytest.mark.parametrize("body, named", NOT_FOR_CLIENTS)
 def test_nor_in_large_content(body, named):
     spans = {}
-    scan = lite.find_members(spans, lite.CALL_MEMBERS)
+    scan = lite.find_members(spans, lite.FOUND_MEMBERS)
     next(scan)
     with pytest.raises(lite.BadMessage, match=named):
         while not scan.send(body):
@@ -5795,7 +5806,7 @@ def test_each_role_has_its_own_terms():
 
 
 PRE, DEC, ANY = {"role": "prefill"}, {"role": "decode"}, {"role": "both"}
-DOWN = {"state": State.UNHEALTHY, "reason": "refused"}
+REFUSING = {"state": State.UNHEALTHY, "reason": "refused"}
 
 
 @pytest.mark.parametrize("views, role, reasons", table(
@@ -5805,9 +5816,9 @@ DOWN = {"state": State.UNHEALTHY, "reason": "refused"}
      ["", "is for decode only", ""]),
     ("an answer is for those that decode", [PRE, DEC, ANY], "decode",
      ["is for prefill only", "", ""]),
-    ("a prefill server answers where no other is well", [PRE, {**DEC, **DOWN}], "",
+    ("a prefill server answers where no other is well", [PRE, {**DEC, **REFUSING}], "",
      ["", "is unhealthy (refused)"]),
-    ("but does not decode what another has read", [PRE, {**DEC, **DOWN}], "decode",
+    ("but does not decode what another has read", [PRE, {**DEC, **REFUSING}], "decode",
      ["is for prefill only", "is unhealthy (refused)"]),
     ("one that decodes is well, but failed with this request", [PRE, {**DEC, "tried": True}], "",
      ["is for prefill only", "was tried already"]),
@@ -16243,6 +16254,825 @@ def test_where_registrations_over_zmq_are_taken(said, address):
             lite.parse_settings(config)
     else:
         assert lite.parse_settings(config)[0].registration_address == address
+
+
+# ============================================================================================
+#  connectors, disaggregation and legs
+# ============================================================================================
+
+CHATTING = {"model": "m", "stream": True, "stream_options": {"include_usage": True},
+            "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
+ASKED_OF_NIXL = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+                 "remote_block_ids": None, "remote_host": None, "remote_port": None}
+
+
+def said(**document):
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize("path, content, unfit", table(
+    ("a chat", "/v1/chat/completions", CHATTING, ""),
+    ("a text", "/v1/completions", {"prompt": "x"}, ""),
+    ("one text in a list", "/v1/completions", {"prompt": ["x"]}, ""),
+    ("tokens are one prompt", "/v1/completions", {"prompt": [1, 2, 3]}, ""),
+    ("several prompts", "/v1/completions", {"prompt": ["x", "y"]}, "prompts"),
+    ("several lists of tokens", "/v1/completions", {"prompt": [[1], [2]]}, "prompts"),
+    ("embeddings for prompts", "/v1/completions", {"prompt_embeds": "AA=="}, "prompts"),
+    ("two choices", "/v1/chat/completions", {**CHATTING, "n": 2}, "choices"),
+    ("one choice, said", "/v1/chat/completions", {**CHATTING, "n": 1}, ""),
+    ("no choice, said", "/v1/chat/completions", {**CHATTING, "n": None}, ""),
+    ("the best of two", "/v1/completions", {"prompt": "x", "best_of": 2}, "choices"),
+    ("beams", "/v1/completions", {"prompt": "x", "use_beam_search": True}, "choices"),
+    ("two choices of tokens", "/inference/v1/generate", {"sampling_params": {"n": 2}}, "choices"),
+    ("messages", "/v1/messages", CHATTING, ""),
+    ("a response", "/v1/responses", {"input": "x"}, ""),
+    ("a response that goes on from one", "/v1/responses", {"previous_response_id": "resp_1"},
+     "stored"),
+    ("a response for later", "/v1/responses", {"background": True}, "stored"),
+    ("no generation", "/v1/embeddings", {"input": "x"}, "path"),
+    ("tokens counted", "/tokenize", {"prompt": "x"}, "path"),
+    ("a list", "/v1/completions", [], "content"),
+    ("no JSON", "/v1/completions", b"{", "content"),
+))
+def test_what_can_be_parted_is_one_prompt_with_one_answer(path, content, unfit):
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    assert lite.shape_of(path, content).unfit == unfit
+
+
+@pytest.mark.parametrize("content, values, found", table(
+    ("a value", b'{"a": 1, "b":2}', {"a": b"9"}, b'{"a":9, "b":2}'),
+    ("without the first", b'{"a": 1, "b":2}', {"a": None}, b'{ "b":2}'),
+    ("without the last", b'{"a": 1 , "b":2 }', {"b": None}, b'{"a": 1 }'),
+    ("without one in the middle", b'{"a":1,"b":[2,3],"c":3}', {"b": None}, b'{"a":1,"c":3}'),
+    ("without the only one", b'{"a":1}', {"a": None}, b'{}'),
+    ("without all", b'{"a":1,"b":2}', {"a": None, "b": None}, b'{}'),
+    ("a new one stands in front", b' {"a":1}', {"z": b"[1]"}, b' {"z":[1],"a":1}'),
+    ("the only one", b'{ }', {"z": b"1"}, b'{"z":1 }'),
+    ("said twice: without both", b'{"b":1,"a":1,"b":2}', {"b": None}, b'{"a":1}'),
+    ("said in escapes", b'{"\\u0062":1,"a":1}', {"b": None}, b'{"a":1}'),
+    ("not what is inside", b'{"a":{"b":1}}', {"b": None}, b'{"a":{"b":1}}'),
+    ("nothing to do", b'{"a":1}', {"b": None}, b'{"a":1}'),
+))
+def test_members_are_set_and_taken_out_and_every_other_byte_stays(content, values, found):
+    before = bytearray(content)
+    assert bytes(lite.with_members(before, values)) == found and before == content
+
+
+LEGS = table(  # the client's content, by path, and what of it is other in the prompt's leg
+    ("a stream of a chat", "/v1/chat/completions", CHATTING,
+     {"stream": False, "stream_options": ..., "max_tokens": 1, "min_tokens": 1}),
+    ("no limit said", "/v1/completions", {"prompt": "x"},
+     {"stream": False, "max_tokens": 1, "min_tokens": 1}),
+    ("both limits", "/v1/chat/completions", {"max_completion_tokens": 9, "min_tokens": 5},
+     {"stream": False, "max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 1}),
+    ("what else is said stays", "/v1/completions",
+     {"prompt": "x", "logprobs": 3, "stop": ["."], "temperature": 0.25, "n": 1, "seed": 1},
+     {"stream": False, "max_tokens": 1, "min_tokens": 1}),
+    ("a response", "/v1/responses", {"input": "x", "max_output_tokens": 7},
+     {"stream": False, "max_output_tokens": 1}),
+    ("messages", "/v1/messages", {"max_tokens": 5}, {
+        "stream": False, "max_tokens": 1, "min_tokens": 1}),
+    ("tokens", "/inference/v1/generate", {"sampling_params": {"max_tokens": 5, "top_k": 2}},
+     {"stream": False, "sampling_params": {"max_tokens": 1, "min_tokens": 1, "top_k": 2}}),
+    ("tokens without parameters", "/inference/v1/generate", {"token_ids": [1]},
+     {"stream": False, "sampling_params": {"max_tokens": 1, "min_tokens": 1}}),
+)
+
+
+@pytest.mark.parametrize("path, content, changes", LEGS)
+def test_a_prompts_leg_is_the_clients_request_with_exactly_some_members_changed(
+        path, content, changes):
+    wanted = {**content, **changes, "kv_transfer_params": {"do_remote_decode": True}}
+    wanted = {key: value for key, value in wanted.items() if value is not ...}
+    content = json.dumps(content).encode()
+    shape = lite.shape_of(path, content)
+    assert json.loads(lite.prefill_content(content, shape, {"do_remote_decode": True})) == wanted
+    del wanted["kv_transfer_params"]
+    assert json.loads(lite.prefill_content(content, shape, None)) == wanted
+
+
+def sharing(identity=None, at_once=False, **servers):
+    views = [server(n, url=f"http://10.0.0.{n}:8000") for n in (1, 2)]
+    views = [view._replace(settings=dataclasses.replace(view.settings, **servers.get(role, {})))
+             for view, role in zip(views, ("prefill", "decode"))]
+    return lite.Shared("id-1", "xfer-1", *views, identity, at_once)
+
+
+PULL = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[7, 8]],
+        "remote_engine_id": "e", "remote_request_id": "cmpl-1", "remote_host": "h",
+        "remote_port": 5600, "tp_size": 1, "transfer_mode": "pull", "new_in_0.40": {"x": [1.50]}}
+PUSH = {**PULL, "transfer_mode": "push", "tp_size": 2}
+PEER = {"remote_engine_id": "e", "remote_host": "h", "remote_port": 5600, "tp_size": 2}
+COOL = {"engines": {"0": "e0", "1": "e1"}, "address": "http://10.0.0.1:8998"}
+TOLD = table(  # the connector, what is shared, P's answer; what each leg is told
+    ("nixl: the answer's handle, unread", "nixl", sharing(), {"kv_transfer_params": PULL},
+     ASKED_OF_NIXL, PULL),
+    ("nixl: nothing was kept", "nixl", sharing(), {"kv_transfer_params": None},
+     ASKED_OF_NIXL, None),
+    ("nixl: nothing is said of it", "nixl", sharing(), {}, ASKED_OF_NIXL, None),
+    ("nixl, push, first: where to write, and not the handle", "nixl", sharing(),
+     {"kv_transfer_params": PUSH}, ASKED_OF_NIXL,
+     {"do_remote_prefill": True, "do_remote_decode": False, **PEER, "remote_request_id": "id-1"}),
+    ("nixl, push, without an address: as pull", "nixl", sharing(),
+     {"kv_transfer_params": {**PUSH, "remote_host": None}}, ASKED_OF_NIXL,
+     {**PUSH, "remote_host": None}),
+    ("nixl, push, known: both at once", "nixl", sharing(PEER, True), {},
+     {**ASKED_OF_NIXL, "transfer_id": "xfer-1"},
+     {"do_remote_prefill": True, "do_remote_decode": False, **PEER, "remote_request_id": "id-1",
+      "transfer_id": "xfer-1"}),
+    ("p2p_nccl: nothing", "p2p_nccl", sharing(), {"kv_transfer_params": PULL}, None, None),
+    ("plain: nothing", "plain", sharing(), {"kv_transfer_params": PULL}, None, None),
+    ("mooncake", "mooncake", sharing(COOL, True), {},
+     {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "xfer-1"},
+     {"do_remote_decode": False, "do_remote_prefill": True, "transfer_id": "xfer-1",
+      "remote_bootstrap_addr": "http://10.0.0.1:8998", "remote_engine_id": "e0"}),
+)
+
+
+@pytest.mark.parametrize("name, shared, answer, first, second", TOLD)
+def test_what_a_connector_tells_each_leg(name, shared, answer, first, second):
+    kind, answer = lite.CONNECTORS[name], said(**answer)
+    assert kind.prefill_params(shared) == first
+    told = kind.decode_params(shared, answer)
+    assert (json.loads(told) if told else None) == second
+    if second and second.get("remote_block_ids"):
+        assert told in answer  # byte for byte
+
+
+def test_every_connector_has_a_row_and_a_name_for_settings():
+    assert tuple(sorted(lite.CONNECTORS)) == tuple(sorted(lite.CONNECTOR_NAMES))
+
+
+def test_the_legs_over_nccl_name_both_addresses_in_their_id():
+    shared = sharing(prefill={"zmq_address": "10.0.1.2:21001"},
+                     decode={"zmq_address": "10.0.1.3:22001"})
+    kind, token = lite.CONNECTORS["p2p_nccl"], "93923d63113b4b338973f24d19d4bf11"
+    assert (kind.request_id(shared.prefill, shared.decode, token) ==
+            "___prefill_addr_10.0.1.2:21001___decode_addr_10.0.1.3:22001_" + token)
+    assert kind.unfit(server(1)) == "has no zmq_address" and not kind.unfit(shared.prefill)
+
+
+@pytest.mark.parametrize("url, own, given, found", table(
+    ("vLLM's default", "http://10.0.0.1:8000", 0, 0, "http://10.0.0.1:8998"),
+    ("the table's", "http://10.0.0.1:8000/x", 0, 7000, "http://10.0.0.1:7000"),
+    ("its own", "https://p0:8000", 9000, 7000, "http://p0:9000"),
+    ("IPv6", "http://[fd00::1]:8000", 0, 0, "http://[fd00::1]:8998"),
+))
+def test_where_a_bootstrap_server_is(url, own, given, found):
+    assert lite.bootstrap_url(lite.ServerSettings(url, bootstrap_port=own), given) == found
+
+
+def test_the_engines_that_a_bootstrap_server_tells():
+    told = {"0": {"engine_id": "e0", "worker_addr": {"0": {"0": "tcp://h:1"}}, "pp_size": 1},
+            "1": {"engine_id": None}, "2": "e2"}
+    assert lite.engines_in(json.dumps(told).encode()) == {"0": "e0"}
+    assert lite.engines_in(b"[]") == lite.engines_in(b"oops") == {}
+
+
+def test_a_leg_has_the_id_of_both_and_comes_uncompressed():
+    request = OUTBOUND._replace(fields="A: 1\r\nX-Request-Id: client\r\nAccept-Encoding: gzip\r\n"
+                                       "X-Data-Parallel-Rank: 3\r\n")
+    leg = lite.leg_request(request, b"{}", sharing(), 0)
+    assert leg.fields == ("A: 1\r\nX-Request-Id: id-1\r\nAccept-Encoding: identity\r\n"
+                          "X-Data-Parallel-Rank: 0\r\n")
+    assert leg.body.content == b"{}" and request.body.content != b"{}"
+
+
+def usage(cached, **more):
+    details = {} if cached is ... else {"prompt_tokens_details": {"cached_tokens": cached, **more}}
+    return {"usage": {"prompt_tokens": 9, **details}}
+
+
+MERGED_ANSWERS = table(  # P's answer, D's, and what is shown
+    ("the prefill server's word on what was cached", usage(0), usage(9), usage(0)),
+    ("it says nothing: nor does the answer, its siblings stay", usage(...), usage(9, audio=1),
+     {"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"audio": 1}}}),
+    ("only it says something", usage(4), usage(...), usage(4)),
+    ("null", usage(4), {"usage": {"prompt_tokens": 9, "prompt_tokens_details": None}}, usage(4)),
+    ("not a number", usage(-1), usage(9), {"usage": {"prompt_tokens": 9,
+                                                     "prompt_tokens_details": {}}}),
+    ("no usage", usage(4), {"id": "x"}, {"id": "x"}),
+    ("what names our hosts is not for clients", usage(4),
+     {"id": "x", "kv_transfer_params": PULL, "ec_transfer_params": {"h": {}}}, {"id": "x"}),
+    ("null names nothing", usage(4), {"id": "x", "kv_transfer_params": None},
+     {"id": "x", "kv_transfer_params": None}),
+    ("in a response", {}, {"response": {"id": "x", "kv_transfer_params": PULL}},
+     {"response": {"id": "x"}}),
+    ("the prompt's logprobs of a chat", {"prompt_logprobs": [None, {"1": 2}]},
+     {"prompt_logprobs": None}, {"prompt_logprobs": [None, {"1": 2}]}),
+    ("those of a text, before the answer's",
+     {"choices": [{"prompt_logprobs": [None, {}], "logprobs": {
+         "tokens": ["a", "b", "c"], "token_logprobs": [None, -1, -2],
+         "top_logprobs": [None, {}, {}], "text_offset": [0, 1, 2]}}]},
+     {"choices": [{"prompt_logprobs": None, "logprobs": {
+         "tokens": ["c", "d"], "token_logprobs": [-2, -3], "top_logprobs": [{}, {}],
+         "text_offset": [0, 2]}}]},
+     {"choices": [{"prompt_logprobs": [None, {}], "logprobs": {
+         "tokens": ["a", "b", "c", "d"], "token_logprobs": [None, -1, -2, -3],
+         "top_logprobs": [None, {}, {}, {}], "text_offset": [0, 1, 2, 4]}}]}),
+    ("those of tokens", {"meta_info": {"input_token_logprobs": [1]}},
+     {"meta_info": {"input_token_logprobs": [2]}}, {"meta_info": {"input_token_logprobs": [1, 2]}}),
+)
+
+
+@pytest.mark.parametrize("first, second, shown", MERGED_ANSWERS)
+def test_one_answer_is_made_of_two(first, second, shown):
+    merger = lite.Merger(lite.LegShape("/v1/completions", "", logprobs=True), False)
+    merger.prefill = first
+    content = json.dumps(second).encode()
+    assert merger.feed(content[:5]) + merger.feed(content[5:]) == b""
+    merged = merger.end()
+    assert json.loads(merged) == shown and (merged == content or second != shown)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_events_are_merged_whole_however_they_are_cut(size):
+    merger = lite.Merger(lite.LegShape("/v1/chat/completions", ""), True)
+    merger.prefill = usage(3)
+    text = token(1)
+    events = (text + b": comment\n\n" + b"data: " + said(choices=[], **usage(9)) + b"\r\n\r\n"
+              + b"data: " + said(kv_transfer_params=PULL, choices=[]) + b"\n\n" + DONE)
+    out = b"".join(merger.feed(events[n : n + size]) for n in range(0, len(events), size))
+    out += merger.end()
+    shown = [line[6:] for line in out.split(b"\n") if line.startswith(b"data: ")]
+    assert out.startswith(text + b": comment\n\n") and out.endswith(DONE)
+    assert json.loads(shown[1]) == {"choices": [], **usage(3)}
+    assert json.loads(shown[2]) == {"choices": []}
+
+
+def test_answers_of_other_paths_keep_their_own_count_of_cached_tokens():
+    merger = lite.Merger(lite.LegShape("/v1/responses", ""), False)
+    merger.prefill = usage(3)
+    merger.feed(said(**usage(9)))
+    assert json.loads(merger.end()) == usage(9)
+
+
+# The plan: what is done next, by how the steps before ended.
+
+
+def parting(script, connector="nixl", prefill=("s1", "s2"), known=None, **terms):
+    """The steps of a plan for a request to these servers, in words; s3 and s4 decode."""
+    s, draw, steps = Settings(max_retries=2, retry_timed_out=True), random.Random(5), []
+    views = [server(n, 64 >> n, role="prefill" if f"s{n}" in ("s1", "s2") else "decode")
+             for n in (1, 2, 3, 4) if n > 2 or f"s{n}" in prefill]
+    fleet, by = lite.Fleet(views), lite.POLICIES["least"](s)
+    call = lite.Call("m", prompt=lite.Prompt(1000))
+
+    def choose(role, tried):
+        if role == "prefill":
+            tried |= {split.decoder}
+        return lite.rank(fleet, lite.Wanted(call, tried, role=role), by,
+                         lite.Moment(NOW, 0.5, False, 0.0), draw)
+
+    memory = lite.PeerMemory()
+    memory.learn("s1", known)
+    split = lite.Split(
+        OUTBOUND._replace(body=lite.HeldContent(b'{"messages":[]}')),
+        lite.DisaggregationSettings(kv_connector=connector, **terms), lite.CONNECTORS[connector],
+        lite.LegShape("/v1/chat/completions", ""), True, memory, draw, None)
+    split.prefill, split.decode, split.plain = (
+        lite.Retries(functools.partial(choose, role), s, draw, lambda: True)
+        for role in ("prefill", "decode", ""))
+    plan, told, script = lite.prefill_decode_plan(split), None, iter(script.split())
+    with contextlib.suppress(StopIteration):
+        while True:
+            step, told = plan.send(told), lite.WELL
+            name = type(step).__name__.lower()
+            if isinstance(step, lite.Plainly):
+                steps.append(f"plainly: {step.reason}")
+            elif isinstance(step, lite.GiveUp):
+                held = step.outcome.held and "as held"
+                steps.append(f"answer {held or step.outcome.fault.label}")
+            elif isinstance(step, lite.BreakOff):
+                steps.append("break off")
+            elif not isinstance(step, (lite.Pause, lite.Recall)):
+                legs = [one.server for one in step if isinstance(one, lite.Leg)]
+                word = next(script)
+                steps.append(f"{name} {' '.join(legs) or step.server.id}")
+                if name == "decode" and not step.leg.shared:
+                    steps[-1] = f"ask {step.leg.server}"
+                told = told_of(word)
+    assert next(script, None) is None
+    return steps
+
+
+def told_of(word):
+    """An outcome: of the prompt's leg, where it begins with p:."""
+    word, of_prefill = word.removeprefix("p:"), word.startswith("p:")
+    if word == "ok":
+        return lite.Outcome(more=said(kv_transfer_params=PULL))
+    if word == "engine":
+        return lite.Outcome(more={"engines": {"0": "e"}})
+    if word == "400":
+        return lite.Outcome(held=lite.Held("s1", None, "0", b""))
+    if word == "broken":
+        return lite.Outcome(Fault.SERVER_GONE, "", True)
+    more = "refused" if word == "refused" else "prefill" if of_prefill else None
+    fault = Fault.TRANSFER_FAILED if word == "refused" else Fault[word.upper()]
+    return lite.Outcome(fault, more=more)
+
+
+PLANNED = table(
+    ("all goes well", "ok ok", ["prefill s1", "decode s3"]),
+    ("a prefill server is dead", "connect_failed ok ok",
+     ["prefill s1", "prefill s2", "decode s3"]),
+    ("one answers 500, one says nothing", "server_error server_silent server_error ok",
+     ["prefill s1", "prefill s2", "prefill s1", "plainly: prefill_failed", "ask s3"]),
+    ("one stands still", "server_frozen ok ok", ["prefill s1", "prefill s2", "decode s3"]),
+    ("all lack the model", "not_there not_there ok",
+     ["prefill s1", "prefill s2", "plainly: prefill_failed", "ask s3"]),
+    ("a refusal is the answer", "400", ["prefill s1", "answer as held"]),
+    ("a decoder is dead: a new prompt's leg for the next", "ok connect_failed ok ok",
+     ["prefill s1", "decode s3", "prefill s1", "decode s4"]),
+    ("a transfer fails: another prefill server", "ok transfer_failed ok ok",
+     ["prefill s1", "decode s3", "prefill s2", "decode s4"]),
+    ("two fail: plainly", "ok transfer_failed ok transfer_failed ok",
+     ["prefill s1", "decode s3", "prefill s2", "decode s4", "plainly: transfer_failed", "ask s3"]),
+    ("it cannot take the handle: plainly", "ok refused ok",
+     ["prefill s1", "decode s3", "plainly: transfer_failed", "ask s3"]),
+    ("the answer breaks off", "ok broken", ["prefill s1", "decode s3", "break off"]),
+)
+
+
+@pytest.mark.parametrize("script, steps", PLANNED)
+def test_the_plan_for_two_servers_that_are_asked_in_turn(script, steps):
+    assert parting(script) == steps
+
+
+@pytest.mark.parametrize("terms, script, steps", table(
+    ("no prefill server: plainly", {"prefill": ()}, "ok",
+     ["plainly: no_prefill_server", "ask s3"]),
+    ("nor is that allowed", {"prefill": (), "plain_fallback": False}, "",
+     ["plainly: no_prefill_server", "answer no_server"]),
+    ("the only one fails, and nothing else is allowed",
+     {"prefill": ("s1",), "plain_fallback": False}, "server_error server_error server_error",
+     ["prefill s1"] * 3 + ["plainly: prefill_failed", "answer server_error"]),
+    ("a short prompt goes straight", {"prefill_from_tokens": 1001}, "ok",
+     ["plainly: short_prompt", "ask s3"]),
+    ("also where one server never does it all",
+     {"prefill_from_tokens": 1001, "plain_fallback": False}, "ok",
+     ["plainly: short_prompt", "ask s3"]),
+    ("mooncake: who it is, then both at once", {"connector": "mooncake"}, "engine ok",
+     ["learn s1", "both s1 s3"]),
+    ("mooncake: nobody tells who it is", {"connector": "mooncake"},
+     "connect_failed connect_timeout connect_failed ok",
+     ["learn s1", "learn s2", "learn s1", "plainly: prefill_failed", "ask s3"]),
+    ("mooncake: its prompt's leg fails", {"connector": "mooncake"},
+     "engine p:server_gone engine ok", ["learn s1", "both s1 s3", "learn s2", "both s2 s3"]),
+    ("mooncake: the decoder fails", {"connector": "mooncake"}, "engine connect_failed ok",
+     ["learn s1", "both s1 s3", "both s1 s4"]),
+    ("mooncake: the transfer hangs, and it is another process",
+     {"connector": "mooncake", "prefill": ("s1",)}, "engine transfer_failed engine ok",
+     ["learn s1", "both s1 s3", "learn s1", "both s1 s4"]),
+    ("push, of a known identity: both at once", {"known": PEER}, "ok", ["both s1 s3"]),
+    ("push: after a failure it is asked in turn, to learn it anew",
+     {"known": PEER, "prefill": ("s1",)}, "transfer_failed ok ok",
+     ["both s1 s3", "prefill s1", "decode s4"]),
+))
+def test_the_plan_for_two_servers_by_connector_and_settings(terms, script, steps):
+    assert parting(script, **terms) == steps
+
+
+# Two servers, and what passes between them.
+
+
+class Blocks:
+    """What prefill servers keep for others: each handle is good once."""
+
+    def __init__(self, connector="nixl", mode="pull"):
+        self.connector, self.mode, self.kept, self.taken = connector, mode, set(), set()
+        self.numbers = itertools.count()
+
+    async def prefill(self, asked, conn):
+        """As a prefill server answers."""
+        body = json.loads(asked.body)
+        assert body["max_tokens"] == 1 and body["stream"] is False and "stream_options" not in body
+        handle = None
+        if self.connector == "nixl":
+            handle = {**PULL, "transfer_mode": self.mode,
+                      "remote_request_id": f"r{next(self.numbers)}"}
+            self.kept.add(handle["remote_request_id"])
+        elif self.connector == "mooncake":
+            self.kept.add(body["kv_transfer_params"]["transfer_id"])
+        else:
+            self.kept.add(asked.get("x-request-id")[0])
+        await conn.json({"choices": [{"finish_reason": "length"}], **usage(2),
+                         "kv_transfer_params": handle})
+
+    async def decode(self, asked, conn):
+        """As the other one does: without a handle it reads the prompt itself, and with one that is
+        used up it says something else."""
+        body = json.loads(asked.body)
+        params = body.get("kv_transfer_params") or {}
+        known = params.get("transfer_id") or params.get("remote_request_id")
+        if self.connector == "p2p_nccl":
+            known = asked.get("x-request-id")[0] if "___" in asked.get("x-request-id")[0] else None
+        text = "plain" if known is None else "good" if known in self.kept - self.taken else "wrong"
+        self.taken.add(known)
+        if body.get("stream"):
+            await conn.events(FIRST, b"data: " + said(choices=[{"delta": {"content": text}}])
+                              + b"\n\n", b"data: " + said(choices=[], **usage(9)) + b"\n\n", DONE)
+        else:
+            await conn.json({"choices": [{"message": {"content": text}}], **usage(9)})
+
+
+def answer_text(got):
+    if "event-stream" not in (got.get("content-type") or ""):
+        return got.json["choices"][0]["message"]["content"]
+    events = [json.loads(line[6:]) for line in got.body.split(b"\n")
+              if line.startswith(b"data: {")]
+    return "".join(event["choices"][0]["delta"].get("content", "")
+                   for event in events if event["choices"])
+
+
+@contextlib.asynccontextmanager
+async def parted(prefill, decode, kv_connector="nixl", given={}, wait=True, **terms):
+    """A balancer that parts requests between these servers.  Those for prefill are asked in
+    their order."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for role, group in (("prefill", prefill), ("decode", decode)):
+            for n, one in enumerate(group):
+                if isinstance(one, Server) and one.listener is None:
+                    await stack.enter_async_context(one)
+                more = given.get(one, {})
+                servers.append(lite.ServerSettings(
+                    getattr(one, "url", one), 1000 >> 3 * n, role=role, **more))
+        settings = {name: terms.pop(name) for name in list(terms) if name not in lite.SPLIT_FIELDS}
+        terms = lite.DisaggregationSettings(
+            kv_connector=kv_connector, **{"prefill_from_tokens": 0, "prefill_policy": "least",
+                                          "decode_policy": "least", **terms})
+        yield await stack.enter_async_context(balancing(
+            servers=servers, disaggregation=(terms,), wait=wait, **settings))
+
+
+def chat(**more):
+    return json.dumps({**CHATTING, **more}).encode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@asynchronous
+async def test_a_prompt_is_read_by_one_server_and_answered_by_another(stream):
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p], [d]) as running:
+        content, client = chat(stream=stream, stream_options=None), await running.client()
+        content = content.replace(b', "stream_options": null', b"")
+        got = await client.post(body=content, fields=[
+            "X-Request-Id: mine", "X-MVLLM-Why: 1", "Accept-Encoding: gzip"])
+        assert answer_text(got) == "good" and b'"cached_tokens":2' in got.body.replace(b" ", b"")
+        first, second = p.asked[0], d.asked[0]
+        assert json.loads(first.body)["kv_transfer_params"] == ASKED_OF_NIXL
+        handle = json.dumps({**PULL, "remote_request_id": "r0"}).encode()
+        assert second.body == b'{"kv_transfer_params":' + handle + b"," + content[1:]
+        assert first.get("x-request-id") == second.get("x-request-id") != ["mine"]
+        assert len(first.get("x-request-id")[0]) == 32
+        assert got.get("x-request-id") == "mine" and got.get("x-mvllm-server") == d.url
+        assert re.fullmatch(rf"prefill {p.url} .*; decode {d.url} .*", got.get("x-mvllm-why"))
+        await running.quiet()
+        (facts,) = running.requests()
+        assert facts["id"] == "mine" and [a[0] for a in facts["attempts"]] == [p.url, d.url]
+        assert await running.metric("mvllm_disaggregation_legs_total", role="prefill",
+                                    server=p.url, result="ok") == 1
+        assert await running.metric("mvllm_disaggregation_transfers_total", connector="nixl",
+                                    result="ok") == 1
+        shown = (await (await running.client()).get("/explain?id=mine")).json
+        assert [one["role"] for one in shown["attempts"]] == ["prefill", "decode"]
+
+
+async def failing_prefill(asked, conn):
+    await conn.json({"error": "engine"}, "500 X")
+
+
+def refusing(status):
+    async def answer(asked, conn):
+        await conn.json({"error": {"message": "no", "code": status}}, f"{status} X")
+    return answer
+
+
+def once(first, then):
+    """The first request goes one way, all others another."""
+    async def answer(asked, conn):
+        return await (first if len(conn.server.asked) == 1 else then)(asked, conn)
+    return answer
+
+
+async def closing(asked, conn):
+    return "close"
+
+
+FAILED_PREFILL = table(
+    ("it answers 500", refusing(500)), ("503", refusing(503)), ("429", refusing(429)),
+    ("it has not the model", refusing(404)), ("it closes the connection", closing),
+)
+
+
+@pytest.mark.parametrize("failing", FAILED_PREFILL)
+@asynchronous
+async def test_another_prefill_server_reads_the_prompt_where_the_first_one_fails(failing):
+    blocks = Blocks()
+    p, q, d = Server(failing), Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p, q], [d]) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "good"
+        ids = [one.get("x-request-id")[0] for one in (*p.asked, *q.asked)]
+        assert len(set(ids)) == 2 and d.asked[0].get("x-request-id") == [ids[1]]
+        assert [view.health.request_failures for view in running.views()][2] == ()
+
+
+@asynchronous
+async def test_a_dead_prefill_server_costs_no_request():
+    blocks = Blocks()
+    p, q, d = Server(blocks.prefill), Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p, q], [d]) as running:
+        await p.kill()
+        client = await running.client()
+        for _ in range(6):
+            assert answer_text(await client.post(body=chat())) == "good"
+        await q.kill()
+        for _ in range(6):
+            assert answer_text(await client.post(body=chat())) == "plain"
+        assert await running.metric("mvllm_disaggregation_plain_total") == 6
+        await q.start()
+        await eventually(lambda: running.balancer.core.fleet.view(q.url) is not None, "it is there")
+
+
+@asynchronous
+async def test_without_plain_fallback_a_request_that_cannot_be_parted_is_refused():
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p], [d], plain_fallback=False) as running:
+        await p.kill()
+        client = await running.client()
+        got = await client.post(body=chat(stream=False))
+        assert got.status in (502, 503) and not d.asked
+        assert answer_text(await client.post(body=chat(n=2))) == "plain"  # of two choices
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@asynchronous
+async def test_a_prefill_servers_refusal_is_the_answer(status):
+    p, d = Server(refusing(status)), Server()
+    async with parted([p], [d]) as running:
+        got = await (await running.client()).post(body=chat())
+        assert got.status == status and got.error["message"] == "no" and not d.asked
+        await running.quiet()
+        assert running.requests()[0]["end"] == "complete" and len(p.asked) == 1
+
+
+async def failed_stream(asked, conn):
+    await conn.events(b'data: {"error": {"message": "Internal server error", "code": 500}}\n\n',
+                      DONE)
+
+
+@pytest.mark.parametrize("failing", table(
+    ("500", refusing(500)), ("an error for a first event", failed_stream),
+    ("its connection closes", closing), ("503", refusing(503)),
+))
+@asynchronous
+async def test_a_decode_leg_that_fails_gets_a_new_prompts_leg(failing):
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(once(failing, blocks.decode))
+    async with parted([p], [d]) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "good"
+        ids = [one.get("x-request-id")[0] for one in p.asked]
+        assert len(set(ids)) == 2 and [one.get("x-request-id")[0] for one in d.asked] == ids
+        handles = [json.loads(one.body)["kv_transfer_params"]["remote_request_id"]
+                   for one in d.asked]
+        assert handles == ["r0", "r1"]
+
+
+@pytest.mark.parametrize("failing, asked", table(
+    ("500, again and again", refusing(500), 3),
+    ("it does not know what it is given", refusing(400), 2),
+))
+@asynchronous
+async def test_a_decode_server_that_cannot_take_blocks_is_asked_plainly(failing, asked):
+    async def answer(asked, conn):
+        with_handle = b"kv_transfer_params" in asked.body
+        await (failing if with_handle else Blocks().decode)(asked, conn)
+
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(answer)
+    async with parted([p], [d]) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "plain"
+        assert len(d.asked) == asked and all(v.healthy for v in running.views())
+        plain = await running.metric("mvllm_disaggregation_plain_total", reason="transfer_failed")
+        assert plain == 1
+        assert all(v.health.request_failures == () for v in running.views())  # nobody is to blame
+
+
+@asynchronous
+async def test_a_prefill_server_that_kept_nothing_is_no_failure():
+    async def nothing(asked, conn):
+        await conn.json({"choices": [], "kv_transfer_params": None})
+
+    p, d = Server(nothing), Server(Blocks().decode)
+    async with parted([p], [d]) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "plain"
+        assert b"kv_transfer" not in d.asked[0].body and len(p.asked) == 1
+
+
+@pytest.mark.parametrize("path, content", table(
+    ("several prompts", "/v1/completions", {"prompt": ["x", "y"]}),
+    ("two choices", "/v1/chat/completions", {"messages": [], "n": 2}),
+    ("embeddings", "/v1/embeddings", {"input": "x"}),
+    ("tokens counted", "/tokenize", {"prompt": "x"}),
+))
+@asynchronous
+async def test_what_cannot_be_parted_goes_to_a_decode_server(path, content):
+    p, d = Server(), Server()
+    async with parted([p], [d]) as running:
+        content = json.dumps({"model": "m", **content}).encode()
+        assert (await (await running.client()).post(path, content)).status == 200
+        assert not p.asked and d.asked[0].body == content
+
+
+@asynchronous
+async def test_short_and_warm_prompts_go_straight_to_a_decode_server():
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    long = "word " * 2000
+    async with parted([p], [d], prefill_from_tokens=256) as running:
+        client, texts = await running.client(), []
+        for text in ("Hello", long, long + "more", "other " * 2000):
+            got = await client.post(body=chat(messages=[{"role": "user", "content": text}]))
+            texts.append(answer_text(got))
+        assert texts == ["plain", "good", "plain", "good"]
+        assert await running.metric("mvllm_disaggregation_plain_total", reason="short_prompt") == 2
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+@asynchronous
+async def test_when_the_client_leaves_the_leg_under_way_ends(leg):
+    ended = asyncio.Event()
+
+    async def hanging(asked, conn):
+        await conn.left()
+        ended.set()
+
+    blocks = Blocks()
+    p = Server(hanging if leg == "prefill" else blocks.prefill)
+    d = Server(hanging)
+    async with parted([p], [d]) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", chat())
+        await (p if leg == "prefill" else d).came.wait()
+        client.close()
+        await ended.wait()
+        await running.quiet()
+        assert running.in_flight() == 0 and bool(d.asked) == (leg == "decode")
+
+
+@asynchronous
+async def test_a_decode_leg_that_hangs_is_asked_plainly_in_time():
+    async def hanging(asked, conn):
+        if b"kv_transfer_params" in asked.body:
+            await conn.left()
+        else:
+            await Blocks().decode(asked, conn)
+
+    p, d = Server(Blocks().prefill), Server(hanging)
+    async with parted([p], [d], decode_first_token_timeout=0.02) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "plain"
+        assert all(v.healthy and not v.health.request_failures for v in running.views())
+
+
+@asynchronous
+async def test_a_handle_is_not_used_when_its_lease_is_nearly_over():
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p], [d], kv_lease=1e-3) as running:
+        client = await running.client()
+        answers = {answer_text(await client.post(body=chat())) for _ in range(3)}
+        assert answers <= {"good", "plain"} and "wrong" not in answers
+
+
+@asynchronous
+async def test_push_goes_in_turn_once_and_then_both_legs_go_at_once():
+    blocks, gate = Blocks(mode="push"), asyncio.Event()
+    gate.set()
+
+    async def slow(asked, conn):
+        await gate.wait()
+        await blocks.prefill(asked, conn)
+
+    async def decode(asked, conn):
+        params = json.loads(asked.body)["kv_transfer_params"]
+        gate.set()
+        await conn.json({"choices": [{"message": {"content": json.dumps(params)}}]})
+
+    p, d = Server(slow), Server(decode)
+    async with parted([p], [d]) as running:
+        client = await running.client()
+        wanted = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "e",
+                  "remote_host": "h", "remote_port": 5600, "tp_size": 1}
+        first = json.loads(answer_text(await client.post(body=chat(stream=False))))
+        id = d.asked[0].get("x-request-id")[0]
+        assert first == {**wanted, "remote_request_id": id} and p.asked[0].get(
+            "x-request-id") == [id]
+        gate.clear()  # which the decode leg opens: it is not behind the other
+        second = json.loads(answer_text(await client.post(body=chat(stream=False))))
+        id = d.asked[1].get("x-request-id")[0]
+        assert second == {**wanted, "remote_request_id": id, "transfer_id": second["transfer_id"]}
+        assert (json.loads(p.asked[1].body)["kv_transfer_params"]
+                == {**ASKED_OF_NIXL, "transfer_id": second["transfer_id"]})
+        await running.quiet()
+        assert running.in_flight() == 0
+
+
+@asynchronous
+async def test_when_a_prompts_leg_fails_the_other_one_ends_and_both_are_said_anew():
+    blocks, left = Blocks(mode="push"), asyncio.Event()
+    fails = asyncio.Event()
+
+    async def prefill(asked, conn):
+        if len(p.asked) == 2:
+            await d.came.wait()
+            await fails.wait()
+            return await refusing(500)(asked, conn)
+        await blocks.prefill(asked, conn)
+
+    async def decode(asked, conn):
+        if len(d.asked) == 2:
+            fails.set()
+            await conn.left()
+            left.set()
+        else:
+            await conn.json({"choices": [{"message": {"content": "good"}}]})
+
+    p, d = Server(prefill), Server(decode)
+    async with parted([p], [d]) as running:
+        client = await running.client()
+        for _ in range(2):
+            assert answer_text(await client.post(body=chat(stream=False))) == "good"
+        await left.wait()
+        assert len(p.asked) == len(d.asked) == 3
+
+
+def bootstrapping(engine="e0"):
+    """A bootstrap server: GET /query."""
+    return Server(**{"/query": lambda: None}) if engine is None else Server(
+        **{"/query": {"0": {"engine_id": engine, "worker_addr": {}}}})
+
+
+@asynchronous
+async def test_mooncakes_legs_go_at_once_with_the_engine_that_its_bootstrap_server_tells():
+    blocks, boot = Blocks("mooncake"), bootstrapping()
+
+    async def decode(asked, conn):  # the blocks may come later
+        params = json.loads(asked.body).get("kv_transfer_params")
+        if params and params["remote_engine_id"] != boot.pages["/query"]["0"]["engine_id"]:
+            return await refusing(500)(asked, conn)
+        await conn.json({"choices": [{"message": {"content": "plain" if not params else "good"}}]})
+
+    p, d = Server(blocks.prefill), Server(decode)
+    async with boot:
+        given = {p: {"bootstrap_port": boot.port}}
+        async with parted([p], [d], "mooncake", given) as running:
+            client, content = await running.client(), chat(stream=False)
+            await boot.kill()  # not there at the start
+            assert answer_text(await client.post(body=content)) == "plain" and not p.asked
+            await boot.start()
+            for _ in range(2):
+                assert answer_text(await client.post(body=content)) == "good"
+            await running.quiet()
+            first, second = (json.loads(one.asked[-1].body)["kv_transfer_params"] for one in (p, d))
+            assert first == {"do_remote_decode": True, "do_remote_prefill": False,
+                             "transfer_id": second["transfer_id"]}
+            assert second == {
+                "do_remote_decode": False, "do_remote_prefill": True,
+                "transfer_id": first["transfer_id"], "remote_engine_id": "e0",
+                "remote_bootstrap_addr": f"http://127.0.0.1:{boot.port}"}
+            assert first["transfer_id"].startswith("xfer-")
+            assert p.asked[-1].get("x-data-parallel-rank") == ["0"]
+            assert boot.probes["/query"] == 1
+            boot.pages["/query"]["0"]["engine_id"] = "e1"  # another process: it is asked anew
+            assert answer_text(await client.post(body=content)) == "good"
+            assert boot.probes["/query"] == 2
+
+
+@asynchronous
+async def test_nccls_legs_find_each_other_by_the_id_of_both():
+    blocks = Blocks("p2p_nccl")
+    p, q, d = Server(blocks.prefill), Server(blocks.prefill), Server(blocks.decode)
+    given = {q: {"zmq_address": "10.0.0.1:21001"}, d: {"zmq_address": "10.0.0.2:22001"}}
+    async with parted([p, q], [d], "p2p_nccl", given) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "good"
+        (id,) = q.asked[0].get("x-request-id")
+        assert re.fullmatch(
+            "___prefill_addr_10.0.0.1:21001___decode_addr_10.0.0.2:22001_[0-9a-f]{32}", id)
+        assert d.asked[0].get("x-request-id") == [id] and not p.asked
+        assert b"kv_transfer_params" not in d.asked[0].body
+
+
+@asynchronous
+async def test_two_servers_that_find_blocks_by_themselves_are_told_nothing():
+    blocks = Blocks("plain")
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p], [d], "plain") as running:
+        content = chat()
+        assert answer_text(await (await running.client()).post(body=content)) == "plain"
+        assert d.asked[0].body == content and len(p.asked) == 1
 
 
 # ============================================================================================
