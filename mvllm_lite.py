@@ -18203,7 +18203,7 @@ def total_items(status: Document) -> list[Span]:
     ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
     wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
     return [
-        (words, style), (f"{drained} drained" * bool(drained), Style.WARN), *wrong,
+        (words, style), *wrong, (f"{drained} drained" * bool(drained), Style.WARN),
         (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
         (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
         (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),

@@ -14618,6 +14618,7 @@ async def test_each_address_of_a_name_is_a_server_and_one_that_leaves_drains(cap
             assert asked.get("host") == [f"vllm.svc:{one.port}"]
             assert asked.get("authorization") == ["Bearer ours"]
             names.names["vllm"] = NO_SUCH_NAME
+            await eventually(lambda: "was not looked up" in caplog.text, "that is said")
             await names.asked_anew()
             assert list(running.core.roster.entries) == [ids[1]]  # what was known stays
             assert caplog.text.count("was not looked up") == 1
