@@ -15232,7 +15232,8 @@ def parse_kubeconfig(text: str) -> Cluster:
     user = kubeconfig_entry(document, "user", string_at(context, "user"))
     for key in KUBECONFIG_REFUSED:
         if found := user.get(key) or cluster.get(key):
-            said = string_at(found, "command") or string_at(found, "name") or str(found)
+            said = string_at(found, "command") or string_at(found, "name") or (
+                found if isinstance(found, str) else "")
             raise ValueError(f"{key} {shown(said)} is not supported: give the user a token or a"
                              " certificate, and the cluster an address that can be reached")
     try:

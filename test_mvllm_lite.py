@@ -15392,6 +15392,19 @@ async def test_a_watch_that_ends_at_once_again_and_again_is_not_begun_again_as_o
 
 
 @asynchronous
+async def test_the_slices_of_a_service_are_watched_in_place_of_pods():
+    one, two = slice_of("s", endpoint()), slice_of("t", endpoint("b", "10.0.0.2"))
+    async with watching(one, two, selector="", service="vllm") as (found, api):
+        await found.finds("10.0.0.1", "10.0.0.2")
+        await found.watched()
+        assert api.lists[0].startswith("/apis/discovery.k8s.io/v1/namespaces/llm/endpointslices?")
+        await api.tell("MODIFIED", slice_of("s", endpoint(ready=True, terminating=True)))
+        await found.finds("10.0.0.2")
+        await api.tell("DELETED", two)
+        await found.finds()
+
+
+@asynchronous
 async def test_a_kubeconfig_with_files_beside_it(tmp_path):
     async with watching(POD_A) as (_, api):
         (tmp_path / "t").write_text("from-a-file")
