@@ -6349,6 +6349,9 @@ class Least(Formula):
     score = "(in_flight + foreign + 1) / capacity / slow_start"
 
 
+TURNS_SPARE = 64  # turns kept beyond four times as many as there are servers
+
+
 @policy("round_robin")
 class RoundRobin(Policy):
     """In turn, by weight: each server's next turn comes after 1 / weight more."""
@@ -6361,6 +6364,8 @@ class RoundRobin(Policy):
         self.now = 0.0  # the turn that was taken last; who comes new, or again, begins here
 
     def costs(self, eligible: Eligible) -> list[float]:
+        if len(self.turns) > TURNS_SPARE + 4 * len(eligible.views):  # most have left
+            self.turns = {view.id: self.turn(view) for view in eligible.views}
         # In their order within a round: a millionth part of a turn apart.
         return [self.turn(view) + n * 1e-6 for n, view in enumerate(eligible.views)]
 
@@ -9444,6 +9449,7 @@ class Secrets:
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
             for server in (*settings.servers, *settings.patterns)
         }
+        self._named = frozenset(self.server_keys)
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
         for server in (*settings.servers, *settings.patterns):
@@ -9468,6 +9474,14 @@ class Secrets:
         sees = s.registered_get_client_key if registered else s.added_get_client_key
         (self.strangers.discard if sees else self.strangers.add)(server.id)
         self._make_context(server, self)
+
+    def keep(self, servers: Collection[str]) -> None:
+        """Forget those of all servers that were adopted, but for these."""
+        for id in self.server_keys.keys() - self._named - servers:
+            del self.server_keys[id]
+            self.strangers.discard(id)
+            self.contexts.pop(id, None)
+            self._made_from.pop(id, None)
 
     def _make_context(self, server: ServerSettings, before: Secrets | None) -> None:
         """Make what an https server is verified with, where that is not the usual."""
@@ -14102,6 +14116,7 @@ class Balancer:
         servers = {view.server for view in core.fleet.views()}
         core.recent.keep({view.id for view in core.fleet.views()})
         core.pools.keep(servers)
+        core.pools.secrets.keep(servers)
         core.looks.keep(servers)
         core.news.notify()
 
@@ -14259,9 +14274,6 @@ ROUTER_POLICIES = {"rendezvous_hash": "consistent_hash", "sticky_least_loaded": 
 LOG_LEVELS = {"warn": "WARNING", "trace": "DEBUG"}
 NO_CIRCUIT = 10**9  # failed requests in a row, which nobody will see
 IN_A_MAP = "what each server has cached is bounded by its own KV cache"
-KV_EVENTS = "what servers have cached is learned from answers and /metrics (policy unified)"
-NO_TRACES = "requests carry traceparent on, and the log has each one's times"
-NO_PROGRAMS = "sessions stay together by session_headers"
 ROUTER_FLAGS = {
     "--worker-urls": RouterFlag(nargs="*"),
     "--intra-node-data-parallel-size": RouterFlag(),
@@ -14306,27 +14318,8 @@ ROUTER_FLAGS = {
     "--worker-startup-timeout-secs": RouterFlag(instead="it serves at once, servers may follow"),
     "--worker-startup-check-interval": RouterFlag(instead="health_check_interval is for all"),
     "--enable-igw": RouterFlag(nargs=0, instead="requests go to servers that have their model"),
-    "--backend": RouterFlag(instead="servers are what speaks vLLM's API"),
-    "--runtime": RouterFlag(instead="servers are what speaks vLLM's API"),
-    "--history-backend": RouterFlag(instead="responses are kept by the servers that made them"),
-    "--mini-lb": RouterFlag(nargs=0, instead="it is one process anyway"),
-    "--profile": RouterFlag(nargs=0, instead="admin_paths may have /start_profile"),
-    **{f"--{name}": RouterFlag(instead=KV_EVENTS) for name in (
-        "router-temperature", "kv-penalty-host", "kv-penalty-external", "kv-penalty-disk",
-        "kv-aware-session-affinity-ttl-secs", "kv-event-block-size", "kv-event-model")},
-    **{f"--{name}": RouterFlag(nargs="+", instead=KV_EVENTS) for name in (
-        "kv-event-source", "kv-event-replay-source", "pd-kv-events")},
-    "--enable-program-scheduling": RouterFlag(nargs=0, instead=NO_PROGRAMS),
-    "--program-scheduling-config-json": RouterFlag(instead=NO_PROGRAMS),
-    "--enable-trace": RouterFlag(nargs=0, instead=NO_TRACES),
-    "--otlp-traces-endpoint": RouterFlag(instead=NO_TRACES),
-    "--otel-sampling-ratio": RouterFlag(instead=NO_TRACES),
-    "--otel-excluded-paths": RouterFlag(nargs="*", instead=NO_TRACES),
-    # Where another behaviour would be a hole, or would not be what was meant at all.
+    # Without it there would be a hole.
     "--api-key-validation-urls": RouterFlag(nargs="+", refused="name clients' keys in [[keys]]"),
-    **{f"--wasm-middleware{end}": RouterFlag(nargs="+", refused="no code is run for requests")
-       for end in ("", "-sha256", "-route")},
-    "--epd-config": RouterFlag(refused="servers for encoders alone are not known here"),
     # Of prefill and decode servers, until they are asked for one request.
     "--vllm-pd-disaggregation": RouterFlag(nargs=0, refused=(
         NO_PD := "prefill and decode servers are not asked for the same request yet")),
@@ -18374,7 +18367,8 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     yield "state", state, state_style(server)
     if server["reason"]:
         yield "reason", server["reason"], Style.PLAIN
-    yield "url", clean(server["url"], look), Style.PLAIN
+    source = f", from {clean(server['source'], look)}" if server["source"] else ""
+    yield "url", clean(server["url"], look) + source.replace("_", " "), Style.PLAIN
     yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
     old = " (reported some time ago)" if server["stale"] else ""
     running, waiting, ours = (
@@ -19396,7 +19390,7 @@ function showServer(url, server) {
   put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
     .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
   put(part.models, few(models, 3) || "no models known");
-  put(part.url, url);
+  put(part.url, url + (server.source ? ", from " + text(server.source).replace("_", " ") : ""));
   put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
   put(part.capacity, capacity + (learned ? ", learned" : "")
     + (learned && server.capacity_seen === false ? ": assumed, until there is traffic" : "")

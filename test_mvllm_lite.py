@@ -12445,6 +12445,29 @@ async def test_comings_and_goings_are_counted_by_source_and_series_end_a_quarter
 
 
 @asynchronous
+async def test_servers_that_have_gone_leave_no_memory_behind_and_the_others_theirs():
+    async with Server() as server, balancing(server, policy="round_robin") as running:
+        core, gone = running.core, [
+            lite.ServerSettings(f"http://127.0.0.1:9/{n}", api_key="k") for n in range(300)]
+        assert (await (await running.client()).post()).status == 200
+        pool, tasks = core.pools.by_server[server.url], asyncio.all_tasks()
+        view, policies = core.fleet.view(server.url), core.policies
+        for one in gone:
+            core.roster.define(lite.Source.REGISTERED, {one.id: one})
+            ranking_of(core.fleet)
+            core.policies.get(None, "").costs(lite.Eligible(
+                core.fleet.views(), [0, 0], [0, 0], [0, 0], [], lite.Call(None),
+                lite.Moment(0.0, 1.0), random.Random(1)))
+        core.roster.define(lite.Source.REGISTERED, {})
+        assert core.pools.by_server == {server.url: pool} and pool.idle
+        assert core.fleet.views() == [view] and core.fleet.view(server.url) is view
+        assert core.policies is policies and len(policies.get(None, "").turns) < 100
+        secrets = core.pools.secrets
+        assert secrets.server_keys.keys() == {server.url} and not secrets.strangers
+        assert tasks <= asyncio.all_tasks()
+
+
+@asynchronous
 async def test_a_server_with_an_address_is_reached_there_under_the_name_of_its_url():
     async with Server() as server, balancing() as running:
         found = lite.ServerSettings(f"http://vllm.invalid:{server.port}", 4, id="x", name="pod",
@@ -17103,7 +17126,8 @@ Ui, press = lite.Ui, lite.press
 def shown_server(n, **more):
     return {
         "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
-        "reason": "check passed", "since_s": 130.0, "models": ["llama-3-70b"], "running": 3,
+        "reason": "check passed", "source": "by_hand", "since_s": 130.0,
+        "models": ["llama-3-70b"], "running": 3,
         "waiting": 0, "in_flight": 3, "capacity": 16, "capacity_learned": False,
         "capacity_seen": True, "capacity_note": "", "kv_usage_ratio": 0.42,
         "tokens_per_s": 120.0, "ttft_p50_s": 0.06,
@@ -17381,7 +17405,8 @@ def test_a_complaint_about_settings_is_read_without_scrolling():
 def test_the_detail_has_all_that_is_known_of_a_server():
     text = "\n".join(text_of(SHOWN_STATUS, Ui(Mode.DETAIL, selected=SECOND), Look(), 80, 40))
     for words in ("10.0.0.2:8000", "15 running, 4 waiting", "16 was set, it does 14", "93%",
-                  "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries"):
+                  "14:02:01 connection refused", "14:03:20 cost 107", "2 errors, 1 retries",
+                  "from by hand"):
         assert words in text
 
 
@@ -19731,7 +19756,7 @@ def test_the_readme_s_settings_can_be_used():
     assert len(snippets("toml")) > 7
     for toml in snippets("toml"):
         settings, warnings = lite.parse_settings(toml)
-        assert (settings.servers or settings.kubernetes) and not warnings
+        assert (settings.servers or settings.kubernetes or settings.dns) and not warnings
 
 
 def test_the_readme_has_at_most_650_lines_and_its_links_lead_somewhere():
