@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
 # coding: utf-8
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the authors of mvllm_lite.  Licensed under the Apache License, Version 2.0
+# (https://www.apache.org/licenses/LICENSE-2.0): "as is", without warranties of any kind.
 """mvllm_lite: one OpenAI-compatible address in front of a fleet of vLLM servers.
 
     python mvllm_lite.py servers.toml        serve what the file describes
@@ -32,134 +35,135 @@ the lines.
      5  forwarding     · what an intermediary does to messages; responses of our own; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         950 lines, at the start, and at a reload
+    II  settings         1,060 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  settings       · all that can be set, each with its default, check and meaning
-     9  settings file  · from TOML to settings; complaints with file, line and key
+     9  complaints     · what is wrong with settings, in words: where, found, expected
+    10  settings file  · from TOML to settings; complaints with file, line and key
 
    III  vLLM             2,210 lines, for each request, check and scrape
-    10  content        · compression undone; JSON: where the members that matter stand
-    11  forms          · forms: the model that a part names; another model in its place
-    12  prompts        · how long a prompt is, and what of it each server has probably cached
-    13  calls          · which paths are passed on, and what a request wants: its model, a stream
-    14  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
-    15  judge          · an answer judged as it comes; its tokens and its id
-    16  transcripts    · what a stream has shown
-    17  resumption     · whether and how another server goes on with a stream; the join
-    18  engine load    · what a server says of itself: its load, its models
+    11  content        · compression undone; JSON: where the members that matter stand
+    12  forms          · forms: the model that a part names; another model in its place
+    13  prompts        · how long a prompt is, and what of it each server has probably cached
+    14  calls          · which paths are passed on, and what a request wants: its model, a stream
+    15  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
+    16  judge          · an answer judged as it comes; its tokens and its id
+    17  transcripts    · what a stream has shown
+    18  resumption     · whether and how another server goes on with a stream; the join
+    19  engine load    · what a server says of itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
-    19  health         · whether a server can be asked, by checks and by what became of requests
-    20  pace           · what a server has of ours; how fast it reads and answers, as learned
-    21  servers        · what is known of each: settings, health, report, what was learned, counts
-    22  learning       · what reports teach of a server: its capacity, and what its cache has
-    23  leases         · a request that is with a server: what it counts for, what it teaches
-    24  fleet          · the servers, and requests of ours with them
-    25  roster         · which servers there are: named by the file, by hand, merged by one rule
-    26  estimates      · what a call would take at each server, and take from others, in seconds
-    27  policies       · what a server is worth for a call, by a dozen rules
-    28  ranking        · who may be asked, who is asked, and why
+    20  health         · whether a server can be asked, by checks and by what became of requests
+    21  pace           · what a server has of ours; how fast it reads and answers, as learned
+    22  servers        · what is known of each: settings, health, report, what was learned, counts
+    23  learning       · what reports teach of a server: its capacity, and what its cache has
+    24  leases         · a request that is with a server: what it counts for, what it teaches
+    25  fleet          · the servers, and requests of ours with them
+    26  roster         · which servers there are: named by the file, by hand, merged by one rule
+    27  estimates      · what a call would take at each server, and take from others, in seconds
+    28  policies       · what a server is worth for a call, by a dozen rules
+    29  ranking        · who may be asked, who is asked, and why
 
      V  answering        1,000 lines, for each request
-    29  queue          · requests that wait for room; what retries the fleet can afford
-    30  poison         · content with which servers die, and whose failure it was
-    31  plans          · how a call is answered, step by step
-    32  client keys    · clients' keys and what each uses; whose stored responses are
-    33  access         · who may come in, and to which path; proxies that are trusted
+    30  queue          · requests that wait for room; what retries the fleet can afford
+    31  poison         · content with which servers die, and whose failure it was
+    32  plans          · how a call is answered, step by step
+    33  client keys    · clients' keys and what each uses; whose stored responses are
+    34  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  950 lines, for each request, and when asked for
-    34  documents      · what programs are shown in JSON
-    35  metrics        · what is counted and measured, as families for Prometheus
-    36  records        · what is written of requests and transitions: log lines, records, traces
-    37  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    38  status         · what screen, page and /status.json show
+    35  documents      · what programs are shown in JSON
+    36  metrics        · what is counted and measured, as families for Prometheus
+    37  records        · what is written of requests and transitions: log lines, records, traces
+    38  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    39  status         · what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    39  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    40  wire           ~ one connection: its buffer, its deadline, its end
-    41  secrets        ~ keys and certificates, and how a server is reached with them
-    42  client         ~ what we ask servers ourselves, over asyncio's streams
-    43  pool           ~ the connections to one server over which requests go, kept and reused
-    44  pump           ~ bytes on their way through, with back-pressure
-    45  response       ~ the client's side of an exchange
-    46  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    40  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    41  wire           ~ one connection: its buffer, its deadline, its end
+    42  secrets        ~ keys and certificates, and how a server is reached with them
+    43  client         ~ what we ask servers ourselves, over asyncio's streams
+    44  pool           ~ the connections to one server over which requests go, kept and reused
+    45  pump           ~ bytes on their way through, with back-pressure
+    46  response       ~ the client's side of an exchange
+    47  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,540 lines, for each request
-    47  shared state   ~ clients, pools, news, requests under way
-    48  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    49  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    50  attempt        ~ a request said to one server; its answer judged and passed on
-    51  case           ~ whose failure it was: suspects, deaths, content that is held off
-    52  accounts       ~ what is counted, kept and told of a request that has ended
-    53  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
-    54  exchange       ~ one request, from its head to its last byte
+    48  shared state   ~ clients, pools, news, requests under way
+    49  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    50  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    51  attempt        ~ a request said to one server; its answer judged and passed on
+    52  case           ~ whose failure it was: suspects, deaths, content that is held off
+    53  accounts       ~ what is counted, kept and told of a request that has ended
+    54  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    55  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    55  watch          ~ health checks, load reports
-    56  services       ~ what runs in the background because settings name it, as rows
-    57  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    58  endpoints      ~ the paths that the balancer answers itself, in one table
-    59  front          ~ where clients come in: connections accepted, requests let in
-    60  following      ~ the settings file, and the files that it names
-    61  commands       ~ subcommands as rows; settings from file, environment and flags
-    62  handover       ~ one process takes over from another, without a gap
-    63  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    56  watch          ~ health checks, load reports
+    57  services       ~ what runs in the background because settings name it, as rows
+    58  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    59  endpoints      ~ the paths that the balancer answers itself, in one table
+    60  front          ~ where clients come in: connections accepted, requests let in
+    61  following      ~ the settings file, and the files that it names
+    62  commands       ~ subcommands as rows; settings from file, environment and flags
+    63  handover       ~ one process takes over from another, without a gap
+    64  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    64  process        ~ signals, systemd, limits of the system
-    65  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    66  command line   ~ what is common to all subcommands; the one that serves; `help`
+    65  process        ~ signals, systemd, limits of the system
+    66  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    67  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    67  names          ~ servers by DNS: each address of a name is one; names that move
-    68  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    69  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    70  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    71  zmtp           · what ZeroMQ's sockets say, and msgpack
-    72  registration   · servers and agents that say themselves that they are there
-    73  registering    ~ where they say it over HTTP
-    74  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    68  names          ~ servers by DNS: each address of a name is one; names that move
+    69  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    70  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    71  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    72  zmtp           · what ZeroMQ's sockets say, and msgpack
+    73  registration   · servers and agents that say themselves that they are there
+    74  registering    ~ where they say it over HTTP
+    75  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  prefill and decode 1,060 lines, where [[disaggregation]] is set
-    75  legs           · two requests that are made of one, and one answer of theirs
-    76  connectors     · what the two are told, so that one server's blocks get to the other
-    77  splitting      · how a request is parted between two servers, step by step
-    78  pairs          ~ its two legs, carried out; what is counted of them
+    76  legs           · two requests that are made of one, and one answer of theirs
+    77  connectors     · what the two are told, so that one server's blocks get to the other
+    78  splitting      · how a request is parted between two servers, step by step
+    79  pairs          ~ its two legs, carried out; what is counted of them
 
   XIII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    79  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    80  table          · the servers in lines, as many columns as there is room for
-    81  views          · graphs of the fleet; models, requests and keys as tables
-    82  screen         · what is seen there: the table and the lines around it
-    83  keys           · what keys do to it, and ask of the balancer
-    84  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    85  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    86  page           ~ the status for a browser: one HTML string
-    87  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    88  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    80  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    81  table          · the servers in lines, as many columns as there is room for
+    82  views          · graphs of the fleet; models, requests and keys as tables
+    83  screen         · what is seen there: the table and the lines around it
+    84  keys           · what keys do to it, and ask of the balancer
+    85  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    86  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    87  page           ~ the status for a browser: one HTML string
+    88  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    89  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
    XIV  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
-    89  traces         · requests of the past: from files, or made up
-    90  engine         · a model of a vLLM server, in simulated time
-    91  replay         · those requests sent to such servers by any policy
-    92  comparison     ~ policies compared on a trace: the program of `replay`
-    93  canned words   · what a vLLM server would say, without a model; what it refuses
-    94  canned forms   · the same in the forms of its APIs, plain and streamed
-    95  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    96  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    97  doctor         ~ what is amiss with servers and settings, and what to do about it
+    90  traces         · requests of the past: from files, or made up
+    91  engine         · a model of a vLLM server, in simulated time
+    92  replay         · those requests sent to such servers by any policy
+    93  comparison     ~ policies compared on a trace: the program of `replay`
+    94  canned words   · what a vLLM server would say, without a model; what it refuses
+    95  canned forms   · the same in the forms of its APIs, plain and streamed
+    96  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    97  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    98  doctor         ~ what is amiss with servers and settings, and what to do about it
 
-A request walks through the rooms like this.  The `Front` (59) reads a head from the client's
-`Wire` (40), parses it (2), makes an `Exchange` (54) of it, and asks who may come in (33).  A local
-path is answered in room 58.  For any other the `Exchange` runs: the content is gathered (49) and
-read as a `Call` (13) with its `Prompt` (12), the `Keys` (32) admit it, and `relay_plan` (31) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (28) in the view
-of the fleet (24) by a policy (27).  An `Attempt` (50) at that server holds the answer back until
-it is judged to be one (15), and then has the `Exchange` commit: the `Response` (45) begins, and a
-`Pump` (44) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (52) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (60) reads a head from the client's
+`Wire` (41), parses it (2), makes an `Exchange` (55) of it, and asks who may come in (34).  A local
+path is answered in room 59.  For any other the `Exchange` runs: the content is gathered (50) and
+read as a `Call` (14) with its `Prompt` (13), the `Keys` (33) admit it, and `relay_plan` (32) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (29) in the view
+of the fleet (25) by a policy (28).  An `Attempt` (51) at that server holds the answer back until
+it is judged to be one (16), and then has the `Exchange` commit: the `Response` (46) begins, and a
+`Pump` (45) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (53) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -182,7 +186,8 @@ import sys
 # needed; one before it fails at the `:=`, and shows that line with its comment.
 UNFIT = ""
 if (PYTHON := sys.version_info[:3]) < (3, 11):  # mvllm_lite needs Python 3.11 or newer
-    UNFIT = "mvllm_lite needs Python 3.11 or newer, this is Python %d.%d.%d" % PYTHON
+    UNFIT = "mvllm_lite needs Python 3.11 or newer; this is %d.%d.%d (%s)" % (
+        *PYTHON, sys.executable)
 elif sys.platform == "win32":
     UNFIT = "mvllm_lite runs on Linux, macOS and other Unix systems; on Windows, use it in WSL"
 if UNFIT:
@@ -2078,11 +2083,10 @@ SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
 
 
 # ============================================================================================
-#  9  settings file
+#  9  complaints
 # ============================================================================================
 #
-# From a TOML document to settings.  A bad value is never half used: everything that is wrong is
-# gathered, placed and reported at once.
+# What is wrong with settings, in words: where, what was found, what was expected.
 
 
 class Complaint(NamedTuple):
@@ -2104,6 +2108,44 @@ class SettingsError(Exception):
     def __init__(self, complaints: list[Complaint]) -> None:
         super().__init__("\n".join(map(str, complaints)))
         self.complaints = complaints
+
+
+QUOTES = ('"""', "'''", '"', "'")
+
+
+def toml_trouble(said: str, toml: str, line: int) -> str:
+    """What the TOML parser found at that line, in words of settings."""
+    rows = toml.splitlines()
+    row = rows[line - 1].partition("#")[0] if 0 < line <= len(rows) else ""
+    key, equals, value = (part.strip() for part in row.partition("="))
+    if said == "Cannot overwrite a value" and equals:
+        before = [n for n, one in enumerate(rows[: line - 1], 1)
+                  if one.partition("=")[0].strip() == key]
+        return f"{key} is set twice" + (f", in lines {before[-1]} and {line}" if before else "")
+    if said.startswith("Cannot declare"):
+        before = [n for n, one in enumerate(rows[: line - 1], 1) if one.strip() == row.strip()]
+        return f"{row.strip()} stands twice" + (f", in lines {before[0]} and {line}" * bool(before))
+    if value.startswith(QUOTES) and (said.startswith(("Illegal", "Unterminated"))):
+        return f"the quote of {key} is not closed"
+    if said == "Invalid value" and equals:
+        small = f"; true and false are written small: {key} = {value.lower()}"
+        quoted = f'; texts stand in quotes: {key} = "{value}"'
+        wants = small if value.lower() in ("true", "false") else quoted * value.isidentifier()
+        return f"{key} has no value" if not value else f"this is no value of {key}{wants}"
+    if said.startswith("Unclosed"):
+        what, end = ("list", "]") if "array" in said else ("table", "}")
+        return f"before or in this line a {what} is not closed: {end} or a comma is missing"
+    if said.startswith("Expected '='"):
+        return f"expected key = value, found {shown(row.strip())}"
+    return f"not valid TOML: {said}"
+
+
+# ============================================================================================
+#  10  settings file
+# ============================================================================================
+#
+# From a TOML document to settings.  A bad value is never half used: everything that is wrong is
+# gathered, placed and reported at once.
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
@@ -2150,7 +2192,7 @@ def parse_settings(
     except (ValueError, RecursionError) as error:
         where = TOML_PLACE.fullmatch(str(error))
         text, line, end = where.groups() if where else (str(error), None, None)
-        text = f"not valid TOML: {text}" + " at the end of the file" * bool(end)
+        text = toml_trouble(text, toml, int(line or 0)) + " at the end of the file" * bool(end)
         raise SettingsError([Complaint(source, int(line or 0), "", text)]) from None
     return SettingsReader(document, toml, source).read(overrides or {})
 
@@ -2339,10 +2381,14 @@ class SettingsReader:
 
     def checked(self, field: Any, value: Any, path: Path, origin: str = "") -> Any:
         try:
-            return field.metadata["check"](value)
+            found = field.metadata["check"](value)
         except ValueError as expected:
             self.complain(path, value, str(expected), origin)
             return None
+        folder, slash, _ = self.source.rpartition("/")
+        if field.metadata["check"] is file_path and slash and not origin and found:
+            return found if found.startswith("/") else f"{folder}/{found}"  # beside the settings
+        return found
 
     def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
         if path[-1] in SECRET_FIELDS:
@@ -2424,7 +2470,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ============================================================================================
-#  10  content
+#  11  content
 # ============================================================================================
 #
 # JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
@@ -2728,7 +2774,7 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
 
 
 # ============================================================================================
-#  11  forms
+#  12  forms
 # ============================================================================================
 #
 # multipart/form-data as far as a balancer must read it: the model that one of its parts names;
@@ -2875,7 +2921,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ============================================================================================
-#  12  prompts
+#  13  prompts
 # ============================================================================================
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
@@ -3087,7 +3133,7 @@ class PrefixCache:
 
 
 # ============================================================================================
-#  13  calls
+#  14  calls
 # ============================================================================================
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
@@ -3315,7 +3361,7 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 
 
 # ============================================================================================
-#  14  dialect
+#  15  dialect
 # ============================================================================================
 #
 # What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
@@ -3631,7 +3677,7 @@ def error_event(body: bytes, path: str) -> bytes:
 
 
 # ============================================================================================
-#  15  judge
+#  16  judge
 # ============================================================================================
 #
 # An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
@@ -3823,7 +3869,7 @@ def response_id(start: bytes, streams: bool) -> str:
 
 
 # ============================================================================================
-#  16  transcripts
+#  17  transcripts
 # ============================================================================================
 #
 # What a stream has shown, so that another server can go on with it when its own is lost.  While all
@@ -4145,7 +4191,7 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================================================================================
-#  17  resumption
+#  18  resumption
 # ============================================================================================
 #
 # How another server goes on with a stream: whether it can, by what was asked for and shown; and a
@@ -4485,7 +4531,7 @@ def with_seed(content: Content, seed: int) -> bytes:
 
 
 # ============================================================================================
-#  18  engine load
+#  19  engine load
 # ============================================================================================
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
@@ -4662,7 +4708,7 @@ def is_plain(value: Any, depth: int) -> bool:
 
 
 # ============================================================================================
-#  19  health
+#  20  health
 # ============================================================================================
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -4881,7 +4927,7 @@ class Health(NamedTuple):
 
 
 # ============================================================================================
-#  20  pace
+#  21  pace
 # ============================================================================================
 #
 # What a server has of ours, counted in place, and how fast it is, in two figures that are learned
@@ -5071,7 +5117,7 @@ class AnswerLengths:
 
 
 # ============================================================================================
-#  21  servers
+#  22  servers
 # ============================================================================================
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -5419,7 +5465,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ============================================================================================
-#  22  learning
+#  23  learning
 # ============================================================================================
 #
 # What a server's reports teach of it besides its pace: its time per output token as it is now, its
@@ -5527,7 +5573,7 @@ def learned_after(
 
 
 # ============================================================================================
-#  23  leases
+#  24  leases
 # ============================================================================================
 #
 # What is counted of a request while it is with a server, and what is learned when it goes well.
@@ -5647,7 +5693,7 @@ class Lease:
 
 
 # ============================================================================================
-#  24  fleet
+#  25  fleet
 # ============================================================================================
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -5895,7 +5941,7 @@ def new_view(
 
 
 # ============================================================================================
-#  25  roster
+#  26  roster
 # ============================================================================================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -6082,7 +6128,7 @@ class Roster:
 
 
 # ============================================================================================
-#  26  estimates
+#  27  estimates
 # ============================================================================================
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
@@ -6176,7 +6222,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
 
 
 # ============================================================================================
-#  27  policies
+#  28  policies
 # ============================================================================================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -6526,7 +6572,7 @@ class Expression(Formula):
 
 
 # ============================================================================================
-#  28  ranking
+#  29  ranking
 # ============================================================================================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -6872,7 +6918,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
 
 
 # ============================================================================================
-#  29  queue
+#  30  queue
 # ============================================================================================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -6990,7 +7036,7 @@ class WaitQueue:
 
 
 # ============================================================================================
-#  30  poison
+#  31  poison
 # ============================================================================================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -7068,7 +7114,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ============================================================================================
-#  31  plans
+#  32  plans
 # ============================================================================================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -7407,7 +7453,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ============================================================================================
-#  32  client keys
+#  33  client keys
 # ============================================================================================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -7536,7 +7582,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ============================================================================================
-#  33  access
+#  34  access
 # ============================================================================================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -7645,10 +7691,18 @@ def ambiguous_path(v: Visit) -> Refusal | None:
     return Refusal(Fault.BAD_REQUEST, text)
 
 
+USUAL_PATHS = frozenset(f"/v1/{name}" for name in (
+    "chat/completions completions responses messages messages/count_tokens embeddings models rerank"
+    " score audio/transcriptions audio/translations").split())
+
+
 def unknown_path(v: Visit) -> Refusal | None:
     why = "not served on this port"
     if v.kind is Kind.NOTHING:
         why = "neither an inference path of vLLM nor one of ours"
+        if (meant := "/v1/" + v.head.path.strip("/")) in USUAL_PATHS:
+            why += f". Did you mean {meant}?"
+            return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}")
     return Refusal(Fault.NOT_SERVED, f"{shown(v.head.path)} is {why}.")
 
 
@@ -7877,7 +7931,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ============================================================================================
-#  34  documents
+#  35  documents
 # ============================================================================================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -8037,7 +8091,7 @@ def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict
 
 
 # ============================================================================================
-#  35  metrics
+#  36  metrics
 # ============================================================================================
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -8235,7 +8289,7 @@ def gauges(
 
 
 # ============================================================================================
-#  36  records
+#  37  records
 # ============================================================================================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -8384,7 +8438,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================================================================================
-#  37  recent past
+#  38  recent past
 # ============================================================================================
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
@@ -8563,7 +8617,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ============================================================================================
-#  38  status
+#  39  status
 # ============================================================================================
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
@@ -8838,7 +8892,7 @@ def status_report(
 
 
 # ============================================================================================
-#  39  sockets
+#  40  sockets
 # ============================================================================================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -8998,7 +9052,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================================================================================
-#  40  wire
+#  41  wire
 # ============================================================================================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9419,7 +9473,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================================================================================
-#  41  secrets
+#  42  secrets
 # ============================================================================================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9611,7 +9665,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================================================================================
-#  42  client
+#  43  client
 # ============================================================================================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -9814,7 +9868,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================================================================================
-#  43  pool
+#  44  pool
 # ============================================================================================
 #
 # The connections to one server over which requests are passed on.
@@ -9949,7 +10003,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================================================================================
-#  44  pump
+#  45  pump
 # ============================================================================================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -10177,7 +10231,7 @@ class Tunnel:
 
 
 # ============================================================================================
-#  45  response
+#  46  response
 # ============================================================================================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -10445,7 +10499,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================================================================================
-#  46  logging
+#  47  logging
 # ============================================================================================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10769,7 +10823,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================================================================================
-#  47  shared state
+#  48  shared state
 # ============================================================================================
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
@@ -10961,7 +11015,7 @@ class Requests:
 
 
 # ============================================================================================
-#  48  core
+#  49  core
 # ============================================================================================
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
@@ -11113,7 +11167,7 @@ class Core:
 
 
 # ============================================================================================
-#  49  intake
+#  50  intake
 # ============================================================================================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11256,7 +11310,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================================================================================
-#  50  attempt
+#  51  attempt
 # ============================================================================================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11492,7 +11546,7 @@ class Attempt:
 
 
 # ============================================================================================
-#  51  case
+#  52  case
 # ============================================================================================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -11630,7 +11684,7 @@ class Case:
 
 
 # ============================================================================================
-#  52  accounts
+#  53  accounts
 # ============================================================================================
 #
 # What is counted, kept and told of a request that has ended.
@@ -11686,7 +11740,7 @@ def facts_of(
 
 
 # ============================================================================================
-#  53  resuming
+#  54  resuming
 # ============================================================================================
 #
 # A stream that may go on at another server: what it has shown, from its first event on, and after
@@ -11779,7 +11833,7 @@ class Resuming:
 
 
 # ============================================================================================
-#  54  exchange
+#  55  exchange
 # ============================================================================================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -12315,7 +12369,7 @@ class Exchange:
 
 
 # ============================================================================================
-#  55  watch
+#  56  watch
 # ============================================================================================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12606,7 +12660,7 @@ class Watchers:
 
 
 # ============================================================================================
-#  56  services
+#  57  services
 # ============================================================================================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -12686,7 +12740,7 @@ class Services:
 
 
 # ============================================================================================
-#  57  operations
+#  58  operations
 # ============================================================================================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12792,7 +12846,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================================================================================
-#  58  endpoints
+#  59  endpoints
 # ============================================================================================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -13093,7 +13147,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  59  front
+#  60  front
 # ============================================================================================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -13435,7 +13489,7 @@ class Front:
 
 
 # ============================================================================================
-#  60  following
+#  61  following
 # ============================================================================================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -13565,7 +13619,7 @@ class Follower:
 
 
 # ============================================================================================
-#  61  commands
+#  62  commands
 # ============================================================================================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -13709,7 +13763,7 @@ def printable(text: str) -> str:
 
 
 # ============================================================================================
-#  62  handover
+#  63  handover
 # ============================================================================================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13831,9 +13885,12 @@ def tell_predecessor() -> None:
             sock.send(b"1")
 
 
+ANYWHERE = ("", "0.0.0.0", "::")
+
+
 def own_url(s: Settings, host: str, port: int) -> str:
     """Where what a balancer with these settings listens on is reached from this machine."""
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    host = "127.0.0.1" if host in ANYWHERE else host
     return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -13892,7 +13949,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  63  balancer
+#  64  balancer
 # ============================================================================================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -14125,7 +14182,7 @@ class Balancer:
 
 
 # ============================================================================================
-#  64  process
+#  65  process
 # ============================================================================================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14185,8 +14242,9 @@ def announce(balancer: Balancer, hint: str) -> None:
         balancer.core.process.hint = hint.format(url=url, server=s.servers[0].url).strip()
         print(f"\n{balancer.core.process.hint}\n", flush=True)
     notify_ready()
+    here = f"{s.host}:{balancer.port} ({url} from here)" if s.host in ANYWHERE else url
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-             __version__, url, len(balancer.core.roster.entries), s.policy, limit)
+             __version__, here, len(balancer.core.roster.entries), s.policy, limit)
     if second is not None:
         log.info("metrics, status and admin are on %s alone",
                  own_url(s, second[0], balancer.operator_port))
@@ -14242,7 +14300,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================================================================================
-#  65  router flags
+#  66  router flags
 # ============================================================================================
 #
 # The command line of vllm-project/router: its flags are read, too, so that its command lines work
@@ -14406,7 +14464,7 @@ def router_overrides(
 
 
 # ============================================================================================
-#  66  command line
+#  67  command line
 # ============================================================================================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14432,7 +14490,8 @@ def argument_parser(only: str = "") -> argparse.ArgumentParser:
     examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
                        for _, row in rows if row.example)
     parser = argparse.ArgumentParser(
-        prog="mvllm_lite.py", epilog=EPILOG.format(examples=examples, env=env),
+        prog=os.path.basename(sys.argv[0]) or "mvllm_lite.py",
+        epilog=EPILOG.format(examples=examples, env=env),
         description="One OpenAI-compatible address in front of a fleet of vLLM servers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -14566,12 +14625,22 @@ def print_version(args: argparse.Namespace) -> int:
     return 0
 
 
+def misspelt_command(word: str) -> str:
+    """Which command is meant by a word that is none, and no file either."""
+    if word in COMMANDS or word.startswith("-") or set(word) & set("./") or os.path.exists(word):
+        return ""
+    return did_you_mean(word, COMMANDS)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):  # None, where they were closed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+    if argv and (hint := misspelt_command(argv[0])):
+        print(f"mvllm_lite: unknown command {shown(argv[0])}{hint}", file=sys.stderr)
+        return 2
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv = ["run", *argv]
     args = argument_parser(argv[0]).parse_args(argv)
@@ -14593,7 +14662,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================================================================================
-#  67  names
+#  68  names
 # ============================================================================================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -14762,7 +14831,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================================================================================
-#  68  pods
+#  69  pods
 # ============================================================================================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -15011,7 +15080,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================================================================================
-#  69  listing
+#  70  listing
 # ============================================================================================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -15259,7 +15328,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================================================================================
-#  70  cluster
+#  71  cluster
 # ============================================================================================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -15594,7 +15663,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================================================================================
-#  71  zmtp
+#  72  zmtp
 # ============================================================================================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -15779,7 +15848,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================================================================================
-#  72  registration
+#  73  registration
 # ============================================================================================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -16076,7 +16145,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================================================================================
-#  73  registering
+#  74  registering
 # ============================================================================================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -16324,7 +16393,7 @@ ENDPOINTS |= {
 
 
 # ============================================================================================
-#  74  zmq listener
+#  75  zmq listener
 # ============================================================================================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -16471,7 +16540,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================================================================================
-#  75  legs
+#  76  legs
 # ============================================================================================
 #
 # One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
@@ -16736,7 +16805,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ============================================================================================
-#  76  connectors
+#  77  connectors
 # ============================================================================================
 #
 # What the two legs of a request are told, and in which order they are sent, so that what one vLLM
@@ -16889,7 +16958,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ============================================================================================
-#  77  splitting
+#  78  splitting
 # ============================================================================================
 #
 # How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
@@ -17179,7 +17248,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ============================================================================================
-#  78  pairs
+#  79  pairs
 # ============================================================================================
 #
 # The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
@@ -17515,7 +17584,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ============================================================================================
-#  79  cells
+#  80  cells
 # ============================================================================================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -17793,7 +17862,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================================================================================
-#  80  table
+#  81  table
 # ============================================================================================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -18026,7 +18095,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================================================================================
-#  81  views
+#  82  views
 # ============================================================================================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -18170,7 +18239,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================================================================================
-#  82  screen
+#  83  screen
 # ============================================================================================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -18490,7 +18559,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================================================================================
-#  83  keys
+#  84  keys
 # ============================================================================================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -18613,7 +18682,7 @@ def key_of(char: str) -> str:
 
 
 # ============================================================================================
-#  84  terminal
+#  85  terminal
 # ============================================================================================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -18859,7 +18928,7 @@ class CursesScreen:
 
 
 # ============================================================================================
-#  85  top
+#  86  top
 # ============================================================================================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -19077,7 +19146,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  86  page
+#  87  page
 # ============================================================================================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -19597,7 +19666,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================================================================================
-#  87  reference
+#  88  reference
 # ============================================================================================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -19834,7 +19903,7 @@ def example_topic() -> str:
 
 
 # ============================================================================================
-#  88  deployment
+#  89  deployment
 # ============================================================================================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -20126,7 +20195,7 @@ def grafana_topic() -> str:
 
 
 # ============================================================================================
-#  89  traces
+#  90  traces
 # ============================================================================================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -20315,7 +20384,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================================================================================
-#  90  engine
+#  91  engine
 # ============================================================================================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -20655,7 +20724,7 @@ class Engine:
 
 
 # ============================================================================================
-#  91  replay
+#  92  replay
 # ============================================================================================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -20883,7 +20952,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================================================================================
-#  92  comparison
+#  93  comparison
 # ============================================================================================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -21019,7 +21088,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================================================================================
-#  93  canned words
+#  94  canned words
 # ============================================================================================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -21220,7 +21289,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================================================================================
-#  94  canned forms
+#  95  canned forms
 # ============================================================================================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -21565,7 +21634,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================================================================================
-#  95  simulation
+#  96  simulation
 # ============================================================================================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -21832,7 +21901,7 @@ class Generation:
 
 
 # ============================================================================================
-#  96  demo
+#  97  demo
 # ============================================================================================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -21990,7 +22059,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================================================================================
-#  97  doctor
+#  98  doctor
 # ============================================================================================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
