@@ -162,7 +162,7 @@ def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_par
 
 
 def test_the_file_fits_a_config_map():
-    assert len(SOURCE.encode()) < 1_030_000  # which holds 1 MiB, with whatever else is in it
+    assert len(SOURCE.encode()) < 1_045_000  # which holds 1 MiB, with a servers.toml beside it
 
 
 def names_used(scope):
