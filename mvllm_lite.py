@@ -16387,7 +16387,7 @@ WORKERS: dict[str, tuple[Kind, dict[str, Operate]]] = {
 }
 ENDPOINTS |= {
     path: {method: Endpoint(kind, functools.partial(run_operation, operate), True,
-                            " ".join((operate.__doc__ or "the same as DELETE").split()))
+                            operate.__doc__ or "remove the server with ?url= by hand")
            for method, operate in rows.items()} for path, (kind, rows) in WORKERS.items()
 }
 
@@ -21912,12 +21912,13 @@ DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(
 REGISTRATION_S = 1.0  # between two registrations of a simulated server
 
 
-async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int) -> None:
+async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
+                      pace_s: float = REGISTRATION_S) -> None:
     """Have a simulated server register itself, leave after a while, and come again."""
     draw, s = random.Random(seed), balancer.core.settings
     said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
     while not balancer.port:
-        await asyncio.sleep(REGISTRATION_S / 10)
+        await asyncio.sleep(pace_s / 10)
     balancer_itself = ServerSettings(own_url(s, s.host, balancer.port))
     with contextlib.closing(HttpClient(balancer_itself)) as client:
         async def post(path: str, content: bytes) -> None:
@@ -21927,9 +21928,9 @@ async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int) ->
         while True:
             for _ in range(draw.randint(10, 30)):
                 await post("register", json.dumps(said).encode())
-                await asyncio.sleep(REGISTRATION_S)
+                await asyncio.sleep(pace_s)
             await post(f"{server.url.partition('://')[2]}/unregister", b"{}")
-            await asyncio.sleep(draw.randint(3, 10) * REGISTRATION_S)
+            await asyncio.sleep(draw.randint(3, 10) * pace_s)
 
 
 MISHAPS = {"fail": "answers 500", "slow": "is five times as slow"}  # by the mode of a server
@@ -22331,7 +22332,8 @@ def check_config(args: argparse.Namespace) -> int:
     usable = sum(one.usable for one in found)
     capacity = total_capacity(servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
-    return 0 if usable else 2
+    comes = not found and settings.registration is not None  # what is not there yet
+    return 0 if usable or comes else 2
 
 
 def print_findings(findings: Iterable[Finding]) -> None:

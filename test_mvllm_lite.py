@@ -16088,6 +16088,46 @@ async def test_an_agent_is_shown_and_only_what_it_runs_is_asked():
         await b.until(lambda: not on_roster(b))
 
 
+@asynchronous
+async def test_a_successor_keeps_what_is_registered():
+    async with balancing(wait=False) as b:
+        said = {"worker_id": "w", "url": "http://gpu.example:1", "ttl_s": 9}
+        assert (await post(b, "/workers/register", said))[0] == 200
+        successor = lite.Core(Settings(), random.Random(0))
+        successor.roster.load(b.core.roster.dump())
+        assert successor.roster.named_by(lite.Source.REGISTERED)["http://gpu.example:1"].address
+        (one,) = lite.Registrations.of(successor).book.by_id.values()
+        assert (one.id, one.ttl_s, one.registrar) == ("w", 9, lite.Registrar.ADMIN)
+        assert one.servers == lite.Registrations.of(b.core).book.servers()
+
+
+@asynchronous
+async def test_a_process_that_stood_still_hears_who_is_there_before_it_forgets_anybody():
+    async with balancing(wait=False) as b:
+        await post(b, "/workers/register", {"url": "http://0.0.0.0:1", "ttl_s": 9})
+        registrations, loop = lite.Registrations.of(b.core), asyncio.get_running_loop()
+        registrations.book.heard(lite.Registrar.ADMIN, loop.time() - 10)
+        registrations.expire(loop.time() - 1)  # it should have been called a second ago
+        assert on_roster(b)
+        registrations.expire(loop.time())
+        assert not on_roster(b)
+
+
+@asynchronous
+async def test_who_registers_over_zmq_stays_until_it_can_be_heard():
+    async with balancing(wait=False) as b:
+        registrations, now = lite.Registrations.of(b.core), asyncio.get_running_loop().time()
+        registrations.take(lite.zmq_registration(P2P, lite.Peer("10.0.0.1").place))
+        registrations.book.heard(lite.Registrar.ZMQ, now - 10)
+        registrations.holds_zmq = True  # a predecessor still listens
+        registrations.expire(now)
+        assert on_roster(b)
+        registrations.holds_zmq = False
+        registrations.book.heard(lite.Registrar.ZMQ, now - 10)
+        registrations.expire(now)
+        assert not on_roster(b)
+
+
 KEYED = {"keys": (lite.KeySettings("boss", "BOSS", admin=True), lite.KeySettings("user", "USER"))}
 OPEN_TO_ALL = {"registration_networks": ("127.0.0.0/8",)}
 PROXIED = "X-Forwarded-For: 10.1.2.3"
@@ -18988,6 +19028,17 @@ async def test_the_demo_has_traffic_where_it_is_wanted_and_says_what_to_try():
     await lite.demo(2, settings, run, rate=100.0)
     assert done and {one["status"] for one in done[0]["requests"]["ended"]} == {200}
     assert all(word in done[0]["hint"] for word in ("curl -N http", "/status", "/explain", "Tab"))
+
+
+@asynchronous
+async def test_the_demo_s_servers_register_themselves_and_come_and_go():
+    kind = lite.Simulated(4, 0.001, 1e6)
+    async with lite.SimulatedServer(kind) as server, balancing(wait=False) as b:
+        coming = asyncio.create_task(lite.come_and_go(server, b.balancer, 0, pace_s=0.002))
+        for _ in range(2):
+            await b.until(lambda: b.core.roster.entries.keys() == {server.url})
+            await b.until(lambda: not b.core.roster.entries)
+        coming.cancel()
 
 
 # ============================================================================================
