@@ -3881,6 +3881,7 @@ LESSONS_LIMIT = 12  # from which a transcript learns what its events have in com
 LOOSE_BYTES = 32  # of what is kept of a piece, on average, beyond which it is compressed
 READ_AT_ONCE = 200  # events that are read before others get their turn: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
+TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 BLOCK_BYTES = 120  # that stand around what is packed
 NO_MATCH = b"\n"  # with which no event begins
 # Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
@@ -3899,14 +3900,16 @@ class Transcript:
     only, so that there is no break within one, and none that admits a failure: `fault` says which.
     It counts in the `memory` of all, up to `limit` bytes; beyond, it is `lost`, and no matter."""
 
-    __slots__ = ("fault", "lost", "_memory", "_limit", "_begin", "_end", "_short", "_blocks",
-                 "_last", "_torn", "_lessons", "_counted")
+    __slots__ = ("fault", "lost", "join", "_memory", "_limit", "_begin", "_end", "_between",
+                 "_short", "_blocks", "_last", "_torn", "_lessons", "_counted")
 
     def __init__(self, memory: Memory, limit: int) -> None:
         self.fault: Fault | None = None  # that the last event admitted to; it was not shown
         self.lost = False
+        self.join: Any = None  # what has another server go on: see `Join`
         self._memory, self._limit, self._counted = memory, limit, 0
-        self._begin, self._end = NO_MATCH, b""  # what events have in common
+        self._begin, self._end = NO_MATCH, b""  # what events have in common,
+        self._between = slice(0)  # and where the rest is
         self._short: list[bytes] = []  # what was between, of the last pieces
         self._blocks: list[tuple[bytes, bytes, bytes, bool]] = []  # begin, end, packed, compressed
         self._last = self._torn = b""  # the last unusual piece; an event that has no end yet
@@ -3914,11 +3917,9 @@ class Transcript:
 
     def take(self, piece: bytes) -> bytes:
         """What of a piece is to be shown.  Called for each piece of the stream."""
-        begin, end = self._begin, self._end
-        if piece.startswith(begin) and piece.endswith(end) and not self._torn:
-            short = self._short
-            short.append(piece[len(begin) : -len(end)])
-            if len(short) >= SHORT_PIECES:
+        if piece.startswith(self._begin) and piece.endswith(self._end) and not self._torn:
+            self._short.append(piece[self._between])
+            if len(self._short) >= SHORT_PIECES:
                 self._pack()
             return piece
         return self._look(piece)
@@ -3926,16 +3927,17 @@ class Transcript:
     def rest(self) -> bytes:
         """What was held back, at the stream's end."""
         rest, self._torn = self._torn, b""
-        return rest
+        return rest if self.join is None else rest + self.join.rest()
 
     @property
     def withheld(self) -> bytes:
         """A server's words for its failure, or the beginning of an event."""
         return self._torn
 
-    def reopen(self) -> None:
+    def go_on(self, join: Any = None) -> None:
         """Another server goes on."""
-        self.fault, self._torn = None, b""
+        self.fault, self._torn, self.join = None, b"", join
+        self._begin, self._lessons = NO_MATCH, LESSONS_LIMIT
 
     @property
     def is_whole(self) -> bool:
@@ -3951,18 +3953,26 @@ class Transcript:
         self._blocks.clear()
         self._short.clear()
 
-    def pieces(self) -> Iterator[bytes]:
-        """All that was shown."""
+    def tail(self) -> bytes:
+        """The last pieces."""
         self._pack()
-        for begin, end, packed, compressed in self._blocks:
+        return b"".join(list(self.pieces(TAIL_PIECES))[-TAIL_PIECES:])
+
+    def pieces(self, blocks: int = 0) -> Iterator[bytes]:
+        """All that was shown, or the last so many blocks of it."""
+        self._pack()
+        for begin, end, packed, compressed in self._blocks[-blocks:]:
             text = zlib.decompress(packed) if compressed else packed
             for short in text.split(b"\0") if begin else (text,):
                 yield begin + short + end
 
     def _look(self, piece: bytes) -> bytes:
         """The same for a piece that is unlike those before, or not whole."""
+        if self.join is not None:
+            piece = self.join.take(piece)
         piece, cut, self._torn = self._torn + piece, 0, b""
         if self.lost:
+            self._blocks = [*self._blocks[1 - TAIL_PIECES :], (b"", b"", piece, False)]
             return piece
         for found in BLANK_LINE.finditer(piece):
             if may_admit(event := piece[cut : found.end()]):
@@ -3991,7 +4001,7 @@ class Transcript:
             end = piece[len(piece) - n :]
             end = end[max(0, end.find(b'"')) :]
             if 2 * (len(begin) + len(end)) > len(piece) and HARMLESS_END.search(end):
-                self._begin, self._end = begin, end
+                self._begin, self._end, self._between = begin, end, slice(len(begin), -len(end))
         self._last = piece
         self._keep(b"", b"", piece, 1)
 
@@ -4200,14 +4210,13 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Join:
-    """Has what another server says go on where a stream was.  Used in place of its Transcript,
-    which it goes on with.  Raises BadMessage where the two differ."""
+    """Has what another server says go on where a stream was.  Raises BadMessage where it
+    differs."""
 
     def __init__(
-        self, shown: Shown, transcript: Transcript, told_tokens: int | None = None,
-        on_news: Callable[[], object] = bool,
+        self, shown: Shown, told_tokens: int | None = None, on_news: Callable[[], object] = bool
     ) -> None:
-        self.shown, self.transcript, self.on_news = shown, transcript, on_news
+        self.shown, self.on_news = shown, on_news
         # Of a text that is continued: how many tokens of it are in the other server's prompt.
         self.told_tokens = told_tokens
         texts = {key: text for key, text in shown.said.items() if key in shown.grown}
@@ -4218,20 +4227,8 @@ class Join:
         self.names: dict[bytes, bytes] = {}  # the same as written, and the stream's own
         self.last_words = b""  # to be said at the end
         self.number = shown.number
-        self.went_on = False  # something new was shown
+        self.went_on = self.failed = False  # something new was shown; it admits to a failure
         self._torn = b""
-
-    @property
-    def fault(self) -> Fault | None:
-        return self.transcript.fault
-
-    @property
-    def is_whole(self) -> bool:
-        return self.transcript.is_whole
-
-    @property
-    def withheld(self) -> bytes:
-        return self.transcript.withheld
 
     def rest(self) -> bytes:
         """What is to be shown at the end."""
@@ -4244,9 +4241,8 @@ class Join:
         for found in BLANK_LINE.finditer(piece):
             event = piece[cut : found.end()]
             cut = found.end()
-            if new := self.new_of(event):
-                out.append(self.transcript.take(new))
-            if self.transcript.fault is not None:
+            out.append(self.new_of(event))
+            if self.failed:
                 break
         self._torn = piece[cut:]
         return b"".join(out)
@@ -4254,10 +4250,11 @@ class Join:
     def new_of(self, event: bytes) -> bytes:
         """An event without what was shown; b"" if nothing is left."""
         name, data = parse_event(event)
-        if data == b"[DONE]":
+        if may_admit(event) and fault_admitted(name, document_at_end(data)):
+            self.failed = True
+        elif data == b"[DONE]":
             self.check(None)
-        if not data or data == b"[DONE]" or may_admit(event) and fault_admitted(
-                name, document_at_end(data)):
+        if self.failed or not data or data == b"[DONE]":
             return event
         try:
             return self.rest_of(event, name, JSON.decode(str(data, "utf-8")))
@@ -10011,11 +10008,9 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 # blocked, its feeder is held.
 
 INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
-TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 
 
 NOT_WHOLE = "the server ended the answer before it was whole"
-StreamKeeper = Transcript | Join  # of the events of a stream that may go on at another server
 TINY_CHUNKS_BYTES = 16 * 1024  # of a piece's framing; taking it apart takes some ms
 
 
@@ -10036,7 +10031,7 @@ class Pump:
     def __init__(
         self, client: Wire, server: Wire, decoder: Decoder, chunked: bool, notation: Notation,
         silence_s: float, patience_s: float, gaps: Histogram, gaps_child: list[float] | None,
-        shown: bytes = b"", keeper: StreamKeeper | None = None,
+        shown: bytes = b"", keeper: Transcript | None = None,
     ) -> None:
         self.client, self.server, self.decoder, self.chunked = client, server, decoder, chunked
         self.keeper = keeper
@@ -10069,10 +10064,12 @@ class Pump:
         """A piece came.  This is the hottest code there is: once per piece of every stream."""
         now, decoder = wire.loop.time(), self.decoder
         data: Any = piece if self._lent else bytes(piece)
+        keeper, broke = self.keeper, False
         try:
             content = out = decoder.feed(data)
-            if self.keeper is not None and content:
-                content = self.keeper.take(content)
+            if keeper is not None and content:
+                content = keeper.take(content)
+                broke = content is not out and keeper.fault is not None
         except BadMessage as bad:
             self._end(bad)
             return
@@ -10082,8 +10079,9 @@ class Pump:
             if self._gaps_child is not None:
                 self._gaps.observe(self._gaps_child, now - self.moved_at)
             self.moved_at = now
-            last = content if len(content) <= TAIL_BYTES else content[-TAIL_BYTES:]
-            self.tail.append(bytes(last))
+            if keeper is None:
+                last = content if len(content) <= TAIL_BYTES else content[-TAIL_BYTES:]
+                self.tail.append(bytes(last))
             self.sent_bytes += len(content)
             self.pieces += 1
             if self.chunked:
@@ -10095,9 +10093,9 @@ class Pump:
         if len(data) - len(content) > TINY_CHUNKS_BYTES:  # others have their turn between them
             wire.at_once = RECEIVED[:TINY_CHUNKS_BYTES]
         wire.deadline = now + self._look_s
-        if self.keeper is not None and self.keeper.fault is not None:
+        if broke:
             self.client.transport.write(out)
-            self._end(BadMessage(NOT_WHOLE, self.keeper.fault))
+            self._end(BadMessage(NOT_WHOLE, keeper.fault))
         elif decoder.done:
             self._finish(bytes(out))
         elif self._lent:
@@ -10112,10 +10110,14 @@ class Pump:
         self.decoder.done = True
         self._finish(b"")
 
+    def ending(self) -> bytes:
+        """The last pieces."""
+        return b"".join(self.tail) if self.keeper is None else self.keeper.tail()
+
     def _finish(self, out: bytes) -> None:
         """The last bytes.  An end that is well-formed may still be that of an answer cut short;
         it stays away then, unless the server's own last event tells the client."""
-        fault = bad_end(b"".join(self.tail)[-TAIL_BYTES:], self._notation)
+        fault = bad_end(self.ending()[-TAIL_BYTES:], self._notation)
         try:
             if self.keeper is not None and (rest := self.keeper.rest()):
                 out += encode_chunk(rest) if self.chunked else rest
@@ -10319,7 +10321,7 @@ class Response:
         self.tail = b""  # the last pieces of content that were sent
         self.first_byte_at: float | None = None
         self.end = "complete"  # or the label of a fault
-        self.keeper: StreamKeeper | None = None  # of what it shows, if it can go on elsewhere
+        self.keeper: Transcript | None = None  # of what it shows, if it can go on elsewhere
         self._usage: tuple[bytes, dict[str, int]] = b"", {}  # of which tail
 
     @property
@@ -11528,7 +11530,7 @@ class Attempt:
             response.go_on(b"", True)  # nothing was lost but the end of its framing
         finally:
             wire.sink = response.client.feeder = None
-            tail = b"".join((*pump.tail, keeper.withheld if keeper and keeper.fault else b""))
+            tail = pump.ending() + (keeper.withheld if keeper and keeper.fault else b"")
             response.sent(pump.sent_bytes, tail[-TAIL_BYTES:], pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
@@ -11771,7 +11773,7 @@ class Resuming:
         if self.transcript.lost or not content:
             limit = "resume_bytes" if self.transcript.lost else "max_buffered_bytes"
             return Prospect(None, limit, "there was no room to keep it")
-        self.transcript.reopen()
+        self.transcript.go_on()
         self.shown = Shown()
         try:
             for _ in self.shown.read(self.transcript.pieces()):
@@ -11792,7 +11794,7 @@ class Resuming:
             assert view is not None
             document, tokens = await self.continued(self.core.pools.get(view.settings).client)
             request = request._replace(body=HeldContent(compact(document)))
-        join = Join(self.shown, self.transcript, tokens, on_news)
+        join = Join(self.shown, tokens, on_news)
         name = step.ranking.asked.name if step.ranking.asked else ""
         where = f" at {name}, after {self.broken}" if self.settings.server_header else ""
         join.last_words = f": resumed by {way.value}{where}\n\n".encode()
@@ -12128,7 +12130,7 @@ class Exchange:
         except (PeerGone, BadMessage) as error:
             outcome = Outcome(error.fault, str(error))
         stream.ended(way, outcome)
-        began = join is not None and self.response.keeper is join
+        began = join is not None and stream.transcript.join is join
         return outcome._replace(committed=began, went_on=began and join.went_on)
 
     async def resume(self, step: Resume) -> Outcome:
@@ -12224,10 +12226,11 @@ class Exchange:
         if self.call.makes_response:
             self.note_stored(head, answer.first)
         lease.answered(self.loop.time(), True)
-        response.keeper = join
-        shown = join.take(answer.first)
-        done = answer.done and join.fault is None
-        response.go_on(shown + join.rest() if done else shown, done)
+        assert (keeper := response.keeper) is not None
+        keeper.go_on(join)
+        shown = keeper.take(answer.first)
+        done = answer.done and keeper.fault is None
+        response.go_on(shown + keeper.rest() if done else shown, done)
         return not done
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
@@ -12628,7 +12631,7 @@ def streamed_events(pump: Pump) -> int | None:
     before, pump.looked_bytes = pump.looked_bytes, -1 if pump.client.blocked else pump.sent_bytes
     if before < 0 or pump.looked_bytes < 0:
         return None
-    return completion_tokens({}, b"".join(pump.tail), pump.sent_bytes - before)
+    return completion_tokens({}, pump.ending(), pump.sent_bytes - before)
 
 
 class Watchers:
@@ -19775,30 +19778,24 @@ def paths_topic() -> str:
 @topic("resume", "how a stream whose server was lost goes on at another one, and when it does not")
 def resume_topic() -> str:
     return f"""\
-A stream whose server dies, freezes, sleeps, stops, ends it early, or is drained (with
-drain_resume = true) goes on at another server of its model, after a pause:
+A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another:
 
-  resume = "repeat" (the default): what has temperature 0, top_k 1 or a seed is asked again, and
-    takes as long again; what was shown is compared and left out.  Any tools, grammars, reasoning,
-    logprobs, n.  Paths: {", ".join(RESUMED_PATHS[:3])},
-    and {RESUMED_PATHS[3]}, which knows no seed.
-  resume = "continue" also goes on with plain text that was sampled, behind the text so far
-    (continue_final_message): a fair continuation of the text, not of the tokens.  For one choice,
-    without stop, min_tokens, penalties, logprobs, echo, suffix, a grammar, reasoning or a tool's
-    call so far.
-  resume = "off": never.  [resumes] says one of these for one model.
+  "repeat"    what has temperature 0, top_k 1 or a seed is asked again, and takes as long again;
+              what was shown is compared and left out.  Paths: {", ".join(RESUMED_PATHS[:2])},
+              {", ".join(RESUMED_PATHS[2:])} (which knows no seed).
+  "continue"  also, plain sampled text of one choice goes on behind the text so far: a fair
+              continuation of the text, not of the tokens.  Without stop, min_tokens, penalties,
+              logprobs, echo, suffix, a grammar, reasoning or a tool's call so far.
+  "off"       never.  [resumes] says one of these for one model.
 
-resume_seed = true gives a seed to each stream that could not be repeated; on GPUs, vLLM says,
-generators for each request cost speed.  The stream keeps its id, and tells the usage of the whole.
+resume_seed gives a seed to each stream that could not be repeated; on GPUs, vLLM says, generators
+for each request cost speed.  An error event, which says why, ends what another server says
+otherwise, what one server keeps ({", ".join(STORED_MEMBERS)}),
+media by URL, an engine of the client's choice, and what meets resume_within, max_retries,
+retry_budget, resume_bytes (for streams' events) or a quarter of max_buffered_bytes (for requests).
 
-It ends with an error event, which says why, where another server says something else; for what
-one server keeps ({", ".join(STORED_MEMBERS)}); for media by
-URL; for an engine that the client chose; after resume_within; where the last two servers broke
-before anything new was shown; and where max_retries, retry_budget, resume_bytes (what is kept of
-all streams) or a quarter of max_buffered_bytes (their requests) are spent.
-
-A client refuses with X-MVLLM-Resume: off.  How it was done is said by the answer's last comment,
-the log, mvllm_resumes_total and mvllm_resumes_refused_total."""
+A client refuses with X-MVLLM-Resume: off.  The answer's last comment and the log tell how it went
+on, mvllm_resumes_total and mvllm_resumes_refused_total how often."""
 
 
 @topic("errors", "every error of the balancer's own: X-MVLLM-Error, status, blame, retries")

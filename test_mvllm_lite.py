@@ -3981,10 +3981,9 @@ def joined(transcript, stream, size=1 << 20, told=None):
     """What is shown after a break, of what another server says."""
     shown = lite.Shown()
     list(shown.read(transcript.pieces()))
-    transcript.reopen()
-    join = lite.Join(shown, transcript, told)
-    out = [join.take(stream[at : at + size]) for at in range(0, len(stream), size)]
-    return b"".join([*out, join.rest()])
+    transcript.go_on(lite.Join(shown, told))
+    out = [transcript.take(stream[at : at + size]) for at in range(0, len(stream), size)]
+    return b"".join([*out, transcript.rest()])
 
 
 OTHER_IDS = re.compile(rb'(?:id|resp|item|call)-2|created(?:_at)?":12')
