@@ -11673,7 +11673,7 @@ async def test_many_streams_at_once_are_not_mixed_up():
         assert await running.metric("mvllm_requests_in_flight") == 0
 
 
-def said(text, server=1, n=0):
+def text_event(text, server=1, n=0):
     choice = {"index": n, "delta": {"content": text}, "finish_reason": None}
     return as_event({"id": f"id-{server}", "created": 10 + server, "choices": [choice]})
 
@@ -11690,7 +11690,7 @@ def told_in(body):
 def telling(*texts, server=1, then=b"", how="end", wait=None):
     """A server that streams these texts; then these bytes, and the end, or what else."""
     async def answer(asked, conn):
-        await conn.events(*(said(text, server) for text in texts), end=False)
+        await conn.events(*(text_event(text, server) for text in texts), end=False)
         if wait is not None:
             await wait.wait()
         elif how != "end" or then:  # what was said is shown first
@@ -11736,7 +11736,7 @@ BREAKS = table(
     ("its connection is reset", {"how": "reset"}, "server_gone"),
     ("within an event", {"then": chunk(b'data: {"choices":[{"del')[:20], "how": "reset"},
      "server_gone"),
-    ("between an event and its end", {"then": chunk(said(" c")[:-1]), "how": "reset"},
+    ("between an event and its end", {"then": chunk(text_event(" c")[:-1]), "how": "reset"},
      "server_gone"),
     ("a polite abort", {"then": chunk(finished(reason="abort")) + chunk(DONE)}, "aborted"),
     ("a text in the abort", {"then": chunk(finished(reason="abort").replace(b'""', b'" c"'))},
