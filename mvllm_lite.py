@@ -14381,14 +14381,13 @@ ROUTER_FLAGS = {
     "--enable-igw": RouterFlag(nargs=0, instead="requests go to servers that have their model"),
     # Without it there would be a hole.
     "--api-key-validation-urls": RouterFlag(nargs="+", refused="name clients' keys in [[keys]]"),
-    # Of prefill and decode servers, until they are asked for one request.
-    "--vllm-pd-disaggregation": RouterFlag(nargs=0, refused=(
-        NO_PD := "prefill and decode servers are not asked for the same request yet")),
-    "--prefill": RouterFlag(nargs="+", refused=NO_PD),
-    "--decode": RouterFlag(nargs="+", refused=NO_PD),
-    "--prefill-policy": RouterFlag(refused=NO_PD),
-    "--decode-policy": RouterFlag(refused=NO_PD),
-    "--kv-connector": RouterFlag(refused=NO_PD),
+    # Of prefill and decode servers: `router_servers` makes a [[disaggregation]] of them.
+    "--vllm-pd-disaggregation": RouterFlag(nargs=0),
+    "--prefill": RouterFlag(nargs="+"),
+    "--decode": RouterFlag(nargs="+"),
+    "--prefill-policy": RouterFlag(),
+    "--decode-policy": RouterFlag(),
+    "--kv-connector": RouterFlag(),
     # Of Kubernetes: `router_servers` makes a [[kubernetes]] of them.
     "--service-discovery": RouterFlag(nargs=0),
     "--selector": RouterFlag(nargs="*"),
@@ -14418,6 +14417,8 @@ def router_topic() -> str:
                       *(name.ljust(width) + meaning for name, meaning in rows)])
 
 
+SPLIT_FLAGS = {"--kv-connector": "kv_connector", "--prefill-policy": "prefill_policy",
+               "--decode-policy": "decode_policy"}
 POD_FLAGS = {"--selector": "selector", "--prefill-selector": "prefill_selector",
              "--decode-selector": "decode_selector", "--service-discovery-namespace": "namespace",
              "--service-discovery-port": "port"}
@@ -14427,8 +14428,21 @@ def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """The servers that its flags name, or have looked for.  Raises SettingsError."""
     found, size = dict[str, tuple[Any, str]](), given.get("--intra-node-data-parallel-size")
     more = {} if size is None else {"data_parallel_size": size}
-    if (urls := given.get("--worker-urls")) is not None:
-        found["servers"] = [{"url": url, **more} for url in urls], "--worker-urls"
+    servers = [{"url": url, **more} for url in given.get("--worker-urls", ())]
+    for url, *port in given.get("--prefill", ()):
+        own = {"bootstrap_port": port[0]} if port and port[0].lower() != "none" else {}
+        servers.append({"url": url, "role": "prefill", **own, **more})
+    servers += [{"url": url, "role": "decode", **more}
+                for urls in given.get("--decode", ()) for url in urls]
+    if servers or "--worker-urls" in given:
+        named = [name for name in ("--worker-urls", "--prefill", "--decode") if name in given]
+        found["servers"] = servers, ", ".join(named)
+    split = {key: ROUTER_POLICIES.get(given[name], given[name])
+             for name, key in SPLIT_FLAGS.items() if name in given}
+    if {"--vllm-pd-disaggregation", "--prefill", "--decode"} & given.keys():
+        if "--vllm-discovery-address" in given:
+            split.setdefault("kv_connector", "p2p_nccl")  # no other connector registers so
+        found["disaggregation"] = [split], "--vllm-pd-disaggregation"
     pods = {key: ",".join(given[name]) if isinstance(given[name], list) else given[name]
             for name, key in POD_FLAGS.items() if name in given}
     if "--service-discovery" in given:

@@ -14494,6 +14494,22 @@ ROUTER_LINES = table(
      {"urls": [], "pods": [("app=vllm-worker,role=inference", "default", ())]}, []),
     ("pods of a port", "--service-discovery --selector app=a --service-discovery-port 8000"
      " --intra-node-data-parallel-size 2", {"pods": [("app=a", "", (8000,))]}, []),
+    ("parted, over NIXL", "--policy consistent_hash --vllm-pd-disaggregation"
+     " --prefill http://127.0.0.1:8081 --prefill http://127.0.0.1:8082"
+     " --decode http://127.0.0.1:8083 --decode http://127.0.0.1:8084 --host 127.0.0.1 --port 8090"
+     " --intra-node-data-parallel-size 1",
+     {"roles": [("prefill", 8081, 0), ("prefill", 8082, 0), ("decode", 8083, 0),
+                ("decode", 8084, 0)], "split": [("nixl", "", "")], "port": 8090}, []),
+    ("parted, over NCCL", "--policy consistent_hash --vllm-pd-disaggregation"
+     " --vllm-discovery-address 0.0.0.0:30001 --host 0.0.0.0 --port 10001"
+     " --prefill-policy consistent_hash --decode-policy consistent_hash",
+     {"urls": [], "split": [("p2p_nccl", "consistent_hash", "consistent_hash")],
+      "registration_address": "0.0.0.0:30001"}, []),
+    ("parted, over Mooncake", "--policy consistent_hash --vllm-pd-disaggregation"
+     " --kv-connector mooncake --prefill http://127.0.0.1:8081 8998"
+     " --prefill http://127.0.0.1:8082 none --decode http://127.0.0.1:8083",
+     {"roles": [("prefill", 8081, 8998), ("prefill", 8082, 0), ("decode", 8083, 0)],
+      "split": [("mooncake", "", "")]}, []),
     # And of its table of flags.
     ("the rest", "--worker-urls http://a:1 --host 127.0.0.1 --port 30000 --policy cache_aware"
      " --cache-threshold 0.5 --balance-abs-threshold 32 --balance-rel-threshold 1.1 --api-key sk-1"
@@ -14525,6 +14541,10 @@ def test_a_command_line_of_vllm_project_s_router_works(line, expected, warned):
     settings, warnings = run_with(line)
     for key, value in expected.items():
         found = {"urls": [one.url for one in settings.servers],
+                 "roles": [(one.role, int(one.url[-4:]), one.bootstrap_port)
+                           for one in settings.servers if one.role != "both"],
+                 "split": [(one.kv_connector, one.prefill_policy, one.decode_policy)
+                           for one in settings.disaggregation],
                  "pods": [(one.selector, one.namespace, one.port) for one in settings.kubernetes],
                  "data_parallel_size": max((s.data_parallel_size for s in settings.servers),
                                            default=0)}
