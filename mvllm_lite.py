@@ -15942,14 +15942,14 @@ class RegistrationBook:
 
     def servers(self) -> dict[str, ServerSettings]:
         """All that are registered, by id; of two that are the same, the one that came first."""
-        found = dict[str, ServerSettings]()
-        for one in self.by_id.values():
-            found |= {id: server for id, server in one.servers.items() if id not in found}
-        return found
+        return {id: one.servers[id] for id, one in self.owners().items()}
 
-    def of_server(self, id: str) -> Registration | None:
-        """Whose that server is."""
-        return next((one for one in self.by_id.values() if id in one.servers), None)
+    def owners(self) -> dict[str, Registration]:
+        """Whose each server is."""
+        found = dict[str, Registration]()
+        for one in self.by_id.values():
+            found |= {id: one for id in one.servers if id not in found}
+        return found
 
     def find(self, name: str) -> Registration:
         """By its id, or a URL of it.  Raises LookupError."""
@@ -16029,7 +16029,8 @@ def parse_registration(
         for key in said.keys() & set(URL_KEYS):
             urls[key] = placed_url(said[key], place, placed)
         if (key := "zmq_address") in said:
-            place(said[key].rpartition(":")[0].strip("[]"))
+            host = said[key].rpartition(":")[0].strip("[]").lower()
+            placed[host] = place(host)
     except ValueError as expected:
         raise wrong(key, said[key], expected) from None
     is_agent = "gpu_info" in said or "instances" in said
@@ -16255,16 +16256,16 @@ async def addresses_of(host: str) -> list[str]:
     return []
 
 
-def registrar_of(asked: Asked, one: Registration | None = None) -> Registrar:
-    """By what right somebody asks, for what may be registered already.  Raises BadMessage where
-    that is another's."""
-    assert asked.visit is not None
-    if may_not_change(asked.visit) is None:
-        return Registrar.ADMIN
-    if one is not None and one.registrar is not Registrar.KEY:
+def is_admins(asked: Asked) -> bool:
+    """Whether an admin asks; or, without keys, a peer on this machine."""
+    return asked.visit is not None and may_not_change(asked.visit) is None
+
+
+def check_may_change(asked: Asked, one: Registration | None) -> None:
+    """Raises BadMessage where it is another's."""
+    if one is not None and one.registrar is not Registrar.KEY and not is_admins(asked):
         text = f"{one.id} was not registered with the registration key"
         raise BadMessage(text, Fault.FORBIDDEN)
-    return Registrar.KEY
 
 
 async def register(core: Core, asked: Asked) -> dict[str, Any]:
@@ -16272,8 +16273,9 @@ async def register(core: Core, asked: Asked) -> dict[str, Any]:
     if not (said := read_members(asked.content, None)):
         raise wrong("", None, 'JSON like {"url": "http://10.0.0.1:8000"}')
     place, registrations = (await peer_of(asked, said)).place, Registrations.of(core)
-    new = parse_registration(said, registrar_of(asked), place)
-    registrar_of(asked, registrations.book.by_id.get(new.id))
+    registrar = Registrar.KEY if asked.visit and asked.visit.registers else Registrar.ADMIN
+    new = parse_registration(said, registrar, place)
+    check_may_change(asked, registrations.book.by_id.get(new.id))
     registrations.take(new)
     ignored = sorted(new.said.keys() - REGISTRATION_KEYS)
     return {"status": "success", "message": f"{new.id} is registered", "worker_id": new.id,
@@ -16292,12 +16294,14 @@ async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
         return await unregister(core, asked)
     if not asked.head.path.rstrip("/").endswith("/heartbeat"):
         raise LookupError("POST is for /workers/register, and /heartbeat below a worker.")
-    registrations = Registrations.of(core)
+    registrations, place = Registrations.of(core), None
     one = registrations.book.find(name_in(asked, "/heartbeat"))
-    registrar_of(asked, one)
+    check_may_change(asked, one)
     if more := read_members(asked.content, None):
         said = {**one.said, **more, "worker_id": one.id}
-        one = parse_registration(said, one.registrar, (await peer_of(asked, said)).place)
+        if more.keys() & {*URL_KEYS, "zmq_address"}:
+            place = (await peer_of(asked, said)).place
+        one = parse_registration(said, one.registrar, place or one.placed.__getitem__)
     registrations.take(one)
     return {"status": "success", "message": f"{one.id} is there", "ttl_s": one.ttl_s}
 
@@ -16308,10 +16312,10 @@ async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
     try:
         one = book.find(name)
     except LookupError:
-        if registrar_of(asked) is not Registrar.ADMIN:
+        if not is_admins(asked):
             raise
         return {"status": "success", **await remove_server(core, server_named(core, name))}
-    registrar_of(asked, one)
+    check_may_change(asked, one)
     book.remove(one.id)
     log.info("%s has left: it says so", one.id)
     return {"status": "success", "message": f"{one.id} is no longer registered"}
@@ -16320,7 +16324,7 @@ async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
 def worker_rows(core: Core) -> list[dict[str, Any]]:
     """Servers and agents, as vllm-project/router and serverless_vllm list them."""
     now, book = clock_now(), Registrations.of(core).book
-    rows = list[dict[str, Any]]()
+    rows, owners = list[dict[str, Any]](), book.owners()
     for id, entry in core.roster.entries.items():
         views, url, role = core.fleet.engines(id), entry.settings.url, entry.settings.role
         models = [name for view in views[:1] for name in view.models or ()]
@@ -16332,7 +16336,7 @@ def worker_rows(core: Core) -> list[dict[str, Any]]:
             "model_id": models[0] if models else "unknown", "models": models,
             "is_healthy": any(view.healthy for view in views), "load": sum(loads),
             "connection_mode": "http", "priority": 50, "cost": 1.0, "source": entry.source.value,
-            **registration_row(book.of_server(id), now)})
+            **registration_row(owners.get(id), now)})
     return rows + [{"url": one.url, "worker_type": "agent", "source": Source.REGISTERED.value,
                     "instances": one.said.get("instances", {}), **registration_row(one, now)}
                    for one in book.by_id.values() if one.is_agent]
@@ -16357,7 +16361,7 @@ async def list_workers(core: Core, asked: Asked) -> dict[str, Any]:
 
 async def show_worker(core: Core, asked: Asked) -> dict[str, Any]:
     """one of them, by its id or its URL"""
-    if registrar_of(asked) is not Registrar.ADMIN:
+    if not is_admins(asked):
         raise BadMessage("who is registered is shown to admins", Fault.FORBIDDEN)
     name = name_in(asked)
     for row in worker_rows(core):
@@ -16514,11 +16518,13 @@ class ZmqListener:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str
     ) -> None:
         """Raises BadMessage, SettingsError, OSError, TimeoutError."""
-        zmtp = ZmtpPeer()
+        zmtp, loop = ZmtpPeer(), asyncio.get_running_loop()
+        greeted_by = loop.time() + ZMQ_HANDSHAKE_S
         while True:
             writer.write(bytes(zmtp.answer))
             zmtp.answer.clear()
-            async with within(ZMQ_HANDSHAKE_S if zmtp.identity is None else ZMQ_SILENCE_S):
+            greets = zmtp.identity is None
+            async with within(greeted_by - loop.time() if greets else ZMQ_SILENCE_S):
                 await writer.drain()
                 if not (piece := await reader.read(ZMQ_PIECE_BYTES)):
                     return

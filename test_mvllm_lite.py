@@ -15963,6 +15963,7 @@ def test_the_book_tells_of_changes_and_forgets_who_is_silent():
     assert successor.servers() == book.servers() and len(successor.by_id) == 2
     assert successor.find("10.0.0.1:2").expires_at == 60.0
     assert successor.find("gpu-1").registered_at == 4.0
+    assert book.owners()["http://10.0.0.1:2"].id == "10.0.0.1:2"
     book.remove("gpu-1", "10.0.0.1:2")
     assert told[-1] == [] and book.next_expiry() == math.inf
 
@@ -15983,6 +15984,15 @@ def test_the_server_that_registered_first_defines_it():
 
 
 P2P = {"type": "P", "http_address": "10.0.0.1:8000", "zmq_address": "10.0.0.1:21001"}
+
+
+def test_a_successor_need_not_judge_addresses_again():
+    said = {**P2P, "zmq_address": "Other-NIC:21001"}
+    place = lite.Peer("10.0.0.1", True, {"other-nic": ["10.9.0.1"]}).place
+    book, successor = lite.RegistrationBook(), lite.RegistrationBook()
+    book.put(lite.zmq_registration(said, place), 0.0)
+    successor.load(json.loads(json.dumps(book.dump(1.0))), 0.0)
+    assert successor.servers() == book.servers() != {}
 
 
 @pytest.mark.parametrize("said, expected", table(
@@ -16112,6 +16122,10 @@ async def test_a_successor_keeps_what_is_registered():
     async with balancing(wait=False) as b:
         said = {"worker_id": "w", "url": "http://gpu.example:1", "ttl_s": 9}
         assert (await post(b, "/workers/register", said))[0] == 200
+        before = lite.Registrations.of(b.core).book.by_id["w"]
+        said = {"models": ["m"]}  # from elsewhere, which moves nothing
+        assert (await post(b, "/workers/w/heartbeat", said, host="127.0.0.9"))[0] == 200
+        assert lite.Registrations.of(b.core).book.by_id["w"].placed == before.placed
         successor = lite.Core(Settings(), random.Random(0))
         successor.roster.load(b.core.roster.dump())
         assert successor.roster.named_by(lite.Source.REGISTERED)["http://gpu.example:1"].address
