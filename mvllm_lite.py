@@ -15180,7 +15180,7 @@ class Listing:
     def refused(self, failure: ApiFailure, failures: int) -> None:
         """Where nothing can be watched or listed from where it was, list anew.  What is known stays
         until that is done."""
-        stuck = self.complete and failure.status and failures % 3 == 0
+        stuck = self.complete and failure.status in (404, 500, 504) and failures % 3 == 0
         if stuck or failure.status in (400, GONE):
             self.complete, self._pages, self._continue = False, {}, ""
 

@@ -15039,6 +15039,7 @@ def test_what_was_missed_is_repaired_by_a_list_anew_and_known_until_then():
 @pytest.mark.parametrize("status, failures, anew", table(
     ("none at all", 0, 3, False), ("too old", 410, 1, True), ("an odd version", 400, 1, True),
     ("an error", 500, 1, False), ("errors again and again", 500, 3, True),
+    ("an old token", 401, 3, False), ("it is busy", 503, 3, False),
 ))
 def test_when_a_watch_has_to_list_anew(status, failures, anew):
     one = listing_of()
