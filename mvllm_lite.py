@@ -3878,6 +3878,7 @@ def response_id(start: bytes, streams: bool) -> str:
 
 SHORT_PIECES = 64  # that are packed together
 LESSONS_LIMIT = 12  # from which a transcript learns what its events have in common
+WHOLE_BYTES = 16 * 1024  # of pieces that are unlike others, which are compressed together
 LOOSE_BYTES = 32  # of what is kept of a piece, on average, beyond which it is compressed
 READ_AT_ONCE = 200  # events that are read before others get their turn: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
@@ -3901,7 +3902,7 @@ class Transcript:
     It counts in the `memory` of all, up to `limit` bytes; beyond, it is `lost`, and no matter."""
 
     __slots__ = ("fault", "lost", "join", "_memory", "_limit", "_begin", "_end", "_between",
-                 "_short", "_blocks", "_last", "_torn", "_lessons", "_counted")
+                 "_short", "_whole", "_blocks", "_last", "_torn", "_lessons", "_counted")
 
     def __init__(self, memory: Memory, limit: int) -> None:
         self.fault: Fault | None = None  # that the last event admitted to; it was not shown
@@ -3911,6 +3912,7 @@ class Transcript:
         self._begin, self._end = NO_MATCH, b""  # what events have in common,
         self._between = slice(0)  # and where the rest is
         self._short: list[bytes] = []  # what was between, of the last pieces
+        self._whole = bytearray()  # before them, what was unlike others
         self._blocks: list[tuple[bytes, bytes, bytes, bool]] = []  # begin, end, packed, compressed
         self._last = self._torn = b""  # the last unusual piece; an event that has no end yet
         self._lessons = 0
@@ -3952,6 +3954,7 @@ class Transcript:
         self._counted, self._begin = 0, NO_MATCH
         self._blocks.clear()
         self._short.clear()
+        self._whole.clear()
 
     def tail(self) -> bytes:
         """The last pieces."""
@@ -3991,7 +3994,8 @@ class Transcript:
 
     def _learn(self, piece: bytes) -> None:
         """Keep a piece, and look what it has in common with the last such one."""
-        self._pack()
+        if self._short:
+            self._pack()
         usual = self._begin != NO_MATCH
         begin, end = (self._begin, self._end) if usual else (self._last, self._last)
         if begin and self._lessons < LESSONS_LIMIT:
@@ -4003,10 +4007,15 @@ class Transcript:
             if 2 * (len(begin) + len(end)) > len(piece) and HARMLESS_END.search(end):
                 self._begin, self._end, self._between = begin, end, slice(len(begin), -len(end))
         self._last = piece
-        self._keep(b"", b"", piece, 1)
+        self._whole += piece
+        if len(self._whole) > WHOLE_BYTES:
+            self._pack()
 
     def _pack(self) -> None:
         """Keep what the last pieces have in common once."""
+        if self._whole:  # they came before
+            whole, self._whole = bytes(self._whole), bytearray()
+            self._keep(b"", b"", whole, 0)
         if not self._short:
             return
         short, self._short = self._short, []
