@@ -144,7 +144,7 @@ the lines.
     88  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
     89  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
-   XIV  laboratory       2,000 lines, for `replay`, `demo` and `check-config`
+   XIV  laboratory       2,170 lines, for `replay`, `demo` and `check-config`
     90  traces         · requests of the past: from files, or made up
     91  engine         · a model of a vLLM server, in simulated time
     92  replay         · those requests sent to such servers by any policy
@@ -2011,6 +2011,8 @@ class Settings:
         False, truth, "whether they may send cookies with that; not together with *")
     log_level: str = setting(
         "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "what is logged", "LOG_LEVEL")
+    log_format: str = setting(
+        "text", one_of("text", "json"), "of lines on stdout", "LOG_FORMAT", restart=True)
     log_to_console: bool = setting(
         False, truth, "on a terminal, too: log lines, with each request, not the screen",
         "LOG_TO_CONSOLE")
@@ -10738,7 +10740,14 @@ def not_writable(path: str) -> str:
 
 
 class Console(LineWriter):
-    """Lines on stdout, which a screen takes the place of."""
+    """Lines on stdout, which a screen takes the place of; or JSON, an object a line."""
+
+    as_json = False
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        line = super().prepare(record)
+        return json.dumps({"time": utc(record.created), "event": "log", "level": record.levelname,
+                           "text": record.getMessage()}) if self.as_json else line
 
 
 def saying_requests(on_console: Callable[[], bool], kind: type) -> Subscriber | None:
@@ -10753,15 +10762,17 @@ def say_request(on_console: Callable[[], bool], facts: RequestFacts) -> None:
     for one in log.handlers:
         if isinstance(one, LineWriter) and one.level <= logging.INFO and (
                 not isinstance(one, Console) or on_console()):
-            one.writer.say(line)
+            as_json = isinstance(one, Console) and one.as_json
+            one.writer.say(request_record(time.time(), facts) if as_json else line)
 
 
 @contextlib.contextmanager
-def logging_to_stdout(level: str) -> Iterator[None]:
+def logging_to_stdout(s: Settings) -> Iterator[None]:
     """Log lines go to stdout."""
     writer = Writer(Descriptor(sys.stdout.fileno()))
     console = Console(writer)
-    log.setLevel(level)
+    console.as_json = s.log_format == "json"
+    log.setLevel(s.log_level)
     log.propagate = False
     log.addHandler(console)
     try:
@@ -12829,6 +12840,30 @@ async def drain_server(core: Core, server: str) -> dict[str, Any]:
     return report_done(core, f"{shown_name(core, server)} drained")
 
 
+async def drain_and_wait(core: Core, server: str, wait: str) -> dict[str, Any]:
+    """Drain, and wait so many seconds for what it still does; says how much that is then."""
+    try:
+        deadline = clock_now().monotonic + number(0, 3600)(wait)
+    except ValueError as expected:
+        text = f"found {shown(wait)}, expected {expected}"
+        raise SettingsError([Complaint("request", 0, "wait", text)]) from None
+    done = await drain_server(core, server)
+
+    def in_flight() -> int:
+        return sum(view.counts.in_flight for view in core.fleet.engines(server))
+
+    while in_flight() and clock_now().monotonic < deadline and not core.process.stopping:
+        await asyncio.sleep(0.05)
+    return done | {"in_flight": in_flight()}
+
+
+async def list_servers(core: Core) -> dict[str, Any]:
+    status = core.status()
+    keys = ("url", "name", "source", "state", "reason", "in_flight", "weight")
+    return {"servers": [{key: one[key] for key in keys}  # type: ignore[literal-required]
+                        for one in status["servers"]], "by_hand": status["live"]}
+
+
 async def undrain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server, False)
     return report_done(core, f"{shown_name(core, server)} in use")
@@ -13138,15 +13173,20 @@ ADMIN: dict[str, dict[str, Operate]] = {
     "/admin/servers": {
         "POST": lambda core, asked: add_server(core, read_members(asked.content, None)),
         "DELETE": on_server(remove_server),
+        "GET": lambda core, asked: list_servers(core),
     },
     "/admin/servers/weight": {"POST": lambda core, asked: weigh_server(
         core, server_named(core, asked.query.get("url", "")), asked.query.get("weight"))},
     **{f"/admin/servers/{verb}": {"POST": on_server(one)} for verb, one in OPERATIONS.items()},
+    "/admin/servers/drain": {"POST": lambda core, asked: drain_and_wait(
+        core, server_named(core, asked.query.get("url", "")), asked.query.get("wait", "0"))},
 }
 ADMIN_MEANINGS = {
+    ("/admin/servers", "GET"): "all servers, and what was done to them by hand",
     ("/admin/servers", "POST"): "add the server in the content, an entry of `servers` as JSON",
     ("/admin/servers", "DELETE"): "remove the server with ?url= after its last answer",
-    ("/admin/servers/drain", "POST"): "no more requests for the server with ?url=",
+    ("/admin/servers/drain", "POST"):
+        "no more requests for the server with ?url=; &wait= seconds for those that it has",
     ("/admin/servers/undrain", "POST"): "undo that",
     ("/admin/servers/weight", "POST"): "give the server with ?url= that &weight=",
     ("/admin/servers/probe", "POST"): "check the server with ?url= now",
@@ -14572,7 +14612,7 @@ def run_balancer(args: argparse.Namespace) -> int:
         return fail(f"--max-load: found {len(args.max_load)} numbers for {len(args.server or ())}"
                     " servers, expected one for each")
     path, overrides, settings, warnings = settings_to_run(args, os.environ)
-    with logging_to_stdout(settings.log_level):
+    with logging_to_stdout(settings):
         for warning in warnings:
             log.warning("%s", warning)
         inherited = inherited_sockets()
@@ -21049,7 +21089,8 @@ def run_replay(args: argparse.Namespace) -> int:
     span_s = max(1e-9, arrivals[-1].at_s)
     print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
           f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
-          f" s and {args.slo_token * 1000:g} ms a token")
+          f" s and {args.slo_token * 1000:g} ms a token, of the requests after the"
+          f" first quarter of the time; the servers: {', '.join(one.name for one in servers)}")
     rows = dict[str, Summary]()
     for name in policies:
         router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
@@ -22080,7 +22121,7 @@ def run_demo(args: argparse.Namespace) -> int:
     rate = args.load if args.load is not None else 2.0 * screen
     if not 0 <= rate <= 1000:
         return fail(f"--load: found {rate:g}, expected requests per second, 0 to 1000")
-    with logging_to_stdout(settings.log_level):
+    with logging_to_stdout(settings):
         return serve_until_stopped(lambda run: demo(
             args.servers, settings, run, args.discovery, rate), DEMO_HINT, screen)
 
@@ -22300,6 +22341,20 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
          "set registration_key or registration_key_file"),
     ) if amiss]
     known = {name for one in examined for name in one.models or ()}
+    drawn = {server.pool for server in (*s.servers, *s.patterns)}
+    secrets = Secrets(s).keys
+    same = [(one.name, other.name) for n, (one, a) in enumerate(secrets)
+            for other, b in secrets[n + 1 :] if a == b]
+    told = known if all(one.models is not None for one in examined) and examined else None
+    unknown = [(f"[policies] {shown(model)}", model) for model in s.policies]
+    unknown += [(f"models of key {key.name}: {shown(m)}", m) for key in s.keys for m in key.models]
+    findings += [Finding(f"{what}: no effect", advice) for what, advice in (
+        *((f"keys {a} and {b} have one secret, and only the first is ever found",
+           "give each its own") for a, b in same),
+        *((f"[pools] {name} has no server", f'give servers pool = "{name}"')
+          for name in s.pools if name not in drawn),
+        *((f"{what} is no model of any server", "name one that they list")
+          for what, model in unknown if told is not None and model not in {*told, *s.aliases}))]
     if all(one.models is not None for one in examined):
         named = [(f"the alias {shown(alias)} means", model) for alias, model in s.aliases.items()]
         named += [("default_model is", s.default_model)] if s.default_model else []

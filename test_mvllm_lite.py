@@ -18201,6 +18201,35 @@ def test_every_key_of_the_document_is_shown(page: Page, thing: str, key: str) ->
 
 
 @asynchronous
+async def test_servers_are_listed_with_what_is_by_hand_and_a_drain_can_wait():
+    async with Server() as one, balancing(one, "http://127.0.0.1:1") as running:
+        client = await running.client()
+        where = f"/admin/servers/drain?url={one.url}"
+        lease = running.core.fleet.lease(one.url, asyncio.get_running_loop().time())
+        lease.__enter__()
+        waited = await client.post(f"{where}&wait=0.01", b"", AS_JSON)
+        assert (waited.status, waited.json["in_flight"]) == (200, 1)
+        lease.__exit__(None, None, None)
+        assert (await client.post(f"{where}&wait=30", b"", AS_JSON)).json["in_flight"] == 0
+        assert (await client.post(f"{where}&wait=long", b"", AS_JSON)).error["message"] == (
+            "request: wait: found 'long', expected a number, 0 to 3600")
+        listed = (await client.get("/admin/servers")).json
+        assert [row["state"] for row in listed["servers"]][0] == "drained"
+        assert listed["servers"][0]["reason"].startswith("drained by hand")
+        assert listed["by_hand"]["drained"] == [one.url]
+
+
+def test_log_lines_on_stdout_can_be_json():
+    said = []
+    console = lite.Console(types.SimpleNamespace(queue=None, say=said.append))
+    for console.as_json in (False, True):
+        console.handle(logging.LogRecord("x", logging.INFO, "", 0, "a line", (), None))
+    assert said[0].endswith("INFO a line")
+    found = json.loads(said[1])
+    assert (found["event"], found["level"], found["text"]) == ("log", "INFO", "a line")
+
+
+@asynchronous
 async def test_a_browser_at_the_root_is_led_to_the_page_and_told_whether_it_may_operate():
     async with balancing(Server(), keys=()) as running:
         client = await running.client()
