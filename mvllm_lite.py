@@ -8570,6 +8570,7 @@ class EndedRequest(NamedTuple):
     began_at: float
     first_s: float | None
     tokens: int | None
+    prefill: str  # the server that has read its prompt for that one, or ""
 
 
 class Recent:
@@ -8645,6 +8646,7 @@ class ServerStatus(TypedDict):
 
     url: str
     name: str  # the same for people
+    role: str  # prefill, decode or both
     source: str  # of its definition: a Source; "" of one that has left and still answers
     state: str  # one of a State's words, "circuit open", "asleep", "drained", "draining" …
     reason: str  # for it
@@ -8711,6 +8713,7 @@ class RunningStatus(TypedDict):
     id: str
     age_s: float
     server: str
+    prefill: str  # the server that has read its prompt for that one, or ""
     model: str
     key: str  # its name
     path: str
@@ -8723,6 +8726,7 @@ class EndedStatus(TypedDict):
     id: str
     ago_s: float
     server: str
+    prefill: str
     model: str
     key: str
     status: int
@@ -8779,7 +8783,8 @@ def status_of(
     now, load, history = clock.monotonic, view.load, recent.histories.get(view.id) or History()
     before, ttfb = history.since(now - MINUTE_S), history.ttfb_since(now - MINUTE_S)
     return {
-        "url": view.name, "name": view.name.partition("://")[2] or view.name,
+        "url": view.name, "role": (role := view.settings.role),
+        "name": (view.name.partition("://")[2] or view.name) + f" {role}" * (role != "both"),
         "source": entry.source.value if entry else "", "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
@@ -8855,7 +8860,8 @@ def models_of(
 
 def ended_report(recent: Recent, now: float) -> list[EndedStatus]:
     return [{"id": one.id, "ago_s": round(now - one.at, 1), "server": one.server,
-             "model": one.model, "key": one.key or "", "status": one.status, "end": one.end,
+             "prefill": one.prefill, "model": one.model, "key": one.key or "",
+             "status": one.status, "end": one.end,
              "duration_s": round(one.at - one.began_at, 4), "first_s": rounded(one.first_s),
              "tokens": one.tokens} for one in map(EndedRequest._make, reversed(recent.ended))]
 
@@ -10862,6 +10868,7 @@ class Running(Protocol):
     content_bytes: int
     pump: Pump | None
     server: str
+    prefill: str
     request: OutboundRequest
     response: Response
 
@@ -11031,7 +11038,8 @@ class Requests:
         attempts = sorted((one for found in self.running.values() for one in found),
                           key=lambda one: one.request.asked_at)
         return [{"id": one.response.id, "age_s": round(now - one.request.asked_at, 1),
-                 "server": one.server, "model": one.request.model_label, "key": one.request.key,
+                 "server": one.server, "prefill": one.prefill,
+                 "model": one.request.model_label, "key": one.request.key,
                  "path": one.request.path[:200], "tokens": one.pump and one.pump.pieces}
                 for one in attempts[:RUNNING_SHOWN]]
 
@@ -11370,6 +11378,8 @@ def named_server(name: str, s: Settings) -> list[tuple[str, str]]:
 
 class Attempt:
     """A request said to one server, for which the server's watcher may see it wait, and end it."""
+
+    prefill = ""  # the name of the server that has read its prompt for it
 
     def __init__(
         self, core: Core, step: Relay, response: Response,
@@ -11736,7 +11746,8 @@ def account(x: Exchange) -> None:
             metrics.usage.add(key, model, kind, amount=tokens)
     core.recent.ended.append((  # an EndedRequest; this is for each request
         now, response.id, model, server, x.key and x.key.name, response.status, response.end,
-        trail.began_at, first_s if response.streams else None, usage.get("completion")))
+        trail.began_at, first_s if response.streams else None, usage.get("completion"),
+        trail.prefill))
     if core.trace is not None and server and response.status < 500:
         age_s, call = now - trail.asked_at, x.call._replace(model=model or None)
         tokens = completion_tokens(usage, response.tail, response.sent_bytes)
@@ -11869,14 +11880,15 @@ LOOK_LIMIT_S = 2.0  # for which a request waits for a look at servers' models
 class Trail:
     """What is noted of a request on its way, for metrics and logs.  Times are the loop's."""
 
-    __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "attempts", "failures",
-                 "model")
+    __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "prefill", "attempts",
+                 "failures", "model")
 
     def __init__(self, now: float) -> None:
         self.began_at = self.asked_at = now  # its head was there; it was understood
         self.queued_s = 0.0
         self.server = ""  # the id of the one asked last, or its engine's,
         self.name = ""  # and what is shown of it
+        self.prefill = ""  # what is shown of the one that has read its prompt for that one
         self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
         self.failures: list[str] = []  # of the attempts before the last
         self.model = ""  # as a label: only names that servers told us
@@ -14491,6 +14503,7 @@ def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     if {"--vllm-pd-disaggregation", "--prefill", "--decode"} & given.keys():
         if "--vllm-discovery-address" in given:
             split.setdefault("kv_connector", "p2p_nccl")  # no other connector registers so
+        split["prefill_from_tokens"] = 0  # there each request goes by two
         found["disaggregation"] = [split], "--vllm-pd-disaggregation"
     pods = {key: ",".join(given[name]) if isinstance(given[name], list) else given[name]
             for name, key in POD_FLAGS.items() if name in given}
@@ -17392,6 +17405,8 @@ class DecodeAttempt(Attempt):
 
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
+        if self.leg.shared is not None:
+            self.prefill = self.leg.shared.prefill.name
         self.refused = 0  # the status, where it did not take what was transferred
         self.shown = False
         self.merger: Merger | None = None
@@ -17571,6 +17586,7 @@ async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
     """Carry out a leg, and count it."""
     planner: PrefillDecode = leg.split.planner
     kind, began, label = LEG_ATTEMPTS[role], x.loop.time(), "abandoned"
+    x.trail.prefill = leg.shared.prefill.name if leg.shared else ""
     try:
         outcome = await x.relay(leg, kind=kind)  # type: ignore[arg-type]
         label = outcome.fault.label if outcome.fault else "refused" if outcome.held else "ok"
@@ -18268,7 +18284,8 @@ VIEWS: dict[str, View] = {
     ), "no server has listed a model, and none was asked for"),
     "requests": View(request_rows, (
         ViewColumn("TIME", text_at("time_s", short_time)),
-        ViewColumn("SERVER", text_at("server", short_server), False, width=22),
+        ViewColumn("SERVER", lambda row: " → ".join(
+            short_server(row[at]) for at in ("prefill", "server") if row.get(at)), False, width=22),
         ViewColumn("TOKENS", text_at("tokens", short_number)),
         ViewColumn("HOW", text_at("end"), False, lambda row: (
             Style.BAD if row["bad"] else Style.PLAIN), 34),
@@ -19415,7 +19432,7 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
     ["TTFT p95", m => wait(m.ttft_p95_s), 1], ["Errors", m => whole(m.errors), 1]]],
   requests: [d => list((d.requests || {}).running).concat(list((d.requests || {}).ended)),
     [["Time", r => wait(known(r.age_s) ? r.age_s : r.duration_s), 1],
-    ["Server", r => host(r.server)],
+    ["Server", r => (r.prefill ? host(r.prefill) + " → " : "") + host(r.server)],
     ["Model", r => says(r.model)], ["Key", r => says(r.key)], ["Tokens", r => whole(r.tokens), 1],
     ["How", r => !r.end ? r.tokens ? "runs" : "waits for its first token"
       : `${says(r.status)} ${says(r.end)}, ${long(r.ago_s) || "now"} ago`],

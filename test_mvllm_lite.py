@@ -16873,6 +16873,10 @@ async def test_a_prompt_is_read_by_one_server_and_answered_by_another(stream):
                                     server=p.url, result="ok") == 1
         assert await running.metric("mvllm_disaggregation_transfers_total", connector="nixl",
                                     result="ok") == 1
+        status = running.core.status()
+        assert [one["role"] for one in status["servers"]] == ["prefill", "decode"]
+        ended = status["requests"]["ended"][0]
+        assert (ended["prefill"], ended["server"]) == (p.url, d.url)
         shown = (await (await running.client()).get("/explain?id=mine")).json
         assert [one["role"] for one in shown["attempts"]] == ["prefill", "decode"]
 
@@ -18182,7 +18186,7 @@ web_KEYS = {
     "doc": "version time uptime_s address stopping settings settings_error totals servers events",
     "totals": "healthy servers queue in_flight connections requests_per_s tokens_per_s ttft_p50_s"
               " ttft_p95_s error_ratio",
-    "server": "url name state reason since_s models running waiting in_flight capacity"
+    "server": "url role name state reason since_s models running waiting in_flight capacity"
               " capacity_learned capacity_note kv_usage_ratio tokens_per_s ttft_p50_s ttft_p95_s"
               " errors retries pending_prompt_tokens prompt_tokens_per_second step_ms stale history"
               " last_errors decisions",
