@@ -19830,6 +19830,8 @@ def settings_topic() -> str:
     others = [(f"[{name}]", meaning) for name, meaning in TABLE_MEANINGS.items()
               if name not in known]
     return "\n".join([*lines, *table_lines(others), "",
+                      f"A pod's annotations {ANNOTATION_PREFIX}KEY win over [[kubernetes]]; KEY is"
+                      " one of", ", ".join(ANNOTATED) + ".",
                       "A flag wins over the environment, that over the file, that over the default."
                       "  Paths in a file are", "relative to that file."])
 

@@ -19928,7 +19928,7 @@ def test_the_first_80_lines_are_the_small_product():
 def test_help_tells_of_every_setting_path_error_metric_and_policy():
     for topic, names in (
         ("settings", [*lite.CONFIG_FIELDS, *lite.SERVER_FIELDS, *lite.KEY_FIELDS, *lite.TABLES,
-                      *lite.KUBERNETES_FIELDS]),
+                      *lite.KUBERNETES_FIELDS, *lite.ANNOTATED, "mvllm-lite"]),
         ("paths", [*lite.ENDPOINTS, *lite.INFERENCE_PREFIXES, *lite.INFERENCE_PATHS]),
         ("errors", [fault.label for fault in lite.Fault]), ("policies", lite.POLICY_NAMES),
         ("metrics", [f.name for f in (*lite.Metrics().families(), *gauges_of(lite.Fleet()))]),
