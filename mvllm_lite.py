@@ -14755,7 +14755,7 @@ Resolve = Callable[[str, socket.AddressFamily], Sequence[str]]  # in a thread; r
 FAMILIES = {0: (socket.AF_INET, socket.AF_INET6), 4: (socket.AF_INET,), 6: (socket.AF_INET6,)}
 
 
-def addresses_of(host: str, family: socket.AddressFamily) -> Sequence[str]:
+def look_up(host: str, family: socket.AddressFamily) -> Sequence[str]:
     """The addresses that this machine has a name stand for.  Raises OSError."""
     found = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
     return list(dict.fromkeys(str(one[4][0]) for one in found))
@@ -14798,7 +14798,7 @@ async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     def run() -> None:
         try:
             news = work(), None
-        except (OSError, UnicodeError) as error:
+        except Exception as error:  # whoever waits for it is to know, whatever it is
             news = None, error  # type: ignore[assignment]
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, *news)
@@ -14810,7 +14810,7 @@ async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
 class NameFollower:
     """Looks up what is wanted again and again."""
 
-    def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = addresses_of) -> None:
+    def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = look_up) -> None:
         self._core, self._wanted, self._resolve = core, wanted, resolve
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         known = core.roster.named_by(Source.DNS).values()
@@ -14896,7 +14896,7 @@ async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list
     for entry in wanted.entries:
         try:
             found = await (await in_thread(functools.partial(
-                first_family, addresses_of, host_of(entry.dns), FAMILIES[entry.family])))
+                first_family, look_up, host_of(entry.dns), FAMILIES[entry.family])))
             servers += at_addresses(entry, found).values()
         except (OSError, UnicodeError) as error:
             why = error_text(error) if isinstance(error, OSError) else str(error)

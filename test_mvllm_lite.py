@@ -161,6 +161,12 @@ def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_par
             == ["together", f"{SOURCE.count(chr(10)):,}"])
 
 
+def test_no_name_of_the_module_means_two_things():
+    names = Counter(node.name for node in TREE.body
+                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_the_file_fits_a_config_map():
     assert len(SOURCE.encode()) < 1_045_000  # which holds 1 MiB, with a servers.toml beside it
 
