@@ -7256,7 +7256,7 @@ class Planner(Protocol):
 class Planning(NamedTuple):
     """Other plans than those of this room."""
 
-    wanted: Callable[[Settings], bool]  # asked when settings come into force
+    wanted: Callable[[Settings], object]  # asked when settings come into force; an attrgetter
     planner: Callable[[Any], Planner]  # of the Core; made when it is wanted first
 
 
@@ -17663,7 +17663,7 @@ async def note_plain(x: Exchange, step: Plainly) -> Outcome:
 
 
 LEG_ATTEMPTS = {"prefill": PrefillAttempt, "decode": DecodeAttempt}
-PLANS["prefill_decode"] = Planning(lambda s: bool(s.disaggregation), PrefillDecode)
+PLANS["prefill_decode"] = Planning(operator.attrgetter("disaggregation"), PrefillDecode)
 Exchange.CARRY_OUT |= {
     Learn: learn, Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
 
@@ -19548,7 +19548,8 @@ function showServer(url, server) {
   put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
     .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
   put(part.models, few(models, 3) || "no models known");
-  put(part.url, url + (server.source ? ", from " + text(server.source).replace("_", " ") : ""));
+  put(part.url, url + (server.source ? ", from " + text(server.source).replace("_", " ") : "")
+    + (server.role && server.role !== "both" ? ", for " + text(server.role) + " only" : ""));
   put(part.reason, state + (since && " for " + since) + (reason && ": " + reason));
   put(part.capacity, capacity + (learned ? ", learned" : "")
     + (learned && server.capacity_seen === false ? ": assumed, until there is traffic" : "")

@@ -168,7 +168,7 @@ def test_no_name_of_the_module_means_two_things():
 
 
 def test_the_file_fits_a_config_map():
-    assert len(SOURCE.encode()) < 1_045_000  # which holds 1 MiB, with a servers.toml beside it
+    assert len(gzip.compress(SOURCE.encode())) < 500_000  # which holds 1 MiB, in base64
 
 
 def names_used(scope):
@@ -4757,7 +4757,7 @@ def test_trials_of_engines_add_up_when_their_server_leaves_and_comes_back():
     assert [view.counts.on_trial for view in fleet.views()] == [0, 0]
 
 
-SAMPLES = table(  # what was seen, and the step that a server of 10 ms is taken to have
+STEP_SAMPLES = table(  # what was seen, and the step that a server of 10 ms is taken to have
     ("the first counts half", [("worked", 1.0, 50, 0, 0, 0.1)], 0.015),
     ("others run beside it", [("worked", 1.0, 50, 100, 0, 0.1)], 0.010),
     ("prompts are read beside it", [("worked", 1.55, 100, 0, 10_000, 0.1)], 0.010),
@@ -4783,7 +4783,7 @@ SAMPLES = table(  # what was seen, and the step that a server of 10 ms is taken 
 )
 
 
-@pytest.mark.parametrize("seen, step_s", SAMPLES)
+@pytest.mark.parametrize("seen, step_s", STEP_SAMPLES)
 def test_what_a_step_takes_is_learned_from_answers_and_streams(seen, step_s):
     pace = lite.Pace(0.010)
     for what, *sample in seen:
@@ -4919,7 +4919,7 @@ def test_a_picture_counts_by_its_tokens_and_not_by_its_bytes():
 ))
 def test_events_of_a_stream_are_counted_between_two_looks(before, sent, blocked, events, after):
     pump = types.SimpleNamespace(
-        looked_bytes=before, sent_bytes=sent, tail=[b"data: 123456789012\n\n"] * 4,
+        looked_bytes=before, sent_bytes=sent, ending=lambda: b"data: 123456789012\n\n" * 4,
         client=types.SimpleNamespace(blocked=blocked))
     assert (lite.streamed_events(pump), pump.looked_bytes) == (events, after)
 
@@ -7160,7 +7160,7 @@ def test_a_place_goes_to_who_waits_longest_and_can_use_it():
             best = next((server for server, m in free.items() if m == model), None)
             return ranking._replace(best=best, behind=best is None)
 
-        one = lite.Waiter(since, (model, "", frozenset()), choose, take, print)
+        one = lite.Waiter(since, (model, "", frozenset(), ""), choose, take, print)
         queue.join(one)
         return one
 
@@ -12558,7 +12558,7 @@ async def test_local_errors_have_the_same_form():
     ("a probe", "DELETE", "/readiness", "GET, HEAD"),
     ("with a slash behind", "DELETE", "/liveness/", "GET, HEAD"),
     ("a model, with slashes", "POST", "/v1/models/a/b", "GET, HEAD"),
-    ("two methods", "GET", "/admin/servers", "POST, DELETE"),
+    ("three methods", "PATCH", "/admin/servers", "POST, DELETE, GET, HEAD"),
     ("one operation", "DELETE", "/admin/servers/drain", "POST"),
     ("what is explained", "PUT", "/explain", "POST, GET, HEAD"),
 ))
@@ -13693,7 +13693,7 @@ def test_every_environment_variable_of_the_seeds_is_known():
     known = {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} - {""}
     assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS",
                      "HEALTH_CHECK_INTERVAL",
-                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR"}
+                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR", "LOG_FORMAT"}
     args = lite.argument_parser().parse_args(
         ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level",
          "debug",
@@ -13780,7 +13780,8 @@ async def test_with_a_file_of_five_lines_nothing_below_the_ruler_runs_and_nobody
             sys.executable, "-c", WATCHED, path, cwd=tmp_path, stdout=pipe, stderr=pipe,
             env=CLEAN | {"PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"})
         try:
-            port = int(re.search(r":(\d+) for 2 servers", await line_with(child, "listens on"))[1])
+            said = await line_with(child, "listens on")
+            port = int(re.search(r":(\d+) from here", said)[1])
             client = Client(*await asyncio.open_connection("127.0.0.1", port))
             for _ in (bad, good):
                 await line_with(child, "is healthy")
@@ -15745,7 +15746,7 @@ def heard(data, how="whole"):
     return messages, bytes(peer.answer[64:])
 
 
-OURS = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0"
+GREETING = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0"
 PING = zmtp_command(b"PING", b"\0\x64context")
 
 
@@ -15753,19 +15754,19 @@ PING = zmtp_command(b"PING", b"\0\x64context")
 @pytest.mark.parametrize("data, messages, answer", table(
     ("nothing yet", b"", [], b""),
     ("half a greeting", lite.ZMTP_GREETING[:30], [], b""),
-    ("libzmq's own bytes", LIBZMQ + b"\x00\x02hi", [[b"hi"]], OURS),
-    ("minor version 0", HELLO[:11] + b"\0" + HELLO[12:] + b"\x00\x02hi", [[b"hi"]], OURS),
+    ("libzmq's own bytes", LIBZMQ + b"\x00\x02hi", [[b"hi"]], GREETING),
+    ("minor version 0", HELLO[:11] + b"\0" + HELLO[12:] + b"\x00\x02hi", [[b"hi"]], GREETING),
     ("names of properties in any case", lite.ZMTP_GREETING + READY.replace(b"Socket-T", b"sOCKET-t")
-     + b"\x00\x02hi", [[b"hi"]], OURS),
+     + b"\x00\x02hi", [[b"hi"]], GREETING),
     ("several messages, of several frames", HELLO + b"\x01\x01a\x00\x01b\x00\x00\x00\x01c",
-     [[b"a", b"b"], [], [b"c"]], OURS),
-    ("a REQ's empty frame", HELLO + b"\x01\x00\x00\x02hi", [[b"hi"]], OURS),
-    ("a long frame", HELLO + zmtp_frame(b"x" * 300), [[b"x" * 300]], OURS),
-    ("a long size of a short frame", HELLO + b"\x02" + bytes(7) + b"\x02hi", [[b"hi"]], OURS),
+     [[b"a", b"b"], [], [b"c"]], GREETING),
+    ("a REQ's empty frame", HELLO + b"\x01\x00\x00\x02hi", [[b"hi"]], GREETING),
+    ("a long frame", HELLO + zmtp_frame(b"x" * 300), [[b"x" * 300]], GREETING),
+    ("a long size of a short frame", HELLO + b"\x02" + bytes(7) + b"\x02hi", [[b"hi"]], GREETING),
     ("a heartbeat", HELLO + PING + b"\x00\x02hi", [[b"hi"]],
-     OURS + zmtp_command(b"PONG", b"context")),
-    ("a command that is unknown", HELLO + zmtp_command(b"SUBSCRIBE", b"x"), [], OURS),
-    ("half a message", HELLO + b"\x01\x01a", [], OURS),
+     GREETING + zmtp_command(b"PONG", b"context")),
+    ("a command that is unknown", HELLO + zmtp_command(b"SUBSCRIBE", b"x"), [], GREETING),
+    ("half a message", HELLO + b"\x01\x01a", [], GREETING),
 ))
 def test_a_peer_of_zeromq_is_heard_however_its_bytes_come(data, messages, answer, how):
     assert heard(data, how) == (messages, answer)
@@ -16170,13 +16171,13 @@ async def test_who_registers_over_zmq_stays_until_it_can_be_heard():
 
 KEYED = {"keys": (lite.KeySettings("boss", "BOSS", admin=True), lite.KeySettings("user", "USER"))}
 OPEN_TO_ALL = {"registration_networks": ("127.0.0.0/8",)}
-PROXIED = "X-Forwarded-For: 10.1.2.3"
+BY_PROXY = "X-Forwarded-For: 10.1.2.3"
 
 
 @pytest.mark.parametrize("settings, key, fields, status", table(
     ("this machine without keys", {}, "", [], 200),
     ("a page of another site", {}, "", ["Origin: http://evil.example"], 403),
-    ("through a proxy that is not ours", {}, "", [PROXIED], 403),
+    ("through a proxy that is not ours", {}, "", [BY_PROXY], 403),
     ("a name of others for us", {}, "", ["Host: evil.example"], 400),
     ("no key, where clients have some", KEYED, "", [], 401),
     ("a client's key", KEYED, "USER", [], 403),
@@ -16190,12 +16191,12 @@ PROXIED = "X-Forwarded-For: 10.1.2.3"
     ("the key from another network", {"registration_key": "REG",
                                       "registration_networks": ("10.0.0.0/8",)}, "REG", [], 403),
     ("an admin from another network", {**KEYED, "registration_networks": ()}, "BOSS", [], 403),
-    ("the key behind a strange proxy", {"registration_key": "REG"}, "REG", [PROXIED], 403),
+    ("the key behind a strange proxy", {"registration_key": "REG"}, "REG", [BY_PROXY], 403),
     ("the key behind a proxy of ours", {
         "registration_key": "REG", "trusted_proxies": ("127.0.0.1",),
-        "registration_networks": ("10.0.0.0/8",)}, "REG", [PROXIED], 200),
+        "registration_networks": ("10.0.0.0/8",)}, "REG", [BY_PROXY], 200),
     ("from outside behind a proxy of ours", {
-        "registration_key": "REG", "trusted_proxies": ("127.0.0.1",)}, "REG", [PROXIED], 403),
+        "registration_key": "REG", "trusted_proxies": ("127.0.0.1",)}, "REG", [BY_PROXY], 403),
 ))
 @asynchronous
 async def test_who_may_register(settings, key, fields, status):
@@ -16204,7 +16205,7 @@ async def test_who_may_register(settings, key, fields, status):
         got, said = await post(b, "/workers/register", {"url": "http://0.0.0.0:9"}, *shown, *fields)
         assert got == status, said
         assert len(on_roster(b)) == (status == 200)
-        if status == 200 and PROXIED in fields:
+        if status == 200 and BY_PROXY in fields:
             assert list(on_roster(b)) == ["http://10.1.2.3:9"]
 
 
@@ -16267,7 +16268,7 @@ async def test_servers_are_added_and_removed_in_the_words_of_vllm_project_s_rout
 ))
 @asynchronous
 async def test_a_server_that_registered_sees_no_key_unless_settings_say_so(settings, shown):
-    async with Server() as server, balancing(wait=False, api_key="OURS", **settings) as b:
+    async with Server() as server, balancing(wait=False, api_key="GREETING", **settings) as b:
         await post(b, "/workers/register", {"url": server.url})
         await b.until(lambda: b.states() == ["healthy"])
         client = await b.client()
@@ -17300,7 +17301,7 @@ CAPTURED = [
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
 2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
 settings unchanged since the start
-  SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
+  SERVER        STATE     MODELS   RUN WAIT GREETING    CAPACITY   KV TTFT 50/95 ERR
 >!10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
    └ 3 checks failed in a row: connection refused, for 2 min
   10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
@@ -17326,7 +17327,7 @@ q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
 2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
 settings unchanged since the start
-  SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
+  SERVER        STATE     MODELS          RUN WAIT GREETING    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
 >!10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
    └ 3 checks failed in a row: connection refused, for 2 min
   10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
@@ -17368,7 +17369,7 @@ q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble  r pro
 mvllm_lite 0.1.0  up 65 min     14:03:22
 2 of 3 healthy  1 drained  queue 0
 settings unchanged since the start
-  SERVER        STATE     RUN WAIT OURS
+  SERVER        STATE     RUN WAIT GREETING
 >!10.0.0.3:8000 unhealthy   -    -    0
    └ 3 checks failed in a row: connecti…
   10.0.0.2:8000 healthy    15    4   15
@@ -17441,7 +17442,7 @@ BUSY_STATUS = {
 @pytest.mark.parametrize("view, expected", table(
     ("models", "models", """
 MODELS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
-MODEL           STATE   SERVERS  OURS  REQ/S  TOK/S  TTFT 50/95  ERR
+MODEL           STATE   SERVERS  GREETING  REQ/S  TOK/S  TTFT 50/95  ERR
 Qwen/Qwen3-32B  served      2/3     4    1.2    300   100/400ms    1"""),
     ("requests", "requests", """
 REQUESTS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
@@ -18736,7 +18737,7 @@ def test_every_policy_can_be_replayed_and_loses_nothing(capsys):
     assert list(rows) == [name for name in lite.POLICY_NAMES if name != "expression"]
     assert all(row[0].startswith("0/") for row in rows.values())
     hits = {name: float(row[-1]) for name, row in rows.items()}
-    assert hits["unified"] > hits["least"] + 10  # it follows the caches
+    assert hits["unified"] > hits["least"] + 5  # it follows the caches
 
 
 def test_one_more_server_helps_where_there_are_too_few(capsys):
