@@ -17301,7 +17301,7 @@ CAPTURED = [
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                        14:03:22
 2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
 settings unchanged since the start
-  SERVER        STATE     MODELS   RUN WAIT GREETING    CAPACITY   KV TTFT 50/95 ERR
+  SERVER        STATE     MODELS   RUN WAIT OURS    CAPACITY   KV TTFT 50/95 ERR
 >!10.0.0.3:8000 unhealthy no mode…   -    -    0 ░░░░░░   16    -          -   0
    └ 3 checks failed in a row: connection refused, for 2 min
   10.0.0.2:8000 healthy   llama-3…  15    4   15 ██████  ~16  93%   60/300ms   2
@@ -17327,7 +17327,7 @@ q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble
 mvllm_lite 0.1.0  http://0.0.0.0:8888  up 65 min                                                                14:03:22
 2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%  TTFT 80/400ms  410 tok/s  clients 40
 settings unchanged since the start
-  SERVER        STATE     MODELS          RUN WAIT GREETING    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
+  SERVER        STATE     MODELS          RUN WAIT OURS    CAPACITY   KV TOK/S TTFT 50/95 ERR RETRY                 LOAD
 >!10.0.0.3:8000 unhealthy no models         -    -    0 ░░░░░░   16    -     -          -   0     0
    └ 3 checks failed in a row: connection refused, for 2 min
   10.0.0.2:8000 healthy   llama-3-70b      15    4   15 ██████  ~16  93%   120   60/300ms   2     1 ▁▁▁▂▂▃▃▃▄▄▅▅▅▆▆▇▇▇██
@@ -17369,7 +17369,7 @@ q quit  ? help  Tab view  Enter detail  d drain  / filter  s sort trouble  r pro
 mvllm_lite 0.1.0  up 65 min     14:03:22
 2 of 3 healthy  1 drained  queue 0
 settings unchanged since the start
-  SERVER        STATE     RUN WAIT GREETING
+  SERVER        STATE     RUN WAIT OURS
 >!10.0.0.3:8000 unhealthy   -    -    0
    └ 3 checks failed in a row: connecti…
   10.0.0.2:8000 healthy    15    4   15
@@ -17442,7 +17442,7 @@ BUSY_STATUS = {
 @pytest.mark.parametrize("view, expected", table(
     ("models", "models", """
 MODELS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
-MODEL           STATE   SERVERS  GREETING  REQ/S  TOK/S  TTFT 50/95  ERR
+MODEL           STATE   SERVERS  OURS  REQ/S  TOK/S  TTFT 50/95  ERR
 Qwen/Qwen3-32B  served      2/3     4    1.2    300   100/400ms    1"""),
     ("requests", "requests", """
 REQUESTS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
@@ -20046,3 +20046,41 @@ def test_the_container_and_kubernetes_files_fit_the_program():
     account = re.search(r"kind: ServiceAccount\nmetadata: \{ name: (\S+) \}", kubernetes)[1]
     assert f"serviceAccountName: {account}\n" in kubernetes
     assert "\t" not in kubernetes and "kind: PodDisruptionBudget" in kubernetes
+
+
+# ============================================================================================
+#  the suite in several processes: python test_mvllm_lite.py [pytest's arguments]
+# ============================================================================================
+
+
+class Share:
+    """A plugin of pytest: of the tests in each process, every n-th."""
+
+    def __init__(self, number, of):
+        self.number, self.of = number, of
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[self.number :: self.of]
+
+
+def run_shares(arguments, processes):
+    """Run the suite in as many processes, one after the other's output; returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        shares = [stack.enter_context(subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | {"MVLLM_LITE_TESTS": f"{number} {processes}"}))
+            for number, output in enumerate(outputs)]
+        codes = [share.wait() for share in shares]
+        for output in outputs:
+            output.seek(0)
+            sys.stdout.write(output.read().decode(errors="replace"))
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    if "MVLLM_LITE_TESTS" in os.environ:
+        part = Share(*map(int, os.environ.pop("MVLLM_LITE_TESTS").split()))
+        sys.exit(pytest.main(["-q", *sys.argv[1:], __file__], plugins=[part]))
+    sys.exit(run_shares(sys.argv[1:], min(4, os.cpu_count() or 1)))
