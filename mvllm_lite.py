@@ -35,135 +35,152 @@ the lines.
      5  forwarding     · what an intermediary does to messages; responses of our own; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         1,060 lines, at the start, and at a reload
+    II  settings         1,230 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
-     8  settings       · all that can be set, each with its default, check and meaning
-     9  complaints     · what is wrong with settings, in words: where, found, expected
-    10  settings file  · from TOML to settings; complaints with file, line and key
+     8  pool settings  · models, and how they are launched, as settings have them
+     9  settings       · all that can be set, each with its default, check and meaning
+    10  complaints     · what is wrong with settings, in words: where, found, expected
+    11  settings file  · from TOML to settings; complaints with file, line and key
 
    III  vLLM             2,210 lines, for each request, check and scrape
-    11  content        · compression undone; JSON: where the members that matter stand
-    12  forms          · forms: the model that a part names; another model in its place
-    13  prompts        · how long a prompt is, and what of it each server has probably cached
-    14  calls          · which paths are passed on, and what a request wants: its model, a stream
-    15  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
-    16  judge          · an answer judged as it comes; its tokens and its id
-    17  transcripts    · what a stream has shown
-    18  resumption     · whether and how another server goes on with a stream; the join
-    19  engine load    · what a server says of itself: its load, its models
+    12  content        · compression undone; JSON: where the members that matter stand
+    13  forms          · forms: the model that a part names; another model in its place
+    14  prompts        · how long a prompt is, and what of it each server has probably cached
+    15  calls          · which paths are passed on, and what a request wants: its model, a stream
+    16  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
+    17  judge          · an answer judged as it comes; its tokens and its id
+    18  transcripts    · what a stream has shown
+    19  resumption     · whether and how another server goes on with a stream; the join
+    20  engine load    · what a server says of itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
-    20  health         · whether a server can be asked, by checks and by what became of requests
-    21  pace           · what a server has of ours; how fast it reads and answers, as learned
-    22  servers        · what is known of each: settings, health, report, what was learned, counts
-    23  learning       · what reports teach of a server: its capacity, and what its cache has
-    24  leases         · a request that is with a server: what it counts for, what it teaches
-    25  fleet          · the servers, and requests of ours with them
-    26  roster         · which servers there are: named by the file, by hand, merged by one rule
-    27  estimates      · what a call would take at each server, and take from others, in seconds
-    28  policies       · what a server is worth for a call, by a dozen rules
-    29  ranking        · who may be asked, who is asked, and why
+    21  health         · whether a server can be asked, by checks and by what became of requests
+    22  pace           · what a server has of ours; how fast it reads and answers, as learned
+    23  servers        · what is known of each: settings, health, report, what was learned, counts
+    24  learning       · what reports teach of a server: its capacity, and what its cache has
+    25  leases         · a request that is with a server: what it counts for, what it teaches
+    26  fleet          · the servers, and requests of ours with them
+    27  roster         · which servers there are: named by the file, by hand, merged by one rule
+    28  estimates      · what a call would take at each server, and take from others, in seconds
+    29  policies       · what a server is worth for a call, by a dozen rules
+    30  ranking        · who may be asked, who is asked, and why
 
      V  answering        1,000 lines, for each request
-    30  queue          · requests that wait for room; what retries the fleet can afford
-    31  poison         · content with which servers die, and whose failure it was
-    32  plans          · how a call is answered, step by step
-    33  client keys    · clients' keys and what each uses; whose stored responses are
-    34  access         · who may come in, and to which path; proxies that are trusted
+    31  queue          · requests that wait for room; what retries the fleet can afford
+    32  poison         · content with which servers die, and whose failure it was
+    33  plans          · how a call is answered, step by step
+    34  client keys    · clients' keys and what each uses; whose stored responses are
+    35  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  950 lines, for each request, and when asked for
-    35  documents      · what programs are shown in JSON
-    36  metrics        · what is counted and measured, as families for Prometheus
-    37  records        · what is written of requests and transitions: log lines, records, traces
-    38  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    39  status         · what screen, page and /status.json show
+    36  documents      · what programs are shown in JSON
+    37  metrics        · what is counted and measured, as families for Prometheus
+    38  records        · what is written of requests and transitions: log lines, records, traces
+    39  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    40  status         · what screen, page and /status.json show
 
    VII  connections      1,800 lines, for each connection, and each piece of an answer
-    40  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    41  wire           ~ one connection: its buffer, its deadline, its end
-    42  secrets        ~ keys and certificates, and how a server is reached with them
-    43  client         ~ what we ask servers ourselves, over asyncio's streams
-    44  pool           ~ the connections to one server over which requests go, kept and reused
-    45  pump           ~ bytes on their way through, with back-pressure
-    46  response       ~ the client's side of an exchange
-    47  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    41  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    42  wire           ~ one connection: its buffer, its deadline, its end
+    43  secrets        ~ keys and certificates, and how a server is reached with them
+    44  client         ~ what we ask servers ourselves, over asyncio's streams
+    45  pool           ~ the connections to one server over which requests go, kept and reused
+    46  pump           ~ bytes on their way through, with back-pressure
+    47  response       ~ the client's side of an exchange
+    48  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,540 lines, for each request
-    48  shared state   ~ clients, pools, news, requests under way
-    49  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    50  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    51  attempt        ~ a request said to one server; its answer judged and passed on
-    52  case           ~ whose failure it was: suspects, deaths, content that is held off
-    53  accounts       ~ what is counted, kept and told of a request that has ended
-    54  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
-    55  exchange       ~ one request, from its head to its last byte
+    49  shared state   ~ clients, pools, news, requests under way
+    50  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    51  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    52  attempt        ~ a request said to one server; its answer judged and passed on
+    53  case           ~ whose failure it was: suspects, deaths, content that is held off
+    54  accounts       ~ what is counted, kept and told of a request that has ended
+    55  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    56  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,750 lines, all the time
-    56  watch          ~ health checks, load reports
-    57  services       ~ what runs in the background because settings name it, as rows
-    58  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    59  endpoints      ~ the paths that the balancer answers itself, in one table
-    60  front          ~ where clients come in: connections accepted, requests let in
-    61  following      ~ the settings file, and the files that it names
-    62  commands       ~ subcommands as rows; settings from file, environment and flags
-    63  handover       ~ one process takes over from another, without a gap
-    64  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    57  watch          ~ health checks, load reports
+    58  services       ~ what runs in the background because settings name it, as rows
+    59  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    60  endpoints      ~ the paths that the balancer answers itself, in one table
+    61  front          ~ where clients come in: connections accepted, requests let in
+    62  following      ~ the settings file, and the files that it names
+    63  commands       ~ subcommands as rows; settings from file, environment and flags
+    64  handover       ~ one process takes over from another, without a gap
+    65  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    65  process        ~ signals, systemd, limits of the system
-    66  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    67  command line   ~ what is common to all subcommands; the one that serves; `help`
+    66  process        ~ signals, systemd, limits of the system
+    67  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    68  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    68  names          ~ servers by DNS: each address of a name is one; names that move
-    69  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    70  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    71  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    72  zmtp           · what ZeroMQ's sockets say, and msgpack
-    73  registration   · servers and agents that say themselves that they are there
-    74  registering    ~ where they say it over HTTP
-    75  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    69  names          ~ servers by DNS: each address of a name is one; names that move
+    70  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    71  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    72  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    73  zmtp           · what ZeroMQ's sockets say, and msgpack
+    74  registration   · servers and agents that say themselves that they are there
+    75  registering    ~ where they say it over HTTP
+    76  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  prefill and decode 1,060 lines, where [[disaggregation]] is set
-    76  legs           · two requests that are made of one, and one answer of theirs
-    77  connectors     · what the two are told, so that one server's blocks get to the other
-    78  splitting      · how a request is parted between two servers, step by step
-    79  pairs          ~ its two legs, carried out; what is counted of them
+    77  legs           · two requests that are made of one, and one answer of theirs
+    78  connectors     · what the two are told, so that one server's blocks get to the other
+    79  splitting      · how a request is parted between two servers, step by step
+    80  pairs          ~ its two legs, carried out; what is counted of them
 
-  XIII  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    80  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    81  table          · the servers in lines, as many columns as there is room for
-    82  views          · graphs of the fleet; models, requests and keys as tables
-    83  screen         · what is seen there: the table and the lines around it
-    84  keys           · what keys do to it, and ask of the balancer
-    85  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    86  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    87  page           ~ the status for a browser: one HTML string
-    88  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    89  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+  XIII  models           2,480 lines, where the settings have models, or agents that run some
+    81  life           · the life of a model's process: one table of transitions
+    82  launching      · command lines of settings files; what may be said over HTTP
+    83  placement      · where a model fits, and what has to make room for it
+    84  scaling        · how many of each model run, and what is done for that next
+    85  children       ~ processes: launched, watched, ended with all of their group
+    86  instances      ~ one model's process: how it is asked, and what is told of it
+    87  agent          ~ the instances of one host: tended, started again, remembered
+    88  hosts          ~ machines that run models; how much each model is used
+    89  holdings       ~ what is known of the pool, and what placement is told of it
+    90  keeping        ~ what is done for it; requests wait here for their models
+    91  models         ~ the pool for requests, in lists, in metrics, and for people
+    92  pool paths     ~ where people and programs ask for the pool
+    93  worker         ~ an agent in a process of its own
 
-   XIV  laboratory       2,170 lines, for `replay`, `demo` and `check-config`
-    90  traces         · requests of the past: from files, or made up
-    91  engine         · a model of a vLLM server, in simulated time
-    92  replay         · those requests sent to such servers by any policy
-    93  comparison     ~ policies compared on a trace: the program of `replay`
-    94  canned words   · what a vLLM server would say, without a model; what it refuses
-    95  canned forms   · the same in the forms of its APIs, plain and streamed
-    96  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    97  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    98  doctor         ~ what is amiss with servers and settings, and what to do about it
+   XIV  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
+    94  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    95  table          · the servers in lines, as many columns as there is room for
+    96  views          · graphs of the fleet; models, requests and keys as tables
+    97  screen         · what is seen there: the table and the lines around it
+    98  keys           · what keys do to it, and ask of the balancer
+    99  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    100  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    101  page           ~ the status for a browser: one HTML string
+    102  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    103  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
-A request walks through the rooms like this.  The `Front` (60) reads a head from the client's
-`Wire` (41), parses it (2), makes an `Exchange` (55) of it, and asks who may come in (34).  A local
-path is answered in room 59.  For any other the `Exchange` runs: the content is gathered (50) and
-read as a `Call` (14) with its `Prompt` (13), the `Keys` (33) admit it, and `relay_plan` (32) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (29) in the view
-of the fleet (25) by a policy (28).  An `Attempt` (51) at that server holds the answer back until
-it is judged to be one (16), and then has the `Exchange` commit: the `Response` (46) begins, and a
-`Pump` (45) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (53) counts the request and writes its line.
+    XV  laboratory       2,360 lines, for `replay`, `demo` and `check-config`
+    104  traces         · requests of the past: from files, or made up
+    105  engine         · a model of a vLLM server, in simulated time
+    106  replay         · those requests sent to such servers by any policy
+    107  comparison     ~ policies compared on a trace: the program of `replay`
+    108  canned words   · what a vLLM server would say, without a model; what it refuses
+    109  canned forms   · the same in the forms of its APIs, plain and streamed
+    110  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    111  understudy     ~ what stands in for `vllm serve`; a pool of them
+    112  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    113  doctor         ~ what is amiss with servers and settings, and what to do about it
+
+A request walks through the rooms like this.  The `Front` (61) reads a head from the client's
+`Wire` (42), parses it (2), makes an `Exchange` (56) of it, and asks who may come in (35).  A local
+path is answered in room 60.  For any other the `Exchange` runs: the content is gathered (51) and
+read as a `Call` (15) with its `Prompt` (14), the `Keys` (34) admit it, and `relay_plan` (33) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (30) in the view
+of the fleet (26) by a policy (29).  An `Attempt` (52) at that server holds the answer back until
+it is judged to be one (17), and then has the `Exchange` commit: the `Response` (47) begins, and a
+`Pump` (46) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (54) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -332,6 +349,7 @@ class Fault(Enum):
     NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_RESPONSE = 404, Blame.CLIENT, Retry.NEVER, "invalid_request_error"  # vLLM's, for this
+    INSTANCE_CONFLICT = 409, Blame.CLIENT, Retry.NEVER, "ConflictError"
     BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
     CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
     CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
@@ -352,6 +370,7 @@ class Fault(Enum):
     QUEUE_FULL = 429, Blame.NOBODY, Retry.NEVER, "RateLimitError"
     QUEUE_TIMEOUT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
+    MODEL_NOT_READY = 503, Blame.NOBODY, Retry.NEVER, "model_loading"  # as serverless_vllm has it
     # A server was asked and did not answer.
     CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     CONNECT_TIMEOUT = 504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError"
@@ -414,7 +433,7 @@ LIMITS = {
     Fault.SERVER_DIED_TWICE: "poison_hold",
 }
 # Those whose label is the error's code, since the status does not tell what a program must know.
-SAID_BY_NAME = frozenset((Fault.SERVER_DIED_TWICE,))
+SAID_BY_NAME = frozenset((Fault.SERVER_DIED_TWICE, Fault.MODEL_NOT_READY))
 
 
 class BadMessage(Exception):
@@ -1713,7 +1732,147 @@ def formula(value: Any) -> str:
 
 
 # ============================
-#  8  settings
+#  8  pool settings
+# ============================
+#
+# What a settings file says of models that are run here or by agents, and how they are launched.
+
+
+def environment(value: Any) -> tuple[tuple[str, str], ...]:
+    """Variables, as a table or as a list of NAME=value."""
+    pairs = value
+    if isinstance(value, list):
+        pairs = {name: text for name, _, text in (str(one).partition("=") for one in value)}
+    if not isinstance(pairs, dict) or not all(
+            re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and isinstance(text, (str, int))
+            and "\0" not in str(text) for name, text in pairs.items()):
+        raise ValueError('a table like { NAME = "value" }')
+    return tuple((name, str(text)) for name, text in pairs.items())
+
+
+# A name that can be no option, no path, and no part of a URL that means another.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def model_alias(value: Any) -> str:
+    if not (isinstance(value, str) and len(value) <= 200 and MODEL_NAME.fullmatch(value)):
+        raise ValueError("a name like qwen3-8b or Qwen/Qwen3-8B")
+    return value
+
+
+# What a child is told by us; children listen on loopback, and nowhere else.
+OWN_OPTIONS = ("--host", "--port", "--uds", "--served-model-name", "--api-key", "--config",
+               "--root-path", "--ssl-keyfile", "--ssl-certfile")
+
+
+def own_option(word: str) -> str:
+    """The option of ours that this argument sets, also where it is cut short, or ''."""
+    said = word.partition("=")[0].replace("_", "-")
+    if not said.startswith("--") or said == "--":
+        return ""
+    return next((one for one in OWN_OPTIONS if one.startswith(said)), "")
+
+
+def argument(value: Any) -> str:
+    if own_option(words(value)):
+        raise ValueError(f"arguments other than {', '.join(OWN_OPTIONS)}, which are set for it")
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """One entry of [[models]]: a model that is started, put to sleep, woken and stopped by need."""
+
+    alias: str = setting(REQUIRED, model_alias, "what clients call it")
+    model: str = setting("", words, "its name or path, for vLLM; by default the alias")
+    gpu_memory_gb: float = setting(0.0, number(0), "GPU memory it gets of each device; or")
+    gpu_memory_utilization: float = setting(
+        0.0, number(0, 1), "the share of a device; with neither 0.9")
+    tensor_parallel_size: int = setting(1, whole(1, 256), "devices of one host that it takes")
+    max_model_len: int = setting(0, whole(0), "longest context; 0 is the model's own")
+    max_concurrent_requests: int = setting(
+        AUTO, capacity, 'requests that one runs well at the same time; "auto": learned')
+    min_replicas: int = setting(0, whole(0, 1000), "that are kept running")
+    max_replicas: int = setting(1, whole(1, 1000), "that may be started")
+    args: tuple[str, ...] = setting((), list_of(argument), "more arguments, as they are")
+    env: tuple[tuple[str, str], ...] = setting((), environment, "more environment variables")
+    command: tuple[str, ...] = setting(
+        (), list_of(words), 'default ["vllm", "serve"]; with {port} in it all of it, as it stands')
+    profile: str = setting("", words, "one of [[profiles]] of the host that runs it")
+    preload: bool = setting(False, truth, "start one at once")
+    warmup: tuple[str, ...] = setting(
+        (), list_of(words), "prompts sent after a start or wake, before the first client's")
+    sleep_after_s: float = setting(0.0, number(0), "idle time until it sleeps; 0 is never")
+    deep_sleep_after_s: float = setting(
+        0.0, number(0), "until it sleeps on level 2, which drops the weights; 0 is never")
+    unload_after_s: float = setting(0.0, number(0), "until it is stopped; 0 is never")
+    wake_timeout_s: float = setting(60.0, number(0.001), "longest wait of a request for it")
+    start_timeout_s: float = setting(600.0, number(0.001), "longest start")
+    scale_up_at: float = setting(0.7, number(0), "load above which one more is started, and")
+    scale_down_at: float = setting(0.2, number(0), "below which one is drained,")
+    scale_hold_s: float = setting(30.0, number(0), "if it lasts so long")
+    priority: float = setting(0.0, number(-1e6, 1e6), "one of a higher stays longer")
+    group: str = setting("", words, "of models of which one runs at a time; or, with")
+    together: bool = setting(False, truth, "that, which run together")
+
+    @property
+    def takes_port(self) -> bool:
+        """Whether its command is all of it."""
+        return any("{port}" in word for word in self.command)
+
+    @property
+    def served(self) -> str:
+        """The name by which the process is asked for it."""
+        return self.model if self.takes_port and self.model else self.alias
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProfileSettings:
+    """One entry of [[profiles]]: how models that are named over HTTP may be launched here."""
+
+    name: str = setting(REQUIRED, printable_name, "what it is called")
+    models: tuple[str, ...] = setting(
+        (), list_of(words), "patterns of models, like Qwen/*; without any, all")
+    command: tuple[str, ...] = setting((), list_of(words), "as of [[models]]")
+    args: tuple[str, ...] = setting((), list_of(argument), "as of [[models]], for all of them")
+    env: tuple[tuple[str, str], ...] = setting((), environment, "as of [[models]]")
+    values: tuple[str, ...] = setting(
+        (), list_of(words), "arguments, and paths of models, that may come over HTTP")
+
+
+MODEL_FIELDS = {f.name: f for f in dataclasses.fields(ModelSettings)}
+PROFILE_FIELDS = {f.name: f for f in dataclasses.fields(ProfileSettings)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """The table [devices]."""
+
+    memory_gb: tuple[float, ...] = setting(
+        (), list_of(number(0.001)), "GB of each GPU, where nothing tells, or less than there is")
+
+
+DEVICE_FIELDS = {f.name: f for f in dataclasses.fields(DeviceSettings)}
+LISTENS_OPENLY = "it names no loopback host: others may reach the model past the balancer"
+
+
+def model_troubles(model: ModelSettings) -> Iterator[tuple[str, str]]:
+    """What of a model does not fit together: the key, and what was expected."""
+    if model.min_replicas > model.max_replicas:
+        yield "min_replicas", f"max_replicas, {model.max_replicas}, at most"
+    if model.gpu_memory_gb and model.gpu_memory_utilization:
+        yield "gpu_memory_utilization", "either this or gpu_memory_gb"
+
+
+def listens_openly(model: ModelSettings) -> bool:
+    """Whether its command may let in others past us."""
+    said = " ".join(model.command)
+    return model.takes_port and not any(
+        one in said for one in ("127.0.0.1", "localhost", "::1"))
+
+
+# ============================
+#  9  settings
 # ============================
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
@@ -1872,6 +2031,9 @@ class Settings:
     kubernetes: tuple[KubernetesSettings, ...] = ()
     resumes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by model
     disaggregation: tuple[DisaggregationSettings, ...] = ()
+    models: tuple[ModelSettings, ...] = ()
+    profiles: tuple[ProfileSettings, ...] = ()
+    devices: tuple[float, ...] = ()  # GB of each
 
     host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
@@ -1892,8 +2054,9 @@ class Settings:
         "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
     admin_paths: tuple[str, ...] = setting(
         (), list_of(words), "paths beyond inference that admin keys may ask one server for")
-    registration_key: str = setting(
-        "", optional_secret, "what servers show that register themselves; or")
+    registration_key: str = setting(  # worker_key is the same
+        "", optional_secret, "what servers show that register themselves, and agents and their"
+        " manager each other; or", "WORKER_KEY")
     registration_key_file: str = setting("", file_path, "a file that holds it")
     registration_networks: tuple[str, ...] = setting(
         LOOPBACK, list_of(network), "addresses that may register at all")
@@ -1999,6 +2162,13 @@ class Settings:
     auto_recovery_threshold: float = setting(
         60.0, number(0), "without active checks: time until it is tried again")
 
+    state_file: str = setting(
+        "", words, "what tells a successor of running models; '': the settings file's name"
+        " and .state")
+    stop_models: bool = setting(True, truth, "when it stops, so do the models that it started")
+    agent_lost_after: float = setting(
+        300.0, number(0), "silence of an agent after which its models are started elsewhere")
+
     config_reload_interval: float = setting(
         3.0, number(0.05), "time between two looks at this file", "CONFIG_RELOAD_INTERVAL")
     drain_delay: float = setting(
@@ -2081,11 +2251,13 @@ def disaggregation_of(s: Settings, model: str | None) -> DisaggregationSettings 
 # name now, and are warned about; and all words that stand for another.
 OLD_KEYS = {"advanced": "no version of mvllm ever read this table"}
 RENAMED_KEYS = {"shape_file": "trace_file"}
-SYNONYMS = {"capacity": "max_concurrent_requests", **RENAMED_KEYS}
+SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
+            "worker_key": "registration_key", "worker_key_file": "registration_key_file",
+            **RENAMED_KEYS}
 
 
 # ============================
-#  9  complaints
+#  10  complaints
 # ============================
 #
 # What is wrong with settings, in words: where, what was found, what was expected.
@@ -2143,7 +2315,7 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
 
 
 # ============================
-#  10  settings file
+#  11  settings file
 # ============================
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
@@ -2152,7 +2324,9 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
-          "resumes", "disaggregation")
+          "resumes", "disaggregation", "models", "profiles", "devices")
+# What a file may have in place of servers.
+STAND_ALONE = {"kubernetes", "models", "profiles", "devices"}
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
@@ -2172,6 +2346,8 @@ LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any
     "kubernetes": ("a list of tables [[kubernetes]]", {"": (kubernetes_settings, POD_FIELDS)}),
     "disaggregation": ("a list of tables [[disaggregation]]",
                        {"": (DisaggregationSettings, SPLIT_FIELDS)}),
+    "models": ("a list of tables [[models]]", {"alias": (ModelSettings, MODEL_FIELDS)}),
+    "profiles": ("a list of tables [[profiles]]", {"name": (ProfileSettings, PROFILE_FIELDS)}),
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
@@ -2221,6 +2397,9 @@ class SettingsReader:
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
             *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
+        models = self.models(*overrides.get("models", (None, "")))
+        # Where the command is all of it, the process may know no other name than its own.
+        aliases |= {one.alias: one.served for one in models.values() if one.served != one.alias}
         if keys:
             values.setdefault("cors_allowed_origins", ("*",))
         policies, resumes = (
@@ -2232,12 +2411,14 @@ class SettingsReader:
         used = {*policies.values(), *(policy for entry in split for policy in (
             entry.prefill_policy, entry.decode_policy))}
         self.check_together(values, keys.values(), used)
+        profiles = tuple(self.entries("profiles", self.document.get("profiles", [])).values())
+        devices = self.values(self.table("devices"), DEVICE_FIELDS, ("devices",)).get("memory_gb")
         if self.errors:  # an unknown key may be what was meant
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
         tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes,
-                  split)
+                  split, tuple(models.values()), profiles, devices or ())
         return Settings(*tables, **values), self.warnings
 
     def check_together(
@@ -2285,7 +2466,7 @@ class SettingsReader:
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
             entries = entries.get("servers")
-        if entries is None and "kubernetes" in self.sources:
+        if entries is None and not self.sources.isdisjoint(STAND_ALONE):
             entries = []
         # None is refused: an empty file is a half-written one, not a wish for no servers.
         return self.entries("servers", entries, origin)
@@ -2352,6 +2533,17 @@ class SettingsReader:
                 found[i] = kind(**values)
                 known.add(values.get(identity, ""))
         return found
+
+    def models(self, entries: Any, origin: str) -> dict[int, ModelSettings]:
+        given = self.document.get("models", []) if entries is None else entries
+        models = self.entries("models", given, origin)
+        for i, model in models.items():
+            for key, expected in model_troubles(model):
+                self.complain(("models", i, key), getattr(model, key), expected, origin)
+            if listens_openly(model):
+                self.warnings.append(self.complaint_at(
+                    ("models", i, "command"), LISTENS_OPENLY, origin))
+        return models
 
     def aliases(self) -> dict[str, str]:
         table, found = self.table("aliases"), dict[str, str]()
@@ -2472,7 +2664,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ============================
-#  11  content
+#  12  content
 # ============================
 #
 # JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
@@ -2776,7 +2968,7 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
 
 
 # ============================
-#  12  forms
+#  13  forms
 # ============================
 #
 # multipart/form-data as far as a balancer must read it: the model that one of its parts names;
@@ -2923,7 +3115,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ============================
-#  13  prompts
+#  14  prompts
 # ============================
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
@@ -3135,7 +3327,7 @@ class PrefixCache:
 
 
 # ============================
-#  14  calls
+#  15  calls
 # ============================
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
@@ -3363,7 +3555,7 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 
 
 # ============================
-#  15  dialect
+#  16  dialect
 # ============================
 #
 # What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
@@ -3679,7 +3871,7 @@ def error_event(body: bytes, path: str) -> bytes:
 
 
 # ============================
-#  16  judge
+#  17  judge
 # ============================
 #
 # An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
@@ -3871,7 +4063,7 @@ def response_id(start: bytes, streams: bool) -> str:
 
 
 # ============================
-#  17  transcripts
+#  18  transcripts
 # ============================
 #
 # What a stream has shown, so that another server can go on with it when its own is lost.  While all
@@ -4212,7 +4404,7 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 # ============================
-#  18  resumption
+#  19  resumption
 # ============================
 #
 # How another server goes on with a stream: whether it can, by what was asked for and shown; and a
@@ -4539,7 +4731,7 @@ def with_seed(content: Content, seed: int) -> bytes:
 
 
 # ============================
-#  19  engine load
+#  20  engine load
 # ============================
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
@@ -4716,7 +4908,7 @@ def is_plain(value: Any, depth: int) -> bool:
 
 
 # ============================
-#  20  health
+#  21  health
 # ============================
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -4935,7 +5127,7 @@ class Health(NamedTuple):
 
 
 # ============================
-#  21  pace
+#  22  pace
 # ============================
 #
 # What a server has of ours, counted in place, and how fast it is, in two figures that are learned
@@ -5125,7 +5317,7 @@ class AnswerLengths:
 
 
 # ============================
-#  22  servers
+#  23  servers
 # ============================
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -5473,7 +5665,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ============================
-#  23  learning
+#  24  learning
 # ============================
 #
 # What a server's reports teach of it besides its pace: its time per output token as it is now, its
@@ -5581,7 +5773,7 @@ def learned_after(
 
 
 # ============================
-#  24  leases
+#  25  leases
 # ============================
 #
 # What is counted of a request while it is with a server, and what is learned when it goes well.
@@ -5701,7 +5893,7 @@ class Lease:
 
 
 # ============================
-#  25  fleet
+#  26  fleet
 # ============================
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -5917,6 +6109,12 @@ class Fleet:
             self._put(view._replace(report=view.report._replace(trouble=why)))
         return bool(views)
 
+    def woke(self, server: str) -> None:
+        """A server was woken up, as its next report will say."""
+        for view in self.engines(server):
+            load = view.report.load._replace(asleep=False)
+            self._put(view._replace(report=view.report._replace(load=load)))
+
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
         """Replace a server's health by `after` of it and the news.  Returns the transition, if its
         state has changed, or None."""
@@ -5949,7 +6147,7 @@ def new_view(
 
 
 # ============================
-#  26  roster
+#  27  roster
 # ============================
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -6136,7 +6334,7 @@ class Roster:
 
 
 # ============================
-#  27  estimates
+#  28  estimates
 # ============================
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
@@ -6230,7 +6428,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
 
 
 # ============================
-#  28  policies
+#  29  policies
 # ============================
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -6580,7 +6778,7 @@ class Expression(Formula):
 
 
 # ============================
-#  29  ranking
+#  30  ranking
 # ============================
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -6926,7 +7124,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
 
 
 # ============================
-#  30  queue
+#  31  queue
 # ============================
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -7044,7 +7242,7 @@ class WaitQueue:
 
 
 # ============================
-#  31  poison
+#  32  poison
 # ============================
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -7122,7 +7320,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ============================
-#  32  plans
+#  33  plans
 # ============================
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -7154,6 +7352,7 @@ class Outcome(NamedTuple):
     went_on: bool = False  # of Resume: something new was shown
     prospect: Prospect | None = None  # of Recall: whether the answer can go on, and how
     more: Any = None  # of a step of another room: what that room says
+    after_s: int = 0  # when it may be tried again
 
 
 class Relay(NamedTuple):
@@ -7461,7 +7660,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ============================
-#  33  client keys
+#  34  client keys
 # ============================
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -7590,7 +7789,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ============================
-#  34  access
+#  35  access
 # ============================
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -7939,7 +8138,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ============================
-#  35  documents
+#  36  documents
 # ============================
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -8088,18 +8287,21 @@ def model_entries(
     return list(models.values())
 
 
-def readiness_report(views: list[ServerView], stopping: bool) -> tuple[int, dict[str, Any]]:
-    """GET /readiness: 503 where there is no server to ask; degraded with only a last resort."""
+def readiness_report(
+    views: list[ServerView], stopping: bool, startable: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """GET /readiness: 503 where there is no server to ask, and none that is `startable`; degraded
+    with only a last resort."""
     healthy = sum(view.healthy and view.available for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
-    if any(view.available for view in views) and not stopping:
-        return 200, {"status": "ready" if healthy else "degraded", **counts}
+    if (startable or any(view.available for view in views)) and not stopping:
+        return 200, {"status": "ready" if healthy or startable else "degraded", **counts}
     reason = "stopping" if stopping else "no healthy server" if views else "no server configured"
     return 503, {"status": "not_ready", "reason": reason, **counts}
 
 
 # ============================
-#  36  metrics
+#  37  metrics
 # ============================
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -8297,7 +8499,7 @@ def gauges(
 
 
 # ============================
-#  37  records
+#  38  records
 # ============================
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -8446,7 +8648,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ============================
-#  38  recent past
+#  39  recent past
 # ============================
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
@@ -8626,7 +8828,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ============================
-#  39  status
+#  40  status
 # ============================
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
@@ -8906,7 +9108,7 @@ def status_report(
 
 
 # ============================
-#  40  sockets
+#  41  sockets
 # ============================
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -9066,7 +9268,7 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
 
 
 # ============================
-#  41  wire
+#  42  wire
 # ============================
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9487,7 +9689,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ============================
-#  42  secrets
+#  43  secrets
 # ============================
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9679,7 +9881,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ============================
-#  43  client
+#  44  client
 # ============================
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -9882,7 +10084,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ============================
-#  44  pool
+#  45  pool
 # ============================
 #
 # The connections to one server over which requests are passed on.
@@ -10017,7 +10219,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ============================
-#  45  pump
+#  46  pump
 # ============================
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -10250,7 +10452,7 @@ class Tunnel:
 
 
 # ============================
-#  46  response
+#  47  response
 # ============================
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -10518,7 +10720,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ============================
-#  47  logging
+#  48  logging
 # ============================
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -10851,7 +11053,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ============================
-#  48  shared state
+#  49  shared state
 # ============================
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
@@ -11007,12 +11209,13 @@ class Process:
 
     def __init__(self, name: str) -> None:
         self.name = name  # in Via
-        self.address = ""
+        self.address = self.settings_path = ""
+        self.agent: Any = None  # what it is registered as, if it is one
         self.started_at = time.time()
         self.reloaded_at: float | None = None  # on the loop's clock
         self.hint = ""  # what to try, for people
         self.settings_error = ""  # why the settings file could not be used when it was last read
-        self.stopping = False
+        self.stopping = self.succeeded = False  # the other: by a process that serves
         self.stalled_at = -INFINITY  # when it last turned out to have stood still
         self.pulse_due_at = INFINITY  # when that is looked at next
 
@@ -11045,7 +11248,7 @@ class Requests:
 
 
 # ============================
-#  49  core
+#  50  core
 # ============================
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
@@ -11197,7 +11400,7 @@ class Core:
 
 
 # ============================
-#  50  intake
+#  51  intake
 # ============================
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11340,7 +11543,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ============================
-#  51  attempt
+#  52  attempt
 # ============================
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11578,7 +11781,7 @@ class Attempt:
 
 
 # ============================
-#  52  case
+#  53  case
 # ============================
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -11716,7 +11919,7 @@ class Case:
 
 
 # ============================
-#  53  accounts
+#  54  accounts
 # ============================
 #
 # What is counted, kept and told of a request that has ended.
@@ -11773,7 +11976,7 @@ def facts_of(
 
 
 # ============================
-#  54  resuming
+#  55  resuming
 # ============================
 #
 # A stream that may go on at another server: what it has shown, from its first event on, and after
@@ -11866,7 +12069,7 @@ class Resuming:
 
 
 # ============================
-#  55  exchange
+#  56  exchange
 # ============================
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -12360,7 +12563,8 @@ class Exchange:
             text = "The server rejected the key that is set for it."
         if held is None:
             queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
-            after_s = self.core.requests.queue.clears_in_s(self.loop.time()) if queued else 0
+            after_s = (self.core.requests.queue.clears_in_s(self.loop.time()) if queued
+                       else step.outcome.after_s)
             self.refuse(Refusal(fault or Fault.INTERNAL, text, after_s))
             return WELL
         self.trail.server, self.trail.name = held.server, self.core.fleet.name_of(held.server)
@@ -12404,7 +12608,7 @@ class Exchange:
 
 
 # ============================
-#  56  watch
+#  57  watch
 # ============================
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -12695,7 +12899,7 @@ class Watchers:
 
 
 # ============================
-#  57  services
+#  58  services
 # ============================
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -12775,7 +12979,7 @@ class Services:
 
 
 # ============================
-#  58  operations
+#  59  operations
 # ============================
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -12905,7 +13109,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ============================
-#  59  endpoints
+#  60  endpoints
 # ============================
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -13041,7 +13245,9 @@ async def get_liveness(core: Core, asked: Asked) -> Reply:
 503 when no server can take a request, or it is stopping; `degraded` when only servers are left that
 are asked as a last resort""".replace("\n", " "))
 async def get_readiness(core: Core, asked: Asked) -> Reply:
-    status, document = readiness_report(core.fleet.views(), core.process.stopping)
+    # A model that can be started is as good as one that runs.
+    startable = any(one["status"] != "failed" for more in LISTED_MODELS for one in more(core))
+    status, document = readiness_report(core.fleet.views(), core.process.stopping, startable)
     return as_json(document, status)
 
 
@@ -13112,6 +13318,10 @@ async def refresh_models(core: Core) -> None:
             core.fleet.models_listed(server, found.models, asyncio.get_running_loop().time())
 
 
+# What rooms further on add: models, each with its "status".
+LISTED_MODELS: list[Callable[[Core], Iterable[Mapping[str, Any]]]] = []
+
+
 @endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
 async def get_models(core: Core, asked: Asked) -> Reply:
     return as_json({"object": "list", "data": models_for(core, asked.head)})
@@ -13122,6 +13332,11 @@ def models_for(core: Core, head: RequestHead) -> list[Mapping[str, Any]]:
     aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
     entries = model_entries(
         core.fleet.views(), aliases, head.fields.get("via"), core.process.name)
+    if LISTED_MODELS:
+        found = {entry["id"]: entry for entry in entries}
+        for one in itertools.chain.from_iterable(more(core) for more in LISTED_MODELS):
+            found[one["id"]] = {**one, **found.get(one["id"], {})}
+        entries = list(found.values())
     if key is None or not key.models:
         return entries
     return [entry for entry in entries if aliases.get(entry["id"], entry["id"]) in key.models]
@@ -13211,7 +13426,7 @@ ENDPOINTS |= {
 
 
 # ============================
-#  60  front
+#  61  front
 # ============================
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -13229,6 +13444,10 @@ def descriptors_allow() -> int:
 
 
 OPERATORS_SPARE = 16  # connections for operators, when clients have taken all
+
+
+# What requests below a path are for that is no server's own, by its first part.
+AIMS: dict[str, Callable[[Core, str], Destination]] = {}
 
 
 class Front:
@@ -13461,6 +13680,8 @@ class Front:
         elif head.hops_left == 0 or (head.is_preflight and kind in FOR_PAGES):
             exchange.response.send(Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
         elif kind.is_exchange:
+            if not exchange.destination.path and (aim := AIMS.get(head.path.split("/")[1])):
+                exchange.destination = aim(self.core, head.path)
             clients.forwarding += 1
             try:
                 await exchange.run(kind is Kind.EXPLAIN)
@@ -13553,7 +13774,7 @@ class Front:
 
 
 # ============================
-#  61  following
+#  62  following
 # ============================
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -13683,7 +13904,7 @@ class Follower:
 
 
 # ============================
-#  62  commands
+#  63  commands
 # ============================
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -13827,7 +14048,7 @@ def printable(text: str) -> str:
 
 
 # ============================
-#  63  handover
+#  64  handover
 # ============================
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -13851,7 +14072,6 @@ class Handover:
         self.taken_back: Callable[[], object] = lambda: None
         self.trial_s = UPGRADE_TRIAL_S
         self.under_way = False
-        self.succeeded = False  # by a process that serves
 
     async def run(self, command: Sequence[str], sockets: Sockets, front: Front) -> bool:
         """Have a successor serve on the same sockets.  Returns whether it has for a while; if not,
@@ -13904,7 +14124,7 @@ class Handover:
         """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
         could; if the other ends, it does."""
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        self.succeeded = True
+        self.core.process.succeeded = True
         front.rest(True)
         try:
             while child.poll() is None and loop.time() < begun + self.trial_s:
@@ -13915,7 +14135,7 @@ class Handover:
         if code is None:
             log.info("process %d serves now; this one finishes its answers", child.pid)
         elif not self.core.process.stopping:
-            self.succeeded = False
+            self.core.process.succeeded = False
             front.rest(False)
             self.taken_back()
             log.error("process %d ended %.1f s after it began to serve (exit code %d); this process"
@@ -14013,7 +14233,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ============================
-#  64  balancer
+#  65  balancer
 # ============================
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -14032,6 +14252,7 @@ class Balancer:
     ) -> None:
         self.core = Core(settings, random.Random())
         self.inherited = inherited or {}
+        self.core.process.settings_path = path
         self.follower = Follower(
             self.core, path, overrides or {}, self.adopt, self.adopt_secrets)
         self.port = self.operator_port = 0  # those it listens on
@@ -14078,9 +14299,9 @@ class Balancer:
             ready()
             await self._stop.wait()
             core.process.stopping = True
-            if not self.handover.succeeded:
+            if not self.core.process.succeeded:
                 await self.wait_for_second_stop(core.settings.drain_delay)
-            self._front.close(to_the_last=not self.handover.succeeded)
+            self._front.close(to_the_last=not self.core.process.succeeded)
             await self.drain()
             self._services.stop()
             self._watchers.stop()
@@ -14144,7 +14365,7 @@ class Balancer:
         already and nothing is urgent, whenever it comes."""
         core, running = self.core, self.core.clients.exchanges
         timeout_s = core.settings.drain_timeout
-        grace_s = timeout_s if self.handover.succeeded else min(timeout_s, IDLE_GRACE_S)
+        grace_s = timeout_s if self.core.process.succeeded else min(timeout_s, IDLE_GRACE_S)
         for response in running.values():
             if response is not None and not response.begun:
                 response.close_after()
@@ -14246,7 +14467,7 @@ class Balancer:
 
 
 # ============================
-#  65  process
+#  66  process
 # ============================
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14303,7 +14524,8 @@ def announce(balancer: Balancer, hint: str) -> None:
     s, limit = balancer.core.settings, balancer.core.clients.limit
     url, second = own_url(s, s.host, balancer.port), operator_address(s)
     if hint:
-        balancer.core.process.hint = hint.format(url=url, server=s.servers[0].url).strip()
+        server = s.servers[0].url if s.servers else ""
+        balancer.core.process.hint = hint.format(url=url, server=server).strip()
         print(f"\n{balancer.core.process.hint}\n", flush=True)
     notify_ready()
     here = f"{s.host}:{balancer.port} ({url} from here)" if s.host in ANYWHERE else url
@@ -14364,7 +14586,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ============================
-#  66  router flags
+#  67  router flags
 # ============================
 #
 # The command line of vllm-project/router: its flags are read, too, so that its command lines work
@@ -14543,7 +14765,7 @@ def router_overrides(
 
 
 # ============================
-#  67  command line
+#  68  command line
 # ============================
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -14741,7 +14963,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ============================
-#  68  names
+#  69  names
 # ============================
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -14910,7 +15132,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ============================
-#  69  pods
+#  70  pods
 # ============================
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -15159,7 +15381,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ============================
-#  70  listing
+#  71  listing
 # ============================
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -15407,7 +15629,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ============================
-#  71  cluster
+#  72  cluster
 # ============================
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -15742,7 +15964,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ============================
-#  72  zmtp
+#  73  zmtp
 # ============================
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -15927,7 +16149,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ============================
-#  73  registration
+#  74  registration
 # ============================
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -16225,7 +16447,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ============================
-#  74  registering
+#  75  registering
 # ============================
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -16476,7 +16698,7 @@ ENDPOINTS |= {
 
 
 # ============================
-#  75  zmq listener
+#  76  zmq listener
 # ============================
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -16625,7 +16847,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ============================
-#  76  legs
+#  77  legs
 # ============================
 #
 # One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
@@ -16890,7 +17112,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ============================
-#  77  connectors
+#  78  connectors
 # ============================
 #
 # What the two legs of a request are told, and in which order they are sent, so that what one vLLM
@@ -17043,7 +17265,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ============================
-#  78  splitting
+#  79  splitting
 # ============================
 #
 # How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
@@ -17333,7 +17555,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ============================
-#  79  pairs
+#  80  pairs
 # ============================
 #
 # The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
@@ -17668,11 +17890,2496 @@ Exchange.CARRY_OUT |= {
     Learn: learn, Prefill: prefill, Decode: decode, Both: both, Plainly: note_plain}
 
 
-# ━━━ part XIII: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XIII: models ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================
-#  80  cells
+#  81  life
+# ============================
+#
+# The life of a model's instance: one table of transitions, and how often one that ends by itself is
+# started again.  An instance is one process, or group of processes, that serves one model.
+
+
+class Phase(Enum):
+    """Where an instance is in its life."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    RUNNING = "running"
+    FALLING_ASLEEP = "falling_asleep"
+    SLEEPING = "sleeping"
+    WAKING = "waking"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+class Turn(Enum):
+    """What happens to an instance."""
+
+    LAUNCH = "is launched"
+    READY = "answers, and lists its model"
+    SLEEP = "is to sleep"
+    ASLEEP = "says that it sleeps"
+    WAKE = "is to wake"
+    AWAKE = "says that it is awake"
+    STOP = "is to stop"
+    GONE = "nothing of it is left"
+    ENDED = "ended by itself"
+
+    __hash__ = object.__hash__  # as Fault's
+
+
+LIVING = (Phase.STARTING, Phase.RUNNING, Phase.FALLING_ASLEEP, Phase.SLEEPING, Phase.WAKING)
+TRANSITIONS: dict[tuple[Phase, Turn], Phase] = {
+    (Phase.ABSENT, Turn.LAUNCH): Phase.STARTING,
+    (Phase.FAILED, Turn.LAUNCH): Phase.STARTING,
+    (Phase.STARTING, Turn.READY): Phase.RUNNING,
+    (Phase.RUNNING, Turn.SLEEP): Phase.FALLING_ASLEEP,
+    (Phase.SLEEPING, Turn.SLEEP): Phase.FALLING_ASLEEP,  # deeper
+    (Phase.FALLING_ASLEEP, Turn.ASLEEP): Phase.SLEEPING,
+    (Phase.FALLING_ASLEEP, Turn.AWAKE): Phase.RUNNING,  # it did not
+    (Phase.SLEEPING, Turn.WAKE): Phase.WAKING,
+    (Phase.WAKING, Turn.AWAKE): Phase.RUNNING,
+    (Phase.WAKING, Turn.ASLEEP): Phase.SLEEPING,  # it did not
+    (Phase.FAILED, Turn.STOP): Phase.STOPPING,
+    (Phase.STOPPING, Turn.GONE): Phase.ABSENT,
+    (Phase.SLEEPING, Turn.ENDED): Phase.ABSENT,  # the next request starts it
+    **{(phase, Turn.STOP): Phase.STOPPING for phase in LIVING},
+    **{(phase, Turn.ENDED): Phase.FAILED for phase in LIVING if phase is not Phase.SLEEPING},
+}
+GIVE_UP_AFTER = 5  # ends in a row
+STEADY_S = 60.0  # after so long running an end is the first in a row
+RESTART_S, RESTART_MAX_S = 0.5, 60.0  # the pause before a second start in a row; it doubles
+
+
+def restart_pause_s(failures: int) -> float:
+    """How long after the n-th end in a row the next start is; infinity: there is none."""
+    if failures >= GIVE_UP_AFTER:
+        return INFINITY
+    pause: float = min(RESTART_MAX_S, RESTART_S * 2.0 ** (failures - 2)) if failures > 1 else 0.0
+    return pause
+
+
+class Life:
+    """Owns an instance's phase, and what was seen of its life; times are monotonic."""
+
+    __slots__ = ("phase", "since", "reason", "failures", "retry_at", "starts", "wakes", "ready_s",
+                 "wake_s", "begun_at", "slept_s", "failed")
+
+    def __init__(self, now: float, phase: Phase = Phase.ABSENT) -> None:
+        self.phase, self.since, self.reason = phase, now, ""
+        self.failures = 0  # in a row
+        self.retry_at = now  # of one that failed
+        self.starts = self.wakes = self.failed = 0
+        self.ready_s = self.wake_s = 0.0  # the last start took, and the last wake
+        self.slept_s = 0.0
+        self.begun_at = now  # the start, or the wake, that goes on or was the last
+
+    def tell(self, turn: Turn, now: float, reason: str = "") -> Phase:
+        """The phase after that turn.  Raises ValueError where the table has none."""
+        if (new := TRANSITIONS.get((self.phase, turn))) is None:
+            raise ValueError(f"it is {self.phase.value}, and cannot be what {turn.value}")
+        old, lasted_s = self.phase, now - self.since
+        self.phase, self.since, self.reason = new, now, reason or turn.value
+        if turn in (Turn.LAUNCH, Turn.WAKE):
+            self.begun_at = now
+            self.starts += turn is Turn.LAUNCH
+            self.wakes += turn is Turn.WAKE
+        elif turn is Turn.READY:
+            self.ready_s = now - self.begun_at
+        elif turn is Turn.AWAKE and old is Phase.WAKING:
+            self.wake_s = now - self.begun_at
+        if old is Phase.SLEEPING:
+            self.slept_s += lasted_s
+        if turn is Turn.ENDED and new is Phase.FAILED:
+            steady = old is Phase.RUNNING and lasted_s > STEADY_S
+            self.failures, self.failed = 1 if steady else self.failures + 1, self.failed + 1
+            self.retry_at = now + restart_pause_s(self.failures)
+        return new
+
+    @property
+    def given_up(self) -> bool:
+        return self.phase is Phase.FAILED and self.retry_at == INFINITY
+
+
+# ============================
+#  82  launching
+# ============================
+#
+# How a model is launched: command lines are made of settings files on the host that runs them, and
+# of nothing else.  What comes over HTTP is a name, numbers, and words that a profile lists.
+
+DEFAULT_COMMAND = ("vllm", "serve")
+DEFAULT_PROFILE = ProfileSettings("vllm")
+DEFAULT_SHARE = 0.9  # of a device's memory, which vLLM takes by itself
+# What may be said of a model over HTTP; what else there is names programs, or the host's business.
+SAID_OF_MODELS = tuple(name for name in MODEL_FIELDS if name not in ("command", "env"))
+
+
+def said_of(model: ModelSettings) -> dict[str, Any]:
+    """A model as it is said over HTTP."""
+    said = {key: getattr(model, key) for key in SAID_OF_MODELS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()
+            if value != MODEL_FIELDS[key].default}
+
+
+class Device(NamedTuple):
+    """A GPU, as nvidia-smi shows it, or as the settings say."""
+
+    total_gb: float
+    used_gb: float = 0.0  # by whomever
+    name: str = ""
+    utilization: float = 0.0
+    number: int = 0  # nvidia-smi's
+
+
+GPU_QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total,memory.used,utilization.gpu",
+             "--format=csv,noheader,nounits")
+GPU_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory",
+                  "--format=csv,noheader,nounits")
+
+
+def parse_gpus(text: str, visible: str = "") -> list[Device]:
+    """What GPU_QUERY prints.  `visible` is CUDA_VISIBLE_DEVICES; of it numbers count."""
+    found = list[Device]()
+    for line in text.splitlines():
+        index, *name, total, used, busy = [word.strip() for word in line.split(",")]
+        with contextlib.suppress(ValueError):
+            share = float(busy) / 100 if busy.replace(".", "").isdecimal() else 0.0
+            found.append(Device(float(total) / 1024, float(used) / 1024, ", ".join(name),
+                                share, int(index)))
+    wanted = [word.strip() for word in visible.split(",") if word.strip()]
+    if not wanted or not all(word.isdecimal() for word in wanted):
+        return [] if wanted and wanted[0] in ("-1", "none", "NoDevFiles") else found
+    by_index = {str(device.number): device for device in found}
+    return [by_index[word] for word in wanted if word in by_index]
+
+
+def parse_gpu_apps(text: str) -> dict[int, float]:
+    """What GPU_APPS_QUERY prints: GB by process."""
+    found = dict[int, float]()
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            pid, used = line.split(",")
+            found[int(pid)] = found.get(int(pid), 0.0) + float(used) / 1024
+    return found
+
+
+def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Device]:
+    """The devices by hand: what is stated where nothing was found, and no more of what was."""
+    if not found or not stated:
+        return list(found) or [Device(gb, number=n) for n, gb in enumerate(stated)]
+    return [one._replace(total_gb=min(gb, one.total_gb)) for gb, one in zip(stated, found)]
+
+
+def memory_on(model: ModelSettings, total_gb: float) -> float:
+    """GB that it takes of such a device."""
+    return model.gpu_memory_gb or (model.gpu_memory_utilization or DEFAULT_SHARE) * total_gb
+
+
+def sleeps(model: ModelSettings) -> bool:
+    """Whether one of it can be put to sleep."""
+    wanted = max(model.sleep_after_s, model.deep_sleep_after_s) > 0
+    return not model.takes_port and (wanted or "--enable-sleep-mode" in model.args)
+
+
+def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) -> ModelSettings:
+    """The model with what its profile adds.  Raises LookupError."""
+    if not model.profile:
+        return model
+    if (profile := profiles.get(model.profile)) is None:
+        raise LookupError(f"no profile {shown(model.profile)} here,"
+                          f" but {', '.join(profiles) or 'none'}")
+    return dataclasses.replace(
+        model, command=model.command or profile.command, args=(*profile.args, *model.args),
+        env=(*profile.env, *model.env))
+
+
+def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) -> list[str]:
+    """The words of its command line, on devices of that memory (none: they are not known)."""
+    name = model.model or model.alias
+    if model.takes_port:
+        return [word.replace("{port}", str(port)).replace("{model}", name)
+                for word in model.command]
+    words = [*(model.command or DEFAULT_COMMAND), name, "--host", "127.0.0.1", "--port", str(port),
+             "--served-model-name", model.alias]
+    if model.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(model.tensor_parallel_size)]
+    if model.max_model_len:
+        words += ["--max-model-len", str(model.max_model_len)]
+    if device_gb:
+        share = memory_on(model, min(device_gb)) / min(device_gb)
+        words += ["--gpu-memory-utilization", f"{min(1.0, share):.4g}"]
+        if sleeps(model) and "--enable-sleep-mode" not in model.args:
+            words.append("--enable-sleep-mode")
+    return [*words, *model.args]
+
+
+def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str, str]:
+    """What its environment has more than ours."""
+    pins = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+    switch = {"VLLM_SERVER_DEV_MODE": "1"} if sleeps(model) else {}
+    return {**pins, **switch, **dict(model.env)}
+
+
+def model_by_request(
+    document: Mapping[str, Any], profiles: Mapping[str, ProfileSettings]
+) -> ModelSettings:
+    """A model that comes over HTTP, to be launched by one of these profiles.  Raises
+    SettingsError."""
+    said, wrong = dict(document), list[tuple[str, str]]()
+    for key in said:
+        if key not in SAID_OF_MODELS and SYNONYMS.get(key) not in SAID_OF_MODELS:
+            wrong.append((key, f"found it, expected one of {', '.join(SAID_OF_MODELS)}"))
+    said = {key: value for key, value in said.items() if key not in {key for key, _ in wrong}}
+    if not wrong:
+        settings, warnings = parse_settings("servers = []", "request", {
+            "models": ([said], "request")})
+        model = settings.models[0]
+        profile = profiles.get(model.profile or next(iter(profiles), ""))
+        if profile is None:
+            wrong.append(("profile", f"found {shown(model.profile)}, expected one of"
+                          f" {', '.join(profiles) or 'none: this host has no profile'}"))
+        else:
+            model = dataclasses.replace(model, profile=profile.name)
+            wrong += refused_by(profile, model)
+    if wrong:
+        raise SettingsError([Complaint("request", 0, *one) for one in wrong])
+    return model
+
+
+def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str, str]]:
+    """What of a model that came over HTTP the profile does not allow: keys and why."""
+    name, wrong = model.model or model.alias, list[tuple[str, str]]()
+    trusting = any("trust-remote-code" in word.replace("_", "-")
+                   for word in (*profile.command, *profile.args, *model.args))
+    patterns = profile.models or ("*",)
+    listed = name in profile.values or name in profile.models
+    if not listed and (MODEL_NAME.fullmatch(name) is None or os_path_like(name)):
+        wrong.append(("model", f"found {shown(name)}, expected a name like Qwen/Qwen3-8B"))
+    elif not listed and (trusting or not any(matches(name, one) for one in patterns)):
+        what = "exact names, since it trusts remote code" if trusting else "these"
+        wrong.append(("model", f"found {shown(name)}, expected one of profile {profile.name}'s"
+                      f" models ({what}): {', '.join(patterns)}"))
+    for word in model.args:
+        if word not in profile.values:
+            wrong.append(("args", f"found {shown(word)}, expected one of profile {profile.name}'s"
+                          f" values: {', '.join(profile.values) or 'it has none'}"))
+    return wrong
+
+
+def os_path_like(name: str) -> bool:
+    """Whether a name could be taken for a path, which vLLM would look at first."""
+    return name.startswith((".", "/", "~")) or ".." in name
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern, in which * is any characters."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
+
+
+# ============================
+#  83  placement
+# ============================
+#
+# Where a model fits, with the fewest moves of others.  Memory that is promised counts: an instance
+# is booked with all it may take from the moment it is placed, a sleeping one with what it still
+# holds on its devices.
+
+MIN_STAY_S = 2.0  # for which one that has come up stays, whoever wants its place
+TURN_S = 15.0  # after so long others' waiting requests get a place that is in use
+
+
+class Seat(NamedTuple):
+    """An instance, as placement sees it."""
+
+    name: str
+    alias: str
+    host: str
+    devices: tuple[int, ...]  # places in the host's list
+    gb: float  # booked of each, now
+    phase: Phase
+    model: ModelSettings
+    awake_gb: float = 0.0  # what it takes of each when it runs
+    held_gb: float = 0.0  # and holds asleep
+    weights_gb: float = 0.0  # of host memory, that it takes asleep
+    in_flight: int = 0
+    idle_s: float = 0.0
+    age_s: float = 0.0  # in its phase
+    retry_in_s: float = 0.0  # of one that failed
+    level: int = 0  # of its sleep
+    leaving: bool = False  # no request is sent to it any more
+    fresh: bool = True  # it is as its settings say
+
+
+class HostView(NamedTuple):
+    """A host, as placement sees it."""
+
+    name: str
+    total_gb: tuple[float, ...] = ()  # of each device; () where none is known
+    foreign_gb: tuple[float, ...] = ()  # used by others
+    memory_gb: float = INFINITY  # of the host, that is free
+    reachable: bool = True
+    profiles: tuple[str, ...] | None = None  # by which models are launched; None: any
+
+
+class Demand(NamedTuple):
+    """What is wanted of one model."""
+
+    waiting: int = 0
+    waited_s: float = 0.0  # the longest of them
+    load: float = 0.0  # requests in flight by capacity, of those that run
+    high_s: float = 0.0  # for so long the load is above its mark,
+    low_s: float = 0.0  # or below
+    host: str = ""  # the only one that may run it
+
+
+class Act(NamedTuple):
+    """One thing to do: launch, wake, sleep, deepen or stop; `name` is an instance's."""
+
+    verb: str
+    alias: str
+    name: str = ""
+    host: str = ""
+    devices: tuple[int, ...] = ()
+    why: str = ""
+
+
+class Spot(NamedTuple):
+    """Where a model fits, once those moves are made and those that leave have left."""
+
+    host: str
+    devices: tuple[int, ...]
+    moves: tuple[tuple[Seat, str], ...] = ()  # what is to sleep or stop
+    now: bool = True  # nothing has to move, or leave, first
+
+
+NO_DEMAND = Demand()
+Demands = Mapping[str, Demand]
+UP = (Phase.STARTING, Phase.RUNNING, Phase.WAKING)
+
+
+def lives(seat: Seat) -> bool:
+    """Whether it is a replica, or about to be one."""
+    return not seat.leaving and (
+        seat.phase in UP or (seat.phase is Phase.FAILED and 0 < seat.retry_in_s < INFINITY))
+
+
+def booked_gb(seat: Seat, soon: bool) -> float:
+    """What it takes of each of its devices: now, or once what leaves has left."""
+    if soon and (seat.phase is Phase.STOPPING or seat.leaving):
+        return 0.0
+    return seat.held_gb if soon and seat.phase is Phase.FALLING_ASLEEP else seat.gb
+
+
+def worth(seat: Seat) -> tuple[float, ...]:
+    """What speaks for an instance to keep its place: the least is moved first."""
+    return (seat.in_flight > 0, seat.model.priority, seat.phase is not Phase.SLEEPING,
+            -seat.idle_s, seat.awake_gb)
+
+
+def movable(seat: Seat, wanting: ModelSettings, demands: Demands, mates: int) -> bool:
+    """Whether an instance may be moved for a model that wants its place; of `mates` of its own
+    model that run.  One that is idle may, after a while; one in use when it has had its turn, and
+    requests for the other have waited for one."""
+    own, other = demands.get(seat.alias, NO_DEMAND), demands.get(wanting.alias, NO_DEMAND)
+    if seat.alias == wanting.alias or seat.leaving or (
+            wanting.together and wanting.group and seat.model.group == wanting.group):
+        return False
+    if seat.phase is Phase.SLEEPING:
+        return True
+    if seat.phase is not Phase.RUNNING or seat.age_s < MIN_STAY_S:
+        return False
+    ranks = wanting.priority - seat.model.priority
+    if mates <= seat.model.min_replicas and ranks <= 0:
+        return False
+    if seat.in_flight == 0 and own.waiting == 0:
+        return True
+    return ranks >= 0 and seat.age_s >= TURN_S and other.waited_s >= TURN_S
+
+
+def rest_of(seat: Seat, memory_gb: float) -> str:
+    """How an instance gives its memory back: by sleep, if it can and the host has room."""
+    return "sleep" if (seat.phase is Phase.RUNNING and sleeps(seat.model)
+                       and seat.weights_gb <= memory_gb) else "stop"
+
+
+def room_on(
+    host: HostView, device: int, need_gb: float, seats: Sequence[Seat], may_move: Collection[str]
+) -> tuple[tuple[tuple[Seat, str], ...], bool] | float:
+    """The moves that make room for so many GB on a device, and whether there is room already; or,
+    where there are none, the GB that lack."""
+    here = [seat for seat in seats if seat.host == host.name and device in seat.devices]
+    free = host.total_gb[device] - (host.foreign_gb[device] if host.foreign_gb else 0.0)
+    slack = 1e-6 - need_gb
+    if free + slack >= sum(booked_gb(seat, False) for seat in here):
+        return (), True
+    soon = free - sum(booked_gb(seat, True) for seat in here)
+    moves = list[tuple[Seat, str]]()
+    for seat in sorted(here, key=worth):
+        if soon + slack >= 0:
+            break
+        if seat.name in may_move and booked_gb(seat, True) > 0:
+            how = rest_of(seat, host.memory_gb)
+            kept = seat.held_gb if how == "sleep" else 0.0
+            if how == "sleep" and soon + booked_gb(seat, True) - kept + slack < 0 <= (
+                    soon + booked_gb(seat, True) + slack):
+                how, kept = "stop", 0.0  # asleep it would hold too much
+            moves.append((seat, how))
+            soon += booked_gb(seat, True) - kept
+    if soon + slack < 0:
+        return -(soon + slack)
+    for move in list(moves):  # the cheap ones may have been for nothing
+        gain = booked_gb(move[0], True) - (move[0].held_gb if move[1] == "sleep" else 0.0)
+        if soon - gain + slack >= 0:
+            moves.remove(move)
+            soon -= gain
+    return tuple(moves), False
+
+
+def find_place(
+    model: ModelSettings, hosts: Sequence[HostView], seats: Sequence[Seat], demands: Demands,
+    pinned: Seat | None = None,
+) -> Spot | str:
+    """Where one more of the model fits with the fewest moves; `pinned` is one that sleeps, and is
+    to wake where it is.  A text says what is lacking."""
+    places, lacking = list[tuple[tuple[Any, ...], Spot]](), list[str]()
+    running, demand = [seat.alias for seat in seats if lives(seat)], demands.get(
+        model.alias, NO_DEMAND)
+    may_move = {seat.name for seat in seats if demand.waiting or model.min_replicas
+                if movable(seat, model, demands, running.count(seat.alias))}
+    only = demand.host
+    for host in hosts:
+        named = pinned.host if pinned else only
+        if not host.reachable or named not in ("", host.name):
+            continue
+        if host.profiles is not None and (model.profile or "vllm") not in host.profiles:
+            lacking.append(f"{host.name} has no profile {model.profile or 'vllm'}")
+            continue
+        found = place_on(model, host, seats, may_move, pinned)
+        if isinstance(found, str):
+            lacking.append(found)
+        else:
+            crowd = sum(seat.host == host.name and seat.phase in LIVING for seat in seats)
+            disturbs = sorted(worth(seat) for seat, _ in found.moves)
+            places.append(((len(found.moves), not found.now, disturbs, crowd, host.name), found))
+    if places:
+        return min(places, key=lambda place: place[0])[1]
+    return "; ".join(lacking) or "no host can be reached"
+
+
+def place_on(
+    model: ModelSettings, host: HostView, seats: Sequence[Seat], may_move: Collection[str],
+    pinned: Seat | None,
+) -> Spot | str:
+    """The same, on one host."""
+    if not host.total_gb:
+        return Spot(host.name, ())
+    count = model.tensor_parallel_size
+    if len(host.total_gb) < count:
+        return f"{host.name} has {len(host.total_gb)} devices of {count}"
+    rows, lacks = list[tuple[Any, ...]](), list[str]()
+    for device, total_gb in enumerate(host.total_gb):
+        if pinned is not None and device not in pinned.devices:
+            continue
+        need_gb = memory_on(model, total_gb) - (pinned.gb if pinned else 0.0)
+        found = room_on(host, device, need_gb, seats, may_move)
+        if isinstance(found, float):
+            lacks.append(f"device {device} lacks {found:.1f} of {need_gb:.1f} GB")
+        else:
+            moves, now = found
+            rows.append((len(moves), not now, sorted(worth(seat) for seat, _ in moves), device,
+                         moves))
+    if len(rows) < count:
+        return f"{host.name}: {', '.join(lacks)}"
+    chosen = sorted(rows, key=lambda row: row[:4])[:count]
+    all_moves = {seat.name: (seat, how) for row in chosen for seat, how in row[4]}
+    return Spot(host.name, tuple(sorted(row[3] for row in chosen)), tuple(all_moves.values()),
+                 not any(row[1] for row in chosen))
+
+
+# ============================
+#  84  scaling
+# ============================
+#
+# How many of each model run: what is launched, put to sleep, woken and stopped next.  One pure
+# function, from models, hosts, seats and demands to acts.
+
+
+def wanted_replicas(model: ModelSettings, running: int, demand: Demand, asked: bool) -> int:
+    """How many are to run: while requests wait, while the load stays high, and while it is quiet.
+    `asked`: some request waits for it, or for one that it stays with."""
+    wanted = max(running, model.min_replicas, 1 if asked else 0)
+    if running and demand.high_s >= model.scale_hold_s and demand.load >= model.scale_up_at:
+        wanted += 1
+    elif running > max(1, model.min_replicas) and demand.low_s >= model.scale_hold_s and (
+            demand.load < model.scale_down_at):
+        wanted -= 1
+    return min(wanted, max(model.max_replicas, model.min_replicas))
+
+
+def decide(
+    models: Sequence[ModelSettings], hosts: Sequence[HostView], seats: Sequence[Seat],
+    demands: Demands,
+) -> tuple[list[Act], dict[str, str]]:
+    """What to do next; and by model why what it wants is not done.  Who has waited longest comes
+    first, and has the room that others make for it."""
+    acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
+    known = {model.alias: model for model in models}
+    for seat in seats:
+        if seat.alias not in known and not seat.leaving and seat.phase in LIVING:
+            acts.append(Act("stop", seat.alias, seat.name, why="its model was removed"))
+    grouped = {model.group: max((demands.get(one.alias, NO_DEMAND).waited_s for one in models
+                                 if one.group == model.group and one.together
+                                 and demands.get(one.alias, NO_DEMAND).waiting), default=-1.0)
+               for model in models if model.group}
+
+    def urgency(model: ModelSettings) -> tuple[float, ...]:
+        demand = demands.get(model.alias, NO_DEMAND)
+        return not demand.waiting, -demand.waited_s, -model.priority
+
+    for model in sorted(models, key=urgency):
+        demand = demands.get(model.alias, NO_DEMAND)
+        mine = [seat for seat in seats if seat.alias == model.alias]
+        running = [seat for seat in mine if lives(seat)]
+        asked = demand.waiting > 0 or (model.together and grouped.get(model.group, -1.0) >= 0)
+        wanted = wanted_replicas(model, len(running), demand, asked)
+        if wanted > len(running):
+            acts += grow(model, hosts, seats, demands, why_not)
+        else:
+            acts += shrink(model, mine, demand, len(running) - wanted,
+                           {host.name: host.memory_gb for host in hosts})
+    return acts, why_not
+
+
+def grow(
+    model: ModelSettings, hosts: Sequence[HostView], seats: list[Seat], demands: Demands,
+    why_not: dict[str, str],
+) -> list[Act]:
+    """One more of a model: a sleeper wakes, or one is launched; or what is in its way moves.  The
+    room is kept for it: `seats` has it from now on."""
+    mine = [seat for seat in seats if seat.alias == model.alias]
+    if any(seat.phase is Phase.FAILED for seat in mine):
+        why_not[model.alias] = "it failed, and is given up"
+        return []
+    if any(seat.phase in (Phase.FALLING_ASLEEP, Phase.STOPPING) or seat.leaving for seat in mine):
+        return []  # it comes back from where it is going first
+    rivals = [seat for seat in seats if model.group and not model.together
+              and seat.model.group == model.group and seat.alias != model.alias
+              and seat.phase in (*UP, Phase.FALLING_ASLEEP, Phase.STOPPING)]
+    if rivals:
+        moves = [(seat, rest_of(seat, INFINITY)) for seat in rivals
+                 if movable(seat, model, demands, 1)]
+        why_not[model.alias] = f"{', '.join(seat.alias for seat in rivals)} of its group runs"
+        return moves_for(model, moves)
+    place: Spot | str = ""
+    for sleeper in [seat for seat in mine if seat.phase is Phase.SLEEPING and seat.fresh]:
+        place = find_place(model, hosts, seats, demands, sleeper)
+        if isinstance(place, Spot):
+            seats[seats.index(sleeper)] = sleeper._replace(gb=sleeper.awake_gb, phase=Phase.WAKING)
+            if place.now:
+                return [Act("wake", model.alias, sleeper.name, why=reason_to_run(model, demands))]
+            return moves_for(model, place.moves)
+    place = find_place(model, hosts, seats, demands)
+    if isinstance(place, str):
+        why_not[model.alias] = place
+        return []
+    totals = next(host.total_gb for host in hosts if host.name == place.host)
+    gb = memory_on(model, min(totals[n] for n in place.devices)) if place.devices else 0.0
+    seats.append(Seat("", model.alias, place.host, place.devices, gb, Phase.STARTING, model))
+    if place.now:
+        return [Act("launch", model.alias, "", place.host, place.devices,
+                    reason_to_run(model, demands))]
+    return moves_for(model, place.moves)
+
+
+def reason_to_run(model: ModelSettings, demands: Demands) -> str:
+    demand = demands.get(model.alias, NO_DEMAND)
+    if demand.waiting:
+        return f"{demand.waiting} requests wait"
+    if demand.high_s:
+        return f"its load is {demand.load:.2f}"
+    return "so many are to run"
+
+
+def moves_for(model: ModelSettings, moves: Iterable[tuple[Seat, str]]) -> list[Act]:
+    return [Act(how, seat.alias, seat.name, why=f"{model.alias} needs its place")
+            for seat, how in moves]
+
+
+def shrink(
+    model: ModelSettings, mine: Sequence[Seat], demand: Demand, surplus: int,
+    memory_gb: Mapping[str, float],
+) -> list[Act]:
+    """Those that are too many, that have been idle for long enough, or are not as the settings say
+    any more."""
+    acts, resting = list[Act](), [seat for seat in mine if not seat.leaving]
+    running = sorted((seat for seat in resting if seat.phase is Phase.RUNNING),
+                     key=lambda seat: (seat.in_flight, -seat.idle_s))
+    left = sum(map(lives, mine))
+    for seat in running:
+        idle_s = 0.0 if seat.in_flight or demand.waiting else seat.idle_s
+        spare = left > model.min_replicas
+        if surplus > 0:
+            surplus, how, why = surplus - 1, "sleep", "its load is low"
+        elif not seat.fresh and (idle_s or left > 1):
+            how, why = "stop", "its settings have changed"
+        elif spare and 0 < model.unload_after_s <= idle_s:
+            how, why = "stop", f"idle for {idle_s:.0f} s"
+        elif spare and sleeps(model) and 0 < model.sleep_after_s <= idle_s:
+            how, why = "sleep", f"idle for {idle_s:.0f} s"
+        else:
+            continue
+        left -= 1
+        if how == "sleep":
+            how = rest_of(seat, memory_gb.get(seat.host, INFINITY))
+        acts.append(Act(how, model.alias, seat.name, why=why))
+    for seat in resting:
+        if seat.phase is not Phase.SLEEPING:
+            continue
+        if 0 < model.unload_after_s <= seat.idle_s or not seat.fresh:
+            acts.append(Act("stop", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
+        elif 0 < model.deep_sleep_after_s <= seat.idle_s and seat.level < 2:
+            acts.append(Act("deepen", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
+    return acts
+
+
+# ============================
+#  85  children
+# ============================
+#
+# Processes of models: each in a group of its own, which outlives us, with its output in a file that
+# nobody else has.  Thin: what is started, when and how often, is for others to say.
+
+INSTANCE_ENV = "MVLLM_LITE_INSTANCE"  # marks what is ours, also to a successor
+OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", READY_ENV,
+              SOCKETS_ENV, OPERATOR_SOCKETS_ENV, BY_HAND_ENV)
+OUTPUT_BYTES = 256 * 1024  # of a child's output that are kept; up to twice as many for a while
+REASON_LINES = 5  # of it, that are a reason
+KILLED_S = 5.0  # for which a killed group may take to be gone
+LOOK_S = 0.2  # where the system tells of no end
+
+
+class ProcessStat(NamedTuple):
+    """A line of /proc/PID/stat."""
+
+    state: str
+    group: int
+    started: int  # in ticks since the machine's start
+
+
+def process_stat(pid: int) -> ProcessStat | None:
+    """None of what is not there, or where there is no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            words = file.read().rpartition(")")[2].split()
+        return ProcessStat(words[0], int(words[2]), int(words[19]))
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return (found := process_stat(pid)) is None or found.state not in "ZX"
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a group that are not dead; where there is no /proc, the group's number."""
+    try:
+        os.killpg(group, 0)
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    except FileNotFoundError:
+        return [group]
+    except OSError:
+        return []
+    stats = ((pid, process_stat(pid)) for pid in pids)
+    return [pid for pid, one in stats if one and one.group == group and one.state not in "ZX"]
+
+
+def marked_group(group: int, name: str) -> bool:
+    """Whether processes of that group are those of our instance, and not others that were given
+    the number meanwhile."""
+    for pid in group_members(group):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if f"{INSTANCE_ENV}={name}".encode() in file.read().split(b"\0"):
+                    return True
+    return False
+
+
+class Child:
+    """A process that was started here, or by a predecessor: then its exit code is unknown."""
+
+    def __init__(self, pid: int, output: Any, popen: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid, self.output, self.popen = pid, output, popen
+        found = process_stat(pid)
+        self.started = found.started if found else 0
+
+    @property
+    def alive(self) -> bool:
+        if self.popen is not None:
+            return self.popen.poll() is None
+        found = process_stat(self.pid)
+        return process_exists(self.pid) and (found is None or found.started == self.started)
+
+    @property
+    def end_reason(self) -> str:
+        """How it ended, and its last words."""
+        code = self.popen.poll() if self.popen is not None else None
+        how = f"exit code {code}"
+        if code is None:
+            how = "gone, exit code unknown"
+        elif code < 0:
+            how = f"ended by signal {-code} ({signal.strsignal(-code)})"
+        last = self.tail(4096).strip().splitlines()[-REASON_LINES:]
+        return ": ".join(filter(None, (how, " | ".join(map(str.strip, last)))))
+
+    def tail(self, size: int = OUTPUT_BYTES) -> str:
+        """The last of its output."""
+        return self.output_from(max(0, self.output_size() - size))[0]
+
+    def close(self) -> None:
+        """Its output is wanted no more."""
+        if self.output is not None:
+            self.output.close()
+            self.output = None
+
+    def output_size(self) -> int:
+        return os.fstat(self.output.fileno()).st_size if self.output is not None else 0
+
+    def output_from(self, at: int) -> tuple[str, int]:
+        """Its output from there, and where it ends; from its begin, if it was cut meanwhile."""
+        size = self.output_size()
+        at = at if at <= size else 0
+        said = os.pread(self.output.fileno(), size - at, at) if self.output and size > at else b""
+        return said.decode("utf-8", "replace"), at + len(said)
+
+    def trim(self) -> None:
+        """Keep its output bounded: it is appended to, so it can be cut."""
+        if self.output is not None and self.output_size() > 2 * OUTPUT_BYTES:
+            kept = self.tail().encode()
+            os.ftruncate(self.output.fileno(), 0)
+            os.write(self.output.fileno(), kept)
+
+    async def ended(self) -> None:
+        """Return once it has ended, whatever is left of its group."""
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            watched = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):
+            while self.alive:
+                await asyncio.sleep(LOOK_S)
+            return
+        try:
+            loop.add_reader(watched, over.set)
+            while self.alive:
+                over.clear()
+                await over.wait()
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+
+    async def end(self, grace_s: float) -> list[int]:
+        """Have it end, and kill all of its group after a while, in any case.  Returns what is left
+        even then."""
+        loop = asyncio.get_running_loop()
+        if self.alive and grace_s:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self.ended()
+                    while group_members(self.pid):
+                        await asyncio.sleep(LOOK_S / 4)
+        until = loop.time() + KILLED_S
+        while left := group_members(self.pid):
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if loop.time() > until:
+                break
+            await asyncio.sleep(LOOK_S / 10)
+        if self.popen is not None:
+            self.popen.poll()  # it is reaped
+        return left
+
+
+def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) -> Child:
+    """Raises OSError, if the command cannot be run."""
+    output = tempfile.TemporaryFile()  # a pipe would break with us
+    fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
+    ours = {key: value for key, value in os.environ.items() if key not in OURS_ALONE}
+    popen = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        env={**ours, **environ, INSTANCE_ENV: name}, start_new_session=True)
+    return Child(popen.pid, output, popen)
+
+
+def adopted_child(pid: int, started: int) -> Child:
+    """A process of a predecessor, or what its group has left."""
+    output = None
+    with contextlib.suppress(OSError):
+        output = open(f"/proc/{pid}/fd/1", "rb+", buffering=0)
+        fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
+    child = Child(pid, output)
+    child.started = started
+    return child
+
+
+def free_port(taken: Collection[int]) -> int:
+    """A port of loopback that nobody listens on just now."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            if (port := sock.getsockname()[1]) not in taken:
+                return int(port)
+
+
+# ============================
+#  86  instances
+# ============================
+#
+# One model's process: how it is asked, and what is told of it.
+
+READY_LOOK_S = 0.1  # between two looks whether one that starts is ready
+TEND_S = 1.0  # and between two at one that runs
+PORT_TRIES = 3
+STOP_S = 10.0  # for which one that is to stop may take, before it is killed
+SLEEP_CALL_S = 120.0  # for /sleep and /wake_up
+SLEEPER_GB = 1.0  # what one that sleeps holds of a device, where nobody can tell
+PORT_TAKEN = "address already in use"
+LOADED = re.compile(r"[Ll]oading (?:weights|model) took ([\d.]+) Gi?B")
+RELOADED = (  # after a sleep of level 2; then /wake_up?tags=kv_cache
+    ("/wake_up?tags=weights", b""), ("/collective_rpc", b'{"method":"reload_weights"}'),
+    ("/wake_up?tags=kv_cache", b""), ("/reset_prefix_cache", b""))
+
+
+class Instance:
+    """One model's process."""
+
+    def __init__(self, name: str, model: ModelSettings, devices: tuple[int, ...], life: Life,
+                 awake_gb: float) -> None:
+        self.name, self.model, self.devices, self.life = name, model, devices, life
+        self.awake_gb, self.held_gb, self.weights_gb = awake_gb, min(SLEEPER_GB, awake_gb), 0.0
+        self.child: Child | None = None
+        self.port, self.level, self.command = 0, 0, list[str]()
+        self.created_at, self.digest = time.time(), ""
+        self.task: asyncio.Task[None] | None = None
+        self.busy = asyncio.Lock()  # something is being done to it
+        self.client = HttpClient(ServerSettings("http://127.0.0.1:1"))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def gb(self) -> float:
+        """Booked of each of its devices."""
+        phase = self.life.phase
+        if phase is Phase.ABSENT or self.life.given_up:
+            return 0.0
+        return self.held_gb if phase is Phase.SLEEPING else self.awake_gb
+
+    def listens(self, port: int) -> None:
+        self.client.close()
+        self.port = port
+        self.client = HttpClient(ServerSettings(self.url))
+
+    async def post(self, path: str, content: bytes = b"", timeout_s: float = SLEEP_CALL_S) -> Any:
+        """What it answers, as JSON.  Raises PeerGone, with its words if it refuses."""
+        try:
+            status, said = await self.client.fetch(path, timeout_s, content)
+        except (BadMessage, TimeoutError) as error:
+            raise PeerGone(f"{path}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
+        if status != 200:
+            text = said[:200].decode("utf-8", "replace")
+            raise PeerGone(f"{path} answered {status}: {text}", Fault.BAD_ANSWER)
+        return read_members(said, None)
+
+    async def said(self, path: str) -> dict[str, Any]:
+        """What it answers to a question, as JSON; {} where it does not."""
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+            status, said = await self.client.fetch(path, 5.0)
+            return read_members(said, None) if status == 200 else {}
+        return {}
+
+    async def health(self) -> int:
+        """The status of its health path; 0 without an answer."""
+        try:
+            return (await self.client.fetch("/health", 5.0))[0]
+        except (PeerGone, BadMessage, TimeoutError):
+            return 0
+
+    async def is_ready(self) -> bool:
+        """Whether it answers, and lists its model."""
+        if await self.health() not in (200, 404):
+            return False
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+            status, said = await self.client.fetch("/v1/models", 5.0)
+            listed = model_list(said) if status == 200 else None
+            return listed is not None and (self.model.takes_port or self.model.served in listed)
+        return False
+
+    async def warm_up(self) -> None:
+        for prompt in self.model.warmup:
+            asked = {"model": self.model.served, "prompt": prompt, "max_tokens": 1}
+            try:
+                await self.post("/v1/completions", json.dumps(asked).encode())
+            except PeerGone as gone:
+                log.warning("%s: its warm-up: %s", self.name, gone)
+
+    def document(self, now: float) -> dict[str, Any]:
+        """What others are told of it; a superset of serverless_vllm's."""
+        life, child, model = self.life, self.child, self.model
+        return {
+            "alias": self.name, "model_alias": model.alias,
+            "model_name": model.model or model.alias,
+            "status": life.phase.value, "reason": life.reason, "port": self.port,
+            "pid": child.pid if child else 0, "group": group_members(child.pid) if child else [],
+            "created_at": self.created_at, "base_url": self.url, "backend_type": "vllm",
+            "devices": list(self.devices), "gb": self.gb, "awake_gb": self.awake_gb,
+            "held_gb": self.held_gb, "weights_gb": self.weights_gb, "sleep_level": self.level,
+            "age_s": now - life.since, "command": self.command, "digest": self.digest,
+            "retry_in_s": max(0.0, life.retry_at - now) if not life.given_up else None,
+            "starts": life.starts, "wakes": life.wakes, "failures": life.failed,
+            "ready_s": life.ready_s, "wake_s": life.wake_s, "slept_s": life.slept_s + (
+                now - life.since if life.phase is Phase.SLEEPING else 0.0),
+        }
+
+
+# ============================
+#  87  agent
+# ============================
+#
+# The instances of one host: launched, tended, put to sleep, woken, stopped.  It does what it is
+# told, starts again what has ended by itself, and knows what a successor has to know.  It lives in
+# the balancer, or in a process of its own (`worker`).
+
+
+class Agent:
+    """All instances of this host.  `on_change` is called after each change of any."""
+
+    def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
+        self.name, self._tasks = name, tasks
+        self.instances: dict[str, Instance] = {}
+        self.lives: dict[str, Life] = {}  # also of those that are not there just now
+        self.devices: list[Device] = []
+        self.profiles: Mapping[str, ProfileSettings] = {DEFAULT_PROFILE.name: DEFAULT_PROFILE}
+        self.on_change: Callable[[], object] = lambda: None
+        self.resting = False  # a successor tends them
+
+    def adopt_settings(self, s: Settings) -> None:
+        self.profiles = {one.name: one for one in s.profiles or (DEFAULT_PROFILE,)}
+
+    async def look_at_devices(self, stated: Sequence[float]) -> None:
+        """What GPUs there are, as far as anybody tells."""
+        found = parse_gpus(await output_of(GPU_QUERY), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        self.devices = stated_devices(stated, found)
+
+    def named(self, name: str) -> Instance:
+        """Raises LookupError."""
+        if (found := self.instances.get(name)) is None:
+            raise LookupError(f"No instance {shown(name)} here.")
+        return found
+
+    def tell(self, one: Instance, turn: Turn, reason: str = "") -> None:
+        """Raises ValueError."""
+        phase = one.life.tell(turn, asyncio.get_running_loop().time(), reason)
+        level = logging.WARNING if phase is Phase.FAILED else logging.INFO
+        log.log(level, "model %s is %s: %s", one.name, phase.value, one.life.reason)
+        if phase is Phase.ABSENT:
+            self.instances.pop(one.name, None)
+        self.on_change()
+
+    def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...],
+               digest: str = "") -> Instance:
+        """Raises LookupError, ValueError."""
+        model = with_profile(model, self.profiles)
+        if (known := self.instances.get(name)) is not None and known.life.phase is not Phase.FAILED:
+            raise ValueError(f"{name} is {known.life.phase.value} already")
+        if known is not None and known.task is not None:
+            known.task.cancel()
+        if any(not 0 <= n < len(self.devices) for n in devices):
+            raise ValueError(f"found devices {devices}, expected of {len(self.devices)}")
+        totals = [self.devices[n].total_gb for n in devices]
+        life = self.lives.setdefault(name, Life(asyncio.get_running_loop().time()))
+        life.failures = 0
+        one = Instance(name, model, devices, life,
+                       memory_on(model, min(totals)) if totals else 0.0)
+        one.digest = digest
+        self.instances[name] = one
+        self.tell(one, Turn.LAUNCH)
+        one.task = self._tasks.create_task(self.tend(one))
+        return one
+
+    async def adopt(self, saved: Mapping[str, Any], model: ModelSettings) -> None:
+        """Take over what a predecessor has launched; what has ended meanwhile is started again, and
+        nothing of it is left.  Raises KeyError, ValueError, TypeError."""
+        name, phase = str(saved["name"]), Phase(saved["status"])
+        child = adopted_child(int(saved["pid"]), int(saved["started"]))
+        devices = tuple(map(int, saved["devices"]))
+        if not child.alive or phase is Phase.STOPPING:
+            if child.alive or marked_group(child.pid, name):
+                await child.end(0.0)
+            child.close()
+            if phase in UP and all(n < len(self.devices) for n in devices):
+                self.launch(name, model, devices, str(saved["digest"]))
+                log.warning("model %s: %s", name, child.end_reason)
+            return
+        now = asyncio.get_running_loop().time()
+        life = self.lives[name] = Life(now, Phase.STARTING)
+        one = Instance(name, model, devices, life, float(saved["awake_gb"]))
+        one.child, one.command, one.digest = child, list(saved["command"]), str(saved["digest"])
+        one.held_gb, one.level = float(saved["held_gb"]), int(saved["level"])
+        one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
+        life.starts, life.failed, life.wakes = (
+            int(saved[key]) for key in ("starts", "failures", "wakes"))
+        one.listens(int(saved["port"]))
+        if phase is not Phase.STARTING:
+            asleep = sleeps(model) and (await one.said("/is_sleeping")).get("is_sleeping")
+            life.phase = Phase.SLEEPING if asleep else Phase.RUNNING
+        self.instances[name] = one
+        log.info("model %s is taken over: process %d, %s", name, child.pid, life.phase.value)
+        one.task = self._tasks.create_task(self.tend(one, adopted=True))
+        self.on_change()
+
+    def saved(self) -> list[dict[str, Any]]:
+        """What a successor has to know."""
+        return [{
+            "name": one.name, "alias": one.model.alias, "model": said_of(one.model),
+            "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
+            "started": one.child.started, "status": one.life.phase.value, "command": one.command,
+            "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
+            "level": one.level, "digest": one.digest, "created_at": one.created_at,
+            "starts": one.life.starts, "failures": one.life.failed, "wakes": one.life.wakes,
+        } for one in self.instances.values() if one.child is not None]
+
+    async def tend(self, one: Instance, adopted: bool = False) -> None:
+        """From its start to its end, and again, as long as it is to run."""
+        while True:
+            try:
+                reason = await self.start(one, adopted)
+                reason = reason or await self.watch(one)
+            except OSError as error:
+                reason = f"{one.command[0] if one.command else ''}: {error_text(error)}"
+            adopted = False
+            if one.life.phase is Phase.STOPPING:
+                return
+            left = await one.child.end(0.0) if one.child else []
+            if one.life.phase is Phase.STOPPING:
+                return
+            self.tell(one, Turn.ENDED, reason + f"; processes {left} are left" * bool(left))
+            if one.life.phase is not Phase.FAILED or one.life.given_up:
+                return
+            await asyncio.sleep(one.life.retry_at - asyncio.get_running_loop().time())
+            while self.resting:
+                await asyncio.sleep(TEND_S)
+            self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
+
+    async def start(self, one: Instance, adopted: bool) -> str:
+        """Until it is ready; or why it is not.  Raises OSError."""
+        if adopted and one.life.phase is not Phase.STARTING:
+            return ""
+        reason = await self.await_ready(one, one.child) if adopted and one.child else ""
+        for _ in range(0 if adopted else PORT_TRIES):
+            one.listens(free_port([other.port for other in self.instances.values()]))
+            device_gb = [self.devices[n].total_gb for n in one.devices]
+            one.command = launch_command(one.model, one.port, device_gb)
+            log.info("model %s: %s", one.name, " ".join(one.command))
+            pins = [self.devices[n].number for n in one.devices]
+            if one.child is not None:
+                one.child.close()
+            one.child = launch_child(one.command, launch_environment(one.model, pins), one.name)
+            self.on_change()
+            reason = await self.await_ready(one, one.child)
+            if not (reason and PORT_TAKEN in one.child.tail(8192).lower()):
+                break
+        if not reason and one.life.phase is Phase.STARTING:
+            assert one.child is not None
+            if found := LOADED.search(one.child.tail()):
+                one.weights_gb = float(found[1])
+            self.tell(one, Turn.READY)
+        return reason
+
+    async def await_ready(self, one: Instance, child: Child) -> str:
+        loop, ended = asyncio.get_running_loop(), asyncio.ensure_future(child.ended())
+        deadline = loop.time() + one.model.start_timeout_s
+        try:
+            while not ended.done():
+                if await one.is_ready():
+                    await one.warm_up()
+                    return ""
+                if loop.time() > deadline:
+                    return f"it was not ready within {one.model.start_timeout_s:g} s"
+                await asyncio.wait((ended,), timeout=READY_LOOK_S)
+            return child.end_reason
+        finally:
+            ended.cancel()
+
+    async def watch(self, one: Instance) -> str:
+        """Until it ends, or its engine does; the reason."""
+        assert (child := one.child) is not None
+        ended = asyncio.ensure_future(child.ended())
+        try:
+            while not ended.done():
+                child.trim()
+                if await one.health() == 503 and child.alive:
+                    return f"its engine is dead: {child.end_reason.partition(': ')[2]}"
+                await asyncio.wait((ended,), timeout=TEND_S)
+            return child.end_reason
+        finally:
+            ended.cancel()
+
+    async def sleep(self, one: Instance, level: int = 1) -> None:
+        """Raises PeerGone, ValueError."""
+        async with one.busy:
+            self.tell(one, Turn.SLEEP)
+            if one.level:  # it can go deeper only from awake
+                await self.wake_up(one)
+            try:
+                await one.post(f"/sleep?level={level}&mode=wait")
+            except PeerGone as gone:
+                if one.life.phase is Phase.FALLING_ASLEEP:
+                    self.tell(one, Turn.AWAKE, f"it does not sleep: {gone}")
+                raise
+            one.level = level
+            one.held_gb = await self.held_by(one)
+            if one.life.phase is Phase.FALLING_ASLEEP:
+                self.tell(one, Turn.ASLEEP)
+
+    async def held_by(self, one: Instance) -> float:
+        """GB that it holds of each of its devices."""
+        apps = parse_gpu_apps(await output_of(GPU_APPS_QUERY))
+        used = [apps[pid] for pid in group_members(one.child.pid) if pid in apps] if (
+            one.child and apps) else []
+        return sum(used) / max(1, len(one.devices)) if used else min(SLEEPER_GB, one.awake_gb)
+
+    async def wake(self, one: Instance) -> None:
+        """Its own word decides whether it is awake; one that cannot wake is started anew.  Raises
+        PeerGone, ValueError."""
+        async with one.busy:
+            self.tell(one, Turn.WAKE)
+            try:
+                await self.wake_up(one)
+                await one.warm_up()
+            except PeerGone as gone:
+                if one.child is not None and one.life.phase is Phase.WAKING:
+                    log.error("model %s does not wake: %s", one.name, gone)
+                    await one.child.end(0.0)  # which its tender sees
+                raise
+            if one.life.phase is Phase.WAKING:
+                self.tell(one, Turn.AWAKE)
+
+    async def wake_up(self, one: Instance) -> None:
+        for path, content in RELOADED if one.level == 2 else (("/wake_up", b""),):
+            said = await one.post(path, content)
+            last = path in ("/wake_up", "/wake_up?tags=kv_cache")
+            if last and said.get("status") != "awake":
+                raise PeerGone(f"{path} said {shown(str(said))}", Fault.BAD_ANSWER)
+        one.level = 0
+
+    async def stop(self, one: Instance) -> None:
+        """Raises ValueError where it is stopping already, and PeerGone where something is left."""
+        self.tell(one, Turn.STOP)
+        left = await one.child.end(STOP_S) if one.child else []
+        if one.task is not None:
+            one.task.cancel()
+        self.release(one)
+        self.tell(one, Turn.GONE, f"processes {left} are left" if left else "")
+        if left:
+            raise PeerGone(f"processes {left} of {one.name} are left", Fault.INTERNAL)
+
+    def release(self, one: Instance) -> None:
+        """What is held for it here."""
+        one.client.close()
+        if one.child is not None:
+            one.child.close()
+
+    async def stop_all(self) -> None:
+        doomed = [one for one in self.instances.values() if one.life.phase is not Phase.STOPPING]
+        await asyncio.gather(*map(self.stop, doomed), return_exceptions=True)
+
+    def host_memory_gb(self) -> float:
+        """Memory of the host that is free; infinity where nobody tells."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open("/proc/meminfo") as file:
+                line = next(line for line in file if line.startswith("MemAvailable"))
+            return int(line.split()[1]) / 1024**2
+        return INFINITY
+
+    def document(self) -> dict[str, Any]:
+        """What a manager is told of this host."""
+        now = asyncio.get_running_loop().time()
+        ours = [0.0] * len(self.devices)
+        for one in self.instances.values():
+            for n in one.devices if one.life.phase is not Phase.STARTING else ():
+                ours[n] += one.gb if n < len(ours) else 0.0
+        return {
+            "worker_id": self.name, "gpu_info": gpu_report(self.devices),
+            "total_gb": [device.total_gb for device in self.devices],
+            "foreign_gb": [max(0.0, device.used_gb - gb) for device, gb in zip(self.devices, ours)],
+            "memory_gb": min(self.host_memory_gb(), 1e6), "profiles": list(self.profiles),
+            "instances": {name: one.document(now) for name, one in self.instances.items()},
+        }
+
+
+def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
+    """The GPUs as serverless_vllm shows them."""
+    busy = [device.utilization for device in devices]
+    return {
+        "gpu_count": len(devices), "gpu_names": [device.name for device in devices],
+        "total_memory_gb": sum(device.total_gb for device in devices),
+        "available_memory_gb": sum(d.total_gb - d.used_gb for d in devices),
+        "utilization": sum(busy) / len(busy) if busy else 0.0,
+        "devices": [{"index": d.number, "name": d.name, "total_memory_gb": d.total_gb,
+                     "available_memory_gb": d.total_gb - d.used_gb, "utilization": d.utilization}
+                    for d in devices],
+    }
+
+
+async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
+    """What a program prints; '' if there is none, or it fails."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        return ""
+    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+
+
+# ============================
+#  88  hosts
+# ============================
+#
+# Machines that run models: this one, and those with an agent of their own, asked alike.  And what
+# is known of each model's use.
+
+LOOK_AT_POOL_S = 0.25
+AGENT_LOOK_S = 0.5  # between two looks at an agent
+DEVICES_S = 5.0  # between two looks at the GPUs
+POOL_HEARTBEAT_S = 10.0  # to a stream's client that waits for a model, where settings say nothing
+START_GUESS_S = 30.0  # for which one takes to be ready that was never started
+WAKES_LIMIT = 3  # of one request: its model may end again and again
+# After these the model may be there again, once it was started anew.
+WAKE_AFTER = frozenset((
+    Fault.NO_SERVER, Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.SERVER_GONE,
+    Fault.ENGINE_FAILED, Fault.ABORTED, Fault.STREAM_FAILED, Fault.UNKNOWN_MODEL,
+    Fault.SERVER_FAILED, Fault.SERVER_ERROR))
+POOL_FAMILIES = (
+    ("mvllm_model_starts_total", "Starts of a model's processes.", "starts"),
+    ("mvllm_model_failures_total", "Processes of a model that ended by themselves.", "failures"),
+    ("mvllm_model_wakes_total", "Times one of a model was woken.", "wakes"),
+    ("mvllm_model_sleeping_seconds_total", "Time that those of a model have slept.", "slept_s"),
+)
+
+
+def launch_digest(model: ModelSettings) -> str:
+    """Of what a launch depends on."""
+    kept = dataclasses.asdict(model) | dict.fromkeys((
+        "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
+        "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
+        "max_concurrent_requests", "sleep_after_s", "deep_sleep_after_s", "warmup"))
+    kept["sleeps"] = sleeps(model)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class LocalHost:
+    """This machine: its agent is in this process."""
+
+    reachable, profiles, key, seen_at = True, None, "", INFINITY
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent, self.name = agent, agent.name
+
+    def report(self) -> dict[str, Any]:
+        return self.agent.document()
+
+    def url_of(self, instance: Mapping[str, Any]) -> str:
+        return str(instance["base_url"])
+
+    async def refresh(self) -> None:
+        pass
+
+    async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
+        self.agent.launch(name, model, devices, launch_digest(model))
+
+    async def do(self, name: str, verb: str, level: int = 1) -> None:
+        one = self.agent.named(name)
+        if verb == "sleep":
+            await self.agent.sleep(one, level)
+        else:
+            await {"wake": self.agent.wake, "stop": self.agent.stop}[verb](one)
+
+
+class RemoteHost:
+    """A machine with an agent of its own."""
+
+    def __init__(self, name: str, url: str, public_url: str, key: str, now: float) -> None:
+        self.name, self.url, self.public_url, self.key = name, url, public_url or url, key
+        server = ServerSettings(url, api_key=key)
+        self.client = HttpClient(server, Secrets(Settings((server,))))
+        self.said: dict[str, Any] = {"instances": {}}
+        self.seen_at, self.reachable = now, False
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        return tuple(map(str, self.said.get("profiles", ())))
+
+    def report(self) -> dict[str, Any]:
+        return self.said
+
+    def url_of(self, instance: Mapping[str, Any]) -> str:
+        return f"{self.public_url}/proxy/{instance['alias']}"
+
+    async def refresh(self) -> None:
+        """Raises PeerGone."""
+        try:
+            self.said = await self.ask("/info", None, 5.0)
+        except PeerGone:
+            self.reachable = False
+            raise
+        self.reachable, self.seen_at = True, asyncio.get_running_loop().time()
+
+    async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
+        """Raises PeerGone, with the agent's words if it refuses."""
+        try:
+            status, said = await self.client.fetch(path, timeout_s, content)
+        except (BadMessage, TimeoutError) as error:
+            raise PeerGone(f"{self.name}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
+        document = read_members(said, None)
+        if status >= 400:
+            wrong, text = document.get("error"), said[:200].decode("latin-1")
+            text = wrong.get("message", text) if isinstance(wrong, dict) else text
+            raise PeerGone(f"{self.name} answered {status}: {text}", Fault.BAD_ANSWER)
+        return document
+
+    async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
+        content = {**said_of(model), "instance": name, "devices": devices,
+                   "digest": launch_digest(model)}
+        await self.ask("/instances/start", json.dumps(content).encode(), 30.0)
+        await self.refresh()
+
+    async def do(self, name: str, verb: str, level: int = 1) -> None:
+        path, content = f"/instances/{name}/{verb}", json.dumps({"level": level}).encode()
+        await self.ask(path, content, SLEEP_CALL_S)
+        await self.refresh()
+
+
+Host = LocalHost | RemoteHost
+
+
+class StateFile:
+    """What a successor is told of running models, and of those that were registered."""
+
+    def __init__(self, core: Core) -> None:
+        self._core, self._saved = core, ""
+
+    @property
+    def path(self) -> str:
+        """'' is none."""
+        path, named = self._core.process.settings_path, self._core.settings.state_file
+        return os.path.join(os.path.dirname(path), named) if named else path and f"{path}.state"
+
+    def load(self) -> dict[str, Any]:
+        try:
+            with open(self.path) as file:
+                said = json.load(file)
+            return said if isinstance(said, dict) else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.error("%s cannot be read, running models are not known: %s", self.path, error)
+            return {}
+
+    def save(self, document: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        if not self.path or (text := json.dumps(document, indent=1)) == self._saved:
+            return
+        self._saved, new = text, f"{self.path}.new"
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+            os.replace(new, self.path)
+        except OSError as error:
+            log.error("%s: %s: a successor will not know the running models", self.path,
+                      error_text(error))
+
+
+class Uses:
+    """When models and instances were asked last, who waits for them, and how long their load is
+    above or below its marks."""
+
+    def __init__(self) -> None:
+        self.used_at: dict[str, float] = {}  # by alias, and by instance
+        self.waiting: dict[str, dict[object, float]] = {}  # requests by alias: since when
+        self.high_at: dict[str, float] = {}
+        self.low_at: dict[str, float] = {}
+
+    def note_load(self, model: ModelSettings, load: float, now: float) -> None:
+        for at, holds in ((self.high_at, load >= model.scale_up_at),
+                          (self.low_at, load < model.scale_down_at)):
+            if holds:
+                at.setdefault(model.alias, now)
+            else:
+                at.pop(model.alias, None)
+
+    def demand(self, alias: str, load: float, host: str, now: float) -> Demand:
+        since = self.waiting.get(alias) or {}
+        return Demand(
+            len(since), now - min(since.values(), default=now), load,
+            now - self.high_at.get(alias, now), now - self.low_at.get(alias, now), host)
+
+
+# ============================
+#  89  holdings
+# ============================
+#
+# What is known of the pool, and what placement is told of it.
+
+
+class Holdings:
+    """What is known of the pool: the settings' models, and those that were registered; hosts, and
+    the instances there."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.agent: Agent | None = None  # of this machine, if it runs models
+        self.leaves_children = core.process.agent is not None  # running, when it stops
+        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
+        self._statuses = tuple[tuple[str, str], ...]()
+        self.state = StateFile(core)
+        self.named: Mapping[str, ServerSettings] = {}
+        self.hosts: dict[str, Host] = {}
+        self.registered: dict[str, ModelSettings] = {}
+        self.uses = Uses()
+        self.leaving = set[str]()  # instances that get no more requests
+        self.launching: dict[str, Seat] = {}  # by alias, what is not there yet
+        self.doing: dict[str, asyncio.Task[None]] = {}  # by instance, or alias
+        self.wishes = set[str]()  # aliases that are to run though nobody asks,
+        self.held = set[str]()  # and that were stopped by hand
+        self.why_not: dict[str, str] = {}
+        self.acts: dict[str, str] = {}  # by alias, what was done last, and why
+        self.seen_running: dict[str, int] = {}  # by instance, its last process that was ready
+        self.evictions = Counter(
+            "mvllm_model_evictions_total", "Times one had to make room for another model.", "model")
+        self._preloaded = set[str]()
+        self._changed = asyncio.Event()
+
+    @property
+    def models(self) -> dict[str, ModelSettings]:
+        return {**self.registered, **{one.alias: one for one in self.core.settings.models}}
+
+    def model_served(self, name: str | None) -> ModelSettings | None:
+        """The model of the pool that is asked for by this name."""
+        if name is None:
+            return None
+        models = self.core.settings.models
+        return next((one for one in models if one.served == name), self.registered.get(name))
+
+    def instances(self) -> Iterator[tuple[Host, dict[str, Any]]]:
+        for host in self.hosts.values():
+            for one in host.report()["instances"].values():
+                yield host, one
+
+    def server_id(self, host: Host, one: Mapping[str, Any]) -> str:
+        return str(one["alias"])
+
+    def seats(self, now: float) -> list[Seat]:
+        seats, models = list(self.launching.values()), self.models
+        for host, one in self.instances():
+            name, alias = one["alias"], one["model_alias"]
+            model, phase = models.get(alias, ModelSettings(alias)), Phase(one["status"])
+            in_flight = self.core.fleet.in_flight(self.server_id(host, one))
+            used_at = self.uses.used_at.setdefault(name, now)
+            if in_flight or phase in (Phase.STARTING, Phase.WAKING):
+                used_at = self.uses.used_at[name] = now
+            retry_in_s = one["retry_in_s"]
+            seats.append(Seat(
+                name, alias, host.name, tuple(one["devices"]), one["gb"], phase, model,
+                one["awake_gb"], one["held_gb"], one["weights_gb"], in_flight,
+                now - max(used_at, self.uses.used_at.get(alias, used_at)), one["age_s"],
+                INFINITY if retry_in_s is None else max(retry_in_s, 1e-3), one["sleep_level"],
+                name in self.leaving, one["digest"] == launch_digest(model)))
+        return seats
+
+    def host_views(self, now: float) -> list[HostView]:
+        views = list[HostView]()
+        for host in self.hosts.values():
+            said, lost_s = host.report(), now - host.seen_at
+            if host.reachable or lost_s < self.core.settings.agent_lost_after:
+                views.append(HostView(
+                    host.name, tuple(said.get("total_gb", ())), tuple(said.get("foreign_gb", ())),
+                    said.get("memory_gb", INFINITY), host.reachable, host.profiles))
+        with_gpus = any(view.total_gb for view in views)
+        return [view for view in views if view.total_gb or not with_gpus]
+
+    def load_of(self, alias: str) -> float:
+        """Requests in flight by capacity, of those that run."""
+        in_flight = capacity = 0.0
+        for host, one in self.instances():
+            view = self.core.fleet.view(self.server_id(host, one))
+            if one["model_alias"] == alias and view is not None and view.open:
+                in_flight, capacity = in_flight + view.counts.in_flight, capacity + view.capacity
+        return in_flight / capacity if capacity else 0.0
+
+    def demands(self, now: float) -> dict[str, Demand]:
+        found = dict[str, Demand]()
+        local = next((h.name for h in self.hosts.values() if isinstance(h, LocalHost)), "")
+        for alias, model in self.models.items():
+            load = self.load_of(alias)
+            self.uses.note_load(model, load, now)
+            pinned = local if (model.command or model.env) and not model.profile else ""
+            demand = self.uses.demand(alias, load, pinned, now)
+            if alias in self.wishes and not demand.waiting:
+                demand = demand._replace(waiting=1)
+            found[alias] = demand
+        return found
+
+    def profiles(self) -> dict[str, ProfileSettings]:
+        """Those of this machine, and by name those of others."""
+        found = {name: ProfileSettings(name) for host in self.hosts.values()
+                 for name in host.profiles or ()}
+        local = any(isinstance(host, LocalHost) for host in self.hosts.values())
+        return {**found, **(self.agent.profiles if self.agent and local else {})}
+
+    def status_of(self, model: ModelSettings) -> str:
+        """The furthest that one of it is."""
+        order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
+                 Phase.STOPPING, Phase.FAILED]
+        found = {one["status"] for _, one in self.instances() if one["model_alias"] == model.alias}
+        return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
+
+    def next_step(self, alias: str) -> str:
+        """What is done for a model, or why it is not."""
+        return self.why_not.get(alias) or self.acts.get(alias, "")
+
+    def is_routable(self, model: ModelSettings) -> bool:
+        """Whether a request for it finds a server now."""
+        for host, one in self.instances():
+            if one["model_alias"] == model.alias and one["status"] == Phase.RUNNING.value:
+                view = self.core.fleet.view(self.server_id(host, one))
+                if (view is not None and view.healthy and view.available
+                        and view.has(model.served)):
+                    return True
+        return False
+
+    def impossible(self, model: ModelSettings) -> str:
+        """Why no request for it can be answered, however long it waits; or ''."""
+        found = [one for _, one in self.instances() if one["model_alias"] == model.alias]
+        if found and all(one["status"] == "failed" and one["retry_in_s"] is None for one in found):
+            return str(found[0]["reason"])
+        hosts = self.host_views(asyncio.get_running_loop().time())
+        if found or not hosts or not all(host.reachable for host in hosts):
+            return ""
+        place = find_place(model, hosts, (), {})
+        return place if isinstance(place, str) else ""
+
+    def ready_in_s(self, model: ModelSettings) -> float:
+        """How long it will probably take until it answers."""
+        ones = [one for _, one in self.instances() if one["model_alias"] == model.alias]
+        if not ones:
+            return START_GUESS_S
+        one = ones[0]
+        wakes = one["status"] in ("sleeping", "waking")
+        takes_s = (one["wake_s"] or 1.0) if wakes else (one["ready_s"] or START_GUESS_S)
+        under_way = one["age_s"] if one["status"] in ("starting", "waking") else 0.0
+        return max(1.0, takes_s - under_way + (one["retry_in_s"] or 0.0))
+
+
+# ============================
+#  90  keeping
+# ============================
+#
+# What is done for the pool: decided by the dry rooms, carried out here.  Requests for its models
+# have a plan of their own: one is started or woken, and then they are passed on like any other.
+
+
+class ModelPool(Holdings):
+    """Keeps the pool as it is wanted."""
+
+    def notify(self) -> None:
+        self._changed.set()
+
+    def register(self, model: ModelSettings) -> None:
+        self.registered[model.alias] = model
+        self.notify()
+
+    def forget(self, alias: str) -> None:
+        self.registered.pop(alias, None)
+        self.notify()
+
+    async def start_anew(self, alias: str) -> None:
+        """One of it is to run, also if all were given up."""
+        self.held.discard(alias)
+        for _, one in list(self.instances()):
+            if one["model_alias"] == alias and one["status"] == "failed":
+                await self.by_hand(one["alias"], "stop")
+        self.wishes.add(alias)
+        self.notify()
+
+    async def by_hand(self, name: str, verb: str) -> None:
+        """Raises PeerGone, where it cannot be done."""
+        if (task := self.doing.get(name)) is not None:
+            await asyncio.wait((task,))
+        try:
+            await self.move(name, verb)
+        except (LookupError, ValueError) as error:
+            raise PeerGone(f"{name}: {error.args[0]}", Fault.NO_SERVER) from None
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Look, decide, do, for ever."""
+        self._tasks = tasks
+        await self.begin(tasks)
+        tasks.create_task(guarded(self.core, "looking at GPUs", self.look_at_devices))
+        while True:
+            try:
+                if not self.core.process.succeeded:
+                    self.step()
+            except Exception:  # models must not be left alone because of a mistake of ours
+                self.core.internal_error("deciding on models")
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AT_POOL_S):
+                    await self._changed.wait()
+
+    async def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """This machine's agent, if it is to run models, and what a predecessor has left it."""
+        s, saved = self.core.settings, self.state.load()
+        for said in saved.get("models", ()):
+            with contextlib.suppress(SettingsError):
+                model = model_by_request(said, self.profiles() | {
+                    said.get("profile", "vllm"): ProfileSettings(
+                        said.get("profile", "vllm"), (), values=tuple(said.get("args", ())))})
+                self.registered[model.alias] = model
+        self.agent = agent = Agent(self.core.process.agent or "local", tasks)
+        agent.adopt_settings(s)
+        await agent.look_at_devices(s.devices)
+        agent.on_change = self.notify
+        if s.models or s.devices or s.profiles or self.leaves_children:
+            if not self.core.pools.secrets.registration or agent.devices or self.leaves_children:
+                self.hosts[agent.name] = LocalHost(agent)
+        for one in saved.get("instances", ()):
+            try:
+                alias, said = str(one["alias"]), dict(one["model"])
+                known = self.models.get(alias)
+                await agent.adopt(one, known or parse_settings("servers = []", "state", {
+                    "models": ([said], "state")})[0].models[0])
+            except (KeyError, ValueError, TypeError, LookupError, SettingsError) as error:
+                log.error("an instance of the state file is not taken over: %s", error)
+
+    async def look_at_devices(self) -> None:
+        while True:
+            await asyncio.sleep(DEVICES_S)
+            if self.agent is not None:
+                self.agent.adopt_settings(self.core.settings)
+                await self.agent.look_at_devices(self.core.settings.devices)
+
+    async def close(self) -> None:
+        """Stop what was started here, unless it is to go on without us."""
+        core, agent = self.core, self.agent
+        if agent is None:
+            return
+        if core.settings.stop_models and not (self.leaves_children or core.process.succeeded):
+            await agent.stop_all()
+        self.save()
+        for one in agent.instances.values():
+            agent.release(one)
+
+    def save(self) -> None:
+        if self.agent is not None and not self.core.process.succeeded:
+            self.state.save({
+                "models": [said_of(model) for model in self.registered.values()],
+                "instances": self.agent.saved()})
+
+    def meet_agents(self, now: float) -> None:
+        """Agents that have registered are hosts; one is forgotten when it was silent for long."""
+        book = self.core.roster.keepers.get(Source.REGISTERED)
+        registered = book.book.by_id.values() if isinstance(book, Registrations) else ()
+        for one in registered:
+            known = self.hosts.get(one.id)
+            if one.is_agent and not isinstance(known, LocalHost) and (
+                    known is None or (known.url, known.public_url) != (one.worker_url, one.url)):
+                host = RemoteHost(one.id, one.worker_url, one.url, self.key, now)
+                host.said = known.said if known else host.said
+                self.hosts[one.id] = host
+                self._tasks.create_task(self.follow(host))
+        for host in list(self.hosts.values()):
+            lost_s = now - host.seen_at
+            if not host.reachable and lost_s > self.core.settings.agent_lost_after:
+                log.error("agent %s is lost: silent for %.0f s", host.name, lost_s)
+                del self.hosts[host.name]
+
+    async def follow(self, host: RemoteHost) -> None:
+        """Ask an agent for what it runs, as long as it is known."""
+        while self.hosts.get(host.name) is host:
+            before = host.reachable
+            try:
+                await host.refresh()
+            except PeerGone as gone:
+                if before:
+                    log.warning("agent %s does not answer: %s", host.name, gone)
+            if host.reachable is not before:
+                self.notify()
+            await asyncio.sleep(AGENT_LOOK_S)
+        host.client.close()
+
+    @property
+    def key(self) -> str:
+        return self.core.pools.secrets.registration
+
+    def step(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for alias, model in self.models.items():
+            if model.preload and alias not in self._preloaded:
+                self._preloaded.add(alias)
+                self.wishes.add(alias)
+        self.meet_agents(now)
+        self.define_servers()
+        if self.leaves_children:  # its manager decides
+            self.finish_step()
+            return
+        seats, models = self.seats(now), self.models
+        self.wishes -= {seat.alias for seat in seats if seat.phase is Phase.RUNNING}
+        self.held -= {alias for alias in self.held if self.uses.waiting.get(alias)} | self.wishes
+        wanted = [dataclasses.replace(one, min_replicas=0) if one.alias in self.held else one
+                  for one in models.values()]
+        acts, self.why_not = decide(wanted, self.host_views(now), seats, self.demands(now))
+        for act in acts:
+            key = act.name or act.alias
+            if key not in self.doing:
+                self.acts[act.alias] = f"{act.verb}: {act.why}"
+                if act.why.endswith("needs its place"):
+                    self.evictions.add(act.alias)
+                log.info("model %s: %s, %s", key, act.verb, act.why)
+                self.doing[key] = self._tasks.create_task(self.carry_out(act, models, key))
+        self.finish_step()
+
+    def finish_step(self) -> None:
+        self.save()
+        statuses = tuple((one["alias"], one["status"]) for _, one in self.instances())
+        if statuses != self._statuses:
+            self._statuses = statuses
+            self.core.news.notify()
+
+    async def carry_out(self, act: Act, models: Mapping[str, ModelSettings], key: str) -> None:
+        try:
+            if act.verb == "launch":
+                await self.launch(act, models[act.alias])
+            else:
+                await self.move(act.name, act.verb)
+        except (PeerGone, LookupError, ValueError, SettingsError) as error:
+            log.error("model %s: %s: %s", key, act.verb, error)
+            self.acts[act.alias] = f"{act.verb} failed: {error}"
+            await asyncio.sleep(1.0)
+        except Exception:  # the broad except for background tasks
+            self.core.internal_error(f"{act.verb} of {key}")
+            await asyncio.sleep(1.0)
+        finally:
+            self.doing.pop(key, None)
+            self.notify()
+
+    async def launch(self, act: Act, model: ModelSettings) -> None:
+        host = self.hosts[act.host]
+        totals = host.report().get("total_gb", ())
+        gb = memory_on(model, min(totals[n] for n in act.devices)) if act.devices else 0.0
+        self.launching[act.alias] = Seat(
+            "", act.alias, act.host, act.devices, gb, Phase.STARTING, model, gb)
+        try:
+            await host.launch(self.free_name(host.name, act.alias), model, act.devices)
+        finally:
+            del self.launching[act.alias]
+
+    def free_name(self, host: str, alias: str) -> str:
+        taken = {one["alias"] for _, one in self.instances()}
+        base = f"{host}-{alias}".replace("/", "--")
+        names = itertools.chain((base,), (f"{base}-r{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in taken)
+
+    async def move(self, name: str, verb: str) -> None:
+        """Have an instance sleep, wake or stop; one that answers finishes first.  Raises PeerGone,
+        LookupError, ValueError."""
+        host, one = next(((host, one) for host, one in self.instances() if one["alias"] == name),
+                         (None, None))
+        if host is None or one is None:
+            raise LookupError(f"No instance {shown(name)} here.")
+        if verb == "wake":
+            await host.do(name, "wake")
+            self.core.fleet.woke(self.server_id(host, one))
+            return
+        self.leaving.add(name)
+        try:
+            self.define_servers()
+            await self.drained(self.server_id(host, one))
+            level = 2 if verb == "deepen" or not self.levels_one(one["model_alias"]) else 1
+            await host.do(name, "stop" if verb == "stop" else "sleep", level)
+        finally:
+            self.leaving.discard(name)
+            self.define_servers()
+
+    def levels_one(self, alias: str) -> bool:
+        model = self.models.get(alias)
+        return model is None or not model.deep_sleep_after_s or model.sleep_after_s > 0
+
+    async def drained(self, id: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.core.settings.drain_timeout):
+                while self.core.fleet.in_flight(id):
+                    await asyncio.sleep(0.02)
+
+    def define_servers(self) -> None:
+        """The fleet has each instance that has ever been ready; those that are not get nothing."""
+        servers, news = dict[str, ServerSettings](), list[str]()
+        known, self.seen_running = self.seen_running, {}
+        for host, one in self.instances():
+            phase, name = Phase(one["status"]), one["alias"]
+            runs = phase is Phase.RUNNING and host.reachable
+            if runs or (name in known and phase in LIVING + (Phase.FAILED,)
+                        and one["retry_in_s"] is not None):
+                id, url = self.server_id(host, one), host.url_of(one)
+                model = self.models.get(one["model_alias"])
+                servers[id] = ServerSettings(
+                    url, model.max_concurrent_requests if model else AUTO,
+                    1.0 if runs and name not in self.leaving else 0.0, api_key=host.key,
+                    id=id, name=id)
+                self.seen_running[name] = one["pid"] if runs else known[name]
+                view, before = self.core.fleet.view(id), self.named.get(id)
+                back = before is not None and not before.weight and view and not view.healthy
+                if runs and (known.get(name) != one["pid"] or back):
+                    news.append(id)
+        if servers != self.named:
+            self.named = servers
+            self.core.roster.define(Source.POOL, servers)
+        now = asyncio.get_running_loop().time()
+        for id in news:
+            self.core.judge(id, Health.become, State.CHECKING, "its process is new", now)
+            self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id))
+
+    async def probe(self, id: str) -> None:
+        with contextlib.suppress(PeerGone):
+            await probe_server(self.core, id)
+        self.doing.pop(f"probe {id}", None)
+        self.notify()
+
+    async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
+        """Until a request for it finds a server; one start or wake is for all who wait."""
+        loop, uses = asyncio.get_running_loop(), self.uses
+        uses.used_at[model.alias] = began = loop.time()
+        if self.is_routable(model):
+            return WELL
+        waiter = object()
+        uses.waiting.setdefault(model.alias, {})[waiter] = began
+        self.notify()
+        beat_s = self.core.settings.queue_heartbeat or POOL_HEARTBEAT_S
+        until, beat_at = began + model.wake_timeout_s, began + beat_s
+        try:
+            while (now := loop.time()) < until:
+                if text := self.impossible(model):
+                    return Outcome(Fault.MODEL_NOT_READY, f"The model {model.alias} cannot be"
+                                   f" started: {text}.", after_s=60)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(until, beat_at) - now):
+                        await self.core.news.changed()
+                if self.is_routable(model):
+                    return WELL
+                if loop.time() >= beat_at:
+                    beat()
+                    beat_at += beat_s
+        finally:
+            del uses.waiting[model.alias][waiter]
+            uses.used_at[model.alias] = loop.time()
+        troubles = [one["reason"] for _, one in self.instances() if one["failures"]
+                    and one["model_alias"] == model.alias and one["status"] != "running"]
+        why = (troubles and troubles[0]) or self.why_not.get(model.alias) or self.acts.get(
+            model.alias, "it starts")
+        text = (f"The model {model.alias} was not ready within {model.wake_timeout_s:g} s"
+                f" (wake_timeout_s): {why}.")
+        after_s = math.ceil(self.ready_in_s(model))
+        return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
+
+# ============================
+#  91  models
+# ============================
+#
+# The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
+# shown of them, what people do to them.
+
+
+class Wake(NamedTuple):
+    """Wait until a model of the pool can be asked; it is started or woken for that."""
+
+    model: ModelSettings
+
+
+def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) -> Plan:
+    """As it goes otherwise, once the model can be asked; and again, if its process has ended
+    before anything was shown."""
+    plan, failure = otherwise, WELL
+    for _ in range(WAKES_LIMIT):
+        woken = yield Wake(model)  # type: ignore[misc]
+        if woken.fault is not None:
+            failure = woken
+            break
+        try:
+            step = next(plan)
+            while not (isinstance(step, GiveUp) and step.outcome.fault in WAKE_AFTER):
+                step = plan.send((yield step))
+        except StopIteration:
+            return
+        failure, plan = step.outcome, again()
+    yield GiveUp(failure)
+
+
+def unwoken_plan(model: ModelSettings) -> Plan:
+    text = f"The model {model.alias} is not running, and only inference wakes it."
+    yield GiveUp(Outcome(Fault.MODEL_NOT_READY, text))
+
+
+async def carry_out_wake(exchange: Exchange, step: Wake) -> Outcome:
+    waits = exchange.call.stream and exchange.head.method == "POST"
+    beat = exchange.response.heartbeat if waits else lambda: None
+    began, pool = exchange.loop.time(), pool_of(exchange.core)
+    outcome = await pool.await_model(step.model, beat)
+    exchange.trail.queued_s += exchange.loop.time() - began
+    exchange.trail.model = exchange.label()
+    return outcome
+
+
+Exchange.CARRY_OUT[Wake] = carry_out_wake
+SILENT_PATHS = ("/tokenize", "/detokenize")  # which are no work for an engine
+
+
+class PoolPlanner:
+    """Makes the plans of requests for models of the pool."""
+
+    def __init__(self, core: Core) -> None:
+        self.pool = ModelPool(core)
+
+    def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
+        model = self.pool.model_served(exchange.call.model)
+        if model is None or exchange.destination.only:
+            return otherwise
+        if exchange.destination.path.removeprefix("/v1") in SILENT_PATHS:
+            return otherwise if self.pool.is_routable(model) else unwoken_plan(model)
+
+        def again() -> Plan:
+            return relay_plan(request, Retries(
+                exchange.choose, exchange.settings, exchange.core.draw, exchange.spend_retry))
+
+        return wake_plan(model, otherwise, again)
+
+    def rankings(self, exchange: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
+        return otherwise
+
+    def families(self, now: float | None = None) -> list[Family]:
+        """For /metrics: asked for as a planner's, and not as a service's once more."""
+        if now is not None:
+            return []
+        pool, found = self.pool, list[Family]()
+        rows = [(one["model_alias"], one) for _, one in pool.instances()]
+        for name, meaning, key in POOL_FAMILIES:
+            found.append(family := Counter(name, meaning, "model"))
+            for alias, one in rows:
+                family.add(alias, amount=one[key])
+        ready = Gauge("mvllm_model_ready_seconds", "What the last start of a model took.", "model")
+        state = Gauge("mvllm_model_instances", "Processes of a model.", "model", "state")
+        counted = dict[tuple[str, str], int]()
+        for alias, one in rows:
+            ready.set(one["ready_s"], alias)
+            counted[alias, one["status"]] = counted.get((alias, one["status"]), 0) + 1
+        for labels, count in counted.items():
+            state.set(count, *labels)
+        return [*found, pool.evictions, ready, state]
+
+    def report(self, now: float) -> list[dict[str, Any]]:
+        """For the status document: each instance, and each model without one."""
+        pool, rows = self.pool, list[dict[str, Any]]()
+        for alias, model in pool.models.items():
+            common = {"model": alias, "waiting": len(pool.uses.waiting.get(alias, ())),
+                      "next": pool.next_step(alias)}
+            found = [(host, one) for host, one in pool.instances() if one["model_alias"] == alias]
+            for host, one in found:
+                idle_s = now - pool.uses.used_at.get(alias, now - one["age_s"])
+                where = f"{host.name}:{','.join(map(str, one['devices']))}".rstrip(":")
+                rows.append({**common, "state": one["status"], "where": where, "gb": one["gb"],
+                             "since_s": round(one["age_s"], 1), "idle_s": round(idle_s, 1),
+                             "starts": one["starts"], "reason": one["reason"]})
+            if not found:
+                rows.append({**common, "state": "absent", "where": "", "gb": 0.0, "since_s": None,
+                             "idle_s": None, "starts": 0, "reason": ""})
+        return rows
+
+
+POOL = "models"
+
+
+def pool_wanted(s: Settings) -> bool:
+    return bool(s.models or s.devices or s.profiles or s.registration_key
+                or s.registration_key_file)
+
+
+PLANS[POOL] = Planning(pool_wanted, PoolPlanner)
+
+
+def pool_of(core: Core) -> ModelPool:
+    """Raises LookupError where there is none."""
+    planner = core.planners.get(POOL)
+    if not isinstance(planner, PoolPlanner):
+        raise LookupError("There is no pool here: the settings have no [[models]], [devices],"
+                          " [[profiles]] or worker_key.")
+    return planner.pool
+
+
+@service(POOL, lambda s: pool_wanted(s) or None, Source.POOL)
+async def keep_models(core: Core, wanted: bool) -> None:
+    """Until it is cancelled; then models that were started here stop, unless somebody goes on with
+    them."""
+    pool = pool_of(core)
+    core.services[POOL] = core.planners[POOL]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            await pool.run(tasks)
+    finally:
+        del core.services[POOL]
+        await pool.close()
+
+
+def pool_entries(core: Core) -> Iterator[dict[str, Any]]:
+    """The models of the pool for /v1/models, also those that nobody runs now."""
+    if POOL not in core.planners:
+        return
+    pool = pool_of(core)
+    for alias, model in pool.models.items():
+        status = pool.status_of(model)
+        yield {"id": alias, "object": "model", "created": int(core.process.started_at),
+               "owned_by": "mvllm_lite", "root": model.model or alias, "parent": None,
+               "status": status}
+
+
+LISTED_MODELS.append(pool_entries)
+
+
+async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
+    """GET /admin/models: a superset of serverless_vllm's."""
+    pool = pool_of(core)
+    return {"models": [
+        {"alias": alias, "status": pool.status_of(model), "next": pool.next_step(alias),
+         "waiting": len(pool.uses.waiting.get(alias, ())), "registered": alias in pool.registered,
+         "config": said_of(model) | {"routing_state": "VLLM_PRIMARY", "mix_weight": 100},
+         "instances": [instance_report(pool, host, one) for host, one in pool.instances()
+                       if one["model_alias"] == alias]}
+        for alias, model in pool.models.items()]}
+
+
+def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict[str, Any]:
+    view = pool.core.fleet.view(pool.server_id(host, one))
+    in_flight = view.counts.in_flight if view else 0
+    return {**one, "instance_alias": one["alias"], "worker_id": host.name,
+            "worker_url": host.url_of(one), "inflight_requests": in_flight,
+            "capacity": round(view.capacity) if view else 0,
+            "load": round(in_flight / view.capacity, 3) if view else 0.0,
+            "active": one["status"] == "running"}
+
+
+def alias_named(pool: ModelPool, name: str) -> str:
+    """Raises LookupError."""
+    if (alias := urllib.parse.unquote(name)) not in pool.models:
+        raise LookupError(f"No model {shown(alias)} here, but {', '.join(pool.models) or 'none'}.")
+    return alias
+
+
+async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
+    """Raises SettingsError, LookupError."""
+    pool, document = pool_of(core), read_members(asked.content, None)
+    document, routing = unwrapped(document)
+    model = model_by_request(document, pool.profiles())
+    if model.alias in {one.alias for one in core.settings.models}:
+        raise SettingsError([Complaint(
+            "request", 0, "alias", f"{model.alias} stands in the settings file")])
+    known = pool.registered.get(model.alias) == model
+    pool.register(model)
+    return {"status": "exists" if known else "success", "routing": {**said_of(model), **routing},
+            "message": f"model {model.alias} is {'known' if known else 'registered'}"}
+
+
+def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """A model as serverless_vllm had it said, in our words; and what it said of routing, which
+    weights of [pools] do here.  Raises SettingsError."""
+    names = "routing_state", "mix_weight", "worker_id"
+    routing = {key: document.pop(key) for key in names if key in document}
+    backends = document.pop("backends", None)
+    if backends is None:
+        return document, routing
+    expected = 'expected {"vllm": {"model_name": "…", …}}'
+    if not isinstance(backends, dict) or len(backends) != 1 or not all(
+            isinstance(one, dict) for one in backends.values()):
+        raise SettingsError([Complaint("request", 0, "backends", expected)])
+    (kind, backend), = backends.items()
+    said = {**backend, **document}
+    if "model_name" in said:
+        said["model"] = said.pop("model_name")
+    return (said if kind == "vllm" else {**said, "profile": kind}), routing
+
+
+async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
+    """DELETE /admin/models/{alias}: it drains, stops and is forgotten.  Raises LookupError."""
+    pool = pool_of(core)
+    alias = alias_named(pool, asked.head.path.removeprefix("/admin/models/"))
+    if alias not in pool.registered:
+        raise SettingsError([Complaint(
+            "request", 0, "alias", f"{alias} stands in the settings file, from which it can go")])
+    pool.forget(alias)
+    return {"status": "success", "message": f"model {alias} drains and stops"}
+
+
+async def operate_model(core: Core, asked: Asked) -> dict[str, Any]:
+    """POST /admin/models/{alias}/wake, or sleep, or stop.  Raises LookupError, PeerGone."""
+    path, _, verb = asked.head.path.removeprefix("/admin/models/").rpartition("/")
+    if verb not in MODEL_OPERATIONS:
+        raise LookupError(f"No {shown(verb)} here, but {', '.join(MODEL_OPERATIONS)}.")
+    pool = pool_of(core)
+    return await MODEL_OPERATIONS[verb](pool, alias_named(pool, path))
+
+
+async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
+    """Have one run, and wait for it.  Raises PeerGone."""
+    model = pool.models[alias]
+    was = pool.is_routable(model)
+    await pool.start_anew(alias)
+    outcome = await pool.await_model(model, lambda: None)
+    if outcome.fault is not None:
+        raise PeerGone(outcome.text, outcome.fault)
+    names = [one["alias"] for _, one in pool.instances()
+             if one["model_alias"] == alias and one["status"] == "running"]
+    return {"status": "success", "message": f"model {alias} runs", "woken": not was,
+            "instance_alias": names[0] if names else ""}
+
+
+async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[str, Any]:
+    """Have all of it drain and stop; it stays so until somebody asks for it.  Raises PeerGone."""
+    pool.held.add(alias)
+    pool.wishes.discard(alias)
+    names = [one["alias"] for _, one in pool.instances() if one["model_alias"] == alias and (
+        verb == "stop" or one["status"] == "running")]
+    await asyncio.gather(*(pool.by_hand(name, verb) for name in names))
+    return {"status": "success", "message": f"model {alias}: {verb}, {len(names)} instances"}
+
+
+async def sleep_model(pool: ModelPool, alias: str) -> dict[str, Any]:
+    return await stop_model(pool, alias, "sleep" if sleeps(pool.models[alias]) else "stop")
+
+
+MODEL_OPERATIONS: dict[str, Callable[[ModelPool, str], Awaitable[dict[str, Any]]]] = {
+    "wake": wake_model, "sleep": sleep_model, "stop": stop_model,
+}
+
+
+async def unload_models(core: Core, asked: Asked) -> dict[str, Any]:
+    """POST /unload, of one ?model= or of all, as llama-swap has it."""
+    pool = pool_of(core)
+    name = asked.query.get("model", "")
+    aliases = [alias_named(pool, name)] if name else list(pool.models)
+    await asyncio.gather(*(stop_model(pool, alias) for alias in aliases))
+    return {"status": "success", "unloaded": aliases}
+
+
+async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
+    pool, now = pool_of(core), asyncio.get_running_loop().time()
+    return {"workers": [
+        {"worker_id": host.name, "worker_url": getattr(host, "url", ""),
+         "public_worker_url": getattr(host, "public_url", ""), "reachable": host.reachable,
+         "seen_s_ago": round(max(0.0, now - host.seen_at), 1) if host.seen_at > 0 else None,
+         "gpu_info": host.report().get("gpu_info"), "instances": list(host.report()["instances"])}
+        for host in pool.hosts.values()]}
+
+
+async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
+    """GET /admin/status."""
+    return {"health": {"status": "ok", "service": "mvllm_lite", "workers": len(pool_of(core).hosts),
+                       "models": len(pool_of(core).models), "autoscaler_enabled": True},
+            **await list_models(core, asked), **await workers_report(core, asked),
+            "autoscaler_enabled": True}
+
+
+async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
+    """GET /running, as llama-swap has it."""
+    words = {"running": "ready", "starting": "starting", "stopping": "stopping"}
+    return {"running": [
+        {"model": one["model_alias"], "state": words.get(one["status"], one["status"]),
+         "cmd": " ".join(one["command"]), "proxy": host.url_of(one)}
+        for host, one in pool_of(core).instances() if one["status"] != "failed"]}
+
+
+# ============================
+#  92  pool paths
+# ============================
+#
+# Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
+
+
+POOL_PATHS: dict[str, dict[str, Operate]] = {
+    "/admin/models": {"GET": list_models},
+    "/admin/models/register": {"POST": register_model},
+    "/admin/models/{alias}": {"DELETE": forget_model, "POST": operate_model},
+    "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
+    "/unload": {"POST": unload_models},
+}
+ENDPOINTS |= {path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
+                                      "models of the pool")
+                     for method, operate in rows.items()} for path, rows in POOL_PATHS.items()}
+ENDPOINTS["/running"] = {"GET": Endpoint(
+    Kind.STATUS, functools.partial(run_operation, running_report), False, "models that run")}
+
+
+LOG_LOOK_S = 0.3  # between two looks at the output of a process
+
+
+@endpoint("/logs/{alias}", kind=Kind.ADMIN)
+async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
+    """What a model's process on this machine prints, as events; as it is with ?follow=0."""
+    name = urllib.parse.unquote(asked.head.path.removeprefix("/logs/"))
+    pool = pool_of(core)
+    found = next((one for host in pool.hosts.values() if isinstance(host, LocalHost)
+                  for one in host.agent.instances.values()
+                  if name in (one.name, one.model.alias) and one.child), None)
+    if found is None or (child := found.child) is None:
+        return Reply(404, error_body(Fault.NOT_SERVED, f"No process of {shown(name)} runs here."))
+    if asked.query.get("follow") == "0" or asked.head.method == "HEAD":
+        return Reply(200, child.tail().encode(), "text/plain; charset=utf-8")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        said, at = child.output_from(0)
+        while not core.process.stopping:
+            if said:
+                yield "".join(f"data: {line}\n" for line in said.splitlines()).encode() + b"\n"
+            elif not child.alive:
+                return
+            await asyncio.sleep(LOG_LOOK_S)
+            said, at = child.output_from(at)
+
+    return pieces()
+
+
+# ============================
+#  93  worker
+# ============================
+#
+# `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
+# models, each below /proxy/, and which does what its manager says.  When it stops, its models run
+# on; its successor takes them over.
+
+REGISTER_S = 5.0  # between two registrations, which are heartbeats, too
+AGENT_TTL_S = 20.0
+PROXIED_PATHS = ("/health", "/v1/models", "/metrics", "/version")  # besides inference
+
+
+def aim_at_instance(core: Core, path: str) -> Destination:
+    """What /proxy/{alias}/… is for.  Raises BadMessage, where that is not for others."""
+    alias, _, rest = path.removeprefix("/proxy/").partition("/")
+    meant = inference_path(f"/{rest}")
+    if core.process.agent is None or not (meant or f"/{rest}" in PROXIED_PATHS):
+        raise BadMessage(f"{shown(path)} is not served", Fault.NOT_SERVED)
+    return Destination(meant or f"/{rest}", alias, infers=bool(meant))
+
+
+AIMS["proxy"] = aim_at_instance
+ENDPOINTS["/proxy/{alias}"] = {
+    method: Endpoint(Kind.INFERENCE, None, False, "an agent's models")
+    for method in ("GET", "POST")}
+
+
+def agent_of(core: Core) -> Agent:
+    """Raises LookupError."""
+    agent = pool_of(core).agent
+    if core.process.agent is None or agent is None:
+        raise LookupError("This is no agent.")
+    return agent
+
+
+async def agent_report(core: Core, asked: Asked) -> dict[str, Any]:
+    """what an agent has: GPUs, profiles, instances"""
+    return agent_of(core).document()
+
+
+async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
+    """launch a model, by a profile of this host"""
+    agent, said = agent_of(core), read_members(asked.content, None)
+    name, devices = said.pop("instance", said.get("alias")), said.pop("devices", [])
+    digest, kind = str(said.pop("digest", "")), said.pop("backend_type", "vllm")
+    if "model_name" in said:
+        said["model"] = said.pop("model_name")
+    if kind != "vllm":
+        said.setdefault("profile", kind)
+    model = model_by_request(said, agent.profiles)
+    if not (isinstance(name, str) and INSTANCE.fullmatch(name)) or not (
+            isinstance(devices, list) and all(type(n) is int for n in devices)):
+        text = f"found {shown(str(name))} on {devices}, expected a name, and numbers of devices"
+        raise SettingsError([Complaint("request", 0, "instance", text)])
+    try:
+        one = agent.launch(name, model, tuple(devices), digest)
+    except ValueError as error:
+        raise BadMessage(str(error), Fault.INSTANCE_CONFLICT) from None
+    return {"status": "success", "instance": one.document(asyncio.get_running_loop().time())}
+
+
+async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
+    """one of them: /status"""
+    one, _ = instance_asked(core, asked)
+    tail = one.child.tail(8192) if one.child else ""
+    return {**one.document(asyncio.get_running_loop().time()), "log": tail}
+
+
+def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
+    """Raises LookupError."""
+    name, _, verb = asked.head.path.removeprefix("/instances/").partition("/")
+    return agent_of(core).named(urllib.parse.unquote(name)), verb
+
+
+SLEEP_LEVELS = {"SLEEP_1": 1, "SLEEP_2": 2}
+
+
+async def operate_instance(core: Core, asked: Asked) -> dict[str, Any]:
+    """have one of them stop, sleep or wake"""
+    (one, verb), agent = instance_asked(core, asked), agent_of(core)
+    said = read_members(asked.content, None)
+    level = said.get("level", SLEEP_LEVELS.get(str(said.get("level_name")), 1))
+    if verb not in ("stop", "sleep", "wake") or (verb == "sleep" and level not in (1, 2)):
+        text = f"found {shown(verb)} {level}, expected stop, wake, or sleep with level 1 or 2"
+        raise SettingsError([Complaint("request", 0, "level", text)])
+    try:
+        await LocalHost(agent).do(one.name, verb, level)
+    except ValueError as error:
+        raise BadMessage(f"{one.name}: {error}", Fault.INSTANCE_CONFLICT) from None
+    return {"status": "success", "message": f"{one.name}: {verb}", "level": level}
+
+
+WORKER_PATHS: dict[str, dict[str, Operate]] = {
+    "/info": {"GET": agent_report}, "/instances": {"GET": agent_report},
+    "/instances/start": {"POST": start_instance},
+    "/instances/{alias}": {"GET": show_instance, "POST": operate_instance},
+}
+ENDPOINTS |= {
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
+                            operate.__doc__ or "")
+           for method, operate in rows.items()} for path, rows in WORKER_PATHS.items()}
+
+
+async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
+    """Say at the manager that we are here, again and again."""
+    manager = ServerSettings(base_url(args.manager), api_key=key)
+    client, said = HttpClient(manager, Secrets(Settings((manager,)))), ""
+    while True:
+        agent = pool_of(balancer.core).agent
+        document = {
+            "worker_id": args.id, "worker_url": f"http://{args.host}:{balancer.port}",
+            "gpu_info": gpu_report(agent.devices if agent else ()), "ttl_s": AGENT_TTL_S}
+        if args.public_url:
+            document["public_worker_url"] = args.public_url
+        try:
+            status, answer = await client.fetch(
+                "/workers/register", 5.0, json.dumps(document).encode())
+            now = "" if status == 200 else f"{status}: {answer[:300].decode('utf-8', 'replace')}"
+        except (PeerGone, BadMessage, TimeoutError) as error:
+            now = str(error) or "no answer"
+        if now != said:
+            said = now
+            log.log(logging.WARNING if now else logging.INFO, "manager %s: %s", args.manager,
+                    now or "registered")
+        await asyncio.sleep(REGISTER_S)
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    given = os.environ.get
+    parser.add_argument("file", nargs="?", help="a settings file, for [[profiles]] and [devices]")
+    parser.add_argument("--manager", default=given("MANAGER_URL", ""), metavar="URL",
+                        help="the balancer to register at")
+    parser.add_argument("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
+    parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"))
+    parser.add_argument("--port", default=given("WORKER_PORT", "7000"))
+    parser.add_argument("--public-url", default=given("PUBLIC_URL", ""), metavar="URL",
+                        help="where it is reached from the manager, if that is elsewhere")
+    parser.add_argument("--check", action="store_true", help="say what is amiss, and end")
+
+
+@command("worker", "an agent: runs models on this machine for a balancer", add_worker_arguments,
+         example="worker --manager http://10.0.0.1:8888")
+def run_worker(args: argparse.Namespace) -> int:
+    overrides: dict[str, tuple[Any, str]] = {
+        "host": (args.host, "--host"), "port": (args.port, "--port")}
+    if key := os.environ.get("WORKER_KEY"):
+        overrides["registration_key"] = key, "environment WORKER_KEY"
+    if not args.file:
+        overrides["servers"] = [], "worker"
+    settings, _ = load_settings(args.file or "", overrides)
+    key = Secrets(settings).registration
+    keys = (KeySettings("manager", key, admin=True),) if key else ()
+    args.host = settings.host if key else "127.0.0.1"
+    settings = dataclasses.replace(
+        settings, servers=(), models=(), keys=keys, host=args.host, status_access="open",
+        profiles=settings.profiles or (DEFAULT_PROFILE,), log_dir="",
+        state_file=settings.state_file or f"worker-{args.id.replace('/', '-')}.state")
+    if args.check:
+        return check_worker(args, settings)
+    with logging_to_stdout(settings):
+        if not key:
+            log.warning("without WORKER_KEY the agent listens on 127.0.0.1 alone")
+
+        async def start(run: Runner) -> None:
+            balancer = Balancer(settings, inherited=inherited_sockets())
+            balancer.core.process.agent = args.id
+            registering = asyncio.ensure_future(guarded(
+                balancer.core, "registering", lambda: register_when_ready(balancer, args, key)))
+            try:
+                await run(balancer)
+            finally:
+                registering.cancel()
+
+        return serve_until_stopped(start)
+
+
+async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
+    while args.manager and not (balancer.port and POOL in balancer.core.services):
+        await asyncio.sleep(LOOK_AT_POOL_S / 5)
+    if args.manager:
+        await register_agent(balancer, args, key)
+
+
+def check_worker(args: argparse.Namespace, s: Settings) -> int:
+    """Say what an agent would find here."""
+    devices = stated_devices(s.devices, parse_gpus(
+        asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+    lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
+    print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
+    wrong = 0
+    for profile in s.profiles:
+        program = (profile.command or DEFAULT_COMMAND)[0]
+        found = shutil.which(program)
+        wrong += found is None
+        print(f"profile {profile.name}: {found or program + ' is not found: set its command'}")
+    if args.manager:
+        pid = asyncio.run(process_at(base_url(args.manager)))
+        wrong += not pid
+        print(f"manager {args.manager}: {'answers' if pid else 'does not answer as a balancer'}")
+    return 2 if wrong else 0
+
+
+# ━━━ part XIV: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+
+
+# ============================
+#  94  cells
 # ============================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -17950,7 +20657,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================
-#  81  table
+#  95  table
 # ============================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -18183,7 +20890,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================
-#  82  views
+#  96  views
 # ============================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -18301,6 +21008,17 @@ VIEWS: dict[str, View] = {
         ViewColumn("CACHED", text_at("cached", short_number)),
         ViewColumn("COMPLETION", text_at("completion", short_number)),
     ), "nobody has used anything yet"),
+    "pool": View(lambda status: status["services"].get("models", []), (
+        ViewColumn("MODEL", text_at("model"), False, width=24),
+        ViewColumn("STATE", text_at("state"), False, lambda row: {
+            "running": Style.GOOD, "failed": Style.BAD}.get(row["state"], Style.WARN)),
+        ViewColumn("WHERE", text_at("where"), False, width=20),
+        ViewColumn("GB", text_at("gb", short_number)),
+        ViewColumn("SINCE", text_at("since_s", short_time)),
+        ViewColumn("IDLE", text_at("idle_s", short_time)),
+        ViewColumn("WAIT", text_at("waiting", short_number)),
+        ViewColumn("NEXT", text_at("next"), False, width=40),
+    ), "no [[models]] here, and none was registered"),
 }
 
 
@@ -18328,7 +21046,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================
-#  83  screen
+#  97  screen
 # ============================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -18648,7 +21366,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================
-#  84  keys
+#  98  keys
 # ============================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -18771,7 +21489,7 @@ def key_of(char: str) -> str:
 
 
 # ============================
-#  85  terminal
+#  99  terminal
 # ============================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -19017,7 +21735,7 @@ class CursesScreen:
 
 
 # ============================
-#  86  top
+#  100  top
 # ============================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -19235,7 +21953,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================
-#  87  page
+#  101  page
 # ============================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -19756,7 +22474,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================
-#  88  reference
+#  102  reference
 # ============================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -19814,6 +22532,9 @@ TABLE_MEANINGS = {
     "policies": "another policy for one model, by its name",
     "pools": "what share of requests, in percent, the servers with that `pool` get",
     "resumes": "another `resume` for one model, by its name",
+    "models": "tables [[models]]: models that are started, put to sleep, woken and stopped by need",
+    "profiles": "tables [[profiles]]: how models that are named over HTTP may be launched here",
+    "devices": "memory_gb = [80, 80]: the GPUs by hand, or less than there is",
     "config": "everything else; times are in seconds",
 }
 
@@ -19823,6 +22544,8 @@ def settings_topic() -> str:
     lines = list[str]()
     known = {"servers": {**SERVER_FIELDS, **DNS_FIELDS}, "keys": KEY_FIELDS,
              "kubernetes": KUBERNETES_FIELDS, "disaggregation": SPLIT_FIELDS,
+             "models": MODEL_FIELDS, "profiles": PROFILE_FIELDS,
+             "devices": DEVICE_FIELDS,
              "config": CONFIG_FIELDS}
     for name, fields in known.items():
         rows = [("  " + key, default_word(field), setting_meaning(field))
@@ -19989,7 +22712,7 @@ def example_topic() -> str:
 
 
 # ============================
-#  89  deployment
+#  103  deployment
 # ============================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -20277,11 +23000,11 @@ def grafana_topic() -> str:
     }, indent=1)
 
 
-# ━━━ part XIV: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+# ━━━ part XV: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ============================
-#  90  traces
+#  104  traces
 # ============================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -20470,7 +23193,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================
-#  91  engine
+#  105  engine
 # ============================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -20810,7 +23533,7 @@ class Engine:
 
 
 # ============================
-#  92  replay
+#  106  replay
 # ============================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -21038,7 +23761,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================
-#  93  comparison
+#  107  comparison
 # ============================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -21175,7 +23898,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================
-#  94  canned words
+#  108  canned words
 # ============================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -21376,7 +24099,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================
-#  95  canned forms
+#  109  canned forms
 # ============================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -21721,7 +24444,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================
-#  96  simulation
+#  110  simulation
 # ============================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -21762,7 +24485,7 @@ class SimulatedServer:
 
     def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0):
         self.kind, self.models, self.draw = kind, models, random.Random(seed)
-        self.mode, self.url = "ok", ""
+        self.mode, self.url, self.port = "ok", "", 0
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
         self.cache, self.cached_tokens = PrefixCache(), 0
         self.slots = asyncio.Semaphore(kind.capacity)
@@ -21771,7 +24494,7 @@ class SimulatedServer:
 
     async def __aenter__(self) -> SimulatedServer:
         self._listener = await asyncio.start_server(
-            self._serve, "127.0.0.1", 0, backlog=LISTEN_BACKLOG)
+            self._serve, "127.0.0.1", self.port, backlog=LISTEN_BACKLOG)
         self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
         return self
 
@@ -21988,7 +24711,193 @@ class Generation:
 
 
 # ============================
-#  97  demo
+#  111  understudy
+# ============================
+#
+# `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
+# and its ways to die, and no GPU.  `demo --pool` runs a pool of them.
+
+SIMULATED_KIND = Simulated(16, 0.01, 20000)
+# It outlives its server, as a real one does, but not for ever.
+ENGINE_CODE = """import os, time
+parent = os.getppid()
+while os.getppid() == parent: time.sleep(0.1)
+time.sleep(60)"""
+ENGINE_GONE_S = 0.3  # from an engine's death to its server's; of a real one some 3 s
+
+
+class SimulatedVllm(SimulatedServer):
+    """What one process serves; `dev` is vLLM's developer switch, without which nothing sleeps."""
+
+    def __init__(self, args: argparse.Namespace, dev: bool) -> None:
+        super().__init__(
+            SIMULATED_KIND._replace(token_s=args.token_s), (args.served_model_name or args.model,))
+        self.port, self.dev, self.wake_s, self.level = args.port, dev, args.wake_s, 0
+        self.asleep, self.engine_died = False, False
+        self.awake, self.over = asyncio.Event(), asyncio.Event()
+        self.awake.set()
+
+    async def _answer(self, client: MessageReader, writer: asyncio.StreamWriter, head: RequestHead,
+                      content: Content) -> None:
+        if head.path in FORMS:  # which hang while it sleeps
+            await unless_gone(client, self.awake.wait())
+        if head.path == "/simulate" and read_members(content, None).get("mode") == "crash":
+            os._exit(3)
+        if self.dev and head.path in ("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc",
+                                      "/reset_prefix_cache"):
+            writer.write(simulated_response(head, 200, await self.turn(head)))
+            return
+        await super()._answer(client, writer, head, content)
+
+    async def turn(self, head: RequestHead) -> Any:
+        """Fall asleep, or wake up."""
+        query = dict(urllib.parse.parse_qsl(head.query or ""))
+        if head.path == "/sleep":
+            while self.running and query.get("mode") == "wait":
+                await asyncio.sleep(0.01)
+            self.asleep, self.level = True, int(query.get("level", "1"))
+            self.awake.clear()
+            return {"status": "sleeping", "level": self.level}
+        if head.path == "/is_sleeping":
+            return {"is_sleeping": self.asleep}
+        if head.path == "/wake_up":
+            await asyncio.sleep(self.wake_s)
+            if self.level == 2 and query.get("tags") == "weights":
+                self.level = 1
+                return {"status": "sleeping", "tags": ["weights"]}
+            self.asleep = False
+            self.awake.set()
+            return {"status": "awake", "tags": None}
+        return {}
+
+    def _page(self, head: RequestHead, wanted: dict[str, Any]) -> tuple[int, Any]:
+        if self.engine_died:
+            return 503, ""
+        status, said = super()._page(head, wanted)
+        if head.path == "/metrics" and isinstance(said, str):
+            said += "".join(
+                f'vllm:engine_sleep_state{{engine="0",sleep_state="{state}"}} {int(on)}\n'
+                for state, on in (("awake", not self.asleep), ("weights_offloaded", self.asleep)))
+        return status, said
+
+    async def follow_engine(self, engine: subprocess.Popen[bytes]) -> None:
+        while engine.poll() is None:
+            await asyncio.sleep(0.02)
+        self.engine_died = True
+        await asyncio.sleep(ENGINE_GONE_S)
+        self.over.set()
+
+
+async def simulate_process(args: argparse.Namespace) -> int:
+    loop, code = asyncio.get_running_loop(), 0
+    server = SimulatedVllm(args, os.environ.get("VLLM_SERVER_DEV_MODE") == "1")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.over.set)
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE_CODE, "VLLM::EngineCore"]) if (
+        args.engine) else None
+    print(f"(APIServer) Initializing a simulated engine, model {args.model}", flush=True)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(args.start_s):
+            await server.over.wait()
+    if args.fail:
+        print(f"ValueError: {args.fail}", flush=True)
+        return 1
+    following = engine and asyncio.ensure_future(server.follow_engine(engine))
+    try:
+        async with server:
+            print(f"(APIServer) Starting vLLM server on {server.url}", flush=True)
+            await server.over.wait()
+    except OSError as error:
+        print(f"OSError: {error}", flush=True)
+        code = 1
+    if following and engine:
+        following.cancel()
+        code = 1 if engine.poll() is not None else code
+        engine.terminate()
+        engine.wait()
+    return code
+
+
+def add_simulate_vllm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served-model-name", default="")
+    for name in ("--tensor-parallel-size", "--max-model-len", "--gpu-memory-utilization"):
+        parser.add_argument(name, help="taken, and means nothing")
+    parser.add_argument("--enable-sleep-mode", action="store_true", help="the same")
+    parser.add_argument("--start-s", type=float, default=0.0, help="seconds until it is ready")
+    parser.add_argument("--wake-s", type=float, default=0.0, help="seconds that waking takes")
+    parser.add_argument("--token-s", type=float, default=0.01, help="seconds a token")
+    parser.add_argument("--fail", default="", metavar="TEXT", help="end with these last words")
+    parser.add_argument("--engine", action="store_true", help="have a process for the engine")
+
+
+@command("simulate-vllm", "a process that stands in for `vllm serve`", add_simulate_vllm)
+def run_simulate_vllm(args: argparse.Namespace) -> int:
+    return asyncio.run(simulate_process(args))
+
+
+def own_command() -> tuple[str, ...]:
+    """What runs this very file, compiled once for all."""
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import mvllm_lite;"
+            " sys.exit(mvllm_lite.main())")
+    return sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))
+
+
+POOL_DEMO = ("llama-70b", 70.0), ("qwen-32b", 40.0), ("gemma-27b", 35.0), ("mistral-7b", 16.0), (
+    "embed-small", 8.0)
+
+
+POOL_HINT = """
+Ask for a model: it starts, and another makes room for it.
+
+    curl {url}/v1/completions -H 'Content-Type: application/json' \\
+        -d '{{"model": "llama-70b", "prompt": "Hello", "max_tokens": 9}}'
+
+Look at it:      curl {url}/running          curl {url}/admin/models
+Put one to sleep, wake it, stop it:      curl -X POST {url}/admin/models/llama-70b/sleep
+"""
+
+
+def pool_demo_settings(settings: Settings) -> Settings:
+    """Two GPUs of 80 GB, and five models that need more."""
+    models = tuple(ModelSettings(
+        alias, gpu_memory_gb=gb, command=(*own_command(), "simulate-vllm"), sleep_after_s=20.0,
+        unload_after_s=90.0, args=("--start-s", f"{gb / 20:.1f}", "--wake-s", "0.3"))
+        for alias, gb in POOL_DEMO)
+    return dataclasses.replace(settings, models=models, devices=(80.0, 80.0), state_file="")
+
+
+async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
+    """A balancer with such a pool, and clients that want one model and another."""
+    balancer = Balancer(pool_demo_settings(settings))
+    traffic = asyncio.ensure_future(pool_traffic(balancer))
+    try:
+        await run(balancer)
+    finally:
+        traffic.cancel()
+
+
+async def pool_traffic(balancer: Balancer, draw: random.Random = random.Random(1)) -> None:
+    asking = set[asyncio.Task[None]]()
+    while True:
+        await asyncio.sleep(draw.expovariate(0.5))
+        alias = draw.choices([alias for alias, _ in POOL_DEMO], (1, 2, 2, 8, 8))[0]
+        for task in [asyncio.ensure_future(ask_pool(balancer, alias)) for _ in range(3)]:
+            asking.add(task)
+            task.add_done_callback(asking.discard)
+
+
+async def ask_pool(balancer: Balancer, alias: str) -> None:
+    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+        content = json.dumps({"model": alias, "prompt": "Hello", "max_tokens": 50}).encode()
+        client = HttpClient(ServerSettings(f"http://127.0.0.1:{balancer.port}"))
+        await client.ask("/v1/completions", 120.0, content, lambda piece: None)
+
+
+# ============================
+#  112  demo
 # ============================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -22127,6 +25036,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
     parser.add_argument("--load", type=float, metavar="RATE", help="requests per second of its own"
                         " (default 2 with the screen, else none; 0: none)")
+    parser.add_argument("--pool", action="store_true",
+                        help="a pool of five models on two simulated GPUs, which they outgrow")
     parser.add_argument("--discovery", action="store_true",
                         help="all but the first register themselves, and come and go")
 
@@ -22142,12 +25053,14 @@ def run_demo(args: argparse.Namespace) -> int:
     if not 0 <= rate <= 1000:
         return fail(f"--load: found {rate:g}, expected requests per second, 0 to 1000")
     with logging_to_stdout(settings):
+        if args.pool:
+            return serve_until_stopped(lambda run: pool_demo(settings, run), POOL_HINT, screen)
         return serve_until_stopped(lambda run: demo(
             args.servers, settings, run, args.discovery, rate), DEMO_HINT, screen)
 
 
 # ============================
-#  98  doctor
+#  113  doctor
 # ============================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,

@@ -703,7 +703,7 @@ def test_every_fault_is_a_row_of_its_own():
     assert len({fault.label for fault in Fault}) == len(Fault) == len(list(Fault))
     for fault in Fault:
         assert 400 <= fault.status < 600
-        assert fault.type_name.endswith(("Error", "Request", "_error"))
+        assert fault.type_name.endswith(("Error", "Request", "_error", "_loading"))
 
 
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda f: f.label)
@@ -17224,6 +17224,437 @@ async def test_two_servers_that_find_blocks_by_themselves_are_told_nothing():
 
 
 # ============================================================================================
+#  life, launching, placement and scaling
+# ============================================================================================
+
+
+def test_the_life_of_an_instance_is_one_table():
+    for phase in lite.Phase:
+        for turn in lite.Turn:
+            life = lite.Life(0.0, phase)
+            if (phase, turn) in lite.TRANSITIONS:
+                assert life.tell(turn, 1.0, "why") is lite.TRANSITIONS[phase, turn] is life.phase
+                assert (life.since, life.reason) == (1.0, "why")
+            else:
+                with pytest.raises(ValueError, match=phase.value):
+                    life.tell(turn, 1.0)
+                assert life.phase is phase
+
+
+def test_what_ends_by_itself_is_started_again_after_growing_pauses_and_then_given_up():
+    life, pauses = lite.Life(0.0), []
+    for now in range(lite.GIVE_UP_AFTER):
+        life.tell(lite.Turn.LAUNCH, now)
+        life.tell(lite.Turn.ENDED, now, "exit code 1")
+        pauses.append(life.retry_at - now)
+    assert pauses == [0.0, 0.5, 1.0, 2.0, math.inf] and life.given_up
+    life = lite.Life(0.0, lite.Phase.RUNNING)
+    life.failures = 4
+    life.tell(lite.Turn.ENDED, lite.STEADY_S + 1)
+    assert life.failures == 1 and not life.given_up
+
+
+VLLM = "vllm serve m --host 127.0.0.1 --port 7 --served-model-name a"
+
+
+@pytest.mark.parametrize("said, device_gb, words", table(
+    ("plain", {}, [], VLLM),
+    ("memory in GB becomes a share", {"gpu_memory_gb": 20}, [80], VLLM
+     + " --gpu-memory-utilization 0.25"),
+    ("the smallest device counts", {"gpu_memory_gb": 20, "tensor_parallel_size": 2}, [80, 40], VLLM
+     + " --tensor-parallel-size 2 --gpu-memory-utilization 0.5"),
+    ("sleep needs its flag on a GPU", {"sleep_after_s": 1}, [80], VLLM
+     + " --gpu-memory-utilization 0.9 --enable-sleep-mode"),
+    ("and would keep a CPU from starting", {"sleep_after_s": 1}, [], VLLM),
+    ("arguments as they are", {"args": ["--dtype", "half x"], "max_model_len": 9}, [], VLLM
+     + " --max-model-len 9 --dtype half x"),
+    ("a command with a port is all of it", {
+        "command": ["llama-server", "-m", "{model}", "--port", "{port}"], "args": ["--x"]}, [80],
+     "llama-server -m m --port 7"),
+))
+def test_command_lines(said, device_gb, words):
+    model = lite.parse_settings("", overrides={
+        "servers": ([], ""), "models": ([{"alias": "a", "model": "m", **said}], "")})[0].models[0]
+    assert " ".join(lite.launch_command(model, 7, device_gb)) == words
+
+
+@pytest.mark.parametrize("said, named", table(
+    ("a host", {"args": ["--host", "0.0.0.0"]}, "--host"),
+    ("a host in one word", {"args": ["--host=0.0.0.0"]}, "--host"),
+    ("a host cut short", {"args": ["--ho", "0.0.0.0"]}, "--host"),
+    ("a port", {"args": ["--port", "80"]}, "--port"),
+    ("another name", {"args": ["--served_model_name", "x"]}, "--served-model-name"),
+    ("an option as a name", {"alias": "--x"}, "a name"),
+    ("a path as a name", {"alias": "../x"}, "a name"),
+    ("more than may be", {"min_replicas": 2}, "max_replicas"),
+    ("a variable's name", {"env": {"A B": "1"}}, "NAME"),
+))
+def test_models_that_settings_cannot_have(said, named):
+    with pytest.raises(lite.SettingsError, match=re.escape(named)):
+        lite.parse_settings("", overrides={
+            "servers": ([], ""), "models": ([{"alias": "a", **said}], "")})
+
+
+PROFILES = {one.name: one for one in (
+    lite.ProfileSettings("vllm", ("Qwen/*", "/models/own"), values=("--dtype", "half")),
+    lite.ProfileSettings("trusting", ("a/*", "b/c"), args=("--trust-remote-code",)))}
+
+
+@pytest.mark.parametrize("said, named", table(
+    ("of a pattern", {"model": "Qwen/Qwen3-8B"}, ""),
+    ("listed arguments", {"model": "Qwen/x", "args": ["--dtype", "half"]}, ""),
+    ("a listed path", {"model": "/models/own"}, ""),
+    ("an exact name for code", {"model": "b/c", "profile": "trusting"}, ""),
+    ("of no pattern", {"model": "meta/x"}, "model"),
+    ("a path", {"model": "/etc/x"}, "model"),
+    ("a path that looks like a name", {"model": "Qwen/.."}, "model"),
+    ("a path below", {"model": "./Qwen"}, "model"),
+    ("an option", {"model": "--help"}, "model"),
+    ("three parts", {"model": "Qwen/a/b"}, "model"),
+    ("a line", {"model": "Qwen/x\n--y"}, "model"),
+    ("a pattern for code", {"model": "a/b", "profile": "trusting"}, "model"),
+    ("an option of its own", {"model": "Qwen/x", "args": ["--enforce-eager"]}, "args"),
+    ("a program", {"model": "Qwen/x", "command": ["sh"]}, "command"),
+    ("an environment", {"model": "Qwen/x", "env": {"LD_PRELOAD": "x"}}, "env"),
+    ("serverless_vllm's path", {"model": "Qwen/x", "model_path": "/x"}, "model_path"),
+    ("llama.cpp's", {"model": "Qwen/x", "llama_filename": "x"}, "llama_filename"),
+    ("no such profile", {"model": "Qwen/x", "profile": "no"}, "profile"),
+))
+def test_what_may_be_said_of_a_model_over_http(said, named):
+    said = {"alias": "a", **said}
+    if not named:
+        assert lite.model_by_request(said, PROFILES).alias == "a"
+        return
+    with pytest.raises(lite.SettingsError) as error:
+        lite.model_by_request(said, PROFILES)
+    assert [one.key.rpartition(".")[2] for one in error.value.complaints][:1] == [named]
+
+
+def test_gpus_are_read_as_nvidia_smi_says_them():
+    text = "0, NVIDIA A100, 81920, 1024, 37\n1, X, 24576, 0, [N/A]\n2, bad, [N/A], 0, 0\n"
+    assert lite.parse_gpus(text) == [
+        lite.Device(80.0, 1.0, "NVIDIA A100", 0.37, 0), lite.Device(24.0, 0.0, "X", 0.0, 1)]
+    assert [one.number for one in lite.parse_gpus(text, "1,0")] == [1, 0]
+    assert lite.parse_gpus(text, "-1") == []
+    assert lite.parse_gpu_apps("17, 1024\n17, 512\nx\n") == {17: 1.5}
+    found = lite.parse_gpus(text)
+    assert [one.total_gb for one in lite.stated_devices([40.0, 80.0], found)] == [40.0, 24.0]
+    assert [one.total_gb for one in lite.stated_devices([80.0], [])] == [80.0]
+
+
+HOST = lite.HostView("h", (80.0, 80.0))
+
+
+def model_of(alias="a", gb=50.0, **said):
+    return lite.ModelSettings(alias, gpu_memory_gb=gb, **said)
+
+
+def seat(alias="b", gb=50.0, devices=(0,), phase=lite.Phase.RUNNING, model=None, **said):
+    """An idle instance that runs, for long enough."""
+    said = {"awake_gb": gb, "idle_s": 100.0, "age_s": 100.0, **said}
+    return lite.Seat(f"h-{alias}", alias, "h", devices, gb, phase, model or model_of(alias, gb),
+                     **said)
+
+
+WAITING = {"a": lite.Demand(1, 1.0)}
+SLEEPY = model_of("b", sleep_after_s=9.0)
+
+
+@pytest.mark.parametrize("model, seats, expected", table(
+    ("an empty host", model_of(), [], ((0,), [], True)),
+    ("promised memory counts", model_of(), [seat(phase=lite.Phase.STARTING)], ((1,), [], True)),
+    ("two on one device", model_of(gb=30.0), [seat(), seat("c", devices=(1,))], ((0,), [], True)),
+    ("as many devices as it takes", model_of(tensor_parallel_size=2), [], ((0, 1), [], True)),
+    ("too few devices", model_of(tensor_parallel_size=3), [], "h has 2 devices of 3"),
+    ("too large", model_of(gb=90.0), [], "device 0 lacks 10.0 of 90.0 GB"),
+    ("the idlest makes room", model_of(), [seat(idle_s=5.0), seat("c", devices=(1,))],
+     ((1,), [("c", "stop")], False)),
+    ("one in use does not", model_of(), [seat(in_flight=1), seat("c", devices=(1,))],
+     ((1,), [("c", "stop")], False)),
+    ("a higher priority stays longer", model_of(),
+     [seat(idle_s=5.0), seat("c", devices=(1,), model=model_of("c", priority=1.0))],
+     ((0,), [("b", "stop")], False)),
+    ("asleep if it can", model_of(), [seat(model=SLEEPY), seat("c", devices=(1,), in_flight=1)],
+     ((0,), [("b", "sleep")], False)),
+    ("but not if it then holds too much", model_of(gb=75.0),
+     [seat(model=SLEEPY, held_gb=8.0), seat("c", devices=(1,), in_flight=1)],
+     ((0,), [("b", "stop")], False)),
+    ("what is about to leave is not moved again", model_of(),
+     [seat(phase=lite.Phase.STOPPING), seat("c", devices=(1,))], ((0,), [], False)),
+    ("just started ones stay", model_of(),
+     [seat(age_s=1.0), seat("c", devices=(1,), age_s=1.0)],
+     "device 0 lacks 20.0 of 50.0 GB"),
+))
+def test_a_place_is_found_with_the_fewest_moves(model, seats, expected):
+    found = lite.find_place(model, [HOST], seats, WAITING)
+    if isinstance(expected, str):
+        assert isinstance(found, str) and expected in found
+        return
+    moves = [(seat.alias, how) for seat, how in found.moves]
+    assert (found.devices, moves, found.now) == expected
+
+
+def test_where_host_memory_is_short_nothing_sleeps():
+    sleeper = seat(model=SLEEPY, weights_gb=40.0, idle_s=10.0)
+    for memory_gb, verb in ((50.0, "sleep"), (30.0, "stop")):
+        acts, _ = lite.decide([SLEEPY], [HOST._replace(memory_gb=memory_gb)], [sleeper], {})
+        assert [(act.verb, act.name) for act in acts] == [(verb, "h-b")]
+
+
+@pytest.mark.parametrize("model, seats, demand, expected", table(
+    ("nobody asks", model_of(), [], lite.Demand(), []),
+    ("somebody asks", model_of(), [], lite.Demand(1), ["launch"]),
+    ("a sleeper wakes", model_of(), [seat("a", 1.0, phase=lite.Phase.SLEEPING, awake_gb=50.0)],
+     lite.Demand(1), ["wake"]),
+    ("a sleeper sleeps on", model_of(), [seat("a", 1.0, phase=lite.Phase.SLEEPING)],
+     lite.Demand(), []),
+    ("one that starts is waited for", model_of(), [seat("a", phase=lite.Phase.STARTING)],
+     lite.Demand(50), []),
+    ("so many are kept", model_of(min_replicas=1), [], lite.Demand(), ["launch"]),
+    ("kept ones do not sleep", model_of(min_replicas=1, sleep_after_s=1.0), [seat("a")],
+     lite.Demand(), []),
+    ("high load, for long", model_of(max_replicas=2), [seat("a", in_flight=9)],
+     lite.Demand(load=0.9, high_s=31.0), ["launch"]),
+    ("high load, just now", model_of(max_replicas=2), [seat("a", in_flight=9)],
+     lite.Demand(load=0.9, high_s=3.0), []),
+    ("high load, and no more may be", model_of(), [seat("a", in_flight=9)],
+     lite.Demand(load=0.9, high_s=31.0), []),
+    ("low load, for long", model_of(max_replicas=2),
+     [seat("a", in_flight=1), seat("a", devices=(1,), in_flight=2)],
+     lite.Demand(load=0.1, low_s=31.0), ["stop"]),
+    ("idle for long", model_of(unload_after_s=60.0), [seat("a")], lite.Demand(), ["stop"]),
+    ("one that failed is started by its agent", model_of(),
+     [seat("a", phase=lite.Phase.FAILED, retry_in_s=3.0)], lite.Demand(1), []),
+    ("one that was given up stays so", model_of(),
+     [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)], lite.Demand(1), []),
+    ("other settings, when it is idle", model_of(), [seat("a", fresh=False)], lite.Demand(),
+     ["stop"]),
+    ("other settings, in use", model_of(), [seat("a", fresh=False, in_flight=1)], lite.Demand(),
+     []),
+))
+def test_what_is_done_next(model, seats, demand, expected):
+    acts, _ = lite.decide([model], [HOST], seats, {"a": demand})
+    assert [act.verb for act in acts] == expected
+
+
+def test_models_of_a_group_exclude_each_other_or_stay_together():
+    apart = [model_of(alias, 10.0, group="g") for alias in "ab"]
+    acts, why_not = lite.decide(apart, [HOST], [seat("b", 10.0, model=apart[1])], WAITING)
+    assert [(act.verb, act.alias) for act in acts] == [("stop", "b")] and "group" in why_not["a"]
+    pair = [model_of(alias, 10.0, group="g", together=True) for alias in "ab"]
+    acts, _ = lite.decide(pair, [HOST], [], WAITING)
+    assert [(act.verb, act.alias) for act in acts] == [("launch", "a"), ("launch", "b")]
+
+
+def test_two_that_do_not_fit_together_take_turns():
+    models, host = [model_of("a", 60.0), model_of("b", 60.0)], lite.HostView("h", (80.0,))
+    runs, since, now, waits_since, longest = None, 0.0, 0.0, {"a": 0.0, "b": 0.0}, 0.0
+    while now < 300:  # both are always wanted, and each keeps its place busy
+        now += 0.5
+        seats = [] if runs is None else [
+            seat(runs, 60.0, age_s=now - since, idle_s=0.0, in_flight=3)]
+        demands = {alias: lite.Demand(1, now - at) for alias, at in waits_since.items()
+                   if alias != runs}
+        longest = max(longest, *(one.waited_s for one in demands.values()))
+        for act in lite.decide(models, [host], seats, demands)[0]:
+            if act.verb == "launch":
+                runs, since = act.alias, now
+            else:
+                runs, waits_since[act.alias] = None, now
+    assert lite.TURN_S <= longest <= lite.TURN_S + 2.0
+
+
+# ============================================================================================
+#  children, agent, keeping and models
+# ============================================================================================
+
+SIMULATE = (*lite.own_command(), "simulate-vllm")
+
+
+def little(alias="a", *args, **said):
+    return lite.ModelSettings(
+        alias, gpu_memory_gb=10.0, command=SIMULATE, args=("--token-s", "0.001", *args), **said)
+
+
+@contextlib.asynccontextmanager
+async def pooling(*models, **settings):
+    """A balancer with a pool of them on one device of 16 GB."""
+    settings = {"devices": (16.0,), "health_check_interval": 0.5, **settings}
+    async with balancing(models=models, wait=False, **settings) as running:
+        yield running
+
+
+async def ask_model(running, alias="a", **said):
+    client = await running.client()
+    body = json.dumps({"model": alias, "prompt": "x", "max_tokens": 2, **said}).encode()
+    return await client.post("/v1/completions", body, AS_JSON)
+
+
+async def instance_of(running, alias="a", status="running"):
+    """Once there is one, what is told of it."""
+
+    async def find():
+        said = (await (await running.client()).get("/admin/models")).json["models"]
+        return next((one for model in said if model["alias"] == alias
+                     for one in model["instances"] if status in ("", one["status"])), None)
+
+    return await eventually(find, f"an instance of {alias} is {status}")
+
+
+def gone(pids):
+    return not any(lite.process_exists(pid) for pid in pids)
+
+
+@asynchronous
+async def test_one_start_is_for_all_who_wait_and_the_exact_command_is_shown():
+    async with pooling(little("a", "--start-s", "0.1"), little("b")) as running:
+        client = await running.client()
+        listed = (await client.get("/v1/models")).json["data"]
+        assert [(one["id"], one["status"]) for one in listed] == [("a", "absent"), ("b", "absent")]
+        assert (await client.get("/readiness")).status == 200
+        assert (await client.post("/tokenize", b'{"model":"a","prompt":"x"}', AS_JSON)).error[
+            "code"] == "model_not_ready"
+        answers = await asyncio.gather(*(ask_model(running) for _ in range(50)))
+        assert {one.status for one in answers} == {200}
+        one = await instance_of(running)
+        options = " ".join(one["command"]).partition("simulate-vllm ")[2]
+        assert one["starts"] == 1 and options == (
+            f"a --host 127.0.0.1 --port {one['port']} --served-model-name a"
+            " --gpu-memory-utilization 0.625 --token-s 0.001 --start-s 0.1")
+        environ = Path(f"/proc/{one['pid']}/environ").read_bytes().split(b"\0")
+        assert b"CUDA_VISIBLE_DEVICES=0" in environ
+        assert await running.metric("mvllm_model_starts_total", model="a") == 1
+        # The other does not fit beside it: it makes room, and leaves nothing behind.
+        assert (await ask_model(running, "b")).status == 200
+        assert gone([one["pid"]])
+        stopped = await instance_of(running, "b")
+        assert (await client.post("/unload", b"")).status == 200
+        assert gone(stopped["group"])
+
+
+@asynchronous
+async def test_a_sleeping_model_stays_asleep_until_it_is_asked():
+    async with pooling(little(sleep_after_s=60.0)) as running:
+        assert (await ask_model(running)).status == 200
+        client = await running.client()
+        assert (await client.post("/admin/models/a/sleep", b"")).status == 200
+        asleep = await instance_of(running, status="sleeping")
+        assert asleep["gb"] == asleep["held_gb"] < asleep["awake_gb"]
+        for path in ("/health", "/v1/models", "/status.json", "/metrics"):
+            await client.get(path)
+        assert (await instance_of(running, status=""))["status"] == "sleeping"
+        answers = await asyncio.gather(*(ask_model(running, stream=True) for _ in range(20)))
+        assert {one.status for one in answers} == {200}
+        awake = await instance_of(running)
+        assert (awake["wakes"], awake["pid"]) == (1, asleep["pid"])
+
+
+@asynchronous
+async def test_a_model_that_is_killed_is_started_again_and_nothing_is_left_of_it():
+    async with pooling(little("a", "--engine")) as running:
+        assert (await ask_model(running)).status == 200
+        before = await instance_of(running)
+        server, engine = before["group"]
+        os.kill(server, signal.SIGKILL)  # and not its engine, which would stay
+        assert (await ask_model(running)).status == 200
+        assert gone([engine])
+        after = await instance_of(running)
+        assert (after["starts"], after["failures"]) == (2, 1)
+        os.kill(after["group"][1], signal.SIGKILL)  # the engine alone
+        await eventually(lambda: gone(after["group"]), "all of it is gone")
+        assert (await ask_model(running)).status == 200
+        last = await instance_of(running)
+        assert last["starts"] == 3
+    assert gone(last["group"])
+
+
+@asynchronous
+async def test_why_a_model_does_not_start_is_told_in_its_last_words():
+    model = little("a", "--fail", "no such weights", wake_timeout_s=2.0)
+    async with pooling(model) as running:
+        answer = await ask_model(running)
+        assert (answer.status, answer.error["code"]) == (503, "model_not_ready")
+        assert "no such weights" in answer.error["message"] and int(answer.get("retry-after")) > 0
+        one = await instance_of(running, status="failed")
+        assert one["failures"] and "exit code 1" in one["reason"]
+
+
+@asynchronous
+async def test_a_successor_takes_over_what_runs(tmp_path):
+    state = {"state_file": str(tmp_path / "state"), "stop_models": False}
+    async with pooling(little(), **state) as running:
+        assert (await ask_model(running)).status == 200
+        before = await instance_of(running)
+    assert not gone([before["pid"]])
+    async with pooling(little(), **{**state, "stop_models": True}) as running:
+        after = await instance_of(running)
+        assert (await ask_model(running)).status == 200
+        assert after["pid"] == before["pid"]
+        os.kill(after["pid"], signal.SIGKILL)  # it is not our child, and is watched all the same
+        assert (await ask_model(running)).status == 200
+        last = await instance_of(running)
+        assert last["pid"] != before["pid"] and last["failures"] == 1
+    assert gone([before["pid"], last["pid"]])
+
+
+@contextlib.asynccontextmanager
+async def agency(tmp_path, port, key="k3y"):
+    """An agent, as a process of its own."""
+    file = tmp_path / "agent.toml"
+    file.write_text(f"""[devices]
+memory_gb = [16]
+[[profiles]]
+name = "vllm"
+command = {json.dumps(SIMULATE)}
+models = ["org/*", "a"]
+[config]
+state_file = "{tmp_path / 'agent.state'}"
+""")
+    command = [*lite.own_command(), "worker", str(file), "--manager", f"http://127.0.0.1:{port}",
+               "--id", "g1", "--host", "127.0.0.1", "--port", "0"]
+    agent = subprocess.Popen(command, env=os.environ | {"WORKER_KEY": key},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield agent
+    finally:
+        agent.kill()
+        agent.wait()
+
+
+@asynchronous
+async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(tmp_path):
+    def asked(alias):
+        return json.dumps({"alias": alias, "model": f"org/{alias}", "gpu_memory_gb": 6}).encode()
+
+    async with balancing(registration_key="k3y", health_check_interval=0.5, wait=False) as manager:
+        client, url = await manager.client(), "/admin/models/register"
+        async with agency(tmp_path, manager.balancer.port) as agent:
+            await eventually(lambda: "vllm" in manager.core.planners["models"].pool.profiles(),
+                             "the agent is there")
+            assert (await client.post(url, asked("b"), AS_JSON)).json["status"] == "success"
+            assert (await ask_model(manager, "b")).status == 200
+            before = await instance_of(manager, "b")
+            agent_url = before["worker_url"].partition("/proxy/")
+            host, port = agent_url[0].rpartition("//")[2].split(":")
+            keyed = ["Authorization: Bearer k3y"]
+            paths = {"/info": (401, 200), "/proxy/g1-b/v1/models": (401, 200)} | {
+                f"/proxy/g1-b/{path}": (401, 404) for path in ("sleep", "collective_rpc")}
+            for path, statuses in paths.items():
+                for fields, status in zip(((), keyed), statuses):
+                    other = Client(*await asyncio.open_connection(host, int(port)))
+                    assert (await other.get(path, fields)).status == status, path
+                    other.close()
+        assert not gone([before["pid"]])  # the agent was killed
+        async with agency(tmp_path, manager.balancer.port):
+            assert (await ask_model(manager, "b")).status == 200
+            after = await instance_of(manager, "b")
+            assert (after["pid"], after["starts"]) == (before["pid"], 1)
+            assert (await client.post("/unload", b"")).status == 200
+            assert gone(before["group"])
+        assert agent.poll() is not None
+
+
+# ============================================================================================
 #  cells, table, screen, keys, terminal and top
 # ============================================================================================
 
@@ -17667,7 +18098,7 @@ def test_nothing_makes_a_line_too_wide_or_the_screen_fail(seed):
     ("sort", "s", Ui(), {"sort": "given"}, None),
     ("sort comes round", "s", Ui(sort="errors"), {"sort": "trouble"}, None),
     ("another view", "tab", Ui(), {"mode": Mode.VIEW, "view": "models"}, None),
-    ("views come round", "tab", Ui(Mode.VIEW, view="keys"), {"mode": Mode.LIST, "view": ""}, None),
+    ("views come round", "tab", Ui(Mode.VIEW, view="pool"), {"mode": Mode.LIST, "view": ""}, None),
     ("back from a view", "q", Ui(Mode.VIEW, view="keys"), {"mode": Mode.LIST, "view": ""}, None),
     ("no drain from a view", "d", Ui(Mode.VIEW, view="models"), {"asked": None}, None),
     ("filter begins", "/", Ui(), {"typed": ""}, None),
@@ -19907,7 +20338,8 @@ def test_the_readme_s_settings_can_be_used():
     assert len(snippets("toml")) > 7
     for toml in snippets("toml"):
         settings, warnings = lite.parse_settings(toml)
-        assert (settings.servers or settings.kubernetes or settings.dns) and not warnings
+        assert (settings.servers or settings.kubernetes or settings.dns
+                or settings.models) and not warnings
 
 
 def test_the_readme_has_at_most_650_lines_and_its_links_lead_somewhere():
