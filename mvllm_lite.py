@@ -22564,6 +22564,46 @@ def policy_meanings() -> list[tuple[str, str]]:
     return [(name, " ".join((kind.__doc__ or "").split())) for name, kind in POLICIES.items()]
 
 
+POOL_HELP = """\
+One machine.  A request for a model that does not run starts or wakes it, and waits for
+wake_timeout_s; where memory is short the idlest makes room, and two that do not fit take turns.
+
+    [[models]]
+    alias = "qwen3-32b"
+    model = "Qwen/Qwen3-32B"
+    gpu_memory_gb = 70
+    sleep_after_s = 300       # its weights go to host memory; level 2 was not tried on a GPU
+    unload_after_s = 3600
+
+    [[models]]                # from llama-swap: cmd is command, ttl is ttl, ${PORT} is {port}
+    alias = "tiny"
+    command = ["llama-server", "-m", "tiny.gguf", "--host", "127.0.0.1", "--port", "{port}"]
+    ttl = 600
+
+    [devices]
+    memory_gb = [80, 80]      # only where nvidia-smi does not tell
+
+Three machines.  On the first worker_key = "…" and registration_networks in [config], beside the
+[[models]]; on the others, whose settings file may have [[profiles]] and [devices]:
+
+    WORKER_KEY=… mvllm_lite.py worker agent.toml --manager http://FIRST:8888
+
+From serverless_vllm: its paths, bodies and variables of the environment are taken; model_path and
+llama_* are refused.  GET /admin/models, POST /admin/models/{alias}/wake, sleep or stop,
+/admin/models/register, /running, /unload and /logs/{alias} show and steer it.
+
+What runs stands in a file beside the settings (state_file), so that a successor takes it over; it
+stops with the balancer unless stop_models = false, and not at all with an agent: give its unit
+KillMode=process.  A worker does not register: its log says what the manager answered.  A model
+does not start: its last words are in /admin/models and in the 503.  A request times out: raise
+wake_timeout_s; Retry-After says how long the model takes.  No vLLM at hand: demo --pool."""
+
+
+@topic("pool", "models that are started, put to sleep and woken by need, here and elsewhere")
+def pool_topic() -> str:
+    return POOL_HELP
+
+
 @topic("policies", "the rules by which a server is chosen, and what a score may name")
 def policies_topic() -> str:
     rows = [("  " + name, meaning) for name, meaning in policy_meanings()]

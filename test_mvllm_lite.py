@@ -17570,12 +17570,17 @@ async def test_a_model_that_is_killed_is_started_again_and_nothing_is_left_of_it
 
 @asynchronous
 async def test_why_a_model_does_not_start_is_told_in_its_last_words():
-    model = little("a", "--fail", "no such weights", wake_timeout_s=2.0)
+    model = little("a", "--fail", "no such weights", wake_timeout_s=0.3)
     async with pooling(model) as running:
-        answer = await ask_model(running)
-        assert (answer.status, answer.error["code"]) == (503, "model_not_ready")
-        assert "no such weights" in answer.error["message"] and int(answer.get("retry-after")) > 0
-        one = await instance_of(running, status="failed")
+
+        async def told():
+            answer = await ask_model(running)
+            assert (answer.status, answer.error["code"]) == (503, "model_not_ready")
+            assert int(answer.get("retry-after")) > 0
+            return "no such weights" in answer.error["message"]
+
+        await eventually(told, "the answer says why")
+        one = await instance_of(running, status="")
         assert one["failures"] and "exit code 1" in one["reason"]
 
 
