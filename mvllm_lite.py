@@ -2224,6 +2224,12 @@ class Settings:
         servers = tuple(one for one in self.servers if may_move(one.url))
         return NamesWanted(self.dns, servers) if self.dns or servers else None
 
+    @property
+    def has_model_pool(self) -> bool | None:
+        """Whether models may be started here, or at agents that register; None: they may not."""
+        keyed = self.registration_key or self.registration_key_file
+        return bool(self.models or self.devices or self.profiles or keyed) or None
+
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
 SERVER_FIELDS = {f.name: f for f in dataclasses.fields(ServerSettings) if f.metadata}
@@ -7448,6 +7454,9 @@ class Planner(Protocol):
     def rankings(self, exchange: Any, otherwise: list[Ranking]) -> list[Ranking]:
         """Whom the first step, or those that belong together, would ask."""
 
+    def models(self) -> Iterable[Mapping[str, Any]]:
+        """What /v1/models lists beside the servers' models, each with its "status"."""
+
     def families(self) -> list[Family]:
         """What it counts."""
 
@@ -11284,6 +11293,10 @@ class Core:
         self.planners = {name: known.get(name) or row.planner(self)
                          for name, row in PLANS.items() if row.wanted(self.settings)}
 
+    def planned_models(self) -> Iterator[Mapping[str, Any]]:
+        """Models that no server has told of and that can be asked for all the same."""
+        return itertools.chain.from_iterable(one.models() for one in self.planners.values())
+
     def status(self, may_operate: bool = True) -> StatusDocument:
         """What the status page and the screen show."""
         now, this = clock_now(), self.process
@@ -13246,7 +13259,7 @@ async def get_liveness(core: Core, asked: Asked) -> Reply:
 are asked as a last resort""".replace("\n", " "))
 async def get_readiness(core: Core, asked: Asked) -> Reply:
     # A model that can be started is as good as one that runs.
-    startable = any(one["status"] != "failed" for more in LISTED_MODELS for one in more(core))
+    startable = any(one["status"] != "failed" for one in core.planned_models())
     status, document = readiness_report(core.fleet.views(), core.process.stopping, startable)
     return as_json(document, status)
 
@@ -13318,10 +13331,6 @@ async def refresh_models(core: Core) -> None:
             core.fleet.models_listed(server, found.models, asyncio.get_running_loop().time())
 
 
-# What rooms further on add: models, each with its "status".
-LISTED_MODELS: list[Callable[[Core], Iterable[Mapping[str, Any]]]] = []
-
-
 @endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
 async def get_models(core: Core, asked: Asked) -> Reply:
     return as_json({"object": "list", "data": models_for(core, asked.head)})
@@ -13332,9 +13341,9 @@ def models_for(core: Core, head: RequestHead) -> list[Mapping[str, Any]]:
     aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
     entries = model_entries(
         core.fleet.views(), aliases, head.fields.get("via"), core.process.name)
-    if LISTED_MODELS:
+    if core.planners:
         found = {entry["id"]: entry for entry in entries}
-        for one in itertools.chain.from_iterable(more(core) for more in LISTED_MODELS):
+        for one in core.planned_models():
             found[one["id"]] = {**one, **found.get(one["id"], {})}
         entries = list(found.values())
     if key is None or not key.models:
@@ -17725,6 +17734,9 @@ class PrefillDecode:
         self.plain = Counter(
             "mvllm_disaggregation_plain_total", "Requests that were not parted, and why.", "reason")
 
+    def models(self) -> Iterable[Mapping[str, Any]]:
+        return ()
+
     def families(self) -> list[Family]:
         return [self.legs, self.seconds, self.transfers, self.plain]
 
@@ -19624,17 +19636,17 @@ class ModelPool(Holdings):
 
     async def follow(self, host: RemoteHost) -> None:
         """Ask an agent for what it runs, as long as it is known."""
-        while self.hosts.get(host.name) is host:
-            before = host.reachable
-            try:
-                await host.refresh()
-            except PeerGone as gone:
-                if before:
-                    log.warning("agent %s does not answer: %s", host.name, gone)
-            if host.reachable is not before:
-                self.notify()
-            await asyncio.sleep(AGENT_LOOK_S)
-        host.client.close()
+        with contextlib.closing(host.client):
+            while self.hosts.get(host.name) is host:
+                before = host.reachable
+                try:
+                    await host.refresh()
+                except PeerGone as gone:
+                    if before:
+                        log.warning("agent %s does not answer: %s", host.name, gone)
+                if host.reachable is not before:
+                    self.notify()
+                await asyncio.sleep(AGENT_LOOK_S)
 
     @property
     def key(self) -> str:
@@ -19865,7 +19877,7 @@ class PoolPlanner:
     """Makes the plans of requests for models of the pool."""
 
     def __init__(self, core: Core) -> None:
-        self.pool = ModelPool(core)
+        self.pool, self.created = ModelPool(core), int(core.process.started_at)
 
     def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
         model = self.pool.model_served(exchange.call.model)
@@ -19882,6 +19894,12 @@ class PoolPlanner:
 
     def rankings(self, exchange: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
         return otherwise
+
+    def models(self) -> Iterable[Mapping[str, Any]]:
+        for alias, model in self.pool.models.items():
+            yield {"id": alias, "object": "model", "created": self.created,
+                   "owned_by": "mvllm_lite", "root": model.model or alias, "parent": None,
+                   "status": self.pool.status_of(model)}
 
     def families(self, now: float | None = None) -> list[Family]:
         """For /metrics: asked for as a planner's, and not as a service's once more."""
@@ -19925,12 +19943,7 @@ class PoolPlanner:
 POOL = "models"
 
 
-def pool_wanted(s: Settings) -> bool:
-    return bool(s.models or s.devices or s.profiles or s.registration_key
-                or s.registration_key_file)
-
-
-PLANS[POOL] = Planning(pool_wanted, PoolPlanner)
+PLANS[POOL] = Planning(operator.attrgetter("has_model_pool"), PoolPlanner)
 
 
 def pool_of(core: Core) -> ModelPool:
@@ -19942,7 +19955,7 @@ def pool_of(core: Core) -> ModelPool:
     return planner.pool
 
 
-@service(POOL, lambda s: pool_wanted(s) or None, Source.POOL)
+@service(POOL, operator.attrgetter("has_model_pool"), Source.POOL)
 async def keep_models(core: Core, wanted: bool) -> None:
     """Until it is cancelled; then models that were started here stop, unless somebody goes on with
     them."""
@@ -19954,21 +19967,6 @@ async def keep_models(core: Core, wanted: bool) -> None:
     finally:
         del core.services[POOL]
         await pool.close()
-
-
-def pool_entries(core: Core) -> Iterator[dict[str, Any]]:
-    """The models of the pool for /v1/models, also those that nobody runs now."""
-    if POOL not in core.planners:
-        return
-    pool = pool_of(core)
-    for alias, model in pool.models.items():
-        status = pool.status_of(model)
-        yield {"id": alias, "object": "model", "created": int(core.process.started_at),
-               "owned_by": "mvllm_lite", "root": model.model or alias, "parent": None,
-               "status": status}
-
-
-LISTED_MODELS.append(pool_entries)
 
 
 async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
@@ -20150,8 +20148,8 @@ LOG_LOOK_S = 0.3  # between two looks at the output of a process
 async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
     """What a model's process on this machine prints, as events; as it is with ?follow=0."""
     name = urllib.parse.unquote(asked.head.path.removeprefix("/logs/"))
-    pool = pool_of(core)
-    found = next((one for host in pool.hosts.values() if isinstance(host, LocalHost)
+    hosts = pool_of(core).hosts.values() if POOL in core.planners else ()
+    found = next((one for host in hosts if isinstance(host, LocalHost)
                   for one in host.agent.instances.values()
                   if name in (one.name, one.model.alias) and one.child), None)
     if found is None or (child := found.child) is None:

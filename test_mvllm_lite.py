@@ -12577,8 +12577,8 @@ def test_each_endpoint_has_one_kind_and_those_that_read_content_are_operations()
     for path, rows in lite.ENDPOINTS.items():
         kinds = {row.kind for row in rows.values()}
         assert len(kinds) == 1 or path == "/explain"
-        assert {row.reads_content for row in rows.values()} == {
-            bool(kinds & {lite.Kind.ADMIN, lite.Kind.REGISTRATION})}
+        operates = kinds & {lite.Kind.ADMIN, lite.Kind.REGISTRATION}
+        assert operates or not any(row.reads_content for row in rows.values())
         assert lite.endpoints_at(path.replace("{id}", "a/b")) == rows
 
 
@@ -13485,8 +13485,10 @@ async def test_operators_have_a_port_of_their_own():
             found = [(await client.get(path, key)).status for client in (first, second)]
             assert found == [200, 404]
         for path in operators - {"/status/events", "/explain"}:
-            found = [(await client.get(path, key)).status for client in (first, third)]
-            assert found == [404, 200], path
+            here, there = [await client.get(path, key) for client in (first, third)]
+            assert here.status == 404 and "not served on this port" in here.error["message"]
+            assert there.status == 200 or re.search(r"There is no pool here|runs here",
+                                                    there.error["message"]), path
         for path in ("/status/events", drain, "/sleep", "/explain"):
             got = await first.post(path, b"", key)
             assert got.status == 404 and "not served on this port" in got.error["message"]
@@ -13693,7 +13695,8 @@ def test_every_environment_variable_of_the_seeds_is_known():
     known = {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()} - {""}
     assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS",
                      "HEALTH_CHECK_INTERVAL",
-                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR", "LOG_FORMAT"}
+                     "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR", "LOG_FORMAT",
+                     "WORKER_KEY"}
     args = lite.argument_parser().parse_args(
         ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level",
          "debug",
