@@ -6350,19 +6350,19 @@ class Roster:
 #
 #     crowd   = (1 + (n + 1) / 100) / (1 − W)
 #     first   = (prompts ahead + what is not cached of this one) × r + 1.5 × s × crowd + waits
-#     answer  = tokens × s × crowd × √crowd, and from a crowd of 3 on much more
-#     others  = what is not cached × r × (0.3 × the fleet's mean n + n × 25 / tokens)
+#     answer  = tokens × s × crowd × √crowd
+#     others  = what is not cached × r × (0.3 × m + n × 25 / tokens)
 #     cost    = 4 × first + answer + others
 #
+# where m, the requests that will be there, is the fleet's mean n, but at most 2n + 10.
 # √crowd is what a request more does to the answers beside it, a half of it.  All of these numbers
 # have been varied on a simulated fleet, on workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people wait for a first token more than for others
 READING_SHARE = 0.8  # of its time, at most
 LEAST_NEW_TOKENS = 16  # the last ones are always read
-CROWDED = 3.0  # steps that take so many times as long are too slow for most,
-CROWDED_POWER = 8  # and an even larger crowd costs so much more
-OTHERS_MEAN = 0.3  # of the fleet's mean: requests that are there by the time it is read
+OTHERS_MEAN = 0.3  # of the fleet's mean: requests that are there by the time it is read,
+OTHERS_SOON = 10  # and at most so many, and twice as many as are there now
 OTHERS_TOKENS = 25.0  # of their answers that are late by it
 KV_GROWTH = 128  # tokens of KV cache that each request will still want, about
 
@@ -6402,7 +6402,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
     """What an Estimate has, for each server; once for each attempt, and therefore quick."""
     (now, interval_s, *_), length = eligible.moment, eligible.answer_tokens
     tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
-    mean = OTHERS_MEAN * sum(eligible.in_flight) / max(1, len(eligible.views))
+    mean = sum(eligible.in_flight) / max(1, len(eligible.views))
     late = min(1.0, OTHERS_TOKENS / max(1.0, length))
     if length <= 1:  # those who are there are before it, and have no answers running
         mean = late = 0.0
@@ -6416,7 +6416,6 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
         if report.foreign:
             running += view.foreign(now, interval_s)  # type: ignore[assignment]
         crowd = 1 + (running + 1) / (doubled_by * view.settings.weight * share)
-        strain = 1.0 if crowd <= CROWDED else (crowd / CROWDED) ** CROWDED_POWER
         if counts.rate and (fades := 1 - (now - counts.at) / memory_s) > 0:
             reading = token_s * counts.rate * fades
             crowd /= 1 - (reading if reading < READING_SHARE else READING_SHARE)
@@ -6426,10 +6425,13 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
         if (running >= report.seats
                 or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
             wait_s = waits_s(view, running, tokens, length * step_s * crowd, oldest)
+        soon = OTHERS_SOON + 2 * running  # are there when it is read; at an idle server few
+        if soon > mean:
+            soon = mean
         first_s = (pending + new) * token_s + FIRST_STEPS * step_s * crowd + wait_s
-        crowd *= sqrt(crowd) * strain
-        out.append((first_s, length * step_s * crowd, (mean + late * running) * new * token_s,
-                    wait_s, crowd, new))
+        crowd *= sqrt(crowd)
+        delayed = OTHERS_MEAN * soon + late * running
+        out.append((first_s, length * step_s * crowd, delayed * new * token_s, wait_s, crowd, new))
     return out
 
 
@@ -12862,16 +12864,20 @@ async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) ->
 
 async def watch_pace(core: Core, server: str) -> None:
     """See for ever how fast a server's streams run."""
-    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(PACE_LOOK_S)
         for view in core.fleet.engines(server):
             if attempts := core.requests.running.get(view.id):
-                pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
-                         if attempt.pump is not None and attempt.response.streams]
-                known = [n for n in map(streamed_events, pumps) if n is not None]
-                core.fleet.streamed(view.id, len(known), sum(known) / max(1, len(known)),
-                                    loop.time())
+                look_at_streams(core, view.id, attempts)
+
+
+def look_at_streams(core: Core, id: str, attempts: Iterable[Attempt]) -> None:
+    """Tell the fleet what some of a server's streams have brought since the last look."""
+    pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
+             if attempt.pump is not None and attempt.response.streams]
+    events = [n for n in map(streamed_events, pumps) if n is not None]
+    now = asyncio.get_running_loop().time()
+    core.fleet.streamed(id, len(events), sum(events) / max(1, len(events)), now)
 
 
 def streamed_events(pump: Pump) -> int | None:

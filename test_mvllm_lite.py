@@ -5708,14 +5708,14 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0):
     crowd = alone / (1 - min(0.8, s * view.pace.prompt_steps * view.counts.rate * fades))
     r = s * view.pace.prompt_steps
     return ((view.counts.pending + new) * r + 1.5 * s * crowd,
-            200 * s * crowd**1.5 * max(1, alone / 3)**8, new * r * (0.3 * mean + n / 8))
+            200 * s * crowd**1.5, new * r * (0.3 * min(mean, 10 + 2 * n) + n / 8))
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
     ("idle", [{}], 0, [0], {}),
     ("as a thousand steps", [{"step_s": 1.0}], 0, [0], {}),
     ("a crowd", [{"in_flight": 49}], 0, [0], {}),
-    ("too large a crowd", [{"in_flight": 399}], 0, [0], {}),
+    ("a large crowd", [{"in_flight": 399}], 0, [0], {}),
     ("a prompt", [{}], 2000, [0], {}),
     ("of which it has some", [{}], 2000, [1500], {}),
     ("of which it has all: the last tokens are read", [{}], 2000, [2000], {}),
@@ -6043,9 +6043,22 @@ def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
 
 def test_a_cached_prompt_is_worth_a_walk_until_the_server_is_crowded():
     """Sticky until saturated falls out of the one cost."""
-    for in_flight, best in ((0, "s0"), (60, "s0"), (250, "s1")):
+    for in_flight, best in ((0, "s0"), (40, "s0"), (150, "s1")):
         assert judged([server(0, in_flight=in_flight), server(1)], cached=[8000, 0],
                       tokens=8000).best == best
+
+
+def test_a_popular_prompt_spreads_before_its_server_is_full_and_no_further_than_it_has_to():
+    fleet, by = fleet_of(16, 16, 16, 16), lite.POLICIES["unified"](Settings())
+    call = lite.Call("m", prompt=prompt_of_links(range(1, 101)))
+    taken, draw = Counter(), random.Random(2)
+    for n in range(240):
+        best = ranking_of(fleet, by, call=call, now=n / 100, draw=draw).best
+        fleet.lease(best, n / 100, call.prompt).answered(n / 100, False)
+        taken[best] += 1
+        if n in (20, 100):
+            assert len(taken) == (1 if n == 20 else 2), taken
+    assert len(taken) == 4 and max(taken.values()) < 120
 
 
 WEIGHTED = table(  # policy, weights, shares of the picks
