@@ -17351,6 +17351,9 @@ class Plainly(NamedTuple):
     lease: Lease | None = None
 
 
+PEERS_LIMIT = 1000  # prefill servers of which something is remembered
+
+
 class PeerMemory:
     """What is remembered of prefill servers, by id; for as long as it holds."""
 
@@ -17362,6 +17365,8 @@ class PeerMemory:
 
     def learn(self, server: str, identity: Mapping[str, Any] | None) -> None:
         if identity is not None:
+            if len(self._known) >= PEERS_LIMIT and server not in self._known:
+                self._known.clear()  # most of them have gone
             self._known[server] = identity
 
     def forget(self, server: str) -> None:
@@ -17601,7 +17606,9 @@ class PrefillAttempt(Attempt):
             whole = Framing(len(content))
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
         split, now = self.leg.split, self.response.client.loop.time()
-        split.good_until = now + LEASE_SHARE * split.terms.kv_lease
+        lease_s = split.terms.kv_lease  # it began when the prompt was read, somewhat before now
+        begun_at = max(self.begun_at, now - (1 - LEASE_SHARE) * lease_s)
+        split.good_until = begun_at + LEASE_SHARE * lease_s
         split.said = {**document_of(content)}
         if self.leg.lease is not None:
             self.leg.lease.answered(now, True)
@@ -17645,6 +17652,7 @@ class DecodeAttempt(Attempt):
         if self.leg.shared is not None:
             self.prefill = self.leg.shared.prefill.name
         self.refused = 0  # the status, where it did not take what was transferred
+        self.late = False  # it answers when that may be gone: what it says may be nonsense
         self.shown = False
         self.merger: Merger | None = None
         self._show = commit
@@ -17656,13 +17664,15 @@ class DecodeAttempt(Attempt):
         finally:
             if self.timer is not None:
                 self.timer.cancel()
-        fails = bool(self.refused) or outcome.fault in TRANSFER_FAULTS and not outcome.committed
+        fails = bool(self.refused) or self.late or (
+            outcome.fault in TRANSFER_FAULTS and not outcome.committed)
         if not (self.leg.handled and fails):
             return outcome
         refused = 400 <= self.refused < 500
         if not refused and await is_dead(self.pool.client):
             return Outcome(Fault.SERVER_GONE, outcome.text or "its engine died")
-        text = f"it did not take what was transferred: {outcome.text or self.refused}"
+        why = "too late" if self.late else outcome.text or self.refused
+        text = f"it did not take what was transferred: {why}"
         return Outcome(Fault.TRANSFER_FAILED, text, more="refused" if refused else None)
 
     def look_later(self) -> None:
@@ -17701,6 +17711,10 @@ class DecodeAttempt(Attempt):
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
+        if self.leg.handled and answer.head.is_event_stream:
+            self.late = self.response.client.loop.time() > self.leg.split.good_until
+            if self.late:
+                return False
         self.shown = True
         streams = answer.head.is_event_stream
         if answer.head.is_encoded or not (streams or answer.head.is_json) or (
@@ -17781,7 +17795,27 @@ class PrefillDecode:
             tried |= {v.server for v in self.core.fleet.views() if split.connector.unfit(v)}
         if role == "prefill":
             tried |= {split.decoder}
+            if split.connector.passes_handles:
+                tried |= self.unproven()
         return x.choose(tried, role=role, by=by)
+
+    def unproven(self) -> set[str]:
+        """The servers that registered without a key.  An engine that is given a made-up handle may
+        die of it, so none of theirs is passed on."""
+        keeper, entries = self.core.roster.keepers.get(Source.REGISTERED), self.core.roster.entries
+        registered = keeper.book.by_id.values() if isinstance(keeper, Registrations) else ()
+        return {id for one in registered for id in one.servers
+                if id in entries and entries[id].source is Source.REGISTERED
+                and not (one.registrar is Registrar.KEY
+                         or (one.registrar is Registrar.ADMIN and self.core.keys.required))}
+
+    def forget_gone(self) -> None:
+        """What is remembered of servers ends with them."""
+        servers = {view.id for view in self.core.fleet.views()}
+        self.memory.keep(servers)
+        for id in self._asking.keys() - servers:
+            if not self._asking[id].locked():
+                del self._asking[id]
 
     def rankings(self, x: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
         """Both choices, for who asks without sending anything."""
@@ -17794,6 +17828,7 @@ class PrefillDecode:
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
         """Who a prefill server is, by its bootstrap server's word; who asks at the same time gets
         the same answer."""
+        self.forget_gone()
         async with self._asking.setdefault(server.id, asyncio.Lock()):
             if (known := self.memory.get(server.id)) is not None:
                 return Outcome(more=known)
