@@ -131,46 +131,47 @@ the lines.
     77  legs           · two requests that are made of one, and one answer of theirs
     78  connectors     · what the two are told, so that one server's blocks get to the other
     79  splitting      · how a request is parted between two servers, step by step
-    80  pairs          ~ its two legs, carried out; what is counted of them
+    80  leg attempts   ~ a leg at one server; its answer kept, or looked through on its way
+    81  pairs          ~ its two legs, carried out; what is counted of them
 
   XIII  models           2,480 lines, where the settings have models, or agents that run some
-    81  life           · the life of a model's process: one table of transitions
-    82  launching      · command lines of settings files; what may be said over HTTP
-    83  placement      · where a model fits, and what has to make room for it
-    84  scaling        · how many of each model run, and what is done for that next
-    85  children       ~ processes: launched, watched, ended with all of their group
-    86  instances      ~ one model's process: how it is asked, and what is told of it
-    87  agent          ~ the instances of one host: tended, started again, remembered
-    88  hosts          ~ machines that run models; how much each model is used
-    89  holdings       ~ what is known of the pool, and what placement is told of it
-    90  keeping        ~ what is done for it; requests wait here for their models
-    91  models         ~ the pool for requests, in lists, in metrics, and for people
-    92  pool paths     ~ where people and programs ask for the pool
-    93  worker         ~ an agent in a process of its own
+    82  life           · the life of a model's process: one table of transitions
+    83  launching      · command lines of settings files; what may be said over HTTP
+    84  placement      · where a model fits, and what has to make room for it
+    85  scaling        · how many of each model run, and what is done for that next
+    86  children       ~ processes: launched, watched, ended with all of their group
+    87  instances      ~ one model's process: how it is asked, and what is told of it
+    88  agent          ~ the instances of one host: tended, started again, remembered
+    89  hosts          ~ machines that run models; how much each model is used
+    90  holdings       ~ what is known of the pool, and what placement is told of it
+    91  keeping        ~ what is done for it; requests wait here for their models
+    92  models         ~ the pool for requests, in lists, in metrics, and for people
+    93  pool paths     ~ where people and programs ask for the pool
+    94  worker         ~ an agent in a process of its own
 
    XIV  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    94  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    95  table          · the servers in lines, as many columns as there is room for
-    96  views          · graphs of the fleet; models, requests and keys as tables
-    97  screen         · what is seen there: the table and the lines around it
-    98  keys           · what keys do to it, and ask of the balancer
-    99  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    100  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    101  page           ~ the status for a browser: one HTML string
-    102  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    103  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    95  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    96  table          · the servers in lines, as many columns as there is room for
+    97  views          · graphs of the fleet; models, requests and keys as tables
+    98  screen         · what is seen there: the table and the lines around it
+    99  keys           · what keys do to it, and ask of the balancer
+    100  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    101  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    102  page           ~ the status for a browser: one HTML string
+    103  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    104  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,360 lines, for `replay`, `demo` and `check-config`
-    104  traces         · requests of the past: from files, or made up
-    105  engine         · a model of a vLLM server, in simulated time
-    106  replay         · those requests sent to such servers by any policy
-    107  comparison     ~ policies compared on a trace: the program of `replay`
-    108  canned words   · what a vLLM server would say, without a model; what it refuses
-    109  canned forms   · the same in the forms of its APIs, plain and streamed
-    110  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    111  understudy     ~ what stands in for `vllm serve`; a pool of them
-    112  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    113  doctor         ~ what is amiss with servers and settings, and what to do about it
+    105  traces         · requests of the past: from files, or made up
+    106  engine         · a model of a vLLM server, in simulated time
+    107  replay         · those requests sent to such servers by any policy
+    108  comparison     ~ policies compared on a trace: the program of `replay`
+    109  canned words   · what a vLLM server would say, without a model; what it refuses
+    110  canned forms   · the same in the forms of its APIs, plain and streamed
+    111  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    112  understudy     ~ what stands in for `vllm serve`; a pool of them
+    113  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    114  doctor         ~ what is amiss with servers and settings, and what to do about it
 
 A request walks through the rooms like this.  The `Front` (61) reads a head from the client's
 `Wire` (42), parses it (2), makes an `Exchange` (56) of it, and asks who may come in (35).  A local
@@ -17575,7 +17576,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ============================
-#  80  pairs
+#  80  leg attempts
 # ============================
 #
 # The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
@@ -17734,6 +17735,13 @@ class DecodeAttempt(Attempt):
         if self.merger is not None:
             decoder = MergingDecoder(decoder, self.merger)
         await super().pass_on(wire, decoder)
+
+
+# ============================
+#  81  pairs
+# ============================
+#
+# Requests for which there is a [[disaggregation]]: their plans, and the steps that only these have.
 
 
 class PrefillDecode:
@@ -17947,7 +17955,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ============================
-#  81  life
+#  82  life
 # ============================
 #
 # The life of a model's instance: one table of transitions, and how often one that ends by itself is
@@ -18059,7 +18067,7 @@ class Life:
 
 
 # ============================
-#  82  launching
+#  83  launching
 # ============================
 #
 # How a model is launched: command lines are made of settings files on the host that runs them, and
@@ -18235,7 +18243,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 # ============================
-#  83  placement
+#  84  placement
 # ============================
 #
 # Where a model fits, with the fewest moves of others.  Memory that is promised counts: an instance
@@ -18455,7 +18463,7 @@ def place_on(
 
 
 # ============================
-#  84  scaling
+#  85  scaling
 # ============================
 #
 # How many of each model run: what is launched, put to sleep, woken and stopped next.  One pure
@@ -18601,7 +18609,7 @@ def shrink(
 
 
 # ============================
-#  85  children
+#  86  children
 # ============================
 #
 # Processes of models: each in a group of its own, which outlives us, with its output in a file that
@@ -18796,7 +18804,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 # ============================
-#  86  instances
+#  87  instances
 # ============================
 #
 # One model's process: how it is asked, and what is told of it.
@@ -18908,7 +18916,7 @@ class Instance:
 
 
 # ============================
-#  87  agent
+#  88  agent
 # ============================
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  It does what it is
@@ -19214,7 +19222,7 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 
 
 # ============================
-#  88  hosts
+#  89  hosts
 # ============================
 #
 # Machines that run models: this one, and those with an agent of their own, asked alike.  And what
@@ -19397,7 +19405,7 @@ class Uses:
 
 
 # ============================
-#  89  holdings
+#  90  holdings
 # ============================
 #
 # What is known of the pool, and what placement is told of it.
@@ -19553,7 +19561,7 @@ class Holdings:
 
 
 # ============================
-#  90  keeping
+#  91  keeping
 # ============================
 #
 # What is done for the pool: decided by the dry rooms, carried out here.  Requests for its models
@@ -19863,7 +19871,7 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ============================
-#  91  models
+#  92  models
 # ============================
 #
 # The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
@@ -20162,7 +20170,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 # ============================
-#  92  pool paths
+#  93  pool paths
 # ============================
 #
 # Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
@@ -20212,7 +20220,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ============================
-#  93  worker
+#  94  worker
 # ============================
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -20418,7 +20426,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ============================
-#  94  cells
+#  95  cells
 # ============================
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -20696,7 +20704,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ============================
-#  95  table
+#  96  table
 # ============================
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -20929,7 +20937,7 @@ def marked(line: Line) -> Line:
 
 
 # ============================
-#  96  views
+#  97  views
 # ============================
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -21085,7 +21093,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ============================
-#  97  screen
+#  98  screen
 # ============================
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -21405,7 +21413,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ============================
-#  98  keys
+#  99  keys
 # ============================
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -21528,7 +21536,7 @@ def key_of(char: str) -> str:
 
 
 # ============================
-#  99  terminal
+#  100  terminal
 # ============================
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -21774,7 +21782,7 @@ class CursesScreen:
 
 
 # ============================
-#  100  top
+#  101  top
 # ============================
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -21992,7 +22000,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ============================
-#  101  page
+#  102  page
 # ============================
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -22513,7 +22521,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ============================
-#  102  reference
+#  103  reference
 # ============================
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -22791,7 +22799,7 @@ def example_topic() -> str:
 
 
 # ============================
-#  103  deployment
+#  104  deployment
 # ============================
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -23083,7 +23091,7 @@ def grafana_topic() -> str:
 
 
 # ============================
-#  104  traces
+#  105  traces
 # ============================
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -23272,7 +23280,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ============================
-#  105  engine
+#  106  engine
 # ============================
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -23612,7 +23620,7 @@ class Engine:
 
 
 # ============================
-#  106  replay
+#  107  replay
 # ============================
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -23840,7 +23848,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ============================
-#  107  comparison
+#  108  comparison
 # ============================
 #
 # Policies compared on a trace: the program of `replay`.
@@ -23977,7 +23985,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ============================
-#  108  canned words
+#  109  canned words
 # ============================
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -24178,7 +24186,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ============================
-#  109  canned forms
+#  110  canned forms
 # ============================
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -24523,7 +24531,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ============================
-#  110  simulation
+#  111  simulation
 # ============================
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -24790,7 +24798,7 @@ class Generation:
 
 
 # ============================
-#  111  understudy
+#  112  understudy
 # ============================
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
@@ -24976,7 +24984,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ============================
-#  112  demo
+#  113  demo
 # ============================
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -25139,7 +25147,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ============================
-#  113  doctor
+#  114  doctor
 # ============================
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
