@@ -17596,7 +17596,7 @@ class PrefillAttempt(Attempt):
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
         self.answer: Answer | None = None
-        self.content = bytearray()
+        self.content, self.head_at = bytearray(), 0.0
         outcome = await super().outcome(self.take)
         if (answer := self.answer) is None or (outcome.fault and not outcome.committed):
             return outcome._replace(committed=False)
@@ -17608,7 +17608,7 @@ class PrefillAttempt(Attempt):
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
         split, now = self.leg.split, self.response.client.loop.time()
         lease_s = split.terms.kv_lease  # it began when the prompt was read, somewhat before now
-        begun_at = max(self.begun_at, now - (1 - LEASE_SHARE) * lease_s)
+        begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
         split.good_until = begun_at + LEASE_SHARE * lease_s
         split.said = {**document_of(content)}
         if self.leg.lease is not None:
@@ -17617,7 +17617,7 @@ class PrefillAttempt(Attempt):
         return Outcome(more=content)
 
     def take(self, answer: Answer) -> bool:
-        self.answer = answer
+        self.answer, self.head_at = answer, self.response.client.loop.time()
         self.content += answer.first
         return not answer.done
 
@@ -24567,11 +24567,55 @@ def simulated_page(path: str, method: str = "GET") -> Callable[[Page], Page]:
     return register
 
 
-class SimulatedServer:
-    """One simulated vLLM server; `async with` starts and stops it, `url` says where it is."""
+TRANSFER_TOKEN_S = 2e-6  # to get a token's blocks from another server
+WRONG_WORDS = " blocks that were someone else's".split(" ")[1:]
 
-    def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0):
+
+class SimulatedBlocks:
+    """What simulated servers with a connector of that name (of push: "nixl_push") have read for
+    each other: each handle is good once, as with vLLM, where a used one gives another text."""
+
+    def __init__(self, connector: str) -> None:
+        self.connector, self._kept, self._taken = connector, set[str](), set[str]()
+        self._changed = asyncio.Event()
+
+    def id_of(self, head: RequestHead, params: Mapping[str, Any]) -> str:
+        """By what both legs of a request know each other."""
+        if self.connector == "p2p_nccl":
+            return head.fields.get("x-request-id")
+        pulls = self.connector == "nixl" and params.get("do_remote_prefill")
+        known = params.get("remote_request_id") if pulls else params.get("transfer_id")
+        return str(known or head.fields.get("x-request-id"))
+
+    def keep(self, server: SimulatedServer, id: str) -> dict[str, Any] | None:
+        """The prompt was read.  Returns what the answer says of it."""
+        self._kept.add(id)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if not self.connector.startswith("nixl"):
+            return None
+        mode = "push" if self.connector.endswith("push") else "pull"
+        return {"do_remote_prefill": True, "do_remote_decode": False, "transfer_mode": mode,
+                "remote_block_ids": [[1]], "remote_engine_id": server.engine_id, "tp_size": 1,
+                "remote_request_id": id, "remote_host": "127.0.0.1", "remote_port": 5600}
+
+    async def take(self, id: str) -> bool:
+        """Wait for what that leg has read.  Returns whether it is there for the first time."""
+        while id not in self._kept:
+            await self._changed.wait()
+        good = id not in self._taken
+        self._taken.add(id)
+        return good
+
+
+class SimulatedServer:
+    """One simulated vLLM server; `async with` starts and stops it, `url` says where it is.  Those
+    that share `blocks` play prefill and decode for each other."""
+
+    def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0,
+                 blocks: SimulatedBlocks | None = None):
         self.kind, self.models, self.draw = kind, models, random.Random(seed)
+        self.blocks, self.engine_id = blocks, f"engine-{seed}"
         self.mode, self.url, self.port = "ok", "", 0
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
         self.cache, self.cached_tokens = PrefixCache(), 0
@@ -24666,6 +24710,13 @@ def simulated_health(server: SimulatedServer, head: RequestHead, wanted: dict[st
     return 200, ""
 
 
+@simulated_page("/query")
+def simulated_bootstrap(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
+                        ) -> tuple[int, Any]:
+    """As Mooncake's bootstrap server says it, which is on a port of its own."""
+    return 200, {"0": {"engine_id": server.engine_id, "worker_addr": {"0": {"0": "tcp://h:1"}}}}
+
+
 @simulated_page("/version")
 def simulated_version(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
                       ) -> tuple[int, Any]:
@@ -24743,6 +24794,8 @@ class Generation:
                  content: Content, prompt: Prompt) -> None:
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
         wanted = json.loads(content)
+        self.params = wanted.get("kv_transfer_params") or {}
+        self.only_reads = wanted.get("max_tokens") == 1
         self.streams = wanted.get("stream") is True
         self.form = FORMS[head.path](
             wanted, script_for(wanted, server.draw), server.models[0], server.new_id(),
@@ -24770,7 +24823,8 @@ class Generation:
         server.cache.sent(self.prompt)
         server.prompt_tokens += self.prompt.tokens
         server.cached_tokens += cached
-        await asyncio.sleep((self.prompt.tokens - cached) / kind.prefill_tokens_per_s)
+        if not await self.got_blocks():
+            await asyncio.sleep((self.prompt.tokens - cached) / kind.prefill_tokens_per_s)
         choices = form.script.choices
         for n in range(max(map(len, choices))):
             pace = (1 + server.running / kind.capacity) * (5 if server.mode == "slow" else 1)
@@ -24785,10 +24839,26 @@ class Generation:
         if isinstance(form, ResponsesForm):
             server.keep(form.whole())
         if not self.streams:
-            self.writer.write(simulated_response(self.head, 200, form.whole()))
+            whole = form.whole()
+            if server.blocks and self.only_reads:
+                id = server.blocks.id_of(self.head, self.params)
+                whole["kv_transfer_params"] = server.blocks.keep(server, id)
+            self.writer.write(simulated_response(self.head, 200, whole))
             return
         await self.say(form.end())
         self.writer.write((encode_chunk(form.tail) if form.tail else b"") + LAST_CHUNK)
+
+    async def got_blocks(self) -> bool:
+        """Whether the prompt was read by another server; its blocks come first."""
+        blocks, id = self.server.blocks, self.head.fields.get("x-request-id")
+        named = id.startswith("___prefill_addr_") and not self.only_reads
+        if blocks is None or not (self.params.get("do_remote_prefill") or named):
+            return False
+        if not await blocks.take(blocks.id_of(self.head, self.params)):
+            for choice in self.form.script.choices:
+                choice[: len(WRONG_WORDS)] = [f" {word}" for word in WRONG_WORDS]
+        await asyncio.sleep(self.prompt.tokens * TRANSFER_TOKEN_S)
+        return True
 
     async def say(self, events: Iterable[Event]) -> None:
         for name, document in events:
@@ -25075,18 +25145,22 @@ async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) 
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
-               discovery: bool = False, rate: float = 0.0) -> None:
+               discovery: bool = False, rate: float = 0.0, connector: str = "") -> None:
     """A balancer in front of simulated servers of unequal kinds; `run` runs it.  With `discovery`
     all but the first register themselves, and come and go; with a `rate`, requests per second,
-    there is traffic, and servers have their troubles."""
+    there is traffic, and servers have their troubles; with a `connector`, each prompt is read by
+    one of the first half of them, and answered by one of the others."""
+    blocks = SimulatedBlocks(connector) if connector else None
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for i in range(count):
-            one = SimulatedServer(DEMO_FLEET[i % len(DEMO_FLEET)], seed=i)
+            one = SimulatedServer(DEMO_FLEET[i % len(DEMO_FLEET)], seed=i, blocks=blocks)
             servers.append(await stack.enter_async_context(one))
             pace = f"{one.kind.capacity} at once, {1 / one.kind.token_s:.0f} tokens/s"
             print(f"simulated vLLM server {one.url}: {pace}", flush=True)
         listed = tuple(ServerSettings(one.url, one.kind.capacity) for one in servers)
+        if connector:
+            listed, settings = demo_parted(listed, settings, connector)
         named = listed[:1] if discovery else listed
         balancer = Balancer(dataclasses.replace(settings, servers=named))
         works = [come_and_go(one, balancer, i) for i, one in enumerate(servers) if i >= len(named)]
@@ -25100,6 +25174,21 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def demo_parted(
+    servers: Sequence[ServerSettings], settings: Settings, connector: str
+) -> tuple[tuple[ServerSettings, ...], Settings]:
+    """These servers with roles, and settings that part all requests between them."""
+    found = []
+    for i, one in enumerate(servers):
+        port = urllib.parse.urlsplit(one.url).port or 0
+        found.append(dataclasses.replace(
+            one, role="prefill" if i < len(servers) // 2 else "decode", bootstrap_port=port,
+            zmq_address=f"127.0.0.1:{port}"))
+    terms = DisaggregationSettings(
+        kv_connector=connector.removesuffix("_push"), prefill_from_tokens=0)
+    return tuple(found), dataclasses.replace(settings, disaggregation=(terms,))
 
 
 DEMO_HINT = """
@@ -25116,6 +25205,9 @@ Break a server:      curl {server}/simulate -d '{{"mode": "fail"}}' (or hang, sl
 """
 
 
+DEMO_CONNECTORS = (*CONNECTOR_NAMES, "nixl_push")
+
+
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="how many (default 3)")
     parser.add_argument("-p", "--port", default="8888", help="port to listen on (default 8888)")
@@ -25123,6 +25215,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--console", action="store_true", help="log lines, not the screen")
     parser.add_argument("--load", type=float, metavar="RATE", help="requests per second of its own"
                         " (default 2 with the screen, else none; 0: none)")
+    parser.add_argument("--disaggregated", nargs="?", const="nixl", default="", metavar="CONNECTOR",
+                        choices=DEMO_CONNECTORS, help="prompts are read by one half of the servers"
+                        f" and answered by the other: {', '.join(DEMO_CONNECTORS)} (default nixl)")
     parser.add_argument("--pool", action="store_true",
                         help="a pool of five models on two simulated GPUs, which they outgrow")
     parser.add_argument("--discovery", action="store_true",
@@ -25133,6 +25228,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     toml = "servers = []\n[config]\nbreaker_open_time = 8"  # so that one sees it come back
     settings, _ = parse_settings(toml, "demo", overrides_from(args, {}))
+    if args.disaggregated and (args.discovery or args.pool or args.servers < 2):
+        return fail("--disaggregated: expected 2 --servers or more, no --discovery and no --pool")
     if args.servers < 1:
         return fail(f"--servers: found {args.servers}, expected a whole number, 1 or more")
     screen = sys.stdout.isatty() and not args.console
@@ -25143,7 +25240,8 @@ def run_demo(args: argparse.Namespace) -> int:
         if args.pool:
             return serve_until_stopped(lambda run: pool_demo(settings, run), POOL_HINT, screen)
         return serve_until_stopped(lambda run: demo(
-            args.servers, settings, run, args.discovery, rate), DEMO_HINT, screen)
+            args.servers, settings, run, args.discovery, rate, args.disaggregated), DEMO_HINT,
+            screen)
 
 
 # ============================

@@ -19594,6 +19594,46 @@ async def test_the_demo_s_servers_register_themselves_and_come_and_go():
         coming.cancel()
 
 
+@pytest.mark.parametrize("connector", lite.DEMO_CONNECTORS)
+@asynchronous
+async def test_simulated_servers_read_prompts_for_each_other(connector):
+    blocks = lite.SimulatedBlocks(connector)
+    kind = lite.Simulated(8, 0.0, 1e9)
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(lite.SimulatedServer(
+            kind, ("m",), seed=n, blocks=blocks)) for n in range(2)]
+        listed, settings = lite.demo_parted(
+            [lite.ServerSettings(one.url, 8) for one in servers], Settings(), connector)
+        running = await stack.enter_async_context(balancing(
+            servers=listed, disaggregation=settings.disaggregation))
+        texts = set()
+        for _ in range(4):
+            got = await (await running.client()).post("/v1/completions", said(
+                model="m", prompt="Hello " * 99, max_tokens=9, temperature=0), AS_JSON)
+            texts.add(got.json["choices"][0]["text"])
+        assert len(texts) == 1 and "someone else" not in texts.pop()
+        assert await running.metric("mvllm_disaggregation_legs_total", result="ok") == 8
+        assert await running.metric("mvllm_disaggregation_plain_total") == 0
+
+
+@asynchronous
+async def test_a_simulated_server_says_something_else_to_a_handle_that_was_used():
+    blocks = lite.SimulatedBlocks("nixl")
+    async with lite.SimulatedServer(lite.Simulated(8, 0.0, 1e9), ("m",), blocks=blocks) as one:
+        client = lite.HttpClient(lite.ServerSettings(one.url))
+
+        async def ask(**more):
+            _, content = await client.fetch("/v1/completions", 9, said(
+                model="m", prompt="Hello", temperature=0, **more))
+            return json.loads(content)
+
+        handle = (await ask(max_tokens=1, kv_transfer_params=ASKED_OF_NIXL))["kv_transfer_params"]
+        texts = [(await ask(max_tokens=9, kv_transfer_params=handle))["choices"][0]["text"]
+                 for _ in range(2)]
+        assert "someone else" not in texts[0] and "someone else" in texts[1]
+        client.close()
+
+
 # ============================================================================================
 #  doctor
 # ============================================================================================
