@@ -17585,6 +17585,7 @@ def plain_plan(split: Split) -> Plan:
 
 LEARN_LIMIT_S = 5.0  # for a bootstrap server to tell who is there
 LEASE_SHARE = 0.9  # of the time that blocks are kept, in which they must be asked for
+MAKING_SLACK = 1.5  # times what a token takes, as learned, it may take where it must be guessed
 PREFILL_ANSWER_LIMIT_BYTES = 64 * 1024 * 1024  # logprobs of a long prompt are large
 # What a decode server says where the blocks did not come.
 TRANSFER_FAULTS = (Fault.STREAM_FAILED, Fault.SERVER_FAILED)
@@ -17676,6 +17677,23 @@ class DecodeAttempt(Attempt):
         text = f"it did not take what was transferred: {why}"
         return Outcome(Fault.TRANSFER_FAILED, text, more="refused" if refused else None)
 
+    def came_late(self, answer: Answer) -> bool:
+        """Whether an answer began when the blocks may have been gone.  Of one that is not streamed
+        that is judged by the time that its tokens take at most, at the server's pace."""
+        now, good_until = self.response.client.loop.time(), self.leg.split.good_until
+        if answer.head.is_event_stream or now <= good_until:
+            return now > good_until
+        first, size = answer.first, answer.framing.length or len(answer.first)
+        usage = usage_of(first, self.response.notation) if answer.done else {}
+        return now - self.making_s(completion_tokens(usage, first, size)) > good_until
+
+    def making_s(self, tokens: float) -> float:
+        """How long a server may take to make so many tokens."""
+        if (view := self.core.fleet.view(self.server)) is None:
+            return 0.0
+        crowd = 1 + view.counts.in_flight / DOUBLED_BY
+        return MAKING_SLACK * tokens * view.pace.step_s * crowd
+
     def look_later(self) -> None:
         wait_s = self.leg.split.terms.decode_first_token_timeout
         self.timer = self.response.client.loop.call_later(wait_s, self.look)
@@ -17712,10 +17730,9 @@ class DecodeAttempt(Attempt):
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
-        if self.leg.handled and answer.head.is_event_stream:
-            self.late = self.response.client.loop.time() > self.leg.split.good_until
-            if self.late:
-                return False
+        if self.leg.handled and self.came_late(answer):
+            self.late = True
+            return False
         self.shown = True
         streams = answer.head.is_event_stream
         if answer.head.is_encoded or not (streams or answer.head.is_json) or (

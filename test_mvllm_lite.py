@@ -17101,23 +17101,32 @@ async def test_a_decode_leg_that_hangs_is_asked_plainly_in_time():
         assert all(v.healthy and not v.health.request_failures for v in running.views())
 
 
+@pytest.mark.parametrize("stream, tokens, shown", table(
+    ("a stream", True, 1, {"plain", "good"}),
+    ("a short answer", False, 1, {"plain", "good"}),
+    ("a long one, which began in time", False, 1000, {"long ago"})))
 @asynchronous
-async def test_a_handle_is_not_used_when_its_lease_is_nearly_over():
+async def test_a_handle_is_not_used_when_its_lease_is_nearly_over(stream, tokens, shown):
     blocks, gate = Blocks(), asyncio.Event()
 
     async def late(asked, conn):  # the blocks are gone by then, and others are in their place
-        if json.loads(asked.body).get("kv_transfer_params"):
-            asyncio.get_running_loop().call_later(0.06, gate.set)
-            await gate.wait()
-        await blocks.decode(asked, conn)
+        if not json.loads(asked.body).get("kv_transfer_params") or gate.is_set():
+            return await blocks.decode(asked, conn)
+        asyncio.get_running_loop().call_later(0.3, gate.set)
+        await gate.wait()
+        if stream:
+            blocks.taken |= blocks.kept
+            return await blocks.decode(asked, conn)
+        await conn.json({"choices": [{"message": {"content": "long ago"}}],
+                         "usage": {"prompt_tokens": 9, "completion_tokens": tokens}})
 
     p, d = Server(blocks.prefill), Server(late)
     async with parted([p], [d], kv_lease=0.05) as running:
-        client = await running.client()
-        got = await client.post(body=chat())
-        assert (got.status, answer_text(got)) in ((200, "plain"), (200, "good"))
-        assert len(d.asked) >= 2 and await running.metric(
-            "mvllm_disaggregation_transfers_total", connector="nixl", result="failed") >= 1
+        got = await (await running.client()).post(body=chat(stream=stream))
+        assert got.status == 200 and answer_text(got) in shown
+        assert len(d.asked) == 1 + (tokens == 1) and await running.metric(
+            "mvllm_disaggregation_transfers_total", connector="nixl",
+            result="failed") == (tokens == 1)
 
 
 @pytest.mark.parametrize("registrar, required, proven", table(
