@@ -5159,6 +5159,7 @@ PROMPT_WEIGHT = 0.05
 FIRST_STEPS = 1.5  # until a token that is due is made: the step under way, and its own
 PROBE_S = 60.0  # an idle server of which nothing was seen for so long may have changed,
 PROBE_SLOWED_S = 5.0  # and one that has slowed down all the more; later ever more rarely
+PROBE_NEW_S = 5.0  # the same of one that is new
 PROBE_LIMIT_S = 300.0
 PROBE_TOKENS = 512  # it is tried with a prompt that is no longer
 READ_MEMORY_S = 5.0  # of the rate at which prompts come
@@ -5221,7 +5222,7 @@ class Pace:
 
     def expect(self, step_s: float, now: float) -> None:
         """Nothing was seen of it yet; it is probably so fast."""
-        self.step_s, self.probe_at = step_s, now + self.probe_s
+        self.step_s, self.probe_at = step_s, now + PROBE_NEW_S
 
     def restarted(self) -> None:
         """It may be another now; until something is seen it is taken for the same."""
