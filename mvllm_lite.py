@@ -17695,20 +17695,30 @@ class DecodeAttempt(Attempt):
         crowd = 1 + view.counts.in_flight / DOUBLED_BY
         return MAKING_SLACK * tokens * view.pace.step_s * crowd
 
+    def longest_s(self) -> float:
+        """How long all the tokens may take that it may have, if that and the pace are known."""
+        view, wanted = self.core.fleet.view(self.server), document_of(self.request.body.content)
+        budgets = [wanted[name] for name in BUDGETS if type(wanted.get(name)) is int]
+        if view is None or not view.pace.samples or not budgets:
+            return INFINITY
+        return self.making_s(max(budgets))
+
     def look_later(self) -> None:
         wait_s = self.leg.split.terms.decode_first_token_timeout
         self.timer = self.response.client.loop.call_later(wait_s, self.look)
 
     def look(self) -> None:
         """Nothing came for long: a connector may hang.  A plain answer takes its time; it is ended
-        where its prefill server is not well, or nothing moves."""
+        where its prefill server is not well, nothing moves, or it takes twice as long as all the
+        tokens that it may have."""
         core, terms, shared = self.core, self.leg.split.terms, self.leg.shared
         if self.shown or shared is None:
             return
         wait_s = terms.decode_first_token_timeout
         prefill = core.fleet.view(shared.prefill.id)
         well = prefill is not None and prefill.healthy and not prefill.health.request_failures
-        if self.leg.split.streams or not well or not core.moves(self.server, wait_s):
+        late = self.response.client.loop.time() > self.begun_at + wait_s + 2 * self.longest_s()
+        if self.leg.split.streams or not well or late or not core.moves(self.server, wait_s):
             self.give_up(False, Fault.TRANSFER_FAILED)
         self.look_later()
 

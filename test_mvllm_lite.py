@@ -17101,6 +17101,30 @@ async def test_a_decode_leg_that_hangs_is_asked_plainly_in_time():
         assert all(v.healthy and not v.health.request_failures for v in running.views())
 
 
+@asynchronous
+async def test_a_plain_answer_that_takes_far_longer_than_its_tokens_is_asked_anew():
+    async def hanging(asked, conn):
+        body = json.loads(asked.body)
+        if body.get("stream"):  # so that its engine is seen to work
+            await conn.events(FIRST, b"data: " + said(
+                choices=[{"delta": {"content": "works"}}]) + b"\n\n", end=False)
+        if "kv_transfer_params" in body:
+            await conn.left()
+        else:
+            await Blocks().decode(asked, conn)
+
+    p, d = Server(Blocks().prefill), Server(hanging)
+    async with parted([p], [d], decode_first_token_timeout=0.02, metrics_interval=60) as running:
+        for view in running.views():
+            view.pace.samples, view.pace.step_s = 9, 1e-3  # as others have shown
+        streaming = await running.client()
+        await streaming.ask("POST", "/v1/chat/completions", chat(stream=True), AS_JSON)
+        await streaming.reader.readuntil(b"works")
+        got = await (await running.client()).post(body=chat(stream=False, max_tokens=5))
+        assert answer_text(got) == "plain"
+        streaming.close()
+
+
 @pytest.mark.parametrize("stream, tokens, shown", table(
     ("a stream", True, 1, {"plain", "good"}),
     ("a short answer", False, 1, {"plain", "good"}),
