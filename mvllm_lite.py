@@ -79,7 +79,7 @@ the lines.
     39  recent past    · the last minute of servers and models, the fleet's last quarter hour
     40  status         · what screen, page and /status.json show
 
-   VII  connections      1,800 lines, for each connection, and each piece of an answer
+   VII  connections      1,960 lines, for each connection, and each piece of an answer
     41  sockets        ~ what is the same of all: errors, deadlines; those that listen
     42  wire           ~ one connection: its buffer, its deadline, its end
     43  secrets        ~ keys and certificates, and how a server is reached with them
@@ -9280,6 +9280,26 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def plain_refusal() -> bytes:
+    head, _ = parse_request_head(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    text = "This port speaks https, and was asked in plain http."
+    return own_response(400, head, error_body(Fault.BAD_REQUEST, text), False,
+                        [("Content-Type", "application/json")])
+
+
+@contextlib.contextmanager
+def told_if_plain(sock: socket.socket) -> Iterator[None]:
+    """A TLS handshake on that socket; who speaks plain HTTP is told so, in the same."""
+    with sock.dup() as same:
+        try:
+            yield
+        except ssl.SSLError as error:
+            if error.reason == "HTTP_REQUEST":
+                with contextlib.suppress(OSError):
+                    same.send(plain_refusal())
+            raise
+
+
 # ============================
 #  42  wire
 # ============================
@@ -13588,9 +13608,11 @@ class Front:
             if s.trusted_proxies and is_trusted(wire.peer[0], s.trusted_proxies):
                 await self.read_proxied_peer(wire, sock)
             wire.sock = sock if tls is None else None
-            await wire.loop.connect_accepted_socket(
-                lambda: wire, sock, ssl=tls, ssl_handshake_timeout=s.head_timeout if tls else None,
-                ssl_shutdown_timeout=s.body_timeout if tls else None)
+            with contextlib.nullcontext() if tls is None else told_if_plain(sock):
+                await wire.loop.connect_accepted_socket(
+                    lambda: wire, sock, ssl=tls,
+                    ssl_handshake_timeout=s.head_timeout if tls else None,
+                    ssl_shutdown_timeout=s.body_timeout if tls else None)
             wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
             if tls is not None:
                 wire.transport.set_read_buffer_limits(AHEAD_BYTES)  # of what is not decrypted
@@ -14043,6 +14065,33 @@ def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Over
             entry["max_concurrent_requests"] = load
         found["servers"] = entries, "--server"
     return found
+
+
+def placed(complaints: Iterable[Complaint], path: str) -> list[Complaint]:
+    """Complaints about other files than the settings, each with the key and the line that names
+    the file."""
+    with contextlib.suppress(SettingsError):
+        rows, found = SettingsFile(path).text().splitlines(), list[Complaint]()
+        for one in complaints:
+            names = {one.source, os.path.relpath(one.source, os.path.dirname(path) or ".")}
+            named = "|".join(map(re.escape, names))
+            naming = re.compile(rf"""(\w+)\s*=\s*["'](?:{named})["']""")
+            for line, row in enumerate(rows, 1):
+                if not one.line and (key := naming.search(row)):
+                    one = Complaint(path, line, key[1], f"{one.source}: {one.text}")
+            found.append(one)
+        return found
+    return list(complaints)
+
+
+MOUNTS = "/proc/self/mountinfo"  # Linux's
+
+
+def is_mounted_alone(path: str, mounts: str = MOUNTS) -> bool:
+    """Whether that file is a mount of its own: what is put in its place by rename is not seen."""
+    with contextlib.suppress(OSError), open(mounts, encoding="utf-8", errors="replace") as rows:
+        return any(row.split()[4] == os.path.realpath(path) for row in rows)
+    return False
 
 
 def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
@@ -14867,6 +14916,9 @@ def run_balancer(args: argparse.Namespace) -> int:
     with logging_to_stdout(settings):
         for warning in warnings:
             log.warning("%s", warning)
+        if path and is_mounted_alone(path):
+            log.warning("%s is mounted as a single file: mount its directory, or a new file that is"
+                        " put in its place by rename is not seen", path)
         inherited = inherited_sockets()
         lines_wanted = settings.log_to_console  # --console, too
 
@@ -14965,7 +15017,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except SettingsError as error:
-        text = str(error)
+        text = "\n".join(map(str, error.complaints))
+        if hasattr(args, "config"):
+            path = config_path(args, getattr(args, "server", None))
+            text = "\n".join(map(str, placed(error.complaints, path)))
         if getattr(args, "file", None) and not os.path.exists(args.file):
             text += did_you_mean(args.file, COMMANDS)
         return fail(text)
@@ -22566,7 +22621,7 @@ def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
     lines = list[str]()
     for row in rows:
         start = "".join(word.ljust(size) for word, size in zip(row, widths))
-        said = textwrap.wrap(row[-1], width - indent) or [""]
+        said = textwrap.wrap(row[-1], width - indent, break_on_hyphens=False) or [""]
         if len(start) > indent:
             lines, start = [*lines, start.rstrip()], ""
         lines.append((start.ljust(indent) + said[0]).rstrip())
@@ -25514,7 +25569,8 @@ def total_capacity(servers: Sequence[ServerSettings]) -> str:
     """Of all engines together; what is to be learned of them is only said to be."""
     known = sum(one.max_concurrent_requests * one.data_parallel_size for one in servers)
     learned = any(one.max_concurrent_requests == AUTO for one in servers)
-    return " + ".join([str(known)] * bool(known) + ["auto"] * learned) or "0"
+    assumed = " (assumed, until there is traffic)" * learned
+    return (" + ".join([str(known)] * bool(known) + ["auto"] * learned) or "0") + assumed
 
 
 async def preview_servers(s: Settings) -> tuple[list[ServerSettings], list[str]]:
@@ -25527,7 +25583,30 @@ async def preview_servers(s: Settings) -> tuple[list[ServerSettings], list[str]]
     return servers, lines
 
 
-@command("check-config", "read the settings and ask every server", add_config,
+def add_check_config(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--effective", action="store_true",
+                        help="print each setting in force and where it comes from; ask nobody")
+
+
+def effective_lines(s: Settings, toml: str, path: str, overrides: Overrides) -> list[str]:
+    """Each setting in force: its key, its value, and where that comes from."""
+    section, rows = re.split(r"(?m)^\[config\]", toml, maxsplit=1), list[tuple[str, str, str]]()
+    for key in CONFIG_FIELDS:
+        words = "|".join([key, *(old for old, new in SYNONYMS.items() if new == key)])
+        found = re.search(rf"(?m)^[ \t]*(?:{words})[ \t]*=", section[-1]) if section[1:] else None
+        origin, value = "default", toml_word(getattr(s, key))
+        if key in overrides:
+            origin = overrides[key][1]
+        elif found is not None:
+            line = section[0].count("\n") + section[-1].count("\n", 0, found.start()) + 1
+            origin = f"{path}:{line}"
+        hidden = CONFIG_FIELDS[key].metadata["check"] in (secret, optional_secret)
+        rows.append((key, origin, '"…"' if hidden and getattr(s, key) else value))
+    return table_lines(rows)
+
+
+@command("check-config", "read the settings and ask every server", add_check_config,
          example="check-config servers.toml")
 def check_config(args: argparse.Namespace) -> int:
     """Read the settings, examine every server at the same time, and print what was found."""
@@ -25535,6 +25614,10 @@ def check_config(args: argparse.Namespace) -> int:
     settings, warnings = load_settings(path, overrides_from(args, os.environ))
     for warning in (*warn_of(os.environ, args), *warnings):
         print(f"warning: {warning}")
+    if args.effective:
+        overrides = overrides_from(args, os.environ)
+        toml = SettingsFile(path).text()
+        return print_text("\n".join(effective_lines(settings, toml, path, overrides)))
     secrets = Secrets(settings)
     raise_descriptor_limit()
 

@@ -10369,10 +10369,10 @@ async def test_https_for_clients_and_a_certificate_that_is_renewed(tmp_path, cap
         assert server.asked[0].get("x-forwarded-proto") == ["https"]
         got = await client.post(fields=["Connection: close"])
         assert got.body == block and await client.reader.read() == b""
-        plain = await running.client()  # who speaks http is not answered
+        plain = await running.client()  # who speaks http is told so
         await plain.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        with contextlib.suppress(ConnectionError):
-            assert b"HTTP" not in await plain.reader.read()
+        said = await plain.reader.read()
+        assert said.startswith(b"HTTP/1.1 400 ") and b"This port speaks https" in said
         old = await connected(path)
         path.write_text("rubbish")
         await eventually(
@@ -14429,8 +14429,9 @@ async def test_no_prompt_and_no_key_is_ever_logged():
 @pytest.mark.parametrize("servers, total", table(
     ("each says its own", [{"max_concurrent_requests": 16}, {"max_concurrent_requests": 4}], "20"),
     ("each engine has it", [{"max_concurrent_requests": 16, "data_parallel_size": 8}], "128"),
-    ("one is to be learned", [{"max_concurrent_requests": 16}, {}], "16 + auto"),
-    ("all are", [{}, {}], "auto"),
+    ("one is to be learned", [{"max_concurrent_requests": 16}, {}],
+     "16 + auto (assumed, until there is traffic)"),
+    ("all are", [{}, {}], "auto (assumed, until there is traffic)"),
     ("there are none", [], "0"),
 ))
 def test_check_config_adds_up_what_the_balancer_will(servers, total):
@@ -18740,6 +18741,38 @@ async def test_servers_are_listed_with_what_is_by_hand_and_a_drain_can_wait():
         assert [row["state"] for row in listed["servers"]][0] == "drained"
         assert listed["servers"][0]["reason"].startswith("drained by hand")
         assert listed["by_hand"]["drained"] == [one.url]
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_key_and_line(tmp_path):
+    toml = tmp_path / "s.toml"
+    toml.write_text('servers = [\n    { url = "http://a", api_key_file = "nix" },\n]\n')
+    code, _, err = told_here("check-config", str(toml))
+    assert code == 1 and err.startswith(
+        f"mvllm_lite: {toml}:2: api_key_file: {tmp_path}/nix: cannot be read: no such file")
+
+
+def test_check_config_says_of_each_setting_where_it_comes_from(tmp_path):
+    toml = tmp_path / "s.toml"
+    toml.write_text('servers = [{ url = "http://a" }]\n\n[config]\nshape_file = "x"\n'
+                    'api_key = "sk-secret"\nport = 1\n')
+    done = subprocess.run(
+        [sys.executable, str(HERE / "mvllm_lite.py"), "check-config", "--effective", toml.name],
+        cwd=tmp_path, env={"PORT": "9", "PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    rows = {row.split()[0]: row for row in done.stdout.splitlines() if not row.startswith(" ")}
+    assert done.returncode == 0 and lite.CONFIG_FIELDS.keys() <= rows.keys()
+    assert re.search(r"environment PORT +9$", rows["port"])
+    assert re.search(r's.toml:4 +"x"$', rows["trace_file"])
+    assert re.search(r"default +600$", rows["request_timeout"])
+    assert "s.toml:5" in rows["api_key"] and "sk-secret" not in done.stdout
+
+
+@pytest.mark.parametrize("mounted, alone", [("{0}", True), ("{0}.d", False), ("", False)])
+def test_a_settings_file_that_is_mounted_alone_is_known(tmp_path, mounted, alone):
+    where = mounted.format(tmp_path / "s.toml")
+    (mounts := tmp_path / "mountinfo").write_text(
+        f"36 35 98:0 / / rw - ext4 x rw\n36 35 98:0 /x {where} rw -\n")
+    assert lite.is_mounted_alone(str(tmp_path / "s.toml"), str(mounts)) is alone
+    assert not lite.is_mounted_alone(str(tmp_path / "s.toml"), "/nowhere")
 
 
 def test_log_lines_on_stdout_can_be_json():
