@@ -20486,10 +20486,15 @@ async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key:
         await register_agent(balancer, args, key)
 
 
+def devices_here(s: Settings) -> list[Device]:
+    """Those that an agent would use."""
+    return stated_devices(s.devices, parse_gpus(
+        asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+
+
 def check_worker(args: argparse.Namespace, s: Settings) -> int:
     """Say what an agent would find here."""
-    devices = stated_devices(s.devices, parse_gpus(
-        asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+    devices = devices_here(s)
     lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
     print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
     wrong = 0
@@ -25542,6 +25547,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
          "set registration_key or registration_key_file"),
     ) if amiss]
     known = {name for one in examined for name in one.models or ()}
+    known |= {name for one in s.models for name in (one.alias, one.served)}
     drawn = {server.pool for server in (*s.servers, *s.patterns)}
     secrets = Secrets(s).keys
     same = [(one.name, other.name) for n, (one, a) in enumerate(secrets)
@@ -25563,6 +25569,45 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         findings += [Finding(f"{what} {shown(model)}, which no server has", advice)
                      for what, model in named if model not in known | s.aliases.keys()]
     return findings
+
+
+def model_findings(
+    model: ModelSettings, s: Settings, devices: Sequence[Device]
+) -> list[Finding]:
+    """About one of [[models]]: what would keep it from starting on this machine."""
+    try:
+        model = with_profile(model, {one.name: one for one in s.profiles})
+    except LookupError as error:
+        return [Finding(str(error), "name one of [[profiles]]")]
+    program, *words = launch_command(model, 0, ())
+    path = {**os.environ, **dict(model.env)}.get("PATH")
+    names = [] if model.takes_port else [model.model or model.alias]
+    names += [word for flag, word in zip(words, words[1:]) if flag in ("-m", "--model")]
+    gone = [n for n in names if n.startswith(("/", ".", "~")) and not os.path.exists(n)]
+    here = HostView("this machine", tuple(one.total_gb for one in devices))
+    place = find_place(model, [here], (), {})
+    return [Finding(text, advice) for amiss, text, advice in (
+        (shutil.which(program, path=path) is None, f"its program {program} is not found",
+         "give its command, with the program's path"),
+        (gone, f"there is no {', '.join(gone)}", "name a path as it is on this machine"),
+        (isinstance(place, str), f"it never fits: {place}",
+         "lower gpu_memory_gb, or gpu_memory_utilization, or tensor_parallel_size"),
+    ) if amiss]
+
+
+def check_models(s: Settings) -> int:
+    """Say of each of [[models]] whether it could start; returns how many could."""
+    if s.registration is not None and not s.devices:  # then agents may have other devices
+        return 0
+    devices, startable = devices_here(s) if s.models else [], 0
+    memory = " + ".join(f"{one.total_gb:.1f}" for one in devices)
+    for model in s.models:
+        findings = model_findings(model, s, devices)
+        startable += not findings
+        fits = f"on devices of {memory} GB" if devices else "no GPU is known"
+        print(printable(f"{model.alias}  {'CANNOT' if findings else 'can'} start here  {fits}"))
+        print_findings(findings)
+    return startable
 
 
 def total_capacity(servers: Sequence[ServerSettings]) -> str:
@@ -25639,11 +25684,11 @@ def check_config(args: argparse.Namespace) -> int:
     files = filter(os.path.exists, secret_files(path, settings))  # a kubeconfig may come later
     modes = {name: os.stat(name).st_mode for name in files}
     print_findings(mode_findings(modes))
-    usable = sum(one.usable for one in found)
+    startable, usable = check_models(settings), sum(one.usable for one in found)
     capacity = total_capacity(servers)
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     comes = not found and settings.registration is not None  # what is not there yet
-    return 0 if usable or comes else 2
+    return 0 if usable or startable or comes else 2
 
 
 def print_findings(findings: Iterable[Finding]) -> None:

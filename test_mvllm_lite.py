@@ -14470,6 +14470,64 @@ async def test_check_config_asks_every_server(tmp_path):
     assert code == 1 and "cannot be read" in err
 
 
+MODELS_CHECKED = table(
+    ("all is there", {"command": ("true",), "model": "/"}, []),
+    ("a name that is no path", {"command": ("true",), "model": "org/name"}, []),
+    ("no program", {"command": ("no-such-program",)}, ["its program no-such-program is not found"]),
+    ("a PATH of its own", {"command": ("true",), "env": (("PATH", "/none"),)},
+     ["its program true is not found"]),
+    ("no path", {"command": ("true",), "model": "/none/here"}, ["there is no /none/here"]),
+    ("no path in a whole command", {"command": ("true", "-m", "./none", "{port}")},
+     ["there is no ./none"]),
+    ("too much memory", {"command": ("true",), "gpu_memory_gb": 81.0},
+     ["it never fits: this machine: device 0 lacks 1.0 of 81.0 GB, device 1 lacks 1.0 of 81.0 GB"]),
+    ("too many devices", {"command": ("true",), "tensor_parallel_size": 3},
+     ["it never fits: this machine has 2 devices of 3"]),
+    ("its profile has the program", {"profile": "p"}, []),
+    ("no such profile", {"profile": "q"}, ["no profile 'q' here, but p"]),
+)
+
+
+@pytest.mark.parametrize("model, said", MODELS_CHECKED)
+def test_check_config_says_what_would_keep_a_model_from_starting(model, said):
+    settings = lite.Settings((), profiles=(lite.ProfileSettings("p", command=("true",)),))
+    found = lite.model_findings(
+        lite.ModelSettings("m", **model), settings, [lite.Device(80.0), lite.Device(80.0)])
+    assert [one.text for one in found] == said and all(one.advice for one in found)
+
+
+def test_a_file_of_models_alone_is_well_if_one_of_them_can_start(tmp_path):
+    path = tmp_path / "servers.toml"
+    text = '[[models]]\nalias = "m"\nmodel = "org/m"\ncommand = ["{}", "127.0.0.1:{{port}}"]\n'
+    for program, code, line in (("true", 0, "m  can start here  "),
+                                ("no-such-program", 2, "m  CANNOT start here  ")):
+        path.write_text(text.format(program))
+        found, out, _ = told_here("check-config", str(path))
+        assert found == code and line in out and "no server has" not in out, out
+
+
+@asynchronous
+async def test_worker_check_says_whether_its_program_and_its_manager_are_there(tmp_path):
+    path, pipe = tmp_path / "agent.toml", asyncio.subprocess.PIPE
+    text = '[[profiles]]\nname = "p"\ncommand = ["{}"]\n[devices]\nmemory_gb = [80, 40]\n'
+
+    async def check(program, manager):
+        path.write_text(text.format(program))
+        child = await asyncio.create_subprocess_exec(
+            *command("worker", str(path), "--check", "--manager", manager),
+            env=CLEAN, cwd=tmp_path, stdout=pipe)
+        return (await child.communicate())[0].decode(), child.returncode
+
+    async with Server() as one, balancing(one) as run:
+        manager = f"http://127.0.0.1:{run.balancer.port}"
+        out, code = await check("true", manager)
+        assert code == 0 and f"manager {manager}: answers\n" in out, out
+        assert "profile p: /" in out and "GPU 1: stated, 40.0 GB" in out
+        out, code = await check("no-such-program", one.url)
+        assert code == 2 and "no-such-program is not found: set its command" in out
+        assert f"manager {one.url}: does not answer as a balancer" in out
+
+
 def test_on_a_terminal_the_fleet_is_shown_and_q_leaves_it(terminal, tmp_path):
     path = tmp_path / "servers.toml"
     path.write_text(
