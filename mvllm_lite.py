@@ -172,6 +172,7 @@ the lines.
     112  understudy     ~ what stands in for `vllm serve`; a pool of them
     113  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
     114  doctor         ~ what is amiss with servers and settings, and what to do about it
+    115  check config   ~ the program of `check-config`
 
 A request walks through the rooms like this.  The `Front` (61) reads a head from the client's
 `Wire` (42), parses it (2), makes an `Exchange` (56) of it, and asks who may come in (35).  A local
@@ -25595,6 +25596,11 @@ def model_findings(
     ) if amiss]
 
 
+def print_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
+
+
 def check_models(s: Settings) -> int:
     """Say of each of [[models]] whether it could start; returns how many could."""
     if s.registration is not None and not s.devices:  # then agents may have other devices
@@ -25608,6 +25614,14 @@ def check_models(s: Settings) -> int:
         print(printable(f"{model.alias}  {'CANNOT' if findings else 'can'} start here  {fits}"))
         print_findings(findings)
     return startable
+
+
+# ============================
+#  115  check config
+# ============================
+#
+# The program of `check-config`: all servers that the settings name or find, the models that could
+# start here, and the settings in force.
 
 
 def total_capacity(servers: Sequence[ServerSettings]) -> str:
@@ -25689,11 +25703,6 @@ def check_config(args: argparse.Namespace) -> int:
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     comes = not found and settings.registration is not None  # what is not there yet
     return 0 if usable or startable or comes else 2
-
-
-def print_findings(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        print(f"  ! {printable(finding.text)}\n    {printable(finding.advice)}")
 
 
 if __name__ == "__main__":
