@@ -16799,7 +16799,7 @@ class ZmqListener:
     def tell(self, host: str, text: str) -> None:
         """Warn of something, once, and of ZMQ_TOLD things in ZMQ_TOLD_S: garbage fills no disk."""
         now, told = asyncio.get_running_loop().time(), self._told
-        if len(told) >= ZMQ_TOLD and now > told[oldest := next(iter(told))] + ZMQ_TOLD_S:
+        if len(told) >= ZMQ_TOLD and now > told[(oldest := next(iter(told)))] + ZMQ_TOLD_S:
             del told[oldest]
         if (host, text) not in told and len(told) < ZMQ_TOLD:
             told[host, text] = now
@@ -16845,7 +16845,7 @@ class ZmqListener:
         if not is_trusted(host, self.core.settings.registration_networks):
             self.tell(host, "it is not in registration_networks")
         elif list(self.peers.values()).count(host) < ZMQ_PEERS_EACH:
-            self.peers[task := asyncio.create_task(self.serve(sock, host))] = host
+            self.peers[(task := asyncio.create_task(self.serve(sock, host)))] = host
             task.add_done_callback(functools.partial(self.left, sock))
             return
         sock.close()

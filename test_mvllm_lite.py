@@ -13597,6 +13597,7 @@ def test_an_older_python_is_told_which_one_is_needed_and_which_was_found(minor):
         or subprocess.run([PYTHONS[minor], "-c", ""], capture_output=True).returncode):
         ast.parse(SOURCE, feature_version=(3, minor))
         assert not any(type(node).__name__ in ("Match", "TryStar") for node in ast.walk(TREE))
+        assert not re.search(r"\[\w+ := ", SOURCE)  # which 3.9 wants in parentheses
         return
     done = subprocess.run([PYTHONS[minor], str(HERE / "mvllm_lite.py"), "demo"],
                           capture_output=True, text=True)
