@@ -4055,6 +4055,25 @@ def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
     return size * events // len(tail) if events else size // BYTES_PER_TOKEN
 
 
+EVENT_TEXT = re.compile(
+    rb'"(?:content|text|delta|reasoning(?:_content)?|arguments|partial_json)"\s*+:\s*+'
+    rb'"((?:[^"\\]|\\.)++)"')
+
+
+def streamed_tokens(tail: bytes, size: int) -> tuple[int, int]:
+    """About how many events with text a stream of so many bytes had, by those at its end, and how
+    many tokens: one in each, or more, by their length, where its server collects some before it
+    sends them (--stream-interval, speculative decoding)."""
+    found = [(len(event), len(text[1])) for event in tail.split(b"\n\n")
+             if (text := EVENT_TEXT.search(event))]
+    if not found:
+        events = completion_tokens({}, tail, size)
+        return events, events
+    length, words = (statistics.fmean(column) for column in zip(*found))
+    events, each = max(1, round(size / (length + 2))), words / BYTES_PER_TOKEN
+    return events, round(events * each) if each >= 3 else events  # of words, some are long
+
+
 RESPONSE_ID = rb'\s*+"id"\s*+:\s*+"([^"\\]{1,%d})"' % RESPONSE_ID_LIMIT
 RESPONSE_START = other_members((b"id",)).pattern + RESPONSE_ID
 DOCUMENT_ID = re.compile(rb"\s*+\{" + RESPONSE_START, re.DOTALL)
@@ -12374,10 +12393,10 @@ class Exchange:
 
     def learn(self, lease: Lease) -> None:
         """A stream has come to its end, and shows how fast its server is."""
-        said, tail, size = self.response.usage, self.response.tail, self.response.sent_bytes
-        events = completion_tokens({}, tail, size)
-        tokens = said.get("completion", events)
-        lease.complete(self.loop.time(), tokens, self.call.model, events if tail else 0)
+        response = self.response
+        events, tokens = streamed_tokens(response.tail, response.sent_bytes)
+        tokens = response.usage.get("completion", tokens)
+        lease.complete(self.loop.time(), tokens, self.call.model, events)
 
     def attempt_at(self, step: Relay, kind: type[Attempt] = Attempt) -> Attempt:
         server = step.ranking.server

@@ -4940,6 +4940,27 @@ async def test_what_a_stream_teaches_is_shown():
         assert 40 < await running.metric("mvllm_answer_tokens", model="m") < 200
 
 
+def said_in(*texts, key="content"):
+    """The end of a stream of these texts."""
+    events = [b'data: {"id":"chatcmpl-1","choices":[{"delta":{"%b":%b}}]}\n\n'
+              % (key.encode(), json.dumps(text).encode()) for text in texts]
+    return b"".join(events) + b'data: {"choices":[{"finish_reason":"stop"}]}\n\n' + DONE
+
+
+@pytest.mark.parametrize("tail, size, events, tokens", table(
+    ("a token each", said_in(" the", " dog"), 68 * 100, 100, 100),
+    ("a longer one", said_in(" another"), 72 * 100, 100, 100),
+    ("some are collected", said_in("x" * 32), 96 * 100, 100, 800),
+    ("with quotes in them", said_in('"' * 16), 96 * 100, 100, 800),
+    ("of another kind", said_in("x" * 32, key="reasoning_content"), 106 * 10, 10, 80),
+    ("only the end is known", DONE, 140, 10, 10),
+    ("nothing is", b"", 0, 0, 0),
+))
+def test_tokens_of_a_stream_are_counted_by_its_events_and_their_text(tail, size, events, tokens):
+    found = lite.streamed_tokens(tail, size)
+    assert found == (pytest.approx(events, rel=0.05), pytest.approx(tokens, rel=0.05))
+
+
 def test_lengths_of_answers_are_known_of_so_many_models():
     answers = lite.AnswerLengths()
     for n in range(lite.MODELS_LIMIT + 9):
