@@ -10666,7 +10666,7 @@ class Response:
 
     def inform(self, head: ResponseHead) -> None:
         """Pass a server's 1xx on to a client that may know it."""
-        if self.request.minor >= 1 and not self.heartbeat_sent:
+        if self.request.minor >= 1 and not (self.heartbeat_sent or self.begun):
             self.client.transport.write(return_response(head, self.request, None, True))
 
     def switch_protocols(self, head: ResponseHead) -> None:

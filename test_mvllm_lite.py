@@ -11855,6 +11855,22 @@ async def test_what_differs_elsewhere_ends_the_stream_before_it_is_shown():
 
 
 @asynchronous
+async def test_what_is_no_stream_is_not_gone_on_with_but_another_server_may_do_it():
+    async def refusing(asked, conn):
+        await conn.send(b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
+        await conn.json({"error": {"message": "no", "code": 400}}, "400 Bad Request")
+
+    servers = in_order(telling("a", "b", how="reset"), refusing, telling("abc", server=3))
+    async with balancing(*servers) as running:
+        running.servers = servers
+        got, whole = await streamed(running, SEEDED)
+        assert told_in(got) == b"abc" and whole and b"103" not in got
+        await running.quiet()
+        assert [result for *_, result in running.requests()[0]["attempts"]] == [
+            "server_gone", "resume_failed", "ok"]
+
+
+@asynchronous
 async def test_a_stream_goes_on_again_where_the_next_one_breaks_later():
     servers = in_order(
         telling("a", "b", how="reset"), telling("a", "b", "c", server=2, how="reset"),
