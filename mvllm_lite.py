@@ -3718,7 +3718,7 @@ def document_at_end(text: bytes) -> dict[str, Any]:
 
 # Words of a dying, stopping or draining vLLM, in answers that end as if all were well: without any
 # of them there is nothing to be looked at more closely.
-ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed")
+ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed", b'"message_delta"')
 REQUEST_ERRORS = frozenset(
     "BadRequestError invalid_request_error NotFoundError not_found_error UnprocessableEntityError"
     " request_too_large invalid_prompt".split())
@@ -3746,7 +3746,12 @@ def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
         return None if of_request(said) else Fault.STREAM_FAILED
     choices = [*member(said, "choices", list), *member(said, "", list)]
     reasons = [one.get("finish_reason") for one in choices if isinstance(one, dict)]
-    reasons.append(said.get("stop_reason") or member(said, "delta", dict).get("stop_reason"))
+    delta = member(said, "delta", dict)
+    reasons.append(said.get("stop_reason") or delta.get("stop_reason"))
+    if kind == "message_delta" and "stop_reason" in delta:  # vLLM has no word for it in messages
+        unsaid = delta["stop_reason"] == "end_turn" and member(said, "usage", dict).get(
+            "output_tokens") == 0  # though an end is a token, too
+        return Fault.ABORTED if unsaid or None in reasons or "abort" in reasons else None
     return Fault.ABORTED if "abort" in reasons else None
 
 
@@ -4105,6 +4110,7 @@ READ_AT_ONCE = 200  # events that are read before others get their turn: about 2
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 BLOCK_BYTES = 120  # that stand around what is packed
+BLOCK_STOP = b"event: content_block_stop"  # is shown with what follows it
 NO_MATCH = b"\n"  # with which no event begins
 # Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
@@ -4198,13 +4204,16 @@ class Transcript:
         if self.lost:
             self._blocks = [*self._blocks[1 - TAIL_PIECES :], (b"", b"", piece, False)]
             return piece
+        begin = 0
         for found in BLANK_LINE.finditer(piece):
-            if may_admit(event := piece[cut : found.end()]):
+            event, begin = piece[begin : found.end()], found.end()
+            if may_admit(event):
                 name, data = parse_event(event)
                 self.fault = fault_admitted(name, document_at_end(data))
             if self.fault is not None:
                 break
-            cut = found.end()
+            if not event.startswith(BLOCK_STOP):  # which an abort may have caused
+                cut = begin
         self._torn = piece[cut:]  # or a server's words for its failure
         if len(self._torn) > TORN_LIMIT_BYTES:  # no event of a model's
             self._lose()
@@ -12845,8 +12854,10 @@ async def check_progress(core: Core, server: str) -> None:
         if views[0].health.circuit(now) == "half-open":
             if await engine_responds(core.client(server), s.health_check_timeout):
                 core.judge(server, Health.become, State.HEALTHY, "its engine moves again", now)
-            else:
-                core.judge(server, Health.stood_still, "frozen: no answer to a probe", now, s)
+                return
+            core.judge(server, Health.stood_still, "frozen: no answer to a probe", now, s)
+        for attempt in [one for view in views for one in core.requests.running.get(view.id, ())]:
+            attempt.give_up(even_begun=attempt.movable())
         return
     opens_at = views[0].health.open_until if views and views[0].open else None
     if opens_at is not None and now >= opens_at - s.metrics_interval and not views[0].health.trials:
@@ -12868,7 +12879,7 @@ async def check_progress(core: Core, server: str) -> None:
             if view.healthy:
                 core.judge(server, Health.stood_still, why, now, s)
             for attempt in waiting:
-                attempt.give_up(even_begun=not view.healthy)
+                attempt.give_up(even_begun=not view.healthy or attempt.movable())
 
 
 async def engine_responds(client: HttpClient, timeout_s: float) -> bool:

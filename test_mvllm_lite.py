@@ -4056,6 +4056,14 @@ FAILURES = table(
      Fault.STREAM_FAILED),
     ("a cancelled response", 'event: response.completed\ndata: {"type":"response.completed",'
      '"response":{"status":"cancelled"}}\n\n', Fault.ABORTED),
+    ("a message that stops for no reason", 'event: content_block_stop\ndata: {"type":'
+     '"content_block_stop","index":0}\n\nevent: message_delta\ndata: {"type":"message_delta",'
+     '"delta":{"stop_reason":null},"usage":{"output_tokens":3}}\n\n', Fault.ABORTED),
+    ("one that ends without a token", 'event: message_delta\ndata: {"type":"message_delta",'
+     '"delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":0}}\n\n', Fault.ABORTED),
+    ("one that ends well", 'event: content_block_stop\ndata: {"type":"content_block_stop"}\n\n'
+     'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
+     '"usage":{"output_tokens":3}}\n\n', None),
     ("an error of the request's", 'data: {"error":{"message":"bad","code":400}}\n\n', None),
     ("a text of errors", CHAT_EVENT % ' \\"error\\": \\"abort\\"', None),
 )
@@ -11868,6 +11876,23 @@ async def test_what_is_no_stream_is_not_gone_on_with_but_another_server_may_do_i
         await running.quiet()
         assert [result for *_, result in running.requests()[0]["attempts"]] == [
             "server_gone", "resume_failed", "ok"]
+
+
+@asynchronous
+async def test_streams_leave_a_frozen_server_that_can_go_on_elsewhere_and_others_wait():
+    page = {"/metrics": "vllm:num_requests_running 1\nvllm:generation_tokens_total 5\n"}
+    frozen, other = in_order(telling("a", how="hang"), telling("ab", server=2))
+    frozen.pages |= page
+    other.pages |= page
+    async with balancing(frozen, other, metrics_interval=0.02, frozen_timeout=0.3,
+                         health_check_interval=0.02) as running:
+        running.servers = frozen, other
+        waits = await running.client()
+        await waits.ask("POST", "/v1/chat/completions", SAMPLED)
+        await waits.reader.readuntil(b'"a"}')
+        got, whole = await streamed(running, SEEDED, last="a")
+        assert told_in(got) == b"ab" and whole and b"server_frozen at" in got
+        assert running.views()[0].counts.in_flight == 1
 
 
 @asynchronous
