@@ -193,9 +193,9 @@ server.  *Commit* is the moment the client is shown the first byte of an answer;
 that.
 """
 
-# ============================
+# ══════════
 #  0  front matter
-# ============================
+# ══════════
 
 from __future__ import annotations
 
@@ -308,9 +308,9 @@ log = logging.getLogger("mvllm_lite")
 # ━━━ part I: HTTP ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  1  faults
-# ============================
+# ══════════
 #
 # Failure is data.  Whatever can go wrong with a request is a row of `Fault`; no other room
 # decides about statuses, blame or retries with an `if` of its own.  Two exceptions carry a fault
@@ -460,9 +460,9 @@ class Stale(PeerGone):
     while it was idle.  Nobody's failure; the request is sent again on a fresh one."""
 
 
-# ============================
+# ══════════
 #  2  heads
-# ============================
+# ══════════
 #
 # RFC 9110 and RFC 9112 for a gateway.  A head is bytes in, a frozen value out, and bytes again;
 # nothing here knows a socket.  Heads are decoded as latin-1, which keeps every byte.  Where the
@@ -787,9 +787,9 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     return ResponseHead(int(line[3]), line[4] or "", int(line[2] != "0"), fields)
 
 
-# ============================
+# ══════════
 #  3  proxy header
-# ============================
+# ══════════
 #
 # The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
 # each whose it is.
@@ -853,9 +853,9 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
     return 16 + length, (str(ipaddress.ip_address(data[16 : 16 + size])), port)
 
 
-# ============================
+# ══════════
 #  4  framing
-# ============================
+# ══════════
 #
 # Where a message's content ends, RFC 9112 §6 and §7: by its length, in chunks, or with the
 # connection.
@@ -1049,9 +1049,9 @@ def encode_chunk(content: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(content), content)
 
 
-# ============================
+# ══════════
 #  5  forwarding
-# ============================
+# ══════════
 #
 # What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
 # which are replaced, how the next hop finds the content's end.  And responses of our own.
@@ -1254,9 +1254,9 @@ def cors_fields(
     return [*fields, ("Access-Control-Max-Age", "3600")]
 
 
-# ============================
+# ══════════
 #  6  exposition
-# ============================
+# ══════════
 #
 # The Prometheus text format 0.0.4, both directions.  Reading happens twice a second for each
 # server, on pages of 50 to 80 kB, so it looks only at the metrics it was asked for.
@@ -1434,9 +1434,9 @@ def expose(families: Iterable[Family]) -> str:
 # ━━━ part II: settings ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  7  checks
-# ============================
+# ══════════
 #
 # What a value in the settings may be: a check gives the clean value, or raises ValueError with what
 # was expected.  Among them a formula, which is compiled from a small part of Python's expressions.
@@ -1733,9 +1733,9 @@ def formula(value: Any) -> str:
     return str(value)
 
 
-# ============================
+# ══════════
 #  8  pool settings
-# ============================
+# ══════════
 #
 # What a settings file says of models that are run here or by agents, and how they are launched.
 
@@ -1873,9 +1873,9 @@ def listens_openly(model: ModelSettings) -> bool:
         one in said for one in ("127.0.0.1", "localhost", "::1"))
 
 
-# ============================
+# ══════════
 #  9  settings
-# ============================
+# ══════════
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
 # file, the environment, the command line and servers.example.toml follow from it.
@@ -2264,9 +2264,9 @@ SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
             **RENAMED_KEYS}
 
 
-# ============================
+# ══════════
 #  10  complaints
-# ============================
+# ══════════
 #
 # What is wrong with settings, in words: where, what was found, what was expected.
 
@@ -2322,9 +2322,9 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
     return f"not valid TOML: {said}"
 
 
-# ============================
+# ══════════
 #  11  settings file
-# ============================
+# ══════════
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
 # gathered, placed and reported at once.
@@ -2671,9 +2671,9 @@ def changes_line(old: Settings, new: Settings) -> str:
 # ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  12  content
-# ============================
+# ══════════
 #
 # JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
 # is rewritten but the one value of `model`; compression is undone.
@@ -2975,9 +2975,9 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
     return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
 
 
-# ============================
+# ══════════
 #  13  forms
-# ============================
+# ══════════
 #
 # multipart/form-data as far as a balancer must read it: the model that one of its parts names;
 # where readers differ, the form is not read.  And content with another model in place of its own.
@@ -3122,9 +3122,9 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
     return changed
 
 
-# ============================
+# ══════════
 #  14  prompts
-# ============================
+# ══════════
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
 # longer starts of it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models
@@ -3334,9 +3334,9 @@ class PrefixCache:
         self._tokens = 0
 
 
-# ============================
+# ══════════
 #  15  calls
-# ============================
+# ══════════
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
 # a request wants, for which session.
@@ -3562,9 +3562,9 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
             raise BadMessage("the content is JSON in another encoding than UTF-8")
 
 
-# ============================
+# ══════════
 #  16  dialect
-# ============================
+# ══════════
 #
 # What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
 # whether an end is a good one, what a failure admits to; and how errors of our own are said in its
@@ -3883,9 +3883,9 @@ def error_event(body: bytes, path: str) -> bytes:
     return name + b"data: " + body + b"\n\n"
 
 
-# ============================
+# ══════════
 #  17  judge
-# ============================
+# ══════════
 #
 # An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
 # may not have; and what its end tells of tokens and ids.
@@ -4094,9 +4094,9 @@ def response_id(start: bytes, streams: bool) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-# ============================
+# ══════════
 #  18  transcripts
-# ============================
+# ══════════
 #
 # What a stream has shown, so that another server can go on with it when its own is lost.  While all
 # goes well a Transcript keeps the bytes of whole events, and few of them: nearly all events of a
@@ -4439,9 +4439,9 @@ def compact(value: Any) -> bytes:
 COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-# ============================
+# ══════════
 #  19  resumption
-# ============================
+# ══════════
 #
 # How another server goes on with a stream: whether it can, by what was asked for and shown; and a
 # Join, which compares what it says with what was shown, leaves that out, and keeps the stream's
@@ -4766,9 +4766,9 @@ def with_seed(content: Content, seed: int) -> bytes:
     return b'%b"seed":%d,%b' % (content[:at], seed, content[at:])
 
 
-# ============================
+# ══════════
 #  20  engine load
-# ============================
+# ══════════
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
 
@@ -4943,9 +4943,9 @@ def is_plain(value: Any, depth: int) -> bool:
 # ━━━ part IV: fleet ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  21  health
-# ============================
+# ══════════
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
 # is a new frozen Health.
@@ -5162,9 +5162,9 @@ class Health(NamedTuple):
         return self
 
 
-# ============================
+# ══════════
 #  22  pace
-# ============================
+# ══════════
 #
 # What a server has of ours, counted in place, and how fast it is, in two figures that are learned
 # in place: the seconds of a step in which its engine makes one token of each answer, if it had no
@@ -5353,9 +5353,9 @@ class AnswerLengths:
         self.known[model] = mean + weight * (tokens - mean), count + 1
 
 
-# ============================
+# ══════════
 #  23  servers
-# ============================
+# ══════════
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
 # it is one frozen view, which changes only on news; requests of ours are counted apart, in place.
@@ -5701,9 +5701,9 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
     return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
 
 
-# ============================
+# ══════════
 #  24  learning
-# ============================
+# ══════════
 #
 # What a server's reports teach of it besides its pace: its time per output token as it is now, its
 # capacity, and how much of what it was sent it really finds in its cache.
@@ -5809,9 +5809,9 @@ def learned_after(
                    capacity_after(view, load, elapsed_s, views), hit_ratio)
 
 
-# ============================
+# ══════════
 #  25  leases
-# ============================
+# ══════════
 #
 # What is counted of a request while it is with a server, and what is learned when it goes well.
 
@@ -5929,9 +5929,9 @@ class Lease:
         self.end()
 
 
-# ============================
+# ══════════
 #  26  fleet
-# ============================
+# ══════════
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
 # replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
@@ -6183,9 +6183,9 @@ def new_view(
                       models_at=kin.models_at)
 
 
-# ============================
+# ══════════
 #  27  roster
-# ============================
+# ══════════
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
 # is known of a server is kept elsewhere, by the id under which it stands here.
@@ -6370,9 +6370,9 @@ class Roster:
         self.kept = dict(said.get("kept", {}))
 
 
-# ============================
+# ══════════
 #  28  estimates
-# ============================
+# ══════════
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
 # reading its prompt takes from the answers that are running already.  With a step's seconds s and
@@ -6466,9 +6466,9 @@ def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, floa
     return out
 
 
-# ============================
+# ══════════
 #  29  policies
-# ============================
+# ══════════
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
 # the fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest
@@ -6816,9 +6816,9 @@ class Expression(Formula):
         super().__init__(s, s.score)
 
 
-# ============================
+# ══════════
 #  30  ranking
-# ============================
+# ══════════
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
 # the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
@@ -7162,9 +7162,9 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
 # ━━━ part V: answering ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  31  queue
-# ============================
+# ══════════
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
 
@@ -7280,9 +7280,9 @@ class WaitQueue:
         return math.ceil(min(60.0, max(1.0, seconds)))
 
 
-# ============================
+# ══════════
 #  32  poison
-# ============================
+# ══════════
 #
 # Content with which servers have died, and servers that failed with a request which may be to
 # blame itself.
@@ -7358,9 +7358,9 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
     return [one for one in suspects if not one.told and len(suspects) == 1]
 
 
-# ============================
+# ══════════
 #  33  plans
-# ============================
+# ══════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
@@ -7701,9 +7701,9 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
     return longest * draw.uniform(0.5, 1.0)
 
 
-# ============================
+# ══════════
 #  34  client keys
-# ============================
+# ══════════
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
 # open, as mvllm is.  A key is compared by its digest, with all keys, in constant time.
@@ -7830,9 +7830,9 @@ def key_in(fields: Fields) -> str:
     return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
 
 
-# ============================
+# ══════════
 #  35  access
-# ============================
+# ══════════
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
 # any page that is open in it, and its `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A
@@ -8179,9 +8179,9 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 # ━━━ part VI: what is counted ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  36  documents
-# ============================
+# ══════════
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
 # its types.
@@ -8342,9 +8342,9 @@ def readiness_report(
     return 503, {"status": "not_ready", "reason": reason, **counts}
 
 
-# ============================
+# ══════════
 #  37  metrics
-# ============================
+# ══════════
 #
 # What is counted and measured: the metric families that /metrics shows.
 
@@ -8540,9 +8540,9 @@ def gauges(
     return families
 
 
-# ============================
+# ══════════
 #  38  records
-# ============================
+# ══════════
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
 # and for `replay`.
@@ -8689,9 +8689,9 @@ def transition_line(change: Transition, models: Models | None) -> str:
     return f"{change.server} is {change.new.value} (was {change.old.value}): {change.reason}{names}"
 
 
-# ============================
+# ══════════
 #  39  recent past
-# ============================
+# ══════════
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
 # quarter of an hour of the fleet, requests that have ended, and events.
@@ -8869,9 +8869,9 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
 
 
-# ============================
+# ══════════
 #  40  status
-# ============================
+# ══════════
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
 
@@ -9149,9 +9149,9 @@ def status_report(
 # ━━━ part VII: connections ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  41  sockets
-# ============================
+# ══════════
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
 # listen, with what a connection says before there is a Wire for it.
@@ -9329,9 +9329,9 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
             raise
 
 
-# ============================
+# ══════════
 #  42  wire
-# ============================
+# ══════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
 # a server: bytes come into its buffer, and whoever reads waits for `news`.  While a Sink is set,
@@ -9750,9 +9750,9 @@ class Wire(asyncio.BufferedProtocol):
             await self.news(self.loop.time() + silence_s)
 
 
-# ============================
+# ══════════
 #  43  secrets
-# ============================
+# ══════════
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
 # reached with them.
@@ -9942,9 +9942,9 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
     return PeerGone(f"cannot connect: {error_text(error)}", fault)
 
 
-# ============================
+# ══════════
 #  44  client
-# ============================
+# ══════════
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
 # It stands on asyncio's streams, which read plainly and are quick enough for the 25 small questions
@@ -10145,9 +10145,9 @@ async def is_dead(client: HttpClient) -> bool:
     return False
 
 
-# ============================
+# ══════════
 #  45  pool
-# ============================
+# ══════════
 #
 # The connections to one server over which requests are passed on.
 
@@ -10280,9 +10280,9 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
     return parse_response_head(raw)
 
 
-# ============================
+# ══════════
 #  46  pump
-# ============================
+# ══════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
 # in the same turn of the event loop.  Back-pressure is the wires': while the one written to is
@@ -10513,9 +10513,9 @@ class Tunnel:
     def expired(self, wire: Wire) -> None: ...
 
 
-# ============================
+# ══════════
 #  47  response
-# ============================
+# ══════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
 # words, it is written here, and only here is known what the client has seen of it.
@@ -10781,9 +10781,9 @@ class abandoned_if_gone:  # it reads as a sentence
             raise self._client.departure() from None
 
 
-# ============================
+# ══════════
 #  48  logging
-# ============================
+# ══════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
 # to wait.
@@ -11114,9 +11114,9 @@ def trace_writer(path: str) -> Writer | None:
 # ━━━ part VIII: a request ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  49  shared state
-# ============================
+# ══════════
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
 # news, looks at servers, requests under way.
@@ -11309,9 +11309,9 @@ class Requests:
                 for one in attempts[:RUNNING_SHOWN]]
 
 
-# ============================
+# ══════════
 #  50  core
-# ============================
+# ══════════
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
 
@@ -11465,9 +11465,9 @@ class Core:
             self.metrics.limits.add(limit)
 
 
-# ============================
+# ══════════
 #  51  intake
-# ============================
+# ══════════
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
 # long as it may have to be said to a server.  All that is held counts in `max_buffered_bytes`.
@@ -11608,9 +11608,9 @@ async def look_through(content: Content, scan: Scan | None) -> None:
             await asyncio.sleep(0)
 
 
-# ============================
+# ══════════
 #  52  attempt
-# ============================
+# ══════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
 # is judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
@@ -11846,9 +11846,9 @@ class Attempt:
         return WELL
 
 
-# ============================
+# ══════════
 #  53  case
-# ============================
+# ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
 # another does well with it; a server that died is counted against the content it died with, which
@@ -11984,9 +11984,9 @@ class Case:
         return failure._replace(deaths=deaths)
 
 
-# ============================
+# ══════════
 #  54  accounts
-# ============================
+# ══════════
 #
 # What is counted, kept and told of a request that has ended.
 
@@ -12041,9 +12041,9 @@ def facts_of(
         response.end)
 
 
-# ============================
+# ══════════
 #  55  resuming
-# ============================
+# ══════════
 #
 # A stream that may go on at another server: what it has shown, from its first event on, and after
 # a break what is asked of the other one.
@@ -12134,9 +12134,9 @@ class Resuming:
         self.core.metrics.resumes.add(way.value, outcome.fault.label if outcome.fault else "ok")
 
 
-# ============================
+# ══════════
 #  56  exchange
-# ============================
+# ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
 # carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
@@ -12673,9 +12673,9 @@ class Exchange:
 # ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  57  watch
-# ============================
+# ══════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
 # and one that reads its load, so that a hanging server makes nobody else's numbers old.
@@ -12970,9 +12970,9 @@ class Watchers:
                 task.cancel()
 
 
-# ============================
+# ══════════
 #  58  services
-# ============================
+# ══════════
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
 # rooms of services stand below the ruler.
@@ -13050,9 +13050,9 @@ class Services:
         self._tasks.clear()
 
 
-# ============================
+# ══════════
 #  59  operations
-# ============================
+# ══════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
 # buttons.  An operation returns a document that says what was done.  What is wrong with it is said
@@ -13180,9 +13180,9 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-# ============================
+# ══════════
 #  60  endpoints
-# ============================
+# ══════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
 # answer at once even when every server hangs.
@@ -13493,9 +13493,9 @@ ENDPOINTS |= {
 }
 
 
-# ============================
+# ══════════
 #  61  front
-# ============================
+# ══════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
 # its own, and each request, an Exchange from its head on, is refused, answered here or run.
@@ -13843,9 +13843,9 @@ class Front:
         return None
 
 
-# ============================
+# ══════════
 #  62  following
-# ============================
+# ══════════
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
 # about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
@@ -13973,9 +13973,9 @@ class Follower:
             log.info("new settings: %d servers, nothing changed", len(core.roster.entries))
 
 
-# ============================
+# ══════════
 #  63  commands
-# ============================
+# ══════════
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
 # them by name.  What several of them need: the settings that file, environment and flags make.
@@ -14144,9 +14144,9 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-# ============================
+# ══════════
 #  64  handover
-# ============================
+# ══════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
 # on the listening sockets, what was done by hand, and a socket on which the other says that it
@@ -14329,9 +14329,9 @@ def run_upgrade(args: argparse.Namespace) -> int:
     return 0
 
 
-# ============================
+# ══════════
 #  65  balancer
-# ============================
+# ══════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
 # over by their owners, and stops without cutting answers short.
@@ -14563,9 +14563,9 @@ class Balancer:
 # ━━━ part X: program ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  66  process
-# ============================
+# ══════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
 # the process that it succeeds.
@@ -14682,9 +14682,9 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# ============================
+# ══════════
 #  67  router flags
-# ============================
+# ══════════
 #
 # The command line of vllm-project/router: its flags are read, too, so that its command lines work
 # as they are.  To add a flag: a row of ROUTER_FLAGS.
@@ -14861,9 +14861,9 @@ def router_overrides(
     return found, [Complaint("command line", 0, "", text)] * bool(words)
 
 
-# ============================
+# ══════════
 #  68  command line
-# ============================
+# ══════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
 # used, 2 wrong arguments or, from check-config, no server can be used.
@@ -15065,9 +15065,9 @@ def main(argv: list[str] | None = None) -> int:
 # ━━━ part XI: discovery ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  69  names
-# ============================
+# ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
 # Lookups are made in threads of their own, one for each name at most, so that one which hangs
@@ -15234,9 +15234,9 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
     await NameFollower(core, wanted).run()
 
 
-# ============================
+# ══════════
 #  70  pods
-# ============================
+# ══════════
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
 # follow from, by its uid: the same name or address under another uid is another pod.
@@ -15483,9 +15483,9 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
     return servers
 
 
-# ============================
+# ══════════
 #  71  listing
-# ============================
+# ══════════
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
 # to date by a watch: each event alone suffices, a list anew repairs whatever was missed, and while
@@ -15731,9 +15731,9 @@ def pem_at(document: Any, key: str) -> str:
         raise ValueError(f"{key} is no text in base64") from None
 
 
-# ============================
+# ══════════
 #  72  cluster
-# ============================
+# ══════════
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
 # before each question, because tokens and authorities are renewed in place.
@@ -16066,9 +16066,9 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
             del core.services["kubernetes"]
 
 
-# ============================
+# ══════════
 #  73  zmtp
-# ============================
+# ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
 # needs it to which DEALER, REQ and ROUTER sockets connect, with the mechanism NULL; and msgpack, in
@@ -16251,9 +16251,9 @@ def parse_msgpack(data: bytes) -> Any:
     return found
 
 
-# ============================
+# ══════════
 #  74  registration
-# ============================
+# ══════════
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
 # when it is silent for as long as it said, or says that it goes.  What it says comes from outside:
@@ -16549,9 +16549,9 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
     return parse_registration(said, Registrar.ZMQ, place)
 
 
-# ============================
+# ══════════
 #  75  registering
-# ============================
+# ══════════
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
 # registrations.
@@ -16800,9 +16800,9 @@ ENDPOINTS |= {
 }
 
 
-# ============================
+# ══════════
 #  76  zmq listener
-# ============================
+# ══════════
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
 # NULL has no keys: registration_networks alone says who may.  So each peer is bounded: what it may
@@ -16949,9 +16949,9 @@ def zmq_open_line(s: Settings) -> str:
 # ━━━ part XII: prefill and decode ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  77  legs
-# ============================
+# ══════════
 #
 # One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
 # and one answer of two.  The first leg is the client's request with exactly those members changed
@@ -17214,9 +17214,9 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
         ours[name] = first[name] + ([at + shift for at in own] if name == "text_offset" else own)
 
 
-# ============================
+# ══════════
 #  78  connectors
-# ============================
+# ══════════
 #
 # What the two legs of a request are told, and in which order they are sent, so that what one vLLM
 # has read gets to the other: by a connector of vLLM's own, of which each is a small class.
@@ -17367,9 +17367,9 @@ def engines_in(content: bytes) -> dict[str, str]:
             if isinstance(row, dict) and isinstance(row.get("engine_id"), str)}
 
 
-# ============================
+# ══════════
 #  79  splitting
-# ============================
+# ══════════
 #
 # How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
 # what follows when one of them fails.  Nothing that was transferred is used twice, and what cannot
@@ -17662,9 +17662,9 @@ def plain_plan(split: Split) -> Plan:
             step = plan.send((yield step))
 
 
-# ============================
+# ══════════
 #  80  leg attempts
-# ============================
+# ══════════
 #
 # The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
 # ourselves, the other one whose answer is looked through on its way.  A transfer that fails is
@@ -17851,9 +17851,9 @@ class DecodeAttempt(Attempt):
         await super().pass_on(wire, decoder)
 
 
-# ============================
+# ══════════
 #  81  pairs
-# ============================
+# ══════════
 #
 # Requests for which there is a [[disaggregation]]: their plans, and the steps that only these have.
 
@@ -18068,9 +18068,9 @@ Exchange.CARRY_OUT |= {
 # ━━━ part XIII: models ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  82  life
-# ============================
+# ══════════
 #
 # The life of a model's instance: one table of transitions, and how often one that ends by itself is
 # started again.  An instance is one process, or group of processes, that serves one model.
@@ -18180,9 +18180,9 @@ class Life:
         return self.phase is Phase.FAILED and self.retry_at == INFINITY
 
 
-# ============================
+# ══════════
 #  83  launching
-# ============================
+# ══════════
 #
 # How a model is launched: command lines are made of settings files on the host that runs them, and
 # of nothing else.  What comes over HTTP is a name, numbers, and words that a profile lists.
@@ -18356,9 +18356,9 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
-# ============================
+# ══════════
 #  84  placement
-# ============================
+# ══════════
 #
 # Where a model fits, with the fewest moves of others.  Memory that is promised counts: an instance
 # is booked with all it may take from the moment it is placed, a sleeping one with what it still
@@ -18576,9 +18576,9 @@ def place_on(
                  not any(row[1] for row in chosen))
 
 
-# ============================
+# ══════════
 #  85  scaling
-# ============================
+# ══════════
 #
 # How many of each model run: what is launched, put to sleep, woken and stopped next.  One pure
 # function, from models, hosts, seats and demands to acts.
@@ -18722,9 +18722,9 @@ def shrink(
     return acts
 
 
-# ============================
+# ══════════
 #  86  children
-# ============================
+# ══════════
 #
 # Processes of models: each in a group of its own, which outlives us, with its output in a file that
 # nobody else has.  Thin: what is started, when and how often, is for others to say.
@@ -18917,9 +18917,9 @@ def free_port(taken: Collection[int]) -> int:
                 return int(port)
 
 
-# ============================
+# ══════════
 #  87  instances
-# ============================
+# ══════════
 #
 # One model's process: how it is asked, and what is told of it.
 
@@ -19029,9 +19029,9 @@ class Instance:
         }
 
 
-# ============================
+# ══════════
 #  88  agent
-# ============================
+# ══════════
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  It does what it is
 # told, starts again what has ended by itself, and knows what a successor has to know.  It lives in
@@ -19335,9 +19335,9 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
     return said.decode("utf-8", "replace") if process.returncode == 0 else ""
 
 
-# ============================
+# ══════════
 #  89  hosts
-# ============================
+# ══════════
 #
 # Machines that run models: this one, and those with an agent of their own, asked alike.  And what
 # is known of each model's use.
@@ -19518,9 +19518,9 @@ class Uses:
             now - self.high_at.get(alias, now), now - self.low_at.get(alias, now), host)
 
 
-# ============================
+# ══════════
 #  90  holdings
-# ============================
+# ══════════
 #
 # What is known of the pool, and what placement is told of it.
 
@@ -19674,9 +19674,9 @@ class Holdings:
         return max(1.0, takes_s - under_way + (one["retry_in_s"] or 0.0))
 
 
-# ============================
+# ══════════
 #  91  keeping
-# ============================
+# ══════════
 #
 # What is done for the pool: decided by the dry rooms, carried out here.  Requests for its models
 # have a plan of their own: one is started or woken, and then they are passed on like any other.
@@ -19984,9 +19984,9 @@ class ModelPool(Holdings):
         after_s = math.ceil(self.ready_in_s(model))
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
-# ============================
+# ══════════
 #  92  models
-# ============================
+# ══════════
 #
 # The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
 # shown of them, what people do to them.
@@ -20283,9 +20283,9 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
         for host, one in pool_of(core).instances() if one["status"] != "failed"]}
 
 
-# ============================
+# ══════════
 #  93  pool paths
-# ============================
+# ══════════
 #
 # Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
 
@@ -20333,9 +20333,9 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
     return pieces()
 
 
-# ============================
+# ══════════
 #  94  worker
-# ============================
+# ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
 # models, each below /proxy/, and which does what its manager says.  When it stops, its models run
@@ -20544,9 +20544,9 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 # ━━━ part XIV: seen ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  95  cells
-# ============================
+# ══════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
 
@@ -20822,9 +20822,9 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
     return out
 
 
-# ============================
+# ══════════
 #  96  table
-# ============================
+# ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
 # colour says, a word says too.
@@ -21055,9 +21055,9 @@ def marked(line: Line) -> Line:
     return [(">" + start[1:], Style.SELECTED), (name, Style.SELECTED), *rest]
 
 
-# ============================
+# ══════════
 #  97  views
-# ============================
+# ══════════
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
 
@@ -21211,9 +21211,9 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
               for row in rows)]
 
 
-# ============================
+# ══════════
 #  98  screen
-# ============================
+# ══════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
 
@@ -21531,9 +21531,9 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     return lines + [[]] * (size.rows - len(lines))
 
 
-# ============================
+# ══════════
 #  99  keys
-# ============================
+# ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
 #
@@ -21654,9 +21654,9 @@ def key_of(char: str) -> str:
     return char if char.isprintable() else CONTROLS.get(char, "")
 
 
-# ============================
+# ══════════
 #  100  terminal
-# ============================
+# ══════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
 # process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
@@ -21900,9 +21900,9 @@ class CursesScreen:
         self.window.refresh()
 
 
-# ============================
+# ══════════
 #  101  top
-# ============================
+# ══════════
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
 # that runs elsewhere (`top`).
@@ -22118,9 +22118,9 @@ def run_top(args: argparse.Namespace) -> int:
     return 0
 
 
-# ============================
+# ══════════
 #  102  page
-# ============================
+# ══════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
 # fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
@@ -22639,9 +22639,9 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
 
 
-# ============================
+# ══════════
 #  103  reference
-# ============================
+# ══════════
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
 # declarations that serve, so that none of it can be out of date.
@@ -22917,9 +22917,9 @@ def example_topic() -> str:
     return "\n".join(lines)
 
 
-# ============================
+# ══════════
 #  104  deployment
-# ============================
+# ══════════
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
 # `kubernetes`, `prometheus`, `grafana`.
@@ -23209,9 +23209,9 @@ def grafana_topic() -> str:
 # ━━━ part XV: laboratory ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
-# ============================
+# ══════════
 #  105  traces
-# ============================
+# ══════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
 # who has none.
@@ -23398,9 +23398,9 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
     return sorted(out)
 
 
-# ============================
+# ══════════
 #  106  engine
-# ============================
+# ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
 # cache, a queue.  Nothing here is drawn by lot.
@@ -23738,9 +23738,9 @@ class Engine:
         self.preemptions += 1
 
 
-# ============================
+# ══════════
 #  107  replay
-# ============================
+# ══════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
 # have done, or one more server?  Its times are those of a model: compare the rows of one table,
@@ -23966,9 +23966,9 @@ def table(rows: Mapping[str, Summary]) -> str:
         for line in lines)
 
 
-# ============================
+# ══════════
 #  108  comparison
-# ============================
+# ══════════
 #
 # Policies compared on a trace: the program of `replay`.
 
@@ -24103,9 +24103,9 @@ def progress_bar(name: str) -> Callable[[float], None]:
     return draw if sys.stderr.isatty() else lambda share: None
 
 
-# ============================
+# ══════════
 #  109  canned words
-# ============================
+# ══════════
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
 # 0.32); and else some words, a tool's call, or JSON that fits a schema.
@@ -24304,9 +24304,9 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
     return {"prompt": b"".join(found).decode("utf-8", "replace")}
 
 
-# ============================
+# ══════════
 #  110  canned forms
-# ============================
+# ══════════
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
 #
@@ -24649,9 +24649,9 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 }
 
 
-# ============================
+# ══════════
 #  111  simulation
-# ============================
+# ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
 # believable pace, runs as many requests at once as it has capacity and lets the rest wait, slows
@@ -24986,9 +24986,9 @@ class Generation:
         await self.writer.drain()
 
 
-# ============================
+# ══════════
 #  112  understudy
-# ============================
+# ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
 # and its ways to die, and no GPU.  `demo --pool` runs a pool of them.
@@ -25172,9 +25172,9 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
         await client.ask("/v1/completions", 120.0, content, lambda piece: None)
 
 
-# ============================
+# ══════════
 #  113  demo
-# ============================
+# ══════════
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
 
@@ -25363,9 +25363,9 @@ def run_demo(args: argparse.Namespace) -> int:
             screen)
 
 
-# ============================
+# ══════════
 #  114  doctor
-# ============================
+# ══════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
 # and for each thing that is amiss there is something to do.
@@ -25646,9 +25646,9 @@ def check_models(s: Settings) -> int:
     return startable
 
 
-# ============================
+# ══════════
 #  115  check config
-# ============================
+# ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could
 # start here, and the settings in force.

@@ -61,7 +61,7 @@ from mvllm_lite import Blame, Fault, Retry, Settings, State
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "mvllm_lite.py").read_text()
 TREE = ast.parse(SOURCE)
-BANNER = re.compile(r"^# =+\n#  (\d+)  ([a-z ]+)\n# =+$", re.MULTILINE)
+BANNER = re.compile(r"^# ═+\n#  (\d+)  ([a-z ]+)\n# ═+$", re.MULTILINE)
 
 
 def table(*rows):
@@ -139,7 +139,7 @@ def test_the_map_in_the_docstring_tells_in_which_room_what_it_names_is():
 
 
 def test_the_map_in_the_docstring_has_the_parts_where_they_are():
-    banner = re.compile(r"^# ━+ part ([IVX]+): (.+?) ━+$\n\n\n# =+\n#  (\d+)  ", re.MULTILINE)
+    banner = re.compile(r"^# ━+ part ([IVX]+): (.+?) ━+$\n\n\n# ═+\n#  (\d+)  ", re.MULTILINE)
     found = [(number, name, int(room)) for number, name, room in banner.findall(SOURCE)]
     listed = re.findall(PART_LINE.pattern + r".*\n +(\d+)  ", lite.__doc__, re.MULTILINE)
     assert ([(number, name, int(room)) for number, name, _, room in listed] == found
