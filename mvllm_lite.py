@@ -3718,7 +3718,8 @@ def document_at_end(text: bytes) -> dict[str, Any]:
 
 # Words of a dying, stopping or draining vLLM, in answers that end as if all were well: without any
 # of them there is nothing to be looked at more closely.
-ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed", b'"message_delta"')
+ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed")
+MESSAGE_STOP = b"event: message_stop"
 REQUEST_ERRORS = frozenset(
     "BadRequestError invalid_request_error NotFoundError not_found_error UnprocessableEntityError"
     " request_too_large invalid_prompt".split())
@@ -3746,12 +3747,7 @@ def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
         return None if of_request(said) else Fault.STREAM_FAILED
     choices = [*member(said, "choices", list), *member(said, "", list)]
     reasons = [one.get("finish_reason") for one in choices if isinstance(one, dict)]
-    delta = member(said, "delta", dict)
-    reasons.append(said.get("stop_reason") or delta.get("stop_reason"))
-    if kind == "message_delta" and "stop_reason" in delta:  # vLLM has no word for it in messages
-        unsaid = delta["stop_reason"] == "end_turn" and member(said, "usage", dict).get(
-            "output_tokens") == 0  # though an end is a token, too
-        return Fault.ABORTED if unsaid or None in reasons or "abort" in reasons else None
+    reasons.append(said.get("stop_reason") or member(said, "delta", dict).get("stop_reason"))
     return Fault.ABORTED if "abort" in reasons else None
 
 
@@ -3790,6 +3786,8 @@ def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iter
 
 def bad_end(tail: bytes, notation: Notation) -> Fault | None:
     """The failure that the last events of a stream, or the end of a document, admit to."""
+    if notation is Notation.EVENTS and MESSAGE_STOP in tail and has_no_reason(tail):
+        return Fault.ABORTED
     if notation is Notation.OPAQUE or not may_admit(tail):
         return None
     for name, said in said_at_end(tail, notation, ADMISSIONS):
@@ -3798,6 +3796,15 @@ def bad_end(tail: bytes, notation: Notation) -> Fault | None:
         if fault is Fault.ABORTED or (fault is not None and notation is Notation.EVENTS):
             return fault
     return None
+
+
+def has_no_reason(tail: bytes) -> bool:
+    """Whether a message says at its end that it has no reason to end: vLLM has no other word for an
+    abort there.  Others tell of usage in events of that kind, before and after the reason."""
+    said = said_at_end(tail, Notation.EVENTS, (b'"message_delta"',))
+    deltas = [member(one, "delta", dict) for _, one in said]
+    reasons = [delta["stop_reason"] for delta in deltas if "stop_reason" in delta]
+    return bool(reasons) and not any(reasons)
 
 
 # What vLLM's errors begin with when there is no engine any more; further on, they may quote.
@@ -4110,7 +4117,8 @@ READ_AT_ONCE = 200  # events that are read before others get their turn: about 2
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
 BLOCK_BYTES = 120  # that stand around what is packed
-BLOCK_STOP = b"event: content_block_stop"  # is shown with what follows it
+# Events of a message that an abort may have caused: they are shown with what follows them.
+MAY_END = (b"event: content_block_stop", b"event: message_delta")
 NO_MATCH = b"\n"  # with which no event begins
 # Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
@@ -4210,9 +4218,11 @@ class Transcript:
             if may_admit(event):
                 name, data = parse_event(event)
                 self.fault = fault_admitted(name, document_at_end(data))
+            elif event.startswith(MESSAGE_STOP):
+                self.fault = bad_end(self.tail() + piece[:begin], Notation.EVENTS)
             if self.fault is not None:
                 break
-            if not event.startswith(BLOCK_STOP):  # which an abort may have caused
+            if not event.startswith(MAY_END):
                 cut = begin
         self._torn = piece[cut:]  # or a server's words for its failure
         if len(self._torn) > TORN_LIMIT_BYTES:  # no event of a model's

@@ -4050,20 +4050,30 @@ def test_a_transcript_for_which_there_is_no_room_lets_everything_pass():
     assert transcript.lost and transcript.fault is None and memory.bytes == 0
 
 
+BLOCK_STOPS = 'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n'
+MESSAGE_DELTA = ('event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":%s},'
+                 '"usage":{"output_tokens":%d}}\n\n')
+
+
+def message_ends(*reasons, tokens=3):
+    """What is said at a message's end, with an event for each reason."""
+    deltas = "".join(MESSAGE_DELTA % (reason, tokens) for reason in reasons)
+    return deltas + 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+
+
 FAILURES = table(
     ("a polite abort", CHAT_EVENT.replace("null}", '"abort"}') % "", Fault.ABORTED),
     ("an error event", 'data: {"error":{"message":"EngineCore died","code":500}}\n\n',
      Fault.STREAM_FAILED),
     ("a cancelled response", 'event: response.completed\ndata: {"type":"response.completed",'
      '"response":{"status":"cancelled"}}\n\n', Fault.ABORTED),
-    ("a message that stops for no reason", 'event: content_block_stop\ndata: {"type":'
-     '"content_block_stop","index":0}\n\nevent: message_delta\ndata: {"type":"message_delta",'
-     '"delta":{"stop_reason":null},"usage":{"output_tokens":3}}\n\n', Fault.ABORTED),
-    ("one that ends without a token", 'event: message_delta\ndata: {"type":"message_delta",'
-     '"delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":0}}\n\n', Fault.ABORTED),
-    ("one that ends well", 'event: content_block_stop\ndata: {"type":"content_block_stop"}\n\n'
-     'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
-     '"usage":{"output_tokens":3}}\n\n', None),
+    ("a message that stops for no reason", BLOCK_STOPS + message_ends('null'), Fault.ABORTED),
+    ("one that ends well", BLOCK_STOPS + message_ends('"end_turn"'), None),
+    ("one that ends well, of a server that counts no tokens",
+     BLOCK_STOPS + message_ends('"end_turn"', tokens=0), None),
+    ("one whose server tells of usage before its reason", message_ends('null', '"end_turn"'), None),
+    ("one whose server tells of usage behind its reason", message_ends('"tool_use"', 'null'), None),
+    ("one whose server gives no reasons", message_ends(), None),
     ("an error of the request's", 'data: {"error":{"message":"bad","code":400}}\n\n', None),
     ("a text of errors", CHAT_EVENT % ' \\"error\\": \\"abort\\"', None),
 )
@@ -4078,6 +4088,10 @@ def test_a_server_s_words_for_its_failure_are_held_back(event, fault):
         assert transcript.fault is fault
         assert shown == good * (n + 1) + event * (fault is None)
         assert transcript.withheld == event * (fault is not None)
+        transcript = lite.Transcript(lite.Memory(), 1 << 20)  # which gets events one by one
+        pieces = [good] * (n + 1) + re.findall(rb".+?\n\n", event, re.DOTALL)
+        assert b"".join(map(transcript.take, pieces)) == shown and transcript.fault is fault
+    assert lite.bad_end(good + event, lite.Notation.EVENTS) is fault  # at the end of any stream
 
 
 def differing(*texts, kind="chat", of=2, **parts):
