@@ -5593,7 +5593,8 @@ class Eligible(NamedTuple):
     call: Call
     moment: Moment
     draw: random.Random
-    answer_tokens: float = ANSWER_TOKENS  # that an answer to such a call has, probably
+    answer_tokens: float  # that an answer to such a call has, probably
+    estimates: list[Any]  # behind the costs, kept for their words, by a policy that makes some
 
     def foreign(self) -> list[float]:
         """Requests with each that are not ours, as far as they are known."""
@@ -6389,15 +6390,16 @@ class Roster:
 # a prompt token's r (`Pace`), n requests in the engine, and W the share of the last seconds that it
 # spent reading:
 #
-#     crowd   = (1 + (n + 1) / 100) / (1 − W)
-#     first   = (prompts ahead + what is not cached of this one) × r + 1.5 × s × crowd + waits
-#     answer  = tokens × s × crowd × √crowd
-#     others  = what is not cached × r × (0.3 × m + n × 25 / tokens)
-#     cost    = 4 × first + answer + others
+#     slowdown = (1 + (n + 1) / 100) / (1 − W)
+#     first    = (prompts ahead + what is not cached) × r + 1.5 × s × slowdown + waits
+#     answer   = tokens × s × slowdown × √slowdown
+#     others   = what is not cached × r × (0.3 × m + n × 25 / tokens)
+#     cost     = 4 × first + answer + others
 #
 # where m, the requests that will be there, is the fleet's mean n, but at most 2n + 10.
-# √crowd is what a request more does to the answers beside it, a half of it.  All of these numbers
-# have been varied on a simulated fleet, on workloads of all kinds: half and twice change little.
+# √slowdown is what a request more does to the answers beside it, a half of it.  All of these
+# numbers have been varied on a simulated fleet, on workloads of all kinds: half and twice change
+# little.
 
 FIRST_WEIGHT = 4.0  # people wait for a first token more than for others
 READING_SHARE = 0.8  # of its time, at most
@@ -6415,8 +6417,18 @@ class Estimate(NamedTuple):
     answer_s: float
     others_s: float
     wait_s: float  # for room in the KV cache, or for a seat
-    crowd: float  # how many times as long a step takes as alone, and what that means for others
-    new: int  # tokens of its prompt that are to be read
+    step_s: float  # of a token with no other work,
+    slowdown: float  # and how many times as long one of this answer counts
+    new: int  # tokens of its prompt that are to be read,
+    token_s: float  # each in that time
+
+    def words(self, pending: int, length: float) -> str:
+        """The cost as a sum, of an answer of that length behind so many pending tokens."""
+        waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
+        return (f"{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
+                f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
+                f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
+                f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f}) + others {self.others_s:.2g}")
 
 
 def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
@@ -6439,40 +6451,44 @@ def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, olde
     return seconds
 
 
-def estimates(eligible: Eligible) -> list[tuple[float, float, float, float, float, int]]:
+def estimates(eligible: Eligible) -> list[tuple[float, ...]]:
     """What an Estimate has, for each server; once for each attempt, and therefore quick."""
     (now, interval_s, *_), length = eligible.moment, eligible.answer_tokens
     tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
+    fresh = now - interval_s
     mean = sum(eligible.in_flight) / max(1, len(eligible.views))
     late = min(1.0, OTHERS_TOKENS / max(1.0, length))
     if length <= 1:  # those who are there are before it, and have no answers running
         mean = late = 0.0
-    sqrt, doubled_by, memory_s, out = math.sqrt, DOUBLED_BY, READ_MEMORY_S, []
+    sqrt, doubled_by, memory_s = math.sqrt, DOUBLED_BY, READ_MEMORY_S
+    out = list[tuple[float, ...]]()
     for view, ours, pending, cached, share in zip(
             eligible.views, eligible.in_flight, eligible.pending, eligible.cached,
             eligible.slow_start or itertools.repeat(1.0)):
         counts, report, pace = view.counts, view.report, view.pace
         step_s, running = pace.step_s, ours
         token_s = step_s * pace.prompt_steps
-        if report.foreign:
-            running += view.foreign(now, interval_s)  # type: ignore[assignment]
-        crowd = 1 + (running + 1) / (doubled_by * view.settings.weight * share)
+        if foreign := report.foreign:
+            running += (foreign if report.at >= fresh  # type: ignore[assignment]
+                        else view.foreign(now, interval_s))
+        slowdown = 1 + (running + 1) / (doubled_by * view.settings.weight * share)
         if counts.rate and (fades := 1 - (now - counts.at) / memory_s) > 0:
             reading = token_s * counts.rate * fades
-            crowd /= 1 - (reading if reading < READING_SHARE else READING_SHARE)
+            slowdown /= 1 - (reading if reading < READING_SHARE else READING_SHARE)
         new, wait_s = tokens - cached, 0.0
         if new < LEAST_NEW_TOKENS:
             new = LEAST_NEW_TOKENS
         if (running >= report.seats
                 or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
-            wait_s = waits_s(view, running, tokens, length * step_s * crowd, oldest)
+            wait_s = waits_s(view, running, tokens, length * step_s * slowdown, oldest)
         soon = OTHERS_SOON + 2 * running  # are there when it is read; at an idle server few
         if soon > mean:
             soon = mean
-        first_s = (pending + new) * token_s + FIRST_STEPS * step_s * crowd + wait_s
-        crowd *= sqrt(crowd)
+        first_s = (pending + new) * token_s + FIRST_STEPS * step_s * slowdown + wait_s
+        slowdown *= sqrt(slowdown)
         delayed = OTHERS_MEAN * soon + late * running
-        out.append((first_s, length * step_s * crowd, delayed * new * token_s, wait_s, crowd, new))
+        out.append((first_s, length * step_s * slowdown, delayed * new * token_s, wait_s,
+                    step_s, slowdown, new, token_s))
     return out
 
 
@@ -6570,28 +6586,20 @@ class Unified(Policy):
     tie, in_seconds = 1.005, True
 
     def costs(self, eligible: Eligible) -> list[float]:
-        costs = [FIRST_WEIGHT * first_s + answer_s + others_s
-                 for first_s, answer_s, others_s, _, _, _ in estimates(eligible)]
+        eligible.estimates.extend(rows := estimates(eligible))
+        costs = [FIRST_WEIGHT * row[0] + row[1] + row[2] for row in rows]
         if eligible.call.prompt.tokens <= PROBE_TOKENS and not all(eligible.in_flight):
             now = eligible.moment.now
             for n, (view, ours) in enumerate(zip(eligible.views, eligible.in_flight)):
                 if not ours and now > view.pace.probe_at:
-                    costs[n] = 0.0
+                    costs[n], eligible.estimates[n] = 0.0, None
         return costs
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The same in words."""
-        length, lines = eligible.answer_tokens, []
-        for view, pending, one in zip(eligible.views, eligible.pending,
-                                      itertools.starmap(Estimate, estimates(eligible))):
-            speed = 1 / view.pace.prompt_token_s
-            waits = f", waits {one.wait_s:.2f} s" if one.wait_s else ""
-            lines.append(
-                f"{FIRST_WEIGHT:g} × first token {one.first_s:.3g}"
-                f" (pending {pending} + uncached {one.new} at {speed:,.0f}/s{waits})"
-                f" + answer {one.answer_s:.3g} ({length:.0f} tokens at"
-                f" {1e3 * view.pace.step_s:.3g} ms × {one.crowd:.2f}) + others {one.others_s:.2g}")
-        return lines
+        return [Estimate(*row).words(pending, eligible.answer_tokens) if row else
+                "a try, since nothing was seen of it for a while"
+                for pending, row in zip(eligible.pending, eligible.estimates)]
 
 
 class Formula(Policy):
@@ -7159,7 +7167,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     known = [call.prompt.tokens] * len(left) if role == "decode" else having
     length = 1.0 if role == "prefill" else fleet.answers.get(call.model)
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
-                        known, shares, call, moment, draw, length)
+                        known, shares, call, moment, draw, length, [])
     if not left:
         return Ranking(None, views, cached, reasons, eligible, [], by, tried, role)
     costs = by.costs(eligible)

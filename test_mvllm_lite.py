@@ -5748,10 +5748,10 @@ def costs_by_hand(view, tokens, cached, mean, share=1.0, foreign=0.0):
     s, n, new = view.pace.step_s, view.counts.in_flight + foreign, max(16, tokens - cached)
     alone = 1 + (n + 1) / 100 / view.settings.weight / share
     fades = max(0.0, 1 - (NOW - view.counts.at) / 5)
-    crowd = alone / (1 - min(0.8, s * view.pace.prompt_steps * view.counts.rate * fades))
+    slowdown = alone / (1 - min(0.8, s * view.pace.prompt_steps * view.counts.rate * fades))
     r = s * view.pace.prompt_steps
-    return ((view.counts.pending + new) * r + 1.5 * s * crowd,
-            200 * s * crowd**1.5, new * r * (0.3 * min(mean, 10 + 2 * n) + n / 8))
+    return ((view.counts.pending + new) * r + 1.5 * s * slowdown,
+            200 * s * slowdown**1.5, new * r * (0.3 * min(mean, 10 + 2 * n) + n / 8))
 
 
 UNIFIED = table(  # views, tokens of the prompt, cached; foreign requests and share of the first
@@ -5851,6 +5851,7 @@ def test_costs_that_are_nearly_the_same_are_as_good(slower, share):
 
 def test_an_idle_server_that_was_not_seen_for_long_is_tried_with_a_short_prompt():
     views = [server(0), server(1, step_s=0.5, probe_at=NOW - 1)]
+    assert judged(views).why() == "s1 0 s = a try, since nothing was seen of it for a while"
     assert [judged(views, tokens=tokens).best for tokens in (0, 512, 513)] == ["s1", "s1", "s0"]
     views[1].counts.in_flight = 1
     assert judged(views).best == "s0"
@@ -5859,6 +5860,16 @@ def test_an_idle_server_that_was_not_seen_for_long_is_tried_with_a_short_prompt(
     assert ranking_of(fleet, "unified", now=6.0).best == "s1"
     fleet.lease("s1", 6.0).end(6.1)
     assert fleet.view("s1").pace.probe_at == 6.0 + 120
+
+
+def test_a_choice_is_told_as_it_was_though_its_server_is_another_by_now():
+    views = [server(0, rate=3000.0, at=NOW), server(1, in_flight=3)]
+    ranking = judged(views, tokens=2000)
+    told = ranking.candidates()
+    for view in views:
+        view.counts.at, view.pace.step_s, view.pace.prompt_steps = NOW + 60, 0.5, 0.05
+        view.pace.probe_at = 0.0
+    assert ranking.candidates() == told
 
 
 def test_each_role_has_its_own_terms():
@@ -12577,7 +12588,7 @@ async def test_servers_that_have_gone_leave_no_memory_behind_and_the_others_thei
             ranking_of(core.fleet)
             core.policies.get(None, "").costs(lite.Eligible(
                 core.fleet.views(), [0, 0], [0, 0], [0, 0], [], lite.Call(None),
-                lite.Moment(0.0, 1.0), random.Random(1)))
+                lite.Moment(0.0, 1.0), random.Random(1), 200.0, []))
         core.roster.define(lite.Source.REGISTERED, {})
         assert core.pools.by_server == {server.url: pool} and pool.idle
         assert core.fleet.views() == [view] and core.fleet.view(server.url) is view
