@@ -3583,7 +3583,8 @@ class Begun(Enum):
 
 # vLLM sends the head of a stream as soon as the request is queued, and these events before the
 # engine has done anything; an answer has begun with the first event that is none of them.
-PREAMBLE_EVENTS = frozenset((b"response.created", b"response.in_progress", b"response.queued"))
+PREAMBLE_EVENTS = frozenset(
+    (b"response.created", b"response.in_progress", b"response.queued", b"message_start"))
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 COMMENT = re.compile(rb"(?::[^\n]*+\n)++\r?\n")  # one that stands alone, in place of an event
 
@@ -3663,13 +3664,18 @@ def parse_event(event: bytes) -> tuple[bytes, bytes]:
 def begun_by(event: bytes) -> Begun:
     """Judges an event of a stream's start.  A stream that begins with an error, or with the [DONE]
     that a stopping vLLM sends to queued requests, failed before it began; unless the error is the
-    client's, which every server would repeat."""
+    client's, which every server would repeat.  So did a message that stops without a token."""
     name, data = parse_event(event)
-    if data == b"[DONE]":
+    if data == b"[DONE]" or name == b"message_stop":
         return Begun.FAILED
     if may_admit(event) and fault_admitted(name, document_at_end(data)) is Fault.STREAM_FAILED:
         return Begun.FAILED
-    return Begun.CONTENT if data and name not in PREAMBLE_EVENTS else Begun.NOT_YET
+    if not data or name in PREAMBLE_EVENTS:
+        return Begun.NOT_YET
+    usage = member(document_at_end(data), "usage", dict) if name == b"message_delta" else {}
+    # vLLM counts what ends an answer, too; others may count nothing.
+    unsaid = usage.get("output_tokens") == 0 and usage.get("input_tokens")
+    return Begun.NOT_YET if unsaid else Begun.CONTENT
 
 
 # Of JSON that is read backwards from its end, where a string cannot have begun unseen: a string,

@@ -2878,6 +2878,9 @@ def test_a_default_model_is_put_into_a_form_without_one():
     assert call(out, FORM_TYPE)[0].model == "d" and out.endswith(form)
 
 
+MESSAGE_START = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+MESSAGE_END = (b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":'
+               b'"end_turn"},"usage":{"input_tokens":%d,"output_tokens":%d}}\n\n')
 BEGINNINGS = table(
     ("nothing", b"", "NOT_YET"),
     ("first event of a chat", b'data: {"id":"x","choices":[]}\n\n', "CONTENT"),
@@ -2889,7 +2892,15 @@ BEGINNINGS = table(
      "CONTENT"),
     ("error as text, as old vLLM", b'data: {"error":"x"}\n\n', "FAILED"),
     ("only the end: a queued request of a server that stops", b"data: [DONE]\n\n", "FAILED"),
-    ("Anthropic's", b'event: message_start\ndata: {"type":"message_start"}\n\n', "CONTENT"),
+    ("messages begin with a block", MESSAGE_START, "NOT_YET"),
+    ("a message, then content",
+     MESSAGE_START + b'event: content_block_start\ndata: {"index":0}\n\n', "CONTENT"),
+    ("an empty message of a server that counts its end",
+     MESSAGE_START + MESSAGE_END % (11, 1), "CONTENT"),
+    ("an empty message of a server that counts nothing",
+     MESSAGE_START + MESSAGE_END % (0, 0), "CONTENT"),
+    ("a message that was queued at a server that stops",
+     MESSAGE_START + MESSAGE_END % (11, 0) + b"event: message_stop\ndata: {}\n\n", "FAILED"),
     ("Anthropic's error", b'event: error\ndata: {"type":"error"}\n\n', "FAILED"),
     ("responses begin before the engine does", b'event: response.created\ndata: {"a":1}\n\n',
      "NOT_YET"),
