@@ -5188,6 +5188,7 @@ class Health(NamedTuple):
 # samples are clamped: one silent interval, or one lucky prompt, changes little.
 
 STEP_S = 0.015  # until something was seen: an 8B model on an A100
+GUESS_CLAMP = 16.0  # so many times faster or slower is the most that is guessed of capacities
 LEAST_STEP_S = 1e-4
 PROMPT_STEPS = 0.0055  # what reading a token takes, in steps, there
 DOUBLED_BY = 100.0  # requests in the engine with which a step takes twice as long as with none
@@ -5202,11 +5203,11 @@ PROMPT_SAMPLE_TOKENS = 600  # a shorter wait says more of the network and of ste
 PROMPT_TRUSTED_TOKENS = 2000
 PROMPT_WEIGHT = 0.05
 FIRST_STEPS = 1.5  # until a token that is due is made: the step under way, and its own
-PROBE_S = 60.0  # an idle server of which nothing was seen for so long may have changed,
-PROBE_SLOWED_S = 5.0  # and one that has slowed down all the more; later ever more rarely
-PROBE_NEW_S = 5.0  # the same of one that is new
-PROBE_LIMIT_S = 300.0
-PROBE_TOKENS = 512  # it is tried with a prompt that is no longer
+RETEST_S = 60.0  # an idle server of which nothing was seen for so long may have changed,
+RETEST_SLOWED_S = 5.0  # and one that has slowed down all the more; later ever more rarely
+RETEST_NEW_S = 5.0  # the same of one that is new
+RETEST_LIMIT_S = 300.0
+RETEST_TOKENS = 512  # it is tried with a prompt that is no longer
 READ_MEMORY_S = 5.0  # of the rate at which prompts come
 ANSWER_TOKENS = 200.0  # of an answer, until some have ended
 ANSWERS_WEIGHT = 0.01
@@ -5243,15 +5244,15 @@ class Counts:
 class Pace:
     """How fast a server is, as far as it was seen; changed in place."""
 
-    __slots__ = ("step_s", "prompt_steps", "samples", "probe_s", "probe_at",
+    __slots__ = ("step_s", "prompt_steps", "samples", "retest_s", "retest_at",
                  "tokens_per_event", "change")
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.step_s = step_s  # of one token of an answer, with nothing else to do
         self.prompt_steps = PROMPT_STEPS  # what one token of a prompt takes of that
         self.samples = 0  # since it was new, or idle for long
-        self.probe_s = PROBE_S  # without one, until it is worth a try,
-        self.probe_at = INFINITY  # and when that will be
+        self.retest_s = RETEST_S  # without one, until it is worth a try,
+        self.retest_at = INFINITY  # and when that will be
         self.tokens_per_event = 1.0  # of its streams
         self.change = 0  # 1 if they were slower than they should be when last looked at, -1 faster
 
@@ -5265,9 +5266,10 @@ class Pace:
         """How fast it reads; 0 is unknown."""
         return 1 / self.prompt_token_s if self.samples else 0.0
 
-    def expect(self, step_s: float, now: float) -> None:
-        """Nothing was seen of it yet; it is probably so fast."""
-        self.step_s, self.probe_at = step_s, now + PROBE_NEW_S
+    def expect(self, step_s: float, retest_at: float) -> None:
+        """Nothing was seen of it yet; it is probably so fast, as far as vLLM is."""
+        self.step_s = min(GUESS_CLAMP * STEP_S, max(STEP_S / GUESS_CLAMP, step_s))
+        self.retest_at = retest_at
 
     def restarted(self) -> None:
         """It may be another now; until something is seen it is taken for the same."""
@@ -5275,8 +5277,8 @@ class Pace:
 
     def tried(self, now: float) -> None:
         """It gets a request after a long time: what that shows counts as much as what was known."""
-        self.samples, self.probe_s = min(self.samples, 1), min(PROBE_LIMIT_S, 2 * self.probe_s)
-        self.probe_at = now + self.probe_s
+        self.samples, self.retest_s = min(self.samples, 1), min(RETEST_LIMIT_S, 2 * self.retest_s)
+        self.retest_at = now + self.retest_s
 
     def worked(
         self, seconds: float, tokens: float, running: float, read: float, weight: float, now: float
@@ -5286,14 +5288,14 @@ class Pace:
         known, steps = self.step_s, tokens * (1 + running / DOUBLED_BY) + read * self.prompt_steps
         found = min(PACE_CLAMP * known, max(known / PACE_CLAMP, seconds / steps))
         if found > 1.5 * known:
-            self.probe_s = PROBE_SLOWED_S
+            self.retest_s = RETEST_SLOWED_S
         elif found < 0.7 * known:
-            self.probe_s = PROBE_S
+            self.retest_s = RETEST_S
         self.samples += 1
-        if self.samples < 1 / weight:
+        if self.samples * weight < 1:
             weight = max(weight, 1 / (1 + self.samples))
         self.step_s = max(LEAST_STEP_S, known + weight * (found - known))
-        self.probe_at = now + self.probe_s
+        self.retest_at = now + self.retest_s
 
     def answered(
         self, seconds: float, tokens: int, running: float, read: float, now: float
@@ -5387,7 +5389,7 @@ KEPT_REPORTS = 3  # a single report may be missed
 IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
 PENDING_OF = operator.attrgetter("counts.pending")
 PROMPT_SPEED_OF = operator.attrgetter("pace.prompt_tokens_per_s")
-SEATS_GROWTH = 1.1  # by report, of what a server ran when it had a queue
+MOST_RUNNING_GROWTH = 1.1  # by report, of what a server ran when it had a queue
 SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
 
 
@@ -5404,7 +5406,7 @@ class Report(NamedTuple):
     ours_at_scrape: int = 0  # of the requests in it, as many as may be ours
     foreign: int = 0  # the others
     kv_room: float = INFINITY  # tokens for which its KV cache has room
-    seats: float = INFINITY  # requests that run at most; others wait
+    most_running: float = INFINITY  # requests at once; others wait
     trouble: str = ""  # why it says nothing any more
 
 
@@ -5414,16 +5416,16 @@ def report_of(
     reported, used = (load.running or 0) + (load.waiting or 0), load.kv_usage_ratio
     room = INFINITY if used is None else max(0.0, 1 - used) * (load.kv_tokens or INFINITY)
     return Report(load, at, ours_at_scrape, max(0, reported - ours_at_scrape), room,
-                  seats_after(before, load))
+                  most_running_after(before, load))
 
 
-def seats_after(before: Report, load: EngineLoad) -> float:
+def most_running_after(before: Report, load: EngineLoad) -> float:
     """How many requests it runs at most: as many as it ran when it had a queue twice in a row.
     After that it may take a few more from report to report."""
     running = load.running or 0
     if load.queued and before.load.queued and running:
         return max(running, before.load.running or 0)
-    return SEATS_GROWTH * before.seats
+    return MOST_RUNNING_GROWTH * before.most_running
 
 
 class Learned(NamedTuple):
@@ -5878,7 +5880,7 @@ class Lease:
             self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
         if not view.report.load.queued:  # else the time to the first byte says nothing of its speed
             self._ahead = counts.pending + self.pending
-        if not counts.in_flight and now > pace.probe_at:
+        if not counts.in_flight and now > pace.retest_at:
             pace.tried(now)
         counts.until(now)
         counts.in_flight += 1
@@ -6063,7 +6065,7 @@ class Fleet:
                 if id not in old or view.configured != limit:
                     view = view._replace(learned=view.learned._replace(capacity=limit or start))
                 if not view.pace.samples:
-                    view.pace.expect(likely / (limit or start), now)
+                    view.pace.expect(likely / (limit or start), now + RETEST_NEW_S)
                 if own != (view.settings, view.draining, view.drained, view.share):
                     view = view._replace(name=engine_id(server.name, rank), settings=server,
                                          draining=False, drained=own[2], share=share)
@@ -6107,7 +6109,7 @@ class Fleet:
             usual = usual_step_s(self.views())
             for other in self.views():
                 if not other.pace.samples and other.shares_models(view):
-                    other.pace.step_s = usual / other.capacity
+                    other.pace.expect(usual / other.capacity, other.pace.retest_at)
 
     def streamed(self, id: str, streams: int, events: float, now: float) -> None:
         """Since this was last told, each of so many streams of a server has brought so many events,
@@ -6452,8 +6454,8 @@ def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, olde
     if lacking > 0 and report.at >= oldest:
         used = (report.load.kv_tokens or 0) - report.kv_room + view.counts.held
         seconds = lacking * answer_s / max(used, tokens, 1)
-    if running >= report.seats and report.at >= oldest:
-        seconds += (running + 1 - report.seats) * answer_s / report.seats
+    if running >= report.most_running and report.at >= oldest:
+        seconds += (running + 1 - report.most_running) * answer_s / report.most_running
     return seconds
 
 
@@ -6484,7 +6486,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, ...]]:
         new, wait_s = tokens - cached, 0.0
         if new < LEAST_NEW_TOKENS:
             new = LEAST_NEW_TOKENS
-        if (running >= report.seats
+        if (running >= report.most_running
                 or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
             wait_s = waits_s(view, running, tokens, length * step_s * slowdown, oldest)
         soon = OTHERS_SOON + 2 * running  # are there when it is read; at an idle server few
@@ -6594,10 +6596,10 @@ class Unified(Policy):
     def costs(self, eligible: Eligible) -> list[float]:
         eligible.estimates.extend(rows := estimates(eligible))
         costs = [FIRST_WEIGHT * row[0] + row[1] + row[2] for row in rows]
-        if eligible.call.prompt.tokens <= PROBE_TOKENS and not all(eligible.in_flight):
+        if eligible.call.prompt.tokens <= RETEST_TOKENS and not all(eligible.in_flight):
             now = eligible.moment.now
             for n, (view, ours) in enumerate(zip(eligible.views, eligible.in_flight)):
-                if not ours and now > view.pace.probe_at:
+                if not ours and now > view.pace.retest_at:
                     costs[n], eligible.estimates[n] = 0.0, None
         return costs
 
@@ -8855,9 +8857,9 @@ class Recent:
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
 
-    def history(self, url: str) -> History:
-        if (history := self.histories.get(url)) is None:
-            history = self.histories[url] = History()
+    def history(self, id: str) -> History:
+        if (history := self.histories.get(id)) is None:
+            history = self.histories[id] = History()
         return history
 
     def decisions(self) -> dict[str, list[str]]:
@@ -8870,10 +8872,10 @@ class Recent:
                     of_server.append(ranking.why())
         return found
 
-    def keep(self, urls: Collection[str]) -> None:
+    def keep(self, ids: Collection[str]) -> None:
         """Forget the history of all others."""
-        for url in self.histories.keys() - urls:
-            del self.histories[url]
+        for id in self.histories.keys() - ids:
+            del self.histories[id]
 
     def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
         earlier = self.rankings.pop(id, [])
@@ -23795,7 +23797,7 @@ class PolicyRouter:
         self.fleet.apply(s.servers, 0.0, s.pools)
         for server in s.servers:
             self.fleet.judge(server.id, Health.become, State.HEALTHY, "", 0.0)
-        self.urls = [view.id for view in self.fleet.views()]
+        self.ids = [view.id for view in self.fleet.views()]
         self.policies, self.leases = Policies(s), dict[int, Lease]()
         self.arrivals = dict[int, Arrival]()  # of those leases
 
@@ -23814,7 +23816,7 @@ class PolicyRouter:
         by.chosen(ranking.asked)
         self.leases[number], self.arrivals[number] = (
             self.fleet.lease(ranking.asked.id, now, prompt), arrival)
-        return self.urls.index(ranking.asked.id)
+        return self.ids.index(ranking.asked.id)
 
     def first_token(self, number: int, now: float) -> None:
         self.leases[number].answered(now, True)
@@ -23825,13 +23827,13 @@ class PolicyRouter:
         lease.end(now)
 
     def scraped(self, server: int, report: EngineReport, now: float) -> None:
-        url = self.urls[server]
+        id = self.ids[server]
         load = EngineLoad(
             report.running, report.waiting, report.kv_usage_ratio,
             tokens=report.prompt_tokens + report.generation_tokens,
             generation_tokens=report.generation_tokens, prefix_hits=report.prefix_hits,
             kv_tokens=report.kv_tokens)
-        self.fleet.scraped(url, load, self.fleet.in_flight(url), now)
+        self.fleet.scraped(id, load, self.fleet.in_flight(id), now)
 
 
 class Record(NamedTuple):

@@ -5005,6 +5005,8 @@ def test_a_server_of_which_nothing_was_seen_is_taken_for_one_like_the_others():
     fleet = fleet_of(32, 16, 8)
     assert [view.pace.step_s for view in fleet.views()] == pytest.approx(
         [lite.STEP_S * 56 / 3 / capacity for capacity in (32, 16, 8)])
+    assert [view.pace.step_s for view in fleet_of(10**6, 16).views()] == pytest.approx(
+        [lite.STEP_S / 2, lite.STEP_S * 16], rel=1e-3)  # another unit, not so slow a server
     for _ in range(30):
         fleet.view("s1").pace.worked(1.0, 25, 0, 0, 0.5, 1.0)
     lease = fleet.lease("s1", 2.0, lite.Prompt(10))
@@ -5018,23 +5020,23 @@ def test_a_server_of_which_nothing_was_seen_is_taken_for_one_like_the_others():
 
 def test_an_idle_server_is_tried_after_a_while_and_ever_more_rarely():
     pace, at = lite.Pace(0.01), 0.0
-    pace.expect(0.01, 0.0)
+    pace.expect(0.01, 5.0)
     tried = []
     while at < 1000:
-        if at > pace.probe_at:
+        if at > pace.retest_at:
             pace.tried(at)
             tried.append(at)
         at += 1
     assert tried == [6, 127, 368, 669, 970]
     for _ in range(20):
         pace.worked(1.0, 100, 0, 0, 0.1, at)
-    assert pace.probe_at == at + 300
+    assert pace.retest_at == at + 300
     pace.worked(1.0, 100 / 1.6, 0, 0, 0.1, at)  # it has slowed down
-    assert pace.probe_at == at + 5
+    assert pace.retest_at == at + 5
     pace.tried(at)
     assert pace.samples == 1  # the next sample counts a third, at least
     pace.worked(1.0, 1000, 0, 0, 0.1, at)  # it has recovered
-    assert pace.probe_at == at + 60 and pace.step_s < 0.0085
+    assert pace.retest_at == at + 60 and pace.step_s < 0.0085
 
 
 def test_a_restart_leaves_a_guess():
@@ -5061,7 +5063,7 @@ def test_how_many_a_server_runs_at_most_shows_when_others_wait(loads, seats):
     fleet = fleet_of(16)
     for n, (running, waiting) in enumerate(loads):
         reported(fleet, "s0", float(n), running=running, waiting=waiting)
-    assert fleet.view("s0").report.seats == pytest.approx(seats)
+    assert fleet.view("s0").report.most_running == pytest.approx(seats)
 
 
 def reported(fleet, url, at, **load):
@@ -5331,7 +5333,7 @@ def server(n, configured=16, state=State.HEALTHY, since=0.0, reason="x", load=(0
     learned = lite.Learned(**taken("tpot_s", "capacity"))
     counts = lite.Counts(**taken("in_flight", "on_trial", "pending"))
     pace = lite.Pace(known.pop("step_s", lite.STEP_S))
-    for part, name in ((pace, "probe_at"), (pace, "samples"), (pace, "prompt_steps"),
+    for part, name in ((pace, "retest_at"), (pace, "samples"), (pace, "prompt_steps"),
                        (counts, "rate"), (counts, "at"), (counts, "held")):
         setattr(part, name, known.pop(name, getattr(part, name)))
     return lite.ServerView(
@@ -5835,7 +5837,7 @@ def test_a_request_waits_where_there_is_no_room_for_it(known, answers):
     seats = known.pop("seats", math.inf) if "seats" in known else math.inf
     view = server(0, ours_at_scrape=known["in_flight"], **known)
     view = view._replace(report=view.report._replace(
-        load=view.load._replace(kv_tokens=10_000), seats=seats,
+        load=view.load._replace(kv_tokens=10_000), most_running=seats,
         kv_room=10_000 * (1 - view.load.kv_usage_ratio)))
     known["seats"] = seats
     ranking = judged([view], tokens=1000)
@@ -5861,16 +5863,16 @@ def test_costs_that_are_nearly_the_same_are_as_good(slower, share):
 
 
 def test_an_idle_server_that_was_not_seen_for_long_is_tried_with_a_short_prompt():
-    views = [server(0), server(1, step_s=0.5, probe_at=NOW - 1)]
+    views = [server(0), server(1, step_s=0.5, retest_at=NOW - 1)]
     assert judged(views).why() == "s1 0 s = a try, since nothing was seen of it for a while"
     assert [judged(views, tokens=tokens).best for tokens in (0, 512, 513)] == ["s1", "s1", "s0"]
     views[1].counts.in_flight = 1
     assert judged(views).best == "s0"
     fleet = fleet_of(16, 16)
-    fleet.view("s0").pace.probe_at = math.inf
+    fleet.view("s0").pace.retest_at = math.inf
     assert ranking_of(fleet, "unified", now=6.0).best == "s1"
     fleet.lease("s1", 6.0).end(6.1)
-    assert fleet.view("s1").pace.probe_at == 6.0 + 120
+    assert fleet.view("s1").pace.retest_at == 6.0 + 120
 
 
 def test_a_choice_is_told_as_it_was_though_its_server_is_another_by_now():
@@ -5879,7 +5881,7 @@ def test_a_choice_is_told_as_it_was_though_its_server_is_another_by_now():
     told = ranking.candidates()
     for view in views:
         view.counts.at, view.pace.step_s, view.pace.prompt_steps = NOW + 60, 0.5, 0.05
-        view.pace.probe_at = 0.0
+        view.pace.retest_at = 0.0
     assert ranking.candidates() == told
 
 
@@ -6096,7 +6098,7 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
 
 def test_a_server_that_has_come_back_costs_less_from_moment_to_moment():
     fleet, by = fleet_of(16, 16), lite.POLICIES["unified"](Settings())
-    fleet.view("s0").pace.probe_at = math.inf
+    fleet.view("s0").pace.retest_at = math.inf
     fleet.judge("s0", lite.Health.become, State.UNHEALTHY, "x", 100.0)
     fleet.judge("s0", lite.Health.become, State.HEALTHY, "x", 100.0)  # it comes back slowly
     costs = [ranking_of(fleet, by, now=now, slow_start=10.0).costs[0]
@@ -6451,7 +6453,7 @@ def random_server(n, draw):
         in_flight=draw.choice((0, 0, 1, 4, 30)), pending=draw.choice((0, 0, 100, 90_000)),
         step_s=draw.choice((0.015, 0.0005, 9.0)), prompt_steps=draw.choice((0.0055, 0.0002)),
         samples=draw.choice((0, 5)), rate=draw.choice((0.0, 9e9)), at=draw.choice((0.0, NOW)),
-        held=draw.choice((0, -900, 10**6)), probe_at=draw.choice((0.0, NOW + 9)),
+        held=draw.choice((0, -900, 10**6)), retest_at=draw.choice((0.0, NOW + 9)),
         capacity=draw.choice((1.0, 64.0, 3.7)),
         adapters=draw.sample(("m", "x", "z"), draw.choice((0, 0, 1, 2))),
         ours_at_scrape=draw.choice((0, 4)),
