@@ -18326,6 +18326,12 @@ def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str
     return {**pins, **switch, **dict(model.env)}
 
 
+def parse_model(said: Any, where: str) -> ModelSettings:
+    """A model that stands elsewhere than in a settings file.  Raises SettingsError."""
+    settings, _ = parse_settings("servers = []", where, {"models": ([said], where)})
+    return settings.models[0]
+
+
 def model_by_request(
     document: Mapping[str, Any], profiles: Mapping[str, ProfileSettings]
 ) -> ModelSettings:
@@ -18337,9 +18343,7 @@ def model_by_request(
             wrong.append((key, f"found it, expected one of {', '.join(SAID_OF_MODELS)}"))
     said = {key: value for key, value in said.items() if key not in {key for key, _ in wrong}}
     if not wrong:
-        settings, warnings = parse_settings("servers = []", "request", {
-            "models": ([said], "request")})
-        model = settings.models[0]
+        model = parse_model(said, "request")
         profile = profiles.get(model.profile or next(iter(profiles), ""))
         if profile is None:
             wrong.append(("profile", f"found {shown(model.profile)}, expected one of"
@@ -18972,6 +18976,7 @@ class Instance:
         self.child: Child | None = None
         self.port, self.level, self.command = 0, 0, list[str]()
         self.created_at, self.digest = time.time(), ""
+        self.said = dict[str, Any]()  # the model, without what its profile adds
         self.task: asyncio.Task[None] | None = None
         self.busy = asyncio.Lock()  # something is being done to it
         self.client = HttpClient(ServerSettings("http://127.0.0.1:1"))
@@ -19102,7 +19107,7 @@ class Agent:
     def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...],
                digest: str = "") -> Instance:
         """Raises LookupError, ValueError."""
-        model = with_profile(model, self.profiles)
+        said, model = said_of(model), with_profile(model, self.profiles)
         if (known := self.instances.get(name)) is not None and known.life.phase is not Phase.FAILED:
             raise ValueError(f"{name} is {known.life.phase.value} already")
         if known is not None and known.task is not None:
@@ -19114,7 +19119,7 @@ class Agent:
         life.failures = 0
         one = Instance(name, model, devices, life,
                        memory_on(model, min(totals)) if totals else 0.0)
-        one.digest = digest
+        one.digest, one.said = digest, said
         self.instances[name] = one
         self.tell(one, Turn.LAUNCH)
         one.task = self._tasks.create_task(self.tend(one))
@@ -19135,8 +19140,11 @@ class Agent:
                 log.warning("model %s: %s", name, child.end_reason)
             return
         now = asyncio.get_running_loop().time()
-        life = self.lives[name] = Life(now, Phase.STARTING)
+        life, said = Life(now, Phase.STARTING), said_of(model)
+        with contextlib.suppress(LookupError):  # it runs, whatever became of its profile
+            model = with_profile(model, self.profiles)
         one = Instance(name, model, devices, life, float(saved["awake_gb"]))
+        self.lives[name], one.said = life, said
         one.child, one.command, one.digest = child, list(saved["command"]), str(saved["digest"])
         one.held_gb, one.level = float(saved["held_gb"]), int(saved["level"])
         one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
@@ -19154,7 +19162,7 @@ class Agent:
     def saved(self) -> list[dict[str, Any]]:
         """What a successor has to know."""
         return [{
-            "name": one.name, "alias": one.model.alias, "model": said_of(one.model),
+            "name": one.name, "alias": one.model.alias, "model": one.said,
             "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
             "started": one.child.started, "status": one.life.phase.value, "command": one.command,
             "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
@@ -19289,6 +19297,10 @@ class Agent:
     async def stop(self, one: Instance) -> None:
         """Raises ValueError where it is stopping already, and PeerGone where something is left."""
         self.tell(one, Turn.STOP)
+        await self.end(one)
+
+    async def end(self, one: Instance) -> None:
+        """Of one that is stopping.  Raises PeerGone where something is left."""
         left = await one.child.end(STOP_S) if one.child else []
         if one.task is not None:
             one.task.cancel()
@@ -19304,8 +19316,10 @@ class Agent:
             one.child.close()
 
     async def stop_all(self) -> None:
-        doomed = [one for one in self.instances.values() if one.life.phase is not Phase.STOPPING]
-        await asyncio.gather(*map(self.stop, doomed), return_exceptions=True)
+        """Also those whose stop was broken off, with the task that was at it."""
+        ends = [(self.end if one.life.phase is Phase.STOPPING else self.stop)(one)
+                for one in self.instances.values()]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     def host_memory_gb(self) -> float:
         """Memory of the host that is free; infinity where nobody tells."""
@@ -19743,11 +19757,12 @@ class ModelPool(Holdings):
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Look, decide, do, for ever."""
         self._tasks = tasks
-        await self.begin(tasks)
+        agent = await self.begin(tasks)
         tasks.create_task(guarded(self.core, "looking at GPUs", self.look_at_devices))
         while True:
+            agent.resting = self.core.process.succeeded
             try:
-                if not self.core.process.succeeded:
+                if not agent.resting:
                     self.step()
             except Exception:  # models must not be left alone because of a mistake of ours
                 self.core.internal_error("deciding on models")
@@ -19756,15 +19771,16 @@ class ModelPool(Holdings):
                 async with asyncio.timeout(LOOK_AT_POOL_S):
                     await self._changed.wait()
 
-    async def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """This machine's agent, if it is to run models, and what a predecessor has left it."""
+    async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
+        """This machine's agent, and what a predecessor has left it: models that were registered,
+        and allowed then, and what runs."""
         s, saved = self.core.settings, self.state.load()
         for said in saved.get("models", ()):
-            with contextlib.suppress(SettingsError):
-                model = model_by_request(said, self.profiles() | {
-                    said.get("profile", "vllm"): ProfileSettings(
-                        said.get("profile", "vllm"), (), values=tuple(said.get("args", ())))})
+            try:
+                model = parse_model(said, self.state.path)
                 self.registered[model.alias] = model
+            except SettingsError as error:
+                log.error("a model of the state file is not registered any more: %s", error)
         self.agent = agent = Agent(self.core.process.agent or "local", tasks)
         agent.adopt_settings(s)
         await agent.look_at_devices(s.devices)
@@ -19774,12 +19790,11 @@ class ModelPool(Holdings):
                 self.hosts[agent.name] = LocalHost(agent)
         for one in saved.get("instances", ()):
             try:
-                alias, said = str(one["alias"]), dict(one["model"])
-                known = self.models.get(alias)
-                await agent.adopt(one, known or parse_settings("servers = []", "state", {
-                    "models": ([said], "state")})[0].models[0])
-            except (KeyError, ValueError, TypeError, LookupError, SettingsError) as error:
+                known = self.models.get(str(one["alias"]))
+                await agent.adopt(one, known or parse_model(one["model"], self.state.path))
+            except (ValueError, TypeError, LookupError, SettingsError) as error:
                 log.error("an instance of the state file is not taken over: %s", error)
+        return agent
 
     async def look_at_devices(self) -> None:
         while True:
@@ -19974,6 +19989,14 @@ class ModelPool(Holdings):
         self.doing.pop(f"probe {id}", None)
         self.notify()
 
+    async def look_again(self, alias: str) -> None:
+        """At the agents that run it: what they said last may be of a process that has ended."""
+        for host, one in list(self.instances()):
+            if one["model_alias"] == alias:
+                with contextlib.suppress(PeerGone):
+                    await host.refresh()
+        self.define_servers()
+
     async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
         """Until a request for it finds a server; one start or wake is for all who wait."""
         loop, uses = asyncio.get_running_loop(), self.uses
@@ -20022,14 +20045,15 @@ class Wake(NamedTuple):
     """Wait until a model of the pool can be asked; it is started or woken for that."""
 
     model: ModelSettings
+    anew: bool = False  # it was asked, and failed
 
 
 def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) -> Plan:
     """As it goes otherwise, once the model can be asked; and again, if its process has ended
     before anything was shown."""
     plan, failure = otherwise, WELL
-    for _ in range(WAKES_LIMIT):
-        woken = yield Wake(model)  # type: ignore[misc]
+    for n in range(WAKES_LIMIT):
+        woken = yield Wake(model, n > 0)  # type: ignore[misc]
         if woken.fault is not None:
             failure = woken
             break
@@ -20048,10 +20072,24 @@ def unwoken_plan(model: ModelSettings) -> Plan:
     yield GiveUp(Outcome(Fault.MODEL_NOT_READY, text))
 
 
+def proxied_plan(otherwise: Plan) -> Plan:
+    """An agent's, for its manager: to that 503 would mean that the model is busy, and not that its
+    process has ended."""
+    try:
+        step = next(otherwise)
+        while not (isinstance(step, GiveUp) and step.outcome.fault is Fault.NO_SERVER):
+            step = otherwise.send((yield step))
+    except StopIteration:
+        return
+    yield GiveUp(step.outcome._replace(fault=Fault.CONNECT_FAILED))
+
+
 async def carry_out_wake(exchange: Exchange, step: Wake) -> Outcome:
     waits = exchange.call.stream and exchange.head.method == "POST"
     beat = exchange.response.heartbeat if waits else lambda: None
     began, pool = exchange.loop.time(), pool_of(exchange.core)
+    if step.anew:
+        await pool.look_again(step.model.alias)
     outcome = await pool.await_model(step.model, beat)
     exchange.trail.queued_s += exchange.loop.time() - began
     exchange.trail.model = exchange.label()
@@ -20070,7 +20108,9 @@ class PoolPlanner:
 
     def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
         model = self.pool.model_served(exchange.call.model)
-        if model is None or exchange.destination.only:
+        if exchange.destination.only:
+            return proxied_plan(otherwise) if self.pool.leaves_children else otherwise
+        if model is None:
             return otherwise
         if exchange.destination.path.removeprefix("/v1") in SILENT_PATHS:
             return otherwise if self.pool.is_routable(model) else unwoken_plan(model)

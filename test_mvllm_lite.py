@@ -17838,6 +17838,58 @@ async def test_a_successor_takes_over_what_runs(tmp_path):
     assert gone([before["pid"], last["pid"]])
 
 
+@asynchronous
+async def test_a_predecessor_starts_nothing_again_that_its_successor_tends():
+    async with pooling(little()) as running:
+        assert (await ask_model(running)).status == 200
+        one = await instance_of(running)
+        running.core.process.succeeded = True
+        agent = running.core.planners["models"].pool.agent
+        await eventually(lambda: agent.resting, "it has noticed")
+        os.kill(one["pid"], signal.SIGKILL)
+        assert (await instance_of(running, status="failed"))["starts"] == 1
+        running.core.process.succeeded = False  # the successor died
+        assert (await instance_of(running))["starts"] == 2
+
+
+@asynchronous
+async def test_a_stop_that_was_broken_off_is_made_good_at_the_end():
+    async with pooling(little()) as running:
+        assert (await ask_model(running)).status == 200
+        pid, agent = (await instance_of(running))["pid"], running.core.planners["models"].pool.agent
+        (one,) = agent.instances.values()
+        os.kill(pid, signal.SIGSTOP)  # it does not hear that it is to stop
+        stopping = asyncio.ensure_future(agent.stop(one))
+        await eventually(lambda: one.life.phase is lite.Phase.STOPPING, "it is told to stop")
+        stopping.cancel()
+        ending = asyncio.ensure_future(agent.stop_all())
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGCONT)
+        await ending
+        assert gone([pid]) and not agent.instances
+
+
+@pytest.mark.parametrize("said, listed", table(
+    ("a path that the profile lists", {"model": "/models/x"}, ("/models/x",)),
+    ("an argument that trusts code", {"model": "org/a", "args": ["--trust-remote-code"]},
+     ("--trust-remote-code", "org/a"))))
+@asynchronous
+async def test_a_model_that_was_registered_is_known_to_the_successor(tmp_path, said, listed):
+    settings = {"state_file": str(tmp_path / "state"),
+                "profiles": (lite.ProfileSettings("vllm", values=listed),)}
+    body = json.dumps({"alias": "p", **said}).encode()
+    async with pooling(**settings) as running:
+        client = await running.client()
+        assert (await client.post("/admin/models/register", body, AS_JSON)).status == 200
+    async with pooling(**settings) as running:
+
+        async def known():
+            found = (await (await running.client()).get("/admin/models")).json["models"]
+            return [one["config"].get("args") for one in found] == [said.get("args")]
+
+        await eventually(known, "it is known")
+
+
 @contextlib.asynccontextmanager
 async def agency(tmp_path, port, key="k3y"):
     """An agent, as a process of its own."""
@@ -17847,6 +17899,7 @@ memory_gb = [16]
 [[profiles]]
 name = "vllm"
 command = {json.dumps(SIMULATE)}
+args = ["--token-s", "0.001"]
 models = ["org/*", "a"]
 [config]
 state_file = "{tmp_path / 'agent.state'}"
@@ -17890,8 +17943,12 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             assert (await ask_model(manager, "b")).status == 200
             after = await instance_of(manager, "b")
             assert (after["pid"], after["starts"]) == (before["pid"], 1)
+            os.kill(after["pid"], signal.SIGKILL)  # it is started as its profile says, once more
+            assert (await ask_model(manager, "b")).status == 200
+            words = (await instance_of(manager, "b"))["command"]
+            assert words.count("simulate-vllm") == words.count("--token-s") == 1
             assert (await client.post("/unload", b"")).status == 200
-            assert gone(before["group"])
+            assert gone(before["group"] + after["group"])
         assert agent.poll() is not None
 
 
