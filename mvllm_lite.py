@@ -6429,11 +6429,13 @@ class Estimate(NamedTuple):
     slowdown: float  # and how many times as long one of this answer counts
     new: int  # tokens of its prompt that are to be read,
     token_s: float  # each in that time
+    tried: bool = False  # whatever it costs
 
     def words(self, pending: int, length: float) -> str:
         """The cost as a sum, of an answer of that length behind so many pending tokens."""
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
-        return (f"{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
+        tried = "a try, since nothing was seen of it for a while; else " * self.tried
+        return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
                 f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f}) + others {self.others_s:.2g}")
@@ -6600,13 +6602,12 @@ class Unified(Policy):
             now = eligible.moment.now
             for n, (view, ours) in enumerate(zip(eligible.views, eligible.in_flight)):
                 if not ours and now > view.pace.retest_at:
-                    costs[n], eligible.estimates[n] = 0.0, None
+                    costs[n], eligible.estimates[n] = 0.0, (*rows[n], True)
         return costs
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The same in words."""
-        return [Estimate(*row).words(pending, eligible.answer_tokens) if row else
-                "a try, since nothing was seen of it for a while"
+        return [Estimate(*row).words(pending, eligible.answer_tokens)
                 for pending, row in zip(eligible.pending, eligible.estimates)]
 
 
