@@ -12883,7 +12883,8 @@ async def check_progress(core: Core, server: str) -> None:
                 core.judge(server, Health.become, State.HEALTHY, "its engine moves again", now)
                 return
             core.judge(server, Health.stood_still, "frozen: no answer to a probe", now, s)
-        for attempt in [one for view in views for one in core.requests.running.get(view.id, ())]:
+        attempts = [one for view in views for one in core.requests.running.get(view.id, ())]
+        for attempt in [one for one in attempts if one.waits]:  # /pause, say, does not
             attempt.give_up(even_begun=attempt.movable())
         return
     opens_at = views[0].health.open_until if views and views[0].open else None

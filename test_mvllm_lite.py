@@ -11680,6 +11680,29 @@ async def test_a_frozen_server_is_left_and_taken_back_when_it_moves():
 
 
 @asynchronous
+async def test_what_a_frozen_server_was_told_to_do_has_its_time():
+    async def answer(asked, conn):
+        if "/pause" not in asked.line:
+            await conn.left()
+        await running.until(lambda: running.states() == ["unhealthy", "healthy"])
+        checks = frozen.probes["/metrics"]
+        await eventually(lambda: frozen.probes["/metrics"] > checks + 5, "it is looked at again")
+        await conn.json({})
+
+    page = {"/metrics": "vllm:num_requests_running 1\nvllm:generation_tokens_total 5\n"}
+    frozen, keys = Server(answer, **page), (lite.KeySettings("root", "sk-root", admin=True),)
+    frozen.capacity = 1000
+    async with balancing(frozen, Server(**page), metrics_interval=0.02, frozen_timeout=0.1,
+                         keys=keys, admin_paths=("/pause",)) as running:
+        fields, told = [f"X-MVLLM-Server: {frozen.url}"], await running.client()
+        await told.ask("POST", "/pause", b"", [*fields, *bearer("sk-root")])
+        await frozen.came.wait()
+        client = await running.client()
+        assert (await client.post("/v1/x", b"{}", bearer("sk-root"))).status == 200
+        assert (await told.answer()).status == 200
+
+
+@asynchronous
 async def test_requests_at_a_server_that_is_gone_but_keeps_its_connections_go_elsewhere():
     bad, good = Server(lambda asked, conn: conn.left(),
                        **{"/metrics": "vllm:generation_tokens_total 5"}), Server()
