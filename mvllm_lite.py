@@ -3842,12 +3842,16 @@ def engine_died(said: bytes, notation: Notation) -> bool:
     return any(text and "new futures" not in text for text in words)
 
 
+# How vLLM begins a message; of one that it aborts it does not say why it stopped.
+VLLM_MESSAGE = re.compile(rb'\{"id":"chatcmpl-[^"]*+","type":"message",')
 # How vLLM refuses prompts, or numbers of tokens to generate, that are too long for it.
 TOO_LONG = re.compile(r"(?i)context[ _]length|max_model_len|maximum model length")
 
 
 def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     """The failure that a whole plain answer admits to, which another server may not have."""
+    if status == 200 and VLLM_MESSAGE.match(content) and b'"stop_reason":' not in content:
+        return Fault.ABORTED
     if status not in (400, 500):
         return bad_end(content, notation)
     said = document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])

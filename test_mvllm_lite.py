@@ -3149,6 +3149,12 @@ def test_of_which_answers_the_end_is_read(method, path, kind, notation):
     ("not at its place", 200, b'{"choices":[{"message":{"finish_reason":"abort"},'
      b'"finish_reason":"stop"}],"x":{"finish_reason":"abort"}}', None),
     ("a message that was cut short", 200, b'{"type":"message","stop_reason":"abort"}', "ABORTED"),
+    ("a message that vLLM cut short", 200, b'{"id":"chatcmpl-a","type":"message","content":'
+     b'[{"type":"text","text":"\\"stop_reason\\":"}],"usage":{"output_tokens":9}}', "ABORTED"),
+    ("a message of vLLM's", 200, b'{"id":"chatcmpl-a","type":"message","content":[],"stop_reason":'
+     b'"end_turn","usage":{"output_tokens":1}}', None),
+    ("a message of a server that gives no reasons", 200,
+     b'{"id":"msg_1","type":"message","content":[]}', None),
     ("what a tool was asked for", 200,
      b'{"type":"message","content":[{"type":"tool_use","input":{"stop_reason":"abort"}}]}', None),
     ("no engine", 500, b'{"error":{"message":"EngineCore encountered an issue. See stack trace"}}',
