@@ -18365,11 +18365,11 @@ def model_by_request(
 def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str, str]]:
     """What of a model that came over HTTP the profile does not allow: keys and why."""
     name, wrong = model.model or model.alias, list[tuple[str, str]]()
-    trusting = any("trust-remote-code" in word.replace("_", "-")
+    trusting = any("trust-rem" in word.replace("_", "-")  # or cut short, as argparse takes it
                    for word in (*profile.command, *profile.args, *model.args))
     patterns = profile.models or ("*",)
-    listed = name in profile.values or name in profile.models
-    if not listed and (MODEL_NAME.fullmatch(name) is None or os_path_like(name)):
+    listed = name in (*profile.values, *profile.models) and not name.startswith("-")
+    if not listed and MODEL_NAME.fullmatch(name) is None:
         wrong.append(("model", f"found {shown(name)}, expected a name like Qwen/Qwen3-8B"))
     elif not listed and (trusting or not any(matches(name, one) for one in patterns)):
         what = "exact names, since it trusts remote code" if trusting else "these"
@@ -18380,11 +18380,6 @@ def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str
             wrong.append(("args", f"found {shown(word)}, expected one of profile {profile.name}'s"
                           f" values: {', '.join(profile.values) or 'it has none'}"))
     return wrong
-
-
-def os_path_like(name: str) -> bool:
-    """Whether a name could be taken for a path, which vLLM would look at first."""
-    return name.startswith((".", "/", "~")) or ".." in name
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -18562,9 +18557,8 @@ def find_place(
         model.alias, NO_DEMAND)
     may_move = {seat.name for seat in seats if demand.waiting or model.min_replicas
                 if movable(seat, model, demands, running.count(seat.alias))}
-    only = demand.host
+    named = pinned.host if pinned else demand.host
     for host in hosts:
-        named = pinned.host if pinned else only
         if not host.reachable or named not in ("", host.name):
             continue
         if host.profiles is not None and (model.profile or "vllm") not in host.profiles:
@@ -18579,7 +18573,9 @@ def find_place(
             places.append(((len(found.moves), not found.now, disturbs, crowd, host.name), found))
     if places:
         return min(places, key=lambda place: place[0])[1]
-    return "; ".join(lacking) or "no host can be reached"
+    nowhere = f"it may run on {named} alone, which takes no models now" if named else (
+        "no host can be reached")
+    return "; ".join(lacking) or nowhere
 
 
 def place_on(
@@ -19468,11 +19464,13 @@ class RemoteHost:
     async def refresh(self) -> None:
         """Raises PeerGone."""
         try:
-            self.said = await self.ask("/info", None, 5.0)
+            said = await self.ask("/info", None, 5.0)
+            if not isinstance(said.get("instances"), dict):
+                raise PeerGone(f"{self.url} is no agent", Fault.BAD_ANSWER)
         except PeerGone:
             self.reachable = False
             raise
-        self.reachable, self.seen_at = True, asyncio.get_running_loop().time()
+        self.said, self.reachable, self.seen_at = said, True, asyncio.get_running_loop().time()
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """Raises PeerGone, with the agent's words if it refuses."""
@@ -19658,7 +19656,8 @@ class Holdings:
 
     def demands(self, now: float) -> dict[str, Demand]:
         found = dict[str, Demand]()
-        local = next((h.name for h in self.hosts.values() if isinstance(h, LocalHost)), "")
+        local = next((host.name for host in self.hosts.values() if isinstance(host, LocalHost)),
+                     "the balancer's machine")
         for alias, model in self.models.items():
             load = self.load_of(alias)
             self.uses.note_load(model, load, now)
@@ -20243,13 +20242,15 @@ async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
             "request", 0, "alias", f"{model.alias} stands in the settings file")])
     known = pool.registered.get(model.alias) == model
     pool.register(model)
+    unused = ", ".join(key for key, value in routing.items() if value is not None)
     return {"status": "exists" if known else "success", "routing": {**said_of(model), **routing},
-            "message": f"model {model.alias} is {'known' if known else 'registered'}"}
+            "message": f"model {model.alias} is {'known' if known else 'registered'}"
+            + f"; {unused} mean nothing here: weights are those of [pools]" * bool(unused)}
 
 
 def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """A model as serverless_vllm had it said, in our words; and what it said of routing, which
-    weights of [pools] do here.  Raises SettingsError."""
+    means nothing here: weights of [pools] do that.  Raises SettingsError."""
     names = "routing_state", "mix_weight", "worker_id"
     routing = {key: document.pop(key) for key in names if key in document}
     backends = document.pop("backends", None)
@@ -20333,7 +20334,7 @@ async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
     return {"workers": [
         {"worker_id": host.name, "worker_url": getattr(host, "url", ""),
          "public_worker_url": getattr(host, "public_url", ""), "reachable": host.reachable,
-         "seen_s_ago": round(max(0.0, now - host.seen_at), 1) if host.seen_at > 0 else None,
+         "seen_s_ago": round(max(0.0, now - host.seen_at), 1),
          "gpu_info": host.report().get("gpu_info"), "instances": list(host.report()["instances"])}
         for host in pool.hosts.values()]}
 

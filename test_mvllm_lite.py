@@ -17563,7 +17563,8 @@ def test_models_that_settings_cannot_have(said, named):
 
 PROFILES = {one.name: one for one in (
     lite.ProfileSettings("vllm", ("Qwen/*", "/models/own"), values=("--dtype", "half")),
-    lite.ProfileSettings("trusting", ("a/*", "b/c"), args=("--trust-remote-code",)))}
+    lite.ProfileSettings("trusting", ("a/*", "b/c"), args=("--trust-remote-code",)),
+    lite.ProfileSettings("short", ("a/*",), args=("--trust_remote",)))}
 
 
 @pytest.mark.parametrize("said, named", table(
@@ -17576,9 +17577,11 @@ PROFILES = {one.name: one for one in (
     ("a path that looks like a name", {"model": "Qwen/.."}, "model"),
     ("a path below", {"model": "./Qwen"}, "model"),
     ("an option", {"model": "--help"}, "model"),
+    ("an option that is a listed argument", {"model": "--dtype"}, "model"),
     ("three parts", {"model": "Qwen/a/b"}, "model"),
     ("a line", {"model": "Qwen/x\n--y"}, "model"),
     ("a pattern for code", {"model": "a/b", "profile": "trusting"}, "model"),
+    ("a pattern for code, cut short", {"model": "a/b", "profile": "short"}, "model"),
     ("an option of its own", {"model": "Qwen/x", "args": ["--enforce-eager"]}, "args"),
     ("a program", {"model": "Qwen/x", "command": ["sh"]}, "command"),
     ("an environment", {"model": "Qwen/x", "env": {"LD_PRELOAD": "x"}}, "env"),
@@ -17918,6 +17921,55 @@ async def test_a_model_that_was_registered_is_known_to_the_successor(tmp_path, s
             return [one["config"].get("args") for one in found] == [said.get("args")]
 
         await eventually(known, "it is known")
+
+
+@asynchronous
+async def test_a_model_with_a_command_waits_for_the_machine_that_has_it():
+    key = {"registration_key": "k", "wait": False}
+    async with balancing(models=(little(wake_timeout_s=0.3),), **key) as running:
+        pool = running.core.planners["models"].pool
+        assert not pool.hosts  # this one has no GPU, and agents are expected
+        demands, waits = pool.demands(0.0), lite.HostView("g1", (80.0,))
+        demands["a"] = demands["a"]._replace(waiting=1)
+        acts, why_not = lite.decide(list(pool.models.values()), [waits], [], demands)
+        assert not acts and "the balancer's machine alone" in why_not["a"]
+
+
+@asynchronous
+async def test_what_registers_as_an_agent_and_is_none_harms_no_model():
+    key = {"registration_key": "k3y", "devices": (16.0,), "wait": False}
+    async with balancing(models=(little(),), **key) as running:
+        client = await running.client()
+        other = await asyncio.start_server(answers_json, "127.0.0.1", 0)
+        said = {"worker_id": "g1", "ttl_s": 20, "gpu_info": {}, "worker_url":
+                "http://127.0.0.1:%d" % other.sockets[0].getsockname()[1]}
+        assert (await client.post("/workers/register", json.dumps(said).encode(), [
+            AS_JSON[0], "Authorization: Bearer k3y"])).status == 200
+        pool = running.core.planners["models"].pool
+        await eventually(lambda: "g1" in pool.hosts, "it is known")
+        await eventually(lambda: answers_json.asked, "it was asked")
+        assert (await ask_model(running)).status == 200 and not pool.hosts["g1"].reachable
+        other.close()
+
+
+async def answers_json(reader, writer):
+    await reader.readuntil(b"\r\n\r\n")
+    answers_json.asked = True
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+    writer.close()
+
+
+answers_json.asked = False
+
+
+@asynchronous
+async def test_what_serverless_vllm_said_of_routing_is_said_to_mean_nothing():
+    body = {"alias": "p", "backends": {"vllm": {"model_name": "org/p"}}, "worker_id": None,
+            "routing_state": "HYBRID_MIX", "mix_weight": 50}
+    async with pooling() as running:
+        told = await (await running.client()).post(
+            "/admin/models/register", json.dumps(body).encode(), AS_JSON)
+        assert "; routing_state, mix_weight mean nothing here" in told.json["message"]
 
 
 @contextlib.asynccontextmanager
