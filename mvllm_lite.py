@@ -8785,11 +8785,12 @@ class History:
             self.retries))
 
     def since(self, moment: float) -> HistorySample:
-        """The last sample before that moment; where there is none, one of nothing."""
+        """The last sample before that moment; where none is so old, the oldest that is kept or,
+        where none was dropped, one of nothing."""
         for sample in reversed(self.samples):
             if sample.at <= moment:
                 return sample
-        return HistorySample(moment)
+        return self.samples[0] if len(self.samples) == SAMPLES_KEPT else HistorySample(moment)
 
     def ttfb_since(self, moment: float) -> list[float]:
         return [seconds for at, seconds in self.ttfb if at > moment]

@@ -13204,6 +13204,9 @@ def test_the_last_minute_forgets_what_is_older():
     assert minute.lost - before.lost == 20
     assert (sorted(set(minute.ttfb_since(now - 60))) == [0.1, 0.5]
             and set(minute.ttfb_since(now - 40)) == {0.5})
+    assert minute.since(now - 120) is minute.samples[0]  # not all that ever was (breaker_window)
+    (young := lite.History()).sample(view, 5.0, 0.5)
+    assert young.since(4.0) == lite.HistorySample(4.0)  # all of it is since then
 
 
 @asynchronous
