@@ -99,7 +99,7 @@ the lines.
     55  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
     56  exchange       ~ one request, from its head to its last byte
 
-    IX  operating        1,750 lines, all the time
+    IX  operating        1,910 lines, all the time
     57  watch          ~ health checks, load reports
     58  services       ~ what runs in the background because settings name it, as rows
     59  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
@@ -14091,6 +14091,9 @@ def fail(message: str) -> int:
     return 1
 
 
+OLD_PREFIXES = ("ROUTER_", "MANAGER_")  # of HOST and PORT
+
+
 def strange_host(environ: Mapping[str, str]) -> str:
     """A HOST that is no address to listen on: conda and some shells set one, too."""
     host = environ.get("HOST", "")
@@ -14101,8 +14104,24 @@ def strange_host(environ: Mapping[str, str]) -> str:
     return ""
 
 
+def with_old_names(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """HOST and PORT also by the names that serverless_vllm's documents have for them.  What
+    Kubernetes sets for a service that is called so, like tcp://10.0.0.1:80, is no port."""
+    said = {name: environ[old + name] for old in OLD_PREFIXES for name in ("HOST", "PORT")
+            if environ.get(old + name) and (name == "HOST" or environ[old + name].isdecimal())}
+    return said | {name: value for name, value in environ.items() if value or name not in said}
+
+
 def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    """What is wrong with the environment, and ignored."""
+    """What of the environment goes by an old name; what is wrong with it, and ignored."""
+    full = with_old_names(environ)
+    old = [name for name in ("HOST", "PORT") if full.get(name) != environ.get(name)]
+    told = [Complaint("environment", 0, "", f"{' and '.join(old)} by an old name"
+                      f" ({', '.join(OLD_PREFIXES)})")] * bool(old)
+    return told + wrong_host(full, args)
+
+
+def wrong_host(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
     if not (host := strange_host(environ)) or getattr(args, "host", None) is not None:
         return []
     text = f"found {shown(host)}, expected an IP address or localhost; ignored"
@@ -14112,6 +14131,7 @@ def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Compla
 def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
     """What flags and environment say: they win over the file."""
     found: dict[str, tuple[Any, str]] = {}
+    environ = with_old_names(environ)
     if strange_host(environ):
         environ = {**environ, "HOST": ""}
     for key, field in CONFIG_FIELDS.items():
@@ -22828,9 +22848,11 @@ Three machines.  On the first worker_key = "…" and registration_networks in [c
 
     WORKER_KEY=… mvllm_lite.py worker agent.toml --manager http://FIRST:8888
 
-From serverless_vllm: its paths, bodies and variables of the environment are taken; model_path and
-llama_* are refused.  GET /admin/models, POST /admin/models/{alias}/wake, sleep or stop,
-/admin/models/register, /running, /unload and /logs/{alias} show and steer it.
+From serverless_vllm: its paths, bodies and variables of the environment are taken (MANAGER_HOST,
+ROUTER_PORT … are HOST and PORT); model_path and llama_* are refused, and what it says of routing
+means nothing: give servers a pool, and weights in [pools].  GET /admin/models, POST
+/admin/models/{alias}/wake, sleep or stop, /admin/models/register, /running, /unload and
+/logs/{alias} show and steer it.
 
 What runs stands in a file beside the settings (state_file), so that a successor takes it over; it
 stops with the balancer unless stop_models = false, and not at all with an agent: give its unit
@@ -23009,6 +23031,9 @@ def systemd_topic() -> str:
 # For half the memory let ExecStart name a compiled file, made anew for each version of it and of
 # Python:
 #     python3 -c "{COMPILE.format("mvllm_lite")}"
+# Where it runs models ([[models]], or `worker`) take out PrivateDevices=yes, which hides the GPUs;
+# add StateDirectory=mvllm_lite, and to the settings state_file = "/var/lib/mvllm_lite/models".
+# A `worker` takes KillMode=process, too: its models run on when it stops, for its successor.
 """ + """\
 [Unit]
 Description=mvllm_lite, one address for a fleet of vLLM servers

@@ -13801,6 +13801,9 @@ PRECEDENCE = table(
     ("environment over file", [], {"PORT": "2"}, "port = 1", 2),
     ("flag over environment", ["--port", "3"], {"PORT": "2"}, "port = 1", 3),
     ("an empty variable is none", [], {"PORT": ""}, "port = 1", 1),
+    ("an old name of the variable", [], {"MANAGER_PORT": "2", "PORT": ""}, "port = 1", 2),
+    ("the usual name over an old one", [], {"ROUTER_PORT": "2", "PORT": "3"}, "port = 1", 3),
+    ("what Kubernetes sets is no port", [], {"ROUTER_PORT": "tcp://10.0.0.1:80"}, "port = 1", 1),
 )
 
 
@@ -13822,6 +13825,16 @@ def test_a_host_of_the_environment_that_is_no_address_is_ignored(host, flags, li
         assert list(map(str, lite.warn_of(environ, args))) == warned
         if flags:
             break
+
+
+@pytest.mark.parametrize("environ, told", table(
+    ("both", {"MANAGER_HOST": "::1", "ROUTER_PORT": "7"},
+     ["environment: HOST and PORT by an old name (ROUTER_, MANAGER_)"]),
+    ("Kubernetes'", {"ROUTER_PORT": "tcp://10.0.0.1:80"}, []),
+    ("one that does not count", {"HOST": "::1", "ROUTER_HOST": "::2"}, [])))
+def test_an_old_name_of_host_or_port_is_told_of(environ, told):
+    args = lite.argument_parser().parse_args(["run"])
+    assert list(map(str, lite.warn_of(environ, args))) == told
 
 
 def test_the_demo_may_say_each_request_on_a_terminal():
