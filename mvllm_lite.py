@@ -12508,7 +12508,8 @@ class Exchange:
             self.note_stored(head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
         first = answer.first
-        if self.call.stream and head.is_event_stream and not answer.done:
+        open_ended = framing in (CHUNKED, UNTIL_CLOSE)  # what goes on may say more, or less
+        if self.call.stream and head.is_event_stream and open_ended and not answer.done:
             first = self.keep_stream(step.request, head, first)
         wanted = self.response.begin(head, framing, first, answer.done, added)
         self.release(answer.done and head.status < 500)

@@ -11964,6 +11964,25 @@ async def test_streams_leave_a_frozen_server_that_can_go_on_elsewhere_and_others
 
 
 @asynchronous
+async def test_a_stream_of_a_length_that_was_told_has_it_or_is_broken():
+    async def cut(asked, conn):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
+        await conn.send(head + text_event("a"))
+        await conn.server.seen.wait()
+        conn.reset()
+
+    first, other = in_order(cut, telling("ab", server=2))
+    async with balancing(first, other) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", SEEDED)
+        await client.reader.readuntil(b'"a"}')
+        first.seen.set()
+        with pytest.raises(ConnectionResetError):  # and nothing stands behind its length
+            while await client.reader.read(65536):
+                pass
+
+
+@asynchronous
 async def test_a_stream_goes_on_again_where_the_next_one_breaks_later():
     servers = in_order(
         telling("a", "b", how="reset"), telling("a", "b", "c", server=2, how="reset"),
