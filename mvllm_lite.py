@@ -14105,7 +14105,7 @@ def strange_host(environ: Mapping[str, str]) -> str:
     return ""
 
 
-def with_old_names(environ: Mapping[str, str]) -> Mapping[str, str]:
+def with_old_prefixes(environ: Mapping[str, str]) -> Mapping[str, str]:
     """HOST and PORT also by the names that serverless_vllm's documents have for them.  What
     Kubernetes sets for a service that is called so, like tcp://10.0.0.1:80, is no port."""
     said = {name: environ[old + name] for old in OLD_PREFIXES for name in ("HOST", "PORT")
@@ -14115,7 +14115,7 @@ def with_old_names(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
     """What of the environment goes by an old name; what is wrong with it, and ignored."""
-    full = with_old_names(environ)
+    full = with_old_prefixes(environ)
     old = [name for name in ("HOST", "PORT") if full.get(name) != environ.get(name)]
     told = [Complaint("environment", 0, "", f"{' and '.join(old)} by an old name"
                       f" ({', '.join(OLD_PREFIXES)})")] * bool(old)
@@ -14132,7 +14132,7 @@ def wrong_host(environ: Mapping[str, str], args: argparse.Namespace) -> list[Com
 def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
     """What flags and environment say: they win over the file."""
     found: dict[str, tuple[Any, str]] = {}
-    environ = with_old_names(environ)
+    environ = with_old_prefixes(environ)
     if strange_host(environ):
         environ = {**environ, "HOST": ""}
     for key, field in CONFIG_FIELDS.items():
