@@ -19214,6 +19214,8 @@ class Agent:
             await asyncio.sleep(one.life.retry_at - asyncio.get_running_loop().time())
             while self.resting:
                 await asyncio.sleep(TEND_S)
+            if one.life.phase is not Phase.FAILED:
+                return
             self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
 
     async def start(self, one: Instance, adopted: bool) -> str:
@@ -19498,9 +19500,9 @@ class RemoteHost:
         """Raises PeerGone, with the agent's words if it refuses."""
         try:
             status, said = await self.client.fetch(path, timeout_s, content)
+            document = read_members(said, None)
         except (BadMessage, TimeoutError) as error:
             raise PeerGone(f"{self.name}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
-        document = read_members(said, None)
         if status >= 400:
             wrong, text = document.get("error"), said[:200].decode("latin-1")
             text = wrong.get("message", text) if isinstance(wrong, dict) else text
@@ -19635,15 +19637,12 @@ class Holdings:
             for one in host.report()["instances"].values():
                 yield host, one
 
-    def server_id(self, host: Host, one: Mapping[str, Any]) -> str:
-        return str(one["alias"])
-
     def seats(self, now: float) -> list[Seat]:
         seats, models = list(self.launching.values()), self.models
         for host, one in self.instances():
             name, alias = one["alias"], one["model_alias"]
             model, phase = models.get(alias, ModelSettings(alias)), Phase(one["status"])
-            in_flight = self.core.fleet.in_flight(self.server_id(host, one))
+            in_flight = self.core.fleet.in_flight(one["alias"])
             used_at = self.uses.used_at.setdefault(name, now)
             if in_flight or phase in (Phase.STARTING, Phase.WAKING):
                 used_at = self.uses.used_at[name] = now
@@ -19671,7 +19670,7 @@ class Holdings:
         """Requests in flight by capacity, of those that run."""
         in_flight = capacity = 0.0
         for host, one in self.instances():
-            view = self.core.fleet.view(self.server_id(host, one))
+            view = self.core.fleet.view(one["alias"])
             if one["model_alias"] == alias and view is not None and view.open:
                 in_flight, capacity = in_flight + view.counts.in_flight, capacity + view.capacity
         return in_flight / capacity if capacity else 0.0
@@ -19712,7 +19711,7 @@ class Holdings:
         """Whether a request for it finds a server now."""
         for host, one in self.instances():
             if one["model_alias"] == model.alias and one["status"] == Phase.RUNNING.value:
-                view = self.core.fleet.view(self.server_id(host, one))
+                view = self.core.fleet.view(one["alias"])
                 if (view is not None and view.healthy and view.available
                         and view.has(model.served)):
                     return True
@@ -19960,12 +19959,12 @@ class ModelPool(Holdings):
             raise LookupError(f"No instance {shown(name)} here.")
         if verb == "wake":
             await host.do(name, "wake")
-            self.core.fleet.woke(self.server_id(host, one))
+            self.core.fleet.woke(one["alias"])
             return
         self.leaving.add(name)
         try:
             self.define_servers()
-            await self.drained(self.server_id(host, one))
+            await self.drained(one["alias"])
             level = 2 if verb == "deepen" or not self.levels_one(one["model_alias"]) else 1
             await host.do(name, "stop" if verb == "stop" else "sleep", level)
         finally:
@@ -19991,7 +19990,7 @@ class ModelPool(Holdings):
             runs = phase is Phase.RUNNING and host.reachable
             if runs or (name in known and phase in LIVING + (Phase.FAILED,)
                         and one["retry_in_s"] is not None):
-                id, url = self.server_id(host, one), host.url_of(one)
+                id, url = one["alias"], host.url_of(one)
                 model = self.models.get(one["model_alias"])
                 servers[id] = ServerSettings(
                     url, model.max_concurrent_requests if model else AUTO,
@@ -20011,7 +20010,7 @@ class ModelPool(Holdings):
             self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id))
 
     async def probe(self, id: str) -> None:
-        with contextlib.suppress(PeerGone):
+        with contextlib.suppress(PeerGone, LookupError):  # it may have left
             await probe_server(self.core, id)
         self.doing.pop(f"probe {id}", None)
         self.notify()
@@ -20238,7 +20237,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict[str, Any]:
-    view = pool.core.fleet.view(pool.server_id(host, one))
+    view = pool.core.fleet.view(one["alias"])
     in_flight = view.counts.in_flight if view else 0
     return {**one, "instance_alias": one["alias"], "worker_id": host.name,
             "worker_url": host.url_of(one), "inflight_requests": in_flight,

@@ -17970,31 +17970,32 @@ async def test_a_model_with_a_command_waits_for_the_machine_that_has_it():
         assert not acts and "the balancer's machine alone" in why_not["a"]
 
 
+@pytest.mark.parametrize("content", table(
+    ("no instances", b"{}"), ("too deep to be read", b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}")))
 @asynchronous
-async def test_what_registers_as_an_agent_and_is_none_harms_no_model():
+async def test_what_registers_as_an_agent_and_is_none_harms_no_model(content):
+    asked = asyncio.Event()
+
+    async def answers(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (
+            len(content), content))
+        writer.close()
+
     key = {"registration_key": "k3y", "devices": (16.0,), "wait": False}
     async with balancing(models=(little(),), **key) as running:
         client = await running.client()
-        other = await asyncio.start_server(answers_json, "127.0.0.1", 0)
+        other = await asyncio.start_server(answers, "127.0.0.1", 0)
         said = {"worker_id": "g1", "ttl_s": 20, "gpu_info": {}, "worker_url":
                 "http://127.0.0.1:%d" % other.sockets[0].getsockname()[1]}
         assert (await client.post("/workers/register", json.dumps(said).encode(), [
             AS_JSON[0], "Authorization: Bearer k3y"])).status == 200
         pool = running.core.planners["models"].pool
         await eventually(lambda: "g1" in pool.hosts, "it is known")
-        await eventually(lambda: answers_json.asked, "it was asked")
+        await asked.wait()
         assert (await ask_model(running)).status == 200 and not pool.hosts["g1"].reachable
         other.close()
-
-
-async def answers_json(reader, writer):
-    await reader.readuntil(b"\r\n\r\n")
-    answers_json.asked = True
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
-    writer.close()
-
-
-answers_json.asked = False
 
 
 @asynchronous
