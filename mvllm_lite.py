@@ -5896,7 +5896,7 @@ class Lease:
     def reading_s(self) -> float:
         """In how many seconds its prompt is probably read."""
         pace = self._member.view.pace if self._member else None
-        return self.pending * pace.step_s * pace.prompt_steps if pace else 0.0
+        return self.pending * pace.prompt_token_s if pace else 0.0
 
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
