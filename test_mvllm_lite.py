@@ -184,6 +184,7 @@ def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
     home = {}
     for node in TREE.body:
         names = [node.name] if hasattr(node, "name") else []
+        assert home.keys().isdisjoint(names), f"in line {node.lineno}: {names} is taken"
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [t.id for target in targets
