@@ -18474,6 +18474,7 @@ class Act(NamedTuple):
     host: str = ""
     devices: tuple[int, ...] = ()
     why: str = ""
+    evicts: bool = False  # it makes room for another model
 
 
 class Spot(NamedTuple):
@@ -18735,7 +18736,7 @@ def reason_to_run(model: ModelSettings, demands: Demands) -> str:
 
 
 def moves_for(model: ModelSettings, moves: Iterable[tuple[Seat, str]]) -> list[Act]:
-    return [Act(how, seat.alias, seat.name, why=f"{model.alias} needs its place")
+    return [Act(how, seat.alias, seat.name, why=f"{model.alias} needs its place", evicts=True)
             for seat, how in moves]
 
 
@@ -19903,7 +19904,7 @@ class ModelPool(Holdings):
             key = act.name or act.alias
             if key not in self.doing:
                 self.acts[act.alias] = f"{act.verb}: {act.why}"
-                if act.why.endswith("needs its place"):
+                if act.evicts:
                     self.evictions.add(act.alias)
                 log.info("model %s: %s, %s", key, act.verb, act.why)
                 self.doing[key] = self._tasks.create_task(self.carry_out(act, models, key))
@@ -20272,8 +20273,8 @@ async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
 def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """A model as serverless_vllm had it said, in our words; and what it said of routing, which
     means nothing here: weights of [pools] do that.  Raises SettingsError."""
-    names = "routing_state", "mix_weight", "worker_id"
-    routing = {key: document.pop(key) for key in names if key in document}
+    routing = {key: document.pop(key) for key in ("routing_state", "mix_weight", "worker_id")
+               if key in document}
     backends = document.pop("backends", None)
     if backends is None:
         return document, routing

@@ -17832,6 +17832,7 @@ async def test_one_start_is_for_all_who_wait_and_the_exact_command_is_shown():
         # The other does not fit beside it: it makes room, and leaves nothing behind.
         assert (await ask_model(running, "b")).status == 200
         assert gone([one["pid"]])
+        assert await running.metric("mvllm_model_evictions_total", model="a") == 1
         stopped = await instance_of(running, "b")
         assert (await client.post("/unload", b"")).status == 200
         assert gone(stopped["group"])
