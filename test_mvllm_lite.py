@@ -189,6 +189,7 @@ def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [t.id for target in targets
                      for t in ast.walk(target) if isinstance(t, ast.Name)]
+        assert not (hasattr(node, "name") and node.name in home), f"{node.name} has two meanings"
         home |= {name: room_at(node.lineno) for name in names if name not in home}
     for line, name in names_used(symtable.symtable(SOURCE, "mvllm_lite.py", "exec")):
         assert home.get(name, 0) <= room_at(line), f"in line {line} ff.: {name}"
