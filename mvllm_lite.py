@@ -4664,6 +4664,11 @@ class Prospect(NamedTuple):
     reason: str = ""
     text: str = ""
 
+    @property
+    def wants_seed(self) -> bool:
+        """Whether with a seed it could be repeated, which it cannot without."""
+        return self.way is Way.CONTINUE or self.reason in ("sampled", "not_plain")
+
 
 RESUMED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 SEEDED_PATHS = RESUMED_PATHS[:3]  # /v1/messages knows no seed
@@ -12310,10 +12315,10 @@ class Exchange:
         self.body.keep(content)
         self.core.requests.budget.came(self.trail.asked_at)
         client, s, call, to = self.client, self.settings, self.call, self.destination
-        if (s.resume_seed and call.asks is not None and to.path in SEEDED_PATHS
-                and not is_repeatable(call.asks, to.path)):
+        if (s.resume_seed and to.path in SEEDED_PATHS
+                and first_prospect(call, self.head, to.path, s).wants_seed):
             seed = self.core.draw.getrandbits(31)
-            self.call = call = call._replace(asks={**call.asks, "seed": seed})
+            self.call = call = call._replace(asks={**(call.asks or {}), "seed": seed})
             self.body.keep(content := with_seed(content, seed))
         peer, tls = client.peer[0], client.is_tls
         trusted = bool(s.trusted_proxies) and is_trusted(peer, s.trusted_proxies)
