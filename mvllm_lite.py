@@ -22900,8 +22900,8 @@ def resume_topic() -> str:
     return f"""\
 A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another:
 
-  "repeat"    what has temperature 0, top_k 1 or a seed is asked again, and takes as long again;
-              what was shown is compared and left out.  Paths: {", ".join(RESUMED_PATHS[:2])},
+  "repeat"    the default: what has temperature 0, top_k 1 or a seed is asked again, and takes as
+              long again; what was shown is left out.  Paths: {", ".join(RESUMED_PATHS[:2])},
               {", ".join(RESUMED_PATHS[2:])} (which knows no seed).
   "continue"  also, plain sampled text of one choice goes on behind the text so far: a fair
               continuation of the text, not of the tokens.  Without stop, min_tokens, penalties,
