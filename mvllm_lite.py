@@ -1263,6 +1263,7 @@ def cors_fields(
 
 SAMPLE_LIMIT = 4096  # characters of one line of a page of metrics
 LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
+SERVER_SETS_LIMIT = 20 * LABEL_SETS_LIMIT  # the same by server: a thousand may have registered
 SAMPLE_LINE = re.compile(
     r"([a-zA-Z_:][a-zA-Z0-9_:]*+)"  # name
     r'(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*+")*+)\})?'  # {label="value",…}
@@ -1323,17 +1324,18 @@ def escape(value: str) -> str:
 
 
 class Family:
-    """A metric family.  Its children are kept by their label values, LABEL_SETS_LIMIT at most; the
-    rest count together as "other", so that no client can fill our memory."""
+    """A metric family.  Its children are kept by their label values, up to a limit; the rest count
+    together as "other", so that no client can fill our memory."""
 
     kind = ""
 
     def __init__(self, name: str, meaning: str, *labels: str) -> None:
         self.name, self.meaning, self.labels = name, meaning, labels
         self.children: dict[tuple[str, ...], Any] = {}
+        self.limit = SERVER_SETS_LIMIT if "server" in labels else LABEL_SETS_LIMIT
 
     def key(self, values: tuple[str, ...]) -> tuple[str, ...]:
-        if values in self.children or len(self.children) < LABEL_SETS_LIMIT:
+        if values in self.children or len(self.children) < self.limit:
             return values
         return ("other",) * len(self.labels)
 
@@ -1350,7 +1352,7 @@ class Counter(Family):
         try:
             self.children[values] += amount
         except KeyError:
-            room = len(self.children) < LABEL_SETS_LIMIT
+            room = len(self.children) < self.limit
             key = values if room else self.key(values)
             self.children[key] = self.children.get(key, 0) + amount
 
@@ -1380,7 +1382,7 @@ class Histogram(Family):
 
     def child(self, *values: str) -> list[float]:
         """The child of these label values; who holds it can `observe` cheaply."""
-        zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < LABEL_SETS_LIMIT
+        zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < self.limit
         key = values if room else self.key(values)
         return self.children.get(values) or self.children.setdefault(key, zeros)
 
@@ -9801,6 +9803,9 @@ def usual_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
+PATTERN = "like "  # before the id of an entry that servers are like: none of theirs begins so
+
+
 class Secrets:
     """Keys and certificates, from the settings and from the files they name.  Made anew to see
     whether a file has changed; what has not is taken from the secrets `before`.  Raises
@@ -9814,14 +9819,16 @@ class Secrets:
         self.registration = s.registration_key or self._read_key(s.registration_key_file)
         self._registered_key = s.registered_api_key or self._read_key(s.registered_api_key_file)
         self._settings = s
+        named = (*settings.servers, *(
+            dataclasses.replace(one, id=PATTERN + one.id) for one in settings.patterns))
         self.server_keys = {
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
-            for server in (*settings.servers, *settings.patterns)
+            for server in named
         }
         self._named = frozenset(self.server_keys)
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
-        for server in (*settings.servers, *settings.patterns):
+        for server in named:
             self._make_context(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
@@ -9834,8 +9841,8 @@ class Secrets:
         only as honest as who has named it, and what they say of those of its source; or all that an
         entry of the settings has that it is `like`.  No file is read."""
         if server.like:
-            self.server_keys[server.id] = self.server_keys.get(server.like, "")
-            if context := self.contexts.get(server.like):
+            self.server_keys[server.id] = self.server_keys.get(PATTERN + server.like, "")
+            if context := self.contexts.get(PATTERN + server.like):
                 self.contexts[server.id] = context
             return
         s, registered = self._settings, source is Source.REGISTERED
@@ -16370,6 +16377,12 @@ class Registration:
         return "gpu_info" in self.said or "instances" in self.said
 
     @property
+    def place(self) -> str:
+        """The address that its URL stands for, whatever name it has there."""
+        host, address = self.placed[host_of(self.url)]
+        return address or host
+
+    @property
     def ttl_s(self) -> float:
         return float(self.said.get("ttl_s", TTL_S))
 
@@ -16744,10 +16757,11 @@ async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
     one = registrations.book.find(name_in(asked, "/heartbeat"))
     check_may_change(asked, one)
     if more := read_members(asked.content, None):
-        said = {**one.said, **more, "worker_id": one.id}
+        said = {**one.said, **more, "worker_id": one.said.get("worker_id")}
         if more.keys() & {*URL_KEYS, "zmq_address"}:
             place = (await peer_of(asked, said)).place
-        one = parse_registration(said, one.registrar, place or one.placed.__getitem__)
+        new = parse_registration(said, one.registrar, place or one.placed.__getitem__)
+        one = dataclasses.replace(new, id=one.id)
     registrations.take(one)
     return {"status": "success", "message": f"{one.id} is there", "ttl_s": one.ttl_s}
 
@@ -16986,8 +17000,10 @@ class ZmqListener:
             if found:
                 self.tell(host, found)
             return
-        book, (place, *_) = self.registrations.book.by_id, found.id.rsplit(":", 1)
-        if found.id not in book and sum(id.startswith(place) for id in book) >= ZMQ_SERVERS_EACH:
+        book, place = self.registrations.book.by_id, found.place
+        others = (one for one in book.values() if one.registrar is Registrar.ZMQ)
+        if found.id not in book and sum(
+                one.place == place for one in others) >= ZMQ_SERVERS_EACH:
             raise BadMessage(f"{ZMQ_SERVERS_EACH} servers of {place} are registered, and not more")
         self.registrations.take(found)
 

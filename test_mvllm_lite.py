@@ -1825,6 +1825,13 @@ def test_label_sets_are_bounded():
     assert counter.children[("other",)] == 50
 
 
+def test_each_of_a_thousand_servers_has_its_counts():
+    counter = lite.Counter("c_total", "A counter.", "server", "result")
+    for n in range(lite.LABEL_SETS_LIMIT * 2):
+        counter.add(str(n), "ok")
+    assert len(counter.children) == lite.LABEL_SETS_LIMIT * 2
+
+
 # ============================================================================================
 #  settings
 # ============================================================================================
@@ -16324,6 +16331,35 @@ async def test_a_server_registers_is_asked_and_leaves():
         assert (await post(b, f"/workers/{id}", method="DELETE"))[0] == 200 and not on_roster(b)
         status, said = await post(b, f"/workers/{id}/heartbeat")
         assert status == 404 and "register it" in said["error"]["message"]
+
+
+@asynchronous
+async def test_a_heartbeat_changes_a_server_whose_id_is_an_ipv6_address_or_has_a_path():
+    async with balancing() as b:
+        for url in ("http://[::1]:9", "http://127.0.0.1:9/base"):
+            peer = lite.Peer("::1" if "[" in url else "127.0.0.1")
+            new = lite.parse_registration({"url": url}, lite.Registrar.ADMIN, peer.place)
+            lite.Registrations.of(b.core).take(new)
+            status, said = await post(
+                b, f"/workers/{new.id}/heartbeat", {"max_concurrent_requests": 3})
+            assert status == 200, said
+            assert lite.Registrations.of(b.core).book.find(new.id).servers[
+                url].max_concurrent_requests == 3
+
+
+def test_the_place_of_a_registration_is_an_address_whatever_name_stands_in_its_url():
+    for host in ("10.0.0.1", "a.example", "b.example"):
+        said = P2P | {"http_address": f"{host}:1", "zmq_address": "10.0.0.1:2"}
+        assert lite.zmq_registration(said, lite.Peer("10.0.0.1").place).place == "10.0.0.1"
+
+
+def test_a_server_by_hand_does_not_take_the_key_of_an_entry_for_dns_with_its_url():
+    entry = lite.DnsSettings("http://a:1", 0, lite.ServerSettings("http://a:1", api_key="sk-1"))
+    secrets = lite.Secrets(Settings(dns=(entry,)))
+    secrets.adopt(lite.ServerSettings("http://a:1"), lite.Source.BY_HAND)
+    (found,) = lite.at_addresses(entry, ["10.0.0.1"]).values()
+    secrets.adopt(found, lite.Source.DNS)
+    assert secrets.server_keys[found.id] == "sk-1" and secrets.server_keys["http://a:1"] == ""
 
 
 @asynchronous
