@@ -38,151 +38,152 @@ the lines.
     II  settings         1,230 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  pool settings  · models, and how they are launched, as settings have them
-     9  settings       · all that can be set, each with its default, check and meaning
-    10  complaints     · what is wrong with settings, in words: where, found, expected
-    11  settings file  · from TOML to settings; complaints with file, line and key
+     9  entries        · what an entry of [[servers]], [[keys]] and other tables says
+    10  settings       · all that can be set, each with its default, check and meaning
+    11  complaints     · what is wrong with settings, in words: where, found, expected
+    12  settings file  · from TOML to settings; complaints with file, line and key
 
    III  vLLM             2,210 lines, for each request, check and scrape
-    12  content        · compression undone; JSON: where the members that matter stand
-    13  forms          · forms: the model that a part names; another model in its place
-    14  prompts        · how long a prompt is, and what of it each server has probably cached
-    15  calls          · which paths are passed on, and what a request wants: its model, a stream
-    16  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
-    17  judge          · an answer judged as it comes; its tokens and its id
-    18  transcripts    · what a stream has shown
-    19  resumption     · whether and how another server goes on with a stream; the join
-    20  engine load    · what a server says of itself: its load, its models
+    13  content        · compression undone; JSON: where the members that matter stand
+    14  forms          · forms: the model that a part names; another model in its place
+    15  prompts        · how long a prompt is, and what of it each server has probably cached
+    16  calls          · which paths are passed on, and what a request wants: its model, a stream
+    17  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
+    18  judge          · an answer judged as it comes; its tokens and its id
+    19  transcripts    · what a stream has shown
+    20  resumption     · whether and how another server goes on with a stream; the join
+    21  engine load    · what a server says of itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
-    21  health         · whether a server can be asked, by checks and by what became of requests
-    22  pace           · what a server has of ours; how fast it reads and answers, as learned
-    23  servers        · what is known of each: settings, health, report, what was learned, counts
-    24  learning       · what reports teach of a server: its capacity, and what its cache has
-    25  leases         · a request that is with a server: what it counts for, what it teaches
-    26  fleet          · the servers, and requests of ours with them
-    27  roster         · which servers there are: named by the file, by hand, merged by one rule
-    28  estimates      · what a call would take at each server, and take from others, in seconds
-    29  policies       · what a server is worth for a call, by a dozen rules
-    30  ranking        · who may be asked, who is asked, and why
+    22  health         · whether a server can be asked, by checks and by what became of requests
+    23  pace           · what a server has of ours; how fast it reads and answers, as learned
+    24  servers        · what is known of each: settings, health, report, what was learned, counts
+    25  learning       · what reports teach of a server: its capacity, and what its cache has
+    26  leases         · a request that is with a server: what it counts for, what it teaches
+    27  fleet          · the servers, and requests of ours with them
+    28  roster         · which servers there are: named by the file, by hand, merged by one rule
+    29  estimates      · what a call would take at each server, and take from others, in seconds
+    30  policies       · what a server is worth for a call, by a dozen rules
+    31  ranking        · who may be asked, who is asked, and why
 
      V  answering        1,000 lines, for each request
-    31  queue          · requests that wait for room; what retries the fleet can afford
-    32  poison         · content with which servers die, and whose failure it was
-    33  plans          · how a call is answered, step by step
-    34  client keys    · clients' keys and what each uses; whose stored responses are
-    35  access         · who may come in, and to which path; proxies that are trusted
+    32  queue          · requests that wait for room; what retries the fleet can afford
+    33  poison         · content with which servers die, and whose failure it was
+    34  plans          · how a call is answered, step by step
+    35  client keys    · clients' keys and what each uses; whose stored responses are
+    36  access         · who may come in, and to which path; proxies that are trusted
 
     VI  what is counted  950 lines, for each request, and when asked for
-    36  documents      · what programs are shown in JSON
-    37  metrics        · what is counted and measured, as families for Prometheus
-    38  records        · what is written of requests and transitions: log lines, records, traces
-    39  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    40  status         · what screen, page and /status.json show
+    37  documents      · what programs are shown in JSON
+    38  metrics        · what is counted and measured, as families for Prometheus
+    39  records        · what is written of requests and transitions: log lines, records, traces
+    40  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    41  status         · what screen, page and /status.json show
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
-    41  sockets        ~ what is the same of all: errors, deadlines; those that listen
-    42  wire           ~ one connection: its buffer, its deadline, its end
-    43  secrets        ~ keys and certificates, and how a server is reached with them
-    44  client         ~ what we ask servers ourselves, over asyncio's streams
-    45  pool           ~ the connections to one server over which requests go, kept and reused
-    46  pump           ~ bytes on their way through, with back-pressure
-    47  response       ~ the client's side of an exchange
-    48  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    42  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    43  wire           ~ one connection: its buffer, its deadline, its end
+    44  secrets        ~ keys and certificates, and how a server is reached with them
+    45  client         ~ what we ask servers ourselves, over asyncio's streams
+    46  pool           ~ the connections to one server over which requests go, kept and reused
+    47  pump           ~ bytes on their way through, with back-pressure
+    48  response       ~ the client's side of an exchange
+    49  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,540 lines, for each request
-    49  shared state   ~ clients, pools, news, requests under way
-    50  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
-    51  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    52  attempt        ~ a request said to one server; its answer judged and passed on
-    53  case           ~ whose failure it was: suspects, deaths, content that is held off
-    54  accounts       ~ what is counted, kept and told of a request that has ended
-    55  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
-    56  exchange       ~ one request, from its head to its last byte
+    50  shared state   ~ clients, pools, news, requests under way
+    51  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    52  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    53  attempt        ~ a request said to one server; its answer judged and passed on
+    54  case           ~ whose failure it was: suspects, deaths, content that is held off
+    55  accounts       ~ what is counted, kept and told of a request that has ended
+    56  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    57  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,910 lines, all the time
-    57  watch          ~ health checks, load reports
-    58  services       ~ what runs in the background because settings name it, as rows
-    59  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
-    60  endpoints      ~ the paths that the balancer answers itself, in one table
-    61  front          ~ where clients come in: connections accepted, requests let in
-    62  following      ~ the settings file, and the files that it names
-    63  commands       ~ subcommands as rows; settings from file, environment and flags
-    64  handover       ~ one process takes over from another, without a gap
-    65  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    58  watch          ~ health checks, load reports
+    59  services       ~ what runs in the background because settings name it, as rows
+    60  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    61  endpoints      ~ the paths that the balancer answers itself, in one table
+    62  front          ~ where clients come in: connections accepted, requests let in
+    63  following      ~ the settings file, and the files that it names
+    64  commands       ~ subcommands as rows; settings from file, environment and flags
+    65  handover       ~ one process takes over from another, without a gap
+    66  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    66  process        ~ signals, systemd, limits of the system
-    67  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    68  command line   ~ what is common to all subcommands; the one that serves; `help`
+    67  process        ~ signals, systemd, limits of the system
+    68  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    69  command line   ~ what is common to all subcommands; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    69  names          ~ servers by DNS: each address of a name is one; names that move
-    70  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    71  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    72  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    73  zmtp           · what ZeroMQ's sockets say, and msgpack
-    74  registration   · servers and agents that say themselves that they are there
-    75  registering    ~ where they say it over HTTP
-    76  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    70  names          ~ servers by DNS: each address of a name is one; names that move
+    71  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
+    72  listing        · what is asked of the Kubernetes API, and what follows from its answers
+    73  cluster        ~ the Kubernetes API as it is reached; lists and watches
+    74  zmtp           · what ZeroMQ's sockets say, and msgpack
+    75  registration   · servers and agents that say themselves that they are there
+    76  registering    ~ where they say it over HTTP
+    77  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
    XII  prefill and decode 1,060 lines, where [[disaggregation]] is set
-    77  legs           · two requests that are made of one, and one answer of theirs
-    78  connectors     · what the two are told, so that one server's blocks get to the other
-    79  splitting      · how a request is parted between two servers, step by step
-    80  leg attempts   ~ a leg at one server; its answer kept, or looked through on its way
-    81  pairs          ~ its two legs, carried out; what is counted of them
+    78  legs           · two requests that are made of one, and one answer of theirs
+    79  connectors     · what the two are told, so that one server's blocks get to the other
+    80  splitting      · how a request is parted between two servers, step by step
+    81  leg attempts   ~ a leg at one server; its answer kept, or looked through on its way
+    82  pairs          ~ its two legs, carried out; what is counted of them
 
   XIII  models           2,480 lines, where the settings have models, or agents that run some
-    82  life           · the life of a model's process: one table of transitions
-    83  launching      · command lines of settings files; what may be said over HTTP
-    84  placement      · where a model fits, and what has to make room for it
-    85  scaling        · how many of each model run, and what is done for that next
-    86  children       ~ processes: launched, watched, ended with all of their group
-    87  instances      ~ one model's process: how it is asked, and what is told of it
-    88  agent          ~ the instances of one host: tended, started again, remembered
-    89  hosts          ~ machines that run models; how much each model is used
-    90  holdings       ~ what is known of the pool, and what placement is told of it
-    91  keeping        ~ what is done for it; requests wait here for their models
-    92  models         ~ the pool for requests, in lists, in metrics, and for people
-    93  pool paths     ~ where people and programs ask for the pool
-    94  worker         ~ an agent in a process of its own
+    83  life           · the life of a model's process: one table of transitions
+    84  launching      · command lines of settings files; what may be said over HTTP
+    85  placement      · where a model fits, and what has to make room for it
+    86  scaling        · how many of each model run, and what is done for that next
+    87  children       ~ processes: launched, watched, ended with all of their group
+    88  instances      ~ one model's process: how it is asked, and what is told of it
+    89  agent          ~ the instances of one host: tended, started again, remembered
+    90  hosts          ~ machines that run models; how much each model is used
+    91  holdings       ~ what is known of the pool, and what placement is told of it
+    92  keeping        ~ what is done for it; requests wait here for their models
+    93  models         ~ the pool for requests, in lists, in metrics, and for people
+    94  pool paths     ~ where people and programs ask for the pool
+    95  worker         ~ an agent in a process of its own
 
    XIV  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
-    95  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    96  table          · the servers in lines, as many columns as there is room for
-    97  views          · graphs of the fleet; models, requests and keys as tables
-    98  screen         · what is seen there: the table and the lines around it
-    99  keys           · what keys do to it, and ask of the balancer
-    100  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    101  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    102  page           ~ the status for a browser: one HTML string
-    103  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    104  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    96  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    97  table          · the servers in lines, as many columns as there is room for
+    98  views          · graphs of the fleet; models, requests and keys as tables
+    99  screen         · what is seen there: the table and the lines around it
+    100  keys           · what keys do to it, and ask of the balancer
+    101  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    102  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    103  page           ~ the status for a browser: one HTML string
+    104  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    105  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,360 lines, for `replay`, `demo` and `check-config`
-    105  traces         · requests of the past: from files, or made up
-    106  engine         · a model of a vLLM server, in simulated time
-    107  replay         · those requests sent to such servers by any policy
-    108  comparison     ~ policies compared on a trace: the program of `replay`
-    109  canned words   · what a vLLM server would say, without a model; what it refuses
-    110  canned forms   · the same in the forms of its APIs, plain and streamed
-    111  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    112  understudy     ~ what stands in for `vllm serve`; a pool of them
-    113  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    114  doctor         ~ what is amiss with servers and settings, and what to do about it
-    115  check config   ~ the program of `check-config`
+    106  traces         · requests of the past: from files, or made up
+    107  engine         · a model of a vLLM server, in simulated time
+    108  replay         · those requests sent to such servers by any policy
+    109  comparison     ~ policies compared on a trace: the program of `replay`
+    110  canned words   · what a vLLM server would say, without a model; what it refuses
+    111  canned forms   · the same in the forms of its APIs, plain and streamed
+    112  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    113  understudy     ~ what stands in for `vllm serve`; a pool of them
+    114  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    115  doctor         ~ what is amiss with servers and settings, and what to do about it
+    116  check config   ~ the program of `check-config`
 
-A request walks through the rooms like this.  The `Front` (61) reads a head from the client's
-`Wire` (42), parses it (2), makes an `Exchange` (56) of it, and asks who may come in (35).  A local
-path is answered in room 60.  For any other the `Exchange` runs: the content is gathered (51) and
-read as a `Call` (15) with its `Prompt` (14), the `Keys` (34) admit it, and `relay_plan` (33) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (30) in the view
-of the fleet (26) by a policy (29).  An `Attempt` (52) at that server holds the answer back until
-it is judged to be one (17), and then has the `Exchange` commit: the `Response` (47) begins, and a
-`Pump` (46) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (54) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (62) reads a head from the client's
+`Wire` (43), parses it (2), makes an `Exchange` (57) of it, and asks who may come in (36).  A local
+path is answered in room 61.  For any other the `Exchange` runs: the content is gathered (52) and
+read as a `Call` (16) with its `Prompt` (15), the `Keys` (35) admit it, and `relay_plan` (34) says
+step by step what to do.  Each `Relay` step names the server that was ranked best (31) in the view
+of the fleet (27) by a policy (30).  An `Attempt` (53) at that server holds the answer back until
+it is judged to be one (18), and then has the `Exchange` commit: the `Response` (48) begins, and a
+`Pump` (47) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
+asked next.  At the end `account` (55) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
 *roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
@@ -1876,13 +1877,13 @@ def listens_openly(model: ModelSettings) -> bool:
 
 
 # ══════════
-#  9  settings
+#  9  entries
 # ══════════
 #
 # One declaration per setting: its key, default, check and meaning stand in one place, and the
 # file, the environment, the command line and servers.example.toml follow from it.
 #
-# To add a setting: a field with `setting(…)` in ServerSettings or Settings, and its line in
+# To add a setting: a field with `setting(…)` here or in Settings, and its line in
 # servers.example.toml (a test compares the two).
 
 
@@ -2019,6 +2020,13 @@ class DisaggregationSettings:
         15.0, number(0.001), "wait for the answer's first token; then plainly")
     kv_lease: float = setting(
         30.0, number(0.001), "how long blocks are kept there (kv_lease_duration)")
+
+
+# ══════════
+#  10  settings
+# ══════════
+#
+# Everything that can be set, and which of it belongs together.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2267,7 +2275,7 @@ SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
 
 
 # ══════════
-#  10  complaints
+#  11  complaints
 # ══════════
 #
 # What is wrong with settings, in words: where, what was found, what was expected.
@@ -2325,7 +2333,7 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
 
 
 # ══════════
-#  11  settings file
+#  12  settings file
 # ══════════
 #
 # From a TOML document to settings.  A bad value is never half used: everything that is wrong is
@@ -2674,7 +2682,7 @@ def changes_line(old: Settings, new: Settings) -> str:
 
 
 # ══════════
-#  12  content
+#  13  content
 # ══════════
 #
 # JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
@@ -2978,7 +2986,7 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
 
 
 # ══════════
-#  13  forms
+#  14  forms
 # ══════════
 #
 # multipart/form-data as far as a balancer must read it: the model that one of its parts names;
@@ -3125,7 +3133,7 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 
 
 # ══════════
-#  14  prompts
+#  15  prompts
 # ══════════
 #
 # What is known of a prompt without understanding it: about how long it is, and hashes of ever
@@ -3337,7 +3345,7 @@ class PrefixCache:
 
 
 # ══════════
-#  15  calls
+#  16  calls
 # ══════════
 #
 # What clients want, as far as a balancer must understand it: which paths are inference, which model
@@ -3565,7 +3573,7 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 
 
 # ══════════
-#  16  dialect
+#  17  dialect
 # ══════════
 #
 # What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
@@ -3903,7 +3911,7 @@ def error_event(body: bytes, path: str) -> bytes:
 
 
 # ══════════
-#  17  judge
+#  18  judge
 # ══════════
 #
 # An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
@@ -4114,7 +4122,7 @@ def response_id(start: bytes, streams: bool) -> str:
 
 
 # ══════════
-#  18  transcripts
+#  19  transcripts
 # ══════════
 #
 # What a stream has shown, so that another server can go on with it when its own is lost.  While all
@@ -4462,7 +4470,7 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 # ══════════
-#  19  resumption
+#  20  resumption
 # ══════════
 #
 # How another server goes on with a stream: whether it can, by what was asked for and shown; and a
@@ -4794,7 +4802,7 @@ def with_seed(content: Content, seed: int) -> bytes:
 
 
 # ══════════
-#  20  engine load
+#  21  engine load
 # ══════════
 #
 # What a server says of itself: its load, by its page of metrics, and its models, by their list.
@@ -4971,7 +4979,7 @@ def is_plain(value: Any, depth: int) -> bool:
 
 
 # ══════════
-#  21  health
+#  22  health
 # ══════════
 #
 # Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
@@ -5190,7 +5198,7 @@ class Health(NamedTuple):
 
 
 # ══════════
-#  22  pace
+#  23  pace
 # ══════════
 #
 # What a server has of ours, counted in place, and how fast it is, in two figures that are learned
@@ -5383,7 +5391,7 @@ class AnswerLengths:
 
 
 # ══════════
-#  23  servers
+#  24  servers
 # ══════════
 #
 # What is known of a server: what was set, its health, its last report, what was learned.  All of
@@ -5732,7 +5740,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ══════════
-#  24  learning
+#  25  learning
 # ══════════
 #
 # What a server's reports teach of it besides its pace: its time per output token as it is now, its
@@ -5840,7 +5848,7 @@ def learned_after(
 
 
 # ══════════
-#  25  leases
+#  26  leases
 # ══════════
 #
 # What is counted of a request while it is with a server, and what is learned when it goes well.
@@ -5960,7 +5968,7 @@ class Lease:
 
 
 # ══════════
-#  26  fleet
+#  27  fleet
 # ══════════
 #
 # The servers, and requests of ours with them.  The fleet holds the newest view of each server and
@@ -6214,7 +6222,7 @@ def new_view(
 
 
 # ══════════
-#  27  roster
+#  28  roster
 # ══════════
 #
 # Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
@@ -6401,7 +6409,7 @@ class Roster:
 
 
 # ══════════
-#  28  estimates
+#  29  estimates
 # ══════════
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and what
@@ -6514,7 +6522,7 @@ def estimates(eligible: Eligible) -> list[tuple[float, ...]]:
 
 
 # ══════════
-#  29  policies
+#  30  policies
 # ══════════
 #
 # What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
@@ -6855,7 +6863,7 @@ class Expression(Formula):
 
 
 # ══════════
-#  30  ranking
+#  31  ranking
 # ══════════
 #
 # Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
@@ -7201,7 +7209,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
 
 
 # ══════════
-#  31  queue
+#  32  queue
 # ══════════
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -7319,7 +7327,7 @@ class WaitQueue:
 
 
 # ══════════
-#  32  poison
+#  33  poison
 # ══════════
 #
 # Content with which servers have died, and servers that failed with a request which may be to
@@ -7397,7 +7405,7 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 
 
 # ══════════
-#  33  plans
+#  34  plans
 # ══════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -7740,7 +7748,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ══════════
-#  34  client keys
+#  35  client keys
 # ══════════
 #
 # Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
@@ -7869,7 +7877,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ══════════
-#  35  access
+#  36  access
 # ══════════
 #
 # Who may come in, and to which path.  A browser on a machine that may come in carries the words of
@@ -8218,7 +8226,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ══════════
-#  36  documents
+#  37  documents
 # ══════════
 #
 # What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
@@ -8381,7 +8389,7 @@ def readiness_report(
 
 
 # ══════════
-#  37  metrics
+#  38  metrics
 # ══════════
 #
 # What is counted and measured: the metric families that /metrics shows.
@@ -8579,7 +8587,7 @@ def gauges(
 
 
 # ══════════
-#  38  records
+#  39  records
 # ══════════
 #
 # What is written of each request, and of each change of a server's state: for people, for programs,
@@ -8728,7 +8736,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ══════════
-#  39  recent past
+#  40  recent past
 # ══════════
 #
 # What is kept of the recent past, for people: the last minute of each server and model, the last
@@ -8909,7 +8917,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ══════════
-#  40  status
+#  41  status
 # ══════════
 #
 # What people see of the fleet: the document that the screen, the page and /status.json share.
@@ -9189,7 +9197,7 @@ def status_report(
 
 
 # ══════════
-#  41  sockets
+#  42  sockets
 # ══════════
 #
 # What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
@@ -9369,7 +9377,7 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
 
 
 # ══════════
-#  42  wire
+#  43  wire
 # ══════════
 #
 # Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
@@ -9790,7 +9798,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ══════════
-#  43  secrets
+#  44  secrets
 # ══════════
 #
 # Keys and certificates, from the settings and from the files that these name, and how a server is
@@ -9987,7 +9995,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ══════════
-#  44  client
+#  45  client
 # ══════════
 #
 # What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
@@ -10190,7 +10198,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ══════════
-#  45  pool
+#  46  pool
 # ══════════
 #
 # The connections to one server over which requests are passed on.
@@ -10325,7 +10333,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ══════════
-#  46  pump
+#  47  pump
 # ══════════
 #
 # Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
@@ -10558,7 +10566,7 @@ class Tunnel:
 
 
 # ══════════
-#  47  response
+#  48  response
 # ══════════
 #
 # The client's side of an exchange: whatever a response is made of, a server's answer or our own
@@ -10826,7 +10834,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ══════════
-#  48  logging
+#  49  logging
 # ══════════
 #
 # Lines for people and programs that may read slowly or not at all, which is no reason for a client
@@ -11159,7 +11167,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ══════════
-#  49  shared state
+#  50  shared state
 # ══════════
 #
 # What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
@@ -11354,7 +11362,7 @@ class Requests:
 
 
 # ══════════
-#  50  core
+#  51  core
 # ══════════
 #
 # The state of the running balancer, in one place: what exchanges, watchers and local pages get.
@@ -11510,7 +11518,7 @@ class Core:
 
 
 # ══════════
-#  51  intake
+#  52  intake
 # ══════════
 #
 # A request's content: gathered from the client, decoded, looked through as it comes, and held as
@@ -11653,7 +11661,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ══════════
-#  52  attempt
+#  53  attempt
 # ══════════
 #
 # One attempt at an answer: a request is said to one server, over one connection, and what it says
@@ -11891,7 +11899,7 @@ class Attempt:
 
 
 # ══════════
-#  53  case
+#  54  case
 # ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -12029,7 +12037,7 @@ class Case:
 
 
 # ══════════
-#  54  accounts
+#  55  accounts
 # ══════════
 #
 # What is counted, kept and told of a request that has ended.
@@ -12086,7 +12094,7 @@ def facts_of(
 
 
 # ══════════
-#  55  resuming
+#  56  resuming
 # ══════════
 #
 # A stream that may go on at another server: what it has shown, from its first event on, and after
@@ -12179,7 +12187,7 @@ class Resuming:
 
 
 # ══════════
-#  56  exchange
+#  57  exchange
 # ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -12719,7 +12727,7 @@ class Exchange:
 
 
 # ══════════
-#  57  watch
+#  58  watch
 # ══════════
 #
 # What goes on without a request.  Each server has two loops of its own, one that checks its health
@@ -13017,7 +13025,7 @@ class Watchers:
 
 
 # ══════════
-#  58  services
+#  59  services
 # ══════════
 #
 # What runs in the background only because the settings name it, like a source of servers.  The
@@ -13097,7 +13105,7 @@ class Services:
 
 
 # ══════════
-#  59  operations
+#  60  operations
 # ══════════
 #
 # What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
@@ -13227,7 +13235,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ══════════
-#  60  endpoints
+#  61  endpoints
 # ══════════
 #
 # What the balancer answers itself, from what it knows: no request to any server, so these paths
@@ -13540,7 +13548,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  61  front
+#  62  front
 # ══════════
 #
 # Where clients come in: connections are accepted while there is room, each is served in a task of
@@ -13890,7 +13898,7 @@ class Front:
 
 
 # ══════════
-#  62  following
+#  63  following
 # ══════════
 #
 # The settings file is read again and again: it is a few kB, which is cheaper than being clever
@@ -14020,7 +14028,7 @@ class Follower:
 
 
 # ══════════
-#  63  commands
+#  64  commands
 # ══════════
 #
 # Subcommands are rows, each registered by the room that it is of; the command line knows none of
@@ -14211,7 +14219,7 @@ def printable(text: str) -> str:
 
 
 # ══════════
-#  64  handover
+#  65  handover
 # ══════════
 #
 # One process takes over from another without a gap.  The one that goes starts the other and passes
@@ -14396,7 +14404,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  65  balancer
+#  66  balancer
 # ══════════
 #
 # Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
@@ -14630,7 +14638,7 @@ class Balancer:
 
 
 # ══════════
-#  66  process
+#  67  process
 # ══════════
 #
 # A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
@@ -14749,7 +14757,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ══════════
-#  67  router flags
+#  68  router flags
 # ══════════
 #
 # The command line of vllm-project/router: its flags are read, too, so that its command lines work
@@ -14928,7 +14936,7 @@ def router_overrides(
 
 
 # ══════════
-#  68  command line
+#  69  command line
 # ══════════
 #
 # Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
@@ -15132,7 +15140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ══════════
-#  69  names
+#  70  names
 # ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -15301,7 +15309,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ══════════
-#  70  pods
+#  71  pods
 # ══════════
 #
 # Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
@@ -15550,7 +15558,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ══════════
-#  71  listing
+#  72  listing
 # ══════════
 #
 # What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
@@ -15798,7 +15806,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ══════════
-#  72  cluster
+#  73  cluster
 # ══════════
 #
 # The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
@@ -16133,7 +16141,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ══════════
-#  73  zmtp
+#  74  zmtp
 # ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -16318,7 +16326,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ══════════
-#  74  registration
+#  75  registration
 # ══════════
 #
 # Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
@@ -16622,7 +16630,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ══════════
-#  75  registering
+#  76  registering
 # ══════════
 #
 # The paths at which servers and agents register.  The roster is kept true to the book of
@@ -16874,7 +16882,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  76  zmq listener
+#  77  zmq listener
 # ══════════
 #
 # Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
@@ -17025,7 +17033,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ══════════
-#  77  legs
+#  78  legs
 # ══════════
 #
 # One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
@@ -17290,7 +17298,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ══════════
-#  78  connectors
+#  79  connectors
 # ══════════
 #
 # What the two legs of a request are told, and in which order they are sent, so that what one vLLM
@@ -17443,7 +17451,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ══════════
-#  79  splitting
+#  80  splitting
 # ══════════
 #
 # How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
@@ -17738,7 +17746,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ══════════
-#  80  leg attempts
+#  81  leg attempts
 # ══════════
 #
 # The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
@@ -17927,7 +17935,7 @@ class DecodeAttempt(Attempt):
 
 
 # ══════════
-#  81  pairs
+#  82  pairs
 # ══════════
 #
 # Requests for which there is a [[disaggregation]]: their plans, and the steps that only these have.
@@ -18144,7 +18152,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  82  life
+#  83  life
 # ══════════
 #
 # The life of a model's instance: one table of transitions, and how often one that ends by itself is
@@ -18256,7 +18264,7 @@ class Life:
 
 
 # ══════════
-#  83  launching
+#  84  launching
 # ══════════
 #
 # How a model is launched: command lines are made of settings files on the host that runs them, and
@@ -18431,7 +18439,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 # ══════════
-#  84  placement
+#  85  placement
 # ══════════
 #
 # Where a model fits, with the fewest moves of others.  Memory that is promised counts: an instance
@@ -18653,7 +18661,7 @@ def place_on(
 
 
 # ══════════
-#  85  scaling
+#  86  scaling
 # ══════════
 #
 # How many of each model run: what is launched, put to sleep, woken and stopped next.  One pure
@@ -18799,7 +18807,7 @@ def shrink(
 
 
 # ══════════
-#  86  children
+#  87  children
 # ══════════
 #
 # Processes of models: each in a group of its own, which outlives us, with its output in a file that
@@ -18994,7 +19002,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 # ══════════
-#  87  instances
+#  88  instances
 # ══════════
 #
 # One model's process: how it is asked, and what is told of it.
@@ -19107,7 +19115,7 @@ class Instance:
 
 
 # ══════════
-#  88  agent
+#  89  agent
 # ══════════
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  It does what it is
@@ -19424,7 +19432,7 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 
 
 # ══════════
-#  89  hosts
+#  90  hosts
 # ══════════
 #
 # Machines that run models: this one, and those with an agent of their own, asked alike.  And what
@@ -19609,7 +19617,7 @@ class Uses:
 
 
 # ══════════
-#  90  holdings
+#  91  holdings
 # ══════════
 #
 # What is known of the pool, and what placement is told of it.
@@ -19763,7 +19771,7 @@ class Holdings:
 
 
 # ══════════
-#  91  keeping
+#  92  keeping
 # ══════════
 #
 # What is done for the pool: decided by the dry rooms, carried out here.  Requests for its models
@@ -20082,7 +20090,7 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ══════════
-#  92  models
+#  93  models
 # ══════════
 #
 # The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
@@ -20400,7 +20408,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 # ══════════
-#  93  pool paths
+#  94  pool paths
 # ══════════
 #
 # Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
@@ -20450,7 +20458,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ══════════
-#  94  worker
+#  95  worker
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -20661,7 +20669,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ══════════
-#  95  cells
+#  96  cells
 # ══════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -20939,7 +20947,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ══════════
-#  96  table
+#  97  table
 # ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -21172,7 +21180,7 @@ def marked(line: Line) -> Line:
 
 
 # ══════════
-#  97  views
+#  98  views
 # ══════════
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -21328,7 +21336,7 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
 
 
 # ══════════
-#  98  screen
+#  99  screen
 # ══════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -21648,7 +21656,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ══════════
-#  99  keys
+#  100  keys
 # ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -21771,7 +21779,7 @@ def key_of(char: str) -> str:
 
 
 # ══════════
-#  100  terminal
+#  101  terminal
 # ══════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -22017,7 +22025,7 @@ class CursesScreen:
 
 
 # ══════════
-#  101  top
+#  102  top
 # ══════════
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -22235,7 +22243,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  102  page
+#  103  page
 # ══════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -22756,7 +22764,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ══════════
-#  103  reference
+#  104  reference
 # ══════════
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -23036,7 +23044,7 @@ def example_topic() -> str:
 
 
 # ══════════
-#  104  deployment
+#  105  deployment
 # ══════════
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -23331,7 +23339,7 @@ def grafana_topic() -> str:
 
 
 # ══════════
-#  105  traces
+#  106  traces
 # ══════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -23520,7 +23528,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ══════════
-#  106  engine
+#  107  engine
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -23860,7 +23868,7 @@ class Engine:
 
 
 # ══════════
-#  107  replay
+#  108  replay
 # ══════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -24088,7 +24096,7 @@ def table(rows: Mapping[str, Summary]) -> str:
 
 
 # ══════════
-#  108  comparison
+#  109  comparison
 # ══════════
 #
 # Policies compared on a trace: the program of `replay`.
@@ -24225,7 +24233,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ══════════
-#  109  canned words
+#  110  canned words
 # ══════════
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -24426,7 +24434,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ══════════
-#  110  canned forms
+#  111  canned forms
 # ══════════
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -24771,7 +24779,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ══════════
-#  111  simulation
+#  112  simulation
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -25108,7 +25116,7 @@ class Generation:
 
 
 # ══════════
-#  112  understudy
+#  113  understudy
 # ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
@@ -25294,7 +25302,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ══════════
-#  113  demo
+#  114  demo
 # ══════════
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -25485,7 +25493,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  114  doctor
+#  115  doctor
 # ══════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -25768,7 +25776,7 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  115  check config
+#  116  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could
