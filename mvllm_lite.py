@@ -15144,10 +15144,10 @@ def main(argv: list[str] | None = None) -> int:
 # ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
-# Lookups are made in threads of their own, one for each name at most, so that one which hangs
-# delays nothing; whatever goes wrong with it, what was known stays.
+# Each name has at most one lookup under way, in a thread of its own, so that one which hangs
+# delays nothing.  A failed lookup changes nothing: the addresses known before stay in use.
 
-LOOKUP_LIMIT_S = 10.0  # after which a lookup counts as failed, though its end is waited for
+LOOKUP_LIMIT_S = 10.0  # a slower lookup counts as failed, although its end is still awaited
 LOOKUPS_AT_ONCE = 32
 NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 Resolve = Callable[[str, socket.AddressFamily], Sequence[str]]  # in a thread; raises OSError
@@ -15155,7 +15155,7 @@ FAMILIES = {0: (socket.AF_INET, socket.AF_INET6), 4: (socket.AF_INET,), 6: (sock
 
 
 def look_up(host: str, family: socket.AddressFamily) -> Sequence[str]:
-    """The addresses that this machine has a name stand for.  Raises OSError."""
+    """The addresses this machine resolves a name to.  Raises OSError."""
     found = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
     return list(dict.fromkeys(str(one[4][0]) for one in found))
 
@@ -15163,8 +15163,8 @@ def look_up(host: str, family: socket.AddressFamily) -> Sequence[str]:
 def first_family(
     resolve: Resolve, host: str, families: Sequence[socket.AddressFamily]
 ) -> tuple[str, ...]:
-    """A name's addresses of the first of these families that it has any of.  That one could not be
-    looked up says nothing of the next.  Raises OSError."""
+    """A name's addresses in the first of these families that it has any in.  Raises OSError when
+    it has none, or a lookup fails for another reason than that."""
     for family in families:
         try:
             if found := resolve(host, family):
@@ -15176,14 +15176,14 @@ def first_family(
 
 
 def at_addresses(entry: DnsSettings, addresses: Iterable[str]) -> dict[str, ServerSettings]:
-    """The servers that an entry stands for, by id."""
+    """The servers an entry stands for, by id."""
     ids = {f"{entry.dns}@{address}": address for address in addresses}
     return {id: dataclasses.replace(entry.server, id=id, name=id, address=address, like=entry.dns)
             for id, address in ids.items()}
 
 
 async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
-    """What will come of work in a thread that nobody waits for at the end of the process."""
+    """The future result of work done in a daemon thread, which cannot hold up the process's end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
@@ -15197,9 +15197,9 @@ async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     def run() -> None:
         try:
             news = work(), None
-        except Exception as error:  # whoever waits for it is to know, whatever it is
+        except Exception as error:  # whatever it is, whoever awaits the result must learn of it
             news = None, error  # type: ignore[assignment]
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
             loop.call_soon_threadsafe(settle, *news)
 
     threading.Thread(target=run, name="name", daemon=True).start()
@@ -15207,7 +15207,7 @@ async def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
 
 
 class NameFollower:
-    """Looks up what is wanted again and again."""
+    """Looks up the wanted names at their intervals, for as long as it runs."""
 
     def __init__(self, core: Core, wanted: NamesWanted, resolve: Resolve = look_up) -> None:
         self._core, self._wanted, self._resolve = core, wanted, resolve
@@ -15220,7 +15220,7 @@ class NameFollower:
         hosts = dict[str, list[ServerSettings]]()
         for server in self._wanted.servers:
             hosts.setdefault(host_of(server.url), []).append(server)
-        self.define()  # what is wanted no more is gone, what was known is as it is to be now
+        self.define()  # drop entries that are no longer wanted, give known servers their new keys
         async with asyncio.TaskGroup() as group:
             for entry in self._wanted.entries:
                 group.create_task(self.follow(
@@ -15235,7 +15235,7 @@ class NameFollower:
         self, host: str, families: Sequence[socket.AddressFamily], refresh_s: float,
         take: Callable[[tuple[str, ...], tuple[str, ...]], object],
     ) -> None:
-        """Have `take` told of each change: the addresses before, and those now."""
+        """Call `take` at each change with the addresses before and those now."""
         loop, known, failing = asyncio.get_running_loop(), tuple[str, ...](), False
         while True:
             begun = loop.time()
@@ -15251,7 +15251,7 @@ class NameFollower:
             await asyncio.sleep(max(0.0, begun + refresh_s - loop.time()))
 
     def note(self, host: str, lookup: asyncio.Future[Any], failing: bool) -> bool:
-        """Count a lookup.  Returns whether it has failed, which is said once."""
+        """Count a lookup and log when failing begins and ends.  Returns whether it has failed."""
         why = f"no answer within {LOOKUP_LIMIT_S:g} s"
         if lookup.done():
             error = lookup.exception()
@@ -15265,7 +15265,7 @@ class NameFollower:
         return bool(why)
 
     def found(self, entry: DnsSettings, _: object, now: tuple[str, ...]) -> None:
-        """A name stands for these servers from now on."""
+        """An entry's name has these addresses now."""
         before, self._found[entry.dns] = self._found[entry.dns], now
         if before != now:
             log.info("%s has %d addresses: %s", entry.dns, len(now), ", ".join(
@@ -15282,7 +15282,7 @@ class NameFollower:
     def moved(
         self, servers: Sequence[ServerSettings], before: tuple[str, ...], now: tuple[str, ...]
     ) -> None:
-        """The name of these servers' URLs has other addresses now."""
+        """The name in these servers' URLs has other addresses now."""
         if before:
             log.info("%s: its name has moved to %s", servers[0].name, ", ".join(now))
             for server in servers:
@@ -15290,7 +15290,7 @@ class NameFollower:
 
 
 async def preview_names(wanted: NamesWanted) -> tuple[list[ServerSettings], list[str]]:
-    """Look the names up once."""
+    """The servers that one lookup of each name finds, and a line for each that fails."""
     servers, lines = list[ServerSettings](), list[str]()
     for entry in wanted.entries:
         try:
@@ -15312,11 +15312,11 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 #  71  pods
 # ══════════
 #
-# Pods and EndpointSlices, and the servers that they are.  What is kept of an object is what servers
-# follow from, by its uid: the same name or address under another uid is another pod.
+# Pods and EndpointSlices, and the servers they stand for.  Of an object only what makes servers is
+# kept, by its uid: the same name or address under another uid is another pod.
 
 ANNOTATION_PREFIX = "mvllm-lite/"
-ANNOTATED = (  # what a pod may set of its servers
+ANNOTATED = (  # the keys of its servers that a pod may set
     "max_concurrent_requests", "weight", "tier", "pool", "role", "port", "data_parallel_size",
     "bootstrap_port",
 )
@@ -15326,20 +15326,20 @@ POD_PORT = 8000  # vLLM's own
 
 
 class Pod(NamedTuple):
-    """A pod, or an endpoint of a slice: what servers may be made of."""
+    """A pod, or an endpoint of a slice: what servers are made from."""
 
     uid: str
     name: str  # with its namespace
     address: str = ""
-    why_not: str = ""  # it is not to be asked
+    why_not: str = ""  # the reason not to use it
     leaving: bool = False
-    ports: tuple[tuple[str, int], ...] = ()  # that it declares
-    port: int = 0  # where the settings say none
-    annotations: tuple[tuple[str, str], ...] = ()  # those that are for us
+    ports: tuple[tuple[str, int], ...] = ()  # those it declares: name, number
+    port: int = 0  # used where the settings name none
+    annotations: tuple[tuple[str, str], ...] = ()  # those meant for us
 
 
 def member_at(document: Any, *path: str) -> Any:
-    """What stands there in a JSON document; None for nothing."""
+    """The member of a JSON document at that path; None if there is none."""
     for key in path:
         document = document.get(key) if isinstance(document, dict) else None
     return document
@@ -15356,18 +15356,18 @@ def objects_at(document: Any, *path: str) -> list[dict[str, Any]]:
 
 
 def ports_at(document: Any, number: str) -> list[tuple[str, int]]:
-    """Ports of TCP, by name."""
+    """The TCP ports with their names."""
     found = [(string_at(one, "name"), one.get(number)) for one in objects_at(document, "ports")
              if one.get("protocol") in ("TCP", None)]
     return [(name, port) for name, port in found if type(port) is int and 0 < port < 65536]
 
 
 def address_trouble(address: str) -> str:
-    """Why nobody is asked at that address, or ''."""
+    """Why no server can be at that address, or ''."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
-        return f"its address {shown(address)} is none" if address else "it has no address yet"
+        return f"{shown(address)} is not an IP address" if address else "it has no address yet"
     foreign = found.is_link_local or found.is_multicast or found.is_unspecified
     return f"no server is at {found}" if foreign else ""
 
@@ -15382,7 +15382,7 @@ def uid_of(document: Any) -> str:
 
 
 def first_reason(leaving: bool, address: str, *others: tuple[Any, str]) -> str:
-    """The first that holds of these reasons not to ask a pod, or ''."""
+    """The first reason that holds for not using a pod, or ''."""
     bad = address_trouble(address)
     rows = (leaving, "it is being deleted"), *others[:1], (bad, bad), *others[1:]
     return next((why for amiss, why in rows if amiss), "")
@@ -15416,7 +15416,7 @@ def read_pod(pod: Any) -> tuple[Pod, ...]:
 
 
 def read_slice(one: Any) -> tuple[Pod, ...]:
-    """The endpoints of an EndpointSlice; its ports are resolved already."""
+    """The endpoints of an EndpointSlice, whose ports the API has already resolved."""
     namespace, kind = string_at(one, "metadata", "namespace"), string_at(one, "addressType")
     ports, found = ports_at(one, "port"), list[Pod]()
     for endpoint in objects_at(one, "endpoints"):
@@ -15434,7 +15434,7 @@ def read_slice(one: Any) -> tuple[Pod, ...]:
 
 
 class ObjectKind(NamedTuple):
-    """A kind of object of the API, and what pods one is."""
+    """A kind of API object, and how its pods are read."""
 
     group: str
     path: str
@@ -15447,7 +15447,7 @@ SLICES = ObjectKind("discovery.k8s.io", "/apis/discovery.k8s.io/v1", "endpointsl
 
 
 class Watched(NamedTuple):
-    """What one watch is of, and what its servers are."""
+    """What one watch covers, and the role of its servers."""
 
     table: KubernetesSettings
     kind: ObjectKind
@@ -15463,14 +15463,14 @@ class Watched(NamedTuple):
         return f"{self.kind.plural} {self.selector} {self.where}"
 
     def path(self, **query: object) -> str:
-        """Where the API has them."""
+        """The path and query at which the API lists or watches them."""
         namespace = self.table.namespace and f"/namespaces/{self.table.namespace}"
         asked = urllib.parse.urlencode({"labelSelector": self.selector, **query})
         return f"{self.kind.path}{namespace}/{self.kind.plural}?{asked}"
 
 
 def watches_of(table: KubernetesSettings) -> list[Watched]:
-    """Those of a table.  A pod that two select is of the first."""
+    """The watches of a table.  A pod that two of them select belongs to the first."""
     by_service = table.service and f"kubernetes.io/service-name={table.service}"
     return [Watched(table, kind, selector, role) for kind, selector, role in (
         (PODS, table.prefill_selector, "prefill"), (PODS, table.decode_selector, "decode"),
@@ -15479,8 +15479,7 @@ def watches_of(table: KubernetesSettings) -> list[Watched]:
 
 
 class Offer(NamedTuple):
-    """The servers of a pod, by id, or why it has none; and what is wrong with what it says of
-    itself."""
+    """The servers of a pod, by id, or why it has none; and what is wrong with its annotations."""
 
     servers: Mapping[str, ServerSettings]
     why_not: str = ""
@@ -15488,7 +15487,7 @@ class Offer(NamedTuple):
 
 
 def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
-    """The servers are at the pod's ports; `pools` are those of the settings."""
+    """A server for each wanted port of the pod; `pools` are those in the settings."""
     values, warnings = read_annotations(one, what, pools)
     wanted, names = values.pop("port", what.table.port) or (one.port,), dict(reversed(one.ports))
     numbers = [names.get(port, 0) if isinstance(port, str) else port for port in wanted]
@@ -15508,7 +15507,7 @@ def offer_of(one: Pod, what: Watched, pools: Collection[str]) -> Offer:
 def read_annotations(
     one: Pod, what: Watched, pools: Collection[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a pod says of its server, and what is wrong with that, which is ignored."""
+    """The keys that a pod's annotations set, and a warning for each annotation that is ignored."""
     values, wrong = dict[str, Any](), list[str]()
     for name, value in sorted(one.annotations, reverse=True):  # ours come last, and win
         key = "bootstrap_port" if name == BOOTSTRAP_ANNOTATION else name.removeprefix(
@@ -15530,8 +15529,8 @@ def offers_of(
     pods: Iterable[Pod], what: Watched, pools: Collection[str],
     before: Mapping[Pod, Offer],
 ) -> dict[Pod, Offer]:
-    """What all pods of a watch offer; those that are as `before` offer the same.  One that is
-    in several slices leaves as soon as one of them says so; it has one address."""
+    """What each pod of a watch offers; an unchanged pod keeps its offer of `before`.  A pod in
+    several slices counts once, and leaves as soon as one of them says so."""
     best = dict[str, Pod]()
     for one in pods:
         known = best.get(one.uid)
@@ -15541,13 +15540,13 @@ def offers_of(
 
 
 def pod_rank(one: Pod) -> tuple[bool, bool, bool]:
-    """Of two that are the same pod, the one with the higher rank is believed."""
+    """Of two accounts of the same pod, the one with the higher rank is believed."""
     return one.leaving, not one.why_not, ":" not in one.address
 
 
 def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSettings]:
-    """All servers by id, of the first watch that has them.  At an address of two pods only the
-    later one can be: the other one's end was missed."""
+    """All servers by id, each from the first watch that has it.  Where two pods have one address,
+    the later one has it: the end of the other was missed."""
     servers, at = dict[str, ServerSettings](), dict[str, str]()
     for offer in itertools.chain.from_iterable(one.values() for one in offers):
         for id, server in offer.servers.items():
@@ -15561,20 +15560,20 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 #  72  listing
 # ══════════
 #
-# What is asked of the Kubernetes API, told by value.  A list is taken page by page and then kept up
-# to date by a watch: each event alone suffices, a list anew repairs whatever was missed, and while
-# the API says nothing everything stays as it was last known.
+# What to ask the Kubernetes API next, and what its answers mean.  A list is taken page by page,
+# then a watch keeps it up to date.  Each event stands by itself, a new list repairs whatever was
+# missed, and while the API is silent everything stays as last known.
 
 PAGE_OBJECTS = 100  # a pod is 5 to 60 kB, and a page of them is parsed in one turn of the loop
 WATCH_S = (240, 290)  # proxies cut idle streams after 300
 PAUSE_LIMIT_S = 30.0
 RETRY_AFTER_LIMIT_S = 300.0
-GONE = 410  # what was to be watched from is forgotten
+GONE = 410  # the API has forgotten the version to watch from
 LINE_LIMIT_BYTES = 4 * 1024 * 1024  # etcd takes objects of 1.5 MB
 
 
 class ApiFailure(NamedTuple):
-    """The API did not do what it was asked; status 0 is none at all."""
+    """The API did not do what it was asked; status 0 means that there was no answer."""
 
     status: int
     text: str
@@ -15582,15 +15581,15 @@ class ApiFailure(NamedTuple):
 
 
 class Listing:
-    """The objects of one watch: a list, and all that has changed since."""
+    """The objects of one watch: a list, and every change since."""
 
     def __init__(self, what: Watched) -> None:
         self.what = what
         self.objects: dict[str, tuple[Pod, ...]] = {}  # by uid
-        self.version = ""  # what has come so far, in the API's words
-        self.complete = False  # it can be watched; otherwise it has to be listed
-        self.lists = 0  # that were complete
-        self._pages: dict[str, tuple[Pod, ...]] = {}  # of a list under way
+        self.version = ""  # the resourceVersion reached so far
+        self.complete = False  # listed, and so ready to be watched
+        self.lists = 0  # completed ones
+        self._pages: dict[str, tuple[Pod, ...]] = {}  # of the list under way
         self._continue = ""
 
     @property
@@ -15601,7 +15600,7 @@ class Listing:
         return itertools.chain.from_iterable(self.objects.values())
 
     def path(self, watch_s: int) -> str:
-        """What is to be asked for next: a page of the list, or what changes within a time."""
+        """What to ask for next: a page of the list, or the changes within that time."""
         if not self.complete:
             more = {"continue": self._continue} if self._continue else {}
             return self.what.path(limit=PAGE_OBJECTS, **more)
@@ -15609,10 +15608,10 @@ class Listing:
         return self.what.path(watch=1, **since, allowWatchBookmarks="true", timeoutSeconds=watch_s)
 
     def take_page(self, page: Any) -> ApiFailure | None:
-        """A page of the list; the last one makes it complete, and what is not in it is gone."""
+        """Take a page of the list.  The last one completes it; objects in no page are gone."""
         if not isinstance(member_at(page, "items"), (list, type(None))) or not isinstance(
                 member_at(page, "metadata"), dict):
-            return ApiFailure(0, "what it answered is no list of Kubernetes objects")
+            return ApiFailure(0, "its answer is not a list of Kubernetes objects")
         read = self.what.kind.read
         self._pages |= {uid_of(one): read(one) for one in objects_at(page, "items")}
         self._continue = string_at(page, "metadata", "continue")
@@ -15623,10 +15622,10 @@ class Listing:
         return None
 
     def take_event(self, event: Any) -> ApiFailure | None:
-        """A line of a watch: one object as it is now, or was at last."""
+        """Take a line of a watch: one object as it is now, or as it last was."""
         kind, one = string_at(event, "type"), member_at(event, "object")
         if not kind:
-            return ApiFailure(0, "what it sent is no event of a watch")
+            return ApiFailure(0, "it sent a line that is not a watch event")
         if kind == "ERROR":
             code = member_at(one, "code")
             said = shown(string_at(one, "message") or string_at(one, "reason"), 200)
@@ -15639,26 +15638,26 @@ class Listing:
         return None
 
     def refused(self, failure: ApiFailure, failures: int) -> None:
-        """Where nothing can be watched or listed from where it was, list anew.  What is known stays
-        until that is done."""
+        """List anew where the API can no longer go on from the version reached.  Known objects
+        stay until the new list is complete."""
         stuck = self.complete and failure.status in (404, 500, 504) and failures % 3 == 0
         if stuck or failure.status in (400, GONE):
             self.complete, self._pages, self._continue = False, {}, ""
 
 
 class Standing:
-    """How a watch and its API get on with each other."""
+    """How well a watch gets on with its API."""
 
     def __init__(self) -> None:
-        self.contact_at = -INFINITY  # when the API last said anything good
-        self.trouble = ""  # why it does not now
+        self.contact_at = -INFINITY  # when the API last gave a good answer
+        self.trouble = ""  # why it gives none now
         self.failures = 0  # in a row
         self.errors: dict[str, int] = {}  # by status
-        self._verb = ""  # what it did not do
+        self._verb = ""  # the one that failed last
 
     def answered(self, verb: str, now: float, proven: bool = True) -> None:
-        """It does what it was asked to; it is `proven` once that has brought something.  That it
-        lists says nothing about a watch that it refused."""
+        """The API does as asked; `proven` once something came of it.  A list that works does not
+        clear the trouble of a watch that was refused."""
         self.contact_at = now
         if verb == "watch" or self._verb != "watch":
             self.trouble = ""
@@ -15666,30 +15665,30 @@ class Standing:
                 self.failures = 0
 
     def failed(self, verb: str, failure: ApiFailure, draw: random.Random) -> float:
-        """Return for how many seconds nothing is to be asked."""
+        """Note a failure.  Returns the pause before the next question, in seconds."""
         self.failures, self._verb = self.failures + 1, verb
         label = str(failure.status or "no answer")
         self.errors[label] = self.errors.get(label, 0) + 1
-        if not (failure.status == GONE and self.failures == 1):  # which is of no consequence
+        if not (failure.status == GONE and self.failures == 1):  # a single 410 is routine
             self.trouble = failure.text
         return pause_s(failure, self.failures, draw)
 
 
 def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
-    """How long to wait after the n-th failure in a row: 1, 2, 4 … 30 s, half of it by chance, so
-    that balancers of one API do not come together."""
+    """How long to wait after the n-th failure in a row: 1, 2, 4 … 30 s, up to half of it taken off
+    at random, so that several balancers do not ask at the same moment."""
     share = draw.uniform(0.5, 1.0)
     if failure.status == GONE and failures == 1:
         return 0.0
     if failure.retry_after_s:
         return min(failure.retry_after_s, RETRY_AFTER_LIMIT_S) + share
-    if failure.status in (403, 404):  # until a person has done something
+    if failure.status in (403, 404):  # a person has to change something first
         return PAUSE_LIMIT_S * share
     return min(PAUSE_LIMIT_S, 2.0 ** min(failures - 1, 9)) * share
 
 
 def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: str) -> ApiFailure:
-    """An answer of the API that is not 200; `said` is its content."""
+    """The failure that an answer other than 200 means; `said` is its content."""
     kind, role = what.kind, "Role" if what.table.namespace else "ClusterRole"
     rule = f"{{apiGroups: [{json.dumps(kind.group)}], resources: [{json.dumps(kind.plural)}]," + (
         ' verbs: ["get", "list", "watch"]}')
@@ -15721,13 +15720,13 @@ def watch_report(
 
 
 class Lines:
-    """Lines of a stream, however it is cut; one may be as long as the API's largest object."""
+    """The lines of a stream, however it is cut into pieces."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Those that are complete.  Raises BadMessage."""
+        """The lines that this piece completes.  Raises BadMessage for one that is too long."""
         end = piece.rfind(b"\n")
         if end < 0:
             self._rest += piece
@@ -15741,7 +15740,7 @@ class Lines:
 
 
 class Cluster(NamedTuple):
-    """How an API server is reached: by texts in the PEM format, or by files that hold them."""
+    """How an API server is reached.  Token, certificates and key are given as text or as files."""
 
     url: str
     token: str = ""
@@ -15755,7 +15754,7 @@ class Cluster(NamedTuple):
     verify: bool = True
 
 
-# What a kubeconfig may say of a cluster or a user that is not done here: programs, passwords …
+# Keys of a kubeconfig's cluster or user that are refused: they need programs, passwords, proxies.
 KUBECONFIG_REFUSED = (
     "exec", "auth-provider", "username", "as", "proxy-url", "tls-server-name")
 
@@ -15789,7 +15788,7 @@ def parse_kubeconfig(text: str) -> Cluster:
 
 
 def kubeconfig_entry(document: Any, kind: str, name: str) -> dict[str, Any]:
-    """What stands under a name in one of the lists of a kubeconfig.  Raises ValueError."""
+    """The entry of that name in one of the lists of a kubeconfig.  Raises ValueError."""
     for one in objects_at(document, f"{kind}s"):
         if one.get("name") == name and isinstance(one.get(kind), dict):
             found: dict[str, Any] = one[kind]
@@ -15809,21 +15808,21 @@ def pem_at(document: Any, key: str) -> str:
 #  73  cluster
 # ══════════
 #
-# The Kubernetes API as it is reached: where, with which token and certificates, all of it read anew
-# before each question, because tokens and authorities are renewed in place.
+# How the Kubernetes API is reached: where, and with which token and certificates.  They are read
+# again before each request, because Kubernetes renews them in place.
 
 ACCOUNT_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 LIST_TIMEOUT_S = 30.0
 PAGE_LIMIT_BYTES = 64 * 1024 * 1024
 SILENCE_S = 30  # after the time at which the API should have ended a watch
-LOOK_S = 1.0  # between two looks at credentials, while there is trouble
-BRIEF_S = 1.0  # a watch that ends sooner, and has said nothing, is not begun anew at once
+LOOK_S = 1.0  # between two looks at the credentials while there is trouble
+BRIEF_S = 1.0  # a watch that ends sooner and brought nothing is not restarted at once
 
 
 def cluster_of(
     table: KubernetesSettings, environ: Mapping[str, str], account: str = ACCOUNT_PATH
 ) -> Cluster:
-    """How a table's API server is reached now.  Raises SettingsError."""
+    """How the API server of a table can be reached at this moment.  Raises SettingsError."""
     if table.kubeconfig:
         try:
             text = read_regular_file(table.kubeconfig).decode("utf-8", "replace")
@@ -15840,7 +15839,7 @@ def cluster_of(
     host = environ.get("KUBERNETES_SERVICE_HOST", "")
     port = environ.get("KUBERNETES_SERVICE_PORT_HTTPS") or environ.get("KUBERNETES_SERVICE_PORT")
     if not host:
-        text = "this is no pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_server"
+        text = "not in a pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_server"
         raise SettingsError([Complaint("[[kubernetes]]", 0, "", text)])
     return with_files(Cluster(
         f"https://{f'[{host}]' if ':' in host else host}:{port or 443}",
@@ -15848,7 +15847,7 @@ def cluster_of(
 
 
 def with_files(cluster: Cluster) -> Cluster:
-    """The cluster with what its files hold.  Raises SettingsError."""
+    """The cluster with the contents of its files filled in.  Raises SettingsError."""
     held = {name.removesuffix("_file"): read_regular_file(path).decode("latin-1").strip()
             for name, path in cluster._asdict().items() if name.endswith("_file") and path}
     if (token := held.get("token", cluster.token)) and not SECRET.fullmatch(token):
@@ -15876,11 +15875,11 @@ def cluster_context(cluster: Cluster) -> ssl.SSLContext:
 
 
 class ApiServer(HttpClient):
-    """Asks an API server.  Its answers may be long, and those to a watch last for minutes."""
+    """A client of one API server, whose answers to a watch last for minutes."""
 
     def __init__(self, cluster: Cluster, begun: Callable[[], object]) -> None:
         super().__init__(ServerSettings(cluster.url))
-        self.cluster, self._begun = cluster, begun  # a good answer
+        self.cluster, self._begun = cluster, begun  # which is called when a good answer begins
         self.head: ResponseHead | None = None  # of the last answer
         self._context = cluster_context(cluster) if self.is_tls else None
         self.key_line = f"User-Agent: mvllm_lite/{__version__}\r\n"
@@ -15890,7 +15889,7 @@ class ApiServer(HttpClient):
     async def _exchange(
         self, stream: Stream, message: bytes, take: Callable[[bytes], object]
     ) -> int:
-        keep_alive(stream[1].get_extra_info("socket"))  # nothing may be said on it for minutes
+        keep_alive(stream[1].get_extra_info("socket"))  # it may be silent for minutes
         return await super()._exchange(stream, message, take)
 
     def begins(self, head: ResponseHead) -> None:
@@ -15900,8 +15899,8 @@ class ApiServer(HttpClient):
 
 
 class Watch:
-    """One watch as it runs.  After whatever it hears that changes its servers, `changed` is called
-    with warnings that are new; `pools` are those of the settings."""
+    """One watch as it runs.  Whenever its servers change, `changed` is called with the warnings
+    that are new; `pools` are those in the settings."""
 
     def __init__(
         self, what: Watched, pools: Collection[str], changed: Callable[[list[str]], object],
@@ -15915,7 +15914,7 @@ class Watch:
         self._api: ApiServer | None = None
 
     async def follow(self) -> None:
-        """List and watch, and rest after what went wrong; for ever."""
+        """List and watch for ever, with a pause after each failure."""
         try:
             while True:
                 verb = self.listing.verb
@@ -15925,7 +15924,7 @@ class Watch:
             self.close()
 
     async def step(self) -> ApiFailure | None:
-        """Ask for a page of the list, or watch for some minutes.  Why that failed is returned."""
+        """Ask for a page of the list, or watch for some minutes.  Returns the failure, if any."""
         timeout_s, watch_s = LIST_TIMEOUT_S, self._draw.randint(*WATCH_S)
         try:
             api, path = self._reached(), self.listing.path(watch_s)
@@ -15946,7 +15945,7 @@ class Watch:
             return ApiFailure(0, f"the API: {error}")
 
     def _reached(self) -> ApiServer:
-        """The API server, with the credentials of now.  Raises SettingsError."""
+        """A client with the current credentials.  Raises SettingsError."""
         cluster = cluster_of(self.listing.what.table, self._environ)
         if self._api is None or self._api.cluster != cluster:
             self.close()
@@ -15954,7 +15953,7 @@ class Watch:
         return self._api
 
     def _answered(self) -> None:
-        """A good answer begins: to a watch nothing more may come for long."""
+        """A good answer has begun.  That is news by itself: a watch may then be silent for long."""
         standing, was = self.standing, self.standing.trouble
         standing.answered(self.listing.verb, asyncio.get_running_loop().time(), proven=False)
         if was and not standing.trouble:
@@ -15968,8 +15967,8 @@ class Watch:
                           head.fields.get("retry-after"))
 
     async def _watch(self, api: ApiServer, path: str, timeout_s: float) -> ApiFailure | None:
-        """Hear of changes until the stream ends, which is no failure.  Raises what `ask` raises
-        before that."""
+        """Take changes until the stream ends, which is no failure.  Raises what `ask` raises if
+        it never began."""
         listing, lines, content, failures = self.listing, Lines(), bytearray(), list[ApiFailure]()
         loop, version = asyncio.get_running_loop(), listing.version
         begun, api.head, api.limit_bytes = loop.time(), None, INFINITY
@@ -15981,7 +15980,7 @@ class Watch:
             said = [listing.take_event(parsed(line)) for line in lines.feed(piece)]
             failures.extend(filter(None, said))
             self._note("watch", proven=not failures and bool(said))
-            if failures:  # whatever follows is of no use
+            if failures:  # nothing after it can be used
                 raise BadMessage(failures[0].text, Fault.BAD_ANSWER)
 
         try:
@@ -15997,10 +15996,10 @@ class Watch:
         return None
 
     def _note(self, verb: str, proven: bool = True) -> None:
-        """Something good has come."""
+        """A page or an event was taken."""
         what, listing = self.listing.what, self.listing
         self.standing.answered(verb, asyncio.get_running_loop().time(), proven)
-        if not listing.lists:  # what is not whole does not say what is gone
+        if not listing.lists:  # an incomplete list does not tell what is gone
             return
         known = self.offers
         self.offers = offers_of(listing.pods(), what, self._pools, known)
@@ -16010,8 +16009,7 @@ class Watch:
             self._changed([warning for warning in now if warning not in said])
 
     async def rest(self, verb: str, failure: ApiFailure) -> None:
-        """Wait, after something went wrong, until it is worth while to ask again: for a pause, or
-        until there are other credentials."""
+        """Wait after a failure: for a pause, or until the credentials change."""
         standing, loop = self.standing, asyncio.get_running_loop()
         was, used = standing.trouble, self._api and self._api.cluster
         deadline = loop.time() + standing.failed(verb, failure, self._draw)
@@ -16031,15 +16029,15 @@ class Watch:
 
 
 def parsed(content: bytes) -> Any:
-    """A JSON document; None for what is none."""
+    """A JSON document; None if it is not JSON."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(content)
     return None
 
 
 class Watches:
-    """All that the settings have watched, and the servers that are found together.  What was
-    watched `before` and is to be still goes on from where it was."""
+    """All watches of the settings, and the servers they find together.  A watch that `before` had
+    already goes on from where it was."""
 
     def __init__(
         self, core: Core, wanted: ClustersWanted, before: Watches | None = None
@@ -16051,14 +16049,14 @@ class Watches:
             for table in wanted.tables for what in watches_of(table)]
 
     def __str__(self) -> str:
-        """How it goes, for people."""
+        """Its state in one line, for people."""
         servers = sum(len(offer.servers) for one in self.all for offer in one.offers.values())
         troubles = [f"{one.listing.what.name}: {one.standing.trouble}" for one in self.all
                     if one.standing.trouble]
         return "; ".join([f"kubernetes: {servers} servers", *troubles])
 
     async def follow(self) -> None:
-        """Name what is known already, and hear of changes; for ever."""
+        """Name the servers known already, then follow all watches for ever."""
         self.define()
         async with asyncio.TaskGroup() as group:
             for one in self.all:
@@ -16070,7 +16068,7 @@ class Watches:
         self.define()
 
     def define(self) -> None:
-        """Name what was found.  What a table has named stays until it was listed again."""
+        """Name the servers found.  Those of a table that has not been listed yet stay."""
         unheard = {one.listing.what.table.server.id for one in self.all if not one.listing.lists}
         before = self._core.roster.named_by(Source.KUBERNETES)
         found = {id: server for id, server in before.items() if server.like in unheard}
@@ -16088,13 +16086,13 @@ class Watches:
 
 
 def watch_families(watches: Iterable[Watch], now: float) -> list[Family]:
-    """What is counted and measured of these."""
+    """Their counters and gauges."""
     errors = Counter("mvllm_kubernetes_errors_total",
-                     "Requests that the Kubernetes API did not do, by its status.",
+                     "Requests that the Kubernetes API refused or failed, by status.",
                      "watch", "status")
-    lists = Counter("mvllm_kubernetes_lists_total", "Lists from the start.", "watch")
+    lists = Counter("mvllm_kubernetes_lists_total", "Complete lists.", "watch")
     contact = Gauge("mvllm_kubernetes_last_contact_seconds",
-                    "Time since the Kubernetes API said anything good.", "watch")
+                    "Time since the last good answer of the Kubernetes API.", "watch")
     for one in watches:
         name, standing = one.listing.what.name, one.standing
         lists.add(name, amount=one.listing.lists)
@@ -16107,7 +16105,7 @@ def watch_families(watches: Iterable[Watch], now: float) -> list[Family]:
 
 
 async def preview_pods(wanted: ClustersWanted) -> tuple[list[ServerSettings], list[str]]:
-    """List once what is to be watched; which pods would be used, and why others not."""
+    """The servers that one listing finds, and lines that say which pods are not used, and why."""
     watches = [Watch(what, wanted.pools, lambda warnings: None)
                for table in wanted.tables for what in watches_of(table)]
     lines = itertools.chain.from_iterable(await asyncio.gather(*map(previewed, watches)))
@@ -16145,22 +16143,21 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 # ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
-# needs it to which DEALER, REQ and ROUTER sockets connect, with the mechanism NULL; and msgpack, in
-# which vLLM's connectors write.  Anybody may be at the other end: lengths are judged before
-# anything is kept, and what breaks a rule raises BadMessage, which ends that connection alone.
+# that DEALER, REQ and ROUTER sockets connect to needs it, with the NULL mechanism; and msgpack,
+# which vLLM's connectors write.  Anybody may be at the other end: lengths are checked before
+# anything is kept, and a breach of the protocol raises BadMessage, which ends that connection only.
 
 ZMTP_MORE, ZMTP_LONG, ZMTP_COMMAND = 1, 2, 4  # flags of a frame; the others are 0
 ZMTP_PEERS = (b"DEALER", b"REQ", b"ROUTER")  # sockets that a ROUTER talks with
 ZMTP_MESSAGE_BYTES = 4096  # of all frames of a message; a registration has 150
-ZMTP_FRAMES = 8  # of a message, where two are usual
-# Signature, version 3.1, mechanism, no server; what a peer has in bytes 1 to 8 may be anything.
+ZMTP_FRAMES = 8  # of a message; two are usual
+# Signature, version 3.1, mechanism, not a server; a peer may send anything in bytes 1 to 8.
 ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 ZMTP_READY = b"\x04)\x05READY\x0bSocket-Type\0\0\0\x06ROUTER\x08Identity\0\0\0\0"
 
 
 def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
-    """What stands behind its length, which has `width` bytes, and where it ends.  Raises
-    BadMessage."""
+    """The bytes that follow a length of `width` bytes, and where they end.  Raises BadMessage."""
     start = at + width
     end = start + int.from_bytes(data[at:start], "big")
     if start > len(data) or end > len(data):
@@ -16169,7 +16166,7 @@ def split_prefixed(data: bytes, at: int, width: int) -> tuple[bytes, int]:
 
 
 def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
-    """By name in lower case.  Raises BadMessage."""
+    """A peer's properties, by lower-case name.  Raises BadMessage."""
     found, at = dict[bytes, bytes](), 0
     while at < len(data):
         name, at = split_prefixed(data, at, 1)
@@ -16179,18 +16176,18 @@ def zmtp_properties(data: bytes) -> dict[bytes, bytes]:
 
 
 class ZmtpPeer:
-    """One connection, as a ROUTER hears it: bytes in, messages out, and `answer` what to send
-    back.  Raises BadMessage where the peer breaks the protocol, or is of another kind."""
+    """One connection of a ROUTER: bytes in, messages out, and in `answer` the bytes to send back.
+    Raises BadMessage where the peer breaks the protocol, or its socket is of another type."""
 
     def __init__(self) -> None:
-        self.buffer = bytearray()  # of a frame that is not whole yet
-        self.answer = bytearray(ZMTP_GREETING)  # to be sent, and emptied by who sends it
-        self.identity: bytes | None = None  # None before the handshake has ended
+        self.buffer = bytearray()  # an incomplete frame
+        self.answer = bytearray(ZMTP_GREETING)  # the caller sends it and empties it
+        self.identity: bytes | None = None  # known once the handshake is over
         self._greeted = False
-        self._frames: list[bytes] = []  # of a message that is not whole yet
+        self._frames: list[bytes] = []  # of an incomplete message
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
-        """The messages that are whole now, without the empty frame that a REQ begins with."""
+        """The messages that are now complete, without the empty frame that a REQ puts first."""
         self.buffer += data
         if not (self._greeted or self._greets()):
             return
@@ -16211,11 +16208,12 @@ class ZmtpPeer:
                 yield message[1:] if message[0] == b"" else message
 
     def _greets(self) -> bool:
-        """Whether the peer's greeting is whole, which it is taken for as early as it is wrong."""
+        """Whether the peer's greeting is complete.  A wrong one is refused at its first wrong
+        byte."""
         said, size = self.buffer, len(ZMTP_GREETING)
         mechanism = bytes(said[12:32])
         if said[:1] not in (b"", b"\xff") or said[9:10] not in (b"", b"\x7f"):
-            raise BadMessage("what came first is no greeting of ZMTP")
+            raise BadMessage("it did not begin with a ZMTP greeting")
         if said[10:11] and said[10] < 3:
             raise BadMessage(f"its ZMTP has version {said[10]}, expected 3")
         if not b"NULL".ljust(20, b"\0").startswith(mechanism):
@@ -16229,7 +16227,7 @@ class ZmtpPeer:
         return True
 
     def _take_frame(self) -> tuple[int, bytes] | None:
-        """Flags and body of a whole frame, taken off the buffer."""
+        """Flags and body of the first complete frame, which leaves the buffer."""
         if not (said := self.buffer):
             return None
         flags = said[0]
@@ -16248,12 +16246,12 @@ class ZmtpPeer:
         return flags, body
 
     def _obey(self, name: bytes, end: int, body: bytes) -> None:
-        """A command came.  Those that are unknown mean nothing to a ROUTER."""
+        """Carry out a command.  A ROUTER ignores unknown ones."""
         if name == b"ERROR":
             reason, _ = split_prefixed(body, end, 1)
             raise BadMessage(f"it says ERROR: {shown(reason.decode('latin-1'))}")
         if self.identity is not None:
-            if name == b"PING":  # behind the time it waits stands what it wants to see again
+            if name == b"PING":  # after its TTL comes a context, which a PONG returns
                 context = body[end + 2 : end + 18]
                 self.answer += bytes((ZMTP_COMMAND, 5 + len(context))) + b"\x04PONG" + context
             return
@@ -16280,8 +16278,8 @@ MSGPACK_SIZED = {  # what follows, and in how many bytes its length stands
 
 
 def parse_msgpack(data: bytes) -> Any:
-    """The one value in these bytes.  Texts may have been written as binary by old writers: both are
-    `str`; of extensions nothing is known, they are None.  Raises BadMessage."""
+    """The one value in these bytes.  Binary becomes `str` like text, because old writers mixed them
+    up; extensions become None.  Raises BadMessage."""
     at = 0
 
     def take(size: int) -> bytes:
@@ -16312,7 +16310,7 @@ def parse_msgpack(data: bytes) -> Any:
             return take(size).decode("utf-8", "replace")
         if what == "ext":
             return take(1 + size) and None
-        if depth == MSGPACK_DEPTH or size > len(data) - at:  # each has a byte at least
+        if depth == MSGPACK_DEPTH or size > len(data) - at:  # each member has at least one byte
             text = f"{size} members in {len(data) - at} bytes, {depth} deep"
             raise BadMessage(f"msgpack has {text}, at most {MSGPACK_DEPTH} are read")
         if what == "array":
@@ -16329,18 +16327,18 @@ def parse_msgpack(data: bytes) -> Any:
 #  75  registration
 # ══════════
 #
-# Servers, and agents that run servers, which have said themselves that they are there.  Each leaves
-# when it is silent for as long as it said, or says that it goes.  What it says comes from outside:
-# it names no file, and no address but where its sender may have requests sent to.
+# Servers, and agents that run servers, which announce themselves.  A registration ends when its
+# owner says so, or is silent for longer than the time it named.  Its content comes from outside: it
+# may name no file, and only addresses its sender may have requests sent to.
 
 REGISTRATIONS_LIMIT = 1000
 INSTANCES_LIMIT = 64  # of an agent
-TTL_S = 60.0  # where a registration does not say; serverless_vllm's workers come each 30 s
-ZMQ_TTL_S = 5.0  # as vLLM's proxies have it; its connectors speak each 3 s
+TTL_S = 60.0  # where a registration names none; serverless_vllm's workers send one every 30 s
+ZMQ_TTL_S = 5.0  # as in vLLM's proxies; its connectors send one every 3 s
 REGISTRANT = re.compile(r"[A-Za-z0-9][\w.:\[\]-]{0,99}", re.ASCII)
 INSTANCE = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})?", re.ASCII)
 ZMQ_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}", re.ASCII)
-# Keys of `servers` that a registration may have; words of vllm-project/router for some keys.
+# Keys of `servers` that a registration may have, and vllm-project/router's names for some.
 REGISTERED_KEYS = ("role", "max_concurrent_requests", "data_parallel_size", "bootstrap_port",
                    "zmq_address")
 REGISTERED_WORDS = {"model_id": "models", "worker_type": "role",
@@ -16351,7 +16349,7 @@ REGISTRATION_KEYS = {*REGISTERED_KEYS, *REGISTERED_WORDS.values(), *URL_KEYS, "w
 
 
 class Registrar(Enum):
-    """By what right something was registered: who has the same may change it, and an admin."""
+    """By what right something was registered: only the same, or an admin's, may change it."""
 
     ZMQ = "zmq"  # none: ZMTP has no keys
     KEY = "key"  # the registration key
@@ -16360,33 +16358,33 @@ class Registrar(Enum):
     __hash__ = object.__hash__  # as Fault's
 
 
-# From a URL's host to the one that is meant, and the address to connect to ('': what that says).
+# From a URL's host to the host that is meant, and the address to connect to ('': the host itself).
 # Raises ValueError with what was expected.
 Placing = Callable[[str], tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Registration:
-    """What somebody has registered.  Times are monotonic."""
+    """A registered server or agent.  Times are monotonic."""
 
-    id: str  # what it calls itself, or its address
+    id: str  # the worker_id it chose, or its address
     registrar: Registrar
-    said: Mapping[str, Any]  # as it came, with our words for its keys
-    servers: Mapping[str, ServerSettings]  # that it is, or runs now, by id
-    url: str  # where it is, or its servers are
-    worker_url: str  # where it is talked to
-    placed: Mapping[str, tuple[str, str]]  # what its Placing said of their hosts
+    said: Mapping[str, Any]  # its content, with our names for the keys
+    servers: Mapping[str, ServerSettings]  # the server it is, or those it runs now, by id
+    url: str  # of the server; or what the URLs of an agent's servers begin with
+    worker_url: str  # where the agent itself is reached
+    placed: Mapping[str, tuple[str, str]]  # what its Placing returned for the hosts
     registered_at: float = 0.0
     seen_at: float = 0.0
 
     @property
     def is_agent(self) -> bool:
-        """Whether it is no server, but runs some."""
+        """Whether it runs servers, and is none itself."""
         return "gpu_info" in self.said or "instances" in self.said
 
     @property
     def place(self) -> str:
-        """The address that its URL stands for, whatever name it has there."""
+        """The address behind its URL, whatever name that uses."""
         host, address = self.placed[host_of(self.url)]
         return address or host
 
@@ -16400,37 +16398,37 @@ class Registration:
 
 
 class RegistrationBook:
-    """Owns the registrations.  After each change all of `on_change` are called; that somebody is
-    still there, as before, is none."""
+    """Owns the registrations, and calls all of `on_change` after each change.  A mere sign of life
+    is not a change."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, Registration] = {}
         self.on_change: list[Callable[[], object]] = []
 
     def servers(self) -> dict[str, ServerSettings]:
-        """All that are registered, by id; of two that are the same, the one that came first."""
+        """All registered servers by id; where two registrations have one, the earlier counts."""
         return {id: one.servers[id] for id, one in self.owners().items()}
 
     def owners(self) -> dict[str, Registration]:
-        """Whose each server is."""
+        """The registration each server belongs to."""
         found = dict[str, Registration]()
         for one in self.by_id.values():
             found |= {id: one for id in one.servers if id not in found}
         return found
 
     def find(self, name: str) -> Registration:
-        """By its id, or a URL of it.  Raises LookupError."""
+        """The registration with that id or URL.  Raises LookupError."""
         for one in self.by_id.values():
             if name in (one.id, one.url, one.worker_url, *one.servers):
                 return one
         raise LookupError(f"{shown(name)} is not registered here: register it (again).")
 
     def put(self, new: Registration, now: float) -> bool:
-        """Take a registration, which may be there as it was.  Returns whether anything changed.
-        Raises BadMessage when there are too many."""
+        """Take a new or a repeated registration.  Returns whether anything changed.  Raises
+        BadMessage when there are too many."""
         old = self.by_id.get(new.id)
         if old is None and len(self.by_id) >= REGISTRATIONS_LIMIT:
-            text = f"{REGISTRATIONS_LIMIT} are registered, and not more"
+            text = f"the limit of {REGISTRATIONS_LIMIT} registrations is reached"
             raise BadMessage(text, Fault.NO_RESOURCES)
         began = old.registered_at if old else now
         new = self.by_id[new.id] = dataclasses.replace(new, registered_at=began, seen_at=now)
@@ -16440,7 +16438,7 @@ class RegistrationBook:
         return changed
 
     def heard(self, registrar: Registrar, now: float) -> None:
-        """All who are registered so are still there."""
+        """Count everybody registered that way as heard just now."""
         self.by_id |= {one.id: dataclasses.replace(one, seen_at=now)
                        for one in self.by_id.values() if one.registrar is registrar}
 
@@ -16451,7 +16449,7 @@ class RegistrationBook:
             self._tell()
 
     def expire(self, now: float) -> list[Registration]:
-        """Those that have been silent for too long, which are gone now."""
+        """Remove and return those that have been silent for too long."""
         silent = [one for one in self.by_id.values() if one.expires_at <= now]
         self.remove(*(one.id for one in silent))
         return silent
@@ -16470,8 +16468,8 @@ class RegistrationBook:
                  "silent_s": now - one.seen_at} for one in self.by_id.values()]
 
     def load(self, document: Iterable[Mapping[str, Any]], now: float) -> None:
-        """Take what a predecessor has dumped.  Raises SettingsError, or whatever a document causes
-        that is none; then nothing is taken."""
+        """Take what a predecessor dumped.  Raises SettingsError or, for a malformed document,
+        ValueError, TypeError, KeyError or AttributeError; then nothing is taken."""
         found = dict[str, Registration]()
         for one in document:
             placed = {host: (str(to), str(pin)) for host, (to, pin) in one["placed"].items()}
@@ -16485,8 +16483,7 @@ class RegistrationBook:
 def parse_registration(
     said: Mapping[str, Any], registrar: Registrar, place: Placing
 ) -> Registration:
-    """What such content registers; what is null or unknown there says nothing.  Raises
-    SettingsError."""
+    """What that content registers; null and unknown members are ignored.  Raises SettingsError."""
     said = {REGISTERED_WORDS.get(key, key): value for key, value in said.items()
             if value is not None}
     placed, urls, key = dict[str, tuple[str, str]](), dict[str, str](), ""
@@ -16518,7 +16515,7 @@ def wrong(key: str, found: Any, expected: object) -> SettingsError:
 
 
 def placed_url(said: Any, place: Placing, placed: dict[str, tuple[str, str]]) -> str:
-    """The URL that is meant; `placed` is told of its host.  Raises ValueError."""
+    """The URL that is meant; its host is noted in `placed`.  Raises ValueError."""
     parts = urllib.parse.urlsplit(base_url(said))
     host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
     to, _ = placed[host] = place(host)
@@ -16556,7 +16553,7 @@ def matching(pattern: re.Pattern[str], expected: str) -> Clean:
 
 
 def instances_of(said: Any) -> dict[str, dict[str, Any]]:
-    """What an agent runs, by alias.  Raises ValueError."""
+    """An agent's instances by alias.  Raises ValueError."""
     if isinstance(said, list) and all(isinstance(one, dict) for one in said):
         said = {str(one.get("alias", one.get("instance_alias", ""))): one for one in said}
     if not isinstance(said, dict) or len(said) > INSTANCES_LIMIT or not all(
@@ -16575,15 +16572,15 @@ REGISTRATION_CHECKS: dict[str, Clean] = {
 
 
 class Peer(NamedTuple):
-    """Who registers, as far as it decides which addresses it may name."""
+    """Who registers: what decides which addresses it may name."""
 
     host: str  # its address
-    any_address: bool = False  # settings let it name those of others,
-    resolved: Mapping[str, Sequence[str]] = {}  # also by names, which stand for these
+    any_address: bool = False  # registration_any_address: it may name other hosts' addresses,
+    resolved: Mapping[str, Sequence[str]] = {}  # also by these names, with their addresses
 
     def place(self, host: str) -> tuple[str, str]:
-        """A Placing.  A name is pinned to an address that was judged, so that it cannot mean
-        another one later; 0.0.0.0, where many programs listen, is taken for the peer's."""
+        """A Placing.  A name is pinned to the address that was checked, so that it cannot mean
+        another one later; 0.0.0.0, on which many programs listen, means the peer's address."""
         literal, peer = ip_address_or_none(host), ip_address_or_none(self.host)
         if literal is not None and literal.is_unspecified:
             host, literal = self.host, peer
@@ -16614,15 +16611,15 @@ def ip_address_or_none(text: str) -> Any:
 
 
 def zmq_registration(said: Any, place: Placing) -> Registration | str:
-    """What a message of vLLM's connectors registers: P2pNccl's map; or why it registers nothing, ''
-    where that is no news.  Raises SettingsError, BadMessage."""
+    """What a message of vLLM's P2pNccl connector registers; or why it registers nothing, '' where
+    nobody needs to know.  Raises SettingsError, BadMessage."""
     if not isinstance(said, dict):
         raise BadMessage(f"a message is {shown(str(said))}, expected a map in msgpack")
     kind, address, http = map(said.get, ("type", "zmq_address", "http_address"))
     if kind not in ("P", "D"):
         return ""
     if "transfer_mode" in said or "handshake:" in str(address):
-        return "it is of MoRI-IO's connector, which is not supported yet"
+        return "it comes from the MoRI-IO connector, which is not supported"
     role = "prefill" if kind == "P" else "decode"
     said = {"worker_id": f"zmq:{http}", "url": f"http://{http or ''}", "role": role,
             "zmq_address": address or "", "ttl_s": ZMQ_TTL_S}
@@ -16633,19 +16630,18 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 #  76  registering
 # ══════════
 #
-# The paths at which servers and agents register.  The roster is kept true to the book of
-# registrations.
+# The paths at which servers and agents register.  The roster follows the book of registrations.
 
 RESOLVE_S = 5.0  # for a name in a registration
 
 
 class Registrations:
-    """The registrations of a running balancer."""
+    """The registrations of a running balancer, and the timer that ends silent ones."""
 
     def __init__(self, core: Core) -> None:
         self.core, self.book = core, RegistrationBook()
         self.loop = asyncio.get_running_loop()
-        self.holds_zmq = False  # those who register over ZMQ cannot, so far
+        self.holds_zmq = False  # true until we listen there: silence is not their fault then
         self._timer: asyncio.TimerHandle | None = None
         self.book.on_change.append(self.define)
         core.roster.keepers[Source.REGISTERED] = self
@@ -16669,7 +16665,7 @@ class Registrations:
             self.expire_by(self.book.next_expiry())
 
     def take(self, new: Registration) -> None:
-        """Somebody has registered, or is still there.  Raises BadMessage."""
+        """Take a registration, new or repeated.  Raises BadMessage."""
         core, known = self.core, self.book.by_id.get(new.id)
         if self.book.put(new, self.loop.time()) and (known is None or known.url != new.url):
             what = "agent" if new.is_agent else "server"
@@ -16680,7 +16676,7 @@ class Registrations:
                 if view.models is None and (names := new.said.get("models")):
                     models = {name: {"id": name, "object": "model"} for name in names}
                     core.fleet.models_listed(id, models, -INFINITY)
-                if not view.healthy:  # it is there: the next check need not wait
+                if not view.healthy:  # it is there, so do not wait for the next check
                     core.looks.want(id)
 
     def expire_by(self, due: float) -> None:
@@ -16690,7 +16686,7 @@ class Registrations:
             self._timer = self.loop.call_at(due, self.expire, due)
 
     def expire(self, due: float) -> None:
-        """Who is silent leaves; but where this process is late, nobody was heard, so far."""
+        """End the silent ones; but if this process itself was stalled, hear everybody first."""
         self._timer, now = None, self.loop.time()
         if now > due + STALL_S:
             self.expire_by(now + 1.0)
@@ -16704,7 +16700,7 @@ class Registrations:
 
 
 async def peer_of(asked: Asked, said: Mapping[str, Any]) -> Peer:
-    """Who registers that, with what the names in it stand for, if that matters."""
+    """Who registers, with the addresses of the names in the content where they matter."""
     assert asked.visit is not None
     resolved, s = dict[str, list[str]](), asked.visit.settings
     for key in URL_KEYS if s.registration_any_address else ():
@@ -16724,19 +16720,19 @@ async def addresses_of(host: str) -> list[str]:
 
 
 def is_admins(asked: Asked) -> bool:
-    """Whether an admin asks; or, without keys, a peer on this machine."""
+    """Whether an admin asks or, where no keys are set, a peer on this machine."""
     return asked.visit is not None and may_not_change(asked.visit) is None
 
 
 def check_may_change(asked: Asked, one: Registration | None) -> None:
-    """Raises BadMessage where it is another's."""
+    """Raises BadMessage where the registration is somebody else's."""
     if one is not None and one.registrar is not Registrar.KEY and not is_admins(asked):
         text = f"{one.id} was not registered with the registration key"
         raise BadMessage(text, Fault.FORBIDDEN)
 
 
 async def register(core: Core, asked: Asked) -> dict[str, Any]:
-    """a server or an agent says that it is there, for the first time or again"""
+    """a server or an agent registers, or registers again"""
     if not (said := read_members(asked.content, None)):
         raise wrong("", None, 'JSON like {"url": "http://10.0.0.1:8000"}')
     place, registrations = (await peer_of(asked, said)).place, Registrations.of(core)
@@ -16750,13 +16746,13 @@ async def register(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def name_in(asked: Asked, suffix: str = "") -> str:
-    """Which worker a path names: by its id, or its URL, which may be escaped."""
+    """The worker a path names, by id or URL, percent-decoded."""
     path = asked.head.path.rstrip("/").removesuffix(suffix)
     return urllib.parse.unquote(path.removeprefix("/workers/"))
 
 
 async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
-    """with /heartbeat: it is still there; what it says takes the place of what it said before"""
+    """with /heartbeat: it is still there; the content replaces what it registered before"""
     if asked.head.path.rstrip("/").endswith("/unregister"):
         return await unregister(core, asked)
     if not asked.head.path.rstrip("/").endswith("/heartbeat"):
@@ -16775,7 +16771,7 @@ async def heartbeat(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def unregister(core: Core, asked: Asked) -> dict[str, Any]:
-    """it leaves; for an admin any server does, by hand"""
+    """it leaves; an admin may remove any server this way"""
     name, book = name_in(asked, "/unregister"), Registrations.of(core).book
     try:
         one = book.find(name)
@@ -16885,30 +16881,31 @@ ENDPOINTS |= {
 #  77  zmq listener
 # ══════════
 #
-# Where the connectors of vLLM register over ZMQ.  Nobody has to show anything there, since ZMTP's
-# NULL has no keys: registration_networks alone says who may.  So each peer is bounded: what it may
-# send, how fast, for how long it may be silent, on how many connections.
+# Where vLLM's connectors register over ZMQ.  ZMTP's NULL mechanism has no keys, so
+# registration_networks alone says who may register, and each peer is bounded: in what it sends, how
+# fast, how long it may be silent, and on how many connections.
 
 ZMQ_HANDSHAKE_S = 5.0
-ZMQ_SILENCE_S = 30.0  # of a peer that is heard; connectors speak each 3 s
+ZMQ_SILENCE_S = 30.0  # after which a peer is dropped; connectors speak every 3 s
 ZMQ_PEERS, ZMQ_PEERS_EACH = 256, 16  # connections: of all, of one address
 ZMQ_SERVERS_EACH = 64  # of one host
 ZMQ_PIECE_BYTES, ZMQ_PAUSE_S = 8192, 0.2  # read at once, and between two reads: 40 kB/s of a peer
-ZMQ_RETRY_S = 0.5  # between two tries to listen, where a predecessor still does
-ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings, of which each is given once; and for how long
+ZMQ_RETRY_S = 0.5  # between two tries to listen, while a predecessor still does
+ZMQ_TOLD, ZMQ_TOLD_S = 256, 60.0  # warnings remembered so as not to be repeated; and for how long
 
 
 class ZmqListener:
-    """Hears vLLM's connectors register, each on a connection of its own."""
+    """Takes the registrations of vLLM's connectors, each on a connection of its own."""
 
     def __init__(self, core: Core) -> None:
         self.core, self.registrations = core, Registrations.of(core)
         self.peers = dict[asyncio.Task[None], str]()  # by connection
         self.listeners = list[Listener]()
-        self._told: dict[tuple[str, str], float] = {}  # warnings that were given, and when
+        self._told: dict[tuple[str, str], float] = {}  # warnings given, and when
 
     def tell(self, host: str, text: str) -> None:
-        """Warn of something, once, and of ZMQ_TOLD things in ZMQ_TOLD_S: garbage fills no disk."""
+        """Warn once of each thing, and of at most ZMQ_TOLD in ZMQ_TOLD_S: garbage must not fill
+        the disk."""
         now, told = asyncio.get_running_loop().time(), self._told
         if len(told) >= ZMQ_TOLD and now > told[(oldest := next(iter(told)))] + ZMQ_TOLD_S:
             del told[oldest]
@@ -16917,7 +16914,7 @@ class ZmqListener:
             log.warning("registration over ZMQ: %s: %s", host, text)
 
     async def run(self, address: str) -> None:
-        """Listen for ever; as long as it cannot, whoever had registered before stays."""
+        """Listen for ever.  Until it can, those registered before stay."""
         self.registrations.holds_zmq = True
         try:
             sockets = await self.sockets_at(address)
@@ -16926,7 +16923,7 @@ class ZmqListener:
             self.listeners += [
                 Listener(sock, self.has_room, lambda: None, self.accept, self.cannot_accept)
                 for sock in sockets]
-            while not self.core.process.stopping:  # then a successor may listen
+            while not self.core.process.stopping:  # after that, a successor may listen
                 await asyncio.sleep(ZMQ_RETRY_S)
         finally:
             self.registrations.holds_zmq = False
@@ -16966,12 +16963,12 @@ class ZmqListener:
         sock.close()
         for listener in self.listeners:
             listener.resume()
-        if not task.cancelled() and (error := task.exception()) is not None:  # a mistake of ours
+        if not task.cancelled() and (error := task.exception()) is not None:  # a bug of ours
             log.error("internal error while hearing a peer of ZeroMQ", exc_info=error)
             self.core.metrics.errors.add()
 
     async def serve(self, sock: socket.socket, host: str) -> None:
-        """One peer, until it leaves, says what cannot be, or nothing for long."""
+        """Serve one peer until it leaves, breaks the protocol, or is silent for too long."""
         try:
             sock.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=sock)
@@ -17012,19 +17009,19 @@ class ZmqListener:
         others = (one for one in book.values() if one.registrar is Registrar.ZMQ)
         if found.id not in book and sum(
                 one.place == place for one in others) >= ZMQ_SERVERS_EACH:
-            raise BadMessage(f"{ZMQ_SERVERS_EACH} servers of {place} are registered, and not more")
+            raise BadMessage(f"the limit of {ZMQ_SERVERS_EACH} servers at {place} is reached")
         self.registrations.take(found)
 
 
 @service("registration", operator.attrgetter("registration"))
 async def take_registrations(core: Core, address: str) -> None:
-    Registrations.of(core)  # which has inherited ones expire
+    Registrations.of(core)  # so that registrations taken over from a predecessor can expire
     if address:
         await ZmqListener(core).run(address)
 
 
 def zmq_open_line(s: Settings) -> str:
-    """What it means that registration_address is set."""
+    """The warning that goes with an open registration_address."""
     return (f"registration_address {s.registration_address} takes servers from whoever reaches it"
             f" from {', '.join(s.registration_networks)}: ZMTP's NULL has no keys")
 

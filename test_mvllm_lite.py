@@ -15115,7 +15115,7 @@ def test_pods_are_servers_at_their_ports(pod, values, expected):
      "it is being deleted"),
     ("link-local", pod_named(ip="169.254.169.254"), {}, "no server is at 169.254.169.254"),
     ("multicast", pod_named(ip="ff02::1"), {}, "no server is at ff02::1"),
-    ("no address", pod_named(ip="a\nb"), {}, r"its address 'a\nb' is none"),
+    ("no address", pod_named(ip="a\nb"), {}, r"'a\nb' is not an IP address"),
     ("no such port", pod_named(spec=NAMED_PORTS), {"port": ["http", "grpc"]},
      "it has no port grpc"),
     ("a worker of a group", pod_named(labels={lite.WORKER_LABEL: "2"}), {},
@@ -15309,7 +15309,7 @@ def test_when_a_watch_has_to_list_anew(status, failures, anew):
 @pytest.mark.parametrize("page", [None, [], {}, {"items": []}, {"items": 5, "metadata": {}}])
 def test_a_page_that_is_no_list_is_refused_and_nothing_is_gone(page):
     one = listing_of()
-    assert one.take_page(page).text == "what it answered is no list of Kubernetes objects"
+    assert one.take_page(page).text == "its answer is not a list of Kubernetes objects"
     assert not one.complete
     assert one.take_page(page_of() | {"items": None}) is None and one.complete, "Go's empty list"
 
@@ -15693,7 +15693,7 @@ async def test_while_the_api_is_away_everything_known_stays(caplog):
     ("no right to", "403 Forbidden", {"message": "pods is forbidden"}, "",
      'Role needs the rule {apiGroups: [""], resources: ["pods"], verbs: ["get", "list", "watch"]}'),
     ("too many", "429 Too Many Requests", {}, "retry-after: 60\r\n", "answered 429"),
-    ("a page of somebody else", "200 OK", b"<html>", "", "is no list of Kubernetes objects"),
+    ("a page of somebody else", "200 OK", b"<html>", "", "is not a list of Kubernetes objects"),
     ("broken", "500 Oops", b"\xff", "", "answered 500: it cannot list pods in llm now"),
 ))
 @asynchronous
@@ -15778,7 +15778,7 @@ def test_a_pod_has_an_account_of_its_own(tmp_path, host, url):
 
 
 @pytest.mark.parametrize("environ, expected", table(
-    ("no pod", {}, "this is no pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_ser"),
+    ("no pod", {}, "not in a pod (no KUBERNETES_SERVICE_HOST): name a kubeconfig or an api_server"),
     ("a pod without an account", {"KUBERNETES_SERVICE_HOST": "fd00::1"},
      f"{lite.ACCOUNT_PATH}/"),
 ))
@@ -16231,7 +16231,7 @@ def test_there_is_a_bound_to_registrations():
     book = lite.RegistrationBook()
     for n in range(lite.REGISTRATIONS_LIMIT):
         book.put(registered({"url": f"http://10.0.0.1:{n + 1}"}), 0.0)
-    with pytest.raises(lite.BadMessage, match="1000 are registered"):
+    with pytest.raises(lite.BadMessage, match="limit of 1000 registrations"):
         book.put(registered({"url": "http://10.0.0.1:9999"}), 0.0)
 
 
@@ -16259,7 +16259,7 @@ def test_a_successor_need_not_judge_addresses_again():
     ("of a decode server, with what is unknown", P2P | {"type": "D", "x": 1},
      ("decode", "10.0.0.1:21001")),
     ("MoRI-IO's", P2P | {"zmq_address": "host:10.0.0.1,handshake:6301,notify:61005",
-                         "transfer_mode": "READ"}, "MoRI-IO's connector, which is not supported"),
+                         "transfer_mode": "READ"}, "MoRI-IO connector, which is not supported"),
     ("MoRI-IO's greeting", {"type": "HELLO"}, ""),
     ("another's address", P2P | {"http_address": "10.0.0.2:8000"}, "url: found"),
     ("another's ZeroMQ", P2P | {"zmq_address": "10.0.0.2:21001"}, "zmq_address: found"),
@@ -16636,7 +16636,7 @@ async def test_garbage_over_zmq_ends_its_own_connection_alone(caplog):
                     await liar.reader.read()
             good.say(**said)
             await b.until(lambda: on_roster(b) == {one.url: "registered"})
-            for said in ("MoRI-IO's connector, which is not", "no greeting", "begins with 0xc1",
+            for said in ("MoRI-IO connector, which is not", "a ZMTP greeting", "begins with 0xc1",
                          "after 0 bytes", "url: found 'http://10.0.0.1:80', expected 127.0.0.1",
                          "takes servers from whoever reaches it"):
                 assert said in caplog.text
