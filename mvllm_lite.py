@@ -1441,8 +1441,8 @@ def expose(families: Iterable[Family]) -> str:
 #  7  checks
 # ══════════
 #
-# What a value in the settings may be: a check gives the clean value, or raises ValueError with what
-# was expected.  Among them a formula, which is compiled from a small part of Python's expressions.
+# What a value in the settings may be.  A check returns the clean value, or raises ValueError with
+# what was expected.  One of them is a formula, compiled from a small part of Python's expressions.
 
 REQUIRED: Any = object()
 ROLES = ("prefill", "decode", "both")
@@ -1451,19 +1451,19 @@ POLICY_NAMES = (  # the rows of POLICIES (a test compares the two)
     "unified", "least", "round_robin", "random", "power_of_two", "consistent_hash", "prefix",
     "cache_aware", "lmetric", "mvllm", "vllm_router", "expression",
 )
-Clean = Callable[[Any], Any]  # gives the clean value, or raises ValueError with what was expected
+Clean = Callable[[Any], Any]  # returns the clean value, or raises ValueError with what was expected
 
 
 def setting(default: Any, check: Clean, meaning: str, env: str = "", restart: bool = False) -> Any:
-    """A dataclass field that is a setting.  `env` is an environment variable that may give it;
-    `restart` says that a change takes effect at the next start only."""
+    """A dataclass field that is a setting.  `env` names an environment variable that may set it;
+    `restart` says that a change takes effect only at the next start."""
     metadata = {"check": check, "meaning": meaning, "env": env, "restart": restart}
     given = {} if default is REQUIRED else {"default": default}
     return dataclasses.field(metadata=metadata, **given)
 
 
 def number(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
-    """A number in a range; as mvllm does, '5' is taken for 5 and 5.0 for a whole number."""
+    """A number in a range.  As in mvllm, '5' counts as 5, and 5.0 as a whole number."""
     kind = "a whole number" if whole else "a number"
     expected = f"{kind}, {low} or more" if high == INFINITY else f"{kind}, {low} to {high}"
 
@@ -1506,7 +1506,7 @@ def field_name(value: Any) -> str:
 
 
 def file_path(value: Any) -> str:
-    """The path of a file to read, which only the settings file may name."""
+    """The path of a file to read.  Only the settings file may name one."""
     return words(value)
 
 
@@ -1523,12 +1523,12 @@ LABEL_REQUIREMENT = re.compile(
 
 def label_value(value: Any) -> str:
     if words(value) and not LABEL_VALUE.fullmatch(value):
-        raise ValueError("a name of Kubernetes")
+        raise ValueError("a name that Kubernetes allows")
     return str(value)
 
 
 def label_selector(value: Any) -> str:
-    """A selector of labels as kubectl's -l takes it."""
+    """A label selector, in the syntax of kubectl's -l."""
     found = " ".join(words(value).split())
     parts = re.split(r",(?![^()]*\))", found) if found else []
     if not all(LABEL_REQUIREMENT.fullmatch(part.strip()) for part in parts):
@@ -1537,7 +1537,7 @@ def label_selector(value: Any) -> str:
 
 
 def port_list(value: Any) -> tuple[int | str, ...]:
-    """One port or several, each by its number or its name."""
+    """One port or several, each by number or name."""
     found = [one.strip() if isinstance(one, str) else one
              for one in (value if isinstance(value, list) else [value])]
     for i, one in enumerate(found):
@@ -1594,17 +1594,17 @@ def base_url(value: Any) -> str:
     try:
         parts = urllib.parse.urlsplit(value if URL_TEXT.fullmatch(value) else "")
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        (parts.hostname or "").encode("idna")  # what the name's resolution would stumble over
+        (parts.hostname or "").encode("idna")  # resolving the name would fail here, too
     except (ValueError, TypeError):
         raise expected from None
-    if not good or parts.query or parts.fragment or "@" in value:  # it sets off a rank, later
+    if not good or parts.query or parts.fragment or "@" in value:  # ids use @ before a rank
         raise expected
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{parts.netloc.lower()}{path}"
 
 
 def network(value: Any) -> str:
-    """An address or a network of addresses."""
+    """An IP address, or a network of them."""
     try:
         return str(ipaddress.ip_network(words(value), strict=False))
     except ValueError:
@@ -1615,7 +1615,7 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def listening_address(value: Any) -> str:
-    """An address and a port; `*` is all addresses."""
+    """An address and a port; `*` stands for all addresses."""
     found = re.fullmatch(r"(?:tcp://)?(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", words(value))
     if value and (found is None or not 0 < int(found[2]) < 65536):
         raise ValueError("an address and a port, like 0.0.0.0:30001")
@@ -1633,7 +1633,7 @@ def optional_secret(value: Any) -> str:
 
 
 def secret(value: Any) -> str:
-    """What stands behind `Bearer` in a field."""
+    """A key, as it follows `Bearer` in a field."""
     if not isinstance(value, str) or not SECRET.fullmatch(value):
         raise ValueError("a key of printable characters without spaces")
     return value
@@ -1643,12 +1643,12 @@ SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
 
 
 def share_weight(value: Any) -> float:
-    """A weight; one too small to matter is 0."""
+    """A weight; one that is too small to matter counts as 0."""
     found = number(0, 1000)(value)
     return found if found >= 0.001 else 0.0
 
 
-AUTO = 0  # of a capacity: not given, to be learned
+AUTO = 0  # a capacity that is not given, but learned
 
 
 def capacity(value: Any) -> int:
@@ -1660,8 +1660,8 @@ def capacity(value: Any) -> int:
         raise ValueError(f'{expected}, or "auto"') from None
 
 
-# What a score may be made of: numbers, arithmetic, comparisons, and these.  Not Python: a settings
-# file is no program.
+# What a score may use: numbers, arithmetic, comparisons, and these names and functions.  It is not
+# Python, because a settings file is not a program.
 SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
                "prompt", "cached", "speed", "weight", "slow_start")
 SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
@@ -1675,8 +1675,8 @@ SCORE_LIMIT = 500  # characters
 
 
 class CompiledFormula(NamedTuple):
-    """Which of SCORE_NAMES a formula has, and a function of these names' columns, by server, that
-    returns the formula's value for each; infinity where it has none."""
+    """The SCORE_NAMES that a formula uses, and a function that takes a column of values for each
+    name, with a row for each server, and returns each server's score; infinity if it has none."""
 
     names: tuple[str, ...]
     costs: Callable[[Sequence[Sequence[float]]], list[float]]
@@ -1684,17 +1684,17 @@ class CompiledFormula(NamedTuple):
 
 @functools.cache
 def compiled(score: str) -> CompiledFormula:
-    """Raises ValueError for what is no formula."""
+    """A formula, compiled.  Raises ValueError with what was expected."""
     try:
         tree = ast.parse(score.strip()[: SCORE_LIMIT + 1], mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError("a formula like (running + 0.5 * waiting) / capacity") from None
     functions = set[int]()
-    for node in ast.walk(tree):  # those without before those within
+    for node in ast.walk(tree):  # outer nodes come before inner ones
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
             if node.value > sys.float_info.max and isinstance(node.value, int):
                 raise ValueError("a formula of smaller numbers")
-            node.value = float(node.value)  # whole numbers may grow for ever: 9 ** 9 ** 9
+            node.value = float(node.value)  # integers could grow without end: 9 ** 9 ** 9
         elif isinstance(node, ast.Name):
             known = SCORE_FUNCTIONS if id(node) in functions else SCORE_NAMES
             if node.id not in known:
@@ -1717,7 +1717,7 @@ def compiled(score: str) -> CompiledFormula:
     def costs(columns: Sequence[Sequence[float]]) -> list[float]:
         try:
             found = list(map(float, values_of(zip(*(map(float, column) for column in columns)))))
-        except (ArithmeticError, ValueError, TypeError):  # the last: roots of less than nothing
+        except (ArithmeticError, ValueError, TypeError):  # TypeError: (-1) ** 0.5 is complex
             if len(columns[0]) == 1:
                 return [INFINITY]
             return [cost for row in zip(*columns) for cost in costs([[value] for value in row])]
@@ -1740,11 +1740,11 @@ def formula(value: Any) -> str:
 #  8  pool settings
 # ══════════
 #
-# What a settings file says of models that are run here or by agents, and how they are launched.
+# What a settings file says about models that run here or at agents, and how they are launched.
 
 
 def environment(value: Any) -> tuple[tuple[str, str], ...]:
-    """Variables, as a table or as a list of NAME=value."""
+    """Environment variables, as a table or as a list of NAME=value."""
     pairs = value
     if isinstance(value, list):
         pairs = {name: text for name, _, text in (str(one).partition("=") for one in value)}
@@ -1755,7 +1755,7 @@ def environment(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(text)) for name, text in pairs.items())
 
 
-# A name that can be no option, no path, and no part of a URL that means another.
+# A name that cannot be mistaken for an option, a path, or a part of another URL.
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -1765,13 +1765,13 @@ def model_alias(value: Any) -> str:
     return value
 
 
-# What a child is told by us; children listen on loopback, and nowhere else.
+# Options we give every child ourselves: children listen on loopback, and nowhere else.
 OWN_OPTIONS = ("--host", "--port", "--uds", "--served-model-name", "--api-key", "--config",
                "--root-path", "--ssl-keyfile", "--ssl-certfile")
 
 
 def own_option(word: str) -> str:
-    """The option of ours that this argument sets, also where it is cut short, or ''."""
+    """The option of ours that this argument would set, even in an abbreviated form, or ''."""
     said = word.partition("=")[0].replace("_", "-")
     if not said.startswith("--") or said == "--":
         return ""
@@ -1786,7 +1786,7 @@ def argument(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """One entry of [[models]]: a model that is started, put to sleep, woken and stopped by need."""
+    """An entry of [[models]]: a model that is started, slept, woken and stopped on demand."""
 
     alias: str = setting(REQUIRED, model_alias, "what clients call it")
     model: str = setting("", words, "its name or path, for vLLM; by default the alias")
@@ -1822,18 +1822,18 @@ class ModelSettings:
 
     @property
     def takes_port(self) -> bool:
-        """Whether its command is all of it."""
+        """Whether its command is complete, and nothing is added to it."""
         return any("{port}" in word for word in self.command)
 
     @property
     def served(self) -> str:
-        """The name by which the process is asked for it."""
+        """The name of the model in requests to its process."""
         return self.model if self.takes_port and self.model else self.alias
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProfileSettings:
-    """One entry of [[profiles]]: how models that are named over HTTP may be launched here."""
+    """An entry of [[profiles]]: how models that are registered over HTTP may be launched here."""
 
     name: str = setting(REQUIRED, printable_name, "what it is called")
     models: tuple[str, ...] = setting(
@@ -1858,11 +1858,11 @@ class DeviceSettings:
 
 
 DEVICE_FIELDS = {f.name: f for f in dataclasses.fields(DeviceSettings)}
-LISTENS_OPENLY = "it names no loopback host: others may reach the model past the balancer"
+LISTENS_OPENLY = "it names no loopback host: others may reach the model without the balancer"
 
 
 def model_troubles(model: ModelSettings) -> Iterator[tuple[str, str]]:
-    """What of a model does not fit together: the key, and what was expected."""
+    """Keys of a model that contradict each other, each with what was expected."""
     if model.min_replicas > model.max_replicas:
         yield "min_replicas", f"max_replicas, {model.max_replicas}, at most"
     if model.gpu_memory_gb and model.gpu_memory_utilization:
@@ -1870,7 +1870,7 @@ def model_troubles(model: ModelSettings) -> Iterator[tuple[str, str]]:
 
 
 def listens_openly(model: ModelSettings) -> bool:
-    """Whether its command may let in others past us."""
+    """Whether its command may listen where others reach it without us."""
     said = " ".join(model.command)
     return model.takes_port and not any(
         one in said for one in ("127.0.0.1", "localhost", "::1"))
@@ -1889,7 +1889,7 @@ def listens_openly(model: ModelSettings) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """One entry of the list of servers."""
+    """An entry of the list of servers."""
 
     url: str = setting(REQUIRED, base_url, "where the server listens")
     max_concurrent_requests: int = setting(
@@ -1911,11 +1911,11 @@ class ServerSettings:
     client_cert: str = setting("", file_path, "https: a file with our certificate and its key")
     verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
     refresh: float = setting(5.0, number(0.05), "time between two lookups of the name in its URL")
-    # What is no key of an entry, but said by who names the server.
-    id: str = ""  # all state is kept by it; where nothing is said, it is the URL
-    name: str = ""  # what people and programs are shown; the id, where nothing is said
+    # Not keys of an entry, but set by the source that names the server.
+    id: str = ""  # all state is kept under it; by default the URL
+    name: str = ""  # what people and programs are shown; by default the id
     address: str = ""  # an IP address to connect to; TLS name and Host stay the URL's
-    like: str = ""  # the id of an entry of the settings whose keys and certificates are used
+    like: str = ""  # the id of the entry in the settings whose keys and certificates it uses
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", self.id or self.url)
@@ -1924,12 +1924,12 @@ class ServerSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DnsSettings:
-    """An entry of the list of servers with `dns` in place of `url`, which stands for several."""
+    """An entry of the list of servers with `dns` in place of `url`: it stands for several."""
 
     dns: str = setting(
         REQUIRED, base_url, "a URL; each address of the name in it is a server, with these keys")
     family: int = setting(0, ip_family, "4 or 6: its addresses of that kind; 0: 4 or, if none, 6")
-    server: ServerSettings = ServerSettings("")  # what each of them is like
+    server: ServerSettings = ServerSettings("")  # the template of each
 
     @property
     def pool(self) -> str:
@@ -1945,7 +1945,7 @@ def host_of(url: str) -> str:
 
 
 def may_move(url: str) -> bool:
-    """Whether a name stands in it that may have other addresses one day."""
+    """Whether it holds a name whose addresses may change."""
     try:
         ipaddress.ip_address(host_of(url))
     except ValueError:
@@ -1954,7 +1954,7 @@ def may_move(url: str) -> bool:
 
 
 class NamesWanted(NamedTuple):
-    """What is to be looked up: names that stand for several servers, and those of single ones."""
+    """The names to look up: those that stand for several servers, and those of single servers."""
 
     entries: tuple[DnsSettings, ...]
     servers: tuple[ServerSettings, ...]
@@ -1962,7 +1962,7 @@ class NamesWanted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KeySettings:
-    """One entry of [[keys]]: who may come in."""
+    """An entry of [[keys]]: who may come in."""
 
     name: str = setting(REQUIRED, printable_name, "what it is called in the log")
     key: str = setting("", secret, "what clients send; or")
@@ -1975,7 +1975,7 @@ class KeySettings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KubernetesSettings:
-    """One entry of [[kubernetes]]: pods that are servers.  Its other keys are of those servers."""
+    """An entry of [[kubernetes]]: pods that are servers.  Its other keys apply to these servers."""
 
     selector: str = setting("", label_selector, "labels of pods, like app=vllm; or")
     prefill_selector: str = setting("", label_selector, "of those for prefill,")
@@ -1990,11 +1990,11 @@ class KubernetesSettings:
     api_server: str = setting("", base_url, "or its URL, with")
     token_file: str = setting("", file_path, "a file with a token, and")
     ca_file: str = setting("", file_path, "one with certificates to trust")
-    server: ServerSettings = ServerSettings("")  # what its servers have in common
+    server: ServerSettings = ServerSettings("")  # the template of its servers
 
 
 class ClustersWanted(NamedTuple):
-    """What is to be watched, and the pools that pods may name."""
+    """The tables to watch, and the pools that pods may name."""
 
     tables: tuple[KubernetesSettings, ...]
     pools: frozenset[str]
@@ -2002,7 +2002,7 @@ class ClustersWanted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DisaggregationSettings:
-    """One entry of [[disaggregation]]: prompts are read by some servers, answered by others."""
+    """An entry of [[disaggregation]]: some servers read prompts, others answer them."""
 
     model: str = setting("", words, "the model that it is for; without it, all others")
     kv_connector: str = setting(
@@ -2026,7 +2026,7 @@ class DisaggregationSettings:
 #  10  settings
 # ══════════
 #
-# Everything that can be set, and which of it belongs together.
+# Everything that can be set.  Which settings a service needs stands here, too.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2217,7 +2217,7 @@ class Settings:
 
     @property
     def patterns(self) -> tuple[ServerSettings, ...]:
-        """What servers are like that are found, and not named here."""
+        """The templates of servers that are found rather than named here."""
         return tuple(entry.server for entry in (*self.dns, *self.kubernetes))
 
     @property
@@ -2226,8 +2226,8 @@ class Settings:
 
     @property
     def registration(self) -> str | None:
-        """The address to listen on for ZMQ; '' where only HTTP is prepared for, None where nothing
-        is: then the first who registers sets it going."""
+        """The address to listen on for ZMQ, or '' where servers register over HTTP only.  None
+        where no key is set: the first registration from this machine then starts the service."""
         keyed = self.registration_key or self.registration_key_file
         return self.registration_address if keyed or self.registration_address else None
 
@@ -2238,7 +2238,7 @@ class Settings:
 
     @property
     def has_model_pool(self) -> bool | None:
-        """Whether models may be started here, or at agents that register; None: they may not."""
+        """Whether models may be started here, or at agents that register; None if not."""
         keyed = self.registration_key or self.registration_key_file
         return bool(self.models or self.devices or self.profiles or keyed) or None
 
@@ -2255,18 +2255,18 @@ POD_FIELDS = KUBERNETES_FIELDS | {  # with those of servers, but for what a pod 
     if key not in ("url", "refresh", "zmq_address", *KUBERNETES_FIELDS)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
 KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
-SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # their values stand in no complaint
+SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # no complaint shows their values
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
 
 def disaggregation_of(s: Settings, model: str | None) -> DisaggregationSettings | None:
-    """The entry for that model, or the one for all others."""
+    """The entry for that model, or the one for all others, if there is any."""
     found = {entry.model: entry for entry in s.disaggregation}
     return found.get(model or "") or found.get("")
 
 
-# Keys of older files: those that never had an effect, or have none here; those that have another
-# name now, and are warned about; and all words that stand for another.
+# Keys of older files: those without any effect; those that have been renamed, which cause a
+# warning; and all synonyms.
 OLD_KEYS = {"advanced": "no version of mvllm ever read this table"}
 RENAMED_KEYS = {"shape_file": "trace_file"}
 SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
@@ -2278,11 +2278,11 @@ SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
 #  11  complaints
 # ══════════
 #
-# What is wrong with settings, in words: where, what was found, what was expected.
+# What is wrong with settings, in words: where it is, what was found, and what was expected.
 
 
 class Complaint(NamedTuple):
-    """Something wrong in the settings; `line` is 0 where it cannot be told."""
+    """One thing that is wrong in the settings; `line` is 0 if it is not known."""
 
     source: str
     line: int
@@ -2295,7 +2295,7 @@ class Complaint(NamedTuple):
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; `complaints` has everything that is wrong with them."""
+    """The settings cannot be used; `complaints` lists everything that is wrong with them."""
 
     def __init__(self, complaints: list[Complaint]) -> None:
         super().__init__("\n".join(map(str, complaints)))
@@ -2306,7 +2306,7 @@ QUOTES = ('"""', "'''", '"', "'")
 
 
 def toml_trouble(said: str, toml: str, line: int) -> str:
-    """What the TOML parser found at that line, in words of settings."""
+    """The TOML parser's message about that line, in terms of settings."""
     rows = toml.splitlines()
     row = rows[line - 1].partition("#")[0] if 0 < line <= len(rows) else ""
     key, equals, value = (part.strip() for part in row.partition("="))
@@ -2316,17 +2316,18 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
         return f"{key} is set twice" + (f", in lines {before[-1]} and {line}" if before else "")
     if said.startswith("Cannot declare"):
         before = [n for n, one in enumerate(rows[: line - 1], 1) if one.strip() == row.strip()]
-        return f"{row.strip()} stands twice" + (f", in lines {before[0]} and {line}" * bool(before))
+        return f"{row.strip()} is there twice" + (
+            f", in lines {before[0]} and {line}" * bool(before))
     if value.startswith(QUOTES) and (said.startswith(("Illegal", "Unterminated"))):
         return f"the quote of {key} is not closed"
     if said == "Invalid value" and equals:
-        small = f"; true and false are written small: {key} = {value.lower()}"
-        quoted = f'; texts stand in quotes: {key} = "{value}"'
+        small = f"; true and false are in lower case: {key} = {value.lower()}"
+        quoted = f'; text needs quotes: {key} = "{value}"'
         wants = small if value.lower() in ("true", "false") else quoted * value.isidentifier()
-        return f"{key} has no value" if not value else f"this is no value of {key}{wants}"
+        return f"{key} has no value" if not value else f"this is not a value for {key}{wants}"
     if said.startswith("Unclosed"):
         what, end = ("list", "]") if "array" in said else ("table", "}")
-        return f"before or in this line a {what} is not closed: {end} or a comma is missing"
+        return f"a {what} is not closed in or before this line: {end} or a comma is missing"
     if said.startswith("Expected '='"):
         return f"expected key = value, found {shown(row.strip())}"
     return f"not valid TOML: {said}"
@@ -2336,27 +2337,27 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
 #  12  settings file
 # ══════════
 #
-# From a TOML document to settings.  A bad value is never half used: everything that is wrong is
-# gathered, placed and reported at once.
+# From a TOML document to settings.  A file with a mistake is not used at all: everything wrong in
+# it is gathered, located and reported at once.
 
 
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
           "resumes", "disaggregation", "models", "profiles", "devices")
-# What a file may have in place of servers.
+# Tables that a file may have in place of servers.
 STAND_ALONE = {"kubernetes", "models", "profiles", "devices"}
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
-    """Of an entry of [[kubernetes]], with the keys of its servers."""
+    """The settings of an entry of [[kubernetes]]; keys that are not its own go to its servers."""
     own = {key: value for key, value in values.items() if key in KUBERNETES_FIELDS}
     server = {key: value for key, value in values.items() if key not in KUBERNETES_FIELDS}
     ca_file = own.get("server_ca_file", "")
     return KubernetesSettings(**own, server=ServerSettings("", ca_file=ca_file, **server))
 
 
-# Of lists: what is expected; and by the key that identifies an entry, what it is, and its fields.
-# One without any of these keys is taken for one of the first kind; '' is a kind that needs none.
+# For each list of tables: what is expected, and the kinds of entries by the key that identifies
+# them, with their fields.  An entry without such a key is of the first kind; '' needs no such key.
 LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]]] = {
     "servers": ('a list like [{ url = "http://10.0.0.1:8000" }]',
                 {"url": (ServerSettings, SERVER_FIELDS), "dns": (dns_entry, DNS_FIELDS)}),
@@ -2372,16 +2373,16 @@ TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))
 PASSWORD = re.compile(r"//.*@")
 OPAQUE = re.compile(
     r"""#[^\n]*|(?:\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')([ \t]*=)?""", re.DOTALL)
-COMPLAINTS_LIMIT = 100  # about one file of which the line is told
+COMPLAINTS_LIMIT = 100  # about one file; the lines of further ones are not looked for
 
 
 def parse_settings(
     toml: str, source: str = "servers.toml", overrides: Overrides | None = None
 ) -> tuple[Settings, list[Complaint]]:
-    """The settings in a TOML text, and warnings about keys that mean nothing.
+    """The settings in a TOML text, and warnings about keys without a meaning.
 
-    `overrides` of [config] keys win over the text; so do "servers", a list of tables, and "pools".
-    Raises SettingsError.
+    Values in `overrides` win over the text: keys of [config], and whole tables such as "servers",
+    a list of tables, or "pools".  Raises SettingsError.
     """
     try:
         document = tomllib.loads(toml)
@@ -2394,11 +2395,11 @@ def parse_settings(
 
 
 class SettingsReader:
-    """Walks a TOML document and gathers values, complaints and warnings."""
+    """Walks a TOML document, and gathers values, complaints and warnings."""
 
     def __init__(self, document: dict[str, Any], toml: str, source: str) -> None:
         self.document, self.toml, self.source = document, toml, source
-        self.sources = set(document)  # where servers may come from, besides the list of them
+        self.sources = set(document)  # tables given here or as overrides
         self.bare: str | None = None  # the text without comments and values, for finding lines
         self.errors: list[Complaint] = []
         self.warnings: list[Complaint] = []
@@ -2416,7 +2417,7 @@ class SettingsReader:
         aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
             *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
         models = self.models(*overrides.get("models", (None, "")))
-        # Where the command is all of it, the process may know no other name than its own.
+        # A process started by a complete command may know its model by no other name.
         aliases |= {one.alias: one.served for one in models.values() if one.served != one.alias}
         if keys:
             values.setdefault("cors_allowed_origins", ("*",))
@@ -2431,7 +2432,7 @@ class SettingsReader:
         self.check_together(values, keys.values(), used)
         profiles = tuple(self.entries("profiles", self.document.get("profiles", [])).values())
         devices = self.values(self.table("devices"), DEVICE_FIELDS, ("devices",)).get("memory_gb")
-        if self.errors:  # an unknown key may be what was meant
+        if self.errors:  # an unknown key may be a misspelling of a missing one: warn of it, too
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
@@ -2442,8 +2443,8 @@ class SettingsReader:
     def check_together(
         self, values: dict[str, Any], keys: Collection[KeySettings], policies: Collection[str]
     ) -> None:
-        """Complains of settings that make sense only with others.  A value is None where a
-        complaint about it was made already."""
+        """Complain about settings that make sense only together with others.  A value is None if
+        there is a complaint about it already."""
         given, origins = values.get, values.get("cors_allowed_origins") or ()
         by_score = "expression" in (given("policy"), *policies)
         for key, wrong, expected in (
@@ -2463,7 +2464,7 @@ class SettingsReader:
     def pools(
         self, servers: Mapping[int, ServerSettings | DnsSettings], given: Mapping[str, Any]
     ) -> dict[str, float]:
-        """What share of requests each pool gets, in percent; servers of no pool get the rest."""
+        """The share of requests for each pool, in percent; servers without a pool get the rest."""
         pools, check = dict[str, float](), number(0, 100)
         for name, value in given.items():
             try:
@@ -2486,7 +2487,7 @@ class SettingsReader:
             entries = entries.get("servers")
         if entries is None and not self.sources.isdisjoint(STAND_ALONE):
             entries = []
-        # None is refused: an empty file is a half-written one, not a wish for no servers.
+        # None is an error: an empty file is a half-written one, not a wish for no servers.
         return self.entries("servers", entries, origin)
 
     def keys(self) -> dict[int, KeySettings]:
@@ -2531,7 +2532,7 @@ class SettingsReader:
         return tuple(found.values())
 
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
-        """The good entries of a list of tables, by their place in it."""
+        """The valid entries of a list of tables, by their index in it."""
         (expected, kinds), found, known = LISTS[table], dict[int, Any](), set[str]()
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             self.complain((table,), entries, expected)
@@ -2581,12 +2582,12 @@ class SettingsReader:
     def values(
         self, table: Mapping[str, Any], fields: Mapping[str, Any], path: Path, origin: str = ""
     ) -> dict[str, Any]:
-        """The values of these fields in a table, by their names of today."""
+        """The values of these fields in a table, by the fields' current names."""
         values = dict[str, Any]()
         self.warn_unknown(table, fields, path)
         for key, value in table.items():
             if (name := SYNONYMS.get(key, key)) in values:
-                self.complain((*path, key), value, f"{name} or another word for it, once")
+                self.complain((*path, key), value, f"only one of {name} and its synonyms")
             elif name in fields:
                 values[name] = self.checked(fields[name], value, (*path, key), origin)
         return values
@@ -2618,15 +2619,15 @@ class SettingsReader:
             if (name := SYNONYMS.get(key)) in known:
                 if key not in RENAMED_KEYS:
                     continue
-                text = f"its name is {name} now; this one is read until 1.0"
+                text = f"renamed to {name}; the old name works until 1.0"
             elif key in OLD_KEYS:
                 text = f"ignored: {OLD_KEYS[key]}"
             elif key in CONFIG_FIELDS:
-                text = "ignored here: it belongs into [config]"
+                text = "ignored here: it belongs in [config]"
             self.warnings.append(self.complaint_at((*path, key), text))
 
     def complaint_at(self, path: Path, text: str, origin: str = "") -> Complaint:
-        """A complaint that says where its key stands, like `servers.toml:12: servers[2].url`."""
+        """A complaint that says where its key is, like `servers.toml:12: servers[2].url`."""
         key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path)
         if self.bare is None:
             self.bare = OPAQUE.sub(blanked, self.toml)
@@ -2636,21 +2637,21 @@ class SettingsReader:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    import difflib  # only for people who mistyped; loading it takes 5 ms of everybody's start
+    import difflib  # needed only after a typing mistake, and loading it takes 5 ms
 
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def blanked(opaque: re.Match[str]) -> str:
-    """A comment or a text as blanks, line by line; a quoted key stays."""
+    """A comment or a string, replaced by as many blanks; a quoted key stays."""
     return opaque[0] if opaque[1] else re.sub(r"[^\n]", " ", opaque[0])
 
 
 def line_of(toml: str, path: Path) -> int:
-    """The line on which a key stands, 1-based, or 0.  tomllib does not tell, so this looks as a
+    """The line on which a key is, 1-based, or 0.  tomllib does not tell, so this searches as a
     person would, in a text without comments and values: for the table's header or the n-th entry,
-    and for the key after it."""
+    and then for the key."""
     start, end = 0, len(toml)
     if len(path) > 1 and isinstance(path[1], int):
         name = path[0]
@@ -2669,7 +2670,7 @@ def line_of(toml: str, path: Path) -> int:
 
 
 def changes_line(old: Settings, new: Settings) -> str:
-    """Which keys have changed, and which of them wait for the next start."""
+    """Which keys have changed, and which of them take effect at the next start."""
     changed = [key for key in (*CONFIG_FIELDS, *TABLES[2:])
                if getattr(old, key) != getattr(new, key)]
     late = [key for key in changed if key in RESTART_KEYS]
@@ -12730,31 +12731,31 @@ class Exchange:
 #  58  watch
 # ══════════
 #
-# What goes on without a request.  Each server has two loops of its own, one that checks its health
-# and one that reads its load, so that a hanging server makes nobody else's numbers old.
+# What goes on without a request.  Each server has loops of its own, for its health, its load and
+# its streams' pace, so that a server that hangs delays no other's figures.
 
-PACE_LOOK_S = 0.5  # between two looks at the streams of a server,
-PACE_STREAMS = 32  # of which so many tell enough
-DISAGREEMENT_S = 600.0  # for which a capacity must behave like another before that is said
+PACE_LOOK_S = 0.5  # between two looks at the streams of a server
+PACE_STREAMS = 32  # looked at of each server; a sample is enough
+DISAGREEMENT_S = 600.0  # that a server must behave as if its capacity were wrong, before we say so
 
 
 class Check(NamedTuple):
-    """What one check of a server found; `why` names a problem, also with a check that passed."""
+    """What one check of a server found; `why` names a problem, even if the check passed."""
 
     passed: bool
     seconds: float
     why: str = ""
     models: Models | None = None
-    reached: bool = False  # it answered an error, or kept the connection without a word
+    reached: bool = False  # it answered with an error, or accepted the connection and said nothing
     hung: bool = False
-    rejected: bool = False  # our key
+    rejected: bool = False  # our key was
 
 
 async def check_server(
     client: HttpClient, timeout_s: float, want_health: bool, want_models: bool
 ) -> Check | None:
-    """Ask /health, and /v1/models where there is no /health or models are wanted: a server becomes
-    known with its models or not at all.  None when it could not be asked for a reason of ours."""
+    """Ask /health, and /v1/models if there is no /health or models are wanted: a server becomes
+    known together with its models.  None if it could not be asked for a reason on our side."""
     loop = asyncio.get_running_loop()
     begun, has_health = loop.time(), False
     try:
@@ -12781,13 +12782,13 @@ async def check_server(
 
 
 def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Check:
-    """A check that was answered with something else than what is wanted."""
+    """A check that got another answer than it should."""
     why = f"{path} answered {status}" + " without a list of models" * (status == 200)
     rejected = status in (401, 403) and client.key_line != ""
     return Check(False, seconds, why, reached=status >= 500, rejected=rejected)
 
 
-# One token, or one embedding: vLLM needs no model's name where it serves only one.
+# One token, or one embedding.  vLLM needs no model name if it serves only one model.
 ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
                  ("/v1/embeddings", b'{"input":"1"}'))
 
@@ -12804,7 +12805,7 @@ async def watch_health(core: Core, server: str) -> None:
             found = await check_server(
                 core.client(server), s.health_check_timeout, active, want_models)
             if core.process.stood_still_since(begun, loop.time()):
-                continue  # its time, and maybe its failure, was ours
+                continue  # its duration, and perhaps its failure, was caused by us
             if found is not None and found.models is not None:
                 core.fleet.models_listed(server, found.models, loop.time())
             if found is not None and (active or found.rejected):
@@ -12817,8 +12818,8 @@ async def watch_health(core: Core, server: str) -> None:
 
 
 def note_check(core: Core, server: str, found: Check, begun: float) -> None:
-    """Judge a server by a check.  One that hung while answers flowed takes no server out, one in
-    which our key was rejected does at once."""
+    """Judge a server by a check.  A check that hung while answers flowed takes no server out; one
+    in which our key was rejected does so at once."""
     now, views = asyncio.get_running_loop().time(), core.fleet.engines(server)
     if found.rejected:
         core.judge(server, Health.refused, found.why, now)
@@ -12833,7 +12834,7 @@ Result = TypeVar("Result")
 
 
 async def in_turns(work: Generator[None, None, Result]) -> Result:
-    """What a long piece of work gives, with others' turns between its steps."""
+    """The result of a long piece of work, whose steps let other tasks run in between."""
     while True:
         try:
             next(work)
@@ -12843,7 +12844,7 @@ async def in_turns(work: Generator[None, None, Result]) -> Result:
 
 
 async def watch_load(core: Core, server: str) -> None:
-    """Read one server's load for ever.  A failure leaves the old numbers, which fade."""
+    """Read one server's load for ever.  After a failure the old figures stay, and fade."""
     loop = asyncio.get_running_loop()
     agreed_at = dict[str, float]()
     lost = 0  # pages in a row
@@ -12877,7 +12878,7 @@ def take_loads(
     core: Core, server: str, loads: Mapping[str, EngineLoad], own: Mapping[str, int],
     agreed_at: dict[str, float],
 ) -> None:
-    """What a server's page told of its engines, which had so many requests of our `own` before."""
+    """Take what a server's page says of its engines; `own` counts our requests at each before."""
     now = asyncio.get_running_loop().time()
     for view in core.fleet.engines(server):
         own_then = max(own.get(view.id, 0), view.counts.in_flight)
@@ -12891,7 +12892,7 @@ def take_loads(
 
 
 def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) -> None:
-    """Tell that a server behaves as if its max_concurrent_requests were wrong, once that lasts."""
+    """Warn once a server has long behaved as if its max_concurrent_requests were wrong."""
     text, since = disagreement(view), agreed_at.setdefault(view.id, now)
     if not text:
         agreed_at[view.id] = now
@@ -12901,7 +12902,7 @@ def say_disagreement(view: ServerView, now: float, agreed_at: dict[str, float]) 
 
 
 async def check_progress(core: Core, server: str) -> None:
-    """Take a server out of which an engine stands still; look whether one that did moves again."""
+    """Take out a server of which an engine stands still, and bring it back when it moves again."""
     views, now, s = core.fleet.engines(server), asyncio.get_running_loop().time(), core.settings
     if views and views[0].health.frozen:
         if views[0].health.circuit(now) == "half-open":
@@ -12920,7 +12921,7 @@ async def check_progress(core: Core, server: str) -> None:
     for view in views:
         attempts = core.requests.running.get(view.id, set())
         waiting = [attempt for attempt in attempts if attempt.waits]
-        if view.load.asleep:  # nobody's failure; what has begun may go on when it wakes up
+        if view.load.asleep:  # nobody's failure; answers that have begun may go on after a wake
             for attempt in waiting:
                 attempt.give_up(even_begun=attempt.movable())
             continue
@@ -12937,7 +12938,7 @@ async def check_progress(core: Core, server: str) -> None:
 
 
 async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
-    """Whether a server's engine does the least that can be asked of it."""
+    """Whether a server's engine answers the smallest possible request."""
     try:
         for path, content in ENGINE_PROBES:
             status, _ = await client.fetch(path, timeout_s, content)
@@ -12948,12 +12949,12 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
     return True  # it has neither: nothing more can be asked
 
 
-PAUSE_MAX_S = 60.0  # between two tries of background work that fails again and again
+PAUSE_MAX_S = 60.0  # between two tries of background work that keeps failing
 
 
 async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Do background work again and again, whatever happens in it; after each failure in a row it
-    rests for twice as long."""
+    """Repeat background work whatever happens in it, with a pause that doubles after each failure
+    in a row."""
     pause_s, loop = 0.0, asyncio.get_running_loop()
     while True:
         begun = loop.time()
@@ -12970,7 +12971,7 @@ async def guarded(core: Core, what: str, work: Callable[[], Awaitable[None]]) ->
 
 
 async def watch_pace(core: Core, server: str) -> None:
-    """See for ever how fast a server's streams run."""
+    """Measure the pace of a server's streams for ever."""
     while True:
         await asyncio.sleep(PACE_LOOK_S)
         for view in core.fleet.engines(server):
@@ -12979,7 +12980,7 @@ async def watch_pace(core: Core, server: str) -> None:
 
 
 def look_at_streams(core: Core, id: str, attempts: Iterable[Attempt]) -> None:
-    """Tell the fleet what some of a server's streams have brought since the last look."""
+    """Tell the fleet how many events a server's streams have brought since the last look."""
     pumps = [attempt.pump for attempt in itertools.islice(attempts, PACE_STREAMS)
              if attempt.pump is not None and attempt.response.streams]
     events = [n for n in map(streamed_events, pumps) if n is not None]
@@ -12988,8 +12989,8 @@ def look_at_streams(core: Core, id: str, attempts: Iterable[Attempt]) -> None:
 
 
 def streamed_events(pump: Pump) -> int | None:
-    """About how many events of a stream have come since the last look; None if there was none, or
-    if it has to wait for its client."""
+    """Roughly how many events of a stream have come since the last look; None if this is the
+    first look, or the stream waits for its client."""
     before, pump.looked_bytes = pump.looked_bytes, -1 if pump.client.blocked else pump.sent_bytes
     if before < 0 or pump.looked_bytes < 0:
         return None
@@ -13005,7 +13006,7 @@ class Watchers:
         self._intervals: tuple[Any, ...] = ()
 
     def adopt(self, servers: Iterable[str], s: Settings) -> None:
-        """Watch these servers and no others.  Sleeping times that change begin anew."""
+        """Watch these servers and no others.  After a change of intervals all tasks start again."""
         known, self._intervals = self._intervals, (
             s.health_check_interval, s.metrics_interval, s.enable_active_health_check)
         wanted = set(servers)
@@ -13018,7 +13019,7 @@ class Watchers:
             ]
 
     def stop(self, servers: Iterable[str] | None = None) -> None:
-        """Those of these servers, or all."""
+        """End the tasks of these servers, or of all."""
         for server in list(self._tasks if servers is None else servers):
             for task in self._tasks.pop(server):
                 task.cancel()
@@ -13028,17 +13029,17 @@ class Watchers:
 #  59  services
 # ══════════
 #
-# What runs in the background only because the settings name it, like a source of servers.  The
-# rooms of services stand below the ruler.
+# What runs in the background only if the settings ask for it, like a source of servers.  The rooms
+# of services stand below the ruler.
 #
-# To add one: decorate what it does with @service.
+# To add one: decorate its coroutine function with @service.
 
 
 class Service(NamedTuple):
-    """`wanted` says, by the settings, what it is to do, if anything: an attrgetter, since nothing
-    below the ruler runs to find that out.  `run` does it until it is cancelled.  When nothing is
-    wanted of a service any more, its `source` names no servers.
-    `preview` is for check-config: the servers that would be named now, and lines to be printed."""
+    """`wanted` takes from the settings what the service is to do, if anything: an attrgetter, since
+    nothing below the ruler runs to find that out.  `run` does it until it is cancelled.  Once
+    nothing is wanted any more, its `source` names no servers.  `preview` is for check-config: the
+    servers that would be named now, and lines to print."""
 
     wanted: Callable[[Settings], Any]
     run: Callable[[Core, Any], Awaitable[None]]
@@ -13212,7 +13213,7 @@ async def undrain_server(core: Core, server: str) -> dict[str, Any]:
 
 
 async def probe_server(core: Core, server: str) -> dict[str, Any]:
-    """Check it now; a circuit that is open gets its trial.  Raises PeerGone."""
+    """Check a server now; an open circuit gets its trial at once.  Raises PeerGone."""
     s = core.settings
     found = await check_server(core.client(server), s.health_check_timeout, True, True)
     now = asyncio.get_running_loop().time()
@@ -13228,7 +13229,8 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
             "state": state[0] if state else "gone"}
 
 
-# Those that need no more than a server, and so have a key on the screen and a button on the page.
+# Operations that need a server and nothing else; each has a key on the screen and a button on the
+# page.
 OPERATIONS: dict[str, Operation] = {
     "drain": drain_server, "undrain": undrain_server, "probe": probe_server,
 }
@@ -13238,34 +13240,34 @@ OPERATIONS: dict[str, Operation] = {
 #  61  endpoints
 # ══════════
 #
-# What the balancer answers itself, from what it knows: no request to any server, so these paths
-# answer at once even when every server hangs.
+# The paths that the balancer answers from what it knows.  They ask no server, so they answer at
+# once even when every server hangs.
 #
-# To add a path: a function with @endpoint, and a line in the README.  Rooms after this one may add
-# theirs, too: the table is complete when the module is loaded.
+# To add a path: a function with @endpoint, and a line in the README.  Later rooms may add paths,
+# too: the table is complete when the module is loaded.
 
 
 class Asked(NamedTuple):
     """A request for an endpoint."""
 
     head: RequestHead
-    content: bytes = b""  # where it is read
-    visit: Visit | None = None  # as which it came in
+    content: bytes = b""  # if the endpoint reads it
+    visit: Visit | None = None  # how it came in
 
     @property
     def query(self) -> dict[str, str]:
-        """The last of each name counts."""
+        """The query's values by name; of several with one name the last counts."""
         return dict(urllib.parse.parse_qsl(self.head.query or "", keep_blank_values=True))
 
 
-# Pieces are streamed, as server-sent events, until there are no more or the client has left.
+# An iterator's pieces are streamed as server-sent events until it ends or the client leaves.
 Handler = Callable[[Core, Asked], Awaitable[Reply | AsyncIterator[bytes]]]
 
 
 class Endpoint(NamedTuple):
-    kind: Kind  # which says who may
+    kind: Kind  # decides who may use it
     handle: Handler | None  # None: it is for an Exchange to answer
-    reads_content: bool = False  # SMALL_CONTENT_BYTES of it at most
+    reads_content: bool = False  # at most SMALL_CONTENT_BYTES
     meaning: str = ""  # what `help paths` says
 
 
@@ -13279,8 +13281,8 @@ def endpoint(
     *paths: str, method: str = "GET", kind: Kind = Kind.STATUS, reads_content: bool = False,
     meaning: str = "",
 ) -> Callable[[Handler], Handler]:
-    """Register a function, with a `meaning` for `help paths` where its docstring does not say it.
-    GET answers HEAD, too; a last part like {id} is variable, and may have slashes."""
+    """Register a function, with a `meaning` for `help paths` if its docstring does not serve.  GET
+    also answers HEAD; a last segment like {id} is variable, and may contain slashes."""
 
     def register(handle: Handler) -> Handler:
         for path in paths:
@@ -13294,7 +13296,7 @@ def endpoint(
 
 @remembered_text
 def endpoints_at(path: str) -> Mapping[str, Endpoint]:
-    """Those of a path by method; none where it is not ours."""
+    """The endpoints at a path, by method; none if the path is not ours."""
     path = (inference_path(path) or path).rstrip("/") or "/"
     if path in ENDPOINTS:
         return ENDPOINTS[path]
@@ -13304,7 +13306,7 @@ def endpoints_at(path: str) -> Mapping[str, Endpoint]:
 
 
 def endpoint_for(head: RequestHead) -> Endpoint | None:
-    """None where it has another method."""
+    """The endpoint that answers; None if the path has none for the method."""
     return endpoints_at(head.path).get("GET" if head.method == "HEAD" else head.method)
 
 
@@ -13316,14 +13318,15 @@ def wrong_method(head: RequestHead) -> Refusal:
 
 
 def kind_of(head: RequestHead, s: Settings) -> Kind:
-    """What is asked for."""
+    """The kind of path that a request asks for."""
     kind = path_kind(head.path)
     if head.path in s.admin_paths and kind in (Kind.INFERENCE, Kind.NOTHING):
         return Kind.CONTROL
     return Kind.EXPLAIN if kind is Kind.STATUS and wants_explanation(head) else kind
 
 
-# Below these paths a URL may stand escaped; they are ours alone, so no server reads it differently.
+# Below these paths an escaped URL may follow.  They are ours alone, so no server can read them
+# differently.
 URLS_BELOW = ("/workers/",)
 ESCAPED_SLASH = re.compile("%2f", re.IGNORECASE)
 
@@ -13379,8 +13382,8 @@ async def get_readiness(core: Core, asked: Asked) -> Reply:
 
 @endpoint("/explain")
 async def get_explanation(core: Core, asked: Asked) -> Reply:
-    """How a server was chosen for a request of late, by its X-Request-Id.  (POST is for a request
-    that is not to be sent: `Exchange.run` explains it.)"""
+    """How a server was chosen for a recent request, by its X-Request-Id.  (POST explains a request
+    without sending it: see `Exchange.run`.)"""
     id, rankings = asked.query.get("id", ""), core.recent.rankings
     if id in rankings:
         return as_json({"id": id, **explain_report(rankings[id])})
@@ -13411,7 +13414,7 @@ STATUS_S = 1.0  # between two events of /status/events
 
 @endpoint("/status/events")
 async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
-    """The same as /status.json, again and again."""
+    """The document of /status.json, once a second."""
 
     def event() -> bytes:
         return b"data: " + status_for(core, asked) + b"\n\n"
@@ -13426,8 +13429,8 @@ async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[b
 
 @endpoint("/server-models")
 async def get_server_models(core: Core, asked: Asked) -> Reply:
-    """With ?refresh=1 every server is asked first, all at the same time; once for all who want
-    that now."""
+    """With ?refresh=1 all servers are asked first, at the same time, and once for everybody who
+    asks meanwhile."""
     if asked.query.get("refresh") in ("1", "true"):
         if core.looks.refreshing is None or core.looks.refreshing.done():
             core.looks.refreshing = asyncio.ensure_future(refresh_models(core))
@@ -13450,7 +13453,7 @@ async def get_models(core: Core, asked: Asked) -> Reply:
 
 
 def models_for(core: Core, head: RequestHead) -> list[Mapping[str, Any]]:
-    """The models that the request's key allows, or all."""
+    """The models that the request's key allows; without keys, all."""
     aliases, key = core.settings.aliases, core.keys.authenticate(head.fields)
     entries = model_entries(
         core.fleet.views(), aliases, head.fields.get("via"), core.process.name)
@@ -13501,7 +13504,7 @@ Operate = Callable[[Core, Asked], Awaitable[dict[str, Any]]]
 
 
 async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
-    """Have an operation carried out, or say what is wrong with it."""
+    """Carry out an operation, or answer what is wrong with it."""
     try:
         return as_json(await operate(core, asked))
     except SettingsError as error:
@@ -13514,7 +13517,7 @@ async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
 
 
 def on_server(operation: Operation) -> Operate:
-    """?url= names the server."""
+    """An operation on the server that ?url= names."""
     return lambda core, asked: operation(core, server_named(core, asked.query.get("url", "")))
 
 
@@ -13551,29 +13554,29 @@ ENDPOINTS |= {
 #  62  front
 # ══════════
 #
-# Where clients come in: connections are accepted while there is room, each is served in a task of
-# its own, and each request, an Exchange from its head on, is refused, answered here or run.
+# Where clients come in.  Connections are accepted while there is room, and each is served by a task
+# of its own.  Each request becomes an Exchange, and is refused, answered here, or run.
 
-CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, from which on its server has to wait
-LINGER_S = 2.0  # for a client that is still sending what was refused; nginx's lingering_close
-IDLE_LINGER_S = 0.1  # the same, for one that was not saying anything
+CLIENT_BACKLOG_BYTES = 16 * 1024  # unsent to a client, at which its server has to wait
+LINGER_S = 2.0  # for a client still sending a refused request; like nginx's lingering_close
+IDLE_LINGER_S = 0.1  # for a client that was sending nothing
 
 
 def descriptors_allow() -> int:
-    """How many clients, each with a connection to a server."""
+    """How many clients the descriptors suffice for, each with a connection to a server."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, (allowed - SPARE_DESCRIPTORS) // 2)
 
 
-OPERATORS_SPARE = 16  # connections for operators, when clients have taken all
+OPERATORS_SPARE = 16  # connections kept for operators when clients have taken all others
 
 
-# What requests below a path are for that is no server's own, by its first part.
+# By the first segment of a path: where requests below it go, if not to a server of the fleet.
 AIMS: dict[str, Callable[[Core, str], Destination]] = {}
 
 
 class Front:
-    """Serves clients on some sockets; and operators on others, if there are any.  `tasks` outlives
+    """Serves clients on some sockets and operators on others, if there are any.  `tasks` outlives
     it."""
 
     def __init__(
@@ -13582,9 +13585,9 @@ class Front:
     ) -> None:
         self.core, self._tasks = core, tasks
         self._audience = Audience.CLIENTS if operator_sockets else Audience.EVERYBODY
-        self._operators = set[Wire]()  # who came by their sockets
+        self._operators = set[Wire]()  # wires accepted on the operators' sockets
         self._hosts: dict[str, int] = {}  # connections by client address
-        self._warned = False  # of a proxy of strangers
+        self._warned = False  # about a proxy that is not trusted
         self.listeners = [Listener(one, self.has_room, self.shed_idle, self.accept_client,
                                    self.cannot_accept) for one in sockets]
         room = functools.partial(self.has_room, OPERATORS_SPARE)
@@ -13593,7 +13596,7 @@ class Front:
                            for one in operator_sockets]
 
     def close(self, to_the_last: bool) -> None:
-        """Accept no more, after those who have come already; unless others serve them."""
+        """Accept no more; `to_the_last`: but first those who have already connected."""
         if to_the_last:
             self.core.clients.limit = descriptors_allow()
         for listener in self.listeners:
@@ -13602,7 +13605,7 @@ class Front:
             listener.close()
 
     def rest(self, resting: bool) -> None:
-        """Leave those who come to another process, or accept them again."""
+        """Leave new connections to another process, or accept them again."""
         for listener in self.listeners:
             listener.resting = resting
             (listener.pause if resting else listener.resume)()
@@ -13612,15 +13615,15 @@ class Front:
         return len(self.core.clients.tasks) < self.core.clients.limit + spare
 
     def clients_are_waiting(self) -> bool:
-        """Whether others wait to be accepted."""
+        """Whether other clients wait to be accepted."""
         for listener in self.listeners:
             if not (listener.reading or listener.resting):
                 return True
         return False
 
     def shed_idle(self) -> None:
-        """Idle connections give way: who was served and has no request on the way loses nothing
-        but a handshake."""
+        """Close idle connections to make room: a client without a request under way loses only a
+        handshake."""
         self.core.count_limit("max_connections")
         self.core.clients.end_idle(ACCEPT_BATCH)
 
@@ -13630,13 +13633,13 @@ class Front:
                   error_text(error), ACCEPT_PAUSE_S)
 
     def accept_client(self, sock: socket.socket, address: Any, operator: bool = False) -> None:
-        """A client has come."""
+        """Serve a client that has connected."""
         core, wire = self.core, Wire(Blame.CLIENT, self.core.clients.backlog)
         if not self.count_connection(wire, address_of(address)):
             sock.close()
             return
 
-        def forget(task: asyncio.Task[None]) -> None:  # also a task that never began
+        def forget(task: asyncio.Task[None]) -> None:  # called even if the task never began
             del core.clients.tasks[wire]
             self._operators.discard(wire)
             self.uncount_connection(wire.peer[0])
@@ -13652,8 +13655,8 @@ class Front:
         core.clients.tasks[wire].add_done_callback(forget)
 
     def count_connection(self, wire: Wire, peer: Address) -> bool:
-        """Count a connection as that peer's.  Returns False, and does not, if it has as many as it
-        may; a proxy of ours, which brings many clients, may have any number."""
+        """Count a connection as that peer's.  Returns False, without counting, if the peer is at
+        its limit; a trusted proxy brings many clients, and has none."""
         (host, _), s = peer, self.core.settings
         full = 0 < s.max_connections_per_client <= self._hosts.get(host, 0)
         if full and not is_trusted(host, s.trusted_proxies):
@@ -13669,7 +13672,7 @@ class Front:
             del self._hosts[host]
 
     async def read_proxied_peer(self, wire: Wire, sock: socket.socket) -> None:
-        """Learn from a proxy of ours whose connection it passes on, if it says so.  Raises
+        """Learn from a trusted proxy whose connection it passes on, if it says so.  Raises
         PeerGone, TimeoutError, OSError."""
         proxy = wire.peer[0]
         try:
@@ -13686,7 +13689,7 @@ class Front:
             self.uncount_connection(proxy)
 
     async def serve(self, wire: Wire, sock: socket.socket) -> None:
-        """One client's connection: its requests, one after the other."""
+        """Serve the requests of one client's connection, one after the other."""
         try:
             sock.setblocking(False)
             s, tls = self.core.settings, self.core.pools.secrets.listener
@@ -13700,23 +13703,23 @@ class Front:
                     ssl_shutdown_timeout=s.body_timeout if tls else None)
             wire.transport.set_write_buffer_limits(CLIENT_BACKLOG_BYTES)
             if tls is not None:
-                wire.transport.set_read_buffer_limits(AHEAD_BYTES)  # of what is not decrypted
+                wire.transport.set_read_buffer_limits(AHEAD_BYTES)  # bytes not decrypted yet
             left = s.max_requests_per_connection
             while more := await self.serve_one(wire, left <= 1):
                 left -= 1
             linger_s = IDLE_LINGER_S if more is None else LINGER_S
             await wire.close(self.core.settings.body_timeout, linger_s)
         except (PeerGone, TimeoutError, OSError, asyncio.CancelledError):
-            pass  # it left in the middle of a head, it was idle for too long, we are stopping
-        except Exception:  # the broad except for clients: a mistake ends one connection
+            pass  # it left in the middle of a head, was idle for too long, or we are stopping
+        except Exception:  # the broad except for clients: a bug ends one connection
             self.core.internal_error("serving a client")
 
     async def serve_one(self, wire: Wire, last: bool) -> bool | None:
-        """One request.  Returns whether another may follow; None if not even this one came."""
+        """Serve one request.  Returns whether another may follow; None if none came."""
         core, running = self.core, self.core.clients.exchanges
-        if wire.blocked:  # by the answer before
+        if wire.blocked:  # by the previous answer
             await wire.unblocked(core.settings.body_timeout)
-        if wire.buffer:  # sent without waiting for it: others first
+        if wire.buffer:  # pipelined: let other clients go first
             await asyncio.sleep(0)
         if not await self.await_request(wire):
             return None
@@ -13737,7 +13740,7 @@ class Front:
             return False
         except (PeerGone, TimeoutError):
             raise
-        except Exception:  # the same, so that the client hears of it
+        except Exception:  # a bug here, too, ends one connection, but the client gets an answer
             core.internal_error("serving a client")
             if (response := running[wire]) is not None and not response.status:
                 response.close_after()
@@ -13749,11 +13752,11 @@ class Front:
                 core.clients.ids.discard(response.id)
 
     async def await_request(self, wire: Wire) -> bool:
-        """Whether a client has begun its next request; it may take a while, but not when others
-        are waiting for its place."""
+        """Wait for a client's next request to begin.  Returns whether it has; it may take a while,
+        unless other clients wait for the connection's place."""
         core, now = self.core, wire.loop.time()
         idle_until = expires_at = now + core.settings.keep_alive_timeout
-        if core.process.stopping:  # it was not told, since its answer had begun before
+        if core.process.stopping:  # its last answer began before that, and did not say close
             idle_until = now + IDLE_GRACE_S
         elif wire.reused and self.clients_are_waiting():
             idle_until = now
@@ -13766,7 +13769,7 @@ class Front:
             try:
                 await wire.news(idle_until, reads=True)
             except TimeoutError:
-                if wire.loop.time() >= expires_at:  # and not: somebody wanted its place
+                if wire.loop.time() >= expires_at:  # otherwise somebody wanted its place
                     core.count_limit("keep_alive_timeout")
                 return False
             finally:
@@ -13774,7 +13777,7 @@ class Front:
         return True
 
     async def read_head(self, wire: Wire) -> tuple[RequestHead, Length] | None:
-        """The request that has begun; None if the client left.  Raises BadMessage."""
+        """The head of the request that has begun; None if the client left.  Raises BadMessage."""
         s = self.core.settings
         try:
             raw = await wire.read_head(wire.loop.time() + s.head_timeout, s.max_head_bytes)
@@ -13784,25 +13787,25 @@ class Front:
         return None if raw is None else parse_request_head(raw)
 
     def reject(self, wire: Wire, bad: BadMessage) -> None:
-        """Answer what is not even a request."""
+        """Answer something that is not a valid request."""
         core, (host, port) = self.core, wire.peer
         id = request_id(NO_REQUEST.fields, (), (), core.draw)
         response = Response(wire, NO_REQUEST, id, core.settings)
         response.refuse(bad.fault, f"Bad request: {bad}.")
         core.metrics.requests.add("", "", str(bad.fault.status))
         core.count_limit(bad.limit)
-        # And not what was said: it may hold a key.
+        # What the client sent is not logged, because it may hold a key.
         facts = RequestFacts(id, f"{host}:{port}", status=bad.fault.status, end=bad.fault.label)
         core.news.publish(RequestFacts, lambda: facts)
 
     async def dispatch(self, exchange: Exchange) -> None:
-        """Answer here what is ours to answer, and have a server answer the rest."""
+        """Answer a request here if it is for us, or have a server answer it."""
         head, clients = exchange.head, self.core.clients
         kind = kind_of(head, exchange.settings)
         if refusal := self.refusal(exchange, kind):
             self.refuse(exchange, refusal)
         elif head.hops_left == 0 or (head.is_preflight and kind in FOR_PAGES):
-            exchange.response.send(Reply(204))  # it is for us, RFC 9110 §7.6.2; or CORS
+            exchange.response.send(Reply(204))  # Max-Forwards: 0, RFC 9110 §7.6.2, or a preflight
         elif kind.is_exchange:
             if not exchange.destination.path and (aim := AIMS.get(head.path.split("/")[1])):
                 exchange.destination = aim(self.core, head.path)
@@ -13838,7 +13841,7 @@ class Front:
             await self.stream(exchange, answer)
 
     async def read_small(self, exchange: Exchange) -> bytes:
-        """A request's content, which is read in one go.  Raises BadMessage, PeerGone."""
+        """The whole content of a request.  Raises BadMessage, PeerGone."""
         try:
             content = bytes((await exchange.body.gather())[0])
         finally:
@@ -13849,7 +13852,7 @@ class Front:
         return content
 
     async def stream(self, exchange: Exchange, events: AsyncIterator[bytes]) -> None:
-        """Until they end or the client leaves.  Raises PeerGone."""
+        """Stream events until they end or the client leaves.  Raises PeerGone."""
         core, client, response = self.core, exchange.client, exchange.response
         response.close_after()
         response.heartbeat()
@@ -13861,7 +13864,7 @@ class Front:
             client.transport.write(LAST_CHUNK)
 
     def refusal(self, exchange: Exchange, kind: Kind) -> Refusal | None:
-        """Why a request does not come in, or None: may it, and is there room?"""
+        """Why a request may not come in, or there is no room for it; None if it is let in."""
         core, s, head, keys = self.core, exchange.settings, exchange.head, self.core.keys
         asks = head.is_preflight and kind in FOR_PAGES  # and nothing else
         works = kind.is_exchange and not asks
@@ -14853,7 +14856,7 @@ ROUTER_FLAGS = {
 
 
 def add_router_flags(parser: argparse.ArgumentParser) -> None:
-    """For its command lines; `help router` says what they mean, the parser's help is ours."""
+    """Accept vllm-project/router's flags.  `help router` explains them; --help shows only ours."""
     for name, flag in ROUTER_FLAGS.items():
         how: dict[str, Any] = {"action": "store_true"} if flag.nargs == 0 else {
             "nargs": flag.nargs, "action": "append" if flag.nargs == "+" else "store"}
@@ -14879,7 +14882,7 @@ POD_FLAGS = {"--selector": "selector", "--prefill-selector": "prefill_selector",
 
 
 def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """The servers that its flags name, or have looked for.  Raises SettingsError."""
+    """The servers that its flags name, or a source that looks for them.  Raises SettingsError."""
     found, size = dict[str, tuple[Any, str]](), given.get("--intra-node-data-parallel-size")
     more = {} if size is None else {"data_parallel_size": size}
     servers = [{"url": url, **more} for url in given.get("--worker-urls", ())]
@@ -14911,8 +14914,8 @@ def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 def router_overrides(
     args: argparse.Namespace
 ) -> tuple[dict[str, tuple[Any, str]], list[Complaint]]:
-    """What flags of vllm-project/router say, as `overrides_from` has it, and one warning of those
-    that have no counterpart.  Raises SettingsError."""
+    """Overrides from flags of vllm-project/router, like those of `overrides_from`, and a warning
+    that lists the ones without a counterpart.  Raises SettingsError."""
     values = {name: getattr(args, name[2:].replace("-", "_"), None) for name in ROUTER_FLAGS}
     given = {name: value for name, value in values.items() if value is not None}
     if refused := [name for name in given if ROUTER_FLAGS[name].refused]:
@@ -14939,8 +14942,8 @@ def router_overrides(
 #  69  command line
 # ══════════
 #
-# Arguments, environment, exit codes: 0 well, 1 the settings or the address cannot be
-# used, 2 wrong arguments or, from check-config, no server can be used.
+# Arguments, environment and exit codes: 0 is success; 1, the settings or the address cannot be
+# used; 2, wrong arguments or, from check-config, no server can be used.
 
 EPILOG = """\
 examples:
@@ -14956,7 +14959,7 @@ SIGUSR2 has a new process take over.
 
 
 def argument_parser(only: str = "") -> argparse.ArgumentParser:
-    """With the arguments of that command, or of all."""
+    """A parser with the arguments of that command, or of all."""
     env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
     rows = sorted(COMMANDS.items())
     examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
@@ -14997,7 +15000,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def settings_to_run(
     args: argparse.Namespace, environ: Mapping[str, str]
 ) -> tuple[str, Overrides, Settings, list[Complaint]]:
-    """The settings that these arguments make, with the file and what wins over it, and warnings.
+    """The path of the settings file, what overrides it, the resulting settings, and warnings.
     Raises SettingsError."""
     found, unmatched = router_overrides(args)
     named = {"servers", "kubernetes", "registration_address"} & found.keys()
@@ -15022,8 +15025,8 @@ def run_balancer(args: argparse.Namespace) -> int:
         for warning in warnings:
             log.warning("%s", warning)
         if path and is_mounted_alone(path):
-            log.warning("%s is mounted as a single file: mount its directory, or a new file that is"
-                        " put in its place by rename is not seen", path)
+            log.warning("%s is mounted as a single file: mount its directory instead, or a new file"
+                        " renamed into its place is not seen", path)
         inherited = inherited_sockets()
         lines_wanted = settings.log_to_console  # --console, too
 
@@ -15043,7 +15046,7 @@ RULER = "       -- the ruler: above, all that runs for a file of five lines --"
 
 
 def parts_table(source: str) -> str:
-    """For each part of this file how many lines it has, and when it runs."""
+    """How many lines each part of this file has, and when it runs."""
     runs = {number: (name, when) for number, name, when in PART_ROW.findall(source)}
     starts = [(m[1], source.count("\n", 0, m.start())) for m in PART_BANNER.finditer(source)]
     ends = [line for _, line in starts[1:]] + [source.count("\n")]
@@ -15069,7 +15072,7 @@ def add_help(parser: argparse.ArgumentParser) -> None:
 
 
 def print_text(text: str) -> int:
-    """Printed, whatever the terminal's encoding, and though its reader (`head`) may have left."""
+    """Print, whatever the terminal's encoding, and even if the reader (`head`) has left."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode() + b"\n")
@@ -15101,7 +15104,7 @@ def print_version(args: argparse.Namespace) -> int:
 
 
 def misspelt_command(word: str) -> str:
-    """Which command is meant by a word that is none, and no file either."""
+    """A hint at the command meant by a word that is neither a command nor a file, or ''."""
     if word in COMMANDS or word.startswith("-") or set(word) & set("./") or os.path.exists(word):
         return ""
     return did_you_mean(word, COMMANDS)
@@ -15132,8 +15135,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ────────────────────────────────────────── the ruler ─────────────────────────────────────────
-# Above: all that runs for a servers.toml of five lines.  Below: what a setting, a subcommand, a
-# terminal or a browser asks for.  It hooks itself into COMMANDS, ENDPOINTS, SCREENS and SERVICES.
+# Above: all that runs for a servers.toml of five lines.  Below: what runs only when a setting, a
+# subcommand, a terminal or a browser asks for it, by rows of COMMANDS, ENDPOINTS, SCREENS and
+# SERVICES.
 
 
 # ━━━ part XI: discovery ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -22798,8 +22802,7 @@ def toml_word(value: Any) -> str:
 def default_word(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    return '"auto"' if field.default == AUTO and field.name in SERVER_FIELDS else (
-        toml_word(field.default))
+    return '"auto"' if field.metadata["check"] is capacity else toml_word(field.default)
 
 
 def setting_meaning(field: dataclasses.Field[Any]) -> str:
