@@ -13075,7 +13075,7 @@ class Services:
         self._tasks: dict[str, tuple[Any, asyncio.Task[None]]] = {}  # with what each is to do
 
     def adopt(self, s: Settings) -> None:
-        """Run what these settings want; what is to do the same as before goes on."""
+        """Run what these settings want; a service that is wanted as before goes on."""
         for name, row in self._rows.items():
             wanted, (before, task) = row.wanted(s), self._tasks.get(name, (None, None))
             if wanted not in NOT_WANTED and wanted == before:
@@ -13089,13 +13089,13 @@ class Services:
                 self._core.roster.define(row.source, {})
 
     async def _run(self, name: str, wanted: Any, before: asyncio.Task[None] | None) -> None:
-        """Once the task `before` has ended, which may hold what this one needs."""
+        """Run a service once its task `before` has ended, which may hold a port it needs."""
         if before is not None:
             await asyncio.wait((before,))
 
         async def work() -> None:
             await self._rows[name].run(self._core, wanted)
-            await asyncio.Event().wait()  # it has nothing more to do
+            await asyncio.Event().wait()  # it is done, and must not be started again
 
         await guarded(self._core, f"running {name}", work)
 
@@ -13109,16 +13109,16 @@ class Services:
 #  60  operations
 # ══════════
 #
-# What people have done to servers while it runs: over HTTP, with the screen's keys, with the page's
-# buttons.  An operation returns a document that says what was done.  What is wrong with it is said
-# in words, as SettingsError, LookupError or PeerGone, and nothing has changed then.
+# What people do to servers at run time: over HTTP, with the screen's keys, or with the page's
+# buttons.  An operation returns a document that says what was done, or raises SettingsError,
+# LookupError or PeerGone, and then nothing has changed.
 
 Operation = Callable[[Core, str], Awaitable[dict[str, Any]]]
 
 
 def server_named(core: Core, name: str) -> str:
-    """The id of the server that is meant: by its id or name, the URL that it alone has, these as
-    host:port, or those of one of its engines.  Raises LookupError."""
+    """The id of the server meant by that name: its id, its name, a URL that no other server has,
+    any of these without the scheme, or the id or name of an engine.  Raises LookupError."""
     name, entries = name.rstrip("/"), core.roster.entries
     engine = next((view.server for view in core.fleet.views() if name in (view.id, view.name)), "")
     for id, one in entries.items():
@@ -13143,18 +13143,18 @@ def report_done(core: Core, what: str) -> dict[str, Any]:
 
 
 async def add_server(core: Core, entry: dict[str, Any]) -> dict[str, Any]:
-    """`entry` is one of `servers`, as the settings file has them.  Raises SettingsError."""
+    """Add a server; `entry` is like one of `servers` in a settings file.  Raises SettingsError."""
     if not entry:
         raise SettingsError([Complaint("request", 0, "", 'expected JSON like {"url": "http://…"}')])
     server = server_by_hand(entry, core.settings.pools)
     if server.id in core.roster.entries:
-        raise SettingsError([Complaint("request", 0, "url", f"{server.url} is there already")])
+        raise SettingsError([Complaint("request", 0, "url", f"{server.url} is already a server")])
     core.roster.add(server)
     return report_done(core, f"{server.url} added")
 
 
 async def remove_server(core: Core, server: str) -> dict[str, Any]:
-    """Have no new requests sent to it; it leaves with its last one."""
+    """Send a server no new requests; it is gone after its last answer."""
     name = shown_name(core, server)
     core.roster.remove(server)
     return report_done(core, f"{name} removed")
@@ -13184,7 +13184,8 @@ async def drain_server(core: Core, server: str) -> dict[str, Any]:
 
 
 async def drain_and_wait(core: Core, server: str, wait: str) -> dict[str, Any]:
-    """Drain, and wait so many seconds for what it still does; says how much that is then."""
+    """Drain a server and wait at most that many seconds until it is idle; the document says how
+    many requests it still has then."""
     try:
         deadline = clock_now().monotonic + number(0, 3600)(wait)
     except ValueError as expected:
@@ -13904,14 +13905,15 @@ class Front:
 #  63  following
 # ══════════
 #
-# The settings file is read again and again: it is a few kB, which is cheaper than being clever
-# about times and inodes, and sees a restored older file, a rename, a ConfigMap's swapped symlink.
+# The settings file is read whole every few seconds.  It has a few kB; reading it is cheaper than
+# being clever about times and inodes, and notices a restored older file, a rename, and a
+# ConfigMap's swapped symlink.
 
-SETTLE_S = 0.05  # between the two looks at a changed settings file that must agree
+SETTLE_S = 0.05  # between two reads of a changed settings file, which must agree
 
 
 class SettingsFile:
-    """A settings file, and what it held when it was last looked at: bytes, or what was wrong."""
+    """A settings file, and what the last read of it gave: its bytes, or what was wrong."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -13922,9 +13924,8 @@ class SettingsFile:
         return self._decoded(read_regular_file(self.path))
 
     async def read_if_changed(self) -> str | None:
-        """What the file holds, if that is new; two looks must agree, because the first may fall
-        between an editor's truncating and its writing.  Raises SettingsError, once for each
-        trouble."""
+        """The file's text if it has changed.  Two reads must agree, because the first may fall
+        between an editor's truncating and writing.  Raises SettingsError, once per trouble."""
         try:
             found = read_regular_file(self.path)
             while found != self.held:
@@ -13944,15 +13945,15 @@ class SettingsFile:
 
     def _decoded(self, found: bytes) -> str:
         try:
-            return found.decode("utf-8-sig")  # some editors begin a file with a mark
+            return found.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
         except UnicodeDecodeError as error:
             text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
             raise SettingsError([Complaint(self.path, 0, "", text)]) from None
 
 
 class Follower:
-    """Takes over what the settings file holds anew, and the keys and certificates that it names.
-    What cannot be used is said once, and changes nothing."""
+    """Applies changes of the settings file, and of the key and certificate files that it names.  A
+    change that cannot be used is logged once, and nothing is applied."""
 
     def __init__(
         self, core: Core, path: str, overrides: Overrides,
@@ -13968,7 +13969,7 @@ class Follower:
         self._look_now.set()
 
     async def follow(self) -> None:
-        """Look at the files after a while, or at once when told to `look_now`."""
+        """Look at the files after an interval, or as soon as `look_now` is called."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.core.settings.config_reload_interval):
                 await self._look_now.wait()
@@ -13995,7 +13996,8 @@ class Follower:
             self._adopt_secrets(secrets)
 
     async def look(self, file: SettingsFile, asked: bool) -> None:
-        """Who `asked` for a look is answered in any case."""
+        """Apply the file if it has changed.  A look that a person `asked` for is always answered
+        with a log line."""
         core, this, old = self.core, self.core.process, self.core.settings
         refused = this.settings_error
         try:
@@ -14034,13 +14036,13 @@ class Follower:
 #  64  commands
 # ══════════
 #
-# Subcommands are rows, each registered by the room that it is of; the command line knows none of
-# them by name.  What several of them need: the settings that file, environment and flags make.
+# Subcommands are rows, each registered by its own room; the command line knows none by name.  Here
+# stands what several of them need: settings made from file, environment and flags.
 
 
 class Command(NamedTuple):
-    """A subcommand: its line in the help, what adds its arguments, what it does (which returns the
-    exit code, or raises SettingsError), and arguments of an example."""
+    """A subcommand: its line in the help, a function that adds its arguments, one that runs it and
+    returns the exit code or raises SettingsError, and the arguments of an example."""
 
     line: str
     add_arguments: Callable[[argparse.ArgumentParser], object]
@@ -14049,7 +14051,7 @@ class Command(NamedTuple):
     parser: Mapping[str, Any]  # keywords of its ArgumentParser
 
 
-# To add a subcommand: decorate what it does.
+# To add a subcommand: decorate its function with @command.
 COMMANDS: dict[str, Command] = {}
 DEFAULT_CONFIG = "servers.toml"
 CONFIG_PLACES = (DEFAULT_CONFIG, "/config/servers.toml", "/app/servers.toml")  # an image's mounts
@@ -14057,19 +14059,19 @@ C = TypeVar("C", bound=Callable[[argparse.Namespace], int])
 
 
 class Topic(NamedTuple):
-    """Something that `help` explains: its line, and what makes its text."""
+    """A topic that `help` explains: its line, and a function that returns its text."""
 
     line: str
     text: Callable[[], str]
 
 
-# To add a topic: decorate what returns its text.
+# To add a topic: decorate a function that returns its text with @topic.
 TOPICS: dict[str, Topic] = {}
 T = TypeVar("T", bound=Callable[[], str])
 
 
 def topic(name: str, line: str) -> Callable[[T], T]:
-    """Registers the decorated function as a topic of `help`."""
+    """Register the decorated function as a topic of `help`."""
 
     def register(text: T) -> T:
         TOPICS[name] = Topic(line, text)
@@ -14086,7 +14088,7 @@ def command(
     name: str, line: str, add_arguments: Callable[[argparse.ArgumentParser], object] = no_arguments,
     example: str = "", **parser: Any,
 ) -> Callable[[C], C]:
-    """Registers the decorated function as a subcommand."""
+    """Register the decorated function as a subcommand."""
 
     def register(run: C) -> C:
         COMMANDS[name] = Command(line, add_arguments, run, example, parser)
@@ -14096,15 +14098,15 @@ def command(
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The argument that names the settings file."""
+    """Add the argument that names the settings file."""
     given = parser.add_mutually_exclusive_group()
     given.add_argument("file", nargs="?", help=f"settings file (default {DEFAULT_CONFIG})")
     given.add_argument("--config", metavar="FILE", help="the same")
 
 
 def config_path(args: argparse.Namespace, servers: object = None) -> str:
-    """What arguments or environment name, or the first of CONFIG_PLACES where there is a file; ''
-    where there are `servers` in its place."""
+    """The settings file that arguments or environment name, or the first of CONFIG_PLACES that
+    exists; '' if there are `servers` instead."""
     if named := args.file or args.config or os.environ.get("CONFIG_PATH"):
         return named
     return "" if servers else next(filter(os.path.exists, CONFIG_PLACES), DEFAULT_CONFIG)
@@ -14119,7 +14121,7 @@ OLD_PREFIXES = ("ROUTER_", "MANAGER_")  # of HOST and PORT
 
 
 def strange_host(environ: Mapping[str, str]) -> str:
-    """A HOST that is no address to listen on: conda and some shells set one, too."""
+    """The variable HOST if it is not an address to listen on: conda and some shells set it, too."""
     host = environ.get("HOST", "")
     try:
         ipaddress.ip_address(host or "::")
@@ -14129,15 +14131,15 @@ def strange_host(environ: Mapping[str, str]) -> str:
 
 
 def with_old_prefixes(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """HOST and PORT also by the names that serverless_vllm's documents have for them.  What
-    Kubernetes sets for a service that is called so, like tcp://10.0.0.1:80, is no port."""
+    """The environment with HOST and PORT taken from serverless_vllm's names for them, too.  What
+    Kubernetes sets for a service of that name, like tcp://10.0.0.1:80, is not a port."""
     said = {name: environ[old + name] for old in OLD_PREFIXES for name in ("HOST", "PORT")
             if environ.get(old + name) and (name == "HOST" or environ[old + name].isdecimal())}
     return said | {name: value for name, value in environ.items() if value or name not in said}
 
 
 def warn_of(environ: Mapping[str, str], args: argparse.Namespace) -> list[Complaint]:
-    """What of the environment goes by an old name; what is wrong with it, and ignored."""
+    """Warnings about variables with old names, and about a HOST that is ignored."""
     full = with_old_prefixes(environ)
     old = [name for name in ("HOST", "PORT") if full.get(name) != environ.get(name)]
     told = [Complaint("environment", 0, "", f"{' and '.join(old)} by an old name"
@@ -14153,7 +14155,7 @@ def wrong_host(environ: Mapping[str, str], args: argparse.Namespace) -> list[Com
 
 
 def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Overrides:
-    """What flags and environment say: they win over the file."""
+    """The settings that flags and environment give; they win over the file."""
     found: dict[str, tuple[Any, str]] = {}
     environ = with_old_prefixes(environ)
     if strange_host(environ):
@@ -14176,8 +14178,7 @@ def overrides_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Over
 
 
 def placed(complaints: Iterable[Complaint], path: str) -> list[Complaint]:
-    """Complaints about other files than the settings, each with the key and the line that names
-    the file."""
+    """The complaints, where those about another file get the key and line that name the file."""
     with contextlib.suppress(SettingsError):
         rows, found = SettingsFile(path).text().splitlines(), list[Complaint]()
         for one in complaints:
@@ -14196,14 +14197,15 @@ MOUNTS = "/proc/self/mountinfo"  # Linux's
 
 
 def is_mounted_alone(path: str, mounts: str = MOUNTS) -> bool:
-    """Whether that file is a mount of its own: what is put in its place by rename is not seen."""
+    """Whether that file is itself a mount: a file renamed into its place would not be seen."""
     with contextlib.suppress(OSError), open(mounts, encoding="utf-8", errors="replace") as rows:
         return any(row.split()[4] == os.path.realpath(path) for row in rows)
     return False
 
 
 def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Complaint]]:
-    """From a file, or from overrides alone where `path` is ''.  Raises SettingsError."""
+    """Settings and warnings from a file, or from overrides alone if `path` is ''.  Raises
+    SettingsError."""
     if not path:
         return parse_settings("", "command line", overrides)
     try:
@@ -14215,7 +14217,8 @@ def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Compl
 
 
 def printable(text: str) -> str:
-    """What servers say must not steer the terminal, or end the report."""
+    """A server's words, made safe to print: they can neither control the terminal nor fail to be
+    encoded."""
     encoding = sys.stdout.encoding or "ascii"
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -14225,20 +14228,20 @@ def printable(text: str) -> str:
 #  65  handover
 # ══════════
 #
-# One process takes over from another without a gap.  The one that goes starts the other and passes
-# on the listening sockets, what was done by hand, and a socket on which the other says that it
-# serves: as descriptors, whose numbers the environment has.
+# One process takes over from another without a gap.  The old one starts the new one and passes it,
+# as descriptors whose numbers are in the environment, the listening sockets, what was done by hand,
+# and a socket on which the new one says that it serves.
 
 SOCKETS_ENV, OPERATOR_SOCKETS_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_OPERATOR_SOCKETS"
 READY_ENV, BY_HAND_ENV = "MVLLM_LITE_READY", "MVLLM_LITE_LIVE"
-UPGRADE_TIMEOUT_S = 30.0  # for a new process to serve in place of this one,
-UPGRADE_TRIAL_S = 10.0  # and for which it has to before this one leaves,
-UPGRADE_LOOK_S = 0.05  # and between two looks whether it does
+UPGRADE_TIMEOUT_S = 30.0  # for the new process to begin to serve
+UPGRADE_TRIAL_S = 10.0  # for which it has to serve before the old one leaves
+UPGRADE_LOOK_S = 0.05  # between two looks at whether it does
 Sockets = Mapping[str, Sequence[socket.socket]]  # by the first two variables
 
 
 class Handover:
-    """The half of the process that goes."""
+    """The old process's half of a handover."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -14248,7 +14251,7 @@ class Handover:
         self.under_way = False
 
     async def run(self, command: Sequence[str], sockets: Sockets, front: Front) -> bool:
-        """Have a successor serve on the same sockets.  Returns whether it has for a while; if not,
+        """Have a successor serve on the same sockets.  Returns whether it passed its trial; if not,
         nothing has changed."""
         self.under_way = True
         child = await self.successor(command, sockets)
@@ -14261,7 +14264,7 @@ class Handover:
     async def successor(
         self, command: Sequence[str], sockets: Sockets
     ) -> subprocess.Popen[bytes] | None:
-        """A new process that serves; None if none came that far."""
+        """A new process that serves; None if it did not come that far."""
         passed = {name: [sock.fileno() for sock in some] for name, some in sockets.items()}
         child, word = None, b""
         try:
@@ -14295,8 +14298,8 @@ class Handover:
         return None
 
     async def survives_trial(self, child: subprocess.Popen[bytes], front: Front) -> bool:
-        """Whether a successor serves for `trial_s`.  So long this process takes no new clients, but
-        could; if the other ends, it does."""
+        """Whether a successor serves for `trial_s`.  Meanwhile this process accepts no clients; if
+        the successor ends, it accepts them again."""
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         self.core.process.succeeded = True
         front.rest(True)
@@ -14305,7 +14308,7 @@ class Handover:
                 await asyncio.sleep(min(UPGRADE_LOOK_S, self.trial_s))
             code = child.returncode
         finally:
-            child.returncode = child.returncode or 0  # nobody waits for it, or warns that it runs
+            child.returncode = child.returncode or 0  # so that Popen does not warn that it runs
         if code is None:
             log.info("process %d serves now; this one finishes its answers", child.pid)
         elif not self.core.process.stopping:
@@ -14318,14 +14321,14 @@ class Handover:
 
 
 def inherited_sockets() -> Sockets:
-    """Those of the process that this one succeeds; none at an ordinary start."""
+    """Listening sockets of the process that this one succeeds; none at an ordinary start."""
     return {name: [socket.socket(fileno=int(number))
                    for number in os.environ.pop(name, "").split(",") if number]
             for name in (SOCKETS_ENV, OPERATOR_SOCKETS_ENV)}
 
 
 def inherit_changes(roster: Roster) -> None:
-    """Take over what was done by hand in the process that this one succeeds."""
+    """Take over what was done by hand in the old process."""
     if descriptor := os.environ.pop(BY_HAND_ENV, ""):
         with open(int(descriptor), "rb") as handed_over:
             text = handed_over.read().decode()
@@ -14337,7 +14340,7 @@ def inherit_changes(roster: Roster) -> None:
 
 
 def tell_predecessor() -> None:
-    """That this process serves."""
+    """Tell the old process, if there is one, that this one serves."""
     if descriptor := os.environ.pop(READY_ENV, ""):
         with socket.socket(fileno=int(descriptor)) as sock:
             sock.send(b"1")
@@ -14347,13 +14350,13 @@ ANYWHERE = ("", "0.0.0.0", "::")
 
 
 def own_url(s: Settings, host: str, port: int) -> str:
-    """Where what a balancer with these settings listens on is reached from this machine."""
+    """The URL at which this machine reaches a balancer that listens there."""
     host = "127.0.0.1" if host in ANYWHERE else host
     return f"{'https' if s.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def process_at(url: str) -> int:
-    """The process of the balancer that listens there; 0 if none says so."""
+    """The process id of the balancer that listens there; 0 if it does not say."""
     server = ServerSettings(url, verify=url.startswith("http:"))
     with contextlib.closing(HttpClient(server, Secrets(Settings((server,))))) as client:
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
@@ -14365,7 +14368,8 @@ async def process_at(url: str) -> int:
 
 def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
     """Have the balancer that runs with these settings hand over, and wait until its successor
-    serves.  `pid` is its process, or 0 to ask for it.  Returns whether that went well, and text."""
+    serves.  `pid` is its process id, or 0 to ask it.  Returns whether that went well, and a text
+    that says what happened."""
     addresses = [operator_address(s), (s.host, s.port)]
     urls = [own_url(s, *one) for one in addresses if one is not None]
 
@@ -14373,7 +14377,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
         return next(filter(None, (asyncio.run(process_at(url)) for url in urls)), 0)
 
     if not (old := pid or running()):
-        text = f"no balancer says on port {s.port} which process it is; give its --pid"
+        text = f"no balancer on port {s.port} tells its process id; give it with --pid"
         return False, text
     try:
         os.kill(old, signal.SIGUSR2)
@@ -14382,7 +14386,7 @@ def upgrade_running(s: Settings, pid: int) -> tuple[bool, str]:
     until = time.monotonic() + UPGRADE_TIMEOUT_S
     while (new := running()) in (0, old):
         if time.monotonic() > until or (pid and not new):
-            text = "its log tells why, if it does not" if pid else "see its log"
+            text = "if it does not hand over, its log says why" if pid else "see its log"
             return pid != 0, f"process {old} was told; {text}"
         time.sleep(0.1)
     return True, f"process {new} serves in place of {old}, which finishes its answers"
@@ -14410,15 +14414,15 @@ def run_upgrade(args: argparse.Namespace) -> int:
 #  66  balancer
 # ══════════
 #
-# Assembly: opens the front, keeps every server's watchers running, has settings and roster taken
-# over by their owners, and stops without cutting answers short.
+# Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
+# its part of new settings and of the roster, and stops without cutting answers short.
 
-LOOKUPS_LIMIT = 64  # threads that look up servers' names, made as they are needed
+LOOKUPS_LIMIT = 64  # threads for looking up servers' names, started as needed
 
 
 class Balancer:
-    """The whole program, but for the command line.  `path` is a settings file to follow,
-    `overrides` what wins over it, `inherited` are sockets to listen on in place of new ones."""
+    """The whole program except for the command line.  `path` is a settings file to follow,
+    `overrides` wins over it, `inherited` has sockets to listen on in place of new ones."""
 
     def __init__(
         self, settings: Settings, path: str = "", overrides: Overrides | None = None,
@@ -14429,13 +14433,13 @@ class Balancer:
         self.core.process.settings_path = path
         self.follower = Follower(
             self.core, path, overrides or {}, self.adopt, self.adopt_secrets)
-        self.port = self.operator_port = 0  # those it listens on
+        self.port = self.operator_port = 0  # the ports it listens on
         self._sockets: Sockets = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self.handover = Handover(self.core)
         self._handing_over: asyncio.Task[None] | None = None
-        self._roster: Mapping[str, Entry] = {}  # that was adopted
+        self._roster: Mapping[str, Entry] = {}  # as last adopted
         self._front: Front = None  # type: ignore[assignment]  # while it runs
         self._watchers: Watchers = None  # type: ignore[assignment]  # while it runs
         self._services: Services = None  # type: ignore[assignment]  # while it runs
@@ -14443,10 +14447,10 @@ class Balancer:
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called; `ready` is called once it listens.  Raises SettingsError
-        when the address cannot be listened on."""
+        if it cannot listen on its address."""
         core, secrets = self.core, Secrets(self.core.settings)
         self._sockets = self.listen()
-        # Names are looked up in threads; a few that hang must not hold up all others.
+        # Names are looked up in threads; a few lookups that hang must not delay all others.
         lookups = concurrent.futures.ThreadPoolExecutor(LOOKUPS_LIMIT, "lookup")
         asyncio.get_running_loop().set_default_executor(lookups)
         keeper = EventKeeper(core.recent.events)
@@ -14487,7 +14491,7 @@ class Balancer:
             core.trace.stop()
 
     def listen(self) -> Sockets:
-        """Raises SettingsError."""
+        """Sockets that listen, inherited or new.  Raises SettingsError."""
         s, inherited = self.core.settings, self.inherited.get(OPERATOR_SOCKETS_ENV, ())
         operators, address = list[socket.socket](), operator_address(s)
         if address is not None:
@@ -14500,14 +14504,14 @@ class Balancer:
             for sock in operators:
                 sock.close()
             raise
-        for sock in set(inherited).difference(operators):  # the settings name none any more
+        for sock in set(inherited).difference(operators):  # no longer named by the settings
             sock.close()
         self.port = sockets[0].getsockname()[1]
         self.core.process.address = f"{s.host or '*'}:{self.port}"
         return {SOCKETS_ENV: sockets, OPERATOR_SOCKETS_ENV: operators}
 
     def sockets_at(self, host: str, port: int, prefix: str = "") -> list[socket.socket]:
-        """Raises SettingsError, which says whose word the address was."""
+        """Sockets that listen there.  Raises SettingsError, which says who named the address."""
         try:
             return listening_sockets(host, port)
         except (OSError, UnicodeError) as error:
@@ -14520,7 +14524,7 @@ class Balancer:
             raise SettingsError([Complaint(origin, 0, "", text)]) from None
 
     def stop(self) -> None:
-        """Stop accepting and let running answers finish; called again, stop at once."""
+        """Stop accepting and let running answers finish; when called again, stop at once."""
         if self._stop.is_set():
             self._stop_now.set()
             for task in self.core.clients.tasks.values():
@@ -14528,15 +14532,15 @@ class Balancer:
         self._stop.set()
 
     async def wait_for_second_stop(self, seconds: float) -> None:
-        """Wait, unless we are told a second time to stop."""
+        """Wait that long, or until `stop` is called a second time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stop_now.wait()
 
     async def drain(self) -> None:
-        """Let running answers finish, for drain_timeout at most.  On an idle connection a request
-        may be on its way: it is answered, too, if it comes soon; or, where a successor serves
-        already and nothing is urgent, whenever it comes."""
+        """Let running answers finish, for at most drain_timeout.  A request that is on its way on
+        an idle connection is answered, too, if it comes soon; or, once a successor serves and
+        nothing is urgent, whenever it comes."""
         core, running = self.core, self.core.clients.exchanges
         timeout_s = core.settings.drain_timeout
         grace_s = timeout_s if self.core.process.succeeded else min(timeout_s, IDLE_GRACE_S)
@@ -14556,7 +14560,7 @@ class Balancer:
             log.warning("stopping: %d answers are cut short", len(running))
 
     def upgrade(self, command: Sequence[str]) -> None:
-        """Have another process, maybe of a newer file, take over."""
+        """Have another process, perhaps with a newer file, take over."""
         if not (self.handover.under_way or self._stop.is_set()):
             self._handing_over = self._tasks.create_task(self.hand_over(command))
 
@@ -14565,8 +14569,8 @@ class Balancer:
             self._stop.set()
 
     async def pulse(self) -> None:
-        """Notice when the whole process stood still (a suspended machine, a debugger, a core that
-        others took), so that nobody else is blamed for it."""
+        """Notice when the whole process stood still (a suspended machine, a debugger, a busy core),
+        so that no server is blamed for it."""
         loop, sampled_at = asyncio.get_running_loop(), -INFINITY
         while True:
             due = self.core.process.pulse_due_at = loop.time() + STALL_S
@@ -14582,8 +14586,8 @@ class Balancer:
                 log.warning("this process stood still for %.1f s", late_s, extra={"kind": "stall"})
 
     def adopt(self, settings: Settings, secrets: Secrets | None = None) -> None:
-        """Make these the settings in force: each owner takes over what is its own.  Requests that
-        are under way keep those that they came under."""
+        """Make these the settings in force: each owner takes its part.  Requests under way keep the
+        settings that they began with."""
         core, old = self.core, self.core.settings
         core.settings, core.policies = settings, core.policies.following(settings)
         core.adopt_plans()
@@ -14612,8 +14616,8 @@ class Balancer:
             for key, word in secrets.keys], secrets.registration)
 
     def adopt_roster(self) -> None:
-        """Servers that are new, or defined anew, are taken over, and those that are gone drain;
-        the others keep all that they have."""
+        """Take over servers that are new or defined anew, and drain those that are gone; the others
+        keep all they have."""
         core, s, old, new = self.core, self.core.settings, self._roster, self.core.roster.entries
         self._roster = new
         core.note_departures(old, new)
@@ -14644,8 +14648,8 @@ class Balancer:
 #  67  process
 # ══════════
 #
-# A balancer as a process among others: its signals, its terminal, what it owes to systemd, and to
-# the process that it succeeds.
+# A balancer as a process among others: its signals, its terminal, and what it tells systemd and the
+# process that it succeeds.
 
 Runner = Callable[[Balancer], Awaitable[None]]
 # What a terminal shows in place of log lines while a balancer runs.
@@ -14653,7 +14657,7 @@ SCREENS: list[Callable[[Balancer], contextlib.AbstractAsyncContextManager[None]]
 
 
 def notify_ready() -> None:
-    """To the process that this one succeeds, and to systemd."""
+    """Tell the process that this one succeeds, and systemd, that it serves."""
     tell_predecessor()
     tell_systemd(f"READY=1\nMAINPID={os.getpid()}")
 
@@ -14662,14 +14666,14 @@ def tell_systemd(state: str) -> None:
     """As sd_notify(3) does, if systemd has started us."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)  # nobody may be reading
+            sock.setblocking(False)  # perhaps nobody reads
             sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
             sock.send(state.encode())
 
 
 async def feed_watchdog() -> None:
-    """Tell systemd that the event loop turns, twice in each WatchdogSec, if that is set.  A
-    successor does, too, although WATCHDOG_PID names its predecessor."""
+    """Tell systemd twice in each WatchdogSec that the event loop runs, if that is set.  A successor
+    does so, too, although WATCHDOG_PID names the old process."""
     with contextlib.suppress(ValueError):
         period_s = int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
         while period_s > 0 and os.environ.get("NOTIFY_SOCKET"):
@@ -14694,7 +14698,7 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
 
 
 def announce(balancer: Balancer, hint: str) -> None:
-    """It listens."""
+    """Say that the balancer listens, and where."""
     s, limit = balancer.core.settings, balancer.core.clients.limit
     url, second = own_url(s, s.host, balancer.port), operator_address(s)
     if hint:
@@ -14706,7 +14710,7 @@ def announce(balancer: Balancer, hint: str) -> None:
     log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
              __version__, here, len(balancer.core.roster.entries), s.policy, limit)
     if second is not None:
-        log.info("metrics, status and admin are on %s alone",
+        log.info("metrics, status and admin paths are served on %s only",
                  own_url(s, second[0], balancer.operator_port))
     if limit < 0.9 * s.max_connections:
         log.warning("max_connections is %d, but the file descriptors (RLIMIT_NOFILE %d) allow %d",
@@ -14716,8 +14720,8 @@ def announce(balancer: Balancer, hint: str) -> None:
 def serve_until_stopped(
     start: Callable[[Runner], Awaitable[None]], hint: str = "", screen: bool = False
 ) -> int:
-    """Run a balancer until a signal stops it; the exit code.  On a `screen`, if there can be one,
-    or with log lines."""
+    """Run a balancer until a signal stops it, with a `screen`, if one is possible, or log lines.
+    Returns the exit code."""
 
     async def run(balancer: Balancer) -> None:
         core, terminal = balancer.core, sys.stdout.isatty()
@@ -14745,15 +14749,15 @@ def serve_until_stopped(
 
 
 def freeze_gc() -> None:
-    """After loading, before serving: what is there now stays, so the collector of garbage need not
-    look at it again and again, nor as often; some 5 to 10 % of a small request."""
+    """Keep the garbage collector from looking again and again at what was loaded and stays, and
+    from running as often: that saves 5 to 10 % of a small request's CPU."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
 def raise_descriptor_limit() -> None:
-    """As far as we may: a soft limit of 1,024, as many systems set it, is about 480 clients."""
+    """Raise it as far as we may: many systems' soft limit of 1,024 is enough for 480 clients."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -14763,11 +14767,11 @@ def raise_descriptor_limit() -> None:
 #  68  router flags
 # ══════════
 #
-# The command line of vllm-project/router: its flags are read, too, so that its command lines work
-# as they are.  To add a flag: a row of ROUTER_FLAGS.
+# The flags of vllm-project/router are accepted, too, so that its command lines work as they are.
+# To add a flag: a row of ROUTER_FLAGS.
 
 def thousandth(given: str) -> Any:
-    """Milliseconds in seconds; what is no number is for the setting's check to complain of."""
+    """Milliseconds in seconds; of anything but a number the setting's check will complain."""
     try:
         return float(given) / 1000
     except ValueError:
@@ -14775,9 +14779,9 @@ def thousandth(given: str) -> Any:
 
 
 class RouterFlag(NamedTuple):
-    """A flag of vllm-project/router: the key of [config] that it gives, and what makes its value;
-    or what is done `instead`, which is said once; or why it is `refused`.  A row with none of them
-    is read by `router_servers`."""
+    """A flag of vllm-project/router: the key of [config] that it sets, and how its value is made;
+    or what is done `instead`, which is logged once; or why it is `refused`.  A row with none of
+    these is read by `router_servers`."""
 
     key: str = ""
     value: Callable[[Any], Any] = str
@@ -14786,7 +14790,7 @@ class RouterFlag(NamedTuple):
     refused: str = ""
 
 
-# Its policies, where they have another name here, or none.
+# Its policies that have another name here, or no exact counterpart.
 ROUTER_POLICIES = {"rendezvous_hash": "consistent_hash", "sticky_least_loaded": "consistent_hash",
                    "kv_aware": "unified"}
 LOG_LEVELS = {"warn": "WARNING", "trace": "DEBUG"}
@@ -14824,7 +14828,7 @@ ROUTER_FLAGS = {
     "--prometheus-host": RouterFlag("operator_host"),
     "--prometheus-port": RouterFlag("operator_port"),
     "--vllm-discovery-address": RouterFlag("registration_address"),
-    # What has no counterpart.
+    # Flags without a counterpart.
     "--retry-backoff-multiplier": RouterFlag(instead="each pause is twice the one before"),
     "--retry-jitter-factor": RouterFlag(instead="a pause is drawn from its upper half"),
     "--eviction-interval-secs": RouterFlag(instead=IN_A_MAP),
@@ -14836,7 +14840,7 @@ ROUTER_FLAGS = {
     "--worker-startup-timeout-secs": RouterFlag(instead="it serves at once, servers may follow"),
     "--worker-startup-check-interval": RouterFlag(instead="health_check_interval is for all"),
     "--enable-igw": RouterFlag(nargs=0, instead="requests go to servers that have their model"),
-    # Without it there would be a hole.
+    # Ignoring this one would leave the door open.
     "--api-key-validation-urls": RouterFlag(nargs="+", refused="name clients' keys in [[keys]]"),
     # Of prefill and decode servers: `router_servers` makes a [[disaggregation]] of them.
     "--vllm-pd-disaggregation": RouterFlag(nargs=0),

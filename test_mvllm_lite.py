@@ -1943,22 +1943,22 @@ def test_all_complaints_come_at_once():
 
 
 @pytest.mark.parametrize("toml, expected", table(
-    ("syntax", "a = 1\nb = = 2\n", "s.toml:2: this is no value of b"),
+    ("syntax", "a = 1\nb = = 2\n", "s.toml:2: this is not a value for b"),
     ("a key twice", "[config]\nport = 1\nhost = 'a'\nport = 2\n",
      "s.toml:4: port is set twice, in lines 2 and 4"),
     ("a table twice", "[config]\nport = 1\n[config]\n",
-     "s.toml:3: [config] stands twice, in lines 1 and 3"),
+     "s.toml:3: [config] is there twice, in lines 1 and 3"),
     ("an open quote", "servers = []\n[config]\npolicy = \"least\nport = 1\n",
      "s.toml:3: the quote of policy is not closed"),
     ("Python's truth", "[config]\nserver_header = True\n",
-     "s.toml:2: this is no value of server_header; true and false are written small:"
+     "s.toml:2: this is not a value for server_header; true and false are in lower case:"
      " server_header = true"),
     ("a bare word", "[config]\npolicy = least\n",
-     's.toml:2: this is no value of policy; texts stand in quotes: policy = "least"'),
+     's.toml:2: this is not a value for policy; text needs quotes: policy = "least"'),
     ("no value", "[config]\nport =\n", "s.toml:2: port has no value"),
     ("YAML's colon", "[config]\nport: 1\n", "s.toml:2: expected key = value, found 'port: 1'"),
     ("an open list", "servers = [{url = 'http://a'}\n[config]\n",
-     "s.toml:2: before or in this line a list is not closed: ] or a comma is missing"),
+     "s.toml:2: a list is not closed in or before this line: ] or a comma is missing"),
     ("cut in the middle", '[servers]\nservers = [ { url = "http', "not valid TOML"),
     ("empty, as while it is written", "", "s.toml: servers: found nothing, expected a list"),
     ("the same server twice", 'servers = [{url="http://a"},\n{url="http://a/"}]',
@@ -2043,7 +2043,7 @@ def test_unknown_keys_are_warned_about_with_the_nearest_known_one():
     _, warnings = lite.parse_settings(toml, "s.toml")
     said = [str(w) for w in warnings]
     assert said[0].startswith("s.toml:5: advanced: ignored: no version of mvllm")
-    assert said[1] == "s.toml:1: port: ignored here: it belongs into [config]"
+    assert said[1] == "s.toml:1: port: ignored here: it belongs in [config]"
     assert said[2] == "s.toml:4: config.max_retrys: unknown key, ignored; did you mean max_retries?"
     assert said[3] == "s.toml:2: servers[1].wieght: unknown key, ignored; did you mean weight?"
 
@@ -14539,7 +14539,7 @@ async def test_a_successor_that_cannot_start_changes_nothing(tmp_path):
             assert (await (await running.client()).get("/readiness")).status == 200
         path.write_text(settings_text(server, port=1))
         code = (await asyncio.to_thread(told, "upgrade", str(path)))
-        assert code[0] == 1 and "no balancer says on port 1" in code[2]
+        assert code[0] == 1 and "no balancer on port 1" in code[2]
         path.write_text(settings_text(server, port=-1))
         assert (await asyncio.to_thread(told, "upgrade", str(path)))[0] == 1
 
@@ -15323,7 +15323,7 @@ def test_a_page_that_is_no_list_is_refused_and_nothing_is_gone(page):
 @pytest.mark.parametrize("event", [None, 5, [], "ADDED", {"kind": "Status"}])
 def test_a_line_that_is_no_event_is_refused(event):
     one = listing_of()
-    assert one.take_event(event).text == "what it sent is no event of a watch"
+    assert one.take_event(event).text == "it sent a line that is not a watch event"
 
 
 @pytest.mark.parametrize("failure, failures, low, high", table(
@@ -15438,7 +15438,7 @@ def test_a_kubeconfig_that_cannot_be_used_says_why(text, expected):
     ("an authority for whom?", "selector = 'a=b'\nca_file = 'c'", "ca_file: found 'c', expected "
      "api_server with it (of pods: server_ca_file)"),
     ("no selector", "selector = 'a=b,,c'", "selector: found 'a=b,,c', expected labels like"),
-    ("a path for a namespace", "selector = 'a=b'\nnamespace = '../x'", "expected a name of Kube"),
+    ("a path for a namespace", "selector = 'a=b'\nnamespace = '../x'", "expected a name that Kube"),
     ("no port", "selector = 'a=b'\nport = [8000, 70000]", "expected a port, its name, or a list"),
     ("no pool", "selector = 'a=b'\npool = 'x'", "pool: found 'x', expected one of [pools]"),
     ("a server's key", "selector = 'a=b'\nweight = -1", "weight: found -1, expected a number"),
@@ -16031,9 +16031,9 @@ def test_a_peer_of_zeromq_is_heard_however_its_bytes_come(data, messages, answer
 
 @pytest.mark.parametrize("how", FEEDS[:5])
 @pytest.mark.parametrize("data, why", table(
-    ("HTTP", b"GET / HTTP/1.1\r\n\r\n", "no greeting"),
-    ("TLS", TLS_HELLO, "no greeting"),
-    ("a signature that ends wrong", b"\xff" + bytes(9), "no greeting"),
+    ("HTTP", b"GET / HTTP/1.1\r\n\r\n", "a ZMTP greeting"),
+    ("TLS", TLS_HELLO, "a ZMTP greeting"),
+    ("a signature that ends wrong", b"\xff" + bytes(9), "a ZMTP greeting"),
     ("ZMTP 2", b"\xff" + bytes(8) + b"\x7f\x01", "version 1, expected 3"),
     ("a mechanism with keys", HELLO.replace(b"NULL", b"CURV"), "expected NULL"),
     ("a subscriber", HELLO.replace(b"DEALER", b"XSUBSC"), "socket is a 'XSUBSC'"),
