@@ -1462,7 +1462,7 @@ def setting(default: Any, check: Clean, meaning: str, env: str = "", restart: bo
     return dataclasses.field(metadata=metadata, **given)
 
 
-def number(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
+def real(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
     """A number in a range.  As in mvllm, '5' counts as 5, and 5.0 as a whole number."""
     kind = "a whole number" if whole else "a number"
     expected = f"{kind}, {low} or more" if high == INFINITY else f"{kind}, {low} to {high}"
@@ -1479,21 +1479,21 @@ def number(low: float, high: float = INFINITY, whole: bool = False) -> Clean:
     return check
 
 
-def whole(low: int, high: float = INFINITY) -> Clean:
-    return number(low, high, whole=True)
+def integer(low: int, high: float = INFINITY) -> Clean:
+    return real(low, high, whole=True)
 
 
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def truth(value: Any) -> bool:
+def boolean(value: Any) -> bool:
     found = value if isinstance(value, bool) else TRUTHS.get(str(value).lower())
     if found is None:
         raise ValueError("true or false")
     return found
 
 
-def words(value: Any) -> str:
+def string(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a text in quotes")
     return value
@@ -1507,11 +1507,11 @@ def field_name(value: Any) -> str:
 
 def file_path(value: Any) -> str:
     """The path of a file to read.  Only the settings file may name one."""
-    return words(value)
+    return string(value)
 
 
 def file_name(value: Any) -> str:
-    if "/" in (name := words(value)) or name in (".", ".."):
+    if "/" in (name := string(value)) or name in (".", ".."):
         raise ValueError("a name without a directory")
     return name
 
@@ -1522,14 +1522,14 @@ LABEL_REQUIREMENT = re.compile(
 
 
 def label_value(value: Any) -> str:
-    if words(value) and not LABEL_VALUE.fullmatch(value):
+    if string(value) and not LABEL_VALUE.fullmatch(value):
         raise ValueError("a name that Kubernetes allows")
     return str(value)
 
 
 def label_selector(value: Any) -> str:
     """A label selector, in the syntax of kubectl's -l."""
-    found = " ".join(words(value).split())
+    found = " ".join(string(value).split())
     parts = re.split(r",(?![^()]*\))", found) if found else []
     if not all(LABEL_REQUIREMENT.fullmatch(part.strip()) for part in parts):
         raise ValueError("labels like app=vllm,tier!=test,zone in (a,b)")
@@ -1544,7 +1544,7 @@ def port_list(value: Any) -> tuple[int | str, ...]:
         if isinstance(one, str) and LABEL_VALUE.fullmatch(one) and not one.isdigit():
             continue
         try:
-            found[i] = whole(1, 65535)(one)
+            found[i] = integer(1, 65535)(one)
         except ValueError:
             raise ValueError("a port, its name, or a list of these") from None
     if len(found) > 64:
@@ -1582,7 +1582,7 @@ URL_TEXT = re.compile(r"[!#-;=?-Z\[\]_a-z~]+")
 
 def retry_status(value: Any) -> int:
     with contextlib.suppress(ValueError):
-        if (found := whole(400, 599)(value)) >= 500 or found in (408, 429):
+        if (found := integer(400, 599)(value)) >= 500 or found in (408, 429):
             return int(found)
     raise ValueError("408, 429 or 500 to 599")
 
@@ -1606,7 +1606,7 @@ def base_url(value: Any) -> str:
 def network(value: Any) -> str:
     """An IP address, or a network of them."""
     try:
-        return str(ipaddress.ip_network(words(value), strict=False))
+        return str(ipaddress.ip_network(string(value), strict=False))
     except ValueError:
         raise ValueError("an address like 10.0.0.1 or a network like 10.0.0.0/8") from None
 
@@ -1616,7 +1616,7 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 def listening_address(value: Any) -> str:
     """An address and a port; `*` stands for all addresses."""
-    found = re.fullmatch(r"(?:tcp://)?(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", words(value))
+    found = re.fullmatch(r"(?:tcp://)?(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", string(value))
     if value and (found is None or not 0 < int(found[2]) < 65536):
         raise ValueError("an address and a port, like 0.0.0.0:30001")
     return f"{found[1]}:{found[2]}" if found else ""
@@ -1644,7 +1644,7 @@ SECRET = re.compile(r"[\x21-\x7e]{1,4096}")
 
 def share_weight(value: Any) -> float:
     """A weight; one that is too small to matter counts as 0."""
-    found = number(0, 1000)(value)
+    found = real(0, 1000)(value)
     return found if found >= 0.001 else 0.0
 
 
@@ -1655,7 +1655,7 @@ def capacity(value: Any) -> int:
     if isinstance(value, str) and value.lower() == "auto":
         return AUTO
     try:
-        return int(whole(1, 1_000_000)(value))
+        return int(integer(1, 1_000_000)(value))
     except ValueError as expected:
         raise ValueError(f'{expected}, or "auto"') from None
 
@@ -1729,7 +1729,7 @@ def compiled(score: str) -> CompiledFormula:
 
 
 def formula(value: Any) -> str:
-    if words(value):
+    if string(value):
         if len(value) > SCORE_LIMIT:
             raise ValueError(f"a formula of {SCORE_LIMIT} characters at most")
         compiled(value)
@@ -1779,7 +1779,7 @@ def own_option(word: str) -> str:
 
 
 def argument(value: Any) -> str:
-    if own_option(words(value)):
+    if own_option(string(value)):
         raise ValueError(f"arguments other than {', '.join(OWN_OPTIONS)}, which are set for it")
     return str(value)
 
@@ -1788,37 +1788,45 @@ def argument(value: Any) -> str:
 class ModelSettings:
     """An entry of [[models]]: a model that is started, slept, woken and stopped on demand."""
 
-    alias: str = setting(REQUIRED, model_alias, "what clients call it")
-    model: str = setting("", words, "its name or path, for vLLM; by default the alias")
-    gpu_memory_gb: float = setting(0.0, number(0), "GPU memory it gets of each device; or")
+    alias: str = setting(REQUIRED, model_alias, "the name that clients ask for")
+    model: str = setting("", string, "name or path for vLLM; default: the alias")
+    gpu_memory_gb: float = setting(0.0, real(0), "GPU memory it gets on each of its devices; or")
     gpu_memory_utilization: float = setting(
-        0.0, number(0, 1), "the share of a device; with neither 0.9")
-    tensor_parallel_size: int = setting(1, whole(1, 256), "devices of one host that it takes")
-    max_model_len: int = setting(0, whole(0), "longest context; 0 is the model's own")
+        0.0, real(0, 1), "its share of a device's memory; default: 0.9")
+    tensor_parallel_size: int = setting(
+        1, integer(1, 256), "number of devices it takes, all of one host")
+    max_model_len: int = setting(0, integer(0), "longest context; 0: the model's own")
     max_concurrent_requests: int = setting(
-        AUTO, capacity, 'requests that one runs well at the same time; "auto": learned')
-    min_replicas: int = setting(0, whole(0, 1000), "that are kept running")
-    max_replicas: int = setting(1, whole(1, 1000), "that may be started")
-    args: tuple[str, ...] = setting((), list_of(argument), "more arguments, as they are")
+        AUTO, capacity, 'requests that one replica runs well at the same time; "auto": learned')
+    min_replicas: int = setting(0, integer(0, 1000), "replicas that are always kept running")
+    max_replicas: int = setting(1, integer(1, 1000), "most replicas at a time")
+    args: tuple[str, ...] = setting(
+        (), list_of(argument), "more arguments for vLLM, passed on as they are")
     env: tuple[tuple[str, str], ...] = setting((), environment, "more environment variables")
     command: tuple[str, ...] = setting(
-        (), list_of(words), 'default ["vllm", "serve"]; with {port} in it all of it, as it stands')
-    profile: str = setting("", words, "one of [[profiles]] of the host that runs it")
-    preload: bool = setting(False, truth, "start one at once")
+        (), list_of(string),
+        'default: ["vllm", "serve"]; a command with {port} is run as it stands')
+    profile: str = setting("", string, "the entry of [[profiles]], of the host that runs it")
+    preload: bool = setting(False, boolean, "start one replica at once")
     warmup: tuple[str, ...] = setting(
-        (), list_of(words), "prompts sent after a start or wake, before the first client's")
-    sleep_after_s: float = setting(0.0, number(0), "idle time until it sleeps; 0 is never")
+        (), list_of(string),
+        "prompts to send after each start or wake, before the first client's request")
+    sleep_after_s: float = setting(
+        0.0, real(0), "idle time after which it is put to sleep; 0: never")
     deep_sleep_after_s: float = setting(
-        0.0, number(0), "until it sleeps on level 2, which drops the weights; 0 is never")
-    unload_after_s: float = setting(0.0, number(0), "until it is stopped; 0 is never")
-    wake_timeout_s: float = setting(60.0, number(0.001), "longest wait of a request for it")
-    start_timeout_s: float = setting(600.0, number(0.001), "longest start")
-    scale_up_at: float = setting(0.7, number(0), "load above which one more is started, and")
-    scale_down_at: float = setting(0.2, number(0), "below which one is drained,")
-    scale_hold_s: float = setting(30.0, number(0), "if it lasts so long")
-    priority: float = setting(0.0, number(-1e6, 1e6), "one of a higher stays longer")
-    group: str = setting("", words, "of models of which one runs at a time; or, with")
-    together: bool = setting(False, truth, "that, which run together")
+        0.0, real(0), "idle time after which sleep level 2 discards its weights; 0: never")
+    unload_after_s: float = setting(0.0, real(0), "idle time after which it is stopped; 0: never")
+    wake_timeout_s: float = setting(60.0, real(0.001), "longest that a request waits for it")
+    start_timeout_s: float = setting(600.0, real(0.001), "longest that a start may take")
+    scale_up_at: float = setting(
+        0.7, real(0), "load, as a share of capacity, above which a replica is added")
+    scale_down_at: float = setting(
+        0.2, real(0), "load below which a replica is drained and stopped")
+    scale_hold_s: float = setting(30.0, real(0), "how long the load has to stay beyond these marks")
+    priority: float = setting(
+        0.0, real(-1e6, 1e6), "when memory is short, models of higher priority stay longer")
+    group: str = setting("", string, "models of one group run one at a time; or")
+    together: bool = setting(False, boolean, "all of them run together")
 
     @property
     def takes_port(self) -> bool:
@@ -1835,14 +1843,15 @@ class ModelSettings:
 class ProfileSettings:
     """An entry of [[profiles]]: how models that are registered over HTTP may be launched here."""
 
-    name: str = setting(REQUIRED, printable_name, "what it is called")
+    name: str = setting(REQUIRED, printable_name, "the name a registration gives")
     models: tuple[str, ...] = setting(
-        (), list_of(words), "patterns of models, like Qwen/*; without any, all")
-    command: tuple[str, ...] = setting((), list_of(words), "as of [[models]]")
-    args: tuple[str, ...] = setting((), list_of(argument), "as of [[models]], for all of them")
-    env: tuple[tuple[str, str], ...] = setting((), environment, "as of [[models]]")
+        (), list_of(string), "patterns of the models it allows, like Qwen/*; []: all")
+    command: tuple[str, ...] = setting((), list_of(string), "as in [[models]]")
+    args: tuple[str, ...] = setting(
+        (), list_of(argument), "as in [[models]]; for all of its models")
+    env: tuple[tuple[str, str], ...] = setting((), environment, "as in [[models]]")
     values: tuple[str, ...] = setting(
-        (), list_of(words), "arguments, and paths of models, that may come over HTTP")
+        (), list_of(string), "arguments and model paths that a registration may name")
 
 
 MODEL_FIELDS = {f.name: f for f in dataclasses.fields(ModelSettings)}
@@ -1854,7 +1863,8 @@ class DeviceSettings:
     """The table [devices]."""
 
     memory_gb: tuple[float, ...] = setting(
-        (), list_of(number(0.001)), "GB of each GPU, where nothing tells, or less than there is")
+        (), list_of(real(0.001)),
+        "memory of each GPU in GB, where it is not detected, or less should be used")
 
 
 DEVICE_FIELDS = {f.name: f for f in dataclasses.fields(DeviceSettings)}
@@ -1895,22 +1905,28 @@ class ServerSettings:
     max_concurrent_requests: int = setting(
         AUTO, capacity, 'requests it runs well at the same time; "auto": learned')
     weight: float = setting(
-        1.0, share_weight, "what its capacity is multiplied by, or its share; 0: it gets none")
-    tier: int = setting(1, whole(1), "asked only when lower tiers are full")
-    pool: str = setting("", words, "one of [pools], which say what share of requests it gets")
+        1.0, share_weight,
+        "multiplies its capacity, or its share where a policy goes by shares; 0: no requests")
+    tier: int = setting(
+        1, integer(1),
+        "servers of a higher tier are asked only when all of the lower ones are full")
+    pool: str = setting("", string, "the entry of [pools] that says what share of requests it gets")
     data_parallel_size: int = setting(
-        1, whole(1, 256), "its engines (vLLM's --data-parallel-size), each chosen by itself")
+        1, integer(1, 256),
+        "its engines (vLLM's --data-parallel-size); one is chosen for each request")
     role: str = setting(
-        "both", one_of(*ROLES), "prefill servers read prompts for others, decode ones answer")
+        "both", one_of(*ROLES),
+        "prefill: only reads prompts for decode servers; decode: only answers")
     bootstrap_port: int = setting(
-        0, whole(0, 65535), "of Mooncake, on a prefill server; 0 is its own default, 8998")
-    zmq_address: str = setting("", words, "of P2pNccl: host:port, its address and kv_port")
-    api_key: str = setting("", secret, "its key, for requests and checks, in place of the client's")
-    api_key_file: str = setting("", file_path, "a file that holds it")
-    ca_file: str = setting("", file_path, "https: certificates to trust, in place of the system's")
-    client_cert: str = setting("", file_path, "https: a file with our certificate and its key")
-    verify: bool = setting(True, truth, "https: whether its certificate is checked at all")
-    refresh: float = setting(5.0, number(0.05), "time between two lookups of the name in its URL")
+        0, integer(0, 65535), "Mooncake's bootstrap port of a prefill server; 0: 8998, its default")
+    zmq_address: str = setting("", string, "P2pNccl's host:port, with the kv_port")
+    api_key: str = setting("", secret, "sent to it in place of the client's key, and with checks")
+    api_key_file: str = setting("", file_path, "a file that holds this key")
+    ca_file: str = setting("", file_path, "https: certificates to trust in place of the system's")
+    client_cert: str = setting(
+        "", file_path, "https: a file with our certificate and its private key")
+    verify: bool = setting(True, boolean, "https: check its certificate")
+    refresh: float = setting(5.0, real(0.05), "time between two lookups of the name in its URL")
     # Not keys of an entry, but set by the source that names the server.
     id: str = ""  # all state is kept under it; by default the URL
     name: str = ""  # what people and programs are shown; by default the id
@@ -1927,8 +1943,10 @@ class DnsSettings:
     """An entry of the list of servers with `dns` in place of `url`: it stands for several."""
 
     dns: str = setting(
-        REQUIRED, base_url, "a URL; each address of the name in it is a server, with these keys")
-    family: int = setting(0, ip_family, "4 or 6: its addresses of that kind; 0: 4 or, if none, 6")
+        REQUIRED, base_url,
+        "a URL in place of url: each address of its name is a server with these keys")
+    family: int = setting(
+        0, ip_family, "which addresses of the name: 4, 6, or 0 for IPv4 and, if it has none, IPv6")
     server: ServerSettings = ServerSettings("")  # the template of each
 
     @property
@@ -1964,32 +1982,34 @@ class NamesWanted(NamedTuple):
 class KeySettings:
     """An entry of [[keys]]: who may come in."""
 
-    name: str = setting(REQUIRED, printable_name, "what it is called in the log")
-    key: str = setting("", secret, "what clients send; or")
+    name: str = setting(REQUIRED, printable_name, "its name in logs and metrics")
+    key: str = setting("", secret, "the key that clients send; or")
     key_file: str = setting("", file_path, "a file that holds it")
-    models: tuple[str, ...] = setting((), list_of(words), "models it allows; [] is all")
-    requests_per_second: float = setting(0.0, number(0), "0 is no limit")
-    max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
-    admin: bool = setting(False, truth, "whether it opens status and admin paths")
+    models: tuple[str, ...] = setting((), list_of(string), "models it may ask for; []: all")
+    requests_per_second: float = setting(0.0, real(0), "its rate limit; 0: none")
+    max_requests: int = setting(0, integer(0), "its limit of requests in progress; 0: none")
+    admin: bool = setting(False, boolean, "it also opens status and admin paths")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KubernetesSettings:
     """An entry of [[kubernetes]]: pods that are servers.  Its other keys apply to these servers."""
 
-    selector: str = setting("", label_selector, "labels of pods, like app=vllm; or")
-    prefill_selector: str = setting("", label_selector, "of those for prefill,")
-    decode_selector: str = setting("", label_selector, "of those for decode; or")
-    service: str = setting("", label_value, "a Service, for who may read its EndpointSlices alone")
-    namespace: str = setting("", label_value, 'where they are; "" is all namespaces')
+    selector: str = setting("", label_selector, "label selector of the pods, like app=vllm; or")
+    prefill_selector: str = setting("", label_selector, "one for prefill pods")
+    decode_selector: str = setting("", label_selector, "and one for decode pods; or")
+    service: str = setting(
+        "", label_value, "a Service, where the account may read EndpointSlices only")
+    namespace: str = setting("", label_value, 'the namespace of the pods; "": all')
     port: tuple[int | str, ...] = setting(
-        (), port_list, "port of each pod, by number or name; of several each is a server")
-    scheme: str = setting("http", one_of("http", "https"), "what the pods speak")
-    server_ca_file: str = setting("", file_path, "https: certificates to trust, of the pods")
-    kubeconfig: str = setting("", file_path, "how the API is reached, as JSON; else as a pod")
-    api_server: str = setting("", base_url, "or its URL, with")
+        (), port_list, "port of each pod, by number or name; a list makes a server of each")
+    scheme: str = setting("http", one_of("http", "https"), "how the pods are asked")
+    server_ca_file: str = setting("", file_path, "https: certificates to trust for the pods")
+    kubeconfig: str = setting(
+        "", file_path, "a kubeconfig in JSON to reach the API with; default: as a pod")
+    api_server: str = setting("", base_url, "or the API's URL, with")
     token_file: str = setting("", file_path, "a file with a token, and")
-    ca_file: str = setting("", file_path, "one with certificates to trust")
+    ca_file: str = setting("", file_path, "a file with certificates to trust")
     server: ServerSettings = ServerSettings("")  # the template of its servers
 
 
@@ -2004,22 +2024,22 @@ class ClustersWanted(NamedTuple):
 class DisaggregationSettings:
     """An entry of [[disaggregation]]: some servers read prompts, others answer them."""
 
-    model: str = setting("", words, "the model that it is for; without it, all others")
+    model: str = setting("", string, "the model it is for; default: all that have no entry")
     kv_connector: str = setting(
         "nixl", one_of(*CONNECTOR_NAMES), "vLLM's connector; plain: servers find blocks themselves")
     bootstrap_port: int = setting(
-        0, whole(0, 65535), "Mooncake's, of servers that name none; 0 is 8998")
+        0, integer(0, 65535), "Mooncake's, for prefill servers that name none; 0: 8998")
     prefill_policy: str = setting(
-        "", one_of(*POLICY_NAMES), "how a prefill server is chosen; default as all are")
-    decode_policy: str = setting("", one_of(*POLICY_NAMES), "how the one that answers is chosen")
+        "", one_of(*POLICY_NAMES), "chooses the prefill server; default: the model's policy")
+    decode_policy: str = setting(
+        "", one_of(*POLICY_NAMES), "chooses the decode server; default: the model's policy")
     prefill_from_tokens: int = setting(
-        256, whole(0), "uncached tokens from which two servers pay; 0: always")
-    plain_fallback: bool = setting(
-        True, truth, "whether one server does it where two cannot")
+        256, integer(0), "uncached prompt tokens from which two are used; 0: any")
+    plain_fallback: bool = setting(True, boolean, "let one server do both where two cannot")
     decode_first_token_timeout: float = setting(
-        15.0, number(0.001), "wait for the answer's first token; then plainly")
+        15.0, real(0.001), "longest wait for the decode server's first token")
     kv_lease: float = setting(
-        30.0, number(0.001), "how long blocks are kept there (kv_lease_duration)")
+        30.0, real(0.001), "time a prefill server keeps blocks (kv_lease_duration)")
 
 
 # ══════════
@@ -2047,173 +2067,195 @@ class Settings:
     profiles: tuple[ProfileSettings, ...] = ()
     devices: tuple[float, ...] = ()  # GB of each
 
-    host: str = setting("0.0.0.0", words, "address to listen on", "HOST", restart=True)
-    port: int = setting(8888, whole(0, 65535), "port to listen on", "PORT", restart=True)
+    host: str = setting("0.0.0.0", string, "address to listen on", "HOST", restart=True)
+    port: int = setting(8888, integer(0, 65535), "port to listen on", "PORT", restart=True)
     operator_host: str = setting(
-        "", words, "address of a listener of its own for metrics, status and admin", restart=True)
-    operator_port: int = setting(0, whole(0, 65535), "its port", restart=True)
+        "", string,
+        "address of a separate listener for metrics, status and admin paths", restart=True)
+    operator_port: int = setting(0, integer(0, 65535), "port of that listener", restart=True)
     api_key: str = setting(
-        "", optional_secret, "the key of servers named here that have none of their own")
-    tls_cert: str = setting("", file_path, "a file with a certificate: clients speak https")
-    tls_key: str = setting("", file_path, "a file with its key")
+        "", optional_secret, "key of the servers in this file that have none of their own")
+    tls_cert: str = setting("", file_path, "a certificate file; with it, clients speak https")
+    tls_key: str = setting("", file_path, "the file with its private key")
     trusted_proxies: tuple[str, ...] = setting(
-        (), list_of(network), "addresses whose X-Forwarded fields are believed")
+        (), list_of(network), "addresses and networks whose X-Forwarded fields are believed")
     pass_client_key: bool = setting(
-        False, truth, "with [[keys]]: servers are shown the client's key, too")
+        False, boolean, "with [[keys]]: pass the client's key on to servers")
     added_get_client_key: bool = setting(
-        False, truth, "servers that were added over HTTP are shown the client's key, too")
+        False, boolean, "pass the client's key on to servers added over HTTP")
     status_access: str = setting(
-        "open", one_of("open", "key", "admin", "loopback"), "who may see status paths")
+        "open", one_of("open", "key", "admin", "loopback"), "who may read the status paths")
     admin_paths: tuple[str, ...] = setting(
-        (), list_of(words), "paths beyond inference that admin keys may ask one server for")
+        (), list_of(string), "paths beyond inference that an admin's key may ask one server for")
     registration_key: str = setting(  # worker_key is the same
-        "", optional_secret, "what servers show that register themselves, and agents and their"
-        " manager each other; or", "WORKER_KEY")
+        "", optional_secret,
+        "key with which servers register, and agents and their manager talk", "WORKER_KEY")
     registration_key_file: str = setting("", file_path, "a file that holds it")
     registration_networks: tuple[str, ...] = setting(
-        LOOPBACK, list_of(network), "addresses that may register at all")
+        LOOPBACK, list_of(network), "addresses and networks that may register")
     registration_any_address: bool = setting(
-        False, truth, "they may register other addresses than their own")
+        False, boolean, "let a registration name other addresses than its sender's")
     registration_address: str = setting(
-        "", listening_address, "where vLLM's connectors register over ZMQ, like 0.0.0.0:30001")
-    registered_api_key: str = setting(
-        "", optional_secret, "the key of servers that have registered; or")
+        "", listening_address,
+        "address for vLLM's connectors to register at over ZMQ, like 0.0.0.0:30001")
+    registered_api_key: str = setting("", optional_secret, "key of the servers that registered; or")
     registered_api_key_file: str = setting("", file_path, "a file that holds it")
     registered_get_client_key: bool = setting(
-        False, truth, "servers that have registered are shown the client's key")
+        False, boolean, "pass the client's key on to servers that registered")
     policy: str = setting("unified", one_of(*POLICY_NAMES), "how a server is chosen")
-    score: str = setting("", formula, "of policy expression: the server with the lowest is asked")
+    score: str = setting(
+        "", formula, "policy expression: the formula; the server with the lowest value is chosen")
     session_headers: tuple[str, ...] = setting(
         ("x-session-id", "x-user-id", "x-tenant-id", "x-correlation-id"), list_of(field_name),
-        "fields that name a session, the first that a request has")
+        "fields that name a session; the first that a request has counts")
     request_id_headers: tuple[str, ...] = setting(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"), list_of(field_name),
-        "fields that name a request, the first that it has")
+        "fields that carry a request's id; the first that a request has counts")
     cache_threshold: float = setting(
-        0.3, number(0, 1), "of cache_aware: share of a prompt that must be known to a server")
+        0.3, real(0, 1), "policy cache_aware: share of the prompt that a server must have cached")
     balance_abs_threshold: int = setting(
-        64, whole(0), "of cache_aware: more requests than the least loaded server has, and")
+        64, integer(0),
+        "policy cache_aware: requests by which servers may differ; beyond that, and")
     balance_rel_threshold: float = setting(
-        1.5, number(1), "this many times as many, make it look at load alone")
+        1.5, real(1), "if one has this many times as many as another, load alone decides")
     slow_start: float = setting(
-        5.0, number(0), "for a server that has come back: until it gets its full share")
-    why_header: bool = setting(False, truth, "say in X-MVLLM-Why why a server was chosen")
-    trace_file: str = setting("", words, "where to write what replay reads; never any text")
-    default_model: str = setting("", words, "model of requests that name none")
-    max_head_bytes: int = setting(2**16, whole(256, 2**17), "longest head of a request")
-    max_body_bytes: int = setting(2**27, whole(1), "longest content of a request")
+        5.0, real(0), "time over which a server that came back gets up to its full share")
+    why_header: bool = setting(False, boolean, "say in X-MVLLM-Why why the server was chosen")
+    trace_file: str = setting(
+        "", string, "file in which to record requests for replay: sizes and times, never text")
+    default_model: str = setting("", string, "model of requests that name none")
+    max_head_bytes: int = setting(2**16, integer(256, 2**17), "longest head of a request")
+    max_body_bytes: int = setting(2**27, integer(1), "longest content of a request")
     max_buffered_bytes: int = setting(
-        2**30, whole(1), "what is held of all requests that wait: content, heads, what came early")
-    head_timeout: float = setting(30.0, number(0.001), "from a head's first byte to its last")
+        2**30, integer(1), "most that is held in memory for all waiting requests together")
+    head_timeout: float = setting(
+        30.0, real(0.001), "longest time from a head's first byte to its last")
     body_timeout: float = setting(
-        60.0, number(0.001), "silence of a client that sends content or reads an answer")
+        60.0, real(0.001),
+        "longest silence of a client that is sending content or reading an answer")
     keep_alive_timeout: float = setting(
-        75.0, number(0.001), "silence of a client between two requests")
-    max_requests_per_connection: int = setting(10000, whole(1), "then a connection is closed")
-    max_connections: int = setting(10000, whole(1), "from clients; more wait to be accepted")
+        75.0, real(0.001), "longest silence of a client between two requests")
+    max_requests_per_connection: int = setting(
+        10000, integer(1), "requests after which a client's connection is closed")
+    max_connections: int = setting(
+        10000, integer(1), "client connections at a time; more wait to be accepted")
     max_connections_per_client: int = setting(
-        0, whole(0), "from one address that is no trusted proxy; 0 is no limit")
-    max_requests: int = setting(0, whole(0), "requests in progress; 0 is no limit")
+        0, integer(0), "connections from one address, trusted proxies aside; 0: no limit")
+    max_requests: int = setting(0, integer(0), "requests in progress; 0: no limit")
     queue_size: int = setting(
-        0, whole(0), "requests that wait here for servers that are full; 0: servers never are")
-    queue_timeout: float = setting(30.0, number(0.001), "longest time in that queue")
+        0, integer(0), "requests that may wait for a free server; 0: servers are never full")
+    queue_timeout: float = setting(30.0, real(0.001), "longest time in that queue")
     queue_heartbeat: float = setting(
-        0.0, number(0), "between comments to clients of streams that wait; 0 is none")
+        0.0, real(0), "time between comments sent to waiting clients of streams; 0: none")
 
     comment_after: float = setting(
-        15.0, number(0), "wait of a stream's client, after which a server's comments are shown")
+        15.0, real(0), "time after which a waiting stream's client is shown its server's comments")
 
     request_timeout: float = setting(
-        600.0, number(0.001), "silence of a server that ends a request", "REQUEST_TIMEOUT")
-    connect_timeout: float = setting(5.0, number(0.001), "time for a connection to a server")
-    max_retries: int = setting(3, whole(0, 100), "more attempts after the first")
-    retry_delay: float = setting(0.1, number(0), "first pause between attempts; it doubles")
-    retry_delay_max: float = setting(2.0, number(0), "longest pause between attempts")
+        600.0, real(0.001),
+        "longest silence of a server before the request fails", "REQUEST_TIMEOUT")
+    connect_timeout: float = setting(5.0, real(0.001), "longest time to connect to a server")
+    max_retries: int = setting(3, integer(0, 100), "attempts after the first")
+    retry_delay: float = setting(0.1, real(0), "first pause between attempts; it doubles with each")
+    retry_delay_max: float = setting(2.0, real(0), "longest pause between attempts")
     retry_statuses: tuple[int, ...] = setting(
-        (502, 503, 504), list_of(retry_status), "answers to ask another server after")
+        (502, 503, 504), list_of(retry_status), "statuses of a server after which another is asked")
     retry_timed_out: bool = setting(
-        False, truth, "run a request again that met request_timeout; it may run twice")
+        False, boolean, "retry requests that met request_timeout, although they may then run twice")
     retry_budget: float = setting(
-        0.2, number(0), "share that retries may add to the requests of ten seconds")
+        0.2, real(0),
+        "most that retries may add to the requests of the last ten seconds, as a share")
 
     resume: str = setting(
-        "repeat", one_of("off", "repeat", "continue"), "how a stream that breaks goes on elsewhere")
+        "repeat", one_of("off", "repeat", "continue"),
+        "how a broken stream goes on at another server")
     resume_within: float = setting(
-        30.0, number(0), "from a stream's break to where it goes on, at most")
+        30.0, real(0), "longest time from the break of a stream until it goes on")
     resume_bytes: int = setting(
-        2**26, whole(0), "what is kept for that of all streams' events, as packed")
+        2**26, integer(0), "most memory for that, of all streams together, compressed")
     resume_seed: bool = setting(
-        False, truth, "streams without a seed get one, so that all can be repeated")
+        False, boolean, "give streams without a seed one, so that they can be repeated")
     drain_resume: bool = setting(
-        False, truth, "streams leave a server that is drained at once, and go on elsewhere")
+        False, boolean,
+        "move streams off a drained server at once instead of waiting for their end")
 
     poison_hold: float = setting(
-        30.0, number(0), "how long content with which two servers have died is held off; 0 is off")
+        30.0, real(0), "how long to refuse content with which two servers died; 0: not at all")
 
-    metrics_interval: float = setting(0.5, number(0.05), "time between two looks at /metrics")
-    models_interval: float = setting(30.0, number(0.1), "age at which a model list is renewed")
-    enable_active_health_check: bool = setting(True, truth, "ask servers for their health")
+    metrics_interval: float = setting(
+        0.5, real(0.05), "time between two reads of a server's /metrics")
+    models_interval: float = setting(
+        30.0, real(0.1), "time after which a server's list of models is read again")
+    enable_active_health_check: bool = setting(True, boolean, "check servers' health actively")
     health_check_interval: float = setting(
-        10.0, number(0.05), "time between two checks of a server", "HEALTH_CHECK_INTERVAL")
-    health_check_timeout: float = setting(5.0, number(0.001), "time for one check")
-    health_check_window_size: int = setting(10, whole(1), "checks that are judged together")
-    health_check_min_success_rate: float = setting(
-        0.8, number(0, 1), "share of the window's checks that must pass")
+        10.0, real(0.05), "time between two checks of a server", "HEALTH_CHECK_INTERVAL")
+    health_check_timeout: float = setting(5.0, real(0.001), "longest that one check may take")
+    health_check_window_size: int = setting(
+        10, integer(1), "number of latest checks that are judged together")
+    health_check_min_success_rate: float = setting(0.8, real(0, 1), "share of these that must pass")
     health_check_max_response_time: float = setting(
-        10.0, number(0.001), "what the window's checks may take on average")
+        10.0, real(0.001), "longest that they may take on average")
     health_check_consecutive_failures: int = setting(
-        3, whole(1), "failed checks in a row that take a server out")
+        3, integer(1), "failed checks in a row that take a server out")
     health_check_consecutive_successes: int = setting(
-        1, whole(1), "passed checks in a row that bring it back")
-    failure_threshold: int = setting(2, whole(1), "failed requests in a row that open its circuit")
-    breaker_window: float = setting(60.0, number(0), "age at which a failed request is forgotten")
-    breaker_open_time: float = setting(30.0, number(0), "from a circuit's opening to a trial")
-    breaker_success_threshold: int = setting(2, whole(1), "good trials in a row that close it")
+        1, integer(1), "passed checks in a row that bring it back")
+    failure_threshold: int = setting(
+        2, integer(1), "failed requests in a row that open a server's circuit")
+    breaker_window: float = setting(60.0, real(0), "age at which a failed request no longer counts")
+    breaker_open_time: float = setting(
+        30.0, real(0), "time from a circuit's opening to its first trial request")
+    breaker_success_threshold: int = setting(
+        2, integer(1), "trials in a row that must succeed to close it")
     frozen_timeout: float = setting(
-        60.0, number(0), "standstill of a server with requests that takes it out; 0 is never")
+        60.0, real(0), "time without progress after which a busy server is taken out; 0: never")
     auto_recovery_threshold: float = setting(
-        60.0, number(0), "without active checks: time until it is tried again")
+        60.0, real(0), "without active checks: time after which it is tried again")
 
     state_file: str = setting(
-        "", words, "what tells a successor of running models; '': the settings file's name"
-        " and .state")
-    stop_models: bool = setting(True, truth, "when it stops, so do the models that it started")
+        "", string,
+        "file that keeps running models for a successor; default: this file's name.state")
+    stop_models: bool = setting(True, boolean, "stop the models it started when it stops")
     agent_lost_after: float = setting(
-        300.0, number(0), "silence of an agent after which its models are started elsewhere")
+        300.0, real(0), "silence of an agent after which its models are started elsewhere")
 
     config_reload_interval: float = setting(
-        3.0, number(0.05), "time between two looks at this file", "CONFIG_RELOAD_INTERVAL")
+        3.0, real(0.05), "time between two looks at this file", "CONFIG_RELOAD_INTERVAL")
     drain_delay: float = setting(
-        0.0, number(0), "when stopping: from readiness turning 503 to accepting no more")
-    drain_timeout: float = setting(30.0, number(0), "time for running answers when stopping")
-    server_header: bool = setting(True, truth, "name the server in X-MVLLM-Server")
+        0.0, real(0), "when stopping: time from readiness turning 503 to refusing connections")
+    drain_timeout: float = setting(30.0, real(0), "when stopping: longest wait for running answers")
+    server_header: bool = setting(True, boolean, "name the server in X-MVLLM-Server")
     cors_allowed_origins: tuple[str, ...] = setting(
-        (), list_of(words), "web origins whose pages may call; with [[keys]] the default is all")
+        (), list_of(string),
+        "origins whose web pages may send requests; default with [[keys]]: all")
     cors_allow_credentials: bool = setting(
-        False, truth, "whether they may send cookies with that; not together with *")
+        False, boolean, "let these pages send cookies; not together with *")
     log_level: str = setting(
-        "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "what is logged", "LOG_LEVEL")
+        "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+        "lowest level that is logged", "LOG_LEVEL")
     log_format: str = setting(
-        "text", one_of("text", "json"), "of lines on stdout", "LOG_FORMAT", restart=True)
+        "text", one_of("text", "json"), "format of the lines on stdout", "LOG_FORMAT", restart=True)
     log_to_console: bool = setting(
-        False, truth, "on a terminal, too: log lines, with each request, not the screen",
-        "LOG_TO_CONSOLE")
+        False, boolean,
+        "on a terminal: log lines, with each request, in place of the screen", "LOG_TO_CONSOLE")
     show_models: bool = setting(
-        False, truth, "name the models when a server's state changes", "SHOW_MODELS")
+        False, boolean, "name a server's models when its state changes", "SHOW_MODELS")
     log_dir: str = setting(
-        "logs", words, "directory of the log files; '' is none", "LOG_DIR", restart=True)
-    log_file: str = setting("mvllm-lite.log", file_name, "all log lines", restart=True)
-    error_log_file: str = setting("mvllm-lite-error.log", file_name, "errors", restart=True)
+        "logs", string, "directory of the log files; '': none are written", "LOG_DIR", restart=True)
+    log_file: str = setting("mvllm-lite.log", file_name, "file with all log lines", restart=True)
+    error_log_file: str = setting(
+        "mvllm-lite-error.log", file_name, "file with errors", restart=True)
     structured_log_file: str = setting(
-        "mvllm-lite-structured.log", file_name, "requests and transitions as JSON", restart=True)
+        "mvllm-lite-structured.log", file_name,
+        "file with requests and transitions as JSON", restart=True)
     log_file_bytes: int = setting(
-        10_000_000, whole(10_000), "size at which log and error files are rotated", restart=True)
+        10_000_000, integer(10_000),
+        "size at which the log and error files are rotated", restart=True)
     structured_log_file_bytes: int = setting(
-        50_000_000, whole(10_000), "the same, of the structured log", restart=True)
+        50_000_000, integer(10_000), "size at which the structured log is rotated", restart=True)
     log_days: float = setting(
-        7.0, number(0.001), "age at which a rotated file is removed", restart=True)
+        7.0, real(0.001), "age at which rotated files are removed", restart=True)
     error_log_days: float = setting(
-        30.0, number(0.001), "the same, of errors", restart=True)
+        30.0, real(0.001), "age at which rotated error files are removed", restart=True)
 
     @property
     def patterns(self) -> tuple[ServerSettings, ...]:
@@ -2465,7 +2507,7 @@ class SettingsReader:
         self, servers: Mapping[int, ServerSettings | DnsSettings], given: Mapping[str, Any]
     ) -> dict[str, float]:
         """The share of requests for each pool, in percent; servers without a pool get the rest."""
-        pools, check = dict[str, float](), number(0, 100)
+        pools, check = dict[str, float](), real(0, 100)
         for name, value in given.items():
             try:
                 pools[name] = check(value)
@@ -3683,7 +3725,7 @@ def begun_by(event: bytes) -> Begun:
         return Begun.FAILED
     if not data or name in PREAMBLE_EVENTS:
         return Begun.NOT_YET
-    usage = member(document_at_end(data), "usage", dict) if name == b"message_delta" else {}
+    usage = typed_member(document_at_end(data), "usage", dict) if name == b"message_delta" else {}
     # vLLM counts what ends an answer, too; others may count nothing.
     unsaid = usage.get("output_tokens") == 0 and usage.get("input_tokens")
     return Begun.NOT_YET if unsaid else Begun.CONTENT
@@ -3754,17 +3796,17 @@ def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
     is the request's, which every server would repeat."""
     kind = name.decode("latin-1") or said.get("type")
     if isinstance(kind, str) and kind.startswith("response."):
-        whole = member(said, "response", dict) or member(said, "", dict)
+        whole = typed_member(said, "response", dict) or typed_member(said, "", dict)
         if kind == "response.failed":
-            return None if of_request(member(whole, "error", dict)) else Fault.STREAM_FAILED
+            return None if of_request(typed_member(whole, "error", dict)) else Fault.STREAM_FAILED
         return response_fault(whole)
     error = said.get("error")
     if kind == "error" or isinstance(error, (dict, str)):
         said = error if isinstance(error, dict) else said
         return None if of_request(said) else Fault.STREAM_FAILED
-    choices = [*member(said, "choices", list), *member(said, "", list)]
+    choices = [*typed_member(said, "choices", list), *typed_member(said, "", list)]
     reasons = [one.get("finish_reason") for one in choices if isinstance(one, dict)]
-    reasons.append(said.get("stop_reason") or member(said, "delta", dict).get("stop_reason"))
+    reasons.append(said.get("stop_reason") or typed_member(said, "delta", dict).get("stop_reason"))
     return Fault.ABORTED if "abort" in reasons else None
 
 
@@ -3774,7 +3816,7 @@ def response_fault(said: Mapping[str, Any]) -> Fault | None:
     return Fault.ABORTED if cancelled else None
 
 
-def member(said: Mapping[str, Any], name: str, kind: type) -> Any:
+def typed_member(said: Mapping[str, Any], name: str, kind: type) -> Any:
     """A member's value if it is of that kind; else an empty one."""
     found = said.get(name)
     return found if isinstance(found, kind) else kind()
@@ -3819,7 +3861,7 @@ def has_no_reason(tail: bytes) -> bool:
     """Whether a message says at its end that it has no reason to end: vLLM has no other word for an
     abort there.  Others tell of usage in events of that kind, before and after the reason."""
     said = said_at_end(tail, Notation.EVENTS, (b'"message_delta"',))
-    deltas = [member(one, "delta", dict) for _, one in said]
+    deltas = [typed_member(one, "delta", dict) for _, one in said]
     reasons = [delta["stop_reason"] for delta in deltas if "stop_reason" in delta]
     return bool(reasons) and not any(reasons)
 
@@ -3849,7 +3891,7 @@ def engine_died(said: bytes, notation: Notation) -> bool:
     """Whether a failure, the last events of a stream or a document, says that the engine is dead;
     that one which drains takes no more is no death."""
     found = said_at_end(said[:HELD_FAILURE_LIMIT_BYTES], notation, ADMISSIONS)
-    words = (no_engine(member(one, "response", dict) or one).lower() for _, one in found)
+    words = (no_engine(typed_member(one, "response", dict) or one).lower() for _, one in found)
     return any(text and "new futures" not in text for text in words)
 
 
@@ -3868,7 +3910,7 @@ def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     said = document_at_end(content[:HELD_FAILURE_LIMIT_BYTES])
     if status == 500:
         return Fault.ENGINE_FAILED if no_engine(said) else None
-    text = member(member(said, "error", dict) or said, "message", str)
+    text = typed_member(typed_member(said, "error", dict) or said, "message", str)
     return Fault.CONTEXT_LENGTH_EXCEEDED if TOO_LONG.search(text) else None
 
 
@@ -3886,7 +3928,7 @@ def says_busy(head: ResponseHead, content: bytes) -> bool:
 
 def is_overload(said: Mapping[str, Any]) -> bool:
     """Whether a document, or an event, has vLLM's form for an overload."""
-    error = member(said, "error", dict)
+    error = typed_member(said, "error", dict)
     return error.get("code") == 503 and error.get("type") in OVERLOAD_TYPES
 
 
@@ -4061,8 +4103,8 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
     for name, said in ends:
         kind = name.decode("latin-1") or said.get("type")
         if isinstance(kind, str) and kind.startswith("response."):
-            said = member(said, "response", dict) or member(said, "", dict)
-        if usage := member(said, "usage", dict):
+            said = typed_member(said, "response", dict) or typed_member(said, "", dict)
+        if usage := typed_member(said, "usage", dict):
             return usage_tokens(usage)
     return {}
 
@@ -4342,7 +4384,7 @@ def choice_parts(said: Shape) -> Iterator[Part]:
         yield ONCE, (None, "usage"), {}, "usage"
     for choice in said["choices"]:
         n = choice.get("index", 0)
-        for name, value in (*choice.items(), *member(choice, "delta", dict).items()):
+        for name, value in (*choice.items(), *typed_member(choice, "delta", dict).items()):
             if value is None or name in ("index", "delta"):
                 continue
             holder = choice if name in choice else choice["delta"]
@@ -4364,7 +4406,7 @@ def part_kind(name: str, value: Any) -> str:
 
 def tool_parts(call: Shape, n: int) -> Iterator[Part]:
     """Of one tool call's part in choice n."""
-    function, key = member(call, "function", dict), (n, "tool", call.get("index", 0))
+    function, key = typed_member(call, "function", dict), (n, "tool", call.get("index", 0))
     yield from own_parts(call, ("id",), *key)
     for holder, name in ((call, "type"), (function, "name")):
         if holder.get(name) is not None:
@@ -4379,9 +4421,9 @@ def typed_parts(said: Shape) -> Iterator[Part]:
     at = said.get("output_index", said.get("index"))
     key = at, kind, said.get("content_index"), said.get("summary_index")
     for name in ("response", "message"):
-        yield from own_parts(member(said, name, dict), ANSWER_NAMES, None)
+        yield from own_parts(typed_member(said, name, dict), ANSWER_NAMES, None)
     for name in ("item", "content_block"):
-        yield from own_parts(member(said, name, dict), ITEM_NAMES, at)
+        yield from own_parts(typed_member(said, name, dict), ITEM_NAMES, at)
     if isinstance(delta, str):
         yield GROWS, key, said, "delta"
         if said.get("logprobs"):
@@ -4614,7 +4656,7 @@ class Join:
 
     def written(self, event: bytes, name: bytes, said: Shape, trimmed: bool) -> bytes:
         """The event as it is shown."""
-        if self.told_tokens and (usage := member(said, "usage", dict)):
+        if self.told_tokens and (usage := typed_member(said, "usage", dict)):
             for what, tokens in (("prompt_tokens", -self.told_tokens),
                                  ("completion_tokens", self.told_tokens)):
                 if isinstance(usage.get(what), int):
@@ -4643,7 +4685,7 @@ def drop_empty(said: Shape) -> None:
     """Leave out the choices, and the parts of tool calls, of which nothing is left."""
     kept = list[Shape]()
     for choice in said.get("choices", ()):
-        delta = member(choice, "delta", dict)
+        delta = typed_member(choice, "delta", dict)
         if calls := delta.get("tool_calls"):
             delta["tool_calls"] = [call for call in calls if says_anything(call)]
             if not delta["tool_calls"]:
@@ -13187,7 +13229,7 @@ async def drain_and_wait(core: Core, server: str, wait: str) -> dict[str, Any]:
     """Drain a server and wait at most that many seconds until it is idle; the document says how
     many requests it still has then."""
     try:
-        deadline = clock_now().monotonic + number(0, 3600)(wait)
+        deadline = clock_now().monotonic + real(0, 3600)(wait)
     except ValueError as expected:
         text = f"found {shown(wait)}, expected {expected}"
         raise SettingsError([Complaint("request", 0, "wait", text)]) from None
@@ -15696,7 +15738,7 @@ def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
 
 
 def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: str) -> ApiFailure:
-    """The failure that an answer other than 200 means; `said` is its content."""
+    """The failure that an answer other than 200 means; `figure_text` is its content."""
     kind, role = what.kind, "Role" if what.table.namespace else "ClusterRole"
     rule = f"{{apiGroups: [{json.dumps(kind.group)}], resources: [{json.dumps(kind.plural)}]," + (
         ' verbs: ["get", "list", "watch"]}')
@@ -16575,7 +16617,7 @@ REGISTRATION_CHECKS: dict[str, Clean] = {
     "worker_id": matching(REGISTRANT, "a name of letters, digits and . _ : -"),
     "zmq_address": matching(ZMQ_ADDRESS, "an address and a port, like 10.0.0.1:21001"),
     "role": lambda value: "both" if value == "regular" else value,
-    "ttl_s": number(0.1, 86400), "models": registered_models, "instances": instances_of,
+    "ttl_s": real(0.1, 86400), "models": registered_models, "instances": instances_of,
 }
 
 
@@ -17272,14 +17314,14 @@ def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool
     changed = False
     if prefill.get("prompt_logprobs") is not None:
         document["prompt_logprobs"], changed = prefill["prompt_logprobs"], True
-    for ours, theirs in zip(member(document, "choices", list) or (),
-                            member(prefill, "choices", list) or ()):
+    for ours, theirs in zip(typed_member(document, "choices", list) or (),
+                            typed_member(prefill, "choices", list) or ()):
         if not (isinstance(ours, dict) and isinstance(theirs, dict)):
             continue
         if (prompt := theirs.get("prompt_logprobs")) is not None:
             ours["prompt_logprobs"], changed = prompt, True
             put_before(ours.get("logprobs"), theirs.get("logprobs"), len(prompt))
-    meta, read = document.get("meta_info"), member(prefill, "meta_info", dict)
+    meta, read = document.get("meta_info"), typed_member(prefill, "meta_info", dict)
     if isinstance(meta, dict) and read and isinstance(read.get("input_token_logprobs"), list):
         own = meta.get("input_token_logprobs")
         meta["input_token_logprobs"] = read["input_token_logprobs"] + (own or [])
@@ -17316,7 +17358,7 @@ MOONCAKE_PORT = 8998
 
 
 class Connector:
-    """What the legs are told.  `said` is a prefill server's whole answer."""
+    """What the legs are told.  `figure_text` is a prefill server's whole answer."""
 
     name: ClassVar[str] = ""
     passes_handles: ClassVar[bool] = True  # what one engine says goes to another: it must be ours
@@ -20880,7 +20922,7 @@ UNITS: tuple[tuple[float, float, str], ...] = (
 )
 
 
-def known(value: float | None) -> bool:
+def is_known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
@@ -20895,7 +20937,7 @@ def short_number(value: float | None) -> str:
     return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def percent(ratio: float | None) -> str:
+def percent_text(ratio: float | None) -> str:
     return f"{100 * ratio:.0f}%" if ratio is not None and abs(ratio) < 100 else "-"
 
 
@@ -20966,7 +21008,7 @@ def load_ratio(server: Document) -> float | None:
     """How full a server is: its requests, ours and those of others, by its capacity."""
     said = (server["running"] or 0) + (server["waiting"] or 0)
     capacity = server["capacity"]
-    if not known(capacity) or capacity <= 0:
+    if not is_known(capacity) or capacity <= 0:
         return None
     return float(max(said, server["in_flight"] or 0) / capacity)
 
@@ -21011,10 +21053,12 @@ def model_names(server: Document) -> str:
     return ", ".join(names) or "no models"
 
 
-def said(server: Document, key: str, form: Callable[[float | None], str] = short_number) -> str:
+def figure_text(
+    server: Document, key: str, form: Callable[[float | None], str] = short_number
+) -> str:
     """A number that the server has reported; it is marked if that was some time ago."""
     value = server[key]
-    return form(value) + "?" * bool(server["stale"] and known(value))
+    return form(value) + "?" * bool(server["stale"] and is_known(value))
 
 
 def unknown_last(value: float | None) -> float:
@@ -21037,7 +21081,7 @@ SORTS: dict[str, Callable[[Document], Any]] = {
 }
 
 
-def listed(ui: Ui, status: Document) -> list[Document]:
+def listed_servers(ui: Ui, status: Document) -> list[Document]:
     """The servers that the filter leaves, sorted.  Each of its words is in a server's name, state
     or models."""
     words = (ui.filter if ui.typed is None else ui.typed).lower().split()
@@ -21056,14 +21100,14 @@ def selected(ui: Ui, status: Document) -> Document | None:
     """The selected server, or the first one of the list; a detail is of no other than it."""
     if ui.mode is Mode.DETAIL:
         return next((s for s in status["servers"] if s["url"] == ui.selected), None)
-    servers = listed(ui, status)
+    servers = listed_servers(ui, status)
     return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
 
 
 # Of the table.
 
 
-def plain(server: Document) -> Style:
+def plain_style(server: Document) -> Style:
     return Style.PLAIN
 
 
@@ -21073,7 +21117,7 @@ class Column(NamedTuple):
     least: int  # cells
     right: bool
     text: Callable[[Document, Look], str]
-    style: Callable[[Document], Style] = plain
+    style: Callable[[Document], Style] = plain_style
     sort: str = ""  # the sort that it shows
     most: int = 0  # cells, if there is room; 0: what its texts take
 
@@ -21093,16 +21137,17 @@ COLUMNS = (
     Column("STATE", 0, 4, False, lambda s, look: state_text(s), state_style, "state"),
     Column("MODELS", 4, 8, False, lambda s, look: model_names(s),
            lambda s: Style.PLAIN if s["models"] else Style.DIM, most=60),
-    Column("RUN", 1, 3, True, lambda s, look: said(s, "running"), plain, "running"),
-    Column("WAIT", 2, 4, True, lambda s, look: said(s, "waiting"),
+    Column("RUN", 1, 3, True, lambda s, look: figure_text(s, "running"), plain_style, "running"),
+    Column("WAIT", 2, 4, True, lambda s, look: figure_text(s, "waiting"),
            lambda s: Style.WARN if s["waiting"] else Style.PLAIN, "waiting"),
     Column("OURS", 5, 4, True, lambda s, look: short_number(s["in_flight"])),
     Column("CAPACITY", 3, 11, True, capacity_text, load_style, "load"),
-    Column("KV", 6, 4, True, lambda s, look: said(s, "kv_usage_ratio", percent),
+    Column("KV", 6, 4, True, lambda s, look: figure_text(s, "kv_usage_ratio", percent_text),
            lambda s: Style.WARN if (s["kv_usage_ratio"] or 0) >= 0.9 else Style.PLAIN, "kv"),
-    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain, "tokens"),
+    Column("TOK/S", 9, 5, True, lambda s, look: short_number(s["tokens_per_s"]), plain_style,
+           "tokens"),
     Column("TTFT 50/95", 8, 10, True,
-           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain, "ttft"),
+           lambda s, look: time_pair(s["ttft_p50_s"], s["ttft_p95_s"]), plain_style, "ttft"),
     Column("ERR", 7, 3, True, lambda s, look: short_number(s["errors"]), failure_style, "errors"),
     Column("RETRY", 11, 5, True, lambda s, look: short_number(s["retries"])),
     Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
@@ -21194,15 +21239,15 @@ def marked(line: Line) -> Line:
 GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "requests_per_s": ("requests/s", short_number), "tokens_per_s": ("tokens/s", short_number),
     "ttft_p50_s": ("TTFT p50", short_time), "ttft_p95_s": ("TTFT p95", short_time),
-    "queue": ("queue", short_number), "error_ratio": ("errors", percent),
+    "queue": ("queue", short_number), "error_ratio": ("errors", percent_text),
 }
 
 
 def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]:
     """Values, the newest at the right, as columns of that many rows; the highest fills them."""
-    top = max((value for value in values if known(value)), default=0.0) or 1.0  # type: ignore
+    top = max((value for value in values if is_known(value)), default=0.0) or 1.0  # type: ignore
     steps, lines = len(look.levels), list[str]()
-    heights = [None if not known(value) else math.ceil(value / top * steps * rows - 1e-9)
+    heights = [None if not is_known(value) else math.ceil(value / top * steps * rows - 1e-9)
                for value in values]  # type: ignore[operator]
     for row in reversed(range(rows)):
         marks = ((" " if height is None or (row and height <= row * steps) else
@@ -21221,7 +21266,7 @@ def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line
     for name, (label, form) in GRAPHED.items():
         values = fleet[name][-max(1, (width - 20) // wide):]
         now, top = (form(value) for value in (
-            values[-1] if values else None, max(filter(known, values), default=None)))
+            values[-1] if values else None, max(filter(is_known, values), default=None)))
         drawn = graph_of([value for value in values for _ in range(wide)], tall, look)
         for n, line in enumerate(drawn):
             words = f"{label:11}{now:>6}" if n == tall - 1 else f"{top:>17}" if n == 0 else ""
@@ -21239,7 +21284,7 @@ class ViewColumn(NamedTuple):
     head: str
     text: Callable[[Document], str]
     right: bool = True
-    style: Callable[[Document], Style] = plain
+    style: Callable[[Document], Style] = plain_style
     width: int = 100
 
 
@@ -21494,7 +21539,7 @@ class Frame(NamedTuple):
 def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
     top = top_lines(status, ui, look, size)
     free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
-    servers = listed(ui, status)
+    servers = listed_servers(ui, status)
     with_reasons = len(servers) + sum(map(is_out, servers))
     least = min(6, len(status["events"]) + 1) if free >= 12 else 0
     reasons = with_reasons <= free - least
@@ -21508,7 +21553,7 @@ def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
 
 
 def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    parts, servers, width = frame(status, ui, look, size), listed(ui, status), size.columns
+    parts, servers, width = frame(status, ui, look, size), listed_servers(ui, status), size.columns
     name_width = max([6, *(cells(server["name"]) for server in servers)])
     name_width = max(0, min(name_width, width - MARK_CELLS))
     shown = places(servers, width - MARK_CELLS - name_width, look)
@@ -21544,17 +21589,18 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     old = " (reported some time ago)" if server["stale"] else ""
     running, waiting, ours = (
         short_number(server[key]) for key in ("running", "waiting", "in_flight"))
-    words = f"{running} running, {waiting} waiting{old}" if known(server["running"]) else (
+    words = f"{running} running, {waiting} waiting{old}" if is_known(server["running"]) else (
         "never reported")
     words += f"; {ours} of ours in flight"
     yield "requests", words, Style.PLAIN
     ratio, note = load_ratio(server), server["capacity_note"]
     learned = ("as set" if not server["capacity_learned"] else
                "learned" if server["capacity_seen"] else "assumed, until there is traffic")
-    words = f"{bar_of(ratio, 10, look)} {percent(ratio)} of {short_number(server['capacity'])}"
+    words = f"{bar_of(ratio, 10, look)} {percent_text(ratio)} of {short_number(server['capacity'])}"
     yield "capacity", f"{words}, {learned}{'; ' * bool(note)}{note}", load_style(server)
     usage = server["kv_usage_ratio"]
-    yield "KV cache", percent(usage) + old if known(usage) else "never reported", Style.PLAIN
+    told = percent_text(usage) + old if is_known(usage) else "never reported"
+    yield "KV cache", told, Style.PLAIN
     yield "tokens/s", f"{short_number(server['tokens_per_s'])} generated", Style.PLAIN
     pending, speed = (
         short_number(server[key]) for key in ("pending_prompt_tokens", "prompt_tokens_per_second"))
@@ -21625,7 +21671,7 @@ def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
         page = max(1, size.rows - 2)
         most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
         return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
-    urls = [server["url"] for server in listed(ui, status)]
+    urls = [server["url"] for server in listed_servers(ui, status)]
     page = max(1, frame(status, ui, look, size).table)
     at = urls.index(ui.selected) if ui.selected in urls else 0
     scroll = max(at - page + 1, min(ui.scroll, at, max(0, len(urls) - page)))
@@ -21673,13 +21719,13 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     """What a key makes of the screen, and what it asks of the balancer."""
     ui = ui._replace(note="")
     if ui.asked:
-        return answer(key, ui)
+        return answer_dialog(key, ui)
     if ui.typed is not None:
         return type_filter(key, ui, status), None
     if key in MOVES:
         return moved(MOVES[key], ui, status), None
     if key in ("q", "esc"):
-        return leave(key, ui, status)
+        return leave_dialog(key, ui, status)
     if key == "?":
         return ui._replace(mode=Mode.HELP, view="", lines_up=0), None
     if key == "p":
@@ -21696,7 +21742,7 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     return about_server(key, ui, selected(ui, status))
 
 
-def answer(key: str, ui: Ui) -> tuple[Ui, Action | None]:
+def answer_dialog(key: str, ui: Ui) -> tuple[Ui, Action | None]:
     """A question has been asked; only y is yes, and only a clear no ends it."""
     if key in ("y", "Y"):
         note = f"{ui.question.partition('?')[0]}: yes"
@@ -21729,14 +21775,14 @@ def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
     by = move[0] + move[1] * max(1, ui.page)
     if ui.mode is not Mode.LIST:
         return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
-    urls = [server["url"] for server in listed(ui, status)]
+    urls = [server["url"] for server in listed_servers(ui, status)]
     if not urls:
         return ui
     at = urls.index(ui.selected) if ui.selected in urls else 0
     return ui._replace(selected=urls[max(0, min(len(urls) - 1, at + by))])
 
 
-def leave(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
+def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
     """Back to where one came from; from the list, q leaves the program."""
     if ui.mode is not Mode.LIST:
         return ui._replace(mode=Mode.LIST, view="", lines_up=0), None
@@ -22779,7 +22825,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
-    """In columns; the last is wrapped, so that no line is longer than `width`."""
+    """The rows in columns; the last one is wrapped, so that no line is longer than `width`."""
     rows = list(rows)
     widths = [max(map(len, column)) + 2 for column in list(zip(*rows))[:-1]]
     indent = min(sum(widths), width * 2 // 3)
@@ -22820,15 +22866,15 @@ def setting_meaning(field: dataclasses.Field[Any]) -> str:
 TABLE_MEANINGS = {
     "servers": 'the servers: a list of { url = "…", … }, or tables [[servers]]',
     "keys": "tables [[keys]]: who may come in; without any, everybody",
-    "kubernetes": "tables [[kubernetes]]: pods that are servers, and keys that these have",
-    "disaggregation": "tables [[disaggregation]]: prompts are read by some servers, for others",
-    "aliases": "other names for models: a name that clients use, and the model that it means",
+    "kubernetes": "tables [[kubernetes]]: pods that are servers, and the keys of these",
+    "disaggregation": "tables [[disaggregation]]: some servers read prompts for others",
+    "aliases": "other names for models: the name that clients use, and the model it means",
     "policies": "another policy for one model, by its name",
-    "pools": "what share of requests, in percent, the servers with that `pool` get",
+    "pools": "the share of requests, in percent, for the servers with that `pool`",
     "resumes": "another `resume` for one model, by its name",
-    "models": "tables [[models]]: models that are started, put to sleep, woken and stopped by need",
-    "profiles": "tables [[profiles]]: how models that are named over HTTP may be launched here",
-    "devices": "memory_gb = [80, 80]: the GPUs by hand, or less than there is",
+    "models": "tables [[models]]: models that are started, slept, woken and stopped on demand",
+    "profiles": "tables [[profiles]]: how models registered over HTTP may be launched here",
+    "devices": "memory_gb = [80, 80]: the GPUs, where they are not detected, or less of them",
     "config": "everything else; times are in seconds",
 }
 
@@ -22842,7 +22888,8 @@ def settings_topic() -> str:
              "devices": DEVICE_FIELDS,
              "config": CONFIG_FIELDS}
     for name, fields in known.items():
-        rows = [("  " + key, default_word(field), setting_meaning(field))
+        rows = [("  " + key, "" if len(default := default_word(field)) > 16 else default,
+                 setting_meaning(field) + f"; default {default}" * (len(default) > 16))
                 for key, field in fields.items()]
         lines += [f"[{name}]  {TABLE_MEANINGS[name]}", *table_lines(rows), ""]
     others = [(f"[{name}]", meaning) for name, meaning in TABLE_MEANINGS.items()
@@ -24083,7 +24130,7 @@ def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
     return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in shares)
 
 
-def table(rows: Mapping[str, Summary]) -> str:
+def comparison_table(rows: Mapping[str, Summary]) -> str:
     """Summaries for a terminal, one a line."""
     lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
                                      "token p50", "p99 ms", "mean s", "hits %")]
@@ -24180,7 +24227,7 @@ def run_replay(args: argparse.Namespace) -> int:
         records = Replay(
             arrivals, engines, router, settings.metrics_interval, progress_bar(name)).run()
         rows[name] = summary(records, args.slo_ttft, args.slo_token)
-    print(table(rows))
+    print(comparison_table(rows))
     return 0
 
 

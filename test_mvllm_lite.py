@@ -12932,7 +12932,7 @@ BY_HAND = table(
     ("no weight", "POST", "/admin/servers/weight?url=SERVER", b"", 400,
      "weight: found 'nothing', expected a number, 0 to 1000"),
     ("there already", "POST", "/admin/servers", b'{"url": "http://SERVER"}', 400,
-     "is there already"),
+     "is already a server"),
 )
 
 
@@ -18310,7 +18310,7 @@ def test_the_selected_row_keeps_its_colours():
 @pytest.mark.parametrize("sort, names", table(
     ("trouble first", "trouble", "3214"), ("as in the file", "given", "1234")))
 def test_servers_that_are_out_or_fail_stand_on_top(sort, names):
-    shown = lite.listed(Ui(sort=sort), SHOWN_STATUS)
+    shown = lite.listed_servers(Ui(sort=sort), SHOWN_STATUS)
     assert [one["name"][7] for one in shown] == list(names)
 
 
@@ -18393,7 +18393,7 @@ def test_the_selection_follows_its_server_when_the_order_changes():
     ("given", "given", 1), ("the worst state", "state", 4), ("load", "load", 2),
     ("kv, the unknown last", "kv", 2), ("errors", "errors", 2)))
 def test_the_list_is_sorted(sort, first):
-    assert lite.listed(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
+    assert lite.listed_servers(Ui(sort=sort), SHOWN_STATUS)[0]["name"] == f"10.0.0.{first}:8000"
 
 
 def test_a_complaint_about_settings_is_read_without_scrolling():
@@ -18469,7 +18469,7 @@ def test_text_is_made_fit_to_be_shown(text, look, expected, width):
     ("ms", lite.short_time, 0.06, "60ms"), ("s", lite.short_time, 1.4, "1.4s"),
     ("almost a second", lite.short_time, 0.9996, "1.0s"), ("m", lite.short_time, 1200, "20m"),
     ("a minute", lite.long_time, 61, "61 s"), ("hours", lite.long_time, 7500, "2 h 05 min"),
-    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent, 0.424, "42%")))
+    ("days", lite.long_time, 4e5, "4 d 15 h"), ("share", lite.percent_text, 0.424, "42%")))
 def test_numbers_are_short(function, value, expected):
     assert function(value) == expected
 
@@ -19630,7 +19630,7 @@ def test_a_table_fits_a_terminal_and_is_aligned():
             "overloaded": lite.summary([Record(Arrival(0, 10, 10), 0, 5, 999.5, 1999.0)] * 99999, 1,
                                        1),
             }
-    lines = lite.table(rows).splitlines()
+    lines = lite.comparison_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
     assert lines[1].split() == ["least", "0/1", "100.0", "100", "100", "100", "100.0", "100.0",
                                 "1.00", "50.0"]
