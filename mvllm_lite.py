@@ -17988,6 +17988,9 @@ class DecodeAttempt(Attempt):
 # Requests for which there is a [[disaggregation]]: their plans, and the steps that only these have.
 
 
+EXPLAINED_PATH = "/v1/chat/completions"  # what /explain is asked about, which has no path itself
+
+
 class PrefillDecode:
     """The planner of requests for which there is a [[disaggregation]]."""
 
@@ -18025,7 +18028,8 @@ class PrefillDecode:
         model."""
         if (terms := disaggregation_of(x.settings, x.call.model)) is None:
             return None
-        kind, path = CONNECTORS[terms.kv_connector], meant_path(x.head.path)
+        kind = CONNECTORS[terms.kv_connector]
+        path = meant_path(x.head.path) or EXPLAINED_PATH
         shape = shape_of(path, request.body.content)
         split = Split(request, terms, kind, shape, x.call.stream, self.memory, x.core.draw, self)
         patient = dataclasses.replace(x.settings, retry_timed_out=True)  # nothing is lost by it
@@ -18075,7 +18079,11 @@ class PrefillDecode:
         split = self.split(x, request) if request else None
         if split is None or split.shape.unfit:
             return otherwise
-        return [self.choose(x, split, role, frozenset()) for role in ("prefill", "decode")]
+        decode = self.choose(x, split, "decode", frozenset())
+        if split.is_short(decode):
+            return otherwise
+        split.decoder = decode.server  # which does not read the prompt for itself
+        return [self.choose(x, split, "prefill", frozenset()), decode]
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
         """Who a prefill server is, by its bootstrap server's word; who asks at the same time gets

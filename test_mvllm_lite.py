@@ -17127,7 +17127,7 @@ async def parted(prefill, decode, kv_connector="nixl", given={}, wait=True, **te
                     await stack.enter_async_context(one)
                 more = given.get(one, {})
                 servers.append(lite.ServerSettings(
-                    getattr(one, "url", one), 1000 >> 3 * n, role=role, **more))
+                    getattr(one, "url", one), 1000 >> 3 * n, **{"role": role, **more}))
         settings = {name: terms.pop(name) for name in list(terms) if name not in lite.SPLIT_FIELDS}
         terms = lite.DisaggregationSettings(
             kv_connector=kv_connector, **{"prefill_from_tokens": 0, "prefill_policy": "least",
@@ -17439,6 +17439,25 @@ async def test_handles_are_taken_from_servers_that_registered_with_a_key(
     found.book.by_id["w"] = types.SimpleNamespace(
         registrar=lite.Registrar[registrar], servers={server.url: server})
     assert (lite.PrefillDecode(core).unproven() == set()) is proven
+
+
+@asynchronous
+async def test_both_choices_are_explained_as_they_would_be_made():
+    one, other = Server(), Server()
+    async with parted([], [one, other], prefill_from_tokens=100,
+                      given={server: {"role": "both"} for server in (one, other)}) as running:
+        client = await running.client()
+
+        async def explained(**more):
+            got = await client.post("/explain", chat(**more))
+            return [(row["role"], row["chosen"]) for row in got.json["attempts"]]
+
+        prompt = [{"role": "user", "content": "word " * 400}]
+        (reads, reader), (answers, answerer) = await explained(messages=prompt)
+        assert (reads, answers) == ("prefill", "decode")
+        assert {reader, answerer} == {one.url, other.url}
+        assert len(await explained()) == 1  # too short to be parted
+        assert not one.asked and not other.asked
 
 
 @asynchronous
