@@ -20667,7 +20667,8 @@ def run_worker(args: argparse.Namespace) -> int:
     keys = (KeySettings("manager", key, admin=True),) if key else ()
     args.host = settings.host if key else "127.0.0.1"
     settings = dataclasses.replace(
-        settings, servers=(), models=(), keys=keys, host=args.host, status_access="open",
+        settings, servers=(), models=(), keys=keys, host=args.host,
+        status_access="key" if key else "loopback",  # they show command lines
         profiles=settings.profiles or (DEFAULT_PROFILE,), log_dir="",
         state_file=settings.state_file or f"worker-{args.id.replace('/', '-')}.state")
     if args.check:

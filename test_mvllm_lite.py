@@ -18114,7 +18114,8 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             agent_url = before["worker_url"].partition("/proxy/")
             host, port = agent_url[0].rpartition("//")[2].split(":")
             keyed = ["Authorization: Bearer k3y"]
-            paths = {"/info": (401, 200), "/proxy/g1-b/v1/models": (401, 200)} | {
+            with_key = "/proxy/g1-b/v1/models", "/info", "/running"
+            paths = dict.fromkeys(with_key, (401, 200)) | {
                 f"/proxy/g1-b/{path}": (401, 404) for path in ("sleep", "collective_rpc")}
             for path, statuses in paths.items():
                 for fields, status in zip(((), keyed), statuses):
