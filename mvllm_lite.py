@@ -5515,6 +5515,7 @@ class ServerView(NamedTuple):
     progress_at: float = -INFINITY  # when its token counters last moved
     models: Models | None = None  # None: it has not said yet
     models_at: float = -INFINITY
+    version: str = ""  # of its vLLM; '' where it does not say
     report: Report = Report()
     learned: Learned = Learned()
 
@@ -6198,9 +6199,9 @@ class Fleet:
         views = self.engines(server)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
-    def models_listed(self, server: str, models: Models, now: float) -> None:
+    def models_listed(self, server: str, models: Models, now: float, version: str = "") -> None:
         for view in self.engines(server):
-            self._put(view._replace(models=models, models_at=now))
+            self._put(view._replace(models=models, models_at=now, version=version))
 
     def scraped(self, id: str, load: EngineLoad, own_then: int, now: float) -> int:
         """A page of metrics came, in which at most `own_then` requests are ours.  Returns the
@@ -6261,7 +6262,16 @@ def new_view(
         return ServerView(
             id, name, server, Health(State.CHECKING, "not checked yet", now), counts, Pace(), rank)
     return ServerView(id, name, server, kin.health, counts, Pace(), rank, models=kin.models,
-                      models_at=kin.models_at)
+                      models_at=kin.models_at, version=kin.version)
+
+
+def build_of(view: ServerView, model: str | None) -> tuple[str, ...]:
+    """What an answer depends on besides the request: vLLM's version, and the last segments of the
+    paths that the model and its base were loaded from."""
+    models = view.models or {}
+    entry = models.get(next(iter(models), "") if model is None else model, {})
+    paths = [str(entry.get(name) or "").rstrip("/") for name in ("root", "parent")]
+    return view.version, *(path.rpartition("/")[2] for path in paths)
 
 
 # ══════════
@@ -6997,6 +7007,11 @@ class Ranking(NamedTuple):
         most = context.get(self.server_of(id), INFINITY)
         return frozenset(v.server for v in views if context.get(v.server, 0.0) <= most)
 
+    def unlike(self, view: ServerView | None) -> frozenset[str]:
+        """The servers that run another build than that one, and so may answer differently."""
+        build = build_of(view, self.call.model) if view else ()
+        return frozenset(v.server for v in self.views if build_of(v, self.call.model) != build)
+
     @property
     def undecided(self) -> bool:
         """Whether a server that was not checked yet may still turn out to be the one."""
@@ -7604,7 +7619,8 @@ class Retries:
         self.choose, self.settings, self._draw, self._afford = choose, s, draw, afford
         self.attempts = 0
         self.tried = frozenset[str]()
-        self.lacking = frozenset[str]()  # of these, those that lack what is wanted
+        self.unfit = frozenset[str]()  # those that are not asked even if there is no other
+        self.searched = 0  # of these, those that said that they lack what is wanted
 
     def ranked(self, failure: Outcome) -> Generator[Step, Outcome, Ranking | None]:
         """The ranking for the next attempt, after that failure; None if there is to be none."""
@@ -7620,7 +7636,7 @@ class Retries:
             return None
         if again or not (fault.retry is Retry.AT_ONCE or fault in UNHEARD):
             yield Pause(backoff_s(self.attempts - 2, self.settings, self._draw))
-            ranking = self.choose(self.lacking if again else self.tried)
+            ranking = self.choose(self.unfit if again else self.tried)
         return ranking
 
     def record_attempt(self, outcome: Outcome, ranking: Ranking) -> bool:
@@ -7628,8 +7644,9 @@ class Retries:
         another attempt may follow one of that outcome."""
         fault, server = outcome.fault, ranking.server
         self.tried |= {server}
-        if fault in LACKING and len(self.lacking) < SEARCH_LIMIT:
-            self.lacking |= {server}
+        if fault in LACKING and self.searched < SEARCH_LIMIT:
+            self.unfit |= {server}
+            self.searched += 1
             return True
         if fault is Fault.CONTEXT_LENGTH_EXCEEDED:
             self.tried |= ranking.as_short(ranking.best or "")
@@ -7638,7 +7655,7 @@ class Retries:
     @property
     def left(self) -> int:
         """How many more attempts there may be."""
-        return self.settings.max_retries + 1 - (self.attempts - len(self.lacking))
+        return self.settings.max_retries + 1 - (self.attempts - self.searched)
 
 
 def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
@@ -7647,7 +7664,7 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
     that is no failure, and shown only if nobody has it."""
     failure, s = WELL, retries.settings
     while (ranking := (yield from retries.ranked(failure))) is not None:
-        ranking, found = yield from given_room(ranking, retries.choose, retries.lacking, s)
+        ranking, found = yield from given_room(ranking, retries.choose, retries.unfit, s)
         if found.fault is not None:
             failure = failure if failure.held else found
             break
@@ -7673,17 +7690,21 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
 def resume_plan(
     request: OutboundRequest, retries: Retries, broken: Outcome, ranking: Ranking
 ) -> Plan:
-    """An answer that broke after its beginning goes on at another server, or breaks off.  One that
-    does not begin is followed by the next; one that breaks before anything new was shown, or says
-    something else, is the last."""
+    """An answer that broke after its beginning goes on at another server of the same model and
+    version, or breaks off.  One that does not begin is followed by the next; one that breaks before
+    anything new was shown, or says something else, is the last."""
     failure = last = broken
+    first = ranking.asked
     why = "died_twice" if broken.deaths >= DEADLY else ""
     while not why:
-        retries.tried |= {ranking.server}
+        unlike = retries.choose(retries.tried).unlike(first)
+        retries.unfit |= unlike
+        retries.tried |= {ranking.server} | unlike
         found = (yield Recall(failure)).prospect or NO_STREAM
         ranking, room = yield from resume_ranking(retries, found, last, ranking)
         if room.fault is not None or found.way is None:
-            why = room.text
+            none_alike = unlike and found.way and room.fault is Fault.NO_SERVER
+            why = "version" if none_alike else room.text
             break
         relay = Relay(ranking.best or "", request, ranking, room.lease, retries.attempts)
         last = yield Resume(relay, found.way)
@@ -7709,7 +7730,7 @@ def resume_ranking(
     if another is None:
         return ranking, Outcome(failure.fault, "retry_budget")
     another, room = yield from given_room(
-        another, retries.choose, retries.lacking, retries.settings)
+        another, retries.choose, retries.unfit, retries.settings)
     return another, room._replace(text=room.fault.label) if room.fault else room
 
 
@@ -7728,7 +7749,7 @@ def first_ranking(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranki
 
 
 def given_room(
-    ranking: Ranking, choose: Choose, lacking: frozenset[str], s: Settings
+    ranking: Ranking, choose: Choose, unfit: frozenset[str], s: Settings
 ) -> Generator[Step, Outcome, tuple[Ranking, Outcome]]:
     """The ranking whose best server has room, maybe after a wait in the queue; and the outcome."""
     waited = WELL
@@ -7737,7 +7758,7 @@ def given_room(
         if waited.fault is not None:
             return ranking, waited
         # Without a ranking the fleet has changed: all may be asked again.
-        ranking = waited.ranking or choose(lacking)
+        ranking = waited.ranking or choose(unfit)
     if ranking.best is None:
         return ranking, Outcome(*ranking.refusal(s.server_header))
     return ranking, waited
@@ -12788,6 +12809,7 @@ class Check(NamedTuple):
     seconds: float
     why: str = ""
     models: Models | None = None
+    version: str = ""  # with models
     reached: bool = False  # it answered with an error, or accepted the connection and said nothing
     hung: bool = False
     rejected: bool = False  # our key was
@@ -12819,8 +12841,17 @@ async def check_server(
         return Check(False, seconds, why, reached=True, hung=True)
     models = model_list(content, client.name) if status == 200 else None
     if models is not None:
-        return Check(True, seconds, "", models)
+        return Check(True, seconds, "", models, await version_of(client, timeout_s))
     return bad_check(client, "/v1/models", status, seconds)._replace(passed=has_health)
+
+
+async def version_of(client: HttpClient, timeout_s: float) -> str:
+    """What a server says at /version; '' where it says nothing there."""
+    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
+        status, content = await client.fetch("/version", timeout_s)
+        version = read_members(content, None).get("version") if status == 200 else ""
+        return version[:100] if isinstance(version, str) else ""
+    return ""
 
 
 def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Check:
@@ -12849,7 +12880,7 @@ async def watch_health(core: Core, server: str) -> None:
             if core.process.stood_still_since(begun, loop.time()):
                 continue  # its duration, and perhaps its failure, was caused by us
             if found is not None and found.models is not None:
-                core.fleet.models_listed(server, found.models, loop.time())
+                core.fleet.models_listed(server, found.models, loop.time(), found.version)
             if found is not None and (active or found.rejected):
                 note_check(core, server, found, begun)
             if want_models and core.looks.done(server):
@@ -13263,7 +13294,7 @@ async def probe_server(core: Core, server: str) -> dict[str, Any]:
     if found is None:
         raise PeerGone("It could not be asked now.", Fault.NO_RESOURCES)
     if found.models is not None:
-        core.fleet.models_listed(server, found.models, now)
+        core.fleet.models_listed(server, found.models, now, found.version)
     note_check(core, server, found, now - found.seconds)
     core.judge(server, Health.half_opened, now)
     core.news.notify()
@@ -13487,7 +13518,8 @@ async def refresh_models(core: Core) -> None:
               for client in servers.values())
     for server, found in zip(servers, await asyncio.gather(*checks)):
         if found is not None and found.models is not None:
-            core.fleet.models_listed(server, found.models, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            core.fleet.models_listed(server, found.models, now, found.version)
 
 
 @endpoint("/v1/models", kind=Kind.MODELS, meaning="models of all healthy servers, and aliases")
@@ -17673,7 +17705,7 @@ def prefill_decode_plan(split: Split) -> Plan:
             reason = "short_prompt"
             break
         ranking, found = yield from given_room(
-            ranking, split.decode.choose, split.decode.lacking, split.decode.settings)
+            ranking, split.decode.choose, split.decode.unfit, split.decode.settings)
         if found.fault is not None:
             failure, reason = found, "no_decode_server"
             break
@@ -17695,7 +17727,7 @@ def two_legs(
     failure, retries = split.prefill_failure, split.prefill
     while (ranking := (yield from retries.ranked(failure))) is not None:
         ranking, found = yield from given_room(
-            ranking, retries.choose, retries.lacking, retries.settings)
+            ranking, retries.choose, retries.unfit, retries.settings)
         if found.fault is not None:
             break
         learned = yield from introduced(split, ranking)
@@ -22982,24 +23014,27 @@ def paths_topic() -> str:
 @topic("resume", "how a stream whose server was lost goes on at another one, and when it does not")
 def resume_topic() -> str:
     return f"""\
-A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another:
+A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another
+one of the same version (/version) and model (the last names in its root and parent):
 
-  "repeat"    the default: what has temperature 0, top_k 1 or a seed is asked again, and takes as
-              long again; what was shown is left out.  Paths: {", ".join(RESUMED_PATHS[:2])},
-              {", ".join(RESUMED_PATHS[2:])} (which knows no seed).
-  "continue"  also, plain sampled text of one choice goes on behind the text so far: a fair
-              continuation of the text, not of the tokens.  Without stop, min_tokens, penalties,
-              logprobs, echo, suffix, a grammar, reasoning or a tool's call so far.
-  "off"       never.  [resumes] says one of these for one model.
+  "repeat"    the default.  A request with temperature 0, top_k 1 or a seed is sent again, and what
+              was shown is left out of the new answer; that takes as long again.  Paths:
+              {", ".join(RESUMED_PATHS[:3])},
+              {RESUMED_PATHS[3]} (which knows no seed).
+  "continue"  Plain sampled text of one choice goes on, too: the text so far becomes part of the
+              prompt.  It is a fair continuation of the text, not of the tokens.  Not with stop,
+              min_tokens, penalties, logprobs, echo, suffix, a grammar, reasoning or a tool call.
+  "off"       Never.  [resumes] sets one of these for one model.
 
-resume_seed gives a seed to each stream that could not be repeated; on GPUs, vLLM says, generators
-for each request cost speed.  An error event, which says why, ends what another server says
-otherwise, what one server keeps ({", ".join(STORED_MEMBERS)}),
-media by URL, an engine of the client's choice, and what meets resume_within, max_retries,
-retry_budget, resume_bytes (for streams' events) or a quarter of max_buffered_bytes (for requests).
+resume_seed gives a seed to each stream that could not be repeated without; on GPUs, vLLM says,
+generators for each request cost speed.  A stream ends with an error event that says why if the
+other server's answer differs, one server keeps its state ({", ".join(STORED_MEMBERS)}),
+it has media by URL, its client chose an engine, no other server has the version and model, or
+it meets resume_within, max_retries, retry_budget, resume_bytes (for the events of streams) or a
+quarter of max_buffered_bytes (for requests).
 
-A client refuses with X-MVLLM-Resume: off.  The answer's last comment and the log tell how it went
-on, mvllm_resumes_total and mvllm_resumes_refused_total how often."""
+A client refuses with X-MVLLM-Resume: off.  The answer's last comment and the log say how it went
+on; mvllm_resumes_total and mvllm_resumes_refused_total count."""
 
 
 @topic("errors", "every error of the balancer's own: X-MVLLM-Error, status, blame, retries")
@@ -25594,10 +25629,6 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
         if check is None or not check.passed:
             why = check.why if check else "no file descriptors left"
             return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
-        _, content = await fetch_if_there(client, "/version", timeout_s)
-        version = None
-        with contextlib.suppress(BadMessage):
-            version = read_members(content, None).get("version")
         status, content = await fetch_if_there(client, "/metrics", timeout_s)
         loads = engine_loads(content.decode("utf-8", "replace"))
         findings = [] if check.models is not None else [unusable_finding(server, check.why)]
@@ -25612,7 +25643,8 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
                 if is_idle(engine_loads(content.decode("utf-8", "replace"))):
                     findings += buffered_findings(streamed)
     models = check.why if check.models is None else f"models: {', '.join(check.models) or 'none'}"
-    parts = [f"usable, answered in {check.seconds * 1000:.0f} ms", f"vLLM {version or 'unknown'}"]
+    parts = [f"usable, answered in {check.seconds * 1000:.0f} ms",
+             f"vLLM {check.version or 'unknown'}"]
     if streamed is not None and streamed.events:
         parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
     return Examined(True, "  ".join([*parts, models]), findings, check.models)
