@@ -11525,6 +11525,13 @@ class Core:
                 name = engine_id(old[id].settings.name, rank)
                 self.departed[name] = asyncio.get_running_loop().time()
 
+    def move_streams(self) -> None:
+        """Have other servers go on with the streams of servers that are drained or leave."""
+        for view in self.fleet.views():
+            if view.drained or view.draining:
+                for attempt in list(self.requests.running.get(view.id, ())):
+                    attempt.move()
+
     def retire_departed(self, now: float) -> None:
         """Drop the series of servers that have been gone for GONE_KEPT_S."""
         late = [name for name, gone_at in self.departed.items() if now - gone_at >= GONE_KEPT_S]
@@ -11802,7 +11809,7 @@ class Attempt:
 
     def move(self) -> None:
         """Another server goes on with the stream, if one can."""
-        if self.pump is not None and self.movable():
+        if self.pump is not None and not self.given_up and self.movable():
             self.lost_by, self.given_up = Fault.MOVED, True
             self.pump.server.abort()
 
@@ -13249,10 +13256,6 @@ async def weigh_server(core: Core, server: str, given: str | None) -> dict[str, 
 
 async def drain_server(core: Core, server: str) -> dict[str, Any]:
     core.roster.drain(server)
-    if core.settings.drain_resume:
-        for view in core.fleet.engines(server):
-            for attempt in list(core.requests.running.get(view.id, ())):
-                attempt.move()
     return report_done(core, f"{shown_name(core, server)} drained")
 
 
@@ -14706,6 +14709,8 @@ class Balancer:
         core.fleet.apply([entry.settings for entry in new.values()],
                          asyncio.get_running_loop().time(), s.pools,
                          [id for id, entry in new.items() if entry.drained])
+        if s.drain_resume:
+            core.move_streams()
         self._watchers.adopt(new, s)
         servers = {view.server for view in core.fleet.views()}
         core.recent.keep({view.id for view in core.fleet.views()})

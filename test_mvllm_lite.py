@@ -12090,20 +12090,41 @@ async def test_a_stream_that_takes_too_long_to_go_on_breaks_off():
         assert running.requests()[0]["attempts"][1][2] == "resume_failed"
 
 
+async def leaves_the_file(running, server):
+    s = running.core.settings
+    running.balancer.adopt(dataclasses.replace(
+        s, servers=tuple(one for one in s.servers if one.url != server.url)))
+
+
+async def leaves_its_source(running, server):
+    running.core.roster.define(lite.Source.KUBERNETES, {})
+
+
+@pytest.mark.parametrize("go, source", table(
+    ("drained by hand", lambda running, server: lite.drain_server(running.core, server.url), ""),
+    ("removed by hand", lambda running, server: lite.remove_server(running.core, server.url), ""),
+    ("gone from the file", leaves_the_file, ""),
+    ("gone from another source", leaves_its_source, lite.Source.KUBERNETES)))
 @asynchronous
-async def test_a_drained_server_s_streams_move_if_that_is_wanted_and_they_can():
+async def test_streams_of_a_server_that_leaves_move_if_that_is_wanted_and_they_can(go, source):
     gate = asyncio.Event()
-    servers = in_order(telling("a", how="hang"), telling("a", "b", server=2, wait=gate))
-    async with balancing(*servers, drain_resume=True) as running:
+    first, second = in_order(telling("a", how="hang"), telling("a", "b", server=2, wait=gate))
+    async with balancing(*[second] if source else [first, second], drain_resume=True) as running:
+        if source:
+            await running.stack.enter_async_context(first)
+            running.core.roster.define(source, {first.url: lite.ServerSettings(
+                first.url, first.capacity)})
+            await running.until(lambda: "checking" not in running.states())
         moved, stays = await running.client(), await running.client()
         await moved.ask("POST", "/v1/chat/completions", SEEDED)
         await stays.ask("POST", "/v1/chat/completions", SAMPLED)
-        await eventually(lambda: len(servers[0].asked) == 2 and all(
-            attempt.pump for attempt in running.core.requests.running[servers[0].url]), "both run")
-        await lite.drain_server(running.core, servers[0].url)
+        await eventually(lambda: len(first.asked) == 2 and all(
+            attempt.pump for attempt in running.core.requests.running[first.url]), "both run")
+        await go(running, first)
         gate.set()
         assert told_in((await moved.answer()).body) == b"ab"
-        assert running.views()[0].counts.in_flight == 1
+        assert [view.counts.in_flight for view in running.core.fleet.views()
+                if view.id == first.url] == [1]
 
 
 @asynchronous
