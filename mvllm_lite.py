@@ -1506,7 +1506,7 @@ def field_name(value: Any) -> str:
 
 
 def file_path(value: Any) -> str:
-    """The path of a file to read.  Only the settings file may name one."""
+    """The path of a file or directory.  In a settings file it is relative to that file."""
     return string(value)
 
 
@@ -2122,7 +2122,7 @@ class Settings:
         5.0, real(0), "time over which a server that came back gets up to its full share")
     why_header: bool = setting(False, boolean, "say in X-MVLLM-Why why the server was chosen")
     trace_file: str = setting(
-        "", string, "file in which to record requests for replay: sizes and times, never text")
+        "", file_path, "file in which to record requests for replay: sizes and times, never text")
     default_model: str = setting("", string, "model of requests that name none")
     max_head_bytes: int = setting(2**16, integer(256, 2**17), "longest head of a request")
     max_body_bytes: int = setting(2**27, integer(1), "longest content of a request")
@@ -2212,7 +2212,7 @@ class Settings:
         60.0, real(0), "without active checks: time after which it is tried again")
 
     state_file: str = setting(
-        "", string,
+        "", file_path,
         "file that keeps running models for a successor; default: this file's name.state")
     stop_models: bool = setting(True, boolean, "stop the models it started when it stops")
     agent_lost_after: float = setting(
@@ -2240,7 +2240,7 @@ class Settings:
     show_models: bool = setting(
         False, boolean, "name a server's models when its state changes", "SHOW_MODELS")
     log_dir: str = setting(
-        "logs", string, "directory of the log files; '': none are written", "LOG_DIR", restart=True)
+        "logs", file_path, "directory of the log files; '': none", "LOG_DIR", restart=True)
     log_file: str = setting("mvllm-lite.log", file_name, "file with all log lines", restart=True)
     error_log_file: str = setting(
         "mvllm-lite-error.log", file_name, "file with errors", restart=True)

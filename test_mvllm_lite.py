@@ -2138,9 +2138,23 @@ def test_a_name_stands_for_servers_with_the_other_keys_of_its_entry():
     ("a file of this directory", "s.toml", "cert.pem", "cert.pem"),
     ("none", "/etc/mv/s.toml", "", ""),
 ))
-def test_paths_of_keys_and_certificates_are_relative_to_the_file(source, said, found):
-    toml = f'servers = [{{ url = "http://a", ca_file = "{said}" }}]'
-    assert lite.parse_settings(toml, source)[0].servers[0].ca_file == found
+def test_paths_in_a_settings_file_are_relative_to_that_file(source, said, found):
+    toml = f'servers = [{{ url = "http://a", ca_file = "{said}" }}]\nconfig.log_dir = "{said}"'
+    settings, _ = lite.parse_settings(toml, source)
+    assert settings.servers[0].ca_file == settings.log_dir == found
+    given, _ = lite.parse_settings(toml, source, {"log_dir": ("logs", "environment LOG_DIR")})
+    assert given.log_dir == "logs"
+
+
+def test_every_setting_that_is_a_path_is_one_that_is_relative_to_the_file():
+    fields = [row for rows in (lite.CONFIG_FIELDS, lite.SERVER_FIELDS, lite.KEY_FIELDS,
+                               lite.KUBERNETES_FIELDS, lite.MODEL_FIELDS, lite.PROFILE_FIELDS)
+              for row in rows.values()]
+    checks = {f.name: f.metadata["check"] for f in fields
+              if re.search(r"(_file|_dir|_cert|tls_key|kubeconfig)$", f.name)}
+    assert {name for name, check in checks.items() if check is not lite.file_path} == {
+        "log_file", "error_log_file", "structured_log_file"}  # which are in log_dir
+    assert checks.keys() > {"trace_file", "state_file", "log_dir", "tls_cert", "client_cert"}
 
 
 def test_changes_are_named_and_those_that_wait_for_a_restart():
