@@ -162,7 +162,7 @@ the lines.
     104  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
     105  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
-    XV  laboratory       2,360 lines, for `replay`, `demo` and `check-config`
+    XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
     106  traces         · requests of the past: from files, or made up
     107  engine         · a model of a vLLM server, in simulated time
     108  replay         · those requests sent to such servers by any policy
@@ -173,7 +173,8 @@ the lines.
     113  understudy     ~ what stands in for `vllm serve`; a pool of them
     114  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
     115  doctor         ~ what is amiss with servers and settings, and what to do about it
-    116  check config   ~ the program of `check-config`
+    116  transfers      ~ whether prefill and decode servers work together
+    117  check config   ~ the program of `check-config`
 
 A request walks through the rooms like this.  The `Front` (62) reads a head from the client's
 `Wire` (43), parses it (2), makes an `Exchange` (57) of it, and asks who may come in (36).  A local
@@ -10144,6 +10145,7 @@ class HttpClient(Upstream):
     half second needs no new one, for POOL_IDLE_S: vLLM ends it a second later."""
 
     limit_bytes: float = FETCH_LIMIT_BYTES  # of an answer
+    fields = ""  # more lines of its requests' heads
     _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
 
@@ -10162,7 +10164,7 @@ class HttpClient(Upstream):
         taken as it comes, up to `limit_bytes`.  When an idle connection turns out to be closed,
         a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
         request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
-        request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}"
+        request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}{self.fields}"
         if self.name:
             request += f"Via: 1.1 {self.name}\r\n"
         if content is not None:
@@ -17233,14 +17235,17 @@ class Shared(NamedTuple):
     at_once: bool = False  # both legs are sent together
 
 
+def leg_fields(shared: Shared, rank: int | None) -> str:
+    """The lines of a leg's head; its answer is to come uncompressed."""
+    pinned = "" if rank is None else f"X-Data-Parallel-Rank: {rank}\r\n"
+    return f"X-Request-Id: {shared.id}\r\nAccept-Encoding: identity\r\n{pinned}"
+
+
 def leg_request(
     request: OutboundRequest, content: Content, shared: Shared, rank: int | None = None
 ) -> OutboundRequest:
-    """A leg as it is said to its server; its answer is to come uncompressed."""
-    fields = LEG_FIELDS.sub("", request.fields)
-    fields += f"X-Request-Id: {shared.id}\r\nAccept-Encoding: identity\r\n"
-    if rank is not None:
-        fields += f"X-Data-Parallel-Rank: {rank}\r\n"
+    """A leg as it is said to its server."""
+    fields = LEG_FIELDS.sub("", request.fields) + leg_fields(shared, rank)
     return request._replace(body=HeldContent(content), fields=fields, framed=True)
 
 
@@ -17401,6 +17406,7 @@ class Connector:
     passes_handles: ClassVar[bool] = True  # what one engine says goes to another: it must be ours
     asks: ClassVar[bool] = False  # a prefill server's identity is asked for, before its first leg
     pins_rank: ClassVar[bool] = False  # the prompt's leg names its rank, also where there is one
+    paired_by_id: ClassVar[bool] = False  # the legs know each other by nothing else
 
     def unfit(self, view: ServerView) -> str:
         """Why that server cannot be of a pair, '' if it can."""
@@ -17424,6 +17430,28 @@ class Connector:
     def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
         """What is to be remembered of a prefill server that has answered so."""
         return None
+
+    def shared(
+        self, prefill: ServerView, decode: ServerView, identity: Mapping[str, Any] | None,
+        draw: random.Random,
+    ) -> Shared:
+        """New ids for an attempt at both legs."""
+        id = self.request_id(prefill, decode, f"{draw.getrandbits(128):032x}")
+        return Shared(id, f"xfer-{draw.getrandbits(128):032x}", prefill, decode, identity,
+                      self.at_once(identity))
+
+    def prefill_leg(
+        self, content: Content, shape: LegShape, shared: Shared
+    ) -> tuple[Content, int | None]:
+        """The content of a prompt's leg, and the rank that it names."""
+        rank = (shared.prefill.rank or 0) if self.pins_rank else None
+        return prefill_content(content, shape, self.prefill_params(shared)), rank
+
+    def decode_leg(self, content: Content, shared: Shared, said: bytes) -> tuple[Content, bool]:
+        """The content of the other one, and whether it is to use what the first has left."""
+        if params := self.decode_params(shared, said):
+            content = with_members(content, {"kv_transfer_params": params})
+        return content, bool(params) or self.paired_by_id
 
 
 CONNECTORS: dict[str, Connector] = {}
@@ -17488,7 +17516,7 @@ class P2pNccl(Connector):
     """P2pNcclConnector, of vLLM 0.9 to 0.22.  The legs find each other by the addresses in their
     id, so both servers must have told theirs."""
 
-    passes_handles = False
+    passes_handles, paired_by_id = False, True
 
     def unfit(self, view: ServerView) -> str:
         return "" if view.settings.zmq_address else "has no zmq_address"
@@ -17634,6 +17662,12 @@ class PeerMemory:
             del self._known[server]
 
 
+def is_short(ranking: Ranking, terms: DisaggregationSettings) -> bool:
+    """Whether the detour does not pay: the best decoder has most of the prompt."""
+    known = ranking.expected if ranking.best else max(ranking.cached, default=0)
+    return ranking.call.prompt.tokens - known < terms.prefill_from_tokens
+
+
 @dataclasses.dataclass(slots=True)
 class Split:
     """One request that is parted."""
@@ -17659,21 +17693,13 @@ class Split:
     said: Mapping[str, Any] | None = None  # what was answered to it
     good_until: float = INFINITY  # on the loop's clock, what was transferred
 
-    def is_short(self, ranking: Ranking) -> bool:
-        """Whether the detour does not pay: the best decoder has most of the prompt."""
-        known = ranking.expected if ranking.best else max(ranking.cached, default=0)
-        tokens = ranking.call.prompt.tokens - known
-        return tokens < self.terms.prefill_from_tokens
-
     def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
         """New ids for an attempt at both legs."""
         assert prefill.asked is not None and decode.asked is not None
-        token, identity = f"{self.draw.getrandbits(128):032x}", self.memory.get(prefill.asked.id)
         self.prefill_why, self.failed, self.said = prefill.why(), False, None
         self.good_until = INFINITY
-        return Shared(self.connector.request_id(prefill.asked, decode.asked, token),
-                      f"xfer-{self.draw.getrandbits(128):032x}", prefill.asked, decode.asked,
-                      identity, self.connector.at_once(identity))
+        return self.connector.shared(
+            prefill.asked, decode.asked, self.memory.get(prefill.asked.id), self.draw)
 
     def both(
         self, prefill: Ranking, lease: Lease | None, decode: Ranking, shared: Shared
@@ -17683,20 +17709,16 @@ class Split:
                     self.decode_leg(decode, place, shared, b""))
 
     def prefill_leg(self, ranking: Ranking, lease: Lease | None, shared: Shared) -> Leg:
-        params = self.connector.prefill_params(shared)
-        content = prefill_content(self.request.body.content, self.shape, params)
-        rank = (shared.prefill.rank or 0) if self.connector.pins_rank else None
+        content, rank = self.connector.prefill_leg(
+            self.request.body.content, self.shape, shared)
         request = leg_request(self.request, content, shared, rank)
         return Leg(ranking.best or "", request, ranking, lease, self.prefill.attempts, self, shared)
 
     def decode_leg(
         self, ranking: Ranking, lease: Lease | None, shared: Shared, said: bytes
     ) -> Leg:
-        content, params = self.request.body.content, self.connector.decode_params(shared, said)
-        if params:
-            content = with_members(content, {"kv_transfer_params": params})
+        content, handled = self.connector.decode_leg(self.request.body.content, shared, said)
         request = leg_request(self.request, content, shared)
-        handled = bool(params) or self.connector.name == "p2p_nccl"
         return Leg(ranking.best or "", request, ranking, lease, self.decode.attempts, self, shared,
                    handled)
 
@@ -17706,7 +17728,7 @@ def prefill_decode_plan(split: Split) -> Plan:
     servers, a decode leg with a new prompt's leg; where that leads nowhere, plainly."""
     failure, reason = WELL, ""
     while not reason and (ranking := (yield from split.decode.ranked(failure))) is not None:
-        if failure.fault is None and split.is_short(ranking):
+        if failure.fault is None and is_short(ranking, split.terms):
             reason = "short_prompt"
             break
         ranking, found = yield from given_room(
@@ -18117,7 +18139,7 @@ class PrefillDecode:
         if split is None or split.shape.unfit:
             return otherwise
         decode = self.choose(x, split, "decode", frozenset())
-        if split.is_short(decode):
+        if is_short(decode, split.terms):
             return otherwise
         split.decoder = decode.server  # which does not read the prompt for itself
         return [self.choose(x, split, "prefill", frozenset()), decode]
@@ -18129,21 +18151,26 @@ class PrefillDecode:
         async with self._asking.setdefault(server.id, asyncio.Lock()):
             if (known := self.memory.get(server.id)) is not None:
                 return Outcome(more=known)
-            address = bootstrap_url(server.settings, terms.bootstrap_port)
-            client = HttpClient(ServerSettings(address, address=server.settings.address))
-            try:
-                status, content = await client.fetch("/query", LEARN_LIMIT_S)
-            except PeerGone as gone:
-                return Outcome(gone.fault, f"its bootstrap server {address}: {gone}")
-            except (BadMessage, TimeoutError) as error:
-                text = f"its bootstrap server {address}: {error or 'no answer'}"
-                return Outcome(Fault.CONNECT_TIMEOUT, text)
-            finally:
-                client.close()
-            if status != 200 or not (engines := engines_in(content)):
-                text = f"its bootstrap server {address} knows no engine (it answered {status})"
-                return Outcome(Fault.CONNECT_FAILED, text)
-            return Outcome(more={"address": address, "engines": engines})
+            return await ask_bootstrap(server.settings, terms.bootstrap_port)
+
+
+async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
+    """The outcome's `more` is a prefill server's identity, by its bootstrap server's word."""
+    address = bootstrap_url(server, port)
+    client = HttpClient(ServerSettings(address, address=server.address))
+    try:
+        status, content = await client.fetch("/query", LEARN_LIMIT_S)
+    except PeerGone as gone:
+        return Outcome(gone.fault, f"its bootstrap server {address}: {gone}")
+    except (BadMessage, TimeoutError) as error:
+        text = f"its bootstrap server {address}: {error or 'no answer'}"
+        return Outcome(Fault.CONNECT_TIMEOUT, text)
+    finally:
+        client.close()
+    if status != 200 or not (engines := engines_in(content)):
+        text = f"its bootstrap server {address} knows no engine (it answered {status})"
+        return Outcome(Fault.CONNECT_FAILED, text)
+    return Outcome(more={"address": address, "engines": engines})
 
 
 async def learn(x: Exchange, step: Learn) -> Outcome:
@@ -24927,8 +24954,10 @@ class SimulatedBlocks:
         self.connector, self._kept, self._taken = connector, set[str](), set[str]()
         self._changed = asyncio.Event()
 
-    def id_of(self, head: RequestHead, params: Mapping[str, Any]) -> str:
+    def id_of(self, head: RequestHead, params: Mapping[str, Any], prompt: str) -> str:
         """By what both legs of a request know each other."""
+        if self.connector == "plain":
+            return prompt
         if self.connector == "p2p_nccl":
             return head.fields.get("x-request-id")
         pulls = self.connector == "nixl" and params.get("do_remote_prefill")
@@ -24945,13 +24974,18 @@ class SimulatedBlocks:
         mode = "push" if self.connector.endswith("push") else "pull"
         return {"do_remote_prefill": True, "do_remote_decode": False, "transfer_mode": mode,
                 "remote_block_ids": [[1]], "remote_engine_id": server.engine_id, "tp_size": 1,
-                "remote_request_id": id, "remote_host": "127.0.0.1", "remote_port": 5600}
+                "remote_request_id": id, "remote_host": "127.0.0.1",
+                "remote_port": urllib.parse.urlsplit(server.url).port}
+
+    def shares(self, id: str) -> bool:
+        """Whether that is there for everybody."""
+        return self.connector == "plain" and id in self._kept
 
     async def take(self, id: str) -> bool:
         """Wait for what that leg has read.  Returns whether it is there for the first time."""
         while id not in self._kept:
             await self._changed.wait()
-        good = id not in self._taken
+        good = id not in self._taken or self.connector == "plain"
         self._taken.add(id)
         return good
 
@@ -24964,9 +24998,9 @@ class SimulatedServer:
                  blocks: SimulatedBlocks | None = None):
         self.kind, self.models, self.draw = kind, models, random.Random(seed)
         self.blocks, self.engine_id = blocks, f"engine-{seed}"
-        self.mode, self.url, self.port = "ok", "", 0
+        self.mode, self.url, self.port, self.version = "ok", "", 0, "0.0.0+simulated"
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
-        self.cache, self.cached_tokens = PrefixCache(), 0
+        self.cache, self.cached_tokens, self.received_tokens = PrefixCache(), 0, 0
         self.slots = asyncio.Semaphore(kind.capacity)
         self.stored: OrderedDict[str, Any] = OrderedDict()  # the last responses, by id
         self._tasks: set[asyncio.Task[Any] | None] = set()
@@ -25068,7 +25102,7 @@ def simulated_bootstrap(server: SimulatedServer, head: RequestHead, wanted: dict
 @simulated_page("/version")
 def simulated_version(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
                       ) -> tuple[int, Any]:
-    return 200, {"version": "0.0.0+simulated"}
+    return 200, {"version": server.version}
 
 
 @simulated_page("/simulate", "POST")
@@ -25110,7 +25144,8 @@ def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[s
         ("gauge", "kv_cache_usage_perc", min(1.0, 0.9 * server.running / server.kind.capacity)),
         ("counter", "prompt_tokens_total", server.prompt_tokens),
         ("counter", "generation_tokens_total", server.generated_tokens),
-        ("counter", "prefix_cache_hits_total", server.cached_tokens)))
+        ("counter", "prefix_cache_hits_total", server.cached_tokens),
+        ("counter", "external_prefix_cache_hits_total", server.received_tokens)))
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
@@ -25143,6 +25178,7 @@ class Generation:
         self.server, self.writer, self.head, self.prompt = server, writer, head, prompt
         wanted = json.loads(content)
         self.params = wanted.get("kv_transfer_params") or {}
+        self.said = json.dumps([wanted.get(name) for name in PROMPT_MEMBERS])
         self.only_reads = wanted.get("max_tokens") == 1
         self.streams = wanted.get("stream") is True
         self.form = FORMS[head.path](
@@ -25189,7 +25225,7 @@ class Generation:
         if not self.streams:
             whole = form.whole()
             if server.blocks and self.only_reads:
-                id = server.blocks.id_of(self.head, self.params)
+                id = server.blocks.id_of(self.head, self.params, self.said)
                 whole["kv_transfer_params"] = server.blocks.keep(server, id)
             self.writer.write(simulated_response(self.head, 200, whole))
             return
@@ -25198,14 +25234,17 @@ class Generation:
 
     async def got_blocks(self) -> bool:
         """Whether the prompt was read by another server; its blocks come first."""
-        blocks, id = self.server.blocks, self.head.fields.get("x-request-id")
-        named = id.startswith("___prefill_addr_") and not self.only_reads
-        if blocks is None or not (self.params.get("do_remote_prefill") or named):
+        if (blocks := self.server.blocks) is None or self.only_reads:
             return False
-        if not await blocks.take(blocks.id_of(self.head, self.params)):
+        id = blocks.id_of(self.head, self.params, self.said)
+        named = id.startswith("___prefill_addr_") or blocks.shares(id)
+        if not (self.params.get("do_remote_prefill") or named):
+            return False
+        if not await blocks.take(id):
             for choice in self.form.script.choices:
                 choice[: len(WRONG_WORDS)] = [f" {word}" for word in WRONG_WORDS]
         await asyncio.sleep(self.prompt.tokens * TRANSFER_TOKEN_S)
+        self.server.received_tokens += self.prompt.tokens
         return True
 
     async def say(self, events: Iterable[Event]) -> None:
@@ -25614,6 +25653,8 @@ class Examined(NamedTuple):
     summary: str
     findings: list[Finding]
     models: Models | None = None
+    version: Any = None
+    cache: Mapping[str, str] = {}  # how vLLM's KV cache is configured
 
 
 class Streamed(NamedTuple):
@@ -25635,7 +25676,9 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
             why = check.why if check else "no file descriptors left"
             return Examined(False, f"NOT USABLE: {why}", [unusable_finding(server, why)])
         status, content = await fetch_if_there(client, "/metrics", timeout_s)
-        loads = engine_loads(content.decode("utf-8", "replace"))
+        page = content.decode("utf-8", "replace")
+        loads = engine_loads(page)
+        cache = next(parse_samples(page, VLLM_METRICS["cache_config"]), Sample("", {}, 0)).labels
         findings = [] if check.models is not None else [unusable_finding(server, check.why)]
         findings += load_findings(server, status, loads)
         if check.models:
@@ -25652,7 +25695,8 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
              f"vLLM {check.version or 'unknown'}"]
     if streamed is not None and streamed.events:
         parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
-    return Examined(True, "  ".join([*parts, models]), findings, check.models)
+    summary = "  ".join([*parts, models])
+    return Examined(True, summary, findings, check.models, check.version, cache)
 
 
 async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -25873,7 +25917,268 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  116  check config
+#  116  transfers
+# ══════════
+#
+# Whether prefill and decode servers work together: what they say of themselves is compared, and a
+# prompt is read by one and answered by the other, through the legs that clients' requests get.
+
+TRIAL_PATH = "/v1/completions"
+TRIAL_WORDS = 150  # of the prompt: some blocks, which have up to 128 tokens
+TRIAL_TOKENS = 8  # of the answer
+RECEIVED_METRICS = ("vllm:external_prefix_cache_hits_total",)  # tokens by a connector
+CONNECTOR_ADVICE = {
+    "nixl": """start both with --kv-transfer-config '{"kv_connector": "NixlConnector", """
+            """"kv_role": "kv_both"}'""",
+    "mooncake": """start them with --kv-transfer-config '{"kv_connector": "MooncakeConnector", """
+                """"kv_role": "kv_producer"}', and kv_consumer for who decodes""",
+    "p2p_nccl": "start them with --kv-transfer-config for P2pNcclConnector, as README has it",
+    "plain": "start both with the connector by which they share blocks",
+}
+
+
+class Side(NamedTuple):
+    """One server of a pair, or one engine of it."""
+
+    view: ServerView
+    examined: Examined
+
+
+class Pair(NamedTuple):
+    """Servers that are to work together, for a model of both."""
+
+    terms: DisaggregationSettings
+    model: str
+    prefill: Side
+    decode: Side
+
+
+def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Finding]]:
+    """Each server, for each of its models, with another one; what has none is a finding."""
+    pairs, findings = list[Pair](), list[Finding]()
+    roled = sorted({one.view.settings.role for one in sides} - {"both"})
+    if roled and not s.disaggregation:
+        findings.append(Finding(
+            f"servers are for {' and '.join(roled)}, and there is no [[disaggregation]]: those for"
+            " prefill get only what no other server can take",
+            'set disaggregation = [{ kv_connector = "nixl" }], or another connector'))
+    told = [one for one in sides if one.examined.models]
+    for model in dict.fromkeys(name for one in told for name in one.examined.models or ()):
+        if (terms := disaggregation_of(s, model)) is None:
+            continue
+        having = [one for one in told if model in (one.examined.models or ())]
+        readers, writers = ([one for one in having if one.view.settings.role != other]
+                            for other in ("decode", "prefill"))
+        found = paired(readers, writers)
+        if not found:
+            lacking = "prefill" if not readers else "decode" if not writers else "second"
+            findings.append(Finding(
+                f"no {lacking} server has {shown(model)}: no request for it is parted",
+                f"have {shown(model)} served where another server can"
+                f" {'read' if lacking == 'prefill' else 'answer'} its prompts, or name the models"
+                " that [[disaggregation]] is for"))
+        pairs += [Pair(terms, model, *sides) for sides in found]
+    return pairs, findings
+
+
+def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Each of them once at least, and with no engine of its own server."""
+    found = []
+    for n in range(max(len(readers), len(writers)) if readers and writers else 0):
+        reader = readers[n % len(readers)]
+        for shift in range(len(writers)):
+            writer = writers[(n + shift) % len(writers)]
+            if writer.view.server != reader.view.server:
+                found.append((reader, writer))
+                break
+    return found
+
+
+def pair_findings(pair: Pair) -> list[Finding]:
+    """What two servers say of themselves, and do not agree about."""
+    sides = pair.prefill, pair.decode
+    findings, (one, other) = list[Finding](), [side.view.name for side in sides]
+    models = [(side.examined.models or {}).get(pair.model, {}) for side in sides]
+    rows = [("version", [side.examined.version for side in sides],
+             "run one vLLM on both: connectors take blocks from their own version only"),
+            ("model behind " + shown(pair.model), [model.get("root") for model in models],
+             "start both with the same model, or give it another --served-model-name"),
+            ("max_model_len", [model.get("max_model_len") for model in models],
+             "start both with the same --max-model-len")]
+    rows += [(name, [side.examined.cache.get(name) for side in sides],
+              f"start both with the same {flag}") for name, flag in (
+        ("block_size", "--block-size"), ("cache_dtype", "--kv-cache-dtype"))]
+    findings += [Finding(f"the {what} is {a} at {one}, {b} at {other}", advice)
+                 for what, (a, b), advice in rows if a != b and None not in (a, b)]
+    findings += [Finding(f"{side.view.name} {why}", "set its zmq_address, host:kv_port, or let it"
+                         " register at registration_address") for side in sides
+                 if (why := CONNECTORS[pair.terms.kv_connector].unfit(side.view))]
+    return findings
+
+
+class Trial:
+    """One prompt, read by one server of a pair and answered by the other."""
+
+    def __init__(self, pair: Pair, secrets: Secrets, draw: random.Random, timeout_s: float) -> None:
+        self.pair, self.secrets, self.draw, self.timeout_s = pair, secrets, draw, timeout_s
+        self.connector, self.findings = CONNECTORS[pair.terms.kv_connector], list[Finding]()
+        self.reader, self.writer = pair.prefill.view, pair.decode.view
+
+    def amiss(self, text: str, advice: str = "") -> None:
+        self.findings.append(Finding(text, advice or CONNECTOR_ADVICE[self.connector.name]))
+
+    def prompt(self) -> bytes:
+        """A request, of whose prompt nothing is in a cache: its first number is new."""
+        words = [self.draw.getrandbits(30), *range(1, TRIAL_WORDS)]
+        return json.dumps({
+            "model": self.pair.model, "prompt": " ".join(map(str, words)), "temperature": 0,
+            "max_tokens": TRIAL_TOKENS, "ignore_eos": True}).encode()
+
+    async def ask(
+        self, view: ServerView, path: str, content: Content | None = None, fields: str = ""
+    ) -> tuple[int, bytes]:
+        """The status and the answer; 0, and what was wrong, where there is none."""
+        with contextlib.closing(HttpClient(view.settings, self.secrets)) as client:
+            client.fields = fields
+            try:
+                return await client.fetch(path, self.timeout_s, content and bytes(content))
+            except TimeoutError:
+                return 0, f"no answer within {self.timeout_s:g} s".encode()
+            except (PeerGone, BadMessage) as error:
+                return 0, str(error).encode()
+
+    async def leg(
+        self, view: ServerView, content: Content, shared: Shared, rank: int | None
+    ) -> tuple[int, bytes]:
+        fields = leg_fields(shared, view.rank if rank is None else rank)
+        return await self.ask(view, TRIAL_PATH, content, fields)
+
+    async def received(self) -> float | None:
+        """The tokens that the decode server has from others; None if it does not count them."""
+        page = (await self.ask(self.writer, "/metrics"))[1].decode("utf-8", "replace")
+        counts = [one.value for one in parse_samples(page, RECEIVED_METRICS)]
+        return sum(counts) if counts else None
+
+    async def run(self) -> str:
+        """What came of it, in a few words."""
+        identity, port = None, self.pair.terms.bootstrap_port
+        if self.connector.asks:
+            learned = await ask_bootstrap(self.reader.settings, port)
+            if learned.fault is not None:
+                self.amiss(learned.text, "set bootstrap_port to its VLLM_MOONCAKE_BOOTSTRAP_PORT"
+                                         f" (default {MOONCAKE_PORT}), and let it through")
+                return "not tried"
+            identity = learned.more
+        said = await self.attempt(identity)
+        # Who writes its blocks by itself is asked in another way from the second time on.
+        if not self.findings and (identity := self.connector.identity_in(said)) is not None:
+            await self.attempt(identity)
+        return "FAILED" if self.findings else "works"
+
+    async def attempt(self, identity: Mapping[str, Any] | None) -> bytes:
+        """Have both legs carried out; returns the answer to the first."""
+        content, before, said, answered = self.prompt(), await self.received(), b"", (0, b"")
+        shared = self.connector.shared(self.reader, self.writer, identity, self.draw)
+        first, rank = self.connector.prefill_leg(content, shape_of(TRIAL_PATH, content), shared)
+        reading = asyncio.ensure_future(self.leg(self.reader, first, shared, rank))
+        if not shared.at_once:
+            said = await self.read_by(*await reading)
+        if not self.findings:
+            second, _ = self.connector.decode_leg(content, shared, said)
+            answered = await self.leg(self.writer, second, shared, None)
+        if shared.at_once:
+            said = (await reading)[1]
+        if not self.findings:
+            await self.judge(*answered, content, before)
+        return said
+
+    async def read_by(self, status: int, said: bytes) -> bytes:
+        """See whether a prompt's leg went well, and left what is of use; returns its answer."""
+        name, handle = self.reader.name, handle_in(said)
+        if status != 200:
+            self.amiss(f"{name} did not read a prompt: {answer_words(status, said)}")
+        elif self.connector.passes_handles and not handle:
+            self.amiss(f"{name} kept nothing for others: its answer has no kv_transfer_params")
+        elif handle:
+            params = document_of(handle)
+            await self.reach(params.get("remote_host"), params.get("remote_port"))
+        return said
+
+    async def reach(self, host: Any, port: Any) -> None:
+        """See whether a side channel, of which an answer tells, can be reached."""
+        if not (isinstance(host, str) and type(port) is int):
+            return
+        own, why = urllib.parse.urlsplit(self.reader.settings.url).hostname or "", ""
+        if is_local_name(host) and not is_local_name(own):
+            why = "is an address that others do not reach"
+        else:
+            try:
+                async with within(self.timeout_s):
+                    _, writer = await asyncio.open_connection(host, port)
+                writer.transport.abort()
+            except (OSError, OverflowError) as error:
+                known = isinstance(error, OSError) and error_text(error)
+                why = f"cannot be reached from here: {known or 'no answer'}"
+        if why:
+            self.amiss(f"the side channel of {self.reader.name}, {host}:{port}, {why}",
+                       "set VLLM_NIXL_SIDE_CHANNEL_HOST there to an address that decode servers"
+                       " reach, and let VLLM_NIXL_SIDE_CHANNEL_PORT through")
+
+    async def judge(self, status: int, said: bytes, content: bytes, before: float | None) -> None:
+        """See whether the answer is as it should be, and made of what the other has read."""
+        reader, writer = self.reader.name, self.writer.name
+        if status != 200:
+            return self.amiss(f"{writer} did not answer a prompt that {reader} has read:"
+                              f" {answer_words(status, said)}")
+        cached, after = cached_tokens_of(document_of(said)), await self.received()
+        if not cached and after == before and not cached is after is None:
+            return self.amiss(f"{writer} took nothing of what {reader} has read: it read the prompt"
+                              " itself")
+        plain = await self.ask(self.reader, TRIAL_PATH, content)
+        texts = [text_in(one) for one in (plain[1], said)]
+        if plain[0] == 200 and texts[0] != texts[1]:
+            self.amiss(f"{writer} goes on with {texts[1]!r}, {reader} by itself with {texts[0]!r}",
+                       "give both the same weights, dtype and quantization")
+
+
+def text_in(said: bytes) -> str:
+    """The text in an answer of /v1/completions."""
+    choices = typed_member(document_of(said), "choices", list)
+    return str(choices[0].get("text"))[:80] if choices and isinstance(choices[0], dict) else ""
+
+
+def answer_words(status: int, said: bytes) -> str:
+    """An answer that is none, in a few words."""
+    if not status:
+        return said.decode("utf-8", "replace")
+    text = typed_member(document_of(said), "error", dict).get("message") or ""
+    return f"it answered {status}" + f", {str(text)[:200]}" * bool(text)
+
+
+async def try_pairs(
+    s: Settings, servers: Sequence[ServerSettings], found: Sequence[Examined], secrets: Secrets
+) -> tuple[list[tuple[str, list[Finding]]], list[Finding]]:
+    """Each pair in words, with what is amiss with it; and what is amiss with none."""
+    fleet = Fleet()
+    fleet.apply(servers, 0.0)
+    known = {server.id: one for server, one in zip(servers, found) if one.usable}
+    sides = [Side(view, known[view.server]) for view in fleet.views() if view.server in known]
+    pairs, findings = pairs_of(s, sides)
+    rows, draw = list[tuple[str, list[Finding]]](), random.Random()
+    for pair in pairs:
+        # Of what is not alike an engine might die.
+        amiss, words = pair_findings(pair), "not tried, as long as this is so"
+        if not amiss:
+            timeout_s = max(s.health_check_timeout, pair.terms.decode_first_token_timeout)
+            words = await (trial := Trial(pair, secrets, draw, timeout_s)).run()
+            amiss = trial.findings
+        rows.append((f"{pair.prefill.view.name} → {pair.decode.view.name}  {pair.model} over"
+                     f" {pair.terms.kv_connector}: {words}", amiss))
+    return rows, findings
+
+
+# ══════════
+#  117  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could
@@ -25936,19 +26241,23 @@ def check_config(args: argparse.Namespace) -> int:
     secrets = Secrets(settings)
     raise_descriptor_limit()
 
-    async def examine_all() -> tuple[list[ServerSettings], list[str], list[Examined]]:
+    async def examine_all() -> tuple[list[ServerSettings], list[str], list[Examined], Any]:
         servers, lines = await preview_servers(settings)
         for server in servers:
             secrets.adopt(server, Source.DNS)  # or any: it is `like` an entry
         servers = [*settings.servers, *servers]
-        return servers, lines, await asyncio.gather(
-            *(examine(one, settings, secrets) for one in servers))
+        found = await asyncio.gather(*(examine(one, settings, secrets) for one in servers))
+        return servers, lines, found, await try_pairs(settings, servers, found, secrets)
 
-    servers, lines, found = asyncio.run(examine_all())
+    servers, lines, found, (pairs, amiss) = asyncio.run(examine_all())
     for server, one in zip(servers, found):
         capacity = server.max_concurrent_requests or "auto"
         print(printable(f"{server.name}  capacity {capacity}  {one.summary}"))
         print_findings(one.findings)
+    for words, findings in pairs:
+        print(printable(words))
+        print_findings(findings)
+    print_findings(amiss)
     print(*map(printable, lines), sep="\n", end="\n" * bool(lines))
     print_findings(own_findings(settings, found, descriptors_allow()))
     files = filter(os.path.exists, secret_files(path, settings))  # a kubeconfig may come later

@@ -20335,6 +20335,115 @@ def test_files_with_keys_that_others_may_read_are_found():
 
 
 # ============================================================================================
+#  transfers
+# ============================================================================================
+
+
+async def paired(connector="nixl", alone="", **more):
+    """What is found of two simulated servers, `alone` of which knows no connector; and they."""
+    def kind(role):
+        blocks = {} if role == alone else {"blocks": shared}
+        return lite.SimulatedServer(lite.Simulated(8, 1e-4, 1e7), seed=len(role), **blocks)
+
+    shared = lite.SimulatedBlocks(connector)
+    async with kind("prefill") as p, kind("decode") as d:
+        servers, s = lite.demo_parted(
+            [lite.ServerSettings(one.url) for one in (p, d)], Settings(), connector)
+        for name, value in more.get("of_decode", {}).items():
+            setattr(d, name, value)
+        roles, terms = more.get("roles", ("prefill", "decode")), more.get("terms", {})
+        servers = tuple(dataclasses.replace(one, role=role, **more.get("given", {}))
+                        for one, role in zip(servers, roles))
+        terms = dataclasses.replace(s.disaggregation[0], decode_first_token_timeout=0.1, **terms)
+        s = Settings(servers, disaggregation=(terms,), health_check_timeout=0.2)
+        found = [await lite.examine(one, s, lite.Secrets(s)) for one in servers]
+        rows, amiss = await lite.try_pairs(s, servers, found, lite.Secrets(s))
+    return [words.rpartition(": ")[2] for words, _ in rows], [
+        one for _, findings in rows for one in findings] + amiss, d
+
+
+@pytest.mark.parametrize("connector", lite.DEMO_CONNECTORS)
+@asynchronous
+async def test_a_prompt_is_tried_at_each_pair_through_the_legs_of_clients_requests(connector):
+    words, findings, decoder = await paired(connector)
+    assert (words, findings) == (["works"], [])
+    assert decoder.received_tokens > 100 * (1 + connector.endswith("push"))  # that is tried twice
+
+
+NOT_TRIED = "not tried, as long as this is so"
+AMISS = table(
+    ("the decode server does not know what it is given", {"alone": "decode"}, ["FAILED"],
+     "read the prompt itself", "--kv-transfer-config"),
+    ("the prefill server keeps nothing", {"alone": "prefill"}, ["FAILED"],
+     "kept nothing for others", "--kv-transfer-config"),
+    ("over nccl, no prompt comes", {"connector": "p2p_nccl", "alone": "prefill"}, ["FAILED"],
+     "no answer within 0.2 s", "P2pNcclConnector"),
+    ("no address for nccl", {"connector": "p2p_nccl", "given": {"zmq_address": ""}}, [NOT_TRIED],
+     "has no zmq_address", "kv_port"),
+    ("nobody is at the bootstrap port", {"connector": "mooncake", "given": {"bootstrap_port": 9}},
+     ["not tried"], "its bootstrap server http://127.0.0.1:9: cannot connect", "bootstrap_port"),
+    ("another version", {"of_decode": {"version": "0.31.0"}}, [NOT_TRIED],
+     "the version is 0.0.0+simulated at http://", "one vLLM on both"),
+    ("the decode server has another model", {"of_decode": {"models": ("other",)}}, [],
+     "no decode server has 'demo-model'", "answer its prompts"),
+    ("both read", {"roles": ("prefill", "prefill")}, [], "no decode server has", "answer"),
+    ("both answer", {"roles": ("decode", "decode")}, [], "no prefill server has", "read"),
+    ("the engine fails", {"of_decode": {"mode": "cut"}}, ["FAILED"],
+     "did not answer a prompt that", "--kv-transfer-config"),
+)
+
+
+@pytest.mark.parametrize("given, words, text, advice", AMISS)
+@asynchronous
+async def test_what_is_amiss_with_a_pair_is_said_with_what_to_do(given, words, text, advice):
+    found, findings, _ = await paired(**given)
+    assert found == words and text in findings[0].text and advice in findings[0].advice
+    assert len({one.text for one in findings}) == len(findings) <= 2
+
+
+@pytest.mark.parametrize("host, port, why", table(
+    ("it is there", "127.0.0.1", None, ""),
+    ("nobody listens", "127.0.0.1", 9, "cannot be reached from here: connection refused"),
+    ("others would look at themselves", "localhost", 9, "is an address that others do not reach"),
+    ("nothing is said", None, None, ""), ("not a port", "127.0.0.1", 1 << 40, "cannot be reached"),
+))
+@asynchronous
+async def test_the_side_channel_of_which_a_handle_tells_is_tried(host, port, why):
+    async with Server() as there:
+        url = "http://10.0.0.1:1" if host == "localhost" else there.url
+        view = server(1, url=url)
+        side = lite.Side(view, lite.Examined(True, "", []))
+        pair = lite.Pair(lite.DisaggregationSettings(), "m", side, side)
+        trial = lite.Trial(pair, lite.Secrets(), random.Random(1), 1.0)
+        await trial.reach(host, there.port if port is None else port)
+    assert [one.text.partition(f":{port}, ")[2][: len(why)] for one in trial.findings] == [
+        why] * bool(why)
+
+
+def test_pairs_are_compared_by_what_they_say_and_each_server_is_of_one():
+    def side(n, role="both", cache={}, **model):
+        view = server(n, url=f"http://h{n}", role=role)
+        return lite.Side(view, lite.Examined(True, "", [], {"m": model}, "0.32", cache))
+
+    one, other = (side(1, "prefill", {"block_size": "16", "cache_dtype": "auto"},
+                       root="/a", max_model_len=9),
+                  side(2, "decode", {"block_size": "128", "cache_dtype": "fp8"},
+                       root="/b", max_model_len=8))
+    found = lite.pair_findings(lite.Pair(lite.DisaggregationSettings(), "m", one, other))
+    assert [re.search("the (.*) is", one.text)[1] for one in found] == [
+        "model behind 'm'", "max_model_len", "block_size", "cache_dtype"]
+    s = Settings(disaggregation=(lite.DisaggregationSettings(),))
+    sides = [side(1, "prefill"), side(2), side(3, "decode"), side(4, "decode")]
+    pairs, amiss = lite.pairs_of(s, sides)
+    assert [(a.view.server, b.view.server) for _, _, a, b in pairs] == [
+        ("http://h1", "http://h2"), ("http://h2", "http://h3"), ("http://h1", "http://h4")]
+    assert not amiss and lite.pairs_of(s, [side(1)])[0] == []
+    (told,) = lite.pairs_of(Settings(), sides)[1]
+    assert "there is no [[disaggregation]]" in told.text
+    assert lite.pairs_of(Settings(), [side(1)]) == ([], [])
+
+
+# ============================================================================================
 #  Storms: everything at once, and nothing left behind
 # ============================================================================================
 
