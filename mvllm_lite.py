@@ -26209,6 +26209,22 @@ def add_check_config(parser: argparse.ArgumentParser) -> None:
                         help="print each setting in force and where it comes from; ask nobody")
 
 
+PATH_KEYS = {name for fields in (CONFIG_FIELDS, SERVER_FIELDS, KEY_FIELDS, KUBERNETES_FIELDS)
+             for name, field in fields.items() if field.metadata["check"] is file_path}
+
+
+def relative_paths(found: Any, folder: str) -> Iterator[str]:
+    """A line for each relative path in a settings document: what it is relative to."""
+    for one in found if isinstance(found, list) else ():
+        yield from relative_paths(one, folder)
+    for key, value in found.items() if isinstance(found, dict) else ():
+        yield from relative_paths(value, folder)
+        is_path = SYNONYMS.get(key, key) in PATH_KEYS and isinstance(value, str) and value
+        if is_path and not os.path.isabs(value):
+            where = os.path.abspath(os.path.join(folder, value))
+            yield f"{key} = {shown(value)} is relative to this file: {where}"
+
+
 def effective_lines(s: Settings, toml: str, path: str, overrides: Overrides) -> list[str]:
     """Each setting in force: its key, its value, and where that comes from."""
     section, rows = re.split(r"(?m)^\[config\]", toml, maxsplit=1), list[tuple[str, str, str]]()
@@ -26265,6 +26281,9 @@ def check_config(args: argparse.Namespace) -> int:
     print_findings(mode_findings(modes))
     startable, usable = check_models(settings), sum(one.usable for one in found)
     capacity = total_capacity(servers)
+    toml = SettingsFile(path).text() if path else ""
+    for line in relative_paths(tomllib.loads(toml), os.path.dirname(path)):
+        print(printable(f"{path}: {line}"))
     print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
     comes = not found and settings.registration is not None  # what is not there yet
     return 0 if usable or startable or comes else 2

@@ -19214,6 +19214,19 @@ def test_a_file_that_cannot_be_read_is_named_with_its_key_and_line(tmp_path):
         f"mvllm_lite: {toml}:2: api_key_file: {tmp_path}/nix: cannot be read: no such file")
 
 
+def test_check_config_says_what_a_relative_path_is_relative_to(tmp_path):
+    toml = tmp_path / "s.toml"
+    toml.write_text('servers = [{ url = "http://127.0.0.1:1", ca_file = "/ca" }]\n[config]\n'
+                    'log_dir = "logs"\nshape_file = "../t"\nlog_file = "x"\nstate_file = ""\n')
+    found = lite.relative_paths(tomllib.loads(toml.read_text()), str(tmp_path))
+    assert list(found) == [
+        f"log_dir = 'logs' is relative to this file: {tmp_path}/logs",
+        f"shape_file = '../t' is relative to this file: {tmp_path.parent}/t"]
+    entry = {"servers": [{"api_key_file": "k"}], "keys": [{"key_file": ""}]}
+    assert list(lite.relative_paths(entry, "/e")) == [
+        "api_key_file = 'k' is relative to this file: /e/k"]
+
+
 def test_check_config_says_of_each_setting_where_it_comes_from(tmp_path):
     toml = tmp_path / "s.toml"
     toml.write_text('servers = [{ url = "http://a" }]\n\n[config]\nshape_file = "x"\n'
