@@ -653,6 +653,10 @@ def shown(text: str, limit: int = 60) -> str:
     return ascii(text) if len(text) <= limit else f"{ascii(text[:limit])}…"
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def bad_first_line(found: str, side: Blame) -> BadMessage:
     if side is Blame.SERVER:
         text = f"the status line is {shown(found)}, expected 'HTTP/1.1 status reason'"
@@ -14082,7 +14086,7 @@ class Follower:
         try:
             if (text := await file.read_if_changed()) is None:
                 if asked:
-                    unchanged = f"{len(core.roster.entries)} servers, nothing changed"
+                    unchanged = f"{plural(len(core.roster.entries), 'server')}, nothing changed"
                     log.log(logging.ERROR if refused else logging.INFO, "the settings stay as they"
                             " were: %s", f"\n{refused}" if refused else unchanged)
                 return
@@ -14104,11 +14108,12 @@ class Follower:
             known = core.roster.entries.keys()
             self._adopt(settings, secrets)
             now = core.roster.entries.keys()
-            counts = f"{len(now)} servers, {len(now - known)} added, {len(known - now)} draining"
-            words = [counts, changes_line(old, settings)]
+            counts = f", {len(now - known)} added, {len(known - now)} draining"
+            words = [plural(len(now), "server") + counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
         elif asked:
-            log.info("new settings: %d servers, nothing changed", len(core.roster.entries))
+            log.info("new settings: %s, nothing changed",
+                     plural(len(core.roster.entries), "server"))
 
 
 # ══════════
@@ -14788,8 +14793,9 @@ def announce(balancer: Balancer, hint: str) -> None:
         print(f"\n{balancer.core.process.hint}\n", flush=True)
     notify_ready()
     here = f"{s.host}:{balancer.port} ({url} from here)" if s.host in ANYWHERE else url
-    log.info("mvllm_lite %s listens on %s for %d servers, policy %s, up to %d connections",
-             __version__, here, len(balancer.core.roster.entries), s.policy, limit)
+    servers = plural(len(balancer.core.roster.entries), "server")
+    log.info("mvllm_lite %s listens on %s for %s, policy %s, up to %d connections",
+             __version__, here, servers, s.policy, limit)
     if second is not None:
         log.info("metrics, status and admin paths are served on %s only",
                  own_url(s, second[0], balancer.operator_port))
@@ -16142,7 +16148,7 @@ class Watches:
         servers = sum(len(offer.servers) for one in self.all for offer in one.offers.values())
         troubles = [f"{one.listing.what.name}: {one.standing.trouble}" for one in self.all
                     if one.standing.trouble]
-        return "; ".join([f"kubernetes: {servers} servers", *troubles])
+        return "; ".join([f"kubernetes: {plural(servers, 'server')}", *troubles])
 
     async def follow(self) -> None:
         """Name the servers known already, then follow all watches for ever."""
@@ -18877,7 +18883,7 @@ def grow(
 def reason_to_run(model: ModelSettings, demands: Demands) -> str:
     demand = demands.get(model.alias, NO_DEMAND)
     if demand.waiting:
-        return f"{demand.waiting} requests wait"
+        return f"{plural(demand.waiting, 'request')} waiting"
     if demand.high_s:
         return f"its load is {demand.load:.2f}"
     return "so many are to run"
@@ -26284,7 +26290,7 @@ def check_config(args: argparse.Namespace) -> int:
     toml = SettingsFile(path).text() if path else ""
     for line in relative_paths(tomllib.loads(toml), os.path.dirname(path)):
         print(printable(f"{path}: {line}"))
-    print(f"{path}: {len(found)} servers, total capacity {capacity}, {usable} usable")
+    print(f"{path}: {plural(len(found), 'server')}, total capacity {capacity}, {usable} usable")
     comes = not found and settings.registration is not None  # what is not there yet
     return 0 if usable or startable or comes else 2
 

@@ -15952,7 +15952,7 @@ async def test_status_and_metrics_show_how_each_watch_goes():
         client = await running.client()
         status = (await client.get("/status.json")).json
         server_shown, = status["servers"]
-        assert status["settings"].endswith("; kubernetes: 1 servers")
+        assert status["settings"].endswith("; kubernetes: 1 server")
         assert (server_shown["source"], server_shown["name"]) == ("kubernetes", "llm/a")
         watch, = status["services"]["kubernetes"]
         assert watch["since_contact_s"] < 10 and watch | {"since_contact_s": 0} == {
@@ -15984,7 +15984,7 @@ async def test_check_config_says_what_the_api_answers_and_which_pods_are_used(tm
             (0, ["pods a=b in all namespaces  the API answers, 2 match, 1 are used",
                  "llm/a  capacity auto  usable", "! llm/b is not used: its phase is 'Pending'",
                  "! pod llm/a: annotation mvllm-lite/colour is ignored, expected one of max_con",
-                 ": 1 servers"]),
+                 ": 1 server,"]),
         ):
             child = await asyncio.create_subprocess_exec(
                 *command("check-config", str(path)), env=CLEAN, stdout=asyncio.subprocess.PIPE)
