@@ -2071,6 +2071,8 @@ class Settings:
     models: tuple[ModelSettings, ...] = ()
     profiles: tuple[ProfileSettings, ...] = ()
     devices: tuple[float, ...] = ()  # GB of each
+    # Where keys of [config] come from that have no default: the line of the file, or in words.
+    origins: Mapping[str, int | str] = dataclasses.field(default_factory=dict, compare=False)
 
     host: str = setting("0.0.0.0", string, "address to listen on", "HOST", restart=True)
     port: int = setting(8888, integer(0, 65535), "port to listen on", "PORT", restart=True)
@@ -2380,6 +2382,13 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
     return f"not valid TOML: {said}"
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    import difflib  # needed only after a typing mistake, and loading it takes 5 ms
+
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 # ══════════
 #  12  settings file
 # ══════════
@@ -2483,8 +2492,10 @@ class SettingsReader:
             raise SettingsError(self.errors + self.warnings)
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
+        origins = {SYNONYMS.get(key, key): self.line(("config", key)) for key in config}
+        origins |= {key: origin for key, (_, origin) in overrides.items()}
         tables = (urls, aliases, policies, pools, tuple(keys.values()), dns, kubernetes, resumes,
-                  split, tuple(models.values()), profiles, devices or ())
+                  split, tuple(models.values()), profiles, devices or (), origins)
         return Settings(*tables, **values), self.warnings
 
     def check_together(
@@ -2645,10 +2656,9 @@ class SettingsReader:
         except ValueError as expected:
             self.complain(path, value, str(expected), origin)
             return None
-        folder, slash, _ = self.source.rpartition("/")
-        if field.metadata["check"] is file_path and slash and not origin and found:
-            return found if found.startswith("/") else f"{folder}/{found}"  # beside the settings
-        return found
+        is_path = field.metadata["check"] is file_path and found and not origin
+        folder = self.source[: self.source.rfind("/") + 1]
+        return folder + found if is_path and not found.startswith("/") else found
 
     def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
         if path[-1] in SECRET_FIELDS:
@@ -2676,18 +2686,14 @@ class SettingsReader:
     def complaint_at(self, path: Path, text: str, origin: str = "") -> Complaint:
         """A complaint that says where its key is, like `servers.toml:12: servers[2].url`."""
         key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in path)
-        if self.bare is None:
-            self.bare = OPAQUE.sub(blanked, self.toml)
         known = len(self.errors) + len(self.warnings) < COMPLAINTS_LIMIT  # each look takes a while
-        line = 0 if origin or not known else line_of(self.bare, path)
+        line = 0 if origin or not known else self.line(path)
         return Complaint(origin or self.source, line, key.removeprefix("."), text)
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    import difflib  # needed only after a typing mistake, and loading it takes 5 ms
-
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    def line(self, path: Path) -> int:
+        if self.bare is None:
+            self.bare = OPAQUE.sub(blanked, self.toml)
+        return line_of(self.bare, path)
 
 
 def blanked(opaque: re.Match[str]) -> str:
@@ -13408,15 +13414,15 @@ def kind_of(head: RequestHead, s: Settings) -> Kind:
     return Kind.EXPLAIN if kind is Kind.STATUS and wants_explanation(head) else kind
 
 
-# Below these paths an escaped URL may follow.  They are ours alone, so no server can read them
-# differently.
-URLS_BELOW = ("/workers/",)
+# Below these paths an escaped URL may follow, or the name of a model, as OpenAI's client says it.
+# They are ours alone, so no server can read them differently.
+NAMES_BELOW = ("/workers/", "/v1/models/")
 ESCAPED_SLASH = re.compile("%2f", re.IGNORECASE)
 
 
 @remembered_text
 def path_kind(path: str) -> Kind:
-    escaped = path.startswith(URLS_BELOW) and ESCAPED_SLASH.sub("", path)
+    escaped = path.startswith(NAMES_BELOW) and ESCAPED_SLASH.sub("", path)
     if AMBIGUITY.search(escaped or path):
         return Kind.AMBIGUOUS
     if rows := endpoints_at(path):
@@ -14111,7 +14117,9 @@ class Follower:
             counts = f", {len(now - known)} added, {len(known - now)} draining"
             words = [plural(len(now), "server") + counts, changes_line(old, settings)]
             log.info("new settings: %s", "; ".join(filter(None, words)))
-        elif asked:
+            return
+        core.settings = settings  # which may stand on other lines
+        if asked:
             log.info("new settings: %s, nothing changed",
                      plural(len(core.roster.entries), "server"))
 
@@ -19689,7 +19697,7 @@ class StateFile:
     def path(self) -> str:
         """'' is none."""
         path, named = self._core.process.settings_path, self._core.settings.state_file
-        return os.path.join(os.path.dirname(path), named) if named else path and f"{path}.state"
+        return named or path and f"{path}.state"
 
     def load(self) -> dict[str, Any]:
         try:
@@ -22577,8 +22585,10 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
     ["TTFT", r => wait(r.first_s), 1], ["Id", r => says(r.id)]]],
   keys: [d => list(d.keys), [["Key", k => text(k.name) || "(no key)"],
     ["Requests", k => whole(k.requests), 1], ["Prompt tokens", k => whole(k.prompt), 1],
-    ["Cached", k => whole(k.cached), 1], ["Completion", k => whole(k.completion), 1]]] };
-let view = "servers", mayOperate = false;
+    ["Cached", k => whole(k.cached), 1], ["Completion", k => whole(k.completion), 1]]],
+  settings: [() => settings, [["Setting", s => says(s.key)], ["Value", s => says(s.value)],
+    ["From", s => says(s.source)]]] };
+let view = "servers", mayOperate = false, settings = [];
 
 const node = (tag, textContent, fields) =>
   Object.assign(document.createElement(tag), { textContent }, fields);
@@ -22594,8 +22604,11 @@ function fill(where, items) {
 }
 
 function showView() {
-  for (const button of $("views").children)
-    button.setAttribute("aria-pressed", String(button.textContent.toLowerCase() === view));
+  for (const button of $("views").children) {
+    const name = button.textContent.toLowerCase();
+    button.setAttribute("aria-pressed", String(name === view));
+    button.hidden = name === "settings" && !mayOperate;
+  }
   $("servers").hidden = view !== "servers";
   $("view").hidden = view === "servers";
   if (view === "servers" || !last) return;
@@ -22708,8 +22721,10 @@ function showServer(url, server) {
 function show(doc) {
   const servers = new Map(ordered(list(doc.servers).map(s => s || {})).map(s => [text(s.url), s]));
   const totals = doc.totals || {}, focus = document.activeElement;
+  const reloaded = last && last.settings !== doc.settings;
   last = doc;
   mayOperate = doc.may_operate === true;
+  if (view === "settings") if (!mayOperate) view = "servers"; else if (reloaded) readSettings();
   table.classList.toggle("many", list(doc.servers).length > 9);
   showGraphs(doc.fleet || {});
   if (!$("view").matches(":hover")) showView();
@@ -22824,6 +22839,14 @@ function complaint(answer) {
   return `${answer.status}: ${text(found).slice(0, 500)}`;
 }
 
+async function readSettings() {
+  try {
+    const answer = await ask("GET", "/admin/settings", GET_MS);
+    if (answer.ok) settings = list(JSON.parse(answer.raw).settings);
+  } catch (error) { /* what was read before stays */ }
+  if (view === "settings") showView();
+}
+
 async function operate(url, what) {
   const { name, part } = rows.get(url);
   const path = `/admin/servers/${what}?url=${encodeURIComponent(url)}`;
@@ -22851,7 +22874,11 @@ for (const label of ["Server", "State", "Load", ...FIGURES.map(f => f[0]), "Load
 for (const name of Object.keys(VIEWS)) {
   const button = $("views").appendChild(node("button", name[0].toUpperCase() + name.slice(1)));
   button.type = "button";
-  button.addEventListener("click", () => { view = name; showView() });
+  button.addEventListener("click", () => {
+    view = name;
+    showView();
+    if (name === "settings") readSettings();
+  });
 }
 for (const [label, name] of GRAPHS) {
   const figure = $("graphs").appendChild(node("figure")), words = node("figcaption", label + " ");
@@ -22978,6 +23005,31 @@ def settings_topic() -> str:
                       " one of", ", ".join(ANNOTATED) + ".",
                       "A flag wins over the environment, that over the file, that over the default."
                       "  Paths in a file are", "relative to that file."])
+
+
+SECRET_CHECKS = secret, optional_secret
+
+
+def effective_rows(
+    s: Settings, hidden: Collection[Clean]
+) -> Iterator[tuple[str, str, int | str]]:
+    """Each key of [config] with its value in force, and what `origins` says of it; those with
+    `hidden` checks only show that they are set."""
+    for key, field in CONFIG_FIELDS.items():
+        value = getattr(s, key)
+        shown_value = '"…"' if value and field.metadata["check"] in hidden else toml_word(value)
+        yield key, shown_value, s.origins.get(key, "default")
+
+
+@endpoint("/admin/settings", kind=Kind.ADMIN)
+async def get_settings(core: Core, asked: Asked) -> Reply:
+    """The settings in force and where each comes from; neither secrets nor names of files."""
+    hidden = (*SECRET_CHECKS, file_path, file_name)
+    return as_json({"settings": [
+        {"key": key, "value": value, "source": f"line {origin} of the file" if isinstance(
+            origin, int) else origin if origin == "default" else "environment"
+            if origin.startswith("environment") else "command line"}
+        for key, value, origin in effective_rows(core.settings, hidden)]})
 
 
 def policy_meanings() -> list[tuple[str, str]]:
@@ -23141,7 +23193,7 @@ EXAMPLE_TABLES = """\
 # canary = 20
 
 [config]
-# Times are in seconds.
+# Times are in seconds, paths relative to this file.
 """
 
 
@@ -26231,23 +26283,6 @@ def relative_paths(found: Any, folder: str) -> Iterator[str]:
             yield f"{key} = {shown(value)} is relative to this file: {where}"
 
 
-def effective_lines(s: Settings, toml: str, path: str, overrides: Overrides) -> list[str]:
-    """Each setting in force: its key, its value, and where that comes from."""
-    section, rows = re.split(r"(?m)^\[config\]", toml, maxsplit=1), list[tuple[str, str, str]]()
-    for key in CONFIG_FIELDS:
-        words = "|".join([key, *(old for old, new in SYNONYMS.items() if new == key)])
-        found = re.search(rf"(?m)^[ \t]*(?:{words})[ \t]*=", section[-1]) if section[1:] else None
-        origin, value = "default", toml_word(getattr(s, key))
-        if key in overrides:
-            origin = overrides[key][1]
-        elif found is not None:
-            line = section[0].count("\n") + section[-1].count("\n", 0, found.start()) + 1
-            origin = f"{path}:{line}"
-        hidden = CONFIG_FIELDS[key].metadata["check"] in (secret, optional_secret)
-        rows.append((key, origin, '"…"' if hidden and getattr(s, key) else value))
-    return table_lines(rows)
-
-
 @command("check-config", "read the settings and ask every server", add_check_config,
          example="check-config servers.toml")
 def check_config(args: argparse.Namespace) -> int:
@@ -26257,9 +26292,9 @@ def check_config(args: argparse.Namespace) -> int:
     for warning in (*warn_of(os.environ, args), *warnings):
         print(f"warning: {warning}")
     if args.effective:
-        overrides = overrides_from(args, os.environ)
-        toml = SettingsFile(path).text()
-        return print_text("\n".join(effective_lines(settings, toml, path, overrides)))
+        rows = ((key, f"{path}:{origin}" if isinstance(origin, int) else origin, value)
+                for key, value, origin in effective_rows(settings, SECRET_CHECKS))
+        return print_text("\n".join(table_lines(rows)))
     secrets = Secrets(settings)
     raise_descriptor_limit()
 

@@ -7722,7 +7722,9 @@ def test_a_preflight_needs_no_key_and_is_for_inference_and_models_only():
     ("at the beginning", "//admin/servers", "AMBIGUOUS"),
     ("at the end", "/health//", "AMBIGUOUS"),
     ("of nothing else", "//", "AMBIGUOUS"),
-    ("a slash", "/v1/models/a%2Fb", "AMBIGUOUS"),
+    ("a slash", "/v1/files/a%2Fb", "AMBIGUOUS"),
+    ("but in a model's name, as OpenAI's client says it", "/v1/models/a%2Fb", "MODELS"),
+    ("nothing else in it", "/v1/models/a%5cb", "AMBIGUOUS"),
     ("a dot in two bytes", "/v1/%c0%ae%c0%ae/sleep", "AMBIGUOUS"),
     ("a slash in three", "/v1/x%E0%80%AFsleep", "AMBIGUOUS"),
     ("letters in two and three", "/v1/models/%c3%a9%e0%a4%85", "MODELS"),
@@ -12761,7 +12763,7 @@ async def test_a_server_with_an_address_is_reached_there_under_the_name_of_its_u
 
 @asynchronous
 async def test_local_paths_answer_while_every_server_hangs():
-    async with balancing(Server(), Server(models=["b"])) as running:
+    async with balancing(Server(), Server(models=["b", "q/b"])) as running:
         for server in running.core.pools.by_server:
             running.core.judge(server, lite.Health.failed, "x", True, 0.0, running.core.settings)
         client = await running.client()
@@ -12774,8 +12776,11 @@ async def test_local_paths_answer_while_every_server_hangs():
         assert (await client.get("/server-models")).json["healthy_servers"] == 2
         assert (await client.get("/readiness")).json["status"] == "ready"
         assert (await client.get("/liveness")).body == b"OK" == (await client.get("/ping")).body
-        assert [m["id"] for m in (await client.get("/v1/models")).json["data"]] == ["m", "b"]
+        assert [m["id"] for m in (await client.get("/v1/models")).json["data"]] == [
+            "m", "b", "q/b"]
         assert (await client.get("/v1/v1/models/b")).json == {"id": "b"}
+        for path in ("/v1/models/q/b", "/v1/models/q%2Fb"):  # OpenAI's client escapes the name
+            assert (await client.get(path)).json == {"id": "q/b"}
         got = await client.get("/metrics", method="HEAD")
         assert got.status == 200 and int(got.get("content-length")) > 1000
 
@@ -13049,7 +13054,7 @@ async def test_a_proxy_of_strangers_is_told_of_once(caplog):
 async def test_paths_of_two_readings_are_400_and_the_connection_stays():
     async with balancing(server := Server(), keys=KEYS, admin_paths=("/v1/..;/sleep",)) as running:
         client = await running.client()
-        for path in ("/v1/..;/sleep", "/v1/models/a%2Fb", "//", "/admin/servers;x", "/nowhere//"):
+        for path in ("/v1/..;/sleep", "/v1/files/a%2Fb", "//", "/admin/servers;x", "/nowhere//"):
             got = await client.get(path, bearer("sk-root"))
             assert got.status == 400 and "dot segments" in got.error["message"]
         assert (await client.post("/v1/v1/chat/completions",
@@ -19240,6 +19245,37 @@ def test_check_config_says_of_each_setting_where_it_comes_from(tmp_path):
     assert re.search(r's.toml:4 +"x"$', rows["trace_file"])
     assert re.search(r"default +600$", rows["request_timeout"])
     assert "s.toml:5" in rows["api_key"] and "sk-secret" not in done.stdout
+
+
+@asynchronous
+async def test_who_may_operate_reads_the_settings_in_force_without_secrets_and_files(tmp_path):
+    overrides = {"port": ("0", "environment PORT"), "host": ("127.0.0.1", "--host")}
+    settings, _ = lite.parse_settings(
+        '[config]\nworker_key = "sk-s"\nmax_retries = 7\ntrace_file = "t.jsonl"\n',
+        str(tmp_path / "s.toml"), {**overrides, "servers": ([], "--server")})
+    given = {key: getattr(settings, key) for key in (
+        "registration_key", "max_retries", "trace_file", "origins")}
+    async with balancing(keys=KEYS, **given) as running:
+        client = await running.client()
+        assert (await client.get("/admin/settings", bearer("sk-team"))).status == 403
+        got = await client.get("/admin/settings", bearer("sk-root"))
+    rows = {row["key"]: (row["value"], row["source"]) for row in got.json["settings"]}
+    assert rows.keys() == lite.CONFIG_FIELDS.keys()
+    assert rows["max_retries"] == ("7", "line 3 of the file")
+    assert rows["port"] == ("0", "environment") and rows["host"][1] == "command line"
+    assert rows["request_timeout"][1] == "default" and rows["tls_key"][0] == '""'
+    assert rows["registration_key"] == ('"…"', "line 2 of the file")
+    assert rows["trace_file"] == ('"…"', "line 4 of the file")
+
+
+@asynchronous
+async def test_settings_that_stay_the_same_are_known_to_stand_on_other_lines(tmp_path):
+    path = tmp_path / "s.toml"
+    async with Server() as server, following(path, server, max_retries=2) as running:
+        before = running.core.settings.origins["max_retries"]
+        in_place(path, "# a line more\n" + path.read_text())
+        await eventually(lambda: running.core.settings.origins["max_retries"] == before + 1,
+                         "the new line is known")
 
 
 @pytest.mark.parametrize("mounted, alone", [("{0}", True), ("{0}.d", False), ("", False)])
