@@ -23856,6 +23856,8 @@ class Job:
     since: int = 0  # the engine's clock when it began to decode
     last: int = 0  # and when it will be finished
     cached: int | None = None  # tokens found when it was first admitted
+    arrived: bool = False  # its prompt as another engine has read it, which had
+    there: int | None = None  # so many tokens of it cached
     first_s: float = INFINITY
     last_s: float = INFINITY
 
@@ -23975,25 +23977,32 @@ class Engine:
         """Whether there is no room for these and one more of each request that decodes."""
         return self.cache.used + self._decoding + tokens > self.cache.room
 
-    def _admit(self, job: Job, left: int) -> int:
-        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
-        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
+    def found(self, job: Job) -> tuple[list[Link], int]:
+        """What of its prompt is in the cache: the links, and their tokens."""
         links, found, sizes = list[Link](), 0, self.cache.sizes
         for link in job.arrival.prefix_hashes:
             if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
                 break
             links.append(link)
             found += sizes[link]
+        return links, found
+
+    def _admit(self, job: Job, left: int) -> int:
+        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
+        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
+        (links, found), sizes = self.found(job), self.cache.sizes
         rest, kept = (job.number,), 0  # from before it was preempted
         if rest in sizes and found == job.reach:
             kept = min(sizes[rest], job.need - 1 - found)
+        elif job.arrived:
+            kept = job.need - 1 - found
         if self._lacks(self.cache.idle_tokens(links) + job.need - found):
             return 0
         if rest in sizes:
             self.cache.forget(rest)
         self.cache.hold(links)
         self.cache.take(kept)
-        job.links, job.passed, job.reach = links, len(links), found
+        job.links, job.passed, job.reach, job.arrived = links, len(links), found, False
         job.own, job.done = kept, found + kept
         if job.cached is None:
             job.cached = found
@@ -24061,14 +24070,19 @@ class Engine:
 # and nothing else.
 
 NETWORK_S = 0.002  # one way, with what the balancer takes
+TRANSFER_TOKEN_US = 13.0  # to get a token's blocks: 128 kB, as of Llama-3.1-8B, at 10 GB/s
 PATIENCE_S = 60.0  # with a router that holds requests while nothing is in flight
 
 
 class Router(Protocol):
     """Who sends each request to a server; arrivals and servers are known by their numbers."""
 
-    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
-        """The server that it is sent to now; None holds it in the queue."""
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
+        """The server that it is sent to now, or the one that reads its prompt and the one that
+        answers; None holds it in the queue."""
+
+    def has_read(self, number: int, now: float) -> None:
+        """The first of two servers has done its part."""
 
     def first_token(self, number: int, now: float) -> None: ...
 
@@ -24088,23 +24102,55 @@ class PolicyRouter:
         self.ids = [view.id for view in self.fleet.views()]
         self.policies, self.leases = Policies(s), dict[int, Lease]()
         self.arrivals = dict[int, Arrival]()  # of those leases
+        self.reading = dict[int, Lease]()  # with who reads a prompt for another
 
-    def choose(self, number: int, arrival: Arrival, now: float) -> int | None:
-        s = self.settings
+    def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
         prompt = Prompt(
             arrival.prompt_tokens, arrival.prefix_hashes, arrival.hash_ends, per_token=1,
             first_hash=opening)
         call = Call(arrival.model, True, prompt, arrival.session)
-        by = self.policies.get(arrival.model, arrival.model or "")
-        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
-        ranking = rank(self.fleet, Wanted(call), by, moment, self.draw)
+        terms, reading = disaggregation_of(self.settings, arrival.model), None
+        if terms is not None:
+            ranking = self._ranking(call, now, "decode", terms.decode_policy)
+            if ranking.asked is not None and not is_short(ranking, terms):
+                tried = frozenset((ranking.asked.server,))
+                reading = self._ranking(call, now, "prefill", terms.prefill_policy, tried)
+                if reading.asked is None and any(r.startswith("is full") for r in reading.reasons):
+                    return None
+        if reading is None or reading.asked is None:
+            reading, ranking = None, self._ranking(call, now)
         if ranking.asked is None:
             return None
-        by.chosen(ranking.asked)
-        self.leases[number], self.arrivals[number] = (
-            self.fleet.lease(ranking.asked.id, now, prompt), arrival)
+        self.arrivals[number] = arrival
+        answers = self._send(self.leases, number, ranking, now, reading is None)
+        return answers if reading is None else (
+            self._send(self.reading, number, reading, now), answers)
+
+    def _ranking(
+        self, call: Call, now: float, role: str = "", policy: str = "",
+        tried: frozenset[str] = frozenset(),
+    ) -> Ranking:
+        s, label = self.settings, call.model or ""
+        by = (self.policies.named(policy, f"{label} {role}") if policy
+              else self.policies.get(call.model, label))
+        moment = Moment(now, s.metrics_interval, s.queue_size > 0, s.slow_start)
+        return rank(self.fleet, Wanted(call, tried, role=role), by, moment, self.draw)
+
+    def _send(
+        self, leases: dict[int, Lease], number: int, ranking: Ranking, now: float,
+        reads: bool = True,
+    ) -> int:
+        assert ranking.asked is not None
+        ranking.policy.chosen(ranking.asked)
+        prompt = ranking.eligible.call.prompt
+        leases[number] = self.fleet.lease(ranking.asked.id, now, prompt, reads)
         return self.ids.index(ranking.asked.id)
+
+    def has_read(self, number: int, now: float) -> None:
+        lease = self.reading.pop(number)
+        lease.answered(now, True)
+        lease.end(now)
 
     def first_token(self, number: int, now: float) -> None:
         self.leases[number].answered(now, True)
@@ -24113,6 +24159,8 @@ class PolicyRouter:
         lease, arrival = self.leases.pop(number), self.arrivals.pop(number)
         lease.complete(now, arrival.output_tokens, arrival.model)
         lease.end(now)
+        if (unread := self.reading.pop(number, None)) is not None:
+            unread.end(now)
 
     def scraped(self, server: int, report: EngineReport, now: float) -> None:
         id = self.ids[server]
@@ -24145,12 +24193,14 @@ class Replay:
     def __init__(
         self, arrivals: Sequence[Arrival], engines: Sequence[Engine], router: Router,
         interval_s: float, progress: Callable[[float], None] = lambda share: None,
+        transfer_s: float = TRANSFER_TOKEN_US * 1e-6,
     ):
         self.arrivals, self.engines, self.router = arrivals, engines, router
-        self.interval_s, self.progress = interval_s, progress
+        self.interval_s, self.progress, self.transfer_s = interval_s, progress, transfer_s
         self.records = [Record(arrival) for arrival in arrivals]
         self._models = len({arrival.model for arrival in arrivals})
         self._held = deque[int]()  # in the queue
+        self._answer_at = dict[int, int]()  # the server, of those that another reads
         self._coming = self._left = len(arrivals)
         self._flying = 0
         self._moved_s = 0.0  # when a request last came, was sent or finished
@@ -24188,6 +24238,9 @@ class Replay:
                 blocked.add(arrival.model)
             else:
                 self._flying, self._moved_s = self._flying + 1, now
+                if isinstance(server, tuple):
+                    server, self._answer_at[number] = server
+                    arrival = arrival._replace(output_tokens=1)
                 self._at(now + NETWORK_S, self._deliver, server, Job(number, arrival))
         self._held.extendleft(reversed(kept))
 
@@ -24204,16 +24257,30 @@ class Replay:
             return  # a request came, and the stretch became shorter
         begun, complete = engine.end()
         for job in begun:
-            self._at(now + NETWORK_S, self.router.first_token, job.number)
+            if job.number not in self._answer_at:
+                self._at(now + NETWORK_S, self.router.first_token, job.number)
         for job in complete:
-            self._at(now + NETWORK_S, self._finish, server, job)
+            done = self._hand_over if job.number in self._answer_at else self._finish
+            self._at(now + NETWORK_S, done, server, job)
         if engine.ends_s < INFINITY:
             self._at(engine.ends_s, self._end, server)
 
+    def _hand_over(self, _: int, read: Job, now: float) -> None:
+        """A prompt was read; who answers gets what of it is not there yet."""
+        server = self._answer_at.pop(read.number)
+        self.router.has_read(read.number, now)
+        job = Job(read.number, self.arrivals[read.number], read.need, arrived=True,
+                  there=read.cached)
+        tokens = job.need - self.engines[server].found(job)[1]
+        self._at(now + NETWORK_S + tokens * self.transfer_s, self._deliver, server, job)
+
     def _finish(self, server: int, job: Job, now: float) -> None:
+        self._answer_at.pop(job.number, None)
         came_s = job.arrival.at_s - NETWORK_S  # the answer is as long on its way
         times = job.first_s - came_s, job.last_s - came_s
-        self.records[job.number] = Record(job.arrival, server, job.cached or 0, *times)
+        cached = job.cached if job.there is None else job.there
+        self.records[job.number] = Record(
+            self.arrivals[job.number], server, cached or 0, *times)
         self._flying, self._moved_s, self._left = self._flying - 1, now, self._left - 1
         total = len(self.arrivals)
         done = total - self._left
@@ -24270,7 +24337,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
                                      "token p50", "p99 ms", "mean s", "hits %")]
     for name, row in rows.items():
         lines.append((
-            name[:18], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
+            name[:20], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
             *(f"{1e3 * value:.0f}" for value in row.ttft_s),
             *(f"{1e3 * value:.1f}" for value in row.token_s),
             f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))
@@ -24317,6 +24384,14 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
                         help="one more")
     parser.add_argument("--auto", action="store_true", help="capacities are to be learned")
     parser.add_argument(
+        "--split", nargs="?", const=0, type=functools.partial(positive, kind=int), metavar="N",
+        help="also have the first N servers read prompts and the others answer (default: as"
+             " [[disaggregation]] has it, or every N)")
+    parser.add_argument(
+        "--transfer", type=positive, default=TRANSFER_TOKEN_US, metavar="US",
+        help="microseconds that a token's blocks are on their way (default"
+             f" {TRANSFER_TOKEN_US:g}: 128 kB at 10 GB/s)")
+    parser.add_argument(
         "--speed", type=positive, default=1.0, metavar="X", help="times the traffic")
     parser.add_argument(
         "--limit", type=functools.partial(positive, kind=int), metavar="N",
@@ -24329,8 +24404,9 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
 @command(
     "replay", "try policies on recorded traffic, in a model", add_replay,
     example="replay sessions --policy all",
-    description="Which policy for my traffic? Would a server more help? Requests that the settings'"
-                " queue holds wait there as long as it takes.")
+    description="Which policy for my traffic? Would a server more help, or that some of them read"
+                " prompts for others (1+2: one for two)? Requests that the settings' queue holds"
+                " wait there as long as it takes.")
 def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace under each of the policies that are asked for, and print the table."""
     if args.config:
@@ -24349,17 +24425,21 @@ def run_replay(args: argparse.Namespace) -> int:
         unreadable = isinstance(error, UnicodeError)
         return fail(f"{args.trace}: is not text in UTF-8" if unreadable else str(error))
     settings = dataclasses.replace(settings, servers=tuple(servers))
+    if not (variants := split_variants(settings, args.split)):
+        return fail(f"--split: found {args.split or 'no number'} for {len(servers)} servers,"
+                    " expected some that read prompts, and some that answer")
     span_s = max(1e-9, arrivals[-1].at_s)
     print(f"{args.trace}: {len(arrivals)} requests in {span_s:.0f} s, {len(arrivals) / span_s:.1f}"
           f" a second, before {len(kinds)} engines; good is a first token within {args.slo_ttft:g}"
           f" s and {args.slo_token * 1000:g} ms a token, of the requests after the"
           f" first quarter of the time; the servers: {', '.join(one.name for one in servers)}")
     rows = dict[str, Summary]()
-    for name in policies:
-        router = PolicyRouter(dataclasses.replace(settings, policy=name), random.Random(1))
+    for policy, (split, given) in itertools.product(policies, variants.items()):
+        name = f"{policy} {split}".rstrip()
+        router = PolicyRouter(dataclasses.replace(given, policy=policy), random.Random(1))
         engines = [Engine(kind) for kind in kinds]
-        records = Replay(
-            arrivals, engines, router, settings.metrics_interval, progress_bar(name)).run()
+        records = Replay(arrivals, engines, router, settings.metrics_interval, progress_bar(name),
+                         args.transfer * 1e-6).run()
         rows[name] = summary(records, args.slo_ttft, args.slo_token)
     print(comparison_table(rows))
     return 0
@@ -24380,6 +24460,26 @@ def replayed_fleet(
     if args.auto:
         servers = [dataclasses.replace(one, max_concurrent_requests=AUTO) for one in servers]
     return servers, kinds
+
+
+def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
+    """Settings to compare: as they are, or without roles and with some; {} if that cannot be."""
+    if wanted is None:
+        return {"": s}
+    count, variants = len(s.servers), dict[str, Settings]()
+    terms = s.disaggregation or (DisaggregationSettings(),)
+
+    def add(name: str, roles: Iterable[str], terms: tuple[DisaggregationSettings, ...]) -> None:
+        servers = [dataclasses.replace(one, role=role) for one, role in zip(s.servers, roles)]
+        variants[name] = dataclasses.replace(s, servers=tuple(servers), disaggregation=terms)
+
+    add("", ["both"] * count, ())
+    if not wanted and s.disaggregation and {one.role for one in s.servers} != {"both"}:
+        variants["as set"] = s
+    for n in [wanted] if wanted else range(1, count) if len(variants) == 1 else ():
+        if n < count:
+            add(f"{n}+{count - n}", ["prefill"] * n + ["decode"] * (count - n), terms)
+    return variants if len(variants) > 1 else {}
 
 
 def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:

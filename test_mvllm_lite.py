@@ -19693,6 +19693,54 @@ def test_every_arrival_has_one_record(router, seed):
     assert sum(report.prefix_hits for report in reports) == hits > 0
 
 
+class Parting(LeastFull):
+    """The first server reads for the others, which answer in turn."""
+
+    def choose(self, number, arrival, now):
+        self.servers[number] = 1 + number % (len(self.in_flight) - 1)
+        return 0, self.servers[number]
+
+    def has_read(self, number, now):
+        self.begun.append(("read", number))
+
+    def finished(self, number, now):
+        self.begun.append(("ended", number))
+
+
+def test_a_parted_request_takes_two_engines_a_transfer_and_what_is_cached_at_neither():
+    prompt = Arrival(0.0, 1000, 5, (11, 12), (400, 1000))
+    arrivals = [prompt, prompt._replace(at_s=5.0, prefix_hashes=(11, 99))]
+    records, (reader, writer), told = replayed(arrivals, [A100, A100], Parting)
+    read = A100.duration_s(1, 1000, 0, 1000 * 500)
+    step = A100.duration_s(1, 1, 0, 999.5)  # for the last token of the prompt
+    decode = sum(A100.duration_s(1, 1, 1000 + n, 0) for n in range(4))
+    first = 4 * lite.NETWORK_S + read + 1000 * 13e-6 + step
+    assert records[0].ttft_s == pytest.approx(first, rel=1e-9)
+    assert records[0].total_s == pytest.approx(first + decode, rel=1e-9)
+    rest = A100.duration_s(1, 600, 0, 600 * 700)
+    assert records[1].ttft_s == pytest.approx(
+        4 * lite.NETWORK_S + rest + 600 * 13e-6 + step, rel=1e-9)
+    assert [(one.server, one.cached_tokens, one.arrival) for one in records] == [
+        (1, 0, arrivals[0]), (1, 400, arrivals[1])]
+    assert told.begun == [
+        ("read", 0), 0, ("ended", 0), ("read", 1), 1, ("ended", 1)]
+    assert (reader.report(9.0).generation_tokens, writer.report(9.0).generation_tokens) == (2, 10)
+
+
+def test_a_parted_request_that_starts_over_is_read_where_it_is_answered():
+    arrivals = [Arrival(0.0, 500, 400) for _ in range(6)]
+    kinds = [A100, small(3500)]
+    records, (_, writer), _ = replayed(arrivals, kinds, Parting)
+    assert writer.preemptions and all(one.total_s < math.inf for one in records)
+
+
+def test_what_fits_neither_server_of_two_is_refused_once():
+    records, _, told = replayed([Arrival(0.0, 900, 200)] * 2, [small(800), small(5000)], Parting)
+    assert [one.ttft_s for one in records] == [math.inf] * 2
+    records, _, told = replayed([Arrival(0.0, 900, 200)] * 2, [small(5000), small(1000)], Parting)
+    assert [one.ttft_s for one in records] == [math.inf] * 2 and len(told.begun) == 4
+
+
 def test_a_replay_always_says_the_same():
     arrivals, kinds = chats(200, 20, 1), [small(5000), small(4000)]
     assert replayed(arrivals, kinds)[0] == replayed(arrivals, kinds)[0]
@@ -19816,7 +19864,45 @@ def test_a_replay_takes_servers_policies_and_queue_from_settings(tmp_path, capsy
     assert code == 0 and list(rows) == ["expression"]
 
 
+def test_whether_splitting_helps_is_one_command(tmp_path, capsys):
+    def names(*args):
+        code, _, out = replay_of(capsys, "chat", "--limit", "60", *args)
+        assert code == 0
+        return [line.split("  ")[0] for line in out.splitlines()[2:]]
+
+    assert names("--split", "--fleet", "a100", "a100", "a100") == [
+        "unified", "unified 1+2", "unified 2+1"]
+    assert names("--split", "1", "--policy", "least", "--add-server", "h100") == [
+        "least", "least 1+3"]
+    path = tmp_path / "servers.toml"
+    path.write_text('servers = [{url="http://a", role="prefill"}, {url="http://b"}]\n'
+                    'disaggregation = [{prefill_policy = "least", prefill_from_tokens = 0}]')
+    assert names("--servers", str(path)) == ["unified"]
+    assert names("--servers", str(path), "--split") == ["unified", "unified as set"]
+
+
+def test_a_router_parts_long_prompts_as_the_balancer_does():
+    servers = tuple(lite.ServerSettings(f"http://{role}-{n}", role=role)
+                    for n in range(2) for role in ("prefill", "decode"))
+    s = Settings(servers, disaggregation=(lite.DisaggregationSettings(),))
+    router = lite.PolicyRouter(s, random.Random(1))
+    reader, writer = router.choose(0, Arrival(0.0, 300, 5), 0.0)
+    assert (servers[reader].role, servers[writer].role) == ("prefill", "decode")
+    assert router.fleet.in_flight(router.ids[reader]) == 1 == router.fleet.in_flight(
+        router.ids[writer])
+    router.has_read(0, 1.0)
+    assert router.fleet.in_flight(router.ids[reader]) == 0
+    router.finished(0, 2.0)
+    assert servers[router.choose(1, Arrival(2.0, 255, 5), 2.0)].role == "decode"
+    assert sum(router.fleet.in_flight(id) for id in router.ids) == 1
+    router.finished(1, 3.0)
+    assert not any(router.fleet.in_flight(id) for id in router.ids)
+
+
 @pytest.mark.parametrize("args, complaint", table(
+    ("one server cannot be split", ["chat", "--split", "--fleet", "a100"],
+     "--split: found no number for 1 servers, expected some that read"),
+    ("nobody is left to answer", ["chat", "--split", "3"], "--split: found 3 for 3 servers"),
     ("no such trace", ["nowhere.jsonl"],
      "nowhere.jsonl: no such file or directory; made-up traffic is chat, "),
     ("no such policy", ["chat", "--policy", "best"],
