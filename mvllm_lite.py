@@ -128,7 +128,7 @@ the lines.
     76  registering    ~ where they say it over HTTP
     77  zmq listener   ~ and where vLLM's connectors do over ZMQ
 
-   XII  prefill and decode 1,060 lines, where [[disaggregation]] is set
+   XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
     78  legs           · two requests that are made of one, and one answer of theirs
     79  connectors     · what the two are told, so that one server's blocks get to the other
     80  splitting      · how a request is parted between two servers, step by step
@@ -12513,7 +12513,7 @@ class Exchange:
                 commit = functools.partial(self.commit, step, lease)
                 outcome = await self.attempt_at(step, kind).outcome(commit)
             else:
-                outcome = await self.go_on(step, lease, way)
+                outcome = await self.go_on(step, lease, way, kind)
             label = outcome.fault.label if outcome.fault else "ok"
             if outcome.fault is None:
                 case.answered(server, self.response)
@@ -12550,7 +12550,9 @@ class Exchange:
 
         return kind(self.core, step, self.response, self.case.wants_second_opinion, movable)
 
-    async def go_on(self, step: Relay, lease: Lease, way: Way) -> Outcome:
+    async def go_on(
+        self, step: Relay, lease: Lease, way: Way, kind: type[Attempt]
+    ) -> Outcome:
         """Another server goes on with a stream, within the time for that."""
         stream, join, outcome = self.stream, None, WELL
         assert stream is not None
@@ -12559,7 +12561,8 @@ class Exchange:
                 on_news = functools.partial(stream.went_on, limit, way, self.trail.name)
                 request, join = await stream.join(way, step, on_news)
                 commit = functools.partial(self.commit_again, step, lease, join)
-                outcome = await self.attempt_at(step._replace(request=request)).outcome(commit)
+                attempt = self.attempt_at(step._replace(request=request), kind)
+                outcome = await attempt.outcome(commit)
         except TimeoutError:
             text = f"no other went on within {self.settings.resume_within:g} s (resume_within)"
             outcome = Outcome(Fault.RESUME_FAILED, text)
@@ -17421,6 +17424,7 @@ class Connector:
     asks: ClassVar[bool] = False  # a prefill server's identity is asked for, before its first leg
     pins_rank: ClassVar[bool] = False  # the prompt's leg names its rank, also where there is one
     paired_by_id: ClassVar[bool] = False  # the legs know each other by nothing else
+    reads_late: ClassVar[bool] = False  # blocks are read also when others' have taken their place
 
     def unfit(self, view: ServerView) -> str:
         """Why that server cannot be of a pair, '' if it can."""
@@ -17495,6 +17499,7 @@ class Nixl(Connector):
     that works once.  Push, as its answers say: the other tells it where to write, of which it needs
     no more than an identity that lasts; so from the second request on both legs go at once."""
 
+    reads_late = True
     ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
              "remote_block_ids": None, "remote_host": None, "remote_port": None}
     IDENTITY = ("remote_engine_id", "remote_host", "remote_port")
@@ -17600,6 +17605,7 @@ class Leg(NamedTuple):
     split: Split
     shared: Shared | None = None  # with the other leg; None for a plain request
     handled: bool = False  # it has what the other said, which works once
+    way: Way | None = None  # how it goes on with a stream that broke
 
     @property
     def has_larger(self) -> bool:
@@ -17620,7 +17626,7 @@ class Learn(NamedTuple):
 
 class Prefill(NamedTuple):
     """Have a prompt read, while a place is kept at who will answer; the outcome's `more` is what
-    was said, its `lease` that place.  An answer of 4xx is `held`."""
+    was said for that one, its `lease` that place.  An answer of 4xx is `held`."""
 
     leg: Leg
     decode: Ranking
@@ -17702,6 +17708,7 @@ class Split:
     prefill_failure: Outcome = WELL  # after which another prefill server is asked
     lease: Lease | None = None  # of a place that was waited for
     transfers: int = 0  # that have failed
+    way: Way | None = None  # how a stream that broke goes on
     # Of the legs under way:
     failed: bool = False  # the prompt's leg has failed
     said: Mapping[str, Any] | None = None  # what was answered to it
@@ -17734,7 +17741,7 @@ class Split:
         content, handled = self.connector.decode_leg(self.request.body.content, shared, said)
         request = leg_request(self.request, content, shared)
         return Leg(ranking.best or "", request, ranking, lease, self.decode.attempts, self, shared,
-                   handled)
+                   handled, self.way)
 
 
 def prefill_decode_plan(split: Split) -> Plan:
@@ -17753,7 +17760,7 @@ def prefill_decode_plan(split: Split) -> Plan:
         split.decoder, split.lease = ranking.server, found.lease
         outcome, shared = yield from two_legs(split, ranking)
         if outcome.committed and outcome.fault is not None:
-            yield from resume_plan(split.request, split.plain, outcome, ranking)
+            yield from resumed(split, resume_plan(split.request, split.decode, outcome, ranking))
         if outcome.committed or outcome.fault is None:
             return
         failure, reason = outcome, after_failure(split, outcome, ranking, shared)
@@ -17780,6 +17787,11 @@ def two_legs(
         else:
             outcome = yield from in_turn(split, split.prefill_leg(ranking, found.lease, shared),
                                          decode)
+        if outcome.held is not None and outcome.more is PREFILL_FAILED and not outcome.fault:
+            if split.way is not None:  # nobody can be told any more
+                return outcome, None
+            yield GiveUp(outcome)  # the answer
+            return outcome, shared
         if outcome.more is not PREFILL_FAILED and shared is not None:
             return outcome, shared
         split.memory.forget(ranking.best or "")
@@ -17801,15 +17813,11 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
 
 
 def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
-    """The outcome of the decode leg, behind the prompt's; or of that, if it did not go well, or is
-    the answer."""
+    """The outcome of the decode leg, behind the prompt's; or of that, if it did not go well."""
     place, split.lease = split.lease, None
     read = yield Prefill(leg, decode, place)
-    if read.fault is not None:
+    if read.fault is not None or read.held is not None:
         return read._replace(more=PREFILL_FAILED)
-    if read.held is not None:
-        yield GiveUp(read)
-        return read
     assert leg.shared is not None
     split.memory.learn(leg.shared.prefill.id, split.connector.identity_in(read.more))
     return (yield Decode(split.decode_leg(decode, read.lease, leg.shared, read.more)))
@@ -17835,6 +17843,17 @@ def after_failure(
     return "" if goes_on else "retries"
 
 
+def all_have_begun(load: EngineLoad, ours: int, unread: int) -> bool | None:
+    """Whether an engine of that load has begun all requests of ours, but those of which the prompt
+    is still `unread` elsewhere; None where that is not to be told: there may be others'."""
+    if load.running is None or load.waiting is None:
+        return None
+    here = load.running + load.waiting
+    if load.waiting <= unread and here >= ours:
+        return True
+    return None if here > ours else False
+
+
 def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
     """The rest of a request that is not parted, if that is allowed."""
     lease, split.lease = split.lease, None
@@ -17848,6 +17867,31 @@ def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
         yield from plain_plan(split)
 
 
+def resumed(split: Split, plan: Plan) -> Plan:
+    """What goes on with a stream, by a plan for one server: two, where the prompt is read again
+    and is long; else that one alone."""
+    with contextlib.suppress(StopIteration):
+        step = next(plan)
+        while True:
+            if isinstance(step, Resume):
+                outcome = yield from resumed_once(split, step)
+            else:
+                outcome = yield step
+            step = plan.send(outcome)
+
+
+def resumed_once(split: Split, step: Resume) -> Generator[Any, Outcome, Outcome]:
+    relay, outcome, shared = step.relay, WELL, None
+    split.way, split.decoder, split.lease = step.way, relay.ranking.server, relay.lease
+    if step.way is Way.REPEAT and not (split.shape.unfit or is_short(relay.ranking, split.terms)):
+        outcome, shared = yield from two_legs(split, relay.ranking)
+    if shared is not None and (outcome.committed or outcome.fault is not Fault.TRANSFER_FAILED):
+        return outcome
+    lease, split.lease = split.lease, None
+    alone = Leg(*relay, split, way=step.way)._replace(lease=lease)
+    return (yield Decode(alone))
+
+
 def unfit_plan(split: Split) -> Plan:
     """For what cannot be parted."""
     yield Plainly(split, split.shape.unfit)
@@ -17856,7 +17900,7 @@ def unfit_plan(split: Split) -> Plan:
 
 def plain_plan(split: Split) -> Plan:
     """As a request is relayed by itself, its answer looked through like others of such servers."""
-    plan = relay_plan(split.request, split.plain)
+    plan = resumed(split, relay_plan(split.request, split.plain))
     with contextlib.suppress(StopIteration):
         step = next(plan)
         while True:
@@ -17875,49 +17919,100 @@ def plain_plan(split: Split) -> Plan:
 
 LEARN_LIMIT_S = 5.0  # for a bootstrap server to tell who is there
 LEASE_SHARE = 0.9  # of the time that blocks are kept, in which they must be asked for
-MAKING_SLACK = 1.5  # times what a token takes, as learned, it may take where it must be guessed
-PREFILL_ANSWER_LIMIT_BYTES = 64 * 1024 * 1024  # logprobs of a long prompt are large
+# Of the answer to a prompt's leg.  A handle has a number for each block, of 16 tokens as a rule,
+# and a request may want the id of each token, which has a byte or more: at most 8 with its comma.
+ANSWER_LIMIT_BYTES, ANSWER_BYTES_PER_BYTE = 1024 * 1024, 8
+LOGPROBS_LIMIT_BYTES = 64 * 1024 * 1024  # where those of the prompt may be wanted
 # What a decode server says where the blocks did not come.
 TRANSFER_FAULTS = (Fault.STREAM_FAILED, Fault.SERVER_FAILED)
 
 
+class LegContent(HeldContent):
+    """What a leg holds: its own content, or what is answered; counted with all that is held."""
+
+    __slots__ = ("_backlog", "_held_bytes")
+
+    def __init__(self, backlog: Backlog) -> None:
+        super().__init__(b"")
+        self._backlog, self._held_bytes = backlog, 0
+
+    def hold(self, content: Content) -> None:
+        """Raises BadMessage where there is no room for it."""
+        self.content, size = content, len(content)
+        self._backlog.content_bytes += size - self._held_bytes
+        self._held_bytes = size
+        if size and self._backlog.full(0):
+            text = "there is no room for the content of two requests (max_buffered_bytes)"
+            raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
+
+    def release(self) -> None:
+        self.hold(b"")
+
+
 class PrefillAttempt(Attempt):
-    """A prompt's leg at one server.  The outcome's `more` is what it said; 4xx is held."""
+    """A prompt's leg at one server.  The outcome's `more` is what it said for the other one; 4xx
+    is held."""
 
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
         self.answer: Answer | None = None
-        self.content, self.head_at = bytearray(), 0.0
-        outcome = await super().outcome(self.take)
-        if (answer := self.answer) is None or (outcome.fault and not outcome.committed):
+        self.said, self.head_at = LegContent(self.core.clients.backlog), 0.0
+        try:
+            outcome = await super().outcome(self.take)
+            return self.outcome_of(bytes(self.said.content), outcome)
+        finally:
+            self.said.release()
+
+    def outcome_of(self, content: bytes, outcome: Outcome) -> Outcome:
+        """What it means that the leg ended so, with that answer."""
+        answer, broke = self.answer, outcome.fault not in (None, Fault.SERVER_ERROR)
+        if answer is None or broke:
             return outcome._replace(committed=False)
-        status, content = answer.head.status, bytes(self.content)
+        status = answer.head.status
         if status >= 500:
             return Outcome(Fault.SERVER_ERROR, f"the prefill server answered {status}")
         if status >= 400:
             whole = Framing(len(content))
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
         split, now = self.leg.split, self.response.client.loop.time()
-        lease_s = split.terms.kv_lease  # it began when the prompt was read, somewhat before now
-        begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
-        split.good_until = begun_at + LEASE_SHARE * lease_s
-        split.said = {**document_of(content)}
+        if split.connector.reads_late:
+            lease_s = split.terms.kv_lease  # it began when the prompt was read, before the head
+            begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
+            split.good_until = begun_at + LEASE_SHARE * lease_s
+        split.said = {name: value for name, value in document_of(content).items()
+                      if name == "usage" or split.shape.logprobs}
         if self.leg.lease is not None:
             self.leg.lease.answered(now, True)
             self.leg.lease.end(now)
-        return Outcome(more=content)
+        return Outcome(more=b'{"kv_transfer_params":%b}' % (handle_in(content) or b"null"))
+
+    def judge_of(self, head: ResponseHead, framing: Framing) -> AnswerJudge:
+        """The client is not shown this answer; it may be in the middle of another."""
+        notation = self.response.notation
+        judge = super().judge_of(head, framing)
+        self.response.notation = notation
+        return judge
 
     def take(self, answer: Answer) -> bool:
         self.answer, self.head_at = answer, self.response.client.loop.time()
-        self.content += answer.first
+        self.hold(bytearray(answer.first))
         return not answer.done
 
+    def hold(self, content: bytearray) -> None:
+        self.said.hold(content)
+        limit = ANSWER_LIMIT_BYTES + ANSWER_BYTES_PER_BYTE * self.content_bytes
+        if self.leg.split.shape.logprobs:
+            limit = max(limit, LOGPROBS_LIMIT_BYTES)
+        if len(content) > limit:
+            text = f"the answer to a prompt's leg is longer than {limit} bytes"
+            raise BadMessage(text, Fault.BAD_ANSWER)
+
     async def pass_on(self, wire: Wire, decoder: Decoder) -> None:
-        deadline = wire.loop.time() + self.settings.request_timeout
+        deadline, content = wire.loop.time() + self.settings.request_timeout, self.said.content
+        assert isinstance(content, bytearray)
         while not decoder.done:
-            self.content += await wire.read_content(decoder, deadline)
-            if len(self.content) > PREFILL_ANSWER_LIMIT_BYTES:
-                raise BadMessage("the answer to a prompt's leg is too long", Fault.BAD_ANSWER)
+            content += await wire.read_content(decoder, deadline)
+            self.hold(content)
 
 
 class MergingDecoder(Decoder):
@@ -17945,7 +18040,9 @@ class DecodeAttempt(Attempt):
             self.prefill = self.leg.shared.prefill.name
         self.refused = 0  # the status, where it did not take what was transferred
         self.late = False  # it answers when that may be gone: what it says may be nonsense
-        self.shown = False
+        self.shown = self.begun = False  # the engine is known to have begun with it
+        self.sent_at, self.page_at = INFINITY, -INFINITY  # of the last page of metrics seen,
+        self.told: bool | None = None  # and whether all had begun by that
         self.merger: Merger | None = None
         self._show = commit
         self.timer: asyncio.TimerHandle | None = None
@@ -17967,49 +18064,47 @@ class DecodeAttempt(Attempt):
         text = f"it did not take what was transferred: {why}"
         return Outcome(Fault.TRANSFER_FAILED, text, more="refused" if refused else None)
 
-    def came_late(self, answer: Answer) -> bool:
-        """Whether an answer began when the blocks may have been gone.  Of one that is not streamed
-        that is judged by the time that its tokens take at most, at the server's pace."""
-        now, good_until = self.response.client.loop.time(), self.leg.split.good_until
-        if answer.head.is_event_stream or now <= good_until:
-            return now > good_until
-        first, size = answer.first, answer.framing.length or len(answer.first)
-        usage = usage_of(first, self.response.notation) if answer.done else {}
-        return now - self.making_s(completion_tokens(usage, first, size)) > good_until
-
-    def making_s(self, tokens: float) -> float:
-        """How long a server may take to make so many tokens."""
-        if (view := self.core.fleet.view(self.server)) is None:
-            return 0.0
-        crowd = 1 + view.counts.in_flight / DOUBLED_BY
-        return MAKING_SLACK * tokens * view.pace.step_s * crowd
-
-    def longest_s(self) -> float:
-        """How long all the tokens may take that it may have, if that and the pace are known."""
-        view, wanted = self.core.fleet.view(self.server), document_of(self.request.body.content)
-        budgets = [wanted[name] for name in BUDGETS if type(wanted.get(name)) is int]
-        if view is None or not view.pace.samples or not budgets:
-            return INFINITY
-        return self.making_s(max(budgets))
-
     def look_later(self) -> None:
-        wait_s = self.leg.split.terms.decode_first_token_timeout
+        wait_s = min(self.settings.metrics_interval,
+                     self.leg.split.terms.decode_first_token_timeout)
         self.timer = self.response.client.loop.call_later(wait_s, self.look)
 
     def look(self) -> None:
-        """Nothing came for long: a connector may hang.  A plain answer takes its time; it is ended
-        where its prefill server is not well, nothing moves, or it takes twice as long as all the
-        tokens that it may have."""
-        core, terms, shared = self.core, self.leg.split.terms, self.leg.shared
-        if self.shown or shared is None:
+        """End a leg that does not begin: a connector may hang, and blocks are not kept for ever.
+        Of an answer that is not streamed, its server's pages of metrics tell.  Where they do not,
+        it may go on as long as its prefill server is well, and anything moves."""
+        split, now = self.leg.split, self.response.client.loop.time()
+        told = False if split.streams else self.told_by_page()
+        self.begun = self.begun or bool(told)
+        if self.shown or self.begun:
             return
-        wait_s = terms.decode_first_token_timeout
-        prefill = core.fleet.view(shared.prefill.id)
-        well = prefill is not None and prefill.healthy and not prefill.health.request_failures
-        late = self.response.client.loop.time() > self.begun_at + wait_s + 2 * self.longest_s()
-        if self.leg.split.streams or not well or late or not core.moves(self.server, wait_s):
+        wait_s = split.terms.decode_first_token_timeout
+        if now >= split.good_until or now >= self.begun_at + wait_s and (
+                told is False or self.stands(wait_s)):
             self.give_up(False, Fault.TRANSFER_FAILED)
         self.look_later()
+
+    def stands(self, within_s: float) -> bool:
+        """Whether there is a sign that it waits in vain."""
+        assert self.leg.shared is not None
+        prefill = self.core.fleet.view(self.leg.shared.prefill.id)
+        return (prefill is None or not prefill.healthy or bool(prefill.health.request_failures)
+                or not self.core.moves(self.server, within_s))
+
+    def told_by_page(self) -> bool | None:
+        """Whether the engine has begun with it, by a page that was asked for after it was sent: one
+        that came after another which did."""
+        view = self.core.fleet.view(self.server)
+        if view is None or view.report.at <= self.page_at:
+            return self.told
+        since, self.page_at = self.page_at, view.report.at
+        if since > self.sent_at:
+            ours = [one for one in self.core.requests.running.get(self.server, ())
+                    if one.waits and one.begun_at <= since]
+            unread = [one for one in ours if isinstance(one, DecodeAttempt)
+                      and one.leg.handled and one.leg.split.said is None]
+            self.told = all_have_begun(view.load, len(ours), len(unread))
+        return self.told
 
     async def converse(self, wire: Wire) -> Outcome:
         try:
@@ -18023,6 +18118,7 @@ class DecodeAttempt(Attempt):
         split, now = self.leg.split, wire.loop.time()
         if self.leg.handled and (split.failed or now > split.good_until):
             raise PeerGone("what was transferred is not there any more", Fault.TRANSFER_FAILED)
+        self.sent_at = now
         return await super().send_and_listen(wire)
 
     def show(self, answer: Answer) -> bool:
@@ -18030,10 +18126,13 @@ class DecodeAttempt(Attempt):
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
-        if self.leg.handled and self.came_late(answer):
+        now = self.response.client.loop.time()
+        if self.leg.handled and not self.begun and now > self.leg.split.good_until:
             self.late = True
             return False
         self.shown = True
+        if isinstance(self.request.body, LegContent):
+            self.request.body.release()  # it is not said again
         streams = answer.head.is_event_stream
         if answer.head.is_encoded or not (streams or answer.head.is_json) or (
                 answer.framing.length is None and not answer.framing.chunked and not streams):
@@ -18200,11 +18299,18 @@ async def carry_leg(x: Exchange, leg: Leg, role: str) -> Outcome:
     planner: PrefillDecode = leg.split.planner
     kind, began, label = LEG_ATTEMPTS[role], x.loop.time(), "abandoned"
     x.trail.prefill = leg.shared.prefill.name if leg.shared else ""
+    content = LegContent(x.core.clients.backlog)
     try:
-        outcome = await x.relay(leg, kind=kind)  # type: ignore[arg-type]
+        try:
+            content.hold(leg.request.body.content)
+            leg = leg._replace(request=leg.request._replace(body=content))
+            outcome = await x.relay(leg, leg.way, kind)  # type: ignore[arg-type]
+        except BadMessage as full:
+            outcome = Outcome(full.fault, str(full))
         label = outcome.fault.label if outcome.fault else "refused" if outcome.held else "ok"
         return outcome
     finally:
+        content.release()
         planner.legs.add(role, leg.server, label)
         planner.seconds.note(x.loop.time() - began, role)
         if role == "decode":
@@ -18219,10 +18325,17 @@ def with_lease(x: Exchange, leg: Leg) -> Leg:
 
 async def prefill(x: Exchange, step: Prefill) -> Outcome:
     place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
+    until = None  # half of the time is left for one that goes on alone
+    if step.leg.split.way is not None and x.stream is not None:
+        until = x.stream.broken_at + x.settings.resume_within / 2
     try:
-        outcome = await carry_leg(x, with_lease(x, step.leg), "prefill")
+        async with asyncio.timeout_at(until):
+            outcome = await carry_leg(x, with_lease(x, step.leg), "prefill")
         kept = outcome.fault is None and outcome.held is None
         return outcome._replace(lease=place) if kept else outcome
+    except TimeoutError:
+        text = "the prompt was not read within half of resume_within"
+        return Outcome(Fault.RESUME_FAILED, text)
     finally:
         if not kept:
             x.end_lease(place)
@@ -18232,7 +18345,7 @@ async def decode(x: Exchange, step: Decode) -> Outcome:
     leg = step.leg
     if leg.shared is not None:
         return await carry_leg(x, leg, "decode")
-    return await x.relay(leg, kind=DecodeAttempt)  # type: ignore[arg-type]
+    return await x.relay(leg, leg.way, DecodeAttempt)  # type: ignore[arg-type]
 
 
 async def both(x: Exchange, step: Both) -> Outcome:
@@ -18247,7 +18360,7 @@ async def both(x: Exchange, step: Both) -> Outcome:
         if outcome is None or outcome.fault is not None or outcome.held is not None:
             leg.split.failed = True
             for attempt in tuple(x.core.requests.running.get(leg.server, ())):
-                if isinstance(attempt, DecodeAttempt) and attempt.leg is leg:
+                if isinstance(attempt, DecodeAttempt) and attempt.leg.shared is leg.shared:
                     attempt.give_up(False, Fault.TRANSFER_FAILED)
 
     reading.add_done_callback(read)
@@ -18263,8 +18376,6 @@ async def both(x: Exchange, step: Both) -> Outcome:
     first = WELL if reading.cancelled() else reading.result()
     if outcome.fault is None or outcome.committed or not (first.fault or first.held):
         return outcome
-    if first.held is not None and not first.fault:
-        return await x.give_up(GiveUp(first))  # the answer
     return first._replace(more=PREFILL_FAILED)
 
 

@@ -17008,8 +17008,9 @@ def test_answers_of_other_paths_keep_their_own_count_of_cached_tokens():
 # The plan: what is done next, by how the steps before ended.
 
 
-def parting(script, connector="nixl", prefill=("s1", "s2"), known=None, **terms):
-    """The steps of a plan for a request to these servers, in words; s3 and s4 decode."""
+def parting(script, connector="nixl", prefill=("s1", "s2"), known=None, goes_on=None, **terms):
+    """The steps of a plan for a request to these servers, in words; s3 and s4 decode.  A stream
+    that breaks goes on that way."""
     s, draw, steps = Settings(max_retries=2, retry_timed_out=True), random.Random(5), []
     views = [server(n, 64 >> n, role="prefill" if f"s{n}" in ("s1", "s2") else "decode")
              for n in (1, 2, 3, 4) if n > 2 or f"s{n}" in prefill]
@@ -17043,7 +17044,9 @@ def parting(script, connector="nixl", prefill=("s1", "s2"), known=None, **terms)
                 steps.append(f"answer {held or step.outcome.fault.label}")
             elif isinstance(step, lite.BreakOff):
                 steps.append("break off")
-            elif not isinstance(step, (lite.Pause, lite.Recall)):
+            elif isinstance(step, lite.Recall):
+                told = lite.Outcome(prospect=lite.Prospect(goes_on) if goes_on else None)
+            elif not isinstance(step, lite.Pause):
                 legs = [one.server for one in step if isinstance(one, lite.Leg)]
                 word = next(script)
                 steps.append(f"{name} {' '.join(legs) or step.server.id}")
@@ -17095,6 +17098,35 @@ PLANNED = table(
 @pytest.mark.parametrize("script, steps", PLANNED)
 def test_the_plan_for_two_servers_that_are_asked_in_turn(script, steps):
     assert parting(script) == steps
+
+
+REPEAT = {"goes_on": lite.Way.REPEAT}
+PLAIN_RESUME = ["prefill s1", "decode s3", "ask s4"]
+
+
+@pytest.mark.parametrize("terms, script, steps", table(
+    ("a new pair goes on", REPEAT, "ok broken ok ok",
+     ["prefill s1", "decode s3", "prefill s1", "decode s4"]),
+    ("another prefill server reads it again", REPEAT, "ok broken server_gone ok ok",
+     ["prefill s1", "decode s3", "prefill s1", "prefill s2", "decode s4"]),
+    ("none is there any more: one goes on alone", {**REPEAT, "prefill": ("s1",)},
+     "ok broken connect_failed connect_failed ok",
+     ["prefill s1", "decode s3", *["prefill s1"] * 2, "ask s4"]),
+    ("it refuses the prompt now: it is too late to say so", REPEAT, "ok broken 400 ok",
+     ["prefill s1", "decode s3", "prefill s1", "ask s4"]),
+    ("the transfer fails: the same one alone", REPEAT, "ok broken ok transfer_failed ok",
+     ["prefill s1", "decode s3", "prefill s1", "decode s4", "ask s4"]),
+    ("the second one breaks off, too, without news", REPEAT, "ok broken ok broken",
+     ["prefill s1", "decode s3", "prefill s1", "decode s4", "break off"]),
+    ("the text so far is part of the prompt: it is read where it goes on",
+     {"goes_on": lite.Way.CONTINUE}, "ok broken ok", PLAIN_RESUME),
+    ("one that was short", {**REPEAT, "prefill_from_tokens": 1001}, "broken ok",
+     ["plainly: short_prompt", "ask s3", "ask s4"]),
+    ("both at once", {**REPEAT, "connector": "mooncake"}, "engine broken ok",
+     ["learn s1", "both s1 s3", "both s1 s4"]),
+))
+def test_a_stream_that_breaks_goes_on_by_a_new_pair_where_it_can(terms, script, steps):
+    assert parting(script, **terms) == steps
 
 
 @pytest.mark.parametrize("terms, script, steps", table(
@@ -17439,56 +17471,114 @@ async def test_a_decode_leg_that_hangs_is_asked_plainly_in_time():
         assert all(v.healthy and not v.health.request_failures for v in running.views())
 
 
+@pytest.mark.parametrize("running, waiting, ours, unread, begun", table(
+    ("all run", 3, 0, 3, 0, True), ("and some of others", 5, 0, 3, 0, True),
+    ("one has not come in yet", 2, 0, 3, 0, False), ("one waits", 2, 1, 3, 0, False),
+    ("others wait, or one of ours", 3, 1, 3, 0, None),
+    ("those wait of which the prompt is being read", 2, 1, 3, 1, True),
+    ("and one more", 1, 2, 3, 1, False), ("it does not say", None, 0, 1, 0, None)))
+def test_whether_all_have_begun_by_what_a_server_says(running, waiting, ours, unread, begun):
+    assert lite.all_have_begun(lite.EngineLoad(running, waiting), ours, unread) is begun
+
+
+def load_page(running, waiting):
+    return f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {waiting}\n"
+
+
+@pytest.mark.parametrize("stream, page, shown", table(
+    ("a stream", True, load_page(1, 0), "anew"),
+    ("an answer that waits", False, load_page(0, 1), "anew"),
+    ("one that may wait, when the blocks are gone", False, load_page(3, 1), "anew"),
+    ("one of which nothing is told", False, "", "anew"),
+    ("one that has begun may take its time", False, load_page(1, 0), "long ago")))
 @asynchronous
-async def test_a_plain_answer_that_takes_far_longer_than_its_tokens_is_asked_anew():
+async def test_a_leg_that_does_not_begin_while_blocks_are_kept_is_ended(stream, page, shown):
+    blocks, gate, pages = Blocks(), asyncio.Event(), []
+
+    async def late(asked, conn):  # the blocks are gone by then, and others are in their place
+        if len(d.asked) > 1:
+            return await blocks.decode(asked, conn)
+        asyncio.get_running_loop().call_later(0.15, gate.set)
+        await gate.wait()
+        await conn.json({"choices": [{"message": {"content": "long ago"}}]})
+
+    async def metrics():
+        pages.append(1)
+        return page
+
+    p, d = Server(blocks.prefill), Server(late, **{"/metrics": metrics})
+    async with parted([p], [d], kv_lease=0.08, metrics_interval=0.01) as running:
+        got = await (await running.client()).post(body=chat(stream=stream))
+        assert answer_text(got).replace("good", "anew") == shown and pages
+        assert await running.metric("mvllm_disaggregation_transfers_total", connector="nixl",
+                                    result="failed") == (shown == "anew")
+
+
+@asynchronous
+async def test_an_answer_that_waits_for_blocks_in_vain_is_asked_anew_though_all_seem_well():
     async def hanging(asked, conn):
-        body = json.loads(asked.body)
-        if body.get("stream"):  # so that its engine is seen to work
-            await conn.events(FIRST, b"data: " + said(
-                choices=[{"delta": {"content": "works"}}]) + b"\n\n", end=False)
-        if "kv_transfer_params" in body:
+        if b"kv_transfer_params" in asked.body:
             await conn.left()
         else:
             await Blocks().decode(asked, conn)
 
-    p, d = Server(Blocks().prefill), Server(hanging)
-    async with parted([p], [d], decode_first_token_timeout=0.02, metrics_interval=60) as running:
-        for view in running.views():
-            view.pace.samples, view.pace.step_s = 9, 1e-3  # as others have shown
-        streaming = await running.client()
-        await streaming.ask("POST", "/v1/chat/completions", chat(stream=True), AS_JSON)
-        await streaming.reader.readuntil(b"works")
-        got = await (await running.client()).post(body=chat(stream=False, max_tokens=5))
-        assert answer_text(got) == "plain"
-        streaming.close()
+    p, d = Server(Blocks().prefill), Server(hanging, **{"/metrics": load_page(0, 1)})
+    async with parted([p], [d], decode_first_token_timeout=0.05, metrics_interval=0.01) as running:
+        got = await (await running.client()).post(body=chat(stream=False))
+        assert answer_text(got) == "plain" and all(view.healthy for view in running.views())
 
 
-@pytest.mark.parametrize("stream, tokens, shown", table(
-    ("a stream", True, 1, {"plain", "good"}),
-    ("a short answer", False, 1, {"plain", "good"}),
-    ("a long one, which began in time", False, 1000, {"long ago"})))
 @asynchronous
-async def test_a_handle_is_not_used_when_its_lease_is_nearly_over(stream, tokens, shown):
-    blocks, gate = Blocks(), asyncio.Event()
+async def test_the_contents_of_legs_count_in_max_buffered_bytes_as_long_as_they_are_held():
+    blocks, gate, ends = Blocks(), asyncio.Event(), asyncio.Event()
 
-    async def late(asked, conn):  # the blocks are gone by then, and others are in their place
-        if not json.loads(asked.body).get("kv_transfer_params") or gate.is_set():
-            return await blocks.decode(asked, conn)
-        asyncio.get_running_loop().call_later(0.3, gate.set)
+    async def prefill(asked, conn):
         await gate.wait()
-        if stream:
-            blocks.taken |= blocks.kept
-            return await blocks.decode(asked, conn)
-        await conn.json({"choices": [{"message": {"content": "long ago"}}],
-                         "usage": {"prompt_tokens": 9, "completion_tokens": tokens}})
+        await blocks.prefill(asked, conn)
 
-    p, d = Server(blocks.prefill), Server(late)
-    async with parted([p], [d], kv_lease=0.05) as running:
-        got = await (await running.client()).post(body=chat(stream=stream))
-        assert got.status == 200 and answer_text(got) in shown
-        assert len(d.asked) == 1 + (tokens == 1) and await running.metric(
-            "mvllm_disaggregation_transfers_total", connector="nixl",
-            result="failed") == (tokens == 1)
+    async def decode(asked, conn):
+        if b"kv_transfer_params" not in asked.body:
+            return await blocks.decode(asked, conn)
+        await conn.events(FIRST, token(1), end=False)
+        await ends.wait()
+        await conn.send(chunk(DONE), b"0\r\n\r\n")
+
+    p, d = Server(prefill), Server(decode)
+    async with parted([p], [d], max_buffered_bytes=100_000) as running:
+        content = chat(messages=[{"role": "user", "content": "x" * 40_000}])
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", content, AS_JSON)
+        await p.came.wait()
+        assert running.held_bytes == len(content) + len(p.asked[0].body)
+        gate.set()
+        await client.reader.readuntil(token(1))
+        assert running.held_bytes <= len(content)  # it is not said again
+        ends.set()
+        await running.quiet()
+        assert running.held_bytes == 0
+        # For a second one of these there is no room: one server does it all.
+        got = await (await running.client()).post(
+            body=chat(messages=[{"role": "user", "content": "x" * 60_000}]))
+        assert answer_text(got) == "plain" and len(p.asked) == 1
+
+
+@pytest.mark.parametrize("more, read", table(
+    ("a handle", "", "good"), ("an id for each token, which the client wants",
+     '"prompt_token_ids":[' + "128000," * 100 + "1],", "good"),
+    ("far more than that", '"x":"' + "x" * 1_100_000 + '",', "plain")))
+@asynchronous
+async def test_the_answer_to_a_prompts_leg_has_a_bound(more, read):
+    blocks = Blocks()
+    blocks.kept.add("r")
+
+    async def prefill(asked, conn):
+        handle = json.dumps({**PULL, "remote_request_id": "r"})
+        await conn.json(f'{{{more}"kv_transfer_params":{handle}}}'.encode())
+
+    p, d = Server(prefill), Server(blocks.decode)
+    async with parted([p], [d], max_retries=0) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == read
+        assert running.held_bytes == 0
 
 
 @pytest.mark.parametrize("registrar, required, proven", table(
@@ -17526,6 +17616,28 @@ async def test_both_choices_are_explained_as_they_would_be_made():
         assert {reader, answerer} == {one.url, other.url}
         assert len(await explained()) == 1  # too short to be parted
         assert not one.asked and not other.asked
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@asynchronous
+async def test_a_stream_goes_on_at_a_new_pair_and_nothing_between_servers_is_shown(reads):
+    told = b'data: {"kv_transfer_params":{"remote_host":"10.0.0.1"},"choices":[]}\n\n'
+    blocks = Blocks()
+    first, second = in_order(telling("a", " b", how="reset"), telling(
+        "a b", " c", server=2, then=chunk(told) + chunk(finished(2)) + chunk(DONE)
+        + b"0\r\n\r\n"))
+    p = Server(blocks.prefill if reads else once(blocks.prefill, refusing(400)))
+    async with parted([p], [first, second]) as running:
+        running.servers = first, second
+        got, whole = await streamed(running, SEEDED)
+        assert told_in(got) == b"a b c" and whole
+        assert b"remote" not in got and b"error" not in got
+        params = [json.loads(one.body).get("kv_transfer_params") for d in (first, second)
+                  for one in d.asked]
+        assert [p and p["remote_request_id"] for p in params] == ["r0", "r1" if reads else None]
+        await running.quiet()
+        assert await running.metric("mvllm_resumes_total", way="repeat", result="ok") == 1
+        assert running.core.requests.memory.bytes == running.held_bytes == 0
 
 
 @asynchronous
