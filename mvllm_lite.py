@@ -150,7 +150,7 @@ the lines.
     94  pool paths     ~ where people and programs ask for the pool
     95  worker         ~ an agent in a process of its own
 
-   XIV  seen             2,610 lines, on a terminal, for `top`, `help`, a browser at /status
+   XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
     96  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
     97  table          · the servers in lines, as many columns as there is room for
     98  views          · graphs of the fleet; models, requests and keys as tables
@@ -8949,7 +8949,6 @@ class Recent:
         self.models: deque[tuple[float, dict[str, ModelCounts]]] = deque(maxlen=SAMPLES_KEPT)
         self.graph: deque[Totals] = deque(maxlen=GRAPH_POINTS)
         self.graphed_at = -INFINITY
-        self.model_states: dict[str, str] = {}  # of models that somebody starts and stops
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
 
@@ -9062,7 +9061,7 @@ class ModelStatus(TypedDict):
     """One model in the status document; rates are of ten seconds, the rest of the last minute."""
 
     model: str
-    state: str  # "served", "no server", or the word of who starts and stops it
+    state: str  # "served" or "no server"
     servers: int  # that list it,
     healthy: int  # and of these, those that are asked
     in_flight: int
@@ -9202,7 +9201,7 @@ def models_of(
     minute, late = since(now - MINUTE_S), since(now - RATE_S)
     counted = recent.models[-1][1] if recent.models else {}
     names = dict.fromkeys([name for view in views for name in view.models or ()])
-    names |= dict.fromkeys([*recent.model_states, *counted])
+    names |= dict.fromkeys(counted)
     found: list[ModelStatus] = []
     for name in itertools.islice((one for one in names if one), MODELS_SHOWN):
         listing = [view for view in views if name in (view.models or ())]
@@ -9214,7 +9213,7 @@ def models_of(
         first = [a - b for a, b in itertools.zip_longest(this.first, then.first, fillvalue=0.0)]
         p50, p95 = (rounded(bucket_quantile(first, FIRST_BYTE_BOUNDS_S, share))
                     for share in (0.5, 0.95))
-        state = recent.model_states.get(name) or ("served" if healthy else "no server")
+        state = "served" if healthy else "no server"
         found.append({
             "model": name, "state": state, "servers": len(listing), "healthy": healthy,
             "in_flight": sum(one["model"] == name for one in running),
@@ -18465,6 +18464,11 @@ def restart_pause_s(failures: int) -> float:
     return pause
 
 
+# What is told of a life in numbers, and by what it has them.
+LIFE_COUNTS = {"starts": "starts", "wakes": "wakes", "failures": "failed", "ready_s": "ready_s",
+               "wake_s": "wake_s", "slept_s": "slept_s"}
+
+
 class Life:
     """Owns an instance's phase, and what was seen of its life; times are monotonic."""
 
@@ -18501,6 +18505,11 @@ class Life:
             self.failures, self.failed = 1 if steady else self.failures + 1, self.failed + 1
             self.retry_at = now + restart_pause_s(self.failures)
         return new
+
+    def counted(self, now: float) -> dict[str, float]:
+        asleep_s = now - self.since if self.phase is Phase.SLEEPING else 0.0
+        found = {key: getattr(self, name) for key, name in LIFE_COUNTS.items()}
+        return {**found, "slept_s": self.slept_s + asleep_s}
 
     @property
     def given_up(self) -> bool:
@@ -19050,6 +19059,37 @@ def shrink(
     return acts
 
 
+def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
+    """What people can have done to one in that phase."""
+    if phase is Phase.STOPPING:
+        return ()
+    if phase is Phase.RUNNING:
+        return ("sleep", "stop") if sleeps(model) else ("stop",)
+    wakes = phase in (Phase.ABSENT, Phase.SLEEPING, Phase.FAILED)
+    return ("wake",) * wakes + ("stop",) * (phase is not Phase.ABSENT)
+
+
+def next_step(model: ModelSettings, seat: Seat | None) -> str:
+    """What becomes of an instance, or of a model without one (None), if nobody asks for it."""
+    if seat is None:
+        return "starts when it is asked for"
+    if seat.phase is Phase.FAILED:
+        return "given up, until somebody wakes it" if seat.retry_in_s == INFINITY else (
+            f"starts again in {seat.retry_in_s:.0f} s")
+    if seat.leaving or seat.in_flight or seat.phase not in (Phase.RUNNING, Phase.SLEEPING):
+        return ""
+    asleep = seat.phase is Phase.SLEEPING
+    rests = {"sleeps": model.sleep_after_s * (sleeps(model) and not asleep),
+             "sleeps deeper": model.deep_sleep_after_s * (asleep and seat.level < 2),
+             "is unloaded": model.unload_after_s}
+    left = min(((after_s - seat.idle_s, what) for what, after_s in rests.items() if after_s > 0),
+               default=None)
+    soon = f"{left[1]} in {max(0.0, left[0]):.0f} s" if left else ""
+    if asleep:
+        return "; ".join(filter(None, ("wakes when it is asked for", soon)))
+    return soon if not model.min_replicas else f"{model.min_replicas} are kept running"
+
+
 # ══════════
 #  87  children
 # ══════════
@@ -19352,9 +19392,7 @@ class Instance:
             "held_gb": self.held_gb, "weights_gb": self.weights_gb, "sleep_level": self.level,
             "age_s": now - life.since, "command": self.command, "digest": self.digest,
             "retry_in_s": max(0.0, life.retry_at - now) if not life.given_up else None,
-            "starts": life.starts, "wakes": life.wakes, "failures": life.failed,
-            "ready_s": life.ready_s, "wake_s": life.wake_s, "slept_s": life.slept_s + (
-                now - life.since if life.phase is Phase.SLEEPING else 0.0),
+            **life.counted(now),
         }
 
 
@@ -19373,7 +19411,7 @@ class Agent:
     def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
         self.name, self._tasks = name, tasks
         self.instances: dict[str, Instance] = {}
-        self.lives: dict[str, Life] = {}  # also of those that are not there just now
+        self.lives: dict[tuple[str, str], Life] = {}  # by alias and name; also of what is absent
         self.devices: list[Device] = []
         self.profiles: Mapping[str, ProfileSettings] = {DEFAULT_PROFILE.name: DEFAULT_PROFILE}
         self.on_change: Callable[[], object] = lambda: None
@@ -19413,7 +19451,8 @@ class Agent:
         if any(not 0 <= n < len(self.devices) for n in devices):
             raise ValueError(f"found devices {devices}, expected of {len(self.devices)}")
         totals = [self.devices[n].total_gb for n in devices]
-        life = self.lives.setdefault(name, Life(asyncio.get_running_loop().time()))
+        life = self.lives.setdefault(
+            (model.alias, name), Life(asyncio.get_running_loop().time()))
         life.failures = 0
         one = Instance(name, model, devices, life,
                        memory_on(model, min(totals)) if totals else 0.0)
@@ -19429,25 +19468,27 @@ class Agent:
         name, phase = str(saved["name"]), Phase(saved["status"])
         child = adopted_child(int(saved["pid"]), int(saved["started"]))
         devices = tuple(map(int, saved["devices"]))
+        now = asyncio.get_running_loop().time()
+        life = self.lives[model.alias, name] = Life(now)
+        for key, told in LIFE_COUNTS.items():
+            setattr(life, told, type(getattr(life, told))(saved.get(key, 0)))
         if not child.alive or phase is Phase.STOPPING:
             if child.alive or marked_group(child.pid, name):
                 await child.end(0.0)
             child.close()
             if phase in UP and all(n < len(self.devices) for n in devices):
+                life.failed += 1
                 self.launch(name, model, devices, str(saved["digest"]))
                 log.warning("model %s: %s", name, child.end_reason)
             return
-        now = asyncio.get_running_loop().time()
-        life, said = Life(now, Phase.STARTING), said_of(model)
+        life.phase, said = Phase.STARTING, said_of(model)
         with contextlib.suppress(LookupError):  # it runs, whatever became of its profile
             model = with_profile(model, self.profiles)
         one = Instance(name, model, devices, life, float(saved["awake_gb"]))
-        self.lives[name], one.said = life, said
+        one.said = said
         one.child, one.command, one.digest = child, list(saved["command"]), str(saved["digest"])
         one.held_gb, one.level = float(saved["held_gb"]), int(saved["level"])
         one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
-        life.starts, life.failed, life.wakes = (
-            int(saved[key]) for key in ("starts", "failures", "wakes"))
         one.listens(int(saved["port"]))
         if phase is not Phase.STARTING:
             asleep = sleeps(model) and (await one.said("/is_sleeping")).get("is_sleeping")
@@ -19465,7 +19506,7 @@ class Agent:
             "started": one.child.started, "status": one.life.phase.value, "command": one.command,
             "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
             "level": one.level, "digest": one.digest, "created_at": one.created_at,
-            "starts": one.life.starts, "failures": one.life.failed, "wakes": one.life.wakes,
+            **{key: getattr(one.life, name) for key, name in LIFE_COUNTS.items()},
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
@@ -19640,9 +19681,22 @@ class Agent:
             "worker_id": self.name, "gpu_info": gpu_report(self.devices),
             "total_gb": [device.total_gb for device in self.devices],
             "foreign_gb": [max(0.0, device.used_gb - gb) for device, gb in zip(self.devices, ours)],
-            "memory_gb": min(self.host_memory_gb(), 1e6), "profiles": list(self.profiles),
+            "memory_gb": min(self.host_memory_gb(), 1e6), "profiles": {
+                one.name: {"models": one.models, "values": one.values}
+                for one in self.profiles.values()},
             "instances": {name: one.document(now) for name, one in self.instances.items()},
+            "totals": self.totals(now),
         }
+
+    def totals(self, now: float) -> dict[str, dict[str, float]]:
+        """What was counted of each model's instances, of those that are absent, too."""
+        found = dict[str, dict[str, float]]()
+        for (alias, _), life in sorted(self.lives.items(), key=lambda item: item[1].begun_at):
+            sums, counted = found.setdefault(alias, {}), life.counted(now)
+            for key, value in counted.items():
+                sums[key] = sums.get(key, 0.0) + value
+            sums["ready_s"] = counted["ready_s"]  # of the last start
+        return found
 
 
 def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
@@ -19722,6 +19776,9 @@ class LocalHost:
     def report(self) -> dict[str, Any]:
         return self.agent.document()
 
+    def allowed(self) -> Iterable[ProfileSettings]:
+        return self.agent.profiles.values()
+
     def url_of(self, instance: Mapping[str, Any]) -> str:
         return str(instance["base_url"])
 
@@ -19751,7 +19808,15 @@ class RemoteHost:
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        return tuple(map(str, self.said.get("profiles", ())))
+        return tuple(one.name for one in self.allowed())
+
+    def allowed(self) -> list[ProfileSettings]:
+        """Its profiles, as far as they say what may be registered."""
+        said, found = self.said.get("profiles"), list[ProfileSettings]()
+        for name, one in said.items() if isinstance(said, dict) else ():
+            models, values = (tuple(map(str, one[key])) for key in ("models", "values"))
+            found.append(ProfileSettings(name, models, values=values))
+        return found
 
     def report(self) -> dict[str, Any]:
         return self.said
@@ -19763,7 +19828,7 @@ class RemoteHost:
         """Raises PeerGone."""
         try:
             said = await self.ask("/info", None, 5.0)
-            if not isinstance(said.get("instances"), dict):
+            if not all(isinstance(said.get(key), dict) for key in ("instances", "profiles")):
                 raise PeerGone(f"{self.url} is no agent", Fault.BAD_ANSWER)
         except PeerGone:
             self.reachable = False
@@ -19964,11 +20029,16 @@ class Holdings:
         return found
 
     def profiles(self) -> dict[str, ProfileSettings]:
-        """Those of this machine, and by name those of others."""
-        found = {name: ProfileSettings(name) for host in self.hosts.values()
-                 for name in host.profiles or ()}
-        local = any(isinstance(host, LocalHost) for host in self.hosts.values())
-        return {**found, **(self.agent.profiles if self.agent and local else {})}
+        """Those of all hosts; of one name, what any of them allows."""
+        found = dict[str, ProfileSettings]()
+        for one in itertools.chain.from_iterable(host.allowed() for host in self.hosts.values()):
+            if (known := found.get(one.name)) is not None:
+                all_models = not (known.models and one.models)
+                one = dataclasses.replace(
+                    one, models=() if all_models else (*known.models, *one.models),
+                    args=(*known.args, *one.args), values=(*known.values, *one.values))
+            found[one.name] = one
+        return found
 
     def status_of(self, model: ModelSettings) -> str:
         """The furthest that one of it is."""
@@ -19977,8 +20047,8 @@ class Holdings:
         found = {one["status"] for _, one in self.instances() if one["model_alias"] == model.alias}
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
 
-    def next_step(self, alias: str) -> str:
-        """What is done for a model, or why it is not."""
+    def why(self, alias: str) -> str:
+        """Why what a model wants is not done, or what was done for it last, and why."""
         return self.why_not.get(alias) or self.acts.get(alias, "")
 
     def is_routable(self, model: ModelSettings) -> bool:
@@ -20049,6 +20119,9 @@ class ModelPool(Holdings):
         """Raises PeerGone, where it cannot be done."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
+        for alias in [one["model_alias"] for _, one in self.instances() if one["alias"] == name]:
+            self.acts[alias] = f"{verb}: by hand"
+        log.info("by hand: model %s: %s", name, verb)
         try:
             await self.move(name, verb)
         except (LookupError, ValueError) as error:
@@ -20176,10 +20249,12 @@ class ModelPool(Holdings):
         for act in acts:
             key = act.name or act.alias
             if key not in self.doing:
-                self.acts[act.alias] = f"{act.verb}: {act.why}"
+                wished = act.alias in self.wishes
+                why = "by hand, or preloaded" if wished else act.why
+                self.acts[act.alias] = f"{act.verb}: {why}"
                 if act.evicts:
                     self.evictions.add(act.alias)
-                log.info("model %s: %s, %s", key, act.verb, act.why)
+                log.info("model %s: %s, %s", key, act.verb, why)
                 self.doing[key] = self._tasks.create_task(self.carry_out(act, models, key))
         self.finish_step()
 
@@ -20435,37 +20510,43 @@ class PoolPlanner:
         if now is not None:
             return []
         pool, found = self.pool, list[Family]()
-        rows = [(one["model_alias"], one) for _, one in pool.instances()]
+        totals = [(alias, counted) for host in pool.hosts.values()
+                  for alias, counted in host.report().get("totals", {}).items()]
         for name, meaning, key in POOL_FAMILIES:
             found.append(family := Counter(name, meaning, "model"))
-            for alias, one in rows:
-                family.add(alias, amount=one[key])
+            for alias, counted in [*((alias, {}) for alias in pool.models), *totals]:
+                family.add(alias, amount=counted.get(key, 0))
         ready = Gauge("mvllm_model_ready_seconds", "What the last start of a model took.", "model")
         state = Gauge("mvllm_model_instances", "Processes of a model.", "model", "state")
-        counted = dict[tuple[str, str], int]()
-        for alias, one in rows:
-            ready.set(one["ready_s"], alias)
-            counted[alias, one["status"]] = counted.get((alias, one["status"]), 0) + 1
-        for labels, count in counted.items():
-            state.set(count, *labels)
+        for alias, counted in totals:
+            ready.set(counted.get("ready_s", 0.0), alias)
+        places = [(one["model_alias"], one["status"]) for _, one in pool.instances()]
+        for labels in places:
+            state.set(places.count(labels), *labels)
         return [*found, pool.evictions, ready, state]
 
     def report(self, now: float) -> list[dict[str, Any]]:
         """For the status document: each instance, and each model without one."""
         pool, rows = self.pool, list[dict[str, Any]]()
+        reports = {one["alias"]: one for _, one in pool.instances()}
+        seats = pool.seats(now)
         for alias, model in pool.models.items():
-            common = {"model": alias, "waiting": len(pool.uses.waiting.get(alias, ())),
-                      "next": pool.next_step(alias)}
-            found = [(host, one) for host, one in pool.instances() if one["model_alias"] == alias]
-            for host, one in found:
-                idle_s = now - pool.uses.used_at.get(alias, now - one["age_s"])
-                where = f"{host.name}:{','.join(map(str, one['devices']))}".rstrip(":")
-                rows.append({**common, "state": one["status"], "where": where, "gb": one["gb"],
-                             "since_s": round(one["age_s"], 1), "idle_s": round(idle_s, 1),
-                             "starts": one["starts"], "reason": one["reason"]})
+            common = {"model": alias, "waiting": len(pool.uses.waiting.get(alias, ()))}
+            found = [seat for seat in seats if seat.alias == alias]
+            for seat in found:
+                one = reports.get(seat.name, {})
+                where = f"{seat.host}:{','.join(map(str, seat.devices))}".rstrip(":")
+                failed = seat.phase is Phase.FAILED
+                rows.append({
+                    **common, "state": seat.phase.value, "where": where, "gb": seat.gb,
+                    "since_s": round(seat.age_s, 1), "idle_s": round(seat.idle_s, 1),
+                    "starts": one.get("starts", 0), "reason": one.get("reason", ""),
+                    "next": next_step(model, seat), "acts": acts_on(model, seat.phase),
+                    "why": one["reason"] if failed else pool.why(alias)})
             if not found:
                 rows.append({**common, "state": "absent", "where": "", "gb": 0.0, "since_s": None,
-                             "idle_s": None, "starts": 0, "reason": ""})
+                             "idle_s": None, "starts": 0, "reason": "", "why": pool.why(alias),
+                             "next": next_step(model, None), "acts": acts_on(model, Phase.ABSENT)})
         return rows
 
 
@@ -20502,7 +20583,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
     """GET /admin/models: a superset of serverless_vllm's."""
     pool = pool_of(core)
     return {"models": [
-        {"alias": alias, "status": pool.status_of(model), "next": pool.next_step(alias),
+        {"alias": alias, "status": pool.status_of(model), "next": pool.why(alias),
          "waiting": len(pool.uses.waiting.get(alias, ())), "registered": alias in pool.registered,
          "config": said_of(model) | {"routing_state": "VLLM_PRIMARY", "mix_weight": 100},
          "instances": [instance_report(pool, host, one) for host, one in pool.instances()
@@ -20980,8 +21061,8 @@ class Mode(Enum):
 class Action(NamedTuple):
     """What a key asks of the balancer."""
 
-    verb: str  # drain, undrain, probe or quit
-    url: str = ""  # of the server
+    verb: str  # an operation on a server or a model, or quit
+    url: str = ""  # of the server; or the model's name
 
 
 class Ui(NamedTuple):
@@ -20994,6 +21075,7 @@ class Ui(NamedTuple):
     page: int = 10  # rows that are seen at once
     sort: str = "trouble"
     view: str = ""  # one of VIEWS, in Mode.VIEW
+    model: str = ""  # the one selected there
     filter: str = ""
     typed: str | None = None  # a filter that is being typed
     asked: Action | None = None  # waits for y or n
@@ -21492,6 +21574,7 @@ class View(NamedTuple):
     rows: Callable[[Document], Sequence[Document]]
     columns: Sequence[ViewColumn]  # the last ones are left out first
     empty: str  # what is said when there are no rows
+    acts: Mapping[str, str] = {}  # verbs by key, for the selected row's "model"
 
 
 def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], str]:
@@ -21555,17 +21638,27 @@ VIEWS: dict[str, View] = {
         ViewColumn("SINCE", text_at("since_s", short_time)),
         ViewColumn("IDLE", text_at("idle_s", short_time)),
         ViewColumn("WAIT", text_at("waiting", short_number)),
-        ViewColumn("NEXT", text_at("next"), False, width=40),
-    ), "no [[models]] here, and none was registered"),
+        ViewColumn("NEXT", text_at("next"), False, width=27),
+        ViewColumn("WHY", text_at("why"), False, width=40),
+    ), "no [[models]] here, and none was registered", {"w": "wake", "s": "sleep", "x": "stop"}),
 }
 
 
-def view_lines(view: View, status: Document, look: Look, width: int) -> list[Line]:
-    """A view as a table: its head, and a line for each row."""
+def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
+    """The selected row of a view, and which it is; None where nothing is selected."""
+    rows = VIEWS[ui.view].rows(status) if ui.view and VIEWS[ui.view].acts else ()
+    named = (n for n, row in enumerate(rows) if row["model"] == ui.model)
+    at = next(named, 0)
+    return at, rows[at] if rows else None
+
+
+def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0) -> list[Line]:
+    """A view as a table: its head, and a line for each row, of which one may be selected."""
     rows = list(view.rows(status))
     if not rows:
         return [[(view.empty, Style.DIM)]]
-    shown, left = list[tuple[ViewColumn, int]](), width
+    mark: Line = [("  ", Style.PLAIN)] * bool(view.acts)
+    shown, left = list[tuple[ViewColumn, int]](), width - 2 * len(mark)
     for column in view.columns:
         wants = max(cells(column.head), *(cells(column.text(row)) for row in rows))
         size = min(wants, column.width if left < 110 else 2 * column.width, left)
@@ -21575,12 +21668,15 @@ def view_lines(view: View, status: Document, look: Look, width: int) -> list[Lin
         left -= size + 2
 
     def line(text: Callable[[ViewColumn], str], style: Callable[[ViewColumn], Style]) -> Line:
-        return [(pad(fit(text(column), size, look), size, column.right) + "  ", style(column))
-                for column, size in shown]
+        return mark + [
+            (pad(fit(text(column), size, look), size, column.right) + "  ", style(column))
+            for column, size in shown]
 
-    return [line(lambda column: column.head, lambda column: Style.HEAD),
-            *(line(lambda column: column.text(row), lambda column: column.style(row))
-              for row in rows)]
+    lines = [line(lambda column: column.text(row), lambda column: column.style(row))
+             for row in rows]
+    if view.acts:
+        lines[at] = marked(lines[at])
+    return [line(lambda column: column.head, lambda column: Style.HEAD), *lines]
 
 
 # ══════════
@@ -21658,11 +21754,12 @@ def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 KEYS = (
     ("q", "quit, or back", "quit"), ("?", "help, this page", "help"),
-    ("Tab", "servers, models, requests, keys: the next view", "view"),
+    ("Tab", "servers, models, requests, keys, pool: the next view", "view"),
     ("Enter", "all about the selected server", "detail"),
     ("d", "drain it, or undo that; asks before", "drain"),
     ("/", "filter by name, state or model", "filter"), ("s", "sort by the next column", "sort"),
     ("r", "probe it now", "probe"), ("p", "pause the screen, not the balancer", "pause"),
+    ("w s x", "in the view of the pool: wake, sleep, stop the selected model", ""),
     ("Esc", "back, or end the filter", ""), ("j k", "down, up; the arrows, too", ""),
     ("PgUp PgDn", "a page up, down", ""), ("g G", "to the start, the end", ""),
     ("Ctrl-L", "draw anew", ""), ("Ctrl-C", "stop the balancer; in top: leave", ""),
@@ -21687,7 +21784,8 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
         return [(ui.note, Style.TITLE)]
     if ui.mode is not Mode.LIST:
         line, left = list[Span](), width - cells(place)
-        for key, word in (("q", "back"), *MODE_KEYS.get(ui.mode, ())):
+        acts = VIEWS[ui.view].acts.items() if ui.view else ()
+        for key, word in (("q", "back"), *acts, *MODE_KEYS.get(ui.mode, ())):
             if len(key) + len(word) + 3 <= left:
                 line += [(key, Style.KEY), (f" {word}  ", Style.DIM)]
                 left -= len(key) + len(word) + 3
@@ -21853,7 +21951,8 @@ def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, 
     """The title and the text of a screen that is not the list."""
     if ui.mode is Mode.VIEW:
         title = packed([(ui.view.upper(), Style.TITLE), *total_items(status)], size.columns)
-        return title, view_lines(VIEWS[ui.view], status, look, size.columns)
+        return title, view_lines(
+            VIEWS[ui.view], status, look, size.columns, row_at(ui, status)[0])
     server = selected(ui, status)
     if ui.mode is Mode.HELP or server is None:
         return [("mvllm_lite, help", Style.TITLE)], help_lines(size.columns, status["hint"])
@@ -21868,6 +21967,10 @@ def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
             return settle(ui._replace(mode=Mode.LIST), status, look, size)
         page = max(1, size.rows - 2)
         most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
+        at, row = row_at(ui, status)
+        if row is not None:  # below a line of heads
+            ui = ui._replace(model=row["model"], lines_up=max(
+                at + 2 - page, min(ui.lines_up, at)))
         return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
     urls = [server["url"] for server in listed_servers(ui, status)]
     page = max(1, frame(status, ui, look, size).table)
@@ -21937,6 +22040,9 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
         return ui._replace(sort=names[(names.index(ui.sort) + 1) % len(names)]), None
     if ui.mode is Mode.LIST and key == "/":
         return ui._replace(typed=ui.filter), None
+    _, row = row_at(ui, status)
+    if row is not None and key in VIEWS[ui.view].acts:
+        return about_model(VIEWS[ui.view].acts[key], ui, row)
     return about_server(key, ui, selected(ui, status))
 
 
@@ -21971,13 +22077,19 @@ MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -
 
 def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
     by = move[0] + move[1] * max(1, ui.page)
+    _, row = row_at(ui, status)
+    if row is not None:
+        models = list(dict.fromkeys(one["model"] for one in VIEWS[ui.view].rows(status)))
+        return ui._replace(model=further(models, row["model"], by))
     if ui.mode is not Mode.LIST:
         return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
     urls = [server["url"] for server in listed_servers(ui, status)]
-    if not urls:
-        return ui
-    at = urls.index(ui.selected) if ui.selected in urls else 0
-    return ui._replace(selected=urls[max(0, min(len(urls) - 1, at + by))])
+    return ui._replace(selected=further(urls, ui.selected, by)) if urls else ui
+
+
+def further(names: Sequence[str], name: str, by: int) -> str:
+    at = names.index(name) if name in names else 0
+    return names[max(0, min(len(names) - 1, at + by))]
 
 
 def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
@@ -22010,6 +22122,18 @@ def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action 
     count = short_number(server["in_flight"])
     question = f"drain {name}? it gets no new requests, {count} in flight go on"
     return ui._replace(asked=Action("drain", url), question=question), None
+
+
+def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
+    """Keys about the selected model."""
+    name, act = row["model"], Action(verb, row["model"])
+    if verb not in row["acts"]:
+        can = " or ".join(row["acts"]) or "wait"
+        return ui._replace(note=f"{name} is {row['state']}: one can only {can}"), None
+    if verb == "wake":
+        return ui._replace(note=f"{name} is being woken"), act
+    question = f"{verb} {name}? what it has finishes first, and the next request wakes it"
+    return ui._replace(asked=act, question=question), None
 
 
 # By curses' names, and as characters.
@@ -22376,6 +22500,7 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
 
 
 TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
+MODEL_TIMEOUT_S = 600.0  # and may have to start a model, or wait for its last answers
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
@@ -22391,23 +22516,29 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
                                    {"status": found | {"address": client.server.url}}))
             await asyncio.sleep(STATUS_S)
 
-    telling = asyncio.ensure_future(tell())
+    async def act(verb: str, what: str) -> None:
+        path = f"/admin/models/{urllib.parse.quote(what)}/{verb}" if verb in MODEL_OPERATIONS else (
+            f"/admin/servers/{verb}?{urllib.parse.urlencode({'url': what})}")
+        limit_s = TOP_TIMEOUT_S if verb in OPERATIONS else MODEL_TIMEOUT_S
+        found, why = await answer_of(client, path, b"", limit_s)
+        note = why or found.get("done") or found.get("message") or found.get("why") or "passed"
+        writer.write(json_line({"note": f"{verb}: {note}"}))
+
+    tasks = {asyncio.ensure_future(tell())}
     while line := await reader.readline():
         if verb := (said := json.loads(line)).get("verb"):
-            query = urllib.parse.urlencode({"url": said["url"]})
-            found, why = await answer_of(client, f"/admin/servers/{verb}?{query}", b"")
-            note = why or found.get("done") or found.get("why") or "passed"
-            writer.write(json_line({"note": f"{verb}: {note}"}))
-    telling.cancel()
+            tasks.add(asyncio.ensure_future(act(verb, said["url"])))
+    for task in tasks:
+        task.cancel()
     writer.close()
 
 
 async def answer_of(
-    client: HttpClient, path: str, content: bytes | None = None
+    client: HttpClient, path: str, content: bytes | None = None, limit_s: float = TOP_TIMEOUT_S
 ) -> tuple[dict[str, Any], str]:
     """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
     try:
-        status, answer = await client.fetch(path, TOP_TIMEOUT_S, content)
+        status, answer = await client.fetch(path, limit_s, content)
         found = read_members(answer, None)
     except (PeerGone, BadMessage, TimeoutError) as error:
         return {}, str(error) or "no answer in time"
@@ -22429,8 +22560,8 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
     def act(action: Action) -> None:
         if action.verb == "quit":
             balancer.stop()
-        elif action.verb in OPERATIONS:
-            doing.add(task := asyncio.ensure_future(act_on_server(core, action)))
+        elif action.verb in OPERATIONS or action.verb in MODEL_OPERATIONS:
+            doing.add(task := asyncio.ensure_future(act_by_key(core, action)))
             task.add_done_callback(doing.discard)
 
     def hold(held: bool) -> None:
@@ -22445,9 +22576,13 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
         await screen.close()
 
 
-async def act_on_server(core: Core, action: Action) -> None:
+async def act_by_key(core: Core, action: Action) -> None:
     """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
     try:
+        if action.verb in MODEL_OPERATIONS:
+            pool = pool_of(core)
+            await MODEL_OPERATIONS[action.verb](pool, alias_named(pool, action.url))
+            return
         server = server_named(core, action.url)
         found = await OPERATIONS[action.verb](core, server)
         if action.verb == "probe":
@@ -22603,7 +22738,8 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
 <noscript>This page needs JavaScript; its facts are at <a href="/status.json">/status.json</a>.
 </noscript><div id="data" hidden><dl id="totals"></dl><div id="graphs"></div>
 <div class="row tools" id="views" role="group" aria-label="View"></div>
-<div class="scroll" id="view" hidden></div><div id="servers"><div class="row tools">
+<div class="scroll" id="view" tabindex="0" role="group" aria-label="What is chosen above" hidden>
+</div><p id="done" role="status"></p><div id="servers"><div class="row tools">
 <label>Find <input id="find" size="12"></label>
 <label>Sort <select id="sort"><option value="trouble">trouble first</option>
 <option value="given">as in the settings</option><option value="name">name</option>
@@ -22618,7 +22754,8 @@ retries: of the last minute; ~ is learned, – not known</small></caption><thead
 <div class="tools"><h2>Operate</h2><form id="unlock" class="row">
 <label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
 <button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
-admin key, servers can be drained and probed: in their details. (Without keys, from this machine.)
+admin key, servers can be drained and probed, in their details, and models of the pool woken, put
+to sleep and stopped. (Without keys, from this machine.)
 It is kept until this page is left, and nowhere else.</small></form>
 <small><a id="raw" href="status.json">As JSON</a></small></div>
 </main><template><tbody role="rowgroup"><tr role="row" class="main">
@@ -22646,7 +22783,8 @@ vector-effect="non-scaling-stroke"/><polyline data-part="line" vector-effect="no
 <script>
 "use strict";
 (() => {
-const POLL_MS = 2000, GET_MS = 5000, POST_MS = 30000, SILENT_MS = 10000, STREAM_AGAIN_MS = 30000;
+const POLL_MS = 2000, GET_MS = 5000, POST_MS = 30000, MODEL_MS = 600000, SILENT_MS = 10000;
+const STREAM_AGAIN_MS = 30000;
 const $ = id => document.getElementById(id), one = tag => document.querySelector(tag);
 const table = one("table"), base = location.pathname.replace(/\/status\/?$/, ""), rows = new Map();
 let key = "", locked = false, last = null, source = null, timer = 0, run = 0, streamAfter = 0;
@@ -22697,6 +22835,12 @@ const VIEWS = { servers: null,  // its head, what a row says, and whether that i
   keys: [d => list(d.keys), [["Key", k => text(k.name) || "(no key)"],
     ["Requests", k => whole(k.requests), 1], ["Prompt tokens", k => whole(k.prompt), 1],
     ["Cached", k => whole(k.cached), 1], ["Completion", k => whole(k.completion), 1]]],
+  pool: [d => list((d.services || {}).models).map((m, i, all) =>
+    ({ ...m, acts: i && all[i - 1].model === m.model ? [] : list(m.acts) })),
+    [["Model", m => says(m.model)], ["State", m => says(m.state)], ["Where", m => says(m.where)],
+    ["GB", m => rate(m.gb), 1], ["Since", m => long(m.since_s) || "–", 1],
+    ["Idle", m => long(m.idle_s) || "–", 1], ["Wait", m => whole(m.waiting), 1],
+    ["Next", m => says(m.next)], ["Why", m => says(m.why)], ["Do", null]]],
   settings: [() => settings, [["Setting", s => says(s.key)], ["Value", s => says(s.value)],
     ["From", s => says(s.source)]]] };
 let view = "servers", mayOperate = false, settings = [];
@@ -22718,26 +22862,54 @@ function showView() {
   for (const button of $("views").children) {
     const name = button.textContent.toLowerCase();
     button.setAttribute("aria-pressed", String(name === view));
-    button.hidden = name === "settings" && !mayOperate;
+    button.hidden = name === "settings" ? !mayOperate
+      : name === "pool" && !list(((last || {}).services || {}).models).length;
   }
   $("servers").hidden = view !== "servers";
   $("view").hidden = view === "servers";
   if (view === "servers" || !last) return;
-  const [rowsOf, columns] = VIEWS[view], grid = node("table", "", { className: "plain" });
-  const head = node("tr"), body = node("tbody"), found = rowsOf(last);
-  for (const [label, , number] of columns)
-    head.append(node("th", label, { scope: "col", className: number ? "n" : "" }));
-  for (const item of found) {
-    const line = node("tr");
-    for (const [, form, number] of columns)
-      line.append(node("td", form(item || {}), { className: number ? "n" : "" }));
-    body.append(line);
+  const [rowsOf, columns] = VIEWS[view], found = rowsOf(last).map(item => item || {});
+  let grid = $("view").querySelector("table");
+  if (!grid || grid.dataset.view !== view) {
+    grid = node("table", "", { className: "plain" });
+    grid.dataset.view = view;
+    const head = node("tr"), top = node("thead");
+    for (const [label, , number] of columns)
+      head.append(node("th", label, { scope: "col", className: number ? "n" : "" }));
+    top.append(head);
+    grid.append(node("caption"), top, node("tbody"));
+    $("view").replaceChildren(grid);
   }
-  const top = node("thead");
-  top.append(head);
-  grid.append(node("caption", found.length ? view[0].toUpperCase() + view.slice(1)
-    : "Nothing yet"), top, body);
-  $("view").replaceChildren(grid);
+  put(grid.caption, found.length ? view[0].toUpperCase() + view.slice(1) : "Nothing yet");
+  const body = grid.tBodies[0];
+  found.forEach((item, i) => {  // in place, so that what is in focus or pressed stays so
+    const of = JSON.stringify([item.model, item.id, mayOperate && item.acts]);
+    let line = body.rows[i];
+    if (!line || line.dataset.of !== of) {
+      const made = node("tr");
+      made.dataset.of = of;
+      for (const [, form, number] of columns)
+        made.append(form ? node("td", "", { className: number ? "n" : "" }) : modelButtons(item));
+      const focus = line && line.contains(document.activeElement) && made.querySelector("button");
+      if (line) line.replaceWith(made); else body.append(made);
+      if (focus) focus.focus({ preventScroll: true });
+      line = made;
+    }
+    columns.forEach(([, form], n) => { if (form) put(line.cells[n], form(item)) });
+  });
+  while (body.rows.length > found.length) body.lastChild.remove();
+}
+
+function modelButtons(item) {
+  const cell = node("td"), all = cell.appendChild(node("div", "", { className: "row" }));
+  if (!mayOperate) return cell;
+  for (const verb of item.acts) {
+    const button = all.appendChild(node("button", verb[0].toUpperCase() + verb.slice(1)));
+    button.type = "button";
+    button.setAttribute("aria-label", `${button.textContent} ${text(item.model)}`);
+    button.addEventListener("click", () => operateModel(text(item.model), verb));
+  }
+  return cell;
 }
 
 function showGraphs(fleet) {
@@ -22838,7 +23010,7 @@ function show(doc) {
   if (view === "settings") if (!mayOperate) view = "servers"; else if (reloaded) readSettings();
   table.classList.toggle("many", list(doc.servers).length > 9);
   showGraphs(doc.fleet || {});
-  if (!$("view").matches(":hover")) showView();
+  showView();
   for (const [url, row] of rows) if (!servers.has(url)) row.body.remove(), rows.delete(url);
   let next = table.tBodies[0] || null;
   for (const [url, server] of servers) {
@@ -22958,17 +23130,26 @@ async function readSettings() {
   if (view === "settings") showView();
 }
 
-async function operate(url, what) {
+function operate(url, what) {
   const { name, part } = rows.get(url);
-  const path = `/admin/servers/${what}?url=${encodeURIComponent(url)}`;
   const question = `Drain ${name}?\nIt finishes what it has and gets no more.`;
   if (what === "drain" && !confirm(question)) return;
-  put(part.answer, `${what}: asked …`, "");
+  post(`/admin/servers/${what}?url=${encodeURIComponent(url)}`, what, part.answer, POST_MS);
+}
+
+function operateModel(model, what) {
+  const question = `Have ${model} ${what}?\nIt finishes what it has; the next request wakes it.`;
+  if (what !== "wake" && !confirm(question)) return;
+  post(`/admin/models/${encodeURI(model)}/${what}`, `${what} ${model}`, $("done"), MODEL_MS);
+}
+
+async function post(path, what, where, limit_ms) {
+  put(where, `${what}: asked …`, "");
   try {
-    const answer = await ask("POST", path, POST_MS);
-    if (answer.ok) put(part.answer, `${what}: done`, "good");
-    else put(part.answer, `${what} failed, ${complaint(answer)}`, "bad");
-  } catch (error) { put(part.answer, `${what}: no answer`, "bad") }
+    const answer = await ask("POST", path, limit_ms);
+    if (answer.ok) put(where, `${what}: done`, "good");
+    else put(where, `${what} failed, ${complaint(answer)}`, "bad");
+  } catch (error) { put(where, `${what}: no answer`, "bad") }
 }
 
 function use(typed, line) {

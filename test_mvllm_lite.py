@@ -17985,6 +17985,30 @@ def test_what_is_done_next(model, seats, demand, expected):
     assert [act.verb for act in acts] == expected
 
 
+@pytest.mark.parametrize("said, seat_of, step, acts", table(
+    ("none", {}, None, "starts when it is asked for", ("wake",)),
+    ("one that starts", {}, {"phase": lite.Phase.STARTING}, "", ("stop",)),
+    ("in use", {}, {"in_flight": 1}, "", ("stop",)),
+    ("idle, for ever", {}, {}, "", ("stop",)),
+    ("idle", {"sleep_after_s": 130.0, "unload_after_s": 200.0}, {}, "sleeps in 30 s",
+     ("sleep", "stop")),
+    ("kept", {"sleep_after_s": 130.0, "min_replicas": 1}, {}, "1 are kept running",
+     ("sleep", "stop")),
+    ("asleep", {"sleep_after_s": 9.0, "unload_after_s": 200.0}, {"phase": lite.Phase.SLEEPING},
+     "wakes when it is asked for; is unloaded in 100 s", ("wake", "stop")),
+    ("failed", {}, {"phase": lite.Phase.FAILED, "retry_in_s": 3.0}, "starts again in 3 s",
+     ("wake", "stop")),
+    ("given up", {}, {"phase": lite.Phase.FAILED, "retry_in_s": math.inf},
+     "given up, until somebody wakes it", ("wake", "stop")),
+    ("one that stops", {}, {"phase": lite.Phase.STOPPING}, "", ()),
+))
+def test_what_becomes_of_a_model_is_told_and_what_one_can_do(said, seat_of, step, acts):
+    model = model_of(**said)
+    one = None if seat_of is None else seat("a", model=model, **seat_of)
+    assert lite.next_step(model, one) == step
+    assert lite.acts_on(model, lite.Phase.ABSENT if one is None else one.phase) == acts
+
+
 def test_models_of_a_group_exclude_each_other_or_stay_together():
     apart = [model_of(alias, 10.0, group="g") for alias in "ab"]
     acts, why_not = lite.decide(apart, [HOST], [seat("b", 10.0, model=apart[1])], WAITING)
@@ -18134,6 +18158,47 @@ async def test_why_a_model_does_not_start_is_told_in_its_last_words():
 
 
 @asynchronous
+async def test_models_are_woken_and_rested_by_keys_by_top_and_over_http_by_who_may():
+    keys = (lite.KeySettings("boss", key="sk-b", admin=True), lite.KeySettings("t", key="sk-t"))
+    async with pooling(little(sleep_after_s=60.0), keys=keys) as running:
+        client, core = await running.client(), running.core
+        boss, team = ([f"Authorization: Bearer {key}"] for key in ("sk-b", "sk-t"))
+        for fields, status in (((), 401), (team, 403)):
+            refused = await client.post("/admin/models/a/wake", b"", fields)
+            assert refused.status == status
+        await lite.act_by_key(core, Action("wake", "a"))
+        (row,) = (await client.get("/status.json", boss)).json["services"]["models"]
+        assert (row["state"], row["acts"]) == ("running", ["sleep", "stop"])
+        assert row["why"] == "launch: by hand, or preloaded"
+        ours, theirs = socket.socketpair()
+        url = f"http://127.0.0.1:{running.balancer.port}"
+        elsewhere = lite.HttpClient(lite.ServerSettings(url, api_key="sk-b"), lite.Secrets(
+            lite.Settings((lite.ServerSettings(url, api_key="sk-b"),))))
+        feeding = asyncio.ensure_future(lite.feed_screen(elsewhere, theirs))
+        reader, writer = await asyncio.open_connection(sock=ours)
+
+        async def by_top(verb):
+            writer.write(lite.json_line(Action(verb, "a")._asdict()))
+            while "note" not in (said := json.loads(await reader.readline())):
+                pass
+            return said["note"]
+
+        assert await by_top("sleep") == "sleep: model a: sleep, 1 instances"
+        (row,) = (await client.get("/status.json", boss)).json["services"]["models"]
+        assert (row["state"], row["why"]) == ("sleeping", "sleep: by hand")
+        assert (await client.post("/admin/models/a/wake", b"", boss)).json["woken"] is True
+        assert await by_top("stop") == "stop: model a: stop, 1 instances"
+        assert await by_top("stop") == "stop: model a: stop, 0 instances"
+        writer.close()
+        await feeding
+        for name, value in (("starts", 1), ("wakes", 1), ("failures", 0)):  # though it is absent
+            page = (await client.get("/metrics", boss)).body.decode()
+            assert f'mvllm_model_{name}_total{{model="a"}} {value}\n' in page
+        assert re.search(r'_sleeping_seconds_total{model="a"} 0\.0*[1-9]', page)
+        assert re.search(r'mvllm_model_ready_seconds{model="a"} [\d.]*[1-9]', page)
+
+
+@asynchronous
 async def test_a_successor_takes_over_what_runs(tmp_path):
     state = {"state_file": str(tmp_path / "state"), "stop_models": False}
     async with pooling(little(), **state) as running:
@@ -18143,7 +18208,8 @@ async def test_a_successor_takes_over_what_runs(tmp_path):
     async with pooling(little(), **{**state, "stop_models": True}) as running:
         after = await instance_of(running)
         assert (await ask_model(running)).status == 200
-        assert after["pid"] == before["pid"]
+        assert [after[key] for key in ("pid", "ready_s")] == [before[key] for key in (
+            "pid", "ready_s")]
         os.kill(after["pid"], signal.SIGKILL)  # it is not our child, and is watched all the same
         assert (await ask_model(running)).status == 200
         last = await instance_of(running)
@@ -18529,6 +18595,13 @@ BUSY_STATUS = {
                    "status": 502, "end": "server_gone", "duration_s": 1.2, "first_s": None,
                    "tokens": None}]},
     "keys": [{"name": "", "requests": 4, "prompt": 100, "cached": 3, "completion": 9}],
+    "services": {"models": [
+        {"model": "qwen", "state": "running", "where": "g1:0", "gb": 40.0, "since_s": 61.0,
+         "idle_s": 9.0, "waiting": 0, "next": "sleeps in 51 s", "why": "launch: 1 request waiting",
+         "acts": ["sleep", "stop"]},
+        {"model": "org/phi", "state": "absent", "where": "", "gb": 0.0, "since_s": None,
+         "idle_s": None, "waiting": 2, "next": "starts when it is asked for", "why": "",
+         "acts": ["wake"]}]},
 }
 
 
@@ -18547,14 +18620,47 @@ TIME  SERVER         TOKENS  HOW                        MODEL  KEY     TTFT  ID
 KEYS  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
 KEY       REQUESTS  PROMPT  CACHED  COMPLETION
 (no key)         4     100       3           9"""),
+    ("pool", "pool", """
+POOL  2 of 3 healthy  1 drained  queue 0  in flight 12  3.2 req/s  errors 1%
+  MODEL    STATE    WHERE  GB  SINCE  IDLE  WAIT  NEXT
+> qwen     running  g1:0   40    61s    9s     0  sleeps in 51 s
+  org/phi  absent   -       0      -     -     2  starts when it is asked for"""),
 ))
 def test_a_view_looks_like_this(view, expected):
     lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), 80, 8)
     assert "\n".join(lines[:-1]).strip() == expected.replace("\n   1s", "\n  1s").strip()
-    assert lines[-1].startswith("q back  Tab next view")
+    assert lines[-1].startswith(
+        "q back  w wake  s sleep  x stop  Tab next view" if view == "pool" else "q back  Tab next")
     for columns, rows in ((20, 5), (40, 10), (200, 50)):
         lines = text_of(BUSY_STATUS, Ui(Mode.VIEW, view=view), Look(), columns, rows)
         assert all(len(line) <= columns for line in lines)
+
+
+@pytest.mark.parametrize("keys, asked, model", table(
+    ("a model that is absent is woken at once", "jw", Action("wake", "org/phi"), "org/phi"),
+    ("sleep asks before", "sy", Action("sleep", "qwen"), "qwen"),
+    ("and so does stop", "xy", Action("stop", "qwen"), "qwen"),
+    ("no is no", "xn", None, "qwen"),
+    ("what cannot be does nothing", "wy", None, "qwen"),
+    ("nor does a key for servers", "dy", None, "qwen"),
+    ("the selection ends at the last", "jjjw", Action("wake", "org/phi"), "org/phi"),
+    ("and at the first", "jgs", None, "qwen")))
+def test_keys_wake_and_rest_the_selected_model(keys, asked, model):
+    ui, action = Ui(Mode.VIEW, view="pool"), None
+    for key in keys:
+        ui = lite.settle(ui, BUSY_STATUS, Look(), Size(80, 8))
+        ui, action = press(key, ui, BUSY_STATUS)
+    assert (action, lite.settle(ui, BUSY_STATUS, Look(), Size(80, 8)).model) == (asked, model)
+
+
+def test_many_models_scroll_and_the_selected_one_is_always_seen():
+    row = BUSY_STATUS["services"]["models"][0]
+    many = {**BUSY_STATUS, "services": {"models": [{**row, "model": f"m{n}"} for n in range(40)]}}
+    ui = Ui(Mode.VIEW, view="pool")
+    for key, name in (("", "m0"), ("G", "m39"), ("k", "m38"), ("pgup", "m32"), ("g", "m0")):
+        ui = lite.settle(press(key, ui, many)[0] if key else ui, many, Look(), Size(80, 8))
+        assert any(line.startswith(f"> {name} ") for line in text_of(many, ui, Look(), 80, 8))
+    assert text_of(many, ui, Look(), 80, 8)[1].startswith("  MODEL")
 
 
 def test_graphs_of_the_last_quarter_of_an_hour_use_the_room_there_is():
@@ -19426,7 +19532,8 @@ async def test_a_browser_at_the_root_is_led_to_the_page_and_told_whether_it_may_
 
 
 def test_the_paths_are_those_of_the_balancer() -> None:
-    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url="):
+    for path in ("/status.json", "/status/events", "/admin/servers/${what}?url=",
+                 "/admin/models/${encodeURI(model)}/${what}"):
         assert path in STATUS_PAGE, path
     assert re.findall(r'data-act="(\w+)"', STATUS_PAGE) == ["drain", "undrain", "probe"]
 
