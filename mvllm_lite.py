@@ -17154,9 +17154,8 @@ LEG_LIMITS = {
     "/v2/chat": ("max_tokens",),
 }
 SHAPING = ("n", "best_of", "use_beam_search", "prompt", "prompt_embeds", "previous_response_id",
-           "background", "logprobs", "echo", "sampling_params", "max_completion_tokens")
+           "background", "logprobs", "echo", "sampling_params", "max_completion_tokens", "tools")
 MERGED_PATHS = ("/v1/chat/completions", "/v1/completions")  # of which vLLM says what was cached
-HANDLES = ("kv_transfer_params", "ec_transfer_params")
 EVENT_LIMIT_BYTES = 8 * 1024 * 1024  # of one event that is looked through
 LEG_FIELDS = re.compile(r"(?im)^(?:x-request-id|x-data-parallel-rank|accept-encoding):.*\r\n")
 
@@ -17195,8 +17194,17 @@ def shape_of(path: str, content: Content) -> LegShape:
         unfit = "choices"
     elif said.get("previous_response_id") or said.get("background"):
         unfit = "stored"
+    elif path == "/v1/responses" and has_builtin_tools(said.get("tools")):
+        unfit = "tools"
     return LegShape(path, unfit, "logprobs" in said or said.get("echo") is True,
                  said.get("max_completion_tokens") is not None, sampling)
+
+
+def has_builtin_tools(tools: Any) -> bool:
+    """Whether vLLM itself calls some of these: it then generates again and again with what it was
+    told once, and no handle works twice."""
+    return isinstance(tools, list) and any(
+        not isinstance(one, dict) or one.get("type") != "function" for one in tools)
 
 
 def with_members(content: Content, values: Mapping[str, bytes | None]) -> Content:
@@ -17276,7 +17284,7 @@ def document_of(content: bytes) -> dict[str, Any]:
 
 def handle_in(said: bytes) -> bytes:
     """What a prefill server says for the other one, byte for byte; b"" if it kept nothing."""
-    begin, end = member_spans(said, HANDLES[:1]).get(HANDLES[0], (0, 0))
+    begin, end = member_spans(said, RESERVED_MEMBERS).get("kv_transfer_params", (0, 0))
     handle = said[begin:end].strip()
     return b"" if handle == b"null" else handle
 
@@ -17334,12 +17342,12 @@ class Merger:
         if not changed:
             return said
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "surrogatepass")
+            "utf-8", "backslashreplace")  # half a character: as an escape, as it came
 
 
 def without_handles(document: dict[str, Any]) -> bool:
     """Takes out what servers tell each other.  Returns whether there was any."""
-    found = [name for name in HANDLES if document.get(name) is not None]
+    found = [name for name in RESERVED_MEMBERS if document.get(name) is not None]
     for name in found:
         del document[name]
     return bool(found)
@@ -17891,10 +17899,10 @@ def resumed_once(split: Split, step: Resume) -> Generator[Any, Outcome, Outcome]
     return (yield Decode(alone))
 
 
-def unfit_plan(split: Split) -> Plan:
-    """For what cannot be parted."""
+def unfit_plan(split: Split, otherwise: Plan) -> Plan:
+    """For what cannot be parted.  Answers of other paths name no hosts of ours."""
     yield Plainly(split, split.shape.unfit)
-    yield from plain_plan(split)
+    yield from otherwise if split.shape.unfit == "path" else plain_plan(split)
 
 
 def plain_plan(split: Split) -> Plan:
@@ -18192,7 +18200,8 @@ class PrefillDecode:
             return otherwise
         if (split := self.split(exchange, request)) is None:
             return otherwise
-        return unfit_plan(split) if split.shape.unfit else prefill_decode_plan(split)
+        unfit = split.shape.unfit
+        return unfit_plan(split, otherwise) if unfit else prefill_decode_plan(split)
 
     def split(self, x: Exchange, request: OutboundRequest) -> Split | None:
         """What is needed to part that request; None where no [[disaggregation]] is for its
@@ -18224,7 +18233,18 @@ class PrefillDecode:
             tried |= {split.decoder}
             if split.connector.passes_handles:
                 tried |= self.unproven()
+            tried |= self.of_other_versions(split.decoder, tried)
         return x.choose(tried, role=role, by=by)
+
+    def of_other_versions(self, decoder: str, tried: frozenset[str]) -> set[str]:
+        """The prefill servers whose vLLM is not the decoder's, whose blocks it may refuse; as long
+        as others are there."""
+        views = self.core.fleet.views()
+        version = next((view.version for view in views if view.server == decoder), "")
+        others = {view.server for view in views if view.version not in (version, "")}
+        same = any(view.available and view.settings.role != "decode"
+                   for view in views if view.server not in others | tried)
+        return others if version and same else set()
 
     def unproven(self) -> set[str]:
         """The servers that registered without a key.  An engine that is given a made-up handle may

@@ -16787,6 +16787,10 @@ def said(**document):
     ("a response that goes on from one", "/v1/responses", {"previous_response_id": "resp_1"},
      "stored"),
     ("a response for later", "/v1/responses", {"background": True}, "stored"),
+    ("tools of the client's", "/v1/responses", {"tools": [{"type": "function"}]}, ""),
+    ("tools that vLLM calls, which generates again then", "/v1/responses",
+     {"tools": [{"type": "function"}, {"type": "mcp"}]}, "tools"),
+    ("a chat's are the client's", "/v1/chat/completions", {"tools": [{"type": "custom"}]}, ""),
     ("no generation", "/v1/embeddings", {"input": "x"}, "path"),
     ("tokens counted", "/tokenize", {"prompt": "x"}, "path"),
     ("a list", "/v1/completions", [], "content"),
@@ -16968,6 +16972,7 @@ MERGED_ANSWERS = table(  # P's answer, D's, and what is shown
      {"choices": [{"prompt_logprobs": [None, {}], "logprobs": {
          "tokens": ["a", "b", "c", "d"], "token_logprobs": [None, -1, -2, -3],
          "top_logprobs": [None, {}, {}, {}], "text_offset": [0, 1, 2, 4]}}]}),
+    ("half a character", usage(4), {"text": "\ud83d", **usage(9)}, {"text": "\ud83d", **usage(4)}),
     ("those of tokens", {"meta_info": {"input_token_logprobs": [1]}},
      {"meta_info": {"input_token_logprobs": [2]}}, {"meta_info": {"input_token_logprobs": [1, 2]}}),
 )
@@ -16980,7 +16985,7 @@ def test_one_answer_is_made_of_two(first, second, shown):
     content = json.dumps(second).encode()
     assert merger.feed(content[:5]) + merger.feed(content[5:]) == b""
     merged = merger.end()
-    assert json.loads(merged) == shown and (merged == content or second != shown)
+    assert json.loads(merged.decode()) == shown and (merged == content or second != shown)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -17742,6 +17747,123 @@ async def test_mooncakes_legs_go_at_once_with_the_engine_that_its_bootstrap_serv
             boot.pages["/query"]["0"]["engine_id"] = "e1"  # another process: it is asked anew
             assert answer_text(await client.post(body=content)) == "good"
             assert boot.probes["/query"] == 2
+
+
+@pytest.mark.parametrize("versions, chosen", table(
+    ("the decoder's own comes first", ("0.31", "0.32", "0.32"), 1),
+    ("where there is none, any does", ("0.31", "0.31", "0.32"), 0),
+    ("who does not say may be of any", ("", "0.32", "0.32"), 0)))
+@asynchronous
+async def test_a_prompt_is_read_by_a_server_of_the_decoders_version_if_there_is_one(
+        versions, chosen):
+    blocks = Blocks()
+    p, q, d = (Server(script, **{"/version": {"version": version}})
+               for version, script in zip(versions, (blocks.prefill,) * 2 + (blocks.decode,)))
+    async with parted([p, q], [d]) as running:
+        await eventually(lambda: [v.version for v in running.views()] == [*versions], "all told")
+        assert answer_text(await (await running.client()).post(body=chat())) == "good"
+        assert [len(one.asked) for one in (p, q)] == [1 - chosen, chosen]
+
+
+@asynchronous
+async def test_each_leg_has_its_servers_own_key_and_never_the_clients():
+    blocks = Blocks()
+    p, d = Server(blocks.prefill), Server(blocks.decode)
+    given = {p: {"api_key": "of-p"}, d: {"api_key": "of-d"}}
+    async with parted([p], [d], given=given, keys=(lite.KeySettings("a", "sk-a"),)) as running:
+        client = await running.client()
+        got = await client.post(body=chat(), fields=["Authorization: Bearer sk-a"])
+        assert answer_text(got) == "good"
+        assert [one.asked[0].get("authorization") for one in (p, d)] == [
+            ["Bearer of-p"], ["Bearer of-d"]]
+
+
+@pytest.mark.parametrize("mode, body", table(
+    ("pull", "pull", None), ("push, whose identity is that of a rank", "push", "remote_engine_id"),
+    ("mooncake, of which the other leg names the rank's engine", "mooncake", "remote_engine_id")))
+@asynchronous
+async def test_each_leg_goes_to_a_rank_of_its_server(mode, body):
+    """Data parallel: what each engine is told, in its head and in the other leg's content."""
+    connector, seen = "mooncake" if mode == "mooncake" else "nixl", {}
+    blocks = Blocks(connector, mode)
+    boot = Server(**{"/query": {str(n): {"engine_id": f"e{n}"} for n in range(2)}})
+
+    async def prefill(asked, conn):
+        (rank,) = asked.get("x-data-parallel-rank")
+        seen[asked.get("x-request-id")[0]] = rank
+        params = {**PULL, "transfer_mode": mode, "remote_engine_id": f"e{rank}"}
+        await conn.json({"choices": [], "kv_transfer_params": params})
+
+    p, d = Server(prefill), Server(blocks.decode)
+    async with boot:
+        given = {p: {"data_parallel_size": 2, "bootstrap_port": boot.port},
+                 d: {"data_parallel_size": 2}}
+        async with parted([p], [d], connector, given, prefill_policy="round_robin",
+                          decode_policy="round_robin") as running:
+            client = await running.client()
+            for _ in range(6):  # the client's own word on a rank is nothing here
+                got = await client.post(body=chat(), fields=["X-Data-Parallel-Rank: 7"])
+                assert got.status == 200
+            await running.quiet()
+        ranks = [one.get("x-data-parallel-rank") for one in d.asked]
+        assert len(seen) == 6 and sorted(seen.values()) == ["0"] * 3 + ["1"] * 3
+        assert sorted(ranks) == [["0"]] * 3 + [["1"]] * 3
+        for leg in d.asked:
+            params = json.loads(leg.body)["kv_transfer_params"]
+            assert params["remote_engine_id"] == f"e{seen[leg.get('x-request-id')[0]]}"
+            assert body is None or params[body]
+
+
+@pytest.mark.parametrize("connector", ["nixl", "mooncake"])
+@asynchronous
+async def test_both_legs_end_when_the_client_leaves_and_both_were_under_way(connector):
+    left, boot = [], bootstrapping()
+
+    async def hanging(asked, conn):
+        await conn.left()
+        left.append(asked)
+
+    blocks = Blocks(connector, "push")
+    p, d = Server(hanging), Server(hanging)
+    if connector == "nixl":
+        p = Server(once(blocks.prefill, hanging))
+        d = Server(once(blocks.decode, hanging))
+    async with boot, parted([p], [d], connector, {p: {"bootstrap_port": boot.port}}) as running:
+        if connector == "nixl":  # who it is, is known from then on
+            await (await running.client()).post(body=chat())
+        client = await running.client()
+        await client.ask("POST", "/v1/chat/completions", chat())
+        count = 1 + (connector == "nixl")
+        await eventually(lambda: len(p.asked) == len(d.asked) == count, "both are under way")
+        client.close()
+        await eventually(lambda: len(left) == 2, "both have ended")
+        await running.quiet()
+        assert running.in_flight() == 0
+
+
+@asynchronous
+async def test_another_prefill_server_reads_the_prompt_where_the_first_one_says_nothing():
+    async def silent(asked, conn):
+        await conn.left()
+
+    blocks = Blocks()
+    p, q, d = Server(silent), Server(blocks.prefill), Server(blocks.decode)
+    async with parted([p, q], [d], request_timeout=0.1) as running:
+        assert answer_text(await (await running.client()).post(body=chat())) == "good"
+        assert len(p.asked) == len(q.asked) == len(d.asked) == 1
+
+
+@asynchronous
+async def test_a_decoder_alone_is_ready():
+    p, d = Server(), Server()
+    async with parted([p], [d]) as running:
+        client = await running.client()
+        assert (await client.get("/readiness")).status == 200
+        await p.kill()
+        assert (await client.get("/readiness")).status == 200
+        assert (await client.post(body=chat())).status == 200  # plainly
+        assert await running.metric(
+            "mvllm_disaggregation_legs_total", role="prefill", result="connect_failed") >= 1
 
 
 @asynchronous
