@@ -25649,7 +25649,8 @@ class Generation:
         wanted = json.loads(content)
         self.params = wanted.get("kv_transfer_params") or {}
         self.said = json.dumps([wanted.get(name) for name in PROMPT_MEMBERS])
-        self.only_reads = wanted.get("max_tokens") == 1
+        self.only_reads = not self.params.get("do_remote_prefill") and any(
+            wanted.get(name) == 1 for name in LIMIT_WORDS)
         self.streams = wanted.get("stream") is True
         self.form = FORMS[head.path](
             wanted, script_for(wanted, server.draw), server.models[0], server.new_id(),
