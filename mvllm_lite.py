@@ -17661,34 +17661,6 @@ class Plainly(NamedTuple):
     lease: Lease | None = None
 
 
-PEERS_LIMIT = 1000  # prefill servers of which something is remembered
-
-
-class PeerMemory:
-    """What is remembered of prefill servers, by id; for as long as it holds."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Mapping[str, Any]] = {}
-
-    def get(self, server: str) -> Mapping[str, Any] | None:
-        return self._known.get(server)
-
-    def learn(self, server: str, identity: Mapping[str, Any] | None) -> None:
-        if identity is not None:
-            if len(self._known) >= PEERS_LIMIT and server not in self._known:
-                self._known.clear()  # most of them have gone
-            self._known[server] = identity
-
-    def forget(self, server: str) -> None:
-        """A transfer has failed: it may be another process now."""
-        self._known.pop(server, None)
-
-    def keep(self, servers: Collection[str]) -> None:
-        """Forget all others."""
-        for server in self._known.keys() - servers:
-            del self._known[server]
-
-
 def is_short(ranking: Ranking, terms: DisaggregationSettings) -> bool:
     """Whether the detour does not pay: the best decoder has most of the prompt."""
     known = ranking.expected if ranking.best else max(ranking.cached, default=0)
@@ -17704,7 +17676,7 @@ class Split:
     connector: Connector
     shape: LegShape
     streams: bool
-    memory: PeerMemory
+    memory: dict[str, Mapping[str, Any] | None]  # what is known of prefill servers, by id
     draw: random.Random
     planner: Any  # whose it is
     prefill: Retries = dataclasses.field(init=False)
@@ -17801,7 +17773,7 @@ def two_legs(
             return outcome, shared
         if outcome.more is not PREFILL_FAILED and shared is not None:
             return outcome, shared
-        split.memory.forget(ranking.best or "")
+        split.memory.pop(ranking.best or "", None)
         failure = outcome
         if outcome.deaths >= DEADLY or not retries.record_attempt(outcome, ranking):
             break
@@ -17815,7 +17787,7 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
         return WELL
     outcome = yield Learn(split, server)
     if outcome.fault is None:
-        split.memory.learn(server.id, outcome.more)
+        split.memory[server.id] = outcome.more
     return outcome
 
 
@@ -17826,7 +17798,7 @@ def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, 
     if read.fault is not None or read.held is not None:
         return read._replace(more=PREFILL_FAILED)
     assert leg.shared is not None
-    split.memory.learn(leg.shared.prefill.id, split.connector.identity_in(read.more))
+    split.memory[leg.shared.prefill.id] = split.connector.identity_in(read.more)
     return (yield Decode(split.decode_leg(decode, read.lease, leg.shared, read.more)))
 
 
@@ -17841,7 +17813,7 @@ def after_failure(
         return "no_prefill_server" if outcome.fault is Fault.NO_SERVER else "prefill_failed"
     goes_on = split.decode.record_attempt(outcome, decode)
     if outcome.fault is Fault.TRANSFER_FAILED:
-        split.memory.forget(shared.prefill.id)
+        split.memory.pop(shared.prefill.id, None)  # it may be another process now
         split.prefill.tried |= {shared.prefill.server}
         split.prefill_failure = outcome
         split.transfers += 1
@@ -18174,7 +18146,8 @@ class PrefillDecode:
     """The planner of requests for which there is a [[disaggregation]]."""
 
     def __init__(self, core: Core) -> None:
-        self.core, self.memory = core, PeerMemory()
+        self.core = core
+        self.memory: dict[str, Mapping[str, Any] | None] = {}
         self._asking: dict[str, asyncio.Lock] = {}  # bootstrap servers, by the server's id
         self.legs = Counter(
             "mvllm_disaggregation_legs_total", "Legs of requests that were parted between servers.",
@@ -18259,7 +18232,8 @@ class PrefillDecode:
     def forget_gone(self) -> None:
         """What is remembered of servers ends with them."""
         servers = {view.id for view in self.core.fleet.views()}
-        self.memory.keep(servers)
+        for id in self.memory.keys() - servers:
+            del self.memory[id]
         for id in self._asking.keys() - servers:
             if not self._asking[id].locked():
                 del self._asking[id]
@@ -18344,6 +18318,8 @@ def with_lease(x: Exchange, leg: Leg) -> Leg:
 
 async def prefill(x: Exchange, step: Prefill) -> Outcome:
     place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
+    if step.leg.server not in step.leg.split.memory:
+        step.leg.split.planner.forget_gone()
     until = None  # half of the time is left for one that goes on alone
     if step.leg.split.way is not None and x.stream is not None:
         until = x.stream.broken_at + x.settings.resume_within / 2

@@ -17028,8 +17028,7 @@ def parting(script, connector="nixl", prefill=("s1", "s2"), known=None, goes_on=
         return lite.rank(fleet, lite.Wanted(call, tried, role=role), by,
                          lite.Moment(NOW, 0.5, False, 0.0), draw)
 
-    memory = lite.PeerMemory()
-    memory.learn("s1", known)
+    memory = {"s1": known}
     split = lite.Split(
         OUTBOUND._replace(body=lite.HeldContent(b'{"messages":[]}')),
         lite.DisaggregationSettings(kv_connector=connector, **terms), lite.CONNECTORS[connector],
