@@ -2351,35 +2351,53 @@ class SettingsError(Exception):
         self.complaints = complaints
 
 
-QUOTES = ('"""', "'''", '"', "'")
+NO_VALUE = re.compile("Invalid value|Invalid date|Expected newline or end of document after")
+NO_KEY = re.compile("Expected '='|Invalid statement|Invalid initial character")
 
 
 def toml_trouble(said: str, toml: str, line: int) -> str:
     """The TOML parser's message about that line, in terms of settings."""
     rows = toml.splitlines()
-    row = rows[line - 1].partition("#")[0] if 0 < line <= len(rows) else ""
+    row = rows[line - 1].partition("#")[0].strip() if 0 < line <= len(rows) else ""
     key, equals, value = (part.strip() for part in row.partition("="))
-    if said == "Cannot overwrite a value" and equals:
-        before = [n for n, one in enumerate(rows[: line - 1], 1)
-                  if one.partition("=")[0].strip() == key]
-        return f"{key} is set twice" + (f", in lines {before[-1]} and {line}" if before else "")
-    if said.startswith("Cannot declare"):
-        before = [n for n, one in enumerate(rows[: line - 1], 1) if one.strip() == row.strip()]
-        return f"{row.strip()} is there twice" + (
-            f", in lines {before[0]} and {line}" * bool(before))
-    if value.startswith(QUOTES) and (said.startswith(("Illegal", "Unterminated"))):
-        return f"the quote of {key} is not closed"
-    if said == "Invalid value" and equals:
-        small = f"; true and false are in lower case: {key} = {value.lower()}"
-        quoted = f'; text needs quotes: {key} = "{value}"'
-        wants = small if value.lower() in ("true", "false") else quoted * value.isidentifier()
-        return f"{key} has no value" if not value else f"this is not a value for {key}{wants}"
-    if said.startswith("Unclosed"):
-        what, end = ("list", "]") if "array" in said else ("table", "}")
-        return f"a {what} is not closed in or before this line: {end} or a comma is missing"
-    if said.startswith("Expected '='"):
-        return f"expected key = value, found {shown(row.strip())}"
+    what, end = ("list", "]") if "array" in said else ("table", "}")
+    for amiss, text in (
+        (re.match("Cannot|Duplicate", said), twice(said, rows[: max(line, 0)])),
+        (value[:1] in ("'", '"') and re.match("Illegal|Unterminated", said),
+         f"the quote of {key} is not closed"),
+        (re.match("Unescaped|Invalid hex", said),
+         rf"\ in double quotes is said \\, or the text stands in single quotes: {key} = '…'"),
+        (NO_VALUE.match(said) and equals, f"{key} has no value" if not value else
+         f"this is not a value for {key}: {shown(value)}{toml_hint(key, value)}"),
+        (said.startswith("Unclosed"),
+         f"a {what} is not closed in or before this line: {end} or a comma is missing"),
+        (said.startswith("Expected ']"), f"{row}: ] is missing"),
+        (said.startswith("Invalid initial") and "{" in row,
+         "a table in { } stands on one line, with no comma before }"),
+        (NO_KEY.match(said), f"expected key = value or a [table], found {shown(row)}"),
+    ):
+        if amiss:
+            return text
     return f"not valid TOML: {said}"
+
+
+def twice(said: str, rows: Sequence[str]) -> str:
+    """What the last of these rows sets for the second time, and where the first was."""
+    names = [row.partition("#")[0].partition("=")[0].strip(" \t[]") for row in rows]
+    name = said.partition("'")[2].rstrip("'") or "".join(names[-1:])
+    before = [n for n, one in enumerate(names[:-1], 1) if one == name]
+    return f"{name} is set twice" + "".join(f", in lines {n} and {len(rows)}" for n in before[-1:])
+
+
+def toml_hint(key: str, value: str) -> str:
+    """What may have been meant by a value that is none."""
+    if value.lower() in ("true", "false"):
+        return f"; true and false are in lower case: {key} = {value.lower()}"
+    if value.lower() in ("null", "none", "nil"):
+        return "; leave the line out for the default"
+    if value[:1] and value[0] in "“”„‘’`":
+        return '; quotes are straight: "'
+    return f'; text needs quotes: {key} = "{value}"' if value.isidentifier() else ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -2542,6 +2560,9 @@ class SettingsReader:
             entries = self.document.get("servers")
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
+            if "url" in entries:
+                self.complain(("servers",), "[servers]", "[[servers]], in two pairs of brackets")
+                return {}
             entries = entries.get("servers")
         if entries is None and not self.sources.isdisjoint(STAND_ALONE):
             entries = []
@@ -2601,6 +2622,7 @@ class SettingsReader:
             kind, fields = kinds[identity]
             for other in kinds.keys() & entry.keys() - {identity}:
                 self.complain((*path, other), entry[other], f"no {other} beside {identity}", origin)
+                entry = {key: value for key, value in entry.items() if key != other}
             values = self.values(entry, fields, path, origin)
             if identity and identity not in entry:
                 self.complain((*path, identity), None, fields[identity].metadata["meaning"], origin)
@@ -2664,7 +2686,7 @@ class SettingsReader:
         if path[-1] in SECRET_FIELDS:
             found = "something else"
         elif isinstance(found, str):
-            found = shown(PASSWORD.sub("//…@", found))
+            found = shown(PASSWORD.sub("//...@", found))
         elif path[-1] not in CONFIG_FIELDS and isinstance(found, (list, dict)):
             found = "a table" if isinstance(found, dict) else "another list"  # with keys in it
         what = "nothing" if found is None else str(found)[:80]
@@ -9291,7 +9313,7 @@ def error_text(error: OSError) -> str:
         return "TLS: " + (said or re.sub(r"^\[.*?\] | \(_ssl.*$", "", str(error.strerror)))
     unsaid = 0 if str(error) else errno.ECONNRESET  # a handshake that nobody finished, in asyncio
     number = error.errno or unsaid
-    return (os.strerror(number) if number > 0 else str(error)).lower()
+    return (os.strerror(number) if number > 0 else error.strerror or str(error)).lower()
 
 
 def address_of(name: Any) -> Address:
@@ -20882,10 +20904,26 @@ ENDPOINTS |= {
            for method, operate in rows.items()} for path, rows in WORKER_PATHS.items()}
 
 
+def manager_client(args: argparse.Namespace, key: str) -> HttpClient:
+    """Raises SettingsError."""
+    entry = {"url": args.manager, "ca_file": args.ca_file} | ({"api_key": key} if key else {})
+    settings, _ = parse_settings("", "worker", {"servers": ([entry], "--manager")})
+    return HttpClient(settings.servers[0], Secrets(settings))
+
+
+async def manager_state(args: argparse.Namespace) -> str:
+    """Whether it answers, in words."""
+    with contextlib.closing(manager_client(args, "")) as client:
+        try:
+            status, found = await client.fetch("/liveness", 5.0)
+        except (PeerGone, BadMessage, TimeoutError) as error:
+            return str(error) or "no answer"
+    return "answers" if found == b"OK" else f"is no balancer: /liveness answered {status}"
+
+
 async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
     """Say at the manager that we are here, again and again."""
-    manager = ServerSettings(base_url(args.manager), api_key=key)
-    client, said = HttpClient(manager, Secrets(Settings((manager,)))), ""
+    client, said = manager_client(args, key), ""
     while True:
         agent = pool_of(balancer.core).agent
         document = {
@@ -20911,6 +20949,8 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="a settings file, for [[profiles]] and [devices]")
     parser.add_argument("--manager", default=given("MANAGER_URL", ""), metavar="URL",
                         help="the balancer to register at")
+    parser.add_argument("--ca-file", default="", metavar="FILE",
+                        help="https: certificates to trust in place of the system's")
     parser.add_argument("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
     parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"))
     parser.add_argument("--port", default=given("WORKER_PORT", "7000"))
@@ -20937,6 +20977,8 @@ def run_worker(args: argparse.Namespace) -> int:
         status_access="key" if key else "loopback",  # they show command lines
         profiles=settings.profiles or (DEFAULT_PROFILE,), log_dir="",
         state_file=settings.state_file or f"worker-{args.id.replace('/', '-')}.state")
+    if args.manager:
+        manager_client(args, key).close()  # it can be used
     if args.check:
         return check_worker(args, settings)
     with logging_to_stdout(settings):
@@ -20981,9 +21023,9 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
         wrong += found is None
         print(f"profile {profile.name}: {found or program + ' is not found: set its command'}")
     if args.manager:
-        pid = asyncio.run(process_at(base_url(args.manager)))
-        wrong += not pid
-        print(f"manager {args.manager}: {'answers' if pid else 'does not answer as a balancer'}")
+        state = asyncio.run(manager_state(args))
+        wrong += state != "answers"
+        print(printable(f"manager {args.manager}: {state}"))
     return 2 if wrong else 0
 
 
@@ -24978,7 +25020,7 @@ def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
         draw = random.Random(json.dumps([asked, prompt]))
     limit = next((wanted[name] for name in LIMIT_WORDS if isinstance(wanted.get(name), int)), 0)
     count = wanted.get("n") if isinstance(wanted.get("n"), int) else 1
-    if isinstance(prompts := wanted.get("prompt"), list) and isinstance(prompts[:1], list):
+    if isinstance(prompts := wanted.get("prompt"), list):
         count *= len(prompts) if prompts and not isinstance(prompts[0], int) else 1
     tool, schema = wanted_tool(wanted), wanted_schema(wanted)
     if tool is not None or schema is not None:
@@ -26187,6 +26229,7 @@ TLS_ADVICE = {
     "certificate": "name the authority that signed it in ca_file",
     "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
     "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+    "closed without an answer": "see whether it speaks https: then its URL begins with https://",
 }
 
 
