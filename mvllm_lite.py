@@ -2118,6 +2118,10 @@ class Settings:
     request_id_headers: tuple[str, ...] = setting(
         ("x-request-id", "x-correlation-id", "x-trace-id", "request-id"), list_of(field_name),
         "fields that carry a request's id; the first that a request has counts")
+    slo_token: float = setting(
+        0.05, real(0),
+        "policy unified: time per token over which an answer is late; where the servers cannot keep"
+        " all answers within it, those of as few servers as possible are late; 0: no such aim")
     cache_threshold: float = setting(
         0.3, real(0, 1), "policy cache_aware: share of the prompt that a server must have cached")
     balance_abs_threshold: int = setting(
@@ -6506,29 +6510,36 @@ class Roster:
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
 #     first    = (prompts ahead + what is not cached) × r + 1.5 × s × slowdown + waits
 #     answer   = tokens × s × slowdown × √slowdown
-#     others   = what is not cached × r × (0.3 × m + n × 25 / tokens)
-#     cost     = 4 × first + answer + others
+#     others   = what is not cached × r × (0.5 × m + n × 25 / tokens)
+#     late     = 15 × answers that are late with it, less those that are without it
+#     cost     = 4 × first + answer + others + late
 #
 # where m, the requests that will be there, is the fleet's mean n, but at most 2n + 10.
-# √slowdown is what a request more does to the answers beside it, a half of it.  All of these
-# numbers have been varied on a simulated fleet, on workloads of all kinds: half and twice change
-# little.
+# √slowdown is what a request more does to the answers beside it, a half of it.  Answers are late
+# that take more than `slo_token` seconds a token, s × slowdown: where a fleet has more work than it
+# can do in time, all of its servers would be a little too slow if there were no such term, and with
+# it only as many as have to be.  All of these numbers have been varied on a simulated fleet, on
+# workloads of all kinds: half and twice change little.
 
 FIRST_WEIGHT = 4.0  # people wait for a first token more than for others
 READING_SHARE = 0.8  # of its time, at most
 LEAST_NEW_TOKENS = 16  # the last ones are always read
-OTHERS_MEAN = 0.3  # of the fleet's mean: requests that are there by the time it is read,
+OTHERS_MEAN = 0.5  # of the fleet's mean: requests that are there by the time it is read,
 OTHERS_SOON = 10  # and at most so many, and twice as many as are there now
 OTHERS_TOKENS = 25.0  # of their answers that are late by it
+LATE_S = 15.0  # what an answer that is late is worth, and that is
+LATE_FROM, LATE_TO = 0.95, 1.05  # of slo_token as predicted: none of them until here, all from here
 KV_GROWTH = 128  # tokens of KV cache that each request will still want, about
 
 
 class Estimate(NamedTuple):
     """What a call would cost at one server, in seconds, and behind that: tokens, factors."""
 
+    cost_s: float
     first_s: float  # with the waits
     answer_s: float
     others_s: float
+    late_s: float
     wait_s: float  # for room in the KV cache, or for a seat
     step_s: float  # of a token with no other work,
     slowdown: float  # and how many times as long one of this answer counts
@@ -6539,11 +6550,13 @@ class Estimate(NamedTuple):
     def words(self, pending: int, length: float) -> str:
         """The cost as a sum, of an answer of that length behind so many pending tokens."""
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
+        late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
         return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
-                f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f}) + others {self.others_s:.2g}")
+                f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f})"
+                f" + others {self.others_s:.2g}{late}")
 
 
 def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
@@ -6566,17 +6579,29 @@ def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, olde
     return seconds
 
 
-def estimates(eligible: Eligible) -> list[tuple[float, ...]]:
+def lateness_s(token_s: float, slo_s: float, running: float, crowd: float) -> float:
+    """What it is worth that answers get late by a request more, with which a token of each takes
+    `token_s`; it would take none longer with `crowd` requests less than none."""
+
+    def late(seconds: float) -> float:
+        share = (seconds / slo_s - LATE_FROM) / (LATE_TO - LATE_FROM)
+        return min(1.0, max(0.0, share))
+
+    before_s = token_s * (1 - 1 / (crowd + running + 1))
+    return LATE_S * ((running + 1) * late(token_s) - running * late(before_s))
+
+
+def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
     """What an Estimate has, for each server; once for each attempt, and therefore quick."""
     (now, interval_s, *_), length = eligible.moment, eligible.answer_tokens
     tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
-    fresh = now - interval_s
+    fresh, retests = now - interval_s, tokens <= RETEST_TOKENS
     mean = sum(eligible.in_flight) / max(1, len(eligible.views))
-    late = min(1.0, OTHERS_TOKENS / max(1.0, length))
+    late, in_time_s = min(1.0, OTHERS_TOKENS / max(1.0, length)), LATE_FROM * slo_s or INFINITY
     if length <= 1:  # those who are there are before it, and have no answers running
-        mean = late = 0.0
+        mean, late, in_time_s = 0.0, 0.0, INFINITY
     sqrt, doubled_by, memory_s = math.sqrt, DOUBLED_BY, READ_MEMORY_S
-    out = list[tuple[float, ...]]()
+    out = list[tuple[Any, ...]]()
     for view, ours, pending, cached, share in zip(
             eligible.views, eligible.in_flight, eligible.pending, eligible.cached,
             eligible.slow_start or itertools.repeat(1.0)):
@@ -6586,24 +6611,32 @@ def estimates(eligible: Eligible) -> list[tuple[float, ...]]:
         if foreign := report.foreign:
             running += (foreign if report.at >= fresh  # type: ignore[assignment]
                         else view.foreign(now, interval_s))
-        slowdown = 1 + (running + 1) / (doubled_by * view.settings.weight * share)
+        crowd = doubled_by * view.settings.weight * share
+        slowdown = 1 + (running + 1) / crowd
         if counts.rate and (fades := 1 - (now - counts.at) / memory_s) > 0:
             reading = token_s * counts.rate * fades
             slowdown /= 1 - (reading if reading < READING_SHARE else READING_SHARE)
-        new, wait_s = tokens - cached, 0.0
+        new, wait_s, late_s = tokens - cached, 0.0, 0.0
         if new < LEAST_NEW_TOKENS:
             new = LEAST_NEW_TOKENS
+        paced_s = step_s * slowdown
         if (running >= report.most_running
                 or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
-            wait_s = waits_s(view, running, tokens, length * step_s * slowdown, oldest)
+            wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
+        if paced_s > in_time_s:
+            late_s = lateness_s(paced_s, slo_s, running, crowd)
         soon = OTHERS_SOON + 2 * running  # are there when it is read; at an idle server few
         if soon > mean:
             soon = mean
-        first_s = (pending + new) * token_s + FIRST_STEPS * step_s * slowdown + wait_s
+        first_s = (pending + new) * token_s + FIRST_STEPS * paced_s + wait_s
         slowdown *= sqrt(slowdown)
-        delayed = OTHERS_MEAN * soon + late * running
-        out.append((first_s, length * step_s * slowdown, delayed * new * token_s, wait_s,
-                    step_s, slowdown, new, token_s))
+        answer_s = length * step_s * slowdown
+        others_s = (OTHERS_MEAN * soon + late * running) * new * token_s
+        cost_s, tried = FIRST_WEIGHT * first_s + answer_s + others_s + late_s, False
+        if not ours and retests and now > pace.retest_at:
+            cost_s, tried = 0.0, True
+        out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, step_s, slowdown, new,
+                    token_s, tried))
     return out
 
 
@@ -6698,17 +6731,11 @@ class Unified(Policy):
     """The default: where it costs the fewest seconds, its own and others'.  An idle server of which
     nothing was seen for long is tried with a short prompt: it may be faster by now."""
 
-    tie, in_seconds = 1.005, True
+    tie, in_seconds, uses = 1.005, True, ("slo_token",)
 
     def costs(self, eligible: Eligible) -> list[float]:
-        eligible.estimates.extend(rows := estimates(eligible))
-        costs = [FIRST_WEIGHT * row[0] + row[1] + row[2] for row in rows]
-        if eligible.call.prompt.tokens <= RETEST_TOKENS and not all(eligible.in_flight):
-            now = eligible.moment.now
-            for n, (view, ours) in enumerate(zip(eligible.views, eligible.in_flight)):
-                if not ours and now > view.pace.retest_at:
-                    costs[n], eligible.estimates[n] = 0.0, (*rows[n], True)
-        return costs
+        eligible.estimates.extend(rows := estimates(eligible, self.settings.slo_token))
+        return [row[0] for row in rows]
 
     def terms(self, eligible: Eligible) -> list[str]:
         """The same in words."""
