@@ -7338,7 +7338,8 @@ DRAIN_MEMORY_S = 20.0  # over which the rate of free places is measured
 
 
 class RetryBudget:
-    """Retries that are not free may add only a share to requests: no failing fleet is hammered."""
+    """Limits retries that are not free to a share of the requests, so as not to hammer a failing
+    fleet."""
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()  # [second, requests, retries] of each
@@ -7355,7 +7356,7 @@ class RetryBudget:
         self._second(now)[1] += 1
 
     def spend(self, now: float, share: float) -> bool:
-        """Count one more retry, if it may be made.  Returns whether it may."""
+        """Count one more retry if the budget allows it.  Returns whether it does."""
         second = self._second(now)
         _, requests, retries = map(sum, zip(*self._seconds))
         if retries >= max(BUDGET_FLOOR, share * requests):
@@ -7364,13 +7365,13 @@ class RetryBudget:
         return True
 
 
-# A model, maybe of one server, not of those tried, maybe of a role.
+# What a request waits for: a model, perhaps at one server, at none of those tried, in a role.
 Wants = tuple[str | None, str, frozenset[str], str]
 
 
 class Waiter(NamedTuple):
-    """A request in the queue.  `choose` says which server has a place for it now, if one has;
-    `take` is told the ranking by which it has it, or that there is nothing left to wait for."""
+    """A request in the queue.  `choose` ranks the servers that may have a place for it now; `take`
+    gets the ranking that gives it one, or None if there is nothing left to wait for."""
 
     since: float
     wants: Wants
@@ -7380,8 +7381,8 @@ class Waiter(NamedTuple):
 
 
 class WaitQueue:
-    """Requests that wait for a place, in a line for each thing wanted.  A place that becomes free
-    is taken at once, by the one that waits longest of all who can use it."""
+    """Requests that wait for a place, in one line for each thing wanted.  A place that becomes free
+    goes at once to the request that has waited longest of those that can use it."""
 
     def __init__(self) -> None:
         self._lines: dict[Wants, deque[Waiter]] = {}
@@ -7402,7 +7403,7 @@ class WaitQueue:
         self._lines.setdefault(waiter.wants, deque()).append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
-        """It has its place, or no need of one any more."""
+        """Take a request out of the queue: it has its place, or no longer needs one."""
         if line := self._lines.get(waiter.wants):
             with contextlib.suppress(ValueError):
                 line.remove(waiter)
@@ -7410,7 +7411,7 @@ class WaitQueue:
                 del self._lines[waiter.wants]
 
     def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
-        """Give free places to those who wait, as long as there may be `more`."""
+        """Give free places to waiting requests, for as long as there may be `more`."""
         heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
         heapq.heapify(heads)
         while heads and more():
@@ -7419,24 +7420,24 @@ class WaitQueue:
             try:
                 ranking = waiter.choose()
                 if ranking.best is None and ranking.waits:
-                    continue  # nor has anybody else of that line a place
+                    continue  # then nobody in that line has a place
                 self.leave(waiter)
                 waiter.take(ranking)
-            except Exception as error:  # its own request's mistake, and nobody else's
+            except Exception as error:  # a bug met by one request must not stop the others
                 self.leave(waiter)
                 waiter.fail(error)
             if line := self._lines.get(wants):
                 heapq.heappush(heads, (line[0].since, n, wants))
 
     def served(self, now: float) -> None:
-        """A place has become free."""
+        """Note that a place has become free."""
         self._since = min(self._since, now)
         self._served = 1 + self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
         self._served_at = now
 
     def clears_in_s(self, now: float) -> int:
-        """How soon a request that came now might have its turn, by the rate of late: 1 to 60 s.
-        Without a rate, about as long again as the first has waited so far."""
+        """How long a request that came now might wait, by the recent rate: 1 to 60 s.  Without a
+        rate, about as long again as the first one has waited so far."""
         served = self._served * math.exp((self._served_at - now) / DRAIN_MEMORY_S)
         counted_s = DRAIN_MEMORY_S * -math.expm1((self._since - now) / DRAIN_MEMORY_S)
         known = served >= 1 and counted_s > 0
@@ -7448,22 +7449,22 @@ class WaitQueue:
 #  33  poison
 # ══════════
 #
-# Content with which servers have died, and servers that failed with a request which may be to
-# blame itself.
+# Content that servers died with, and whose failure it was when a request failed at several servers.
 
 DEADLY = 2  # deaths of servers, after which content is not sent to another
 DIED_TWICE = ("Two servers have died with this request or one of the same content; it is not sent"
               " to another for now.")
-POISON_LIMIT = 1000  # contents with which servers have died that are remembered,
-POISON_MEMORY_S = 600.0  # and how long: after a hold, one more death is enough for the next
-TEST_LIMIT_S = 10.0  # for which content with one death waits for another of the same
+POISON_LIMIT = 1000  # contents that are remembered because servers died with them
+POISON_MEMORY_S = 600.0  # for how long: after one hold, a single death is enough for the next
+TEST_LIMIT_S = 10.0  # that content with one death waits while the same content is being tried
 KEPT_CONTENT_BYTES = 2048  # of content kept while its answer streams, in case it needs a digest
-WHOLE_DIGEST_BYTES = 64 * 1024  # longer content is known by its ends and its length
+WHOLE_DIGEST_BYTES = 64 * 1024  # of longer content the two ends and the length are digested
 BOUNDARY_LIMIT = 74  # with the dashes before it and the line's end, RFC 2046 §5.1.1
 
 
 def digest_of(path: str, content: Content) -> bytes:
-    """What content for a path is known by; made once a request has failed, in 0.1 ms at most."""
+    """The digest by which content for a path is remembered; made only once a request has failed, in
+    at most 0.1 ms."""
     half = WHOLE_DIGEST_BYTES // 2 if len(content) > WHOLE_DIGEST_BYTES else 0
     ends = [content[:half], content[-half:]]
     if content[:2] == b"--":  # a form, whose boundary is drawn anew for each retry
@@ -7474,14 +7475,14 @@ def digest_of(path: str, content: Content) -> bytes:
 
 
 class Poison:
-    """Contents with which servers have died one after another, by their digests.  A death counts
-    where the content was sent after the last one.  A first success ends what is said of it."""
+    """Contents that servers died with one after another, by digest.  A death counts if the content
+    was sent after the last one; the first success clears it."""
 
     def __init__(self) -> None:
         self.deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # how many, the last
 
     def died(self, content: bytes, sent_at: float, now: float) -> int:
-        """A server has died with that content.  Returns how many have."""
+        """Note that a server died with that content.  Returns how many have."""
         count, last_at = self.deaths.get(content, (0, -INFINITY))
         if sent_at >= last_at:
             self.deaths[content] = count, last_at = count + 1, now
@@ -7491,7 +7492,7 @@ class Poison:
         return count
 
     def holds(self, content: bytes, now: float, hold_s: float) -> bool:
-        """Whether that content is held off; forgets those of long ago."""
+        """Whether that content is to be refused now; old contents are forgotten."""
         oldest = now - max(POISON_MEMORY_S, hold_s)
         while self.deaths and next(iter(self.deaths.values()))[1] < oldest:
             self.deaths.popitem(last=False)
@@ -7499,7 +7500,7 @@ class Poison:
         return count >= DEADLY and now - last_at < hold_s
 
     def knows(self, content: bytes) -> bool:
-        """Whether a server has died with that content, which is sent to one at a time then."""
+        """Whether a server has died with that content: then only one server at a time gets it."""
         return content in self.deaths
 
     def succeeded(self, content: bytes) -> None:
@@ -7507,16 +7508,16 @@ class Poison:
 
 
 class Suspect(NamedTuple):
-    """A server that failed with a request, which may be the request's failure."""
+    """A server that failed with a request, perhaps because of the request."""
 
     server: str  # its id, or its engine's
     text: str
-    told: bool  # its health knows, and takes it for one of that content
+    told: bool  # its health has counted the failure, as one of that content
 
 
 def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
-    """Of the servers that failed with a request those whose failure it was: all, when another did
-    well with it; else one that stands alone, unless its health knows already."""
+    """The servers to blame for failures with one request: all of them if another server did well
+    with it; else the only one that failed, unless its health has counted that already."""
     if went_well:
         return list(suspects)
     return [one for one in suspects if not one.told and len(suspects) == 1]
@@ -7530,11 +7531,11 @@ def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
 # yields the next.  It holds no socket, so retry and failover are tested as tables of outcomes and
 # steps.  The exchange is the only driver.
 
-SEARCH_LIMIT = 8  # servers that are asked for a response when nobody remembers who made it
+SEARCH_LIMIT = 8  # servers that are asked for a stored response whose maker nobody remembers
 
 
 class Held(NamedTuple):
-    """A server's answer that was not shown yet, because another server may do better."""
+    """A server's failure that was not shown yet, because another server may do better."""
 
     server: str  # its id, or its engine's
     head: ResponseHead
@@ -7543,23 +7544,23 @@ class Held(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a step; without a fault it went well."""
+    """What became of a step; without a fault, it went well."""
 
     fault: Fault | None = None
     text: str = ""
     committed: bool = False  # the client has seen a part of the answer
     held: Held | None = None
-    lease: Lease | None = None  # of Queue: with the server that has room now,
-    ranking: Ranking | None = None  # and why it is that one
-    deaths: int = 0  # of Relay: how many servers have died with that content, this one, too
+    lease: Lease | None = None  # of Queue: with the server that has room now
+    ranking: Ranking | None = None  # of Queue: why it is that one
+    deaths: int = 0  # of Relay: how many servers have died with that content, including this one
     went_on: bool = False  # of Resume: something new was shown
     prospect: Prospect | None = None  # of Recall: whether the answer can go on, and how
-    more: Any = None  # of a step of another room: what that room says
-    after_s: int = 0  # when it may be tried again
+    more: Any = None  # of a step that another room added: its own outcome
+    after_s: int = 0  # in how many seconds the client may try again
 
 
 class Relay(NamedTuple):
-    """Ask the server that the ranking names best and, if its answer is one, pass it on."""
+    """Ask the server that the ranking names best and, if it gives an answer, pass it on."""
 
     server: str  # its id, or its engine's
     request: OutboundRequest
@@ -7578,13 +7579,13 @@ class Relay(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Look how an answer that was begun, and broke like this, could go on at another server."""
+    """Find out how an answer that broke after its beginning could go on at another server."""
 
     outcome: Outcome
 
 
 class Resume(NamedTuple):
-    """Have another server go on with an answer that broke."""
+    """Have another server go on with a broken answer."""
 
     relay: Relay
     way: Way
@@ -7597,76 +7598,77 @@ class Pause(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """Wait in the queue until a server, of that role, has room."""
+    """Wait in the queue until a server of that role has room."""
 
     tried: frozenset[str]
     role: str = ""
 
 
 class AwaitHealth(NamedTuple):
-    """Wait until more is known about the fleet; a fault once the request is this old."""
+    """Wait until more is known about the fleet; the outcome has a fault once the request is that
+    old."""
 
     seconds: float
 
 
 class Refresh(NamedTuple):
-    """Have the servers asked for their models once more, since nobody has told of this one."""
+    """Ask the servers for their models once more, since none has listed this one."""
 
     model: str
 
 
 class GiveUp(NamedTuple):
-    """End with this failure: the server's own words if they were held, else ours."""
+    """End with this failure: in the server's own words if they were held, else in ours."""
 
     outcome: Outcome
 
 
 class BreakOff(NamedTuple):
-    """End an answer that was begun and cannot be finished so that nobody takes it for whole; `why`
-    says in a word why no other server goes on."""
+    """End an answer that cannot be finished so that nobody takes it for whole; `why` says in a word
+    why no other server goes on."""
 
     outcome: Outcome
     why: str = ""
 
 
 Step = Relay | Recall | Resume | Pause | Queue | AwaitHealth | Refresh | GiveUp | BreakOff
-Plan = Generator[Any, Outcome, None]  # of Steps, and those that other rooms add
-Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet, passing over those tried
+Plan = Generator[Any, Outcome, None]  # yields Steps, and those that other rooms add
+Choose = Callable[[frozenset[str]], Ranking]  # ranks the fleet without the servers tried
 WELL = Outcome()
-# The server cannot do what is asked for, though others may; it is not asked again.
+# This server cannot do what is asked, but others may; it is not asked again.
 LACKING = (Fault.NOT_THERE, Fault.KEY_REJECTED)
-# The request was no work for the server.
+# The request caused the server no work.
 UNHEARD = (Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.CONTEXT_LENGTH_EXCEEDED, *LACKING)
-# The client was shown the server's own words for what went wrong.
+# The client was shown the server's own error.
 SAID_BY_SERVER = (Fault.SERVER_ERROR, Fault.STREAM_FAILED)
 
 
 class Planner(Protocol):
-    """Makes plans for a running balancer; what it remembers lasts as long as settings want it."""
+    """Makes plans for a running balancer, and lives for as long as the settings want it."""
 
     def plan(self, exchange: Any, request: OutboundRequest, otherwise: Plan) -> Plan:
-        """The plan for a request: one of its own, that may go on as it goes `otherwise`, or that.
-        `exchange` has the request's call, settings and ranking."""
+        """The plan for a request: one of its own, which may delegate to the plan `otherwise`, or
+        just that.  `exchange` has the request's call, settings and ranking."""
 
     def rankings(self, exchange: Any, otherwise: list[Ranking]) -> list[Ranking]:
-        """Whom the first step, or those that belong together, would ask."""
+        """The rankings of the servers that the first step, or a pair of steps, would ask."""
 
     def models(self) -> Iterable[Mapping[str, Any]]:
-        """What /v1/models lists beside the servers' models, each with its "status"."""
+        """The models to list at /v1/models beside the servers', each with its "status"."""
 
     def families(self) -> list[Family]:
-        """What it counts."""
+        """Its metric families."""
 
 
 class Planning(NamedTuple):
-    """Other plans than those of this room."""
+    """How another room makes plans of its own."""
 
-    wanted: Callable[[Settings], object]  # asked when settings come into force; an attrgetter
-    planner: Callable[[Any], Planner]  # of the Core; made when it is wanted first
+    wanted: Callable[[Settings], object]  # called when settings come into force; an attrgetter
+    planner: Callable[[Any], Planner]  # called with the Core once it is wanted
 
 
-# Rooms further on that have plans of their own add a row, by name.  A plan of a later row goes on
-# as one of an earlier row, which goes on as `relay_plan` does.
+# A later room with plans of its own adds a row.  The plan of a later row may delegate to that of an
+# earlier one, and the first to `relay_plan`.
 PLANS: dict[str, Planning] = {}
 
 
@@ -7689,7 +7691,7 @@ class Retries:
         if fault is None:
             return (yield from first_ranking(self.choose, self.settings))
         ranking = self.choose(self.tried)
-        again = ranking.best is None and not ranking.waits  # only those are left that failed
+        again = ranking.best is None and not ranking.waits  # only servers that failed are left
         if again and fault.retry in (Retry.ELSEWHERE, Retry.LARGER):
             return None
         if not is_free(fault, self.attempts - 1, ranking) and not self._afford():
@@ -7700,8 +7702,8 @@ class Retries:
         return ranking
 
     def record_attempt(self, outcome: Outcome, ranking: Ranking) -> bool:
-        """Counts the server ranked best, with all its engines, among those tried.  Returns whether
-        another attempt may follow one of that outcome."""
+        """Count the server ranked best, with all its engines, among those tried.  Returns whether
+        another attempt may follow after that outcome."""
         fault, server = outcome.fault, ranking.server
         self.tried |= {server}
         if fault in LACKING and self.searched < SEARCH_LIMIT:
@@ -7737,7 +7739,7 @@ def relay_plan(request: OutboundRequest, retries: Retries) -> Plan:
         if outcome.fault in LACKING and goes_on:
             failure = outcome if failure.fault in (None, *LACKING) else failure
             continue
-        follows = failure.fault is outcome.fault is Fault.SERVER_FAILED  # the request, anywhere
+        follows = failure.fault is outcome.fault is Fault.SERVER_FAILED  # wherever it goes
         failure = outcome
         if failure.deaths >= DEADLY:
             failure = Outcome(Fault.SERVER_DIED_TWICE, DIED_TWICE)
@@ -7782,8 +7784,8 @@ def resume_plan(
 def resume_ranking(
     retries: Retries, found: Prospect, failure: Outcome, ranking: Ranking
 ) -> Generator[Step, Outcome, tuple[Ranking, Outcome]]:
-    """The ranking whose best server goes on, and the outcome of a wait for it; where there is none
-    a fault, and why in a word."""
+    """The ranking whose best server goes on, and the outcome of a wait for it; if there is none, a
+    fault, and why in a word."""
     if found.way is None or retries.left <= 0:
         return ranking, Outcome(failure.fault, "max_retries" if found.way else found.reason)
     another = yield from retries.ranked(failure)
@@ -7795,7 +7797,7 @@ def resume_ranking(
 
 
 def first_ranking(choose: Choose, s: Settings) -> Generator[Step, Outcome, Ranking]:
-    """A ranking of servers of which enough is known."""
+    """The first ranking, once enough is known of the servers."""
     ranking = choose(frozenset())
     while ranking.best is None and ranking.undecided:
         waited = yield AwaitHealth(s.health_check_timeout)
@@ -7854,8 +7856,8 @@ def search_plan(request: OutboundRequest, retries: Retries) -> Plan:
 
 
 def is_free(fault: Fault, retry: int, ranking: Ranking) -> bool:
-    """Whether the n-th retry, from 1, can be no part of a storm: nobody heard the request, or it
-    goes to a second server that is well and has room, or in place of an answer that was lost."""
+    """Whether the n-th retry, from 1, cannot add to a storm: nobody heard the request, or it goes
+    to a second server that is well and has room, or replaces an answer that was lost."""
     elsewhere = ranking.best is not None or ranking.waits
     lost = fault.retry is Retry.AT_ONCE
     return fault in UNHEARD or (retry == 1 and elsewhere and (lost or ranking.has_room))
@@ -7866,7 +7868,8 @@ def may_retry(fault: Fault, s: Settings) -> bool:
 
 
 def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
-    """The pause before the n-th retry, from 0: doubling, bounded, and drawn from its upper half."""
+    """The pause before the n-th retry, from 0: it doubles, is bounded, and is drawn from its upper
+    half."""
     longest: float = min(s.retry_delay * 2.0 ** min(retry, 60), s.retry_delay_max)
     return longest * draw.uniform(0.5, 1.0)
 
@@ -7875,14 +7878,14 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 #  35  client keys
 # ══════════
 #
-# Clients' keys, what each is using, and whose stored responses are.  Without keys the balancer is
-# open, as mvllm is.  A key is compared by its digest, with all keys, in constant time.
+# Clients' keys, what each is using, and who owns which stored response.  Without keys the balancer
+# is open, as mvllm is.  Keys are compared by digest, with all keys, in constant time.
 
 RESPONSES_LIMIT = 20_000  # stored responses whose servers are remembered: some 8 MB at most
 
 
 class Refusal(NamedTuple):
-    """Why a request is turned away, as its client is told."""
+    """Why a request is refused, as its client is told."""
 
     fault: Fault
     text: str
@@ -7892,17 +7895,17 @@ class Refusal(NamedTuple):
 
 
 class Keys:
-    """The clients' keys, and what each is using: by name, so that it survives a reload."""
+    """The clients' keys, and what each is using: by name, so that the counts survive a reload."""
 
     def __init__(self) -> None:
-        self.required = False  # or everybody may come in
+        self.required = False  # otherwise everybody may come in
         self._registration: bytes | None = None  # the digest of the key that registers servers
         self._keys: list[tuple[bytes, KeySettings]] = []
         self._running: dict[str, int] = {}
         self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when
 
     def adopt(self, keys: Iterable[tuple[KeySettings, str]], registration: str = "") -> None:
-        """Make these the keys, each with its secret; and the one that registers servers."""
+        """Make these the keys, each with its secret, and that the key that registers servers."""
         self._registration = digest(registration) if registration else None
         self._keys = [(digest(secret), key) for key, secret in keys]
         self.required = bool(self._keys)
@@ -7910,19 +7913,19 @@ class Keys:
         self._buckets = {name: left for name, left in self._buckets.items() if name in names}
 
     def authenticate(self, fields: Fields) -> KeySettings | None:
-        """The key that a request shows, or None if it is not one of ours."""
+        """The key in a request; None if it has none, or not one of ours."""
         said = digest(key_in(fields))
         found = [key for known, key in self._keys if hmac.compare_digest(known, said)]
         return found[-1] if found else None
 
     def registers(self, fields: Fields) -> bool | None:
-        """Whether a request shows the key that registers servers; None: there is none."""
+        """Whether a request has the key that registers servers; None if none is set."""
         if (known := self._registration) is None:
             return None
         return hmac.compare_digest(known, digest(key_in(fields)))
 
     def admit(self, key: KeySettings, model: str | None, now: float) -> Refusal | None:
-        """Let a request in, until its `release`, and return None; or return why not."""
+        """Let a request in, until its `release`, and return None; or return why it is refused."""
         if key.models and model not in key.models:
             what = "a request without a model" if model is None else f"the model `{model[:200]}`"
             return Refusal(Fault.FORBIDDEN, f"The key {shown(key.name)} does not allow {what}.")
@@ -7951,12 +7954,12 @@ class Stored(NamedTuple):
     """A response that a server may keep."""
 
     server: str
-    key: str  # the name of the key that had it made; '' where that is not known, or there are none
+    key: str  # the name of the key it was made for; '' if that is not known, or there are no keys
     model: str
 
 
 class StoredResponses:
-    """Which server made which response, and for whom; of those that were used last."""
+    """Which server made which response, and for whom; the latest used are remembered."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, Stored] = OrderedDict()  # by id
@@ -7965,7 +7968,8 @@ class StoredResponses:
         return len(self._known)
 
     def made(self, id: str, stored: Stored) -> None:
-        """A server has made this response, or has it.  Who says another's id gets nothing."""
+        """Note that a server made this response, or has it.  An id that belongs to another key
+        stays that key's."""
         known = self._known.setdefault(id, stored)
         if known.key == stored.key:
             self._known[id] = stored
@@ -7982,8 +7986,8 @@ class StoredResponses:
         self._known.pop(id, None)
 
     def refusal(self, id: str, key: KeySettings | None) -> Refusal | None:
-        """Why a key does not get it, in vLLM's words, or None: it is its maker's alone, and where
-        that is not known, of no key that is for some models only."""
+        """Why a key does not get a response, in vLLM's words, or None: it belongs to the key it was
+        made for or, if that is not known, to no key that is limited to some models."""
         maker = self._known[id].key if id in self._known else ""
         if key is None or maker == key.name or not (maker or key.models):
             return None
@@ -7995,7 +7999,7 @@ def digest(secret: str) -> bytes:
 
 
 def key_in(fields: Fields) -> str:
-    """The key in a request: as OpenAI's clients send it, or as Anthropic's do."""
+    """The key in a request, as OpenAI's or as Anthropic's clients send it."""
     scheme, _, secret = fields.get("authorization").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else fields.get("x-api-key")
 
@@ -8004,21 +8008,21 @@ def key_in(fields: Fields) -> str:
 #  36  access
 # ══════════
 #
-# Who may come in, and to which path.  A browser on a machine that may come in carries the words of
-# any page that is open in it, and its `Origin` and `Sec-Fetch-Site` tell whose (Fetch standard).  A
-# page may give a name of its own our address (DNS rebinding), so what is for local people is asked
-# for by a local name.
+# Who may come in, and to which path.  A browser on a machine that may come in also sends requests
+# for any page open in it; `Origin` and `Sec-Fetch-Site` tell which (Fetch standard).  A page may
+# give a name of its own our address (DNS rebinding), so paths for local people answer only to a
+# local name.
 #
 # To add a kind of path: a row of Kind, with the guards that may refuse it.
 
-# Beside the one form whose model is read (multipart/form-data), servers may read these.
+# Forms that servers may read beside multipart/form-data, whose model we read.
 FORM_TYPES = re.compile(r"multipart/|x-www-form-urlencoded")
-# Fields that vLLM's /invocations takes the model from, whatever the content says.
+# Fields from which vLLM's /invocations takes the model, whatever the content says.
 ADAPTER_FIELDS = "x-amzn-sagemaker-adapter-"
 
 
 def is_trusted(host: str, networks: Iterable[str]) -> bool:
-    """Whether an address is that of one of our own proxies."""
+    """Whether an address belongs to one of our own proxies."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -8035,13 +8039,13 @@ def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 class Audience(Enum):
     """Whom a listener serves, and whom a path is for."""
 
-    EVERYBODY = "everybody"  # the only listener; what each has
+    EVERYBODY = "everybody"  # the only listener, or a path that each listener has
     CLIENTS = "clients"
     OPERATORS = "operators"
 
 
 def operator_address(s: Settings) -> tuple[str, int] | None:
-    """Where operators are listened to; None for the same place as everybody else."""
+    """The separate address for operators; None if they come to the same one as everybody."""
     if not (s.operator_host or s.operator_port):
         return None
     return s.operator_host or "127.0.0.1", s.operator_port
@@ -8052,8 +8056,8 @@ WEB_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\[\]/:@?#,\s]+)(?::([0-9
 
 
 def web_origin(text: str) -> Origin | None:
-    """The origin that a text names; None for `null`, pages from files, and whatever else no browser
-    finds us by."""
+    """The origin that a text names; None for `null`, for pages from files, and for anything else
+    that is not a web origin."""
     if (found := WEB_ORIGIN.fullmatch(text.lower())) is None:
         return None
     scheme, host, port = found.groups()
@@ -8061,36 +8065,36 @@ def web_origin(text: str) -> Origin | None:
 
 
 class Visit(NamedTuple):
-    """A request at the door, as far as it decides whether that opens."""
+    """A request at the door: all that decides whether it is let in."""
 
     kind: Kind
     head: RequestHead
     has_content: bool
     peer: str  # its address
     tls: bool
-    key: KeySettings | None  # that it shows, if it is one of ours
+    key: KeySettings | None  # the key it has, if that is one of ours
     keyed: bool  # whether there are [[keys]]
     settings: Settings
     audience: Audience = Audience.EVERYBODY  # of the listener
-    registers: bool | None = None  # whether it shows the registration key; None: there is none
-    hop: str = ""  # the address of a proxy that has said by the PROXY protocol who the peer is
+    registers: bool | None = None  # whether it has the registration key; None: none is set
+    hop: str = ""  # the address of a proxy that told us the peer by the PROXY protocol
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it comes from a proxy of ours."""
+        """Whether it comes from a trusted proxy."""
         return is_trusted(self.peer, self.settings.trusted_proxies)
 
     @property
     def is_preflight(self) -> bool:
-        """Whether a browser asks on behalf of a page, which it does without a key."""
+        """Whether a browser asks on behalf of a page, and so without a key."""
         return self.head.is_preflight and self.kind in FOR_PAGES
 
     def told(self, name: str, own: str) -> list[str]:
-        """What a proxy of ours says in that field, and what the request itself says."""
+        """The value of that field from a trusted proxy, and from the request itself."""
         return [*(self.head.fields.members(name) if self.is_trusted else ()), own]
 
     def names(self) -> list[str]:
-        """All that it calls us: with a page's own fields it might come as if by a proxy."""
+        """All names it calls us by: a page could add the fields of a proxy itself."""
         return self.told("x-forwarded-host", self.head.fields.get("host"))
 
     def origin(self) -> Origin | None:
@@ -8126,7 +8130,7 @@ def unknown_path(v: Visit) -> Refusal | None:
 
 
 def foreign_page(v: Visit) -> Refusal | None:
-    """Why what a browser sends is not from a page of ours, or from a person at it."""
+    """Why a browser's request comes neither from a page of ours nor from a person, or None."""
     fields = v.head.fields.values
     site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
     if site not in ("same-origin", "none"):
@@ -8141,7 +8145,7 @@ def foreign_page(v: Visit) -> Refusal | None:
 
 
 def foreign_websocket(v: Visit) -> Refusal | None:
-    """Why a page may not open a websocket, which browsers let it do and read without asking us."""
+    """Why a page may not open a websocket: browsers let pages do that without asking us."""
     origin, allowed = v.head.fields.values.get("origin"), v.settings.cors_allowed_origins
     if origin is None or not v.head.wants_upgrade or v.is_own(origin):
         return None
@@ -8151,7 +8155,7 @@ def foreign_websocket(v: Visit) -> Refusal | None:
     return Refusal(Fault.FORBIDDEN, text)
 
 
-# Fields by which proxies, tunnels and clouds tell of others.
+# Fields by which proxies, tunnels and clouds say whom they speak for.
 PROXY_SIGN = re.compile(
     r"via|(?:x-)?forwarded(?:-.+)?|x-(?:original|envoy|azure|appengine|arr|cluster|proxy)[a-z]*-.+"
     r"|(?:x-)?(?:real|client|true-client|remote|originating)-(?:ip|addr)|(?:cf|fastly|ngrok)-.+"
@@ -8162,7 +8166,7 @@ STRANGERS = ("a proxy on this machine passes on requests of others (it says %s):
 
 
 def remote_peer(v: Visit) -> Refusal | None:
-    """Why a request may not be one from this machine, by a local name."""
+    """Why a request may not count as one from this machine by a local name, or None."""
     fields, why, warning = v.head.fields, "", ""
     signs = [key for key in fields.values if PROXY_SIGN.fullmatch(key)]
     if not all(is_trusted(host, LOOPBACK) for host in (v.peer, v.hop or v.peer)):
@@ -8186,7 +8190,7 @@ def is_local_name(authority: str) -> bool:
 
 
 def all_local(fields: Fields) -> bool:
-    """Whether a proxy of ours says that it speaks for this machine, and nothing else."""
+    """Whether a trusted proxy says that it speaks for this machine, and for nobody else."""
     hops = fields.members("x-forwarded-for")
     hosts = hops[:HOPS_LIMIT] + fields.members("x-real-ip")
     told = 0 < len(hops) <= HOPS_LIMIT and "forwarded" not in fields.values
@@ -8218,7 +8222,7 @@ def may_not_see(v: Visit) -> Refusal | None:
 
 
 def may_not_open(v: Visit) -> Refusal | None:
-    """Why the page is not shown, for which a browser asks without a key."""
+    """Why the page is not shown, or None; a browser asks for it without a key."""
     return remote_peer(v) if v.settings.status_access == "loopback" else None
 
 
@@ -8227,7 +8231,7 @@ def may_not_change(v: Visit) -> Refusal | None:
 
 
 def registrant_of(v: Visit) -> str:
-    """The address of who registers; '' where it is hidden behind a proxy that is not ours."""
+    """The address of the one who registers; '' if a proxy that is not trusted hides it."""
     hidden = not v.is_trusted and any(map(PROXY_SIGN.fullmatch, v.head.fields.values))
     return "" if hidden else client_address(v.peer, v.head.fields, v.settings.trusted_proxies)
 
@@ -8244,8 +8248,8 @@ def may_not_register(v: Visit) -> Refusal | None:
 
 
 def escapes_key(v: Visit) -> Refusal | None:
-    """Why a request cannot be held to what is its key's, or None: where a server may read another
-    model than we do, or be told another one, or of another key's response, later."""
+    """Why a request cannot be held to its key's models, or None: a server might read another model
+    than we do, or be told later of another model or of another key's response."""
     if v.key is None:
         return None
     fields, upgrades = v.head.fields, v.head.wants_upgrade
@@ -8269,7 +8273,7 @@ def escapes_key(v: Visit) -> Refusal | None:
 
 
 def not_json(v: Visit) -> Refusal | None:
-    """Why content is refused that a browser would send for any page without asking first."""
+    """Why content that a browser sends for any page without a preflight is refused, or None."""
     said = v.head.fields.get("content-type")
     if not v.has_content or said.partition(";")[0].strip(" \t").lower() == "application/json":
         return None
@@ -8280,8 +8284,8 @@ Guard = Callable[[Visit], Refusal | None]
 
 
 class Kind(Enum):
-    """What a path is to those who ask for it: where there are two listeners, on which it is; what
-    may refuse it, in this order; and whether an Exchange answers."""
+    """A kind of path: which of two listeners has it; the guards that may refuse it, in this order;
+    and whether an Exchange answers it."""
 
     INFERENCE = "passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
     MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
@@ -8307,11 +8311,11 @@ class Kind(Enum):
     __hash__ = object.__hash__  # as Fault's
 
 
-FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # of any web origin, as CORS allows
+FOR_PAGES = frozenset((Kind.INFERENCE, Kind.MODELS))  # open to pages of any origin CORS allows
 
 
 def refusal_of(v: Visit) -> Refusal | None:
-    """Why a request does not come in, or None; which model it may use, the Keys say later."""
+    """Why a request does not come in, or None.  Which models it may use is for the Keys to say."""
     audiences = v.audience, v.kind.audience
     if Audience.EVERYBODY not in audiences and v.audience is not v.kind.audience:
         return unknown_path(v)
@@ -8322,14 +8326,14 @@ def refusal_of(v: Visit) -> Refusal | None:
 
 
 def surely_comes_in(kind: Kind, fields: Fields, keyed: bool, audience: Audience) -> bool:
-    """Whether nothing can be said against a request, as with most where there are no keys: it is
-    for an engine, and no browser's.  That saves the look of each guard."""
+    """Whether no guard can refuse a request: it is for an engine and not from a browser, and there
+    are no keys.  That spares most requests the guards."""
     return (kind is Kind.INFERENCE and not keyed and "origin" not in fields.values
             and audience is not Audience.OPERATORS)
 
 
 def open_line(s: Settings) -> str:
-    """What it means that there are no keys."""
+    """The warning that goes with having no keys."""
     pages = "; web pages of other origins may not (cors_allowed_origins)"
     if s.cors_allowed_origins:
         pages = f", and so may web pages of {', '.join(s.cors_allowed_origins)}"
@@ -8337,7 +8341,7 @@ def open_line(s: Settings) -> str:
 
 
 def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
-    """Who asks: the peer or, behind proxies of ours, the last address before them."""
+    """The client's address: the peer's or, behind trusted proxies, the last one before them."""
     if not networks or not is_trusted(peer, networks):
         return peer
     for host in reversed(fields.members("x-forwarded-for")[-HOPS_LIMIT:]):
@@ -8353,18 +8357,18 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 #  37  documents
 # ══════════
 #
-# What programs are shown: views in, JSON documents out.  They are supersets of mvllm's: its names,
-# its types.
+# What programs are shown: views in, JSON documents out.  The documents are supersets of mvllm's,
+# with its names and types.
 
 
 class Clock(NamedTuple):
-    """A moment on both clocks, to show monotonic times as dates."""
+    """One moment on both clocks, to turn monotonic times into dates."""
 
     monotonic: float
     wall: float
 
     def iso(self, then: float | None) -> str | None:
-        """A monotonic time as mvllm writes dates, local and ISO 8601; None for never."""
+        """A monotonic time as mvllm writes dates: local, in ISO 8601.  None for never."""
         if then is None or then == -INFINITY:
             return None
         at = self.wall - self.monotonic + then
@@ -8390,7 +8394,7 @@ def ranking_report(ranking: Ranking) -> dict[str, Any]:
 
 
 def service_report() -> dict[str, Any]:
-    """GET / — as mvllm's, under our name."""
+    """GET /, like mvllm's, with our name."""
     return {"service": "mvllm_lite", "version": __version__, "status": "running"}
 
 
@@ -8433,8 +8437,8 @@ def load_report(
     views: list[ServerView], s: Settings, clock: Clock, roster: Mapping[str, Entry] = {},
     answers: Mapping[str, float] = {},
 ) -> dict[str, Any]:
-    """GET /load-stats.  A server's load is our requests, exactly, and those of others as far as
-    they are known; servers that have left are in no sum."""
+    """GET /load-stats.  A server's load is the exact number of our requests, plus those of others
+    as far as they are known; the sums leave out servers that have left."""
     now, interval_s = clock.monotonic, s.metrics_interval
     loads = [v.counts.in_flight + round(v.foreign(now, interval_s)) for v in views]
     capacity = sum(round(view.capacity) for view in views)
@@ -8467,7 +8471,7 @@ def server_load(view: ServerView, load: int, stale: bool, clock: Clock) -> dict[
         "last_updated": clock.iso(view.report.at), "stale": stale,
         "detailed_metrics": {
             "num_requests_running": said.running or 0, "num_requests_waiting": said.waiting or 0,
-            "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # a share, under mvllm's name
+            "gpu_cache_usage_perc": said.kv_usage_ratio or 0.0,  # mvllm's name; it is a ratio
             "kv_cache_usage_perc": said.kv_usage_ratio, "process_max_fds": said.max_fds or 0,
         },
     }
@@ -8502,8 +8506,8 @@ def model_entries(
 def readiness_report(
     views: list[ServerView], stopping: bool, startable: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """GET /readiness: 503 where there is no server to ask, and none that is `startable`; degraded
-    with only a last resort."""
+    """GET /readiness: 503 if no server can be asked and no model is `startable`; degraded if only
+    servers of last resort can."""
     healthy = sum(view.healthy and view.available for view in views)
     counts = {"healthy_workers": healthy, "total_workers": len(views)}
     if (startable or any(view.available for view in views)) and not stopping:
@@ -8516,10 +8520,10 @@ def readiness_report(
 #  38  metrics
 # ══════════
 #
-# What is counted and measured: the metric families that /metrics shows.
+# The metric families that /metrics shows.
 
-# Bounds of buckets.  To the first byte: from a cached prompt to a person's patience; between
-# pieces: from a burst to a stall; bytes: from a greeting to an image or a batch of embeddings.
+# Bounds of buckets.  Times to the first byte range from a cached prompt to a person's patience;
+# times between pieces, from a burst to a stall; sizes, from a greeting to a batch of embeddings.
 FIRST_BYTE_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 GAP_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1, 2.5, 10, 40)
 DURATION_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
@@ -8541,7 +8545,7 @@ NOT_RESUMED = ("mvllm_resumes_refused_total", "Streams that broke off, by why no
 
 
 class Metrics:
-    """Everything that is counted, bumped where it happens."""
+    """All counters and histograms; whoever sees an event counts it here."""
 
     def __init__(self) -> None:
         self.requests = Counter(
@@ -8602,7 +8606,7 @@ class Metrics:
         self.begin()
 
     def begin_servers(self) -> None:
-        """What is counted of their coming and going."""
+        """Count servers as they come and go."""
         self.servers_added = Counter(
             "mvllm_servers_added_total", "Servers that have come, by who named them.", "source")
         self.servers_removed = Counter(
@@ -8610,7 +8614,8 @@ class Metrics:
         self.lookups = Counter("mvllm_name_lookups_total", "Lookups of servers' names.", "result")
 
     def begin(self) -> None:
-        """Those of streams that broke, and counts of 0, so that a rate exists from the start."""
+        """The counters of broken streams, with every label at 0, so that rates exist from the
+        start."""
         self.resumes, self.not_resumed = Counter(*RESUMES), Counter(*NOT_RESUMED)
         self.errors.add(amount=0)
         self.stalls.add(amount=0)
@@ -8625,13 +8630,13 @@ class Metrics:
         return list(vars(self).values())
 
     def retire(self, server: str) -> None:
-        """Drop the series of a server that has gone; its counts stay in the sums."""
+        """Drop the series of a server that is gone; totals keep its counts."""
         for family in self.families():
             if isinstance(family, Counter) and "server" in family.labels:
                 family.fold("server", server, "gone")
 
 
-# Gauges of each server; None, for what it has not said, leaves a sample out.
+# Gauges of each server.  None, where it has not said, leaves the sample out.
 SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "requests_in_flight": ("Requests now with a server.", lambda v: v.counts.in_flight),
     "server_healthy": ("Whether a server is asked.", lambda v: v.healthy),
@@ -8652,7 +8657,7 @@ SERVER_GAUGES: dict[str, tuple[str, Callable[[ServerView], float | None]]] = {
     "server_num_requests_waiting": ("Waiting requests by its own word.", lambda v: v.load.waiting),
     "server_kv_cache_usage_ratio": ("KV cache in use, 0 to 1.", lambda v: v.load.kv_usage_ratio),
 }
-# Gauges of the process; the values come from where they are known.
+# Gauges of the process; their values are passed in.
 PROCESS_GAUGES = {
     "start_time_seconds": "When the process began, in Unix time.",
     "client_connections": "Open connections from clients.",
@@ -8663,7 +8668,7 @@ PROCESS_GAUGES = {
 }
 
 
-# Families that have another name now.  Until 1.0 they are exposed under both.
+# Renamed families, new name to old.  Until 1.0 they are exposed under both.
 OLD_NAMES = {
     "mvllm_inter_token_latency_seconds": "mvllm_stream_gap_seconds",
     "mvllm_request_queue_time_seconds": "mvllm_queue_wait_seconds",
@@ -8677,7 +8682,7 @@ OLD_NAMES = {
 
 
 def with_old_names(families: Iterable[Family]) -> Iterator[Family]:
-    """These families; each that was renamed is followed by itself under its old name."""
+    """These families, with a copy under the old name after each that was renamed."""
     for family in families:
         yield family
         if old := OLD_NAMES.get(family.name):
@@ -8690,7 +8695,7 @@ def gauges(
     views: list[ServerView], now: float, s: Settings, process: Mapping[str, float],
     answers: Mapping[str, float] = {},
 ) -> list[Family]:
-    """Gauges of this moment; of a load that was said a while ago there are none."""
+    """The gauges at this moment; a load that was reported too long ago is left out."""
     length = Gauge("mvllm_answer_tokens", "Tokens of a streamed answer, as learned.", "model")
     for model, tokens in answers.items():
         length.set(tokens, model)
@@ -8714,12 +8719,12 @@ def gauges(
 #  39  records
 # ══════════
 #
-# What is written of each request, and of each change of a server's state: for people, for programs,
+# What is written about each request, and each change of a server's state: for people, for programs,
 # and for `replay`.
 
 
 class TracedAnswer(NamedTuple):
-    """What is kept of an answer: when it was asked for, in Unix time, and how it went."""
+    """What a trace keeps of an answer: when it was asked for, in Unix time, and how it went."""
 
     at: float
     first_s: float | None
@@ -8731,8 +8736,8 @@ class TracedAnswer(NamedTuple):
 
 
 def trace_line(call: Call, answer: TracedAnswer) -> str:
-    """One request for `replay`: no text of it, and hashes that are seeded in each process
-    (unless PYTHONHASHSEED says otherwise).  Of the prompt's links some are enough."""
+    """One request as a line for `replay`: none of its text, and hashes seeded anew in each process
+    (unless PYTHONHASHSEED is set).  Some of the prompt's links are enough."""
     chain, prompt = call.prompt.prefix_hashes, call.prompt
     kept, covered, leads = list[int](), 0, prompt.leading_tokens > 0
     for n in range(len(chain)):
@@ -8752,16 +8757,16 @@ def trace_line(call: Call, answer: TracedAnswer) -> str:
 
 
 def trace_step(end: int) -> int:
-    """Between two links that are kept, in bytes: an eighth of the way so far, or less."""
+    """The distance in bytes to the next link to keep: at most an eighth of the way so far."""
     return int(max(256, 2 ** (end.bit_length() - 4)))
 
 
 class RequestFacts(NamedTuple):
-    """What is said of a request that has ended.  Never content or keys."""
+    """What is logged of a request that has ended; never content or keys."""
 
     id: str
     client: str
-    key: str | None = None  # its name
+    key: str | None = None  # the key's name
     method: str | None = None
     path: str | None = None
     model: str | None = None
@@ -8780,8 +8785,8 @@ class RequestFacts(NamedTuple):
     end: str = "complete"
 
 
-# By hand, since these lines are written for each request: half the time of what would do it for any
-# facts.
+# Written out by hand: these lines are made for each request, and a loop over the facts would take
+# twice as long.
 def access_line(f: RequestFacts) -> str:
     """A request as key=value pairs; a value with spaces is quoted."""
     failed = ",".join([result for _, _, result in f.attempts if result != "ok"])
@@ -8802,7 +8807,7 @@ def access_line(f: RequestFacts) -> str:
 
 
 def request_record(at: float, f: RequestFacts) -> str:
-    """The same as JSON."""
+    """A request as JSON."""
     attempts = ", ".join([
         f'{{"server": {json_word(server)}, "reason": "{reason}", "result": "{result}"}}'
         for server, reason, result in f.attempts])
@@ -8863,29 +8868,29 @@ def transition_line(change: Transition, models: Models | None) -> str:
 #  40  recent past
 # ══════════
 #
-# What is kept of the recent past, for people: the last minute of each server and model, the last
-# quarter of an hour of the fleet, requests that have ended, and events.
+# What people are shown of the recent past: the last minute of each server and model, the fleet's
+# last quarter of an hour, requests that have ended, and events.
 
 
 MINUTE_S = 60.0
 RATE_S = 10.0  # over which tokens and requests per second are counted
 SAMPLES_KEPT = 61  # one a second
-TTFB_KEPT = 300  # of one server's times to the first byte, of which quantiles are told
-DECISIONS_SHOWN = 3  # of each server, among the last
+TTFB_KEPT = 300  # times to the first byte of one server, for quantiles
+DECISIONS_SHOWN = 3  # latest ones of each server
 RANKINGS_LOOKED_AT = 30
 EVENTS_KEPT = 100
 ENDED_KEPT = 50  # requests
-RUNNING_SHOWN = 100  # requests, the oldest ones
-GRAPH_S = 10.0  # between two points of the fleet's graphs,
-GRAPH_POINTS = 90  # which are a quarter of an hour
+RUNNING_SHOWN = 100  # oldest requests
+GRAPH_S = 10.0  # between two points of the fleet's graphs
+GRAPH_POINTS = 90  # a quarter of an hour
 MODELS_SHOWN = 200
 
 
 class HistorySample(NamedTuple):
-    """One server at one second; counts are since the start."""
+    """One server in one second; counts are since the start."""
 
     at: float
-    tokens: int | None = None  # generated, by its own word
+    tokens: int | None = None  # generated, as it reports
     load_ratio: float = 0.0
     requests: int = 0
     lost: int = 0
@@ -8894,8 +8899,8 @@ class HistorySample(NamedTuple):
 
 
 class History:
-    """The recent past of one server: requests that it was the last to be asked for, those of them
-    whose clients saw a failure, attempts that failed there, and those that another followed."""
+    """The recent past of one server: the requests that it answered last, how many of these failed
+    for their clients, the attempts that failed there, and those followed by another."""
 
     __slots__ = ("ttfb", "samples", "errors", "requests", "lost", "failed", "retries")
 
@@ -8906,7 +8911,7 @@ class History:
         self.requests = self.lost = self.failed = self.retries = 0
 
     def ended(self, now: float, first_s: float | None, well: bool) -> None:
-        """A request has ended; `first_s` is of a stream."""
+        """Note a request that has ended; `first_s` is a stream's time to its first token."""
         self.requests += 1
         self.lost += not well
         if first_s is not None:
@@ -8917,15 +8922,15 @@ class History:
         self.errors.append(what)
 
     def sample(self, view: ServerView, now: float, interval_s: float) -> None:
-        """Once a second."""
+        """Take a sample, once a second."""
         load = (view.counts.in_flight + view.foreign(now, interval_s)) / view.capacity
         self.samples.append(HistorySample(
             now, view.load.generation_tokens, load, self.requests, self.lost, self.failed,
             self.retries))
 
     def since(self, moment: float) -> HistorySample:
-        """The last sample before that moment; where none is so old, the oldest that is kept or,
-        where none was dropped, one of nothing."""
+        """The last sample before that moment.  If none is so old: the oldest one or, if none was
+        dropped yet, an empty one."""
         for sample in reversed(self.samples):
             if sample.at <= moment:
                 return sample
@@ -8943,7 +8948,7 @@ class History:
 
 
 class ModelCounts(NamedTuple):
-    """What was counted of one model since the start."""
+    """The counts of one model since the start."""
 
     requests: float = 0.0
     failed: float = 0.0
@@ -8961,7 +8966,7 @@ def counts_by_model(metrics: Metrics) -> dict[str, ModelCounts]:
 
 
 def bucket_quantile(counts: Sequence[float], bounds: Sequence[float], share: float) -> float | None:
-    """A quantile of what was counted in buckets, by interpolation; None of nothing."""
+    """A quantile of values counted in buckets, interpolated; None without any."""
     wanted, below = share * sum(counts), 0.0
     for n, count in enumerate(counts):
         if count and below + count >= wanted:
@@ -8973,7 +8978,7 @@ def bucket_quantile(counts: Sequence[float], bounds: Sequence[float], share: flo
 
 
 class EndedRequest(NamedTuple):
-    """A request that has ended, for people; times are the loop's."""
+    """A request that has ended, as people are shown it; times are the loop's."""
 
     at: float
     id: str
@@ -8985,12 +8990,12 @@ class EndedRequest(NamedTuple):
     began_at: float
     first_s: float | None
     tokens: int | None
-    prefill: str  # the server that has read its prompt for that one, or ""
+    prefill: str  # the server that read its prompt, or ""
 
 
 class Recent:
-    """The recent past, for people: each server's history, events, requests that have ended,
-    rankings by request, and the fleet's graphs."""
+    """The recent past as people are shown it: each server's history, events, requests that have
+    ended, rankings by request, and the fleet's graphs."""
 
     def __init__(self) -> None:
         self.histories: dict[str, History] = {}
@@ -9007,7 +9012,7 @@ class Recent:
         return history
 
     def decisions(self) -> dict[str, list[str]]:
-        """Why each server was chosen, of late."""
+        """For each server, why it was chosen lately."""
         found = dict[str, list[str]]()
         for rankings in itertools.islice(reversed(self.rankings.values()), RANKINGS_LOOKED_AT):
             for ranking in reversed(rankings):
@@ -9017,7 +9022,7 @@ class Recent:
         return found
 
     def keep(self, ids: Collection[str]) -> None:
-        """Forget the history of all others."""
+        """Forget the history of all other servers."""
         for id in self.histories.keys() - ids:
             del self.histories[id]
 
@@ -9030,7 +9035,7 @@ class Recent:
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """A quantile; None of nothing."""
+    """A quantile of these values; None without any."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
 
@@ -9043,11 +9048,11 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 #  41  status
 # ══════════
 #
-# What people see of the fleet: the document that the screen, the page and /status.json share.
+# The document that people see of the fleet: the screen, the page and /status.json share it.
 
 
 def state_word(view: ServerView, now: float) -> str:
-    """What people are told of a server."""
+    """A server's state in words for people."""
     if view.draining or view.drained:
         return "draining" if view.counts.in_flight else "drained"
     if not view.healthy and view.health.open_until is not None:
@@ -9059,19 +9064,19 @@ class ServerStatus(TypedDict):
     """One server in the status document."""
 
     url: str
-    name: str  # the same for people
+    name: str  # as people are shown it
     role: str  # prefill, decode or both
-    source: str  # of its definition: a Source; "" of one that has left and still answers
+    source: str  # who defines it: a Source; "" once it has left and only finishes its answers
     state: str  # one of a State's words, "circuit open", "asleep", "drained", "draining" …
-    reason: str  # for it
-    since_s: float  # for so long
+    reason: str  # for that state
+    since_s: float  # how long it has been in it
     models: list[str]
-    running: float | None  # requests, by the server's own word,
+    running: float | None  # requests, as the server reports
     waiting: float | None
-    in_flight: int  # and those that it has from us
+    in_flight: int  # requests that it has from us
     capacity: int  # requests that it runs well at once
     capacity_learned: bool
-    capacity_seen: bool  # else a learned one is what was assumed before there was traffic
+    capacity_seen: bool  # false: assumed, until there is traffic
     capacity_note: str
     kv_usage_ratio: float | None
     weight: float
@@ -9080,22 +9085,22 @@ class ServerStatus(TypedDict):
     ttft_p50_s: float | None  # of streams of the last minute
     ttft_p95_s: float | None
     errors: int  # attempts that failed in the last minute
-    retries: int  # and those that another followed
+    retries: int  # of these, those followed by another
     pending_prompt_tokens: int
     prompt_tokens_per_second: int
-    step_ms: float | None  # of a token of an answer, if it had no other work
+    step_ms: float | None  # a token of an answer takes, if it has no other work
     stale: bool  # its metrics are old
-    history: list[float]  # its load's share of the capacity, a second each
+    history: list[float]  # its load as a share of its capacity, one a second
     last_errors: list[str]
-    decisions: list[str]  # why it was chosen of late
+    decisions: list[str]  # why it was chosen lately
 
 
 class Totals(TypedDict):
     """All servers in the status document."""
 
-    healthy: int  # servers that are asked,
-    servers: int  # of so many,
-    drained: int  # of which so many are not to be asked: drained, leaving, or of weight 0
+    healthy: int  # servers that get requests
+    servers: int  # all servers
+    drained: int  # servers that are to get none: drained, leaving, or of weight 0
     queue: int
     in_flight: int
     connections: int  # of clients
@@ -9107,18 +9112,18 @@ class Totals(TypedDict):
 
 
 class ModelStatus(TypedDict):
-    """One model in the status document; rates are of ten seconds, the rest of the last minute."""
+    """One model in the status document; rates are over ten seconds, the rest over a minute."""
 
     model: str
     state: str  # "served" or "no server"
-    servers: int  # that list it,
-    healthy: int  # and of these, those that are asked
+    servers: int  # servers that list it
+    healthy: int  # of these, those that get requests
     in_flight: int
     requests_per_s: float
-    tokens_per_s: float | None  # of servers of which it is the first model
+    tokens_per_s: float | None  # of servers that list it first
     ttft_p50_s: float | None
     ttft_p95_s: float | None
-    errors: int  # requests whose clients saw a 5xx
+    errors: int  # requests that ended with a 5xx for the client
 
 
 class RunningStatus(TypedDict):
@@ -9127,7 +9132,7 @@ class RunningStatus(TypedDict):
     id: str
     age_s: float
     server: str
-    prefill: str  # the server that has read its prompt for that one, or ""
+    prefill: str  # the server that read its prompt, or ""
     model: str
     key: str  # its name
     path: str
@@ -9147,12 +9152,12 @@ class EndedStatus(TypedDict):
     end: str  # "complete", or the label of what ended it
     duration_s: float
     first_s: float | None
-    tokens: int | None  # by the server's word
+    tokens: int | None  # as the server says
 
 
 class RequestsStatus(TypedDict):
-    running: list[RunningStatus]  # the oldest first, RUNNING_SHOWN at most
-    ended: list[EndedStatus]  # the last first
+    running: list[RunningStatus]  # oldest first, at most RUNNING_SHOWN
+    ended: list[EndedStatus]  # latest first
 
 
 class KeyUsage(TypedDict):
@@ -9160,7 +9165,7 @@ class KeyUsage(TypedDict):
 
     name: str
     requests: int
-    prompt: int  # tokens, as far as servers said them
+    prompt: int  # tokens, as far as servers reported them
     cached: int
     completion: int
 
@@ -9173,9 +9178,9 @@ class StatusDocument(TypedDict):
     uptime_s: float
     address: str
     stopping: bool
-    settings: str  # since when they are in force, for people
-    hint: str  # what to try; of a demo
-    may_operate: bool  # whether who asks may drain, probe …
+    settings: str  # since when they have been in force, in words
+    hint: str  # what to try, in a demo
+    may_operate: bool  # whether the one who asks may drain, probe …
     settings_error: str  # why the file could not be used when it was last read
     connections: int  # of clients
     queue: int
@@ -9186,8 +9191,8 @@ class StatusDocument(TypedDict):
     keys: list[KeyUsage]
     fleet: dict[str, Any]  # the last quarter of an hour: step_s, and lists, the newest last
     events: list[dict[str, str]]  # the last lines of the log: time, level, text
-    services: dict[str, Any]  # what runs in the background for the settings, by name
-    live: dict[str, Any]  # what was changed by hand: added, removed, drained, weights
+    services: dict[str, Any]  # by name: what runs in the background
+    live: dict[str, Any]  # changes by hand: added, removed, drained, weights
 
 
 def status_of(
@@ -9242,7 +9247,7 @@ def totals_of(
 def models_of(
     views: Sequence[ServerView], recent: Recent, running: Sequence[RunningStatus], now: float
 ) -> list[ModelStatus]:
-    """Each model that a server lists or that was asked for, in their order."""
+    """Each model that a server lists or a request asked for, in that order."""
 
     def since(moment: float) -> dict[str, ModelCounts]:
         return next((counts for at, counts in reversed(recent.models) if at <= moment), {})
@@ -9304,7 +9309,7 @@ def status_report(
     views: Sequence[ServerView], roster: Roster, recent: Recent, clock: Clock, s: Settings,
     process: Mapping[str, Any],
 ) -> StatusDocument:
-    """`process` has the members that are of the process, and of its requests."""
+    """The whole document; `process` has the members about the process and its requests."""
     entries, decisions = roster.entries, recent.decisions()
     servers = [status_of(view, entries.get(view.server), recent, clock, s,
                          decisions.get(view.id, [])) for view in views]
