@@ -1410,6 +1410,15 @@ class Histogram(Family):
             yield "_count", values, count
 
 
+def count_each(*counted: tuple[Counter, tuple[str, ...], float]) -> None:
+    """Add to each counter's child with these label values; in one call, like `note_each`."""
+    for family, values, amount in counted:
+        if values in family.children:
+            family.children[values] += amount
+        else:
+            family.add(*values, amount=amount)
+
+
 def note_each(values: tuple[str, ...], *noted: tuple[Histogram, float]) -> None:
     """A value of each histogram's child with these label values; in one call, as each request has
     so many of them."""
@@ -3622,10 +3631,10 @@ NESTED_EXTRAS = (("vllm_xargs", ""), ("sampling_params", "extra_args"))
 
 
 def refuse_nested(
-    content: Content, spans: Spans | None, said: Any, outer: str, inner: str
+    content: Content, spans: Spans, said: Any, outer: str, inner: str
 ) -> None:
     """Raises BadMessage for a reserved member in another one."""
-    if said is None and spans is not None:  # it is too long to have been read
+    if said is None and outer in spans:  # it is too long to have been read
         begin, end = spans[outer]
         with contextlib.suppress(ValueError, RecursionError):
             said = json.loads(content[begin:end])
@@ -3635,18 +3644,28 @@ def refuse_nested(
             raise BadMessage(f"{name} is not for clients to say")
 
 
+# In which a client may say what it must not.
+GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_id"))
+
+
+def refuse_guarded(content: Content, spans: Spans, members: Mapping[str, Any]) -> None:
+    """Raises BadMessage for a member that may hold what a client must not say, and does."""
+    for name in RESERVED_MEMBERS:
+        if members.get(name) is not None or name in spans:
+            raise BadMessage(f"{name} is not for clients to say")
+    for outer, inner in NESTED_EXTRAS:
+        if outer in members or outer in spans:
+            refuse_nested(content, spans, members.get(outer), outer, inner)
+    said = members.get("request_id", None if "request_id" in spans else "")
+    if said is None or (isinstance(said, str) and ENGINE_HANDLES.search(said)):
+        raise BadMessage("request_id is too long, or names engines, which is not for clients")
+
+
 def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
     """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
     could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
-    for name in RESERVED_MEMBERS:
-        if members.get(name) is not None or (spans is not None and name in spans):
-            raise BadMessage(f"{name} is not for clients to say")
-    for outer, inner in NESTED_EXTRAS:
-        if outer in members or (spans is not None and outer in spans):
-            refuse_nested(content, spans, members.get(outer), outer, inner)
-    said = members.get("request_id", "" if spans is None or "request_id" not in spans else None)
-    if said is None or (isinstance(said, str) and ENGINE_HANDLES.search(said)):
-        raise BadMessage("request_id is too long, or names engines, which is not for clients")
+    if spans is not None or not GUARDED_MEMBERS.isdisjoint(members):
+        refuse_guarded(content, spans or {}, members)
     if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
             raise BadMessage("the content is JSON in another encoding than UTF-8")
@@ -5991,8 +6010,10 @@ class Lease:
 
     def reading_s(self) -> float:
         """In how many seconds its prompt is probably read."""
-        pace = self._member.view.pace if self._member else None
-        return self.pending * pace.prompt_token_s if pace else 0.0
+        if self._member is None:
+            return 0.0
+        pace = self._member.view.pace
+        return self.pending * pace.step_s * pace.prompt_steps
 
     def answered(self, now: float, learn: bool) -> None:
         """The answer begins.  `learn` from that, if it begins when the prompt is read."""
@@ -6593,8 +6614,8 @@ def lateness_s(token_s: float, slo_s: float, running: float, crowd: float) -> fl
 
 def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
     """What an Estimate has, for each server; once for each attempt, and therefore quick."""
-    (now, interval_s, *_), length = eligible.moment, eligible.answer_tokens
-    tokens, oldest = eligible.call.prompt.tokens, oldest_report(now, interval_s)
+    now, interval_s = eligible.moment.now, eligible.moment.interval_s
+    tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
     fresh, retests = now - interval_s, tokens <= RETEST_TOKENS
     mean = sum(eligible.in_flight) / max(1, len(eligible.views))
     late, in_time_s = min(1.0, OTHERS_TOKENS / max(1.0, length)), LATE_FROM * slo_s or INFINITY
@@ -6622,6 +6643,7 @@ def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
         paced_s = step_s * slowdown
         if (running >= report.most_running
                 or tokens + KV_GROWTH * (running + 1) + counts.held > report.kv_room):
+            oldest = oldest_report(now, interval_s)
             wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
         if paced_s > in_time_s:
             late_s = lateness_s(paced_s, slo_s, running, crowd)
@@ -7353,7 +7375,10 @@ class RetryBudget:
 
     def came(self, now: float) -> None:
         """A request has come."""
-        self._second(now)[1] += 1
+        if self._seconds and self._seconds[-1][0] == int(now):  # the usual, without a call
+            self._seconds[-1][1] += 1
+        else:
+            self._second(now)[1] += 1
 
     def spend(self, now: float, share: float) -> bool:
         """Count one more retry if the budget allows it.  Returns whether it does."""
@@ -7385,38 +7410,38 @@ class WaitQueue:
     goes at once to the request that has waited longest of those that can use it."""
 
     def __init__(self) -> None:
-        self._lines: dict[Wants, deque[Waiter]] = {}
+        self.lines: dict[Wants, deque[Waiter]] = {}  # none of them is empty
         self._served, self._served_at = 0.0, 0.0  # places that became free, fading
         self._since = INFINITY  # when they began to be counted
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self.lines.values()))
 
     def waiting(self, wants: Wants) -> bool:
-        return wants in self._lines
+        return wants in self.lines
 
     def longest_wait_s(self, now: float) -> float:
-        return max((now - line[0].since for line in self._lines.values()), default=0.0)
+        return max((now - line[0].since for line in self.lines.values()), default=0.0)
 
     def join(self, waiter: Waiter) -> None:
         self._since = min(self._since, waiter.since)
-        self._lines.setdefault(waiter.wants, deque()).append(waiter)
+        self.lines.setdefault(waiter.wants, deque()).append(waiter)
 
     def leave(self, waiter: Waiter) -> None:
         """Take a request out of the queue: it has its place, or no longer needs one."""
-        if line := self._lines.get(waiter.wants):
+        if line := self.lines.get(waiter.wants):
             with contextlib.suppress(ValueError):
                 line.remove(waiter)
             if not line:
-                del self._lines[waiter.wants]
+                del self.lines[waiter.wants]
 
     def hand_over(self, more: Callable[[], bool] = lambda: True) -> None:
         """Give free places to waiting requests, for as long as there may be `more`."""
-        heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self._lines.items())]
+        heads = [(line[0].since, n, wants) for n, (wants, line) in enumerate(self.lines.items())]
         heapq.heapify(heads)
         while heads and more():
             _, n, wants = heapq.heappop(heads)
-            waiter = self._lines[wants][0]
+            waiter = self.lines[wants][0]
             try:
                 ranking = waiter.choose()
                 if ranking.best is None and ranking.waits:
@@ -7426,7 +7451,7 @@ class WaitQueue:
             except Exception as error:  # a bug met by one request must not stop the others
                 self.leave(waiter)
                 waiter.fail(error)
-            if line := self._lines.get(wants):
+            if line := self.lines.get(wants):
                 heapq.heappush(heads, (line[0].since, n, wants))
 
     def served(self, now: float) -> None:
@@ -9554,7 +9579,7 @@ class Backlog:
         self._poll, self._stopped = select.poll(), dict[int, Wire]()  # by descriptor
         self._timer: asyncio.TimerHandle | None = None
         # Content kept in case its stream breaks, the oldest first: what gives it up, and its bytes.
-        self._spare: dict[int, tuple[Callable[[], object], int]] = {}
+        self.spared: dict[int, tuple[Callable[[], object], int]] = {}
         self._spare_bytes = 0
 
     @property
@@ -9563,24 +9588,24 @@ class Backlog:
 
     def full(self, own: int) -> bool:
         """Whether too much is held; that of one client alone never is."""
-        while self._spare and self.limit < self.content_bytes + self.unread_bytes:
+        while self.spared and self.limit < self.content_bytes + self.unread_bytes:
             self._give_up_oldest()
         return self.limit < self.content_bytes + self.unread_bytes != own
 
     def spare(self, key: int, size: int, give_up: Callable[[], object]) -> None:
         """This content is no longer needed unless its stream breaks: it is among a quarter of what
         may be held, and `give_up` is called when there is no room for it."""
-        self._spare[key], self._spare_bytes = (give_up, size), self._spare_bytes + size
+        self.spared[key], self._spare_bytes = (give_up, size), self._spare_bytes + size
         while self._spare_bytes > self.limit // SPARE_PART:
             self._give_up_oldest()
 
     def unspare(self, key: int) -> None:
         """It is released."""
-        if key in self._spare:
-            self._spare_bytes -= self._spare.pop(key)[1]
+        if key in self.spared:
+            self._spare_bytes -= self.spared.pop(key)[1]
 
     def _give_up_oldest(self) -> None:
-        give_up, _ = self._spare[next(iter(self._spare))]
+        give_up, _ = self.spared[next(iter(self.spared))]
         give_up()
 
     def watch(self, wire: Wire) -> None:
@@ -9663,13 +9688,14 @@ class Wire(asyncio.BufferedProtocol):
     def buffer_updated(self, size: int) -> None:
         if self.sink is not None:
             self.sink.feed(self, RECEIVED[:size])
-            return
-        self.keep(RECEIVED[:size])
-        self.wake()
+        else:
+            self.keep(RECEIVED[:size])
 
     def keep(self, piece: Piece) -> None:
-        """Hold it for who reads next."""
+        """Hold it for who reads next, and wake who does already."""
         self.buffer += piece
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
         if self.backlog is not None:  # the same
             self.backlog.unread_bytes += len(self.buffer) - self.counted
             self.counted = len(self.buffer)
@@ -10809,7 +10835,7 @@ class Response:
         self.persists = self.persists and framing != UNTIL_CLOSE
         fields = [*added, *self.cors]
         if "date" not in head.fields.values:
-            fields.append(date_field())  # RFC 9110 §6.6.1
+            fields.append(date_at(int(time.time())))  # RFC 9110 §6.6.1
         if head.is_event_stream:
             fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
         out = return_response(head, self.request, framing, self.persists, fields, self.id)
@@ -11698,7 +11724,8 @@ class RequestContent(HeldContent):
         too little to be counted."""
         if not keeps:
             self.content = b""
-        self._backlog.unspare(id(self))
+        if self._backlog.spared:
+            self._backlog.unspare(id(self))
         self._backlog.content_bytes -= self._held_bytes
         self._held_bytes = 0
 
@@ -12184,7 +12211,7 @@ def account(x: Exchange) -> None:
     core, trail, response, first_s = x.core, x.trail, x.response, None
     now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
     model, server = trail.model, trail.server
-    metrics.requests.add(trail.name, model, str(response.status))
+    counted = [(metrics.requests, (trail.name, model, str(response.status)), 1.0)]
     noted = [(metrics.durations, now - trail.began_at), (metrics.request_sizes, x.body.size),
              (metrics.response_sizes, response.sent_bytes)]
     if response.first_byte_at is not None:
@@ -12196,11 +12223,11 @@ def account(x: Exchange) -> None:
     if server:
         well = response.status < 500 and response.end in ("complete", "client_gone")
         core.recent.history(server).ended(now, first_s if response.streams else None, well)
-        key = x.key.name if x.key else ""
-        metrics.key_requests.add(key, model)
-        usage = response.usage
+        key, usage = x.key.name if x.key else "", response.usage
+        counted.append((metrics.key_requests, (key, model), 1.0))
         for kind, tokens in usage.items():
-            metrics.usage.add(key, model, kind, amount=tokens)
+            counted.append((metrics.usage, (key, model, kind), tokens))
+    count_each(*counted)
     core.recent.ended.append((  # an EndedRequest; this is for each request
         now, response.id, model, server, x.key and x.key.name, response.status, response.end,
         trail.began_at, first_s if response.streams else None, usage.get("completion"),
@@ -12596,10 +12623,9 @@ class Exchange:
         lease.complete(self.loop.time(), tokens, self.call.model, events)
 
     def attempt_at(self, step: Relay, kind: type[Attempt] = Attempt) -> Attempt:
-        server = step.ranking.server
-
         def movable() -> bool:
-            return self.stream is not None and self.choose(frozenset((server,))).best is not None
+            others = self.stream is not None and self.choose(frozenset((step.ranking.server,)))
+            return bool(others and others.best is not None)
 
         return kind(self.core, step, self.response, self.case.wants_second_opinion, movable)
 
@@ -12647,7 +12673,7 @@ class Exchange:
         """A server has room again, for whoever is waiting for it."""
         now, core = self.loop.time(), self.core
         lease.end(now)
-        if core.settings.queue_size or core.requests.queue:
+        if core.settings.queue_size or core.requests.queue.lines:
             core.requests.queue.served(now)
             core.requests.queue.hand_over(core.has_room)
 
@@ -12859,7 +12885,8 @@ class Exchange:
         """The model as a label: only names that servers told us, so that nobody can invent any."""
         if (model := self.call.model) is None:
             return ""
-        return model if self.core.fleet.knows(model) else "unknown"
+        fleet = self.core.fleet
+        return model if model in fleet.derived or fleet.knows(model) else "unknown"
 
 
 # ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
