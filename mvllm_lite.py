@@ -26203,6 +26203,7 @@ class Examined(NamedTuple):
     models: Models | None = None
     version: Any = None
     cache: Mapping[str, str] = {}  # how vLLM's KV cache is configured
+    generates: bool = True  # text, by its first model
 
 
 class Streamed(NamedTuple):
@@ -26244,7 +26245,8 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
     if streamed is not None and streamed.events:
         parts.append(f"first token after {streamed.first_s * 1000:.0f} ms")
     summary = "  ".join([*parts, models])
-    return Examined(True, summary, findings, check.models, check.version, cache)
+    generates = streamed is None or streamed.status not in (400, 404)
+    return Examined(True, summary, findings, check.models, check.version, cache, generates)
 
 
 async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -26511,7 +26513,7 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
             f"servers are for {' and '.join(roled)}, and there is no [[disaggregation]]: those for"
             " prefill get only what no other server can take",
             'set disaggregation = [{ kv_connector = "nixl" }], or another connector'))
-    told = [one for one in sides if one.examined.models]
+    told = [one for one in sides if one.examined.models and one.examined.generates]
     for model in dict.fromkeys(name for one in told for name in one.examined.models or ()):
         if (terms := disaggregation_of(s, model)) is None:
             continue
@@ -26526,7 +26528,8 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
                 f"have {shown(model)} served where another server can"
                 f" {'read' if lacking == 'prefill' else 'answer'} its prompts, or name the models"
                 " that [[disaggregation]] is for"))
-        pairs += [Pair(terms, model, *sides) for sides in found]
+        pairs += [Pair(terms, model, *sides) for sides in found
+                  if not (sides[0].examined.models or {})[model].get("parent")]  # its base is tried
     return pairs, findings
 
 
@@ -26590,7 +26593,8 @@ class Trial:
         with contextlib.closing(HttpClient(view.settings, self.secrets)) as client:
             client.fields = fields
             try:
-                return await client.fetch(path, self.timeout_s, content and bytes(content))
+                return await client.fetch(path, self.timeout_s,
+                                          None if content is None else bytes(content))
             except TimeoutError:
                 return 0, f"no answer within {self.timeout_s:g} s".encode()
             except (PeerGone, BadMessage) as error:
@@ -26680,9 +26684,11 @@ class Trial:
             return self.amiss(f"{writer} did not answer a prompt that {reader} has read:"
                               f" {answer_words(status, said)}")
         cached, after = cached_tokens_of(document_of(said)), await self.received()
-        if not cached and after == before and not cached is after is None:
+        if not cached and after == before and (cached, after) != (None, None):
             return self.amiss(f"{writer} took nothing of what {reader} has read: it read the prompt"
                               " itself")
+        if self.connector.paired_by_id:  # who reads by itself is told so by nothing
+            return None
         plain = await self.ask(self.reader, TRIAL_PATH, content)
         texts = [text_in(one) for one in (plain[1], said)]
         if plain[0] == 200 and texts[0] != texts[1]:

@@ -20967,6 +20967,9 @@ def test_pairs_are_compared_by_what_they_say_and_each_server_is_of_one():
     assert [re.search("the (.*) is", one.text)[1] for one in found] == [
         "model behind 'm'", "max_model_len", "block_size", "cache_dtype"]
     s = Settings(disaggregation=(lite.DisaggregationSettings(),))
+    assert lite.pairs_of(s, [side(n, parent="base") for n in (1, 2)]) == ([], [])  # adapters
+    silent = side(1)._replace(examined=side(1).examined._replace(generates=False))
+    assert lite.pairs_of(s, [silent]) == ([], [])
     sides = [side(1, "prefill"), side(2), side(3, "decode"), side(4, "decode")]
     pairs, amiss = lite.pairs_of(s, sides)
     assert [(a.view.server, b.view.server) for _, _, a, b in pairs] == [
