@@ -20519,9 +20519,8 @@ def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) 
     yield GiveUp(failure)
 
 
-def unwoken_plan(model: ModelSettings) -> Plan:
-    text = f"The model {model.alias} is not running, and only inference wakes it."
-    yield GiveUp(Outcome(Fault.MODEL_NOT_READY, text))
+def refusing_plan(fault: Fault, text: str) -> Plan:
+    yield GiveUp(Outcome(fault, text))
 
 
 def proxied_plan(otherwise: Plan) -> Plan:
@@ -20563,9 +20562,14 @@ class PoolPlanner:
         if exchange.destination.only:
             return proxied_plan(otherwise) if self.pool.leaves_children else otherwise
         if model is None:
-            return otherwise
+            name, models = exchange.call.model, self.pool.models
+            if name is None or not models or exchange.core.fleet.views():
+                return otherwise
+            return refusing_plan(Fault.UNKNOWN_MODEL, unknown_model(name, models))
         if exchange.destination.path.removeprefix("/v1") in SILENT_PATHS:
-            return otherwise if self.pool.is_routable(model) else unwoken_plan(model)
+            text = f"The model {model.alias} is not running, and only inference wakes it."
+            return otherwise if self.pool.is_routable(model) else refusing_plan(
+                Fault.MODEL_NOT_READY, text)
 
         def again() -> Plan:
             return relay_plan(request, Retries(
@@ -25823,7 +25827,8 @@ class SimulatedVllm(SimulatedServer):
 
     def __init__(self, args: argparse.Namespace, dev: bool) -> None:
         super().__init__(
-            SIMULATED_KIND._replace(token_s=args.token_s), (args.served_model_name or args.model,))
+            SIMULATED_KIND._replace(token_s=args.token_s, capacity=args.max_num_seqs),
+            (args.served_model_name or args.model,))
         self.port, self.dev, self.wake_s, self.level = args.port, dev, args.wake_s, 0
         self.asleep, self.engine_died = False, False
         self.awake, self.over = asyncio.Event(), asyncio.Event()
@@ -25838,6 +25843,8 @@ class SimulatedVllm(SimulatedServer):
         if self.dev and head.path in ("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc",
                                       "/reset_prefix_cache"):
             writer.write(simulated_response(head, 200, await self.turn(head)))
+            target = f"{head.path}?{head.query}" if head.query else head.path
+            print(f'(APIServer) "{head.method} {target} HTTP/1.1" 200 OK', flush=True)
             return
         await super()._answer(client, writer, head, content)
 
@@ -25918,6 +25925,8 @@ def add_simulate_vllm(parser: argparse.ArgumentParser) -> None:
     for name in ("--tensor-parallel-size", "--max-model-len", "--gpu-memory-utilization"):
         parser.add_argument(name, help="taken, and means nothing")
     parser.add_argument("--enable-sleep-mode", action="store_true", help="the same")
+    parser.add_argument("--max-num-seqs", type=int, default=SIMULATED_KIND.capacity,
+                        help="requests that it has in its batch at once")
     parser.add_argument("--start-s", type=float, default=0.0, help="seconds until it is ready")
     parser.add_argument("--wake-s", type=float, default=0.0, help="seconds that waking takes")
     parser.add_argument("--token-s", type=float, default=0.01, help="seconds a token")

@@ -18378,6 +18378,245 @@ async def test_models_are_woken_and_rested_by_keys_by_top_and_over_http_by_who_m
 
 
 @asynchronous
+async def test_idle_models_sleep_then_deeply_then_are_unloaded_and_wake_from_each():
+    model = little(sleep_after_s=0.02, deep_sleep_after_s=0.1, warmup=("hi",))
+    async with pooling(model) as running:
+        client = await running.client()
+
+        assert (await ask_model(running)).status == 200
+        pid = (await instance_of(running, status=""))["pid"]
+
+        async def deep():
+            return (await instance_of(running, status="sleeping"))["sleep_level"] == 2
+
+        await eventually(deep, "it sleeps deeply")
+        assert (await ask_model(running)).status == 200
+        said = (await client.get("/logs/a?follow=0")).body.decode()
+        assert re.findall(r'"POST /(\S+)', said)[:7] == [
+            "sleep?level=1&mode=wait", "wake_up", "sleep?level=2&mode=wait", "wake_up?tags=weights",
+            "collective_rpc", "wake_up?tags=kv_cache", "reset_prefix_cache"]
+        running.balancer.adopt(dataclasses.replace(
+            running.core.settings, models=(dataclasses.replace(model, unload_after_s=0.05),)))
+        await eventually(lambda: gone([pid]), "it is unloaded")
+        assert (await ask_model(running)).status == 200
+        assert await running.metric("mvllm_model_starts_total", model="a") == 2
+
+
+@asynchronous
+async def test_under_load_another_replica_comes_and_when_it_is_quiet_one_goes():
+    model = little(
+        "a", "--token-s", "0.01", max_replicas=2, scale_hold_s=0.1, max_concurrent_requests=2,
+        scale_down_at=0.3)
+    async with pooling(model, devices=(16.0, 16.0, 16.0)) as running:
+        asking = [asyncio.ensure_future(ask_model(running, max_tokens=80)) for _ in range(4)]
+        instances = running.core.planners["models"].pool.agent.instances
+        second = await eventually(lambda: instances.get("local-a-r2"), "another one starts")
+        assert second.devices == (1,)  # the memory of the first is promised
+        answers = await asyncio.gather(*asking)
+        assert {one.status for one in answers} == {200}
+
+        async def statuses():
+            listed = (await (await running.client()).get("/admin/models")).json["models"]
+            return [one["status"] for one in listed[0]["instances"]]
+
+        async def one_is_left():
+            return await statuses() == ["running"]
+
+        await eventually(one_is_left, "one has gone")
+        assert (await ask_model(running)).status == 200
+        assert await statuses() == ["running"]
+        assert await running.metric("mvllm_model_starts_total", model="a") == 2
+
+
+@asynchronous
+async def test_a_stop_waits_for_answers_up_to_a_limit_and_leaves_no_process():
+    async with pooling(little("a", "--token-s", "0.02", "--engine"), drain_timeout=1.5) as running:
+        assert (await ask_model(running)).status == 200
+        one = await instance_of(running)
+        short, endless = (asyncio.ensure_future(ask_model(running, max_tokens=n, stream=True))
+                          for n in (5, 9999))
+        await eventually(lambda: running.core.fleet.in_flight("local-a") == 2, "both are asked")
+        assert (await (await running.client()).post("/admin/models/a/stop", b"")).status == 200
+        assert (await short).body.endswith(b"data: [DONE]\n\n")
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in one["group"])  # no zombie either
+        assert b'"error"' in (await endless).body
+        assert (await ask_model(running)).status == 200  # the next one starts it
+
+
+@asynchronous
+async def test_a_port_that_is_taken_meanwhile_is_chosen_anew_and_no_two_are_alike():
+    models = [little(alias, "--start-s", "0.3") for alias in "ab"]
+    async with pooling(*models, devices=(16.0, 16.0)) as running:
+        asking = [asyncio.ensure_future(ask_model(running, alias)) for alias in "ab"]
+        agent = running.core.planners["models"].pool.agent
+        await eventually(lambda: len([one for one in agent.instances.values() if one.child]) == 2,
+                         "both start")
+        first, other = (agent.instances[f"local-{alias}"] for alias in "ab")
+        taken = first.port
+        with socket.socket() as thief:
+            thief.bind(("127.0.0.1", taken))
+            assert [one.status for one in await asyncio.gather(*asking)] == [200, 200]
+        assert len({taken, first.port, other.port}) == 3
+        assert (first.life.starts, first.life.failed) == (1, 0)
+
+
+@asynchronous
+async def test_a_model_that_fails_again_and_again_is_given_up_until_somebody_wakes_it():
+    async with pooling(little("a", "--fail", "no such weights"), little("big")) as running:
+        client, pool = await running.client(), running.core.planners["models"].pool
+        asking = asyncio.ensure_future(ask_model(running))
+        await eventually(lambda: pool.agent.instances, "it starts")
+        pool.agent.instances["local-a"].life.failures = lite.GIVE_UP_AFTER - 1
+        answer = await asking
+        assert (answer.status, answer.get("retry-after")) == (503, "60")
+        assert "cannot be started: exit code 1" in answer.error["message"]
+        (row, _) = (await client.get("/status.json")).json["services"]["models"]
+        assert row["next"] == "given up, until somebody wakes it" and "no such" in row["why"]
+        (gave_up, *_) = (await client.get("/admin/models")).json["models"][0]["instances"]
+        assert (gave_up["gb"], gave_up["failures"], gave_up["status"]) == (0.0, 1, "failed")
+        assert (await ask_model(running, "big")).status == 200  # which has its place
+        waking = asyncio.ensure_future(client.post("/admin/models/a/wake", b""))
+        await running.until(lambda: pool.agent.totals(0.0)["a"]["starts"] > 1)
+        waking.cancel()
+
+
+@asynchronous
+async def test_requests_for_operations_on_models_that_cannot_be_are_answered_with_why(tmp_path):
+    said = {"alias": "p", "backends": {"vllm": {"model_name": "org/p", "gpu_memory_gb": 99}}}
+    profile = lite.ProfileSettings("vllm", ("org/*",), command=SIMULATE)
+    async with pooling(little(), profiles=(profile,)) as running:
+        client = await running.client()
+
+        async def post(path, document=None, method="POST"):
+            body = b"" if document is None else json.dumps(document).encode()
+            await client.ask(method, path, body, AS_JSON)
+            answer = await client.answer()
+            return answer.status, answer.error["message"] if answer.status > 299 else answer.json
+
+        register = "/admin/models/register"
+        for path, document, status, words in (
+            ("/admin/models/none/wake", None, 404, "No model 'none' here, but a."),
+            ("/admin/models/a/burn", None, 404, "No 'burn' here, but wake, sleep, stop."),
+            (register, {"alias": "a", "model": "org/a"}, 400, "a stands in the settings file"),
+            (register, {"alias": "p", "model": "else/p"}, 400, "org/*"),
+            (register, {"alias": "p", "backends": {}}, 400, "backends"),
+            (register, {"alias": "p", "model": "org/p", "command": ["sh"]}, 400, "command"),
+            ("/unload?model=none", None, 404, "No model 'none' here"),
+        ):
+            found, text = await post(path, document)
+            assert (found, words in text) == (status, True), (path, text)
+        assert (await post("/admin/models/a", None, "DELETE"))[0] == 400
+        assert (await post(register, said))[1]["status"] == "success"
+        assert (await post(register, said))[1]["status"] == "exists"
+        answer = await ask_model(running, "p")  # too large: nothing can make room for it
+        assert answer.status == 503 and "device 0 lacks 83.0 of 99.0 GB" in answer.error["message"]
+        said["backends"]["vllm"]["gpu_memory_gb"] = 9
+        assert (await post(register, said))[1]["status"] == "success"
+        assert (await ask_model(running, "p")).status == 200
+        one = await instance_of(running, "p")
+        assert (await post("/admin/models/p", None, "DELETE"))[0] == 200
+        await eventually(lambda: gone(one["group"]), "it has stopped")
+        answer = await ask_model(running, "p")  # no server is there, and yet it is known
+        assert (answer.status, answer.error["code"]) == (404, 404)
+        assert answer.error["message"] == "The model `p` does not exist. Valid names: a."
+
+
+@asynchronous
+async def test_what_a_model_answers_passes_unchanged_with_all_fields_and_real_usage():
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    chat = {"model": "a", "messages": [{"role": "user", "content": "Hello"}], "seed": 7}
+    bodies = {
+        "/v1/completions": {"model": "a", "prompt": "x y", "max_tokens": 5, "stop": "nothing",
+                            "logprobs": 2, "n": 2, "echo": True, "seed": 7},
+        "/v1/chat/completions": {**chat, "tools": tools, "tool_choice": "required"},
+        "/v1/embeddings": {"model": "a", "input": ["x", "y z"]}}
+    streams = [{**chat, "max_tokens": 4, "logprobs": True, "top_logprobs": 2, "stream": True,
+                "stream_options": {"include_usage": True}}]
+
+    def same(body):  # but for what is drawn for each
+        return re.sub(rb'"(id|created)": ?("[^"]*"|[\d.]+)', b"", body)
+
+    async with pooling(little()) as running:
+        assert (await ask_model(running)).status == 200
+        client, one = await running.client(), await instance_of(running)
+        direct = Client(*await asyncio.open_connection("127.0.0.1", one["port"]))
+        for path, said in [*bodies.items(), ("/v1/chat/completions", streams[0])]:
+            body = json.dumps(said).encode()
+            ours, theirs = [await one.post(path, body, AS_JSON) for one in (client, direct)]
+            assert ours.status == 200 and same(ours.body) == same(theirs.body), path
+            assert re.search(rb'"total_tokens": ?[1-9]', ours.body)
+        direct.close()
+
+
+@asynchronous
+async def test_the_understudy_delays_fills_up_streams_fails_and_counts_as_vllm_does():
+    port = lite.free_port(())
+    command = [*SIMULATE, "m", "--port", str(port), "--start-s", "0.2", "--token-s", "0.02",
+               "--max-num-seqs", "2"]
+    began = time.monotonic()
+    child = lite.launch_child(command, {"VLLM_SERVER_DEV_MODE": "1"}, "understudy")
+    try:
+        async def client():
+            with contextlib.suppress(OSError):
+                return Client(*await asyncio.open_connection("127.0.0.1", port))
+
+        first = await eventually(client, "it listens")
+        assert time.monotonic() - began > 0.2
+        body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 20, "stream": True}).encode()
+        others = [await client() for _ in range(3)]
+        asking = [asyncio.ensure_future(one.post("/v1/completions", body, AS_JSON))
+                  for one in others]
+
+        async def counts():
+            page = (await first.get("/metrics")).body.decode()
+            return [sample.value for sample in lite.parse_samples(
+                page, ["vllm:num_requests_running", "vllm:num_requests_waiting"])] == [2, 1]
+
+        await eventually(counts, "two run, and one waits")
+        answers = await asyncio.gather(*asking)
+        assert all(one.body.count(b"data: {") >= 20 for one in answers)
+        for mode, status in (("fail", 500), ("ok", 200)):
+            await first.post("/simulate", json.dumps({"mode": mode}).encode(), AS_JSON)
+            assert (await first.get("/health")).status == status
+        with pytest.raises(Exception):
+            await first.post("/simulate", b'{"mode":"crash"}', AS_JSON)
+        await child.ended()
+        assert child.end_reason.startswith("exit code 3: ")
+        for one in (first, *others):
+            one.close()
+    finally:
+        await child.end(0.0)
+        child.close()
+
+
+@asynchronous
+async def test_traffic_moves_from_a_fast_tier_to_a_slow_one_by_weights_and_back_when_it_is_gone():
+    children, servers = {}, []
+    for tier in ("fast", "slow"):
+        port = lite.free_port(())
+        command = [*SIMULATE, "a", "--port", str(port), "--token-s", "0.001"]
+        children[tier] = lite.launch_child(command, {}, tier)
+        servers.append(lite.ServerSettings(f"http://127.0.0.1:{port}", name=tier, pool=tier))
+    try:
+        async with balancing(
+                servers=tuple(servers), pools={"slow": 0.0}, wait=False,
+                health_check_interval=0.2) as running:
+            await running.until(lambda: running.states() == ["healthy", "healthy"])
+            for weight, least, most in ((0.0, 0, 0), (100.0, 40, 40), (50.0, 8, 32)):
+                running.balancer.adopt(dataclasses.replace(
+                    running.core.settings, pools={"slow": weight}))
+                answers = [await ask_model(running) for _ in range(40)]
+                slow = sum(one.get("x-mvllm-server") == "slow" for one in answers)
+                assert least <= slow <= most and {one.status for one in answers} == {200}
+            await children["slow"].end(0.0)
+            assert (await ask_model(running)).get("x-mvllm-server") == "fast"
+    finally:
+        for child in children.values():
+            await child.end(0.0)
+            child.close()
+
+
+@asynchronous
 async def test_a_successor_takes_over_what_runs(tmp_path):
     state = {"state_file": str(tmp_path / "state"), "stop_models": False}
     async with pooling(little(), **state) as running:
@@ -18499,7 +18738,7 @@ async def test_what_serverless_vllm_said_of_routing_is_said_to_mean_nothing():
 
 
 @contextlib.asynccontextmanager
-async def agency(tmp_path, port, key="k3y"):
+async def agency(tmp_path, port, *words, key="k3y"):
     """An agent, as a process of its own."""
     file = tmp_path / "agent.toml"
     file.write_text(f"""[devices]
@@ -18513,7 +18752,7 @@ models = ["org/*", "a"]
 state_file = "{tmp_path / 'agent.state'}"
 """)
     command = [*lite.own_command(), "worker", str(file), "--manager", f"http://127.0.0.1:{port}",
-               "--id", "g1", "--host", "127.0.0.1", "--port", "0"]
+               "--id", "g1", "--host", "127.0.0.1", "--port", "0", *words]
     agent = subprocess.Popen(command, env=os.environ | {"WORKER_KEY": key},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -18548,8 +18787,35 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
                     assert (await other.get(path, fields)).status == status, path
                     other.close()
         assert not gone([before["pid"]])  # the agent was killed
-        async with agency(tmp_path, manager.balancer.port):
+        # Its successor says another address for traffic, which leads to the same port.
+        heads = []
+
+        async def lead(reader, writer):
+            agents = (await client.get("/admin/workers")).json["workers"]
+            port = int(agents[0]["worker_url"].rpartition(":")[2])
+            inner, outer = await asyncio.open_connection("127.0.0.1", port)
+
+            async def pipe(source, sink, said=None):
+                with contextlib.suppress(OSError):
+                    while piece := await source.read(65536):
+                        if said is not None:
+                            said.append(piece.split(b"\r\n")[0])
+                        sink.write(piece)
+                sink.close()
+
+            await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
+
+        public = await asyncio.start_server(lead, "127.0.0.1", 0)
+        address = "http://127.0.0.1:%d" % public.sockets[0].getsockname()[1]
+        async with agency(tmp_path, manager.balancer.port, "--public-url", address):
+
+            async def moved():
+                return (await instance_of(manager, "b"))["worker_url"].startswith(address)
+
+            await eventually(moved, "traffic has another address")
             assert (await ask_model(manager, "b")).status == 200
+            assert b"POST /proxy/g1-b/v1/completions HTTP/1.1" in heads
+            assert not [head for head in heads if b"/info" in head or b"/instances" in head]
             after = await instance_of(manager, "b")
             assert (after["pid"], after["starts"]) == (before["pid"], 1)
             os.kill(after["pid"], signal.SIGKILL)  # it is started as its profile says, once more
@@ -18559,6 +18825,7 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             assert (await client.post("/unload", b"")).status == 200
             assert gone(before["group"] + after["group"])
         assert agent.poll() is not None
+        public.close()
 
 
 # ============================================================================================
