@@ -19417,12 +19417,13 @@ class Instance:
         """What it answers, as JSON.  Raises PeerGone, with its words if it refuses."""
         try:
             status, said = await self.client.fetch(path, timeout_s, content)
+            document = read_members(said, None)
         except (BadMessage, TimeoutError) as error:
             raise PeerGone(f"{path}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
         if status != 200:
             text = said[:200].decode("utf-8", "replace")
             raise PeerGone(f"{path} answered {status}: {text}", Fault.BAD_ANSWER)
-        return read_members(said, None)
+        return document
 
     async def said(self, path: str) -> dict[str, Any]:
         """What it answers to a question, as JSON; {} where it does not."""
@@ -19669,7 +19670,7 @@ class Agent:
         async with one.busy:
             self.tell(one, Turn.SLEEP)
             if one.level:  # it can go deeper only from awake
-                await self.wake_up(one)
+                await self.wake_or_end(one)
             try:
                 await one.post(f"/sleep?level={level}&mode=wait")
             except PeerGone as gone:
@@ -19693,16 +19694,20 @@ class Agent:
         PeerGone, ValueError."""
         async with one.busy:
             self.tell(one, Turn.WAKE)
-            try:
-                await self.wake_up(one)
-                await one.warm_up()
-            except PeerGone as gone:
-                if one.child is not None and one.life.phase is Phase.WAKING:
-                    log.error("model %s does not wake: %s", one.name, gone)
-                    await one.child.end(0.0)  # which its tender sees
-                raise
+            await self.wake_or_end(one)
+            await one.warm_up()
             if one.life.phase is Phase.WAKING:
                 self.tell(one, Turn.AWAKE)
+
+    async def wake_or_end(self, one: Instance) -> None:
+        """Raises PeerGone where it does not wake; then its tender starts it anew."""
+        try:
+            await self.wake_up(one)
+        except PeerGone as gone:
+            if one.child is not None and one.life.phase in (Phase.WAKING, Phase.FALLING_ASLEEP):
+                log.error("model %s does not wake: %s", one.name, gone)
+                await one.child.end(0.0)
+            raise
 
     async def wake_up(self, one: Instance) -> None:
         for path, content in RELOADED if one.level == 2 else (("/wake_up", b""),):
@@ -19862,6 +19867,12 @@ class LocalHost:
     async def refresh(self) -> None:
         pass
 
+    async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
+        """What it has printed from there, where that ends, and whether it lives; from its begin
+        where it was cut, or started again, meanwhile.  Raises LookupError."""
+        child = self.agent.named(name).child
+        return (*child.output_from(at), child.alive) if child is not None else ("", 0, False)
+
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
         self.agent.launch(name, model, devices, launch_digest(model))
 
@@ -19911,6 +19922,14 @@ class RemoteHost:
             self.reachable = False
             raise
         self.said, self.reachable, self.seen_at = said, True, asyncio.get_running_loop().time()
+
+    async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
+        """As of this machine's.  Raises PeerGone."""
+        said = await self.ask(f"/instances/{name}/status?log_from={at}", None, 5.0)
+        try:
+            return str(said["log"]), int(said["log_at"]), bool(said["alive"])
+        except (KeyError, TypeError, ValueError):
+            raise PeerGone(f"{self.name} does not tell it", Fault.BAD_ANSWER) from None
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """Raises PeerGone, with the agent's words if it refuses."""
@@ -20685,7 +20704,8 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
 def alias_named(pool: ModelPool, name: str) -> str:
     """Raises LookupError."""
     if (alias := urllib.parse.unquote(name)) not in pool.models:
-        raise LookupError(f"No model {shown(alias)} here, but {', '.join(pool.models) or 'none'}.")
+        there = f", but {', '.join(pool.models)}" if pool.models else ": there is none"
+        raise LookupError(f"No model {shown(alias)} here{there}.")
     return alias
 
 
@@ -20839,26 +20859,31 @@ LOG_LOOK_S = 0.3  # between two looks at the output of a process
 
 @endpoint("/logs/{alias}", kind=Kind.ADMIN)
 async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
-    """What a model's process on this machine prints, as events; as it is with ?follow=0."""
+    """What a model's process prints, as events; as it is with ?follow=0."""
     name = urllib.parse.unquote(asked.head.path.removeprefix("/logs/"))
-    hosts = pool_of(core).hosts.values() if POOL in core.planners else ()
-    found = next((one for host in hosts if isinstance(host, LocalHost)
-                  for one in host.agent.instances.values()
-                  if name in (one.name, one.model.alias) and one.child), None)
-    if found is None or (child := found.child) is None:
-        return Reply(404, error_body(Fault.NOT_SERVED, f"No process of {shown(name)} runs here."))
+    found = next(((host, one["alias"]) for host, one in pool_of(core).instances()
+                  if name in (one["alias"], one["model_alias"]) and one["pid"]),
+                 None) if POOL in core.planners else None
+    if found is None:
+        return Reply(404, error_body(Fault.NOT_SERVED, f"No process of {shown(name)} runs."))
+    host, name = found
+    try:
+        said, at, alive = await host.output_from(name, 0)
+    except (PeerGone, LookupError) as error:
+        return Reply(502, error_body(Fault.BAD_ANSWER, str(error)))
     if asked.query.get("follow") == "0" or asked.head.method == "HEAD":
-        return Reply(200, child.tail().encode(), "text/plain; charset=utf-8")
+        return Reply(200, said.encode(), "text/plain; charset=utf-8")
 
     async def pieces() -> AsyncIterator[bytes]:
-        said, at = child.output_from(0)
-        while not core.process.stopping:
-            if said:
-                yield "".join(f"data: {line}\n" for line in said.splitlines()).encode() + b"\n"
-            elif not child.alive:
-                return
-            await asyncio.sleep(LOG_LOOK_S)
-            said, at = child.output_from(at)
+        text, end, lives = said, at, alive
+        with contextlib.suppress(PeerGone, LookupError):  # its host, or it, is gone
+            while not core.process.stopping:
+                if text:
+                    yield "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
+                elif not lives:
+                    return
+                await asyncio.sleep(LOG_LOOK_S)
+                text, end, lives = await host.output_from(name, end)
 
     return pieces()
 
@@ -20926,10 +20951,14 @@ async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
-    """one of them: /status"""
+    """one of them: /status, with its output, of the last 8 kB or from ?log_from= on"""
     one, _ = instance_asked(core, asked)
-    tail = one.child.tail(8192) if one.child else ""
-    return {**one.document(asyncio.get_running_loop().time()), "log": tail}
+    start = asked.query.get("log_from", "")
+    if not start.isascii() or not start.isdecimal() or len(start) > 15:
+        start = str(max(0, one.child.output_size() - 8192) if one.child else 0)
+    said, at, alive = await LocalHost(agent_of(core)).output_from(one.name, int(start))
+    return {**one.document(asyncio.get_running_loop().time()), "log": said, "log_at": at,
+            "alive": alive}
 
 
 def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
@@ -23677,7 +23706,7 @@ LimitNOFILE=65536
 WantedBy=multi-user.target"""
 
 
-@topic("container", "a Dockerfile, and a Compose file with two vLLM servers")
+@topic("container", "a Dockerfile, Compose files with two vLLM servers, and for an agent")
 def container_topic() -> str:
     return f"""\
 # Dockerfile.  The file system may be read-only (logs are on stdout); the settings are looked for at
@@ -23711,7 +23740,32 @@ services:
     command: ["--model", "Qwen/Qwen3-0.6B"]
   vllm-b:
     image: vllm/vllm-openai:latest
-    command: ["--model", "Qwen/Qwen3-0.6B"]"""
+    command: ["--model", "Qwen/Qwen3-0.6B"]
+
+# agent.yaml: a Compose file for a machine with GPUs, where an agent starts models as they are asked
+# for.  The balancer has [[models]], registration_networks and the same worker_key in its settings.
+# The models end with the container, and the next one starts them again.
+services:
+  agent:
+    build:
+      context: .
+      dockerfile_inline: |
+        FROM vllm/vllm-openai:latest
+        COPY mvllm_lite.py /app/mvllm_lite.py
+        ENTRYPOINT ["python3", "/app/mvllm_lite.py", "worker"]
+    environment:
+      MANAGER_URL: "http://BALANCER:8888"
+      WORKER_ID: gpu-1
+      WORKER_KEY: "${WORKER_KEY}"
+    network_mode: host # it registers at the address that the balancer sees
+    ipc: host # tensor parallel processes share memory
+    init: true # which reaps what a killed server leaves
+    volumes: ["./huggingface:/root/.cache/huggingface"]
+    restart: unless-stopped
+    deploy:
+      resources:
+        reservations:
+          devices: [{ driver: nvidia, count: all, capabilities: [gpu] }]"""
 
 
 KUBERNETES = """\
@@ -23807,10 +23861,37 @@ spec:
       metadata:
         serverAddress: http://prometheus:9090
         query: sum(mvllm_queue_length)
-        threshold: "4" # waiting requests for each replica"""
+        threshold: "4" # waiting requests for each replica
+---
+# In place of vLLM's own Deployment: an agent on each node with GPUs, which starts models as they
+# are asked for.  Its image is that of agent.yaml in `help container`; the balancer has [[models]],
+# the pods' network in registration_networks, and the same worker_key.
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: { name: mvllm-lite-agent }
+spec:
+  selector: { matchLabels: { app: mvllm-lite-agent } }
+  template:
+    metadata: { labels: { app: mvllm-lite-agent } }
+    spec:
+      nodeSelector: { nvidia.com/gpu.present: "true" }
+      containers:
+        - name: agent
+          image: mvllm-lite-agent
+          env:
+            - { name: MANAGER_URL, value: "http://mvllm-lite" }
+            - { name: WORKER_ID, valueFrom: { fieldRef: { fieldPath: spec.nodeName } } }
+            - name: WORKER_KEY
+              valueFrom: { secretKeyRef: { name: mvllm-lite, key: worker-key } }
+          ports: [{ containerPort: 7000 }]
+          resources: { limits: { nvidia.com/gpu: 8 } } # all that the node has
+          volumeMounts: [{ name: shm, mountPath: /dev/shm }] # for tensor parallel
+      volumes:
+        - name: shm
+          emptyDir: { medium: Memory }"""
 
 
-@topic("kubernetes", "ConfigMap, account and role, Deployment, Service, disruption budget, KEDA")
+@topic("kubernetes", "ConfigMap, role, Deployment, Service, disruption budget, KEDA, agents")
 def kubernetes_topic() -> str:
     return KUBERNETES
 

@@ -18635,6 +18635,40 @@ async def test_a_successor_takes_over_what_runs(tmp_path):
     assert gone([before["pid"], last["pid"]])
 
 
+@pytest.mark.parametrize("broken", table(
+    ("none", ""), ("weights", "/wake_up?tags=weights"), ("loading", "/collective_rpc"),
+    ("cache", "/wake_up?tags=kv_cache"), ("prefixes", "/reset_prefix_cache"), ("still", "status")))
+@pytest.mark.parametrize("deeper", (False, True))
+@asynchronous
+async def test_a_deep_sleeper_is_woken_step_by_step_or_ended(broken, deeper):
+    agent, asked, ended = lite.Agent.__new__(lite.Agent), [], []
+    one = lite.Instance("a", lite.ModelSettings("a"), (), lite.Life(0.0), 10.0)
+    one.life.phase, one.level = lite.Phase.SLEEPING, 2
+
+    async def post(path, content=b""):
+        asked.append(path)
+        if path == broken:
+            raise lite.PeerGone(path, lite.Fault.BAD_ANSWER)
+        return {"status": "awake" if broken != "status" and "cache" in path else "sleeping"}
+
+    class Child:
+        async def end(self, grace_s):
+            ended.append(grace_s)
+
+    one.post, one.child = post, Child()
+    agent.tell = lambda one, turn, reason="": one.life.tell(turn, 1.0, reason)
+    agent.held_by = lambda one: asyncio.sleep(0, 1.0)
+    doing = agent.sleep(one, 2) if deeper else agent.wake(one)
+    if broken:
+        with pytest.raises(lite.PeerGone):
+            await doing
+        assert ended == [0.0]
+    else:
+        await doing
+        assert not ended and asked[:4] == [path for path, _ in lite.RELOADED]
+        assert one.life.phase is (lite.Phase.SLEEPING if deeper else lite.Phase.RUNNING)
+
+
 @asynchronous
 async def test_a_predecessor_starts_nothing_again_that_its_successor_tends():
     async with pooling(little()) as running:
@@ -18779,6 +18813,8 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             host, port = agent_url[0].rpartition("//")[2].split(":")
             keyed = ["Authorization: Bearer k3y"]
             with_key = "/proxy/g1-b/v1/models", "/info", "/running"
+            logs = await client.get("/logs/b?follow=0")
+            assert logs.status == 200 and logs.body
             paths = dict.fromkeys(with_key, (401, 200)) | {
                 f"/proxy/g1-b/{path}": (401, 404) for path in ("sleep", "collective_rpc")}
             for path, statuses in paths.items():
@@ -21959,6 +21995,19 @@ def test_the_compose_file_fits_the_program():
     variable = re.search(r"environment: \{ (\w+): /tmp/logs \}", compose)[1]
     assert variable in {f.metadata["env"] for f in lite.CONFIG_FIELDS.values()}
     assert "./config:/config:ro" in compose and "/config/servers.toml" in lite.CONFIG_PLACES
+
+
+def test_agents_get_gpus_and_what_they_register_with_in_containers():
+    _, agent = HELP["container"].split("# agent.yaml")
+    daemon = HELP["kubernetes"].partition("kind: DaemonSet")[2]
+    assert "FROM vllm/vllm-openai" in agent and "capabilities: [gpu]" in agent
+    assert "nvidia.com/gpu: " in daemon
+    (entry,) = re.findall(r"ENTRYPOINT (\[.*\])$", agent, re.MULTILINE)
+    (copied,) = re.findall(r"COPY mvllm_lite.py (\S+)$", agent, re.MULTILINE)
+    assert json.loads(entry) == ["python3", copied, "worker"]
+    for text in agent, daemon:
+        for variable in "MANAGER_URL", "WORKER_ID", "WORKER_KEY":
+            assert variable in text and f'"{variable}"' in SOURCE
 
 
 def names_in(expression):
