@@ -19425,7 +19425,7 @@ class Instance:
             raise PeerGone(f"{path} answered {status}: {text}", Fault.BAD_ANSWER)
         return document
 
-    async def said(self, path: str) -> dict[str, Any]:
+    async def told(self, path: str) -> dict[str, Any]:
         """What it answers to a question, as JSON; {} where it does not."""
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
             status, said = await self.client.fetch(path, 5.0)
@@ -19569,7 +19569,7 @@ class Agent:
         one.weights_gb, one.created_at = float(saved["weights_gb"]), float(saved["created_at"])
         one.listens(int(saved["port"]))
         if phase is not Phase.STARTING:
-            asleep = sleeps(model) and (await one.said("/is_sleeping")).get("is_sleeping")
+            asleep = sleeps(model) and (await one.told("/is_sleeping")).get("is_sleeping")
             life.phase = Phase.SLEEPING if asleep else Phase.RUNNING
         self.instances[name] = one
         log.info("model %s is taken over: process %d, %s", name, child.pid, life.phase.value)

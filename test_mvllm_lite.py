@@ -18619,11 +18619,11 @@ async def test_traffic_moves_from_a_fast_tier_to_a_slow_one_by_weights_and_back_
 @asynchronous
 async def test_a_successor_takes_over_what_runs(tmp_path):
     state = {"state_file": str(tmp_path / "state"), "stop_models": False}
-    async with pooling(little(), **state) as running:
+    async with pooling(little(sleep_after_s=60.0), **state) as running:
         assert (await ask_model(running)).status == 200
         before = await instance_of(running)
     assert not gone([before["pid"]])
-    async with pooling(little(), **{**state, "stop_models": True}) as running:
+    async with pooling(little(sleep_after_s=60.0), **{**state, "stop_models": True}) as running:
         after = await instance_of(running)
         assert (await ask_model(running)).status == 200
         assert [after[key] for key in ("pid", "ready_s")] == [before[key] for key in (
