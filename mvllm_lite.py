@@ -135,7 +135,7 @@ the lines.
     81  leg attempts   ~ a leg at one server; its answer kept, or looked through on its way
     82  pairs          ~ its two legs, carried out; what is counted of them
 
-  XIII  models           2,480 lines, where the settings have models, or agents that run some
+  XIII  models           2,780 lines, where the settings have models, or agents that run some
     83  life           · the life of a model's process: one table of transitions
     84  launching      · command lines of settings files; what may be said over HTTP
     85  placement      · where a model fits, and what has to make room for it
@@ -146,35 +146,36 @@ the lines.
     90  hosts          ~ machines that run models; how much each model is used
     91  holdings       ~ what is known of the pool, and what placement is told of it
     92  keeping        ~ what is done for it; requests wait here for their models
-    93  models         ~ the pool for requests, in lists, in metrics, and for people
-    94  pool paths     ~ where people and programs ask for the pool
-    95  worker         ~ an agent in a process of its own
+    93  manager        ~ a pool that another balancer keeps, asked from here, too
+    94  models         ~ the pool for requests, in lists, in metrics, and for people
+    95  pool paths     ~ where people and programs ask for the pool
+    96  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
-    96  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    97  table          · the servers in lines, as many columns as there is room for
-    98  views          · graphs of the fleet; models, requests and keys as tables
-    99  screen         · what is seen there: the table and the lines around it
-    100  keys           · what keys do to it, and ask of the balancer
-    101  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    102  top            ~ the screen beside a balancer: of this process, or of one elsewhere
-    103  page           ~ the status for a browser: one HTML string
-    104  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
-    105  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    97  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
+    98  table          · the servers in lines, as many columns as there is room for
+    99  views          · graphs of the fleet; models, requests and keys as tables
+    100  screen         · what is seen there: the table and the lines around it
+    101  keys           · what keys do to it, and ask of the balancer
+    102  terminal       ~ the screen onto a terminal: an ordinary program, by curses
+    103  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    104  page           ~ the status for a browser: one HTML string
+    105  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    106  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    106  traces         · requests of the past: from files, or made up
-    107  engine         · a model of a vLLM server, in simulated time
-    108  replay         · those requests sent to such servers by any policy
-    109  comparison     ~ policies compared on a trace: the program of `replay`
-    110  canned words   · what a vLLM server would say, without a model; what it refuses
-    111  canned forms   · the same in the forms of its APIs, plain and streamed
-    112  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    113  understudy     ~ what stands in for `vllm serve`; a pool of them
-    114  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    115  doctor         ~ what is amiss with servers and settings, and what to do about it
-    116  transfers      ~ whether prefill and decode servers work together
-    117  check config   ~ the program of `check-config`
+    107  traces         · requests of the past: from files, or made up
+    108  engine         · a model of a vLLM server, in simulated time
+    109  replay         · those requests sent to such servers by any policy
+    110  comparison     ~ policies compared on a trace: the program of `replay`
+    111  canned words   · what a vLLM server would say, without a model; what it refuses
+    112  canned forms   · the same in the forms of its APIs, plain and streamed
+    113  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    114  understudy     ~ what stands in for `vllm serve`; a pool of them
+    115  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    116  doctor         ~ what is amiss with servers and settings, and what to do about it
+    117  transfers      ~ whether prefill and decode servers work together
+    118  check config   ~ the program of `check-config`
 
 A request walks through the rooms like this.  The `Front` (62) reads a head from the client's
 `Wire` (43), parses it (2), makes an `Exchange` (57) of it, and asks who may come in (36).  A local
@@ -1617,6 +1618,10 @@ def base_url(value: Any) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}{path}"
 
 
+def optional_url(value: Any) -> str:
+    return "" if value == "" else base_url(value)
+
+
 def network(value: Any) -> str:
     """An IP address, or a network of them."""
     try:
@@ -2235,6 +2240,11 @@ class Settings:
         "", file_path,
         "file that keeps running models for a successor; default: this file's name.state")
     stop_models: bool = setting(True, boolean, "stop the models it started when it stops")
+    manager: str = setting(
+        "", optional_url, "a balancer that keeps the models: they are asked from here, too",
+        restart=True)
+    manager_key: str = setting("", optional_secret, "an admin's key there; or", restart=True)
+    manager_key_file: str = setting("", file_path, "a file that holds it", restart=True)
     agent_lost_after: float = setting(
         300.0, real(0), "silence of an agent after which its models are started elsewhere")
 
@@ -2302,7 +2312,8 @@ class Settings:
     def has_model_pool(self) -> bool | None:
         """Whether models may be started here, or at agents that register; None if not."""
         keyed = self.registration_key or self.registration_key_file
-        return bool(self.models or self.devices or self.profiles or keyed) or None
+        return bool(
+            self.models or self.devices or self.profiles or keyed or self.manager) or None
 
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Settings) if f.metadata}
@@ -2316,7 +2327,8 @@ POD_FIELDS = KUBERNETES_FIELDS | {  # with those of servers, but for what a pod 
     key: field for key, field in SERVER_FIELDS.items()
     if key not in ("url", "refresh", "zmq_address", *KUBERNETES_FIELDS)}
 SERVER_FILES = [n for n, f in SERVER_FIELDS.items() if f.metadata["check"] is file_path]
-KEYS_THEMSELVES = ("key", "api_key", "registration_key", "registered_api_key")
+KEYS_THEMSELVES = (
+    "key", "api_key", "registration_key", "registered_api_key", "manager_key")
 SECRET_FIELDS = (*KEYS_THEMSELVES, "keys")  # no complaint shows their values
 RESTART_KEYS = {name for name, f in CONFIG_FIELDS.items() if f.metadata["restart"]}
 
@@ -2432,7 +2444,7 @@ Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
           "resumes", "disaggregation", "models", "profiles", "devices")
 # Tables that a file may have in place of servers.
-STAND_ALONE = {"kubernetes", "models", "profiles", "devices"}
+STAND_ALONE = {"kubernetes", "models", "profiles", "devices", "manager"}
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
@@ -2499,7 +2511,7 @@ class SettingsReader:
         for key, (value, origin) in overrides.items():
             if key in CONFIG_FIELDS:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
-        self.sources |= set(overrides)
+        self.sources |= {*overrides, *({"manager"} & set(config))}
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
             *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
@@ -2517,6 +2529,9 @@ class SettingsReader:
         used = {*policies.values(), *(policy for entry in split for policy in (
             entry.prefill_policy, entry.decode_policy))}
         self.check_together(values, keys.values(), used)
+        if values.get("manager") and (kept := self.sources & {"models", "profiles", "devices"}):
+            text = "no such table beside manager, which keeps the models"
+            self.errors.append(self.complaint_at((min(kept),), text))
         profiles = tuple(self.entries("profiles", self.document.get("profiles", [])).values())
         devices = self.values(self.table("devices"), DEVICE_FIELDS, ("devices",)).get("memory_gb")
         if self.errors:  # an unknown key may be a misspelling of a missing one: warn of it, too
@@ -2755,16 +2770,6 @@ def line_of(toml: str, path: Path) -> int:
     found = key.search(toml, start, end)
     at = found.start() if found else start
     return toml.count("\n", 0, at) + 1 if at else int(found is not None)
-
-
-def changes_line(old: Settings, new: Settings) -> str:
-    """Which keys have changed, and which of them take effect at the next start."""
-    changed = [key for key in (*CONFIG_FIELDS, *TABLES[2:])
-               if getattr(old, key) != getattr(new, key)]
-    late = [key for key in changed if key in RESTART_KEYS]
-    now = [key for key in changed if key not in late]
-    words = [f"changed: {', '.join(now)}"] * bool(now)
-    return "; ".join(words + [f"at the next start: {', '.join(late)}"] * bool(late))
 
 
 # ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -9979,6 +9984,7 @@ class Secrets:
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         s = settings
         self.registration = s.registration_key or self._read_key(s.registration_key_file)
+        self.manager = s.manager_key or self._read_key(s.manager_key_file)
         self._registered_key = s.registered_api_key or self._read_key(s.registered_api_key_file)
         self._settings = s
         named = (*settings.servers, *(
@@ -14121,6 +14127,16 @@ class SettingsFile:
         except UnicodeDecodeError as error:
             text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
             raise SettingsError([Complaint(self.path, 0, "", text)]) from None
+
+
+def changes_line(old: Settings, new: Settings) -> str:
+    """Which keys have changed, and which of them take effect at the next start."""
+    changed = [key for key in (*CONFIG_FIELDS, *TABLES[2:])
+               if getattr(old, key) != getattr(new, key)]
+    late = [key for key in changed if key in RESTART_KEYS]
+    now = [key for key in changed if key not in late]
+    words = [f"changed: {', '.join(now)}"] * bool(now)
+    return "; ".join(words + [f"at the next start: {', '.join(late)}"] * bool(late))
 
 
 class Follower:
@@ -19850,7 +19866,7 @@ def launch_digest(model: ModelSettings) -> str:
 class LocalHost:
     """This machine: its agent is in this process."""
 
-    reachable, profiles, key, seen_at = True, None, "", INFINITY
+    reachable, profiles, seen_at = True, None, INFINITY
 
     def __init__(self, agent: Agent) -> None:
         self.agent, self.name = agent, agent.name
@@ -19861,8 +19877,9 @@ class LocalHost:
     def allowed(self) -> Iterable[ProfileSettings]:
         return self.agent.profiles.values()
 
-    def url_of(self, instance: Mapping[str, Any]) -> str:
-        return str(instance["base_url"])
+    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
+        """The URL at which an instance is asked, and the key for that."""
+        return str(instance["base_url"]), ""
 
     async def refresh(self) -> None:
         pass
@@ -19882,6 +19899,22 @@ class LocalHost:
             await self.agent.sleep(one, level)
         else:
             await {"wake": self.agent.wake, "stop": self.agent.stop}[verb](one)
+
+
+async def ask_host(
+    client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
+) -> dict[str, Any]:
+    """A document of an agent's or a manager's.  Raises PeerGone, with its words if it refuses."""
+    try:
+        status, said = await client.fetch(path, timeout_s, content)
+        document = read_members(said, None)
+    except (BadMessage, TimeoutError) as error:
+        raise PeerGone(f"{name}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
+    if status >= 400:
+        wrong, text = document.get("error"), said[:200].decode("latin-1")
+        text = wrong.get("message", text) if isinstance(wrong, dict) else text
+        raise PeerGone(f"{name} answered {status}: {text}", Fault.BAD_ANSWER)
+    return document
 
 
 class RemoteHost:
@@ -19909,8 +19942,8 @@ class RemoteHost:
     def report(self) -> dict[str, Any]:
         return self.said
 
-    def url_of(self, instance: Mapping[str, Any]) -> str:
-        return f"{self.public_url}/proxy/{instance['alias']}"
+    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
+        return f"{self.public_url}/proxy/{instance['alias']}", self.key
 
     async def refresh(self) -> None:
         """Raises PeerGone."""
@@ -19933,16 +19966,7 @@ class RemoteHost:
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """Raises PeerGone, with the agent's words if it refuses."""
-        try:
-            status, said = await self.client.fetch(path, timeout_s, content)
-            document = read_members(said, None)
-        except (BadMessage, TimeoutError) as error:
-            raise PeerGone(f"{self.name}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
-        if status >= 400:
-            wrong, text = document.get("error"), said[:200].decode("latin-1")
-            text = wrong.get("message", text) if isinstance(wrong, dict) else text
-            raise PeerGone(f"{self.name} answered {status}: {text}", Fault.BAD_ANSWER)
-        return document
+        return await ask_host(self.client, self.name, path, content, timeout_s)
 
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
         content = {**said_of(model), "instance": name, "devices": devices,
@@ -19956,7 +19980,33 @@ class RemoteHost:
         await self.refresh()
 
 
-Host = LocalHost | RemoteHost
+class ManagedHost:
+    """A machine of a pool that another balancer keeps, as that balancer tells of it."""
+
+    reachable, profiles, seen_at = True, None, INFINITY
+
+    def __init__(self, name: str, manager: str, manager_key: str, key: str) -> None:
+        self.name, self.manager, self._manager_key, self._key = name, manager, manager_key, key
+        self.instances: dict[str, Any] = {}
+
+    def report(self) -> dict[str, Any]:
+        return {"instances": self.instances}
+
+    def allowed(self) -> Iterable[ProfileSettings]:
+        return ()
+
+    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
+        """What listens on the manager's loopback is asked through the manager, unless it is on
+        this machine; and so is what must be told another name of its model."""
+        url = str(instance["worker_url"])
+        ours, theirs = (is_local_name(urllib.parse.urlsplit(one).netloc)
+                        for one in (self.manager, url))
+        if instance["aliased"] or (theirs and not ours):
+            return self.manager, self._manager_key
+        return url, self._key if "/proxy/" in url else ""
+
+
+Host = LocalHost | RemoteHost | ManagedHost
 
 
 class StateFile:
@@ -20077,10 +20127,13 @@ class Holdings:
         for host, one in self.instances():
             name, alias = one["alias"], one["model_alias"]
             model, phase = models.get(alias, ModelSettings(alias)), Phase(one["status"])
-            in_flight = self.core.fleet.in_flight(one["alias"])
-            used_at = self.uses.used_at.setdefault(name, now)
+            in_flight = self.requests_at(name)
+            view = self.core.fleet.view(name)
+            used_at = max(self.uses.used_at.setdefault(name, now),
+                          view.progress_at if view is not None else -INFINITY)
             if in_flight or phase in (Phase.STARTING, Phase.WAKING):
-                used_at = self.uses.used_at[name] = now
+                used_at = now
+            self.uses.used_at[name] = used_at
             retry_in_s = one["retry_in_s"]
             seats.append(Seat(
                 name, alias, host.name, tuple(one["devices"]), one["gb"], phase, model,
@@ -20101,13 +20154,21 @@ class Holdings:
         with_gpus = any(view.total_gb for view in views)
         return [view for view in views if view.total_gb or not with_gpus]
 
+    def requests_at(self, name: str) -> int:
+        """Requests that an instance has of us and, as far as it reports them, of others."""
+        now, interval_s = asyncio.get_running_loop().time(), self.core.settings.metrics_interval
+        view = self.core.fleet.view(name)
+        return self.core.fleet.in_flight(name) + (
+            round(view.foreign(now, interval_s)) if view is not None else 0)
+
     def load_of(self, alias: str) -> float:
         """Requests in flight by capacity, of those that run."""
         in_flight = capacity = 0.0
         for host, one in self.instances():
             view = self.core.fleet.view(one["alias"])
             if one["model_alias"] == alias and view is not None and view.open:
-                in_flight, capacity = in_flight + view.counts.in_flight, capacity + view.capacity
+                in_flight += self.requests_at(view.id)
+                capacity += view.capacity
         return in_flight / capacity if capacity else 0.0
 
     def demands(self, now: float) -> dict[str, Demand]:
@@ -20423,7 +20484,7 @@ class ModelPool(Holdings):
     async def drained(self, id: str) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.core.settings.drain_timeout):
-                while self.core.fleet.in_flight(id):
+                while self.requests_at(id):
                     await asyncio.sleep(0.02)
 
     def define_servers(self) -> None:
@@ -20435,11 +20496,11 @@ class ModelPool(Holdings):
             runs = phase is Phase.RUNNING and host.reachable
             if runs or (name in known and phase in LIVING + (Phase.FAILED,)
                         and one["retry_in_s"] is not None):
-                id, url = one["alias"], host.url_of(one)
+                id, (url, key) = one["alias"], host.address_of(one)
                 model = self.models.get(one["model_alias"])
                 servers[id] = ServerSettings(
                     url, model.max_concurrent_requests if model else AUTO,
-                    1.0 if runs and name not in self.leaving else 0.0, api_key=host.key,
+                    1.0 if runs and name not in self.leaving else 0.0, api_key=key,
                     id=id, name=id)
                 self.seen_running[name] = one["pid"] if runs else known[name]
                 view, before = self.core.fleet.view(id), self.named.get(id)
@@ -20505,7 +20566,117 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ══════════
-#  93  models
+#  93  manager
+# ══════════
+#
+# A pool that another balancer keeps.  Its instances are asked from here, too, and what is to be
+# done to them is asked of their manager.  While that does not answer, what runs is asked as before.
+
+MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
+
+
+class FollowedPool(ModelPool):
+    """The models of a manager.  Nothing is placed, started or stopped from here."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self.manager, self._trouble = core.settings.manager, ""
+        self._client: HttpClient | None = None
+        self._key = ""  # that the client shows
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        while True:
+            self._changed.clear()
+            await self.look()
+            for alias, waiting in self.uses.waiting.items():
+                if waiting and alias not in self.doing:
+                    self.doing[alias] = tasks.create_task(self.have_woken(alias))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(MANAGER_LOOK_S):
+                    await self._changed.wait()
+
+    async def look(self) -> None:
+        """Take over what the manager says of its pool.  Trouble with it is said once."""
+        try:
+            self.take((await self.ask("/admin/status", None, 5.0)).get("models"))
+            trouble = ""
+        except (PeerGone, SettingsError) as error:
+            trouble = str(error)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            trouble = "it is no balancer with a pool of models"
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.log(logging.WARNING if trouble else logging.INFO, "manager %s: %s", self.manager,
+                    f"{trouble}; what runs is asked as before" if trouble else "it answers")
+        self.define_servers()
+        self.finish_step()
+
+    def take(self, models: Any) -> None:
+        """Raises what a document causes that is none of a pool; then nothing has changed."""
+        registered, hosts, leaving = dict[str, ModelSettings](), dict[str, Any](), set[str]()
+        for one in models:
+            said = {key: value for key, value in one["config"].items() if key in MODEL_FIELDS}
+            registered[one["alias"]] = parse_model(said, self.manager)
+            for instance in one["instances"]:
+                id, name = str(instance["worker_id"]), str(instance["alias"])
+                host = hosts.setdefault(id, ManagedHost(
+                    id, self.manager, self.core.pools.secrets.manager, self.key))
+                host.address_of(instance)
+                host.instances[name] = {**instance, "model_alias": one["alias"]}
+                leaving |= {name} if instance["leaving"] else set()
+        self.registered, self.hosts, self.leaving = registered, hosts, leaving
+
+    async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
+        """Raises PeerGone, with the manager's words if it refuses."""
+        key = self.core.pools.secrets.manager
+        if self._client is None or key != self._key:
+            server, self._key = ServerSettings(self.manager, api_key=key), key
+            self._client = HttpClient(server, Secrets(Settings((server,))))
+        return await ask_host(self._client, "it", path, content, timeout_s)
+
+    async def have_woken(self, alias: str) -> None:
+        """Have the manager start or wake a model for which requests wait here."""
+        try:
+            await self.by_hand(alias, "wake")
+        except PeerGone as gone:
+            self.acts[alias] = f"manager {self.manager}: {gone}"
+            await asyncio.sleep(1.0)
+        finally:
+            del self.doing[alias]
+            self.notify()
+
+    async def by_hand(self, name: str, verb: str) -> None:
+        """`name` is an instance, or a model.  Raises PeerGone."""
+        alias = next((one["model_alias"] for _, one in self.instances() if one["alias"] == name),
+                     name)
+        model = self.models.get(alias, ModelSettings(alias))
+        path = f"/admin/models/{urllib.parse.quote(alias)}/{verb}"
+        await self.ask(path, b"", model.wake_timeout_s + model.start_timeout_s)
+
+    async def start_anew(self, alias: str) -> None:
+        """Whoever waits for it has it woken."""
+
+    async def look_again(self, alias: str) -> None:
+        await self.look()
+
+    def impossible(self, model: ModelSettings) -> str:
+        """The manager knows; what it says is told in the end."""
+        return ""
+
+    def profiles(self) -> dict[str, ProfileSettings]:
+        raise LookupError(f"Models are registered at their manager, {self.manager}.")
+
+    def forget(self, alias: str) -> None:
+        self.profiles()
+
+    async def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+# ══════════
+#  94  models
 # ══════════
 #
 # The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
@@ -20574,7 +20745,8 @@ class PoolPlanner:
     """Makes the plans of requests for models of the pool."""
 
     def __init__(self, core: Core) -> None:
-        self.pool, self.created = ModelPool(core), int(core.process.started_at)
+        self.pool = FollowedPool(core) if core.settings.manager else ModelPool(core)
+        self.created = int(core.process.started_at)
 
     def plan(self, exchange: Exchange, request: OutboundRequest, otherwise: Plan) -> Plan:
         model = self.pool.model_served(exchange.call.model)
@@ -20695,10 +20867,17 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
     view = pool.core.fleet.view(one["alias"])
     in_flight = view.counts.in_flight if view else 0
     return {**one, "instance_alias": one["alias"], "worker_id": host.name,
-            "worker_url": host.url_of(one), "inflight_requests": in_flight,
+            "worker_url": host.address_of(one)[0], "inflight_requests": in_flight,
+            "leaving": one["alias"] in pool.leaving, "aliased": is_aliased(pool, one),
             "capacity": round(view.capacity) if view else 0,
             "load": round(in_flight / view.capacity, 3) if view else 0.0,
             "active": one["status"] == "running"}
+
+
+def is_aliased(pool: ModelPool, one: Mapping[str, Any]) -> bool:
+    """Whether a process knows its model by another name than clients do."""
+    model = pool.models.get(one["model_alias"])
+    return model is not None and model.served != model.alias
 
 
 def alias_named(pool: ModelPool, name: str) -> str:
@@ -20829,12 +21008,12 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
     words = {"running": "ready", "starting": "starting", "stopping": "stopping"}
     return {"running": [
         {"model": one["model_alias"], "state": words.get(one["status"], one["status"]),
-         "cmd": " ".join(one["command"]), "proxy": host.url_of(one)}
+         "cmd": " ".join(one["command"]), "proxy": host.address_of(one)[0]}
         for host, one in pool_of(core).instances() if one["status"] != "failed"]}
 
 
 # ══════════
-#  94  pool paths
+#  95  pool paths
 # ══════════
 #
 # Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
@@ -20889,7 +21068,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ══════════
-#  95  worker
+#  96  worker
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -21125,7 +21304,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ══════════
-#  96  cells
+#  97  cells
 # ══════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -21404,7 +21583,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ══════════
-#  97  table
+#  98  table
 # ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -21640,7 +21819,7 @@ def marked(line: Line) -> Line:
 
 
 # ══════════
-#  98  views
+#  99  views
 # ══════════
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -21810,7 +21989,7 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 
 
 # ══════════
-#  99  screen
+#  100  screen
 # ══════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -22138,7 +22317,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ══════════
-#  100  keys
+#  101  keys
 # ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -22282,7 +22461,7 @@ def key_of(char: str) -> str:
 
 
 # ══════════
-#  101  terminal
+#  102  terminal
 # ══════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -22528,7 +22707,7 @@ class CursesScreen:
 
 
 # ══════════
-#  102  top
+#  103  top
 # ══════════
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -22757,7 +22936,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  103  page
+#  104  page
 # ══════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -23343,7 +23522,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ══════════
-#  104  reference
+#  105  reference
 # ══════════
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -23651,7 +23830,7 @@ def example_topic() -> str:
 
 
 # ══════════
-#  105  deployment
+#  106  deployment
 # ══════════
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -23998,7 +24177,7 @@ def grafana_topic() -> str:
 
 
 # ══════════
-#  106  traces
+#  107  traces
 # ══════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -24187,7 +24366,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ══════════
-#  107  engine
+#  108  engine
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -24536,7 +24715,7 @@ class Engine:
 
 
 # ══════════
-#  108  replay
+#  109  replay
 # ══════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -24822,7 +25001,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 
 # ══════════
-#  109  comparison
+#  110  comparison
 # ══════════
 #
 # Policies compared on a trace: the program of `replay`.
@@ -24992,7 +25171,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ══════════
-#  110  canned words
+#  111  canned words
 # ══════════
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -25193,7 +25372,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ══════════
-#  111  canned forms
+#  112  canned forms
 # ══════════
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -25538,7 +25717,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ══════════
-#  112  simulation
+#  113  simulation
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -25888,7 +26067,7 @@ class Generation:
 
 
 # ══════════
-#  113  understudy
+#  114  understudy
 # ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
@@ -26079,7 +26258,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ══════════
-#  114  demo
+#  115  demo
 # ══════════
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -26270,7 +26449,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  115  doctor
+#  116  doctor
 # ══════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -26558,7 +26737,7 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  116  transfers
+#  117  transfers
 # ══════════
 #
 # Whether prefill and decode servers work together: what they say of themselves is compared, and a
@@ -26823,7 +27002,7 @@ async def try_pairs(
 
 
 # ══════════
-#  117  check config
+#  118  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could

@@ -18771,6 +18771,54 @@ async def test_what_serverless_vllm_said_of_routing_is_said_to_mean_nothing():
         assert "; routing_state, mix_weight mean nothing here" in told.json["message"]
 
 
+@pytest.mark.parametrize("worker_url, manager, aliased, address", table(
+    ("an agent's", "http://g1:7000/proxy/x", "http://lb:8888", False,
+     ("http://g1:7000/proxy/x", "k3y")),
+    ("of the manager's machine, where this is, too", "http://127.0.0.1:7001",
+     "http://localhost:8888", False, ("http://127.0.0.1:7001", "")),
+    ("of the manager's machine, from another", "http://127.0.0.1:7001", "http://lb:8888", False,
+     ("http://lb:8888", "boss")),
+    ("a process with another name for its model", "http://g1:7000/proxy/x", "http://lb:8888", True,
+     ("http://lb:8888", "boss")),
+))
+def test_where_an_instance_of_a_manager_s_pool_is_asked(worker_url, manager, aliased, address):
+    host = lite.ManagedHost("g1", manager, "boss", "k3y")
+    assert host.address_of({"worker_url": worker_url, "aliased": aliased}) == address
+
+
+def test_a_balancer_with_a_manager_has_no_models_of_its_own():
+    settings, _ = lite.parse_settings('config.manager = "http://a:8888/"')
+    assert settings.manager == "http://a:8888" and settings.servers == ()
+    with pytest.raises(lite.SettingsError, match="models: no such table beside manager"):
+        lite.parse_settings('models = [{ alias = "a" }]\nconfig.manager = "http://a"')
+
+
+@asynchronous
+async def test_another_balancer_follows_the_manager_of_the_models(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "mvllm_lite")
+    boss = lite.KeySettings("boss", key="sk-b", admin=True)
+    async with pooling(little(), keys=(boss,)) as owner:
+        manager = f"http://127.0.0.1:{owner.balancer.port}"
+        async with balancing(manager=manager, manager_key="sk-b", wait=False) as other:
+            client, pool = await other.client(), other.core.planners["models"].pool
+            await eventually(lambda: "a" in pool.models, "it is told of the model")
+            listed = (await client.get("/v1/models")).json["data"]
+            assert [(one["id"], one["status"]) for one in listed] == [("a", "absent")]
+            assert (await ask_model(other, "a")).status == 200  # the manager has started it
+            one = await instance_of(other, "a")
+            assert one["status"] == "running" and one["starts"] == 1 and "leaving" in one
+            assert len(owner.core.planners["models"].pool.agent.instances) == 1
+            told = await client.post("/admin/models/register", b'{"alias": "z"}', AS_JSON)
+            assert told.status == 404 and f"at their manager, {manager}" in told.error["message"]
+            pool.manager, pool._client = "http://127.0.0.1:1", None  # it is away
+            await eventually(lambda: "what runs is asked as before" in caplog.text, "it is missed")
+            assert (await ask_model(other, "a")).status == 200
+            pool.manager, pool._client = manager, None
+            assert (await client.post("/admin/models/a/stop", b"")).status == 200
+            await eventually(lambda: pool.status_of(pool.models["a"]) == "absent", "it stopped")
+            assert (await ask_model(other, "a")).status == 200
+
+
 @contextlib.asynccontextmanager
 async def agency(tmp_path, port, *words, key="k3y"):
     """An agent, as a process of its own."""
