@@ -21259,21 +21259,20 @@ def run_worker(args: argparse.Namespace) -> int:
         async def start(run: Runner) -> None:
             balancer = Balancer(settings, inherited=inherited_sockets())
             balancer.core.process.agent = args.id
-            registering = asyncio.ensure_future(guarded(
-                balancer.core, "registering", lambda: register_when_ready(balancer, args, key)))
-            try:
+            with contextlib.ExitStack() as ends:
+                if args.manager:
+                    ends.callback(asyncio.ensure_future(guarded(
+                        balancer.core, "registering",
+                        lambda: register_when_ready(balancer, args, key))).cancel)
                 await run(balancer)
-            finally:
-                registering.cancel()
 
         return serve_until_stopped(start)
 
 
 async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
-    while args.manager and not (balancer.port and POOL in balancer.core.services):
+    while not (balancer.port and POOL in balancer.core.services):
         await asyncio.sleep(LOOK_AT_POOL_S / 5)
-    if args.manager:
-        await register_agent(balancer, args, key)
+    await register_agent(balancer, args, key)
 
 
 def devices_here(s: Settings) -> list[Device]:

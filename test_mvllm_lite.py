@@ -18819,6 +18819,24 @@ async def test_another_balancer_follows_the_manager_of_the_models(tmp_path, capl
             assert (await ask_model(other, "a")).status == 200
 
 
+@asynchronous
+async def test_an_agent_without_a_manager_serves_and_stops(tmp_path):
+    child = await asyncio.create_subprocess_exec(
+        *command("worker", "--id", "g1", "--port", "0"), cwd=tmp_path, env=CLEAN,
+        stdout=asyncio.subprocess.PIPE)
+    try:
+        line = await line_with(child, "listens on http")
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", line)[1])
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+        assert (await client.get("/info")).json["instances"] == {}
+        client.close()
+        child.terminate()
+        assert await child.wait() == 0
+    finally:
+        if child.returncode is None:
+            child.kill()
+
+
 @contextlib.asynccontextmanager
 async def agency(tmp_path, port, *words, key="k3y"):
     """An agent, as a process of its own."""
