@@ -23005,13 +23005,15 @@ button, input, select { font: inherit; color: inherit; background: var(--bg); pa
 button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 #graphs { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem;
   margin: .7rem 0 } #graphs figure { border: 1px solid var(--line); border-radius: .4rem;
-  padding: .3rem .6rem } #graphs svg { width: 100%; height: 2.6rem }
+  padding: .3rem .6rem; display: flex; flex-direction: column; justify-content: space-between }
+#graphs svg { width: 100%; height: 2.6rem } #views { margin-bottom: .5rem }
 figcaption { color: var(--muted); font-size: .82rem } figcaption b { color: var(--text) }
 th button { font: inherit; border: 0; padding: 0; background: none; text-align: left }
 [aria-pressed=true] { border-color: var(--accent); color: var(--accent) }
 .many th, .many td { padding-top: .12rem; padding-bottom: .12rem } .many td small { display: inline;
   margin-left: .5em } .many .bar, .many tbody:not(.open) > .more { display: none }
-.many svg { height: 1.1rem } .plain { font-size: .9rem } .scroll { overflow-x: auto }
+.many svg { height: 1.1rem } .many td b { white-space: nowrap }
+.plain { font-size: .9rem; overflow-wrap: normal } .scroll { overflow-x: auto }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 @media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
 @media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
@@ -23025,9 +23027,11 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
   .main { display: grid; grid-template-columns: repeat(4, 1fr) }
   .main > .half { grid-column: span 2; min-width: 0 } .main > .whole { grid-column: 1 / -1 }
   .n { text-align: left } svg, .bar { width: 100% } .plain { display: table }
-  .plain thead { position: static; clip-path: none; display: table-header-group }
+  .plain caption { display: table-caption } .plain thead { position: static;
+    clip-path: none; display: table-header-group }
   .plain tbody { display: table-row-group; border: 0 } .many tbody:not(.open) .main > .n,
-  .many tbody:not(.open) svg { display: none } .many tbody { padding: .2rem; margin: 0 }
+  .many tbody:not(.open) .main > :last-child { display: none }
+  .many tbody { padding: .2rem; margin: 0 }
   .many .main { grid-template-columns: 1fr auto auto } .many .main > * { grid-column: auto }
   [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
     font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
@@ -24165,8 +24169,9 @@ def grafana_topic() -> str:
                      "datasource": source} for i, (expression, legend) in enumerate(lines)],
     } for n, (title, unit, *lines) in enumerate(PANELS)]
     return json.dumps({
-        "title": "mvllm_lite", "uid": "mvllm-lite", "schemaVersion": 39, "refresh": "15s",
-        "tags": ["vllm"], "time": {"from": "now-1h", "to": "now"}, "panels": panels,
+        "id": None, "title": "mvllm_lite", "uid": "mvllm-lite", "schemaVersion": 39,
+        "refresh": "15s", "tags": ["vllm"], "time": {"from": "now-1h", "to": "now"},
+        "panels": panels,
         "templating": {"list": [{"name": "datasource", "type": "datasource",
                                  "query": "prometheus", "label": "Data source"}]},
     }, indent=1)

@@ -22102,6 +22102,30 @@ def test_alerts_and_the_dashboard_name_metrics_and_labels_that_exist():
     assert [panel["id"] for panel in board["panels"]] == [*range(1, len(lite.PANELS) + 1)]
 
 
+def test_the_dashboard_keeps_to_grafana_s_model_of_dashboards():
+    board, known = json.loads(HELP["grafana"]), {
+        "id": type(None), "uid": str, "title": str, "tags": list, "schemaVersion": int,
+        "refresh": str, "time": dict, "templating": dict, "panels": list}
+    assert {key: type(value) for key, value in board.items()} == known
+    assert len(board["uid"]) <= 40 and set(board["time"]) == {"from", "to"}
+    (variable,) = board["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", "prometheus")
+    source, taken = {"type": "prometheus", "uid": "${%s}" % variable["name"]}, set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = set(itertools.product(range(place["x"], place["x"] + place["w"]),
+                                      range(place["y"], place["y"] + place["h"])))
+        assert not cells & taken and place["x"] + place["w"] <= 24, panel["title"]
+        taken |= cells
+        assert panel["type"] == "timeseries" and panel["title"] and panel["datasource"] == source
+        assert set(panel["fieldConfig"]) == {"defaults", "overrides"}
+        refs = [target["refId"] for target in panel["targets"]]
+        assert refs and len({*refs}) == len(refs)
+        assert all(target["datasource"] == source and target["expr"] and target["legendFormat"]
+                   for target in panel["targets"]), panel["title"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
 def test_the_container_and_kubernetes_files_fit_the_program():
     container, _ = HELP["container"].split("# compose.yaml")
     assert "\nFROM " in container and "curl" not in container
