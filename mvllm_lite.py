@@ -264,7 +264,7 @@ import tomllib
 import unicodedata
 import urllib.parse
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator,
     Mapping, Sequence,
@@ -1182,8 +1182,7 @@ def return_response(
     lines = returned_lines(head.fields, head.status, head.reason, tuple(added), id != "")
     if id:
         lines += f"X-Request-Id: {id}\r\n"
-    return f"{lines}{framing_line(framing)}{connection_line(request, persists)}\r\n".encode(
-        "latin-1")
+    return (lines + last_lines(framing, request, persists)).encode("latin-1")
 
 
 @remembered
@@ -1200,24 +1199,21 @@ def own_response(
 ) -> bytes:
     """A whole response of the balancer's own; to HEAD only its head."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    lines += framing_line(None if status == 204 else Framing(len(content)))
-    lines += connection_line(request, persists)
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}\r\n".encode("latin-1")
+    lines += last_lines(None if status == 204 else Framing(len(content)), request, persists)
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode("latin-1")
     return head if request.method == "HEAD" else head + content
 
 
-def framing_line(framing: Framing | None) -> str:
+def last_lines(framing: Framing | None, request: RequestHead, persists: bool) -> str:
+    """The end of a response's head: its framing, what becomes of the connection, an empty line."""
+    connection = "" if persists else "Connection: close\r\n"
+    if persists and not request.minor:
+        connection = "Connection: keep-alive\r\n"
     if framing is None or framing == UNTIL_CLOSE:
-        return ""
+        return connection + "\r\n"
     if framing.chunked:
-        return "Transfer-Encoding: chunked\r\n"
-    return f"Content-Length: {framing.length}\r\n"
-
-
-def connection_line(request: RequestHead, persists: bool) -> str:
-    if not persists:
-        return "Connection: close\r\n"
-    return "" if request.minor else "Connection: keep-alive\r\n"
+        return f"Transfer-Encoding: chunked\r\n{connection}\r\n"
+    return f"Content-Length: {framing.length}\r\n{connection}\r\n"
 
 
 def local_location(location: str, authority: str, prefix: str) -> str:
@@ -3518,7 +3514,7 @@ def read_call(
     prompt = NO_PROMPT if boundary else read_prompt(content, spans, members, model)
     if content and model is not None and model != named and asked in (named, s.default_model):
         content = with_model(content, boundary, spans, model)
-    stream = is_true(members.get("stream"))
+    stream = "stream" in members and is_true(members["stream"])
     session, meant = session_of(head.fields, members, s), meant_path(head.path)
     asks = None
     if stream and content and not boundary:
@@ -6102,7 +6098,7 @@ class Fleet:
 
     def views(self, now: float | None = None) -> list[ServerView]:
         """All of them; with a moment, prompts that should be read by then are."""
-        if now is not None and self._reading:
+        if now is not None and self._reading and self._reading[0][0] <= now:
             self.catch_up(now)
         return list(map(VIEW_OF, self._members.values()))
 
@@ -6589,7 +6585,10 @@ def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
     """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
     lowest = min(costs)
     limit = lowest * tie if lowest > 0 else lowest / tie
-    good = [n for n, cost in enumerate(costs) if cost <= limit]
+    good = list[int]()
+    for n, cost in enumerate(costs):  # a comprehension is a call, in Python 3.11
+        if cost <= limit:
+            good.append(n)
     return good[0] if len(good) == 1 else draw.choice(good)
 
 
@@ -9028,18 +9027,13 @@ class Recent:
     ended, rankings by request, and the fleet's graphs."""
 
     def __init__(self) -> None:
-        self.histories: dict[str, History] = {}
+        self.histories = defaultdict[str, History](History)
         self.ended: deque[tuple[Any, ...]] = deque(maxlen=ENDED_KEPT)  # each an EndedRequest
         self.models: deque[tuple[float, dict[str, ModelCounts]]] = deque(maxlen=SAMPLES_KEPT)
         self.graph: deque[Totals] = deque(maxlen=GRAPH_POINTS)
         self.graphed_at = -INFINITY
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
-
-    def history(self, id: str) -> History:
-        if (history := self.histories.get(id)) is None:
-            history = self.histories[id] = History()
-        return history
 
     def decisions(self) -> dict[str, list[str]]:
         """For each server, why it was chosen lately."""
@@ -9797,7 +9791,9 @@ class Wire(asyncio.BufferedProtocol):
 
     async def news(self, deadline: float, reads: bool = False) -> None:
         """Until something happens here: bytes, room for writing, an end.  Raises TimeoutError."""
-        self.expect_by(deadline)
+        self.deadline = deadline
+        if deadline < self._timer_at:
+            self.expect_by(deadline)
         self._waiter, self._reads = self.loop.create_future(), reads
         try:
             await self._waiter
@@ -10570,8 +10566,9 @@ class Pump:
         if content:
             if self.first_at is None:
                 self.first_at = now
-            if self._gaps_child is not None:
-                self._gaps.observe(self._gaps_child, now - self.moved_at)
+            if (child := self._gaps_child) is not None:  # `observe`, without the call
+                child[bisect.bisect_left(self._gaps.bounds, now - self.moved_at)] += 1
+                child[-1] += now - self.moved_at
             self.moved_at = now
             if keeper is None:
                 last = content if len(content) <= TAIL_BYTES else content[-TAIL_BYTES:]
@@ -11588,7 +11585,7 @@ class Core:
         """For the recent past, once a second."""
         views, recent = self.fleet.views(), self.recent
         for view in views:
-            recent.history(view.id).sample(view, now, self.settings.metrics_interval)
+            recent.histories[view.id].sample(view, now, self.settings.metrics_interval)
         recent.models.append((now, counts_by_model(self.metrics)))
         if now >= recent.graphed_at + GRAPH_S:
             recent.graphed_at = now
@@ -11597,7 +11594,7 @@ class Core:
 
     def goes_well(self, id: str, s: Settings) -> bool:
         """Whether requests have gone well at a server of late."""
-        now, minute = asyncio.get_running_loop().time(), self.recent.history(id)
+        now, minute = asyncio.get_running_loop().time(), self.recent.histories[id]
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
@@ -11808,7 +11805,8 @@ class RequestContent(HeldContent):
         backlog, size = self._backlog, size + self.head.held_bytes
         backlog.content_bytes += size - self._held_bytes
         self._held_bytes = size
-        if backlog.full(size + self.client.counted):
+        if backlog.limit < backlog.content_bytes + backlog.unread_bytes and (
+                backlog.full(size + self.client.counted)):
             text = f"requests hold {backlog.limit} bytes, as many as max_buffered_bytes allows"
             raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
 
@@ -12228,7 +12226,7 @@ def account(x: Exchange) -> None:
     note_each((model,), *noted)
     if server:
         well = response.status < 500 and response.end in ("complete", "client_gone")
-        core.recent.history(server).ended(now, first_s if response.streams else None, well)
+        core.recent.histories[server].ended(now, first_s if response.streams else None, well)
         key, usage = x.key.name if x.key else "", response.usage
         counted.append((metrics.key_requests, (key, model), 1.0))
         for kind, tokens in usage.items():
@@ -12393,6 +12391,12 @@ class Destination(NamedTuple):
     searches: bool = False  # for the server that has a stored response
 
 
+@remembered_text
+def destination_of(path: str) -> Destination:
+    """Where requests for a path go, if nothing else is said."""
+    return Destination(inference_path(path))
+
+
 class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
@@ -12409,7 +12413,7 @@ class Exchange:
         self.response = Response(client, head, id, s, self.body)
         if core.process.stopping:
             self.response.close_after()
-        self.destination = Destination(inference_path(head.path))
+        self.destination = destination_of(head.path)
         self.call = NO_CALL  # until the content is there
         self.key: KeySettings | None = None  # by which it came in
         self.admitted = False  # by that key
@@ -12588,7 +12592,7 @@ class Exchange:
         core, case, trail, server = self.core, self.case, self.trail, step.server
         if trail.failures:
             core.metrics.retries.add(trail.failures[-1])
-            core.recent.history(trail.server).retries += 1
+            core.recent.histories[trail.server].retries += 1
         trail.server, label, sent_at = server, "abandoned", self.loop.time()
         assert step.ranking.asked is not None
         trail.name = step.ranking.asked.name
@@ -12616,7 +12620,7 @@ class Exchange:
             trail.attempts.append((trail.name, reason, label))
         if outcome.fault is not None and outcome.fault is not Fault.NOT_THERE:
             what = f"{time.strftime('%H:%M:%S')} {label}: {outcome.text[:200]}"
-            core.recent.history(server).attempt_failed(what)
+            core.recent.histories[server].attempt_failed(what)
             if not outcome.committed:
                 trail.failures.append(label)
         return outcome
