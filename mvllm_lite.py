@@ -2405,7 +2405,7 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
 def twice(said: str, rows: Sequence[str]) -> str:
     """What the last of these rows sets for the second time, and where the first was."""
     names = [row.partition("#")[0].partition("=")[0].strip(" \t[]") for row in rows]
-    name = said.partition("'")[2].rstrip("'") or "".join(names[-1:])
+    name = ".".join(re.findall(r"'([^']*)'", said)) or "".join(names[-1:])
     before = [n for n, one in enumerate(names[:-1], 1) if one == name]
     return f"{name} is set twice" + "".join(f", in lines {n} and {len(rows)}" for n in before[-1:])
 
@@ -24998,7 +24998,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
                                      "token p50", "p99 ms", "mean s", "hits %")]
     for name, row in rows.items():
         lines.append((
-            name[:20], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
+            name[:19], f"{row.failed}/{row.requests}", f"{100 * row.good_ratio:.1f}",
             *(f"{1e3 * value:.0f}" for value in row.ttft_s),
             *(f"{1e3 * value:.1f}" for value in row.token_s),
             f"{row.total_s:.2f}", f"{100 * row.hit_ratio:.1f}"))
