@@ -17239,13 +17239,13 @@ def zmq_open_line(s: Settings) -> str:
 #  78  legs
 # ══════════
 #
-# One vLLM reads a prompt, another writes the answer: two requests, called legs, are made of one,
-# and one answer of two.  The first leg is the client's request with exactly those members changed
-# that make it end after one token, which is thrown away; the second is the client's bytes, with
+# One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
+# their answers become one.  The prefill leg is the client's request, changed only in the members
+# that make it end after one token, which is discarded.  The decode leg is the client's bytes with
 # one member put in front.
 
-# The members that end a prompt's leg after one token.  `min_tokens` keeps that token from being an
-# end of its own, after which some connectors drop the blocks.  To add a path: add a row.
+# By path, the members that end a prefill leg after one token.  `min_tokens` keeps that token from
+# ending the sequence, after which some connectors drop the blocks.  To add a path: add a row.
 LEG_LIMITS = {
     "/v1/chat/completions": ("max_tokens", "min_tokens"),
     "/v1/completions": ("max_tokens", "min_tokens"),
@@ -17256,23 +17256,23 @@ LEG_LIMITS = {
 }
 SHAPING = ("n", "best_of", "use_beam_search", "prompt", "prompt_embeds", "previous_response_id",
            "background", "logprobs", "echo", "sampling_params", "max_completion_tokens", "tools")
-MERGED_PATHS = ("/v1/chat/completions", "/v1/completions")  # of which vLLM says what was cached
-EVENT_LIMIT_BYTES = 8 * 1024 * 1024  # of one event that is looked through
+MERGED_PATHS = ("/v1/chat/completions", "/v1/completions")  # whose answers count cached tokens
+EVENT_LIMIT_BYTES = 8 * 1024 * 1024  # of one event in a merged stream
 LEG_FIELDS = re.compile(r"(?im)^(?:x-request-id|x-data-parallel-rank|accept-encoding):.*\r\n")
 
 
 class LegShape(NamedTuple):
-    """What of a request's content decides how its legs are made."""
+    """The facts of a request's content that decide how its legs are made."""
 
     path: str
-    unfit: str  # why it is not parted, '' if it can be
-    logprobs: bool = False  # the prompt's may be wanted
-    completes: bool = False  # max_completion_tokens is said
+    unfit: str  # why it cannot be split, '' if it can
+    logprobs: bool = False  # those of the prompt may be wanted
+    completes: bool = False  # max_completion_tokens is set
     sampling: Mapping[str, Any] = {}  # sampling_params
 
 
 def shape_of(path: str, content: Content) -> LegShape:
-    """Reads what matters of a request's content."""
+    """The shape of a request for that path with that content."""
     if path not in LEG_LIMITS:
         return LegShape(path, "path")
     spans = member_spans(content, SHAPING)
@@ -17280,7 +17280,7 @@ def shape_of(path: str, content: Content) -> LegShape:
         said = {name: json.loads(content[a:b]) for name, (a, b) in spans.items()
                 if name != "prompt" or content[a:b].lstrip()[:1] == b"["}
     except (ValueError, RecursionError):
-        return LegShape(path, "content")  # a server will say what is wrong with it
+        return LegShape(path, "content")  # a server will report what is wrong with it
     prompt, sampling = said.get("prompt", ""), said.get("sampling_params")
     sampling = sampling if isinstance(sampling, dict) else {}
     several = isinstance(prompt, list) and len(prompt) != 1 and not (
@@ -17302,15 +17302,15 @@ def shape_of(path: str, content: Content) -> LegShape:
 
 
 def has_builtin_tools(tools: Any) -> bool:
-    """Whether vLLM itself calls some of these: it then generates again and again with what it was
-    told once, and no handle works twice."""
+    """Whether vLLM itself calls some of these tools.  It then generates several times with the
+    same handle, and no handle works twice."""
     return isinstance(tools, list) and any(
         not isinstance(one, dict) or one.get("type") != "function" for one in tools)
 
 
 def with_members(content: Content, values: Mapping[str, bytes | None]) -> Content:
-    """A copy of a JSON object with other values of members, None: without them; those that are not
-    there are put in front.  Every other byte stays."""
+    """A copy of a JSON object with these values of its members.  None removes a member; a missing
+    one is put in front.  Every other byte stays."""
     changed, spans = bytearray(content), member_spans(content, values)
     for name in sorted(spans, key=lambda name: -spans[name][0]):
         begin, end = spans[name]
@@ -17323,11 +17323,11 @@ def with_members(content: Content, values: Mapping[str, bytes | None]) -> Conten
     empty = changed[brace:].lstrip()[:1] == b"}"
     changed[brace:brace] = b",".join(new) + b"," * (bool(new) and not empty)
     gone = {name: None for name in spans if values[name] is None}
-    return with_members(changed, gone) if gone else changed  # it may have been said twice
+    return with_members(changed, gone) if gone else changed  # a member may occur twice
 
 
 def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
-    """Where the member with the value that stands there begins and ends, with one comma."""
+    """Where the member whose value spans `begin` to `end` begins and ends, with one comma."""
     name = content.rfind(b'"', 0, content.rfind(b'"', 0, begin))
     if content[end : end + 1] == b",":
         return name, end + 1
@@ -17336,7 +17336,7 @@ def whole_member(content: Content, begin: int, end: int) -> tuple[int, int]:
 
 
 def prefill_content(content: Content, shape: LegShape, params: Mapping[str, Any] | None) -> Content:
-    """The content of a prompt's leg."""
+    """The content of a prefill leg."""
     values: dict[str, bytes | None] = {"stream": b"false", "stream_options": None}
     for name in LEG_LIMITS[shape.path]:
         values[name] = b"1"
@@ -17356,12 +17356,12 @@ class Shared(NamedTuple):
     transfer: str  # their transfer_id, where the connector has one
     prefill: ServerView
     decode: ServerView
-    identity: Mapping[str, Any] | None = None  # what is remembered of the prefill server
+    identity: Mapping[str, Any] | None = None  # of the prefill server, as remembered
     at_once: bool = False  # both legs are sent together
 
 
 def leg_fields(shared: Shared, rank: int | None) -> str:
-    """The lines of a leg's head; its answer is to come uncompressed."""
+    """A leg's own header lines, which ask for an uncompressed answer."""
     pinned = "" if rank is None else f"X-Data-Parallel-Rank: {rank}\r\n"
     return f"X-Request-Id: {shared.id}\r\nAccept-Encoding: identity\r\n{pinned}"
 
@@ -17369,13 +17369,13 @@ def leg_fields(shared: Shared, rank: int | None) -> str:
 def leg_request(
     request: OutboundRequest, content: Content, shared: Shared, rank: int | None = None
 ) -> OutboundRequest:
-    """A leg as it is said to its server."""
+    """A leg as it is sent to its server."""
     fields = LEG_FIELDS.sub("", request.fields) + leg_fields(shared, rank)
     return request._replace(body=HeldContent(content), fields=fields, framed=True)
 
 
 def document_of(content: bytes) -> dict[str, Any]:
-    """A JSON object, {} for anything else."""
+    """The content as a JSON object, {} if it is anything else."""
     try:
         found = json.loads(content or b"{}")
     except (ValueError, RecursionError):
@@ -17384,24 +17384,24 @@ def document_of(content: bytes) -> dict[str, Any]:
 
 
 def handle_in(said: bytes) -> bytes:
-    """What a prefill server says for the other one, byte for byte; b"" if it kept nothing."""
+    """The handle in a prefill server's answer, byte for byte; b"" if it kept no blocks."""
     begin, end = member_spans(said, RESERVED_MEMBERS).get("kv_transfer_params", (0, 0))
     handle = said[begin:end].strip()
     return b"" if handle == b"null" else handle
 
 
-# What of a prefill server's answer belongs into the other's.
+# The parts of a prefill server's answer that belong in the decode server's.
 
 
 class Merger:
-    """Makes one answer of two.  What was transferred counts as cached at the decode server, so the
-    prefill server's word on that is taken; and what names hosts of ours is taken out.  Fed with an
-    answer piece by piece; whole events are passed on, a document at its end."""
+    """Makes one answer of two.  The decode server counts transferred blocks as cached, so the
+    prefill server's count replaces its own; members that name our hosts are removed.  The answer
+    is fed in pieces: events are passed on once they are whole, a document at its end."""
 
     def __init__(self, shape: LegShape, streams: bool) -> None:
         self.shape, self.streams = shape, streams
-        self.prefill: Mapping[str, Any] | None = None  # what it answered, where it was asked
-        self._held = b""  # of an event, or a document, that is not all there
+        self.prefill: Mapping[str, Any] | None = None  # that server's answer, if it was asked
+        self._held = b""  # the incomplete event or document
 
     def feed(self, piece: bytes) -> bytes:
         held = self._held + piece if self._held else piece
@@ -17415,7 +17415,7 @@ class Merger:
         return self.merged_events(held[:end]) if end else b""
 
     def end(self) -> bytes:
-        """The rest."""
+        """What is left to pass on at the answer's end."""
         held, self._held = self._held, b""
         return self.merged_events(held) if self.streams else self.merged(held)
 
@@ -17430,7 +17430,7 @@ class Merger:
         return b"\n".join(lines)
 
     def merged(self, said: bytes) -> bytes:
-        """A document of the decode server; as it came where there is nothing to change."""
+        """A document of the decode server, merged; the same bytes if there is nothing to change."""
         document = document_of(said)
         changed = without_handles(document)
         inner = document.get("response")
@@ -17443,11 +17443,11 @@ class Merger:
         if not changed:
             return said
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "backslashreplace")  # half a character: as an escape, as it came
+            "utf-8", "backslashreplace")  # a lone surrogate stays the escape that it was
 
 
 def without_handles(document: dict[str, Any]) -> bool:
-    """Takes out what servers tell each other.  Returns whether there was any."""
+    """Removes the members that servers exchange.  Returns whether there were any."""
     found = [name for name in RESERVED_MEMBERS if document.get(name) is not None]
     for name in found:
         del document[name]
@@ -17455,7 +17455,7 @@ def without_handles(document: dict[str, Any]) -> bool:
 
 
 def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
-    """How many tokens of its prompt a server had, by its own word."""
+    """How many tokens of the prompt a server reports as cached; None if it does not say."""
     usage = document.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
@@ -17463,7 +17463,7 @@ def cached_tokens_of(document: Mapping[str, Any]) -> int | None:
 
 
 def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
-    """Takes over what the prefill server had cached.  Returns whether that changes anything."""
+    """Reports what the prefill server had cached.  Returns whether that changes the document."""
     usage, cached = document.get("usage"), cached_tokens_of(prefill)
     if not isinstance(usage, dict):
         return False
@@ -17476,8 +17476,8 @@ def merge_usage(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
 
 
 def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool:
-    """Takes over the logprobs of the prompt, which the prefill server has read.  Returns whether
-    there are any."""
+    """Copies the prompt's logprobs from the prefill server's answer.  Returns whether it has
+    any."""
     changed = False
     if prefill.get("prompt_logprobs") is not None:
         document["prompt_logprobs"], changed = prefill["prompt_logprobs"], True
@@ -17497,13 +17497,13 @@ def merge_logprobs(document: dict[str, Any], prefill: Mapping[str, Any]) -> bool
 
 
 def put_before(ours: Any, theirs: Any, count: int) -> None:
-    """Puts the first tokens of a prompt before those of an answer, in /v1/completions' form."""
+    """Puts a prompt's tokens before those of the answer, in the form of /v1/completions."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     if not all(isinstance(one, dict) for one in (ours, theirs)) or not count:
         return
     first = {name: (theirs.get(name) or [])[:count] for name in names}
     if not first["tokens"] or (ours.get("tokens") or [])[:count] == first["tokens"]:
-        return  # it has them already
+        return  # the answer has them already
     offsets, last = first["text_offset"], first["tokens"][-1]
     shift = (offsets[-1] if offsets else 0) + len(str(last).encode())
     for name in names:
@@ -17515,46 +17515,46 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 #  79  connectors
 # ══════════
 #
-# What the two legs of a request are told, and in which order they are sent, so that what one vLLM
-# has read gets to the other: by a connector of vLLM's own, of which each is a small class.
+# What the two legs of a request say, and in which order they are sent, so that the blocks of one
+# vLLM reach the other.  One of vLLM's connectors moves them; each has a small class here.
 #
 # To add a connector: a class with @connector("name"), its name in CONNECTOR_NAMES.  MoRI-IO would
-# be one that fits servers that registered with a transfer_mode: READ as NIXL's pull, WRITE at once.
+# fit servers that register with a transfer_mode: READ like NIXL's pull, WRITE with legs at once.
 
 MOONCAKE_PORT = 8998
 
 
 class Connector:
-    """What the legs are told.  `figure_text` is a prefill server's whole answer."""
+    """What the legs say.  `said` is a JSON object with the handle from a prefill leg's answer."""
 
     name: ClassVar[str] = ""
-    passes_handles: ClassVar[bool] = True  # what one engine says goes to another: it must be ours
-    asks: ClassVar[bool] = False  # a prefill server's identity is asked for, before its first leg
-    pins_rank: ClassVar[bool] = False  # the prompt's leg names its rank, also where there is one
-    paired_by_id: ClassVar[bool] = False  # the legs know each other by nothing else
-    reads_late: ClassVar[bool] = False  # blocks are read also when others' have taken their place
+    passes_handles: ClassVar[bool] = True  # one engine's handle goes to another: it must be ours
+    asks: ClassVar[bool] = False  # a prefill server's identity is asked before its first leg
+    pins_rank: ClassVar[bool] = False  # the prefill leg names its rank, even if there is only one
+    paired_by_id: ClassVar[bool] = False  # the legs find each other by their id alone
+    reads_late: ClassVar[bool] = False  # blocks are read even if others have taken their place
 
     def unfit(self, view: ServerView) -> str:
-        """Why that server cannot be of a pair, '' if it can."""
+        """Why that server cannot be one of a pair, '' if it can."""
         return ""
 
     def request_id(self, prefill: ServerView, decode: ServerView, token: str) -> str:
-        """An X-Request-Id for both legs, made of 32 hexadecimal digits that are new."""
+        """An X-Request-Id for both legs; `token` is 32 random hexadecimal digits."""
         return token
 
     def at_once(self, identity: Mapping[str, Any] | None) -> bool:
-        """Whether both legs are sent together, to a prefill server of that identity."""
+        """Whether both legs are sent together to a prefill server with that identity."""
         return False
 
     def prefill_params(self, shared: Shared) -> Mapping[str, Any] | None:
         return None
 
     def decode_params(self, shared: Shared, said: bytes) -> bytes:
-        """The member for the decode leg, as JSON; b"" for none: it reads the prompt itself."""
+        """The decode leg's kv_transfer_params; b"" for none: its server reads the prompt itself."""
         return b""
 
     def identity_in(self, said: bytes) -> Mapping[str, Any] | None:
-        """What is to be remembered of a prefill server that has answered so."""
+        """The identity to remember of a prefill server with that handle; None if it has none."""
         return None
 
     def shared(
@@ -17569,12 +17569,12 @@ class Connector:
     def prefill_leg(
         self, content: Content, shape: LegShape, shared: Shared
     ) -> tuple[Content, int | None]:
-        """The content of a prompt's leg, and the rank that it names."""
+        """The content of a prefill leg, and the rank that it names, if any."""
         rank = (shared.prefill.rank or 0) if self.pins_rank else None
         return prefill_content(content, shape, self.prefill_params(shared)), rank
 
     def decode_leg(self, content: Content, shared: Shared, said: bytes) -> tuple[Content, bool]:
-        """The content of the other one, and whether it is to use what the first has left."""
+        """The content of a decode leg, and whether it uses the prefill leg's blocks."""
         if params := self.decode_params(shared, said):
             content = with_members(content, {"kv_transfer_params": params})
         return content, bool(params) or self.paired_by_id
@@ -17595,17 +17595,17 @@ def connector(name: str) -> Callable[[K], K]:
 
 @connector("plain")
 class PlainConnector(Connector):
-    """Servers that find each other's blocks by themselves (LMCache, a shared storage): the prompt
-    is read by one, then the other is asked as if nothing had been."""
+    """For servers that find each other's blocks by themselves (LMCache, shared storage): one reads
+    the prompt, then the other gets the request as it came."""
 
     passes_handles = False
 
 
 @connector("nixl")
 class Nixl(Connector):
-    """NixlConnector.  Pull: the prefill server's answer has a handle for the other, unread by us,
-    that works once.  Push, as its answers say: the other tells it where to write, of which it needs
-    no more than an identity that lasts; so from the second request on both legs go at once."""
+    """NixlConnector.  Pull: the prefill server's answer has a handle, which works once and is
+    passed on unread.  Push, if the answer says so: the decode server tells the prefill server where
+    to write.  It needs only a lasting identity, so after the first request both legs go at once."""
 
     reads_late = True
     ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
@@ -17616,7 +17616,7 @@ class Nixl(Connector):
         return identity is not None
 
     def prefill_params(self, shared: Shared) -> Mapping[str, Any]:
-        # 0.32 pairs the legs by their id, later ones by a transfer_id; it takes either.
+        # vLLM 0.32 pairs the legs by their id, later versions by a transfer_id: send both.
         return {**self.ASKED, "transfer_id": shared.transfer} if shared.at_once else self.ASKED
 
     def decode_params(self, shared: Shared, said: bytes) -> bytes:
@@ -17641,7 +17641,7 @@ class Nixl(Connector):
 @connector("p2p_nccl")
 class P2pNccl(Connector):
     """P2pNcclConnector, of vLLM 0.9 to 0.22.  The legs find each other by the addresses in their
-    id, so both servers must have told theirs."""
+    id, so those of both servers must be known."""
 
     passes_handles, paired_by_id = False, True
 
@@ -17655,8 +17655,8 @@ class P2pNccl(Connector):
 
 @connector("mooncake")
 class Mooncake(Connector):
-    """MooncakeConnector.  The other leg needs the engine id of the prefill server's rank, which its
-    bootstrap server tells, and nothing of its answer: both go at once."""
+    """MooncakeConnector.  The decode leg needs only the engine id of the prefill server's rank,
+    which its bootstrap server knows, and nothing of its answer: both legs go at once."""
 
     asks, pins_rank, passes_handles = True, True, False
 
@@ -17677,14 +17677,14 @@ class Mooncake(Connector):
 
 
 def bootstrap_url(server: ServerSettings, port: int) -> str:
-    """Where a prefill server's bootstrap server is; `port` is that of servers with none."""
+    """The URL of a prefill server's bootstrap server; `port` is for a server that sets none."""
     host = urllib.parse.urlsplit(server.url).hostname or ""
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{server.bootstrap_port or port or MOONCAKE_PORT}"
 
 
 def engines_in(content: bytes) -> dict[str, str]:
-    """The engine ids by rank that a bootstrap server tells; {} if it knows none yet."""
+    """The engine ids by rank in a bootstrap server's answer; {} if it knows none yet."""
     return {rank: row["engine_id"] for rank, row in document_of(content).items()
             if isinstance(row, dict) and isinstance(row.get("engine_id"), str)}
 
@@ -17693,48 +17693,48 @@ def engines_in(content: bytes) -> dict[str, str]:
 #  80  splitting
 # ══════════
 #
-# How a request is parted between two servers, as a plan: where the prompt is read, who answers, and
-# what follows when one of them fails.  Nothing that was transferred is used twice, and what cannot
-# be parted, or need not be, is one plain request to a server that decodes.
+# How a request is split between two servers, as a plan: which one reads the prompt, which one
+# answers, and what follows when either fails.  Transferred blocks are never used twice.  A request
+# that cannot or need not be split is sent whole to a server that decodes.
 
-TRANSFERS_LIMIT = 2  # that fail, before a request is served plainly
-PREFILL_FAILED = "prefill"  # of an outcome: it is that of the prompt's leg
+TRANSFERS_LIMIT = 2  # failed transfers, after which a request is served plainly
+PREFILL_FAILED = "prefill"  # `more` of an outcome that is the prefill leg's
 NO_PREFILL = "No prefill server can be asked now, and plain_fallback is off."
 
 
 class Leg(NamedTuple):
-    """Ask a server for its part of a request; as attempts go, a Relay."""
+    """Ask a server for its part of a request.  An attempt takes it for a Relay."""
 
     server: str
     request: OutboundRequest
     ranking: Ranking
     lease: Lease | None
-    attempt: int  # from 1, in its role
+    attempt: int  # from 1, counted by role
     split: Split
     shared: Shared | None = None  # with the other leg; None for a plain request
-    handled: bool = False  # it has what the other said, which works once
-    way: Way | None = None  # how it goes on with a stream that broke
+    handled: bool = False  # it carries the prefill leg's handle, which works once
+    way: Way | None = None  # how it continues a stream that broke
 
     @property
     def has_larger(self) -> bool:
         return Relay(*self[:5]).has_larger
 
     def why(self) -> str:
-        """Both choices."""
+        """Why each server was chosen."""
         why = self.ranking.why()
         return f"prefill {self.split.prefill_why}; decode {why}" if self.shared else why
 
 
 class Learn(NamedTuple):
-    """Ask a prefill server's bootstrap server who it is; the outcome's `more` is its identity."""
+    """Ask a bootstrap server for its prefill server's identity, which is the outcome's `more`."""
 
     split: Split
     server: ServerView
 
 
 class Prefill(NamedTuple):
-    """Have a prompt read, while a place is kept at who will answer; the outcome's `more` is what
-    was said for that one, its `lease` that place.  An answer of 4xx is `held`."""
+    """Have a prompt read while a place is kept at the decode server.  The outcome's `more` has the
+    handle, its `lease` is that place.  A 4xx answer is `held`."""
 
     leg: Leg
     decode: Ranking
@@ -17742,20 +17742,20 @@ class Prefill(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """Have the other leg answered, and pass the answer on."""
+    """Have the decode leg answered, and pass the answer on."""
 
     leg: Leg
 
 
 class Both(NamedTuple):
-    """Have both legs carried out at once; `more` is PREFILL_FAILED where that is so."""
+    """Carry out both legs at once; `more` is PREFILL_FAILED if the prefill leg's failure counts."""
 
     prefill: Leg
     decode: Leg
 
 
 class Plainly(NamedTuple):
-    """Note that a request is not parted, and why; a place that was kept for it is free again."""
+    """Note that a request is not split, and why; free a place that was kept for it."""
 
     split: Split
     reason: str
@@ -17763,36 +17763,36 @@ class Plainly(NamedTuple):
 
 
 def is_short(ranking: Ranking, terms: DisaggregationSettings) -> bool:
-    """Whether the detour does not pay: the best decoder has most of the prompt."""
+    """Whether the detour does not pay: the best decoder would have little of the prompt to read."""
     known = ranking.expected if ranking.best else max(ranking.cached, default=0)
     return ranking.call.prompt.tokens - known < terms.prefill_from_tokens
 
 
 @dataclasses.dataclass(slots=True)
 class Split:
-    """One request that is parted."""
+    """One request that is split."""
 
     request: OutboundRequest
     terms: DisaggregationSettings
     connector: Connector
     shape: LegShape
     streams: bool
-    memory: dict[str, Mapping[str, Any] | None]  # what is known of prefill servers, by id
+    memory: dict[str, Mapping[str, Any] | None]  # the identities of prefill servers, by id
     draw: random.Random
-    planner: Any  # whose it is
+    planner: Any  # the PrefillDecode that made it
     prefill: Retries = dataclasses.field(init=False)
     decode: Retries = dataclasses.field(init=False)
     plain: Retries = dataclasses.field(init=False)
-    decoder: str = ""  # the server that answers, which does not read the prompt for itself
+    decoder: str = ""  # the server that answers, and is not chosen to prefill
     prefill_why: str = ""
     prefill_failure: Outcome = WELL  # after which another prefill server is asked
-    lease: Lease | None = None  # of a place that was waited for
-    transfers: int = 0  # that have failed
-    way: Way | None = None  # how a stream that broke goes on
-    # Of the legs under way:
-    failed: bool = False  # the prompt's leg has failed
-    said: Mapping[str, Any] | None = None  # what was answered to it
-    good_until: float = INFINITY  # on the loop's clock, what was transferred
+    lease: Lease | None = None  # of a place that the request waited for
+    transfers: int = 0  # the number that failed
+    way: Way | None = None  # how a broken stream is continued
+    # State of the legs under way:
+    failed: bool = False  # the prefill leg has failed
+    said: Mapping[str, Any] | None = None  # what is merged of the prefill leg's answer
+    good_until: float = INFINITY  # by the loop's clock, when the blocks may be gone
 
     def shared(self, prefill: Ranking, decode: Ranking) -> Shared:
         """New ids for an attempt at both legs."""
@@ -17825,8 +17825,8 @@ class Split:
 
 
 def prefill_decode_plan(split: Split) -> Plan:
-    """One good answer from two servers.  A prompt's leg that fails is tried at other prefill
-    servers, a decode leg with a new prompt's leg; where that leads nowhere, plainly."""
+    """One good answer from two servers.  A failed prefill leg is tried at other prefill servers, a
+    failed decode leg with a new prefill leg; if that does not help, the request is sent whole."""
     failure, reason = WELL, ""
     while not reason and (ranking := (yield from split.decode.ranked(failure))) is not None:
         if failure.fault is None and is_short(ranking, split.terms):
@@ -17850,8 +17850,8 @@ def prefill_decode_plan(split: Split) -> Plan:
 def two_legs(
     split: Split, decode: Ranking
 ) -> Generator[Any, Outcome, tuple[Outcome, Shared | None]]:
-    """The outcome of both legs, whichever had the last word, and what they shared; None where no
-    prompt's leg went well."""
+    """The outcome of the leg that settled the attempt, and what both legs shared; None in place of
+    the latter if no prefill leg went well."""
     failure, retries = split.prefill_failure, split.prefill
     while (ranking := (yield from retries.ranked(failure))) is not None:
         ranking, found = yield from given_room(
@@ -17868,9 +17868,9 @@ def two_legs(
             outcome = yield from in_turn(split, split.prefill_leg(ranking, found.lease, shared),
                                          decode)
         if outcome.held is not None and outcome.more is PREFILL_FAILED and not outcome.fault:
-            if split.way is not None:  # nobody can be told any more
+            if split.way is not None:  # the client is in the middle of a stream
                 return outcome, None
-            yield GiveUp(outcome)  # the answer
+            yield GiveUp(outcome)  # the held answer is the client's
             return outcome, shared
         if outcome.more is not PREFILL_FAILED and shared is not None:
             return outcome, shared
@@ -17882,7 +17882,7 @@ def two_legs(
 
 
 def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcome]:
-    """Well, once as much is known of the prefill server as its connector needs."""
+    """WELL once the connector knows what it needs of the prefill server; else why it does not."""
     server = ranking.asked
     if server is None or not split.connector.asks or split.memory.get(server.id) is not None:
         return WELL
@@ -17893,7 +17893,7 @@ def introduced(split: Split, ranking: Ranking) -> Generator[Any, Outcome, Outcom
 
 
 def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, Outcome]:
-    """The outcome of the decode leg, behind the prompt's; or of that, if it did not go well."""
+    """The outcome of the decode leg, sent after the prefill leg; or of the latter if it failed."""
     place, split.lease = split.lease, None
     read = yield Prefill(leg, decode, place)
     if read.fault is not None or read.held is not None:
@@ -17906,15 +17906,15 @@ def in_turn(split: Split, leg: Leg, decode: Ranking) -> Generator[Any, Outcome, 
 def after_failure(
     split: Split, outcome: Outcome, decode: Ranking, shared: Shared | None
 ) -> str:
-    """Books what failed.  Returns why nothing is left but a plain request, '' if both legs may be
-    tried again."""
+    """Records the failure.  Returns why only a plain request is left, '' if both legs may be tried
+    again."""
     if outcome.deaths >= DEADLY:
         return "died"
     if shared is None:
         return "no_prefill_server" if outcome.fault is Fault.NO_SERVER else "prefill_failed"
     goes_on = split.decode.record_attempt(outcome, decode)
     if outcome.fault is Fault.TRANSFER_FAILED:
-        split.memory.pop(shared.prefill.id, None)  # it may be another process now
+        split.memory.pop(shared.prefill.id, None)  # its engine may have been restarted
         split.prefill.tried |= {shared.prefill.server}
         split.prefill_failure = outcome
         split.transfers += 1
@@ -17924,8 +17924,8 @@ def after_failure(
 
 
 def all_have_begun(load: EngineLoad, ours: int, unread: int) -> bool | None:
-    """Whether an engine of that load has begun all requests of ours, but those of which the prompt
-    is still `unread` elsewhere; None where that is not to be told: there may be others'."""
+    """Whether an engine with that load has begun all our requests, except those whose prompt is
+    still `unread` elsewhere; None if others' requests make that unclear."""
     if load.running is None or load.waiting is None:
         return None
     here = load.running + load.waiting
@@ -17935,7 +17935,7 @@ def all_have_begun(load: EngineLoad, ours: int, unread: int) -> bool | None:
 
 
 def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
-    """The rest of a request that is not parted, if that is allowed."""
+    """The rest of a plan that sends the request whole, if that is allowed."""
     lease, split.lease = split.lease, None
     waited = failure.fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
     yield Plainly(split, reason, lease)
@@ -17948,8 +17948,8 @@ def plainly(split: Split, reason: str, failure: Outcome) -> Plan:
 
 
 def resumed(split: Split, plan: Plan) -> Plan:
-    """What goes on with a stream, by a plan for one server: two, where the prompt is read again
-    and is long; else that one alone."""
+    """A plan for one server, except that two continue a broken stream whose prompt has to be read
+    again and is long."""
     with contextlib.suppress(StopIteration):
         step = next(plan)
         while True:
@@ -17973,13 +17973,13 @@ def resumed_once(split: Split, step: Resume) -> Generator[Any, Outcome, Outcome]
 
 
 def unfit_plan(split: Split, otherwise: Plan) -> Plan:
-    """For what cannot be parted.  Answers of other paths name no hosts of ours."""
+    """For a request that cannot be split.  Answers of other paths name none of our hosts."""
     yield Plainly(split, split.shape.unfit)
     yield from otherwise if split.shape.unfit == "path" else plain_plan(split)
 
 
 def plain_plan(split: Split) -> Plan:
-    """As a request is relayed by itself, its answer looked through like others of such servers."""
+    """Sends a request whole; its answer is rid of handles like those of split requests."""
     plan = resumed(split, relay_plan(split.request, split.plain))
     with contextlib.suppress(StopIteration):
         step = next(plan)
@@ -17993,22 +17993,22 @@ def plain_plan(split: Split) -> Plan:
 #  81  leg attempts
 # ══════════
 #
-# The two legs of a request, carried out: a prompt's leg is an attempt whose answer is kept for
-# ourselves, the other one whose answer is looked through on its way.  A transfer that fails is
-# neither server's failure, unless one is found dead.
+# The two legs of a request, carried out.  A prefill leg is an attempt whose answer we keep; a
+# decode leg is one whose answer is merged on its way.  A failed transfer is neither server's
+# failure, unless one is found dead.
 
-LEARN_LIMIT_S = 5.0  # for a bootstrap server to tell who is there
-LEASE_SHARE = 0.9  # of the time that blocks are kept, in which they must be asked for
-# Of the answer to a prompt's leg.  A handle has a number for each block, of 16 tokens as a rule,
-# and a request may want the id of each token, which has a byte or more: at most 8 with its comma.
+LEARN_LIMIT_S = 5.0  # for a bootstrap server to answer
+LEASE_SHARE = 0.9  # of kv_lease, within which blocks must be asked for
+# Of a prefill leg's answer.  A handle has a number for each block of, as a rule, 16 tokens, and a
+# request may want each token's id.  A token has a byte or more, its id at most 8 with the comma.
 ANSWER_LIMIT_BYTES, ANSWER_BYTES_PER_BYTE = 1024 * 1024, 8
-LOGPROBS_LIMIT_BYTES = 64 * 1024 * 1024  # where those of the prompt may be wanted
-# What a decode server says where the blocks did not come.
+LOGPROBS_LIMIT_BYTES = 64 * 1024 * 1024  # if the prompt's logprobs may be wanted
+# How a decode server fails if the blocks did not arrive.
 TRANSFER_FAULTS = (Fault.STREAM_FAILED, Fault.SERVER_FAILED)
 
 
 class LegContent(HeldContent):
-    """What a leg holds: its own content, or what is answered; counted with all that is held."""
+    """A leg's own content, or its answer; its bytes count towards max_buffered_bytes."""
 
     __slots__ = ("_backlog", "_held_bytes")
 
@@ -18017,7 +18017,7 @@ class LegContent(HeldContent):
         self._backlog, self._held_bytes = backlog, 0
 
     def hold(self, content: Content) -> None:
-        """Raises BadMessage where there is no room for it."""
+        """Hold this content from now on.  Raises BadMessage if there is no room for it."""
         self.content, size = content, len(content)
         self._backlog.content_bytes += size - self._held_bytes
         self._held_bytes = size
@@ -18030,8 +18030,7 @@ class LegContent(HeldContent):
 
 
 class PrefillAttempt(Attempt):
-    """A prompt's leg at one server.  The outcome's `more` is what it said for the other one; 4xx
-    is held."""
+    """A prefill leg at one server.  The outcome's `more` has its handle; a 4xx answer is `held`."""
 
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
@@ -18044,7 +18043,7 @@ class PrefillAttempt(Attempt):
             self.said.release()
 
     def outcome_of(self, content: bytes, outcome: Outcome) -> Outcome:
-        """What it means that the leg ended so, with that answer."""
+        """The leg's outcome, by how its attempt ended and the content of its answer."""
         answer, broke = self.answer, outcome.fault not in (None, Fault.SERVER_ERROR)
         if answer is None or broke:
             return outcome._replace(committed=False)
@@ -18056,7 +18055,7 @@ class PrefillAttempt(Attempt):
             return Outcome(held=Held(self.server, answer.head, str(whole.length), content))
         split, now = self.leg.split, self.response.client.loop.time()
         if split.connector.reads_late:
-            lease_s = split.terms.kv_lease  # it began when the prompt was read, before the head
+            lease_s = split.terms.kv_lease  # it began once the prompt was read, before the head
             begun_at = max(self.begun_at, self.head_at - (1 - LEASE_SHARE) * lease_s)
             split.good_until = begun_at + LEASE_SHARE * lease_s
         split.said = {name: value for name, value in document_of(content).items()
@@ -18067,7 +18066,7 @@ class PrefillAttempt(Attempt):
         return Outcome(more=b'{"kv_transfer_params":%b}' % (handle_in(content) or b"null"))
 
     def judge_of(self, head: ResponseHead, framing: Framing) -> AnswerJudge:
-        """The client is not shown this answer; it may be in the middle of another."""
+        """A judge that leaves the response alone: the client may be in the middle of another."""
         notation = self.response.notation
         judge = super().judge_of(head, framing)
         self.response.notation = notation
@@ -18096,7 +18095,7 @@ class PrefillAttempt(Attempt):
 
 
 class MergingDecoder(Decoder):
-    """The content of an answer that is merged on its way."""
+    """Decodes the content of an answer, and merges it on its way."""
 
     __slots__ = ("_inner", "_merger")
 
@@ -18112,17 +18111,17 @@ class MergingDecoder(Decoder):
 
 
 class DecodeAttempt(Attempt):
-    """The other leg at one server, or a plain request there."""
+    """A decode leg at one server, or a request sent there whole."""
 
     async def outcome(self, commit: Commit) -> Outcome:
         self.leg: Leg = self.step  # type: ignore[assignment]
         if self.leg.shared is not None:
             self.prefill = self.leg.shared.prefill.name
-        self.refused = 0  # the status, where it did not take what was transferred
-        self.late = False  # it answers when that may be gone: what it says may be nonsense
-        self.shown = self.begun = False  # the engine is known to have begun with it
-        self.sent_at, self.page_at = INFINITY, -INFINITY  # of the last page of metrics seen,
-        self.told: bool | None = None  # and whether all had begun by that
+        self.refused = 0  # the status with which its server refused the handle
+        self.late = False  # the answer began when the blocks may be gone: it may be nonsense
+        self.shown = self.begun = False  # the engine is known to have begun with this leg
+        self.sent_at, self.page_at = INFINITY, -INFINITY  # when the last page of metrics came,
+        self.told: bool | None = None  # and whether all requests had begun by then
         self.merger: Merger | None = None
         self._show = commit
         self.timer: asyncio.TimerHandle | None = None
@@ -18151,8 +18150,8 @@ class DecodeAttempt(Attempt):
 
     def look(self) -> None:
         """End a leg that does not begin: a connector may hang, and blocks are not kept for ever.
-        Of an answer that is not streamed, its server's pages of metrics tell.  Where they do not,
-        it may go on as long as its prefill server is well, and anything moves."""
+        If its answer is not streamed, its server's metrics show whether it has begun.  If they
+        leave that open, it goes on while its prefill server is well and its own makes progress."""
         split, now = self.leg.split, self.response.client.loop.time()
         told = False if split.streams else self.told_by_page()
         self.begun = self.begun or bool(told)
@@ -18165,15 +18164,15 @@ class DecodeAttempt(Attempt):
         self.look_later()
 
     def stands(self, within_s: float) -> bool:
-        """Whether there is a sign that it waits in vain."""
+        """Whether there is a sign that this leg waits in vain."""
         assert self.leg.shared is not None
         prefill = self.core.fleet.view(self.leg.shared.prefill.id)
         return (prefill is None or not prefill.healthy or bool(prefill.health.request_failures)
                 or not self.core.moves(self.server, within_s))
 
     def told_by_page(self) -> bool | None:
-        """Whether the engine has begun with it, by a page that was asked for after it was sent: one
-        that came after another which did."""
+        """Whether the engine has begun with this leg, None if that is unclear.  A page of metrics
+        counts if it was asked for after the leg was sent, so the first one since then does not."""
         view = self.core.fleet.view(self.server)
         if view is None or view.report.at <= self.page_at:
             return self.told
@@ -18192,7 +18191,7 @@ class DecodeAttempt(Attempt):
         except Stale as met:
             if not self.leg.handled:
                 raise
-            raise PeerGone(str(met), Fault.TRANSFER_FAILED) from None  # it works once
+            raise PeerGone(str(met), Fault.TRANSFER_FAILED) from None  # a handle works once
 
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
         split, now = self.leg.split, wire.loop.time()
@@ -18202,7 +18201,7 @@ class DecodeAttempt(Attempt):
         return await super().send_and_listen(wire)
 
     def show(self, answer: Answer) -> bool:
-        """Show an answer, merged with the other leg's."""
+        """Show an answer, merged with the prefill leg's.  Returns whether to pass on more of it."""
         if self.leg.handled and answer.head.status >= 400:
             self.refused = answer.head.status
             return False
@@ -18212,7 +18211,7 @@ class DecodeAttempt(Attempt):
             return False
         self.shown = True
         if isinstance(self.request.body, LegContent):
-            self.request.body.release()  # it is not said again
+            self.request.body.release()  # it will not be sent again
         streams = answer.head.is_event_stream
         if answer.head.is_encoded or not (streams or answer.head.is_json) or (
                 answer.framing.length is None and not answer.framing.chunked and not streams):
@@ -18237,19 +18236,19 @@ class DecodeAttempt(Attempt):
 #  82  pairs
 # ══════════
 #
-# Requests for which there is a [[disaggregation]]: their plans, and the steps that only these have.
+# Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
 
 
-EXPLAINED_PATH = "/v1/chat/completions"  # what /explain is asked about, which has no path itself
+EXPLAINED_PATH = "/v1/chat/completions"  # assumed for /explain, whose requests name no path
 
 
 class PrefillDecode:
-    """The planner of requests for which there is a [[disaggregation]]."""
+    """The planner of requests whose model has a [[disaggregation]]."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
         self.memory: dict[str, Mapping[str, Any] | None] = {}
-        self._asking: dict[str, asyncio.Lock] = {}  # bootstrap servers, by the server's id
+        self._asking: dict[str, asyncio.Lock] = {}  # by server: one question at a time
         self.legs = Counter(
             "mvllm_disaggregation_legs_total", "Legs of requests that were parted between servers.",
             "role", "server", "result")
@@ -18278,15 +18277,14 @@ class PrefillDecode:
         return unfit_plan(split, otherwise) if unfit else prefill_decode_plan(split)
 
     def split(self, x: Exchange, request: OutboundRequest) -> Split | None:
-        """What is needed to part that request; None where no [[disaggregation]] is for its
-        model."""
+        """What is needed to split that request; None if its model has no [[disaggregation]]."""
         if (terms := disaggregation_of(x.settings, x.call.model)) is None:
             return None
         kind = CONNECTORS[terms.kv_connector]
         path = meant_path(x.head.path) or EXPLAINED_PATH
         shape = shape_of(path, request.body.content)
         split = Split(request, terms, kind, shape, x.call.stream, self.memory, x.core.draw, self)
-        patient = dataclasses.replace(x.settings, retry_timed_out=True)  # nothing is lost by it
+        patient = dataclasses.replace(x.settings, retry_timed_out=True)  # the client saw nothing
 
         def retries(role: str, s: Settings) -> Retries:
             choose = functools.partial(self.choose, x, split, role)
@@ -18297,7 +18295,7 @@ class PrefillDecode:
         return split
 
     def choose(self, x: Exchange, split: Split, role: str, tried: frozenset[str]) -> Ranking:
-        """The ranking for a role, by its policy; of servers that can be of the pair."""
+        """The ranking for a role, by its policy, of the servers that can be one of the pair."""
         terms = split.terms
         name = terms.prefill_policy if role == "prefill" else terms.decode_policy
         by = x.policies.named(name, f"{x.trail.model} {role}") if name else None
@@ -18311,8 +18309,8 @@ class PrefillDecode:
         return x.choose(tried, role=role, by=by)
 
     def of_other_versions(self, decoder: str, tried: frozenset[str]) -> set[str]:
-        """The prefill servers whose vLLM is not the decoder's, whose blocks it may refuse; as long
-        as others are there."""
+        """The servers whose vLLM version is not the decoder's, which may refuse their blocks; none
+        if that leaves no prefill server."""
         views = self.core.fleet.views()
         version = next((view.version for view in views if view.server == decoder), "")
         others = {view.server for view in views if view.version not in (version, "")}
@@ -18321,8 +18319,8 @@ class PrefillDecode:
         return others if version and same else set()
 
     def unproven(self) -> set[str]:
-        """The servers that registered without a key.  An engine that is given a made-up handle may
-        die of it, so none of theirs is passed on."""
+        """The servers that registered without a key.  A made-up handle may kill the engine that
+        gets it, so theirs are not passed on."""
         keeper, entries = self.core.roster.keepers.get(Source.REGISTERED), self.core.roster.entries
         registered = keeper.book.by_id.values() if isinstance(keeper, Registrations) else ()
         return {id for one in registered for id in one.servers
@@ -18331,7 +18329,7 @@ class PrefillDecode:
                          or (one.registrar is Registrar.ADMIN and self.core.keys.required))}
 
     def forget_gone(self) -> None:
-        """What is remembered of servers ends with them."""
+        """Forget what was remembered of servers that are gone."""
         servers = {view.id for view in self.core.fleet.views()}
         for id in self.memory.keys() - servers:
             del self.memory[id]
@@ -18340,7 +18338,7 @@ class PrefillDecode:
                 del self._asking[id]
 
     def rankings(self, x: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
-        """Both choices, for who asks without sending anything."""
+        """Both choices, for a caller that sends nothing."""
         request = x.case.request
         split = self.split(x, request) if request else None
         if split is None or split.shape.unfit:
@@ -18348,12 +18346,12 @@ class PrefillDecode:
         decode = self.choose(x, split, "decode", frozenset())
         if is_short(decode, split.terms):
             return otherwise
-        split.decoder = decode.server  # which does not read the prompt for itself
+        split.decoder = decode.server  # it is not chosen to prefill
         return [self.choose(x, split, "prefill", frozenset()), decode]
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
-        """Who a prefill server is, by its bootstrap server's word; who asks at the same time gets
-        the same answer."""
+        """A prefill server's identity as the outcome's `more`, from its bootstrap server.  Requests
+        that ask at the same time share one good answer."""
         self.forget_gone()
         async with self._asking.setdefault(server.id, asyncio.Lock()):
             if (known := self.memory.get(server.id)) is not None:
@@ -18362,7 +18360,7 @@ class PrefillDecode:
 
 
 async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
-    """The outcome's `more` is a prefill server's identity, by its bootstrap server's word."""
+    """Ask a bootstrap server for its prefill server's identity, the outcome's `more`."""
     address = bootstrap_url(server, port)
     client = HttpClient(ServerSettings(address, address=server.address))
     try:
@@ -18421,7 +18419,7 @@ async def prefill(x: Exchange, step: Prefill) -> Outcome:
     place, kept = step.decode_lease or x.lease(step.decode.best or "", "decode"), False
     if step.leg.server not in step.leg.split.memory:
         step.leg.split.planner.forget_gone()
-    until = None  # half of the time is left for one that goes on alone
+    until = None  # half of resume_within is left for a server that continues alone
     if step.leg.split.way is not None and x.stream is not None:
         until = x.stream.broken_at + x.settings.resume_within / 2
     try:
@@ -18445,7 +18443,7 @@ async def decode(x: Exchange, step: Decode) -> Outcome:
 
 
 async def both(x: Exchange, step: Both) -> Outcome:
-    """When one leg fails, the other ends: it would wait for what does not come."""
+    """Carry out both legs at once.  If one fails the other ends, as it would wait in vain."""
     leg = step.decode
     leg = leg._replace(lease=leg.lease or x.lease(leg.server, "decode"))
     first_leg = with_lease(x, step.prefill)
@@ -18461,12 +18459,12 @@ async def both(x: Exchange, step: Both) -> Outcome:
 
     reading.add_done_callback(read)
     try:
-        await asyncio.sleep(0)  # the one that answers is noted last
+        await asyncio.sleep(0)  # the server that answers must be noted last
         outcome = await carry_leg(x, leg, "decode")
     finally:
         reading.cancel()
         await asyncio.wait((reading,))
-        for one in (first_leg, leg):  # that may not have begun
+        for one in (first_leg, leg):  # either may not have begun
             if one.lease is not None:
                 one.lease.end()
     first = WELL if reading.cancelled() else reading.result()
