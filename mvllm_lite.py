@@ -11328,15 +11328,15 @@ def trace_writer(path: str) -> Writer | None:
 #  50  shared state
 # ══════════
 #
-# What all exchanges, watchers and local pages share, each of it with an owner: clients, pools,
+# State that exchanges, watchers and local pages share; each piece has an owner: clients, pools,
 # news, looks at servers, requests under way.
 
-GONE_KEPT_S = 900.0  # for which a server's series outlive it: every scrape has seen its last counts
-LOOK_PAUSE_S = 1.0  # between two looks at a server's models that requests ask for
+GONE_KEPT_S = 900.0  # a departed server's series are kept so long, for a scrape to see the last
+LOOK_PAUSE_S = 1.0  # at least, between two looks at a server's models on behalf of requests
 
 
 class Running(Protocol):
-    """A request that is with a server, for the server's watcher to see and to end: an Attempt."""
+    """An attempt in progress, as the server's watcher sees it and can end it."""
 
     begun_at: float
     content_bytes: int
@@ -11354,20 +11354,20 @@ class Running(Protocol):
 
 
 class Clients:
-    """Connections of clients, and what each has going on."""
+    """The connections of clients, and what goes on on each."""
 
     def __init__(self, s: Settings) -> None:
         self.tasks: dict[Wire, asyncio.Task[None]] = {}
         self.limit = s.max_connections
         self.idle: dict[Wire, None] = {}  # between two requests, the longest idle first
-        self.exchanges: dict[Wire, Response | None] = {}  # None while a request's head still comes
-        self.ids = set[str]()  # of these requests
-        self.forwarding = 0  # requests that were let in, and are not answered yet
+        self.exchanges: dict[Wire, Response | None] = {}  # None while a head is arriving
+        self.ids = set[str]()  # of the requests in `exchanges`
+        self.forwarding = 0  # requests that were admitted and are not answered yet
         self.backlog = Backlog(s.max_buffered_bytes)
 
     def end_idle(self, count: int) -> None:
-        """End so many idle connections, the longest idle first, as if their time were up: a request
-        that arrives this very moment is still heard."""
+        """End that many idle connections, the longest idle first, by letting their deadline pass:
+        a request that arrives at this very moment is still read."""
         for wire in list(itertools.islice(self.idle, count)):
             wire.expect_by(wire.loop.time())
 
@@ -11391,7 +11391,7 @@ class Pools:
             pool.equip(secrets)
 
     def equip(self, server: ServerSettings) -> None:
-        """A server's secrets may be others now, and where it is reached."""
+        """Apply a server's settings, in which its secrets or its address may have changed."""
         if (pool := self.by_server.get(server.id)) is None:
             return
         if (pool.server.url, pool.server.address) != (server.url, server.address):
@@ -11400,21 +11400,21 @@ class Pools:
             pool.equip(self.secrets)
 
     def keep(self, servers: Collection[str]) -> None:
-        """Close the connections to all other servers, which are named by their ids."""
+        """Close the connections to all servers except these, which are given by id."""
         for id in self.by_server.keys() - servers:
             self.by_server.pop(id).close()
 
 
 class News:
-    """Wakes whoever waits for news of the fleet, and tells subscribers of each request that has
-    ended and of each transition."""
+    """Wakes all tasks that wait for news of the fleet, and tells subscribers about each finished
+    request and each transition."""
 
     def __init__(self, queue: WaitQueue) -> None:
         self.subscribers: list[Subscribe] = []
         self._queue, self._changed = queue, asyncio.Event()
 
     def publish(self, kind: type, event: Callable[[], Any]) -> None:
-        """Tell those who want to hear of this kind of event."""
+        """Tell the subscribers to this kind of event; it is made only if there are any."""
         said = None
         for hears in self.subscribers:
             if (tell := hears(kind)) is not None:
@@ -11422,7 +11422,7 @@ class News:
                 tell(said)
 
     def notify(self) -> None:
-        """Wake all who wait for news of the fleet."""
+        """Wake all tasks that wait for news of the fleet, and let the queue move."""
         self._changed.set()
         self._changed = asyncio.Event()
         self._queue.hand_over()
@@ -11432,17 +11432,17 @@ class News:
 
 
 class Looks:
-    """Servers that are asked for their models at once, since requests want to know."""
+    """Servers to be asked for their models at once, because a request depends on the answer."""
 
     def __init__(self) -> None:
         self.wanted = set[str]()
-        self.ended: dict[str, float] = {}  # when each was last asked so
+        self.ended: dict[str, float] = {}  # when each was last asked for that reason
         self.refreshing: asyncio.Task[None] | None = None  # all servers' models
-        self._wakers: dict[str, asyncio.Event] = {}  # of their watchers
+        self._wakers: dict[str, asyncio.Event] = {}  # of the servers' watchers
 
     def want(self, server: str) -> bool:
-        """Have a server asked by its watcher.  Returns whether it will be: not if it just was, for
-        the same reason."""
+        """Have a server's watcher ask it.  Returns whether it will: not if a request had it asked
+        less than LOOK_PAUSE_S ago."""
         now = asyncio.get_running_loop().time()
         if server not in self.wanted and now - self.ended.get(server, -INFINITY) > LOOK_PAUSE_S:
             self.wanted.add(server)
@@ -11451,21 +11451,21 @@ class Looks:
         return server in self.wanted
 
     async def rest(self, server: str, seconds: float) -> None:
-        """For a server's watcher: rest for so long, or until it is to look."""
+        """For a server's watcher: sleep that long, or until a look is wanted."""
         self._wakers[server] = waker = asyncio.Event()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.0 if server in self.wanted else seconds):
                 await waker.wait()
 
     def done(self, server: str) -> bool:
-        """A server was asked.  Returns whether that was wanted."""
+        """Note that a server was asked.  Returns whether a request wanted that."""
         if wanted := server in self.wanted:
             self.wanted.discard(server)
             self.ended[server] = asyncio.get_running_loop().time()
         return wanted
 
     def keep(self, servers: Collection[str]) -> None:
-        """Forget all others."""
+        """Forget all servers except these."""
         self.wanted.intersection_update(servers)
         for known in (self.ended, self._wakers):
             for server in known.keys() - servers:
@@ -11477,39 +11477,39 @@ def clock_now() -> Clock:
 
 
 class Process:
-    """What is known of this process."""
+    """What is known about this process."""
 
     def __init__(self, name: str) -> None:
         self.name = name  # in Via
         self.address = self.settings_path = ""
-        self.agent: Any = None  # what it is registered as, if it is one
+        self.agent: Any = None  # its registration, if it is an agent
         self.started_at = time.time()
         self.reloaded_at: float | None = None  # on the loop's clock
         self.hint = ""  # what to try, for people
-        self.settings_error = ""  # why the settings file could not be used when it was last read
-        self.stopping = self.succeeded = False  # the other: by a process that serves
-        self.stalled_at = -INFINITY  # when it last turned out to have stood still
-        self.pulse_due_at = INFINITY  # when that is looked at next
+        self.settings_error = ""  # why the last read of the settings file gave nothing usable
+        self.stopping = self.succeeded = False  # succeeded: by a process that serves
+        self.stalled_at = -INFINITY  # when it was last found to have stalled
+        self.pulse_due_at = INFINITY  # when the next check for a stall is due
 
     def stood_still_since(self, then: float, now: float) -> bool:
-        """Whether this process has stood still since then, even if its pulse has yet to say so."""
+        """Whether this process has stalled since `then`, even if its pulse has yet to notice."""
         return self.stalled_at >= then or now > self.pulse_due_at + STALL_S
 
 
 class Requests:
-    """What all requests that are under way have in common."""
+    """What all requests under way share."""
 
     def __init__(self) -> None:
         self.budget = RetryBudget()
         self.queue = WaitQueue()
         self.poison = Poison()
-        self.memory = Memory()  # of streams that may go on elsewhere
-        self.tests: dict[bytes, asyncio.Event] = {}  # of contents in `poison` that are being tried
+        self.memory = Memory()  # of streams that another server may continue
+        self.tests: dict[bytes, asyncio.Event] = {}  # contents in `poison` that are being tried
         self.stored = StoredResponses()
         self.running: dict[str, set[Running]] = {}  # by server
 
     def report(self, now: float) -> list[RunningStatus]:
-        """Those that are with servers, the oldest first."""
+        """The requests that are with servers, the oldest first."""
         attempts = sorted((one for found in self.running.values() for one in found),
                           key=lambda one: one.request.asked_at)
         return [{"id": one.response.id, "age_s": round(now - one.request.asked_at, 1),
@@ -11523,12 +11523,12 @@ class Requests:
 #  51  core
 # ══════════
 #
-# The state of the running balancer, in one place: what exchanges, watchers and local pages get.
+# The state of the running balancer in one place, as exchanges, watchers and local pages get it.
 
 
 class Core:
-    """The balancer owns it, and replaces its settings on reload; a request keeps those that it
-    came under to its end."""
+    """The shared state.  The balancer owns it and replaces its settings on reload; a request
+    keeps to the settings under which it arrived."""
 
     def __init__(self, settings: Settings, draw: random.Random) -> None:
         self.settings = settings
@@ -11536,32 +11536,32 @@ class Core:
         self.fleet = Fleet()
         self.metrics = Metrics()
         self.requests = Requests()
-        self.policies = Policies(settings)  # of the settings in force, which replace it
+        self.policies = Policies(settings)  # replaced together with the settings
         self.roster = Roster()
-        self.departed: dict[str, float] = {}  # names of servers, and when each has gone
-        self.trace: Writer | None = None  # where the traffic's is written
+        self.departed: dict[str, float] = {}  # names of servers, and when each left
+        self.trace: Writer | None = None  # where the shape of the traffic is recorded
         self.keys = Keys()
         self.clients = Clients(settings)
         self.recent = Recent()
         self.news = News(self.requests.queue)
         self.looks = Looks()
-        self.services: dict[str, Any] = {}  # with `report` and `families` of a moment, and words
-        self.planners: dict[str, Planner] = {}  # those of PLANS that settings want
+        self.services: dict[str, Any] = {}  # each with `report` and `families` at a time, and a str
+        self.planners: dict[str, Planner] = {}  # the rows of PLANS that the settings call for
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
 
     def adopt_plans(self) -> None:
-        """Those that are still wanted keep what they remember."""
+        """Take the planners that the settings call for; known ones keep their memory."""
         known = self.planners
         self.planners = {name: known.get(name) or row.planner(self)
                          for name, row in PLANS.items() if row.wanted(self.settings)}
 
     def planned_models(self) -> Iterator[Mapping[str, Any]]:
-        """Models that no server has told of and that can be asked for all the same."""
+        """The models that can be requested although no server has reported them."""
         return itertools.chain.from_iterable(one.models() for one in self.planners.values())
 
     def status(self, may_operate: bool = True) -> StatusDocument:
-        """What the status page and the screen show."""
+        """The document behind the status page and the screen."""
         now, this = clock_now(), self.process
         settings = "unchanged since the start" if this.reloaded_at is None else (
             f"reloaded {now.monotonic - this.reloaded_at:.0f} s ago")
@@ -11582,7 +11582,7 @@ class Core:
         return status_report(views, self.roster, self.recent, now, self.settings, process)
 
     def sample(self, now: float) -> None:
-        """For the recent past, once a second."""
+        """Take the recent past's sample, once a second."""
         views, recent = self.fleet.views(), self.recent
         for view in views:
             recent.histories[view.id].sample(view, now, self.settings.metrics_interval)
@@ -11593,24 +11593,24 @@ class Core:
                 "queue": len(self.requests.queue), "connections": len(self.clients.tasks)}))
 
     def goes_well(self, id: str, s: Settings) -> bool:
-        """Whether requests have gone well at a server of late."""
+        """Whether a request has gone well at a server within `breaker_window`."""
         now, minute = asyncio.get_running_loop().time(), self.recent.histories[id]
         before = minute.since(now - s.breaker_window)
         return minute.requests - minute.lost > before.requests - before.lost
 
     def moves(self, server: str, within_s: float) -> bool:
-        """Whether the engine of a server, or any of its engines, works: see `moves`."""
+        """Whether any engine of a server works: see `moves`."""
         now, s = asyncio.get_running_loop().time(), self.settings
         return any(moves(view, self.streams_at(view.id), within_s, now, s)
                    for view in self.fleet.engines(server))
 
     def streams_at(self, id: str) -> float:
-        """When a piece of a streamed answer came last, of those that it is giving."""
+        """When a piece last came of any answer that the engine is streaming now."""
         pumps = (attempt.pump for attempt in self.requests.running.get(id, ()))
         return max((pump.moved_at for pump in pumps if pump is not None), default=-INFINITY)
 
     def note_departures(self, old: Mapping[str, Entry], new: Mapping[str, Entry]) -> None:
-        """The roster has changed: count who has come, and who has gone."""
+        """Count the servers that a change of the roster added and removed."""
         for id in new.keys() - old.keys():
             self.metrics.servers_added.add(new[id].source.value)
         for id in old.keys() - new.keys():
@@ -11620,7 +11620,7 @@ class Core:
                 self.departed[name] = asyncio.get_running_loop().time()
 
     def move_streams(self) -> None:
-        """Have other servers go on with the streams of servers that are drained or leave."""
+        """Have other servers continue the streams of servers that are drained or leaving."""
         for view in self.fleet.views():
             if view.drained or view.draining:
                 for attempt in list(self.requests.running.get(view.id, ())):
@@ -11636,16 +11636,16 @@ class Core:
                 self.metrics.retire(name)
 
     def client(self, server: str) -> HttpClient:
-        """For our own questions to a server that is on the roster."""
+        """The HTTP client for our own questions to a server on the roster."""
         return self.pools.get(self.roster.entries[server].settings).client
 
     def has_room(self) -> bool:
-        """Whether any server could take a request more."""
+        """Whether any server could take one more request."""
         now = asyncio.get_running_loop().time()
         return self.fleet.has_room(now, self.settings.metrics_interval)
 
     def count_decision(self, id: str, ranking: Ranking, attempt: int) -> str:
-        """A server is asked, because of this ranking.  Returns what decided, in a word."""
+        """Count that this ranking's server is asked.  Returns the reason, in a word."""
         assert ranking.asked is not None
         ranking.policy.chosen(ranking.asked)
         reason, metrics = "retry" if attempt > 1 else ranking.basis, self.metrics
@@ -11659,7 +11659,7 @@ class Core:
         return reason
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> None:
-        """Tell the fleet something about a server's health; a transition is everybody's news."""
+        """Tell the fleet something about a server's health; log, count and publish a transition."""
         change = self.fleet.judge(id, after, *news)
         if change is not None:
             self.metrics.transitions.add(change.server, change.new.value)
@@ -11672,12 +11672,12 @@ class Core:
             self.news.notify()
 
     def internal_error(self, doing: str) -> None:
-        """Of our own: to be called while its exception is handled."""
+        """Log and count an error of our own; to be called while its exception is handled."""
         log.exception("internal error while %s", doing)
         self.metrics.errors.add()
 
     def count_limit(self, limit: str) -> None:
-        """Count that a limit was met; '' is none."""
+        """Count that a limit was hit; '' stands for none."""
         if limit:
             self.metrics.limits.add(limit)
 
@@ -11686,12 +11686,12 @@ class Core:
 #  52  intake
 # ══════════
 #
-# A request's content: gathered from the client, decoded, looked through as it comes, and held as
-# long as it may have to be said to a server.  All that is held counts in `max_buffered_bytes`.
+# A request's content: gathered from the client, decoded, scanned as it arrives, and held as long
+# as it may have to be sent to a server.  All that is held counts in `max_buffered_bytes`.
 
 
 class RequestContent(HeldContent):
-    """The content of one request of a client.  Raises BadMessage when it has no clear end."""
+    """The content of one client's request.  Raises BadMessage when it has no clear end."""
 
     __slots__ = ("client", "head", "unread", "size", "framed", "_framing", "_settings",
                  "_backlog", "_held_bytes")
@@ -11702,14 +11702,14 @@ class RequestContent(HeldContent):
         super().__init__(b"")
         self.client, self.head, self._settings, self._backlog = client, head, s, backlog
         self._framing = request_framing(head, length)
-        self.framed = length is not None or self._framing.chunked  # also where there is none
-        self.unread = self._framing != NO_CONTENT  # some was not taken off the wire yet
-        self.size = 0  # bytes, in all, once it is there
-        self._held_bytes = 0  # as they are counted
+        self.framed = length is not None or self._framing.chunked  # even with length 0
+        self.unread = self._framing != NO_CONTENT  # part of it is still on the wire
+        self.size = 0  # in bytes, once all of it is there
+        self._held_bytes = 0  # our share of the backlog's count
 
     async def gather(self) -> tuple[Content, Spans | None]:
-        """The whole content, decoded, and where the members of large content stand.  Raises
-        BadMessage, PeerGone."""
+        """Return the whole content, decoded, and where the members of large content stand.
+        Raises BadMessage, PeerGone."""
         coded = self.unread and "content-encoding" in self.head.fields.values
         content, spans = await (self._decoded() if coded else self._received(True))
         boundary = form_boundary(self.head.fields.get("content-type")) if spans is not None else b""
@@ -11719,12 +11719,12 @@ class RequestContent(HeldContent):
         return content, spans
 
     def keep(self, content: Content) -> None:
-        """Hold what is to be said to servers."""
+        """Hold the content that is to be sent to servers."""
         self.content, self.size = content, len(content)
 
     def release(self, keeps: bool = False) -> None:
-        """It is not needed any more: the answer begins, or there will be none.  What it `keeps` is
-        too little to be counted."""
+        """Let go of the content: the answer begins, or there will be none.  If it `keeps` the
+        content, that is too small to be counted."""
         if not keeps:
             self.content = b""
         if self._backlog.spared:
@@ -11733,12 +11733,12 @@ class RequestContent(HeldContent):
         self._held_bytes = 0
 
     def spare(self, give_up: Callable[[], object]) -> None:
-        """It is needed only if its stream breaks; `give_up` must release it."""
+        """Mark the content as needed only if its stream breaks; `give_up` must release it."""
         self._backlog.spare(id(self), self._held_bytes, give_up)
 
     async def _received(self, looks: bool) -> tuple[Content, Spans | None]:
-        """The content as it comes.  Large JSON is looked through meanwhile, if `looks`, so that it
-        does not hold up other streams."""
+        """Return the content as it was sent.  With `looks`, large JSON is scanned as it arrives,
+        so that the scan does not hold up other streams."""
         client, framing, limit = self.client, self._framing, self._settings.max_body_bytes
         if "expect" in self.head.fields.values:
             self._expect_continue()
@@ -11747,7 +11747,7 @@ class RequestContent(HeldContent):
         if small and length > len(client.buffer):
             client.fill(length)
         if small and length <= len(client.buffer):
-            self._count(length)  # the usual: it came with the head
+            self._count(length)  # the usual case: it came with the head
             self.unread = False
             return client.take(length), None
         spans, more = Spans(), True
@@ -11763,7 +11763,7 @@ class RequestContent(HeldContent):
             if not more:
                 break
             try:
-                self._count(intake.soon)  # what comes while we wait is held, too
+                self._count(intake.soon)  # what arrives while we wait is held as well
                 more = await intake.more()
                 self._count(len(content))
             except TimeoutError:
@@ -11774,7 +11774,7 @@ class RequestContent(HeldContent):
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
 
     async def _decoded(self) -> tuple[Content, Spans | None]:
-        """The same, of content that may be compressed."""
+        """Do as `_received`, for compressed content."""
         codings = content_codings(self.head.fields)
         content, _ = await self._received(False)
         spans, limit = Spans(), self._settings.max_body_bytes
@@ -11792,7 +11792,7 @@ class RequestContent(HeldContent):
         return content, spans if len(content) > SMALL_CONTENT_BYTES else None
 
     def _scan(self, spans: Spans) -> Scan | None:
-        """What looks through large content as it grows; forms are read when they are there."""
+        """A scan of large content as it grows; None for a form, which is read once complete."""
         if form_boundary(self.head.fields.get("content-type")):
             return None
         scan = find_members(spans, FOUND_MEMBERS)
@@ -11800,8 +11800,8 @@ class RequestContent(HeldContent):
         return scan
 
     def _count(self, size: int) -> None:
-        """So much of the content is held now.  Raises BadMessage when all requests together hold
-        too much; one alone never does."""
+        """Note that this much of the content is held now.  Raises BadMessage when all requests
+        together hold too much; one alone never does."""
         backlog, size = self._backlog, size + self.head.held_bytes
         backlog.content_bytes += size - self._held_bytes
         self._held_bytes = size
@@ -11811,7 +11811,8 @@ class RequestContent(HeldContent):
             raise BadMessage(text, Fault.TOO_MUCH_CONTENT)
 
     def _expect_continue(self) -> None:
-        """RFC 9110 §10.1.1.  We want the content ourselves, so the answer is ours."""
+        """Answer `Expect` (RFC 9110 §10.1.1) ourselves, for it is we who want the content.
+        Raises BadMessage."""
         expected = self.head.fields.get("expect").lower()
         if expected not in ("", "100-continue"):
             text = f"Expect is {shown(expected)}, only 100-continue is understood"
@@ -11821,7 +11822,7 @@ class RequestContent(HeldContent):
 
 
 async def look_through(content: Content, scan: Scan | None) -> None:
-    """Look at what is new in large content; others have their turn meanwhile."""
+    """Scan what is new in large content, with turns for other tasks in between."""
     if scan is not None and len(content) > SMALL_CONTENT_BYTES:
         while not scan.send(content):
             await asyncio.sleep(0)
@@ -11831,12 +11832,12 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 #  53  attempt
 # ══════════
 #
-# One attempt at an answer: a request is said to one server, over one connection, and what it says
-# is judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
+# One attempt at an answer: a request is sent to one server over one connection, and its answer is
+# judged, held back and passed on.  Whatever a server does ends as an Outcome; only the client's
 # leaving and our own stopping come through as exceptions.
 
 
-# Where the status alone would not tell what was wrong.
+# Faults of which the status alone would not say what was wrong.
 WHAT_IT_DID: dict[Fault | None, str] = {
     Fault.STREAM_FAILED: "its stream failed before it began",
     Fault.SERVER_FAILED: "the server answered 500",
@@ -11846,18 +11847,18 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 }
 
 
-Commit = Callable[["Answer"], bool]  # shows an answer; whether the rest is wanted, too
+Commit = Callable[["Answer"], bool]  # shows an answer, and returns whether its rest is wanted
 
 
 class Answer(NamedTuple):
-    """A server's answer as far as it was held back; it is to be shown."""
+    """The part of a server's answer that was held back and is now to be shown."""
 
     server: str  # its name
     head: ResponseHead
     length: Length
     framing: Framing
-    first: bytes  # of its content
-    done: bool  # that is all of it
+    first: bytes  # the start of its content
+    done: bool  # `first` is all of it
 
 
 def named_server(name: str, s: Settings) -> list[tuple[str, str]]:
@@ -11865,9 +11866,9 @@ def named_server(name: str, s: Settings) -> list[tuple[str, str]]:
 
 
 class Attempt:
-    """A request said to one server, for which the server's watcher may see it wait, and end it."""
+    """A request sent to one server, whose watcher can see it wait and can end it."""
 
-    prefill = ""  # the name of the server that has read its prompt for it
+    prefill = ""  # the name of the server that has read the prompt for this one
 
     def __init__(
         self, core: Core, step: Relay, response: Response,
@@ -11881,37 +11882,37 @@ class Attempt:
         self.pool = core.pools.get(view.settings)
         self.begun_at = response.client.loop.time()
         self.content_bytes = len(step.request.body.content)
-        self.wire: Wire | None = None  # while nothing of an answer was shown
+        self.wire: Wire | None = None  # until something of an answer is shown
         self.pump: Pump | None = None
-        self.lost_by = Fault.SERVER_FROZEN  # if we give it up
+        self.lost_by = Fault.SERVER_FROZEN  # its fault, if we give it up
         self.given_up = False
         self._wants_second_opinion, self.movable = wants_second_opinion, movable
         self._commit: Commit = lambda answer: False
 
     @property
     def waits(self) -> bool:
-        """Whether it is the engine's turn, and not a slow client's or a websocket's."""
-        if not self.request.infers:  # it wakes the server up, say
+        """Whether we wait for the engine, and not for a slow client or a websocket."""
+        if not self.request.infers:  # as one that wakes the server up
             return False
         return self.wire is not None or (self.pump is not None and not self.pump.client.blocked)
 
     def give_up(self, even_begun: bool, fault: Fault = Fault.SERVER_FROZEN) -> None:
-        """Another server may do it: this one stands still; or, where its answer has begun and will
-        never end, let that be seen."""
+        """End the attempt at a server that stands still, so that another may answer; with
+        `even_begun`, also cut off an answer that has begun and would never end."""
         wire = self.wire or (self.pump.server if self.pump and even_begun and self.waits else None)
         if wire is not None:
             self.lost_by, self.given_up, wire.reused = fault, True, False
             wire.abort()
 
     def move(self) -> None:
-        """Another server goes on with the stream, if one can."""
+        """Have another server continue the stream, if one can."""
         if self.pump is not None and not self.given_up and self.movable():
             self.lost_by, self.given_up = Fault.MOVED, True
             self.pump.server.abort()
 
     async def outcome(self, commit: Commit) -> Outcome:
-        """What became of asking the server, whatever it did.  `commit` is called once it has an
-        answer to show; the rest follows if it wants that."""
+        """Ask the server and return what became of it.  `commit` is called once there is an
+        answer to show, and returns whether the rest is to follow."""
         s, response, self._commit = self.settings, self.response, commit
         attempts = self.core.requests.running.setdefault(self.server, set())
         attempts.add(self)
@@ -11921,7 +11922,7 @@ class Attempt:
                 wire = await self.pool.acquire(s.connect_timeout, stale)
                 try:
                     return await self.converse(wire)
-                except Stale as met:  # once, for a new connection is not
+                except Stale as met:  # once only, because a new connection is never stale
                     stale = met
                 finally:
                     self.pool.keep(wire)
@@ -11932,7 +11933,7 @@ class Attempt:
             theirs = bad.fault.blame is not Blame.CLIENT
             return Outcome(bad.fault if theirs else Fault.BAD_ANSWER, str(bad), response.begun)
         except TimeoutError:
-            attempts.discard(self)  # others are asked what they have seen
+            attempts.discard(self)  # `moves` is to look at the server's other requests
             works = self.core.moves(self.server, s.request_timeout / 2)
             text = f"the server said nothing for {s.request_timeout:g} s"
             fault = Fault.SERVER_SLOW if works else Fault.SERVER_SILENT
@@ -11943,8 +11944,8 @@ class Attempt:
                 self.core.requests.running.pop(self.server, None)
 
     async def converse(self, wire: Wire) -> Outcome:
-        """One request and its answer on one connection: send, listen, hold back what may still
-        be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
+        """Exchange a request and its answer over one connection: send, listen, hold back what may
+        still be replaced, commit, pump.  Raises PeerGone, BadMessage, TimeoutError."""
         request, self.wire = self.request, wire
         try:
             head, length, sent_whole = await self.send_and_listen(wire)
@@ -11954,7 +11955,7 @@ class Attempt:
             decoder, judge = decoder_for(framing), self.judge_of(head, framing)
             await self.hold_back(wire, judge, decoder)
         finally:
-            self.wire = None  # which may be followed by another
+            self.wire = None  # from here on it is the pump's, or the next request's
         fault, first = judge.fault, judge.content
         if fault is None:
             answer = Answer(self.name, head, length, framing, first, decoder.done)
@@ -11970,8 +11971,8 @@ class Attempt:
         return Outcome(fault, text, held=Held(self.server, head, length, first))
 
     async def send_and_listen(self, wire: Wire) -> tuple[ResponseHead, Length, bool]:
-        """Send the request until the server answers, and give the head of its answer and whether
-        it heard the whole request.  A server may say 1xx at any time before."""
+        """Send the request until the server answers.  Returns the answer's head and length, and
+        whether the whole request was sent.  1xx responses may come at any time before."""
         request, pool, response = self.request, self.pool, self.response
         silence_s, content = self.settings.request_timeout, request.body.content
         key_line = pool.key_line
@@ -12008,9 +12009,9 @@ class Attempt:
         return AnswerJudge(head, framing, terms)
 
     async def hold_back(self, wire: Wire, judge: AnswerJudge, decoder: Decoder) -> None:
-        """Read as much of an answer as its judge wants to see.  Comments before a stream's first
-        event are shown to a client that has waited for `comment_after`, so that it and those on
-        the way see that somebody is there; they are no answer, and do not commit."""
+        """Read as much of an answer as its judge wants to see.  A client that has waited for
+        `comment_after` is shown the comments before a stream's first event, so that it and proxies
+        on the way see that somebody is there; comments are no answer, and do not commit."""
         deadline = wire.loop.time() + self.settings.request_timeout  # comments do not move it
         piece = decoder.feed(wire.take()) if wire.buffer and not decoder.done else b""
         while not judge.feed(piece, decoder.done):
@@ -12023,7 +12024,7 @@ class Attempt:
                 piece = b""
 
     def show_comments(self, judge: AnswerJudge, deadline: float) -> float:
-        """Show a stream's comments, if it is time.  Returns the moment of the next look."""
+        """Show a stream's comments, if it is time.  Returns when to look again."""
         response = self.response
         show_at = self.request.asked_at + self.settings.comment_after
         if response.heartbeat_sent or response.client.loop.time() >= show_at:
@@ -12045,14 +12046,14 @@ class Attempt:
         except (PeerGone, BadMessage, TimeoutError):
             if keeper is None or not keeper.is_whole:
                 raise
-            response.go_on(b"", True)  # nothing was lost but the end of its framing
+            response.go_on(b"", True)  # only the end of the framing was lost
         finally:
             wire.sink = response.client.feeder = None
             tail = pump.ending() + (keeper.withheld if keeper and keeper.fault else b"")
             response.sent(pump.sent_bytes, tail[-TAIL_BYTES:], pump.first_at)
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
-        """The server agreed to another protocol: from here on bytes go both ways, untouched."""
+        """Pass bytes both ways, untouched, now that the server has agreed to another protocol."""
         self.wire = None
         client, ended = self.response.client, asyncio.Event()
         self.response.switch_protocols(head)
@@ -12070,30 +12071,30 @@ class Attempt:
 # ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
-# another does well with it; a server that died is counted against the content it died with, which
-# is sent to nobody for a while after its second death.
+# another answers it; a server's death is counted against the content with which it died, and
+# content that has killed twice is sent to nobody for a while.
 
 
 class Case:
-    """What one request is to servers, and they to it."""
+    """One request's failures: the servers suspected of them, and the deaths it may have caused."""
 
     def __init__(self, core: Core, settings: Settings, id: str) -> None:
         self.core, self.settings, self.id = core, settings, id
         self.request: OutboundRequest | None = None  # once it is read
-        self.known_by = b""  # the digest of its content, once that is needed
+        self.known_by = b""  # the digest of the request's content, once that is needed
         self.suspects: list[Suspect] = []
         self._deaths = 0  # of servers with this request
-        self.test: asyncio.Event | None = None  # while others of its content wait for it
+        self.test: asyncio.Event | None = None  # while requests of the same content wait for this
 
     def digest(self) -> bytes:
-        """What its content is known by; b"" if it has none."""
+        """The digest of the request's content; b"" if it has none."""
         if not self.known_by and self.request is not None and (body := self.request.body).content:
             self.known_by = digest_of(self.request.path, body.content)
         return self.known_by
 
     async def begin_test(self) -> bool:
-        """Wait for the turn of content with which a server has died: it is with one at a time,
-        until an answer begins or takes long.  Returns False if it is held off altogether."""
+        """Wait for a turn, if a server has died with this content: such content is with one server
+        at a time, until an answer begins or takes long.  Returns False if it is held off."""
         core, content = self.core, self.digest()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TEST_LIMIT_S):
@@ -12107,14 +12108,14 @@ class Case:
         return True
 
     def end_test(self) -> None:
-        """The next may have its turn."""
+        """Let the next request of the same content have its turn."""
         if self.test is not None:
             del self.core.requests.tests[self.known_by]
             self.test.set()
             self.test = None
 
     def answered(self, server: str, response: Response) -> None:
-        """A server's answer was whole."""
+        """Note that a server's answer was complete."""
         core, now = self.core, response.client.loop.time()
         if (view := core.fleet.view(server)) is not None and view.health.success_matters:
             core.judge(server, Health.succeeded, now, self.settings)
@@ -12126,8 +12127,8 @@ class Case:
     async def accuse(
         self, server: str, failure: Outcome, sent_at: float, response: Response
     ) -> Outcome:
-        """Hold a failure against its server, or wait for what another makes of the request.
-        Returns what the failure turns out to be."""
+        """Hold a failure against its server, or leave that open until another server was asked.
+        Returns what the failure turned out to be."""
         core, s, fault, held = self.core, self.settings, failure.fault, failure.held
         now = response.client.loop.time
         if await self.died_there(server, failure, response):
@@ -12141,8 +12142,9 @@ class Case:
             core.judge(server, Health.failed, *news)
         if content or not told:
             self.suspects.append(Suspect(server, failure.text, told))
-        # A newer vLLM's words are the same for a dead engine and for any failure of its own.  What
-        # it did is held against it before it is looked at: others may be asking it meanwhile.
+        # Newer versions of vLLM use the same words for a dead engine and for any other failure.
+        # The failure was booked above, before this look at the server, which takes a while: other
+        # requests may be choosing it meanwhile.
         shown = fault is Fault.SERVER_ERROR and response.status == 500
         shown = shown or (fault is Fault.STREAM_FAILED and says_failure(response.tail))
         if (shown or fault is Fault.SERVER_FAILED) and await self.is_dead(server):
@@ -12151,7 +12153,7 @@ class Case:
         return failure
 
     def close(self, went_well: bool) -> None:
-        """Hold against servers what is still to be held against them."""
+        """Settle the case: hold against each suspect what is still due."""
         core, s = self.core, self.settings
         for server, text, _ in to_blame(self.suspects, went_well):
             now = asyncio.get_running_loop().time()
@@ -12163,7 +12165,8 @@ class Case:
         self.suspects.clear()
 
     def wants_second_opinion(self, server: str) -> bool:
-        """Whether another has failed with the request, or this failure would take a server out."""
+        """Whether to ask another server: one has failed with the request already, or this failure
+        would take the server out of rotation."""
         core, s = self.core, self.settings
         if (view := core.fleet.view(server)) is None or self.suspects:
             return bool(self.suspects)
@@ -12171,8 +12174,8 @@ class Case:
         return view.health.would_open(content if core.goes_well(server, s) else b"", now, s)
 
     async def died_there(self, server: str, failure: Outcome, response: Response) -> bool:
-        """Whether a server that should be there has died with this request, as its words say, or
-        by the loss of its answer."""
+        """Whether a server believed alive has died with this request, judged by its words or by
+        the loss of its answer."""
         if failure.fault is Fault.SERVER_GONE:
             return await self.is_dead(server)
         said = failure.held.content if failure.held else response.tail
@@ -12181,14 +12184,14 @@ class Case:
         return bool(view and view.open and says_so and engine_died(said, response.notation))
 
     async def is_dead(self, server: str) -> bool:
-        """Whether a server that should be there is found dead."""
+        """Whether a server believed alive is found dead when asked."""
         view = self.core.fleet.view(server)
         return bool(view and view.open) and await is_dead(
             self.core.pools.get(view.settings).client)
 
     def died(self, server: str, failure: Outcome, sent_at: float) -> Outcome:
-        """Book a server's death: the failure, with how many have died with this request or its
-        content."""
+        """Book a server's death.  Returns the failure, with the number of servers that have died
+        with this request or its content."""
         core, s, now = self.core, self.settings, asyncio.get_running_loop().time()
         core.judge(server, Health.died, failure.text, now)
         core.metrics.deaths.add(core.fleet.name_of(server))
@@ -12207,11 +12210,9 @@ class Case:
 #  55  accounts
 # ══════════
 #
-# What is counted, kept and told of a request that has ended.
-
-
+# A request has ended: it is counted, remembered for the recent past, and reported.
 def account(x: Exchange) -> None:
-    """Count the request, and write its line."""
+    """Count the request, remember it, and tell the subscribers, which write its lines."""
     core, trail, response, first_s = x.core, x.trail, x.response, None
     now, metrics, usage = x.loop.time(), core.metrics, dict[str, int]()
     model, server = trail.model, trail.server
@@ -12232,7 +12233,7 @@ def account(x: Exchange) -> None:
         for kind, tokens in usage.items():
             counted.append((metrics.usage, (key, model, kind), tokens))
     count_each(*counted)
-    core.recent.ended.append((  # an EndedRequest; this is for each request
+    core.recent.ended.append((  # an EndedRequest, as a plain tuple because every request makes one
         now, response.id, model, server, x.key and x.key.name, response.status, response.end,
         trail.began_at, first_s if response.streams else None, usage.get("completion"),
         trail.prefill))
@@ -12248,7 +12249,7 @@ def account(x: Exchange) -> None:
 def facts_of(
     x: Exchange, now: float, first_s: float | None, usage: Mapping[str, int]
 ) -> RequestFacts:
-    """What the log lines of a request say."""
+    """What log lines and records say about a request."""
     response, trail, call, (peer, port) = x.response, x.trail, x.call, x.client.peer
     host = client_address(peer, x.head.fields, x.settings.trusted_proxies)
     return RequestFacts(
@@ -12264,12 +12265,12 @@ def facts_of(
 #  56  resuming
 # ══════════
 #
-# A stream that may go on at another server: what it has shown, from its first event on, and after
-# a break what is asked of the other one.
+# A stream that another server may continue: what it has shown, from its first event on, and after
+# a break, what the other server is asked.
 
 
 class Resuming:
-    """One such stream."""
+    """A stream that another server may continue."""
 
     def __init__(
         self, core: Core, s: Settings, request: OutboundRequest, prospect: Prospect, id: str
@@ -12277,12 +12278,12 @@ class Resuming:
         self.core, self.settings, self.request, self.id = core, s, request, id
         self.first, self.transcript = prospect, Transcript(core.requests.memory, s.resume_bytes)
         self.broken_at, self.broken = 0.0, ""  # the last break, and where and how
-        self.document: dict[str, Any] = {}  # what was asked
+        self.document: dict[str, Any] = {}  # the request's, once read
         self.shown = Shown()
-        self._waits = False  # since that break nothing new was shown
+        self._waits = False  # nothing new was shown since that break
 
     async def recall(self, outcome: Outcome, server: str, content: Content) -> Prospect:
-        """Read what was shown.  Returns how the stream can go on after that outcome."""
+        """Read what was shown.  Returns how the stream can continue after that outcome."""
         now, s = asyncio.get_running_loop().time(), self.settings
         if not self._waits:
             label = outcome.fault.label if outcome.fault else ""
@@ -12305,8 +12306,8 @@ class Resuming:
     async def join(
         self, way: Way, step: Relay, on_news: Callable[[], object]
     ) -> tuple[OutboundRequest, Join]:
-        """What is asked of another server, and what joins its answer.  Raises PeerGone, BadMessage,
-        TimeoutError."""
+        """Return the request for the other server, and what joins its answer to the stream.
+        Raises PeerGone, BadMessage, TimeoutError."""
         request, tokens = step.request, None
         if way is Way.CONTINUE:
             view = step.ranking.asked
@@ -12320,7 +12321,8 @@ class Resuming:
         return request, join
 
     async def continued(self, client: HttpClient) -> tuple[dict[str, Any], int]:
-        """The request with the text so far, and how many tokens that is at this server."""
+        """Return the request with the text shown so far, and that text's number of tokens at this
+        server.  Raises PeerGone, BadMessage, TimeoutError."""
         text, name = self.shown.text(), {k: v for k, v in self.document.items() if k == "model"}
         document = with_text(self.document, text)
         asked = {k: v for k, v in document.items() if k in TOKENIZED_MEMBERS}
@@ -12343,7 +12345,7 @@ class Resuming:
         return said[wanted]
 
     def went_on(self, limit: asyncio.Timeout, way: Way, server: str) -> None:
-        """Something new is shown."""
+        """Note that something new is shown: the limit on the time to resume is lifted."""
         limit.reschedule(None)
         self._waits = False
         log.info("id=%s: its stream broke: %s; %s goes on with it, by %s",
@@ -12362,38 +12364,38 @@ class Resuming:
 # Outcome for the plan.  A client's leaving cancels the task wherever it stands, which closes the
 # server's connection on the way out, so that vLLM stops generating.
 
-LOOK_LIMIT_S = 2.0  # for which a request waits for a look at servers' models
+LOOK_LIMIT_S = 2.0  # the longest that a request waits for a look at servers' models
 
 
 class Trail:
-    """What is noted of a request on its way, for metrics and logs.  Times are the loop's."""
+    """What is noted about a request on its way, for metrics and logs.  Times are the loop's."""
 
     __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "prefill", "attempts",
                  "failures", "model")
 
     def __init__(self, now: float) -> None:
-        self.began_at = self.asked_at = now  # its head was there; it was understood
+        self.began_at = self.asked_at = now  # when its head was complete; when it was understood
         self.queued_s = 0.0
-        self.server = ""  # the id of the one asked last, or its engine's,
-        self.name = ""  # and what is shown of it
-        self.prefill = ""  # what is shown of the one that has read its prompt for that one
+        self.server = ""  # the id of the server or engine that was asked last,
+        self.name = ""  # and its name
+        self.prefill = ""  # the name of the server that has read the prompt for that one
         self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
-        self.failures: list[str] = []  # of the attempts before the last
+        self.failures: list[str] = []  # labels of the failed attempts
         self.model = ""  # as a label: only names that servers told us
 
 
 class Destination(NamedTuple):
-    """What of the fleet a request is for."""
+    """Where in the fleet a request goes."""
 
     path: str  # at servers
-    only: str = ""  # the one server that may be asked
-    infers: bool = True  # it wants something of an engine
-    searches: bool = False  # for the server that has a stored response
+    only: str = ""  # the only server that may be asked, if not all
+    infers: bool = True  # it needs an engine
+    searches: bool = False  # it looks for the server that has a stored response
 
 
 @remembered_text
 def destination_of(path: str) -> Destination:
-    """Where requests for a path go, if nothing else is said."""
+    """The default destination of requests for a path."""
     return Destination(inference_path(path))
 
 
@@ -12401,11 +12403,11 @@ class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
     content has no clear end."""
 
-    visit: Visit | None = None  # as which it came in, if that was a question
+    visit: Visit | None = None  # how it came in, if access rules had to be asked
 
     def __init__(self, core: Core, client: Wire, head: RequestHead, length: Length) -> None:
         self.core, self.client, self.head, self.loop = core, client, head, client.loop
-        # Those in force when the request came.
+        # The settings in force when the request came stay its own.
         self.settings, self.policies = core.settings, core.policies
         s = self.settings
         self.body = RequestContent(client, head, length, s, core.clients.backlog)
@@ -12415,18 +12417,18 @@ class Exchange:
             self.response.close_after()
         self.destination = destination_of(head.path)
         self.call = NO_CALL  # until the content is there
-        self.key: KeySettings | None = None  # by which it came in
-        self.admitted = False  # by that key
-        self.released = False  # its content, for good
+        self.key: KeySettings | None = None  # the client's key
+        self.admitted = False  # that key admitted it
+        self.released = False  # the content was let go, for good
         self.case = Case(core, s, id)
-        self.stream: Resuming | None = None  # that could go on elsewhere
-        self.prospect = NO_STREAM  # of one that could not
+        self.stream: Resuming | None = None  # if another server could continue it
+        self.prospect = NO_STREAM  # how it could be continued, or why not
         self.trail = Trail(self.loop.time())
 
     # The life of a request.
 
     async def run(self, explains: bool) -> None:
-        """Have a server answer; or, to a request that `explains`, say which one would be asked.
+        """Have a server answer; or, if the request `explains`, say which one would be asked.
         However it ends, the client has been told."""
         response = self.response
         try:
@@ -12467,13 +12469,13 @@ class Exchange:
         self.response.refuse(fault, text, after_s, fields)
 
     def reject(self, bad: BadMessage) -> None:
-        """Answer that its content breaks a rule; no other request is read behind it."""
+        """Answer that the content breaks a rule, and close: no request is read behind it."""
         self.core.count_limit(bad.limit)
         self.response.close_after()
         self.response.refuse(bad.fault, f"Bad request: {bad}.")
 
     def admit(self, call: Call) -> Refusal | None:
-        """Note what is wanted.  Returns why the request's key does not allow it, or None."""
+        """Note what the request wants.  Returns why its key does not allow that, or None."""
         self.call, self.trail.asked_at = call, self.loop.time()
         self.trail.model = self.label()
         if call.stored and not self.destination.only:
@@ -12491,15 +12493,15 @@ class Exchange:
         return refusal
 
     def aim_at_maker(self, call: Call) -> None:
-        """Send a request about a stored response to the server that made it, which alone knows it;
-        where that is not known or has left, to one after the other."""
+        """Send a request about a stored response to the server that made it, the only one that
+        knows it; or to one server after the other, if the maker is unknown or has left."""
         stored = self.core.requests.stored.find(call.stored)
         only = stored.server if stored and self.core.fleet.engines(stored.server) else ""
         self.destination = Destination(
             self.destination.path, only, infers=call.makes_response, searches=not only)
 
     def prepare(self, content: Content) -> OutboundRequest:
-        """The request as it is said to servers; its content is held from now on."""
+        """Return the request as it is sent to servers; its content is held from now on."""
         self.body.keep(content)
         self.core.requests.budget.came(self.trail.asked_at)
         client, s, call, to = self.client, self.settings, self.call, self.destination
@@ -12538,22 +12540,22 @@ class Exchange:
                 self.case.close(False)
 
     def spend_retry(self) -> bool:
-        """Take a retry from the budget.  Returns False where none is left."""
+        """Take a retry from the budget.  Returns False if none is left."""
         if self.core.requests.budget.spend(self.loop.time(), self.settings.retry_budget):
             return True
         self.core.count_limit("retry_budget")
-        self.case.suspects.clear()  # nobody is asked whose failure it was
+        self.case.suspects.clear()  # without a retry, it stays open whose failure it was
         return False
 
     def choose(
         self, tried: frozenset[str], waiting: bool = False, role: str = "", by: Policy | None = None
     ) -> Ranking:
-        """The fleet's ranking for the call, passing over servers tried.  Who is not `waiting` comes
-        after those who are."""
+        """Rank the fleet for the call, passing over servers tried.  Unless it is `waiting` itself,
+        the request comes after those that wait."""
         core, call, s = self.core, self.call, self.settings
         only, infers = self.destination.only, self.destination.infers
-        # A queue that was given up since the request came holds nobody up any more, and one that
-        # is new is for those who come to it.
+        # A reload that removes the queue frees this request from it; one that adds a queue binds
+        # only requests that come later.
         enforced = s.queue_size > 0 and core.settings.queue_size > 0
         moment = Moment(self.loop.time(), s.metrics_interval, enforced, s.slow_start)
         wanted = Wanted(call, tried, only, not infers, role)
@@ -12572,7 +12574,7 @@ class Exchange:
     async def relay(
         self, step: Relay, way: Way | None = None, kind: type[Attempt] = Attempt
     ) -> Outcome:
-        """Ask a server, and pass its answer on if it is one; or have it go on, that way."""
+        """Ask a server and pass its answer on; or, given a way, have it continue a stream."""
         core, case, lease = self.core, self.case, step.lease
         try:
             if core.requests.poison.deaths and not await case.begin_test():
@@ -12588,7 +12590,7 @@ class Exchange:
     async def attempt(
         self, step: Relay, lease: Lease, way: Way | None, kind: type[Attempt]
     ) -> Outcome:
-        """The same, in its place; and note how it went."""
+        """Make the attempt that holds this lease, and note how it went."""
         core, case, trail, server = self.core, self.case, self.trail, step.server
         if trail.failures:
             core.metrics.retries.add(trail.failures[-1])
@@ -12614,7 +12616,7 @@ class Exchange:
             elif outcome.fault in (Fault.SERVER_BUSY, Fault.DECLINED):
                 core.fleet.said_busy(server, self.loop.time())
             elif outcome.fault in LACKING and not step.request.searches:
-                core.looks.want(step.ranking.server)  # has it still what it said it has?
+                core.looks.want(step.ranking.server)  # does it still have what it reported?
         finally:
             core.metrics.attempts.add(trail.name, label)
             trail.attempts.append((trail.name, reason, label))
@@ -12626,7 +12628,7 @@ class Exchange:
         return outcome
 
     def learn(self, lease: Lease) -> None:
-        """A stream has come to its end, and shows how fast its server is."""
+        """Learn from a complete stream how fast its server is."""
         response = self.response
         events, tokens = streamed_tokens(response.tail, response.sent_bytes)
         tokens = response.usage.get("completion", tokens)
@@ -12642,7 +12644,7 @@ class Exchange:
     async def go_on(
         self, step: Relay, lease: Lease, way: Way, kind: type[Attempt]
     ) -> Outcome:
-        """Another server goes on with a stream, within the time for that."""
+        """Have another server continue a stream, within `resume_within` of the break."""
         stream, join, outcome = self.stream, None, WELL
         assert stream is not None
         try:
@@ -12671,8 +12673,8 @@ class Exchange:
         return Outcome(prospect=self.prospect)
 
     def lease(self, server: str, role: str = "") -> Lease:
-        """A lease with that server.  A plain answer begins when all is generated: its prompt is
-        taken to be read after as long as that should take."""
+        """Take a lease with a server.  A plain answer begins only when all is generated, so its
+        prompt counts as read after the time that reading should take."""
         fleet, now = self.core.fleet, self.loop.time()
         lease = fleet.lease(server, now, self.call.prompt, role != "decode")
         if lease.pending and not self.call.stream:
@@ -12680,7 +12682,7 @@ class Exchange:
         return lease
 
     def end_lease(self, lease: Lease) -> None:
-        """A server has room again, for whoever is waiting for it."""
+        """End a lease; a request that waits may have the room."""
         now, core = self.loop.time(), self.core
         lease.end(now)
         if core.settings.queue_size or core.requests.queue.lines:
@@ -12688,8 +12690,8 @@ class Exchange:
             core.requests.queue.hand_over(core.has_room)
 
     def commit(self, step: Relay, lease: Lease, answer: Answer) -> bool:
-        """The client is shown a server's answer: there is no other attempt from here on.  Returns
-        whether the rest of the answer is wanted, too."""
+        """Begin to show the client a server's answer; no other attempt is possible from here on.
+        Returns whether the rest of the answer is wanted."""
         head, s = answer.head, self.settings
         added = named_server(answer.server, s)
         if location := head.fields.values.get("location"):
@@ -12703,7 +12705,7 @@ class Exchange:
             self.note_stored(head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
         first = answer.first
-        open_ended = framing in (CHUNKED, UNTIL_CLOSE)  # what goes on may say more, or less
+        open_ended = framing in (CHUNKED, UNTIL_CLOSE)  # a continuation has another length
         if self.call.stream and head.is_event_stream and open_ended and not answer.done:
             first = self.keep_stream(step.request, head, first)
         wanted = self.response.begin(head, framing, first, answer.done, added)
@@ -12712,8 +12714,8 @@ class Exchange:
         return wanted
 
     def release(self, done: bool) -> None:
-        """The content is not needed any more; but what is known of it may be, unless the request
-        is `done`: it may fail yet, or kill."""
+        """Let go of the content.  Unless the request is `done`, keep its digest or what a
+        continuation needs, because the request may still fail, or kill a server."""
         body, self.released = self.body, done
         if self.stream is not None and not done:
             if self.case.test is not None:
@@ -12730,13 +12732,13 @@ class Exchange:
         body.release(keeps)
 
     def give_up_content(self) -> None:
-        """There is no room for it any more: its stream does not go on elsewhere."""
+        """Let go of content for which there is no more room: its stream cannot be continued."""
         self.case.digest()
         self.body.release()
 
     def keep_stream(self, request: OutboundRequest, head: ResponseHead, first: bytes) -> bytes:
-        """A stream begins: keep what it shows if it can go on elsewhere.  Returns what of its first
-        piece is to be shown."""
+        """Keep what a stream shows from now on, if another server could continue it.  Returns what
+        is to be shown of its first piece."""
         self.prospect = first_prospect(self.call, self.head, request.path, self.settings)
         if self.prospect.way is None or head.is_encoded or head.status != 200:
             return first
@@ -12745,7 +12747,8 @@ class Exchange:
         return self.stream.transcript.take(first)
 
     def commit_again(self, step: Relay, lease: Lease, join: Join, answer: Answer) -> bool:
-        """Another server goes on.  Returns whether the rest of what it says is wanted."""
+        """Join another server's answer to the stream.  Returns whether its rest is wanted.
+        Raises BadMessage."""
         head, response = answer.head, self.response
         if head.status != 200 or not head.is_event_stream or head.is_encoded:
             text = f"the server answered {head.status} in place of a stream"
@@ -12763,12 +12766,12 @@ class Exchange:
         return not done
 
     def note_stored(self, head: ResponseHead, start: bytes) -> None:
-        """A server's answer is shown: remember which response it has made, or has."""
+        """Remember which response a server has made or has, now that its answer is shown."""
         call, stored = self.call, self.core.requests.stored
         server = self.core.fleet.server_of(self.trail.server)
         if call.makes_response and head.status < 300:
             if id := response_id(start, head.is_event_stream):
-                # Whoever can say an id can say another's.
+                # A client that chooses ids could choose another client's.
                 own, _ = own_id(self.head.fields, self.settings.request_id_headers)
                 chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
                 name = self.key.name if self.key and not chosen else ""
@@ -12784,7 +12787,7 @@ class Exchange:
         return WELL
 
     async def queue(self, step: Queue) -> Outcome:
-        """Stand in the queue; a stream's client may see from comments that it does."""
+        """Wait in the queue; a stream's client is sent comments meanwhile, if settings say so."""
         core, s, queue, began = self.core, self.settings, self.core.requests.queue, self.loop.time()
         beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
         beat_s = s.queue_heartbeat if beats else INFINITY
@@ -12811,7 +12814,7 @@ class Exchange:
         finally:
             queue.leave(waiter)
             if turn.done() and not granted and (lease := turn.result().lease):
-                self.end_lease(lease)  # it left the moment it had one
+                self.end_lease(lease)  # the request left at the moment it was given one
         queued_s = self.loop.time() - began
         core.metrics.waits.note(queued_s, self.trail.model)
         self.trail.queued_s += queued_s
@@ -12830,7 +12833,7 @@ class Exchange:
         return WELL
 
     async def refresh(self, step: Refresh) -> Outcome:
-        """Wait for the models of all servers that answer; one look is for all who want one now."""
+        """Wait until all reachable servers were asked for their models; requests share a look."""
         fleet, look = self.core.fleet, self.core.looks.want
         servers = {view.server for view in fleet.views()
                    if view.health.may_be_last_resort and view.open}
@@ -12839,8 +12842,8 @@ class Exchange:
         return WELL
 
     async def await_looks(self, servers: Sequence[str], model: str = "") -> None:
-        """Wait until these have been asked for their models, or the wanted one is found, or for
-        long enough."""
+        """Wait until these servers have been asked for their models or the wanted one is found,
+        but no longer than LOOK_LIMIT_S."""
         core = self.core
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_LIMIT_S):
@@ -12848,9 +12851,9 @@ class Exchange:
                     await core.news.changed()
 
     async def give_up(self, step: GiveUp) -> Outcome:
-        """The end of a plan that found nobody to answer: a server's words, or ours."""
+        """End a plan that found no server to answer, in a failed server's words or in ours."""
         fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
-        if fault is Fault.KEY_REJECTED and held is not None:  # our key, or is it the request?
+        if fault is Fault.KEY_REJECTED and held is not None:  # is it our key, or the request?
             await self.await_looks([self.core.fleet.server_of(held.server)])
             view = self.core.fleet.view(held.server)
             held = held if view is not None and view.healthy else None
@@ -12885,14 +12888,14 @@ class Exchange:
             self.response.break_off(fault, text)
         return WELL
 
-    # Rooms that add steps of their own add a row.
+    # A room that has its own kinds of steps adds a row for each.
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
         Relay: relay, Recall: recall, Resume: resume, Pause: pause, Queue: queue,
         AwaitHealth: await_health, Refresh: refresh, GiveUp: give_up, BreakOff: break_off,
     }
 
     def label(self) -> str:
-        """The model as a label: only names that servers told us, so that nobody can invent any."""
+        """The model as a label: only names that servers report, so that clients invent none."""
         if (model := self.call.model) is None:
             return ""
         fleet = self.core.fleet
