@@ -18496,8 +18496,8 @@ Exchange.CARRY_OUT |= {
 #  83  life
 # ══════════
 #
-# The life of a model's instance: one table of transitions, and how often one that ends by itself is
-# started again.  An instance is one process, or group of processes, that serves one model.
+# The life of a model's instance: one table of transitions, and how often an instance that ends by
+# itself is restarted.  An instance is one process, or group of processes, that serves one model.
 
 
 class Phase(Enum):
@@ -18550,25 +18550,25 @@ TRANSITIONS: dict[tuple[Phase, Turn], Phase] = {
     **{(phase, Turn.ENDED): Phase.FAILED for phase in LIVING if phase is not Phase.SLEEPING},
 }
 GIVE_UP_AFTER = 5  # ends in a row
-STEADY_S = 60.0  # after so long running an end is the first in a row
+STEADY_S = 60.0  # an instance that ran for longer ends for the first time in a row
 RESTART_S, RESTART_MAX_S = 0.5, 60.0  # the pause before a second start in a row; it doubles
 
 
 def restart_pause_s(failures: int) -> float:
-    """How long after the n-th end in a row the next start is; infinity: there is none."""
+    """The pause between the n-th end in a row and the next start; infinity: there is none."""
     if failures >= GIVE_UP_AFTER:
         return INFINITY
     pause: float = min(RESTART_MAX_S, RESTART_S * 2.0 ** (failures - 2)) if failures > 1 else 0.0
     return pause
 
 
-# What is told of a life in numbers, and by what it has them.
+# The numbers that are reported of a life, and its attributes that hold them.
 LIFE_COUNTS = {"starts": "starts", "wakes": "wakes", "failures": "failed", "ready_s": "ready_s",
                "wake_s": "wake_s", "slept_s": "slept_s"}
 
 
 class Life:
-    """Owns an instance's phase, and what was seen of its life; times are monotonic."""
+    """Owns an instance's phase and the counts and times of its life; times are monotonic."""
 
     __slots__ = ("phase", "since", "reason", "failures", "retry_at", "starts", "wakes", "ready_s",
                  "wake_s", "begun_at", "slept_s", "failed")
@@ -18583,7 +18583,7 @@ class Life:
         self.begun_at = now  # the start, or the wake, that goes on or was the last
 
     def tell(self, turn: Turn, now: float, reason: str = "") -> Phase:
-        """The phase after that turn.  Raises ValueError where the table has none."""
+        """Take a turn, and return the phase after it.  Raises ValueError if the table has none."""
         if (new := TRANSITIONS.get((self.phase, turn))) is None:
             raise ValueError(f"it is {self.phase.value}, and cannot be what {turn.value}")
         old, lasted_s = self.phase, now - self.since
@@ -18618,18 +18618,18 @@ class Life:
 #  84  launching
 # ══════════
 #
-# How a model is launched: command lines are made of settings files on the host that runs them, and
-# of nothing else.  What comes over HTTP is a name, numbers, and words that a profile lists.
+# How a model is launched.  Command lines come only from settings files on the host that runs them;
+# over HTTP come a name, numbers, and words that a profile lists.
 
 DEFAULT_COMMAND = ("vllm", "serve")
 DEFAULT_PROFILE = ProfileSettings("vllm")
 DEFAULT_SHARE = 0.9  # of a device's memory, which vLLM takes by itself
-# What may be said of a model over HTTP; what else there is names programs, or the host's business.
+# The keys of a model that HTTP may set; the others name programs, or are the host's business.
 SAID_OF_MODELS = tuple(name for name in MODEL_FIELDS if name not in ("command", "env"))
 
 
 def said_of(model: ModelSettings) -> dict[str, Any]:
-    """A model as it is said over HTTP."""
+    """A model as it is sent over HTTP."""
     said = {key: getattr(model, key) for key in SAID_OF_MODELS}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()
             if value != MODEL_FIELDS[key].default}
@@ -18652,7 +18652,7 @@ GPU_APPS_QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory",
 
 
 def parse_gpus(text: str, visible: str = "") -> list[Device]:
-    """What GPU_QUERY prints.  `visible` is CUDA_VISIBLE_DEVICES; of it numbers count."""
+    """The devices in GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
     found = list[Device]()
     for line in text.splitlines():
         index, *name, total, used, busy = [word.strip() for word in line.split(",")]
@@ -18668,7 +18668,7 @@ def parse_gpus(text: str, visible: str = "") -> list[Device]:
 
 
 def parse_gpu_apps(text: str) -> dict[int, float]:
-    """What GPU_APPS_QUERY prints: GB by process."""
+    """The GB that each process uses, from GPU_APPS_QUERY's output."""
     found = dict[int, float]()
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -18678,25 +18678,26 @@ def parse_gpu_apps(text: str) -> dict[int, float]:
 
 
 def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Device]:
-    """The devices by hand: what is stated where nothing was found, and no more of what was."""
+    """The devices as settings state them, if none were found; else those found, at most as
+    stated."""
     if not found or not stated:
         return list(found) or [Device(gb, number=n) for n, gb in enumerate(stated)]
     return [one._replace(total_gb=min(gb, one.total_gb)) for gb, one in zip(stated, found)]
 
 
 def memory_on(model: ModelSettings, total_gb: float) -> float:
-    """GB that it takes of such a device."""
+    """The GB that a model takes of a device of that size."""
     return model.gpu_memory_gb or (model.gpu_memory_utilization or DEFAULT_SHARE) * total_gb
 
 
 def sleeps(model: ModelSettings) -> bool:
-    """Whether one of it can be put to sleep."""
+    """Whether instances of the model can be put to sleep."""
     wanted = max(model.sleep_after_s, model.deep_sleep_after_s) > 0
     return not model.takes_port and (wanted or "--enable-sleep-mode" in model.args)
 
 
 def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) -> ModelSettings:
-    """The model with what its profile adds.  Raises LookupError."""
+    """The model with what its profile adds.  Raises LookupError if there is no such profile."""
     if not model.profile:
         return model
     if (profile := profiles.get(model.profile)) is None:
@@ -18708,7 +18709,7 @@ def with_profile(model: ModelSettings, profiles: Mapping[str, ProfileSettings]) 
 
 
 def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) -> list[str]:
-    """The words of its command line, on devices of that memory (none: they are not known)."""
+    """The words of a model's command line, on devices with that memory; () if unknown."""
     name = model.model or model.alias
     if model.takes_port:
         return [word.replace("{port}", str(port)).replace("{model}", name)
@@ -18728,14 +18729,14 @@ def launch_command(model: ModelSettings, port: int, device_gb: Sequence[float]) 
 
 
 def launch_environment(model: ModelSettings, devices: Sequence[int]) -> dict[str, str]:
-    """What its environment has more than ours."""
+    """What a model's environment has in addition to ours."""
     pins = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
     switch = {"VLLM_SERVER_DEV_MODE": "1"} if sleeps(model) else {}
     return {**pins, **switch, **dict(model.env)}
 
 
 def parse_model(said: Any, where: str) -> ModelSettings:
-    """A model that stands elsewhere than in a settings file.  Raises SettingsError."""
+    """A model described elsewhere than in a settings file.  Raises SettingsError."""
     settings, _ = parse_settings("servers = []", where, {"models": ([said], where)})
     return settings.models[0]
 
@@ -18765,7 +18766,7 @@ def model_by_request(
 
 
 def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str, str]]:
-    """What of a model that came over HTTP the profile does not allow: keys and why."""
+    """The keys of a model from HTTP that its profile does not allow, and why."""
     name, wrong = model.model or model.alias, list[tuple[str, str]]()
     trusting = any("trust-rem" in word.replace("_", "-")  # or cut short, as argparse takes it
                    for word in (*profile.command, *profile.args, *model.args))
@@ -18793,12 +18794,11 @@ def matches(name: str, pattern: str) -> bool:
 #  85  placement
 # ══════════
 #
-# Where a model fits, with the fewest moves of others.  Memory that is promised counts: an instance
-# is booked with all it may take from the moment it is placed, a sleeping one with what it still
-# holds on its devices.
+# Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
+# with all it may take from the moment it is placed, a sleeping one with what it still holds.
 
-MIN_STAY_S = 2.0  # for which one that has come up stays, whoever wants its place
-TURN_S = 15.0  # after so long others' waiting requests get a place that is in use
+MIN_STAY_S = 2.0  # an instance that has come up stays so long, whoever wants its place
+TURN_S = 15.0  # after so long, other models' waiting requests get a place that is in use
 
 
 class Seat(NamedTuple):
@@ -18858,7 +18858,7 @@ class Act(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where a model fits, once those moves are made and those that leave have left."""
+    """Where a model fits, once those moves are made and leaving instances have left."""
 
     host: str
     devices: tuple[int, ...]
@@ -18872,28 +18872,28 @@ UP = (Phase.STARTING, Phase.RUNNING, Phase.WAKING)
 
 
 def lives(seat: Seat) -> bool:
-    """Whether it is a replica, or about to be one."""
+    """Whether an instance is a replica, or about to be one."""
     return not seat.leaving and (
         seat.phase in UP or (seat.phase is Phase.FAILED and 0 < seat.retry_in_s < INFINITY))
 
 
 def booked_gb(seat: Seat, soon: bool) -> float:
-    """What it takes of each of its devices: now, or once what leaves has left."""
+    """The GB an instance takes of each of its devices: now, or once what leaves has left."""
     if soon and (seat.phase is Phase.STOPPING or seat.leaving):
         return 0.0
     return seat.held_gb if soon and seat.phase is Phase.FALLING_ASLEEP else seat.gb
 
 
 def worth(seat: Seat) -> tuple[float, ...]:
-    """What speaks for an instance to keep its place: the least is moved first."""
+    """How much an instance deserves its place: the one with the least is moved first."""
     return (seat.in_flight > 0, seat.model.priority, seat.phase is not Phase.SLEEPING,
             -seat.idle_s, seat.awake_gb)
 
 
 def movable(seat: Seat, wanting: ModelSettings, demands: Demands, mates: int) -> bool:
-    """Whether an instance may be moved for a model that wants its place; of `mates` of its own
-    model that run.  One that is idle may, after a while; one in use when it has had its turn, and
-    requests for the other have waited for one."""
+    """Whether an instance may be moved for a model that wants its place; `mates` of its own model
+    run.  An idle one may after MIN_STAY_S; one in use after TURN_S, if requests for the other model
+    have waited as long."""
     own, other = demands.get(seat.alias, NO_DEMAND), demands.get(wanting.alias, NO_DEMAND)
     if seat.alias == wanting.alias or seat.leaving or (
             wanting.together and wanting.group and seat.model.group == wanting.group):
@@ -18919,8 +18919,8 @@ def rest_of(seat: Seat, memory_gb: float) -> str:
 def room_on(
     host: HostView, device: int, need_gb: float, seats: Sequence[Seat], may_move: Collection[str]
 ) -> tuple[tuple[tuple[Seat, str], ...], bool] | float:
-    """The moves that make room for so many GB on a device, and whether there is room already; or,
-    where there are none, the GB that lack."""
+    """The moves that make room for so many GB on a device, and whether there is room already; or
+    the GB that are lacking if no moves can."""
     here = [seat for seat in seats if seat.host == host.name and device in seat.devices]
     free = host.total_gb[device] - (host.foreign_gb[device] if host.foreign_gb else 0.0)
     slack = 1e-6 - need_gb
@@ -18941,7 +18941,7 @@ def room_on(
             soon += booked_gb(seat, True) - kept
     if soon + slack < 0:
         return -(soon + slack)
-    for move in list(moves):  # the cheap ones may have been for nothing
+    for move in list(moves):  # later, larger moves may have made the cheap ones needless
         gain = booked_gb(move[0], True) - (move[0].held_gb if move[1] == "sleep" else 0.0)
         if soon - gain + slack >= 0:
             moves.remove(move)
@@ -18953,8 +18953,8 @@ def find_place(
     model: ModelSettings, hosts: Sequence[HostView], seats: Sequence[Seat], demands: Demands,
     pinned: Seat | None = None,
 ) -> Spot | str:
-    """Where one more of the model fits with the fewest moves; `pinned` is one that sleeps, and is
-    to wake where it is.  A text says what is lacking."""
+    """Where one more instance fits with the fewest moves, or a text that says what is lacking;
+    `pinned` is a sleeping instance that is to wake where it is."""
     places, lacking = list[tuple[tuple[Any, ...], Spot]](), list[str]()
     running, demand = [seat.alias for seat in seats if lives(seat)], demands.get(
         model.alias, NO_DEMAND)
@@ -18985,7 +18985,7 @@ def place_on(
     model: ModelSettings, host: HostView, seats: Sequence[Seat], may_move: Collection[str],
     pinned: Seat | None,
 ) -> Spot | str:
-    """The same, on one host."""
+    """Where one more instance fits on one host, as `find_place`."""
     if not host.total_gb:
         return Spot(host.name, ())
     count = model.tensor_parallel_size
