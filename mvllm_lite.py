@@ -23669,6 +23669,10 @@ Three machines.  On the first worker_key = "…" and registration_networks in [c
 
     WORKER_KEY=… mvllm_lite.py worker agent.toml --manager http://FIRST:8888
 
+Several balancers.  One has all of that; the others say in [config] manager = "http://FIRST:8888"
+and manager_key = "…", an admin's key there, and the same worker_key.  They ask its models, too, and
+have it wake them.  While it is away, what runs is asked, and nothing is placed or stopped.
+
 From serverless_vllm: its paths, bodies and variables of the environment are taken (MANAGER_HOST,
 ROUTER_PORT … are HOST and PORT); model_path and llama_* are refused, and what it says of routing
 means nothing: give servers a pool, and weights in [pools].  GET /admin/models, POST
