@@ -81,7 +81,7 @@ the lines.
     41  status         · what screen, page and /status.json show
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
-    42  sockets        ~ what is the same of all: errors, deadlines; those that listen
+    42  sockets        ~ what all sockets share: errors, deadlines; listening sockets
     43  wire           ~ one connection: its buffer, its deadline, its end
     44  secrets        ~ keys and certificates, and how a server is reached with them
     45  client         ~ what we ask servers ourselves, over asyncio's streams
@@ -91,13 +91,13 @@ the lines.
     49  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
 
   VIII  a request        1,540 lines, for each request
-    50  shared state   ~ clients, pools, news, requests under way
+    50  shared state   ~ what requests share: clients, pools, news, those under way
     51  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
     52  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    53  attempt        ~ a request said to one server; its answer judged and passed on
+    53  attempt        ~ a request sent to one server; its answer judged and passed on
     54  case           ~ whose failure it was: suspects, deaths, content that is held off
-    55  accounts       ~ what is counted, kept and told of a request that has ended
-    56  resuming       ~ a stream whose server was lost: what is kept of it, and asked of another
+    55  accounts       ~ a finished request: counted, remembered and reported
+    56  resuming       ~ a stream whose server was lost, continued by another one
     57  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,910 lines, all the time
@@ -9361,7 +9361,7 @@ KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which would take mega
 
 
 def error_text(error: OSError) -> str:
-    """What the system says, or TLS, without numbers and addresses."""
+    """The words of the system or of TLS for an error, without numbers and addresses."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')}"
     if isinstance(error, ssl.SSLError):  # whose numbers are none of the system's
@@ -9379,8 +9379,8 @@ def address_of(name: Any) -> Address:
 
 @contextlib.asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[None]:
-    """As asyncio.timeout, but when its time is up only because the whole process stood still,
-    what has happened meanwhile is heard first."""
+    """Like asyncio.timeout; but if the time is up only because the whole process stalled, events
+    that arrived meanwhile are handled first."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
 
@@ -9408,8 +9408,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 async def peeked(sock: socket.socket, size: int) -> bytes:
-    """What has come on a socket that has no transport yet, as soon as there is something; it stays
-    there to be read.  b"" is an orderly end.  Raises OSError."""
+    """Wait for bytes on a socket without a transport, and return them without taking them off;
+    b"" is an orderly end.  Raises OSError."""
     loop = asyncio.get_running_loop()
     while True:
         with contextlib.suppress(BlockingIOError, InterruptedError):
@@ -9423,8 +9423,9 @@ async def peeked(sock: socket.socket, size: int) -> bytes:
 
 
 async def read_proxy_header(sock: socket.socket) -> tuple[Address | None, bytes]:
-    """Whose connection it is, if a PROXY header says so, and what was read that is none.  No byte
-    behind the header is read: it may be of a TLS handshake.  Raises BadMessage, OSError."""
+    """Return the client's address, if a PROXY header gives one, and the bytes read if there is no
+    header.  Nothing behind the header is read: it may be a TLS handshake.  Raises BadMessage,
+    OSError."""
     said = bytearray()
     while True:
         piece = await peeked(sock, RECEIVED_BYTES)
@@ -9454,7 +9455,7 @@ class Listener:
         self.resume()
 
     def resume(self) -> None:
-        """There may be room again."""
+        """Accept again, now that there may be room."""
         if not (self.reading or self.resting) and self.sock.fileno() >= 0:
             self.reading = True
             self.loop.add_reader(self.sock, self.accept, ACCEPT_BATCH)
@@ -9469,7 +9470,7 @@ class Listener:
         self.sock.close()
 
     def accept(self, most: int = LISTEN_BACKLOG) -> None:
-        """Take those who have come."""
+        """Accept the connections that have arrived, while there is room."""
         for n in range(most):
             if not self._room():
                 if n == 0:  # we were called, so somebody waits
@@ -9517,7 +9518,7 @@ def plain_refusal() -> bytes:
 
 @contextlib.contextmanager
 def told_if_plain(sock: socket.socket) -> Iterator[None]:
-    """A TLS handshake on that socket; who speaks plain HTTP is told so, in the same."""
+    """Do a TLS handshake on that socket; a client that speaks plain HTTP is told so in HTTP."""
     with sock.dup() as same:
         try:
             yield
@@ -9559,8 +9560,8 @@ Piece = memoryview | bytes
 
 
 def is_unheard(sock: socket.socket | None) -> bool:
-    """Whether what was written last has not come in at the peer's system, as it does not where the
-    connection was closed there before; where ours does not tell, it may not have."""
+    """Whether the last write has not reached the peer's system, as happens when the connection was
+    closed there before; True where our system cannot tell."""
     with contextlib.suppress(OSError):
         if sock is not None and sock.fileno() >= 0:  # below TLS it has gone already
             return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
@@ -9586,7 +9587,7 @@ class Backlog:
         return self.content_bytes + self.unread_bytes
 
     def full(self, own: int) -> bool:
-        """Whether too much is held; that of one client alone never is."""
+        """Whether too much is held; one client alone never holds too much."""
         while self.spared and self.limit < self.content_bytes + self.unread_bytes:
             self._give_up_oldest()
         return self.limit < self.content_bytes + self.unread_bytes != own
@@ -9599,7 +9600,7 @@ class Backlog:
             self._give_up_oldest()
 
     def unspare(self, key: int) -> None:
-        """It is released."""
+        """Note that this content is released."""
         if key in self.spared:
             self._spare_bytes -= self.spared.pop(key)[1]
 
@@ -9608,7 +9609,7 @@ class Backlog:
         give_up()
 
     def watch(self, wire: Wire) -> None:
-        """This wire is not read from any more,"""
+        """Watch a wire for its peer's leaving, now that reading from it is stopped."""
         if (descriptor := wire.transport.get_extra_info("socket").fileno()) >= 0:
             self._stopped[descriptor] = wire
             self._poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
@@ -9616,7 +9617,7 @@ class Backlog:
             wire.descriptor = descriptor
 
     def forget(self, wire: Wire) -> None:
-        """and now it is, or it is lost."""
+        """Stop watching a wire: it is read from again, or is lost."""
         if self._stopped.get(wire.descriptor) is wire:
             self._poll.unregister(wire.descriptor)
             del self._stopped[wire.descriptor]
@@ -9691,7 +9692,7 @@ class Wire(asyncio.BufferedProtocol):
             self.keep(RECEIVED[:size])
 
     def keep(self, piece: Piece) -> None:
-        """Hold it for who reads next, and wake who does already."""
+        """Buffer a piece for the next reader, and wake the one that waits."""
         self.buffer += piece
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -9747,8 +9748,8 @@ class Wire(asyncio.BufferedProtocol):
         self.wake()
 
     def leave(self) -> None:
-        """The peer has left, behind bytes that we have not read.  For whom a request of it is
-        answered, that is an end; who reads will come to it."""
+        """Note that the peer has left behind bytes that we have not read.  That ends a request
+        that is being answered; a reader gets there by itself."""
         if self.on_gone is not None:
             self._ended(clean=True)
 
@@ -9790,7 +9791,7 @@ class Wire(asyncio.BufferedProtocol):
     # What the rooms below call.
 
     async def news(self, deadline: float, reads: bool = False) -> None:
-        """Until something happens here: bytes, room for writing, an end.  Raises TimeoutError."""
+        """Wait for something to happen: bytes, room for writing, an end.  Raises TimeoutError."""
         self.deadline = deadline
         if deadline < self._timer_at:
             self.expect_by(deadline)
@@ -9801,12 +9802,12 @@ class Wire(asyncio.BufferedProtocol):
             self._waiter, self._reads = None, False
 
     def more(self, deadline: float) -> Awaitable[None]:
-        """The same, for who reads."""
+        """Wait like `news`, as a reader that will take what comes."""
         return self.news(deadline, reads=True)
 
     async def news_or_progress(self, silence_s: float) -> None:
-        """The same, or that a slow peer took some of what is written to it.  Raises TimeoutError
-        when it takes nothing for so long."""
+        """Wait like `news`, or until a slow peer takes some of what is written to it.  Raises
+        TimeoutError when it takes nothing for `silence_s`."""
         backlog = self.transport.get_write_buffer_size()
         try:
             await self.news(self.loop.time() + silence_s)
@@ -9815,7 +9816,7 @@ class Wire(asyncio.BufferedProtocol):
                 raise
 
     async def unblocked(self, silence_s: float) -> None:
-        """Until the peer takes bytes again.  Raises TimeoutError."""
+        """Wait until the peer takes bytes again.  Raises TimeoutError."""
         while self.blocked and not self.lost:
             await self.news_or_progress(silence_s)
 
@@ -10001,9 +10002,9 @@ class Secrets:
             self.listener = self._load(listener_context, settings)
 
     def adopt(self, server: ServerSettings, source: Source) -> None:
-        """Take over a server that the settings do not name: it gets its own key alone, as it is
-        only as honest as who has named it, and what they say of those of its source; or all that an
-        entry of the settings has that it is `like`.  No file is read."""
+        """Adopt a server that the settings do not name.  It gets all that the entry has that it is
+        `like`; or else only its own key, because it is only as honest as whoever named it, and what
+        the settings grant to servers of its source.  No file is read."""
         if server.like:
             self.server_keys[server.id] = self.server_keys.get(PATTERN + server.like, "")
             if context := self.contexts.get(PATTERN + server.like):
@@ -10016,7 +10017,7 @@ class Secrets:
         self._make_context(server, self)
 
     def keep(self, servers: Collection[str]) -> None:
-        """Forget those of all servers that were adopted, but for these."""
+        """Forget the secrets of adopted servers, except these."""
         for id in self.server_keys.keys() - self._named - servers:
             del self.server_keys[id]
             self.strangers.discard(id)
@@ -10120,7 +10121,7 @@ class Upstream:
             self.close()
 
     def moved(self, addresses: Collection[str]) -> None:
-        """Use no connection any more but to these addresses."""
+        """Use connections to these addresses only, from now on."""
         self.addresses = addresses
         self.close()
 
@@ -10383,9 +10384,9 @@ class Pool(Upstream):
         super().equip(secrets)
 
     async def acquire(self, connect_timeout_s: float, stale: Stale | None = None) -> Wire:
-        """An idle connection or a new one, which goes back to `keep`.  Who met a `stale` one gets
-        a new one; where there is none to be had, the server may have died of what was said.
-        Raises PeerGone."""
+        """Return an idle connection or a new one, to be given back to `keep`.  After a `stale` one
+        it is new; if none can be made, the server may have died of the request.  Raises PeerGone.
+        """
         while self.idle and stale is None:
             wire, _ = self.idle.popitem()
             wire.sink = None
@@ -10416,8 +10417,8 @@ class Pool(Upstream):
             raise connect_failure(error, timeout_s) from None
 
     def keep(self, wire: Wire) -> None:
-        """For another exchange, if it may have one; otherwise it is ended at once, which tells
-        a vLLM that is still generating to stop."""
+        """Keep a connection for another exchange, if it allows one; otherwise end it at once,
+        which tells a vLLM that is still generating to stop."""
         wire.feeder = wire.sink = None
         good = wire.reusable and not (wire.gone or wire.buffer)
         if good and self.addresses:
@@ -10899,11 +10900,11 @@ class Response:
         self.persists = False
 
     def abandoned(self, fault: Fault) -> None:
-        """The client has left."""
+        """Note that the client has left."""
         self.status, self.end = self.status or fault.status, fault.label
 
     def failed(self, fault: Fault) -> None:
-        """What is shown are a server's own words for a failure."""
+        """Note that the client is shown a server's own words for a failure."""
         self.end = fault.label
 
     def write(self, content: bytes) -> None:
@@ -10957,8 +10958,8 @@ class Response:
         self.send(Reply(fault.status, content, fields=fields))
 
     def break_off(self, fault: Fault, text: str) -> None:
-        """It was begun and cannot be finished.  A stream's reader gets an error event; whoever
-        reads, the message ends broken, so that nobody takes it for whole."""
+        """End a response that was begun and cannot be finished.  A stream gets an error event; any
+        message ends broken, so that nobody takes it for whole."""
         self.persists, self.end = False, fault.label
         if not self.streams or self.framing not in (CHUNKED, UNTIL_CLOSE):
             self.client.reset()
@@ -11008,8 +11009,8 @@ LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M
 
 
 class Writer(logging.handlers.QueueListener):
-    """Has lines written by a thread of its own.  When that is stuck in a terminal, pipe or disk
-    that takes nothing, lines are dropped and counted: it must not stop answers, nor our end."""
+    """Writes lines in a thread of its own.  When that is stuck in a terminal, pipe or disk that
+    takes nothing, lines are dropped and counted: it must not hold up answers, nor our exit."""
 
     def __init__(self, target: logging.Handler) -> None:
         """`target` is used by this thread alone, and what it raises is counted."""
@@ -11050,7 +11051,7 @@ class Writer(logging.handlers.QueueListener):
                 self.dropped += record.msg.count("\n") + 1
 
     def stop(self) -> None:
-        """Everything that waits is written, if that takes no longer than a second."""
+        """Stop, once all waiting lines are written, or after a second."""
         self.closing.set()
         self.enqueue_sentinel()
         self.closed.wait(1.0)
@@ -11248,7 +11249,7 @@ def say_request(on_console: Callable[[], bool], facts: RequestFacts) -> None:
 
 @contextlib.contextmanager
 def logging_to_stdout(s: Settings) -> Iterator[None]:
-    """Log lines go to stdout."""
+    """Send log lines to stdout."""
     writer = Writer(Descriptor(sys.stdout.fileno()))
     console = Console(writer)
     console.as_json = s.log_format == "json"
@@ -11265,7 +11266,7 @@ def logging_to_stdout(s: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
-    """Log lines go to files, too, and what `listeners` are told; to those that can be written."""
+    """Also send log lines, and what `listeners` are told, to those files that can be written."""
     before, kept = list(listeners), list[LineWriter]()
     lines = log_file_writer(s, s.log_file, s.log_file_bytes, s.log_days)
     errors = log_file_writer(s, s.error_log_file, s.log_file_bytes, s.error_log_days)
