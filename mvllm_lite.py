@@ -19842,6 +19842,7 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 
 LOOK_AT_POOL_S = 0.25
 AGENT_LOOK_S = 0.5  # between two looks at an agent
+AGENTS_RETURN_S = 10.0  # for which nothing is placed after a start, while known agents are silent
 DEVICES_S = 5.0  # between two looks at the GPUs
 POOL_HEARTBEAT_S = 10.0  # to a stream's client that waits for a model, where settings say nothing
 START_GUESS_S = 30.0  # for which one takes to be ready that was never started
@@ -20105,6 +20106,7 @@ class Holdings:
         self.wishes = set[str]()  # aliases that are to run though nobody asks,
         self.held = set[str]()  # and that were stopped by hand
         self.why_not: dict[str, str] = {}
+        self.returning: dict[str, float] = {}  # agents of a predecessor, not heard yet: until when
         self.acts: dict[str, str] = {}  # by alias, what was done last, and why
         self.seen_running: dict[str, int] = {}  # by instance, its last process that was ready
         self.evictions = Counter(
@@ -20330,7 +20332,15 @@ class ModelPool(Holdings):
                 await agent.adopt(one, known or parse_model(one["model"], self.state.path))
             except (ValueError, TypeError, LookupError, SettingsError) as error:
                 log.error("an instance of the state file is not taken over: %s", error)
+        now = asyncio.get_running_loop().time()
+        for name, url, public_url in saved.get("agents", ()):
+            self.meet(RemoteHost(name, url, public_url, self.key, now))
+            self.returning[name] = now + AGENTS_RETURN_S
         return agent
+
+    def meet(self, host: RemoteHost) -> None:
+        self.hosts[host.name] = host
+        self._tasks.create_task(self.follow(host))
 
     async def look_at_devices(self) -> None:
         while True:
@@ -20354,6 +20364,8 @@ class ModelPool(Holdings):
         if self.agent is not None and not self.core.process.succeeded:
             self.state.save({
                 "models": [said_of(model) for model in self.registered.values()],
+                "agents": [[host.name, host.url, host.public_url] for host in self.hosts.values()
+                           if isinstance(host, RemoteHost)],
                 "instances": self.agent.saved()})
 
     def meet_agents(self, now: float) -> None:
@@ -20366,8 +20378,7 @@ class ModelPool(Holdings):
                     known is None or (known.url, known.public_url) != (one.worker_url, one.url)):
                 host = RemoteHost(one.id, one.worker_url, one.url, self.key, now)
                 host.said = known.said if known else host.said
-                self.hosts[one.id] = host
-                self._tasks.create_task(self.follow(host))
+                self.meet(host)
         for host in list(self.hosts.values()):
             lost_s = now - host.seen_at
             if not host.reachable and lost_s > self.core.settings.agent_lost_after:
@@ -20400,7 +20411,9 @@ class ModelPool(Holdings):
                 self.wishes.add(alias)
         self.meet_agents(now)
         self.define_servers()
-        if self.leaves_children:  # its manager decides
+        self.returning = {name: until for name, until in self.returning.items()
+                          if now < until and name in self.hosts and not self.hosts[name].reachable}
+        if self.leaves_children or self.returning:  # its manager decides, or too little is known
             self.finish_step()
             return
         seats, models = self.seats(now), self.models

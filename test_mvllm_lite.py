@@ -18820,6 +18820,35 @@ async def test_another_balancer_follows_the_manager_of_the_models(tmp_path, capl
 
 
 @asynchronous
+async def test_a_manager_that_was_restarted_hears_its_agents_before_it_places_anything(tmp_path):
+    path, gate = tmp_path / "manager.state", asyncio.Event()
+    one = {"alias": "g1-a", "model_alias": "a", "status": "sleeping", "retry_in_s": 0.0,
+           "devices": [0], "gb": 6.0, "awake_gb": 6.0, "held_gb": 1.0, "weights_gb": 1.0,
+           "age_s": 9.0, "sleep_level": 1, "digest": "", "pid": 1, "reason": "", "failures": 0}
+    info = {"instances": {"g1-a": one}, "profiles": {}, "total_gb": [16.0], "gpu_info": {}}
+
+    async def answer(asked, conn):
+        await gate.wait()
+        await conn.json(info)
+
+    agent = Server(answer)
+    async with agent, contextlib.AsyncExitStack() as stack:
+        path.write_text(json.dumps({"agents": [["g1", agent.url, agent.url]]}))
+        manager = await stack.enter_async_context(balancing(
+            wait=False, registration_key="k", state_file=str(path), devices=(16.0,),
+            models=(dataclasses.replace(little(), min_replicas=1),)))
+        await agent.came.wait()
+        pool = manager.core.planners["models"].pool
+        await eventually(lambda: pool.returning and pool.agent, "it is waited for")
+        pool.step()
+        assert not pool.doing and not pool.launching  # though one is to run
+        gate.set()
+        await eventually(lambda: not pool.returning, "it is heard")
+        assert [one["alias"] for _, one in pool.instances()][0] == "g1-a"
+    assert json.loads(path.read_text())["agents"] == [["g1", agent.url, agent.url]]
+
+
+@asynchronous
 async def test_an_agent_without_a_manager_serves_and_stops(tmp_path):
     child = await asyncio.create_subprocess_exec(
         *command("worker", "--id", "g1", "--port", "0"), cwd=tmp_path, env=CLEAN,
