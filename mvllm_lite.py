@@ -12201,8 +12201,8 @@ class Case:
             return failure._replace(deaths=self._deaths)
         deaths = max(self._deaths, core.requests.poison.died(self.digest(), sent_at, now))
         if deaths >= DEADLY:
-            log.warning("id=%s: its content is held off for %g s: it is the %d. time that a server"
-                        " died with it, now %s", self.id, s.poison_hold, deaths,
+            log.warning("id=%s: its content is held off for %g s: %d servers have died with it,"
+                        " the latest %s", self.id, s.poison_hold, deaths,
                         core.fleet.name_of(server))
         return failure._replace(deaths=deaths)
 
@@ -15898,7 +15898,7 @@ def pause_s(failure: ApiFailure, failures: int, draw: random.Random) -> float:
 
 
 def api_failure(what: Watched, verb: str, status: int, said: Any, retry_after: str) -> ApiFailure:
-    """The failure that an answer other than 200 means; `figure_text` is its content."""
+    """The failure that an answer other than 200 means; `said` is its content."""
     kind, role = what.kind, "Role" if what.table.namespace else "ClusterRole"
     rule = f"{{apiGroups: [{json.dumps(kind.group)}], resources: [{json.dumps(kind.plural)}]," + (
         ' verbs: ["get", "list", "watch"]}')
@@ -20948,7 +20948,7 @@ async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
     alias = alias_named(pool, asked.head.path.removeprefix("/admin/models/"))
     if alias not in pool.registered:
         raise SettingsError([Complaint(
-            "request", 0, "alias", f"{alias} stands in the settings file, from which it can go")])
+            "request", 0, "alias", f"{alias} is in the settings file: remove it there")])
     pool.forget(alias)
     return {"status": "success", "message": f"model {alias} drains and stops"}
 
