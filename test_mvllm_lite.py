@@ -18919,9 +18919,10 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
                     other.close()
         assert not gone([before["pid"]])  # the agent was killed
         # Its successor says another address for traffic, which leads to the same port.
-        heads = []
+        heads, leads = [], set()
 
         async def lead(reader, writer):
+            leads.add(asyncio.current_task())
             agents = (await client.get("/admin/workers")).json["workers"]
             port = int(agents[0]["worker_url"].rpartition(":")[2])
             inner, outer = await asyncio.open_connection("127.0.0.1", port)
@@ -18934,7 +18935,11 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
                         sink.write(piece)
                 sink.close()
 
-            await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
+            try:
+                await asyncio.gather(pipe(reader, outer, heads), pipe(inner, writer))
+            finally:
+                for one in (outer, writer):
+                    one.transport.abort()
 
         public = await asyncio.start_server(lead, "127.0.0.1", 0)
         address = "http://127.0.0.1:%d" % public.sockets[0].getsockname()[1]
@@ -18957,6 +18962,10 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             assert gone(before["group"] + after["group"])
         assert agent.poll() is not None
         public.close()
+        for task in leads:
+            task.cancel()
+        await asyncio.gather(*leads, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 # ============================================================================================
