@@ -20601,7 +20601,7 @@ class FollowedPool(ModelPool):
         super().__init__(core)
         self.manager, self._trouble = core.settings.manager, ""
         self._client: HttpClient | None = None
-        self._key = ""  # that the client shows
+        self._server = ServerSettings("")  # that the client asks
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
@@ -20648,10 +20648,10 @@ class FollowedPool(ModelPool):
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """Raises PeerGone, with the manager's words if it refuses."""
-        key = self.core.pools.secrets.manager
-        if self._client is None or key != self._key:
-            server, self._key = ServerSettings(self.manager, api_key=key), key
-            self._client = HttpClient(server, Secrets(Settings((server,))))
+        server = ServerSettings(self.manager, api_key=self.core.pools.secrets.manager)
+        if self._client is None or server != self._server:
+            await self.close()
+            self._client, self._server = HttpClient(server, Secrets(Settings((server,)))), server
         return await ask_host(self._client, "it", path, content, timeout_s)
 
     async def have_woken(self, alias: str) -> None:

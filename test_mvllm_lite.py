@@ -18810,10 +18810,10 @@ async def test_another_balancer_follows_the_manager_of_the_models(tmp_path, capl
             assert len(owner.core.planners["models"].pool.agent.instances) == 1
             told = await client.post("/admin/models/register", b'{"alias": "z"}', AS_JSON)
             assert told.status == 404 and f"at their manager, {manager}" in told.error["message"]
-            pool.manager, pool._client = "http://127.0.0.1:1", None  # it is away
+            pool.manager = "http://127.0.0.1:1"  # it is away
             await eventually(lambda: "what runs is asked as before" in caplog.text, "it is missed")
             assert (await ask_model(other, "a")).status == 200
-            pool.manager, pool._client = manager, None
+            pool.manager = manager
             assert (await client.post("/admin/models/a/stop", b"")).status == 200
             await eventually(lambda: pool.status_of(pool.models["a"]) == "absent", "it stopped")
             assert (await ask_model(other, "a")).status == 200
