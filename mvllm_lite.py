@@ -3075,6 +3075,17 @@ def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any])
     return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
 
 
+def compact(value: Any) -> bytes:
+    """JSON as vLLM writes it; half a character as an escape."""
+    try:
+        return COMPACT.encode(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 # ══════════
 #  14  forms
 # ══════════
@@ -4221,6 +4232,23 @@ def response_id(start: bytes, streams: bool) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
+# In logprobs, what another server need not say again: all but the tokens.  No text has such names,
+# because quotes are escaped there; no match goes beyond a \0, which JSON has not.
+_TEXT, _NUMBER, _NUMBERS = rb'"(?:[^"\\\0]|\\[^\0])*+"', rb"[-+.\deE]++", rb"\[[-+.\deE,nul]*+\]"
+_FLAT = rb"\{(?:%b:(?:%b|%b|%b|null),?)*+\}" % (_TEXT, _TEXT, _NUMBER, _NUMBERS)
+UNCOMPARED = re.compile(
+    rb'("(?:bytes|token_logprobs|text_offset)":)%b|("top_logprobs":)\[(?:(?:%b|null),?)++\]'
+    rb'|("logprob":)%b' % (_NUMBERS, _FLAT, _NUMBER))
+
+
+def without_numbers(events: bytes) -> bytes:
+    """Events, or what is between, with nothing in their logprobs but the tokens."""
+    if b'logprob":' not in events and b'_logprobs":' not in events:
+        return events
+    return UNCOMPARED.sub(
+        lambda found: found[3] + b"0" if found[3] else (found[1] or found[2]) + b"[]", events)
+
+
 # ══════════
 #  19  transcripts
 # ══════════
@@ -4231,7 +4259,7 @@ def response_id(start: bytes, streams: bool) -> str:
 
 SHORT_PIECES = 64  # that are packed together
 LESSONS_LIMIT = 12  # from which a transcript learns what its events have in common
-WHOLE_BYTES = 16 * 1024  # of pieces that are unlike others, which are compressed together
+WHOLE_BYTES = 8 * 1024  # of pieces that are unlike others, which are compressed together
 LOOSE_BYTES = 32  # of what is kept of a piece, on average, beyond which it is compressed
 READ_AT_ONCE = 200  # events that are read before others get their turn: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
@@ -4252,9 +4280,10 @@ class Memory:
 
 
 class Transcript:
-    """The events that a stream has shown, in order and byte for byte.  It lets whole events pass
-    only, so that there is no break within one, and none that admits a failure: `fault` says which.
-    It counts in the `memory` of all, up to `limit` bytes; beyond, it is `lost`, and no matter."""
+    """The events that a stream has shown, in order and, but for logprobs, byte for byte.  It lets
+    whole events pass only, so that there is no break within one, and none that admits a failure:
+    `fault` says which.  It counts in the `memory` of all, up to `limit` bytes; beyond, it is
+    `lost`, and no matter."""
 
     __slots__ = ("fault", "lost", "join", "_memory", "_limit", "_begin", "_end", "_between",
                  "_short", "_whole", "_blocks", "_last", "_torn", "_lessons", "_counted")
@@ -4367,7 +4396,7 @@ class Transcript:
             if 2 * (len(begin) + len(end)) > len(piece) and HARMLESS_END.search(end):
                 self._begin, self._end, self._between = begin, end, slice(len(begin), -len(end))
         self._last = piece
-        self._whole += piece
+        self._whole += without_numbers(piece)
         if len(self._whole) > WHOLE_BYTES:
             self._pack()
 
@@ -4379,10 +4408,10 @@ class Transcript:
         if not self._short:
             return
         short, self._short = self._short, []
-        packed = b"\0".join(short)
+        packed = without_numbers(b"\0".join(short))
         if packed.count(b"\0") == len(short) - 1:
             self._keep(self._begin, self._end, packed, len(short))
-        else:
+        else:  # there is one in the text
             packed = (self._end + self._begin).join(short)
             self._keep(b"", b"", self._begin + packed + self._end, len(short))
 
@@ -4414,6 +4443,7 @@ def common_start(one: bytes, other: bytes) -> int:
 # what it belongs to: a choice, an item of the output, a block; None is the whole answer.
 GROWS, LISTED, ONCE = "grows", "listed", "once"  # text; entries; said once, and the same
 COUNTED, OWN = "counted", "own"  # an event of its own; what each server has its own of
+PARALLEL = ("tokens", "token_logprobs", "top_logprobs", "text_offset")  # in completions
 Part = tuple[str, tuple[Any, ...], dict[str, Any], str]
 Shape = dict[str, Any]
 LAST_EVENTS = (b"message_stop", b"response.completed", b"response.incomplete")
@@ -4449,16 +4479,27 @@ def choice_parts(said: Shape) -> Iterator[Part]:
                 for call in value:
                     yield from tool_parts(call, n)
             elif name == "logprobs":
-                for kind in [one for one in value if isinstance(value[one], list)]:
-                    yield LISTED, (n, name, kind), value, kind
+                yield from logged_parts(value, n)
             else:
                 yield part_kind(name, value), (n, name), holder, name
+
+
+def logged_parts(logs: Shape, n: int) -> Iterator[Part]:
+    for name in logs if logs.keys().isdisjoint(PARALLEL) else ("tokens",):
+        if isinstance(logs[name], list):
+            yield LISTED, (n, "logprobs", name), logs, name
 
 
 def part_kind(name: str, value: Any) -> str:
     if isinstance(value, str) and name not in ("role", "finish_reason", "stop_reason"):
         return GROWS
     return LISTED if isinstance(value, list) else ONCE
+
+
+def gist(entry: Any) -> Any:
+    """What of an entry another server has to say again: a token or its id; of a float nothing."""
+    said = entry.get("token") if isinstance(entry, dict) else entry
+    return said if isinstance(said, (str, int)) else None
 
 
 def tool_parts(call: Shape, n: int) -> Iterator[Part]:
@@ -4524,7 +4565,7 @@ class Shown:
             if kind is GROWS:
                 self.grown.setdefault(key, []).append(holder[name])
             elif kind is LISTED:
-                known.setdefault(key, []).extend(holder[name])
+                known.setdefault(key, []).extend(map(gist, holder[name]))
             elif kind is COUNTED:
                 known[key] = known.get(key, 0) + 1
             else:
@@ -4558,17 +4599,6 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
-def compact(value: Any) -> bytes:
-    """JSON as vLLM writes it; half a character as an escape."""
-    try:
-        return COMPACT.encode(value).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
-
-
-COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
 # ══════════
 #  20  resumption
 # ══════════
@@ -4591,6 +4621,8 @@ class Join:
         texts = {key: text for key, text in shown.said.items() if key in shown.grown}
         self.left = dict(texts) if told_tokens is None else {}  # what must still come, by key
         self.behind = {key for key, text in self.left.items() if text}
+        if told_tokens is None:
+            self.behind |= {key for key, said in shown.said.items() if said and type(said) is list}
         self.counts: dict[tuple[Any, ...], int] = {}  # of what has come of the rest
         self.theirs: dict[tuple[Any, ...], Any] = {}  # ids, and so on
         self.names: dict[bytes, bytes] = {}  # the same as written, and the stream's own
@@ -4658,11 +4690,7 @@ class Join:
         if kind is GROWS:
             return self.trim_text(key, holder, name)
         if kind is LISTED:
-            at, entries = self.counts.get(key, 0), holder[name]
-            old = 0 if self.told_tokens is not None else max(0, len(known or ()) - at)
-            self.counts[key] = at + len(entries)
-            holder[name] = entries[old:]
-            return len(entries) > old, old > 0 and entries != []
+            return self.trim_list(key, holder, name)
         if kind is OWN:
             return self.trim_own(key, holder, name)
         if kind is COUNTED:
@@ -4689,6 +4717,20 @@ class Join:
             self.behind.discard(key)
         holder[name] = whole_characters(text[len(left) :])
         return len(text) > len(left), text != ""
+
+    def trim_list(self, key: tuple[Any, ...], holder: Shape, name: str) -> tuple[bool, bool]:
+        known = self.shown.said.get(key, []) if self.told_tokens is None else []
+        at, entries = self.counts.get(key, 0), holder[name]
+        self.counts[key] = at + len(entries)
+        left = known[at:]
+        if any(gist(entry) != one for entry, one in zip(entries, left)):
+            raise differs(key)
+        if len(entries) >= len(left):
+            self.behind.discard(key)
+        for one in PARALLEL if name == "tokens" else (name,):
+            if isinstance(holder.get(one), list):
+                holder[one] = holder[one][len(left) :]
+        return len(entries) > len(left), bool(left and entries)
 
     def check(self, of: Any) -> None:
         """Raises BadMessage if something new is said of what has not come to where it was."""

@@ -4089,7 +4089,9 @@ def test_a_transcript_shows_whole_events_and_keeps_their_bytes_however_they_come
         transcript = lite.Transcript(lite.Memory(), 1 << 20)
         shown = [transcript.take(stream[at : at + size]) for at in range(0, len(stream), size)]
         assert all(one == b"" or one.endswith(b"\n\n") for one in shown)
-        assert b"".join(shown) == stream == b"".join(transcript.pieces())
+        kept = b"".join(transcript.pieces())
+        assert b"".join(shown) == stream and kept == lite.without_numbers(stream)
+        assert (kept == stream) is (kind != "logprobs")
         assert transcript.is_whole and transcript.rest() == b""
 
 
@@ -4103,6 +4105,67 @@ def test_500_tokens_are_kept_in_some_kilobytes():
     assert b"".join(transcript.pieces()) == stream and len(stream) > 80_000 > 9_000 > memory.bytes
     transcript.close()
     assert memory.bytes == 0
+
+
+def entry_of(token, *top, logprob=-1.5):
+    """What chat and /v1/responses say of a token, and of others that might have come."""
+    entry = {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    tops = [entry_of(one, logprob=logprob) for one in top]
+    return {**entry, "top_logprobs": tops} if tops else entry
+
+
+def tokens_of(*tokens, tops=(), logprob=-1.5):
+    """What completions say of tokens."""
+    return {"text_offset": [*range(len(tokens))], "token_logprobs": [logprob] * len(tokens),
+            "tokens": [*tokens], "top_logprobs": [dict.fromkeys(tops, logprob) for _ in tokens]}
+
+
+ENTRIES = table(
+    ("chat", {"content": [entry_of('"]}', "a\\", "[{", logprob=-1e-05)]},
+     {"content": [{"token": '"]}', "logprob": 0, "bytes": [], "top_logprobs": []}]}),
+    ("completions", tokens_of("a", '"}', tops=('"}],', "token")),
+     {"text_offset": [], "token_logprobs": [], "tokens": ["a", '"}'], "top_logprobs": []}),
+    ("the first of an echo", {"token_logprobs": [None, -2], "top_logprobs": [None, {"a": -1.0}]},
+     {"token_logprobs": [], "top_logprobs": []}),
+    ("a text that looks like them", {"content": '"logprob":-1,"bytes":[1],"top_logprobs":[{}]'},
+     None),
+    ("a token called so", {"content": "logprob", "tokens": ["bytes", "top_logprobs"]}, None),
+    ("null", {"logprobs": None, "top_logprobs": None, "bytes": None}, None),
+    ("usage", {"usage": {"prompt_tokens": 5}, "token_ids": [1, 2], "logprobs": []}, None),
+    ("of others, unknown", {"top_logprobs": [{"logprobs": {"deep": [1]}}]}, None),
+)
+
+
+@pytest.mark.parametrize("said, kept", ENTRIES)
+def test_of_logprobs_a_transcript_keeps_the_tokens(said, kept):
+    slim = lite.without_numbers(lite.compact(said))
+    assert json.loads(slim) == (said if kept is None else kept)
+    half = b'"top_logprobs":[{"token":"a\0b","logprob":x}]'  # of two pieces
+    assert lite.without_numbers(half) == half
+
+
+def logged(kind, word, draw):
+    """An event with a token's logprobs, as vLLM writes it."""
+    if kind == "completions":
+        choice = {"index": 0, "text": word, "finish_reason": None,
+                  "logprobs": tokens_of(word, tops=(word, "x"), logprob=-draw.random())}
+    else:
+        top = [f"{word}{n}" for n in range(kind)]
+        choice = {"index": 0, "delta": {"content": word}, "finish_reason": None,
+                  "logprobs": {"content": [entry_of(word, *top, logprob=-draw.random())]}}
+    return as_event({"id": "id-1", "object": "chat.completion.chunk", "model": "m",
+                     "choices": [choice]})
+
+
+@pytest.mark.parametrize("kind", [0, 2, 20, "completions"])
+def test_500_tokens_with_logprobs_take_no_20_kilobytes(kind):
+    memory, draw, highest = lite.Memory(), random.Random(3), 0
+    transcript = lite.Transcript(memory, 1 << 20)
+    for _ in range(500):
+        event = logged(kind, f" {draw.randrange(2000)}", draw)
+        assert transcript.take(event) == event
+        highest = max(highest, memory.bytes + len(transcript._whole))
+    assert highest < 20_000 and not transcript.lost
 
 
 def test_a_transcript_for_which_there_is_no_room_lets_everything_pass():
@@ -4185,6 +4248,59 @@ def test_what_differs_is_never_shown(other):
         joined(transcript, other)
     assert met.value.fault is Fault.RESUME_DIFFERS
     assert b"".join(transcript.pieces()) == before
+
+
+def listing(*entries, name="token_ids", end=False):
+    """A stream with an event for each list of entries."""
+    said = [{"index": 0, "text": "", "finish_reason": None, name: one} for one in entries]
+    said += [{"index": 0, "text": "", "finish_reason": "stop"}] * end
+    return b"".join(as_event({"choices": [one]}) for one in said)
+
+
+def logs(*entries):
+    return listing(*[{"content": one} for one in entries], name="logprobs")
+
+
+A, B, C = map(entry_of, "abc")
+LISTS = table(
+    ("the same ids", listing([1], [2]), listing([1], [2], [3]), listing([3])),
+    ("otherwise cut", listing([1], [2]), listing([1, 2, 3]), listing([3])),
+    ("another id", listing([1], [2]), listing([1], [7], [3]), None),
+    ("none, and none", listing([]), listing(end=True), listing(end=True)),
+    ("fewer, and an end", listing([1], [2]), listing([1], end=True), None),
+    ("of the prompt", listing([5, 6], name="prompt_token_ids"),
+     listing([5, 7], name="prompt_token_ids"), None),
+    ("the same tokens, other floats", logs([entry_of("a", "x", logprob=-3)], [B]), logs([A, B, C]),
+     logs([C])),
+    ("another token", logs([A]), logs([B, C]), None),
+    ("tokens of completions", listing(tokens_of("a", "b", logprob=-3), name="logprobs"),
+     listing(tokens_of("a"), tokens_of("b", "c", tops=("c", "d")), name="logprobs"),
+     listing({one: said[1:] for one, said in tokens_of("b", "c", tops=("c", "d")).items()},
+             name="logprobs")),
+    ("another one", listing(tokens_of("a"), name="logprobs"),
+     listing(tokens_of("b"), name="logprobs"), None),
+    ("tokens, and then only their numbers", listing(tokens_of("a"), name="logprobs"),
+     listing({"token_logprobs": [-1.5]}, name="logprobs"), None),
+)
+
+
+@pytest.mark.parametrize("first, second, after", LISTS)
+def test_ids_and_tokens_that_are_listed_have_to_be_the_same(first, second, after):
+    _, transcript = shown_by(first)
+    if after is None:
+        with pytest.raises(lite.BadMessage) as met:
+            joined(transcript, second)
+        assert met.value.fault is Fault.RESUME_DIFFERS
+        return
+    choice, = said_by(joined(transcript, second))
+    wanted, = said_by(after)
+    assert all(choice[name] == said for name, said in wanted.items() if said not in ("", None))
+
+
+def said_by(events):
+    """The choices that are shown."""
+    return [choice for event in events.split(b"\n\n") if event
+            for choice in json.loads(event.removeprefix(b"data: "))["choices"]]
 
 
 def test_a_choice_that_differs_ends_those_that_do_not():
