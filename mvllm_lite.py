@@ -23774,22 +23774,27 @@ def paths_topic() -> str:
 def resume_topic() -> str:
     return f"""\
 A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another
-one of the same version (/version) and model (the last names in its root and parent):
+one of the same version (/version) and model (the last names in its root and parent).  One case is
+not seen: vLLM ends a stream of /v1/responses as completed when /sleep or /pause aborts it, which
+mode=abort does, their default, and mode=wait does not.
 
   "repeat"    the default.  A request with temperature 0, top_k 1 or a seed is sent again, and what
-              was shown is left out of the new answer; that takes as long again.  Paths:
+              was shown is left out of the new answer, which must be the same so far: texts, token
+              ids, tokens of logprobs, not their numbers.  That takes as long again.  Paths:
               {", ".join(RESUMED_PATHS[:3])},
               {RESUMED_PATHS[3]} (which knows no seed).
-  "continue"  Plain sampled text of one choice goes on, too: the text so far becomes part of the
-              prompt.  It is a fair continuation of the text, not of the tokens.  Not with stop,
-              min_tokens, penalties, logprobs, echo, suffix, a grammar, reasoning or a tool call.
+  "continue"  Sampled text of one choice goes on, too, on the first two paths: the text so far
+              becomes part of the prompt.  It is a fair continuation of the text, not of the tokens.
+              Not with stop, min_tokens, penalties, logprobs, token ids, echo, suffix, a grammar,
+              beam search, reasoning, a tool call, or a prompt that is not text.
   "off"       Never.  [resumes] sets one of these for one model.
 
-resume_seed gives a seed to each stream that could not be repeated without; on GPUs, vLLM says,
-generators for each request cost speed.  A stream ends with an error event that says why if the
-other server's answer differs, one server keeps its state ({", ".join(STORED_MEMBERS)}),
-it has media by URL, its client chose an engine, no other server has the version and model, or
-it meets resume_within, max_retries, retry_budget, resume_bytes (for the events of streams) or a
+resume_seed gives a seed to each stream that could not be repeated without, but on /v1/messages; on
+GPUs, vLLM says, generators for each request cost speed.  A stream ends with an error event that
+says why if the other server's answer differs or breaks before it says anything new, two servers
+die with it, it has media by URL, its client chose an engine, no other server has the version and
+model, one server keeps its state ({", ".join(STORED_MEMBERS)}),
+or it meets resume_within, max_retries, retry_budget, resume_bytes (for the events of streams) or a
 quarter of max_buffered_bytes (for requests).
 
 A client refuses with X-MVLLM-Resume: off.  The answer's last comment and the log say how it went
