@@ -4267,7 +4267,7 @@ TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer wa
 BLOCK_BYTES = 120  # that stand around what is packed
 # Events of a message that an abort may have caused: they are shown with what follows them.
 MAY_END = (b"event: content_block_stop", b"event: message_delta")
-NO_MATCH = b"\n"  # with which no event begins
+NO_MATCH = b"\xff"  # with which no piece of a stream begins: UTF-8 has no such byte
 # Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
 
@@ -4322,6 +4322,7 @@ class Transcript:
 
     def go_on(self, join: Any = None) -> None:
         """Another server goes on."""
+        self._pack()
         self.fault, self._torn, self.join = None, b"", join
         self._begin, self._lessons = NO_MATCH, LESSONS_LIMIT
 

@@ -4077,6 +4077,21 @@ def test_a_stream_that_is_cut_anywhere_goes_on_as_if_it_had_not_been(kind):
         assert normal(OTHER_IDS.sub(lambda id: id[0].replace(b"2", b"1", 1), out)) == whole
 
 
+@pytest.mark.parametrize("kind", STREAMS)
+def test_another_server_s_answer_may_come_in_pieces_that_begin_anywhere(kind):
+    stream, other = (whole_stream(kind, 1, server) for server in (1, 2))
+    places = {at + n for at in range(len(other)) if other[at] == 10 for n in (0, 1)}
+    for at in sorted(places):
+        before, transcript = shown_by(stream[: len(stream) // 2])
+        transcript.go_on()
+        shown = lite.Shown()
+        list(shown.read(transcript.pieces()))
+        transcript.go_on(lite.Join(shown))
+        after = transcript.take(other[:at]) + transcript.take(other[at:]) + transcript.rest()
+        out = OTHER_IDS.sub(lambda id: id[0].replace(b"2", b"1", 1), before + after)
+        assert normal(out) == normal(stream)
+
+
 CHAT_EVENT = ('data: {"id":"id-1","object":"chat.completion.chunk","created":1795193596,"model":'
               '"m","choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,'
               '"finish_reason":null}]}\n\n')
