@@ -2775,34 +2775,34 @@ def line_of(toml: str, path: Path) -> int:
 #  13  content
 # ══════════
 #
-# JSON as far as a balancer must read it: where the members that matter stand.  Nothing of content
-# is rewritten but the one value of `model`; compression is undone.
+# JSON, as far as a balancer must read it: where the members that matter stand.  Compression is
+# undone; otherwise only the value of `model` is ever rewritten.
 
-SCAN_STEPS = 2000  # of find_members before others get their turn: about a millisecond
-SCAN_MEMBERS_LIMIT = 10_000  # that find_members looks at one by one; of real content a few dozen
-NESTING_LIMIT = 900  # levels of JSON; Python's reader, which servers have, too, takes about 1,000
-CODED_SLICE_BYTES = 64 * 1024  # of compressed content that are read before others get their turn,
-DECODED_SLICE_BYTES = 256 * 1024  # and what may come of them: about a millisecond
-CODINGS_LIMIT = 2  # one upon the other; nobody needs more than one
-CODED_MEMBERS_LIMIT = 4096  # of a gzip file; those that are written in parallel have many
+SCAN_STEPS = 2000  # of find_members between two yields: about a millisecond
+SCAN_MEMBERS_LIMIT = 10_000  # members that find_members visits one by one; real content has dozens
+NESTING_LIMIT = 900  # levels of JSON; Python's parser, which servers use, takes about 1,000
+CODED_SLICE_BYTES = 64 * 1024  # compressed bytes to read between two yields,
+DECODED_SLICE_BYTES = 256 * 1024  # and decoded bytes to write: about a millisecond
+CODINGS_LIMIT = 2  # applied one after another; nobody needs more than one
+CODED_MEMBERS_LIMIT = 4096  # of a gzip file; compressors that run in parallel write many
 ZSTD_WINDOW_LOG = 23  # 8 MB, RFC 9659; a stream could ask for 128
-SMALL_CONTENT_BYTES = 64 * 1024  # json.loads of this takes well under 1 ms; beyond, find_members
-# Members in which servers tell each other of their caches.  A client that says them ends the engine
-# of a server that believes it.
+SMALL_CONTENT_BYTES = 64 * 1024  # json.loads takes well under 1 ms; find_members reads larger ones
+# Members with which servers tell each other about their caches.  A client that sends them can kill
+# the engine of a server that trusts them.
 RESERVED_MEMBERS = ("kv_transfer_params", "ec_transfer_params")
-# The same in an id of a request, where vLLM's P2P connectors look for it.
+# The same within a request id, where vLLM's P2P connectors look for addresses.
 ENGINE_HANDLES = re.compile("___(?:prefill|decode)_addr_")
 CALL_MEMBERS = ("model", "stream", "request_id", *RESERVED_MEMBERS)
 SESSION_MEMBERS = ("session_id", "user", "user_id")  # the first that is there names a session;
 LAST_SESSION_FIELDS = ("x-trace-id", "x-request-id")  # then these, as in vllm-project/router
-# What a server generates from, and what it puts before that.
+# The input that a server generates from, and what it puts in front of that.
 PROMPT_MEMBERS = ("messages", "prompt", "input")
 LEADING_MEMBERS = ("tools", "system", "instructions")
 SESSION_PARAMS = "session_params"  # before them the session_id in this
 RESPONSE_MEMBERS = ("previous_response_id", "request_id")  # of /v1/responses, where both are ids
 EXTRA_MEMBERS = ("vllm_xargs", "sampling_params")
-# Whether another server would say the same again, and what its text can be continued without, each
-# with the values that mean nothing.
+# Members that decide whether another server would repeat an answer, or can continue it; the plain
+# ones do not matter with the values given here.
 REPEAT_MEMBERS = ("temperature", "seed", "top_k")
 STORED_MEMBERS = ("previous_response_id", "background", "store", "conversation")
 PLAIN_MEMBERS: dict[str, tuple[Any, ...]] = {
@@ -2823,9 +2823,9 @@ Content = bytes | bytearray
 Spans = dict[str, tuple[int, int]]  # of the values of members, in the content
 
 
-# Content codings, RFC 9110 §8.4.1, that are undone, because no vLLM undoes any: by name, what gives
-# a decoder for content that begins so, with zlib's decompress(data, max_length), eof, unused_data.
-# To add one: add a row.
+# Content codings, RFC 9110 §8.4.1, undone here because vLLM undoes none.  A row maps a name to a
+# function from the content's first bytes to a decoder, which has decompress(data, max_length), eof
+# and unused_data as in zlib.  To add one: add a row.
 CODINGS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda _: zlib.decompressobj(16 + zlib.MAX_WBITS),
     "x-gzip": lambda _: zlib.decompressobj(16 + zlib.MAX_WBITS),
@@ -2840,13 +2840,13 @@ ACCEPTED_CODINGS = ", ".join(name for name in CODINGS if not name.startswith("x-
 
 
 def is_zlib(begin: bytes) -> bool:
-    """Whether it is the zlib format, as it should, RFC 1950 §2.2; some send deflate's bare one."""
+    """Whether content has a zlib header, RFC 1950 §2.2, as it should; some senders omit it."""
     return begin[:1] != b"" and begin[0] & 15 == 8 and int.from_bytes(begin[:2], "big") % 31 == 0
 
 
 def content_codings(fields: Fields) -> list[str]:
-    """The codings of a request's content, in the order in which they are undone.  Raises
-    BadMessage for any that is not understood."""
+    """The codings of a request's content, in the order in which to undo them.  Raises BadMessage
+    for an unknown coding, or too many."""
     if "content-encoding" not in fields.values:
         return []
     codings = [coding for coding in fields.members("content-encoding") if coding != "identity"]
@@ -2858,12 +2858,12 @@ def content_codings(fields: Fields) -> list[str]:
 
 
 def decode_content(content: Content, coding: str, limit: int, found: bytearray) -> Iterator[None]:
-    """Undoes a coding and puts what comes of it into `found`, a slice at a time; then it is
-    others' turn.  Raises BadMessage for what is not so coded, is cut, or grows beyond the limit."""
+    """Undo a coding and append the result to `found`; yields after each slice.  Raises BadMessage
+    for content that is not so coded, is cut short, or decodes to more than the limit."""
     begin, data, at, members = CODINGS[coding], b"", 0, 1
     decoder = begin(bytes(content[:2]))
     while data or at < len(content) or not decoder.eof:
-        if decoder.eof:  # files one behind the other are one, RFC 1952 §2.2
+        if decoder.eof:  # consecutive members make one file, RFC 1952 §2.2
             decoder, members = begin(data[:2] or bytes(content[at : at + 2])), members + 1
         if not data and getattr(decoder, "needs_input", True):
             data = bytes(memoryview(content)[at : at + CODED_SLICE_BYTES])
@@ -2885,10 +2885,10 @@ def decode_content(content: Content, coding: str, limit: int, found: bytearray) 
         yield
 
 
-# Patterns for skipping JSON by the regular expression engine, some 20 times faster than by steps
-# of Python.  STRING is a short one (a search for its closing quote skips a long one faster still);
-# NESTED is anything up to a bracket that opens more than eight levels, or a long string.
-# Possessive throughout: they never backtrack.
+# Patterns that skip JSON in the regular expression engine, some 20 times faster than Python does.
+# STRING matches a short string (searching for the closing quote skips a long one faster still);
+# NESTED matches up to a bracket that opens more than eight levels, or up to a long string.
+# All quantifiers are possessive, so nothing backtracks.
 STRING = rb'"[^"\\]{0,200}+(?:\\.[^"\\]{0,200}+){0,20}+"'
 NESTED = rb'[^"\[\]{}]++|' + STRING
 LEVELS = 8
@@ -2907,18 +2907,17 @@ Scan = Generator[bool, Content, None]
 
 
 def find_members(spans: Spans, wanted: Iterable[str]) -> Scan:
-    """Finds the values of top-level members of a JSON object without parsing what lies between,
-    and puts them into `spans`; of a repeated member the last, as in Python's json.
+    """Find the wanted top-level members of a JSON object, without parsing what lies between, and
+    put the places of their values into `spans`; the last of a repeated member, as Python's json.
 
-    It is sent the content whenever that has grown, and looks only at what is new.  It says True
-    when it has seen all there is, and False when it is others' turn, after about a millisecond:
-    send the content again.  It stops looking where the content can be no JSON object, of which it
-    says nothing.  Raises BadMessage for more than NESTING_LIMIT levels, and SCAN_MEMBERS_LIMIT.
-    """
+    Send it the content whenever that has grown; it reads only what is new.  It yields True when it
+    has read everything, and False after about a millisecond of work: send the content again.  Once
+    the content cannot be a JSON object, it clears `spans` and reads no further.  Raises BadMessage
+    for more than NESTING_LIMIT levels or SCAN_MEMBERS_LIMIT members."""
     names = {name.encode(): name for name in wanted}
     longest = 6 * max(map(len, names)) + 2  # written with escapes
     others, at, depth, steps, members = other_members(tuple(names)), 0, 0, 0, 0
-    # The member we are in or about to be in, where its value began, whether nothing is in it yet.
+    # The current member's name, where its value began, and whether that is still empty.
     key, value, empty = None, -1, True
     content = yield True
     while True:
@@ -2968,8 +2967,8 @@ def find_members(spans: Spans, wanted: Iterable[str]) -> Scan:
 
 
 def may_follow(sign: bytes, depth: int, named: bool, valued: bool, empty: bool) -> bool:
-    """Whether such a mark can stand there in a JSON object: before it, or among its members,
-    behind a name or not, where a value is wanted or not, of which there is nothing yet or some."""
+    """Whether a mark can follow in a JSON object, at depth 0 or 1: `named` after a member's name,
+    `valued` after its colon, `empty` while nothing of the value has been seen."""
     if depth == 0:
         return sign in b"{["
     if sign == b'"':
@@ -2982,9 +2981,9 @@ def may_follow(sign: bytes, depth: int, named: bool, valued: bool, empty: bool) 
 
 
 def past_nested(content: Content, at: int, depth: int) -> tuple[int, int]:
-    """A place further on inside a value and how deep it is there.  Brackets that INSIDE does not
-    pass are passed up to where they are least deep, before a string, depth 1 and too deep."""
-    if depth < NESTING_LIMIT - LEVELS:  # which it does not count
+    """A place further on inside a value, and its depth.  Brackets that INSIDE does not skip are
+    skipped up to the shallowest place before a string, depth 1, or NESTING_LIMIT."""
+    if depth < NESTING_LIMIT - LEVELS:  # INSIDE does not count levels
         at = INSIDE.match(content, at).end()  # type: ignore[union-attr]
     if content[at : at + 1] not in BRACKETS:
         return at, depth
@@ -3000,8 +2999,8 @@ def past_nested(content: Content, at: int, depth: int) -> tuple[int, int]:
 
 
 def string_end(content: Content, at: int) -> tuple[int, bool]:
-    """Where the string's closing quote is, True; or how far it was looked for, False.  `at` is
-    between two characters.  The quote has no backslash before it; a few that have are passed."""
+    """The place of a string's closing quote, and True; or the end of the search, and False.  `at`
+    must not be inside an escape.  Up to 50 escaped quotes are skipped one by one."""
     for _ in range(50):
         quote = content.find(b'"', at)
         if quote < 0 and not content.endswith(b"\\"):
@@ -3009,14 +3008,14 @@ def string_end(content: Content, at: int) -> tuple[int, bool]:
         if quote == at or (quote > 0 and content[quote - 1] != BACKSLASH):
             return quote, True
         if quote < 0 or (quote > at + 1 and content[quote - 2] == BACKSLASH):
-            break  # who escapes whom?
+            break  # several backslashes: which one escapes which?
         at = quote + 1
     at = REST.match(content, at).end()  # type: ignore[union-attr]
-    return at, content[at : at + 1] == b'"'  # else the content ends in it, or in an escape
+    return at, content[at : at + 1] == b'"'  # else the content ends in the string or an escape
 
 
 def member_name(written: bytes) -> bytes:
-    """What a name means: "mod\\u0065l" is model, too."""
+    """A name with its escapes undone: "mod\\u0065l" also means model."""
     if b"\\" in written:
         with contextlib.suppress(ValueError):
             return str(json.loads(b'"%b"' % written)).encode("utf-8", "replace")
@@ -3024,7 +3023,7 @@ def member_name(written: bytes) -> bytes:
 
 
 def member_spans(content: Content, wanted: Iterable[str]) -> Spans:
-    """The same for content that is all there and not large."""
+    """The places of wanted members in content that is complete and not large."""
     spans = Spans()
     scan = find_members(spans, wanted)
     next(scan)
@@ -3035,7 +3034,7 @@ def member_spans(content: Content, wanted: Iterable[str]) -> Spans:
 
 @functools.cache
 def other_members(wanted: tuple[bytes, ...]) -> Any:
-    """Matches whole members of other names, with the comma after each."""
+    """A pattern for whole members with other names, each with the comma behind it."""
     names = b"|".join(map(re.escape, wanted))
     return re.compile(
         rb'(?:\s*+"(?!(?:' + names + rb')")[^"\\]*+"\s*+:' + VALUE + b",)*+", re.DOTALL
@@ -3046,13 +3045,13 @@ JSON = json.JSONDecoder()
 
 
 def read_members(content: Content, spans: Spans | None) -> dict[str, Any]:
-    """The members of a JSON object, {} if the content is none.  `spans` tells where those that
-    matter stand, for large ones; a value too long for what it should be is left out."""
+    """The members of a JSON object, {} for other content.  For large content, `spans` has the
+    places of those that matter, and implausibly long values are left out.  Raises BadMessage."""
     try:
         if spans is None:
             if content.count(b"[") + content.count(b"{") > NESTING_LIMIT:
-                member_spans(content, CALL_MEMBERS)  # which refuses what is too deep
-            # UTF-8 is usual; json.loads would look for other encodings, at length.
+                member_spans(content, CALL_MEMBERS)  # refuses what is nested too deeply
+            # json.loads would spend time detecting encodings; it is nearly always UTF-8.
             usual = content[:1] == b"{"
             document = json.loads(str(content, "utf-8", "surrogatepass") if usual else content)
             return document if isinstance(document, dict) else {}
@@ -3068,15 +3067,15 @@ EMPTY_OBJECT = re.compile(rb"[ \t\r\n]*+\{[ \t\r\n]*+\}[ \t\r\n]*+")
 
 
 def is_object(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> bool:
-    """Whether content whose members were read is a JSON object.  What we cannot read, a number of
-    5,000 digits say, another may, and find a model there."""
+    """Whether content whose members were read is surely a JSON object.  Where we fail, at a number
+    of 5,000 digits say, another reader may succeed, and find a model."""
     if spans is not None:
         return content[:100].lstrip()[:1] == b"{"
     return bool(members) or EMPTY_OBJECT.fullmatch(content) is not None
 
 
 def compact(value: Any) -> bytes:
-    """JSON as vLLM writes it; half a character as an escape."""
+    """JSON as vLLM writes it, with half a character as an escape."""
     try:
         return COMPACT.encode(value).encode()
     except UnicodeEncodeError:
@@ -3090,14 +3089,14 @@ COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 #  14  forms
 # ══════════
 #
-# multipart/form-data as far as a balancer must read it: the model that one of its parts names;
-# where readers differ, the form is not read.  And content with another model in place of its own.
+# multipart/form-data, as far as a balancer must read it: the model that one of its parts names.  A
+# form that two readers may read differently is refused.  And how a model's name is replaced.
 
-FORM_PARTS_LIMIT = 100  # parts of a form among which its model is looked for
-FORM_SLICE_BYTES = 2**20  # of a form before others get their turn: about a millisecond
+FORM_PARTS_LIMIT = 100  # parts of a form to search for its model
+FORM_SLICE_BYTES = 2**20  # of a form to search between two yields: about a millisecond
 FORM_HEAD_LIMIT_BYTES = 4096  # of one part's fields
-# Of a part, what only some readers know: names of RFC 2231, encodings (of those that change nothing
-# old clients speak), a line that goes on in the next.
+# Features of parts that only some readers know: names by RFC 2231, encodings (old clients declare
+# those that change nothing), and folded lines.
 EXTENDED_NAME = re.compile(rb"(?i);[ \t]*+name\*")
 DISPOSITION = re.compile(
     rb'(?i)content-disposition:[ \t]*+form-data(?:[ \t]*+;[ \t]*+[^\s=;"]++[ \t]*+=[ \t]*+'
@@ -3116,8 +3115,8 @@ BOUNDARY = re.compile(
 
 
 def form_boundary(content_type: str) -> bytes:
-    """What separates the parts of multipart/form-data content, b"" for other content.  Raises
-    BadMessage where two readers might find two."""
+    """The delimiter between parts of multipart/form-data, b"" for other content.  Raises
+    BadMessage if two readers might find different ones."""
     if content_type[:19].lower() != "multipart/form-data":
         return b""
     found = BOUNDARY.fullmatch(content_type)
@@ -3129,7 +3128,7 @@ def form_boundary(content_type: str) -> bytes:
 
 
 def form_spans(content: Content, boundary: bytes) -> Spans:
-    """Where the values of CALL_MEMBERS stand in a form.  Raises BadMessage."""
+    """The places of the values of CALL_MEMBERS in a form.  Raises BadMessage."""
     spans = Spans()
     for _ in find_parts(spans, content, boundary):
         pass
@@ -3137,9 +3136,9 @@ def form_spans(content: Content, boundary: bytes) -> Spans:
 
 
 def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None]:
-    """The same of a form that may be large, RFC 7578 (audio uploads name their model so); each time
-    it says something, it is others' turn.  Raises BadMessage for forms that others may read
-    differently: with too many parts, too long fields, a name said twice, a doubtful delimiter."""
+    """Put the places of CALL_MEMBERS' values in a form, RFC 7578, into `spans`, with a yield now
+    and then (audio uploads are large).  Raises BadMessage for a form that others may read
+    differently: too many parts, too long fields, a repeated name, a doubtful delimiter."""
     if not content:
         return
     if not content.startswith(boundary):
@@ -3148,7 +3147,7 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
     for _ in range(FORM_PARTS_LIMIT):
         if last:
             return
-        following = yield from next_boundary(content, boundary, at - 2)  # after no fields, say
+        following = yield from next_boundary(content, boundary, at - 2)  # a part may be empty
         head = content.find(b"\r\n\r\n", at - 2, min(following, at + FORM_HEAD_LIMIT_BYTES))
         if head < 0:
             raise BadMessage(f"a part of the form has no end of its fields within"
@@ -3163,7 +3162,8 @@ def find_parts(spans: Spans, content: Content, boundary: bytes) -> Iterator[None
 
 
 def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None, None, int]:
-    """Where the line end before the next boundary stands."""
+    """The place of the line end before the next boundary; yields after each slice.  Raises
+    BadMessage."""
     while at < len(content):
         end = at + FORM_SLICE_BYTES + 1 + len(boundary)
         half, whole = (content.find(sign + boundary, at, end) for sign in (b"\r", b"\n"))
@@ -3177,7 +3177,8 @@ def next_boundary(content: Content, boundary: bytes, at: int) -> Generator[None,
 
 
 def part_start(content: Content, at: int) -> tuple[int, bool]:
-    """Where the part behind a boundary and its padding begins, and whether that was the last."""
+    """Where the part behind a boundary begins, and whether the boundary was the last one.  Raises
+    BadMessage."""
     behind = BEHIND_BOUNDARY.match(content, at)
     if behind is None:
         raise BadMessage("something stands behind a boundary of the form")
@@ -3185,7 +3186,8 @@ def part_start(content: Content, at: int) -> tuple[int, bool]:
 
 
 def part_name(fields: bytes) -> str:
-    """Its name.  Raises BadMessage for a part that two readers may name, or decode, differently."""
+    """The name in a part's fields.  Raises BadMessage if two readers may disagree about the name
+    or the encoding."""
     lines = [line for line in fields.split(b"\r\n") if line]
     said = [line for line in lines if line[:20].lower() == b"content-disposition:"]
     found = [named[1] or named[2] for line in said for named in PART_NAME.finditer(line)]
@@ -3209,8 +3211,8 @@ def part_name(fields: bytes) -> str:
 
 
 def with_model(content: Content, boundary: bytes, spans: Spans | None, model: str) -> Content:
-    """The content with another `model`: that one value is replaced, or put in front where there
-    is none; every other byte stays."""
+    """The content with another `model`: its value is replaced, or inserted in front if there is
+    none; all other bytes stay."""
     if spans is None:
         spans = member_spans(content, ("model",))
     value = model.encode() if boundary else json.dumps(model).encode()
@@ -3227,7 +3229,7 @@ def with_model(content: Content, boundary: bytes, spans: Spans | None, model: st
 
 
 def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
-    """With another value in that place; a bytearray is changed in place, since it may be large."""
+    """The content with another value in that place; a bytearray, maybe large, is itself changed."""
     changed = content if isinstance(content, bytearray) else bytearray(content)
     changed[span[0] : span[1]] = value
     return changed
@@ -3237,45 +3239,44 @@ def splice(content: Content, span: tuple[int, int], value: bytes) -> Content:
 #  15  prompts
 # ══════════
 #
-# What is known of a prompt without understanding it: about how long it is, and hashes of ever
-# longer starts of it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models
-# that from what each was sent, and tells how much of a prompt need not be read again.  No text is
-# kept.
+# A prompt's approximate length, and hashes of ever longer starts of it, found without understanding
+# it.  Servers keep what they have read (vLLM's prefix cache); a PrefixCache models that from the
+# prompts sent, and says how much of a prompt a server need not read again.  No text is kept.
 
-# A chain has a link up to each of these, in bytes from the prompt's start: fine where prompts part,
-# in documents of a page as vLLM's blocks of 16 tokens, coarse where they have long been the same;
-# the end is where a prompt costs 0.2 ms to hash.
+# Where the links of a chain end, in bytes from the prompt's start: fine, as vLLM's blocks of 16
+# tokens, where prompts usually part, coarse where they have long been the same.  Hashing as far as
+# the last takes 0.2 ms.
 LINK_ENDS = (
     *range(256, 2**10 + 1, 64), *range(2**10 + 256, 2**14 + 1, 256),
     *range(2**14 + 1024, 2**16 + 1, 1024), *range(2**16 + 4096, 2**18 + 1, 4096),
 )
-OPENING_BYTES = 256  # of a prompt, by which policy `prefix` knows it
-BYTES_PER_TOKEN = 4  # of English and of JSON; a ratio that is wrong everywhere misleads nobody
-ESTIMATE_ROOM = 1.5  # a prompt may have so many times as many: code, or another script
+OPENING_BYTES = 256  # of a prompt, by which policy `prefix` recognizes it
+BYTES_PER_TOKEN = 4  # in English and JSON; if it is wrong, it is equally wrong for all servers
+ESTIMATE_ROOM = 1.5  # a prompt may have so many times the estimate: code, or another script
 MEDIA_MARK = b";base64,"
-MEDIA_TOKENS = 1000  # of an image, about, whatever its bytes
-MEDIA_LIMIT = 100  # pieces that are looked for
-MEDIA_FROM_BYTES = 4096  # of content that may hold one
-CACHE_TOKENS = 200_000  # that a server remembers, if it does not say: some 25 GB of an 8B model's
-CACHE_LINKS = 16384  # remembered of a server, whatever it says: about 3 MB of ours
+MEDIA_TOKENS = 1000  # of an image, roughly, whatever its size
+MEDIA_LIMIT = 100  # images counted in a prompt
+MEDIA_FROM_BYTES = 4096  # shorter content is not searched for images
+CACHE_TOKENS = 200_000  # in a server's cache, unless it reports a size: 25 GB for an 8B model
+CACHE_LINKS = 16384  # kept for a server, whatever it reports: about 3 MB of our memory
 MEMBER_MARKS = {name: f'"{name}"'.encode() for name in PROMPT_MEMBERS}
 
 
 class Prompt(NamedTuple):
-    """What a request wants read before the answer.  `prefix_hashes` has hashes of ever longer
-    starts of it: of the leading members (if there are `leading_tokens` of them), then up to each
-    of `hash_ends`, as far as they reach; equal hashes, equal starts.  They are this process's own
-    (PYTHONHASHSEED); `first_hash` is one of the beginning that anybody can make."""
+    """The input that a server reads before it answers.  `prefix_hashes` are hashes of ever longer
+    starts: of the leading members (if `leading_tokens` is not 0), then up to each of `hash_ends`
+    that the prompt reaches; equal hashes mean equal starts.  They differ between processes
+    (PYTHONHASHSEED); `first_hash`, of the opening, does not."""
 
-    tokens: int = 0  # about; 0 is unknown
+    tokens: int = 0  # estimated; 0 is unknown
     prefix_hashes: tuple[int, ...] = ()
     hash_ends: Sequence[int] = LINK_ENDS
-    per_token: float = BYTES_PER_TOKEN  # how many units of `hash_ends` one token has
+    per_token: float = BYTES_PER_TOKEN  # units of `hash_ends` in one token
     leading_tokens: int = 0
     first_hash: bytes = b""
 
     def tokens_in(self, links: int) -> int:
-        """How many tokens of the prompt so many links cover."""
+        """The number of the prompt's tokens that its first `links` links cover."""
         if not links:
             return 0
         at, per_unit = links - (self.leading_tokens > 0), self.tokens_per_unit()
@@ -3283,15 +3284,15 @@ class Prompt(NamedTuple):
         return min(self.tokens, reach)
 
     def tokens_per_unit(self) -> float:
-        """Tokens in one unit of `hash_ends`: as usual, or more, where the prompt has more of them
-        than would fit into its length (pictures)."""
+        """Tokens in one unit of `hash_ends`: the usual number, or more if the prompt has more
+        tokens than its length suggests (images)."""
         links, usual = len(self.prefix_hashes) - (self.leading_tokens > 0), 1 / self.per_token
-        if links >= len(self.hash_ends):  # how long it is cannot be seen
+        if links >= len(self.hash_ends):  # the links do not tell its length
             return usual
         return max(usual, (self.tokens - self.leading_tokens) / self.hash_ends[links])
 
     def totals(self) -> list[int]:
-        """The same for 1 link, 2 links, and so on to all."""
+        """The tokens that 1 link covers, 2 links, and so on up to all."""
         tokens, lead, per_unit = self.tokens, self.leading_tokens, self.tokens_per_unit()
         leading = [min(tokens, lead)] if lead else []
         ends = self.hash_ends[: len(self.prefix_hashes) - len(leading)]
@@ -3304,9 +3305,9 @@ NO_PROMPT = Prompt()
 def read_prompt(
     content: Content, spans: Spans | None, members: Mapping[str, Any], model: str | None
 ) -> Prompt:
-    """The prompt in JSON content.  What leads are the members that servers put first, wherever
-    they stand in the content; then come the messages, to the content's end.  Prompts for other
-    models (or LoRA adapters, which are called so) have nothing in common."""
+    """The prompt in JSON content: first the members that servers put first, wherever they stand
+    in the content, then everything from the messages to the content's end.  Prompts for different
+    models (LoRA adapters count as models) share no hash."""
     start = prompt_start(content, spans, members)
     if not start:
         return NO_PROMPT
@@ -3333,12 +3334,12 @@ def read_prompt(
 
 
 def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> int:
-    """Where the messages begin, or 0."""
+    """The place where the messages begin, or 0."""
     for name, mark in MEMBER_MARKS.items():
         if spans is not None and name in spans:
             return spans[name][0]
         if spans is None and name in members:
-            at = content.find(mark)  # within a text, its quotes are escaped
+            at = content.find(mark)  # not within a string, where quotes are escaped
             if content.find(mark, at + 1) < 0:
                 return content.find(b":", at) + 1
             return member_spans(content, (name,)).get(name, (0, 0))[0]
@@ -3348,7 +3349,7 @@ def prompt_start(content: Content, spans: Spans | None, members: Mapping[str, An
 def leading_member(
     content: Content, spans: Spans | None, members: Mapping[str, Any], name: str
 ) -> tuple[str, int]:
-    """What a member says, the same however it is written, and where in the content."""
+    """A member's value in one uniform spelling, and its place in the content."""
     try:
         if spans is None:
             return json.dumps(members[name]), content.rfind(b'"%b"' % name.encode())
@@ -3357,12 +3358,12 @@ def leading_member(
             return json.dumps(json.loads(content[begin:end])), begin
     except (ValueError, RecursionError):
         begin, end = (0, 0) if spans is None else spans[name]
-    return bytes(memoryview(content)[begin:end]).decode("latin-1"), begin  # as it is
+    return bytes(memoryview(content)[begin:end]).decode("latin-1"), begin  # as written
 
 
 def prompt_tokens(raw: bytes, size: int) -> int:
-    """About how many tokens a prompt of `size` bytes has that begins with `raw`.  An image that
-    begins in there counts as MEDIA_TOKENS; one further on is not looked for."""
+    """The estimated tokens of a prompt of `size` bytes that begins with `raw`.  An image that
+    begins in `raw` counts as MEDIA_TOKENS; a later one counts by its bytes."""
     media, skipped = 0, 0
     at = raw.find(MEDIA_MARK) if len(raw) > MEDIA_FROM_BYTES else -1
     while at >= 0 and media < MEDIA_LIMIT:
@@ -3374,24 +3375,23 @@ def prompt_tokens(raw: bytes, size: int) -> int:
 
 
 class PrefixCache:
-    """What a server has probably in its prefix cache: the links of what it was sent, as many as
-    fit into its KV cache, the oldest forgotten first.
+    """The probable content of a server's prefix cache: the links of the prompts that it was sent,
+    as many as fit into its KV cache; the least recently used are forgotten first.
 
-    A link's predecessors are always younger than it is, so what is cached of a chain is a start
-    of it, and its length is found by bisection.
-    """
+    A link's predecessors are always younger than the link, so the cached part of a chain is a
+    start of it, and bisection finds its length."""
 
     __slots__ = ("_links", "_tokens", "_unsure", "limit_tokens")
 
     def __init__(self) -> None:
-        self._links: OrderedDict[int, int] = OrderedDict()  # tokens of each
+        self._links: OrderedDict[int, int] = OrderedDict()  # with the tokens of each
         self._tokens = 0
-        # Links that one unanswered request alone has brought, each with what that one brought.
+        # Links that only one unanswered request has brought, each with all that it brought.
         self._unsure = dict[int, tuple[int, ...]]()
         self.limit_tokens = CACHE_TOKENS
 
     def cached_links(self, chain: Sequence[int]) -> int:
-        """How many of a chain's links are cached."""
+        """The number of a chain's links that are cached."""
         links = self._links
         if not chain or chain[0] not in links:
             return 0
@@ -3405,8 +3405,8 @@ class PrefixCache:
         return low
 
     def sent(self, prompt: Prompt) -> tuple[int, ...]:
-        """The server is sent this prompt.  Returns the links that are new to it, which are to be
-        confirmed when the prompt is read, or withdrawn."""
+        """Note that the server is sent a prompt.  Returns the links that are new to the server:
+        confirm them once it has read the prompt, else withdraw them."""
         links, chain = self._links, prompt.prefix_hashes
         known = self.cached_links(chain)
         for link in chain if self._unsure else ():
@@ -3427,15 +3427,15 @@ class PrefixCache:
         return fresh
 
     def confirm(self, fresh: tuple[int, ...]) -> list[int]:
-        """These links, as `sent` returned them, were read.  Returns those that no other request
-        had brought meanwhile."""
+        """Note that links, as `sent` returned them, were read.  Returns those that no other
+        request has brought meanwhile."""
         own = [link for link in fresh if self._unsure.get(link) is fresh]
         for link in own:
             del self._unsure[link]
         return own
 
     def withdraw(self, fresh: tuple[int, ...]) -> None:
-        """These links were perhaps not read: forgets those that no other request has brought."""
+        """Forget links that were perhaps not read, but for those that other requests brought."""
         for link in self.confirm(fresh):
             self._tokens -= self._links.pop(link, 0)
 
@@ -3449,19 +3449,19 @@ class PrefixCache:
 #  16  calls
 # ══════════
 #
-# What clients want, as far as a balancer must understand it: which paths are inference, which model
-# a request wants, for which session.
+# Requests, as far as a balancer must understand them: whether a path is one of inference, which
+# model a request is for, and which session it belongs to.
 
-# Paths that are passed on to servers: everything under these prefixes, and these.
+# Paths that are passed on to servers: everything under these prefixes, and the paths below.
 INFERENCE_PREFIXES = ("/v1/", "/v2/", "/inference/", "/cohere/")
 INFERENCE_PATHS = frozenset("/tokenize /detokenize /score /rerank /pooling /classify /invocations"
                             " /generative_scoring".split())
 TWICE = re.compile("(?:/v1(?=/v1/))*+")
-# But for these, which change a server and not its answers.
+# Except these, which change the server itself.
 CONTROL_PATHS = frozenset(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
-# What one reader of a path takes literally, and another for a path of another name: empty and dot
-# segments, slashes in disguise, parameters, controls, the same escaped twice or in more bytes than
-# UTF-8 takes, and no escapes.
+# Spellings that one reader takes literally and another as a different path: empty and dot segments,
+# disguised slashes, parameters, controls, any of these escaped twice or in overlong UTF-8, and bad
+# escapes.
 AMBIGUITY = re.compile(
     r"//|[\\;]|%(?:25)*(?:2f|5c|3b|[01][0-9a-f]|7f|c[01]|e0%[89])|%(?![0-9a-f]{2})"
     r"|/(?:\.|%(?:25)*2e){1,2}(?=/|$)", re.IGNORECASE)
@@ -3469,8 +3469,8 @@ AMBIGUITY = re.compile(
 
 @remembered_text
 def inference_path(path: str) -> str:
-    """The path to ask a server for, or '' if it is not one that is passed on.  Clients whose
-    base_url ends in /v1 and whose calls begin with it say /v1/v1/…: taken as /v1/…."""
+    """The path to request from a server, or '' if it is not passed on.  /v1/v1/… is taken as
+    /v1/…: it comes from clients that add /v1 to a base_url that ends in it."""
     path = path[TWICE.match(path).end() :]  # type: ignore[union-attr]
     if not path.startswith(INFERENCE_PREFIXES) and path not in INFERENCE_PATHS:
         return ""
@@ -3479,16 +3479,16 @@ def inference_path(path: str) -> str:
 
 
 class Call(NamedTuple):
-    """What a request wants of a server, as far as choosing one goes."""
+    """A request's needs, as far as they matter for choosing a server."""
 
-    model: str | None  # None where the request names none
+    model: str | None  # None if the request names none
     stream: bool = False
     prompt: Prompt = NO_PROMPT
-    session: str = ""  # "" where it belongs to none
-    stored: str = ""  # the id of the stored response that it asks for, or goes on from
-    makes_response: bool = False  # that may be stored,
-    names_response: bool = False  # under an id of the client's own
-    asks: Mapping[str, Any] | None = None  # of a stream: those of ASKED_MEMBERS that it has
+    session: str = ""  # "" if it belongs to none
+    stored: str = ""  # the id of the stored response that it asks for or continues
+    makes_response: bool = False  # it makes a response that may be stored,
+    names_response: bool = False  # under an id that the client chose
+    asks: Mapping[str, Any] | None = None  # if it streams: its ASKED_MEMBERS
 
 
 NO_CALL = Call(None)
@@ -3498,9 +3498,9 @@ TRUE_WORDS = frozenset(("true", "1", "on", "t", "y", "yes"))  # pydantic's
 def read_call(
     head: RequestHead, content: Content, spans: Spans | None, s: Settings
 ) -> tuple[Call, Content]:
-    """What the request wants, and its content as it is to be sent.  Looks for `model` in JSON or
-    form content, then in the query.  Only an alias, or the default model where none is named,
-    changes the content."""
+    """The call that a request makes, and the content to send.  The model is named in JSON or form
+    content, or in the query if there is no content; only an alias, or the default model where none
+    is named, changes the content.  Raises BadMessage."""
     members, boundary = dict[str, Any](), b""
     if (content_type := head.fields.values.get("content-type", ""))[:1] in ("m", "M"):
         boundary = form_boundary(content_type)
@@ -3511,7 +3511,7 @@ def read_call(
     elif content:
         refuse_reserved(content, spans, members := read_members(content, spans))
     named = asked = members.get("model") or None
-    if not content and head.query:  # beside content, servers do not look there
+    if not content and head.query:  # servers ignore the query if there is content
         query = urllib.parse.parse_qs(head.query)
         found = query.get("model", [None])
         if len(found) > 1:
@@ -3519,7 +3519,7 @@ def read_call(
         asked, members["stream"] = found[0], query.get("stream", [None])[-1]
     if asked is None and content and (boundary or is_object(content, spans, members)):
         asked = s.default_model or None
-    if not isinstance(asked, str):  # a number, say: a server will refuse it
+    if not isinstance(asked, str):  # perhaps a number, which a server will refuse
         asked = None
     model = s.aliases.get(asked, asked) if asked is not None else None
     prompt = NO_PROMPT if boundary else read_prompt(content, spans, members, model)
@@ -3543,12 +3543,13 @@ STORED_PATH = re.compile(RESPONSES_PATH + r"/+([^/]+)(/.*)?")
 
 @remembered_text
 def meant_path(path: str) -> str:
-    """The path as servers read it, or '' if it is not one that is passed on."""
+    """The path as servers understand it, or '' if it is not passed on."""
     return urllib.parse.unquote(inference_path(path)).rstrip("/")
 
 
 def stored_response(method: str, path: str, members: Mapping[str, Any], spans: Spans | None) -> str:
-    """The id of the stored response that a request asks for (…/ID) or goes on from, or ''."""
+    """The id of the stored response that a request asks for (…/ID) or continues, or ''.  Raises
+    BadMessage."""
     found = STORED_PATH.fullmatch(path)
     if found is not None and (method != "POST" or found[2]):
         return found[1]
@@ -3561,12 +3562,12 @@ def stored_response(method: str, path: str, members: Mapping[str, Any], spans: S
 
 
 def is_true(said: Any) -> bool:
-    """As servers read it, in JSON, forms and queries."""
+    """Whether servers read a value as true, in JSON, forms and queries."""
     return said == 1 or (isinstance(said, str) and said.lower() in TRUE_WORDS)
 
 
 def wants_explanation(head: RequestHead) -> bool:
-    """Whether the request is not to be sent to a server: only where it would go is asked."""
+    """Whether a request only asks which server it would go to, and is not to be sent there."""
     return head.method == "POST" and head.path == "/explain"
 
 
@@ -3578,26 +3579,26 @@ def asks_why(fields: Fields) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class HeldContent:
-    """A request's content as long as it may have to be said again."""
+    """A request's content, kept as long as it may have to be sent again."""
 
     content: Content
 
 
 class OutboundRequest(NamedTuple):
-    """A request as it is said to a server.  Several can be made of one client's, with other
-    content (see `splice`), fields or path."""
+    """A request as it is sent to a server.  One client's request can become several of these, with
+    other content (see `splice`), fields or paths."""
 
     head: RequestHead  # the client's: its method, query and protocol
     path: str  # behind a server's prefix
     fields: str  # lines for any server
     key_lines: str  # the client's key, for servers that have none of their own
     body: HeldContent
-    framed: bool  # the length of its content is said, also of none
-    infers: bool  # it wants something of an engine
-    searches: bool  # for the server that has what is asked for
+    framed: bool  # it states its content's length, even 0
+    infers: bool  # it needs an engine
+    searches: bool  # it looks for the server that has something, like a stored response
     asked_at: float  # when it was understood, on the loop's clock
     model_label: str
-    key: str = ""  # the name of the one by which it came in
+    key: str = ""  # the name of the client's key
 
     def encode_head(self, prefix: str, authority: str, key_line: str, rank: int | None) -> bytes:
         """The head for one server, or for its engine of that rank."""
@@ -3608,11 +3609,11 @@ class OutboundRequest(NamedTuple):
         return forward_request(self.head, prefix + self.path, authority, fields, size)
 
 
-RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # a proxy's word, where it is ours
+RANK_LINE = re.compile(r"(?im)^x-data-parallel-rank:.*\r\n")  # replaced where we choose the engine
 
 
 def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
-    """What names the session that a request belongs to, or ''."""
+    """The name of the session that a request belongs to, with its source, or ''."""
     first, last = session_fields(fields, s.session_headers)
     if first:
         return first
@@ -3628,7 +3629,7 @@ def session_of(fields: Fields, members: Mapping[str, Any], s: Settings) -> str:
 
 @remembered
 def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
-    """The fields that name a session: one of these, and one that would do if nothing else does."""
+    """The field that names a session, by `names`, and the one to fall back on; each may be ''."""
     found = ["", ""]
     for n, group in enumerate((names, LAST_SESSION_FIELDS)):
         for name in group:
@@ -3638,15 +3639,15 @@ def session_fields(fields: Fields, names: Sequence[str]) -> tuple[str, str]:
     return found[0], found[1]
 
 
-# Where vLLM takes what it is told in reserved members from, too.
+# Members within which vLLM also accepts reserved ones.
 NESTED_EXTRAS = (("vllm_xargs", ""), ("sampling_params", "extra_args"))
 
 
 def refuse_nested(
     content: Content, spans: Spans, said: Any, outer: str, inner: str
 ) -> None:
-    """Raises BadMessage for a reserved member in another one."""
-    if said is None and outer in spans:  # it is too long to have been read
+    """Raise BadMessage for a reserved member within another one."""
+    if said is None and outer in spans:  # read_members left it out as too long
         begin, end = spans[outer]
         with contextlib.suppress(ValueError, RecursionError):
             said = json.loads(content[begin:end])
@@ -3656,12 +3657,12 @@ def refuse_nested(
             raise BadMessage(f"{name} is not for clients to say")
 
 
-# In which a client may say what it must not.
+# Members in which a client could send what only servers may.
 GUARDED_MEMBERS = frozenset((*RESERVED_MEMBERS, *dict(NESTED_EXTRAS), "request_id"))
 
 
 def refuse_guarded(content: Content, spans: Spans, members: Mapping[str, Any]) -> None:
-    """Raises BadMessage for a member that may hold what a client must not say, and does."""
+    """Raise BadMessage if one of GUARDED_MEMBERS holds something that a client must not send."""
     for name in RESERVED_MEMBERS:
         if members.get(name) is not None or name in spans:
             raise BadMessage(f"{name} is not for clients to say")
@@ -3674,8 +3675,8 @@ def refuse_guarded(content: Content, spans: Spans, members: Mapping[str, Any]) -
 
 
 def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str, Any]) -> None:
-    """Raises BadMessage for what a client must not say, and for JSON in an encoding in which it
-    could be said unseen (RFC 8259 §8.1: it is UTF-8)."""
+    """Raise BadMessage for content that a client must not send, and for JSON in an encoding that
+    could hide such content (RFC 8259 §8.1 demands UTF-8)."""
     if spans is not None or not GUARDED_MEMBERS.isdisjoint(members):
         refuse_guarded(content, spans or {}, members)
     if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -3687,41 +3688,40 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
 #  17  dialect
 # ══════════
 #
-# What vLLM says in answers, as far as a balancer must understand it: when a stream has begun,
-# whether an end is a good one, what a failure admits to; and how errors of our own are said in its
-# words.
+# vLLM's answers, as far as a balancer must understand them: when a stream has begun, whether it
+# ended well, which failure an error means; and errors of our own in vLLM's form.
 
-CLOSING_DEPTH = 64  # of brackets, where the end of an answer is read backwards
+CLOSING_DEPTH = 64  # levels of brackets when the end of an answer is read backwards
 
 
 class Begun(Enum):
-    """What the beginning of an event stream says."""
+    """Whether an event stream has begun with content, has failed, or neither yet."""
 
     NOT_YET = "not yet"
     CONTENT = "content"
     FAILED = "failed"
 
 
-# vLLM sends the head of a stream as soon as the request is queued, and these events before the
-# engine has done anything; an answer has begun with the first event that is none of them.
+# vLLM sends a stream's head as soon as the request is queued, and these events before the engine
+# has done anything; the answer begins with the first other event.
 PREAMBLE_EVENTS = frozenset(
     (b"response.created", b"response.in_progress", b"response.queued", b"message_start"))
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-COMMENT = re.compile(rb"(?::[^\n]*+\n)++\r?\n")  # one that stands alone, in place of an event
+COMMENT = re.compile(rb"(?::[^\n]*+\n)++\r?\n")  # standing alone, in place of an event
 
 
 class StreamStart:
-    """The beginning of an event stream, which comes in pieces; each byte is looked at once."""
+    """The beginning of an event stream, fed in pieces; each byte is read once."""
 
     __slots__ = ("held", "comments", "_event", "_seen")
 
     def __init__(self) -> None:
         self.held = bytearray()
-        self.comments: list[slice] = []  # in it, those that stand alone
-        self._event = self._seen = 0  # where an event begins, and up to where it has no end
+        self.comments: list[slice] = []  # places in `held` of those that stand alone
+        self._event = self._seen = 0  # where an event begins; up to here it has no end
 
     def feed(self, piece: bytes) -> Begun:
-        """Judges what is there so far."""
+        """Take another piece.  Returns the verdict on all that has come."""
         held = self.held
         held += piece
         while end := BLANK_LINE.search(held, self._seen):
@@ -3732,11 +3732,11 @@ class StreamStart:
             self._event = self._seen = end.end()
             if begun is not Begun.NOT_YET:
                 return begun
-        self._seen = max(self._event, len(held) - 3)  # \r\n\r, say
+        self._seen = max(self._event, len(held) - 3)  # it may end in part of a blank line
         return Begun.NOT_YET
 
     def take_comments(self) -> bytes:
-        """The comments so far, which are held no more."""
+        """Remove the comments that have come from `held`, and return them."""
         taken, rest, at = bytearray(), bytearray(), 0
         for one in self.comments:
             taken += self.held[one]
@@ -3749,18 +3749,19 @@ class StreamStart:
 
 
 class Notation(Enum):
-    """How an answer is written that tells of its own request's end.  What is said of that is
-    believed at its place only: servers repeat much of what a client says, above all /v1/responses
-    its tools and metadata, which may look like anything."""
+    """The form of an answer, in which its end can be recognized.  An end is believed only at its
+    proper place: servers repeat much of what a client sends (/v1/responses its tools and metadata),
+    which may look like anything."""
 
     OPAQUE = "opaque"  # nothing is read from it
     EVENTS = "events"
-    CHOICES = "choices"  # a document with a list of these, or with none
-    RESPONSE = "response"  # one of /v1/responses
+    CHOICES = "choices"  # a document, with or without a list of choices
+    RESPONSE = "response"  # a document of /v1/responses
 
 
 def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
-    """That of an answer; what is stored of earlier ones (/v1/responses/ID) tells of their ends."""
+    """The notation of an answer; a stored response (/v1/responses/ID) shows an earlier one's end,
+    so it is opaque."""
     meant = meant_path(path)
     if method != "POST" or meant.startswith(f"{RESPONSES_PATH}/") or head.is_encoded:
         return Notation.OPAQUE
@@ -3771,7 +3772,7 @@ def notation_of(method: str, path: str, head: ResponseHead) -> Notation:
 
 
 def parse_event(event: bytes) -> tuple[bytes, bytes]:
-    """An event's name and data."""
+    """The name and the data of an event."""
     name, data = b"", list[bytes]()
     for line in event.splitlines():
         field, _, value = line.partition(b":")
@@ -3783,9 +3784,9 @@ def parse_event(event: bytes) -> tuple[bytes, bytes]:
 
 
 def begun_by(event: bytes) -> Begun:
-    """Judges an event of a stream's start.  A stream that begins with an error, or with the [DONE]
-    that a stopping vLLM sends to queued requests, failed before it began; unless the error is the
-    client's, which every server would repeat.  So did a message that stops without a token."""
+    """The verdict on an event at a stream's start.  It failed if the event is an error (but for a
+    client's error, which every server would repeat), the [DONE] that a stopping vLLM sends to
+    queued requests, or the stop of a message without a token."""
     name, data = parse_event(event)
     if data == b"[DONE]" or name == b"message_stop":
         return Begun.FAILED
@@ -3794,21 +3795,21 @@ def begun_by(event: bytes) -> Begun:
     if not data or name in PREAMBLE_EVENTS:
         return Begun.NOT_YET
     usage = typed_member(document_at_end(data), "usage", dict) if name == b"message_delta" else {}
-    # vLLM counts what ends an answer, too; others may count nothing.
+    # vLLM counts the token that ends an answer, so 0 is none; others may not count at all.
     unsaid = usage.get("output_tokens") == 0 and usage.get("input_tokens")
     return Begun.NOT_YET if unsaid else Begun.CONTENT
 
 
-# Of JSON that is read backwards from its end, where a string cannot have begun unseen: a string,
-# whose own quotes stand before an odd number of backslashes; a bracket; or the quote of a string
-# that goes on beyond what is there.
+# The next mark in JSON read backwards from its end, where a string cannot have begun unseen: a
+# string, whose inner quotes are each followed (backwards) by an odd number of backslashes; a
+# bracket; or the quote of a string that reaches beyond the text.
 BACKWARDS = re.compile(rb'[^]["{}]*+("[^"]*+(?:"\\(?:\\\\)*+(?!\\)[^"]*+)*+"|[]["{}])')
 OPENINGS = {b"}": b'{"":', b"]": b"["}
 
 
 def closing_part(end: bytes) -> bytes:
-    """JSON again, of a document of which only the end is there: its members that are whole, at
-    their depth; one that is cut has the name "".  A document that is whole stays as it is."""
+    """Valid JSON made of the end of a document: its complete members, at their depth; the one that
+    is cut gets the name "".  A whole document is returned unchanged."""
     depth, at, cut, inside, goes_on = list[bytes](), 0, 0, list[bytes](), True
     turned = end[::-1]
     while goes_on:
@@ -3829,9 +3830,9 @@ def closing_part(end: bytes) -> bytes:
 
 
 def document_at_end(text: bytes) -> dict[str, Any]:
-    """The JSON object that the text is, or the end of; {} if it is neither."""
+    """The JSON object that a text is, or is the end of; {} if it is neither."""
     text = text.strip()
-    # What follows a comma is an object's last members, if these and one bracket are all there is.
+    # Text behind a comma may be just an object's last members and its closing bracket.
     whole = b"{" + text[1:] if text[:1] == b"," else text
     for ends in (False, True):
         try:
@@ -3843,8 +3844,8 @@ def document_at_end(text: bytes) -> dict[str, Any]:
     return {}
 
 
-# Words of a dying, stopping or draining vLLM, in answers that end as if all were well: without any
-# of them there is nothing to be looked at more closely.
+# Words of a dying, stopping or draining vLLM in answers that seem to end well.  An answer without
+# any of them needs no closer look.
 ADMISSIONS = (b'"abort"', b'"cancelled"', b"error", b"response.failed")
 MESSAGE_STOP = b"event: message_stop"
 REQUEST_ERRORS = frozenset(
@@ -3860,8 +3861,8 @@ def may_admit(content: bytes) -> bool:
 
 
 def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
-    """The failure that a document admits to, or an event of that name; None also for an error that
-    is the request's, which every server would repeat."""
+    """The failure that a document, or an event of that name, reports; None also for an error of the
+    request's own, which every server would repeat."""
     kind = name.decode("latin-1") or said.get("type")
     if isinstance(kind, str) and kind.startswith("response."):
         whole = typed_member(said, "response", dict) or typed_member(said, "", dict)
@@ -3879,19 +3880,20 @@ def fault_admitted(name: bytes, said: Mapping[str, Any]) -> Fault | None:
 
 
 def response_fault(said: Mapping[str, Any]) -> Fault | None:
-    """The same of a document of /v1/responses; those in the background their clients cancel."""
+    """The failure that a document of /v1/responses reports; a client may cancel a background one,
+    which is no failure."""
     cancelled = said.get("status") == "cancelled" and not said.get("background")
     return Fault.ABORTED if cancelled else None
 
 
 def typed_member(said: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A member's value if it is of that kind; else an empty one."""
+    """A member's value if it has that type, else an empty one."""
     found = said.get(name)
     return found if isinstance(found, kind) else kind()
 
 
 def of_request(error: Mapping[str, Any]) -> bool:
-    """Whether an error names the request as its cause."""
+    """Whether an error says that the request is its cause."""
     code = str(error.get("code"))
     return code.isdecimal() and 400 <= int(code[:9]) < 500 or not REQUEST_ERRORS.isdisjoint(
         value for value in (error.get("type"), code) if isinstance(value, str))
@@ -3901,7 +3903,7 @@ Said = tuple[bytes, dict[str, Any]]  # an event's name, and its data; a document
 
 
 def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iterator[Said]:
-    """What an end says: a document, or from the last, events of a stream with any of the words."""
+    """The document at an answer's end; or, last first, a stream's events with any of the words."""
     if notation is not Notation.EVENTS:
         yield b"", document_at_end(tail)
         return
@@ -3912,7 +3914,7 @@ def said_at_end(tail: bytes, notation: Notation, words: Sequence[bytes]) -> Iter
 
 
 def bad_end(tail: bytes, notation: Notation) -> Fault | None:
-    """The failure that the last events of a stream, or the end of a document, admit to."""
+    """The failure that a stream's last events, or a document's end, report; None if none."""
     if notation is Notation.EVENTS and MESSAGE_STOP in tail and has_no_reason(tail):
         return Fault.ABORTED
     if notation is Notation.OPAQUE or not may_admit(tail):
@@ -3926,15 +3928,15 @@ def bad_end(tail: bytes, notation: Notation) -> Fault | None:
 
 
 def has_no_reason(tail: bytes) -> bool:
-    """Whether a message says at its end that it has no reason to end: vLLM has no other word for an
-    abort there.  Others tell of usage in events of that kind, before and after the reason."""
+    """Whether a message ends with an empty stop_reason, vLLM's only sign of an abort there.  Other
+    servers also send usage in such events, before and after the reason."""
     said = said_at_end(tail, Notation.EVENTS, (b'"message_delta"',))
     deltas = [typed_member(one, "delta", dict) for _, one in said]
     reasons = [delta["stop_reason"] for delta in deltas if "stop_reason" in delta]
     return bool(reasons) and not any(reasons)
 
 
-# What vLLM's errors begin with when there is no engine any more; further on, they may quote.
+# The beginnings of vLLM's errors once the engine is gone; further on, an error may quote a client.
 NO_ENGINE = re.compile(
     r"(?i)(?:\w*EngineDead(?:Error)?: ?)?(?:EngineCore (?:encountered an issue|has |died)"
     r"|cannot schedule new futures|Background loop (?:is|has) "
@@ -3942,7 +3944,7 @@ NO_ENGINE = re.compile(
 
 
 def no_engine(said: Mapping[str, Any]) -> str:
-    """The words of an error that say that the server's engine has gone, or ''."""
+    """The words in an error that say that the server's engine is gone, or ''."""
     error = said.get("error", said)
     text = error.get("message") if isinstance(error, dict) else error
     found = NO_ENGINE.match(text) if isinstance(text, str) else None
@@ -3950,27 +3952,27 @@ def no_engine(said: Mapping[str, Any]) -> str:
 
 
 def says_failure(events: bytes) -> bool:
-    """Whether a stream has an error event; one of a server that stops ends without any."""
+    """Whether a stream has an error event; a server that is stopped sends none."""
     said = said_at_end(events, Notation.EVENTS, ADMISSIONS)
     return any(fault_admitted(*event) is Fault.STREAM_FAILED for event in said)
 
 
 def engine_died(said: bytes, notation: Notation) -> bool:
-    """Whether a failure, the last events of a stream or a document, says that the engine is dead;
-    that one which drains takes no more is no death."""
+    """Whether a failure (a stream's last events, or a document) says that the engine is dead; one
+    that refuses requests because it drains is not."""
     found = said_at_end(said[:HELD_FAILURE_LIMIT_BYTES], notation, ADMISSIONS)
     words = (no_engine(typed_member(one, "response", dict) or one).lower() for _, one in found)
     return any(text and "new futures" not in text for text in words)
 
 
-# How vLLM begins a message; of one that it aborts it does not say why it stopped.
+# The beginning of vLLM's messages; an aborted one has no stop_reason.
 VLLM_MESSAGE = re.compile(rb'\{"id":"chatcmpl-[^"]*+","type":"message",')
-# How vLLM refuses prompts, or numbers of tokens to generate, that are too long for it.
+# Words of vLLM's refusal of a prompt, or a number of tokens to generate, that is too large.
 TOO_LONG = re.compile(r"(?i)context[ _]length|max_model_len|maximum model length")
 
 
 def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
-    """The failure that a whole plain answer admits to, which another server may not have."""
+    """The failure that a complete plain answer reports and another server may avoid, or None."""
     if status == 200 and VLLM_MESSAGE.match(content) and b'"stop_reason":' not in content:
         return Fault.ABORTED
     if status not in (400, 500):
@@ -3982,33 +3984,33 @@ def bad_answer(status: int, content: bytes, notation: Notation) -> Fault | None:
     return Fault.CONTEXT_LENGTH_EXCEEDED if TOO_LONG.search(text) else None
 
 
-# How vLLM says that it has enough to do (--max-num-queued-reqs, --max-num-queued-tokens).
+# vLLM's error types when its queue is full (--max-num-queued-reqs, --max-num-queued-tokens).
 OVERLOAD_TYPES = ("Service Unavailable", "ServiceUnavailableError")
 
 
 def says_busy(head: ResponseHead, content: bytes) -> bool:
-    """Whether a failure is back-pressure: 429, or a 503 that says when to come again or has
-    vLLM's form for an overload.  Any other 503 is that of something broken."""
+    """Whether a failure is back-pressure: 429, or a 503 with Retry-After or in vLLM's form for an
+    overload.  Any other 503 means that something is broken."""
     if head.status != 503 or head.fields.get("retry-after"):
         return head.status in (429, 503)
     return is_overload(document_at_end(content))
 
 
 def is_overload(said: Mapping[str, Any]) -> bool:
-    """Whether a document, or an event, has vLLM's form for an overload."""
+    """Whether a document or an event's data has vLLM's form for an overload."""
     error = typed_member(said, "error", dict)
     return error.get("code") == 503 and error.get("type") in OVERLOAD_TYPES
 
 
 def unknown_model(model: str, known: Collection[str]) -> str:
-    """That no server has the model, in vLLM's words."""
+    """The message that no server has a model, in vLLM's words."""
     names = ", ".join(sorted(known)[:NAMES_LIMIT]) or "none"
     names += f" and {len(known) - NAMES_LIMIT} more" * (len(known) > NAMES_LIMIT)
     return f"The model `{model[:200]}` does not exist. Valid names: {names}."
 
 
 def error_body(fault: Fault, text: str, path: str = "", param: str | None = None) -> bytes:
-    """An error of our own, as vLLM and OpenAI say it; Anthropic's clients look for `type`, too."""
+    """An error of our own, in the form of vLLM and OpenAI; Anthropic's clients also need `type`."""
     code = fault.label if fault in SAID_BY_NAME else fault.status
     error = {"message": text, "type": fault.type_name, "param": param, "code": code}
     beside = {"type": "error"} if path.startswith("/v1/messages") else {}
@@ -4016,7 +4018,7 @@ def error_body(fault: Fault, text: str, path: str = "", param: str | None = None
 
 
 def error_event(body: bytes, path: str) -> bytes:
-    """An error as the last event of a stream; Anthropic's clients go by its name."""
+    """An error as a stream's last event; Anthropic's clients recognize it by the event's name."""
     name = b"event: error\n" if path.startswith("/v1/messages") else b""
     return name + b"data: " + body + b"\n\n"
 
@@ -4025,41 +4027,41 @@ def error_event(body: bytes, path: str) -> bytes:
 #  18  judge
 # ══════════
 #
-# An answer judged as it comes, piece by piece: whether it is one, or a failure that another server
-# may not have; and what its end tells of tokens and ids.
+# An answer is judged piece by piece as it arrives: is it good, or a failure that another server may
+# avoid?  Tokens are read from its end, a response's id from its start.
 
-HELD_LIMIT_BYTES = 64 * 1024  # of a stream that is held back before its first event
+HELD_LIMIT_BYTES = 64 * 1024  # of a stream, held back before its first event
 PLAUSIBLE_TOKENS = 1e9  # of one answer; a number beyond is nonsense
 HELD_ANSWER_LIMIT_BYTES = 100_000  # of a JSON answer whose length is known
-RESPONSE_ID_LIMIT = 200  # characters of a response's id, of which vLLM's has 21
-RESPONSE_START_BYTES = 512  # of a response's document, where its id stands
-TAIL_BYTES = 8192  # of an answer's end, which tells whether it was whole
+RESPONSE_ID_LIMIT = 200  # characters of a response's id; vLLM's has 21
+RESPONSE_START_BYTES = 512  # of a response's document, which contain its id
+TAIL_BYTES = 8192  # of an answer's end, which show whether it is complete
 
 
 class Terms(NamedTuple):
-    """On what, besides an answer, it depends whether another server may do better."""
+    """Facts besides the answer that decide whether another server may do better."""
 
     notation: Notation
     retry_statuses: Sequence[int]
-    infers: bool = True  # the request wants something of an engine
-    searches: bool = False  # it looks for the server that has what it asks for
-    our_key: bool = False  # the server was shown a key of ours
-    opened: bool = False  # the client was shown comments, so that only a stream can follow
+    infers: bool = True  # the request needs an engine
+    searches: bool = False  # it looks for the server that has something, like a stored response
+    our_key: bool = False  # the server was sent a key of ours
+    opened: bool = False  # the client has received comments, so only a stream can follow
     has_larger: bool = False  # another server takes longer prompts than this one
-    wants_second_opinion: bool = False  # a 500 may be for want of an engine, or the request's doing
+    wants_second_opinion: bool = False  # a 500 may be the fault of the server or of the request
 
 
-WITHOUT_IT = frozenset((404, 405, 501))  # a server has not what is asked for, or no such path
+WITHOUT_IT = frozenset((404, 405, 501))  # the server lacks the thing asked for, or the path
 
 
 def fault_of_status(status: int, terms: Terms) -> Fault | None:
-    """The failure that a status alone tells, where another server may do better."""
+    """The failure, by the status alone, that another server may avoid; None if there is none."""
     if status < 400:
         return None
-    if status == 508:  # it is a balancer, and led the request back to us
+    if status == 508:  # the server is a balancer that sent the request back to us
         return Fault.LOOP_DETECTED
     if terms.searches and status in WITHOUT_IT or terms.infers and status in (404, 501):
-        return Fault.NOT_THERE  # a model, or the whole path
+        return Fault.NOT_THERE  # a model, or the whole path, is missing
     if terms.our_key and status in (401, 403):
         return Fault.KEY_REJECTED
     if status in terms.retry_statuses:
@@ -4068,23 +4070,22 @@ def fault_of_status(status: int, terms: Terms) -> Fault | None:
 
 
 class AnswerJudge:
-    """Judges an answer, fed with its content piece by piece until it is certain what it is.
+    """Judges an answer; it is fed with pieces of the content until the verdict is certain.
 
-    An event stream is judged by its first event, or by its first byte where it is compressed.  A
-    failure is held back whole, since it may be shown later, and so is a short JSON document, since
-    it comes at once.  Anything else is an answer as soon as its head is there.
-    """
+    An event stream is judged by its first event, or by its first byte if it is compressed.  A
+    failure is held back whole, because the client may have to see it later, and so is a short JSON
+    document, because it comes at once.  Anything else is good once its head has come."""
 
     __slots__ = ("head", "terms", "fault", "_held", "_start", "_enough_bytes", "_whole")
 
     def __init__(self, head: ResponseHead, framing: Framing, terms: Terms) -> None:
         self.head, self.terms = head, terms
-        # None: as far as seen, it is an answer.
+        # None: nothing wrong has been seen.
         self.fault = None if head.status < 400 else fault_of_status(head.status, terms)
         self._held = bytearray()
         self._start: StreamStart | None = None  # of an event stream that can be read
-        self._enough_bytes = 0  # of content, at which the verdict stands
-        self._whole = False  # it is held back to its end
+        self._enough_bytes = 0  # of content, with which the verdict is final
+        self._whole = False  # it is held back until its end
         if self.fault is None and head.is_event_stream and framing != NO_CONTENT:
             self._enough_bytes = 1 if head.is_encoded else HELD_LIMIT_BYTES + 1
             self._start = None if head.is_encoded else StreamStart()
@@ -4100,12 +4101,12 @@ class AnswerJudge:
 
     @property
     def content(self) -> bytes:
-        """What it was fed with, but for the comments that were taken."""
+        """The content that was fed, without the comments that were taken."""
         return bytes(self._held if self._start is None else self._start.held)
 
     @property
     def has_comments(self) -> bool:
-        """Whether the stream has said nothing yet but comments, which may be shown."""
+        """Whether the stream has comments before any event, which the client may be sent."""
         return self._start is not None and bool(self._start.comments) and self.head.status == 200
 
     def take_comments(self) -> bytes:
@@ -4113,7 +4114,7 @@ class AnswerJudge:
 
     def feed(self, piece: bytes, done: bool) -> bool:
         """Take a piece of the content, maybe empty; the last if `done`.  Returns whether the
-        verdict stands, which is `fault`, or None for an answer."""
+        verdict is final; it is in `fault`, None for a good answer."""
         if self._start is not None:
             return self._feed_stream(self._start, piece, done)
         self._held += piece
@@ -4129,16 +4130,16 @@ class AnswerJudge:
         begun = start.feed(piece)
         if begun is Begun.NOT_YET and not done:
             return len(start.held) >= self._enough_bytes
-        if begun is not Begun.CONTENT:  # a vLLM that is paused says so when the stream has its head
+        if begun is not Begun.CONTENT:  # a paused vLLM reports that after the stream's head
             events = said_at_end(bytes(start.held), Notation.EVENTS, (b"error",))
             busy = any(is_overload(said) for _, said in events)
             self.fault = Fault.SERVER_BUSY if busy else Fault.STREAM_FAILED
-        elif done:  # it came at once
+        elif done:  # the whole stream is here
             self.fault = bad_end(bytes(start.held[-TAIL_BYTES:]), self.terms.notation)
         return True
 
     def _fault_of_document(self, said: bytes) -> Fault | None:
-        """Of an answer that is all there."""
+        """The failure of an answer that is complete, or None."""
         head, fault, terms = self.head, self.fault, self.terms
         if head.status >= 400 and fault is not Fault.DECLINED and says_busy(head, said):
             return Fault.SERVER_BUSY
@@ -4150,7 +4151,7 @@ class AnswerJudge:
         return fault
 
 
-# Where `usage` says how many tokens there were: by its member, the kind, and the member of that.
+# The members of `usage` that count tokens: the kind of tokens, and a member within, if any.
 USAGE_PLACES = {
     "prompt_tokens": ("prompt", ""), "input_tokens": ("prompt", ""),
     "completion_tokens": ("completion", ""), "output_tokens": ("completion", ""),
@@ -4160,12 +4161,12 @@ USAGE_PLACES = {
 
 
 def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
-    """What an answer's end says of its tokens: prompt, cached and completion; {} if nothing."""
+    """The prompt, cached and completion tokens that an answer's end reports; {} if none."""
     if notation is Notation.OPAQUE or b'"usage"' not in tail:
         return {}
     if notation is Notation.EVENTS:
         ends = said_at_end(tail, notation, (b'"usage"',))
-    else:  # the last one that is said should be it, and what follows it is short
+    else:  # the last `usage` should be the answer's own, and little follows it
         near = tail[max(0, tail.rfind(b",", 0, tail.rfind(b'"usage"'))) :]
         ends = zip((b"", b""), map(document_at_end, (near, tail)))
     for name, said in ends:
@@ -4178,7 +4179,7 @@ def usage_of(tail: bytes, notation: Notation) -> dict[str, int]:
 
 
 def usage_tokens(usage: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers that could be those of tokens, by kind; of two for one kind the larger."""
+    """The plausible numbers of tokens, by kind; the larger of two for one kind."""
     found = dict[str, int]()
     for name, tokens in usage.items():
         kind, within = USAGE_PLACES.get(name, ("", ""))
@@ -4190,8 +4191,8 @@ def usage_tokens(usage: Mapping[str, Any]) -> dict[str, int]:
 
 
 def completion_tokens(usage: Mapping[str, int], tail: bytes, size: int) -> int:
-    """How many tokens an answer of so many bytes had: by its own word if it said so at its end;
-    else about one for each event of a stream, or for each word of a plain answer."""
+    """The tokens in an answer of `size` bytes: as its usage reports, else estimated, one for each
+    event of a stream, or for each BYTES_PER_TOKEN bytes of a plain answer."""
     if "completion" in usage:
         return usage["completion"]
     events = (b"\n" + tail).count(b"\ndata:")  # in text, line ends are escaped
@@ -4204,9 +4205,9 @@ EVENT_TEXT = re.compile(
 
 
 def streamed_tokens(tail: bytes, size: int) -> tuple[int, int]:
-    """About how many events with text a stream of so many bytes had, by those at its end, and how
-    many tokens: one in each, or more, by their length, where its server collects some before it
-    sends them (--stream-interval, speculative decoding)."""
+    """The estimated events with text in a stream of `size` bytes, judged by its last ones, and its
+    tokens: one in each event, or more, by the texts' length, if the server sends several together
+    (--stream-interval, speculative decoding)."""
     found = [(len(event), len(text[1])) for event in tail.split(b"\n\n")
              if (text := EVENT_TEXT.search(event))]
     if not found:
@@ -4214,20 +4215,20 @@ def streamed_tokens(tail: bytes, size: int) -> tuple[int, int]:
         return events, events
     length, words = (statistics.fmean(column) for column in zip(*found))
     events, each = max(1, round(size / (length + 2))), words / BYTES_PER_TOKEN
-    return events, round(events * each) if each >= 3 else events  # of words, some are long
+    return events, round(events * each) if each >= 3 else events  # below 3, just long words
 
 
 RESPONSE_ID = rb'\s*+"id"\s*+:\s*+"([^"\\]{1,%d})"' % RESPONSE_ID_LIMIT
 RESPONSE_START = other_members((b"id",)).pattern + RESPONSE_ID
 DOCUMENT_ID = re.compile(rb"\s*+\{" + RESPONSE_START, re.DOTALL)
-EVENT_ID = re.compile(  # of response.created, say
+EVENT_ID = re.compile(  # as in response.created
     rb"(?:(?!data:)[^\n]*+\n)*+data:\s*+\{" + other_members((b"response",)).pattern
     + rb'\s*+"response"\s*+:\s*+\{' + RESPONSE_START, re.DOTALL)
 
 
 def response_id(start: bytes, streams: bool) -> str:
-    """The id of the response that an answer of /v1/responses, of which this is the start, makes;
-    '' where it is not seen.  Read at its place alone: the rest may be a client's words."""
+    """The id of a response, from the start of an answer of /v1/responses; '' if it is not there.
+    Only its proper place is read: the rest may be a client's words."""
     found = (EVENT_ID if streams else DOCUMENT_ID).match(start)
     return found[1].decode("utf-8", "replace") if found else ""
 
@@ -4253,56 +4254,56 @@ def without_numbers(events: bytes) -> bytes:
 #  19  transcripts
 # ══════════
 #
-# What a stream has shown, so that another server can go on with it when its own is lost.  While all
-# goes well a Transcript keeps the bytes of whole events, and few of them: nearly all events of a
-# stream differ in some characters only.  After a break they are read (`Shown`).
+# The part of a stream that the client has been shown, kept so that another server can continue it
+# when the first is lost.  A Transcript keeps whole events, in few bytes: nearly all events of a
+# stream differ in a few characters only.  Only after a break are they parsed (`Shown`).
 
-SHORT_PIECES = 64  # that are packed together
-LESSONS_LIMIT = 12  # from which a transcript learns what its events have in common
-WHOLE_BYTES = 8 * 1024  # of pieces that are unlike others, which are compressed together
-LOOSE_BYTES = 32  # of what is kept of a piece, on average, beyond which it is compressed
-READ_AT_ONCE = 200  # events that are read before others get their turn: about 2 ms
+SHORT_PIECES = 64  # packed together
+LESSONS_LIMIT = 12  # pieces from which a transcript learns what its events have in common
+WHOLE_BYTES = 8 * 1024  # of pieces that are unlike others, compressed together
+LOOSE_BYTES = 32  # kept for each piece on average; if more, they are compressed
+READ_AT_ONCE = 200  # events parsed between two yields: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
-TAIL_PIECES = 4  # finish_reason, usage, [DONE]: what tells whether an answer was whole
-BLOCK_BYTES = 120  # that stand around what is packed
-# Events of a message that an abort may have caused: they are shown with what follows them.
+TAIL_PIECES = 4  # finish_reason, usage, [DONE]: these show whether an answer is complete
+BLOCK_BYTES = 120  # overhead of one packed block
+# Events of a message that an abort may have caused: held back until the next event comes.
 MAY_END = (b"event: content_block_stop", b"event: message_delta")
-NO_MATCH = b"\xff"  # with which no piece of a stream begins: UTF-8 has no such byte
-# Of an event's usual end: what cannot be behind a failure, and so spares the search for one.
+NO_MATCH = b"\xff"  # no piece of a stream begins with this: UTF-8 has no such byte
+# Part of an event's usual end that no failure has; with it, a search for failures is skipped.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
 
 
 class Memory:
-    """What all transcripts take."""
+    """The memory that all transcripts together take."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
 
 class Transcript:
-    """The events that a stream has shown, in order and, but for logprobs, byte for byte.  It lets
-    whole events pass only, so that there is no break within one, and none that admits a failure:
-    `fault` says which.  It counts in the `memory` of all, up to `limit` bytes; beyond, it is
-    `lost`, and no matter."""
+    """The events that a stream has shown, in order and, but for logprobs, byte for byte.  It passes
+    only whole events, so that no break falls within one, and withholds one that reports a failure,
+    which `fault` then has.  It counts in `memory`; if that grows beyond `limit` bytes, the
+    transcript is `lost`."""
 
     __slots__ = ("fault", "lost", "join", "_memory", "_limit", "_begin", "_end", "_between",
                  "_short", "_whole", "_blocks", "_last", "_torn", "_lessons", "_counted")
 
     def __init__(self, memory: Memory, limit: int) -> None:
-        self.fault: Fault | None = None  # that the last event admitted to; it was not shown
+        self.fault: Fault | None = None  # that the last event, not shown, reported
         self.lost = False
-        self.join: Any = None  # what has another server go on: see `Join`
+        self.join: Any = None  # the `Join` of another server's stream, if one continues this
         self._memory, self._limit, self._counted = memory, limit, 0
         self._begin, self._end = NO_MATCH, b""  # what events have in common,
-        self._between = slice(0)  # and where the rest is
-        self._short: list[bytes] = []  # what was between, of the last pieces
-        self._whole = bytearray()  # before them, what was unlike others
+        self._between = slice(0)  # and the place of the rest
+        self._short: list[bytes] = []  # that rest, of the last pieces
+        self._whole = bytearray()  # before those, pieces that are unlike others
         self._blocks: list[tuple[bytes, bytes, bytes, bool]] = []  # begin, end, packed, compressed
         self._last = self._torn = b""  # the last unusual piece; an event that has no end yet
         self._lessons = 0
 
     def take(self, piece: bytes) -> bytes:
-        """What of a piece is to be shown.  Called for each piece of the stream."""
+        """Take the next piece of the stream.  Returns what to show of it."""
         if piece.startswith(self._begin) and piece.endswith(self._end) and not self._torn:
             self._short.append(piece[self._between])
             if len(self._short) >= SHORT_PIECES:
@@ -4311,30 +4312,30 @@ class Transcript:
         return self._look(piece)
 
     def rest(self) -> bytes:
-        """What was held back, at the stream's end."""
+        """The bytes held back until the stream's end, to be shown now.  Raises BadMessage."""
         rest, self._torn = self._torn, b""
         return rest if self.join is None else rest + self.join.rest()
 
     @property
     def withheld(self) -> bytes:
-        """A server's words for its failure, or the beginning of an event."""
+        """The bytes held back: a server's report of its failure, or the beginning of an event."""
         return self._torn
 
     def go_on(self, join: Any = None) -> None:
-        """Another server goes on."""
+        """Prepare for the stream of another server, which continues this one."""
         self._pack()
         self.fault, self._torn, self.join = None, b"", join
         self._begin, self._lessons = NO_MATCH, LESSONS_LIMIT
 
     @property
     def is_whole(self) -> bool:
-        """Whether its last event is one behind which nothing comes."""
+        """Whether its last event is one that ends a stream."""
         last = BLANK_LINE.split(self._last.rstrip())[-1]
         name, data = parse_event(last)
         return not (self._short or self.lost) and (data == b"[DONE]" or name in LAST_EVENTS)
 
     def close(self) -> None:
-        """It is not needed any more."""
+        """Free its memory; it is not needed any more."""
         self._memory.bytes -= self._counted
         self._counted, self._begin = 0, NO_MATCH
         self._blocks.clear()
@@ -4347,7 +4348,7 @@ class Transcript:
         return b"".join(list(self.pieces(TAIL_PIECES))[-TAIL_PIECES:])
 
     def pieces(self, blocks: int = 0) -> Iterator[bytes]:
-        """All that was shown, or the last so many blocks of it."""
+        """Everything that was shown, or its last `blocks` blocks."""
         self._pack()
         for begin, end, packed, compressed in self._blocks[-blocks:]:
             text = zlib.decompress(packed) if compressed else packed
@@ -4355,7 +4356,7 @@ class Transcript:
                 yield begin + short + end
 
     def _look(self, piece: bytes) -> bytes:
-        """The same for a piece that is unlike those before, or not whole."""
+        """Take a piece that is unlike those before, or not whole.  Returns what to show of it."""
         if self.join is not None:
             piece = self.join.take(piece)
         piece, cut, self._torn = self._torn + piece, 0, b""
@@ -4374,8 +4375,8 @@ class Transcript:
                 break
             if not event.startswith(MAY_END):
                 cut = begin
-        self._torn = piece[cut:]  # or a server's words for its failure
-        if len(self._torn) > TORN_LIMIT_BYTES:  # no event of a model's
+        self._torn = piece[cut:]  # or a server's report of its failure
+        if len(self._torn) > TORN_LIMIT_BYTES:  # no model sends such an event
             self._lose()
             return piece
         if cut:
@@ -4383,7 +4384,7 @@ class Transcript:
         return piece[:cut]
 
     def _learn(self, piece: bytes) -> None:
-        """Keep a piece, and look what it has in common with the last such one."""
+        """Keep a piece, and learn what it has in common with the last unusual one."""
         if self._short:
             self._pack()
         usual = self._begin != NO_MATCH
@@ -4402,8 +4403,8 @@ class Transcript:
             self._pack()
 
     def _pack(self) -> None:
-        """Keep what the last pieces have in common once."""
-        if self._whole:  # they came before
+        """Pack the last pieces, with only one copy of their common parts."""
+        if self._whole:  # these came first
             whole, self._whole = bytes(self._whole), bytearray()
             self._keep(b"", b"", whole, 0)
         if not self._short:
@@ -4432,7 +4433,7 @@ class Transcript:
 
 
 def common_start(one: bytes, other: bytes) -> int:
-    """How many bytes both begin with."""
+    """The number of bytes that both begin with."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -4440,15 +4441,15 @@ def common_start(one: bytes, other: bytes) -> int:
     return low
 
 
-# What an event says, as parts: (kind, key, what holds it, its name there).  The key begins with
-# what it belongs to: a choice, an item of the output, a block; None is the whole answer.
-GROWS, LISTED, ONCE = "grows", "listed", "once"  # text; entries; said once, and the same
-COUNTED, OWN = "counted", "own"  # an event of its own; what each server has its own of
+# The parts of an event: (kind, key, the object that holds it, its name there).  A key begins with
+# the part's owner: a choice, an item of the output, a block; None is the whole answer.
+GROWS, LISTED, ONCE = "grows", "listed", "once"  # a text; a list; a value that is sent once
+COUNTED, OWN = "counted", "own"  # a whole event; a value that differs between servers, an id say
 PARALLEL = ("tokens", "token_logprobs", "top_logprobs", "text_offset")  # in completions
 Part = tuple[str, tuple[Any, ...], dict[str, Any], str]
 Shape = dict[str, Any]
 LAST_EVENTS = (b"message_stop", b"response.completed", b"response.incomplete")
-ANSWER_NAMES = ("id", "created", "created_at")  # an answer's own
+ANSWER_NAMES = ("id", "created", "created_at")  # of the whole answer
 ITEM_NAMES = ("id", "call_id")
 
 
@@ -4466,7 +4467,7 @@ def own_parts(holder: Shape, names: Iterable[str], *key: Any) -> Iterator[Part]:
 
 
 def choice_parts(said: Shape) -> Iterator[Part]:
-    """Of chat and completions."""
+    """The parts of an event of chat or completions."""
     yield from own_parts(said, ANSWER_NAMES, None)
     if not said["choices"]:
         yield ONCE, (None, "usage"), {}, "usage"
@@ -4504,7 +4505,7 @@ def gist(entry: Any) -> Any:
 
 
 def tool_parts(call: Shape, n: int) -> Iterator[Part]:
-    """Of one tool call's part in choice n."""
+    """The parts of one tool call in choice n."""
     function, key = typed_member(call, "function", dict), (n, "tool", call.get("index", 0))
     yield from own_parts(call, ("id",), *key)
     for holder, name in ((call, "type"), (function, "name")):
@@ -4515,7 +4516,7 @@ def tool_parts(call: Shape, n: int) -> Iterator[Part]:
 
 
 def typed_parts(said: Shape) -> Iterator[Part]:
-    """Of /v1/responses and /v1/messages."""
+    """The parts of an event of /v1/responses or /v1/messages."""
     kind, delta = said["type"], said.get("delta")
     at = said.get("output_index", said.get("index"))
     key = at, kind, said.get("content_index"), said.get("summary_index")
@@ -4538,16 +4539,16 @@ def typed_parts(said: Shape) -> Iterator[Part]:
 
 
 class Shown:
-    """What was shown, read: the same as dictionaries by key."""
+    """The events that a stream has shown, parsed and merged into dictionaries by key."""
 
     def __init__(self) -> None:
         self.said: dict[tuple[Any, ...], Any] = {}  # texts, lists, values, counts
         self.grown: dict[tuple[Any, ...], list[str]] = {}  # texts, in pieces
         self.events = 0
-        self.number = -1  # of the last event that has one, in /v1/responses
+        self.number = -1  # the last event's sequence_number, in /v1/responses
 
     def read(self, pieces: Iterable[bytes]) -> Iterator[None]:
-        """Others' turn comes after some events each.  Raises ValueError for what is no event."""
+        """Parse pieces; yields after every READ_AT_ONCE events.  Raises ValueError for bad ones."""
         for piece in pieces:
             for event in BLANK_LINE.split(piece):
                 _, data = parse_event(event)
@@ -4573,8 +4574,8 @@ class Shown:
                 known.setdefault(key, holder.get(name))
 
     def text(self) -> str:
-        """All of it, if it is nothing but one choice's text; '' if there is none of it yet.  Raises
-        ValueError for anything else."""
+        """The text shown, '' if there is none yet.  Raises ValueError if anything but one choice's
+        text was shown."""
         texts = {key: text for key, text in self.said.items() if key in self.grown and text}
         if texts.keys() - PLAIN_TEXTS or any("tool" in key for key in self.said):
             raise ValueError("more than text")
@@ -4586,7 +4587,7 @@ WIDE = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
 
 
 def units(text: str) -> str:
-    """A text as UTF-16 has it: JSON may cut a character into halves, and events between them."""
+    """A text as UTF-16 code units: JSON may split a character into two, even between events."""
     if text.isascii() or not WIDE.search(text):
         return text
     raw = text.encode("utf-16-le", "surrogatepass")
@@ -4594,7 +4595,7 @@ def units(text: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """The same with whole characters, where both halves are there."""
+    """The text of UTF-16 code units, with characters whole where both halves are there."""
     if text.isascii() or not WIDE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
@@ -4604,41 +4605,41 @@ def whole_characters(text: str) -> str:
 #  20  resumption
 # ══════════
 #
-# How another server goes on with a stream: whether it can, by what was asked for and shown; and a
-# Join, which compares what it says with what was shown, leaves that out, and keeps the stream's
-# ids.  Never is a wrong, doubled or spliced answer shown as a good one: what differs ends it.
+# Whether another server can continue a stream, by what was asked for and shown; and a Join, which
+# compares the new answer with what was shown, leaves that out, and keeps the stream's ids.  No
+# wrong, doubled or spliced answer is ever shown as a good one: a difference ends the stream.
 
 
 class Join:
-    """Has what another server says go on where a stream was.  Raises BadMessage where it
-    differs."""
+    """Cuts another server's answer so that it continues a stream.  Raises BadMessage where the
+    answer differs from what was shown."""
 
     def __init__(
         self, shown: Shown, told_tokens: int | None = None, on_news: Callable[[], object] = bool
     ) -> None:
         self.shown, self.on_news = shown, on_news
-        # Of a text that is continued: how many tokens of it are in the other server's prompt.
+        # If a text is continued: how many of its tokens are in the other server's prompt.
         self.told_tokens = told_tokens
         texts = {key: text for key, text in shown.said.items() if key in shown.grown}
-        self.left = dict(texts) if told_tokens is None else {}  # what must still come, by key
+        self.left = dict(texts) if told_tokens is None else {}  # texts that must be repeated still
         self.behind = {key for key, text in self.left.items() if text}
         if told_tokens is None:
             self.behind |= {key for key, said in shown.said.items() if said and type(said) is list}
-        self.counts: dict[tuple[Any, ...], int] = {}  # of what has come of the rest
-        self.theirs: dict[tuple[Any, ...], Any] = {}  # ids, and so on
-        self.names: dict[bytes, bytes] = {}  # the same as written, and the stream's own
-        self.last_words = b""  # to be said at the end
+        self.counts: dict[tuple[Any, ...], int] = {}  # entries and events that have come
+        self.theirs: dict[tuple[Any, ...], Any] = {}  # the other server's ids, and so on
+        self.names: dict[bytes, bytes] = {}  # these as written, and the stream's own instead
+        self.last_words = b""  # to be sent at the end
         self.number = shown.number
-        self.went_on = self.failed = False  # something new was shown; it admits to a failure
+        self.went_on = self.failed = False  # something new was shown; a failure was reported
         self._torn = b""
 
     def rest(self) -> bytes:
-        """What is to be shown at the end."""
+        """The bytes to show at the end.  Raises BadMessage if something shown is still missing."""
         self.check(None)
         return self._torn + self.last_words
 
     def take(self, piece: bytes) -> bytes:
-        """What of a piece is new, as whole events."""
+        """The new part of a piece, as whole events."""
         piece, cut, out = self._torn + piece, 0, list[bytes]()
         for found in BLANK_LINE.finditer(piece):
             event = piece[cut : found.end()]
@@ -4650,7 +4651,7 @@ class Join:
         return b"".join(out)
 
     def new_of(self, event: bytes) -> bytes:
-        """An event without what was shown; b"" if nothing is left."""
+        """An event without what was shown already; b"" if nothing is left."""
         name, data = parse_event(event)
         if may_admit(event) and fault_admitted(name, document_at_end(data)):
             self.failed = True
@@ -4666,7 +4667,7 @@ class Join:
 
     def rest_of(self, event: bytes, name: bytes, said: Shape) -> bytes:
         parts, trimmed = list(parts_of(said)), False
-        new = set[Any]()  # what anything new belongs to
+        new = set[Any]()  # owners of new parts
         for part in parts:
             fresh, cut = self.trim(part)
             trimmed = trimmed or cut
@@ -4684,8 +4685,8 @@ class Join:
         return self.written(event, name, said, trimmed)
 
     def trim(self, part: Part) -> tuple[bool, bool]:
-        """Take what was shown from a part.  Returns whether anything new is left of it, and whether
-        anything was taken."""
+        """Remove from a part what was shown.  Returns whether anything new is left, and whether
+        anything was removed."""
         kind, key, holder, name = part
         known = self.shown.said.get(key)
         if kind is GROWS:
@@ -4734,13 +4735,15 @@ class Join:
         return len(entries) > len(left), bool(left and entries)
 
     def check(self, of: Any) -> None:
-        """Raises BadMessage if something new is said of what has not come to where it was."""
+        """Raise BadMessage if the texts of an owner (None: of any) have not been repeated whole,
+        which must precede anything new."""
         for key in self.behind:
             if of is None or key[0] == of:
                 raise differs(key)
 
     def trim_own(self, key: tuple[Any, ...], holder: Shape, name: str) -> tuple[bool, bool]:
-        """Note what of theirs stands for what of the stream's.  A tool call's id is said once."""
+        """Note which of the stream's ids replaces the other server's.  Returns as `trim` does; a
+        tool call's id is sent once."""
         known, theirs, of_tool = self.shown.said.get(key), holder[name], "tool" in key
         if known is None:
             return of_tool, False
@@ -4755,7 +4758,7 @@ class Join:
         return False, of_tool
 
     def written(self, event: bytes, name: bytes, said: Shape, trimmed: bool) -> bytes:
-        """The event as it is shown."""
+        """The event as the client is to see it."""
         if self.told_tokens and (usage := typed_member(said, "usage", dict)):
             for what, tokens in (("prompt_tokens", -self.told_tokens),
                                  ("completion_tokens", self.told_tokens)):
@@ -4782,7 +4785,7 @@ def differs(key: tuple[Any, ...]) -> BadMessage:
 
 
 def drop_empty(said: Shape) -> None:
-    """Leave out the choices, and the parts of tool calls, of which nothing is left."""
+    """Remove the choices and tool calls of which nothing is left."""
     kept = list[Shape]()
     for choice in said.get("choices", ()):
         delta = typed_member(choice, "delta", dict)
@@ -4797,21 +4800,21 @@ def drop_empty(said: Shape) -> None:
 
 
 def says_anything(said: Any) -> bool:
-    """Whether there is anything in it but places and what is empty."""
+    """Whether a value holds anything but indexes and empty values."""
     if isinstance(said, dict):
         return any(name != "index" and says_anything(value) for name, value in said.items())
     return said is not None and said not in ("", [])
 
 
 class Way(Enum):
-    """How a stream goes on at another server."""
+    """How another server continues a stream."""
 
-    REPEAT = "repeat"  # all is said again; what was shown is left out
-    CONTINUE = "continue"  # the text so far is part of the prompt
+    REPEAT = "repeat"  # it repeats everything; what was shown is left out
+    CONTINUE = "continue"  # the text shown becomes part of its prompt
 
 
 class Prospect(NamedTuple):
-    """Whether a stream could go on elsewhere, and how; else why not: a label, and in words."""
+    """How another server could continue a stream; else why none can, as a label and in words."""
 
     way: Way | None
     reason: str = ""
@@ -4819,14 +4822,14 @@ class Prospect(NamedTuple):
 
     @property
     def wants_seed(self) -> bool:
-        """Whether with a seed it could be repeated, which it cannot without."""
+        """Whether the stream could be repeated only if its request had a seed."""
         return self.way is Way.CONTINUE or self.reason in ("sampled", "not_plain")
 
 
 RESUMED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-SEEDED_PATHS = RESUMED_PATHS[:3]  # /v1/messages knows no seed
+SEEDED_PATHS = RESUMED_PATHS[:3]  # /v1/messages has no seed
 BUDGETS = ("max_tokens", "max_completion_tokens")
-COMPLETION_TOKENS = 16  # that vLLM generates for /v1/completions unless it is told otherwise
+COMPLETION_TOKENS = 16  # vLLM's default for /v1/completions
 MEDIA_MEMBERS = ("url", "image_url", "video_url", "audio_url", "file_url", "file_id")
 
 
@@ -4834,7 +4837,7 @@ NO_STREAM = Prospect(None)
 
 
 def first_prospect(call: Call, head: RequestHead, path: str, s: Settings) -> Prospect:
-    """Whether a stream is kept from its beginning on, so that it could go on."""
+    """The prospect when a stream begins, which decides whether a transcript is kept."""
     allowed = s.resumes.get(call.model or "", s.resume)
     if allowed == "off" or not s.max_retries:
         return Prospect(None, "off", "the settings say so")
@@ -4848,7 +4851,7 @@ def first_prospect(call: Call, head: RequestHead, path: str, s: Settings) -> Pro
 
 
 def prospect_of(asked: Shape, path: str, allowed: str) -> Prospect:
-    """By what a request asks for; what was shown may change that."""
+    """The prospect by what a request asks for; what is shown may change it later."""
     if path not in RESUMED_PATHS:
         return Prospect(None, "path", f"{path} is not gone on with")
     for name in STORED_MEMBERS:
@@ -4861,7 +4864,7 @@ def prospect_of(asked: Shape, path: str, allowed: str) -> Prospect:
     if path not in RESUMED_PATHS[:2]:
         return Prospect(None, "path", f"{path} is not continued")
     for name, neutral in PLAIN_MEMBERS.items():
-        value = asked.get(name)  # of which 0 is not false: it asks for logprobs
+        value = asked.get(name)  # 0 differs from false: logprobs = 0 asks for some
         if value is not None and (type(value) is bool, value) not in [
                 (type(one) is bool, one) for one in neutral]:
             return Prospect(None, "not_plain", f"{name} keeps its text from being continued")
@@ -4869,8 +4872,8 @@ def prospect_of(asked: Shape, path: str, allowed: str) -> Prospect:
 
 
 def is_repeatable(asked: Mapping[str, Any], path: str) -> bool:
-    """Whether any server of the model says the same: vLLM samples at a temperature of 1e-6, and
-    takes a seed of -1 for none."""
+    """Whether every server of the model gives the same answer.  vLLM samples even at a temperature
+    of 1e-6, and takes a seed of -1 for none."""
     heat, seed, top_k = map(asked.get, REPEAT_MEMBERS)
     seeded = path in SEEDED_PATHS and type(seed) is int and seed != -1
     greedy = type(heat) in (int, float) and heat == 0
@@ -4878,7 +4881,7 @@ def is_repeatable(asked: Mapping[str, Any], path: str) -> bool:
 
 
 def prospect_with(prospect: Prospect, document: Shape, shown: Shown) -> Prospect:
-    """The same, now that it must be known exactly."""
+    """The final prospect, after a break, by the whole request and what was shown."""
     said = [document.get(name) for name in (*PROMPT_MEMBERS, *LEADING_MEMBERS)]
     if names_media(said):
         return Prospect(None, "media", "what its media's URLs mean may have changed")
@@ -4898,7 +4901,7 @@ def prospect_with(prospect: Prospect, document: Shape, shown: Shown) -> Prospect
 
 
 def names_media(said: Any) -> bool:
-    """Whether there are URLs in it that are no data."""
+    """Whether a value names media by URLs that do not contain the data."""
     if isinstance(said, list):
         return any(map(names_media, said))
     if not isinstance(said, dict):
@@ -4910,7 +4913,7 @@ def names_media(said: Any) -> bool:
 
 
 def with_text(document: Shape, text: str) -> Shape:
-    """A request whose answer begins behind that text."""
+    """The request changed so that its answer begins behind `text`."""
     if "messages" not in document:
         return {**document, "prompt": document["prompt"] + text}
     so_far = {"role": "assistant", "content": text}
@@ -4925,7 +4928,7 @@ TOKENIZED_MEMBERS = (
 
 
 def within_budget(document: Shape, tokens: int) -> Shape | None:
-    """A request that may generate so many tokens less; None if nothing is left."""
+    """The request with `tokens` fewer to generate; None if none are left."""
     given = {name: document[name] for name in BUDGETS if type(document.get(name)) is int}
     if "messages" not in document and "max_tokens" not in document:
         given["max_tokens"] = COMPLETION_TOKENS
@@ -4934,7 +4937,7 @@ def within_budget(document: Shape, tokens: int) -> Shape | None:
 
 
 def with_seed(content: Content, seed: int) -> bytes:
-    """A JSON object with that seed, in place of null if it says so."""
+    """A JSON object with that seed added, or in place of a null."""
     content = bytes(content)
     spans = member_spans(content, ("seed",)) if b'"seed"' in content else {}
     begin, end = spans.get("seed", (0, 0))
@@ -4948,24 +4951,24 @@ def with_seed(content: Content, seed: int) -> bytes:
 #  21  engine load
 # ══════════
 #
-# What a server says of itself: its load, by its page of metrics, and its models, by their list.
+# A server's reports about itself: its load, in its /metrics, and its models, in /v1/models.
 
-PAGE_SLICE = 64 * 1024  # characters of a page read before others get their turn: a few ms
-ENGINES_LIMIT = 256  # of one server that are told apart; data_parallel_size allows no more
-MODELS_LIMIT = 2000  # of one server's models that are known by name,
+PAGE_SLICE = 64 * 1024  # characters of a page read between two yields: a few ms
+ENGINES_LIMIT = 256  # of one server, told apart; data_parallel_size allows no more
+MODELS_LIMIT = 2000  # of one server, known by name,
 MODELS_MARKS_LIMIT = 200_000  # and commas and brackets in their list: some 20 ms to parse
-MODEL_ENTRY_LIMIT = 4096  # characters of what is said of a model; vLLM's own has 600,
-MODEL_ENTRY_DEPTH = 8  # and is nested twice
-# Metric names of vLLM; the first that a page has is taken.  To add a name: add it to its row.
+MODEL_ENTRY_LIMIT = 4096  # characters of a model's entry; vLLM's has 600,
+MODEL_ENTRY_DEPTH = 8  # and two levels
+# vLLM's names of metrics; the first one on the page counts.  To add a name: add it to its row.
 VLLM_METRICS: dict[str, tuple[str, ...]] = {
     "running": ("vllm:num_requests_running",), "waiting": ("vllm:num_requests_waiting",),
     "by_reason": ("vllm:num_requests_waiting_by_reason",),
-    "swapped": ("vllm:num_requests_swapped",),  # v0 engines: they wait, too
-    "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),  # from 0 to 1, in truth
+    "swapped": ("vllm:num_requests_swapped",),  # in v0 engines; these requests wait as well
+    "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),  # in fact from 0 to 1
     "max_fds": ("process_max_fds",), "prompt_tokens": ("vllm:prompt_tokens_total",),
     "generation_tokens": ("vllm:generation_tokens_total",),
     "prefix_hits": ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
-    # Of these the labels are what is said.
+    # The information of these is in their labels.
     "cache_config": ("vllm:cache_config_info",), "sleep": ("vllm:engine_sleep_state",),
     "lora": ("vllm:lora_requests_info",),
 }
@@ -4974,30 +4977,30 @@ PLAUSIBLE_LIMIT = 1e15  # a number beyond is nonsense, as are those below zero
 
 
 class EngineLoad(NamedTuple):
-    """What a server says of itself; None is unknown, which is not 0."""
+    """A server's report of its load; None means unknown, which is not 0."""
 
     running: int | None = None
     waiting: int | None = None
     kv_usage_ratio: float | None = None
     max_fds: int | None = None
-    tokens: int | None = None  # read and generated since its start: what moves while it works
+    tokens: int | None = None  # read and generated since its start; grows while it works
     generation_tokens: int | None = None  # of these, generated
     prefix_hits: int | None = None  # prompt tokens found in its prefix cache since its start
     kv_tokens: int | None = None  # that fit into its KV cache
     caches: bool = True  # it has a prefix cache
     asleep: bool = False
     adapters: frozenset[str] = frozenset()  # LoRA adapters in use
-    lacking: int | None = None  # of those that wait, for want of room and not of an adapter, say
+    lacking: int | None = None  # waiting requests that lack room, rather than an adapter, say
 
     @property
     def queued(self) -> int:
-        """How many wait because it is full."""
+        """The number of requests that wait because the server is full."""
         return (self.waiting or 0) if self.lacking is None else self.lacking
 
 
 def read_loads(page: str) -> Generator[None, None, dict[str, EngineLoad]]:
-    """The load in a /metrics page of any vLLM since 0.8: of each engine by its label, and of all
-    together under ''.  Of a large page a slice is read at a time; then it is others' turn."""
+    """The loads in a /metrics page of any vLLM since 0.8: each engine's under its label, and that
+    of all together under ''.  Yields after each slice of a large page."""
     pages: dict[str, list[Sample]] = {"": []}
     begin, left = 0, SAMPLES_LIMIT
     while begin < len(page) and left > 0:
@@ -5015,7 +5018,7 @@ def read_loads(page: str) -> Generator[None, None, dict[str, EngineLoad]]:
 
 
 def engine_loads(page: str) -> dict[str, EngineLoad]:
-    """The same, read at once."""
+    """The loads in a /metrics page, read without a pause."""
     reading = read_loads(page)
     while True:
         try:
@@ -5037,7 +5040,7 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
         values["waiting"] += values.get("swapped", 0)
     if "prompt_tokens" in values or "generation_tokens" in values:
         values["tokens"] = values.get("prompt_tokens", 0) + values.get("generation_tokens", 0)
-    # The value of this one is a time; the newest child is the true one.
+    # The value of this metric is a time; the newest sample is the current one.
     lora = max(said.get("lora", ()), key=lambda sample: sample.value, default=None)
     running = lora.labels.get("running_lora_adapters", "") if lora else ""
     configs = [sample.labels for sample in said.get("cache_config", ())]
@@ -5053,27 +5056,29 @@ def joined_load(samples: Iterable[Sample]) -> EngineLoad:
 
 
 def kv_size(config: Mapping[str, str]) -> int:
-    """Tokens that fit into the KV cache that cache_config_info describes; 0 is unknown."""
+    """The tokens that fit into a KV cache, by the labels of cache_config_info; 0 is unknown."""
     size, blocks, block = (
         int(said[:15]) if (said := config.get(name, "")).isdecimal() else 0
         for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
     return size or blocks * block
 
 
-# A balancer tells others, and nobody else, through which ones it knows a model.  So two that ask
-# each other do not keep alive what neither of them has, however many stand between them.
+# A balancer tells other balancers, and nobody else, through which balancers it knows a model.  So
+# two that ask each other, directly or not, do not keep alive a model that neither of them has.
 KNOWN_THROUGH = "mvllm_via"
 
 
 def known_through(entry: Mapping[str, Any]) -> list[str]:
-    """The names of those balancers, the nearest first; [] for a server's own model."""
+    """The names of the balancers through which a model is known, nearest first; [] for a server's
+    own model."""
     said = entry.get(KNOWN_THROUGH, [])
     names = said[:HOPS_LIMIT] if isinstance(said, list) else []
     return [one[:100] for one in names if isinstance(one, str) and one.startswith(OUR_NAME)]
 
 
 def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, Any] | None:
-    """What whoever asks is told of a model; None if `via` names a balancer that we know it from."""
+    """A model's entry for the one who asks, by its Via field; None if that names a balancer from
+    which we know the model."""
     through = known_through(entry)
     if any(one in via for one in through):
         return None
@@ -5083,9 +5088,9 @@ def told_to(via: str, entry: Mapping[str, Any], own_name: str) -> Mapping[str, A
 
 
 def model_list(content: bytes, own_name: str = "") -> dict[str, dict[str, Any]] | None:
-    """The models in an answer to /v1/models, by id with everything said of them; None if it is
-    no such answer.  Those that a balancer knows through the one of `own_name` do not count, nor
-    do ids that cannot be a label and a word in log lines."""
+    """The models in an answer to /v1/models, as entries by id; None if it is no such answer.
+    Models that a balancer knows through `own_name` are left out, and so are ids that are unfit for
+    labels and log lines."""
     if sum(map(content.count, (b"[", b"{", b","))) > MODELS_MARKS_LIMIT:
         return None
     try:
@@ -5101,8 +5106,8 @@ MODEL_MEMBERS = ("id", "object", "created", "owned_by", "root", "parent", "max_m
 
 
 def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """What a server says of a model, as it can be shown to everybody; of one that says too much,
-    or numbers that are none in JSON, what is simple of vLLM's own members."""
+    """A model's entry, fit to be shown to everybody: as the server sent it, or just the simple ones
+    of vLLM's own members if it is too long or has numbers that JSON lacks."""
     if is_plain(entry, MODEL_ENTRY_DEPTH) and len(json.dumps(entry)) <= MODEL_ENTRY_LIMIT:
         return entry
     kept = {name: entry[name] for name in MODEL_MEMBERS if name in entry
@@ -5111,7 +5116,7 @@ def model_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_plain(value: Any, depth: int) -> bool:
-    """Whether a value is nested no deeper, and its numbers are such as occur."""
+    """Whether a value is not nested more deeply, and its numbers are plausible."""
     if isinstance(value, (dict, list)):
         within = value.values() if isinstance(value, dict) else value
         return depth > 0 and all(is_plain(one, depth - 1) for one in within)
