@@ -28,11 +28,11 @@ the lines.
      0  front matter   ~ this map, the imports, the limits that several rooms share
 
      I  HTTP             1,110 lines, for each message
-     1  faults         · every way to fail, as one table: status, blame, may it be retried
-     2  heads          · HTTP/1.1 heads, as the RFCs have them: bytes in, a value out
-     3  proxy header   · who passes on connections says whose they are: the PROXY protocol
+     1  faults         · every way to fail, as one table: status, blame, what a retry may do
+     2  heads          · HTTP/1.1 heads as the RFCs define them: parsed from bytes into values
+     3  proxy header   · the PROXY protocol, in which a proxy names the client of a connection
      4  framing        · where a message's content ends: by length, in chunks, at the close
-     5  forwarding     · what an intermediary does to messages; responses of our own; CORS
+     5  forwarding     · what an intermediary changes in messages; our own responses; CORS
      6  exposition     · the Prometheus text format, read and written
 
     II  settings         1,230 lines, at the start, and at a reload
@@ -317,12 +317,12 @@ log = logging.getLogger("mvllm_lite")
 #
 # Failure is data.  Whatever can go wrong with a request is a row of `Fault`; no other room
 # decides about statuses, blame or retries with an `if` of its own.  Two exceptions carry a fault
-# between rooms: `BadMessage` (what was said is wrong) and `PeerGone` (nobody is there to say it).
+# between rooms: `BadMessage` (a message breaks a rule) and `PeerGone` (the peer cannot be reached).
 
 
 class Blame(Enum):
-    """Whose failure it is: only SERVER counts against a server's health.  Also names the two
-    sides of the balancer."""
+    """Who caused a failure; only SERVER counts against a server's health.  CLIENT and SERVER also
+    name the two sides of the balancer."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -330,30 +330,29 @@ class Blame(Enum):
 
 
 class Retry(Enum):
-    """What a plan may do about a fault, as long as nothing was shown to the client."""
+    """What a plan may do about a fault, as long as the client has been shown nothing."""
 
     NEVER = "never"  # the answer stands
-    AT_ONCE = "at once"  # no work was begun or it is lost: the next server, without a pause
+    AT_ONCE = "at once"  # no work was begun, or it is lost: the next server, without a pause
     LATER = "later"  # the next server, after a growing pause
-    ELSEWHERE = "elsewhere"  # only a server that was not asked yet
+    ELSEWHERE = "elsewhere"  # only a server that has not been asked
     LARGER = "larger"  # only a server that takes longer prompts, without a pause
-    IF_ALLOWED = "if allowed"  # the work may still be running there: only where settings say so
+    IF_ALLOWED = "if allowed"  # only if settings allow it: the server may still be working
 
 
 class Fault(Enum):
-    """One way to fail: (status to answer, blame, retry, error type in vLLM's spelling).
+    """A way to fail: (status of the answer, blame, retry, error type in vLLM's spelling).
 
     To add a fault: add a row; its lower-case name is its label in metrics, logs and the
-    `X-MVLLM-Error` field.
-    """
+    `X-MVLLM-Error` field."""
 
-    # The client's request, refused by us; LIMITS names the setting where its limit was met.
+    # The client's request is refused by us; for limits, LIMITS names the setting.
     BAD_REQUEST = 400, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     UNAUTHORIZED = 401, Blame.CLIENT, Retry.NEVER, "AuthenticationError"
     FORBIDDEN = 403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError"
     NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
     UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
-    UNKNOWN_RESPONSE = 404, Blame.CLIENT, Retry.NEVER, "invalid_request_error"  # vLLM's, for this
+    UNKNOWN_RESPONSE = 404, Blame.CLIENT, Retry.NEVER, "invalid_request_error"  # vLLM's type
     INSTANCE_CONFLICT = 409, Blame.CLIENT, Retry.NEVER, "ConflictError"
     BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
     CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
@@ -364,46 +363,46 @@ class Fault(Enum):
     BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     RATE_LIMITED = 429, Blame.CLIENT, Retry.NEVER, "RateLimitError"
     HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
-    CLIENT_GONE = 499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest"  # nginx's number; logs only
+    CLIENT_GONE = 499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest"  # nginx's; only logged
     NOT_IMPLEMENTED = 501, Blame.CLIENT, Retry.NEVER, "NotImplementedError"
     BAD_VERSION = 505, Blame.CLIENT, Retry.NEVER, "BadRequestError"
     # No server to ask.
     NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # our own have run out
+    NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # ours have run out
     TOO_MANY_REQUESTS = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     TOO_MUCH_CONTENT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     QUEUE_FULL = 429, Blame.NOBODY, Retry.NEVER, "RateLimitError"
     QUEUE_TIMEOUT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
     STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    MODEL_NOT_READY = 503, Blame.NOBODY, Retry.NEVER, "model_loading"  # as serverless_vllm has it
+    MODEL_NOT_READY = 503, Blame.NOBODY, Retry.NEVER, "model_loading"  # serverless_vllm's type
     # A server was asked and did not answer.
     CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     CONNECT_TIMEOUT = 504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError"
     SERVER_GONE = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     BAD_ANSWER = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
     SERVER_SILENT = 504, Blame.SERVER, Retry.IF_ALLOWED, "GatewayTimeoutError"
-    SERVER_SLOW = 504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError"  # it works, on others
-    # A server answered, with a failure of its own; it is shown as it came if nobody does better.
+    SERVER_SLOW = 504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError"  # busy with others
+    # A server answered with a failure, which is passed on unchanged if no other server does better.
     SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
     TRANSFER_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # from another server
     SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
     DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
-    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # what others may have
-    KEY_REJECTED = 502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError"  # ours, or so it seems
-    CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # of one server
-    # 500, or an error event in place of a stream: the request's failure or the server's, which the
-    # next server tells.
+    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # others may have it
+    KEY_REJECTED = 502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError"  # presumably our key
+    CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # this server's
+    # 500, or an error event instead of a stream: the request or the server is at fault; the next
+    # server's answer tells which.
     SERVER_FAILED = 502, Blame.SERVER, Retry.ELSEWHERE, "BadGatewayError"
     STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
-    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, ended well-formed
+    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, yet well-formed
     ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
-    SERVER_DIED_TWICE = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"  # of the same content
-    SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its watcher blamed it
-    MOVED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # its server is drained
-    # A stream that broke went on at another server, which says something else, or nothing.
+    SERVER_DIED_TWICE = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"  # from the same content
+    SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its checks count it
+    MOVED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # its server is being drained
+    # A broken stream was given to another server, which continued it differently, or not at all.
     RESUME_DIFFERS = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"
     RESUME_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"
-    # The way leads back to where it came from: we say so, or a server does that is a balancer, too.
+    # The request came back to where it had been: seen by us, or by a server that is a balancer too.
     LOOP_DETECTED = 508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError"
     # Our own mistake.
     INTERNAL = 500, Blame.NOBODY, Retry.NEVER, "InternalServerError"
@@ -420,11 +419,11 @@ class Fault(Enum):
     __hash__ = object.__hash__  # Enum's own is slow, and members are compared by identity
 
 
-# What no request can do to a server: whoever asked, it is the server's failure.
+# Faults that no request can cause: the server is to blame, whoever asked.
 SERVERS_OWN = frozenset((Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.ENGINE_FAILED))
-# Statuses by which a server says that a request is beyond it, which is no sign of being unwell.
+# Statuses of a healthy server that cannot do what the request asks.
 REQUEST_FAILURES = frozenset((501, 505))
-# The setting behind a fault, where it is a limit; each time one is met is counted.
+# The setting behind a fault that is a limit; metrics count how often each limit is met.
 LIMITS = {
     Fault.HEAD_TOO_LARGE: "max_head_bytes",
     Fault.TARGET_TOO_LONG: "max_head_bytes",
@@ -437,12 +436,12 @@ LIMITS = {
     Fault.NO_RESOURCES: "descriptors",
     Fault.SERVER_DIED_TWICE: "poison_hold",
 }
-# Those whose label is the error's code, since the status does not tell what a program must know.
+# Faults whose label is the error's `code`, since a program cannot tell them by their status.
 SAID_BY_NAME = frozenset((Fault.SERVER_DIED_TWICE, Fault.MODEL_NOT_READY))
 
 
 class BadMessage(Exception):
-    """A message, or a part of one, that breaks a rule; `str()` says which, and what was found."""
+    """A message, or a part of one, breaks a rule; `str()` says which, and what was found."""
 
     def __init__(self, text: str, fault: Fault = Fault.BAD_REQUEST, limit: str = "") -> None:
         super().__init__(text)
@@ -451,7 +450,7 @@ class BadMessage(Exception):
 
 
 class PeerGone(Exception):
-    """The other end of a wire could not be reached, or has left."""
+    """The other end of a wire cannot be reached, or has left."""
 
     def __init__(self, text: str, fault: Fault) -> None:
         super().__init__(text)
@@ -459,31 +458,31 @@ class PeerGone(Exception):
 
 
 class Stale(PeerGone):
-    """A reused connection that ended before it said a word, and at once: its server had closed it
-    while it was idle.  Nobody's failure; the request is sent again on a fresh one."""
+    """A reused connection ended at once, without a byte: its server had closed it while it was
+    idle.  This is nobody's failure; the request is sent again on a fresh connection."""
 
 
 # ══════════
 #  2  heads
 # ══════════
 #
-# RFC 9110 and RFC 9112 for a gateway.  A head is bytes in, a frozen value out, and bytes again;
-# nothing here knows a socket.  Heads are decoded as latin-1, which keeps every byte.  Where the
-# RFCs leave a choice, a message is refused rather than repaired: two readers of one message must
-# never disagree.  Content is always framed anew, so no ambiguity of the sender's survives.
+# RFC 9110 and RFC 9112 for a gateway.  A head is parsed from bytes to a frozen value, and written
+# as bytes again.  Heads are decoded as latin-1, which keeps every byte.  Where the RFCs leave a
+# choice, a message is refused rather than repaired: two readers of one message must never disagree.
+# Content is always framed anew, so no ambiguity of the sender's survives.
 #
-# Programs say the same head over and over, but for its Content-Length.  So that is kept apart, and
-# what was made of the rest of a head is remembered: a quarter of the time of a small request.
+# A program's heads differ only in Content-Length.  So that is kept apart, and what is made of the
+# rest is remembered, which saves a quarter of a small request's time.
 
-HEAD_KEPT_BYTES = 2048  # the longest head that is kept parsed
-TEXT_KEPT_BYTES = 200  # the longest text that is kept, with what is made of it
-PATH_LIMIT = 8192  # bytes of a target's path, which is read in several ways
+HEAD_KEPT_BYTES = 2048  # the longest head that is remembered
+TEXT_KEPT_BYTES = 200  # the longest text that is remembered
+PATH_LIMIT = 8192  # bytes of a target's path, which is read several times
 FIELDS_LIMIT = 512  # lines of a head; HAProxy allows 101
-LINE_BYTES = 300  # what holding one takes beside its characters
+LINE_BYTES = 300  # the memory that a field line takes in addition to its characters
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 TEXT = r"[\t\x20-\x7e\x80-\xff]*+"  # bytes of a field value or reason phrase, §5.5
 AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.\-_~%!$&'()*+;=]*)(?::[0-9]*)?"
-# A target has no fragment (RFC 9112 §3.2): some servers would cut it at the '#', and find another.
+# A target has no fragment (RFC 9112 §3.2); some servers would cut it at the '#', to another target.
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!\x22$-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
 STATUS_LINE = re.compile(rf"HTTP/(\d)\.(\d) (\d\d\d)(?: ({TEXT}))?", re.ASCII)
 FIELD_LINE = re.compile(rf"{TOKEN}:{TEXT}")
@@ -493,9 +492,9 @@ ABSOLUTE_FORM = re.compile(rf"https?://(?![:/?]|$){AUTHORITY}(?=[/?]|$)", re.IGN
 LENGTH_LINE = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,18})(?=\r\n)", re.IGNORECASE)
 MAX_FORWARDS = re.compile(r"[0-9]{1,9}")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
-# A request line, as far as it has come; from wherever the last look ended.
+# The part of a request line that has arrived since the last look.
 REQUEST_PIECE = re.compile(rb"(?:\A[!#$%&'*+\-.^_`|~0-9A-Za-z]|(?!\A))[\x20-\x7e]*+\r?")
-BROKEN_LINE = re.compile(rb"(?:\A|[^\r])\n|\r[^\n]")  # it does not end with CRLF
+BROKEN_LINE = re.compile(rb"(?:\A|[^\r])\n|\r[^\n]")  # its end is not CRLF
 
 
 FieldLine = tuple[str, str, str]  # lower-case name, name as sent, value
@@ -505,15 +504,14 @@ class Fields:
     """The field section of a head: every line in order, and a look-up by lower-case name.
 
     `values` joins the lines of a repeated field with a comma (RFC 9110 §5.3), so that a second
-    `Content-Length` or `Host` reads as a list, which is not a valid value of either.  They are
-    never changed, so that what is made of them can be `remembered`, by their identity.
-    """
+    `Content-Length` or `Host` reads as a list, which is not a valid value of either.  Fields never
+    change, so that what is made of them can be `remembered` by their identity."""
 
     __slots__ = ("lines", "values", "short")
 
     def __init__(self, lines: list[FieldLine], values: dict[str, str], short: bool = False) -> None:
         self.lines, self.values = lines, values
-        self.short = short  # of a head that may come again
+        self.short = short  # the head is short enough to be remembered
 
     def get(self, key: str, default: str = "") -> str:
         return self.values.get(key, default)
@@ -527,13 +525,13 @@ class Fields:
         return members
 
     def replaced(self, name: str, value: str) -> Fields:
-        """The same with this one line in place of any of that name."""
+        """A copy with one line in place of all lines of that name."""
         key = name.lower()
         lines = [line for line in self.lines if line[0] != key]
         return Fields([*lines, (key, name, value)], {**self.values, key: value}, self.short)
 
     def with_member(self, key: str, member: str) -> str:
-        """A list-valued field's value with one more member at its end."""
+        """A list-valued field's value with one more member at its end; the field stays as it is."""
         return f"{self.values[key]}, {member}" if self.values.get(key) else member
 
 
@@ -541,7 +539,7 @@ Made = TypeVar("Made")
 
 
 def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Remembers what `make` returns for its first argument, Fields of a head that was short."""
+    """A decorator: remembers what `make` returns for Fields of a short head, its first argument."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -552,7 +550,7 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
-    """Remembers what `make` returns for a text that is short."""
+    """A decorator: remembers what `make` returns for short texts."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -562,7 +560,7 @@ def remembered_text(make: Callable[[str], Made]) -> Callable[[str], Made]:
     return made
 
 
-# What a message's Content-Length says; a list if it has several, None if it has none.
+# A message's Content-Length; several are joined to a list, None if there is none.
 Length = str | None
 
 
@@ -574,7 +572,7 @@ class Head:
 
     @functools.cached_property
     def persists(self) -> bool:
-        """Whether whoever sent it wants to keep the connection, RFC 9112 §9.3."""
+        """Whether its sender wants to keep the connection, RFC 9112 §9.3."""
         if "connection" not in self.fields.values:
             return self.minor >= 1
         options = self.fields.members("connection")
@@ -583,18 +581,18 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RequestHead(Head):
-    """A request's first line and fields, without Content-Length.  All requests that say the same
-    have the same one, and what follows from it is seen once."""
+    """A request's first line and fields, without Content-Length.  Requests with the same short head
+    share one object, so its properties are worked out once."""
 
     method: str
     path: str
-    query: str | None  # what follows the '?', None without one
+    query: str | None  # the part after the '?', None without one
     minor: int
     fields: Fields
 
     @functools.cached_property
     def held_bytes(self) -> int:
-        """What holding it costs; 0 for a short one, since few different ones are held."""
+        """The memory that holding it takes; 0 for a short head, which requests share."""
         size = len(self.path) + len(self.query or "")
         for _, name, value in self.fields.lines:
             size += LINE_BYTES + len(name) + len(value)
@@ -602,14 +600,14 @@ class RequestHead(Head):
 
     @functools.cached_property
     def wants_upgrade(self) -> bool:
-        """Whether it asks to change to websocket, the only protocol that vLLM changes to."""
+        """Whether it asks to switch to websocket, the only protocol to which vLLM switches."""
         asks = self.minor >= 1 and self.fields.get("upgrade").lower() == "websocket"
         return asks and "upgrade" in self.fields.members("connection")
 
     @functools.cached_property
     def hops_left(self) -> int | None:
-        """How often an OPTIONS request may be passed on, RFC 9110 §7.6.2; None is no limit.
-        Raises BadMessage."""
+        """The hops that an OPTIONS request may still go, RFC 9110 §7.6.2; None: no limit.  Raises
+        BadMessage."""
         said = self.fields.values.get("max-forwards")
         if said is None or self.method != "OPTIONS":
             return None
@@ -641,16 +639,16 @@ class ResponseHead(Head):
 
     @functools.cached_property
     def is_encoded(self) -> bool:
-        """Whether its content has a content coding (RFC 9110 §8.4): it cannot be looked into."""
+        """Whether its content has a content coding (RFC 9110 §8.4), so that we cannot read it."""
         return any(coding != "identity" for coding in self.fields.members("content-encoding"))
 
 
-# Stands in for a request that could not be read, where one is answered.
+# Stands for a request that could not be read, but must be answered.
 NO_REQUEST = RequestHead("", "", None, 1, Fields([], {}))
 
 
 def shown(text: str, limit: int = 60) -> str:
-    """`text` as it may stand in an error message: quoted, escaped, short."""
+    """A text for an error message: quoted, escaped, short."""
     return ascii(text) if len(text) <= limit else f"{ascii(text[:limit])}…"
 
 
@@ -669,9 +667,9 @@ def bad_first_line(found: str, side: Blame) -> BadMessage:
 
 
 class HeadSearch:
-    """Finds the end of a head that one side sends in pieces, and looks at each byte once.  What can
-    be no head is refused at once: after a TLS hello, an SSH banner or a line that ends with a bare
-    LF, the rest would be waited for until a timeout."""
+    """Finds the end of a head that one side sends in pieces, reading each byte once.  Bytes that
+    cannot be a head are refused at once: after a TLS hello, an SSH banner or a line that ends with
+    a bare LF, we would wait for the rest until a timeout."""
 
     __slots__ = ("side", "_at", "_in_first")
 
@@ -679,7 +677,7 @@ class HeadSearch:
         self.side, self._at, self._in_first = side, 0, True
 
     def end(self, data: bytes | bytearray) -> int:
-        """Where the head ends in all that has come; -1: not yet.  Raises BadMessage."""
+        """The head's end in `data`, all that has arrived; -1: not yet.  Raises BadMessage."""
         at, self._at = self._at, len(data)
         if self._in_first:
             self._first_line(data, at)
@@ -705,7 +703,7 @@ class HeadSearch:
 
 
 def parse_fields(block: str, fault: Fault) -> Fields:
-    """The field lines after a first line, each ended by CRLF.  Raises BadMessage."""
+    """The field lines after a first line, each with its CRLF.  Raises BadMessage with `fault`."""
     if not FIELD_LINES.fullmatch(block):  # one pass over good heads; only then find the bad line
         bad = next(line for line in block.split("\r\n") if not FIELD_LINE.fullmatch(line))
         raise BadMessage(f"a field line is {shown(bad)}, expected 'Name: value' without control"
@@ -726,8 +724,9 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[AnyHead, Length]]:
-    """Parses heads without their Content-Length, which is returned beside, so that short ones are
-    parsed once.  A second Content-Length, or one not written as usual, stays with the fields."""
+    """A decorator: cuts Content-Length out of heads, so that `make` parses equal short heads once,
+    and returns it beside the head.  A second one, or an unusually written one, stays in the fields
+    and is returned as well."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -746,7 +745,7 @@ def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[
 
 @without_length
 def parse_request_head(raw: bytes) -> RequestHead:
-    """A request's head, up to and with its empty line (RFC 9112 §3).  Raises BadMessage."""
+    """A request's head from its bytes, the empty line included, RFC 9112 §3.  Raises BadMessage."""
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -770,9 +769,9 @@ def parse_request_head(raw: bytes) -> RequestHead:
 
 
 def origin_form(method: str, target: str) -> tuple[str, str]:
-    """The target as authority, which only an absolute-form one has and which stands for Host
-    (§3.2.2), and as path and query.  CONNECT and TRACE are for proxies and debuggers; a gateway
-    that passed them on would let clients past it, or read what it adds.  Raises BadMessage."""
+    """A target's authority, which replaces Host (§3.2.2; '' unless the target is in absolute form),
+    and its path and query.  Raises BadMessage, for CONNECT and TRACE too: clients could use them to
+    get past a gateway, or to read what it adds."""
     if method in ("CONNECT", "TRACE"):
         raise BadMessage(f"the method {method} is not served here", Fault.NOT_IMPLEMENTED)
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
@@ -785,7 +784,8 @@ def origin_form(method: str, target: str) -> tuple[str, str]:
 
 @without_length
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """A response's head, up to and with its empty line (RFC 9112 §4).  Raises BadMessage."""
+    """A response's head from its bytes, the empty line included, RFC 9112 §4.  Raises
+    BadMessage."""
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
@@ -798,8 +798,8 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 #  3  proxy header
 # ══════════
 #
-# The PROXY protocol, as HAProxy has it: who passes on connections and not messages says first of
-# each whose it is.
+# The PROXY protocol as HAProxy defines it: a proxy that forwards connections, not messages, begins
+# each with the address of its client.
 
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"  # of version 2; version 1 is a line
 PROXY_LINE = re.compile(
@@ -807,13 +807,13 @@ PROXY_LINE = re.compile(
 PROXY_LINE_LIMIT_BYTES = 107
 PROXY_ADDRESSES = {0x11: (4, struct.Struct("!4x4xHH")), 0x21: (16, struct.Struct("!16x16xHH"))}
 Address = tuple[str, int]
-UNKNOWN: Address = ("unknown", 0)  # which is nobody's, and so not local
+UNKNOWN: Address = ("unknown", 0)  # nobody's address, so not a local one
 
 
 def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
-    """The size of the PROXY header that a connection's first bytes begin with, 0 without one, and
-    whose connection it says it is (None: the proxy's own, UNKNOWN: it does not know); or None: more
-    bytes are needed.  Raises BadMessage."""
+    """The size of the PROXY header at the start of a connection's bytes (0 without one), and the
+    client's address in it (None: the proxy's own connection; UNKNOWN: the proxy does not know it).
+    Returns None if more bytes are needed.  Raises BadMessage."""
     if data.startswith(PROXY_SIGNATURE):
         return proxy_header_2(data)
     if not data.startswith(b"PROXY "):
@@ -833,7 +833,7 @@ def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
 
 
 def ip_of(said: bytes, version: bytes) -> str:
-    """An address of that IP version as it is usually written; '' for what is none."""
+    """An address of an IP version in its usual spelling; '' for any other text."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(said.decode("latin-1"))
         if address.version == int(version) and b"%" not in said:  # a zone could be any text
@@ -842,7 +842,7 @@ def ip_of(said: bytes, version: bytes) -> str:
 
 
 def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
-    """The same of version 2: binary, and with extensions (TLV), which are not looked at."""
+    """As `proxy_header`, for version 2, which is binary; its extensions (TLV) are ignored."""
     if len(data) < 16:
         return None
     command, family, length = data[12], data[13], int.from_bytes(data[14:16], "big")
@@ -864,8 +864,8 @@ def proxy_header_2(data: bytes) -> tuple[int, Address | None] | None:
 #  4  framing
 # ══════════
 #
-# Where a message's content ends, RFC 9112 §6 and §7: by its length, in chunks, or with the
-# connection.
+# Where a message's content ends, RFC 9112 §6 and §7: after its length, with the last chunk, or with
+# the connection.
 
 CHUNK_LINE_LIMIT_BYTES = 4096  # a chunk-size line with its extensions, or the trailer section
 LENGTH = re.compile(r"[0-9]{1,18}")
@@ -874,8 +874,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Framing(NamedTuple):
-    """How the end of a message's content is found: after `length` bytes, by the `chunked` coding,
-    or, with neither, by the close of the connection (responses only)."""
+    """How a message's content ends: after `length` bytes, with the last chunk if `chunked`, or else
+    with the connection (responses only)."""
 
     length: int | None = None
     chunked: bool = False
@@ -887,8 +887,8 @@ UNTIL_CLOSE = Framing()
 
 
 def request_framing(head: RequestHead, length: Length) -> Framing:
-    """How a request's content is framed, RFC 9112 §6.  Anything that two readers might take
-    differently is refused: both fields, lists of lengths, `chunked` anywhere but at the end."""
+    """How a request's content is framed, RFC 9112 §6.  Raises BadMessage for whatever two readers
+    might understand differently: both fields, lists of lengths, `chunked` other than at the end."""
     if "transfer-encoding" not in head.fields.values:
         return NO_CONTENT if length is None else parse_length(length, Fault.BAD_REQUEST)
     if length is not None or head.minor == 0:
@@ -905,7 +905,8 @@ def request_framing(head: RequestHead, length: Length) -> Framing:
 
 
 def response_framing(head: ResponseHead, length: Length, method: str) -> Framing:
-    """How a response's content is framed, RFC 9112 §6.3, rules in the RFC's order."""
+    """How a response's content is framed, by the rules of RFC 9112 §6.3 in their order.  Raises
+    BadMessage."""
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return NO_CONTENT
     coding = head.fields.values.get("transfer-encoding")
@@ -925,20 +926,19 @@ def parse_length(value: str, fault: Fault) -> Framing:
 
 
 class Decoder:
-    """Finds the content in the bytes of a message: of a length, or up to the connection's close.
+    """Finds the content in the bytes of a message: `length` of them, or all until the close.
 
-    `feed` is called once per piece received and gives the content in it, maybe empty, as a part of
-    that piece; it raises BadMessage when the framing is broken.
-    """
+    `feed` is called with each piece that arrives and returns the content in it, perhaps none; it
+    raises BadMessage if the framing is broken."""
 
     __slots__ = ("done", "rest", "until_close", "verbatim", "_left")
-    at_once_bytes: int | None = None  # the most to feed it in one piece; None is all there is
+    at_once_bytes: int | None = None  # the largest piece to feed it; None: no limit
 
     def __init__(self, length: int | None) -> None:
-        self.done = length == 0  # the last byte of the content was seen
-        self.rest = b""  # what came after it
-        self.until_close = length is None  # who sees the connection close sets `done`
-        self.verbatim = False  # the last piece was one whole, plain chunk: it may go on as it is
+        self.done = length == 0  # the content is complete
+        self.rest = b""  # the bytes after it
+        self.until_close = length is None  # whoever sees the connection close sets `done`
+        self.verbatim = False  # the last piece was one whole, plain chunk and can go on unchanged
         self._left = length or 0  # bytes to come
 
     def feed(self, data: bytes) -> bytes:
@@ -957,32 +957,32 @@ class ChunkedDecoder(Decoder):
     """The chunked transfer coding, RFC 9112 §7.1.  Extensions are ignored, trailers dropped."""
 
     __slots__ = ("_pending", "_trailer_left")
-    at_once_bytes = 32 * 1024  # taking chunks of a few bytes apart is slow
+    at_once_bytes = 32 * 1024  # splitting this much into tiny chunks takes long enough
 
     def __init__(self) -> None:
         super().__init__(-1)
-        self._left = 0  # bytes of the current chunk to come, with its CRLF
+        self._left = 0  # bytes to come of the current chunk, its CRLF included
         self._pending = b""  # an incomplete size line, chunk end or trailer line
-        self._trailer_left = 0  # once the last chunk was seen: bytes its trailers may still take
+        self._trailer_left = 0  # after the last chunk: bytes that trailers may still take
 
     def feed(self, data: bytes) -> bytes:
         if not (self._pending or self._left or self._trailer_left):
-            # vLLM sends one event as one chunk in one segment: by far the most frequent piece.
-            # Passing it on as it came saves taking it apart and building it again.
+            # vLLM sends an event as one chunk in one segment, by far the most frequent piece, which
+            # can be passed on as it came.
             line = CHUNK_SIZE.match(data)
             if line is not None and (size := int(line[1], 16)):
                 start = line.end()
                 if start + size + 2 == len(data) and data.endswith(b"\r\n"):
-                    self.verbatim = line.end(1) + 2 == start  # it has no extension
+                    self.verbatim = line.end(1) + 2 == start  # has no extension
                     return data[start:-2]
         self.verbatim = False
         return self._take_apart(self._pending + data)
 
     def _take_apart(self, data: bytes) -> bytes:
-        """Every chunk in `data`; what is incomplete stays in `_pending`."""
+        """The content of the chunks in `data`; an incomplete line stays in `_pending`."""
         content, at, self._pending = [], 0, b""
         while at < len(data) and not self.done and not self._pending:
-            while not (self._left or self._trailer_left):  # whole ones; they may be tiny
+            while not (self._left or self._trailer_left):  # whole chunks, fast: they may be tiny
                 line = CHUNK_SIZE.match(data, at)
                 size = int(line[1], 16) if line else 0
                 end = line.end() + size if line else 0
@@ -1060,16 +1060,16 @@ def encode_chunk(content: bytes) -> bytes:
 #  5  forwarding
 # ══════════
 #
-# What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields go along,
-# which are replaced, how the next hop finds the content's end.  And responses of our own.
+# What an intermediary does to the messages it passes on, RFC 9110 §7.6: which fields it keeps and
+# replaces, how the next hop finds the content's end.  And the balancer's own responses.
 
-# Fields that only proxies of our own may say; from anybody else they are dropped.
+# Fields that are accepted from trusted proxies only, and dropped from other clients.
 PROXY_FIELDS = frozenset("forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip"
                          " x-data-parallel-rank".split())
 KEY_FIELD_NAMES = frozenset(("authorization", "x-api-key"))
 CLIENT_FIELDS_DROPPED = PROXY_FIELDS | KEY_FIELD_NAMES
-# Fields about one connection, not about the message (RFC 9110 §7.6.1); `Trailer`, since trailers
-# are not passed on; and credentials for a proxy, which are meant for us or nobody.
+# Fields about one connection, not the message (RFC 9110 §7.6.1); `Trailer`, since trailers are not
+# passed on; and credentials for a proxy, which no server needs.
 HOP_BY_HOP = frozenset("connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
                        " proxy-authenticate proxy-authorization".split())
 CORS_FIELDS = tuple(f"access-control-{name}" for name in (
@@ -1080,8 +1080,8 @@ Pairs = Sequence[tuple[str, str]]  # (field name, value)
 
 
 def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
-    """Field lines to pass on: end-to-end ones in their order and number, without those `dropped`
-    or named by Connection, and `added` ones in place of any of the same name."""
+    """Field lines to pass on: the end-to-end ones, in order, without those that are `dropped` or
+    that Connection names; then the `added` ones, in place of others of the same name."""
     drop, lines = {*HOP_BY_HOP, *dropped}, list[str]()
     for name, _ in added:
         drop.add(name.lower())
@@ -1096,18 +1096,18 @@ def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
-    """A request's field lines as sent to any server, without Host and framing, which
-    `forward_request` adds for each attempt."""
+    """A request's field lines for any server, without Host and framing, which `forward_request`
+    adds for each attempt."""
     ours = (key for key, _, _ in fields.lines if key.startswith("x-mvllm-"))
     return kept_lines(fields, added, ("host", "content-length", "expect", *ours, *dropped))
 
 
-OUR_NAME = "mvllm-lite-"  # how the name of each process in Via begins, RFC 9110 §7.6.3
+OUR_NAME = "mvllm-lite-"  # the start of each process's name in Via, RFC 9110 §7.6.3
 
 
 class Hop(NamedTuple):
-    """The last stretch of a request's way to us.  What the `peer` says of those before it counts
-    if it is `trusted`; `name` is this process's in Via."""
+    """The last hop of a request's way to us: its `peer`, whose fields about earlier hops count if
+    it is `trusted`.  `name` is this process's name in Via."""
 
     peer: str
     tls: bool
@@ -1116,7 +1116,7 @@ class Hop(NamedTuple):
 
 
 def came_by(fields: Fields, name: str) -> bool:
-    """Whether Via says that a message was with the process of that name already."""
+    """Whether a message has already passed the process with a name, as Via tells."""
     via = fields.values.get("via")
     return via is not None and name in via
 
@@ -1124,7 +1124,7 @@ def came_by(fields: Fields, name: str) -> bool:
 @remembered
 def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) -> tuple[str, str]:
     """A client's field lines for servers, without X-Request-Id; and the lines of its key, '' if
-    servers may not see it.  A `stream` is to come uncompressed, since its events are read."""
+    servers may not see it.  A `stream` is requested without compression, as we read its events."""
     get, (peer, tls, trusted, name) = fields.get, hop
     host = (trusted and get("x-forwarded-host")) or get("host")
     proto = (trusted and get("x-forwarded-proto")) or ("https" if tls else "http")
@@ -1139,17 +1139,17 @@ def forwarded_fields(fields: Fields, hop: Hop, shows_key: bool, stream: bool) ->
     dropped = KEY_FIELD_NAMES if trusted else CLIENT_FIELDS_DROPPED
     key_lines = "".join(f"{name}: {value}\r\n" for key, name, value in fields.lines
                         if shows_key and key in KEY_FIELD_NAMES)
-    dropped = dropped.union(("x-request-id", "content-encoding"))  # which was undone
+    dropped = dropped.union(("x-request-id", "content-encoding"))  # codings have been undone
     return forward_fields(fields, added, dropped), key_lines
 
 
 def forward_request(
     head: RequestHead, path: str, authority: str, fields: str, length: int | None
 ) -> bytes:
-    """A request's head for one server.  `length` is of its content, None where there is none."""
+    """A request's head for one server.  `length` is that of its content, None without any."""
     target = path if head.query is None else f"{path}?{head.query}"
     if length is None and head.method in ("POST", "PUT", "PATCH"):
-        length = 0  # RFC 9110 §8.6: these say so
+        length = 0  # RFC 9110 §8.6 wants one with these methods
     framed = "" if length is None else f"Content-Length: {length}\r\n"
     if head.hops_left:
         fields = MAX_FORWARDS_LINE.sub(f"Max-Forwards: {head.hops_left - 1}\r\n", fields)
@@ -1162,9 +1162,9 @@ def forward_request(
 def returned_framing(
     head: ResponseHead, length: Length, request: RequestHead, theirs: Framing
 ) -> Framing | None:
-    """How an answer's content is framed for the client: by its length where the server told one,
-    else in chunks, or until the close for HTTP/1.0.  None where nothing is said of it, because
-    there is none; to HEAD and in a 304, the server's word about what it leaves out is passed on."""
+    """How an answer's content is framed for the client: by the server's length if there is one,
+    else in chunks, or until the close for HTTP/1.0.  None if the head has no framing, because there
+    is no content; an answer to HEAD and a 304 keep the server's length.  Raises BadMessage."""
     if head.status < 200 or head.status == 204:
         return None
     if request.method == "HEAD" or head.status == 304:
@@ -1178,7 +1178,7 @@ def return_response(
     head: ResponseHead, request: RequestHead, framing: Framing | None, persists: bool,
     added: Pairs = (), id: str = "",
 ) -> bytes:
-    """A response's head as sent to the client, with the request's `id`."""
+    """A response's head for the client, with the request's `id` if there is one."""
     lines = returned_lines(head.fields, head.status, head.reason, tuple(added), id != "")
     if id:
         lines += f"X-Request-Id: {id}\r\n"
@@ -1187,8 +1187,8 @@ def return_response(
 
 @remembered
 def returned_lines(fields: Fields, status: int, reason: str, added: Pairs, with_id: bool) -> str:
-    """The first line and field lines of a response to pass on, but for its framing.  Which web
-    origins may read it is for us to say: vLLM lets in all of them, unless it is told not to."""
+    """The status line and field lines of a response to pass on, without framing.  Its CORS fields
+    are dropped, as our settings decide which origins may read it; vLLM allows all by default."""
     dropped = ("content-length", *CORS_FIELDS, *["x-request-id"] * with_id)
     lines = f"HTTP/1.1 {status} {reason}\r\n{kept_lines(fields, added, dropped)}"
     return f"{lines}Connection: upgrade\r\nUpgrade: websocket\r\n" if status == 101 else lines
@@ -1197,7 +1197,7 @@ def returned_lines(fields: Fields, status: int, reason: str, added: Pairs, with_
 def own_response(
     status: int, request: RequestHead, content: bytes, persists: bool, fields: Pairs = ()
 ) -> bytes:
-    """A whole response of the balancer's own; to HEAD only its head."""
+    """A whole response of the balancer's own; only its head if the method is HEAD."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     lines += last_lines(None if status == 204 else Framing(len(content)), request, persists)
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode("latin-1")
@@ -1205,7 +1205,7 @@ def own_response(
 
 
 def last_lines(framing: Framing | None, request: RequestHead, persists: bool) -> str:
-    """The end of a response's head: its framing, what becomes of the connection, an empty line."""
+    """The end of a response's head: its framing, Connection, and the empty line."""
     connection = "" if persists else "Connection: close\r\n"
     if persists and not request.minor:
         connection = "Connection: keep-alive\r\n"
@@ -1217,9 +1217,9 @@ def last_lines(framing: Framing | None, request: RequestHead, persists: bool) ->
 
 
 def local_location(location: str, authority: str, prefix: str) -> str:
-    """A redirect's target as the client can follow it: a server that redirects to itself, with or
-    without its authority (RFC 9110 §10.2.2), means a path on our address.  One that would begin
-    with // names another host, and stays."""
+    """A redirect's target for the client: one on the same server, with or without its authority
+    (RFC 9110 §10.2.2), becomes a path on our address.  Other targets stay, as do those whose path
+    would begin with //, which names another host."""
     try:
         parts = urllib.parse.urlsplit(location)
     except ValueError:
@@ -1231,15 +1231,16 @@ def local_location(location: str, authority: str, prefix: str) -> str:
     return urllib.parse.urlunsplit(("", "", path, parts.query, parts.fragment))
 
 
-# What a page may read beside the usual, where `*` is none: of answers with credentials.
+# Fields that a page may read in addition to the usual ones; with credentials, `*` has no effect.
 EXPOSED_FIELDS = "X-Request-Id, X-MVLLM-Server, X-MVLLM-Error, X-MVLLM-Why, Retry-After"
 
 
 def cors_fields(
     head: RequestHead, origins: Iterable[str], credentials: bool = False
 ) -> list[tuple[str, str]]:
-    """What lets a web page of an allowed origin read the answer (Fetch standard); [] for others.
-    A preflight's wishes are repeated, because `*` would not cover Authorization."""
+    """The fields that let a web page of an allowed origin read the answer (Fetch standard); [] for
+    other origins.  A preflight gets back what it asked for, as `*` would not cover
+    Authorization."""
     origin, get = head.fields.get("origin"), head.fields.get
     if not origin or not ("*" in origins or origin in origins):
         return []
@@ -1261,12 +1262,12 @@ def cors_fields(
 #  6  exposition
 # ══════════
 #
-# The Prometheus text format 0.0.4, both directions.  Reading happens twice a second for each
-# server, on pages of 50 to 80 kB, so it looks only at the metrics it was asked for.
+# The Prometheus text format 0.0.4, in both directions.  Each server's page of 50 to 80 kB is read
+# twice a second, so reading looks only at the metrics it was asked for.
 
 SAMPLE_LIMIT = 4096  # characters of one line of a page of metrics
-LABEL_SETS_LIMIT = 500  # children of one metric family; what comes later is counted as "other"
-SERVER_SETS_LIMIT = 20 * LABEL_SETS_LIMIT  # the same by server: a thousand may have registered
+LABEL_SETS_LIMIT = 500  # children of one metric family; later ones count as "other"
+SERVER_SETS_LIMIT = 20 * LABEL_SETS_LIMIT  # if a label is the server: thousands may register
 SAMPLE_LINE = re.compile(
     r"([a-zA-Z_:][a-zA-Z0-9_:]*+)"  # name
     r'(?:\{((?:[^"{}]|"(?:[^"\\]|\\.)*+")*+)\})?'  # {label="value",…}
@@ -1286,8 +1287,8 @@ class Sample(NamedTuple):
 def parse_samples(
     page: str, names: Iterable[str] | None = None, limit: int = SAMPLES_LIMIT
 ) -> Iterator[Sample]:
-    """The samples of the named metrics, or of all.  Comments and malformed lines are skipped: one
-    bad line must not hide the load of a server."""
+    """The samples of the named metrics, or of all, among the first `limit` lines.  Comments and
+    malformed lines are skipped: one bad line must not hide a server's load."""
     lines = page.split("\n") if names is None else named_lines(page, names)
     for line in itertools.islice(lines, limit):
         if len(line) > SAMPLE_LIMIT or (match := SAMPLE_LINE.fullmatch(line)) is None:
@@ -1299,7 +1300,7 @@ def parse_samples(
         yield Sample(match[1], parse_labels(match[2] or ""), value)
 
 
-@functools.lru_cache(LABEL_SETS_LIMIT)  # pages differ in their values
+@functools.lru_cache(LABEL_SETS_LIMIT)  # a server's pages differ only in values
 def parse_labels(text: str) -> Mapping[str, str]:
     labels, at = dict[str, str](), 0
     while (label := LABEL.match(text, at)) is not None:
@@ -1308,8 +1309,8 @@ def parse_labels(text: str) -> Mapping[str, str]:
 
 
 def named_lines(page: str, names: Iterable[str]) -> Iterator[str]:
-    """The lines of `page` that begin with one of the names; a search, so that the other 900 lines
-    of a vLLM page cost next to nothing."""
+    """The lines of `page` that begin with one of the names.  The search skips the other 900 lines
+    of a vLLM page at next to no cost."""
     return (line[1] for line in search_for(tuple(names)).finditer(f"\n{page}"))
 
 
@@ -1327,7 +1328,7 @@ def escape(value: str) -> str:
 
 
 class Family:
-    """A metric family.  Its children are kept by their label values, up to a limit; the rest count
+    """A metric family.  Its children are kept by label values, up to a limit; later ones count
     together as "other", so that no client can fill our memory."""
 
     kind = ""
@@ -1343,7 +1344,7 @@ class Family:
         return ("other",) * len(self.labels)
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        """(suffix, label values, value) of each line to write."""
+        """The (suffix, label values, value) of each line to write."""
         for values, value in self.children.items():
             yield "", values, value
 
@@ -1360,7 +1361,7 @@ class Counter(Family):
             self.children[key] = self.children.get(key, 0) + amount
 
     def fold(self, label: str, value: str, into: str) -> None:
-        """Count the children with that value of a label under another one: sums stay."""
+        """Count the children whose `label` is `value` under `into`, so that sums stay the same."""
         at = self.labels.index(label)
         for values in [one for one in self.children if one[at] == value]:
             amount = self.children.pop(values)
@@ -1375,7 +1376,7 @@ class Gauge(Family):
 
 
 class Histogram(Family):
-    """A child is a list: the count of each bucket, the count above the last, and the sum."""
+    """A histogram, whose children are lists: each bucket's count, the count above, and the sum."""
 
     kind = "histogram"
 
@@ -1384,7 +1385,7 @@ class Histogram(Family):
         self.bounds = bounds
 
     def child(self, *values: str) -> list[float]:
-        """The child of these label values; who holds it can `observe` cheaply."""
+        """The child with these label values, made if needed; with it, `observe` is cheap."""
         zeros, room = [0.0] * (len(self.bounds) + 2), len(self.children) < self.limit
         key = values if room else self.key(values)
         return self.children.get(values) or self.children.setdefault(key, zeros)
@@ -1394,7 +1395,7 @@ class Histogram(Family):
         child[-1] += value
 
     def note(self, value: float, *values: str) -> None:
-        """A value of the child with these label values."""
+        """Add a value to the child with these label values."""
         note_each(values, (self, value))
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
@@ -1408,7 +1409,7 @@ class Histogram(Family):
 
 
 def count_each(*counted: tuple[Counter, tuple[str, ...], float]) -> None:
-    """Add to each counter's child with these label values; in one call, like `note_each`."""
+    """Add to children of several counters, (counter, label values, amount) each, in one call."""
     for family, values, amount in counted:
         if values in family.children:
             family.children[values] += amount
@@ -1417,8 +1418,8 @@ def count_each(*counted: tuple[Counter, tuple[str, ...], float]) -> None:
 
 
 def note_each(values: tuple[str, ...], *noted: tuple[Histogram, float]) -> None:
-    """A value of each histogram's child with these label values; in one call, as each request has
-    so many of them."""
+    """Add values, (histogram, value) each, to the children with these label values.  One call does
+    it, as each request adds many."""
     for family, value in noted:
         child = family.children.get(values) or family.child(*values)
         child[bisect.bisect_left(family.bounds, value)] += 1
@@ -1426,14 +1427,14 @@ def note_each(values: tuple[str, ...], *noted: tuple[Histogram, float]) -> None:
 
 
 def written(value: float) -> str:
-    """A number as Prometheus reads it; whole ones without a fraction."""
+    """A number in the exposition format; whole ones without a fraction."""
     if value == INFINITY:
         return "+Inf"
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def expose(families: Iterable[Family]) -> str:
-    """The text page of these families."""
+    """The families as a text page."""
     out = []
     for family in families:
         out.append(f"# HELP {family.name} {family.meaning}\n# TYPE {family.name} {family.kind}\n")
