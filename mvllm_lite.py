@@ -2242,6 +2242,9 @@ class Settings:
         restart=True)
     manager_key: str = setting("", optional_secret, "an admin's key there; or", restart=True)
     manager_key_file: str = setting("", file_path, "a file that holds it", restart=True)
+    manager_ca_file: str = setting(
+        "", file_path, "https: certificates to trust for the manager", "MANAGER_CA_FILE",
+        restart=True)
     agent_lost_after: float = setting(
         300.0, real(0), "silence of an agent after which its models are started elsewhere")
 
@@ -2440,8 +2443,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
           "resumes", "disaggregation", "models", "profiles", "devices")
-# Tables that a file may have in place of servers.
-STAND_ALONE = {"kubernetes", "models", "profiles", "devices", "manager"}
+# Tables, and keys of [config], that a file may have in place of servers.
+STAND_ALONE = {"kubernetes", "models", "profiles", "devices", "manager", "registration_key",
+               "registration_key_file", "registration_address"}
 
 
 def kubernetes_settings(**values: Any) -> KubernetesSettings:
@@ -2508,7 +2512,8 @@ class SettingsReader:
         for key, (value, origin) in overrides.items():
             if key in CONFIG_FIELDS:
                 values[key] = self.checked(CONFIG_FIELDS[key], value, (key,), origin)
-        self.sources |= {*overrides, *({"manager"} & set(config))}
+        self.sources |= {*(overrides.keys() & {*TABLES, "manager"}), *(
+            SYNONYMS.get(key, key) for key in self.table("config"))}
         servers = self.servers(*overrides.get("servers", (None, "")))
         aliases, keys, split = self.aliases(), self.keys(), self.disaggregation(
             *overrides.get("disaggregation", (self.document.get("disaggregation", []), "")))
@@ -10017,6 +10022,7 @@ def usual_context() -> ssl.SSLContext:
 
 
 PATTERN = "like "  # before the id of an entry that servers are like: none of theirs begins so
+MANAGER = "manager"  # the balancer that keeps the models, as such an entry
 
 
 class Secrets:
@@ -10030,7 +10036,7 @@ class Secrets:
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         s = settings
         self.registration = s.registration_key or self._read_key(s.registration_key_file)
-        self.manager = s.manager_key or self._read_key(s.manager_key_file)
+        manager = ServerSettings(s.manager, ca_file=s.manager_ca_file, id=PATTERN + MANAGER)
         self._registered_key = s.registered_api_key or self._read_key(s.registered_api_key_file)
         self._settings = s
         named = (*settings.servers, *(
@@ -10039,10 +10045,11 @@ class Secrets:
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
             for server in named
         }
+        self.server_keys[manager.id] = s.manager_key or self._read_key(s.manager_key_file)
         self._named = frozenset(self.server_keys)
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
-        for server in named:
+        for server in (*named, manager):
             self._make_context(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
@@ -19933,9 +19940,9 @@ class LocalHost:
     def allowed(self) -> Iterable[ProfileSettings]:
         return self.agent.profiles.values()
 
-    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
-        """The URL at which an instance is asked, and the key for that."""
-        return str(instance["base_url"]), ""
+    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
+        """Where an instance is asked, and with which key."""
+        return ServerSettings(str(instance["base_url"]))
 
     async def refresh(self) -> None:
         pass
@@ -19998,8 +20005,8 @@ class RemoteHost:
     def report(self) -> dict[str, Any]:
         return self.said
 
-    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
-        return f"{self.public_url}/proxy/{instance['alias']}", self.key
+    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
+        return ServerSettings(f"{self.public_url}/proxy/{instance['alias']}", api_key=self.key)
 
     async def refresh(self) -> None:
         """Raises PeerGone."""
@@ -20041,8 +20048,8 @@ class ManagedHost:
 
     reachable, profiles, seen_at = True, None, INFINITY
 
-    def __init__(self, name: str, manager: str, manager_key: str, key: str) -> None:
-        self.name, self.manager, self._manager_key, self._key = name, manager, manager_key, key
+    def __init__(self, name: str, manager: str, key: str) -> None:
+        self.name, self.manager, self._key = name, manager, key
         self.instances: dict[str, Any] = {}
 
     def report(self) -> dict[str, Any]:
@@ -20051,15 +20058,15 @@ class ManagedHost:
     def allowed(self) -> Iterable[ProfileSettings]:
         return ()
 
-    def address_of(self, instance: Mapping[str, Any]) -> tuple[str, str]:
+    def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
         """What listens on the manager's loopback is asked through the manager, unless it is on
         this machine; and so is what must be told another name of its model."""
         url = str(instance["worker_url"])
         ours, theirs = (is_local_name(urllib.parse.urlsplit(one).netloc)
                         for one in (self.manager, url))
         if instance["aliased"] or (theirs and not ours):
-            return self.manager, self._manager_key
-        return url, self._key if "/proxy/" in url else ""
+            return ServerSettings(self.manager, like=MANAGER)
+        return ServerSettings(url, api_key=self._key if "/proxy/" in url else "")
 
 
 Host = LocalHost | RemoteHost | ManagedHost
@@ -20564,12 +20571,11 @@ class ModelPool(Holdings):
             runs = phase is Phase.RUNNING and host.reachable
             if runs or (name in known and phase in LIVING + (Phase.FAILED,)
                         and one["retry_in_s"] is not None):
-                id, (url, key) = one["alias"], host.address_of(one)
-                model = self.models.get(one["model_alias"])
-                servers[id] = ServerSettings(
-                    url, model.max_concurrent_requests if model else AUTO,
-                    1.0 if runs and name not in self.leaving else 0.0, api_key=key,
-                    id=id, name=id)
+                id, model = one["alias"], self.models.get(one["model_alias"])
+                servers[id] = dataclasses.replace(
+                    host.address_of(one), id=id, name=id,
+                    max_concurrent_requests=model.max_concurrent_requests if model else AUTO,
+                    weight=1.0 if runs and name not in self.leaving else 0.0)
                 self.seen_running[name] = one["pid"] if runs else known[name]
                 view, before = self.core.fleet.view(id), self.named.get(id)
                 back = before is not None and not before.weight and view and not view.healthy
@@ -20650,7 +20656,6 @@ class FollowedPool(ModelPool):
         super().__init__(core)
         self.manager, self._trouble = core.settings.manager, ""
         self._client: HttpClient | None = None
-        self._server = ServerSettings("")  # that the client asks
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks
@@ -20688,8 +20693,7 @@ class FollowedPool(ModelPool):
             registered[one["alias"]] = parse_model(said, self.manager)
             for instance in one["instances"]:
                 id, name = str(instance["worker_id"]), str(instance["alias"])
-                host = hosts.setdefault(id, ManagedHost(
-                    id, self.manager, self.core.pools.secrets.manager, self.key))
+                host = hosts.setdefault(id, ManagedHost(id, self.manager, self.key))
                 host.address_of(instance)
                 host.instances[name] = {**instance, "model_alias": one["alias"]}
                 leaving |= {name} if instance["leaving"] else set()
@@ -20697,10 +20701,10 @@ class FollowedPool(ModelPool):
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """Raises PeerGone, with the manager's words if it refuses."""
-        server = ServerSettings(self.manager, api_key=self.core.pools.secrets.manager)
-        if self._client is None or server != self._server:
+        if self._client is None or self._client.server.url != self.manager:
             await self.close()
-            self._client, self._server = HttpClient(server, Secrets(Settings((server,)))), server
+            self._client = HttpClient(ServerSettings(self.manager, id=PATTERN + MANAGER))
+        self._client.equip(self.core.pools.secrets)
         return await ask_host(self._client, "it", path, content, timeout_s)
 
     async def have_woken(self, alias: str) -> None:
@@ -20935,7 +20939,7 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
     view = pool.core.fleet.view(one["alias"])
     in_flight = view.counts.in_flight if view else 0
     return {**one, "instance_alias": one["alias"], "worker_id": host.name,
-            "worker_url": host.address_of(one)[0], "inflight_requests": in_flight,
+            "worker_url": host.address_of(one).url, "inflight_requests": in_flight,
             "leaving": one["alias"] in pool.leaving, "aliased": is_aliased(pool, one),
             "capacity": round(view.capacity) if view else 0,
             "load": round(in_flight / view.capacity, 3) if view else 0.0,
@@ -21076,7 +21080,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
     words = {"running": "ready", "starting": "starting", "stopping": "stopping"}
     return {"running": [
         {"model": one["model_alias"], "state": words.get(one["status"], one["status"]),
-         "cmd": " ".join(one["command"]), "proxy": host.address_of(one)[0]}
+         "cmd": " ".join(one["command"]), "proxy": host.address_of(one).url}
         for host, one in pool_of(core).instances() if one["status"] != "failed"]}
 
 
@@ -21288,8 +21292,8 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="a settings file, for [[profiles]] and [devices]")
     parser.add_argument("--manager", default=given("MANAGER_URL", ""), metavar="URL",
                         help="the balancer to register at")
-    parser.add_argument("--ca-file", default="", metavar="FILE",
-                        help="https: certificates to trust in place of the system's")
+    parser.add_argument("--ca-file", default=given("MANAGER_CA_FILE", ""), metavar="FILE",
+                        help="https: certificates to trust for it")
     parser.add_argument("--id", default=given("WORKER_ID") or socket.gethostname(), help="its name")
     parser.add_argument("--host", default=given("WORKER_HOST", "0.0.0.0"))
     parser.add_argument("--port", default=given("WORKER_PORT", "7000"))
@@ -21308,7 +21312,7 @@ def run_worker(args: argparse.Namespace) -> int:
     if not args.file:
         overrides["servers"] = [], "worker"
     settings, _ = load_settings(args.file or "", overrides)
-    key = Secrets(settings).registration
+    key, args.ca_file = Secrets(settings).registration, args.ca_file or settings.manager_ca_file
     keys = (KeySettings("manager", key, admin=True),) if key else ()
     args.host = settings.host if key else "127.0.0.1"
     settings = dataclasses.replace(

@@ -18908,13 +18908,23 @@ async def test_what_serverless_vllm_said_of_routing_is_said_to_mean_nothing():
     ("of the manager's machine, where this is, too", "http://127.0.0.1:7001",
      "http://localhost:8888", False, ("http://127.0.0.1:7001", "")),
     ("of the manager's machine, from another", "http://127.0.0.1:7001", "http://lb:8888", False,
-     ("http://lb:8888", "boss")),
+     ("http://lb:8888", "manager")),
     ("a process with another name for its model", "http://g1:7000/proxy/x", "http://lb:8888", True,
-     ("http://lb:8888", "boss")),
+     ("http://lb:8888", "manager")),
 ))
 def test_where_an_instance_of_a_manager_s_pool_is_asked(worker_url, manager, aliased, address):
-    host = lite.ManagedHost("g1", manager, "boss", "k3y")
-    assert host.address_of({"worker_url": worker_url, "aliased": aliased}) == address
+    found = lite.ManagedHost("g1", manager, "k3y").address_of(
+        {"worker_url": worker_url, "aliased": aliased})
+    assert (found.url, found.api_key or found.like) == address
+
+
+@pytest.mark.parametrize("key", ("worker_key", "registration_key", "worker_key_file",
+                                 "registration_address"))
+def test_servers_that_register_need_no_list_of_servers(key):
+    assert lite.parse_settings(f'config.{key} = "127.0.0.1:7001"')[0].servers == ()
+    for toml, overrides in (("", {key: ("k", "environment WORKER_KEY")}), ("config.port = 1", {})):
+        with pytest.raises(lite.SettingsError, match="servers: found nothing"):
+            lite.parse_settings(toml, overrides=overrides)  # a file that is half written
 
 
 def test_a_balancer_with_a_manager_has_no_models_of_its_own():
@@ -18948,6 +18958,28 @@ async def test_another_balancer_follows_the_manager_of_the_models(tmp_path, capl
             assert (await client.post("/admin/models/a/stop", b"")).status == 200
             await eventually(lambda: pool.status_of(pool.models["a"]) == "absent", "it stopped")
             assert (await ask_model(other, "a")).status == 200
+
+
+@asynchronous
+async def test_a_manager_may_speak_https_with_an_authority_of_its_own(tmp_path):
+    (tmp_path / "cert").write_text(CERTIFICATE)
+    cert, key = str(tmp_path / "cert"), "sk-" + "b" * 20
+    boss = lite.KeySettings("boss", key=key, admin=True)
+    model = dataclasses.replace(little(), command=(*SIMULATE, "org/a", "--port", "{port}"),
+                                model="org/a", args=())  # which it alone can name
+    async with pooling(model, keys=(boss,), tls_cert=cert, tls_key=cert, aliases={"a": "org/a"},
+                       registration_key="k3y") as owner:
+        manager = f"https://127.0.0.1:{owner.balancer.port}"
+        async with balancing(manager=manager, manager_key=key, manager_ca_file=cert,
+                             wait=False) as other:
+            pool = other.core.planners["models"].pool
+            await eventually(lambda: "a" in pool.models, "it is told")
+            assert (await ask_model(other, "a")).status == 200
+            assert pool.named["local-a"].url == manager
+        async with agency(tmp_path, owner.balancer.port, manager=manager,
+                          MANAGER_CA_FILE=cert):
+            await eventually(lambda: "g1" in owner.core.planners["models"].pool.hosts,
+                             "the agent has registered")
 
 
 @asynchronous
@@ -18998,7 +19030,7 @@ async def test_an_agent_without_a_manager_serves_and_stops(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def agency(tmp_path, port, *words, key="k3y"):
+async def agency(tmp_path, port, *words, key="k3y", manager="", **environ):
     """An agent, as a process of its own."""
     file = tmp_path / "agent.toml"
     file.write_text(f"""[devices]
@@ -19011,9 +19043,10 @@ models = ["org/*", "a"]
 [config]
 state_file = "{tmp_path / 'agent.state'}"
 """)
-    command = [*lite.own_command(), "worker", str(file), "--manager", f"http://127.0.0.1:{port}",
-               "--id", "g1", "--host", "127.0.0.1", "--port", "0", *words]
-    agent = subprocess.Popen(command, env=os.environ | {"WORKER_KEY": key},
+    command = [*lite.own_command(), "worker", str(file), "--manager",
+               manager or f"http://127.0.0.1:{port}", "--id", "g1", "--host", "127.0.0.1",
+               "--port", "0", *words]
+    agent = subprocess.Popen(command, env=os.environ | {"WORKER_KEY": key, **environ},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield agent
