@@ -55,16 +55,16 @@ the lines.
     21  engine load    · what a server says of itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
-    22  health         · whether a server can be asked, by checks and by what became of requests
-    23  pace           · what a server has of ours; how fast it reads and answers, as learned
-    24  servers        · what is known of each: settings, health, report, what was learned, counts
-    25  learning       · what reports teach of a server: its capacity, and what its cache has
-    26  leases         · a request that is with a server: what it counts for, what it teaches
-    27  fleet          · the servers, and requests of ours with them
-    28  roster         · which servers there are: named by the file, by hand, merged by one rule
-    29  estimates      · what a call would take at each server, and take from others, in seconds
-    30  policies       · what a server is worth for a call, by a dozen rules
-    31  ranking        · who may be asked, who is asked, and why
+    22  health         · whether a server can be asked, judged by checks and by how requests fared
+    23  pace           · our requests at a server; how fast it reads and answers, as learned
+    24  servers        · the view of each server: settings, health, report, what was learned, counts
+    25  learning       · what reports teach about a server: its capacity, what its cache really has
+    26  leases         · a request at a server: what it counts for, and what its answer teaches
+    27  fleet          · all servers, each with its newest view, and our requests at them
+    28  roster         · which servers there are: defined by several sources, merged by one rule
+    29  estimates      · what a call would cost at each server, itself and others, in seconds
+    30  policies       · what a call costs at each server, by a dozen rules
+    31  ranking        · which servers may be asked, which one is, and why
 
      V  answering        1,000 lines, for each request
     32  queue          · requests that wait for room; what retries the fleet can afford
@@ -5136,34 +5136,33 @@ def is_plain(value: Any, depth: int) -> bool:
 #  22  health
 # ══════════
 #
-# Whether a server can be asked, judged by checks and by what became of requests.  Each judgement
-# is a new frozen Health.
+# Whether a server can be asked, judged by checks and by how requests fared.  Each judgement makes a
+# new frozen Health.
 
 
 CHECKED_SINCE = "; its checks say: "
 
 
 class State(Enum):
-    """mvllm's three words.  Only a healthy server is asked."""
+    """The states that mvllm has too.  Normally, only healthy servers are asked."""
 
-    CHECKING = "checking"  # nothing is known yet
+    CHECKING = "checking"  # not known yet
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
 
 
 class Health(NamedTuple):
-    """The health of one server, from checks (active) and from what requests met (passive).
+    """The health of one server, judged by checks (active) and by how requests fare (passive).
 
-    By checks it goes out when one limit is met: checks failed in a row, share of passed checks in
-    the window, mean time of the window's checks.  It comes back after enough passed checks in a
-    row, and the window starts anew: an hour of downtime takes no hour of good checks.  Where it
-    was the window that took it out, the window has to be good again, or it would come and go.
+    Checks take a server out when one limit is met: checks failed in a row, share of passed checks
+    in the window, mean time of the window's checks.  Enough passed checks in a row bring it back
+    and start a new window, so that an hour of downtime does not need an hour of good checks.  If
+    the window took it out, the window must be good again first, or the server would come and go.
 
-    By requests it goes out when enough of them failed in a row: its circuit opens.  While others
-    go well there, those of the same content count as one: they may be the content's.  Good checks
-    do not close it; but after some time it is half-open, one request at a time is a trial, and
-    enough good ones in a row bring it back.
-    """
+    Requests take it out when enough of them fail in a row: its circuit opens.  While others succeed
+    there, failures with the same content count as one, since the content may cause them.  Good
+    checks do not close the circuit; but after some time it is half-open: one request at a time is
+    a trial, and enough successful trials in a row bring the server back."""
 
     state: State
     reason: str
@@ -5171,20 +5170,20 @@ class Health(NamedTuple):
     window: tuple[tuple[bool, float], ...] = ()  # the last checks: passed, seconds
     failures: int = 0  # failed checks in a row
     successes: int = 0  # passed checks in a row
-    request_failures: tuple[tuple[float, bytes], ...] = ()  # in a row: when, and of what content
-    open_until: float | None = None  # the circuit is open, then half-open; None: it is closed
-    trials: int = 0  # good trials in a row
-    frozen: bool = False  # its engine stands still: clients' requests are no trials then
+    request_failures: tuple[tuple[float, bytes], ...] = ()  # in a row: the time and the content
+    open_until: float | None = None  # then the open circuit is half-open; None: it is closed
+    trials: int = 0  # successful trials in a row
+    frozen: bool = False  # its engine stands still, so clients' requests are no trials
     problem: str = ""  # of the last check that failed
-    shaky: bool = False  # the window took it out, and it was not away since then
+    shaky: bool = False  # the window took it out, and it has not been away since
     checked_at: float | None = None
     checks: int = 0
-    reached: bool = False  # it is out, but the last check had an answer, or an open connection
+    reached: bool = False  # it is out, but the last check got an answer or an open connection
 
     @property
     def may_be_last_resort(self) -> bool:
-        """Whether it can be asked where there is no other: only its circuit keeps it out, or
-        checks that hang, are slow or answer an error."""
+        """Whether it can be asked if there is no other: only its circuit keeps it out, or checks
+        that hang, are slow or get an error."""
         if self.state is State.UNHEALTHY and not self.frozen:
             return self.reached or (self.open_until is not None and not self.failures)
         return self.state is State.HEALTHY
@@ -5196,7 +5195,7 @@ class Health(NamedTuple):
 
     @property
     def success_matters(self) -> bool:
-        """Whether a request that goes well may change anything."""
+        """Whether a request that succeeds may change its health."""
         return bool(self.request_failures) or self.open_until is not None
 
     @property
@@ -5216,14 +5215,14 @@ class Health(NamedTuple):
 
     def checked(self, passed: bool, seconds: float, why: str, now: float, s: Settings,
                 reached: bool = False) -> Health:
-        """After one more check; `why` names a problem, also with a check that passed.  One that
-        failed may still have `reached` a server that could answer requests."""
+        """The health after one more check.  `why` names a problem, even if the check passed; one
+        that failed may still have `reached` a server that could answer requests."""
         health = self.counted(passed, seconds, why, now, s)
         trouble = health.state is not State.HEALTHY and (passed or reached)
         return health if health.reached is trouble else health._replace(reached=trouble)
 
     def counted(self, passed: bool, seconds: float, why: str, now: float, s: Settings) -> Health:
-        """The same, without a word on whom the check has reached."""
+        """As `checked`, with `reached` as it was."""
         in_time = seconds <= s.health_check_max_response_time
         health = self._replace(
             window=(*self.window, (passed, seconds))[-s.health_check_window_size :],
@@ -5248,31 +5247,31 @@ class Health(NamedTuple):
         return health.still_out(f"a check took {seconds:.1f} s" if passed else why, now)
 
     def still_out(self, why: str, now: float) -> Health:
-        """Out for another reason; that of an open circuit still stands."""
+        """The health of a server that stays out; the reason for an open circuit is kept too."""
         if self.open_until is not None:
             why = f"{self.reason.partition(CHECKED_SINCE)[0]}{CHECKED_SINCE}{why}"
         return self.become(State.UNHEALTHY, why, now)
 
     def refused(self, why: str, now: float) -> Health:
-        """After a check in which our key was rejected: nothing else can come of any request."""
+        """The health after a check whose key was rejected, as every request's would be."""
         health = self.taken_out(f"its key is rejected: {why}", now)
         return health._replace(checked_at=now, checks=self.checks + 1)
 
     def excused(self, now: float) -> Health:
-        """After a check that hung while answers flowed: it says nothing of a healthy server."""
+        """The health after a check that hung while answers flowed, which does not count."""
         why = "its checks hang, its answers flow"
         return self._replace(reason=why, checked_at=now, checks=self.checks + 1)
 
     def limit_met(self, s: Settings) -> str:
-        """Which limit the checks have met, in words, or ''."""
+        """The limit that the checks have met, in words, or ''."""
         if self.failures >= s.health_check_consecutive_failures:
             return f"{self.failures} checks failed in a row: {self.problem}"
         return self.window_limit_met(s)
 
     def window_limit_met(self, s: Settings) -> str:
-        """The same of the window alone."""
+        """The limit that the window has met, in words, or ''."""
         count, rate, mean_s = len(self.window), self.success_rate, self.mean_time_s
-        judged = count >= min(5, s.health_check_window_size)  # one check is no rate
+        judged = count >= min(5, s.health_check_window_size)  # fewer do not make a rate
         if judged and rate < s.health_check_min_success_rate:
             return f"{rate:.0%} of the last {count} checks passed, the last problem: {self.problem}"
         if mean_s > s.health_check_max_response_time:
@@ -5281,9 +5280,9 @@ class Health(NamedTuple):
 
     def failed(self, why: str, reached: bool, now: float, s: Settings,
                content: bytes = b"") -> Health:
-        """After a request failed in a way the server is to blame for.  Where none could be
-        `reached`, the next good check tells that there is one again.  `content` is given where it
-        may be its failure: others of the same are forgotten for this one."""
+        """The health after a request failed by the server's fault.  If the server could not be
+        `reached`, the next good check brings it back.  `content` is given if it may be to blame:
+        this failure then replaces earlier ones with the same content."""
         recent = (one for one in self.request_failures
                   if one[0] > now - s.breaker_window and (not content or one[1] != content))
         failures = (*recent, (now, content))[-s.failure_threshold :]
@@ -5295,17 +5294,17 @@ class Health(NamedTuple):
         return self.opened(f"circuit open: {why}", now, s) if reached else self.taken_out(why, now)
 
     def confirmed(self, content: bytes, why: str, now: float, s: Settings) -> Health:
-        """After another server has done what failed here: it was the server's failure."""
+        """The health after another server succeeded where this one failed, which is to blame."""
         others = tuple(one for one in self.request_failures if not content or one[1] != content)
         return self._replace(request_failures=others).failed(why, True, now, s)
 
     def would_open(self, content: bytes, now: float, s: Settings) -> bool:
-        """Whether one more failure would open its circuit."""
+        """Whether one more failure would open the circuit."""
         return self.failed("", True, now, s, content).open_until != self.open_until
 
     def probed(self, well: bool, now: float, s: Settings) -> Health:
-        """After a request of our own, shortly before its circuit is half-open: clients' requests
-        are on trial only where that went well, which is a good trial, too."""
+        """The health after a request of our own, shortly before the circuit would be half-open.
+        Success makes it half-open and counts as a trial; failure keeps clients' requests away."""
         if self.open_until is None or self.trials:
             return self
         if not well:
@@ -5313,29 +5312,29 @@ class Health(NamedTuple):
         return self.half_opened(now).succeeded(now, s)
 
     def died(self, why: str, now: float) -> Health:
-        """After it died with a request."""
+        """The health after the server died with a request."""
         return self.taken_out(f"it died with a request: {why}", now)
 
     def taken_out(self, why: str, now: float) -> Health:
-        """Out until the next good check."""
+        """The health of a server that is out until its checks are good again."""
         health = self.become(State.UNHEALTHY, why, now)
         return health._replace(failures=self.failures + 1, reached=False)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
-        """With its circuit open from now on."""
+        """The health with the circuit open from now on."""
         health = self.become(State.UNHEALTHY, why, now)
         return health._replace(open_until=now + s.breaker_open_time, trials=0)
 
     def half_opened(self, now: float) -> Health:
-        """With its circuit's time up: somebody wants to see whether it is well."""
+        """The health with an open circuit half-open at once, when somebody asks for a trial."""
         return self if self.open_until is None else self._replace(open_until=now)
 
     def stood_still(self, why: str, now: float, s: Settings) -> Health:
-        """With its engine frozen, though its health path may say that all is well."""
+        """The health with a frozen engine, even if the server's health path answers 200."""
         return self.opened(why, now, s)._replace(frozen=True)
 
     def succeeded(self, now: float, s: Settings) -> Health:
-        """After a request went well."""
+        """The health after a request succeeded."""
         if self.circuit(now) != "half-open":
             return self._replace(request_failures=()) if self.request_failures else self
         if self.trials + 1 < s.breaker_success_threshold:
@@ -5343,7 +5342,7 @@ class Health(NamedTuple):
         return self.become(State.HEALTHY, f"{self.trials + 1} trials went well", now)
 
     def rested(self, now: float, s: Settings) -> Health:
-        """Without active checks nobody would ever call a server healthy again, so time does."""
+        """The health without active checks, where only time can bring a server back."""
         if self.state is State.CHECKING:
             return self.become(State.HEALTHY, "active checks are off", now)
         if self.state is State.UNHEALTHY and now - self.since >= s.auto_recovery_threshold:
@@ -5355,58 +5354,58 @@ class Health(NamedTuple):
 #  23  pace
 # ══════════
 #
-# What a server has of ours, counted in place, and how fast it is, in two figures that are learned
-# in place: the seconds of a step in which its engine makes one token of each answer, if it had no
-# other work, and what a prompt's token takes beside that.  Answers tell both, and reports.  All
-# samples are clamped: one silent interval, or one lucky prompt, changes little.
+# Our requests at a server, counted in place, and its speed, learned in place as two figures: the
+# time of a step, in which its engine makes one token of each answer, without other work; and the
+# time of a prompt's token, in steps.  Both are learned from answers and reports.  All samples are
+# clamped, so that one silent interval or one lucky prompt changes little.
 
-STEP_S = 0.015  # until something was seen: an 8B model on an A100
-GUESS_CLAMP = 16.0  # so many times faster or slower is the most that is guessed of capacities
+STEP_S = 0.015  # until learned: an 8B model on an A100
+GUESS_CLAMP = 16.0  # the largest factor from STEP_S that capacities may suggest
 LEAST_STEP_S = 1e-4
-PROMPT_STEPS = 0.0055  # what reading a token takes, in steps, there
-DOUBLED_BY = 100.0  # requests in the engine with which a step takes twice as long as with none
-PACE_CLAMP = 4.0  # a sample is taken for so much faster or slower at most
-PROMPT_CLAMP = 8.0  # the same, of what reading takes
+PROMPT_STEPS = 0.0055  # steps that reading a token takes, on that A100
+DOUBLED_BY = 100.0  # requests in the engine that make a step take twice as long as with none
+PACE_CLAMP = 4.0  # the largest factor by which a sample may differ from what is known
+PROMPT_CLAMP = 8.0  # the same for reading, from PROMPT_STEPS
 ANSWER_WEIGHT = 0.05  # of one answer that has ended
-ANSWER_TRUSTED_TOKENS = 50  # from here on it has its full weight
+ANSWER_TRUSTED_TOKENS = 50  # the shortest answer with full weight
 PACE_MEMORY_S = 2.5  # of reports
-CHANGED = 1.6  # streams that run so many times as slow, or as fast, twice in a row, show a change,
-STREAMS_WEIGHT = 0.5  # which is taken for true by so much, and twice a second
-PROMPT_SAMPLE_TOKENS = 600  # a shorter wait says more of the network and of steps than of reading
+CHANGED = 1.6  # streams that are slower or faster by this factor twice in a row show a change,
+STREAMS_WEIGHT = 0.5  # which is adopted with this weight, twice a second
+PROMPT_SAMPLE_TOKENS = 600  # waits for fewer tell of the network and of steps, not of reading
 PROMPT_TRUSTED_TOKENS = 2000
 PROMPT_WEIGHT = 0.05
 FIRST_STEPS = 1.5  # until a token that is due is made: the step under way, and its own
-RETEST_S = 60.0  # an idle server of which nothing was seen for so long may have changed,
-RETEST_SLOWED_S = 5.0  # and one that has slowed down all the more; later ever more rarely
-RETEST_NEW_S = 5.0  # the same of one that is new
+RETEST_S = 60.0  # after so long without samples, an idle server may have changed,
+RETEST_SLOWED_S = 5.0  # and sooner if it has slowed down; the pause doubles with each try
+RETEST_NEW_S = 5.0  # the same for a new server
 RETEST_LIMIT_S = 300.0
-RETEST_TOKENS = 512  # it is tried with a prompt that is no longer
+RETEST_TOKENS = 512  # the longest prompt to try it with
 READ_MEMORY_S = 5.0  # of the rate at which prompts come
 ANSWER_TOKENS = 200.0  # of an answer, until some have ended
 ANSWERS_WEIGHT = 0.01
-ANSWERS_SOON = 8  # what was assumed counts as so many answers
-PACE_SOON = 8  # samples of a server, until others are not judged by it any more
+ANSWERS_SOON = 8  # the assumption counts as so many answers
+PACE_SOON = 8  # samples of a server that still change what is expected of others
 
 
 class Counts:
-    """Requests of ours with a server, exact.  The fleet changes them in place."""
+    """Our own requests at a server, an exact count that the fleet changes in place."""
 
     __slots__ = ("in_flight", "on_trial", "pending", "request_s", "at", "read", "rate",
                  "held", "quiet", "looked")
 
     def __init__(self, in_flight: int = 0, on_trial: int = 0, pending: int = 0) -> None:
         self.in_flight = in_flight
-        self.on_trial = on_trial  # of these, begun while the circuit was half-open
-        self.pending = pending  # tokens of their prompts to be read before they are answered
-        self.read = 0  # and those that were
-        self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, until then,
-        self.rate = 0.0  # and tokens to read that came per second
-        self.looked = -INFINITY, 0.0, 0  # at its streams: when, request_s and read then
-        self.quiet = False  # at its last report it had nothing to read
-        self.held = 0  # tokens that have come into its KV cache, less those gone, since its report
+        self.on_trial = on_trial  # those begun while the circuit was half-open
+        self.pending = pending  # tokens of prompts that it has yet to read,
+        self.read = 0  # and that it has read
+        self.request_s, self.at = 0.0, -INFINITY  # seconds × requests in flight, up to a time
+        self.rate = 0.0  # tokens to read that come per second
+        self.looked = -INFINITY, 0.0, 0  # last look at its streams: time, request_s and read
+        self.quiet = False  # it had nothing to read at its last report
+        self.held = 0  # tokens added to its KV cache, less those freed, since its report
 
     def until(self, now: float) -> None:
-        """Count that all has been as it is until now."""
+        """Bring the counts that depend on time up to `now`."""
         if (elapsed_s := now - self.at) > 0:
             if self.in_flight:
                 self.request_s += self.in_flight * elapsed_s
@@ -5415,19 +5414,19 @@ class Counts:
 
 
 class Pace:
-    """How fast a server is, as far as it was seen; changed in place."""
+    """A server's speed as it was learned; changed in place."""
 
     __slots__ = ("step_s", "prompt_steps", "samples", "retest_s", "retest_at",
                  "tokens_per_event", "change")
 
     def __init__(self, step_s: float = STEP_S) -> None:
-        self.step_s = step_s  # of one token of an answer, with nothing else to do
-        self.prompt_steps = PROMPT_STEPS  # what one token of a prompt takes of that
+        self.step_s = step_s  # for one token of an answer, without other work
+        self.prompt_steps = PROMPT_STEPS  # steps for one token of a prompt
         self.samples = 0  # since it was new, or idle for long
-        self.retest_s = RETEST_S  # without one, until it is worth a try,
-        self.retest_at = INFINITY  # and when that will be
+        self.retest_s = RETEST_S  # the pause without samples before it is tried,
+        self.retest_at = INFINITY  # and its end
         self.tokens_per_event = 1.0  # of its streams
-        self.change = 0  # 1 if they were slower than they should be when last looked at, -1 faster
+        self.change = 0  # at the last look, its streams were slower (1) or faster (-1) than known
 
     @property
     def prompt_token_s(self) -> float:
@@ -5436,28 +5435,28 @@ class Pace:
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """How fast it reads; 0 is unknown."""
+        """The speed at which it reads prompts; 0: unknown."""
         return 1 / self.prompt_token_s if self.samples else 0.0
 
     def expect(self, step_s: float, retest_at: float) -> None:
-        """Nothing was seen of it yet; it is probably so fast, as far as vLLM is."""
+        """Assume a step's time for a server without samples, within what vLLM can have."""
         self.step_s = min(GUESS_CLAMP * STEP_S, max(STEP_S / GUESS_CLAMP, step_s))
         self.retest_at = retest_at
 
     def restarted(self) -> None:
-        """It may be another now; until something is seen it is taken for the same."""
+        """Note a restart: keep its step as an assumption, and learn anew."""
         self.samples, self.prompt_steps = 0, PROMPT_STEPS
 
     def tried(self, now: float) -> None:
-        """It gets a request after a long time: what that shows counts as much as what was known."""
+        """Note a request after a long pause, whose sample will count as much as what is known."""
         self.samples, self.retest_s = min(self.samples, 1), min(RETEST_LIMIT_S, 2 * self.retest_s)
         self.retest_at = now + self.retest_s
 
     def worked(
         self, seconds: float, tokens: float, running: float, read: float, weight: float, now: float
     ) -> None:
-        """In that time it made so many tokens of each answer while so many ran on average, and
-        read so many tokens of prompts.  The sample counts by its `weight`, early ones more."""
+        """Learn from a time in which it made `tokens` of each answer, with `running` on average,
+        and read so many tokens of prompts.  The sample counts by `weight`, early ones more."""
         known, steps = self.step_s, tokens * (1 + running / DOUBLED_BY) + read * self.prompt_steps
         found = min(PACE_CLAMP * known, max(known / PACE_CLAMP, seconds / steps))
         if found > 1.5 * known:
@@ -5473,17 +5472,17 @@ class Pace:
     def answered(
         self, seconds: float, tokens: int, running: float, read: float, now: float
     ) -> None:
-        """An answer has ended: so many tokens after the first, since that one came."""
+        """Learn from an answer that has ended: its tokens, and seconds, after the first token."""
         if tokens >= 8:
             self.worked(seconds, tokens, running, read,
                         ANSWER_WEIGHT * min(1.0, tokens / ANSWER_TRUSTED_TOKENS), now)
 
     def counted(self, tokens_per_event: float) -> None:
-        """So many tokens came with each event of a stream."""
+        """Learn the tokens in each event of a stream."""
         self.tokens_per_event += ANSWER_WEIGHT * (tokens_per_event - self.tokens_per_event)
 
     def prompt_read(self, seconds: float, tokens: int, running: float) -> None:
-        """An answer began when so many tokens of prompts, its own last, were read."""
+        """Learn from an answer that began after so many tokens of prompts, its own last."""
         if tokens <= PROMPT_SAMPLE_TOKENS:
             return
         steps = seconds / self.step_s - FIRST_STEPS * (1 + running / DOUBLED_BY)
@@ -5492,8 +5491,8 @@ class Pace:
         self.prompt_steps += weight * (found * PROMPT_STEPS - self.prompt_steps)
 
     def reported(self, before: EngineLoad, load: EngineLoad, elapsed_s: float, now: float) -> None:
-        """Two reports tell what it did between them, for us and for others.  At neither was a
-        prompt of ours under way, which the engine counts as running and as read before it is."""
+        """Learn from what it did between two reports, for us and for others.  Neither may have come
+        during one of our prompts, which the engine counts as running and as read too early."""
         if None in (before.generation_tokens, load.generation_tokens, before.running, load.running):
             return
         made = load.generation_tokens - before.generation_tokens  # type: ignore[operator]
@@ -5509,9 +5508,9 @@ class Pace:
     def streamed(
         self, seconds: float, events: float, streams: int, running: float, read: float, now: float
     ) -> None:
-        """In that time each of so many streams brought so many events on average, while at most so
-        many tokens of prompts were read.  Two in a row tell of a change; what is within these
-        bounds, answers tell better when they have ended."""
+        """Learn from streams that brought so many `events` each, while at most `read` tokens of
+        prompts were read.  Only a deviation twice in a row shows a change; smaller ones are left to
+        answers that have ended."""
         tokens = events * self.tokens_per_event
         if tokens * streams < 8 and events:
             return
@@ -5524,16 +5523,16 @@ class Pace:
 
 
 class AnswerLengths:
-    """How many tokens an answer has, by model, as far as some have ended."""
+    """The mean tokens of answers, by model, learned as answers end."""
 
     def __init__(self) -> None:
-        self.known: dict[str | None, tuple[float, int]] = {}  # mean, and of how many
+        self.known: dict[str | None, tuple[float, int]] = {}  # mean, and count
 
     def get(self, model: str | None) -> float:
         return self.known[model][0] if model in self.known else ANSWER_TOKENS
 
     def means(self) -> dict[str, float]:
-        """By model; '' is of requests that named none."""
+        """The mean by model; '' stands for requests that named none."""
         return {model or "": mean for model, (mean, _) in self.known.items()}
 
     def ended(self, model: str | None, tokens: int) -> None:
@@ -5548,39 +5547,39 @@ class AnswerLengths:
 #  24  servers
 # ══════════
 #
-# What is known of a server: what was set, its health, its last report, what was learned.  All of
-# it is one frozen view, which changes only on news; requests of ours are counted apart, in place.
-# A server with several engines (data parallel) has a view for each; their health is one.  Whoever
-# chooses among servers sees them as the Eligible, in columns.
+# What is known about a server: settings, health, last report, what was learned.  One frozen view
+# holds it all and is replaced only on news; our own requests are counted apart, in place.  A server
+# with several engines (data parallel) has a view for each, with the same health.  Policies see
+# servers as the Eligible, in columns.
 
 PREFILL_BYTES_PER_S = 4000  # of a prompt, about 1,000 tokens: a slow server with a long queue
-Models = Mapping[str, Mapping[str, Any]]  # by id, with everything the server says of each
-START_CAPACITY = 64.0  # of a server that was given none: where learning begins
-FULL_RATIO = 1.25  # of a learned capacity: with so much and a queue of its own, a server is full
-BLIND_RATIO = 2.0  # the same for one that does not say whether it has a queue
-KEPT_REPORTS = 3  # a single report may be missed
+Models = Mapping[str, Mapping[str, Any]]  # by id, with the server's entry for each
+START_CAPACITY = 64.0  # without a setting: where learning begins
+FULL_RATIO = 1.25  # times a learned capacity: with so many and a queue, a server is full
+BLIND_RATIO = 2.0  # the same for a server that does not report its queue
+KEPT_REPORTS = 3  # intervals until a report is old: one may be missed
 IN_FLIGHT_OF = operator.attrgetter("counts.in_flight")
 PENDING_OF = operator.attrgetter("counts.pending")
 PROMPT_SPEED_OF = operator.attrgetter("pace.prompt_tokens_per_s")
-MOST_RUNNING_GROWTH = 1.1  # by report, of what a server ran when it had a queue
-SPEED_CLAMP = 4.0  # servers, and samples, are taken for so much faster or slower at most
+MOST_RUNNING_GROWTH = 1.1  # per report without a queue
+SPEED_CLAMP = 4.0  # the largest factor by which servers, or samples, may be faster or slower
 
 
 def oldest_report(now: float, interval_s: float) -> float:
-    """The time of a report that is still news."""
+    """The time of the oldest report that still counts."""
     return now - KEPT_REPORTS * interval_s - 1
 
 
 class Report(NamedTuple):
-    """What a server said of its load.  `report_of` makes one."""
+    """A server's report of its load, made by `report_of`."""
 
     load: EngineLoad = EngineLoad()
     at: float = -INFINITY  # monotonic, -inf for never
-    ours_at_scrape: int = 0  # of the requests in it, as many as may be ours
+    ours_at_scrape: int = 0  # the most requests in it that may be ours
     foreign: int = 0  # the others
-    kv_room: float = INFINITY  # tokens for which its KV cache has room
-    most_running: float = INFINITY  # requests at once; others wait
-    trouble: str = ""  # why it says nothing any more
+    kv_room: float = INFINITY  # free tokens of its KV cache
+    most_running: float = INFINITY  # requests that it runs at once; others wait
+    trouble: str = ""  # why reports no longer come
 
 
 def report_of(
@@ -5593,8 +5592,8 @@ def report_of(
 
 
 def most_running_after(before: Report, load: EngineLoad) -> float:
-    """How many requests it runs at most: as many as it ran when it had a queue twice in a row.
-    After that it may take a few more from report to report."""
+    """The most requests that a server runs at once: those it ran while two reports in a row had a
+    queue.  Each later report without one raises that a little."""
     running = load.running or 0
     if load.queued and before.load.queued and running:
         return max(running, before.load.running or 0)
@@ -5602,37 +5601,37 @@ def most_running_after(before: Report, load: EngineLoad) -> float:
 
 
 class Learned(NamedTuple):
-    """What was learned of a server; 0 is unknown."""
+    """What was learned about a server; 0: unknown."""
 
     tpot_s: float = 0.0  # time per output token
-    capacity: float = START_CAPACITY  # what its tpot_s says of it
-    hit_ratio: float = 1.0  # of prompt tokens that it should have cached, the share that it had
+    capacity: float = START_CAPACITY  # as far as tpot_s and queues tell
+    hit_ratio: float = 1.0  # the share of the tokens expected in its cache that was found there
 
 
 class ServerView(NamedTuple):
-    """All that is known of a server, or of one of its engines; monotonic times, -inf for never."""
+    """All that is known about a server or one of its engines; monotonic times, -inf for never."""
 
-    id: str  # what all state is kept by: the server's id, for an engine with its rank
-    name: str  # what is shown: the server's name, for an engine with its rank
+    id: str  # the key of all state: the server's id, for an engine with its rank
+    name: str  # for people: the server's name, for an engine with its rank
     settings: ServerSettings
     health: Health
     counts: Counts
     pace: Pace
-    rank: int | None = None  # the engine's number; None for a server that is one
+    rank: int | None = None  # the engine's number; None for a server with one engine
     share: float = 100.0  # of requests, in percent, that its pool gets
-    draining: bool = False  # it leaves, with its last request
-    drained: bool = False  # by hand: it stays, and is not asked
-    busy_until: float = -INFINITY  # it said 429, or a 503 that means the same
+    draining: bool = False  # it leaves with its last request
+    drained: bool = False  # by hand: it stays, but is not asked
+    busy_until: float = -INFINITY  # after a 429, or a 503 that means the same
     progress_at: float = -INFINITY  # when its token counters last moved
-    models: Models | None = None  # None: it has not said yet
+    models: Models | None = None  # None: not known yet
     models_at: float = -INFINITY
-    version: str = ""  # of its vLLM; '' where it does not say
+    version: str = ""  # of its vLLM; '' if unknown
     report: Report = Report()
     learned: Learned = Learned()
 
     @property
     def server(self) -> str:
-        """The server's id, for an engine, too."""
+        """The server's id, for an engine too."""
         return self.settings.id
 
     @property
@@ -5641,7 +5640,7 @@ class ServerView(NamedTuple):
 
     @property
     def configured(self) -> int:
-        """The requests it runs well, as they were set, or AUTO."""
+        """Its capacity in requests, as set, or AUTO."""
         return self.settings.max_concurrent_requests
 
     @property
@@ -5650,17 +5649,17 @@ class ServerView(NamedTuple):
 
     @property
     def size(self) -> float:
-        """Its capacity as far as it is to be used: what policies ask for."""
+        """Its capacity times its weight, which policies go by."""
         return self.capacity * self.settings.weight
 
     @property
     def limit(self) -> float:
-        """How many requests it takes at once.  No weight raises a capacity that was configured."""
+        """The requests it takes at once: no weight raises its capacity."""
         return self.capacity * min(1.0, self.settings.weight)
 
     @property
     def reason(self) -> str:
-        """Why it is in its state, in words; and what else is the matter with it."""
+        """The reason for its state, in words, and other trouble it has."""
         if self.draining or self.drained:
             done = "drained by hand" if self.drained else "it leaves"
             left = f", {self.counts.in_flight} in flight" * bool(self.counts.in_flight)
@@ -5683,23 +5682,23 @@ class ServerView(NamedTuple):
 
     @property
     def admission(self) -> tuple[Any, ...]:
-        """All of it that may keep requests from the server."""
+        """Everything in it that may keep requests from the server."""
         return (self.health, self.settings, self.models, self.share, self.draining, self.drained,
                 self.busy_until, self.report.load.asleep, self.report.load.adapters)
 
     @property
     def by_name(self) -> ServerView:
-        """The view for a request to this server alone that is no work of its engine, which neither
-        sleep nor a drain by hand, weight or share keeps out."""
+        """The view for a request that names this server and needs no engine: sleep, a drain by
+        hand, weight and share do not exclude it."""
         return self._replace(
             report=self.report._replace(load=self.load._replace(asleep=False)), drained=False,
             settings=dataclasses.replace(self.settings, weight=self.settings.weight or 1.0),
             share=self.share or 1.0)
 
     def full(self, now: float, interval_s: float) -> bool:
-        """Whether a request more would only wait there.  A number that was configured is a limit;
-        a learned one is an opinion, and has to be confirmed: by the server's own queue, by what
-        was sent since it last spoke, or by twice as many.  One that is busy by its word is full."""
+        """Whether one more request would only wait there.  A configured capacity is a limit; a
+        learned one must be confirmed: by the server's queue, by requests sent since its report, or,
+        without reports, by twice as many."""
         if self.busy_until > now:
             return True
         limit, in_flight = self.limit, self.counts.in_flight
@@ -5714,32 +5713,32 @@ class ServerView(NamedTuple):
         return self.load.queued > 0 or sent_since >= (FULL_RATIO - 1) * limit
 
     def has_room(self, now: float) -> bool:
-        """Whether it may take a request more, by our own counts and its last word."""
+        """Whether it may take one more request, by our own counts and its last answers."""
         if self.busy_until > now:
             return False
         return not self.configured or self.counts.in_flight < self.limit
 
     def slow_start_share(self, now: float, slow_start_s: float) -> float:
-        """The share of its capacity that it gets since it has come back: from a tenth to all."""
+        """The share of its capacity to use after it came back: from a tenth to all."""
         age_s = max(0.0, now - self.health.since)
         return 1.0 if age_s >= slow_start_s else 0.1 + 0.9 * age_s / slow_start_s
 
     def foreign(self, now: float, interval_s: float) -> float:
-        """Requests it has that are not ours, fading where its report is older than the interval."""
+        """Others' requests at the server, fading once its report is older than the interval."""
         late, foreign = now - self.report.at - interval_s, self.report.foreign
         return foreign * math.exp(-late / (2 * interval_s)) if foreign and late > 0 else foreign
 
     def reports(self, now: float, interval_s: float) -> bool:
-        """Whether what it says of its load is news; a single report may be missed."""
+        """Whether its report still counts."""
         return self.report.at >= oldest_report(now, interval_s)
 
     def has(self, model: str | None) -> bool:
-        """Whether it may be asked for that model; one that has not told its models may."""
+        """Whether it may be asked for a model; a server whose models are unknown may."""
         return model is None or self.models is None or model in self.models
 
     def context(self, model: str | None) -> float:
-        """Tokens that a prompt and its answer may have together (max_model_len); infinity where
-        it does not say.  An adapter has its base's; the first model is a server's own."""
+        """The tokens that a prompt and its answer may have together (max_model_len); infinity if
+        unknown.  An adapter has its base's; None means the server's first model."""
         models = self.models or {}
         name = next(iter(models), None) if model is None else model
         for _ in range(2):
@@ -5750,41 +5749,41 @@ class ServerView(NamedTuple):
         return INFINITY
 
     def shares_models(self, other: ServerView) -> bool:
-        """Whether they may run the same; a server that has not said may."""
+        """Whether both may serve the same model; a server whose models are unknown may."""
         mine, theirs = self.models, other.models
         return not (mine and theirs and mine.keys().isdisjoint(theirs))
 
 
 class Moment(NamedTuple):
-    """What a judgement depends on besides servers and call."""
+    """The circumstances of a judgement, besides servers and call."""
 
     now: float
     interval_s: float  # between two reports of load
-    enforced: bool = False  # a server takes no more requests at once than its capacity
+    enforced: bool = False  # full servers are excluded
     slow_start_s: float = 0.0
 
 
 class Eligible(NamedTuple):
-    """What a policy judges: servers in columns, with their counts of that moment."""
+    """The servers that a policy judges, in columns, with their counts at the moment."""
 
     views: Sequence[ServerView]
     in_flight: list[int]
     pending: list[int]
     cached: Sequence[int]  # tokens of the prompt
-    slow_start: list[float]  # shares of their capacity; none of it where all have the whole
+    slow_start: list[float]  # shares of their capacity to use; empty if all are 1
     call: Call
     moment: Moment
     draw: random.Random
-    answer_tokens: float  # that an answer to such a call has, probably
-    estimates: list[Any]  # behind the costs, kept for their words, by a policy that makes some
+    answer_tokens: float  # expected in the answer
+    estimates: list[Any]  # behind the costs, if the policy keeps any for its `terms`
 
     def foreign(self) -> list[float]:
-        """Requests with each that are not ours, as far as they are known."""
+        """Others' requests at each, as far as known."""
         now, interval_s = self.moment.now, self.moment.interval_s
         return [view.foreign(now, interval_s) if view.report.foreign else 0 for view in self.views]
 
     def loads(self) -> list[float]:
-        """Requests with each."""
+        """All requests at each."""
         return [ours + foreign for ours, foreign in zip(self.in_flight, self.foreign())]
 
     def capacities(self) -> list[float]:
@@ -5797,7 +5796,7 @@ class Eligible(NamedTuple):
                 * view.settings.weight for view in self.views]
 
     def relative_speeds(self) -> list[float]:
-        """How fast each reads, 1 being the mean; unknown ones as the others, by capacity."""
+        """The reading speed of each; 1 is the mean.  Unknown ones are guessed by capacity."""
         speeds = list(map(PROMPT_SPEED_OF, self.views))
         known = sum(speeds)
         if not known:
@@ -5815,7 +5814,7 @@ class Eligible(NamedTuple):
 
 
 def disagreement(view: ServerView) -> str:
-    """That a server's speed says another capacity than its settings, or ''."""
+    """A warning if the learned capacity is far from the configured one, or ''."""
     configured, learned = view.configured, view.learned
     if not (configured and learned.tpot_s) or 0.5 <= learned.capacity / configured <= 2.0:
         return ""
@@ -5823,7 +5822,7 @@ def disagreement(view: ServerView) -> str:
 
 
 class Transition(NamedTuple):
-    """A change of a server's state: worth a line in the log."""
+    """A change of a server's state, which is worth a line in the log."""
 
     server: str  # its name
     old: State
@@ -5832,31 +5831,31 @@ class Transition(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What requests of ours are with a server, and have of it, apart from its own word."""
+    """Our own requests at a server, as far as they tell whether its engine works."""
 
-    waiting: int  # requests that want something of its engine now
+    waiting: int  # requests that need its engine now
     since: float  # when the first of them came
     moved_at: float  # when the last piece of any of its answers came
-    unanswered_bytes: int  # content of requests that have not begun their answer
+    unanswered_bytes: int  # content of requests whose answer has not begun
 
 
 def moves(view: ServerView, streams_at: float, within_s: float, now: float, s: Settings) -> bool:
-    """Whether its engine works: its counters or streams have moved within that time."""
+    """Whether a server's engine works: its counters or streams have moved within a time."""
     since = min(now - within_s, oldest_report(now, s.metrics_interval))
     return max(view.progress_at, streams_at) > since
 
 
 def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
-    """Why its engine seems frozen, or ''.  A server with requests must read prompts or generate
-    tokens, and count them; reading a long prompt takes time without a sign of progress."""
+    """The reason to believe that a server's engine is frozen, or ''.  An engine with requests reads
+    prompts or generates tokens, and counts them; while it reads a long prompt, nothing moves."""
     since = work.since
     if not (s.frozen_timeout and work.waiting):
         return ""
     if view.healthy:
         if view.load.tokens is None or not view.reports(now, s.metrics_interval):
-            return ""  # it is for the health checks to judge
+            return ""  # left to health checks
     elif view.health.failures >= s.health_check_consecutive_failures:
-        since = max(since, view.health.since)  # a stopping vLLM may keep its connections, silent
+        since = max(since, view.health.since)  # a stopping vLLM may keep silent connections open
     else:
         return ""
     still_s = now - max(since, view.progress_at, work.moved_at)
@@ -5868,13 +5867,13 @@ def frozen_reason(view: ServerView, work: Work, now: float, s: Settings) -> str:
 
 
 def depends_on_the_moment(view: ServerView, now: float) -> bool:
-    """Whether it depends on the moment, or on chance, if it is passed over for others."""
+    """Whether the moment or chance decides if a server is passed over for others."""
     s = view.settings
     return bool(s.pool or s.tier > 1 or view.report.load.adapters or view.busy_until > now)
 
 
 def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
-    """Prompts that are shorter fit every server that has the model."""
+    """The shortest context of the servers that have a model; shorter prompts fit all of them."""
     shortest = INFINITY
     for view in views:
         if view.models and (model is None or model in view.models):  # else it is infinity
@@ -5883,12 +5882,12 @@ def shortest_context(views: Iterable[ServerView], model: str | None) -> float:
 
 
 def engine_id(server: str, rank: int | None) -> str:
-    """A server's id, or its name, as that of one of its engines."""
+    """The id, or name, of a server's engine; the server's own if `rank` is None."""
     return server if rank is None else f"{server}@{rank}"
 
 
 def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
-    """The ids of a server's engines, with their ranks; of a server that is one, its own."""
+    """The ids and ranks of a server's engines; its own id and None if it has one engine."""
     if server.data_parallel_size == 1:
         return [(server.id, None)]
     return [(engine_id(server.id, rank), rank) for rank in range(server.data_parallel_size)]
@@ -5898,27 +5897,27 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 #  25  learning
 # ══════════
 #
-# What a server's reports teach of it besides its pace: its time per output token as it is now, its
-# capacity, and how much of what it was sent it really finds in its cache.
+# What reports teach about a server, besides its pace: its present time per output token, its
+# capacity, and the share of the expected tokens that it really finds in its cache.
 
-# How fast what was learned gives way to what is seen.  On a simulated fleet, half and twice the
-# CAPACITY_GAIN did as well.
+# How fast new reports outweigh old ones.  On a simulated fleet, half and twice the CAPACITY_GAIN
+# did as well.
 TPOT_MEMORY_S = 15.0
 CAPACITY_GAIN = 0.1  # per second, of the deviation from the fleet's median time per token
-CAPACITY_FALL = 0.9  # by one report at most: a long prompt makes a queue, too
+CAPACITY_FALL = 0.9  # the lowest factor per report: a long prompt makes a queue too
 CAPACITY_LIMITS = 1.0, 4096.0
-HIT_PRIOR_TOKENS = 20_000.0  # so many are expected before a server's word about hits counts
-HITS_FADE = 0.9  # by report
-HITS_SLACK = 1.3  # our count of tokens is an estimate, and so is their fate
+HIT_PRIOR_TOKENS = 20_000.0  # expected tokens that reported hits must outweigh
+HITS_FADE = 0.9  # per report
+HITS_SLACK = 1.3  # we only estimate tokens, and what the cache keeps
 
 
 def restarted(before: EngineLoad, load: EngineLoad) -> bool:
-    """Whether its counters began anew between two reports."""
+    """Whether a server's counters began anew between two reports."""
     return load.tokens is not None and load.tokens < (before.tokens or 0)
 
 
 class HitRate:
-    """Cached tokens that requests should find at a server, against what it says they found."""
+    """Compares the cached tokens that a server should have with those that it reports."""
 
     __slots__ = ("since", "sum", "found")
 
@@ -5926,11 +5925,11 @@ class HitRate:
         self.forget()
 
     def forget(self) -> None:
-        self.since = 0  # the last report
-        self.sum = self.found = 0.0  # of late
+        self.since = 0  # tokens expected since the last report
+        self.sum = self.found = 0.0  # expected and found, fading
 
     def after(self, before: EngineLoad, load: EngineLoad, ratio: float) -> float:
-        """The share that is really found, after one more report; it was `ratio`."""
+        """The share of expected tokens that is found, after one more report; before: `ratio`."""
         if restarted(before, load) or not load.caches:
             self.forget()
             return float(load.caches)
@@ -5944,15 +5943,15 @@ class HitRate:
 
 
 def usual_step_s(views: Iterable[ServerView]) -> float:
-    """A step's seconds × capacity, by the servers of which something was seen; 0 is unknown.  Until
-    one is seen itself, a server that is twice as large is taken for twice as fast."""
+    """The median of a step's seconds × capacity over servers with samples; 0: unknown.  Without
+    samples, a server that is twice as large is assumed to be twice as fast."""
     products = [view.pace.step_s * view.capacity for view in views if view.pace.samples]
     return statistics.median(products) if products else 0.0
 
 
 def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
-    """Its time per output token, after one more report: so many requests ran for so long, and so
-    many tokens were generated."""
+    """A server's time per output token after one more report, from the time elapsed, the requests
+    that ran and the tokens that they generated."""
     tpot_s, before = view.learned.tpot_s, view.load
     if load.generation_tokens is None or before.generation_tokens is None:
         return tpot_s
@@ -5969,9 +5968,9 @@ def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
 def capacity_after(
     view: ServerView, load: EngineLoad, elapsed_s: float, views: Iterable[ServerView]
 ) -> float:
-    """Its capacity, after one more report: if it has a queue, it runs as many as it can; if not,
-    it may have more work while its answers come faster than those of others, and the reverse.
-    That it runs many without a queue says little: vLLM takes far more than it runs well."""
+    """A server's capacity after one more report.  With a queue, it runs as many requests as it can.
+    Without one, its capacity rises while its answers come faster than those of others, and falls
+    while they are slower; running many shows little, as vLLM takes far more than it runs well."""
     running, most, tpot_s = load.running or 0, view.learned.capacity, view.learned.tpot_s
     if load.queued and running:
         most = min(running, 2 * most) if running > most else max(running, CAPACITY_FALL * most)
@@ -5989,7 +5988,7 @@ def capacity_after(
 def learned_after(
     view: ServerView, load: EngineLoad, now: float, hit_rate: HitRate, views: Iterable[ServerView]
 ) -> Learned:
-    """What is known of a server after one more report; `views` are of all servers."""
+    """What has been learned about a server after one more report; `views` has all servers."""
     learned, counts, elapsed_s = view.learned, view.counts, now - view.report.at
     hit_ratio = hit_rate.after(view.load, load, learned.hit_ratio)
     if restarted(view.load, load):
@@ -6006,11 +6005,12 @@ def learned_after(
 #  26  leases
 # ══════════
 #
-# What is counted of a request while it is with a server, and what is learned when it goes well.
+# What a request counts for while it is at a server, and what is learned from its answer.
 
 
 class Member:
-    """A server, or one of its engines, with a model of its prefix cache, and how right that is."""
+    """A server, or one of its engines, with a model of its prefix cache and that model's hit
+    rate."""
 
     __slots__ = ("view", "cache", "hit_rate")
 
@@ -6019,7 +6019,7 @@ class Member:
 
 
 class Leases(Protocol):
-    """Who gives leases."""
+    """What a Lease needs of the fleet."""
 
     def member(self, id: str) -> Member | None: ...
     def answer_ended(self, view: ServerView, model: str | None, tokens: int) -> None: ...
@@ -6027,7 +6027,7 @@ class Leases(Protocol):
 
 
 class Lease:
-    """Counts a request in flight until its `end`, and its prompt until its answer begins."""
+    """Counts a request in flight until `end`, and its prompt as pending until its answer begins."""
 
     __slots__ = ("id", "pending", "_fleet", "_member", "_trial", "_cached", "_ahead", "_sent_at",
                  "_fresh", "_tokens", "_begun")
@@ -6037,8 +6037,8 @@ class Lease:
     ) -> None:
         self.id, self._fleet, self._sent_at = id, fleet, now
         self._trial = self.pending = self._ahead = self._cached = 0
-        self._fresh: tuple[int, ...] = ()  # links of its prompt that the server did not know
-        # When its answer began, and what had run and been read there by then.
+        self._fresh: tuple[int, ...] = ()  # links of its prompt that are new to the server
+        # When its answer began, with the server's request_s and read at that time.
         self._begun: tuple[float, float, int] | None = None
         self._tokens = prompt.tokens
         self._member = member = fleet.member(id)
@@ -6052,7 +6052,7 @@ class Lease:
         self._cached = prompt.tokens_in(len(prompt.prefix_hashes) - len(self._fresh))
         if reads:
             self.pending = prompt.tokens - int(self._cached * view.learned.hit_ratio)
-        if not view.report.load.queued:  # else the time to the first byte says nothing of its speed
+        if not view.report.load.queued:  # else the time to the first byte does not tell its speed
             self._ahead = counts.pending + self.pending
         if not counts.in_flight and now > pace.retest_at:
             pace.tried(now)
@@ -6064,14 +6064,15 @@ class Lease:
         counts.rate += self.pending / READ_MEMORY_S
 
     def reading_s(self) -> float:
-        """In how many seconds its prompt is probably read."""
+        """The expected seconds until its prompt is read."""
         if self._member is None:
             return 0.0
         pace = self._member.view.pace
         return self.pending * pace.step_s * pace.prompt_steps
 
     def answered(self, now: float, learn: bool) -> None:
-        """The answer begins.  `learn` from that, if it begins when the prompt is read."""
+        """Note that the answer begins, and `learn` from the time if it began with the prompt
+        read."""
         if (member := self._member) is None or self._begun is not None:
             return
         counts = member.view.counts
@@ -6088,8 +6089,8 @@ class Lease:
         self.pending, self._cached, self._fresh = 0, 0, ()
 
     def complete(self, now: float, tokens: int, model: str | None, events: int = 0) -> None:
-        """The answer, a stream of so many events, has come to its end, with so many tokens; `end`
-        follows."""
+        """Learn from an answer that is complete, with its tokens and, for a stream, its events.
+        Call `end` next."""
         if (member := self._member) is None or self._begun is None:
             return
         view, (begun_at, request_s, read) = member.view, self._begun
@@ -6105,7 +6106,7 @@ class Lease:
     def end(self, now: float = -INFINITY) -> None:
         member, self._member = self._member, None
         if member is not None:
-            if self._fresh:  # who knows whether it was read
+            if self._fresh:  # perhaps it was not read
                 member.cache.withdraw(self._fresh)
             counts = member.view.counts
             counts.until(now)
@@ -6128,30 +6129,29 @@ class Lease:
 #  27  fleet
 # ══════════
 #
-# The servers, and requests of ours with them.  The fleet holds the newest view of each server and
-# replaces it when it is told something new.  Everything is kept by id, so it survives a reload of
-# the settings.
+# The servers, and our requests at them.  The fleet holds the newest view of each server and
+# replaces it on news.  Everything is kept by id, so it survives a reload of the settings.
 
-STREAMS_LIMIT_S = 5.0  # between two looks at streams, that are told of
+STREAMS_LIMIT_S = 5.0  # the longest time between two looks at streams that are compared
 BUSY_S = 0.25  # for which a server that says it is busy is spared
 VIEW_OF = operator.attrgetter("view")
 
 
 class Fleet:
-    """All servers.  What is told of a server that has left meanwhile is ignored."""
+    """All servers, by id.  News about a server that has left is ignored."""
 
     def __init__(self, views: Iterable[ServerView] = ()) -> None:
         self._members = {view.id: Member(view) for view in views}
         self._has_engines = any(one.view.rank is not None for one in self._members.values())
-        self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when they are read
+        self._reading: list[tuple[float, int, Lease]] = []  # a heap, by when the prompt is read
         self._numbers = itertools.count()
-        # What choosing derives from the views for a model, as long as all of them keep or admit
-        # the same requests: `_put` and what changes the members forget it.
+        # What ranking derives from the views for each model; cleared when the members change, or
+        # when a view's `admission` does.
         self.derived: dict[str | None, Any] = {}
         self.answers = AnswerLengths()
 
     def views(self, now: float | None = None) -> list[ServerView]:
-        """All of them; with a moment, prompts that should be read by then are."""
+        """All views.  With `now`, prompts that should have been read by then count as read."""
         if now is not None and self._reading and self._reading[0][0] <= now:
             self.catch_up(now)
         return list(map(VIEW_OF, self._members.values()))
@@ -6168,12 +6168,12 @@ class Fleet:
         return view.counts.in_flight if view else 0
 
     def has_room(self, now: float, interval_s: float) -> bool:
-        """Whether any server could take a request more."""
+        """Whether any server can take one more request."""
         return any(v.available and not v.full(now, interval_s) for v in self.views())
 
     def knows(self, model: str) -> bool:
-        """Whether any server has told of that model."""
-        if model in self.derived:  # only what is known of has anything there
+        """Whether any server lists a model."""
+        if model in self.derived:  # only for models that are known
             return True
         for view in self.views():
             if view.models and model in view.models:
@@ -6181,23 +6181,23 @@ class Fleet:
         return False
 
     def engines(self, server: str) -> list[ServerView]:
-        """The views of one server."""
-        if not self._has_engines:  # the usual, and this is asked for each request
+        """The views of a server's engines, [] if it is unknown."""
+        if not self._has_engines:  # usually; a fast path, since each request asks
             return [self._members[server].view] if server in self._members else []
         return [view for view in self.views() if view.server == server]
 
     def server_of(self, id: str) -> str:
-        """The id of the server that an engine belongs to; a server's own."""
+        """The id of an engine's server; a server's own id."""
         view = self.view(id)
         return view.server if view else id
 
     def name_of(self, id: str) -> str:
-        """What is shown of a server or an engine; its id, once it has left."""
+        """The name of a server or an engine; its id, once it has left."""
         view = self.view(id)
         return view.name if view else id
 
     def cached(self, prompt: Prompt) -> list[int]:
-        """How many of a prompt's tokens each server has probably cached, in the order of views."""
+        """The tokens of a prompt that each server has probably cached, in the order of `views`."""
         if not (chain := prompt.prefix_hashes):
             return [0] * len(self._members)
         out, tokens = list[int](), dict[int, int]()
@@ -6205,7 +6205,7 @@ class Fleet:
             if not (links := member.cache.cached_links(chain)):
                 out.append(0)
                 continue
-            if links not in tokens:  # mostly the same few
+            if links not in tokens:  # few different numbers occur
                 tokens[links] = prompt.tokens_in(links)
             out.append(int(tokens[links] * member.view.learned.hit_ratio))
         return out
@@ -6217,20 +6217,20 @@ class Fleet:
             self.derived.clear()
         member.view = view
 
-    # What settings tell.
+    # News from settings.
 
     def apply(
         self, wanted: Sequence[ServerSettings], now: float, pools: Mapping[str, float] = {},
         drained: Iterable[str] = (),
     ) -> tuple[list[str], list[str]]:
-        """Make the fleet what the settings say: (ids added, ids now draining).  A server that is
-        wanted again while it drains simply stays, with all that is known of it."""
+        """Make the fleet what the settings want.  Returns (ids added, ids now draining).  A server
+        that is wanted again while it drains stays, with all that is known about it."""
         old, members, drained = self._members, dict[str, Member](), frozenset(drained)
         staying = {id for id, member in old.items() if not member.view.draining}
         kin = {member.view.server: member.view for member in old.values()}
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
-        start = sum(given) / len(given) if given else START_CAPACITY  # others are like these
+        start = sum(given) / len(given) if given else START_CAPACITY  # others may be alike
         likely = usual_step_s(self.views()) or STEP_S * start
         for server in wanted:
             limit, share = server.max_concurrent_requests, pools.get(server.pool, rest)
@@ -6258,20 +6258,20 @@ class Fleet:
         return added, [id for id in leaving if id in staying]
 
     def left(self, id: str) -> None:
-        """A draining server's last request has ended."""
+        """Remove a draining server, whose last request has ended."""
         self._members.pop(id, None)
         self.derived.clear()
 
-    # What leases tell.
+    # News from leases.
 
     def lease(
         self, id: str, now: float, prompt: Prompt = NO_PROMPT, reads: bool = True
     ) -> Lease:
-        """With a server that `reads` the prompt, or gets it as another has read it."""
+        """A lease at a server that `reads` the prompt, or gets its blocks from another."""
         return Lease(self, id, now, prompt, reads)
 
     def answers_by(self, lease: Lease, moment: float) -> None:
-        """The lease's prompt counts as read at that moment, if no answer begins before."""
+        """Count a lease's prompt as read at a moment, unless its answer begins earlier."""
         heapq.heappush(self._reading, (moment, next(self._numbers), lease))
 
     def catch_up(self, now: float) -> None:
@@ -6279,17 +6279,17 @@ class Fleet:
             heapq.heappop(self._reading)[2].answered(now, False)
 
     def answer_ended(self, view: ServerView, model: str | None, tokens: int) -> None:
-        """A server has given an answer of so many tokens."""
+        """Learn from the tokens of an answer that has ended."""
         self.answers.ended(model, tokens)
-        if 0 < view.pace.samples <= PACE_SOON:  # then others are probably like it
+        if 0 < view.pace.samples <= PACE_SOON:  # others are probably like it
             usual = usual_step_s(self.views())
             for other in self.views():
                 if not other.pace.samples and other.shares_models(view):
                     other.pace.expect(usual / other.capacity, other.pace.retest_at)
 
     def streamed(self, id: str, streams: int, events: float, now: float) -> None:
-        """Since this was last told, each of so many streams of a server has brought so many events,
-        on average."""
+        """Learn from a server's streams, each of which has brought so many events on average since
+        the last call."""
         if (view := self.view(id)) is None:
             return
         counts = view.counts
@@ -6301,14 +6301,15 @@ class Fleet:
             view.pace.streamed(now - at, events, streams, running, most, now)
 
     def said_busy(self, id: str, now: float) -> None:
-        """The server said that it has enough to do."""
+        """Spare a server that said it is busy."""
         if (view := self.view(id)) is not None:
             self._put(view._replace(busy_until=now + BUSY_S))
 
-    # What watchers tell.
+    # News from checks and scrapes.
 
     def models_due(self, server: str, now: float, s: Settings) -> bool:
-        """Whether the next check should ask for the models: unknown, old, or maybe others now."""
+        """Whether the next check should ask for the models: they are unknown, old, or, as the
+        server was away, perhaps others."""
         views = self.engines(server)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
@@ -6317,8 +6318,8 @@ class Fleet:
             self._put(view._replace(models=models, models_at=now, version=version))
 
     def scraped(self, id: str, load: EngineLoad, own_then: int, now: float) -> int:
-        """A page of metrics came, in which at most `own_then` requests are ours.  Returns the
-        prompt tokens that were found cached since the last one."""
+        """Take in a page of metrics, in which at most `own_then` requests are ours.  Returns the
+        prompt tokens that the server found cached since the last page."""
         if (member := self._members.get(id)) is None:
             return 0
         view, before = member.view, member.view.load
@@ -6335,21 +6336,21 @@ class Fleet:
         return 0 if hits is None else max(0, (load.prefix_hits or 0) - hits)
 
     def unscraped(self, server: str, why: str) -> bool:
-        """A server's pages of metrics come no more.  Returns whether that is news."""
+        """Note why a server's pages of metrics no longer come.  Returns whether that is news."""
         views = [v for v in self.engines(server) if v.healthy and not v.report.trouble]
         for view in views:
             self._put(view._replace(report=view.report._replace(trouble=why)))
         return bool(views)
 
     def woke(self, server: str) -> None:
-        """A server was woken up, as its next report will say."""
+        """Note that a server was woken, ahead of its next report."""
         for view in self.engines(server):
             load = view.report.load._replace(asleep=False)
             self._put(view._replace(report=view.report._replace(load=load)))
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
-        """Replace a server's health by `after` of it and the news.  Returns the transition, if its
-        state has changed, or None."""
+        """Replace a server's health by `after(health, *news)`.  Returns the transition if its state
+        has changed, else None."""
         server = self.server_of(id)
         if not (views := self.engines(server)):
             return None
@@ -6358,7 +6359,7 @@ class Fleet:
         back = new.state is State.HEALTHY and old.state is State.UNHEALTHY
         for view in views if new is not old else ():
             report = view.report
-            if back and report.at < old.since and report.load.asleep:  # from before it was away
+            if back and report.at < old.since and report.load.asleep:  # older than its absence
                 report = report._replace(load=report.load._replace(asleep=False))
             self._put(view._replace(health=new, report=report))
         if new.state is old.state:
@@ -6369,7 +6370,7 @@ class Fleet:
 def new_view(
     server: ServerSettings, id: str, rank: int | None, kin: ServerView | None, now: float
 ) -> ServerView:
-    """Of a server, or an engine, that is new; engines of the same server have one health."""
+    """The view of a new server or engine; `kin`, an engine of the same server, lends its health."""
     name, counts = engine_id(server.name, rank), Counts()
     if kin is None:
         return ServerView(
@@ -6379,8 +6380,8 @@ def new_view(
 
 
 def build_of(view: ServerView, model: str | None) -> tuple[str, ...]:
-    """What an answer depends on besides the request: vLLM's version, and the last segments of the
-    paths that the model and its base were loaded from."""
+    """What answers depend on besides the request: vLLM's version, and the last path segments from
+    which the model and its base were loaded."""
     models = view.models or {}
     entry = models.get(next(iter(models), "") if model is None else model, {})
     paths = [str(entry.get(name) or "").rstrip("/") for name in ("root", "parent")]
@@ -6391,15 +6392,15 @@ def build_of(view: ServerView, model: str | None) -> tuple[str, ...]:
 #  28  roster
 # ══════════
 #
-# Which servers there are.  Each source names its own, and one pure rule makes one list of all; what
-# is known of a server is kept elsewhere, by the id under which it stands here.
+# Which servers there are.  Each source defines servers, and one pure rule merges them into one
+# list.  What is known about a server is kept elsewhere, by its id here.
 #
-# To add a source: a row of Source, where its definitions are to count, and somebody who calls
-# `Roster.define` with all that it names, whenever that changes.
+# To add a source: add a row to Source, in order of precedence, and call `Roster.define` with all of
+# its servers whenever they change.
 
 
 class Source(Enum):
-    """Who names servers.  Where several name the same, the first of these defines it."""
+    """Where servers are defined.  If several sources have the same server, the first one counts."""
 
     FILE = "file"  # or the command line
     BY_HAND = "by_hand"
@@ -6414,25 +6415,25 @@ class Source(Enum):
 class Entry(NamedTuple):
     """A server on the roster."""
 
-    settings: ServerSettings  # with the weight that was given by hand, if any
+    settings: ServerSettings  # with any weight given by hand
     source: Source
     drained: bool = False  # by hand
 
 
 class ByHand(NamedTuple):
-    """What was done to servers by hand.  It holds for those of every source until it is undone, or
-    nobody names the server any more."""
+    """What was done to servers by hand.  It applies to servers of every source until it is undone,
+    or until no source has the server."""
 
     removed: Collection[str] = ()
     drained: Collection[str] = ()
     weights: Mapping[str, float] = {}
 
 
-Named = Mapping[Source, Mapping[str, ServerSettings]]  # what each source names, by id
+Named = Mapping[Source, Mapping[str, ServerSettings]]  # each source's servers, by id
 
 
 def merge_sources(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
-    """The roster by id: for each server the definition of the first source that names it."""
+    """The roster by id: each server as the first source that has it defines it."""
     entries = dict[str, Entry]()
     for source in Source:
         for id, server in named.get(source, {}).items():
@@ -6446,8 +6447,8 @@ def merge_sources(named: Named, by_hand: ByHand = ByHand()) -> dict[str, Entry]:
 def server_by_hand(
     entry: dict[str, Any], pools: Mapping[str, float] | None = None
 ) -> ServerSettings:
-    """A server that comes over HTTP, maybe of one of these pools; None: of any.  It names no file,
-    or who adds it could have any that we may read sent to an address of theirs.  Raises
+    """A server that was added over HTTP, in one of the `pools`, or any if None.  It must not name a
+    file, or whoever adds it could have every file we can read sent to their address.  Raises
     SettingsError."""
     text = "what comes over HTTP names no file, and one server; write it into the settings file"
     if refused := [name for name in (*SERVER_FILES, "dns") if name in entry]:
@@ -6461,11 +6462,12 @@ def server_by_hand(
 
 
 HANDED_OVER = (Source.REGISTERED, Source.KUBERNETES, Source.DNS)  # to a successor
-IDENTITY = ("id", "name", "address", "like")  # of ServerSettings
+IDENTITY = ("id", "name", "address", "like")  # fields of ServerSettings that no key sets
 
 
 def stated_fields(server: ServerSettings) -> dict[str, Any]:
-    """What a server has beyond defaults, without what it shares with an entry of the settings."""
+    """The fields of a server that are not defaults, without keys and files from an entry of the
+    settings that it is `like`."""
     usual, shared = ServerSettings(server.url), ("api_key", *SERVER_FILES) if server.like else ()
     found = {key: value for key in (*SERVER_FIELDS, *IDENTITY) if key not in shared
              and (value := getattr(server, key)) != getattr(usual, key)}
@@ -6473,44 +6475,44 @@ def stated_fields(server: ServerSettings) -> dict[str, Any]:
 
 
 def server_stated(fields: Mapping[str, Any]) -> ServerSettings:
-    """The reverse.  Raises ValueError, TypeError, KeyError."""
+    """The server that `stated_fields` describes.  Raises ValueError, TypeError or KeyError."""
     return ServerSettings(**{
         key: str(value) if key in IDENTITY else SERVER_FIELDS[key].metadata["check"](value)
         for key, value in fields.items()})
 
 
 class Keeper(Protocol):
-    """Who knows more of a source's servers than is on the roster."""
+    """Keeps more about a source's servers than the roster does."""
 
     def dump(self) -> Any:
-        """For a successor, in JSON's types."""
+        """What a successor needs, in JSON's types."""
 
 
 class Roster:
-    """Owns what each source names and what was done by hand; what is by hand ends with the process
-    and its successors.  After each change `on_change` is called, with new `entries` in place."""
+    """Owns each source's servers and what was done by hand, which ends with the process and its
+    successors.  After each change it calls `on_change`, with the new `entries` in place."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.on_change: Callable[[], object] = lambda: None
         self.keepers: dict[Source, Keeper] = {}
-        self.kept: dict[str, Any] = {}  # what those of a predecessor had to tell
+        self.kept: dict[str, Any] = {}  # what a predecessor's keepers have dumped
         self._named = {source: dict[str, ServerSettings]() for source in Source}
         self._removed, self._drained = set[str](), set[str]()
         self._weights: dict[str, float] = {}
 
     def define(self, source: Source, servers: Mapping[str, ServerSettings]) -> None:
-        """The source names these servers, by id, and no others from now on."""
+        """Replace all servers of a source, by id."""
         self._named[source] = dict(servers)
         self._merge()
 
     def named_by(self, source: Source) -> Mapping[str, ServerSettings]:
-        """The servers that it names, by id."""
+        """The servers of a source, by id."""
         return self._named[source]
 
     def _merge(self) -> None:
         added = self._named[Source.BY_HAND]
-        for id in added.keys() & self._named[Source.FILE].keys():  # the file has what was wanted
+        for id in added.keys() & self._named[Source.FILE].keys():  # now in the file
             del added[id]
         known = set[str]().union(*self._named.values())
         self._removed &= known
@@ -6526,7 +6528,7 @@ class Roster:
         self._merge()
 
     def remove(self, id: str) -> None:
-        """Take the server off the roster, whoever names it."""
+        """Take a server off the roster, whatever source it has."""
         self._named[Source.BY_HAND].pop(id, None)
         self._removed.add(id)
         self._merge()
@@ -6537,31 +6539,32 @@ class Roster:
         self._merge()
 
     def weigh(self, id: str, weight: float) -> None:
-        """Give the server this weight; the one of its definition undoes what was given before."""
+        """Give a server a weight; the weight in its definition undoes an earlier one."""
         self._weights[id] = weight
         if weight == next(of[id].weight for of in self._named.values() if id in of):
             del self._weights[id]
         self._merge()
 
     def report(self) -> dict[str, Any]:
-        """What was done by hand."""
+        """What was done by hand, for people."""
         return {"added": list(self._named[Source.BY_HAND]), "removed": sorted(self._removed),
                 "drained": sorted(self._drained), "weights": dict(self._weights)}
 
     def dump(self) -> str:
-        """The same for a successor, with all that is known of the servers that were added, and of
-        those that other sources than its settings have named."""
+        """The report for a successor, in JSON, with the servers that were added by hand and those
+        of sources other than the settings file."""
         added = list(map(stated_fields, self._named[Source.BY_HAND].values()))
         named = {source.value: list(map(stated_fields, servers.values()))
                  for source, servers in self._named.items() if source in HANDED_OVER}
-        weights = {id: (weight, weight) for id, weight in self._weights.items()}  # as 0.1.0 reads
+        weights = {id: (weight, weight) for id, weight in self._weights.items()}  # 0.1.0's format
         kept = {source.value: keeper.dump() for source, keeper in self.keepers.items()}
         return json.dumps(self.report() | {
             "added": added, "weights": weights, "named": named, "kept": kept})
 
     def load(self, text: str) -> None:
-        """Take what a predecessor, maybe of another version, has dumped, before the first `define`.
-        Raises ValueError, TypeError, KeyError or SettingsError; then nothing is taken."""
+        """Load what a predecessor, perhaps of another version, has dumped; call it before the first
+        `define`.  Raises ValueError, TypeError, KeyError or SettingsError, and then loads
+        nothing."""
         said = json.loads(text)
         added = {one.id: one for one in map(server_by_hand, said["added"])}
         named = {source: {one.id: one for one in map(server_stated, said["named"][source.value])}
@@ -6578,53 +6581,52 @@ class Roster:
 #  29  estimates
 # ══════════
 #
-# What a call would cost at a server, in seconds: until its first token, for its answer, and what
-# reading its prompt takes from the answers that are running already.  With a step's seconds s and
-# a prompt token's r (`Pace`), n requests in the engine, and W the share of the last seconds that it
-# spent reading:
+# What a call would cost at a server, in seconds: until its first token, for its answer, and for the
+# running answers that wait while its prompt is read.  With a step's seconds s and a prompt token's
+# r (`Pace`), n requests in the engine, and W the share of the last seconds that it spent reading:
 #
 #     slowdown = (1 + (n + 1) / 100) / (1 − W)
-#     first    = (prompts ahead + what is not cached) × r + 1.5 × s × slowdown + waits
+#     first    = (prompts ahead + uncached tokens) × r + 1.5 × s × slowdown + waits
 #     answer   = tokens × s × slowdown × √slowdown
-#     others   = what is not cached × r × (0.5 × m + n × 25 / tokens)
-#     late     = 15 × answers that are late with it, less those that are without it
+#     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens)
+#     late     = 15 × (late answers with the call − late answers without it)
 #     cost     = 4 × first + answer + others + late
 #
-# where m, the requests that will be there, is the fleet's mean n, but at most 2n + 10.
-# √slowdown is what a request more does to the answers beside it, a half of it.  Answers are late
-# that take more than `slo_token` seconds a token, s × slowdown: where a fleet has more work than it
-# can do in time, all of its servers would be a little too slow if there were no such term, and with
-# it only as many as have to be.  All of these numbers have been varied on a simulated fleet, on
-# workloads of all kinds: half and twice change little.
+# where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  √slowdown
+# stands for half of what one more request does to the answers beside it.  An answer is late if it
+# takes more than `slo_token` seconds a token, s × slowdown.  In a fleet with more work than it can
+# do in time, all servers would be a little too slow without the last term; with it, only as many
+# as must be.  All of these numbers have been varied on a simulated fleet, with workloads of all
+# kinds: half and twice change little.
 
-FIRST_WEIGHT = 4.0  # people wait for a first token more than for others
-READING_SHARE = 0.8  # of its time, at most
-LEAST_NEW_TOKENS = 16  # the last ones are always read
-OTHERS_MEAN = 0.5  # of the fleet's mean: requests that are there by the time it is read,
-OTHERS_SOON = 10  # and at most so many, and twice as many as are there now
-OTHERS_TOKENS = 25.0  # of their answers that are late by it
-LATE_S = 15.0  # what an answer that is late is worth, and that is
-LATE_FROM, LATE_TO = 0.95, 1.05  # of slo_token as predicted: none of them until here, all from here
-KV_GROWTH = 128  # tokens of KV cache that each request will still want, about
+FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
+READING_SHARE = 0.8  # the largest W
+LEAST_NEW_TOKENS = 16  # the prompt's last tokens are always read
+OTHERS_MEAN = 0.5  # of m: requests that are there while the prompt is read
+OTHERS_SOON = 10  # m is at most this plus twice the present requests
+OTHERS_TOKENS = 25.0  # tokens of each running answer that reading delays
+LATE_S = 15.0  # the cost of a late answer
+LATE_FROM, LATE_TO = 0.95, 1.05  # of slo_token as predicted: no answer is late here, all are there
+KV_GROWTH = 128  # tokens of KV cache that each request will need on average
 
 
 class Estimate(NamedTuple):
-    """What a call would cost at one server, in seconds, and behind that: tokens, factors."""
+    """A call's estimated cost at one server, in seconds, with its terms and factors."""
 
     cost_s: float
-    first_s: float  # with the waits
+    first_s: float  # waits included
     answer_s: float
     others_s: float
     late_s: float
     wait_s: float  # for room in the KV cache, or for a seat
-    step_s: float  # of a token with no other work,
-    slowdown: float  # and how many times as long one of this answer counts
-    new: int  # tokens of its prompt that are to be read,
-    token_s: float  # each in that time
-    tried: bool = False  # whatever it costs
+    step_s: float  # of a token without other work
+    slowdown: float  # factor from that to the cost of this answer's tokens
+    new: int  # tokens of its prompt to read
+    token_s: float  # for each of them
+    tried: bool = False  # chosen whatever the cost
 
     def words(self, pending: int, length: float) -> str:
-        """The cost as a sum, of an answer of that length behind so many pending tokens."""
+        """The cost as a sum in words, for an answer of `length` behind so many pending tokens."""
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
         late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
@@ -6636,18 +6638,18 @@ class Estimate(NamedTuple):
 
 
 def lowest_of(costs: Sequence[float], tie: float, draw: random.Random) -> int:
-    """Which cost is the lowest; drawn from those that are up to `tie` times as high."""
+    """The index of the lowest cost, drawn among costs that are up to `tie` times as high."""
     lowest = min(costs)
     limit = lowest * tie if lowest > 0 else lowest / tie
     good = list[int]()
-    for n, cost in enumerate(costs):  # a comprehension is a call, in Python 3.11
+    for n, cost in enumerate(costs):  # in Python 3.11, a comprehension is a call
         if cost <= limit:
             good.append(n)
     return good[0] if len(good) == 1 else draw.choice(good)
 
 
 def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, oldest: float) -> float:
-    """How long it waits until some of the running requests have ended and left room for it."""
+    """The seconds that a request waits for running ones to end and leave room for it."""
     report, seconds = view.report, 0.0
     lacking = tokens + KV_GROWTH * (running + 1) + view.counts.held - report.kv_room
     if lacking > 0 and report.at >= oldest:
@@ -6659,8 +6661,8 @@ def waits_s(view: ServerView, running: float, tokens: int, answer_s: float, olde
 
 
 def lateness_s(token_s: float, slo_s: float, running: float, crowd: float) -> float:
-    """What it is worth that answers get late by a request more, with which a token of each takes
-    `token_s`; it would take none longer with `crowd` requests less than none."""
+    """The cost of answers that are late because of one more request, with which a token of each
+    takes `token_s`.  A token's time is proportional to `crowd` plus the requests."""
 
     def late(seconds: float) -> float:
         share = (seconds / slo_s - LATE_FROM) / (LATE_TO - LATE_FROM)
@@ -6671,13 +6673,13 @@ def lateness_s(token_s: float, slo_s: float, running: float, crowd: float) -> fl
 
 
 def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
-    """What an Estimate has, for each server; once for each attempt, and therefore quick."""
+    """The fields of an Estimate for each server.  It runs for each attempt, so it is fast."""
     now, interval_s = eligible.moment.now, eligible.moment.interval_s
     tokens, length = eligible.call.prompt.tokens, eligible.answer_tokens
     fresh, retests = now - interval_s, tokens <= RETEST_TOKENS
     mean = sum(eligible.in_flight) / max(1, len(eligible.views))
     late, in_time_s = min(1.0, OTHERS_TOKENS / max(1.0, length)), LATE_FROM * slo_s or INFINITY
-    if length <= 1:  # those who are there are before it, and have no answers running
+    if length <= 1:  # prefill: the requests there come first, and no answers run
         mean, late, in_time_s = 0.0, 0.0, INFINITY
     sqrt, doubled_by, memory_s = math.sqrt, DOUBLED_BY, READ_MEMORY_S
     out = list[tuple[Any, ...]]()
@@ -6705,7 +6707,7 @@ def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
             wait_s = waits_s(view, running, tokens, length * paced_s, oldest)
         if paced_s > in_time_s:
             late_s = lateness_s(paced_s, slo_s, running, crowd)
-        soon = OTHERS_SOON + 2 * running  # are there when it is read; at an idle server few
+        soon = OTHERS_SOON + 2 * running  # requests there while it is read; few if idle now
         if soon > mean:
             soon = mean
         first_s = (pending + new) * token_s + FIRST_STEPS * paced_s + wait_s
@@ -6724,40 +6726,40 @@ def estimates(eligible: Eligible, slo_s: float) -> list[tuple[Any, ...]]:
 #  30  policies
 # ══════════
 #
-# What a server is worth for a call.  A policy sees the Eligible: the servers that may be asked, in
-# the fleet's own true counts, and what each probably has cached.  It gives each a cost, the lowest
-# is asked, and one is drawn among equals; nobody is asked anything for it.
+# What a call costs at each server.  A policy sees the Eligible: the servers that may be asked, our
+# exact counts of them, and what each has probably cached.  It gives each a cost; the server with
+# the lowest is asked, drawn among equals.  No server is asked for this.
 #
 # To add a policy: a class with @policy("name"), its name in POLICY_NAMES, a line in the README.
-# One that is a formula of what SCORE_NAMES lists has nothing but that.
+# A policy that is a formula of SCORE_NAMES only needs its `score`.
 
 
 class Policy:
     """One way to choose.  One object serves all calls for one model."""
 
     name: ClassVar[str] = ""
-    uses: ClassVar[tuple[str, ...]] = ()  # settings; what it remembers ends when one changes
-    weighs: ClassVar[bool] = True  # servers' weights matter; those without any are never seen
-    tie: ClassVar[float] = 1.02  # costs up to so many times the lowest are as good
-    in_seconds: ClassVar[bool] = False  # the costs
+    uses: ClassVar[tuple[str, ...]] = ()  # settings; when one changes, its memory ends
+    weighs: ClassVar[bool] = True  # weights matter; servers of weight 0 are never eligible
+    tie: ClassVar[float] = 1.02  # costs up to so many times the lowest count as equal
+    in_seconds: ClassVar[bool] = False  # the unit of its costs
 
     def __init__(self, s: Settings) -> None:
         self.settings = s
 
     def costs(self, eligible: Eligible) -> list[float]:
-        """A cost for each of the servers; once for each attempt."""
+        """The cost of each server; it is called for each attempt."""
         raise NotImplementedError
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """The numbers behind the costs, in words; for people."""
+        """The numbers behind each server's cost, in words for people; called after `costs`."""
         raise NotImplementedError
 
     def tie_for(self, call: Call) -> float:
-        """How far apart the costs of equals may be, as a factor."""
+        """The factor up to which costs count as equal."""
         return self.tie
 
     def chosen(self, view: ServerView) -> None:
-        """That server is asked."""
+        """Note that a server is asked."""
 
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -6774,19 +6776,19 @@ def policy(name: str) -> Callable[[P], P]:
 
 
 def unweighed(s: Settings) -> list[str]:
-    """The policies in force to which only weights of 0 matter."""
+    """The names of the policies in force that ignore weights other than 0."""
     return [name for name in sorted({s.policy, *s.policies.values()}) if not POLICIES[name].weighs]
 
 
 class Policies:
-    """The policies of one set of settings, with what they remember: by name and model."""
+    """The policies of one set of settings, with their memory, by name and model."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.known: dict[tuple[str, str], Policy] = {}
 
     def following(self, s: Settings) -> Policies:
-        """Those of new settings; one that uses nothing that has changed goes on as it is."""
+        """The policies for new settings; those that use no changed setting keep their memory."""
         new = Policies(s)
         new.known = {key: policy for key, policy in self.known.items()
                      if all(getattr(s, name) == getattr(self.settings, name)
@@ -6794,13 +6796,13 @@ class Policies:
         return new
 
     def get(self, model: str | None, label: str) -> Policy:
-        """The one for calls for that model; all whom nobody serves (`label`) share one."""
+        """The policy for calls for a model; models that nobody serves share one, by `label`."""
         s = self.settings
         key = s.policies.get(model or "", s.policy), label
         return self.known[key] if key in self.known else self.named(*key)
 
     def named(self, name: str, label: str) -> Policy:
-        """The one of that name, for all calls under that label."""
+        """The policy of a name, for all calls with the same label."""
         if (name, label) not in self.known:
             self.known[name, label] = POLICIES[name](self.settings)
         return self.known[name, label]
@@ -6808,8 +6810,8 @@ class Policies:
 
 @policy("unified")
 class Unified(Policy):
-    """The default: where it costs the fewest seconds, its own and others'.  An idle server of which
-    nothing was seen for long is tried with a short prompt: it may be faster by now."""
+    """The default: the server at which a call costs the fewest seconds, for itself and for others.
+    An idle server without recent samples is tried with a short prompt: it may be faster by now."""
 
     tie, in_seconds, uses = 1.005, True, ("slo_token",)
 
@@ -6818,14 +6820,14 @@ class Unified(Policy):
         return [row[0] for row in rows]
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """The same in words."""
+        """The estimates in words."""
         return [Estimate(*row).words(pending, eligible.answer_tokens)
                 for pending, row in zip(eligible.pending, eligible.estimates)]
 
 
 class Formula(Policy):
-    """By a formula of SCORE_NAMES.  One that does not speak of the weight has it in the capacity
-    or, where it does not ask for that either, as a share."""
+    """Costs by a formula of SCORE_NAMES.  Unless the formula has `weight`, the weight is part of
+    `capacity`; without that either, it multiplies the server's share."""
 
     score: ClassVar[str]
 
@@ -6845,7 +6847,7 @@ class Formula(Policy):
                 for cost, view in zip(costs, eligible.views)]
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """The formula with a number behind each name."""
+        """The formula, with a number after each name."""
         named, lines = not self.weighs or "weight" in self.names, []
         for view, *row in zip(eligible.views, *(column(eligible) for column in self.columns)):
             told = {name: f"{name} {value:.4g}" for name, value in zip(self.names, row)}
@@ -6855,7 +6857,7 @@ class Formula(Policy):
         return lines
 
 
-SCORES: dict[str, Callable[[Eligible], Sequence[float]]] = {  # what each of SCORE_NAMES is
+SCORES: dict[str, Callable[[Eligible], Sequence[float]]] = {  # the values of SCORE_NAMES
     "running": lambda e: [view.report.load.running or 0 for view in e.views],
     "waiting": lambda e: [view.report.load.waiting or 0 for view in e.views],
     "in_flight": lambda e: e.in_flight,
@@ -6869,12 +6871,12 @@ SCORES: dict[str, Callable[[Eligible], Sequence[float]]] = {  # what each of SCO
     "weight": lambda e: [view.settings.weight for view in e.views],
     "slow_start": lambda e: e.slow_start or [1.0] * len(e.views),
 }
-UNWEIGHED = {"capacity": Eligible.capacities}  # where the weight counts apart, or not at all
+UNWEIGHED = {"capacity": Eligible.capacities}  # if the weight counts apart, or not at all
 
 
 @policy("least")
 class Least(Formula):
-    """How full it will be with this request."""
+    """The server that will be least full with this request."""
 
     score = "(in_flight + foreign + 1) / capacity / slow_start"
 
@@ -6884,19 +6886,19 @@ TURNS_SPARE = 64  # turns kept beyond four times as many as there are servers
 
 @policy("round_robin")
 class RoundRobin(Policy):
-    """In turn, by weight: each server's next turn comes after 1 / weight more."""
+    """Servers in turn, by weight: after a turn, a server waits 1 / weight for its next."""
 
     tie = 1.0
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s)
         self.turns: dict[str, float] = {}
-        self.now = 0.0  # the turn that was taken last; who comes new, or again, begins here
+        self.now = 0.0  # the last turn taken, where new and returning servers begin
 
     def costs(self, eligible: Eligible) -> list[float]:
-        if len(self.turns) > TURNS_SPARE + 4 * len(eligible.views):  # most have left
+        if len(self.turns) > TURNS_SPARE + 4 * len(eligible.views):  # most servers have left
             self.turns = {view.id: self.turn(view) for view in eligible.views}
-        # In their order within a round: a millionth part of a turn apart.
+        # Within a round, servers keep their order: a millionth of a turn apart.
         return [self.turn(view) + n * 1e-6 for n, view in enumerate(eligible.views)]
 
     def turn(self, view: ServerView) -> float:
@@ -6912,7 +6914,7 @@ class RoundRobin(Policy):
 
 @policy("random")
 class Drawn(Policy):
-    """By chance, by weight: the first to arrive of processes with these rates."""
+    """A random server, by weight."""
 
     tie = 1.0
 
@@ -6925,7 +6927,7 @@ class Drawn(Policy):
 
 @policy("power_of_two")
 class PowerOfTwo(Least):
-    """Of two drawn by chance the less crowded."""
+    """The less full of two random servers."""
 
     def costs(self, eligible: Eligible) -> list[float]:
         count = len(eligible.views)
@@ -6933,12 +6935,12 @@ class PowerOfTwo(Least):
         return [cost if n in drawn else INFINITY for n, cost in enumerate(super().costs(eligible))]
 
 
-LOAD_FACTOR = 1.25  # of the mean, the most that a server gets by hashing; as kubeai's and Envoy's
+LOAD_FACTOR = 1.25  # times the mean, the most that hashing gives a server; kubeai's and Envoy's
 
 
 def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
-    """A cost for each server, by rendezvous hashing: a server more or less moves only its own keys.
-    Larger ones get more, by their configured size: what is learned changes all the time."""
+    """A cost for each server by rendezvous hashing: adding or removing a server moves only its own
+    keys.  Larger servers get more, by configured size, since what is learned keeps changing."""
     out = []
     for view in views:
         weight = view.settings.weight * (view.configured or START_CAPACITY)
@@ -6949,8 +6951,8 @@ def hashed(key: bytes, views: Sequence[ServerView]) -> list[float]:
 
 
 def bounded(costs: list[float], eligible: Eligible) -> list[float]:
-    """The same costs, but servers that have more than their share of all requests, by capacity,
-    come after all others: no key melts a server.  Under an eighth of its capacity none does."""
+    """Costs that place servers with more than their share of all requests, by capacity, after all
+    others, so that no key overloads a server; one below an eighth of its capacity stays."""
     loads, sizes = eligible.loads(), eligible.sizes()
     share = LOAD_FACTOR * (sum(loads) + 1) / sum(sizes)
     most = max(costs)
@@ -6959,7 +6961,7 @@ def bounded(costs: list[float], eligible: Eligible) -> list[float]:
 
 
 class Hashed(Least):
-    """The same server for the same key; without one, the least crowded."""
+    """The same server for the same key; without a key, the least full server."""
 
     def key(self, call: Call) -> bytes:
         raise NotImplementedError
@@ -6980,7 +6982,7 @@ class Hashed(Least):
 
 @policy("consistent_hash")
 class ConsistentHash(Hashed):
-    """By session."""
+    """The same server for the same session."""
 
     def key(self, call: Call) -> bytes:
         return call.session.encode("utf-8", "surrogatepass")  # JSON may hold half a character
@@ -6988,7 +6990,7 @@ class ConsistentHash(Hashed):
 
 @policy("prefix")
 class Prefix(Hashed):
-    """By the prompt's first bytes."""
+    """The same server for the same first bytes of the prompt."""
 
     def key(self, call: Call) -> bytes:
         model = (call.model or "").encode("utf-8", "surrogatepass")
@@ -6997,9 +6999,9 @@ class Prefix(Hashed):
 
 @policy("cache_aware")
 class CacheAware(Policy):
-    """As vllm-project/router's policy of that name: the server that knows most of the prompt if
-    it knows enough, the least loaded one if not, or if loads are too unequal.  Without its traps:
-    the absolute threshold is at most a server's capacity, equals are drawn, chats are seen."""
+    """As vllm-project/router's policy of that name: the server with most of the prompt cached; if
+    that is too little, or if loads are too unequal, the least loaded one.  Without its traps: the
+    absolute threshold is at most a server's capacity, equals are drawn, chats count as prompts."""
 
     uses = ("balance_abs_threshold", "balance_rel_threshold", "cache_threshold")
 
@@ -7023,14 +7025,16 @@ class CacheAware(Policy):
 
 @policy("lmetric")
 class LMetric(Formula):
-    """Prompt tokens to read × requests in the batch (arXiv 2603.15202); it needs no capacities."""
+    """The lowest product of prompt tokens to read and requests in the batch (arXiv 2603.15202);
+    capacities do not matter."""
 
     score = "(pending + prompt - cached + 1) * (in_flight + foreign + 1) / weight"
 
 
 @policy("mvllm")
 class Mvllm(Formula):
-    """As mvllm, bit for bit: any server under 0.5, else the lowest; by the last report alone."""
+    """As mvllm, exactly: any server with a load below 0.5, else the lowest; by the last report
+    alone."""
 
     weighs, tie = False, 1.0
     score = ("(running + 0.5 * waiting) / capacity"
@@ -7039,7 +7043,7 @@ class Mvllm(Formula):
 
 @policy("vllm_router")
 class VllmRouter(Formula):
-    """As mvllm's predecessor: the lowest, a running request counting three times."""
+    """As mvllm's predecessor: the lowest load, where a running request counts three times."""
 
     weighs, tie = False, 1.0
     score = "(3 * running + waiting) / capacity"
@@ -7047,7 +7051,7 @@ class VllmRouter(Formula):
 
 @policy("expression")
 class Expression(Formula):
-    """By a formula of the user's own, the setting `score`."""
+    """The lowest value of your own formula, the setting `score`."""
 
     uses = ("score",)
 
@@ -7059,23 +7063,23 @@ class Expression(Formula):
 #  31  ranking
 # ══════════
 #
-# Who may be asked, who is asked, and why.  Some servers are excluded for a reason of their own; of
-# the rest a pool is drawn, those that have the adapter loaded come first, then the lowest tier;
-# the policy chooses among what is left.
+# Which servers may be asked, which one is, and why.  Some servers are excluded, each for a reason;
+# among the rest a pool is drawn, servers with the adapter loaded come first, then the lowest tier;
+# the policy chooses among those that are left.
 
 
 class Wanted(NamedTuple):
-    """What a server is to be found for."""
+    """What to rank the servers for."""
 
     call: Call
     tried: frozenset[str] = frozenset()  # servers that are not asked again
     pinned_to: str = ""  # the only server, or engine, that may be asked
-    by_name: bool = False  # and it is no work of its engine
-    role: str = ""  # only servers of that one; else those that decode, as long as one can be asked
+    by_name: bool = False  # and its engine has no work with that
+    role: str = ""  # of the servers; "": those that decode, as long as one is available
 
 
 class Candidate(NamedTuple):
-    """A server in a ranking: with its cost, or excluded for a reason."""
+    """A server in a ranking: its cost, and the terms of that or the reason for its exclusion."""
 
     name: str
     cost: float
@@ -7083,20 +7087,20 @@ class Candidate(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The judgement on one call at one moment.  `best` is the server to ask, or None."""
+    """The judgement on one call at one moment.  `best` is the id of the server to ask, or None."""
 
     best: str | None
     views: list[ServerView]
     cached: list[int]
-    reasons: Sequence[str]  # by view, why it is excluded, or ''
-    eligible: Eligible  # the others
-    costs: list[float]  # of those, in their order
+    reasons: Sequence[str]  # for each view, why it is excluded, or ''
+    eligible: Eligible  # the other views
+    costs: list[float]  # of the eligible, in their order
     policy: Policy
     tried: frozenset[str]
-    role: str = ""  # in which it is asked
-    asked: ServerView | None = None  # the best one's view,
-    expected: int = 0  # and what it has probably cached
-    behind: bool = False  # others have been waiting for the same
+    role: str = ""  # in which the server is asked
+    asked: ServerView | None = None  # the view of the best,
+    expected: int = 0  # and the tokens it has probably cached
+    behind: bool = False  # other requests wait for the same
 
     @property
     def call(self) -> Call:
@@ -7107,24 +7111,24 @@ class Ranking(NamedTuple):
         return self.eligible.moment
 
     def server_of(self, id: str) -> str:
-        """The id of the server that an engine belongs to; a server's own."""
+        """The id of an engine's server; a server's own id."""
         return next((view.server for view in self.views if view.id == id), id)
 
     @property
     def server(self) -> str:
-        """The id of the server to ask, also where `best` is an engine."""
+        """The id of the server to ask, even if `best` is an engine."""
         return self.asked.server if self.asked else ""
 
     @property
     def basis(self) -> str:
-        """What decided, in a word."""
+        """What decided, in one word: alone, cache or load."""
         if len(self.costs) == 1:
             return "alone"
         return "cache" if self.expected and self.expected == max(self.cached) else "load"
 
     @property
     def waits(self) -> bool:
-        """Whether a server that is full now would take the call."""
+        """Whether a server would take the call if it were not full, or others did not wait."""
         if not self.moment.enforced:
             return False
         anyhow = self.moment._replace(enforced=False)
@@ -7133,33 +7137,32 @@ class Ranking(NamedTuple):
 
     @property
     def has_room(self) -> bool:
-        """Whether a server that is well, and has not failed just now, has room for the call; in
-        the queue it waits for that."""
+        """Whether a healthy server without recent failures has room, perhaps after a wait."""
         if self.best is None:
             return self.waits
         return any(view.healthy and not view.health.request_failures
                    and view.has_room(self.moment.now) for view in self.eligible.views)
 
     def as_short(self, id: str) -> frozenset[str]:
-        """The servers that take no longer prompts than this one."""
+        """The ids of the servers whose context is no longer than that of the server `id`."""
         model, views = self.call.model, self.views
         context = {view.server: view.context(model) for view in views if view.has(model)}
         most = context.get(self.server_of(id), INFINITY)
         return frozenset(v.server for v in views if context.get(v.server, 0.0) <= most)
 
     def unlike(self, view: ServerView | None) -> frozenset[str]:
-        """The servers that run another build than that one, and so may answer differently."""
+        """The ids of the servers with another build than `view`, which may answer differently."""
         build = build_of(view, self.call.model) if view else ()
         return frozenset(v.server for v in self.views if build_of(v, self.call.model) != build)
 
     @property
     def undecided(self) -> bool:
-        """Whether a server that was not checked yet may still turn out to be the one."""
+        """Whether a server that has not been checked yet may turn out to serve the call."""
         return any(v.health.state is State.CHECKING and v.open for v in self.views)
 
     @property
     def unheard_of(self) -> bool:
-        """Whether a model is wanted that no server has told of."""
+        """Whether the call names a model that no server lists."""
         model = self.call.model
         return model is not None and not any(model in (v.models or ()) for v in self.views)
 
@@ -7167,7 +7170,7 @@ class Ranking(NamedTuple):
         return f"{cost:.3g} s" if self.policy.in_seconds else f"cost {cost:.4g}"
 
     def candidates(self) -> list[Candidate]:
-        """Every server with its reason, best first.  Made only when somebody asks."""
+        """Every server with its reason, best first; only made when somebody asks."""
         judged = {view.id: (cost, f"{self.worded(cost)} = {terms}") for view, cost, terms
                   in zip(self.eligible.views, self.costs, self.policy.terms(self.eligible))}
         rows = [(view.id, Candidate(view.name, *judged.get(view.id, (INFINITY, reason))))
@@ -7176,7 +7179,7 @@ class Ranking(NamedTuple):
         return [candidate for _, candidate in rows]
 
     def why(self) -> str:
-        """The choice in one line, for who asks; in a field's characters."""
+        """The choice in one line, in characters that a field may have."""
         if self.best is None:
             return "no server"
         first, *others = self.candidates()
@@ -7189,17 +7192,18 @@ class Ranking(NamedTuple):
         return words.encode("ascii", "backslashreplace").decode()
 
     def missed_tokens(self) -> int:
-        """How many more tokens of the prompt another server that might have been asked has."""
+        """The tokens of the prompt that another eligible server has cached beyond the best's."""
         return max(self.eligible.cached, default=self.expected) - self.expected
 
     def refusal(self, name_servers: bool) -> tuple[Fault, str]:
-        """Why no server can take the call: the model is nobody's, or each server's reason."""
+        """The fault and message if no server can take the call: none has the model, or every
+        server's reason, with its name only if `name_servers`."""
         views, model = [view for view in self.views if not view.draining], self.call.model
         if not views:
             return Fault.NO_SERVER, "There is no server."
         known = {name for view in views for name in view.models or ()}
         told = [view.models is not None for view in views]
-        # Who has never told any is not waited for for ever.
+        # An unhealthy server that never listed its models is not waited for.
         awaited = any(v.models is None and v.health.state is not State.UNHEALTHY for v in views)
         if model is not None and self.unheard_of and any(told) and not awaited:
             more = f" {told.count(False)} of the servers never told its models." * (not all(told))
@@ -7214,10 +7218,10 @@ def exclusions(
     views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment,
     role: str = "",
 ) -> list[str]:
-    """For each server the reason why it is not eligible, or ''.  One that has not told its models
-    is asked only when no other is known to have this one; and when nothing but open circuits or
-    troubled checks keep the last ones out, they are asked after all.  Prefill servers get a whole
-    request only where none that decodes is well, those of a `role` nothing of another."""
+    """For each server the reason why it is not eligible, or ''.  A server whose models are unknown
+    is eligible only if no other is known to have the model.  If only open circuits or troubled
+    checks exclude the last servers, they are eligible after all.  A `role` excludes servers of the
+    other; without one, prefill servers are eligible only if no other one is available."""
     if {view.settings.role for view in views} == {"both"}:
         return exclusions_of_any(views, model, tried, moment)
     other = {"prefill": "decode"}.get(role, "prefill")
@@ -7232,13 +7236,13 @@ def exclusions(
 def exclusions_of_any(
     views: list[ServerView], model: str | None, tried: frozenset[str], moment: Moment
 ) -> list[str]:
-    """The same, whatever role servers have."""
+    """As `exclusions`, whatever the servers' roles are."""
     trials = {view.settings.id for view in views if view.counts.on_trial}
     reasons = [exclusion_reason(view, model, tried, moment, trials) for view in views]
     if all(reasons) and any(view.health.may_be_last_resort and not view.healthy for view in views):
         ever = moment._replace(enforced=False)
         if all(exclusion_reason(view, model, frozenset(), ever, trials) for view in views):
-            # Of a model that nobody has told of nothing is guessed.
+            # Servers with unknown models are no last resort for a model that no server lists.
             told = [view.models for view in views if view.models]
             guess = model is None or not told or any(model in models for models in told)
             needed = [guess or view.models is not None for view in views]
@@ -7254,8 +7258,8 @@ def exclusion_reason(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
 ) -> str:
-    """The reason why one server is not eligible by itself, or ''.  An unhealthy one that might
-    answer is where it is `needed`, or half-open with no request on trial (`trials` have one)."""
+    """The reason why a server by itself is not eligible, or ''.  As a last resort, an unhealthy one
+    is if `needed`, or if half-open and not in `trials`, the servers with a trial under way."""
     health = view.health
     if not view.open:
         return ("is draining" if view.draining else "was drained by hand" if view.drained
@@ -7275,13 +7279,13 @@ def exclusion_reason(
     return "was tried already" if tried and view.settings.id in tried else ""
 
 
-Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
+Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, is it preferred
 
 
 def apply_preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> None:
-    """Gives a reason to servers that are eligible, but passed over now for better ones."""
+    """Give `reasons` to servers that are eligible but passed over for preferred ones."""
     for why, wanted in preferences(views, reasons, call, moment, draw):
         rest = [n for n, reason in enumerate(reasons) if not reason]
         others = [n for n in rest if not wanted(views[n])]
@@ -7292,7 +7296,7 @@ def apply_preferences(
 def preferences(
     views: Sequence[ServerView], reasons: list[str], call: Call, moment: Moment, draw: random.Random
 ) -> Iterator[Preference]:
-    """What is preferred; each is to be applied before the next is asked for."""
+    """The preferences in order; apply each before taking the next."""
     model, now, interval_s = call.model, moment.now, moment.interval_s
     tokens = call.prompt.tokens * ESTIMATE_ROOM
     too_long = tokens > shortest_context(views, model)
@@ -7322,7 +7326,7 @@ def preferences(
 
 
 def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> str:
-    """The pool that is drawn by these shares; a session stays with its own."""
+    """A pool drawn by shares; a session always gets the same."""
     at = draw.random()
     if call.session:
         digest = hashlib.blake2b(call.session.encode("utf-8", "surrogatepass"), digest_size=8)
@@ -7335,14 +7339,14 @@ def drawn_pool(shares: Mapping[str, float], call: Call, draw: random.Random) -> 
 class Lasting(NamedTuple):
     """What holds for all calls for a model until a server changes in more than its counts."""
 
-    reasons: list[str] | None  # to exclude servers; None: they depend on the moment, or on chance
+    reasons: list[str] | None  # to exclude servers; None if they depend on the moment or on chance
     context: float  # shorter prompts fit every server that has the model
-    steady_since: float  # since when the first of its servers is there
-    changed_at: float  # when the last one became what it is
+    steady_since: float  # when the first of its healthy servers became healthy
+    changed_at: float  # when a server's state last changed
 
 
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
-    """Made anew, and kept with the fleet."""
+    """What lasts for a model, worked out anew and kept in `fleet.derived` if a server has it."""
     views, reasons = fleet.views(), None
     lasts, steady_since, changed_at = True, INFINITY, -INFINITY
     for view in views:
@@ -7355,21 +7359,21 @@ def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
     if lasts:
         reasons = exclusions(views, model, frozenset(), moment._replace(enforced=False))
     found = Lasting(reasons, shortest_context(views, model), steady_since, changed_at)
-    if model is None or fleet.knows(model):  # of which there are not too many
+    if model is None or fleet.knows(model):  # clients can make up any number of others
         fleet.derived[model] = found
     return found
 
 
 def slow_starts(views: Sequence[ServerView], moment: Moment, steady_since: float) -> list[float]:
-    """The share of its capacity that each gets since it came back.  Those that come together with
-    the first have all: nobody is there to spare them work."""
+    """The share of its capacity to use for each server that came back.  Servers that come together
+    with the first have 1, as no others could take their work."""
     now, slow_start_s = moment.now, moment.slow_start_s
     return [1.0 if view.health.since - steady_since < slow_start_s
             else view.slow_start_share(now, slow_start_s) for view in views]
 
 
 def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.Random) -> Ranking:
-    """The best server for a call; once for each attempt."""
+    """The ranking of the servers for a call; made for each attempt."""
     call, pinned_to, tried, role = wanted.call, wanted.pinned_to, wanted.tried, wanted.role
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
     lasting = fleet.derived.get(call.model) or lasting_of(fleet, call.model, moment)
@@ -7377,7 +7381,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     if pinned_to:
         kept = [n for n, view in enumerate(views) if pinned_to in (view.id, view.server)]
         views, cached, reasons = [views[n] for n in kept], [cached[n] for n in kept], None
-        if wanted.by_name:  # nor does it take a place there
+        if wanted.by_name:  # it takes no seat there
             views, moment = [v.by_name for v in views], moment._replace(enforced=False)
     if (reasons is None or tried or role or moment.enforced
             or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):
@@ -7389,7 +7393,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
         having = [tokens for tokens, reason in zip(cached, reasons) if not reason]
     shares = (slow_starts(left, moment, lasting.steady_since)
               if moment.now - lasting.changed_at < moment.slow_start_s else [])
-    # Who decodes gets the prompt as others have read it; who reads one says a single token.
+    # A decode server gets the prompt as read by another; a prefill server makes a single token.
     known = [call.prompt.tokens] * len(left) if role == "decode" else having
     length = 1.0 if role == "prefill" else fleet.answers.get(call.model)
     eligible = Eligible(left, list(map(IN_FLIGHT_OF, left)), list(map(PENDING_OF, left)),
