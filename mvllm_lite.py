@@ -83,12 +83,12 @@ the lines.
    VII  connections      1,960 lines, for each connection, and each piece of an answer
     42  sockets        ~ what all sockets share: errors, deadlines; listening sockets
     43  wire           ~ one connection: its buffer, its deadline, its end
-    44  secrets        ~ keys and certificates, and how a server is reached with them
-    45  client         ~ what we ask servers ourselves, over asyncio's streams
-    46  pool           ~ the connections to one server over which requests go, kept and reused
+    44  secrets        ~ keys and certificates, and how to reach a server with them
+    45  client         ~ our own requests to servers, over asyncio's streams
+    46  pool           ~ the connections to one server for requests, kept and reused
     47  pump           ~ bytes on their way through, with back-pressure
     48  response       ~ the client's side of an exchange
-    49  logging        ~ lines for readers that may be slow: the log, the shape of the traffic
+    49  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
   VIII  a request        1,540 lines, for each request
     50  shared state   ~ what requests share: clients, pools, news, those under way
@@ -9410,22 +9410,22 @@ def status_report(
 #  42  sockets
 # ══════════
 #
-# What is the same of all sockets: errors in words, deadlines, peers that are dead; and sockets that
-# listen, with what a connection says before there is a Wire for it.
+# What all sockets share: errors in words, deadlines, detection of dead peers.  And listening
+# sockets, with the bytes that a connection sends before it has a Wire.
 
 # Seconds of silence, seconds between probes, probes without an echo: a dead peer in two minutes.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which would take megabytes
+KERNEL_BACKLOG_BYTES = 128 * 1024  # unsent in the kernel, which by default takes megabytes
 
 
 def error_text(error: OSError) -> str:
-    """The words of the system or of TLS for an error, without numbers and addresses."""
+    """The system's or TLS's words for an error, without numbers and addresses."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')}"
-    if isinstance(error, ssl.SSLError):  # whose numbers are none of the system's
+    if isinstance(error, ssl.SSLError):  # its errno is not the system's
         said = (getattr(error, "reason", "") or "").replace("_", " ").lower()
         return "TLS: " + (said or re.sub(r"^\[.*?\] | \(_ssl.*$", "", str(error.strerror)))
-    unsaid = 0 if str(error) else errno.ECONNRESET  # a handshake that nobody finished, in asyncio
+    unsaid = 0 if str(error) else errno.ECONNRESET  # asyncio's, for an unfinished handshake
     number = error.errno or unsaid
     return (os.strerror(number) if number > 0 else error.strerror or str(error)).lower()
 
@@ -9437,8 +9437,8 @@ def address_of(name: Any) -> Address:
 
 @contextlib.asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout; but if the time is up only because the whole process stalled, events
-    that arrived meanwhile are handled first."""
+    """Like asyncio.timeout; but if the whole process stalled until the deadline, events that
+    arrived meanwhile are handled first.  Raises TimeoutError."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
 
@@ -9455,9 +9455,8 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Have the kernel see whether the peer is still there, and remind those on the way (NAT,
-    firewalls) of a connection on which nothing is said for long.  Systems name the times
-    differently; those that one does not have are its own."""
+    """Have the kernel probe whether the peer is still there, which also makes NAT and firewalls
+    keep an idle connection.  A time that has no option on this system keeps its default."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
@@ -9466,8 +9465,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 async def peeked(sock: socket.socket, size: int) -> bytes:
-    """Wait for bytes on a socket without a transport, and return them without taking them off;
-    b"" is an orderly end.  Raises OSError."""
+    """Wait for bytes on a socket without a transport, and return them without removing them; b"" is
+    an orderly end.  Raises OSError."""
     loop = asyncio.get_running_loop()
     while True:
         with contextlib.suppress(BlockingIOError, InterruptedError):
@@ -9498,8 +9497,8 @@ async def read_proxy_header(sock: socket.socket) -> tuple[Address | None, bytes]
 
 
 class Listener:
-    """A listening socket.  Connections are accepted only while there is room for them; others
-    wait in the kernel's queue.  Accepting rests, instead of spinning, when descriptors run out."""
+    """A listening socket.  Connections are accepted only while there is room; others wait in the
+    kernel's queue.  When descriptors run out, accepting pauses instead of spinning."""
 
     def __init__(
         self, sock: socket.socket, room: Callable[[], bool], full: Callable[[], object],
@@ -9509,7 +9508,7 @@ class Listener:
         self.resting = False  # another process accepts
         self._room, self._full, self._take, self._failed = room, full, take, failed
         sock.setblocking(False)
-        keep_alive(sock)  # what it accepts is like it
+        keep_alive(sock)  # accepted sockets inherit that
         self.resume()
 
     def resume(self) -> None:
@@ -9531,7 +9530,7 @@ class Listener:
         """Accept the connections that have arrived, while there is room."""
         for n in range(most):
             if not self._room():
-                if n == 0:  # we were called, so somebody waits
+                if n == 0:  # we were called, so a connection waits
                     self.pause()
                     self._full()
                 return
@@ -9559,11 +9558,11 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            with contextlib.suppress(OSError):  # a slow client's progress is seen in small steps
+            with contextlib.suppress(OSError):  # makes a slow client's progress visible
                 sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, KERNEL_BACKLOG_BYTES)
             sock.bind(address)
             sock.listen(LISTEN_BACKLOG)
-        opened.pop_all()  # all are well, and stay open
+        opened.pop_all()  # all succeeded and stay open
     return sockets
 
 
@@ -9576,7 +9575,7 @@ def plain_refusal() -> bytes:
 
 @contextlib.contextmanager
 def told_if_plain(sock: socket.socket) -> Iterator[None]:
-    """Do a TLS handshake on that socket; a client that speaks plain HTTP is told so in HTTP."""
+    """Around a TLS handshake on a socket: answers a client that speaks plain HTTP in HTTP."""
     with sock.dup() as same:
         try:
             yield
@@ -9591,23 +9590,23 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
 #  43  wire
 # ══════════
 #
-# Connections.  The only room that knows transports.  A Wire is one connection, to a client or to
-# a server: bytes come into its buffer, and whoever reads waits for `news`.  While a Sink is set,
-# they go there at once without waking a task, which is how streamed pieces pass.  Deadlines are
-# moments on the loop's clock; moving one costs an attribute, because a wire's one timer looks
-# again when it fires instead of being set anew.
+# Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
+# server: bytes come into its buffer, and a reader waits for `news`.  While a Sink is set, bytes go
+# there at once without waking a task; streamed pieces pass this way.  Deadlines are moments on the
+# loop's clock.  To move one is to set an attribute, because the wire's only timer is not set anew,
+# but looks at the deadline again when it fires.
 
-READ_BUFFER_BYTES = 256 * 1024  # what a wire holds for a reader before it stops reading
-SPARE_PART = 4  # the part of max_buffered_bytes that may be content kept in case a stream breaks
-LEAVING_S = 0.25  # between two looks whether clients leave that are not read from
-# Where all wires receive: a new buffer for each piece, as asyncio.Protocol has it, costs a streamed
-# token 5 to 12 % more.  What is in it is there until the next wire is asked.
+READ_BUFFER_BYTES = 256 * 1024  # held for a reader before a wire stops reading
+SPARE_PART = 4  # 1/4 of max_buffered_bytes may be content kept in case a stream breaks
+LEAVING_S = 0.25  # between two checks whether clients that we do not read from have left
+# All wires receive here: a new buffer for each piece, as with asyncio.Protocol, would make a
+# streamed token 5 to 12 % dearer.  The content lasts until the next wire receives.
 RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
 
 
 class Sink:
-    """Takes what happens on a wire, in place of its buffer; this one, what nobody reads any more.
-    A piece is lent for the call."""
+    """Takes a wire's bytes and events in place of its buffer.  This one ignores them.  A piece is
+    lent for the call."""
 
     def feed(self, wire: Wire, piece: Piece) -> None: ...
     def lost(self, wire: Wire) -> None: ...
@@ -9618,25 +9617,26 @@ Piece = memoryview | bytes
 
 
 def is_unheard(sock: socket.socket | None) -> bool:
-    """Whether the last write has not reached the peer's system, as happens when the connection was
-    closed there before; True where our system cannot tell."""
+    """Whether the peer's system has not acknowledged our last write, as if it had closed the
+    connection before; True if our system cannot tell."""
     with contextlib.suppress(OSError):
-        if sock is not None and sock.fileno() >= 0:  # below TLS it has gone already
+        if sock is not None and sock.fileno() >= 0:  # else TLS has closed it
             return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
     return True
 
 
 class Backlog:
-    """What is held of clients' requests, in all: content, and what nobody has read yet.  And which
-    of them leave while reading from them is stopped, for of that the event loop tells nothing."""
+    """Counts the bytes held for all clients: content, and what nobody has read yet.  It also
+    watches for clients that leave while we do not read from them, which the event loop does not
+    tell."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # max_buffered_bytes
-        self.content_bytes = 0  # of requests, with long heads, that may have to be said again
+        self.content_bytes = 0  # content, and long heads, that may have to be sent again
         self.unread_bytes = 0
         self._poll, self._stopped = select.poll(), dict[int, Wire]()  # by descriptor
         self._timer: asyncio.TimerHandle | None = None
-        # Content kept in case its stream breaks, the oldest first: what gives it up, and its bytes.
+        # Content kept in case its stream breaks, oldest first: (a function to give it up, bytes).
         self.spared: dict[int, tuple[Callable[[], object], int]] = {}
         self._spare_bytes = 0
 
@@ -9645,20 +9645,20 @@ class Backlog:
         return self.content_bytes + self.unread_bytes
 
     def full(self, own: int) -> bool:
-        """Whether too much is held; one client alone never holds too much."""
+        """Whether too much is held, unless all of it is the caller's `own`."""
         while self.spared and self.limit < self.content_bytes + self.unread_bytes:
             self._give_up_oldest()
         return self.limit < self.content_bytes + self.unread_bytes != own
 
     def spare(self, key: int, size: int, give_up: Callable[[], object]) -> None:
-        """This content is no longer needed unless its stream breaks: it is among a quarter of what
-        may be held, and `give_up` is called when there is no room for it."""
+        """Note that content is only needed if its stream breaks.  Such content may take a quarter
+        of the limit; `give_up` is called when the room is needed."""
         self.spared[key], self._spare_bytes = (give_up, size), self._spare_bytes + size
         while self._spare_bytes > self.limit // SPARE_PART:
             self._give_up_oldest()
 
     def unspare(self, key: int) -> None:
-        """Note that this content is released."""
+        """Note that the content is released."""
         if key in self.spared:
             self._spare_bytes -= self.spared.pop(key)[1]
 
@@ -9667,7 +9667,7 @@ class Backlog:
         give_up()
 
     def watch(self, wire: Wire) -> None:
-        """Watch a wire for its peer's leaving, now that reading from it is stopped."""
+        """Watch whether a wire's peer leaves, now that we have stopped reading."""
         if (descriptor := wire.transport.get_extra_info("socket").fileno()) >= 0:
             self._stopped[descriptor] = wire
             self._poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
@@ -9675,7 +9675,7 @@ class Backlog:
             wire.descriptor = descriptor
 
     def forget(self, wire: Wire) -> None:
-        """Stop watching a wire: it is read from again, or is lost."""
+        """Stop watching a wire that is read from again, or is lost."""
         if self._stopped.get(wire.descriptor) is wire:
             self._poll.unregister(wire.descriptor)
             del self._stopped[wire.descriptor]
@@ -9687,8 +9687,8 @@ class Backlog:
 
 
 class Wire(asyncio.BufferedProtocol):
-    """One connection.  `side` says who is at the other end; what a client has said before somebody
-    reads it counts in a `backlog`."""
+    """One connection, with `side` at the other end.  A client's unread bytes count in a
+    `backlog`."""
 
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
@@ -9699,37 +9699,37 @@ class Wire(asyncio.BufferedProtocol):
 
     def __init__(self, side: Blame, backlog: Backlog | None = None) -> None:
         self.side, self.backlog = side, backlog
-        self.counted = 0  # bytes of its buffer, in the backlog
-        self.descriptor = -1  # of its socket, once reading was stopped
+        self.counted = 0  # bytes of its buffer that the backlog counts
+        self.descriptor = -1  # of its socket, once reading has been stopped
         self.most = READ_BUFFER_BYTES if side is Blame.SERVER else AHEAD_BYTES  # to be held
-        self.wanted = 0  # bytes that its sink takes beside, of a client
+        self.wanted = 0  # bytes that a client's sink takes in addition
         self.loop = asyncio.get_running_loop()
-        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # until it stands
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # until connected
         self.buffer = bytearray()
         self.sink: Sink | None = None
-        self.feeder: Wire | None = None  # whose bytes we write: it is held while our peer is slow
-        self.gone = False  # the peer says no more,
-        self.clean = False  # by an orderly close (FIN), which may end a message
+        self.feeder: Wire | None = None  # the source of what we write, held while our peer is slow
+        self.gone = False  # the peer sends no more,
+        self.clean = False  # after an orderly close (FIN), which may end a message
         self.on_gone: Callable[[], object] | None = None
-        self.lost = True  # there is no connection yet, or any more
-        self.trouble = ""  # that ended it, where TLS has said so
+        self.lost = True  # not connected, or no longer
+        self.trouble = ""  # that ended the connection, if TLS reported it
         self.blocked = False  # the peer takes no more bytes at present
-        self.held = False  # we take no more of the peer's
+        self.held = False  # we have stopped reading
         self.reused = False  # it carried an exchange before,
-        self.taken_at = -INFINITY  # and was taken for another then,
-        self.unheard = False  # which met its close: nothing of it came in at the peer's system
-        self.reusable = False  # and may carry another
+        self.taken_at = -INFINITY  # and was taken for another at this time,
+        self.unheard = False  # of which nothing arrived at the peer's system
+        self.reusable = False  # it may carry another exchange
         self.deadline = INFINITY
-        self.peer: Address = UNKNOWN  # who is at the other end, maybe beyond a proxy
+        self.peer: Address = UNKNOWN  # the other end, perhaps beyond a proxy
         self.is_tls = False
-        self.sock: socket.socket | None = None  # where one may be written to beside the transport
+        self.sock: socket.socket | None = None  # if set, may be used beside the transport
         self._waiter: asyncio.Future[None] | None = None
-        self._reads = False  # who waits, and will take what comes
-        self.at_once = RECEIVED  # where what is read at once is put
+        self._reads = False  # the waiter will take what comes
+        self.at_once = RECEIVED  # the buffer for one read
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = INFINITY
 
-    # What asyncio calls.
+    # Called by asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.lost = transport, False  # type: ignore[assignment]
@@ -9754,20 +9754,20 @@ class Wire(asyncio.BufferedProtocol):
         self.buffer += piece
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-        if self.backlog is not None:  # the same
+        if self.backlog is not None:  # `count`, without the call
             self.backlog.unread_bytes += len(self.buffer) - self.counted
             self.counted = len(self.buffer)
         if len(self.buffer) >= self.most and not self._reads:
             self.hold()
 
     def count(self) -> None:
-        """The buffer has changed, of a wire that counts."""
+        """Count a client's buffer after a change."""
         self.backlog.unread_bytes += len(self.buffer) - self.counted  # type: ignore[union-attr]
         self.counted = len(self.buffer)
 
     def eof_received(self) -> bool:
-        """The peer will say no more.  A client may still be listening, so its wire stays open for
-        what is answered locally; a server's is closed."""
+        """Note that the peer will send no more.  Returns whether to keep the connection: a client
+        may still listen for an answer that needs no server."""
         self._ended(clean=True)
         return self.side is Blame.CLIENT and self.transport.can_write_eof()
 
@@ -9779,7 +9779,7 @@ class Wire(asyncio.BufferedProtocol):
             self.trouble = f": {error_text(error)}"
         if self._timer is not None:
             self._timer.cancel()
-        self._ended(clean=False)  # the peer's orderly end was heard before, if there was one
+        self._ended(clean=False)  # without effect after an orderly end
         self.wake()
 
     def pause_writing(self) -> None:
@@ -9806,8 +9806,8 @@ class Wire(asyncio.BufferedProtocol):
         self.wake()
 
     def leave(self) -> None:
-        """Note that the peer has left behind bytes that we have not read.  That ends a request
-        that is being answered; a reader gets there by itself."""
+        """Note that the peer has left, after bytes that we have not read.  This ends a request that
+        is being answered; a reader would notice by itself."""
         if self.on_gone is not None:
             self._ended(clean=True)
 
@@ -9816,8 +9816,8 @@ class Wire(asyncio.BufferedProtocol):
             self._waiter.set_result(None)
 
     def departure(self) -> PeerGone:
-        """The exception for a peer that has gone; a new one each time, since an exception keeps
-        alive all that was on the stack when it was raised."""
+        """A new exception for a peer that has gone; a shared one would keep alive all that was on
+        the stack when it was raised."""
         fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
         how = "closed" if self.clean else "lost"
         return PeerGone(f"the {self.side.value}'s connection was {how}{self.trouble}", fault)
@@ -9825,7 +9825,7 @@ class Wire(asyncio.BufferedProtocol):
     # Deadlines.
 
     def expect_by(self, deadline: float) -> None:
-        """Unless something happens by then, `news` raises TimeoutError, or the sink is told."""
+        """Have `news` raise TimeoutError, or the sink `expired`, unless the deadline is moved."""
         self.deadline = deadline
         if deadline < self._timer_at:
             if self._timer is not None:
@@ -9834,7 +9834,7 @@ class Wire(asyncio.BufferedProtocol):
             self._timer = self.loop.call_at(deadline, self._look)
 
     def _look(self) -> None:
-        """The timer fired; the deadline may have moved since it was set."""
+        """Handle the timer; the deadline may have moved since it was set."""
         self._timer, self._timer_at = None, INFINITY
         if self.deadline > self.loop.time():
             self.expect_by(self.deadline)
@@ -9846,10 +9846,10 @@ class Wire(asyncio.BufferedProtocol):
         elif self.sink is not None:
             self.sink.expired(self)
 
-    # What the rooms below call.
+    # Called by the rooms below.
 
     async def news(self, deadline: float, reads: bool = False) -> None:
-        """Wait for something to happen: bytes, room for writing, an end.  Raises TimeoutError."""
+        """Wait for an event: bytes, room for writing, an end.  Raises TimeoutError."""
         self.deadline = deadline
         if deadline < self._timer_at:
             self.expect_by(deadline)
@@ -9879,11 +9879,11 @@ class Wire(asyncio.BufferedProtocol):
             await self.news_or_progress(silence_s)
 
     async def read_head(self, deadline: float, limit: int = HEAD_LIMIT_BYTES) -> bytes | None:
-        """Up to and with the next empty line; None if the peer left without beginning one.
-        Raises PeerGone in the middle of one, BadMessage when it is too long, TimeoutError."""
+        """The next head, with its empty line; None if the peer left before it.  Raises PeerGone if
+        the peer leaves within it, BadMessage if it is too long, and TimeoutError."""
         while not (self.buffer or self.gone):
             await self.news(deadline)
-        end = self.buffer.find(b"\r\n\r\n") + 4  # nearly always it comes in one piece
+        end = self.buffer.find(b"\r\n\r\n") + 4  # nearly always, it comes in one piece
         search = HeadSearch(self.side) if end < 4 else None
         while search is not None and (end := search.end(self.buffer)) < 0:
             if len(self.buffer) > limit:
@@ -9895,7 +9895,7 @@ class Wire(asyncio.BufferedProtocol):
             if self.backlog is not None and self.backlog.full(self.counted):
                 raise BadMessage("heads and content of requests take as many bytes as"
                                  " max_buffered_bytes allows", Fault.TOO_MUCH_CONTENT)
-            if len(self.buffer) >= self.most:  # a long one
+            if len(self.buffer) >= self.most:  # it is long
                 self.most = limit + 1
                 if self.held:
                     self.release()
@@ -9909,10 +9909,10 @@ class Wire(asyncio.BufferedProtocol):
         return self.take(end)
 
     def take(self, size: int | None = None) -> bytes:
-        """The first bytes of the buffer, or all."""
+        """Remove and return the first bytes of the buffer, or all."""
         taken = bytes(self.buffer if size is None else self.buffer[:size])
         del self.buffer[:size]
-        if self.backlog is not None:  # `count`, without the call: each piece comes by here
+        if self.backlog is not None:  # `count`, without the call: each piece passes here
             self.backlog.unread_bytes += len(self.buffer) - self.counted
             self.counted = len(self.buffer)
         if self.held and len(self.buffer) < self.most:
@@ -9920,7 +9920,7 @@ class Wire(asyncio.BufferedProtocol):
         return taken
 
     def fill(self, size: int) -> None:
-        """Have so much in the buffer, if it has come already: that saves a turn of the loop."""
+        """Fill the buffer up to `size` bytes if they have arrived; saves a turn of the loop."""
         missing = size - len(self.buffer)
         if missing > 0 and self.sock is not None and not self.held:
             with contextlib.suppress(OSError):
@@ -9928,7 +9928,8 @@ class Wire(asyncio.BufferedProtocol):
                 self.count()
 
     async def read_content(self, decoder: Decoder, deadline: float) -> bytes:
-        """A piece of content; b"" after the last.  Raises PeerGone, BadMessage, TimeoutError."""
+        """The next piece of content; b"" after the last.  Raises PeerGone, BadMessage,
+        TimeoutError."""
         while not decoder.done:
             if self.buffer:
                 if (content := decoder.feed(self.take(decoder.at_once_bytes))) or decoder.done:
@@ -9942,8 +9943,8 @@ class Wire(asyncio.BufferedProtocol):
         return b""
 
     async def send(self, content: Content, at: int, silence_s: float) -> int:
-        """Write content from `at` on.  Returns how far that went: to its end, or to where the peer
-        began to speak or left.  Raises TimeoutError when the peer takes nothing for `silence_s`."""
+        """Write content from `at` on.  Returns the place reached: its end, or where the peer began
+        to answer or left.  Raises TimeoutError if the peer takes nothing for `silence_s`."""
         view = memoryview(content)
         while at < len(content):
             while self.blocked and not (self.buffer or self.gone):
@@ -9955,18 +9956,18 @@ class Wire(asyncio.BufferedProtocol):
         return at
 
     def write_lent(self, piece: Piece) -> None:
-        """Write what is not ours to keep.  The kernel takes most of it as it is: a copy more, and
-        one by the transport, took a sixth of the time of a large answer."""
+        """Write a piece that may not be kept.  The kernel usually takes most of it directly; our
+        copy and the transport's would take a sixth of the time of a large answer."""
         transport, sent = self.transport, 0
         waits = transport.is_closing() or transport.get_write_buffer_size()
         if self.sock is not None and not waits:
-            with contextlib.suppress(OSError):  # the transport will meet it, too
+            with contextlib.suppress(OSError):  # the transport will meet the error too
                 sent = self.sock.send(piece)
         if sent < len(piece):
             transport.write(bytes(piece[sent:]))
 
     def hold(self) -> None:
-        """Stop reading: the kernel's buffers fill, and the peer has to wait."""
+        """Stop reading, so that the kernel's buffers fill and the peer has to wait."""
         self.held = True
         self.transport.pause_reading()
         if self.backlog is not None:
@@ -9979,12 +9980,12 @@ class Wire(asyncio.BufferedProtocol):
             self.backlog.forget(self)
 
     def abort(self) -> None:
-        """End it now, whatever was still to be written."""
+        """End the connection now, with whatever was still to be written."""
         if not self.lost:
             self.transport.abort()
 
     def reset(self) -> None:
-        """End it so that the peer sees a loss and not an end: RST in place of FIN."""
+        """End the connection with RST instead of FIN, so that the peer sees a loss, not an end."""
         if self.lost:
             return
         with contextlib.suppress(OSError):
@@ -9993,13 +9994,13 @@ class Wire(asyncio.BufferedProtocol):
         self.transport.abort()
 
     async def close(self, silence_s: float, linger_s: float) -> None:
-        """End it in stages, RFC 9112 §9.6: what was written goes out, as long as the peer takes
-        some of it within `silence_s`; then it hears that we say no more, and has `linger_s` to end
-        what it is saying.  Closing over unread bytes would reset the connection, and could take
-        our last answer with it.  Raises TimeoutError."""
+        """Close in stages, RFC 9112 §9.6: first what was written goes out, while the peer takes
+        some of it within each `silence_s`; then we send FIN, and the peer has `linger_s` to finish.
+        Closing over unread bytes would reset the connection, and might destroy our last answer.
+        Raises TimeoutError."""
         self.sink = Sink()
         self.take()
-        self.transport.set_write_buffer_limits(1, 0)  # `blocked` means now: not all is out
+        self.transport.set_write_buffer_limits(1, 0)  # from now on, `blocked` until all is out
         await self.unblocked(silence_s)
         if self.transport.can_write_eof() and not (self.gone or self.lost):
             self.transport.write_eof()
@@ -10007,7 +10008,7 @@ class Wire(asyncio.BufferedProtocol):
             while not self.gone:
                 await self.news(deadline)
         self.transport.close()
-        while not self.lost:  # with TLS, only then is all out
+        while not self.lost:  # with TLS, all is out only then
             await self.news(self.loop.time() + silence_s)
 
 
@@ -10015,28 +10016,28 @@ class Wire(asyncio.BufferedProtocol):
 #  44  secrets
 # ══════════
 #
-# Keys and certificates, from the settings and from the files that these name, and how a server is
-# reached with them.
+# Keys and certificates, from the settings and the files that they name, and how to reach a server
+# with them.
 
 
 @functools.cache
 def usual_context() -> ssl.SSLContext:
-    """Made when the first https:// server is dialled: loading the trust store takes 20 ms."""
+    """The default context, made only if there is an https:// server, as that takes 20 ms."""
     return ssl.create_default_context()
 
 
-PATTERN = "like "  # before the id of an entry that servers are like: none of theirs begins so
-MANAGER = "manager"  # the balancer that keeps the models, as such an entry
+PATTERN = "like "  # starts the id of an entry that servers are `like`; no server's id does
+MANAGER = "manager"  # the id of the balancer that keeps the models, as such an entry
 
 
 class Secrets:
-    """Keys and certificates, from the settings and from the files they name.  Made anew to see
-    whether a file has changed; what has not is taken from the secrets `before`.  Raises
+    """Keys and certificates, from the settings and the files that they name.  They are made anew to
+    see whether a file has changed; unchanged contexts come from the secrets `before`.  Raises
     SettingsError."""
 
     def __init__(self, settings: Settings = Settings(), before: Secrets | None = None) -> None:
-        self.files: dict[str, bytes] = {}  # all that was read
-        self.strangers = set[str]()  # servers that are shown no client's key
+        self.files: dict[str, bytes] = {}  # all files that were read
+        self.strangers = set[str]()  # servers that may not see clients' keys
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         s = settings
         self.registration = s.registration_key or self._read_key(s.registration_key_file)
@@ -10062,9 +10063,9 @@ class Secrets:
             self.listener = self._load(listener_context, settings)
 
     def adopt(self, server: ServerSettings, source: Source) -> None:
-        """Adopt a server that the settings do not name.  It gets all that the entry has that it is
-        `like`; or else only its own key, because it is only as honest as whoever named it, and what
-        the settings grant to servers of its source.  No file is read."""
+        """Adopt a server that the settings do not list.  It gets the secrets of the entry that it
+        is `like`; without one, only its own key and what the settings grant to its source, as it
+        can be trusted no more than whoever named it.  No file is read."""
         if server.like:
             self.server_keys[server.id] = self.server_keys.get(PATTERN + server.like, "")
             if context := self.contexts.get(PATTERN + server.like):
@@ -10085,7 +10086,7 @@ class Secrets:
             self._made_from.pop(id, None)
 
     def _make_context(self, server: ServerSettings, before: Secrets | None) -> None:
-        """Make what an https server is verified with, where that is not the usual."""
+        """Make an https server's TLS context, unless it needs only the default one."""
         files = [path for path in (server.ca_file, server.client_cert) if path]
         id, made_from = server.id, (server, *map(self._read, files))
         if server.verify and not files:
@@ -10102,7 +10103,7 @@ class Secrets:
         return self.files[path]
 
     def _read_key(self, path: str) -> str:
-        """The key in a file; '' where none is named."""
+        """The key in a file; '' if no file is named.  Raises SettingsError."""
         try:
             return path and secret(self._read(path).decode("ascii").strip())
         except ValueError as error:
@@ -10121,7 +10122,7 @@ NO_PASSWORD = "no password can be given"  # or OpenSSL would ask on the terminal
 
 
 def server_context(server: ServerSettings) -> ssl.SSLContext:
-    """For an https server with wishes of its own."""
+    """A TLS context for an https server with settings of its own.  Raises OSError."""
     context = ssl.create_default_context(cafile=server.ca_file or None)
     if server.client_cert:
         context.load_cert_chain(server.client_cert, password=NO_PASSWORD)
@@ -10131,7 +10132,7 @@ def server_context(server: ServerSettings) -> ssl.SSLContext:
 
 
 def listener_context(s: Settings) -> ssl.SSLContext:
-    """For clients that speak https; TLS 1.2 and newer."""
+    """A TLS context for clients, with TLS 1.2 and newer.  Raises OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -10142,7 +10143,7 @@ def listener_context(s: Settings) -> ssl.SSLContext:
 def read_regular_file(path: str) -> bytes:
     """A regular file's bytes.  Raises SettingsError."""
     try:
-        # Without waiting for the other end of a pipe, should it be one.
+        # O_NONBLOCK: if it is a pipe, do not wait for the other end.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file.read()
@@ -10155,7 +10156,7 @@ def read_regular_file(path: str) -> bytes:
 
 
 class Upstream:
-    """A server as connections to it are made: its address, its key, its TLS context."""
+    """What connecting to a server takes: its address, its key, its TLS context."""
 
     def __init__(
         self, server: ServerSettings, secrets: Secrets = Secrets(), name: str = ""
@@ -10165,15 +10166,15 @@ class Upstream:
         self.is_tls, self.host = parts.scheme == "https", server.address or parts.hostname or ""
         self.tls_name = parts.hostname if self.is_tls else None
         self.port = parts.port or (443 if self.is_tls else 80)
-        self.name = name  # ours, for servers that are balancers, too
+        self.name = name  # ours, for Via: the server may be a balancer too
         self.key_line = ""  # for the server, in place of a client's
         self.addresses: Collection[str] = ()  # of the name in its URL, once they have changed
-        self._context: ssl.SSLContext | None = None  # in place of the usual one
+        self._context: ssl.SSLContext | None = None  # in place of the default one
         self.equip(secrets)
 
     def equip(self, secrets: Secrets) -> None:
-        """Take the server's key and context from these secrets; if they are others than before,
-        idle connections end."""
+        """Take the server's key and context from secrets; if either has changed, close idle
+        connections."""
         key = secrets.server_keys.get(self.server.id, "")
         now = key and f"Authorization: Bearer {key}\r\n", secrets.contexts.get(self.server.id)
         if now != (self.key_line, self._context):
@@ -10181,29 +10182,29 @@ class Upstream:
             self.close()
 
     def moved(self, addresses: Collection[str]) -> None:
-        """Use connections to these addresses only, from now on."""
+        """From now on, use only connections to these addresses."""
         self.addresses = addresses
         self.close()
 
     def leads_elsewhere(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether a connection is to an address that the server's name has no more."""
+        """Whether a connection goes to an address that the server's name no longer has."""
         peer = transport.get_extra_info("peername")
         return bool(self.addresses) and peer is not None and peer[0] not in self.addresses
 
     def tls(self) -> ssl.SSLContext | None:
-        """What a new connection is secured with; None for plain http."""
+        """The TLS context for a new connection; None for plain http."""
         return (self._context or usual_context()) if self.is_tls else None
 
     def close(self) -> None:
-        """End idle connections."""
+        """Close idle connections."""
 
 
-# What connecting fails with when it is our own machine that has run out of something.
+# Errors in connecting that mean our own machine has run out of something.
 OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
 def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
-    """The outcome of connecting to a server when that raised this error."""
+    """The exception to raise if connecting to a server failed with `error`."""
     if isinstance(error, TimeoutError):
         return PeerGone(f"no connection within {timeout_s:g} s", Fault.CONNECT_TIMEOUT)
     ours = error.errno in OUT_OF_RESOURCES
@@ -10215,24 +10216,24 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 #  45  client
 # ══════════
 #
-# What we ask servers ourselves: checks, reports of load, what the doctor and `top` want to know.
-# It stands on asyncio's streams, which read plainly and are quick enough for the 25 small questions
-# a second that ten servers cause.  The wires of requests stay on protocols, because a stream wakes
-# a task for each piece: of two minimal relays, the one on streams took 1.3 to 1.6 times the CPU for
-# a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their limits are
-# those of rooms 2 and 4; there is no second parser.
+# The client for our own questions to servers: checks, reports of load, those of the doctor and
+# `top`.  It uses asyncio's streams, which are easy to read and fast enough for the 25 small
+# questions a second that ten servers cause.  Requests use protocols (`Wire`), because a stream
+# wakes a task for each piece: of two minimal relays, the one on streams took 1.3 to 1.6 times the
+# CPU for a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their
+# limits are those of rooms 2 and 4; there is no second parser.
 
-PIECE_BYTES = 16 * 1024  # read at once: taking chunks of a few bytes apart is slow
+PIECE_BYTES = 16 * 1024  # of one read: splitting more into tiny chunks would take long
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 
 
 class MessageReader:
-    """Reads the HTTP messages that one side sends over a stream, one after the other."""
+    """Reads the HTTP messages that one side sends over a stream, one after another."""
 
     def __init__(self, reader: asyncio.StreamReader, side: Blame) -> None:
         self.reader, self.side = reader, side
-        self.buffer = bytearray()  # read, but of no message yet
+        self.buffer = bytearray()  # bytes read, but not returned yet
 
     def departure(self, how: str) -> PeerGone:
         """The exception for a peer that has gone."""
@@ -10240,7 +10241,7 @@ class MessageReader:
         return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
 
     async def more(self) -> bool:
-        """Read on into the buffer; False at an orderly end.  Raises PeerGone."""
+        """Read more into the buffer.  Returns False at an orderly end.  Raises PeerGone."""
         try:
             piece = await self.reader.read(PIECE_BYTES)
         except OSError as error:
@@ -10249,14 +10250,14 @@ class MessageReader:
         return piece != b""
 
     async def await_departure(self) -> None:
-        """Raises PeerGone once the peer leaves, or has sent more ahead than a head may take."""
+        """Wait, and raise PeerGone once the peer leaves or has sent more than a head may have."""
         while len(self.buffer) <= HEAD_LIMIT_BYTES and await self.more():
             pass
         raise self.departure("closed")
 
     async def read_head(self) -> bytes | None:
-        """The next head, up to and with its empty line; None at an orderly end before it.
-        Raises PeerGone, BadMessage."""
+        """The next head, with its empty line; None at an orderly end before it.  Raises PeerGone,
+        BadMessage."""
         search = HeadSearch(self.side)
         while (end := search.end(self.buffer)) < 0 and len(self.buffer) <= HEAD_LIMIT_BYTES:
             if not await self.more():
@@ -10278,7 +10279,7 @@ class MessageReader:
             if self.buffer or await self.more():
                 size, content = len(self.buffer), decoder.feed(bytes(self.buffer))
                 self.buffer[:] = decoder.rest
-                if 2 * len(content) < size:  # tiny chunks take long: others have their turn
+                if 2 * len(content) < size:  # tiny chunks take long: let other tasks run
                     await asyncio.sleep(0)
                 if content:
                     return content
@@ -10293,18 +10294,18 @@ Stream = tuple[MessageReader, asyncio.StreamWriter]  # one of our own connection
 
 
 class HttpClient(Upstream):
-    """Asks one server for things of our own.  One idle connection is kept, so that a report each
-    half second needs no new one, for POOL_IDLE_S: vLLM ends it a second later."""
+    """Sends our own requests to one server.  It keeps one idle connection, so that a report each
+    half second needs no new one, for POOL_IDLE_S: vLLM would close it a second later."""
 
-    limit_bytes: float = FETCH_LIMIT_BYTES  # of an answer
-    fields = ""  # more lines of its requests' heads
+    limit_bytes: float = FETCH_LIMIT_BYTES  # of an answer's content
+    fields = ""  # more field lines for its requests
     _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
 
     async def fetch(
         self, path: str, timeout_s: float, content: bytes | None = None
     ) -> tuple[int, bytes]:
-        """The status and the whole content.  Raises what `ask` raises."""
+        """The status and the whole content of an answer.  Raises what `ask` raises."""
         pieces = list[bytes]()
         status = await self.ask(path, timeout_s, content, pieces.append)
         return status, b"".join(pieces)
@@ -10312,9 +10313,9 @@ class HttpClient(Upstream):
     async def ask(
         self, path: str, timeout_s: float, content: bytes | None, take: Callable[[bytes], object]
     ) -> int:
-        """GET, or POST some JSON, and return the status.  Each piece of the answer's content is
-        taken as it comes, up to `limit_bytes`.  When an idle connection turns out to be closed,
-        a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
+        """GET a path, or POST JSON `content` to it, and return the status.  `take` is called with
+        each piece of the answer's content, up to `limit_bytes`.  If the idle connection turns out
+        to be closed, a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
         request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
         request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}{self.fields}"
         if self.name:
@@ -10341,7 +10342,7 @@ class HttpClient(Upstream):
     async def _exchange(
         self, stream: Stream, message: bytes, take: Callable[[bytes], object]
     ) -> int:
-        """Raises Stale where the connection ends before an answer has begun."""
+        """As `ask`, over one connection.  Raises Stale if it ends before an answer has begun."""
         (server, writer), left_bytes, reusable = stream, self.limit_bytes, False
         try:
             writer.write(message)
@@ -10364,11 +10365,11 @@ class HttpClient(Upstream):
             if reusable:
                 loop, self._idle = asyncio.get_running_loop(), stream
                 self._expiry = loop.call_later(POOL_IDLE_S, self.close)
-            else:  # which also stops a vLLM that still generates
+            else:  # this also stops a vLLM that still generates
                 writer.transport.abort()
 
     def begins(self, head: ResponseHead) -> None:
-        """An answer with this head begins."""
+        """Called with each answer's head."""
 
     def _take_idle(self) -> Stream | None:
         stream, self._idle = self._idle, None
@@ -10382,7 +10383,7 @@ class HttpClient(Upstream):
 
 
 async def read_final_head(server: MessageReader) -> tuple[ResponseHead, Length]:
-    """The next head that is no 1xx.  Raises PeerGone, BadMessage."""
+    """The next head other than a 1xx, and its Content-Length.  Raises PeerGone, BadMessage."""
     for _ in range(INFORMATIONAL_LIMIT):
         if (raw := await server.read_head()) is None:
             raise server.departure("closed without an answer")
@@ -10393,13 +10394,13 @@ async def read_final_head(server: MessageReader) -> tuple[ResponseHead, Length]:
     raise BadMessage(text, Fault.BAD_ANSWER)
 
 
-AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is there
-AUTOPSY_PAUSE_S = 0.05  # one that is dying may still let in whom it does not hear
+AUTOPSY_S = 0.5  # for which a server that lost an answer is asked whether it is alive
+AUTOPSY_PAUSE_S = 0.05  # a dying server may still accept connections, but not answer
 
 
 async def is_dead(client: HttpClient) -> bool:
     """Whether a server that has lost an answer is dead: it refuses connections, or its health path
-    says that it has no engine."""
+    answers 503, as without an engine."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + AUTOPSY_S
     while (left_s := deadline - loop.time()) > 0:
@@ -10419,17 +10420,16 @@ async def is_dead(client: HttpClient) -> bool:
 #  46  pool
 # ══════════
 #
-# The connections to one server over which requests are passed on.
+# The connections to one server for passing on requests.
 
-STALE_S = 0.25  # from a request to the close of a connection that was idle, as far as one goes
+STALE_S = 0.25  # from a request on an idle connection to its close, if the two have crossed
 POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
 
 class Pool(Upstream):
-    """The connections to one server: for requests, and a client for our own questions.  Idle ones
-    are kept for POOL_IDLE_S, a second less than vLLM keeps them, and the newest is used first.  It
-    is the sink of its idle wires: whatever a server says without being asked ends the connection.
-    """
+    """The connections to one server for requests, and a client for our own questions.  Idle ones
+    are kept for POOL_IDLE_S, a second less than vLLM keeps them; the newest is used first.  The
+    pool is the sink of its idle wires: whatever arrives on one closes it."""
 
     def __init__(
         self, server: ServerSettings, secrets: Secrets = Secrets(), name: str = ""
@@ -10444,9 +10444,9 @@ class Pool(Upstream):
         super().equip(secrets)
 
     async def acquire(self, connect_timeout_s: float, stale: Stale | None = None) -> Wire:
-        """Return an idle connection or a new one, to be given back to `keep`.  After a `stale` one
-        it is new; if none can be made, the server may have died of the request.  Raises PeerGone.
-        """
+        """Return an idle connection or a new one; give it back to `keep`.  After a `stale` one, the
+        connection is new; if it is refused, the fault is SERVER_GONE, as the server may have died
+        of the request.  Raises PeerGone."""
         while self.idle and stale is None:
             wire, _ = self.idle.popitem()
             wire.sink = None
@@ -10477,8 +10477,8 @@ class Pool(Upstream):
             raise connect_failure(error, timeout_s) from None
 
     def keep(self, wire: Wire) -> None:
-        """Keep a connection for another exchange, if it allows one; otherwise end it at once,
-        which tells a vLLM that is still generating to stop."""
+        """Keep a connection for another exchange if that is possible; otherwise close it at once,
+        which also stops a vLLM that still generates."""
         wire.feeder = wire.sink = None
         good = wire.reusable and not (wire.gone or wire.buffer)
         if good and self.addresses:
@@ -10513,17 +10513,17 @@ class Pool(Upstream):
         wire.abort()
 
 
-# Of this machine, in every network.
+# The loopback addresses, which are this machine's in every network.
 OWN_ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 
 def connect_locally(host: str, port: int) -> socket.socket | None:
-    """A connection within this machine, which stands without waiting: half the time of one that is
-    waited for.  None if it does not.  Raises OSError."""
+    """A connection within this machine, made without waiting for the loop, in half the time; None
+    if it takes longer.  Raises OSError."""
     sock = socket.socket(OWN_ADDRESSES[host], socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):  # it is only said to be on its way
+        with contextlib.suppress(BlockingIOError):  # nevertheless, it is usually connected
             sock.connect((host, port))
         if sock.connect_ex((host, port)) in (0, errno.EISCONN):
             return sock
@@ -10535,9 +10535,9 @@ def connect_locally(host: str, port: int) -> socket.socket | None:
 
 
 async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead, Length]:
-    """The next head that a server says, maybe a 1xx.  Raises Stale, PeerGone, BadMessage,
-    TimeoutError."""
-    refused = wire.transport.is_closing()  # what was written found a reset
+    """A server's next head, perhaps a 1xx, and its Content-Length.  Raises Stale, PeerGone,
+    BadMessage, TimeoutError."""
+    refused = wire.transport.is_closing()  # our write met a reset
     try:
         raw = await wire.read_head(deadline)
     except BadMessage as bad:
@@ -10546,7 +10546,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
         text = f"the server's connection was closed without an answer{wire.trouble}"
         unheard = (refused or wire.unheard) and wire.loop.time() - wire.taken_at <= STALE_S
         raise (Stale if wire.reused and unheard else PeerGone)(text, Fault.SERVER_GONE)
-    wire.reused = False  # it is alive; from here on an end is a loss
+    wire.reused = False  # it was not stale; an end from here on is a loss
     return parse_response_head(raw)
 
 
@@ -10554,24 +10554,23 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 #  47  pump
 # ══════════
 #
-# Bytes on their way through us, below the awaits: what comes in on one wire goes out on another
-# in the same turn of the event loop.  Back-pressure is the wires': while the one written to is
-# blocked, its feeder is held.
+# Bytes on their way through us, without tasks: bytes from one wire are written to another in the
+# same turn of the event loop.  The wires have the back-pressure: while one is blocked, its feeder
+# is held.
 
-INTAKE_BYTES = 256 * 1024  # of large content, at which it is looked through
+INTAKE_BYTES = 256 * 1024  # of large content between two scans
 
 
 NOT_WHOLE = "the server ended the answer before it was whole"
-TINY_CHUNKS_BYTES = 16 * 1024  # of a piece's framing; taking it apart takes some ms
+TINY_CHUNKS_BYTES = 16 * 1024  # of framing in one piece; splitting it takes some ms
 
 
 class Pump:
     """Moves an answer's content from a server to the client: the sink of the server's wire.
 
-    `done` is set when the content has ended, or to the exception that ended it: PeerGone,
-    BadMessage, or TimeoutError after `silence_s` without a piece.  A client that takes nothing of
-    it for `patience_s` is cut off.
-    """
+    `done` is set when the content has ended, or gets the exception that ended it: PeerGone,
+    BadMessage, or TimeoutError after `silence_s` without a piece.  A client that takes nothing for
+    `patience_s` is cut off."""
 
     __slots__ = (
         "client", "server", "decoder", "chunked", "done", "sent_bytes", "first_at", "pieces",
@@ -10588,17 +10587,17 @@ class Pump:
         self.keeper = keeper
         self._notation = notation
         self.done: asyncio.Future[None] = client.loop.create_future()
-        # Pieces go on as they are.
+        # Whether pieces go on unchanged.
         self._lent = not (chunked or isinstance(decoder, ChunkedDecoder) or keeper)
         self.sent_bytes = self.pieces = 0
         self.first_at: float | None = None  # when the first piece came
-        # The last pieces, of what was shown before, too.
+        # The last pieces, including what was shown before.
         self.tail: deque[bytes] = deque((shown,), maxlen=TAIL_PIECES)
         self.moved_at = client.loop.time()  # when the last piece came
-        self.looked_bytes = -1  # sent when the pace was last looked at; -1: it was not
+        self.looked_bytes = -1  # sent_bytes when the pace was last looked at; -1: never
         self._silence_s, self._gaps, self._gaps_child = silence_s, gaps, gaps_child
         self._patience_s, self._look_s = patience_s, min(silence_s, patience_s)
-        # Of a slow client, at the last look: the last piece, what it had not taken, since when.
+        # A slow client at the last look: moved_at, bytes it had not taken, and since when.
         self._seen: tuple[float, float, float] = (0.0, 0.0, 0.0)
         server.sink, client.feeder = self, server
         server.expect_by(self.moved_at + self._look_s)
@@ -10606,13 +10605,13 @@ class Pump:
             server.hold()
         elif server.held:
             server.release()
-        if server.buffer:  # came with what was held back
+        if server.buffer:  # arrived with the part that was held back
             self.feed(server, server.take())
         if server.gone and server.sink is self:
             self.lost(server)
 
     def feed(self, wire: Wire, piece: Piece) -> None:
-        """A piece came.  This is the hottest code there is: once per piece of every stream."""
+        """Pass a piece on.  This is the hottest code: it runs for each piece of every stream."""
         now, decoder = wire.loop.time(), self.decoder
         data: Any = piece if self._lent else bytes(piece)
         keeper, broke = self.keeper, False
@@ -10640,9 +10639,9 @@ class Pump:
                 out = data if decoder.verbatim and content is out else encode_chunk(content)
             else:
                 out = content
-        elif out:  # held back, or shown before
+        elif out:  # the keeper holds it back, or it was shown before
             self.moved_at, out = now, b""
-        if len(data) - len(content) > TINY_CHUNKS_BYTES:  # others have their turn between them
+        if len(data) - len(content) > TINY_CHUNKS_BYTES:  # smaller reads let other tasks run
             wire.at_once = RECEIVED[:TINY_CHUNKS_BYTES]
         wire.deadline = now + self._look_s
         if broke:
@@ -10663,12 +10662,12 @@ class Pump:
         self._finish(b"")
 
     def ending(self) -> bytes:
-        """The last pieces."""
+        """The last content that was sent."""
         return b"".join(self.tail) if self.keeper is None else self.keeper.tail()
 
     def _finish(self, out: bytes) -> None:
-        """The last bytes.  An end that is well-formed may still be that of an answer cut short;
-        it stays away then, unless the server's own last event tells the client."""
+        """Write the last bytes and end.  A well-formed answer may still have been cut short; then
+        its end is not sent, unless the server's last event tells the client."""
         fault = bad_end(self.ending()[-TAIL_BYTES:], self._notation)
         try:
             if self.keeper is not None and (rest := self.keeper.rest()):
@@ -10681,8 +10680,8 @@ class Pump:
         self._end(fault and BadMessage(NOT_WHOLE, fault))
 
     def expired(self, wire: Wire) -> None:
-        """Silence is the server's, unless it is held because the client takes nothing; a client
-        that takes some of what is written to it is slow, but has time."""
+        """Handle silence.  It is the server's, unless the client blocks; a client that takes some
+        of what is written has more time, one that takes nothing does not."""
         now, backlog = wire.loop.time(), self.client.transport.get_write_buffer_size()
         if self.client.blocked:
             moved_at, before, since = self._seen
@@ -10707,8 +10706,8 @@ class Pump:
 
 
 class Intake:
-    """Gathers a request's content.  Where its length is known, it is the sink of the client's wire:
-    who reads is not woken for each piece, and no piece is copied twice."""
+    """Gathers a request's content.  If the length is known, it is the sink of the client's wire, so
+    that the reader is not woken for each piece, and no piece is copied twice."""
 
     __slots__ = ("client", "content", "_decoder", "_length", "_silence_s", "_enough")
 
@@ -10717,20 +10716,20 @@ class Intake:
         self._decoder = decoder_for(framing) if framing.chunked else None
         self._length = framing.length or 0
         self._silence_s = silence_s
-        self._enough = 0  # bytes that are worth waking somebody
+        self._enough = 0  # bytes at which the reader is woken
 
     @property
     def soon(self) -> int:
-        """The bytes that may be there after the next `more`."""
+        """The number of bytes that the next `more` waits for."""
         have = len(self.content)
         return have if self._decoder is not None else min(self._length, have + INTAKE_BYTES)
 
     async def more(self) -> bool:
-        """Wait for more of it; False once it is all there.  Raises PeerGone, BadMessage,
+        """Wait for more content.  Returns False once it is complete.  Raises PeerGone, BadMessage,
         TimeoutError."""
         client, content, decoder = self.client, self.content, self._decoder
         if decoder is not None:
-            if content and client.buffer:  # taking chunks apart is slow: others first
+            if content and client.buffer:  # splitting chunks is slow: let other tasks run
                 await asyncio.sleep(0)
             content += await client.read_content(decoder, client.loop.time() + self._silence_s)
             client.buffer[:0] = decoder.rest
@@ -10759,17 +10758,17 @@ class Intake:
         if len(self.content) >= self._enough:
             wire.wake()
 
-    def lost(self, wire: Wire) -> None: ...  # who reads is woken, and sees it
+    def lost(self, wire: Wire) -> None: ...  # the reader is woken and notices
     def expired(self, wire: Wire) -> None: ...
 
 
 class Tunnel:
-    """Moves bytes one way after a change of protocol; `ended` is set when its wire ends."""
+    """Moves bytes one way after a change of protocol; sets `ended` when its wire ends."""
 
     def __init__(self, wire: Wire, to: Wire, ended: asyncio.Event) -> None:
         self.to, self.ended = to, ended
         wire.sink, to.feeder, wire.wanted = self, wire, RECEIVED_BYTES
-        wire.expect_by(INFINITY)  # a quiet websocket is a good one
+        wire.expect_by(INFINITY)  # a websocket may be silent
         if wire.buffer:
             to.transport.write(wire.take())
         if wire.gone:
@@ -10788,11 +10787,11 @@ class Tunnel:
 #  48  response
 # ══════════
 #
-# The client's side of an exchange: whatever a response is made of, a server's answer or our own
-# words, it is written here, and only here is known what the client has seen of it.
+# The client's side of an exchange.  Every response, a server's answer or our own, is written here,
+# and only this room knows what the client has seen of it.
 
 REQUEST_ID_LIMIT = 200  # characters of a client's request id; a longer one is replaced
-# Of what a fault is, in vLLM's words.
+# The parameter that a fault is about, in vLLM's words.
 PARAMETERS = {Fault.UNKNOWN_MODEL: "model", Fault.UNKNOWN_RESPONSE: "response_id"}
 
 
@@ -10808,8 +10807,8 @@ class Reply(NamedTuple):
 def request_id(
     fields: Fields, names: Sequence[str], taken: Collection[str], draw: random.Random
 ) -> str:
-    """The client's own id for its request, or a new one.  What is in other fields may be said of
-    several requests: those that are not the first of them in progress get a suffix."""
+    """The client's id for its request, or a new one.  Ids in fields other than X-Request-Id may
+    stand for several requests; if one is `taken` by a request in progress, it gets a suffix."""
     id, of_one = own_id(fields, names)
     if not id:
         return f"{draw.getrandbits(128):032x}"
@@ -10818,7 +10817,7 @@ def request_id(
 
 @remembered
 def own_id(fields: Fields, names: Sequence[str]) -> tuple[str, bool]:
-    """A client's id for its request, or "", and whether it is in the field that is for that."""
+    """A client's id for its request, or "", and whether X-Request-Id has it."""
     for name in map(str.lower, names):
         value = fields.get(name)
         usable = 0 < len(value) <= REQUEST_ID_LIMIT and value.isascii() and value.isprintable()
@@ -10831,23 +10830,23 @@ def date_field() -> tuple[str, str]:
     return date_at(int(time.time()))
 
 
-@functools.lru_cache(1)  # once a second, and not for each answer
+@functools.lru_cache(1)  # formats once a second, not for each answer
 def date_at(second: int) -> tuple[str, str]:
     return "Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-# What a refusal says beside, RFC 9110 §15.5.2, §15.5.6, §15.5.16.
+# Fields that go with a refusal, RFC 9110 §15.5.2, §15.5.16.
 REFUSAL_FIELDS = {
     Fault.UNAUTHORIZED: ("WWW-Authenticate", "Bearer"),
-    Fault.SERVER_DIED_TWICE: ("X-Should-Retry", "false"),  # which the official SDKs obey
+    Fault.SERVER_DIED_TWICE: ("X-Should-Retry", "false"),  # the official SDKs obey it
     Fault.UNSUPPORTED_CODING: ("Accept-Encoding", ACCEPTED_CODINGS),
 }
 
 
 class Unread(Protocol):
-    """A request's content, as far as a response depends on it."""
+    """What a response needs to know about the request's content."""
 
-    unread: bool  # some was not taken off the wire yet
+    unread: bool  # some is still on the wire
 
 
 class Response:
@@ -10858,27 +10857,27 @@ class Response:
         body: Unread | None = None,
     ) -> None:
         self.client, self.request, self.id, self.settings = client, request, id, settings
-        self._body = body  # of the request, which may not have been read to its end
-        self.persists = body is not None and request.persists  # so may the wire, for another one
+        self._body = body  # of the request, perhaps not read to its end
+        self.persists = body is not None and request.persists  # the wire may take another request
         crosses = "origin" in request.fields.values and inference_path(request.path)
         self.cors = cors_fields(
             request, settings.cors_allowed_origins, settings.cors_allow_credentials
         ) if crosses else []
-        self.status = 0  # shown to the client; 0 until then
-        self.streams = False  # it is an event stream, and its events can be read
-        self.notation = Notation.OPAQUE  # of what a server says in it
-        self.heartbeat_sent = False  # of which the client has seen comments, and no answer yet
+        self.status = 0  # as shown to the client; 0 until then
+        self.streams = False  # it is an event stream that we can read
+        self.notation = Notation.OPAQUE  # of the server's content
+        self.heartbeat_sent = False  # the client was sent the head and comments ahead of an answer
         self.framing: Framing | None = None
         self.sent_bytes = 0
         self.tail = b""  # the last pieces of content that were sent
         self.first_byte_at: float | None = None
         self.end = "complete"  # or the label of a fault
-        self.keeper: Transcript | None = None  # of what it shows, if it can go on elsewhere
-        self._usage: tuple[bytes, dict[str, int]] = b"", {}  # of which tail
+        self.keeper: Transcript | None = None  # of what was shown, if another server can go on
+        self._usage: tuple[bytes, dict[str, int]] = b"", {}  # a tail, and the usage in it
 
     @property
     def usage(self) -> dict[str, int]:
-        """What its end says of tokens; see `usage_of`."""
+        """The token counts in the answer's end; see `usage_of`."""
         if self._usage[0] is not self.tail:
             self._usage = self.tail, usage_of(self.tail, self.notation)
         return self._usage[1]
@@ -10890,8 +10889,8 @@ class Response:
     def begin(
         self, head: ResponseHead, framing: Framing | None, content: bytes, done: bool, added: Pairs
     ) -> bool:
-        """Write a server's head and the first of its content, or all if it is `done`.  Returns
-        whether the rest is wanted, too."""
+        """Write a server's head and its first content, or all content if it is `done`.  Returns
+        whether to go on with the rest."""
         if self.heartbeat_sent:
             return self.continue_stream(head, content, done)
         self.status, self.framing = head.status, framing
@@ -10901,7 +10900,7 @@ class Response:
         if "date" not in head.fields.values:
             fields.append(date_at(int(time.time())))  # RFC 9110 §6.6.1
         if head.is_event_stream:
-            fields.append(("X-Accel-Buffering", "no"))  # an nginx before us would collect events
+            fields.append(("X-Accel-Buffering", "no"))  # nginx would collect events
         out = return_response(head, self.request, framing, self.persists, fields, self.id)
         if content:
             out += encode_chunk(content) if framing == CHUNKED else content
@@ -10910,8 +10909,8 @@ class Response:
         return not done
 
     def heartbeat(self, comment: bytes = b": waiting\n\n") -> None:
-        """A comment, which readers of events skip, for one that waits.  With the first, the head
-        is ours, and any server's answer may still follow."""
+        """Send a waiting client a comment, which readers of events skip.  The first comes with a
+        head of ours, after which any server's stream may follow."""
         if self.client.blocked:
             return  # it has not taken the last ones
         if not (self.heartbeat_sent or self.begun):
@@ -10926,8 +10925,8 @@ class Response:
         self.write(comment)
 
     def continue_stream(self, head: ResponseHead, content: bytes, done: bool) -> bool:
-        """A server's answer, after comments.  What is no event stream, or one in a coding that
-        our head did not announce, becomes an error event."""
+        """Write a server's answer after comments, as `begin`.  An answer that is not an event
+        stream, or has a coding that our head did not announce, becomes an error event."""
         self.status = 200
         if not head.is_event_stream or head.status != 200 or head.is_encoded:
             self.persists, self.end = False, "server_error"
@@ -10945,18 +10944,18 @@ class Response:
         return not done
 
     def inform(self, head: ResponseHead) -> None:
-        """Pass a server's 1xx on to a client that may know it."""
+        """Pass a server's 1xx on to a client that may understand it."""
         if self.request.minor >= 1 and not (self.heartbeat_sent or self.begun):
             self.client.transport.write(return_response(head, self.request, None, True))
 
     def switch_protocols(self, head: ResponseHead) -> None:
-        """The server agreed to another protocol; what follows is not ours to read."""
+        """Pass on that the server changes to another protocol; we do not read what follows."""
         self.status, self.persists = 101, False
-        self.client.on_gone = None  # an end like any other
+        self.client.on_gone = None  # the client may leave at any time
         self.client.transport.write(return_response(head, self.request, None, True))
 
     def close_after(self) -> None:
-        """No other request is taken from this connection."""
+        """Take no other request from the connection."""
         self.persists = False
 
     def abandoned(self, fault: Fault) -> None:
@@ -10964,7 +10963,7 @@ class Response:
         self.status, self.end = self.status or fault.status, fault.label
 
     def failed(self, fault: Fault) -> None:
-        """Note that the client is shown a server's own words for a failure."""
+        """Note that the client is shown a server's own failure."""
         self.end = fault.label
 
     def write(self, content: bytes) -> None:
@@ -10972,7 +10971,7 @@ class Response:
         self.client.transport.write(encode_chunk(content) if chunked else content)
 
     def go_on(self, content: bytes, done: bool) -> None:
-        """Write what another server has to say, after a break; all of the rest if it is `done`."""
+        """Write another server's content after a break; it is all of the rest if `done`."""
         if content:
             self.write(content)
             self.sent(len(content), content[-TAIL_BYTES:], None)
@@ -10980,7 +10979,7 @@ class Response:
             self.client.transport.write(LAST_CHUNK)
 
     def sent(self, size: int, tail: bytes, first_at: float | None) -> None:
-        """Book content that was written."""
+        """Count content that was written."""
         self.sent_bytes += size
         self.tail = tail or self.tail
         self.first_byte_at = self.first_byte_at or first_at
@@ -11001,7 +11000,7 @@ class Response:
     def refuse(
         self, fault: Fault, text: str, retry_after_s: int = 0, more: Pairs = ()
     ) -> None:
-        """Write an error of our own, in place of the answer or where it breaks off."""
+        """Write an error of our own, in place of the answer or at the place where it breaks off."""
         if self.begun or self.heartbeat_sent:
             self.status = self.status or 200
             self.break_off(fault, text)
@@ -11018,8 +11017,8 @@ class Response:
         self.send(Reply(fault.status, content, fields=fields))
 
     def break_off(self, fault: Fault, text: str) -> None:
-        """End a response that was begun and cannot be finished.  A stream gets an error event; any
-        message ends broken, so that nobody takes it for whole."""
+        """End a response that has begun and cannot be completed.  A stream gets an error event;
+        every message ends visibly incomplete."""
         self.persists, self.end = False, fault.label
         if not self.streams or self.framing not in (CHUNKED, UNTIL_CLOSE):
             self.client.reset()
@@ -11027,13 +11026,13 @@ class Response:
         path, text = self.request.path, f"The answer broke off: {text.rstrip('.')}."
         event = error_event(error_body(fault, text, path), path)
         if self.tail and not self.tail.endswith((b"\n\n", b"\r\n\r\n")):
-            event = b"\n\n" + event  # what was cut must not swallow it
-        self.write(event)  # and the last chunk stays away
+            event = b"\n\n" + event  # or it would become part of the event that was cut
+        self.write(event)  # without the last chunk
 
 
 class abandoned_if_gone:  # it reads as a sentence
-    """`with abandoned_if_gone(client):` the block is left by PeerGone the moment the client
-    leaves, wherever it waits."""
+    """`with abandoned_if_gone(client):` raises PeerGone in the block as soon as the client leaves,
+    wherever the block waits."""
 
     __slots__ = ("_client", "_task")
 
@@ -11056,24 +11055,23 @@ class abandoned_if_gone:  # it reads as a sentence
 #  49  logging
 # ══════════
 #
-# Lines for people and programs that may read slowly or not at all, which is no reason for a client
-# to wait.
+# Lines for people and programs, who may read slowly or not at all; clients must not wait for them.
 
-REPEATS_S = 60.0  # for which a warning that comes again and again is only counted
+REPEATS_S = 60.0  # for which a repeated warning is only counted
 LOG_LINES_LIMIT = 10_000  # lines waiting for a stuck terminal or pipe; more are dropped
 Subscriber = Callable[[Any], object]
-# Returns who is told of each event of this kind (RequestFacts or Transition); None: nobody.
+# Returns the subscriber to events of a kind (RequestFacts or Transition), or None.
 Subscribe = Callable[[type], Subscriber | None]
 DROPPED = "mvllm_lite: %d log lines were dropped"
 LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
 
 class Writer(logging.handlers.QueueListener):
-    """Writes lines in a thread of its own.  When that is stuck in a terminal, pipe or disk that
-    takes nothing, lines are dropped and counted: it must not hold up answers, nor our exit."""
+    """Writes lines in a thread of its own.  While the thread is stuck on a terminal, pipe or disk
+    that takes nothing, lines are dropped and counted; answers and our exit do not wait."""
 
     def __init__(self, target: logging.Handler) -> None:
-        """`target` is used by this thread alone, and what it raises is counted."""
+        """Only this thread uses `target`; lines for which it raises OSError count as dropped."""
         super().__init__(queue.SimpleQueue(), target)
         self.dropped = 0
         self.closing, self.closed = threading.Event(), threading.Event()
@@ -11086,8 +11084,8 @@ class Writer(logging.handlers.QueueListener):
             self.dropped += 1
 
     def dequeue(self, block: bool) -> logging.LogRecord | None:
-        """All that comes within LOG_PAUSE_S, as one record: to wake this thread for each line took
-        a third of the time of a small request."""
+        """The lines that come within LOG_PAUSE_S, as one record; None at the end.  Waking the
+        thread for each line took a third of a small request's time."""
         batch = [self.queue.get(block)]
         self.closing.wait(LOG_PAUSE_S)
         batch += [self.queue.get() for _ in range(self.queue.qsize())]
@@ -11103,23 +11101,23 @@ class Writer(logging.handlers.QueueListener):
         return logging.makeLogRecord({"msg": "\n".join(lines)})
 
     def handle(self, record: logging.LogRecord) -> None:
-        """Without the handler's lock, since Python waits for that when it ends."""
+        """Write a record without the handler's lock, for which Python waits at its exit."""
         try:
             self.handlers[0].emit(record)
-        except OSError:  # nobody reads any more, or the disk is full
+        except OSError:  # the reader has gone, or the disk is full
             if not self.closing.is_set():
                 self.dropped += record.msg.count("\n") + 1
 
     def stop(self) -> None:
-        """Stop, once all waiting lines are written, or after a second."""
+        """Stop once all waiting lines are written, or after a second."""
         self.closing.set()
         self.enqueue_sentinel()
         self.closed.wait(1.0)
 
 
 class Descriptor(logging.Handler):
-    """Writes to a descriptor that may take nothing.  A stream's own lock would be held then, for
-    which Python waits when it ends.  Raises OSError."""
+    """Writes to a descriptor that may take nothing.  A stream would hold its lock meanwhile, for
+    which Python waits at its exit.  `emit` raises OSError."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -11132,8 +11130,8 @@ class Descriptor(logging.Handler):
 
 
 class LineWriter(logging.handlers.QueueHandler):
-    """Log lines, from `level` on, for a Writer.  A warning that comes again and again is a line,
-    and then a count."""
+    """Hands log lines from `level` on to a Writer.  A repeated warning becomes one line and a
+    count."""
 
     def __init__(self, writer: Writer, level: int = logging.DEBUG) -> None:
         super().__init__(writer.queue)
@@ -11141,10 +11139,10 @@ class LineWriter(logging.handlers.QueueHandler):
         self.setLevel(level)
         self.setFormatter(logging.Formatter(*LINE_FORM))
         self._last, self._since, self._repeats = "", 0.0, 0
-        self._kinds: dict[str, tuple[float, int]] = {}  # said when, and how often since then
+        self._kinds: dict[str, tuple[float, int]] = {}  # when written, and repeats since then
 
     def emit(self, record: logging.LogRecord) -> None:
-        if kind := getattr(record, "kind", ""):  # whatever stands between
+        if kind := getattr(record, "kind", ""):  # repeated, even with other lines between
             since, count = self._kinds.get(kind, (-INFINITY, 0))
             if record.created < since + REPEATS_S:
                 self._kinds[kind] = since, count + 1
@@ -11176,7 +11174,7 @@ class LineWriter(logging.handlers.QueueHandler):
 
 
 def timed(at: float) -> str:
-    """As LINE_FORM has it."""
+    """A Unix time in local time, as in LINE_FORM."""
     return f"{local_second(int(at))}.{int(at % 1 * 1000):03d}"
 
 
@@ -11186,10 +11184,10 @@ def local_second(at: int) -> str:
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """Writes to the end of a file, which is opened for each batch of lines, since logrotate or
-    another process of ours may have moved it away.  Beyond a size it goes on in a new one; old
-    ones are compressed, and removed when they are `days` old.  Their names are times: numbers are
-    moved on from file to file, which destroys them on a full disk, and between two processes."""
+    """Appends to a file, which it opens for each batch of lines, since logrotate or another of our
+    processes may have moved it.  Beyond `size`, it starts a new file; old ones are compressed, and
+    removed after `days`.  Their names are times: numbered files must be renamed each time, which
+    loses some on a full disk, or with two processes."""
 
     def __init__(self, path: str, size: int = 0, days: float = INFINITY) -> None:
         super().__init__(path, maxBytes=size, backupCount=1, encoding="utf-8",
@@ -11218,8 +11216,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
         return f"{self.baseFilename}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}.gz"
 
     def rotate(self, source: str, dest: str) -> None:
-        """Move it away at once, so that other processes see that; then compress it at leisure.
-        Whatever fails, lines go on, and nothing that is there is lost."""
+        """Rename the file at once, so that other processes notice, then compress it.  If anything
+        fails, lines are still written, and nothing is lost."""
         old, part = dest.removesuffix(".gz"), f"{dest}.part"
         try:
             os.rename(source, old)
@@ -11242,13 +11240,13 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 class EventKeeper(logging.Handler):
-    """Keeps what is worth a line in the log for the status page.  What is of one `kind`, and comes
-    again, is one event with a count."""
+    """Keeps log lines as events for the status page.  Repeated lines of one `kind` are one event
+    with a count."""
 
     def __init__(self, events: deque[dict[str, str]]) -> None:
         super().__init__(logging.INFO)
         self.events = events
-        # By kind: the event, how often it came, since when and until when.
+        # By kind: the event, its count, the times of its first and last line.
         self._kinds: dict[str, tuple[dict[str, str], int, str, float]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -11267,7 +11265,7 @@ class EventKeeper(logging.Handler):
 
 
 def not_writable(path: str) -> str:
-    """Why no lines can be written to the end of that file, or ''."""
+    """The reason why lines cannot be appended to a file, or ''."""
     descriptor = -1
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # a pipe might never open
@@ -11281,7 +11279,7 @@ def not_writable(path: str) -> str:
 
 
 class Console(LineWriter):
-    """Lines on stdout, which a screen takes the place of; or JSON, an object a line."""
+    """Lines for stdout, unless a screen is there; or JSON, one object per line."""
 
     as_json = False
 
@@ -11292,7 +11290,8 @@ class Console(LineWriter):
 
 
 def saying_requests(on_console: Callable[[], bool], kind: type) -> Subscriber | None:
-    """A request's line wherever there are lines, at a fraction of what the logging module takes."""
+    """The subscriber that writes requests' lines to all LineWriters, or None.  It takes a fraction
+    of the logging module's time."""
     if kind is not RequestFacts or not log.isEnabledFor(logging.INFO):
         return None
     return functools.partial(say_request, on_console)
@@ -11326,7 +11325,7 @@ def logging_to_stdout(s: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
-    """Also send log lines, and what `listeners` are told, to those files that can be written."""
+    """Also send log lines, and the events of `listeners`, to the log files that can be written."""
     before, kept = list(listeners), list[LineWriter]()
     lines = log_file_writer(s, s.log_file, s.log_file_bytes, s.log_days)
     errors = log_file_writer(s, s.error_log_file, s.log_file_bytes, s.error_log_days)
@@ -11353,7 +11352,8 @@ def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
 
 
 def log_file_writer(s: Settings, name: str, size: int, days: float) -> Writer | None:
-    """For a file in `log_dir`; None if it is not wanted or, as the log says, cannot be written."""
+    """A Writer for a file in `log_dir`; None if the file is not wanted, or cannot be written, which
+    is logged."""
     if not (s.log_dir and name):
         return None
     path = os.path.join(s.log_dir, name)
@@ -11375,7 +11375,7 @@ def say_record(writer: Writer, record: Callable[[float, Any], str], event: Any) 
 
 
 def trace_writer(path: str) -> Writer | None:
-    """Writes to the end of a file; None, and the log says why, if that cannot be."""
+    """A Writer that appends to a file; None if it cannot be written, which is logged."""
     if why := not_writable(path):
         log.error("no trace is written to %s: %s", shown(path), why)
         return None
