@@ -137,18 +137,18 @@ the lines.
 
   XIII  models           2,780 lines, where the settings have models, or agents that run some
     83  life           · the life of a model's process: one table of transitions
-    84  launching      · command lines of settings files; what may be said over HTTP
+    84  launching      · command lines from settings; what a registration over HTTP may say
     85  placement      · where a model fits, and what has to make room for it
-    86  scaling        · how many of each model run, and what is done for that next
-    87  children       ~ processes: launched, watched, ended with all of their group
-    88  instances      ~ one model's process: how it is asked, and what is told of it
-    89  agent          ~ the instances of one host: tended, started again, remembered
-    90  hosts          ~ machines that run models; how much each model is used
-    91  holdings       ~ what is known of the pool, and what placement is told of it
-    92  keeping        ~ what is done for it; requests wait here for their models
-    93  manager        ~ a pool that another balancer keeps, asked from here, too
-    94  models         ~ the pool for requests, in lists, in metrics, and for people
-    95  pool paths     ~ where people and programs ask for the pool
+    86  scaling        · how many instances of each model run, and which acts are next
+    87  children       ~ processes: launched, watched, ended with their whole group
+    88  instances      ~ one model's process: requests to it, and its description for others
+    89  agent          ~ the instances of one host: launched, tended, restarted, saved
+    90  hosts          ~ machines that run models; when each model was used
+    91  holdings       ~ what is known about the pool, and the views that placement gets
+    92  keeping        ~ acts are decided and carried out; requests wait for their models
+    93  manager        ~ a pool that another balancer keeps, used from here too
+    94  models         ~ plans of requests for the pool's models; lists, metrics, operations
+    95  pool paths     ~ the paths about the pool, for people and programs
     96  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
@@ -19076,13 +19076,13 @@ def place_on(
 #  86  scaling
 # ══════════
 #
-# How many of each model run: what is launched, put to sleep, woken and stopped next.  One pure
-# function, from models, hosts, seats and demands to acts.
+# How many instances of each model run: what to launch, put to sleep, wake and stop next.  A pure
+# function makes acts from models, hosts, seats and demands.
 
 
 def wanted_replicas(model: ModelSettings, running: int, demand: Demand, asked: bool) -> int:
-    """How many are to run: while requests wait, while the load stays high, and while it is quiet.
-    `asked`: some request waits for it, or for one that it stays with."""
+    """The number of instances that should run: one more while the load stays high, one less while
+    it stays low.  `asked`: a request waits for the model, or for one in its `together` group."""
     wanted = max(running, model.min_replicas, 1 if asked else 0)
     if running and demand.high_s >= model.scale_hold_s and demand.load >= model.scale_up_at:
         wanted += 1
@@ -19096,8 +19096,8 @@ def decide(
     models: Sequence[ModelSettings], hosts: Sequence[HostView], seats: Sequence[Seat],
     demands: Demands,
 ) -> tuple[list[Act], dict[str, str]]:
-    """What to do next; and by model why what it wants is not done.  Who has waited longest comes
-    first, and has the room that others make for it."""
+    """The acts to do next, and by alias why a model does not get what it needs.  The model whose
+    requests have waited longest comes first, and keeps the room that others make for it."""
     acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
     known = {model.alias: model for model in models}
     for seat in seats:
@@ -19130,14 +19130,15 @@ def grow(
     model: ModelSettings, hosts: Sequence[HostView], seats: list[Seat], demands: Demands,
     why_not: dict[str, str],
 ) -> list[Act]:
-    """One more of a model: a sleeper wakes, or one is launched; or what is in its way moves.  The
-    room is kept for it: `seats` has it from now on."""
+    """The acts for one more instance of a model: wake a sleeper or launch one, or first move what
+    is in its way.  `seats` holds its room from now on; `why_not` gets the reason if there is
+    none."""
     mine = [seat for seat in seats if seat.alias == model.alias]
     if any(seat.phase is Phase.FAILED for seat in mine):
         why_not[model.alias] = "it failed, and is given up"
         return []
     if any(seat.phase in (Phase.FALLING_ASLEEP, Phase.STOPPING) or seat.leaving for seat in mine):
-        return []  # it comes back from where it is going first
+        return []  # wait until that has ended
     rivals = [seat for seat in seats if model.group and not model.together
               and seat.model.group == model.group and seat.alias != model.alias
               and seat.phase in (*UP, Phase.FALLING_ASLEEP, Phase.STOPPING)]
@@ -19185,8 +19186,8 @@ def shrink(
     model: ModelSettings, mine: Sequence[Seat], demand: Demand, surplus: int,
     memory_gb: Mapping[str, float],
 ) -> list[Act]:
-    """Those that are too many, that have been idle for long enough, or are not as the settings say
-    any more."""
+    """The acts on instances that are surplus, have been idle for long enough, or no longer match
+    the settings."""
     acts, resting = list[Act](), [seat for seat in mine if not seat.leaving]
     running = sorted((seat for seat in resting if seat.phase is Phase.RUNNING),
                      key=lambda seat: (seat.in_flight, -seat.idle_s))
@@ -19219,7 +19220,7 @@ def shrink(
 
 
 def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
-    """What people can have done to one in that phase."""
+    """The verbs that people may apply to an instance in a phase."""
     if phase is Phase.STOPPING:
         return ()
     if phase is Phase.RUNNING:
@@ -19229,7 +19230,8 @@ def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
 
 
 def next_step(model: ModelSettings, seat: Seat | None) -> str:
-    """What becomes of an instance, or of a model without one (None), if nobody asks for it."""
+    """What will happen to an instance, or to a model without one (None), if nobody asks for it; ''
+    if nothing will."""
     if seat is None:
         return "starts when it is asked for"
     if seat.phase is Phase.FAILED:
@@ -19253,16 +19255,16 @@ def next_step(model: ModelSettings, seat: Seat | None) -> str:
 #  87  children
 # ══════════
 #
-# Processes of models: each in a group of its own, which outlives us, with its output in a file that
-# nobody else has.  Thin: what is started, when and how often, is for others to say.
+# Models' processes: each leads its own group, which outlives us, and writes its output to an
+# anonymous file.  Other rooms decide what is started, when and how often.
 
-INSTANCE_ENV = "MVLLM_LITE_INSTANCE"  # marks what is ours, also to a successor
+INSTANCE_ENV = "MVLLM_LITE_INSTANCE"  # marks our processes, for a successor too
 OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", READY_ENV,
               SOCKETS_ENV, OPERATOR_SOCKETS_ENV, BY_HAND_ENV)
-OUTPUT_BYTES = 256 * 1024  # of a child's output that are kept; up to twice as many for a while
-REASON_LINES = 5  # of it, that are a reason
-KILLED_S = 5.0  # for which a killed group may take to be gone
-LOOK_S = 0.2  # where the system tells of no end
+OUTPUT_BYTES = 256 * 1024  # of a child's output to keep; up to twice as many between two trims
+REASON_LINES = 5  # of output in the reason for an end
+KILLED_S = 5.0  # for which to wait until a killed group is gone
+LOOK_S = 0.2  # between two looks, if the system does not report ends
 
 
 class ProcessStat(NamedTuple):
@@ -19274,7 +19276,7 @@ class ProcessStat(NamedTuple):
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """None of what is not there, or where there is no /proc."""
+    """A process's stat; None if there is no such process, or no /proc."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             words = file.read().rpartition(")")[2].split()
@@ -19294,7 +19296,7 @@ def process_exists(pid: int) -> bool:
 
 
 def group_members(group: int) -> list[int]:
-    """The processes of a group that are not dead; where there is no /proc, the group's number."""
+    """The ids of the live processes of a group; without /proc, only the group's number."""
     try:
         os.killpg(group, 0)
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
@@ -19307,8 +19309,8 @@ def group_members(group: int) -> list[int]:
 
 
 def marked_group(group: int, name: str) -> bool:
-    """Whether processes of that group are those of our instance, and not others that were given
-    the number meanwhile."""
+    """Whether a group has processes of our instance `name`, and not others that have been given the
+    number since."""
     for pid in group_members(group):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/environ", "rb") as file:
@@ -19318,7 +19320,8 @@ def marked_group(group: int, name: str) -> bool:
 
 
 class Child:
-    """A process that was started here, or by a predecessor: then its exit code is unknown."""
+    """A process started here or, without `popen`, by a predecessor; then its exit code stays
+    unknown."""
 
     def __init__(self, pid: int, output: Any, popen: subprocess.Popen[bytes] | None = None) -> None:
         self.pid, self.output, self.popen = pid, output, popen
@@ -19334,7 +19337,7 @@ class Child:
 
     @property
     def end_reason(self) -> str:
-        """How it ended, and its last words."""
+        """How it ended, with its last output."""
         code = self.popen.poll() if self.popen is not None else None
         how = f"exit code {code}"
         if code is None:
@@ -19345,11 +19348,11 @@ class Child:
         return ": ".join(filter(None, (how, " | ".join(map(str.strip, last)))))
 
     def tail(self, size: int = OUTPUT_BYTES) -> str:
-        """The last of its output."""
+        """The end of its output, up to `size` bytes."""
         return self.output_from(max(0, self.output_size() - size))[0]
 
     def close(self) -> None:
-        """Its output is wanted no more."""
+        """Close its output."""
         if self.output is not None:
             self.output.close()
             self.output = None
@@ -19358,21 +19361,22 @@ class Child:
         return os.fstat(self.output.fileno()).st_size if self.output is not None else 0
 
     def output_from(self, at: int) -> tuple[str, int]:
-        """Its output from there, and where it ends; from its begin, if it was cut meanwhile."""
+        """Its output from a place on, and the place where that ends; all of it, if it has been cut
+        since."""
         size = self.output_size()
         at = at if at <= size else 0
         said = os.pread(self.output.fileno(), size - at, at) if self.output and size > at else b""
         return said.decode("utf-8", "replace"), at + len(said)
 
     def trim(self) -> None:
-        """Keep its output bounded: it is appended to, so it can be cut."""
+        """Cut its output to OUTPUT_BYTES if it is too long; the process appends, so it can be."""
         if self.output is not None and self.output_size() > 2 * OUTPUT_BYTES:
             kept = self.tail().encode()
             os.ftruncate(self.output.fileno(), 0)
             os.write(self.output.fileno(), kept)
 
     async def ended(self) -> None:
-        """Return once it has ended, whatever is left of its group."""
+        """Wait until it has ended, whatever is left of its group."""
         loop, over = asyncio.get_running_loop(), asyncio.Event()
         try:
             watched = os.pidfd_open(self.pid)
@@ -19390,8 +19394,8 @@ class Child:
             os.close(watched)
 
     async def end(self, grace_s: float) -> list[int]:
-        """Have it end, and kill all of its group after a while, in any case.  Returns what is left
-        even then."""
+        """Ask it to end, and kill what is left of its group after `grace_s`.  Returns the ids of
+        processes that are left even so."""
         loop = asyncio.get_running_loop()
         if self.alive and grace_s:
             with contextlib.suppress(OSError):
@@ -19409,13 +19413,13 @@ class Child:
                 break
             await asyncio.sleep(LOOK_S / 10)
         if self.popen is not None:
-            self.popen.poll()  # it is reaped
+            self.popen.poll()  # reaps it
         return left
 
 
 def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) -> Child:
-    """Raises OSError, if the command cannot be run."""
-    output = tempfile.TemporaryFile()  # a pipe would break with us
+    """Run a command in a group of its own, marked with `name`.  Raises OSError."""
+    output = tempfile.TemporaryFile()  # a pipe would break when we end
     fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
     ours = {key: value for key, value in os.environ.items() if key not in OURS_ALONE}
     popen = subprocess.Popen(
@@ -19425,7 +19429,7 @@ def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) 
 
 
 def adopted_child(pid: int, started: int) -> Child:
-    """A process of a predecessor, or what its group has left."""
+    """A process that a predecessor started; it may have ended."""
     output = None
     with contextlib.suppress(OSError):
         output = open(f"/proc/{pid}/fd/1", "rb+", buffering=0)
@@ -19436,7 +19440,7 @@ def adopted_child(pid: int, started: int) -> Child:
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A port of loopback that nobody listens on just now."""
+    """A loopback port that is free at the moment."""
     while True:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
@@ -19448,14 +19452,14 @@ def free_port(taken: Collection[int]) -> int:
 #  88  instances
 # ══════════
 #
-# One model's process: how it is asked, and what is told of it.
+# One model's process: how to send it requests, and its description for others.
 
-READY_LOOK_S = 0.1  # between two looks whether one that starts is ready
-TEND_S = 1.0  # and between two at one that runs
+READY_LOOK_S = 0.1  # between two looks whether a starting instance is ready
+TEND_S = 1.0  # between two looks at a running one
 PORT_TRIES = 3
-STOP_S = 10.0  # for which one that is to stop may take, before it is killed
+STOP_S = 10.0  # for which a stopping instance has time, before it is killed
 SLEEP_CALL_S = 120.0  # for /sleep and /wake_up
-SLEEPER_GB = 1.0  # what one that sleeps holds of a device, where nobody can tell
+SLEEPER_GB = 1.0  # of each device that a sleeping instance holds, if that is unknown
 PORT_TAKEN = "address already in use"
 LOADED = re.compile(r"[Ll]oading (?:weights|model) took ([\d.]+) Gi?B")
 RELOADED = (  # after a sleep of level 2; then /wake_up?tags=kv_cache
@@ -19473,9 +19477,9 @@ class Instance:
         self.child: Child | None = None
         self.port, self.level, self.command = 0, 0, list[str]()
         self.created_at, self.digest = time.time(), ""
-        self.said = dict[str, Any]()  # the model, without what its profile adds
+        self.said = dict[str, Any]()  # the model as registered, without its profile's additions
         self.task: asyncio.Task[None] | None = None
-        self.busy = asyncio.Lock()  # something is being done to it
+        self.busy = asyncio.Lock()  # held while it is put to sleep or woken
         self.client = HttpClient(ServerSettings("http://127.0.0.1:1"))
 
     @property
@@ -19484,7 +19488,7 @@ class Instance:
 
     @property
     def gb(self) -> float:
-        """Booked of each of its devices."""
+        """The memory booked for it on each of its devices."""
         phase = self.life.phase
         if phase is Phase.ABSENT or self.life.given_up:
             return 0.0
@@ -19496,7 +19500,8 @@ class Instance:
         self.client = HttpClient(ServerSettings(self.url))
 
     async def post(self, path: str, content: bytes = b"", timeout_s: float = SLEEP_CALL_S) -> Any:
-        """What it answers, as JSON.  Raises PeerGone, with its words if it refuses."""
+        """POST to it and return its answer's JSON object.  Raises PeerGone, with its words if it
+        refuses."""
         try:
             status, said = await self.client.fetch(path, timeout_s, content)
             document = read_members(said, None)
@@ -19508,21 +19513,21 @@ class Instance:
         return document
 
     async def told(self, path: str) -> dict[str, Any]:
-        """What it answers to a question, as JSON; {} where it does not."""
+        """GET a path from it and return the answer's JSON object; {} without a good answer."""
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
             status, said = await self.client.fetch(path, 5.0)
             return read_members(said, None) if status == 200 else {}
         return {}
 
     async def health(self) -> int:
-        """The status of its health path; 0 without an answer."""
+        """The status that its health path answers; 0 without an answer."""
         try:
             return (await self.client.fetch("/health", 5.0))[0]
         except (PeerGone, BadMessage, TimeoutError):
             return 0
 
     async def is_ready(self) -> bool:
-        """Whether it answers, and lists its model."""
+        """Whether it answers and lists its model."""
         if await self.health() not in (200, 404):
             return False
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
@@ -19540,7 +19545,7 @@ class Instance:
                 log.warning("%s: its warm-up: %s", self.name, gone)
 
     def document(self, now: float) -> dict[str, Any]:
-        """What others are told of it; a superset of serverless_vllm's."""
+        """Its description for others, a superset of serverless_vllm's."""
         life, child, model = self.life, self.child, self.model
         return {
             "alias": self.name, "model_alias": model.alias,
@@ -19560,39 +19565,39 @@ class Instance:
 #  89  agent
 # ══════════
 #
-# The instances of one host: launched, tended, put to sleep, woken, stopped.  It does what it is
-# told, starts again what has ended by itself, and knows what a successor has to know.  It lives in
-# the balancer, or in a process of its own (`worker`).
+# The instances of one host: launched, tended, put to sleep, woken, stopped.  The agent does what it
+# is told, restarts instances that have ended by themselves, and saves what a successor needs.  It
+# lives in the balancer, or in a process of its own (`worker`).
 
 
 class Agent:
-    """All instances of this host.  `on_change` is called after each change of any."""
+    """All instances of this host.  It calls `on_change` after each change of an instance."""
 
     def __init__(self, name: str, tasks: asyncio.TaskGroup) -> None:
         self.name, self._tasks = name, tasks
         self.instances: dict[str, Instance] = {}
-        self.lives: dict[tuple[str, str], Life] = {}  # by alias and name; also of what is absent
+        self.lives: dict[tuple[str, str], Life] = {}  # by alias and name; of absent ones too
         self.devices: list[Device] = []
         self.profiles: Mapping[str, ProfileSettings] = {DEFAULT_PROFILE.name: DEFAULT_PROFILE}
         self.on_change: Callable[[], object] = lambda: None
-        self.resting = False  # a successor tends them
+        self.resting = False  # a successor tends the instances
 
     def adopt_settings(self, s: Settings) -> None:
         self.profiles = {one.name: one for one in s.profiles or (DEFAULT_PROFILE,)}
 
     async def look_at_devices(self, stated: Sequence[float]) -> None:
-        """What GPUs there are, as far as anybody tells."""
+        """Update `devices` from nvidia-smi and the sizes that settings state."""
         found = parse_gpus(await output_of(GPU_QUERY), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         self.devices = stated_devices(stated, found)
 
     def named(self, name: str) -> Instance:
-        """Raises LookupError."""
+        """The instance with a name.  Raises LookupError."""
         if (found := self.instances.get(name)) is None:
             raise LookupError(f"No instance {shown(name)} here.")
         return found
 
     def tell(self, one: Instance, turn: Turn, reason: str = "") -> None:
-        """Raises ValueError."""
+        """Move an instance to its next phase, and log it.  Raises ValueError."""
         phase = one.life.tell(turn, asyncio.get_running_loop().time(), reason)
         level = logging.WARNING if phase is Phase.FAILED else logging.INFO
         log.log(level, "model %s is %s: %s", one.name, phase.value, one.life.reason)
@@ -19602,7 +19607,8 @@ class Agent:
 
     def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...],
                digest: str = "") -> Instance:
-        """Raises LookupError, ValueError."""
+        """Launch an instance, whose task then tends it.  Raises LookupError for an unknown profile,
+        ValueError for a name in use or for devices that are not there."""
         said, model = said_of(model), with_profile(model, self.profiles)
         if (known := self.instances.get(name)) is not None and known.life.phase is not Phase.FAILED:
             raise ValueError(f"{name} is {known.life.phase.value} already")
@@ -19623,8 +19629,8 @@ class Agent:
         return one
 
     async def adopt(self, saved: Mapping[str, Any], model: ModelSettings) -> None:
-        """Take over what a predecessor has launched; what has ended meanwhile is started again, and
-        nothing of it is left.  Raises KeyError, ValueError, TypeError."""
+        """Take over an instance that a predecessor launched; one that has ended since is cleared
+        away and launched again.  Raises KeyError, ValueError, TypeError."""
         name, phase = str(saved["name"]), Phase(saved["status"])
         child = adopted_child(int(saved["pid"]), int(saved["started"]))
         devices = tuple(map(int, saved["devices"]))
@@ -19642,7 +19648,7 @@ class Agent:
                 log.warning("model %s: %s", name, child.end_reason)
             return
         life.phase, said = Phase.STARTING, said_of(model)
-        with contextlib.suppress(LookupError):  # it runs, whatever became of its profile
+        with contextlib.suppress(LookupError):  # it runs, even if its profile is gone
             model = with_profile(model, self.profiles)
         one = Instance(name, model, devices, life, float(saved["awake_gb"]))
         one.said = said
@@ -19659,7 +19665,7 @@ class Agent:
         self.on_change()
 
     def saved(self) -> list[dict[str, Any]]:
-        """What a successor has to know."""
+        """What a successor needs to adopt the instances."""
         return [{
             "name": one.name, "alias": one.model.alias, "model": one.said,
             "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
@@ -19670,7 +19676,8 @@ class Agent:
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
-        """From its start to its end, and again, as long as it is to run."""
+        """Start an instance and watch it to its end, again and again, until it is stopped or given
+        up."""
         while True:
             try:
                 reason = await self.start(one, adopted)
@@ -19694,7 +19701,8 @@ class Agent:
             self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
 
     async def start(self, one: Instance, adopted: bool) -> str:
-        """Until it is ready; or why it is not.  Raises OSError."""
+        """Start an instance, and wait until it is ready.  Returns why it is not, or ''.  Raises
+        OSError."""
         if adopted and one.life.phase is not Phase.STARTING:
             return ""
         reason = await self.await_ready(one, one.child) if adopted and one.child else ""
@@ -19734,7 +19742,7 @@ class Agent:
             ended.cancel()
 
     async def watch(self, one: Instance) -> str:
-        """Until it ends, or its engine does; the reason."""
+        """Wait until an instance or its engine has ended.  Returns the reason."""
         assert (child := one.child) is not None
         ended = asyncio.ensure_future(child.ended())
         try:
@@ -19748,10 +19756,10 @@ class Agent:
             ended.cancel()
 
     async def sleep(self, one: Instance, level: int = 1) -> None:
-        """Raises PeerGone, ValueError."""
+        """Put an instance to sleep.  Raises PeerGone; ValueError in a wrong phase."""
         async with one.busy:
             self.tell(one, Turn.SLEEP)
-            if one.level:  # it can go deeper only from awake
+            if one.level:  # only an awake one can go to another level
                 await self.wake_or_end(one)
             try:
                 await one.post(f"/sleep?level={level}&mode=wait")
@@ -19765,15 +19773,15 @@ class Agent:
                 self.tell(one, Turn.ASLEEP)
 
     async def held_by(self, one: Instance) -> float:
-        """GB that it holds of each of its devices."""
+        """The mean GB that a sleeping instance holds of its devices."""
         apps = parse_gpu_apps(await output_of(GPU_APPS_QUERY))
         used = [apps[pid] for pid in group_members(one.child.pid) if pid in apps] if (
             one.child and apps) else []
         return sum(used) / max(1, len(one.devices)) if used else min(SLEEPER_GB, one.awake_gb)
 
     async def wake(self, one: Instance) -> None:
-        """Its own word decides whether it is awake; one that cannot wake is started anew.  Raises
-        PeerGone, ValueError."""
+        """Wake an instance; it must say itself that it is awake, or it is started anew.  Raises
+        PeerGone; ValueError in a wrong phase."""
         async with one.busy:
             self.tell(one, Turn.WAKE)
             await self.wake_or_end(one)
@@ -19782,7 +19790,7 @@ class Agent:
                 self.tell(one, Turn.AWAKE)
 
     async def wake_or_end(self, one: Instance) -> None:
-        """Raises PeerGone where it does not wake; then its tender starts it anew."""
+        """Wake an instance, or end it so that `tend` starts it anew.  Raises PeerGone."""
         try:
             await self.wake_up(one)
         except PeerGone as gone:
@@ -19800,12 +19808,13 @@ class Agent:
         one.level = 0
 
     async def stop(self, one: Instance) -> None:
-        """Raises ValueError where it is stopping already, and PeerGone where something is left."""
+        """Stop an instance.  Raises ValueError if it is stopping already, PeerGone if processes
+        are left."""
         self.tell(one, Turn.STOP)
         await self.end(one)
 
     async def end(self, one: Instance) -> None:
-        """Of one that is stopping.  Raises PeerGone where something is left."""
+        """End a stopping instance.  Raises PeerGone if processes are left."""
         left = await one.child.end(STOP_S) if one.child else []
         if one.task is not None:
             one.task.cancel()
@@ -19815,19 +19824,19 @@ class Agent:
             raise PeerGone(f"processes {left} of {one.name} are left", Fault.INTERNAL)
 
     def release(self, one: Instance) -> None:
-        """What is held for it here."""
+        """Close what we hold for an instance: its client and its output."""
         one.client.close()
         if one.child is not None:
             one.child.close()
 
     async def stop_all(self) -> None:
-        """Also those whose stop was broken off, with the task that was at it."""
+        """Stop all instances, also those whose stop was cancelled before its end."""
         ends = [(self.end if one.life.phase is Phase.STOPPING else self.stop)(one)
                 for one in self.instances.values()]
         await asyncio.gather(*ends, return_exceptions=True)
 
     def host_memory_gb(self) -> float:
-        """Memory of the host that is free; infinity where nobody tells."""
+        """The host's available memory; infinity if unknown."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open("/proc/meminfo") as file:
                 line = next(line for line in file if line.startswith("MemAvailable"))
@@ -19835,7 +19844,7 @@ class Agent:
         return INFINITY
 
     def document(self) -> dict[str, Any]:
-        """What a manager is told of this host."""
+        """This host's description for a manager."""
         now = asyncio.get_running_loop().time()
         ours = [0.0] * len(self.devices)
         for one in self.instances.values():
@@ -19853,7 +19862,7 @@ class Agent:
         }
 
     def totals(self, now: float) -> dict[str, dict[str, float]]:
-        """What was counted of each model's instances, of those that are absent, too."""
+        """The counts of each model's instances, absent ones included, by alias."""
         found = dict[str, dict[str, float]]()
         for (alias, _), life in sorted(self.lives.items(), key=lambda item: item[1].begun_at):
             sums, counted = found.setdefault(alias, {}), life.counted(now)
@@ -19864,7 +19873,7 @@ class Agent:
 
 
 def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
-    """The GPUs as serverless_vllm shows them."""
+    """The GPUs in serverless_vllm's form."""
     busy = [device.utilization for device in devices]
     return {
         "gpu_count": len(devices), "gpu_names": [device.name for device in devices],
@@ -19878,7 +19887,7 @@ def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
 
 
 async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
-    """What a program prints; '' if there is none, or it fails."""
+    """A program's output; '' if it cannot be run, fails, or takes too long."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -19897,17 +19906,17 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 #  90  hosts
 # ══════════
 #
-# Machines that run models: this one, and those with an agent of their own, asked alike.  And what
-# is known of each model's use.
+# Machines that run models: this one, and those with an agent of their own, behind the same methods.
+# And the record of each model's use.
 
 LOOK_AT_POOL_S = 0.25
 AGENT_LOOK_S = 0.5  # between two looks at an agent
-AGENTS_RETURN_S = 10.0  # for which nothing is placed after a start, while known agents are silent
+AGENTS_RETURN_S = 10.0  # after a start, for which known but silent agents delay placement
 DEVICES_S = 5.0  # between two looks at the GPUs
-POOL_HEARTBEAT_S = 10.0  # to a stream's client that waits for a model, where settings say nothing
-START_GUESS_S = 30.0  # for which one takes to be ready that was never started
-WAKES_LIMIT = 3  # of one request: its model may end again and again
-# After these the model may be there again, once it was started anew.
+POOL_HEARTBEAT_S = 10.0  # between comments to a client that waits for a model; default
+START_GUESS_S = 30.0  # for a model that was never started to be ready
+WAKES_LIMIT = 3  # wakes for one request, as its model may end again and again
+# Faults after which the model may answer, once it has been started anew.
 WAKE_AFTER = frozenset((
     Fault.NO_SERVER, Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.SERVER_GONE,
     Fault.ENGINE_FAILED, Fault.ABORTED, Fault.STREAM_FAILED, Fault.UNKNOWN_MODEL,
@@ -19921,7 +19930,7 @@ POOL_FAMILIES = (
 
 
 def launch_digest(model: ModelSettings) -> str:
-    """Of what a launch depends on."""
+    """A digest of those settings of a model on which its launch depends."""
     kept = dataclasses.asdict(model) | dict.fromkeys((
         "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
         "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
@@ -19931,7 +19940,7 @@ def launch_digest(model: ModelSettings) -> str:
 
 
 class LocalHost:
-    """This machine: its agent is in this process."""
+    """This machine, whose agent is in this process."""
 
     reachable, profiles, seen_at = True, None, INFINITY
 
@@ -19945,15 +19954,15 @@ class LocalHost:
         return self.agent.profiles.values()
 
     def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
-        """Where an instance is asked, and with which key."""
+        """The server for requests to an instance, with its key."""
         return ServerSettings(str(instance["base_url"]))
 
     async def refresh(self) -> None:
         pass
 
     async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
-        """What it has printed from there, where that ends, and whether it lives; from its begin
-        where it was cut, or started again, meanwhile.  Raises LookupError."""
+        """An instance's output from a place on, the place where that ends, and whether it is alive;
+        all of its output, if that has been cut or begun anew since.  Raises LookupError."""
         child = self.agent.named(name).child
         return (*child.output_from(at), child.alive) if child is not None else ("", 0, False)
 
@@ -19971,7 +19980,8 @@ class LocalHost:
 async def ask_host(
     client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
 ) -> dict[str, Any]:
-    """A document of an agent's or a manager's.  Raises PeerGone, with its words if it refuses."""
+    """The JSON object that an agent or manager answers.  Raises PeerGone, with its words if it
+    refuses."""
     try:
         status, said = await client.fetch(path, timeout_s, content)
         document = read_members(said, None)
@@ -19999,7 +20009,7 @@ class RemoteHost:
         return tuple(one.name for one in self.allowed())
 
     def allowed(self) -> list[ProfileSettings]:
-        """Its profiles, as far as they say what may be registered."""
+        """Its profiles, with the models and values that they allow."""
         said, found = self.said.get("profiles"), list[ProfileSettings]()
         for name, one in said.items() if isinstance(said, dict) else ():
             models, values = (tuple(map(str, one[key])) for key in ("models", "values"))
@@ -20013,7 +20023,7 @@ class RemoteHost:
         return ServerSettings(f"{self.public_url}/proxy/{instance['alias']}", api_key=self.key)
 
     async def refresh(self) -> None:
-        """Raises PeerGone."""
+        """Ask the agent for its report.  Raises PeerGone."""
         try:
             said = await self.ask("/info", None, 5.0)
             if not all(isinstance(said.get(key), dict) for key in ("instances", "profiles")):
@@ -20024,7 +20034,7 @@ class RemoteHost:
         self.said, self.reachable, self.seen_at = said, True, asyncio.get_running_loop().time()
 
     async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
-        """As of this machine's.  Raises PeerGone."""
+        """As LocalHost's.  Raises PeerGone."""
         said = await self.ask(f"/instances/{name}/status?log_from={at}", None, 5.0)
         try:
             return str(said["log"]), int(said["log_at"]), bool(said["alive"])
@@ -20032,7 +20042,7 @@ class RemoteHost:
             raise PeerGone(f"{self.name} does not tell it", Fault.BAD_ANSWER) from None
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
-        """Raises PeerGone, with the agent's words if it refuses."""
+        """The agent's answer.  Raises PeerGone, with its words if it refuses."""
         return await ask_host(self.client, self.name, path, content, timeout_s)
 
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
@@ -20048,7 +20058,7 @@ class RemoteHost:
 
 
 class ManagedHost:
-    """A machine of a pool that another balancer keeps, as that balancer tells of it."""
+    """A machine of a pool that another balancer keeps, as that balancer describes it."""
 
     reachable, profiles, seen_at = True, None, INFINITY
 
@@ -20063,8 +20073,8 @@ class ManagedHost:
         return ()
 
     def address_of(self, instance: Mapping[str, Any]) -> ServerSettings:
-        """What listens on the manager's loopback is asked through the manager, unless it is on
-        this machine; and so is what must be told another name of its model."""
+        """The server for requests to an instance.  It is the manager, if the instance listens on
+        the loopback of another machine or has another name for its model."""
         url = str(instance["worker_url"])
         ours, theirs = (is_local_name(urllib.parse.urlsplit(one).netloc)
                         for one in (self.manager, url))
@@ -20077,14 +20087,14 @@ Host = LocalHost | RemoteHost | ManagedHost
 
 
 class StateFile:
-    """What a successor is told of running models, and of those that were registered."""
+    """The file that tells a successor about running and registered models."""
 
     def __init__(self, core: Core) -> None:
         self._core, self._saved = core, ""
 
     @property
     def path(self) -> str:
-        """'' is none."""
+        """The file's path; '' if there is none."""
         path, named = self._core.process.settings_path, self._core.settings.state_file
         return named or path and f"{path}.state"
 
@@ -20100,7 +20110,7 @@ class StateFile:
             return {}
 
     def save(self, document: Mapping[str, Any]) -> None:
-        """Whole or not at all."""
+        """Write a document if it has changed, atomically."""
         if not self.path or (text := json.dumps(document, indent=1)) == self._saved:
             return
         self._saved, new = text, f"{self.path}.new"
@@ -20114,8 +20124,8 @@ class StateFile:
 
 
 class Uses:
-    """When models and instances were asked last, who waits for them, and how long their load is
-    above or below its marks."""
+    """When models and instances were last used, which requests wait for them, and since when their
+    load has been high or low."""
 
     def __init__(self) -> None:
         self.used_at: dict[str, float] = {}  # by alias, and by instance
@@ -20142,18 +20152,18 @@ class Uses:
 #  91  holdings
 # ══════════
 #
-# What is known of the pool, and what placement is told of it.
+# What is known about the pool, and the views of it that placement gets.
 
 
 class Holdings:
-    """What is known of the pool: the settings' models, and those that were registered; hosts, and
-    the instances there."""
+    """What is known about the pool: the models of the settings and those that were registered, the
+    hosts and their instances."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
         self.agent: Agent | None = None  # of this machine, if it runs models
-        self.leaves_children = core.process.agent is not None  # running, when it stops
-        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # while it runs
+        self.leaves_children = core.process.agent is not None  # instances outlive this process
+        self._tasks: asyncio.TaskGroup = None  # type: ignore[assignment]  # set while it runs
         self._statuses = tuple[tuple[str, str], ...]()
         self.state = StateFile(core)
         self.named: Mapping[str, ServerSettings] = {}
@@ -20161,13 +20171,13 @@ class Holdings:
         self.registered: dict[str, ModelSettings] = {}
         self.uses = Uses()
         self.leaving = set[str]()  # instances that get no more requests
-        self.launching: dict[str, Seat] = {}  # by alias, what is not there yet
+        self.launching: dict[str, Seat] = {}  # by alias, an instance that no report has yet
         self.doing: dict[str, asyncio.Task[None]] = {}  # by instance, or alias
-        self.wishes = set[str]()  # aliases that are to run though nobody asks,
-        self.held = set[str]()  # and that were stopped by hand
+        self.wishes = set[str]()  # aliases that must run though no request asks for them
+        self.held = set[str]()  # aliases that were stopped by hand
         self.why_not: dict[str, str] = {}
-        self.returning: dict[str, float] = {}  # agents of a predecessor, not heard yet: until when
-        self.acts: dict[str, str] = {}  # by alias, what was done last, and why
+        self.returning: dict[str, float] = {}  # a predecessor's silent agents: how long to wait
+        self.acts: dict[str, str] = {}  # by alias, the last act and its reason
         self.seen_running: dict[str, int] = {}  # by instance, its last process that was ready
         self.evictions = Counter(
             "mvllm_model_evictions_total", "Times one had to make room for another model.", "model")
@@ -20179,7 +20189,7 @@ class Holdings:
         return {**self.registered, **{one.alias: one for one in self.core.settings.models}}
 
     def model_served(self, name: str | None) -> ModelSettings | None:
-        """The model of the pool that is asked for by this name."""
+        """The model of the pool that requests ask for by a name, or None."""
         if name is None:
             return None
         models = self.core.settings.models
@@ -20223,14 +20233,14 @@ class Holdings:
         return [view for view in views if view.total_gb or not with_gpus]
 
     def requests_at(self, name: str) -> int:
-        """Requests that an instance has of us and, as far as it reports them, of others."""
+        """The requests at an instance: ours and, as far as it reports them, others'."""
         now, interval_s = asyncio.get_running_loop().time(), self.core.settings.metrics_interval
         view = self.core.fleet.view(name)
         return self.core.fleet.in_flight(name) + (
             round(view.foreign(now, interval_s)) if view is not None else 0)
 
     def load_of(self, alias: str) -> float:
-        """Requests in flight by capacity, of those that run."""
+        """The requests in flight at a model's running instances, divided by their capacity."""
         in_flight = capacity = 0.0
         for host, one in self.instances():
             view = self.core.fleet.view(one["alias"])
@@ -20254,7 +20264,7 @@ class Holdings:
         return found
 
     def profiles(self) -> dict[str, ProfileSettings]:
-        """Those of all hosts; of one name, what any of them allows."""
+        """The profiles of all hosts by name; one allows what it allows on any of them."""
         found = dict[str, ProfileSettings]()
         for one in itertools.chain.from_iterable(host.allowed() for host in self.hosts.values()):
             if (known := found.get(one.name)) is not None:
@@ -20266,18 +20276,18 @@ class Holdings:
         return found
 
     def status_of(self, model: ModelSettings) -> str:
-        """The furthest that one of it is."""
+        """The phase of a model's instance that is closest to running."""
         order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
                  Phase.STOPPING, Phase.FAILED]
         found = {one["status"] for _, one in self.instances() if one["model_alias"] == model.alias}
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
 
     def why(self, alias: str) -> str:
-        """Why what a model wants is not done, or what was done for it last, and why."""
+        """Why a model does not get what it needs, or else its last act and the reason."""
         return self.why_not.get(alias) or self.acts.get(alias, "")
 
     def is_routable(self, model: ModelSettings) -> bool:
-        """Whether a request for it finds a server now."""
+        """Whether a request for a model finds a server now."""
         for host, one in self.instances():
             if one["model_alias"] == model.alias and one["status"] == Phase.RUNNING.value:
                 view = self.core.fleet.view(one["alias"])
@@ -20287,7 +20297,7 @@ class Holdings:
         return False
 
     def impossible(self, model: ModelSettings) -> str:
-        """Why no request for it can be answered, however long it waits; or ''."""
+        """Why no request for a model can be answered, however long it waits, or ''."""
         found = [one for _, one in self.instances() if one["model_alias"] == model.alias]
         if found and all(one["status"] == "failed" and one["retry_in_s"] is None for one in found):
             return str(found[0]["reason"])
@@ -20298,7 +20308,7 @@ class Holdings:
         return place if isinstance(place, str) else ""
 
     def ready_in_s(self, model: ModelSettings) -> float:
-        """How long it will probably take until it answers."""
+        """The expected seconds until a model can answer."""
         ones = [one for _, one in self.instances() if one["model_alias"] == model.alias]
         if not ones:
             return START_GUESS_S
@@ -20313,12 +20323,12 @@ class Holdings:
 #  92  keeping
 # ══════════
 #
-# What is done for the pool: decided by the dry rooms, carried out here.  Requests for its models
-# have a plan of their own: one is started or woken, and then they are passed on like any other.
+# Keeping the pool: the dry rooms decide, this room carries out.  Requests for its models have a
+# plan of their own: wait until the model has been started or woken, then pass on as usual.
 
 
 class ModelPool(Holdings):
-    """Keeps the pool as it is wanted."""
+    """Decides on acts again and again, and carries them out."""
 
     def notify(self) -> None:
         self._changed.set()
@@ -20332,7 +20342,7 @@ class ModelPool(Holdings):
         self.notify()
 
     async def start_anew(self, alias: str) -> None:
-        """One of it is to run, also if all were given up."""
+        """Have an instance of a model run, even if all were given up.  Raises PeerGone."""
         self.held.discard(alias)
         for _, one in list(self.instances()):
             if one["model_alias"] == alias and one["status"] == "failed":
@@ -20341,7 +20351,7 @@ class ModelPool(Holdings):
         self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """Raises PeerGone, where it cannot be done."""
+        """Carry out what a person asks of an instance.  Raises PeerGone if it cannot be done."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
         for alias in [one["model_alias"] for _, one in self.instances() if one["alias"] == name]:
@@ -20353,7 +20363,7 @@ class ModelPool(Holdings):
             raise PeerGone(f"{name}: {error.args[0]}", Fault.NO_SERVER) from None
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
-        """Look, decide, do, for ever."""
+        """Look, decide and act until cancelled."""
         self._tasks = tasks
         agent = await self.begin(tasks)
         tasks.create_task(guarded(self.core, "looking at GPUs", self.look_at_devices))
@@ -20362,7 +20372,7 @@ class ModelPool(Holdings):
             try:
                 if not agent.resting:
                     self.step()
-            except Exception:  # models must not be left alone because of a mistake of ours
+            except Exception:  # a mistake of ours must not leave models without care
                 self.core.internal_error("deciding on models")
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -20370,8 +20380,8 @@ class ModelPool(Holdings):
                     await self._changed.wait()
 
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
-        """This machine's agent, and what a predecessor has left it: models that were registered,
-        and allowed then, and what runs."""
+        """Make this machine's agent and return it, with what a predecessor has left: registered
+        models, running instances, and known agents."""
         s, saved = self.core.settings, self.state.load()
         for said in saved.get("models", ()):
             try:
@@ -20410,7 +20420,7 @@ class ModelPool(Holdings):
                 await self.agent.look_at_devices(self.core.settings.devices)
 
     async def close(self) -> None:
-        """Stop what was started here, unless it is to go on without us."""
+        """Stop the instances that run here, unless they must outlive this process, and save."""
         core, agent = self.core, self.agent
         if agent is None:
             return
@@ -20429,7 +20439,7 @@ class ModelPool(Holdings):
                 "instances": self.agent.saved()})
 
     def meet_agents(self, now: float) -> None:
-        """Agents that have registered are hosts; one is forgotten when it was silent for long."""
+        """Make hosts of agents that have registered, and forget those that are silent for long."""
         book = self.core.roster.keepers.get(Source.REGISTERED)
         registered = book.book.by_id.values() if isinstance(book, Registrations) else ()
         for one in registered:
@@ -20446,7 +20456,7 @@ class ModelPool(Holdings):
                 del self.hosts[host.name]
 
     async def follow(self, host: RemoteHost) -> None:
-        """Ask an agent for what it runs, as long as it is known."""
+        """Refresh an agent's report again and again, as long as the agent is known."""
         with contextlib.closing(host.client):
             while self.hosts.get(host.name) is host:
                 before = host.reachable
@@ -20473,7 +20483,7 @@ class ModelPool(Holdings):
         self.define_servers()
         self.returning = {name: until for name, until in self.returning.items()
                           if now < until and name in self.hosts and not self.hosts[name].reachable}
-        if self.leaves_children or self.returning:  # its manager decides, or too little is known
+        if self.leaves_children or self.returning:  # a manager decides, or too little is known
             self.finish_step()
             return
         seats, models = self.seats(now), self.models
@@ -20536,7 +20546,7 @@ class ModelPool(Holdings):
         return next(name for name in names if name not in taken)
 
     async def move(self, name: str, verb: str) -> None:
-        """Have an instance sleep, wake or stop; one that answers finishes first.  Raises PeerGone,
+        """Have an instance wake, or sleep or stop once its requests have ended.  Raises PeerGone,
         LookupError, ValueError."""
         host, one = next(((host, one) for host, one in self.instances() if one["alias"] == name),
                          (None, None))
@@ -20567,7 +20577,7 @@ class ModelPool(Holdings):
                     await asyncio.sleep(0.02)
 
     def define_servers(self) -> None:
-        """The fleet has each instance that has ever been ready; those that are not get nothing."""
+        """Define every instance that has ever been ready as a server; weight 0 if it is not now."""
         servers, news = dict[str, ServerSettings](), list[str]()
         known, self.seen_running = self.seen_running, {}
         for host, one in self.instances():
@@ -20600,7 +20610,7 @@ class ModelPool(Holdings):
         self.notify()
 
     async def look_again(self, alias: str) -> None:
-        """At the agents that run it: what they said last may be of a process that has ended."""
+        """Refresh the reports on a model's instances, whose processes may have ended since."""
         for host, one in list(self.instances()):
             if one["model_alias"] == alias:
                 with contextlib.suppress(PeerGone):
@@ -20608,7 +20618,9 @@ class ModelPool(Holdings):
         self.define_servers()
 
     async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
-        """Until a request for it finds a server; one start or wake is for all who wait."""
+        """Wait until a request for a model finds a server, and call `beat` now and then.  All
+        waiting requests share one start or wake.  Returns WELL, or an outcome with the fault
+        MODEL_NOT_READY."""
         loop, uses = asyncio.get_running_loop(), self.uses
         uses.used_at[model.alias] = began = loop.time()
         if self.is_routable(model):
@@ -20647,14 +20659,15 @@ class ModelPool(Holdings):
 #  93  manager
 # ══════════
 #
-# A pool that another balancer keeps.  Its instances are asked from here, too, and what is to be
-# done to them is asked of their manager.  While that does not answer, what runs is asked as before.
+# A pool that another balancer, the manager, keeps.  Requests go from here to its instances too, and
+# the manager is asked to start, wake and stop them.  If the manager does not answer, running
+# instances still get requests.
 
 MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
 
 
 class FollowedPool(ModelPool):
-    """The models of a manager.  Nothing is placed, started or stopped from here."""
+    """The pool of a manager, which alone decides on acts."""
 
     def __init__(self, core: Core) -> None:
         super().__init__(core)
@@ -20674,7 +20687,7 @@ class FollowedPool(ModelPool):
                     await self._changed.wait()
 
     async def look(self) -> None:
-        """Take over what the manager says of its pool.  Trouble with it is said once."""
+        """Take over the manager's report of its pool.  Trouble with it is logged once."""
         try:
             self.take((await self.ask("/admin/status", None, 5.0)).get("models"))
             trouble = ""
@@ -20690,7 +20703,8 @@ class FollowedPool(ModelPool):
         self.finish_step()
 
     def take(self, models: Any) -> None:
-        """Raises what a document causes that is none of a pool; then nothing has changed."""
+        """Take over a report of models.  Raises SettingsError, KeyError, TypeError, ValueError or
+        AttributeError if it is not one, and then changes nothing."""
         registered, hosts, leaving = dict[str, ModelSettings](), dict[str, Any](), set[str]()
         for one in models:
             said = {key: value for key, value in one["config"].items() if key in MODEL_FIELDS}
@@ -20704,7 +20718,7 @@ class FollowedPool(ModelPool):
         self.registered, self.hosts, self.leaving = registered, hosts, leaving
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
-        """Raises PeerGone, with the manager's words if it refuses."""
+        """The manager's answer.  Raises PeerGone, with its words if it refuses."""
         if self._client is None or self._client.server.url != self.manager:
             await self.close()
             self._client = HttpClient(ServerSettings(self.manager, id=PATTERN + MANAGER))
@@ -20712,7 +20726,7 @@ class FollowedPool(ModelPool):
         return await ask_host(self._client, "it", path, content, timeout_s)
 
     async def have_woken(self, alias: str) -> None:
-        """Have the manager start or wake a model for which requests wait here."""
+        """Ask the manager to start or wake a model for which requests wait here."""
         try:
             await self.by_hand(alias, "wake")
         except PeerGone as gone:
@@ -20723,7 +20737,8 @@ class FollowedPool(ModelPool):
             self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """`name` is an instance, or a model.  Raises PeerGone."""
+        """Ask the manager to do something to the model with a name, or with an instance of that
+        name.  Raises PeerGone."""
         alias = next((one["model_alias"] for _, one in self.instances() if one["alias"] == name),
                      name)
         model = self.models.get(alias, ModelSettings(alias))
@@ -20731,13 +20746,13 @@ class FollowedPool(ModelPool):
         await self.ask(path, b"", model.wake_timeout_s + model.start_timeout_s)
 
     async def start_anew(self, alias: str) -> None:
-        """Whoever waits for it has it woken."""
+        """Nothing: `have_woken` does it as soon as a request waits."""
 
     async def look_again(self, alias: str) -> None:
         await self.look()
 
     def impossible(self, model: ModelSettings) -> str:
-        """The manager knows; what it says is told in the end."""
+        """'', as only the manager knows; its reason is told when the wait ends."""
         return ""
 
     def profiles(self) -> dict[str, ProfileSettings]:
@@ -20755,20 +20770,20 @@ class FollowedPool(ModelPool):
 #  94  models
 # ══════════
 #
-# The pool as the balancer has it: the plan of requests for its models, what is listed, counted and
-# shown of them, what people do to them.
+# The pool as the balancer uses it: the plan of requests for its models, their lists, metrics and
+# status, and what people do to them.
 
 
 class Wake(NamedTuple):
-    """Wait until a model of the pool can be asked; it is started or woken for that."""
+    """A step: wait until a model of the pool can be asked, which starts or wakes it if needed."""
 
     model: ModelSettings
     anew: bool = False  # it was asked, and failed
 
 
 def wake_plan(model: ModelSettings, otherwise: Plan, again: Callable[[], Plan]) -> Plan:
-    """As it goes otherwise, once the model can be asked; and again, if its process has ended
-    before anything was shown."""
+    """The plan `otherwise`, once the model can be asked; then `again`, if the model's process has
+    ended before the client was shown anything."""
     plan, failure = otherwise, WELL
     for n in range(WAKES_LIMIT):
         woken = yield Wake(model, n > 0)  # type: ignore[misc]
@@ -20790,8 +20805,8 @@ def refusing_plan(fault: Fault, text: str) -> Plan:
 
 
 def proxied_plan(otherwise: Plan) -> Plan:
-    """An agent's, for its manager: to that 503 would mean that the model is busy, and not that its
-    process has ended."""
+    """An agent's plan for a manager's request: a missing server becomes 502, as the manager would
+    take 503 for a busy model, not for a process that has ended."""
     try:
         step = next(otherwise)
         while not (isinstance(step, GiveUp) and step.outcome.fault is Fault.NO_SERVER):
@@ -20814,7 +20829,7 @@ async def carry_out_wake(exchange: Exchange, step: Wake) -> Outcome:
 
 
 Exchange.CARRY_OUT[Wake] = carry_out_wake
-SILENT_PATHS = ("/tokenize", "/detokenize")  # which are no work for an engine
+SILENT_PATHS = ("/tokenize", "/detokenize")  # no work for an engine, so they wake no model
 
 
 class PoolPlanner:
@@ -20854,7 +20869,8 @@ class PoolPlanner:
                    "status": self.pool.status_of(model)}
 
     def families(self, now: float | None = None) -> list[Family]:
-        """For /metrics: asked for as a planner's, and not as a service's once more."""
+        """The pool's families for /metrics; [] for a call with `now`, which comes to it as a
+        service, as it is asked as a planner too."""
         if now is not None:
             return []
         pool, found = self.pool, list[Family]()
@@ -20874,7 +20890,7 @@ class PoolPlanner:
         return [*found, pool.evictions, ready, state]
 
     def report(self, now: float) -> list[dict[str, Any]]:
-        """For the status document: each instance, and each model without one."""
+        """The rows of the status document: each instance, and each model without one."""
         pool, rows = self.pool, list[dict[str, Any]]()
         reports = {one["alias"]: one for _, one in pool.instances()}
         seats = pool.seats(now)
@@ -20905,7 +20921,7 @@ PLANS[POOL] = Planning(operator.attrgetter("has_model_pool"), PoolPlanner)
 
 
 def pool_of(core: Core) -> ModelPool:
-    """Raises LookupError where there is none."""
+    """The balancer's pool.  Raises LookupError if there is none."""
     planner = core.planners.get(POOL)
     if not isinstance(planner, PoolPlanner):
         raise LookupError("There is no pool here: the settings have no [[models]], [devices],"
@@ -20915,8 +20931,8 @@ def pool_of(core: Core) -> ModelPool:
 
 @service(POOL, operator.attrgetter("has_model_pool"), Source.POOL)
 async def keep_models(core: Core, wanted: bool) -> None:
-    """Until it is cancelled; then models that were started here stop, unless somebody goes on with
-    them."""
+    """Run the pool until cancelled; then close it, which stops its instances if nobody takes them
+    over."""
     pool = pool_of(core)
     core.services[POOL] = core.planners[POOL]
     try:
@@ -20928,7 +20944,7 @@ async def keep_models(core: Core, wanted: bool) -> None:
 
 
 async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /admin/models: a superset of serverless_vllm's."""
+    """GET /admin/models: all models, in a superset of serverless_vllm's form."""
     pool = pool_of(core)
     return {"models": [
         {"alias": alias, "status": pool.status_of(model), "next": pool.why(alias),
@@ -20951,13 +20967,13 @@ def instance_report(pool: ModelPool, host: Host, one: Mapping[str, Any]) -> dict
 
 
 def is_aliased(pool: ModelPool, one: Mapping[str, Any]) -> bool:
-    """Whether a process knows its model by another name than clients do."""
+    """Whether an instance has another name for its model than clients use."""
     model = pool.models.get(one["model_alias"])
     return model is not None and model.served != model.alias
 
 
 def alias_named(pool: ModelPool, name: str) -> str:
-    """Raises LookupError."""
+    """The alias of a model that a path names.  Raises LookupError."""
     if (alias := urllib.parse.unquote(name)) not in pool.models:
         there = f", but {', '.join(pool.models)}" if pool.models else ": there is none"
         raise LookupError(f"No model {shown(alias)} here{there}.")
@@ -20965,7 +20981,8 @@ def alias_named(pool: ModelPool, name: str) -> str:
 
 
 async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """Raises SettingsError, LookupError."""
+    """POST /admin/models/register: add a model, or replace it.  Raises SettingsError,
+    LookupError."""
     pool, document = pool_of(core), read_members(asked.content, None)
     document, routing = unwrapped(document)
     model = model_by_request(document, pool.profiles())
@@ -20981,8 +20998,8 @@ async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """A model as serverless_vllm had it said, in our words; and what it said of routing, which
-    means nothing here: weights of [pools] do that.  Raises SettingsError."""
+    """A model's document, changed from serverless_vllm's form to ours; and its keys about routing,
+    which mean nothing here, where [pools] has the weights.  Raises SettingsError."""
     routing = {key: document.pop(key) for key in ("routing_state", "mix_weight", "worker_id")
                if key in document}
     backends = document.pop("backends", None)
@@ -21000,7 +21017,8 @@ def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]
 
 
 async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """DELETE /admin/models/{alias}: it drains, stops and is forgotten.  Raises LookupError."""
+    """DELETE /admin/models/{alias}: forget a registered model, which drains and stops.  Raises
+    LookupError, SettingsError."""
     pool = pool_of(core)
     alias = alias_named(pool, asked.head.path.removeprefix("/admin/models/"))
     if alias not in pool.registered:
@@ -21020,7 +21038,7 @@ async def operate_model(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
-    """Have one run, and wait for it.  Raises PeerGone."""
+    """Have an instance of a model run, and wait for it.  Raises PeerGone."""
     model = pool.models[alias]
     was = pool.is_routable(model)
     await pool.start_anew(alias)
@@ -21034,7 +21052,8 @@ async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
 
 
 async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[str, Any]:
-    """Have all of it drain and stop; it stays so until somebody asks for it.  Raises PeerGone."""
+    """Have all instances of a model drain, and stop or sleep, until somebody asks for it.  Raises
+    PeerGone."""
     pool.held.add(alias)
     pool.wishes.discard(alias)
     names = [one["alias"] for _, one in pool.instances() if one["model_alias"] == alias and (
@@ -21053,7 +21072,7 @@ MODEL_OPERATIONS: dict[str, Callable[[ModelPool, str], Awaitable[dict[str, Any]]
 
 
 async def unload_models(core: Core, asked: Asked) -> dict[str, Any]:
-    """POST /unload, of one ?model= or of all, as llama-swap has it."""
+    """POST /unload: stop one ?model= or all, as in llama-swap.  Raises LookupError, PeerGone."""
     pool = pool_of(core)
     name = asked.query.get("model", "")
     aliases = [alias_named(pool, name)] if name else list(pool.models)
@@ -21072,7 +21091,7 @@ async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /admin/status."""
+    """GET /admin/status: all models and workers, in a superset of serverless_vllm's form."""
     return {"health": {"status": "ok", "service": "mvllm_lite", "workers": len(pool_of(core).hosts),
                        "models": len(pool_of(core).models), "autoscaler_enabled": True},
             **await list_models(core, asked), **await workers_report(core, asked),
@@ -21080,7 +21099,7 @@ async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /running, as llama-swap has it."""
+    """GET /running: the running instances, in llama-swap's form."""
     words = {"running": "ready", "starting": "starting", "stopping": "stopping"}
     return {"running": [
         {"model": one["model_alias"], "state": words.get(one["status"], one["status"]),
@@ -21092,7 +21111,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 #  95  pool paths
 # ══════════
 #
-# Where people and programs ask for the pool: the words of serverless_vllm, and of llama-swap.
+# The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
 
 
 POOL_PATHS: dict[str, dict[str, Operate]] = {
@@ -21114,7 +21133,7 @@ LOG_LOOK_S = 0.3  # between two looks at the output of a process
 
 @endpoint("/logs/{alias}", kind=Kind.ADMIN)
 async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
-    """What a model's process prints, as events; as it is with ?follow=0."""
+    """The output of a model's process, as events; with ?follow=0, as plain text"""
     name = urllib.parse.unquote(asked.head.path.removeprefix("/logs/"))
     found = next(((host, one["alias"]) for host, one in pool_of(core).instances()
                   if name in (one["alias"], one["model_alias"]) and one["pid"]),
@@ -21148,16 +21167,17 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
-# models, each below /proxy/, and which does what its manager says.  When it stops, its models run
-# on; its successor takes them over.
+# instances, each below /proxy/, and which does what its manager says.  When it stops, its instances
+# run on, and its successor takes them over.
 
-REGISTER_S = 5.0  # between two registrations, which are heartbeats, too
+REGISTER_S = 5.0  # between two registrations, which are heartbeats too
 AGENT_TTL_S = 20.0
-PROXIED_PATHS = ("/health", "/v1/models", "/metrics", "/version")  # besides inference
+PROXIED_PATHS = ("/health", "/v1/models", "/metrics", "/version")  # in addition to inference
 
 
 def aim_at_instance(core: Core, path: str) -> Destination:
-    """What /proxy/{alias}/… is for.  Raises BadMessage, where that is not for others."""
+    """The destination of a request to /proxy/{alias}/….  Raises BadMessage if the path is not
+    served."""
     alias, _, rest = path.removeprefix("/proxy/").partition("/")
     meant = inference_path(f"/{rest}")
     if core.process.agent is None or not (meant or f"/{rest}" in PROXIED_PATHS):
@@ -21172,7 +21192,7 @@ ENDPOINTS["/proxy/{alias}"] = {
 
 
 def agent_of(core: Core) -> Agent:
-    """Raises LookupError."""
+    """This process's agent.  Raises LookupError if it is no `worker`."""
     agent = pool_of(core).agent
     if core.process.agent is None or agent is None:
         raise LookupError("This is no agent.")
@@ -21180,12 +21200,12 @@ def agent_of(core: Core) -> Agent:
 
 
 async def agent_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """what an agent has: GPUs, profiles, instances"""
+    """an agent's GPUs, profiles and instances"""
     return agent_of(core).document()
 
 
 async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
-    """launch a model, by a profile of this host"""
+    """launch a model by a profile of this host"""
     agent, said = agent_of(core), read_members(asked.content, None)
     name, devices = said.pop("instance", said.get("alias")), said.pop("devices", [])
     digest, kind = str(said.pop("digest", "")), said.pop("backend_type", "vllm")
@@ -21206,7 +21226,7 @@ async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
-    """one of them: /status, with its output, of the last 8 kB or from ?log_from= on"""
+    """an instance's status and output: the last 8 kB, or all from ?log_from= on"""
     one, _ = instance_asked(core, asked)
     start = asked.query.get("log_from", "")
     if not start.isascii() or not start.isdecimal() or len(start) > 15:
@@ -21217,7 +21237,7 @@ async def show_instance(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
-    """Raises LookupError."""
+    """The instance and the verb in a path.  Raises LookupError."""
     name, _, verb = asked.head.path.removeprefix("/instances/").partition("/")
     return agent_of(core).named(urllib.parse.unquote(name)), verb
 
@@ -21226,7 +21246,7 @@ SLEEP_LEVELS = {"SLEEP_1": 1, "SLEEP_2": 2}
 
 
 async def operate_instance(core: Core, asked: Asked) -> dict[str, Any]:
-    """have one of them stop, sleep or wake"""
+    """with /stop, /sleep or /wake: do that to the instance"""
     (one, verb), agent = instance_asked(core, asked), agent_of(core)
     said = read_members(asked.content, None)
     level = said.get("level", SLEEP_LEVELS.get(str(said.get("level_name")), 1))
@@ -21252,14 +21272,14 @@ ENDPOINTS |= {
 
 
 def manager_client(args: argparse.Namespace, key: str) -> HttpClient:
-    """Raises SettingsError."""
+    """A client for the manager.  Raises SettingsError."""
     entry = {"url": args.manager, "ca_file": args.ca_file} | ({"api_key": key} if key else {})
     settings, _ = parse_settings("", "worker", {"servers": ([entry], "--manager")})
     return HttpClient(settings.servers[0], Secrets(settings))
 
 
 async def manager_state(args: argparse.Namespace) -> str:
-    """Whether it answers, in words."""
+    """Whether the manager answers: "answers", or what is wrong."""
     with contextlib.closing(manager_client(args, "")) as client:
         try:
             status, found = await client.fetch("/liveness", 5.0)
@@ -21269,7 +21289,7 @@ async def manager_state(args: argparse.Namespace) -> str:
 
 
 async def register_agent(balancer: Balancer, args: argparse.Namespace, key: str) -> None:
-    """Say at the manager that we are here, again and again."""
+    """Register at the manager again and again, until cancelled."""
     client, said = manager_client(args, key), ""
     while True:
         agent = pool_of(balancer.core).agent
@@ -21325,7 +21345,7 @@ def run_worker(args: argparse.Namespace) -> int:
         profiles=settings.profiles or (DEFAULT_PROFILE,), log_dir="",
         state_file=settings.state_file or f"worker-{args.id.replace('/', '-')}.state")
     if args.manager:
-        manager_client(args, key).close()  # it can be used
+        manager_client(args, key).close()  # raises if it cannot be used
     if args.check:
         return check_worker(args, settings)
     with logging_to_stdout(settings):
@@ -21352,13 +21372,13 @@ async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key:
 
 
 def devices_here(s: Settings) -> list[Device]:
-    """Those that an agent would use."""
+    """The devices that an agent on this machine would use."""
     return stated_devices(s.devices, parse_gpus(
         asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
 def check_worker(args: argparse.Namespace, s: Settings) -> int:
-    """Say what an agent would find here."""
+    """Print what an agent would find here.  Returns the exit code: 2 if something is missing."""
     devices = devices_here(s)
     lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
     print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
