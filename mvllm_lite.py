@@ -12,16 +12,16 @@
     python mvllm_lite.py top                 look at a balancer that runs elsewhere
     python mvllm_lite.py --help              the rest
 
-One file, standard library only, Python 3.11 and newer.  It reads forwards: a room uses names
-of itself and of earlier rooms only.  A room is dry (·): pure functions and owned state, time comes
-in as `now`, chance as a Random; or wet (~): thin I/O that asks the dry ones.
+One file, standard library only, Python 3.11 and newer.  It reads forwards: a room uses only its
+own names and those of earlier rooms.  A room is dry (·): pure functions and owned state, with time
+passed in as `now` and chance as a Random; or wet (~): thin I/O that asks the dry ones.
 
-A ruler parts the file.  Parts I to X, above it, are all that runs for a servers.toml of five
-lines: to know what serves, read them and stop.  What stands below runs when a setting, a
-subcommand, a terminal or a browser at /status asks for it.  It hooks itself in by rows of
-ENDPOINTS, COMMANDS, SCREENS and SERVICES, and nothing above uses its names; only the last two
-lines, which call `main` of the command line, stand behind it.  `mvllm_lite.py help parts` counts
-the lines.
+A ruler divides the file.  Parts I to X, above it, are all that runs for a servers.toml of five
+lines: to know what serves, read them and stop.  The parts below run when a setting, a subcommand,
+a terminal or a browser at /status asks for them.  They hook themselves in with rows of ENDPOINTS,
+COMMANDS, SCREENS, SERVICES and PLANS, and nothing above uses their names; only the last two lines,
+which call `main` of the command line, come after them.  `mvllm_lite.py help parts` counts the
+lines.
 
      #  room            what it owns
     ──  ─────────────  ───────────────────────────────────────────────────────────────────────
@@ -37,22 +37,22 @@ the lines.
 
     II  settings         1,230 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
-     8  pool settings  · models, and how they are launched, as settings have them
-     9  entries        · what an entry of [[servers]], [[keys]] and other tables says
-    10  settings       · all that can be set, each with its default, check and meaning
-    11  complaints     · what is wrong with settings, in words: where, found, expected
+     8  pool settings  · models and how to launch them, as settings
+     9  entries        · the keys of entries in [[servers]], [[keys]] and other tables
+    10  settings       · every setting, with its default, check and meaning
+    11  complaints     · mistakes in settings, in words: where, found, expected
     12  settings file  · from TOML to settings; complaints with file, line and key
 
    III  vLLM             2,210 lines, for each request, check and scrape
-    13  content        · compression undone; JSON: where the members that matter stand
-    14  forms          · forms: the model that a part names; another model in its place
-    15  prompts        · how long a prompt is, and what of it each server has probably cached
-    16  calls          · which paths are passed on, and what a request wants: its model, a stream
-    17  dialect        · what vLLM says in answers: events, ends, failures; ours in its words
-    18  judge          · an answer judged as it comes; its tokens and its id
-    19  transcripts    · what a stream has shown
-    20  resumption     · whether and how another server goes on with a stream; the join
-    21  engine load    · what a server says of itself: its load, its models
+    13  content        · JSON: the places of the members that matter; compression undone
+    14  forms          · forms: the model that a part names, found and replaced
+    15  prompts        · a prompt's length, and how much of it each server has probably cached
+    16  calls          · which paths are passed on; a request's model, session and needs
+    17  dialect        · vLLM's answers: events, ends, failures; our errors in its form
+    18  judge          · an answer judged as it arrives; its tokens and its id
+    19  transcripts    · the events that a stream has shown, kept in few bytes
+    20  resumption     · whether another server can continue a stream; the join of the two
+    21  engine load    · a server's reports about itself: its load, its models
 
     IV  fleet            2,120 lines, for each request, check and scrape
     22  health         · whether a server can be asked, judged by checks and by how requests fared
@@ -67,18 +67,18 @@ the lines.
     31  ranking        · which servers may be asked, which one is, and why
 
      V  answering        1,000 lines, for each request
-    32  queue          · requests that wait for room; what retries the fleet can afford
-    33  poison         · content with which servers die, and whose failure it was
+    32  queue          · requests that wait for room; how many retries the fleet can afford
+    33  poison         · content that servers died with; who is to blame for a failure
     34  plans          · how a call is answered, step by step
-    35  client keys    · clients' keys and what each uses; whose stored responses are
-    36  access         · who may come in, and to which path; proxies that are trusted
+    35  client keys    · clients' keys and what each is using; who owns stored responses
+    36  access         · which clients may use which paths; trusted proxies
 
     VI  what is counted  950 lines, for each request, and when asked for
-    37  documents      · what programs are shown in JSON
-    38  metrics        · what is counted and measured, as families for Prometheus
-    39  records        · what is written of requests and transitions: log lines, records, traces
+    37  documents      · the JSON documents for programs
+    38  metrics        · the metric families that /metrics shows
+    39  records        · requests and transitions as log lines, records and traces
     40  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    41  status         · what screen, page and /status.json show
+    41  status         · the document that screen, page and /status.json share
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
     42  sockets        ~ what all sockets share: errors, deadlines; listening sockets
@@ -91,19 +91,19 @@ the lines.
     49  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
   VIII  a request        1,540 lines, for each request
-    50  shared state   ~ what requests share: clients, pools, news, those under way
-    51  core           ~ what the rooms of a request share: settings, fleet, metrics, pools
+    50  shared state   ~ what requests share: clients, pools, news, requests under way
+    51  core           ~ the running balancer's state: settings, fleet, metrics, pools
     52  intake         ~ a request's content: gathered, decoded, held as long as it is needed
     53  attempt        ~ a request sent to one server; its answer judged and passed on
-    54  case           ~ whose failure it was: suspects, deaths, content that is held off
+    54  case           ~ who is to blame for a failure: suspects, deaths, refused content
     55  accounts       ~ a finished request: counted, remembered and reported
-    56  resuming       ~ a stream whose server was lost, continued by another one
+    56  resuming       ~ a stream that lost its server, continued by another one
     57  exchange       ~ one request, from its head to its last byte
 
     IX  operating        1,910 lines, all the time
     58  watch          ~ health checks, load reports
-    59  services       ~ what runs in the background because settings name it, as rows
-    60  operations     ~ what people have done to servers: drained, weighed, probed, added, removed
+    59  services       ~ background tasks that run if settings ask for them, as rows
+    60  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
     61  endpoints      ~ the paths that the balancer answers itself, in one table
     62  front          ~ where clients come in: connections accepted, requests let in
     63  following      ~ the settings file, and the files that it names
@@ -114,26 +114,26 @@ the lines.
      X  program          470 lines, at the start and at the end
     67  process        ~ signals, systemd, limits of the system
     68  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    69  command line   ~ what is common to all subcommands; the one that serves; `help`
+    69  command line   ~ what all subcommands share; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
     70  names          ~ servers by DNS: each address of a name is one; names that move
-    71  pods           · Kubernetes: pods and EndpointSlices, and the servers that they are
-    72  listing        · what is asked of the Kubernetes API, and what follows from its answers
-    73  cluster        ~ the Kubernetes API as it is reached; lists and watches
-    74  zmtp           · what ZeroMQ's sockets say, and msgpack
-    75  registration   · servers and agents that say themselves that they are there
-    76  registering    ~ where they say it over HTTP
-    77  zmq listener   ~ and where vLLM's connectors do over ZMQ
+    71  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
+    72  listing        · what to ask the Kubernetes API next, and what its answers mean
+    73  cluster        ~ connections to the Kubernetes API; lists and watches
+    74  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
+    75  registration   · servers and agents that register themselves
+    76  registering    ~ the paths at which they register, over HTTP
+    77  zmq listener   ~ where vLLM's connectors register, over ZMQ
 
    XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
-    78  legs           · two requests that are made of one, and one answer of theirs
-    79  connectors     · what the two are told, so that one server's blocks get to the other
-    80  splitting      · how a request is parted between two servers, step by step
-    81  leg attempts   ~ a leg at one server; its answer kept, or looked through on its way
-    82  pairs          ~ its two legs, carried out; what is counted of them
+    78  legs           · two requests made from one, and one answer made from two
+    79  connectors     · what the two legs say so that blocks get from one server to the other
+    80  splitting      · how a request is split between two servers, step by step
+    81  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
+    82  pairs          ~ a request's two legs, carried out and counted
 
   XIII  models           2,780 lines, where the settings have models, or agents that run some
     83  life           · the life of a model's process: one table of transitions
@@ -152,48 +152,48 @@ the lines.
     96  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
-    97  cells          · text on a terminal: what it means, how wide it is; numbers in few cells
-    98  table          · the servers in lines, as many columns as there is room for
+    97  cells          · text in the cells of a terminal: its meaning, its width
+    98  table          · the servers in lines, with as many columns as fit
     99  views          · graphs of the fleet; models, requests and keys as tables
-    100  screen         · what is seen there: the table and the lines around it
-    101  keys           · what keys do to it, and ask of the balancer
-    102  terminal       ~ the screen onto a terminal: an ordinary program, by curses
-    103  top            ~ the screen beside a balancer: of this process, or of one elsewhere
+    100  screen         · all lines on a terminal, from a status document
+    101  keys           · what keys do to the screen, and ask of the balancer
+    102  terminal       ~ the screen on a terminal: an ordinary curses program
+    103  top            ~ the screen beside a balancer, in this process or elsewhere
     104  page           ~ the status for a browser: one HTML string
-    105  reference      ~ what `help` prints of settings, policies, paths, errors, metrics
+    105  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
     106  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    107  traces         · requests of the past: from files, or made up
+    107  traces         · requests of the past, from files; or made-up ones
     108  engine         · a model of a vLLM server, in simulated time
-    109  replay         · those requests sent to such servers by any policy
+    109  replay         · past requests sent to simulated engines by any policy
     110  comparison     ~ policies compared on a trace: the program of `replay`
-    111  canned words   · what a vLLM server would say, without a model; what it refuses
+    111  canned words   · what a vLLM server would say and refuse, without a model
     112  canned forms   · the same in the forms of its APIs, plain and streamed
     113  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    114  understudy     ~ what stands in for `vllm serve`; a pool of them
+    114  understudy     ~ a process that stands in for `vllm serve`; a pool of them
     115  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    116  doctor         ~ what is amiss with servers and settings, and what to do about it
+    116  doctor         ~ what is wrong with servers and settings, and what to do about it
     117  transfers      ~ whether prefill and decode servers work together
     118  check config   ~ the program of `check-config`
 
 A request walks through the rooms like this.  The `Front` (62) reads a head from the client's
-`Wire` (43), parses it (2), makes an `Exchange` (57) of it, and asks who may come in (36).  A local
-path is answered in room 61.  For any other the `Exchange` runs: the content is gathered (52) and
-read as a `Call` (16) with its `Prompt` (15), the `Keys` (35) admit it, and `relay_plan` (34) says
-step by step what to do.  Each `Relay` step names the server that was ranked best (31) in the view
-of the fleet (27) by a policy (30).  An `Attempt` (53) at that server holds the answer back until
-it is judged to be one (18), and then has the `Exchange` commit: the `Response` (48) begins, and a
-`Pump` (47) moves the rest.  What went wrong on the way is a `Fault` (1); the plan decides who is
-asked next.  At the end `account` (55) counts the request and writes its line.
+`Wire` (43), parses it (2), makes an `Exchange` (57) of it, and checks access (36).  A local path is
+answered in room 61.  For any other path, the `Exchange` runs: the content is gathered (52) and read
+as a `Call` (16) with its `Prompt` (15), the `Keys` (35) admit it, and `relay_plan` (34) says step
+by step what to do.  Each `Relay` step names the server that was ranked best (31) by a policy (30)
+among the views of the fleet (27).  An `Attempt` (53) at that server holds the answer back until it
+is judged good (18), and then has the `Exchange` commit: the `Response` (48) begins, and a `Pump`
+(47) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
+is asked next.  At the end, `account` (55) counts the request and writes its line.
 
-Words, one for each thing: a *server* is a vLLM process behind us, *fleet* is all of them, the
-*roster* says which there are, a *client* talks to us.  A *wire* is one connection.  A *call*
-is what a request wants, a *view* a frozen look at a server, the *eligible* what a policy
-judges, a *ranking* the judgement.  A *plan* yields *steps* and is told the *outcome* of each.
-An *attempt* is a request said to one server.  A *lease* counts a request in flight at its
-server.  *Commit* is the moment the client is shown the first byte of an answer; no retry after
-that.
+Words, one for each thing: a *server* is a vLLM process behind us, the *fleet* is all of them, the
+*roster* lists them, a *client* talks to us.  A *wire* is one connection.  A *call* is a request's
+needs, a *view* all that is known about a server, the *eligible* are the servers that a policy
+judges, a *ranking* is the judgement.  A *plan* yields *steps* and is told the *outcome* of each.
+An *attempt* is a request sent to one server.  A *lease* counts a request in flight at its server.
+*Commit* is the moment when the client is shown the first byte of an answer; after that, nothing
+is retried.
 """
 
 # ══════════
@@ -204,8 +204,8 @@ from __future__ import annotations
 
 import sys
 
-# The syntax of this file is that of Python 3.8: any later one comes this far and is told what is
-# needed; one before it fails at the `:=`, and shows that line with its comment.
+# Python 3.8 and newer can parse this file, and so reach the message below; an older one fails at
+# the `:=`, and shows that line with its comment.
 UNFIT = ""
 if (PYTHON := sys.version_info[:3]) < (3, 11):  # mvllm_lite needs Python 3.11 or newer
     UNFIT = "mvllm_lite needs Python 3.11 or newer; this is %d.%d.%d (%s)" % (
@@ -283,24 +283,24 @@ __all__ = ["main", "Balancer", "Settings", "parse_settings", "SimulatedServer"]
 
 # Limits that several rooms share and nobody has needed to set, each with its precedent or reason.
 # A limit of one room stands in that room.
-HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; what httptools and h11 take
-INFORMATIONAL_LIMIT = 16  # 1xx responses before the real one; more is a loop
-RECEIVED_BYTES = 256 * 1024  # that are taken from a connection at once
-AHEAD_BYTES = 16 * 1024  # held of a client that speaks before it is its turn
-WRITE_SLICE_BYTES = 256 * 1024  # large content is written in slices of this, with back-pressure
-HEADS_KEPT = 512  # parsed heads that are kept, because the same ones come again and again
-HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure that is held back while others are asked
+HEAD_LIMIT_BYTES = 64 * 1024  # of a response's head; as in httptools and h11
+INFORMATIONAL_LIMIT = 16  # 1xx responses before the final one; more is a loop
+RECEIVED_BYTES = 256 * 1024  # of one read from a connection
+AHEAD_BYTES = 16 * 1024  # held for a client that sends ahead of its turn
+WRITE_SLICE_BYTES = 256 * 1024  # slices in which large content is written, with back-pressure
+HEADS_KEPT = 512  # parsed heads that are remembered, because most heads repeat
+HELD_FAILURE_LIMIT_BYTES = 1024 * 1024  # of a failure held back while other servers are asked
 MEMBER_LIMIT_BYTES = 4096  # of a value that find_members found; real names of models are short
-ACCEPT_BATCH = 64  # connections taken in one turn of the loop, so that a storm delays no stream
-IDLE_GRACE_S = 1.0  # when stopping, for a request that is on its way on an idle connection
-ACCEPT_PAUSE_S = 1.0  # when no more can be taken, for want of descriptors
+ACCEPT_BATCH = 64  # connections accepted in one turn of the loop, so that a storm delays no stream
+IDLE_GRACE_S = 1.0  # when stopping, for a request on its way on an idle connection
+ACCEPT_PAUSE_S = 1.0  # after running out of descriptors
 SPARE_DESCRIPTORS = 64  # for everything but connections: files, checks, the log
-STALL_S = 0.5  # a timer that fires later than this tells of a stall of the whole process
-LISTEN_BACKLOG = 4096  # connections the kernel queues for us; its own limit is net.core.somaxconn
-LOG_PAUSE_S = 0.02  # between two writes of log lines, which gathers them
-SAMPLES_LIMIT = 10_000  # lines of a page of metrics that are looked at
+STALL_S = 0.5  # a timer that fires later than this shows that the whole process stalled
+LISTEN_BACKLOG = 4096  # connections that the kernel queues, at most net.core.somaxconn
+LOG_PAUSE_S = 0.02  # between two writes of log lines, to gather them
+SAMPLES_LIMIT = 10_000  # lines to read of a page of metrics
 MODEL_NAME_LIMIT = 512  # characters; the longest path that is a model's name is shorter
-HOPS_LIMIT = 20  # proxies of our own between a client and us
+HOPS_LIMIT = 20  # trusted proxies between a client and us
 NAMES_LIMIT = 20  # models listed in an error; there may be thousands
 RECENT_LIMIT = 200  # requests whose rankings are kept for /explain
 
@@ -4239,8 +4239,8 @@ def response_id(start: bytes, streams: bool) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-# In logprobs, what another server need not say again: all but the tokens.  No text has such names,
-# because quotes are escaped there; no match goes beyond a \0, which JSON has not.
+# The parts of logprobs that another server need not repeat: all but the tokens.  No text can look
+# like these names, because its quotes are escaped; no match crosses a \0, which JSON never has.
 _TEXT, _NUMBER, _NUMBERS = rb'"(?:[^"\\\0]|\\[^\0])*+"', rb"[-+.\deE]++", rb"\[[-+.\deE,nul]*+\]"
 _FLAT = rb"\{(?:%b:(?:%b|%b|%b|null),?)*+\}" % (_TEXT, _TEXT, _NUMBER, _NUMBERS)
 UNCOMPARED = re.compile(
@@ -4249,7 +4249,7 @@ UNCOMPARED = re.compile(
 
 
 def without_numbers(events: bytes) -> bytes:
-    """Events, or what is between, with nothing in their logprobs but the tokens."""
+    """Events, or the bytes between them, with only the tokens left in their logprobs."""
     if b'logprob":' not in events and b'_logprobs":' not in events:
         return events
     return UNCOMPARED.sub(
@@ -4296,7 +4296,7 @@ class Transcript:
                  "_short", "_whole", "_blocks", "_last", "_torn", "_lessons", "_counted")
 
     def __init__(self, memory: Memory, limit: int) -> None:
-        self.fault: Fault | None = None  # that the last event, not shown, reported
+        self.fault: Fault | None = None  # reported by the last event, which was not shown
         self.lost = False
         self.join: Any = None  # the `Join` of another server's stream, if one continues this
         self._memory, self._limit, self._counted = memory, limit, 0
@@ -4450,7 +4450,7 @@ def common_start(one: bytes, other: bytes) -> int:
 # The parts of an event: (kind, key, the object that holds it, its name there).  A key begins with
 # the part's owner: a choice, an item of the output, a block; None is the whole answer.
 GROWS, LISTED, ONCE = "grows", "listed", "once"  # a text; a list; a value that is sent once
-COUNTED, OWN = "counted", "own"  # a whole event; a value that differs between servers, an id say
+COUNTED, OWN = "counted", "own"  # a whole event; a value that differs by server, like an id
 PARALLEL = ("tokens", "token_logprobs", "top_logprobs", "text_offset")  # in completions
 Part = tuple[str, tuple[Any, ...], dict[str, Any], str]
 Shape = dict[str, Any]
@@ -4505,7 +4505,7 @@ def part_kind(name: str, value: Any) -> str:
 
 
 def gist(entry: Any) -> Any:
-    """What of an entry another server has to say again: a token or its id; of a float nothing."""
+    """What another server must repeat of an entry: a token or its id; nothing of a float."""
     said = entry.get("token") if isinstance(entry, dict) else entry
     return said if isinstance(said, (str, int)) else None
 
@@ -4791,7 +4791,7 @@ def differs(key: tuple[Any, ...]) -> BadMessage:
 
 
 def drop_empty(said: Shape) -> None:
-    """Remove the choices and tool calls of which nothing is left."""
+    """Remove choices and tool calls that have become empty."""
     kept = list[Shape]()
     for choice in said.get("choices", ()):
         delta = typed_member(choice, "delta", dict)
@@ -4996,7 +4996,7 @@ class EngineLoad(NamedTuple):
     caches: bool = True  # it has a prefix cache
     asleep: bool = False
     adapters: frozenset[str] = frozenset()  # LoRA adapters in use
-    lacking: int | None = None  # waiting requests that lack room, rather than an adapter, say
+    lacking: int | None = None  # waiting requests that lack room, and not just an adapter
 
     @property
     def queued(self) -> int:
