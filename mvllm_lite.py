@@ -321,8 +321,8 @@ log = logging.getLogger("mvllm_lite")
 
 
 class Blame(Enum):
-    """Who caused a failure; only SERVER counts against a server's health.  CLIENT and SERVER also
-    name the two sides of the balancer."""
+    """Who caused a failure; only SERVER counts against a server's health.  Two of them also name
+    the sides of the balancer."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -525,13 +525,13 @@ class Fields:
         return members
 
     def replaced(self, name: str, value: str) -> Fields:
-        """A copy with one line in place of all lines of that name."""
+        """A copy with one line in place of all of that name."""
         key = name.lower()
         lines = [line for line in self.lines if line[0] != key]
         return Fields([*lines, (key, name, value)], {**self.values, key: value}, self.short)
 
     def with_member(self, key: str, member: str) -> str:
-        """A list-valued field's value with one more member at its end; the field stays as it is."""
+        """A list-valued field's value with one more member, as text."""
         return f"{self.values[key]}, {member}" if self.values.get(key) else member
 
 
@@ -606,8 +606,7 @@ class RequestHead(Head):
 
     @functools.cached_property
     def hops_left(self) -> int | None:
-        """The hops that an OPTIONS request may still go, RFC 9110 §7.6.2; None: no limit.  Raises
-        BadMessage."""
+        """The hops left to an OPTIONS request, RFC 9110 §7.6.2; None: any.  Raises BadMessage."""
         said = self.fields.values.get("max-forwards")
         if said is None or self.method != "OPTIONS":
             return None
@@ -724,9 +723,8 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[AnyHead, Length]]:
-    """A decorator: cuts Content-Length out of heads, so that `make` parses equal short heads once,
-    and returns it beside the head.  A second one, or an unusually written one, stays in the fields
-    and is returned as well."""
+    """A decorator: parses heads without their Content-Length and returns that too, so that equal
+    short heads are parsed once.  A second one, or one in an unusual spelling, stays in fields."""
     kept = functools.lru_cache(HEADS_KEPT)(make)
 
     @functools.wraps(make)
@@ -745,7 +743,7 @@ def without_length(make: Callable[[bytes], AnyHead]) -> Callable[[bytes], tuple[
 
 @without_length
 def parse_request_head(raw: bytes) -> RequestHead:
-    """A request's head from its bytes, the empty line included, RFC 9112 §3.  Raises BadMessage."""
+    """A request's head from its bytes, with the empty line, RFC 9112 §3.  Raises BadMessage."""
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -784,8 +782,7 @@ def origin_form(method: str, target: str) -> tuple[str, str]:
 
 @without_length
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """A response's head from its bytes, the empty line included, RFC 9112 §4.  Raises
-    BadMessage."""
+    """A response's head from its bytes, with the empty line, RFC 9112 §4.  Raises BadMessage."""
     first, _, block = raw[:-2].decode("latin-1").partition("\r\n")
     line = STATUS_LINE.fullmatch(first)
     if line is None or line[1] != "1" or line[3] < "100":
@@ -811,9 +808,9 @@ UNKNOWN: Address = ("unknown", 0)  # nobody's address, so not a local one
 
 
 def proxy_header(data: bytes) -> tuple[int, Address | None] | None:
-    """The size of the PROXY header at the start of a connection's bytes (0 without one), and the
-    client's address in it (None: the proxy's own connection; UNKNOWN: the proxy does not know it).
-    Returns None if more bytes are needed.  Raises BadMessage."""
+    """The size of the PROXY header at a connection's start (0 without one), and the client's
+    address in it (None: it is the proxy itself; UNKNOWN: the proxy does not know); or None: more
+    bytes are needed.  Raises BadMessage."""
     if data.startswith(PROXY_SIGNATURE):
         return proxy_header_2(data)
     if not data.startswith(b"PROXY "):
@@ -905,8 +902,7 @@ def request_framing(head: RequestHead, length: Length) -> Framing:
 
 
 def response_framing(head: ResponseHead, length: Length, method: str) -> Framing:
-    """How a response's content is framed, by the rules of RFC 9112 §6.3 in their order.  Raises
-    BadMessage."""
+    """How a response's content is framed, RFC 9112 §6.3 in its order.  Raises BadMessage."""
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return NO_CONTENT
     coding = head.fields.values.get("transfer-encoding")
@@ -957,7 +953,7 @@ class ChunkedDecoder(Decoder):
     """The chunked transfer coding, RFC 9112 §7.1.  Extensions are ignored, trailers dropped."""
 
     __slots__ = ("_pending", "_trailer_left")
-    at_once_bytes = 32 * 1024  # splitting this much into tiny chunks takes long enough
+    at_once_bytes = 32 * 1024  # more would take too long if its chunks are tiny
 
     def __init__(self) -> None:
         super().__init__(-1)
@@ -1096,8 +1092,7 @@ def kept_lines(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str
 
 
 def forward_fields(fields: Fields, added: Pairs, dropped: Iterable[str] = ()) -> str:
-    """A request's field lines for any server, without Host and framing, which `forward_request`
-    adds for each attempt."""
+    """A request's field lines for any server; `forward_request` adds Host and framing."""
     ours = (key for key, _, _ in fields.lines if key.startswith("x-mvllm-"))
     return kept_lines(fields, added, ("host", "content-length", "expect", *ours, *dropped))
 
@@ -1262,8 +1257,8 @@ def cors_fields(
 #  6  exposition
 # ══════════
 #
-# The Prometheus text format 0.0.4, in both directions.  Each server's page of 50 to 80 kB is read
-# twice a second, so reading looks only at the metrics it was asked for.
+# The Prometheus text format 0.0.4, in both directions.  Each server's 50 to 80 kB are read twice a
+# second, so reading looks only at the metrics it was asked for.
 
 SAMPLE_LIMIT = 4096  # characters of one line of a page of metrics
 LABEL_SETS_LIMIT = 500  # children of one metric family; later ones count as "other"
@@ -1395,7 +1390,6 @@ class Histogram(Family):
         child[-1] += value
 
     def note(self, value: float, *values: str) -> None:
-        """Add a value to the child with these label values."""
         note_each(values, (self, value))
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
@@ -1434,7 +1428,6 @@ def written(value: float) -> str:
 
 
 def expose(families: Iterable[Family]) -> str:
-    """The families as a text page."""
     out = []
     for family in families:
         out.append(f"# HELP {family.name} {family.meaning}\n# TYPE {family.name} {family.kind}\n")
@@ -5303,8 +5296,8 @@ class Health(NamedTuple):
         return self.failed("", True, now, s, content).open_until != self.open_until
 
     def probed(self, well: bool, now: float, s: Settings) -> Health:
-        """The health after a request of our own, shortly before the circuit would be half-open.
-        Success makes it half-open and counts as a trial; failure keeps clients' requests away."""
+        """The health after a request of our own, shortly before the circuit would be half-open:
+        success makes it so at once, as a good trial; failure opens it anew."""
         if self.open_until is None or self.trials:
             return self
         if not well:
@@ -5316,17 +5309,16 @@ class Health(NamedTuple):
         return self.taken_out(f"it died with a request: {why}", now)
 
     def taken_out(self, why: str, now: float) -> Health:
-        """The health of a server that is out until its checks are good again."""
+        """The health until checks are good again."""
         health = self.become(State.UNHEALTHY, why, now)
         return health._replace(failures=self.failures + 1, reached=False)
 
     def opened(self, why: str, now: float, s: Settings) -> Health:
-        """The health with the circuit open from now on."""
         health = self.become(State.UNHEALTHY, why, now)
         return health._replace(open_until=now + s.breaker_open_time, trials=0)
 
     def half_opened(self, now: float) -> Health:
-        """The health with an open circuit half-open at once, when somebody asks for a trial."""
+        """The health with an open circuit half-open at once, as somebody wants a trial."""
         return self if self.open_until is None else self._replace(open_until=now)
 
     def stood_still(self, why: str, now: float, s: Settings) -> Health:
@@ -5334,7 +5326,6 @@ class Health(NamedTuple):
         return self.opened(why, now, s)._replace(frozen=True)
 
     def succeeded(self, now: float, s: Settings) -> Health:
-        """The health after a request succeeded."""
         if self.circuit(now) != "half-open":
             return self._replace(request_failures=()) if self.request_failures else self
         if self.trials + 1 < s.breaker_success_threshold:
@@ -5430,7 +5421,6 @@ class Pace:
 
     @property
     def prompt_token_s(self) -> float:
-        """Seconds to read one token of a prompt."""
         return self.step_s * self.prompt_steps
 
     @property
@@ -5654,7 +5644,7 @@ class ServerView(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """The requests it takes at once: no weight raises its capacity."""
+        """The requests it takes at once; no weight raises them beyond its capacity."""
         return self.capacity * min(1.0, self.settings.weight)
 
     @property
@@ -5697,8 +5687,8 @@ class ServerView(NamedTuple):
 
     def full(self, now: float, interval_s: float) -> bool:
         """Whether one more request would only wait there.  A configured capacity is a limit; a
-        learned one must be confirmed: by the server's queue, by requests sent since its report, or,
-        without reports, by twice as many."""
+        learned one needs confirmation: the server's queue, requests sent since its report, or,
+        without reports, twice as many."""
         if self.busy_until > now:
             return True
         limit, in_flight = self.limit, self.counts.in_flight
@@ -5783,15 +5773,12 @@ class Eligible(NamedTuple):
         return [view.foreign(now, interval_s) if view.report.foreign else 0 for view in self.views]
 
     def loads(self) -> list[float]:
-        """All requests at each."""
         return [ours + foreign for ours, foreign in zip(self.in_flight, self.foreign())]
 
     def capacities(self) -> list[float]:
-        """The capacity of each."""
         return [view.capacity for view in self.views]
 
     def sizes(self) -> list[float]:
-        """The size of each."""
         return [(view.settings.max_concurrent_requests or view.learned.capacity)
                 * view.settings.weight for view in self.views]
 
@@ -5950,8 +5937,7 @@ def usual_step_s(views: Iterable[ServerView]) -> float:
 
 
 def tpot_after(view: ServerView, load: EngineLoad, elapsed_s: float) -> float:
-    """A server's time per output token after one more report, from the time elapsed, the requests
-    that ran and the tokens that they generated."""
+    """A server's time per output token after one more report."""
     tpot_s, before = view.learned.tpot_s, view.load
     if load.generation_tokens is None or before.generation_tokens is None:
         return tpot_s
@@ -6009,8 +5995,7 @@ def learned_after(
 
 
 class Member:
-    """A server, or one of its engines, with a model of its prefix cache and that model's hit
-    rate."""
+    """A server, or one of its engines, with a model of its prefix cache and the hit rate."""
 
     __slots__ = ("view", "cache", "hit_rate")
 
@@ -6071,8 +6056,7 @@ class Lease:
         return self.pending * pace.step_s * pace.prompt_steps
 
     def answered(self, now: float, learn: bool) -> None:
-        """Note that the answer begins, and `learn` from the time if it began with the prompt
-        read."""
+        """Note that the answer begins; `learn` if it begins once the prompt is read."""
         if (member := self._member) is None or self._begun is not None:
             return
         counts = member.view.counts
@@ -6089,8 +6073,7 @@ class Lease:
         self.pending, self._cached, self._fresh = 0, 0, ()
 
     def complete(self, now: float, tokens: int, model: str | None, events: int = 0) -> None:
-        """Learn from an answer that is complete, with its tokens and, for a stream, its events.
-        Call `end` next."""
+        """Learn from a complete answer, by its tokens and, if it is a stream, its events."""
         if (member := self._member) is None or self._begun is None:
             return
         view, (begun_at, request_s, read) = member.view, self._begun
@@ -6211,7 +6194,6 @@ class Fleet:
         return out
 
     def _put(self, view: ServerView) -> None:
-        """Replace a server's view."""
         member = self._members[view.id]
         if view.admission != member.view.admission:
             self.derived.clear()
@@ -6230,7 +6212,7 @@ class Fleet:
         kin = {member.view.server: member.view for member in old.values()}
         rest = round(100.0 - sum(pools.values()), 6)
         given = [one.max_concurrent_requests for one in wanted if one.max_concurrent_requests]
-        start = sum(given) / len(given) if given else START_CAPACITY  # others may be alike
+        start = sum(given) / len(given) if given else START_CAPACITY  # assumed for the others
         likely = usual_step_s(self.views()) or STEP_S * start
         for server in wanted:
             limit, share = server.max_concurrent_requests, pools.get(server.pool, rest)
@@ -6288,8 +6270,7 @@ class Fleet:
                     other.pace.expect(usual / other.capacity, other.pace.retest_at)
 
     def streamed(self, id: str, streams: int, events: float, now: float) -> None:
-        """Learn from a server's streams, each of which has brought so many events on average since
-        the last call."""
+        """Learn from a server's streams and the mean events of each since the last call."""
         if (view := self.view(id)) is None:
             return
         counts = view.counts
@@ -6308,8 +6289,7 @@ class Fleet:
     # News from checks and scrapes.
 
     def models_due(self, server: str, now: float, s: Settings) -> bool:
-        """Whether the next check should ask for the models: they are unknown, old, or, as the
-        server was away, perhaps others."""
+        """Whether the next check should ask for the models: unknown, old, or perhaps changed."""
         views = self.engines(server)
         return not views or not views[0].healthy or now - views[0].models_at >= s.models_interval
 
@@ -6349,8 +6329,7 @@ class Fleet:
             self._put(view._replace(report=view.report._replace(load=load)))
 
     def judge(self, id: str, after: Callable[..., Health], *news: Any) -> Transition | None:
-        """Replace a server's health by `after(health, *news)`.  Returns the transition if its state
-        has changed, else None."""
+        """Replace a server's health by `after(health, *news)`.  Returns a Transition, if any."""
         server = self.server_of(id)
         if not (views := self.engines(server)):
             return None
@@ -6466,8 +6445,7 @@ IDENTITY = ("id", "name", "address", "like")  # fields of ServerSettings that no
 
 
 def stated_fields(server: ServerSettings) -> dict[str, Any]:
-    """The fields of a server that are not defaults, without keys and files from an entry of the
-    settings that it is `like`."""
+    """A server's fields that are not defaults, without keys and files of the entry it is `like`."""
     usual, shared = ServerSettings(server.url), ("api_key", *SERVER_FILES) if server.like else ()
     found = {key: value for key in (*SERVER_FIELDS, *IDENTITY) if key not in shared
              and (value := getattr(server, key)) != getattr(usual, key)}
@@ -6502,12 +6480,11 @@ class Roster:
         self._weights: dict[str, float] = {}
 
     def define(self, source: Source, servers: Mapping[str, ServerSettings]) -> None:
-        """Replace all servers of a source, by id."""
+        """Replace a source's servers, by id."""
         self._named[source] = dict(servers)
         self._merge()
 
     def named_by(self, source: Source) -> Mapping[str, ServerSettings]:
-        """The servers of a source, by id."""
         return self._named[source]
 
     def _merge(self) -> None:
@@ -6546,7 +6523,6 @@ class Roster:
         self._merge()
 
     def report(self) -> dict[str, Any]:
-        """What was done by hand, for people."""
         return {"added": list(self._named[Source.BY_HAND]), "removed": sorted(self._removed),
                 "drained": sorted(self._drained), "weights": dict(self._weights)}
 
@@ -6562,9 +6538,8 @@ class Roster:
             "added": added, "weights": weights, "named": named, "kept": kept})
 
     def load(self, text: str) -> None:
-        """Load what a predecessor, perhaps of another version, has dumped; call it before the first
-        `define`.  Raises ValueError, TypeError, KeyError or SettingsError, and then loads
-        nothing."""
+        """Load a predecessor's dump, perhaps of another version, before the first `define`.  Raises
+        ValueError, TypeError, KeyError or SettingsError, and then loads nothing."""
         said = json.loads(text)
         added = {one.id: one for one in map(server_by_hand, said["added"])}
         named = {source: {one.id: one for one in map(server_stated, said["named"][source.value])}
@@ -6820,7 +6795,6 @@ class Unified(Policy):
         return [row[0] for row in rows]
 
     def terms(self, eligible: Eligible) -> list[str]:
-        """The estimates in words."""
         return [Estimate(*row).words(pending, eligible.answer_tokens)
                 for pending, row in zip(eligible.pending, eligible.estimates)]
 
@@ -7258,8 +7232,8 @@ def exclusion_reason(
     view: ServerView, model: str | None, tried: frozenset[str], moment: Moment,
     trials: Iterable[str] = (), needed: bool = False,
 ) -> str:
-    """The reason why a server by itself is not eligible, or ''.  As a last resort, an unhealthy one
-    is if `needed`, or if half-open and not in `trials`, the servers with a trial under way."""
+    """The reason why a server by itself is not eligible, or ''.  A last resort is eligible though
+    unhealthy if `needed`, or if half-open and not in `trials`, the servers with a trial."""
     health = view.health
     if not view.open:
         return ("is draining" if view.draining else "was drained by hand" if view.drained
@@ -7279,7 +7253,7 @@ def exclusion_reason(
     return "was tried already" if tried and view.settings.id in tried else ""
 
 
-Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, is it preferred
+Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
 
 
 def apply_preferences(
@@ -7346,7 +7320,7 @@ class Lasting(NamedTuple):
 
 
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
-    """What lasts for a model, worked out anew and kept in `fleet.derived` if a server has it."""
+    """What lasts for a model; kept in `fleet.derived` if a server has the model."""
     views, reasons = fleet.views(), None
     lasts, steady_since, changed_at = True, INFINITY, -INFINITY
     for view in views:
@@ -9592,21 +9566,19 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
 #
 # Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
 # server: bytes come into its buffer, and a reader waits for `news`.  While a Sink is set, bytes go
-# there at once without waking a task; streamed pieces pass this way.  Deadlines are moments on the
-# loop's clock.  To move one is to set an attribute, because the wire's only timer is not set anew,
-# but looks at the deadline again when it fires.
+# there at once without waking a task, as streamed pieces do.  Deadlines are moments on the loop's
+# clock; moving one sets an attribute, which the wire's only timer looks at when it fires.
 
 READ_BUFFER_BYTES = 256 * 1024  # held for a reader before a wire stops reading
 SPARE_PART = 4  # 1/4 of max_buffered_bytes may be content kept in case a stream breaks
 LEAVING_S = 0.25  # between two checks whether clients that we do not read from have left
-# All wires receive here: a new buffer for each piece, as with asyncio.Protocol, would make a
-# streamed token 5 to 12 % dearer.  The content lasts until the next wire receives.
+# All wires receive here: with a new buffer for each piece, as in asyncio.Protocol, a streamed token
+# costs 5 to 12 % more.  The content lasts until the next wire receives.
 RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
 
 
 class Sink:
-    """Takes a wire's bytes and events in place of its buffer.  This one ignores them.  A piece is
-    lent for the call."""
+    """Takes a wire's bytes, lent for the call, and events; this one ignores them."""
 
     def feed(self, wire: Wire, piece: Piece) -> None: ...
     def lost(self, wire: Wire) -> None: ...
@@ -9626,9 +9598,8 @@ def is_unheard(sock: socket.socket | None) -> bool:
 
 
 class Backlog:
-    """Counts the bytes held for all clients: content, and what nobody has read yet.  It also
-    watches for clients that leave while we do not read from them, which the event loop does not
-    tell."""
+    """Counts the bytes held for all clients: content, and what is unread.  And notices clients that
+    leave while we do not read from them, which the event loop does not."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # max_buffered_bytes
@@ -9651,14 +9622,13 @@ class Backlog:
         return self.limit < self.content_bytes + self.unread_bytes != own
 
     def spare(self, key: int, size: int, give_up: Callable[[], object]) -> None:
-        """Note that content is only needed if its stream breaks.  Such content may take a quarter
-        of the limit; `give_up` is called when the room is needed."""
+        """Note that content is only needed if its stream breaks.  Such content may take 1/4 of the
+        limit; `give_up` frees it."""
         self.spared[key], self._spare_bytes = (give_up, size), self._spare_bytes + size
         while self._spare_bytes > self.limit // SPARE_PART:
             self._give_up_oldest()
 
     def unspare(self, key: int) -> None:
-        """Note that the content is released."""
         if key in self.spared:
             self._spare_bytes -= self.spared.pop(key)[1]
 
@@ -9687,8 +9657,7 @@ class Backlog:
 
 
 class Wire(asyncio.BufferedProtocol):
-    """One connection, with `side` at the other end.  A client's unread bytes count in a
-    `backlog`."""
+    """One connection, with `side` at the other end; a client's unread bytes are in a `backlog`."""
 
     __slots__ = (
         "side", "loop", "transport", "buffer", "sink", "feeder", "gone", "clean", "on_gone",
@@ -9761,7 +9730,6 @@ class Wire(asyncio.BufferedProtocol):
             self.hold()
 
     def count(self) -> None:
-        """Count a client's buffer after a change."""
         self.backlog.unread_bytes += len(self.buffer) - self.counted  # type: ignore[union-attr]
         self.counted = len(self.buffer)
 
@@ -9928,8 +9896,7 @@ class Wire(asyncio.BufferedProtocol):
                 self.count()
 
     async def read_content(self, decoder: Decoder, deadline: float) -> bytes:
-        """The next piece of content; b"" after the last.  Raises PeerGone, BadMessage,
-        TimeoutError."""
+        """The next content, b"" after the last.  Raises PeerGone, BadMessage, TimeoutError."""
         while not decoder.done:
             if self.buffer:
                 if (content := decoder.feed(self.take(decoder.at_once_bytes))) or decoder.done:
@@ -9994,9 +9961,9 @@ class Wire(asyncio.BufferedProtocol):
         self.transport.abort()
 
     async def close(self, silence_s: float, linger_s: float) -> None:
-        """Close in stages, RFC 9112 §9.6: first what was written goes out, while the peer takes
-        some of it within each `silence_s`; then we send FIN, and the peer has `linger_s` to finish.
-        Closing over unread bytes would reset the connection, and might destroy our last answer.
+        """Close in stages, RFC 9112 §9.6: what was written goes out, while the peer takes some of
+        it within each `silence_s`; then we send FIN, and the peer has `linger_s` to finish.
+        Closing over unread bytes would reset the connection, perhaps before our answer is read.
         Raises TimeoutError."""
         self.sink = Sink()
         self.take()
@@ -10063,9 +10030,9 @@ class Secrets:
             self.listener = self._load(listener_context, settings)
 
     def adopt(self, server: ServerSettings, source: Source) -> None:
-        """Adopt a server that the settings do not list.  It gets the secrets of the entry that it
-        is `like`; without one, only its own key and what the settings grant to its source, as it
-        can be trusted no more than whoever named it.  No file is read."""
+        """Adopt a server that the settings do not list.  It gets the secrets of the entry it is
+        `like`; without one, its own key and what the settings grant to its source, as it is trusted
+        no more than whoever named it.  No file is read."""
         if server.like:
             self.server_keys[server.id] = self.server_keys.get(PATTERN + server.like, "")
             if context := self.contexts.get(PATTERN + server.like):
@@ -10173,8 +10140,7 @@ class Upstream:
         self.equip(secrets)
 
     def equip(self, secrets: Secrets) -> None:
-        """Take the server's key and context from secrets; if either has changed, close idle
-        connections."""
+        """Take a key and context from secrets; if either has changed, close idle connections."""
         key = secrets.server_keys.get(self.server.id, "")
         now = key and f"Authorization: Bearer {key}\r\n", secrets.contexts.get(self.server.id)
         if now != (self.key_line, self._context):
@@ -10216,14 +10182,13 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 #  45  client
 # ══════════
 #
-# The client for our own questions to servers: checks, reports of load, those of the doctor and
-# `top`.  It uses asyncio's streams, which are easy to read and fast enough for the 25 small
-# questions a second that ten servers cause.  Requests use protocols (`Wire`), because a stream
-# wakes a task for each piece: of two minimal relays, the one on streams took 1.3 to 1.6 times the
-# CPU for a streamed token, and 1.4 to 1.7 times for a small request.  Heads, framing and their
-# limits are those of rooms 2 and 4; there is no second parser.
+# The client for our own requests: checks, reports of load, those of the doctor and `top`.  It uses
+# asyncio's streams, which are easy to read and fast enough for ten servers' 25 small requests a
+# second.  Clients' requests use protocols (`Wire`), because a stream wakes a task for each piece:
+# of two minimal relays, the one on streams took 1.3 to 1.6 times the CPU for a streamed token, and
+# 1.4 to 1.7 times for a small request.  Heads, framing and limits are those of rooms 2 and 4.
 
-PIECE_BYTES = 16 * 1024  # of one read: splitting more into tiny chunks would take long
+PIECE_BYTES = 16 * 1024  # of one read; more would take too long if its chunks are tiny
 FETCH_LIMIT_BYTES = 8 * 1024 * 1024  # /metrics and /v1/models of a server; real ones are < 100 kB
 POOL_IDLE_S = 4.0  # vLLM closes idle connections after 5.000 s (uvicorn's default)
 
@@ -10236,7 +10201,6 @@ class MessageReader:
         self.buffer = bytearray()  # bytes read, but not returned yet
 
     def departure(self, how: str) -> PeerGone:
-        """The exception for a peer that has gone."""
         fault = Fault.CLIENT_GONE if self.side is Blame.CLIENT else Fault.SERVER_GONE
         return PeerGone(f"the {self.side.value}'s connection was {how}", fault)
 
@@ -10256,8 +10220,7 @@ class MessageReader:
         raise self.departure("closed")
 
     async def read_head(self) -> bytes | None:
-        """The next head, with its empty line; None at an orderly end before it.  Raises PeerGone,
-        BadMessage."""
+        """The next head, None at an orderly end before it.  Raises PeerGone, BadMessage."""
         search = HeadSearch(self.side)
         while (end := search.end(self.buffer)) < 0 and len(self.buffer) <= HEAD_LIMIT_BYTES:
             if not await self.more():
@@ -10273,8 +10236,7 @@ class MessageReader:
         return head
 
     async def read_content(self, decoder: Decoder) -> bytes:
-        """The next piece of a message's content; b"" once `decoder` is done.  Raises PeerGone,
-        BadMessage."""
+        """The next content, b"" once `decoder` is done.  Raises PeerGone, BadMessage."""
         while not decoder.done:
             if self.buffer or await self.more():
                 size, content = len(self.buffer), decoder.feed(bytes(self.buffer))
@@ -10342,7 +10304,7 @@ class HttpClient(Upstream):
     async def _exchange(
         self, stream: Stream, message: bytes, take: Callable[[bytes], object]
     ) -> int:
-        """As `ask`, over one connection.  Raises Stale if it ends before an answer has begun."""
+        """As `ask`, on one connection.  Raises Stale if it ends before an answer."""
         (server, writer), left_bytes, reusable = stream, self.limit_bytes, False
         try:
             writer.write(message)
@@ -10427,9 +10389,9 @@ POOL_IDLE_LIMIT = 1024  # idle connections kept per server; more are closed
 
 
 class Pool(Upstream):
-    """The connections to one server for requests, and a client for our own questions.  Idle ones
-    are kept for POOL_IDLE_S, a second less than vLLM keeps them; the newest is used first.  The
-    pool is the sink of its idle wires: whatever arrives on one closes it."""
+    """The connections to one server for requests, and a client for our own.  Idle ones are kept for
+    POOL_IDLE_S, a second less than vLLM keeps them; the newest is used first.  The pool is the sink
+    of its idle wires: whatever arrives on one closes it."""
 
     def __init__(
         self, server: ServerSettings, secrets: Secrets = Secrets(), name: str = ""
@@ -10444,9 +10406,9 @@ class Pool(Upstream):
         super().equip(secrets)
 
     async def acquire(self, connect_timeout_s: float, stale: Stale | None = None) -> Wire:
-        """Return an idle connection or a new one; give it back to `keep`.  After a `stale` one, the
-        connection is new; if it is refused, the fault is SERVER_GONE, as the server may have died
-        of the request.  Raises PeerGone."""
+        """An idle connection or a new one, to be given back to `keep`.  After a `stale` one it is
+        new; the server may have died of the request, so a refusal is SERVER_GONE then.  Raises
+        PeerGone."""
         while self.idle and stale is None:
             wire, _ = self.idle.popitem()
             wire.sink = None
@@ -10554,9 +10516,8 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 #  47  pump
 # ══════════
 #
-# Bytes on their way through us, without tasks: bytes from one wire are written to another in the
-# same turn of the event loop.  The wires have the back-pressure: while one is blocked, its feeder
-# is held.
+# Bytes from one wire are written to another in the same turn of the event loop, without a task.
+# The wires have the back-pressure: while one is blocked, its feeder is held.
 
 INTAKE_BYTES = 256 * 1024  # of large content between two scans
 
@@ -10662,7 +10623,6 @@ class Pump:
         self._finish(b"")
 
     def ending(self) -> bytes:
-        """The last content that was sent."""
         return b"".join(self.tail) if self.keeper is None else self.keeper.tail()
 
     def _finish(self, out: bytes) -> None:
@@ -10680,8 +10640,8 @@ class Pump:
         self._end(fault and BadMessage(NOT_WHOLE, fault))
 
     def expired(self, wire: Wire) -> None:
-        """Handle silence.  It is the server's, unless the client blocks; a client that takes some
-        of what is written has more time, one that takes nothing does not."""
+        """Silence is the server's, unless the client blocks; one that still takes some of what is
+        written has more time."""
         now, backlog = wire.loop.time(), self.client.transport.get_write_buffer_size()
         if self.client.blocked:
             moved_at, before, since = self._seen
@@ -10706,8 +10666,8 @@ class Pump:
 
 
 class Intake:
-    """Gathers a request's content.  If the length is known, it is the sink of the client's wire, so
-    that the reader is not woken for each piece, and no piece is copied twice."""
+    """Gathers a request's content.  If the length is known, it is the client wire's sink, so that
+    no piece wakes the reader or is copied twice."""
 
     __slots__ = ("client", "content", "_decoder", "_length", "_silence_s", "_enough")
 
@@ -10725,8 +10685,7 @@ class Intake:
         return have if self._decoder is not None else min(self._length, have + INTAKE_BYTES)
 
     async def more(self) -> bool:
-        """Wait for more content.  Returns False once it is complete.  Raises PeerGone, BadMessage,
-        TimeoutError."""
+        """Wait for more; False once it is complete.  Raises PeerGone, BadMessage, TimeoutError."""
         client, content, decoder = self.client, self.content, self._decoder
         if decoder is not None:
             if content and client.buffer:  # splitting chunks is slow: let other tasks run
@@ -10955,11 +10914,9 @@ class Response:
         self.client.transport.write(return_response(head, self.request, None, True))
 
     def close_after(self) -> None:
-        """Take no other request from the connection."""
         self.persists = False
 
     def abandoned(self, fault: Fault) -> None:
-        """Note that the client has left."""
         self.status, self.end = self.status or fault.status, fault.label
 
     def failed(self, fault: Fault) -> None:
@@ -10979,7 +10936,6 @@ class Response:
             self.client.transport.write(LAST_CHUNK)
 
     def sent(self, size: int, tail: bytes, first_at: float | None) -> None:
-        """Count content that was written."""
         self.sent_bytes += size
         self.tail = tail or self.tail
         self.first_byte_at = self.first_byte_at or first_at
@@ -11067,8 +11023,8 @@ LINE_FORM = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%Y-%m-%dT%H:%M
 
 
 class Writer(logging.handlers.QueueListener):
-    """Writes lines in a thread of its own.  While the thread is stuck on a terminal, pipe or disk
-    that takes nothing, lines are dropped and counted; answers and our exit do not wait."""
+    """Writes lines in a thread of its own.  While that is stuck on a terminal, pipe or disk, lines
+    are dropped and counted; answers and our exit do not wait."""
 
     def __init__(self, target: logging.Handler) -> None:
         """Only this thread uses `target`; lines for which it raises OSError count as dropped."""
@@ -11130,8 +11086,7 @@ class Descriptor(logging.Handler):
 
 
 class LineWriter(logging.handlers.QueueHandler):
-    """Hands log lines from `level` on to a Writer.  A repeated warning becomes one line and a
-    count."""
+    """Hands log lines to a Writer.  A repeated warning becomes one line and a count."""
 
     def __init__(self, writer: Writer, level: int = logging.DEBUG) -> None:
         super().__init__(writer.queue)
@@ -11184,10 +11139,10 @@ def local_second(at: int) -> str:
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """Appends to a file, which it opens for each batch of lines, since logrotate or another of our
-    processes may have moved it.  Beyond `size`, it starts a new file; old ones are compressed, and
-    removed after `days`.  Their names are times: numbered files must be renamed each time, which
-    loses some on a full disk, or with two processes."""
+    """Appends to a file, opened for each batch of lines, as logrotate or another of our processes
+    may have moved it.  Beyond `size`, it starts a new file; old ones are compressed, and removed
+    after `days`.  Their names are times: renaming numbered ones loses some on a full disk, or with
+    two processes."""
 
     def __init__(self, path: str, size: int = 0, days: float = INFINITY) -> None:
         super().__init__(path, maxBytes=size, backupCount=1, encoding="utf-8",
@@ -11240,8 +11195,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 class EventKeeper(logging.Handler):
-    """Keeps log lines as events for the status page.  Repeated lines of one `kind` are one event
-    with a count."""
+    """Keeps log lines as events for the status page; repeats of one `kind` only count."""
 
     def __init__(self, events: deque[dict[str, str]]) -> None:
         super().__init__(logging.INFO)
@@ -11290,8 +11244,7 @@ class Console(LineWriter):
 
 
 def saying_requests(on_console: Callable[[], bool], kind: type) -> Subscriber | None:
-    """The subscriber that writes requests' lines to all LineWriters, or None.  It takes a fraction
-    of the logging module's time."""
+    """The subscriber that writes requests' lines, far cheaper than the logging module; or None."""
     if kind is not RequestFacts or not log.isEnabledFor(logging.INFO):
         return None
     return functools.partial(say_request, on_console)
@@ -11308,7 +11261,6 @@ def say_request(on_console: Callable[[], bool], facts: RequestFacts) -> None:
 
 @contextlib.contextmanager
 def logging_to_stdout(s: Settings) -> Iterator[None]:
-    """Send log lines to stdout."""
     writer = Writer(Descriptor(sys.stdout.fileno()))
     console = Console(writer)
     console.as_json = s.log_format == "json"
@@ -11352,8 +11304,7 @@ def logging_to_files(s: Settings, listeners: list[Subscribe]) -> Iterator[None]:
 
 
 def log_file_writer(s: Settings, name: str, size: int, days: float) -> Writer | None:
-    """A Writer for a file in `log_dir`; None if the file is not wanted, or cannot be written, which
-    is logged."""
+    """A Writer for a file in `log_dir`; None if it is not wanted, or, logged, not writable."""
     if not (s.log_dir and name):
         return None
     path = os.path.join(s.log_dir, name)
@@ -19096,8 +19047,8 @@ def decide(
     models: Sequence[ModelSettings], hosts: Sequence[HostView], seats: Sequence[Seat],
     demands: Demands,
 ) -> tuple[list[Act], dict[str, str]]:
-    """The acts to do next, and by alias why a model does not get what it needs.  The model whose
-    requests have waited longest comes first, and keeps the room that others make for it."""
+    """The next acts, and by alias why a model does not get what it needs.  The model whose requests
+    have waited longest comes first, and keeps the room that others make for it."""
     acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
     known = {model.alias: model for model in models}
     for seat in seats:
@@ -19130,9 +19081,8 @@ def grow(
     model: ModelSettings, hosts: Sequence[HostView], seats: list[Seat], demands: Demands,
     why_not: dict[str, str],
 ) -> list[Act]:
-    """The acts for one more instance of a model: wake a sleeper or launch one, or first move what
-    is in its way.  `seats` holds its room from now on; `why_not` gets the reason if there is
-    none."""
+    """The acts for one more instance: wake or launch one, or first move what is in its way.
+    `seats` holds its room from now on, or `why_not` gets the reason."""
     mine = [seat for seat in seats if seat.alias == model.alias]
     if any(seat.phase is Phase.FAILED for seat in mine):
         why_not[model.alias] = "it failed, and is given up"
@@ -19186,8 +19136,7 @@ def shrink(
     model: ModelSettings, mine: Sequence[Seat], demand: Demand, surplus: int,
     memory_gb: Mapping[str, float],
 ) -> list[Act]:
-    """The acts on instances that are surplus, have been idle for long enough, or no longer match
-    the settings."""
+    """The acts on instances that are surplus, idle for long, or not as the settings are now."""
     acts, resting = list[Act](), [seat for seat in mine if not seat.leaving]
     running = sorted((seat for seat in resting if seat.phase is Phase.RUNNING),
                      key=lambda seat: (seat.in_flight, -seat.idle_s))
@@ -19230,8 +19179,7 @@ def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
 
 
 def next_step(model: ModelSettings, seat: Seat | None) -> str:
-    """What will happen to an instance, or to a model without one (None), if nobody asks for it; ''
-    if nothing will."""
+    """What happens next to an instance, or to a model without one (None), in words, or ''."""
     if seat is None:
         return "starts when it is asked for"
     if seat.phase is Phase.FAILED:
@@ -19309,8 +19257,7 @@ def group_members(group: int) -> list[int]:
 
 
 def marked_group(group: int, name: str) -> bool:
-    """Whether a group has processes of our instance `name`, and not others that have been given the
-    number since."""
+    """Whether a group is still our instance's, and its number has not been given to another."""
     for pid in group_members(group):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/environ", "rb") as file:
@@ -19320,8 +19267,7 @@ def marked_group(group: int, name: str) -> bool:
 
 
 class Child:
-    """A process started here or, without `popen`, by a predecessor; then its exit code stays
-    unknown."""
+    """A process started here or, without `popen` and so without exit code, by a predecessor."""
 
     def __init__(self, pid: int, output: Any, popen: subprocess.Popen[bytes] | None = None) -> None:
         self.pid, self.output, self.popen = pid, output, popen
@@ -19352,7 +19298,6 @@ class Child:
         return self.output_from(max(0, self.output_size() - size))[0]
 
     def close(self) -> None:
-        """Close its output."""
         if self.output is not None:
             self.output.close()
             self.output = None
@@ -19361,15 +19306,14 @@ class Child:
         return os.fstat(self.output.fileno()).st_size if self.output is not None else 0
 
     def output_from(self, at: int) -> tuple[str, int]:
-        """Its output from a place on, and the place where that ends; all of it, if it has been cut
-        since."""
+        """Its output from a place on, or all if it has been cut since; and where that ends."""
         size = self.output_size()
         at = at if at <= size else 0
         said = os.pread(self.output.fileno(), size - at, at) if self.output and size > at else b""
         return said.decode("utf-8", "replace"), at + len(said)
 
     def trim(self) -> None:
-        """Cut its output to OUTPUT_BYTES if it is too long; the process appends, so it can be."""
+        """Cut its output if it is long, which works because the process appends."""
         if self.output is not None and self.output_size() > 2 * OUTPUT_BYTES:
             kept = self.tail().encode()
             os.ftruncate(self.output.fileno(), 0)
@@ -19500,8 +19444,7 @@ class Instance:
         self.client = HttpClient(ServerSettings(self.url))
 
     async def post(self, path: str, content: bytes = b"", timeout_s: float = SLEEP_CALL_S) -> Any:
-        """POST to it and return its answer's JSON object.  Raises PeerGone, with its words if it
-        refuses."""
+        """POST, and return the answer's JSON.  Raises PeerGone, with its words if it refuses."""
         try:
             status, said = await self.client.fetch(path, timeout_s, content)
             document = read_members(said, None)
@@ -19527,7 +19470,6 @@ class Instance:
             return 0
 
     async def is_ready(self) -> bool:
-        """Whether it answers and lists its model."""
         if await self.health() not in (200, 404):
             return False
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
@@ -19607,8 +19549,7 @@ class Agent:
 
     def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...],
                digest: str = "") -> Instance:
-        """Launch an instance, whose task then tends it.  Raises LookupError for an unknown profile,
-        ValueError for a name in use or for devices that are not there."""
+        """Launch an instance, and tend it.  Raises LookupError for its profile, ValueError."""
         said, model = said_of(model), with_profile(model, self.profiles)
         if (known := self.instances.get(name)) is not None and known.life.phase is not Phase.FAILED:
             raise ValueError(f"{name} is {known.life.phase.value} already")
@@ -19676,8 +19617,7 @@ class Agent:
         } for one in self.instances.values() if one.child is not None]
 
     async def tend(self, one: Instance, adopted: bool = False) -> None:
-        """Start an instance and watch it to its end, again and again, until it is stopped or given
-        up."""
+        """Start an instance and watch it, again and again, until it is stopped or given up."""
         while True:
             try:
                 reason = await self.start(one, adopted)
@@ -19701,8 +19641,7 @@ class Agent:
             self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
 
     async def start(self, one: Instance, adopted: bool) -> str:
-        """Start an instance, and wait until it is ready.  Returns why it is not, or ''.  Raises
-        OSError."""
+        """Have an instance ready.  Returns why it is not, or ''.  Raises OSError."""
         if adopted and one.life.phase is not Phase.STARTING:
             return ""
         reason = await self.await_ready(one, one.child) if adopted and one.child else ""
@@ -19808,8 +19747,7 @@ class Agent:
         one.level = 0
 
     async def stop(self, one: Instance) -> None:
-        """Stop an instance.  Raises ValueError if it is stopping already, PeerGone if processes
-        are left."""
+        """Stop an instance.  Raises ValueError in a wrong phase, PeerGone if processes are left."""
         self.tell(one, Turn.STOP)
         await self.end(one)
 
@@ -19824,7 +19762,6 @@ class Agent:
             raise PeerGone(f"processes {left} of {one.name} are left", Fault.INTERNAL)
 
     def release(self, one: Instance) -> None:
-        """Close what we hold for an instance: its client and its output."""
         one.client.close()
         if one.child is not None:
             one.child.close()
@@ -19844,7 +19781,6 @@ class Agent:
         return INFINITY
 
     def document(self) -> dict[str, Any]:
-        """This host's description for a manager."""
         now = asyncio.get_running_loop().time()
         ours = [0.0] * len(self.devices)
         for one in self.instances.values():
@@ -19930,7 +19866,7 @@ POOL_FAMILIES = (
 
 
 def launch_digest(model: ModelSettings) -> str:
-    """A digest of those settings of a model on which its launch depends."""
+    """A digest of what a model's launch depends on."""
     kept = dataclasses.asdict(model) | dict.fromkeys((
         "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
         "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
@@ -19961,8 +19897,8 @@ class LocalHost:
         pass
 
     async def output_from(self, name: str, at: int) -> tuple[str, int, bool]:
-        """An instance's output from a place on, the place where that ends, and whether it is alive;
-        all of its output, if that has been cut or begun anew since.  Raises LookupError."""
+        """An instance's output from a place on, or all if it was cut or begun anew; where that
+        ends; and whether it is alive.  Raises LookupError."""
         child = self.agent.named(name).child
         return (*child.output_from(at), child.alive) if child is not None else ("", 0, False)
 
@@ -19980,8 +19916,7 @@ class LocalHost:
 async def ask_host(
     client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
 ) -> dict[str, Any]:
-    """The JSON object that an agent or manager answers.  Raises PeerGone, with its words if it
-    refuses."""
+    """An agent's or manager's answer in JSON.  Raises PeerGone, with its words if it refuses."""
     try:
         status, said = await client.fetch(path, timeout_s, content)
         document = read_members(said, None)
@@ -20240,7 +20175,7 @@ class Holdings:
             round(view.foreign(now, interval_s)) if view is not None else 0)
 
     def load_of(self, alias: str) -> float:
-        """The requests in flight at a model's running instances, divided by their capacity."""
+        """The requests at a model's running instances, divided by their capacity."""
         in_flight = capacity = 0.0
         for host, one in self.instances():
             view = self.core.fleet.view(one["alias"])
@@ -20264,7 +20199,7 @@ class Holdings:
         return found
 
     def profiles(self) -> dict[str, ProfileSettings]:
-        """The profiles of all hosts by name; one allows what it allows on any of them."""
+        """The profiles by name, each with all that some host allows for it."""
         found = dict[str, ProfileSettings]()
         for one in itertools.chain.from_iterable(host.allowed() for host in self.hosts.values()):
             if (known := found.get(one.name)) is not None:
@@ -20351,7 +20286,7 @@ class ModelPool(Holdings):
         self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """Carry out what a person asks of an instance.  Raises PeerGone if it cannot be done."""
+        """Do something to an instance.  Raises PeerGone if that fails."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
         for alias in [one["model_alias"] for _, one in self.instances() if one["alias"] == name]:
@@ -20420,7 +20355,7 @@ class ModelPool(Holdings):
                 await self.agent.look_at_devices(self.core.settings.devices)
 
     async def close(self) -> None:
-        """Stop the instances that run here, unless they must outlive this process, and save."""
+        """Save, and stop the instances here unless they outlive this process."""
         core, agent = self.core, self.agent
         if agent is None:
             return
@@ -20439,7 +20374,7 @@ class ModelPool(Holdings):
                 "instances": self.agent.saved()})
 
     def meet_agents(self, now: float) -> None:
-        """Make hosts of agents that have registered, and forget those that are silent for long."""
+        """Take up agents that have registered, and forget those that are silent for long."""
         book = self.core.roster.keepers.get(Source.REGISTERED)
         registered = book.book.by_id.values() if isinstance(book, Registrations) else ()
         for one in registered:
@@ -20456,7 +20391,7 @@ class ModelPool(Holdings):
                 del self.hosts[host.name]
 
     async def follow(self, host: RemoteHost) -> None:
-        """Refresh an agent's report again and again, as long as the agent is known."""
+        """Refresh an agent's report as long as the agent is known."""
         with contextlib.closing(host.client):
             while self.hosts.get(host.name) is host:
                 before = host.reachable
@@ -20618,9 +20553,8 @@ class ModelPool(Holdings):
         self.define_servers()
 
     async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
-        """Wait until a request for a model finds a server, and call `beat` now and then.  All
-        waiting requests share one start or wake.  Returns WELL, or an outcome with the fault
-        MODEL_NOT_READY."""
+        """Wait until a request for a model finds a server; one start or wake serves all who wait.
+        Returns WELL, or MODEL_NOT_READY and why."""
         loop, uses = asyncio.get_running_loop(), self.uses
         uses.used_at[model.alias] = began = loop.time()
         if self.is_routable(model):
@@ -20703,8 +20637,8 @@ class FollowedPool(ModelPool):
         self.finish_step()
 
     def take(self, models: Any) -> None:
-        """Take over a report of models.  Raises SettingsError, KeyError, TypeError, ValueError or
-        AttributeError if it is not one, and then changes nothing."""
+        """Take over a report of models.  Raises SettingsError or what a malformed report causes,
+        and then changes nothing."""
         registered, hosts, leaving = dict[str, ModelSettings](), dict[str, Any](), set[str]()
         for one in models:
             said = {key: value for key, value in one["config"].items() if key in MODEL_FIELDS}
@@ -20737,8 +20671,7 @@ class FollowedPool(ModelPool):
             self.notify()
 
     async def by_hand(self, name: str, verb: str) -> None:
-        """Ask the manager to do something to the model with a name, or with an instance of that
-        name.  Raises PeerGone."""
+        """Ask the manager to act on a model, or on an instance's model.  Raises PeerGone."""
         alias = next((one["model_alias"] for _, one in self.instances() if one["alias"] == name),
                      name)
         model = self.models.get(alias, ModelSettings(alias))
@@ -20805,8 +20738,8 @@ def refusing_plan(fault: Fault, text: str) -> Plan:
 
 
 def proxied_plan(otherwise: Plan) -> Plan:
-    """An agent's plan for a manager's request: a missing server becomes 502, as the manager would
-    take 503 for a busy model, not for a process that has ended."""
+    """An agent's plan for a manager's request, to which 503 would mean a busy model, not a process
+    that has ended: a missing server becomes 502."""
     try:
         step = next(otherwise)
         while not (isinstance(step, GiveUp) and step.outcome.fault is Fault.NO_SERVER):
@@ -20869,8 +20802,7 @@ class PoolPlanner:
                    "status": self.pool.status_of(model)}
 
     def families(self, now: float | None = None) -> list[Family]:
-        """The pool's families for /metrics; [] for a call with `now`, which comes to it as a
-        service, as it is asked as a planner too."""
+        """The families for /metrics; [] with `now`, when it is asked once more, as a service."""
         if now is not None:
             return []
         pool, found = self.pool, list[Family]()
@@ -20931,8 +20863,7 @@ def pool_of(core: Core) -> ModelPool:
 
 @service(POOL, operator.attrgetter("has_model_pool"), Source.POOL)
 async def keep_models(core: Core, wanted: bool) -> None:
-    """Run the pool until cancelled; then close it, which stops its instances if nobody takes them
-    over."""
+    """Run the pool until cancelled, then close it."""
     pool = pool_of(core)
     core.services[POOL] = core.planners[POOL]
     try:
@@ -20981,8 +20912,7 @@ def alias_named(pool: ModelPool, name: str) -> str:
 
 
 async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """POST /admin/models/register: add a model, or replace it.  Raises SettingsError,
-    LookupError."""
+    """POST /admin/models/register.  Raises SettingsError, LookupError."""
     pool, document = pool_of(core), read_members(asked.content, None)
     document, routing = unwrapped(document)
     model = model_by_request(document, pool.profiles())
@@ -21052,8 +20982,7 @@ async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
 
 
 async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[str, Any]:
-    """Have all instances of a model drain, and stop or sleep, until somebody asks for it.  Raises
-    PeerGone."""
+    """Have a model's instances stop or sleep until somebody asks for it.  Raises PeerGone."""
     pool.held.add(alias)
     pool.wishes.discard(alias)
     names = [one["alias"] for _, one in pool.instances() if one["model_alias"] == alias and (
@@ -21091,7 +21020,7 @@ async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /admin/status: all models and workers, in a superset of serverless_vllm's form."""
+    """GET /admin/status: models and workers."""
     return {"health": {"status": "ok", "service": "mvllm_lite", "workers": len(pool_of(core).hosts),
                        "models": len(pool_of(core).models), "autoscaler_enabled": True},
             **await list_models(core, asked), **await workers_report(core, asked),
@@ -21176,8 +21105,7 @@ PROXIED_PATHS = ("/health", "/v1/models", "/metrics", "/version")  # in addition
 
 
 def aim_at_instance(core: Core, path: str) -> Destination:
-    """The destination of a request to /proxy/{alias}/….  Raises BadMessage if the path is not
-    served."""
+    """The destination of /proxy/{alias}/….  Raises BadMessage if that is not served."""
     alias, _, rest = path.removeprefix("/proxy/").partition("/")
     meant = inference_path(f"/{rest}")
     if core.process.agent is None or not (meant or f"/{rest}" in PROXIED_PATHS):
@@ -21372,13 +21300,13 @@ async def register_when_ready(balancer: Balancer, args: argparse.Namespace, key:
 
 
 def devices_here(s: Settings) -> list[Device]:
-    """The devices that an agent on this machine would use."""
+    """The devices of an agent on this machine."""
     return stated_devices(s.devices, parse_gpus(
         asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
 def check_worker(args: argparse.Namespace, s: Settings) -> int:
-    """Print what an agent would find here.  Returns the exit code: 2 if something is missing."""
+    """Print what an agent would find here.  Returns 2 if something is missing, else 0."""
     devices = devices_here(s)
     lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
     print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
