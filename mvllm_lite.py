@@ -19051,9 +19051,10 @@ def decide(
     have waited longest comes first, and keeps the room that others make for it."""
     acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
     known = {model.alias: model for model in models}
-    for seat in seats:
+    for n, seat in enumerate(seats):
         if seat.alias not in known and not seat.leaving and seat.phase in LIVING:
             acts.append(Act("stop", seat.alias, seat.name, why="its model was removed"))
+            seats[n] = seat._replace(leaving=True)
     grouped = {model.group: max((demands.get(one.alias, NO_DEMAND).waited_s for one in models
                                  if one.group == model.group and one.together
                                  and demands.get(one.alias, NO_DEMAND).waiting), default=-1.0)
@@ -19096,7 +19097,7 @@ def grow(
         moves = [(seat, rest_of(seat, INFINITY)) for seat in rivals
                  if movable(seat, model, demands, 1)]
         why_not[model.alias] = f"{', '.join(seat.alias for seat in rivals)} of its group runs"
-        return moves_for(model, moves)
+        return moves_for(model, moves, seats)
     place: Spot | str = ""
     for sleeper in [seat for seat in mine if seat.phase is Phase.SLEEPING and seat.fresh]:
         place = find_place(model, hosts, seats, demands, sleeper)
@@ -19104,7 +19105,7 @@ def grow(
             seats[seats.index(sleeper)] = sleeper._replace(gb=sleeper.awake_gb, phase=Phase.WAKING)
             if place.now:
                 return [Act("wake", model.alias, sleeper.name, why=reason_to_run(model, demands))]
-            return moves_for(model, place.moves)
+            return moves_for(model, place.moves, seats)
     place = find_place(model, hosts, seats, demands)
     if isinstance(place, str):
         why_not[model.alias] = place
@@ -19115,7 +19116,7 @@ def grow(
     if place.now:
         return [Act("launch", model.alias, "", place.host, place.devices,
                     reason_to_run(model, demands))]
-    return moves_for(model, place.moves)
+    return moves_for(model, place.moves, seats)
 
 
 def reason_to_run(model: ModelSettings, demands: Demands) -> str:
@@ -19127,7 +19128,13 @@ def reason_to_run(model: ModelSettings, demands: Demands) -> str:
     return "so many are to run"
 
 
-def moves_for(model: ModelSettings, moves: Iterable[tuple[Seat, str]]) -> list[Act]:
+def moves_for(
+    model: ModelSettings, moves: Iterable[tuple[Seat, str]], seats: list[Seat]
+) -> list[Act]:
+    """What makes room for a model; `seats` has it as done, for those that come after it."""
+    for seat, how in moves:
+        phase = Phase.FALLING_ASLEEP if how == "sleep" else Phase.STOPPING
+        seats[seats.index(seat)] = seat._replace(phase=phase)
     return [Act(how, seat.alias, seat.name, why=f"{model.alias} needs its place", evicts=True)
             for seat, how in moves]
 
@@ -19161,7 +19168,9 @@ def shrink(
     for seat in resting:
         if seat.phase is not Phase.SLEEPING:
             continue
-        if 0 < model.unload_after_s <= seat.idle_s or not seat.fresh:
+        if not seat.fresh:
+            acts.append(Act("stop", model.alias, seat.name, why="its settings have changed"))
+        elif 0 < model.unload_after_s <= seat.idle_s:
             acts.append(Act("stop", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
         elif 0 < model.deep_sleep_after_s <= seat.idle_s and seat.level < 2:
             acts.append(Act("deepen", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
@@ -19178,15 +19187,23 @@ def acts_on(model: ModelSettings, phase: Phase) -> tuple[str, ...]:
     return ("wake",) * wakes + ("stop",) * (phase is not Phase.ABSENT)
 
 
-def next_step(model: ModelSettings, seat: Seat | None) -> str:
-    """What happens next to an instance, or to a model without one (None), in words, or ''."""
+# What becomes of an instance in these phases, whether or not anybody asks for it.
+COMES_NEXT = {Phase.STARTING: "answers once it is ready", Phase.WAKING: "answers once it is awake",
+              Phase.FALLING_ASLEEP: "sleeps", Phase.STOPPING: "is gone"}
+
+
+def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str:
+    """What happens next to an instance, or to a model without one (None), in words; `blocked` says
+    why it does not get what it needs."""
     if seat is None:
-        return "starts when it is asked for"
+        return "starts once it can" if blocked else "starts when it is asked for"
     if seat.phase is Phase.FAILED:
         return "given up, until somebody wakes it" if seat.retry_in_s == INFINITY else (
             f"starts again in {seat.retry_in_s:.0f} s")
-    if seat.leaving or seat.in_flight or seat.phase not in (Phase.RUNNING, Phase.SLEEPING):
-        return ""
+    if seat.phase in COMES_NEXT:
+        return COMES_NEXT[seat.phase]
+    if seat.leaving or seat.in_flight:
+        return "rests after its answers" if seat.leaving else "stays while it is in use"
     asleep = seat.phase is Phase.SLEEPING
     rests = {"sleeps": model.sleep_after_s * (sleeps(model) and not asleep),
              "sleeps deeper": model.deep_sleep_after_s * (asleep and seat.level < 2),
@@ -19256,14 +19273,23 @@ def group_members(group: int) -> list[int]:
     return [pid for pid, one in stats if one and one.group == group and one.state not in "ZX"]
 
 
-def marked_group(group: int, name: str) -> bool:
-    """Whether a group is still our instance's, and its number has not been given to another."""
+def marked_group(group: int, name: str, output_id: Any) -> bool:
+    """Whether a group is still our instance's, and its number has not been given to another.  A
+    process that renames itself shows no environment any more, but has the output we gave it."""
     for pid in group_members(group):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/environ", "rb") as file:
                 if f"{INSTANCE_ENV}={name}".encode() in file.read().split(b"\0"):
                     return True
+            if file_id(f"/proc/{pid}/fd/1") == output_id:
+                return True
     return False
+
+
+def file_id(file: str | int) -> list[int]:
+    """Raises OSError."""
+    found = os.stat(file)
+    return [found.st_dev, found.st_ino]
 
 
 class Child:
@@ -19301,6 +19327,10 @@ class Child:
         if self.output is not None:
             self.output.close()
             self.output = None
+
+    @property
+    def output_id(self) -> list[int]:
+        return file_id(self.output.fileno()) if self.output is not None else []
 
     def output_size(self) -> int:
         return os.fstat(self.output.fileno()).st_size if self.output is not None else 0
@@ -19373,10 +19403,12 @@ def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) 
 
 
 def adopted_child(pid: int, started: int) -> Child:
-    """A process that a predecessor started; it may have ended."""
-    output = None
+    """A process that a predecessor started; it may have ended.  A start of -1 is that of none."""
+    output, path = None, f"/proc/{pid}/fd/1"
     with contextlib.suppress(OSError):
-        output = open(f"/proc/{pid}/fd/1", "rb+", buffering=0)
+        if started < 0 or not os.readlink(path).endswith(" (deleted)"):
+            raise FileNotFoundError  # it writes to a file of its own, which is not ours to cut
+        output = open(path, "rb+", buffering=0)
         fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
     child = Child(pid, output)
     child.started = started
@@ -19572,15 +19604,16 @@ class Agent:
     async def adopt(self, saved: Mapping[str, Any], model: ModelSettings) -> None:
         """Take over an instance that a predecessor launched; one that has ended since is cleared
         away and launched again.  Raises KeyError, ValueError, TypeError."""
-        name, phase = str(saved["name"]), Phase(saved["status"])
-        child = adopted_child(int(saved["pid"]), int(saved["started"]))
+        name, phase, pid = str(saved["name"]), Phase(saved["status"]), int(saved["pid"])
+        ours = marked_group(pid, name, saved.get("output"))
+        child = adopted_child(pid, int(saved["started"]) if ours else -1)
         devices = tuple(map(int, saved["devices"]))
         now = asyncio.get_running_loop().time()
         life = self.lives[model.alias, name] = Life(now)
         for key, told in LIFE_COUNTS.items():
             setattr(life, told, type(getattr(life, told))(saved.get(key, 0)))
         if not child.alive or phase is Phase.STOPPING:
-            if child.alive or marked_group(child.pid, name):
+            if ours:
                 await child.end(0.0)
             child.close()
             if phase in UP and all(n < len(self.devices) for n in devices):
@@ -19610,7 +19643,8 @@ class Agent:
         return [{
             "name": one.name, "alias": one.model.alias, "model": one.said,
             "devices": list(one.devices), "port": one.port, "pid": one.child.pid,
-            "started": one.child.started, "status": one.life.phase.value, "command": one.command,
+            "started": one.child.started, "output": one.child.output_id,
+            "status": one.life.phase.value, "command": one.command,
             "awake_gb": one.awake_gb, "held_gb": one.held_gb, "weights_gb": one.weights_gb,
             "level": one.level, "digest": one.digest, "created_at": one.created_at,
             **{key: getattr(one.life, name) for key, name in LIFE_COUNTS.items()},
@@ -19856,7 +19890,7 @@ WAKES_LIMIT = 3  # wakes for one request, as its model may end again and again
 WAKE_AFTER = frozenset((
     Fault.NO_SERVER, Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.SERVER_GONE,
     Fault.ENGINE_FAILED, Fault.ABORTED, Fault.STREAM_FAILED, Fault.UNKNOWN_MODEL,
-    Fault.SERVER_FAILED, Fault.SERVER_ERROR))
+    Fault.SERVER_FAILED, Fault.SERVER_ERROR, Fault.NOT_THERE))
 POOL_FAMILIES = (
     ("mvllm_model_starts_total", "Starts of a model's processes.", "starts"),
     ("mvllm_model_failures_total", "Processes of a model that ended by themselves.", "failures"),
@@ -20025,7 +20059,7 @@ class StateFile:
     """The file that tells a successor about running and registered models."""
 
     def __init__(self, core: Core) -> None:
-        self._core, self._saved = core, ""
+        self._core, self._saved, self._trouble = core, "", ""
 
     @property
     def path(self) -> str:
@@ -20034,28 +20068,38 @@ class StateFile:
         return named or path and f"{path}.state"
 
     def load(self) -> dict[str, Any]:
+        """Raises OSError, ValueError."""
         try:
             with open(self.path) as file:
                 said = json.load(file)
-            return said if isinstance(said, dict) else {}
+            pid, started = map(int, said.get("keeper", (0, 0)))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            log.error("%s cannot be read, running models are not known: %s", self.path, error)
-            return {}
+        except (TypeError, AttributeError, RecursionError):
+            raise ValueError("it is no state of models") from None
+        if pid not in (0, os.getpid(), os.getppid()) and (  # that hands over to us
+                (found := process_stat(pid)) and found.started == started):
+            raise FileExistsError(f"process {pid} keeps its models there")
+        return said
 
     def save(self, document: Mapping[str, Any]) -> None:
-        """Write a document if it has changed, atomically."""
+        """Whole or not at all, and again until it is.  Trouble with it is said once."""
         if not self.path or (text := json.dumps(document, indent=1)) == self._saved:
             return
-        self._saved, new = text, f"{self.path}.new"
+        new, trouble = f"{self.path}.new", ""
         try:
+            with contextlib.suppress(ValueError):  # then it is written anew
+                self.load()
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 file.write(text)
             os.replace(new, self.path)
+            self._saved = text
         except OSError as error:
-            log.error("%s: %s: a successor will not know the running models", self.path,
-                      error_text(error))
+            trouble = error_text(error)
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.log(logging.ERROR if trouble else logging.INFO, "%s: %s", self.path, trouble and (
+                f"{trouble}: a successor will not know what runs now") or "written again")
 
 
 class Uses:
@@ -20215,6 +20259,8 @@ class Holdings:
         order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
                  Phase.STOPPING, Phase.FAILED]
         found = {one["status"] for _, one in self.instances() if one["model_alias"] == model.alias}
+        found |= {Phase.STARTING.value} & {
+            seat.phase.value for seat in self.launching.values() if seat.alias == model.alias}
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
 
     def why(self, alias: str) -> str:
@@ -20315,10 +20361,15 @@ class ModelPool(Holdings):
                     await self._changed.wait()
 
     async def begin(self, tasks: asyncio.TaskGroup) -> Agent:
-        """Make this machine's agent and return it, with what a predecessor has left: registered
-        models, running instances, and known agents."""
-        s, saved = self.core.settings, self.state.load()
-        for said in saved.get("models", ()):
+        """This machine's agent, and what a predecessor has left it: models that were registered,
+        and allowed then, and what runs."""
+        s, saved = self.core.settings, dict[str, Any]()
+        try:
+            saved = self.state.load()
+        except (OSError, ValueError) as error:
+            log.error("%s: %s: what it names is left alone", self.state.path, error)
+        listed = {key: rows for key, rows in saved.items() if isinstance(rows, list)}
+        for said in listed.get("models", ()):
             try:
                 model = parse_model(said, self.state.path)
                 self.registered[model.alias] = model
@@ -20331,16 +20382,20 @@ class ModelPool(Holdings):
         if s.models or s.devices or s.profiles or self.leaves_children:
             if not self.core.pools.secrets.registration or agent.devices or self.leaves_children:
                 self.hosts[agent.name] = LocalHost(agent)
-        for one in saved.get("instances", ()):
+        for one in listed.get("instances", ()):
             try:
                 known = self.models.get(str(one["alias"]))
                 await agent.adopt(one, known or parse_model(one["model"], self.state.path))
-            except (ValueError, TypeError, LookupError, SettingsError) as error:
+            except (ValueError, TypeError, LookupError, OverflowError, SettingsError) as error:
                 log.error("an instance of the state file is not taken over: %s", error)
         now = asyncio.get_running_loop().time()
-        for name, url, public_url in saved.get("agents", ()):
-            self.meet(RemoteHost(name, url, public_url, self.key, now))
-            self.returning[name] = now + AGENTS_RETURN_S
+        for one in listed.get("agents", ()):
+            try:
+                name, url, public_url = one
+                self.meet(RemoteHost(str(name), base_url(url), base_url(public_url), self.key, now))
+                self.returning[str(name)] = now + AGENTS_RETURN_S
+            except (ValueError, TypeError) as error:
+                log.error("an agent of the state file is not known: %s", error)
         return agent
 
     def meet(self, host: RemoteHost) -> None:
@@ -20367,7 +20422,9 @@ class ModelPool(Holdings):
 
     def save(self) -> None:
         if self.agent is not None and not self.core.process.succeeded:
+            pid = os.getpid()
             self.state.save({
+                "keeper": [pid, found.started if (found := process_stat(pid)) else 0],
                 "models": [said_of(model) for model in self.registered.values()],
                 "agents": [[host.name, host.url, host.public_url] for host in self.hosts.values()
                            if isinstance(host, RemoteHost)],
@@ -20467,15 +20524,17 @@ class ModelPool(Holdings):
         host = self.hosts[act.host]
         totals = host.report().get("total_gb", ())
         gb = memory_on(model, min(totals[n] for n in act.devices)) if act.devices else 0.0
+        name = self.free_name(host.name, act.alias)
         self.launching[act.alias] = Seat(
-            "", act.alias, act.host, act.devices, gb, Phase.STARTING, model, gb)
+            name, act.alias, act.host, act.devices, gb, Phase.STARTING, model, gb)
         try:
-            await host.launch(self.free_name(host.name, act.alias), model, act.devices)
+            await host.launch(name, model, act.devices)
         finally:
             del self.launching[act.alias]
 
     def free_name(self, host: str, alias: str) -> str:
         taken = {one["alias"] for _, one in self.instances()}
+        taken |= {seat.name for seat in self.launching.values()}
         base = f"{host}-{alias}".replace("/", "--")
         names = itertools.chain((base,), (f"{base}-r{n}" for n in itertools.count(2)))
         return next(name for name in names if name not in taken)
@@ -20842,7 +20901,8 @@ class PoolPlanner:
             if not found:
                 rows.append({**common, "state": "absent", "where": "", "gb": 0.0, "since_s": None,
                              "idle_s": None, "starts": 0, "reason": "", "why": pool.why(alias),
-                             "next": next_step(model, None), "acts": acts_on(model, Phase.ABSENT)})
+                             "next": next_step(model, None, pool.why_not.get(alias, "")),
+                             "acts": acts_on(model, Phase.ABSENT)})
         return rows
 
 
@@ -20876,10 +20936,13 @@ async def keep_models(core: Core, wanted: bool) -> None:
 
 async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
     """GET /admin/models: all models, in a superset of serverless_vllm's form."""
-    pool = pool_of(core)
+    pool, rows = pool_of(core), dict[tuple[str, str], dict[str, Any]]()
+    for row in core.planners[POOL].report(asyncio.get_running_loop().time()):
+        rows.setdefault((row["model"], row["state"]), row)
     return {"models": [
-        {"alias": alias, "status": pool.status_of(model), "next": pool.why(alias),
-         "waiting": len(pool.uses.waiting.get(alias, ())), "registered": alias in pool.registered,
+        {"alias": alias, "status": (status := pool.status_of(model)),
+         **{key: rows[alias, status][key] for key in ("next", "why", "waiting")},
+         "registered": alias in pool.registered,
          "config": said_of(model) | {"routing_state": "VLLM_PRIMARY", "mix_weight": 100},
          "instances": [instance_report(pool, host, one) for host, one in pool.instances()
                        if one["model_alias"] == alias]}
@@ -21110,6 +21173,8 @@ def aim_at_instance(core: Core, path: str) -> Destination:
     meant = inference_path(f"/{rest}")
     if core.process.agent is None or not (meant or f"/{rest}" in PROXIED_PATHS):
         raise BadMessage(f"{shown(path)} is not served", Fault.NOT_SERVED)
+    if alias not in agent_of(core).instances:
+        raise BadMessage(f"{shown(alias)} is no instance here", Fault.NOT_SERVED)
     return Destination(meant or f"/{rest}", alias, infers=bool(meant))
 
 

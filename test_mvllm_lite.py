@@ -18297,8 +18297,10 @@ def test_what_is_done_next(model, seats, demand, expected):
 
 @pytest.mark.parametrize("said, seat_of, step, acts", table(
     ("none", {}, None, "starts when it is asked for", ("wake",)),
-    ("one that starts", {}, {"phase": lite.Phase.STARTING}, "", ("stop",)),
-    ("in use", {}, {"in_flight": 1}, "", ("stop",)),
+    ("one that starts", {}, {"phase": lite.Phase.STARTING}, "answers once it is ready", ("stop",)),
+    ("in use", {}, {"in_flight": 1}, "stays while it is in use", ("stop",)),
+    ("in use, and to rest", {}, {"in_flight": 1, "leaving": True}, "rests after its answers",
+     ("stop",)),
     ("idle, for ever", {}, {}, "", ("stop",)),
     ("idle", {"sleep_after_s": 130.0, "unload_after_s": 200.0}, {}, "sleeps in 30 s",
      ("sleep", "stop")),
@@ -18310,13 +18312,32 @@ def test_what_is_done_next(model, seats, demand, expected):
      ("wake", "stop")),
     ("given up", {}, {"phase": lite.Phase.FAILED, "retry_in_s": math.inf},
      "given up, until somebody wakes it", ("wake", "stop")),
-    ("one that stops", {}, {"phase": lite.Phase.STOPPING}, "", ()),
+    ("one that stops", {}, {"phase": lite.Phase.STOPPING}, "is gone", ()),
 ))
 def test_what_becomes_of_a_model_is_told_and_what_one_can_do(said, seat_of, step, acts):
     model = model_of(**said)
     one = None if seat_of is None else seat("a", model=model, **seat_of)
     assert lite.next_step(model, one) == step
     assert lite.acts_on(model, lite.Phase.ABSENT if one is None else one.phase) == acts
+    assert lite.next_step(model, None, "no room") == "starts once it can"
+
+
+def test_who_makes_room_in_a_round_does_so_once():
+    both = {alias: lite.Demand(1, waited_s) for alias, waited_s in (("a", 2.0), ("c", 1.0))}
+    wide, small = lite.HostView("h", (80.0,)), [model_of("a", 40.0), model_of("c", 30.0)]
+    acts, why_not = lite.decide([*small, model_of("b", 70.0)], [wide], [seat("b", 70.0)], both)
+    assert [(act.verb, act.alias, act.why) for act in acts] == [("stop", "b", "a needs its place")]
+    assert not why_not  # both fit, once it has left
+    large = [model_of("a", 60.0), model_of("c", 30.0)]
+    acts, why_not = lite.decide([*large, model_of("b", 70.0)], [wide], [seat("b", 70.0)], both)
+    assert [(act.verb, act.alias) for act in acts] == [("stop", "b")]
+    assert why_not == {"c": "h: device 0 lacks 10.0 of 30.0 GB"}
+    acts, _ = lite.decide(small, [wide], [seat("b", 70.0)], both)  # one that was removed
+    assert [(act.verb, act.alias, act.why) for act in acts] == [
+        ("stop", "b", "its model was removed")]
+    stale = seat("a", 1.0, phase=lite.Phase.SLEEPING, fresh=False)
+    (act,), _ = lite.decide([model_of()], [wide], [stale], {})
+    assert (act.verb, act.why) == ("stop", "its settings have changed")
 
 
 def test_models_of_a_group_exclude_each_other_or_stay_together():
@@ -18575,6 +18596,29 @@ async def test_a_stop_waits_for_answers_up_to_a_limit_and_leaves_no_process():
 
 
 @asynchronous
+async def test_instances_never_share_a_name_nor_do_those_that_are_being_launched():
+    models = [little(alias, "--start-s", "0.1") for alias in ("x/y", "x--y")]
+    async with pooling(*models, devices=(16.0, 16.0)) as running:
+        pool, go = running.core.planners["models"].pool, asyncio.Event()
+        (host,) = pool.hosts.values()
+        launch = host.launch
+
+        async def slowly(*said):
+            await go.wait()
+            await launch(*said)
+
+        host.launch = slowly
+        asking = [asyncio.ensure_future(ask_model(running, model.alias)) for model in models]
+        await eventually(lambda: len(pool.launching) == 2, "both are launched")
+        listed = (await (await running.client()).get("/admin/models")).json["models"]
+        assert {(one["status"], one["next"]) for one in listed} == {
+            ("starting", "answers once it is ready")}
+        go.set()
+        assert [one.status for one in await asyncio.gather(*asking)] == [200, 200]
+        assert set(pool.agent.instances) == {"local-x--y", "local-x--y-r2"}
+
+
+@asynchronous
 async def test_a_port_that_is_taken_meanwhile_is_chosen_anew_and_no_two_are_alike():
     models = [little(alias, "--start-s", "0.3") for alias in "ab"]
     async with pooling(*models, devices=(16.0, 16.0)) as running:
@@ -18764,6 +18808,74 @@ async def test_a_successor_takes_over_what_runs(tmp_path):
         last = await instance_of(running)
         assert last["pid"] != before["pid"] and last["failures"] == 1
     assert gone([before["pid"], last["pid"]])
+
+
+BROKEN_STATES = table(
+    ("no JSON", "{"), ("no object", "[]"), ("other shapes", '{"models": 1, "agents": [1, ["a", 2, 3'
+     ']], "instances": [1, {"alias": "a"}, {"alias": "a", "model": 3}], "keeper": "x"}'),
+    ("deep", '{"a":' + "[" * 9999 + "]" * 9999 + "}"))
+
+
+@pytest.mark.parametrize("text", BROKEN_STATES)
+@asynchronous
+async def test_a_state_file_that_is_broken_harms_no_model(tmp_path, text, caplog):
+    (path := tmp_path / "state").write_text(text)
+    async with pooling(little(), state_file=str(path)) as running:
+        assert (await ask_model(running)).status == 200
+        await eventually(lambda: '"local-a"' in path.read_text(), "it is written anew")
+    assert f"{path}: " in caplog.text or "of the state file is not" in caplog.text
+
+
+@pytest.mark.parametrize("status", ("running", "sleeping", "stopping", "starting"))
+@asynchronous
+async def test_a_process_that_is_not_ours_is_neither_taken_over_nor_ended(tmp_path, status):
+    with tempfile.TemporaryFile("w+") as output:
+        output.write("words of its own")
+        output.flush()
+        other = subprocess.Popen(["sleep", "60"], stdout=output, start_new_session=True)
+        try:
+            one = {"name": "local-a", "alias": "a", "model": {"alias": "a"}, "pid": other.pid,
+                   "started": lite.process_stat(other.pid).started, "status": status, "port": 1,
+                   "devices": [0], "command": ["x"], "awake_gb": 10, "held_gb": 1, "level": 0,
+                   "weights_gb": 1, "digest": "", "created_at": 1}
+            (path := tmp_path / "state").write_text(json.dumps({"instances": [one]}))
+            async with pooling(little(), state_file=str(path)) as running:
+                assert (await ask_model(running)).status == 200
+                assert (await instance_of(running))["pid"] != other.pid
+            assert other.poll() is None and output.seek(0, 2) == 16
+        finally:
+            other.kill()
+            other.wait()
+
+
+@asynchronous
+async def test_what_another_balancer_keeps_is_left_to_it(tmp_path, caplog):
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        kept = {"keeper": [other.pid, lite.process_stat(other.pid).started],
+                "models": [{"alias": "b"}]}
+        (path := tmp_path / "state").write_text(json.dumps(kept))
+        async with pooling(little(), state_file=str(path)) as running:
+            assert (await ask_model(running)).status == 200
+            assert not running.core.planners["models"].pool.registered
+        assert json.loads(path.read_text()) == kept
+        assert caplog.text.count(f"process {other.pid} keeps its models there: a succ") == 1
+    finally:
+        other.kill()
+        other.wait()
+
+
+@asynchronous
+async def test_a_state_that_cannot_be_written_is_written_once_it_can(tmp_path, caplog):
+    (folder := tmp_path / "later").write_text("no folder")
+    async with pooling(little(), state_file=str(folder / "state")) as running:
+        assert (await ask_model(running)).status == 200
+        await eventually(lambda: "a successor will not know" in caplog.text, "it is said")
+        await (await running.client()).post("/admin/models/a/stop", b"")
+        assert caplog.text.count("a successor will not know") == 1
+        folder.unlink()
+        folder.mkdir()
+        await eventually((folder / "state").exists, "it is written")
 
 
 @pytest.mark.parametrize("broken", table(
@@ -19072,6 +19184,11 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             host, port = agent_url[0].rpartition("//")[2].split(":")
             keyed = ["Authorization: Bearer k3y"]
             with_key = "/proxy/g1-b/v1/models", "/info", "/running"
+            unknown = Client(*await asyncio.open_connection(host, int(port)))
+            answer = await unknown.post("/proxy/g1-z/v1/completions", b"{}", keyed)
+            assert (answer.status, answer.error["message"]) == (
+                404, "Bad request: 'g1-z' is no instance here.")
+            unknown.close()
             logs = await client.get("/logs/b?follow=0")
             assert logs.status == 200 and logs.body
             paths = dict.fromkeys(with_key, (401, 200)) | {
