@@ -1816,6 +1816,7 @@ class ModelSettings:
         (), list_of(string),
         'default: ["vllm", "serve"]; a command with {port} is run as it stands')
     profile: str = setting("", string, "the entry of [[profiles]], of the host that runs it")
+    worker_id: str = setting("", string, "the only agent that may run it; this machine: local")
     preload: bool = setting(False, boolean, "start one replica at once")
     warmup: tuple[str, ...] = setting(
         (), list_of(string),
@@ -18777,6 +18778,43 @@ def model_by_request(
     return model
 
 
+ROUTING_STATES = (
+    "FAST_ONLY", "WARMING_VLLM", "MIXED", "VLLM_PRIMARY", "DEGRADED_FAST", "COLD", None)
+FAST_BACKEND = "llama.cpp"
+
+
+def routing_of(model: ModelSettings) -> dict[str, Any]:
+    """What serverless_vllm has for a model with one backend, which gets all of its requests."""
+    fast = model.profile == FAST_BACKEND
+    state = "FAST_ONLY" if fast else "VLLM_PRIMARY"
+    return {"routing_state": state, "mix_weight": 0 if fast else 100}
+
+
+def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """A model's document, changed from serverless_vllm's form to ours; and the state and weight
+    that it wishes.  Raises SettingsError."""
+    said = {key: value for key, value in document.items() if (key, value) != ("worker_id", None)}
+    backends, wished = said.pop("backends", None), {
+        key: said.pop(key) for key in ("routing_state", "mix_weight") if key in said}
+    weight = wished.get("mix_weight") or 0
+    one = backends is None or isinstance(backends, dict) and len(backends) == 1 and all(
+        isinstance(backend, dict) for backend in backends.values())
+    for key, wrong, expected in (
+        ("backends", not one, 'one, like {"vllm": {"model_name": "…"}}; shares of two are those of'
+         " [pools], for servers that run already"),
+        ("routing_state", wished.get("routing_state") not in ROUTING_STATES,
+         f"one of {', '.join(filter(None, ROUTING_STATES))}"),
+        ("mix_weight", not (isinstance(weight, int) and 0 <= weight <= 100), "0 to 100"),
+    ):
+        if wrong:
+            raise SettingsError([Complaint("request", 0, key, f"expected {expected}")])
+    for kind, backend in (backends or {}).items():
+        said = {**({} if kind == "vllm" else {"profile": kind}), **backend, **said}
+        if "model_name" in said:
+            said["model"] = said.pop("model_name")
+    return said, {key: value for key, value in wished.items() if value is not None}
+
+
 def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str, str]]:
     """The keys of a model from HTTP that its profile does not allow, and why."""
     name, wrong = model.model or model.alias, list[tuple[str, str]]()
@@ -19904,7 +19942,7 @@ def launch_digest(model: ModelSettings) -> str:
     kept = dataclasses.asdict(model) | dict.fromkeys((
         "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
         "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
-        "max_concurrent_requests", "sleep_after_s", "deep_sleep_after_s", "warmup"))
+        "max_concurrent_requests", "sleep_after_s", "deep_sleep_after_s", "warmup", "worker_id"))
     kept["sleeps"] = sleeps(model)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -20230,13 +20268,10 @@ class Holdings:
 
     def demands(self, now: float) -> dict[str, Demand]:
         found = dict[str, Demand]()
-        local = next((host.name for host in self.hosts.values() if isinstance(host, LocalHost)),
-                     "the balancer's machine")
         for alias, model in self.models.items():
             load = self.load_of(alias)
             self.uses.note_load(model, load, now)
-            pinned = local if (model.command or model.env) and not model.profile else ""
-            demand = self.uses.demand(alias, load, pinned, now)
+            demand = self.uses.demand(alias, load, self.only_host(model), now)
             if alias in self.wishes and not demand.waiting:
                 demand = demand._replace(waiting=1)
             found[alias] = demand
@@ -20253,6 +20288,13 @@ class Holdings:
                     args=(*known.args, *one.args), values=(*known.values, *one.values))
             found[one.name] = one
         return found
+
+    def only_host(self, model: ModelSettings) -> str:
+        """The only host that may run a model, or ''."""
+        if model.worker_id or model.profile or not (model.command or model.env):
+            return model.worker_id
+        return next((host.name for host in self.hosts.values() if isinstance(host, LocalHost)),
+                    "the balancer's machine")
 
     def status_of(self, model: ModelSettings) -> str:
         """The phase of a model's instance that is closest to running."""
@@ -20285,7 +20327,8 @@ class Holdings:
         hosts = self.host_views(asyncio.get_running_loop().time())
         if found or not hosts or not all(host.reachable for host in hosts):
             return ""
-        place = find_place(model, hosts, (), {})
+        only = self.only_host(model)
+        place = find_place(model, hosts, (), {model.alias: Demand(host=only)})
         return place if isinstance(place, str) else ""
 
     def ready_in_s(self, model: ModelSettings) -> float:
@@ -20943,7 +20986,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
         {"alias": alias, "status": (status := pool.status_of(model)),
          **{key: rows[alias, status][key] for key in ("next", "why", "waiting")},
          "registered": alias in pool.registered,
-         "config": said_of(model) | {"routing_state": "VLLM_PRIMARY", "mix_weight": 100},
+         "config": said_of(model) | routing_of(model),
          "instances": [instance_report(pool, host, one) for host, one in pool.instances()
                        if one["model_alias"] == alias]}
         for alias, model in pool.models.items()]}
@@ -20977,36 +21020,19 @@ def alias_named(pool: ModelPool, name: str) -> str:
 async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
     """POST /admin/models/register.  Raises SettingsError, LookupError."""
     pool, document = pool_of(core), read_members(asked.content, None)
-    document, routing = unwrapped(document)
+    document, wished = unwrapped(document)
     model = model_by_request(document, pool.profiles())
     if model.alias in {one.alias for one in core.settings.models}:
         raise SettingsError([Complaint(
             "request", 0, "alias", f"{model.alias} stands in the settings file")])
     known = pool.registered.get(model.alias) == model
     pool.register(model)
-    unused = ", ".join(key for key, value in routing.items() if value is not None)
+    routing = routing_of(model)
+    others = ", ".join(f"{key} {routing[key]} in place of {value}"
+                       for key, value in wished.items() if value != routing[key])
     return {"status": "exists" if known else "success", "routing": {**said_of(model), **routing},
             "message": f"model {model.alias} is {'known' if known else 'registered'}"
-            + f"; {unused} mean nothing here: weights are those of [pools]" * bool(unused)}
-
-
-def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """A model's document, changed from serverless_vllm's form to ours; and its keys about routing,
-    which mean nothing here, where [pools] has the weights.  Raises SettingsError."""
-    routing = {key: document.pop(key) for key in ("routing_state", "mix_weight", "worker_id")
-               if key in document}
-    backends = document.pop("backends", None)
-    if backends is None:
-        return document, routing
-    expected = 'expected {"vllm": {"model_name": "…", …}}'
-    if not isinstance(backends, dict) or len(backends) != 1 or not all(
-            isinstance(one, dict) for one in backends.values()):
-        raise SettingsError([Complaint("request", 0, "backends", expected)])
-    (kind, backend), = backends.items()
-    said = {**backend, **document}
-    if "model_name" in said:
-        said["model"] = said.pop("model_name")
-    return (said if kind == "vllm" else {**said, "profile": kind}), routing
+            + f", with {others}: it has one backend" * bool(others)}
 
 
 async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
@@ -23758,10 +23784,10 @@ and manager_key = "…", an admin's key there, and the same worker_key.  They as
 have it wake them.  While it is away, what runs is asked, and nothing is placed or stopped.
 
 From serverless_vllm: its paths, bodies and variables of the environment are taken (MANAGER_HOST,
-ROUTER_PORT … are HOST and PORT); model_path and llama_* are refused, and what it says of routing
-means nothing: give servers a pool, and weights in [pools].  GET /admin/models, POST
-/admin/models/{alias}/wake, sleep or stop, /admin/models/register, /running, /unload and
-/logs/{alias} show and steer it.
+ROUTER_PORT … are HOST and PORT); model_path, llama_* and a second backend are refused.  Mixes of a
+fast and a slow backend are shares: give servers that run a pool, and shares in [pools].
+GET /admin/models, POST /admin/models/{alias}/wake, sleep or stop, /admin/models/register, /running,
+/unload and /logs/{alias} show and steer it.
 
 What runs stands in a file beside the settings (state_file), so that a successor takes it over; it
 stops with the balancer unless stop_models = false, and not at all with an agent: give its unit

@@ -18349,6 +18349,97 @@ def test_models_of_a_group_exclude_each_other_or_stay_together():
     assert [(act.verb, act.alias) for act in acts] == [("launch", "a"), ("launch", "b")]
 
 
+class ToyPool:
+    """Instances that do at once, or after so long, what was decided; half a second is a step."""
+
+    def __init__(self, draw):
+        self.now, self.seats, self.since, self.count = 0.0, {}, {}, 0
+        self.hosts = [lite.HostView(f"h{n}", tuple(
+            draw.choice((24.0, 48.0, 80.0)) for _ in range(draw.randint(1, 4))))
+            for n in range(draw.randint(1, 3))]
+        self.models = {alias: model_of(
+            alias, draw.choice((8.0, 16.0, 30.0, 60.0)), min_replicas=draw.choice((0, 0, 0, 1)),
+            tensor_parallel_size=draw.choice((1, 1, 1, 2)), max_replicas=draw.choice((1, 2, 3)),
+            priority=draw.choice((0.0, 0.0, 1.0)), sleep_after_s=draw.choice((0.0, 5.0)),
+            unload_after_s=draw.choice((0.0, 20.0)), group=draw.choice(("", "", "", "g")),
+            scale_hold_s=3.0) for alias in "abcdef"[: draw.randint(1, 6)]}
+        self.waits = {}
+
+    def step(self, demand_of):
+        self.now += 0.5
+        for name, (seat, until) in list(self.seats.items()):
+            if self.now >= until:
+                self.become(name, {
+                    lite.Phase.FALLING_ASLEEP: lite.Phase.SLEEPING,
+                    lite.Phase.STOPPING: None}.get(seat.phase, lite.Phase.RUNNING))
+        views = []
+        for name, (seat, _) in self.seats.items():
+            if seat.phase is lite.Phase.RUNNING and self.waits.pop(seat.alias, None) is not None:
+                self.since[name, "used"] = self.now
+            views.append(seat._replace(age_s=self.now - self.since[name], idle_s=self.now - max(
+                self.since[name], self.since.get((name, "used"), 0.0))))
+        demands = {alias: demand_of(alias) for alias in self.models}
+        acts, _ = lite.decide(list(self.models.values()), self.hosts, views, demands)
+        assert len({act.name or act.alias for act in acts}) == len(acts)
+        for act in acts:
+            self.take(act)
+        return acts
+
+    def become(self, name, phase, lasts_s=math.inf):
+        seat, _ = self.seats.pop(name)
+        if phase is not None:
+            gb = seat.held_gb if phase is lite.Phase.SLEEPING else seat.awake_gb
+            self.seats[name] = seat._replace(phase=phase, gb=gb), self.now + lasts_s
+            self.since[name] = self.now
+
+    def take(self, act):
+        if act.verb != "launch":
+            before, phase = {
+                "wake": ({lite.Phase.SLEEPING}, lite.Phase.WAKING),
+                "sleep": ({lite.Phase.RUNNING}, lite.Phase.FALLING_ASLEEP),
+                "stop": ({lite.Phase.RUNNING, lite.Phase.SLEEPING}, lite.Phase.STOPPING)}[act.verb]
+            assert self.seats[act.name][0].phase in before, act
+            self.become(act.name, phase, 1.0)
+            return
+        model, self.count = self.models[act.alias], self.count + 1
+        totals = next(host.total_gb for host in self.hosts if host.name == act.host)
+        assert len(set(act.devices)) == model.tensor_parallel_size, act
+        gb, name = lite.memory_on(model, min(totals[n] for n in act.devices)), f"{self.count}"
+        self.seats[name] = lite.Seat(
+            name, act.alias, act.host, act.devices, gb, lite.Phase.STARTING, model, gb, 1.0, 5.0,
+        ), self.now + 2.0
+        self.since[name] = self.now
+
+    def check(self):
+        """No device has more than it holds, and no model more replicas than it may."""
+        for host in self.hosts:
+            for n, total_gb in enumerate(host.total_gb):
+                assert sum(seat.gb for seat, _ in self.seats.values() if seat.host == host.name
+                           and n in seat.devices) <= total_gb + 1e-6
+        up = [seat.alias for seat, _ in self.seats.values() if seat.phase in lite.UP]
+        assert all(up.count(alias) <= model.max_replicas for alias, model in self.models.items())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_wanted_memory_and_replicas_keep_to_their_limits_and_a_quiet_pool_settles(seed):
+    draw = random.Random(seed)
+    pool = ToyPool(draw)
+
+    def demand_of(alias):
+        if draw.random() < 0.05:
+            pool.waits.setdefault(alias, pool.now)
+        load, since = draw.choice((0.0, 0.1, 0.9)), pool.waits.get(alias)
+        return lite.Demand(since is not None, pool.now - since if since else 0.0, load,
+                           4.0 * (load > 0.7), 4.0 * (load < 0.2))
+
+    for _ in range(150):
+        pool.step(demand_of)
+        pool.check()
+    pool.waits.clear()
+    late = [pool.step(lambda alias: lite.NO_DEMAND) for _ in range(200)][-100:]
+    assert not any(late)
+
+
 def test_two_that_do_not_fit_together_take_turns():
     models, host = [model_of("a", 60.0), model_of("b", 60.0)], lite.HostView("h", (80.0,))
     runs, since, now, waits_since, longest = None, 0.0, 0.0, {"a": 0.0, "b": 0.0}, 0.0
@@ -19005,13 +19096,32 @@ async def test_what_registers_as_an_agent_and_is_none_harms_no_model(content):
 
 
 @asynchronous
-async def test_what_serverless_vllm_said_of_routing_is_said_to_mean_nothing():
+async def test_of_serverless_vllm_s_routing_that_of_one_backend_is_taken_and_a_worker_is_kept_to():
     body = {"alias": "p", "backends": {"vllm": {"model_name": "org/p"}}, "worker_id": None,
-            "routing_state": "HYBRID_MIX", "mix_weight": 50}
+            "routing_state": "FAST_ONLY", "mix_weight": 50}
     async with pooling() as running:
-        told = await (await running.client()).post(
-            "/admin/models/register", json.dumps(body).encode(), AS_JSON)
-        assert "; routing_state, mix_weight mean nothing here" in told.json["message"]
+        client = await running.client()
+
+        async def register(**said):
+            return await client.post(
+                "/admin/models/register", json.dumps(body | said).encode(), AS_JSON)
+
+        told = (await register()).json
+        assert told["message"].endswith("d, with routing_state VLLM_PRIMARY in place of FAST_ONLY,"
+                                        " mix_weight 100 in place of 50: it has one backend")
+        (model,) = (await client.get("/admin/models")).json["models"]
+        for found in (told["routing"], model["config"]):
+            assert (found["routing_state"], found["mix_weight"]) == ("VLLM_PRIMARY", 100)
+        for said, words in (
+            ({"routing_state": "HYBRID_MIX"}, "expected one of FAST_ONLY, WARMING_VLLM"),
+            ({"routing_state": []}, "expected one of"), ({"mix_weight": 101}, "expected 0 to 100"),
+            ({"backends": {"vllm": {}, "llama.cpp": {}}}, "shares of two are those of [pools]"),
+        ):
+            refused = await register(**said)
+            assert refused.status == 400 and words in refused.error["message"]
+        assert (await register(worker_id="g7")).status == 200
+        answer = await ask_model(running, "p")
+        assert answer.status == 503 and "it may run on g7 alone" in answer.error["message"]
 
 
 @pytest.mark.parametrize("worker_url, manager, aliased, address", table(
