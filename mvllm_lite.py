@@ -18870,6 +18870,7 @@ class Seat(NamedTuple):
     retry_in_s: float = 0.0  # of one that failed
     level: int = 0  # of its sleep
     leaving: bool = False  # no request is sent to it any more
+    sleepless: bool = False  # it has refused to sleep
     fresh: bool = True  # it is as its settings say
 
 
@@ -18962,7 +18963,7 @@ def movable(seat: Seat, wanting: ModelSettings, demands: Demands, mates: int) ->
 
 def rest_of(seat: Seat, memory_gb: float) -> str:
     """How an instance gives its memory back: by sleep, if it can and the host has room."""
-    return "sleep" if (seat.phase is Phase.RUNNING and sleeps(seat.model)
+    return "sleep" if (seat.phase is Phase.RUNNING and sleeps(seat.model) and not seat.sleepless
                        and seat.weights_gb <= memory_gb) else "stop"
 
 
@@ -19491,6 +19492,8 @@ class Instance:
         self.child: Child | None = None
         self.port, self.level, self.command = 0, 0, list[str]()
         self.created_at, self.digest = time.time(), ""
+        self.trouble = ""  # why one that starts is not ready
+        self.sleepless = False  # it has refused to sleep
         self.said = dict[str, Any]()  # the model as registered, without its profile's additions
         self.task: asyncio.Task[None] | None = None
         self.busy = asyncio.Lock()  # held while it is put to sleep or woken
@@ -19539,14 +19542,19 @@ class Instance:
         except (PeerGone, BadMessage, TimeoutError):
             return 0
 
-    async def is_ready(self) -> bool:
-        if await self.health() not in (200, 404):
-            return False
+    async def look(self) -> str:
+        """Why it is not ready, or ''."""
+        if (status := await self.health()) not in (200, 404):
+            return f"/health answers {status}" if status else "it does not answer"
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
             status, said = await self.client.fetch("/v1/models", 5.0)
             listed = model_list(said) if status == 200 else None
-            return listed is not None and (self.model.takes_port or self.model.served in listed)
-        return False
+            if listed is None:
+                return f"/v1/models answers {status}, and no list of models"
+            if self.model.takes_port or self.model.served in listed:
+                return ""
+            return f"it lists {', '.join(listed)[:200] or 'no model'}, and not {self.model.served}"
+        return "it does not answer /v1/models"
 
     async def warm_up(self) -> None:
         for prompt in self.model.warmup:
@@ -19562,7 +19570,9 @@ class Instance:
         return {
             "alias": self.name, "model_alias": model.alias,
             "model_name": model.model or model.alias,
-            "status": life.phase.value, "reason": life.reason, "port": self.port,
+            "status": life.phase.value, "sleepless": self.sleepless, "reason": life.reason + (
+                f"; {self.trouble}" if self.trouble and life.phase is Phase.STARTING else ""),
+            "port": self.port,
             "pid": child.pid if child else 0, "group": group_members(child.pid) if child else [],
             "created_at": self.created_at, "base_url": self.url, "backend_type": "vllm",
             "devices": list(self.devices), "gb": self.gb, "awake_gb": self.awake_gb,
@@ -19742,15 +19752,25 @@ class Agent:
         deadline = loop.time() + one.model.start_timeout_s
         try:
             while not ended.done():
-                if await one.is_ready():
+                if not (trouble := await one.look()):
                     await one.warm_up()
                     return ""
+                one.trouble = trouble
                 if loop.time() > deadline:
-                    return f"it was not ready within {one.model.start_timeout_s:g} s"
+                    return f"it was not ready within {one.model.start_timeout_s:g} s: {trouble}"
                 await asyncio.wait((ended,), timeout=READY_LOOK_S)
             return child.end_reason
         finally:
             ended.cancel()
+
+    async def trim_outputs(self) -> None:
+        """Keep the instances' outputs bounded, until cancelled."""
+        while True:
+            for one in self.instances.values():
+                if one.child is not None:
+                    with contextlib.suppress(OSError):  # a full disk
+                        one.child.trim()
+            await asyncio.sleep(LOOK_S)
 
     async def watch(self, one: Instance) -> str:
         """Wait until an instance or its engine has ended.  Returns the reason."""
@@ -19758,7 +19778,6 @@ class Agent:
         ended = asyncio.ensure_future(child.ended())
         try:
             while not ended.done():
-                child.trim()
                 if await one.health() == 503 and child.alive:
                     return f"its engine is dead: {child.end_reason.partition(': ')[2]}"
                 await asyncio.wait((ended,), timeout=TEND_S)
@@ -19774,7 +19793,10 @@ class Agent:
                 await self.wake_or_end(one)
             try:
                 await one.post(f"/sleep?level={level}&mode=wait")
+                if (await one.told("/is_sleeping")).get("is_sleeping") is False:
+                    raise PeerGone("/is_sleeping says that it does not", Fault.BAD_ANSWER)
             except PeerGone as gone:
+                one.sleepless = True
                 if one.life.phase is Phase.FALLING_ASLEEP:
                     self.tell(one, Turn.AWAKE, f"it does not sleep: {gone}")
                 raise
@@ -19816,6 +19838,8 @@ class Agent:
             last = path in ("/wake_up", "/wake_up?tags=kv_cache")
             if last and said.get("status") != "awake":
                 raise PeerGone(f"{path} said {shown(str(said))}", Fault.BAD_ANSWER)
+        if (await one.told("/is_sleeping")).get("is_sleeping") is True:
+            raise PeerGone("/is_sleeping says that it still does", Fault.BAD_ANSWER)
         one.level = 0
 
     async def stop(self, one: Instance) -> None:
@@ -20235,7 +20259,8 @@ class Holdings:
                 one["awake_gb"], one["held_gb"], one["weights_gb"], in_flight,
                 now - max(used_at, self.uses.used_at.get(alias, used_at)), one["age_s"],
                 INFINITY if retry_in_s is None else max(retry_in_s, 1e-3), one["sleep_level"],
-                name in self.leaving, one["digest"] == launch_digest(model)))
+                name in self.leaving, bool(one.get("sleepless")),
+                one["digest"] == launch_digest(model)))
         return seats
 
     def host_views(self, now: float) -> list[HostView]:
@@ -20304,6 +20329,17 @@ class Holdings:
         found |= {Phase.STARTING.value} & {
             seat.phase.value for seat in self.launching.values() if seat.alias == model.alias}
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
+
+    def free_name(self, host: str, alias: str) -> str:
+        taken = {one["alias"] for _, one in self.instances()}
+        taken |= {seat.name for seat in self.launching.values()}
+        base = f"{host}-{alias}".replace("/", "--")
+        names = itertools.chain((base,), (f"{base}-r{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in taken)
+
+    def levels_one(self, alias: str) -> bool:
+        model = self.models.get(alias)
+        return model is None or not model.deep_sleep_after_s or model.sleep_after_s > 0
 
     def why(self, alias: str) -> str:
         """Why a model does not get what it needs, or else its last act and the reason."""
@@ -20378,13 +20414,16 @@ class ModelPool(Holdings):
         """Do something to an instance.  Raises PeerGone if that fails."""
         if (task := self.doing.get(name)) is not None:
             await asyncio.wait((task,))
-        for alias in [one["model_alias"] for _, one in self.instances() if one["alias"] == name]:
-            self.acts[alias] = f"{verb}: by hand"
+        aliases = [one["model_alias"] for _, one in self.instances() if one["alias"] == name]
+        self.acts |= dict.fromkeys(aliases, f"{verb}: by hand")
         log.info("by hand: model %s: %s", name, verb)
         try:
             await self.move(name, verb)
         except (LookupError, ValueError) as error:
             raise PeerGone(f"{name}: {error.args[0]}", Fault.NO_SERVER) from None
+        except PeerGone as gone:
+            self.acts |= {alias: f"{verb} by hand failed: {gone}" for alias in aliases}
+            raise
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Look, decide and act until cancelled."""
@@ -20419,6 +20458,7 @@ class ModelPool(Holdings):
             except SettingsError as error:
                 log.error("a model of the state file is not registered any more: %s", error)
         self.agent = agent = Agent(self.core.process.agent or "local", tasks)
+        tasks.create_task(agent.trim_outputs())
         agent.adopt_settings(s)
         await agent.look_at_devices(s.devices)
         agent.on_change = self.notify
@@ -20575,13 +20615,6 @@ class ModelPool(Holdings):
         finally:
             del self.launching[act.alias]
 
-    def free_name(self, host: str, alias: str) -> str:
-        taken = {one["alias"] for _, one in self.instances()}
-        taken |= {seat.name for seat in self.launching.values()}
-        base = f"{host}-{alias}".replace("/", "--")
-        names = itertools.chain((base,), (f"{base}-r{n}" for n in itertools.count(2)))
-        return next(name for name in names if name not in taken)
-
     async def move(self, name: str, verb: str) -> None:
         """Have an instance wake, or sleep or stop once its requests have ended.  Raises PeerGone,
         LookupError, ValueError."""
@@ -20602,10 +20635,6 @@ class ModelPool(Holdings):
         finally:
             self.leaving.discard(name)
             self.define_servers()
-
-    def levels_one(self, alias: str) -> bool:
-        model = self.models.get(alias)
-        return model is None or not model.deep_sleep_after_s or model.sleep_after_s > 0
 
     async def drained(self, id: str) -> None:
         with contextlib.suppress(TimeoutError):
@@ -20682,8 +20711,10 @@ class ModelPool(Holdings):
         finally:
             del uses.waiting[model.alias][waiter]
             uses.used_at[model.alias] = loop.time()
-        troubles = [one["reason"] for _, one in self.instances() if one["failures"]
-                    and one["model_alias"] == model.alias and one["status"] != "running"]
+        troubles = [one["reason"] for _, one in self.instances()
+                    if one["model_alias"] == model.alias and (
+                        one["status"] == "starting" or one["failures"]
+                        and one["status"] != "running")]
         why = (troubles and troubles[0]) or self.why_not.get(model.alias) or self.acts.get(
             model.alias, "it starts")
         text = (f"The model {model.alias} was not ready within {model.wake_timeout_s:g} s"

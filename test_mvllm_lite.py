@@ -18579,6 +18579,93 @@ async def test_why_a_model_does_not_start_is_told_in_its_last_words():
         assert one["failures"] and "exit code 1" in one["reason"]
 
 
+KID = """import http.server, json, sys, time
+how, port, alias = sys.argv[1], int(sys.argv[6]), sys.argv[8]
+asleep = False
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *words): pass
+    def do_GET(self):
+        global asleep
+        path, status, said = self.path.partition("?")[0], 200, {}
+        if path == "/v1/models":
+            said = {"data": [{"id": "else" if how == "other" else alias}]}
+        elif path == "/is_sleeping" and how in ("sleep lies", "wake lies"):
+            said = {"is_sleeping": asleep}
+        elif path == "/sleep":
+            status, said = (500, {}) if how == "sleep fails" else (200, {"status": "sleeping"})
+            asleep = how != "sleep lies"
+        elif path == "/wake_up":
+            said, asleep = {"status": "awake"}, how == "wake lies"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(said).encode())
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+if how == "floods":
+    for _ in range(40): sys.stdout.write("x" * 100_000); sys.stderr.write("y" * 100_000)
+    print("ready", flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()"""
+
+
+def kid(how, alias="a", **said):
+    """A model whose process behaves so."""
+    return lite.ModelSettings(
+        alias, gpu_memory_gb=10.0, command=(sys.executable, "-c", KID, how), **said)
+
+
+@asynchronous
+async def test_a_process_that_is_never_ready_is_told_with_what_it_lacks():
+    async with pooling(kid("other", wake_timeout_s=0.5, start_timeout_s=0.5)) as running:
+        words = "it lists else, and not a"
+
+        async def told():
+            return words in (await ask_model(running)).error["message"]
+
+        await eventually(told, "the answer says what is wrong")
+        one = await instance_of(running, status="")
+        assert words in one["reason"]
+        agent = running.core.planners["models"].pool.agent
+        await eventually(lambda: "not ready within 0.5 s: " + words in agent.instances[
+            "local-a"].life.reason, "it is started again")
+
+
+@asynchronous
+async def test_of_a_process_that_floods_its_output_the_last_words_are_kept():
+    async with pooling(kid("floods")) as running:
+        assert (await ask_model(running)).status == 200
+        child = running.core.planners["models"].pool.agent.instances["local-a"].child
+        await eventually(lambda: child.output_size() <= 2 * lite.OUTPUT_BYTES, "it is cut")
+        assert child.tail(100).endswith("ready\n")
+
+
+@pytest.mark.parametrize("how", ("sleep fails", "sleep lies"))
+@asynchronous
+async def test_one_that_does_not_sleep_is_unloaded_instead(how):
+    model = kid(how, sleep_after_s=99.0)
+    async with pooling(model) as running:
+        assert (await ask_model(running)).status == 200
+        client, before = await running.client(), await instance_of(running)
+        refused = await client.post("/admin/models/a/sleep", b"")
+        assert refused.status == 502 and "sleep" in refused.error["message"]
+        (said,) = (await client.get("/admin/models")).json["models"]
+        assert said["why"].startswith("sleep by hand failed: ") and said["status"] == "running"
+        running.balancer.adopt(dataclasses.replace(
+            running.core.settings, models=(dataclasses.replace(model, sleep_after_s=0.05),)))
+        await eventually(lambda: gone([before["pid"]]), "it is unloaded")
+
+
+@asynchronous
+async def test_one_that_says_it_woke_and_sleeps_on_is_started_anew():
+    async with pooling(kid("wake lies", sleep_after_s=99.0)) as running:
+        assert (await ask_model(running)).status == 200
+        await (await running.client()).post("/admin/models/a/sleep", b"")
+        before = await instance_of(running, status="sleeping")
+        assert (await ask_model(running)).status == 200
+        after = await instance_of(running)
+        assert (after["starts"], after["pid"] == before["pid"]) == (2, False)
+
+
 @asynchronous
 async def test_models_are_woken_and_rested_by_keys_by_top_and_over_http_by_who_may():
     keys = (lite.KeySettings("boss", key="sk-b", admin=True), lite.KeySettings("t", key="sk-t"))
