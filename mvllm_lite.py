@@ -19070,6 +19070,10 @@ def place_on(
 # function makes acts from models, hosts, seats and demands.
 
 
+CHANGED = "its settings have changed"
+RENEWED_IDLE_S = 10.0  # what was idle for so long is not replaced before it is asked for
+
+
 def wanted_replicas(model: ModelSettings, running: int, demand: Demand, asked: bool) -> int:
     """The number of instances that should run: one more while the load stays high, one less while
     it stays low.  `asked`: a request waits for the model, or for one in its `together` group."""
@@ -19107,14 +19111,49 @@ def decide(
         demand = demands.get(model.alias, NO_DEMAND)
         mine = [seat for seat in seats if seat.alias == model.alias]
         running = [seat for seat in mine if lives(seat)]
+        fresh = sum(seat.fresh for seat in running)
+        count = max(fresh, len(running) - fresh)  # what replaces another is no more of them
         asked = demand.waiting > 0 or (model.together and grouped.get(model.group, -1.0) >= 0)
-        wanted = wanted_replicas(model, len(running), demand, asked)
-        if wanted > len(running):
+        wanted = wanted_replicas(model, count, demand, asked)
+        if wanted > count:
             acts += grow(model, hosts, seats, demands, why_not)
         else:
-            acts += shrink(model, mine, demand, len(running) - wanted,
-                           {host.name: host.memory_gb for host in hosts})
+            acts += renew(model, hosts, seats, demands, why_not) or shrink(
+                model, mine, demand, count - wanted, {one.name: one.memory_gb for one in hosts})
     return acts, why_not
+
+
+def renew(
+    model: ModelSettings, hosts: Sequence[HostView], seats: list[Seat], demands: Demands,
+    why_not: dict[str, str],
+) -> list[Act]:
+    """Replace instances that were started with other settings: those in use by ones that run
+    first, where they fit beside; others when they are idle, if the new one fits at all."""
+    mine = [seat for seat in seats if seat.alias == model.alias]
+    fresh = [seat for seat in mine if seat.fresh and (lives(seat) or seat.phase is Phase.FAILED)]
+    stale = sorted((seat for seat in mine if not (seat.fresh or seat.leaving)
+                    and seat.phase is Phase.RUNNING), key=worth)
+    if not stale or any(seat.leaving for seat in mine):
+        return []
+    demand, why = demands.get(model.alias, NO_DEMAND)._replace(waiting=1), CHANGED
+    if any(seat.phase is Phase.FAILED for seat in fresh):
+        why_not[model.alias] = f"{CHANGED}, but what replaces it fails"
+        return []
+    in_use = any(seat.in_flight or seat.idle_s < RENEWED_IDLE_S for seat in stale)
+    if in_use and len(fresh) < len(stale):
+        place = find_place(model, hosts, seats, {**demands, model.alias: demand})
+        if isinstance(place, Spot) and place.now:
+            seats.append(promised(model, place, hosts))
+            return [Act("launch", model.alias, "", place.host, place.devices, why)]
+    idle = fresh or not (stale[0].in_flight or stale[0].idle_s <= 0)
+    if not idle or any(seat.phase is not Phase.RUNNING for seat in fresh):
+        return []
+    if not fresh and isinstance(place := find_place(
+            model, hosts, [seat for seat in seats if seat is not stale[0]],
+            {**demands, model.alias: demand}), str):
+        why_not[model.alias] = f"{CHANGED}, but {place}"
+        return []
+    return [Act("stop", model.alias, stale[0].name, why=why)]
 
 
 def grow(
@@ -19149,13 +19188,18 @@ def grow(
     if isinstance(place, str):
         why_not[model.alias] = place
         return []
-    totals = next(host.total_gb for host in hosts if host.name == place.host)
-    gb = memory_on(model, min(totals[n] for n in place.devices)) if place.devices else 0.0
-    seats.append(Seat("", model.alias, place.host, place.devices, gb, Phase.STARTING, model))
+    seats.append(promised(model, place, hosts))
     if place.now:
         return [Act("launch", model.alias, "", place.host, place.devices,
                     reason_to_run(model, demands))]
     return moves_for(model, place.moves, seats)
+
+
+def promised(model: ModelSettings, place: Spot, hosts: Sequence[HostView]) -> Seat:
+    """The seat of an instance that is to be launched."""
+    totals = next(host.total_gb for host in hosts if host.name == place.host)
+    gb = memory_on(model, min(totals[n] for n in place.devices)) if place.devices else 0.0
+    return Seat("", model.alias, place.host, place.devices, gb, Phase.STARTING, model)
 
 
 def reason_to_run(model: ModelSettings, demands: Demands) -> str:
@@ -19192,8 +19236,6 @@ def shrink(
         spare = left > model.min_replicas
         if surplus > 0:
             surplus, how, why = surplus - 1, "sleep", "its load is low"
-        elif not seat.fresh and (idle_s or left > 1):
-            how, why = "stop", "its settings have changed"
         elif spare and 0 < model.unload_after_s <= idle_s:
             how, why = "stop", f"idle for {idle_s:.0f} s"
         elif spare and sleeps(model) and 0 < model.sleep_after_s <= idle_s:
@@ -19208,7 +19250,7 @@ def shrink(
         if seat.phase is not Phase.SLEEPING:
             continue
         if not seat.fresh:
-            acts.append(Act("stop", model.alias, seat.name, why="its settings have changed"))
+            acts.append(Act("stop", model.alias, seat.name, why=CHANGED))
         elif 0 < model.unload_after_s <= seat.idle_s:
             acts.append(Act("stop", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
         elif 0 < model.deep_sleep_after_s <= seat.idle_s and seat.level < 2:
@@ -20581,7 +20623,8 @@ class ModelPool(Holdings):
 
     def finish_step(self) -> None:
         self.save()
-        statuses = tuple((one["alias"], one["status"]) for _, one in self.instances())
+        statuses = (*((alias, "") for alias in self.models),
+                    *((one["alias"], one["status"]) for _, one in self.instances()))
         if statuses != self._statuses:
             self._statuses = statuses
             self.core.news.notify()
@@ -20697,7 +20740,9 @@ class ModelPool(Holdings):
         until, beat_at = began + model.wake_timeout_s, began + beat_s
         try:
             while (now := loop.time()) < until:
-                if text := self.impossible(model):
+                if (known := self.models.get(model.alias)) is None:
+                    return Outcome(Fault.UNKNOWN_MODEL, unknown_model(model.alias, self.models))
+                if text := self.impossible(known):
                     return Outcome(Fault.MODEL_NOT_READY, f"The model {model.alias} cannot be"
                                    f" started: {text}.", after_s=60)
                 with contextlib.suppress(TimeoutError):

@@ -18287,8 +18287,24 @@ def test_where_host_memory_is_short_nothing_sleeps():
      [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)], lite.Demand(1), []),
     ("other settings, when it is idle", model_of(), [seat("a", fresh=False)], lite.Demand(),
      ["stop"]),
-    ("other settings, in use", model_of(), [seat("a", fresh=False, in_flight=1)], lite.Demand(),
-     []),
+    ("other settings, in use: a new one first", model_of(), [seat("a", fresh=False, in_flight=1)],
+     lite.Demand(), ["launch"]),
+    ("which starts", model_of(),
+     [seat("a", fresh=False), seat("a", devices=(1,), phase=lite.Phase.STARTING)],
+     lite.Demand(), []),
+    ("which runs", model_of(), [seat("a", fresh=False, in_flight=1), seat("a", devices=(1,))],
+     lite.Demand(), ["stop"]),
+    ("which fails", model_of(), [seat("a", fresh=False), seat(
+        "a", devices=(1,), phase=lite.Phase.FAILED, retry_in_s=3.0)], lite.Demand(), []),
+    ("other settings, in use, and no room beside", model_of(gb=60.0, tensor_parallel_size=2),
+     [seat("a", fresh=False, in_flight=1)], lite.Demand(), []),
+    ("no room beside, idle for a moment", model_of(gb=60.0, tensor_parallel_size=2),
+     [seat("a", fresh=False, idle_s=0.1)], lite.Demand(), ["stop"]),
+    ("with its new settings it fits nowhere", model_of(gb=90.0), [seat("a", fresh=False)],
+     lite.Demand(), []),
+    ("replicas are replaced one by one", model_of(gb=30.0, max_replicas=3, min_replicas=3),
+     [seat("a", 30.0, fresh=False), seat("a", 30.0, fresh=False), seat("a", 30.0, devices=(1,)),
+      seat("a", 30.0, (1,), fresh=False)], lite.Demand(), ["stop"]),
 ))
 def test_what_is_done_next(model, seats, demand, expected):
     acts, _ = lite.decide([model], [HOST], seats, {"a": demand})
@@ -18664,6 +18680,26 @@ async def test_one_that_says_it_woke_and_sleeps_on_is_started_anew():
         assert (await ask_model(running)).status == 200
         after = await instance_of(running)
         assert (after["starts"], after["pid"] == before["pid"]) == (2, False)
+
+
+@asynchronous
+async def test_a_model_whose_settings_change_is_replaced_and_a_removed_one_is_unknown():
+    async with pooling(little(), devices=(16.0, 16.0)) as running:
+        assert (await ask_model(running)).status == 200
+        before = await instance_of(running)
+        changed = little("a", "--start-s", "0.2")
+        running.balancer.adopt(dataclasses.replace(running.core.settings, models=(changed,)))
+        while not gone([before["pid"]]):
+            assert (await ask_model(running)).status == 200
+        await ask_model(running)
+        after = await instance_of(running)
+        assert (after["alias"], after["starts"]) == ("local-a-r2", 1)  # it started beside
+        slow = little("b", "--start-s", "9")
+        running.balancer.adopt(dataclasses.replace(running.core.settings, models=(slow,)))
+        asking = asyncio.ensure_future(ask_model(running, "b"))
+        await instance_of(running, "b", "starting")
+        running.balancer.adopt(dataclasses.replace(running.core.settings, models=(changed,)))
+        assert (await asking).error["message"] == "The model `b` does not exist. Valid names: a."
 
 
 @asynchronous
