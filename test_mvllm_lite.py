@@ -6074,6 +6074,26 @@ def test_where_not_all_answers_can_be_in_time_as_few_servers_as_possible_are_lat
     assert lite.rank(Fleet(views), wanted, by, moment, random.Random(1)).best == best
 
 
+def test_a_cost_does_not_depend_on_what_was_kept_of_the_last_one():
+    draw, fleet = random.Random(5), fleet_of(16, 16, 16)
+    kept, leases = lite.POLICIES["unified"](Settings()), list[lite.Lease]()
+    for n in range(300):
+        now = 5.0 + n // 10 * lite.CONDITIONS_KEPT_S  # ten calls at each moment
+        tokens = draw.choice((0, 100, 3000))
+        prompt = lite.Prompt(tokens, (tokens,) * (tokens > 0), lite.LINK_ENDS)
+        wanted = lite.Wanted(lite.Call("m", prompt=prompt), frozenset(["s1"] * (n % 7 == 0)))
+        costs = [lite.rank(fleet, wanted, by, lite.Moment(now, 0.5), random.Random(n)).costs
+                 for by in (kept, lite.POLICIES["unified"](Settings()))]
+        assert costs[0] == costs[1]
+        leases.append(fleet.lease(draw.choice(("s0", "s1", "s2")), now, prompt))
+        for lease in draw.sample(leases, len(leases) // 4):
+            lease.answered(now, False)
+        if n % 3 == 0:
+            leases.pop(draw.randrange(len(leases))).end(now)
+        if n % 11 == 0:
+            fleet.scraped("s2", lite.EngineLoad(n % 9, n % 2, 0.5, kv_tokens=9000), 2, now)
+
+
 def test_room_in_memory_is_by_a_server_s_own_word():
     load = lite.EngineLoad(1, 0, 0.25, kv_tokens=8000)
     assert lite.report_of(load, 0.0, 0).kv_room == 6000
