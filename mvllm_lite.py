@@ -135,7 +135,7 @@ lines.
     81  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
     82  pairs          ~ a request's two legs, carried out and counted
 
-  XIII  models           2,780 lines, where the settings have models, or agents that run some
+  XIII  models           3,000 lines, where the settings have models, or agents that run some
     83  life           · the life of a model's process: one table of transitions
     84  launching      · command lines from settings; what a registration over HTTP may say
     85  placement      · where a model fits, and what has to make room for it
@@ -18765,6 +18765,20 @@ def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Dev
     return [one._replace(total_gb=min(gb, one.total_gb)) for gb, one in zip(stated, found)]
 
 
+def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
+    """The GPUs in serverless_vllm's form."""
+    busy = [device.utilization for device in devices]
+    return {
+        "gpu_count": len(devices), "gpu_names": [device.name for device in devices],
+        "total_memory_gb": sum(device.total_gb for device in devices),
+        "available_memory_gb": sum(d.total_gb - d.used_gb for d in devices),
+        "utilization": sum(busy) / len(busy) if busy else 0.0,
+        "devices": [{"index": d.number, "name": d.name, "total_memory_gb": d.total_gb,
+                     "available_memory_gb": d.total_gb - d.used_gb, "utilization": d.utilization}
+                    for d in devices],
+    }
+
+
 def memory_on(model: ModelSettings, total_gb: float) -> float:
     """The GB that a model takes of a device of that size."""
     return model.gpu_memory_gb or (model.gpu_memory_utilization or DEFAULT_SHARE) * total_gb
@@ -18826,20 +18840,22 @@ def model_by_request(
 ) -> ModelSettings:
     """A model that comes over HTTP, to be launched by one of these profiles.  Raises
     SettingsError."""
-    said, wrong = dict(document), list[tuple[str, str]]()
-    for key in said:
-        if key not in SAID_OF_MODELS and SYNONYMS.get(key) not in SAID_OF_MODELS:
-            wrong.append((key, f"found it, expected one of {', '.join(SAID_OF_MODELS)}"))
-    said = {key: value for key, value in said.items() if key not in {key for key, _ in wrong}}
+    said = {key: value for key, value in document.items() if value is not None}
+    named = str(said.get("profile") or next(iter(profiles), ""))
+    profile = profiles.get(named)
+    if profile and said.get("model_path") in (*profile.values, *profile.models):
+        said["model"] = said.pop("model_path")
+    wrong = [(key, f"found it, expected one of {', '.join(SAID_OF_MODELS)}") for key in said
+             if key not in SAID_OF_MODELS and SYNONYMS.get(key) not in SAID_OF_MODELS]
     if not wrong:
-        model = parse_model(said, "request")
-        profile = profiles.get(model.profile or next(iter(profiles), ""))
-        if profile is None:
-            wrong.append(("profile", f"found {shown(model.profile)}, expected one of"
-                          f" {', '.join(profiles) or 'none: this host has no profile'}"))
+        try:
+            model = parse_model({**said, "profile": said.get("profile") or named}, "request")
+        except SettingsError as error:
+            wrong = [(one.key.partition(".")[2], one.text) for one in error.complaints]
         else:
-            model = dataclasses.replace(model, profile=profile.name)
-            wrong += refused_by(profile, model)
+            wrong = refused_by(profile, model) if profile is not None else [(
+                "profile", f"found {shown(named)}, expected one of"
+                f" {', '.join(profiles) or 'none: this host has no profile'}")]
     if wrong:
         raise SettingsError([Complaint("request", 0, *one) for one in wrong])
     return model
@@ -18860,7 +18876,7 @@ def routing_of(model: ModelSettings) -> dict[str, Any]:
 def unwrapped(document: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
     """A model's document, changed from serverless_vllm's form to ours; and the state and weight
     that it wishes.  Raises SettingsError."""
-    said = {key: value for key, value in document.items() if (key, value) != ("worker_id", None)}
+    said = dict(document)
     backends, wished = said.pop("backends", None), {
         key: said.pop(key) for key in ("routing_state", "mix_weight") if key in said}
     weight = wished.get("mix_weight") or 0
@@ -18895,6 +18911,9 @@ def refused_by(profile: ProfileSettings, model: ModelSettings) -> list[tuple[str
         what = "exact names, since it trusts remote code" if trusting else "these"
         wrong.append(("model", f"found {shown(name)}, expected one of profile {profile.name}'s"
                       f" models ({what}): {', '.join(patterns)}"))
+    for key in ("group", "worker_id"):
+        if (value := getattr(model, key)).startswith("-") and value not in profile.values:
+            wrong.append((key, f"found {shown(value)}, expected a name"))
     for word in model.args:
         if word not in profile.values:
             wrong.append(("args", f"found {shown(word)}, expected one of profile {profile.name}'s"
@@ -19744,7 +19763,7 @@ class Agent:
             raise ValueError(f"{name} is {known.life.phase.value} already")
         if known is not None and known.task is not None:
             known.task.cancel()
-        if any(not 0 <= n < len(self.devices) for n in devices):
+        if len({*devices} & {*range(len(self.devices))}) < len(devices):
             raise ValueError(f"found devices {devices}, expected of {len(self.devices)}")
         totals = [self.devices[n].total_gb for n in devices]
         life = self.lives.setdefault(
@@ -19895,7 +19914,10 @@ class Agent:
             ended.cancel()
 
     async def sleep(self, one: Instance, level: int = 1) -> None:
-        """Put an instance to sleep.  Raises PeerGone; ValueError in a wrong phase."""
+        """Put an instance to sleep.  Raises PeerGone; ValueError in a wrong phase, and where it
+        was started without sleep."""
+        if not sleeps(one.model):
+            raise ValueError("it runs without sleep: sleep_after_s is 0")
         async with one.busy:
             self.tell(one, Turn.SLEEP)
             if one.level:  # only an awake one can go to another level
@@ -20011,20 +20033,6 @@ class Agent:
                 sums[key] = sums.get(key, 0.0) + value
             sums["ready_s"] = counted["ready_s"]  # of the last start
         return found
-
-
-def gpu_report(devices: Sequence[Device]) -> dict[str, Any]:
-    """The GPUs in serverless_vllm's form."""
-    busy = [device.utilization for device in devices]
-    return {
-        "gpu_count": len(devices), "gpu_names": [device.name for device in devices],
-        "total_memory_gb": sum(device.total_gb for device in devices),
-        "available_memory_gb": sum(d.total_gb - d.used_gb for d in devices),
-        "utilization": sum(busy) / len(busy) if busy else 0.0,
-        "devices": [{"index": d.number, "name": d.name, "total_memory_gb": d.total_gb,
-                     "available_memory_gb": d.total_gb - d.used_gb, "utilization": d.utilization}
-                    for d in devices],
-    }
 
 
 async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
@@ -21404,22 +21412,28 @@ def instance_asked(core: Core, asked: Asked) -> tuple[Instance, str]:
     return agent_of(core).named(urllib.parse.unquote(name)), verb
 
 
-SLEEP_LEVELS = {"SLEEP_1": 1, "SLEEP_2": 2}
+# The levels to which an instance can be put, as serverless_vllm counts them, and what is done.
+SLEEP_LEVELS = {"ACTIVE": "wake", "SLEEP_1": "sleep", "SLEEP_2": "sleep", "UNLOADED": "stop"}
 
 
 async def operate_instance(core: Core, asked: Asked) -> dict[str, Any]:
     """with /stop, /sleep or /wake: do that to the instance"""
     (one, verb), agent = instance_asked(core, asked), agent_of(core)
     said = read_members(asked.content, None)
-    level = said.get("level", SLEEP_LEVELS.get(str(said.get("level_name")), 1))
-    if verb not in ("stop", "sleep", "wake") or (verb == "sleep" and level not in (1, 2)):
-        text = f"found {shown(verb)} {level}, expected stop, wake, or sleep with level 1 or 2"
+    names = list(SLEEP_LEVELS)
+    level = said.get("level", said.get("level_name", 1))
+    level = names.index(level) if level in names else level
+    if verb not in SLEEP_LEVELS.values() or type(level) is not int or not 0 <= level < len(names):
+        text = (f"found {shown(verb)} {shown(str(level))}, expected stop, wake, or sleep with a"
+                f" level of 0 to 3, or its name: {', '.join(names)}")
         raise SettingsError([Complaint("request", 0, "level", text)])
+    verb = SLEEP_LEVELS[names[level]] if verb == "sleep" else verb
     try:
         await LocalHost(agent).do(one.name, verb, level)
     except ValueError as error:
         raise BadMessage(f"{one.name}: {error}", Fault.INSTANCE_CONFLICT) from None
-    return {"status": "success", "message": f"{one.name}: {verb}", "level": level}
+    return {"status": "success", "message": f"{one.name}: {verb}", "level": level,
+            "level_name": names[level]}
 
 
 WORKER_PATHS: dict[str, dict[str, Operate]] = {

@@ -18180,6 +18180,10 @@ PROFILES = {one.name: one for one in (
     ("of a pattern", {"model": "Qwen/Qwen3-8B"}, ""),
     ("listed arguments", {"model": "Qwen/x", "args": ["--dtype", "half"]}, ""),
     ("a listed path", {"model": "/models/own"}, ""),
+    ("serverless_vllm's, listed", {"model": "Qwen/x", "model_path": "/models/own"}, ""),
+    ("what is null is not said", {"model": "Qwen/x", "llama_filename": None, "profile": None}, ""),
+    ("a group like an option", {"model": "Qwen/x", "group": "--x"}, "group"),
+    ("a worker like an option", {"model": "Qwen/x", "worker_id": "-x"}, "worker_id"),
     ("an exact name for code", {"model": "b/c", "profile": "trusting"}, ""),
     ("of no pattern", {"model": "meta/x"}, "model"),
     ("a path", {"model": "/etc/x"}, "model"),
@@ -18205,7 +18209,7 @@ def test_what_may_be_said_of_a_model_over_http(said, named):
         return
     with pytest.raises(lite.SettingsError) as error:
         lite.model_by_request(said, PROFILES)
-    assert [one.key.rpartition(".")[2] for one in error.value.complaints][:1] == [named]
+    assert [one.key for one in error.value.complaints][:1] == [named]
 
 
 def test_gpus_are_read_as_nvidia_smi_says_them():
@@ -19119,7 +19123,8 @@ async def test_a_state_that_cannot_be_written_is_written_once_it_can(tmp_path, c
 @asynchronous
 async def test_a_deep_sleeper_is_woken_step_by_step_or_ended(broken, deeper):
     agent, asked, ended = lite.Agent.__new__(lite.Agent), [], []
-    one = lite.Instance("a", lite.ModelSettings("a"), (), lite.Life(0.0), 10.0)
+    model = lite.ModelSettings("a", deep_sleep_after_s=9.0)
+    one = lite.Instance("a", model, (), lite.Life(0.0), 10.0)
     one.life.phase, one.level = lite.Phase.SLEEPING, 2
 
     async def post(path, content=b""):
@@ -19441,6 +19446,17 @@ async def test_an_agent_runs_models_and_its_death_leaves_them_to_its_successor(t
             answer = await unknown.post("/proxy/g1-z/v1/completions", b"{}", keyed)
             assert (answer.status, answer.error["message"]) == (
                 404, "Bad request: 'g1-z' is no instance here.")
+            for path, said, status in (
+                ("g1-b/sleep", {"level_name": "ACTIVE"}, 409), ("g1-b/sleep", {"level": 4}, 400),
+                ("g1-b/sleep", {"level_name": "DEEP"}, 400), ("g1-b/sleep", {"level": 1}, 409),
+                ("g1-b/burn", {}, 400), ("none/stop", {}, 404),
+                ("start", {"alias": "a", "devices": [0, 0]}, 409),
+            ):
+                unknown.close()
+                unknown = Client(*await asyncio.open_connection(host, int(port)))
+                answer = await unknown.post(
+                    f"/instances/{path}", json.dumps(said).encode(), [*keyed, *AS_JSON])
+                assert answer.status == status, said
             unknown.close()
             logs = await client.get("/logs/b?follow=0")
             assert logs.status == 200 and logs.body
