@@ -5189,6 +5189,11 @@ class Health(NamedTuple):
             return "closed"
         return "open" if now < self.open_until else "half-open"
 
+    def may_be_tried(self, now: float) -> bool:
+        """Whether requests may be sent to it, if only as trials."""
+        return self.state is State.HEALTHY or (
+            self.circuit(now) == "half-open" and not self.failures)
+
     @property
     def success_matters(self) -> bool:
         """Whether a request that succeeds may change its health."""
@@ -7644,11 +7649,11 @@ class Suspect(NamedTuple):
     told: bool  # its health has counted the failure, as one of that content
 
 
-def to_blame(suspects: Sequence[Suspect], went_well: bool) -> list[Suspect]:
-    """The servers to blame for failures with one request: all of them if another server did well
-    with it; else the only one that failed, unless its health has counted that already."""
-    if went_well:
-        return list(suspects)
+def to_blame(suspects: Sequence[Suspect], well_at: str) -> list[Suspect]:
+    """The servers to blame for failures with one request: all but the one that did well with it in
+    the end; if none did (''), the only one that failed, unless its health has counted that."""
+    if well_at:
+        return [one for one in suspects if one.server != well_at]
     return [one for one in suspects if not one.told and len(suspects) == 1]
 
 
@@ -12202,7 +12207,7 @@ class Case:
         if core.requests.poison.deaths and self.known_by:
             core.requests.poison.succeeded(self.known_by)
         if self.suspects and response.status < 400:
-            self.close(True)
+            self.close(server)
 
     async def accuse(
         self, server: str, failure: Outcome, sent_at: float, response: Response
@@ -12232,12 +12237,13 @@ class Case:
             return self.died(server, failure, sent_at)
         return failure
 
-    def close(self, went_well: bool) -> None:
-        """Settle the case: hold against each suspect what is still due."""
+    def close(self, well_at: str = "") -> None:
+        """Settle the case: hold against each suspect what is still due.  `well_at` is the server
+        that did well with the request."""
         core, s = self.core, self.settings
-        for server, text, _ in to_blame(self.suspects, went_well):
+        for server, text, _ in to_blame(self.suspects, well_at):
             now = asyncio.get_running_loop().time()
-            if went_well:
+            if well_at:
                 core.judge(server, Health.confirmed, self.known_by, text, now, s)
             else:
                 content = self.known_by if core.goes_well(server, s) else b""
@@ -12617,7 +12623,7 @@ class Exchange:
             pass
         finally:
             if self.case.suspects:
-                self.case.close(False)
+                self.case.close()
 
     def spend_retry(self) -> bool:
         """Take a retry from the budget.  Returns False if none is left."""
@@ -20062,6 +20068,7 @@ LOOK_AT_POOL_S = 0.25
 AGENT_LOOK_S = 0.5  # between two looks at an agent
 AGENTS_RETURN_S = 10.0  # after a start, for which known but silent agents delay placement
 DEVICES_S = 5.0  # between two looks at the GPUs
+STUCK_S = 1.0  # after which a running instance that should get requests, and does not, is checked
 POOL_HEARTBEAT_S = 10.0  # between comments to a client that waits for a model; default
 START_GUESS_S = 30.0  # for a model that was never started to be ready
 WAKES_LIMIT = 3  # wakes for one request, as its model may end again and again
@@ -20342,6 +20349,9 @@ class Holdings:
         self._preloaded = set[str]()
         self._changed = asyncio.Event()
 
+    def notify(self) -> None:
+        self._changed.set()
+
     @property
     def models(self) -> dict[str, ModelSettings]:
         return {**self.registered, **{one.alias: one for one in self.core.settings.models}}
@@ -20397,6 +20407,45 @@ class Holdings:
         view = self.core.fleet.view(name)
         return self.core.fleet.in_flight(name) + (
             round(view.foreign(now, interval_s)) if view is not None else 0)
+
+    def define_servers(self) -> None:
+        """Define every instance that has ever been ready as a server; weight 0 if it is not now."""
+        servers, news, stuck = dict[str, ServerSettings](), list[str](), list[str]()
+        known, self.seen_running = self.seen_running, {}
+        for host, one in self.instances():
+            phase, name = Phase(one["status"]), one["alias"]
+            runs = phase is Phase.RUNNING and host.reachable
+            if runs or (name in known and phase in LIVING + (Phase.FAILED,)
+                        and one["retry_in_s"] is not None):
+                id, model = one["alias"], self.models.get(one["model_alias"])
+                servers[id] = dataclasses.replace(
+                    host.address_of(one), id=id, name=id,
+                    max_concurrent_requests=model.max_concurrent_requests if model else AUTO,
+                    weight=1.0 if runs and name not in self.leaving else 0.0)
+                self.seen_running[name] = one["pid"] if runs else known[name]
+                view, before = self.core.fleet.view(id), self.named.get(id)
+                back = before is not None and not before.weight and view and not view.healthy
+                if runs and (known.get(name) != one["pid"] or back):
+                    news.append(id)
+                elif runs and view and not view.healthy and self.uses.waiting.get(
+                        one["model_alias"]):
+                    stuck.append(id)
+        if servers != self.named:
+            self.named = servers
+            self.core.roster.define(Source.POOL, servers)
+        now = asyncio.get_running_loop().time()
+        for id in news:
+            self.core.judge(id, Health.become, State.CHECKING, "its process is new", now)
+        for id in (*news, *(one for one in stuck if f"probe {one}" not in self.doing)):
+            self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id, id in stuck))
+
+    async def probe(self, id: str, again: bool) -> None:
+        """Check a server; an open circuit gets its trial at once, as nothing else may have it."""
+        await asyncio.sleep(STUCK_S * again)
+        with contextlib.suppress(PeerGone, LookupError):  # it may have left
+            await probe_server(self.core, id)
+        self.doing.pop(f"probe {id}", None)
+        self.notify()
 
     def load_of(self, alias: str) -> float:
         """The requests at a model's running instances, divided by their capacity."""
@@ -20464,10 +20513,11 @@ class Holdings:
 
     def is_routable(self, model: ModelSettings) -> bool:
         """Whether a request for a model finds a server now."""
+        now = asyncio.get_running_loop().time()
         for host, one in self.instances():
             if one["model_alias"] == model.alias and one["status"] == Phase.RUNNING.value:
                 view = self.core.fleet.view(one["alias"])
-                if (view is not None and view.healthy and view.available
+                if (view is not None and view.health.may_be_tried(now) and view.available
                         and view.has(model.served)):
                     return True
         return False
@@ -20506,9 +20556,6 @@ class Holdings:
 
 class ModelPool(Holdings):
     """Decides on acts again and again, and carries them out."""
-
-    def notify(self) -> None:
-        self._changed.set()
 
     def register(self, model: ModelSettings) -> None:
         self.registered[model.alias] = model
@@ -20759,39 +20806,6 @@ class ModelPool(Holdings):
             async with asyncio.timeout(self.core.settings.drain_timeout):
                 while self.requests_at(id):
                     await asyncio.sleep(0.02)
-
-    def define_servers(self) -> None:
-        """Define every instance that has ever been ready as a server; weight 0 if it is not now."""
-        servers, news = dict[str, ServerSettings](), list[str]()
-        known, self.seen_running = self.seen_running, {}
-        for host, one in self.instances():
-            phase, name = Phase(one["status"]), one["alias"]
-            runs = phase is Phase.RUNNING and host.reachable
-            if runs or (name in known and phase in LIVING + (Phase.FAILED,)
-                        and one["retry_in_s"] is not None):
-                id, model = one["alias"], self.models.get(one["model_alias"])
-                servers[id] = dataclasses.replace(
-                    host.address_of(one), id=id, name=id,
-                    max_concurrent_requests=model.max_concurrent_requests if model else AUTO,
-                    weight=1.0 if runs and name not in self.leaving else 0.0)
-                self.seen_running[name] = one["pid"] if runs else known[name]
-                view, before = self.core.fleet.view(id), self.named.get(id)
-                back = before is not None and not before.weight and view and not view.healthy
-                if runs and (known.get(name) != one["pid"] or back):
-                    news.append(id)
-        if servers != self.named:
-            self.named = servers
-            self.core.roster.define(Source.POOL, servers)
-        now = asyncio.get_running_loop().time()
-        for id in news:
-            self.core.judge(id, Health.become, State.CHECKING, "its process is new", now)
-            self.doing[f"probe {id}"] = self._tasks.create_task(self.probe(id))
-
-    async def probe(self, id: str) -> None:
-        with contextlib.suppress(PeerGone, LookupError):  # it may have left
-            await probe_server(self.core, id)
-        self.doing.pop(f"probe {id}", None)
-        self.notify()
 
     async def look_again(self, alias: str) -> None:
         """Refresh the reports on a model's instances, whose processes may have ended since."""

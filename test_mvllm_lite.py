@@ -7273,19 +7273,20 @@ def test_what_is_too_long_for_a_server_goes_to_larger_ones(lengths, outcomes, se
 
 
 SUSPECTS = table(  # servers that failed, those whose health knows in capitals
-    ("well elsewhere", "aB", True, "aB"),
-    ("alone", "a", False, "a"),
-    ("alone, and known", "A", False, ""),
-    ("several: it is the request", "ab", False, ""),
-    ("some of several are known", "aB", False, ""),
-    ("nobody", "", True, ""),
+    ("well elsewhere", "aB", "c", "aB"),
+    ("well at one of them, or its next process", "AaB", "a", "AB"),
+    ("alone", "a", "", "a"),
+    ("alone, and known", "A", "", ""),
+    ("several: it is the request", "ab", "", ""),
+    ("some of several are known", "aB", "", ""),
+    ("nobody", "", "c", ""),
 )
 
 
-@pytest.mark.parametrize("servers, well, blamed", SUSPECTS)
-def test_who_is_to_blame_for_failures_of_one_request(servers, well, blamed):
+@pytest.mark.parametrize("servers, well_at, blamed", SUSPECTS)
+def test_who_is_to_blame_for_failures_of_one_request(servers, well_at, blamed):
     suspects = [lite.Suspect(name, "", name.isupper()) for name in servers]
-    assert "".join(one.server for one in lite.to_blame(suspects, well)) == blamed
+    assert "".join(one.server for one in lite.to_blame(suspects, well_at)) == blamed
 
 
 # of the second server, in front of which a 503 cannot be afforded to be retried
@@ -18601,6 +18602,18 @@ async def test_a_model_that_is_killed_is_started_again_and_nothing_is_left_of_it
         last = await instance_of(running)
         assert last["starts"] == 3
     assert gone(last["group"])
+
+
+@asynchronous
+async def test_a_running_model_with_an_open_circuit_gets_its_trial_when_a_request_waits():
+    async with pooling(little(), breaker_open_time=600.0) as running:
+        assert (await ask_model(running)).status == 200
+        core, now = running.core, asyncio.get_running_loop().time()
+        core.judge("local-a", lite.Health.opened, "circuit open: refused", now, core.settings)
+        answers = await asyncio.gather(*(ask_model(running) for _ in range(3)))
+        assert {one.status for one in answers} == {200}
+        assert core.fleet.view("local-a").healthy
+        assert (await instance_of(running))["starts"] == 1
 
 
 @asynchronous
