@@ -18741,11 +18741,13 @@ def parse_gpus(text: str, visible: str = "") -> list[Device]:
     """The devices in GPU_QUERY's output.  `visible` is CUDA_VISIBLE_DEVICES, as numbers."""
     found = list[Device]()
     for line in text.splitlines():
-        index, *name, total, used, busy = [word.strip() for word in line.split(",")]
-        with contextlib.suppress(ValueError):
-            share = float(busy) / 100 if busy.replace(".", "").isdecimal() else 0.0
-            found.append(Device(float(total) / 1024, float(used) / 1024, ", ".join(name),
-                                share, int(index)))
+        with contextlib.suppress(ValueError):  # a warning, or a device that does not tell
+            index, *name, total, used, busy = [word.strip() for word in line.split(",")]
+            used_mb, percent = (float(word) if word.replace(".", "").isdecimal() else 0.0
+                                for word in (used, busy))
+            if 0 < float(total) < INFINITY:
+                found.append(Device(float(total) / 1024, used_mb / 1024, ", ".join(name),
+                                    percent / 100, int(index)))
     wanted = [word.strip() for word in visible.split(",") if word.strip()]
     if not wanted or not all(word.isdecimal() for word in wanted):
         return [] if wanted and wanted[0] in ("-1", "none", "NoDevFiles") else found
@@ -18761,6 +18763,13 @@ def parse_gpu_apps(text: str) -> dict[int, float]:
             pid, used = line.split(",")
             found[int(pid)] = found.get(int(pid), 0.0) + float(used) / 1024
     return found
+
+
+def kept_devices(before: Sequence[Device], found: Iterable[Device]) -> list[Device]:
+    """The devices found, in their places of before; one that is missing has no room."""
+    by_number = {device.number: device for device in found}
+    return [by_number.pop(one.number, one._replace(used_gb=one.total_gb)) for one in before] + [
+        *by_number.values()]
 
 
 def stated_devices(stated: Sequence[float], found: Sequence[Device]) -> list[Device]:
@@ -19734,6 +19743,7 @@ class Agent:
         self.instances: dict[str, Instance] = {}
         self.lives: dict[tuple[str, str], Life] = {}  # by alias and name; of absent ones too
         self.devices: list[Device] = []
+        self._found, self._missing = list[Device](), set[int]()  # by nvidia-smi
         self.profiles: Mapping[str, ProfileSettings] = {DEFAULT_PROFILE.name: DEFAULT_PROFILE}
         self.on_change: Callable[[], object] = lambda: None
         self.resting = False  # a successor tends the instances
@@ -19744,7 +19754,14 @@ class Agent:
     async def look_at_devices(self, stated: Sequence[float]) -> None:
         """Update `devices` from nvidia-smi and the sizes that settings state."""
         found = parse_gpus(await output_of(GPU_QUERY), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        self.devices = stated_devices(stated, found)
+        missing = {device.number for device in self._found} - {device.number for device in found}
+        if missing != self._missing:
+            self._missing = missing
+            log.log(logging.ERROR if missing else logging.INFO, "nvidia-smi tells of %s", (
+                f"GPU {', '.join(map(str, sorted(missing)))} no more" if missing else "all GPUs"))
+        if found:  # what does not answer is taken to be as it was
+            self._found = kept_devices(self._found, found)
+        self.devices = stated_devices(stated, self._found)
 
     def named(self, name: str) -> Instance:
         """The instance with a name.  Raises LookupError."""
@@ -19861,6 +19878,8 @@ class Agent:
         if adopted and one.life.phase is not Phase.STARTING:
             return ""
         reason = await self.await_ready(one, one.child) if adopted and one.child else ""
+        if gone := [n for n in one.devices if n >= len(self.devices)]:
+            return f"of its devices, {gone} are here no more"
         for _ in range(0 if adopted else PORT_TRIES):
             one.listens(free_port([other.port for other in self.instances.values()]))
             device_gb = [self.devices[n].total_gb for n in one.devices]
@@ -20018,7 +20037,8 @@ class Agent:
         ours = [0.0] * len(self.devices)
         for one in self.instances.values():
             for n in one.devices if one.life.phase is not Phase.STARTING else ():
-                ours[n] += one.gb if n < len(ours) else 0.0
+                if n < len(ours):  # or the settings state fewer by now
+                    ours[n] += one.gb
         return {
             "worker_id": self.name, "gpu_info": gpu_report(self.devices),
             "total_gb": [device.total_gb for device in self.devices],

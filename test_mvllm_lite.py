@@ -18219,6 +18219,11 @@ def test_gpus_are_read_as_nvidia_smi_says_them():
         lite.Device(80.0, 1.0, "NVIDIA A100", 0.37, 0), lite.Device(24.0, 0.0, "X", 0.0, 1)]
     assert [one.number for one in lite.parse_gpus(text, "1,0")] == [1, 0]
     assert lite.parse_gpus(text, "-1") == []
+    assert lite.parse_gpus("NVIDIA: a warning\n\n0, X, nan, 0, 0\n1, X, -5, 0, 0\n2, GB10, inf, 1, "
+                           "1\n3, Y, 1024, [N/A], [N/A]\n") == [lite.Device(1.0, 0.0, "Y", 0.0, 3)]
+    one, two, three = (lite.Device(8.0, float(n), number=n) for n in range(3))
+    assert lite.kept_devices([one, two], [three, two._replace(used_gb=5.0)]) == [
+        one._replace(used_gb=8.0), two._replace(used_gb=5.0), three]
     assert lite.parse_gpu_apps("17, 1024\n17, 512\nx\n") == {17: 1.5}
     found = lite.parse_gpus(text)
     assert [one.total_gb for one in lite.stated_devices([40.0, 80.0], found)] == [40.0, 24.0]
@@ -18737,6 +18742,30 @@ async def test_a_model_whose_settings_change_is_replaced_and_a_removed_one_is_un
         await instance_of(running, "b", "starting")
         running.balancer.adopt(dataclasses.replace(running.core.settings, models=(changed,)))
         assert (await asking).error["message"] == "The model `b` does not exist. Valid names: a."
+
+
+@asynchronous
+async def test_gpus_that_are_told_of_no_more_are_remembered_and_not_used(
+        tmp_path, monkeypatch, caplog):
+    said = tmp_path / "said"
+    said.write_text("0, X, 16384, 0, 0\n1, X, 16384, 0, 0")
+    (program := tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {said}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    async with pooling(little(), devices=()) as running:
+        assert (await ask_model(running)).status == 200
+        agent, before = running.core.planners["models"].pool.agent, await instance_of(running)
+        for words, used in (("", [0.0, 0.0]), ("1, X, 16384, 0, 0", [16.0, 0.0])):
+            said.write_text(words)
+            await agent.look_at_devices(())
+            await agent.look_at_devices(())
+            assert [device.used_gb for device in agent.devices] == used
+        assert "nvidia-smi tells of GPU 0, 1 no more" in caplog.text
+        agent.devices = []  # the settings state none, by now
+        os.kill(before["pid"], signal.SIGKILL)
+        await eventually(lambda: agent.instances["local-a"].life.failures > 1, "it fails")
+        assert "of its devices, [0] are here no more" in (
+            await instance_of(running, status=""))["reason"]
 
 
 @asynchronous
