@@ -14967,7 +14967,9 @@ async def feed_watchdog() -> None:
             await asyncio.sleep(period_s / 2)
 
 
-def follow_signals(balancer: Balancer, upgradable: bool) -> None:
+def follow_signals(balancer: Balancer, lasting: bool) -> None:
+    """A terminal that closes sends SIGHUP, too.  A `lasting` balancer serves on, since a lost ssh
+    session must not take its clients with it; any other, which is there to be watched, ends."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -14976,9 +14978,9 @@ def follow_signals(balancer: Balancer, upgradable: bool) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, balancer.follower.look_now)
+    loop.add_signal_handler(signal.SIGHUP, balancer.follower.look_now if lasting else stop)
     balancer.handover.taken_back = notify_ready
-    if upgradable:
+    if lasting:
         command = [sys.executable, *sys.orig_argv[1:]]
         loop.add_signal_handler(signal.SIGUSR2, balancer.upgrade, command)
 
@@ -15012,7 +15014,7 @@ def serve_until_stopped(
 
     async def run(balancer: Balancer) -> None:
         core, terminal = balancer.core, sys.stdout.isatty()
-        follow_signals(balancer, upgradable=not hint)  # a demo has its servers in this process
+        follow_signals(balancer, lasting=not hint)  # a demo has its servers in this process
         core.news.subscribers.append(functools.partial(
             saying_requests, lambda: core.settings.log_to_console or not terminal))
         raise_descriptor_limit()
@@ -15244,8 +15246,8 @@ examples:
 
 A flag wins over the environment, that over the file, and that over the default.  The environment
 is CONFIG_PATH, {env}.
-SIGHUP reads the file at once; SIGTERM and Ctrl-C let running answers finish, a second one does not;
-SIGUSR2 has a new process take over.
+SIGHUP reads the file at once, so a balancer outlives its terminal, and `demo` does not; SIGTERM and
+Ctrl-C let running answers finish, a second one does not; SIGUSR2 has a new process take over.
 """
 
 
@@ -16110,7 +16112,7 @@ ACCOUNT_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 LIST_TIMEOUT_S = 30.0
 PAGE_LIMIT_BYTES = 64 * 1024 * 1024
 SILENCE_S = 30  # after the time at which the API should have ended a watch
-LOOK_S = 1.0  # between two looks at the credentials while there is trouble
+CREDENTIALS_S = 1.0  # between two looks at the credentials while there is trouble
 BRIEF_S = 1.0  # a watch that ends sooner and brought nothing is not restarted at once
 
 
@@ -16313,7 +16315,7 @@ class Watch:
             log.warning("kubernetes: %s: %s; its servers stay as they are",
                         self.listing.what.name, failure.text)
         while (left_s := deadline - loop.time()) > 0:
-            await asyncio.sleep(min(left_s, LOOK_S))
+            await asyncio.sleep(min(left_s, CREDENTIALS_S))
             with contextlib.suppress(SettingsError):
                 if cluster_of(self.listing.what.table, self._environ) != used:
                     return
@@ -19171,7 +19173,7 @@ def place_on(
 # function makes acts from models, hosts, seats and demands.
 
 
-CHANGED = "its settings have changed"
+OUTDATED = "its settings have changed"
 RENEWED_IDLE_S = 10.0  # what was idle for so long is not replaced before it is asked for
 
 
@@ -19236,9 +19238,9 @@ def renew(
                     and seat.phase is Phase.RUNNING), key=worth)
     if not stale or any(seat.leaving for seat in mine):
         return []
-    demand, why = demands.get(model.alias, NO_DEMAND)._replace(waiting=1), CHANGED
+    demand, why = demands.get(model.alias, NO_DEMAND)._replace(waiting=1), OUTDATED
     if any(seat.phase is Phase.FAILED for seat in fresh):
-        why_not[model.alias] = f"{CHANGED}, but what replaces it fails"
+        why_not[model.alias] = f"{OUTDATED}, but what replaces it fails"
         return []
     in_use = any(seat.in_flight or seat.idle_s < RENEWED_IDLE_S for seat in stale)
     if in_use and len(fresh) < len(stale):
@@ -19252,7 +19254,7 @@ def renew(
     if not fresh and isinstance(place := find_place(
             model, hosts, [seat for seat in seats if seat is not stale[0]],
             {**demands, model.alias: demand}), str):
-        why_not[model.alias] = f"{CHANGED}, but {place}"
+        why_not[model.alias] = f"{OUTDATED}, but {place}"
         return []
     return [Act("stop", model.alias, stale[0].name, why=why)]
 
@@ -19351,7 +19353,7 @@ def shrink(
         if seat.phase is not Phase.SLEEPING:
             continue
         if not seat.fresh:
-            acts.append(Act("stop", model.alias, seat.name, why=CHANGED))
+            acts.append(Act("stop", model.alias, seat.name, why=OUTDATED))
         elif 0 < model.unload_after_s <= seat.idle_s:
             acts.append(Act("stop", model.alias, seat.name, why=f"idle for {seat.idle_s:.0f} s"))
         elif 0 < model.deep_sleep_after_s <= seat.idle_s and seat.level < 2:
@@ -26125,10 +26127,11 @@ class SimulatedServer:
     that share `blocks` play prefill and decode for each other."""
 
     def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0,
-                 blocks: SimulatedBlocks | None = None):
+                 blocks: SimulatedBlocks | None = None, host: str = "127.0.0.1"):
         self.kind, self.models, self.draw = kind, models, random.Random(seed)
         self.blocks, self.engine_id = blocks, f"engine-{seed}"
-        self.mode, self.url, self.port, self.version = "ok", "", 0, "0.0.0+simulated"
+        self.mode, self.url, self.version = "ok", "", "0.0.0+simulated"
+        self.host, self.port = host, 0
         self.running = self.waiting = self.prompt_tokens = self.generated_tokens = self.aborted = 0
         self.cache, self.cached_tokens, self.received_tokens = PrefixCache(), 0, 0
         self.slots = asyncio.Semaphore(kind.capacity)
@@ -26137,8 +26140,8 @@ class SimulatedServer:
 
     async def __aenter__(self) -> SimulatedServer:
         self._listener = await asyncio.start_server(
-            self._serve, "127.0.0.1", self.port, backlog=LISTEN_BACKLOG)
-        self.url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+            self._serve, self.host, self.port, backlog=LISTEN_BACKLOG)
+        self.url = own_url(Settings(), self.host, self._listener.sockets[0].getsockname()[1])
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -26407,7 +26410,7 @@ class SimulatedVllm(SimulatedServer):
     def __init__(self, args: argparse.Namespace, dev: bool) -> None:
         super().__init__(
             SIMULATED_KIND._replace(token_s=args.token_s, capacity=args.max_num_seqs),
-            (args.served_model_name or args.model,))
+            (args.served_model_name or args.model,), host=args.host)
         self.port, self.dev, self.wake_s, self.level = args.port, dev, args.wake_s, 0
         self.asleep, self.engine_died = False, False
         self.awake, self.over = asyncio.Event(), asyncio.Event()

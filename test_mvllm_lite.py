@@ -187,9 +187,9 @@ def test_a_room_uses_names_of_itself_and_of_earlier_rooms_only():
         assert home.keys().isdisjoint(names), f"in line {node.lineno}: {names} is taken"
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [t.id for target in targets
-                     for t in ast.walk(target) if isinstance(t, ast.Name)]
-        assert not (hasattr(node, "name") and node.name in home), f"{node.name} has two meanings"
+            names = [t.id for target in targets for t in ast.walk(target)
+                     if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
+            assert home.keys().isdisjoint(filter(str.isupper, names)), f"in line {node.lineno}"
         home |= {name: room_at(node.lineno) for name in names if name not in home}
     for line, name in names_used(symtable.symtable(SOURCE, "mvllm_lite.py", "exec")):
         assert home.get(name, 0) <= room_at(line), f"in line {line} ff.: {name}"
@@ -14285,6 +14285,14 @@ async def test_the_demo_streams_an_answer_and_prints_how_to_get_one():
         assert all(word in line
                    for word in ("status=200", "end=complete", "model=demo-model", "attempts=1"))
         client.close()
+        child.send_signal(signal.SIGHUP)  # its terminal has closed
+        await line_with(child, "stopped")
+        assert await child.wait() == 0
+
+
+def test_what_stands_in_for_vllm_listens_where_it_is_told_to():
+    args = lite.argument_parser().parse_args(["simulate-vllm", "m", "--host", "10.1.2.3"])
+    assert lite.SimulatedVllm(args, dev=False).host == "10.1.2.3"
 
 
 @asynchronous
