@@ -10081,7 +10081,8 @@ class Secrets:
         self.keys = [(key, key.key or self._read_key(key.key_file)) for key in settings.keys]
         s = settings
         self.registration = s.registration_key or self._read_key(s.registration_key_file)
-        manager = ServerSettings(s.manager, ca_file=s.manager_ca_file, id=PATTERN + MANAGER)
+        managers = [ServerSettings(s.manager, ca_file=s.manager_ca_file, id=PATTERN + MANAGER)]
+        managers *= s.manager != ""
         self._registered_key = s.registered_api_key or self._read_key(s.registered_api_key_file)
         self._settings = s
         named = (*settings.servers, *(
@@ -10090,11 +10091,12 @@ class Secrets:
             server.id: server.api_key or self._read_key(server.api_key_file) or settings.api_key
             for server in named
         }
-        self.server_keys[manager.id] = s.manager_key or self._read_key(s.manager_key_file)
+        for manager in managers:
+            self.server_keys[manager.id] = s.manager_key or self._read_key(s.manager_key_file)
         self._named = frozenset(self.server_keys)
         self.contexts: dict[str, ssl.SSLContext] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
-        for server in (*named, manager):
+        for server in (*named, *managers):
             self._make_context(server, before)
         self.listener: ssl.SSLContext | None = None
         if settings.tls_cert:
@@ -19413,7 +19415,7 @@ OURS_ALONE = ("WORKER_KEY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", RE
 OUTPUT_BYTES = 256 * 1024  # of a child's output to keep; up to twice as many between two trims
 REASON_LINES = 5  # of output in the reason for an end
 KILLED_S = 5.0  # for which to wait until a killed group is gone
-LOOK_S = 0.2  # between two looks, if the system does not report ends
+ENDS_LOOK_S = 0.2  # between two looks, if the system does not report ends
 
 
 class ProcessStat(NamedTuple):
@@ -19540,7 +19542,7 @@ class Child:
             watched = os.pidfd_open(self.pid)
         except (AttributeError, OSError):
             while self.alive:
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(ENDS_LOOK_S)
             return
         try:
             loop.add_reader(watched, over.set)
@@ -19562,14 +19564,14 @@ class Child:
                 async with asyncio.timeout(grace_s):
                     await self.ended()
                     while group_members(self.pid):
-                        await asyncio.sleep(LOOK_S / 4)
+                        await asyncio.sleep(ENDS_LOOK_S / 4)
         until = loop.time() + KILLED_S
         while left := group_members(self.pid):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
             if loop.time() > until:
                 break
-            await asyncio.sleep(LOOK_S / 10)
+            await asyncio.sleep(ENDS_LOOK_S / 10)
         if self.popen is not None:
             self.popen.poll()  # reaps it
         return left
@@ -19925,7 +19927,7 @@ class Agent:
                 if one.child is not None:
                     with contextlib.suppress(OSError):  # a full disk
                         one.child.trim()
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(ENDS_LOOK_S)
 
     async def watch(self, one: Instance) -> str:
         """Wait until an instance or its engine has ended.  Returns the reason."""

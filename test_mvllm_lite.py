@@ -162,8 +162,7 @@ def test_the_map_in_the_docstring_says_about_how_long_the_parts_are_and_help_par
 
 
 def test_no_name_of_the_module_means_two_things():
-    names = Counter(node.name for node in TREE.body
-                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)))
+    names = Counter(names_defined(TREE))
     assert [name for name, count in names.items() if count > 1] == []
 
 
@@ -319,7 +318,8 @@ def names_defined(tree):
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             inner = (one for target in targets for one in ast.walk(target))
-            yield from (one.id for one in inner if isinstance(one, ast.Name))
+            yield from (one.id for one in inner
+                        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
 
@@ -4265,7 +4265,7 @@ def test_what_differs_is_never_shown(other):
     assert b"".join(transcript.pieces()) == before
 
 
-def listing(*entries, name="token_ids", end=False):
+def lists(*entries, name="token_ids", end=False):
     """A stream with an event for each list of entries."""
     said = [{"index": 0, "text": "", "finish_reason": None, name: one} for one in entries]
     said += [{"index": 0, "text": "", "finish_reason": "stop"}] * end
@@ -4273,29 +4273,29 @@ def listing(*entries, name="token_ids", end=False):
 
 
 def logs(*entries):
-    return listing(*[{"content": one} for one in entries], name="logprobs")
+    return lists(*[{"content": one} for one in entries], name="logprobs")
 
 
-A, B, C = map(entry_of, "abc")
+ONE, TWO, THREE = map(entry_of, "abc")
 LISTS = table(
-    ("the same ids", listing([1], [2]), listing([1], [2], [3]), listing([3])),
-    ("otherwise cut", listing([1], [2]), listing([1, 2, 3]), listing([3])),
-    ("another id", listing([1], [2]), listing([1], [7], [3]), None),
-    ("none, and none", listing([]), listing(end=True), listing(end=True)),
-    ("fewer, and an end", listing([1], [2]), listing([1], end=True), None),
-    ("of the prompt", listing([5, 6], name="prompt_token_ids"),
-     listing([5, 7], name="prompt_token_ids"), None),
-    ("the same tokens, other floats", logs([entry_of("a", "x", logprob=-3)], [B]), logs([A, B, C]),
-     logs([C])),
-    ("another token", logs([A]), logs([B, C]), None),
-    ("tokens of completions", listing(tokens_of("a", "b", logprob=-3), name="logprobs"),
-     listing(tokens_of("a"), tokens_of("b", "c", tops=("c", "d")), name="logprobs"),
-     listing({one: said[1:] for one, said in tokens_of("b", "c", tops=("c", "d")).items()},
-             name="logprobs")),
-    ("another one", listing(tokens_of("a"), name="logprobs"),
-     listing(tokens_of("b"), name="logprobs"), None),
-    ("tokens, and then only their numbers", listing(tokens_of("a"), name="logprobs"),
-     listing({"token_logprobs": [-1.5]}, name="logprobs"), None),
+    ("the same ids", lists([1], [2]), lists([1], [2], [3]), lists([3])),
+    ("otherwise cut", lists([1], [2]), lists([1, 2, 3]), lists([3])),
+    ("another id", lists([1], [2]), lists([1], [7], [3]), None),
+    ("none, and none", lists([]), lists(end=True), lists(end=True)),
+    ("fewer, and an end", lists([1], [2]), lists([1], end=True), None),
+    ("of the prompt", lists([5, 6], name="prompt_token_ids"),
+     lists([5, 7], name="prompt_token_ids"), None),
+    ("the same tokens, other floats", logs([entry_of("a", "x", logprob=-3)], [TWO]),
+     logs([ONE, TWO, THREE]), logs([THREE])),
+    ("another token", logs([ONE]), logs([TWO, THREE]), None),
+    ("tokens of completions", lists(tokens_of("a", "b", logprob=-3), name="logprobs"),
+     lists(tokens_of("a"), tokens_of("b", "c", tops=("c", "d")), name="logprobs"),
+     lists({one: said[1:] for one, said in tokens_of("b", "c", tops=("c", "d")).items()},
+           name="logprobs")),
+    ("another one", lists(tokens_of("a"), name="logprobs"),
+     lists(tokens_of("b"), name="logprobs"), None),
+    ("tokens, and then only their numbers", lists(tokens_of("a"), name="logprobs"),
+     lists({"token_logprobs": [-1.5]}, name="logprobs"), None),
 )
 
 
@@ -14156,7 +14156,7 @@ def test_every_environment_variable_of_the_seeds_is_known():
     assert known == {"HOST", "PORT", "LOG_LEVEL", "LOG_TO_CONSOLE", "SHOW_MODELS",
                      "HEALTH_CHECK_INTERVAL",
                      "CONFIG_RELOAD_INTERVAL", "REQUEST_TIMEOUT", "LOG_DIR", "LOG_FORMAT",
-                     "WORKER_KEY"}
+                     "WORKER_KEY", "MANAGER_CA_FILE"}
     args = lite.argument_parser().parse_args(
         ["run", "--reload", "--server", "http://a", "-h", "h", "-p", "1", "-c", "-m", "--log-level",
          "debug",
