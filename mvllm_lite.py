@@ -10336,6 +10336,7 @@ class HttpClient(Upstream):
 
     limit_bytes: float = FETCH_LIMIT_BYTES  # of an answer's content
     fields = ""  # more field lines for its requests
+    method = ""  # of its requests; '': GET, or POST with content
     _idle: Stream | None = None
     _expiry: asyncio.TimerHandle | None = None
 
@@ -10353,7 +10354,8 @@ class HttpClient(Upstream):
         """GET a path, or POST JSON `content` to it, and return the status.  `take` is called with
         each piece of the answer's content, up to `limit_bytes`.  If the idle connection turns out
         to be closed, a new one is used.  Raises PeerGone, BadMessage, TimeoutError."""
-        request = f"{'GET' if content is None else 'POST'} {self.prefix}{path} HTTP/1.1\r\n"
+        method = self.method or ("GET" if content is None else "POST")
+        request = f"{method} {self.prefix}{path} HTTP/1.1\r\n"
         request += f"Host: {self.authority}\r\nAccept: */*\r\n{self.key_line}{self.fields}"
         if self.name:
             request += f"Via: 1.1 {self.name}\r\n"
@@ -11574,9 +11576,17 @@ class Process:
         self.reloaded_at: float | None = None  # on the loop's clock
         self.hint = ""  # what to try, for people
         self.settings_error = ""  # why the last read of the settings file gave nothing usable
+        self.own_url = ""  # where operators reach it, from this machine
         self.stopping = self.succeeded = False  # succeeded: by a process that serves
+        self.handing_over = False  # a successor starts, and learns what there is
+        self.parting = False  # it serves, and clients should come back to it
         self.stalled_at = -INFINITY  # when it was last found to have stalled
         self.pulse_due_at = INFINITY  # when the next check for a stall is due
+
+    @property
+    def rests(self) -> bool:
+        """Whether a successor does, or soon will, what only one process may."""
+        return self.handing_over or self.succeeded
 
     def stood_still_since(self, then: float, now: float) -> bool:
         """Whether this process has stalled since `then`, even if its pulse has yet to notice."""
@@ -11634,6 +11644,7 @@ class Core:
         self.looks = Looks()
         self.services: dict[str, Any] = {}  # each with `report` and `families` at a time, and a str
         self.planners: dict[str, Planner] = {}  # the rows of PLANS that the settings call for
+        self.beginnings = list[asyncio.Event]()  # to wait for before clients are let in
         self.process = Process(f"{OUR_NAME}{draw.getrandbits(48):012x}")
         self.pools = Pools(self.process.name)
 
@@ -12501,7 +12512,7 @@ class Exchange:
         self.body = RequestContent(client, head, length, s, core.clients.backlog)
         id = request_id(head.fields, s.request_id_headers, core.clients.ids, core.draw)
         self.response = Response(client, head, id, s, self.body)
-        if core.process.stopping:
+        if core.process.stopping or core.process.parting:
             self.response.close_after()
         self.destination = destination_of(head.path)
         self.call = NO_CALL  # until the content is there
@@ -13777,6 +13788,9 @@ async def get_metrics(core: Core, asked: Asked) -> Reply:
 Operate = Callable[[Core, Asked], Awaitable[dict[str, Any]]]
 
 
+SUCCESSOR_S = 60.0  # for it to answer in this process's place
+
+
 async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
     """Carry out an operation, or answer what is wrong with it."""
     try:
@@ -13788,6 +13802,28 @@ async def run_operation(operate: Operate, core: Core, asked: Asked) -> Reply:
     except (PeerGone, BadMessage) as error:
         fault, text = error.fault, str(error)
     return Reply(fault.status, error_body(fault, text))
+
+
+async def ask_successor(core: Core, asked: Asked, row: Endpoint) -> Reply | None:
+    """What this process's successor answers, once one serves; None if none does, or it is no
+    operation, which would be lost here, or done twice."""
+    is_operation = row.kind is Kind.ADMIN and row.reads_content
+    while is_operation and core.process.handing_over:
+        await core.news.changed()
+    if not (is_operation and core.process.succeeded):
+        return None
+    head, server = asked.head, ServerSettings(core.process.own_url, verify=False)
+    path = head.path + f"?{head.query}" * (head.query is not None)
+    with contextlib.closing(HttpClient(server, Secrets(Settings((server,))))) as client:
+        client.method = head.method
+        if key := key_in(head.fields):
+            client.fields = f"Authorization: Bearer {key}\r\n"
+        try:
+            status, content = await client.fetch(path, SUCCESSOR_S, asked.content)
+        except (PeerGone, BadMessage, TimeoutError) as error:
+            text = f"Process {os.getpid()} has a successor: {error or 'it does not answer'}."
+            return Reply(503, error_body(Fault.NO_SERVER, text))
+    return Reply(status, content)
 
 
 def on_server(operation: Operation) -> Operate:
@@ -14108,7 +14144,8 @@ class Front:
             exchange.reject(bad)
             account(exchange)
             return
-        answer = await row.handle(self.core, Asked(exchange.head, content, exchange.visit))
+        asked = Asked(exchange.head, content, exchange.visit)
+        answer = await ask_successor(self.core, asked, row) or await row.handle(self.core, asked)
         if isinstance(answer, Reply):
             exchange.response.send(answer)
         else:
@@ -14539,8 +14576,10 @@ class Handover:
     async def run(self, command: Sequence[str], sockets: Sockets, front: Front) -> bool:
         """Have a successor serve on the same sockets.  Returns whether it passed its trial; if not,
         nothing has changed."""
-        self.under_way = True
+        self.under_way = self.core.process.handing_over = True
         child = await self.successor(command, sockets)
+        self.core.process.succeeded, self.core.process.handing_over = child is not None, False
+        self.core.news.notify()
         lasts = child is not None and await self.survives_trial(child, front)
         self.under_way = False
         if not (lasts or self.core.process.stopping):
@@ -14587,7 +14626,6 @@ class Handover:
         """Whether a successor serves for `trial_s`.  Meanwhile this process accepts no clients; if
         the successor ends, it accepts them again."""
         loop, begun = asyncio.get_running_loop(), asyncio.get_running_loop().time()
-        self.core.process.succeeded = True
         front.rest(True)
         try:
             while child.poll() is None and loop.time() < begun + self.trial_s:
@@ -14703,6 +14741,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 # Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
 # its part of new settings and of the roster, and stops without cutting answers short.
 
+BEGIN_S = 10.0  # for which clients wait until the models of a predecessor are taken over
 LOOKUPS_LIMIT = 64  # threads for looking up servers' names, started as needed
 
 
@@ -14758,6 +14797,10 @@ class Balancer:
             follower = self._tasks.create_task(
                 guarded(core, "following the file", self.follower.follow))
             pulse = self._tasks.create_task(guarded(core, "the pulse", self.pulse))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEGIN_S):
+                    for one in core.beginnings:
+                        await one.wait()
             self._front = Front(
                 core, sockets[SOCKETS_ENV], self._tasks, sockets[OPERATOR_SOCKETS_ENV])
             ready()
@@ -14794,6 +14837,8 @@ class Balancer:
             sock.close()
         self.port = sockets[0].getsockname()[1]
         self.core.process.address = f"{s.host or '*'}:{self.port}"
+        host, port = (address[0], self.operator_port) if address else (s.host, self.port)
+        self.core.process.own_url = own_url(s, host, port)
         return {SOCKETS_ENV: sockets, OPERATOR_SOCKETS_ENV: operators}
 
     def sockets_at(self, host: str, port: int, prefix: str = "") -> list[socket.socket]:
@@ -20372,6 +20417,8 @@ class Holdings:
             "mvllm_model_evictions_total", "Times one had to make room for another model.", "model")
         self._preloaded = set[str]()
         self._changed = asyncio.Event()
+        self.begun = asyncio.Event()  # it knows what a predecessor left, or its manager says
+        core.beginnings.append(self.begun)
 
     def notify(self) -> None:
         self._changed.set()
@@ -20616,13 +20663,13 @@ class ModelPool(Holdings):
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Look, decide and act until cancelled."""
         self._tasks = tasks
-        agent = await self.begin(tasks)
+        agent, process = await self.begin(tasks), self.core.process
+        self.begun.set()
         tasks.create_task(guarded(self.core, "looking at GPUs", self.look_at_devices))
         while True:
-            agent.resting = self.core.process.succeeded
+            agent.resting, process.parting = process.rests, process.succeeded
             try:
-                if not agent.resting:
-                    self.step()
+                self.step()
             except Exception:  # a mistake of ours must not leave models without care
                 self.core.internal_error("deciding on models")
             self._changed.clear()
@@ -20645,7 +20692,7 @@ class ModelPool(Holdings):
                 self.registered[model.alias] = model
             except SettingsError as error:
                 log.error("a model of the state file is not registered any more: %s", error)
-        self.agent = agent = Agent(self.core.process.agent or "local", tasks)
+        agent = Agent(self.core.process.agent or "local", tasks)
         tasks.create_task(agent.trim_outputs())
         agent.adopt_settings(s)
         await agent.look_at_devices(s.devices)
@@ -20667,6 +20714,7 @@ class ModelPool(Holdings):
                 self.returning[str(name)] = now + AGENTS_RETURN_S
             except (ValueError, TypeError) as error:
                 log.error("an agent of the state file is not known: %s", error)
+        self.agent = agent  # whoever asks it for its instances learns of all
         return agent
 
     def meet(self, host: RemoteHost) -> None:
@@ -20746,8 +20794,8 @@ class ModelPool(Holdings):
         self.define_servers()
         self.returning = {name: until for name, until in self.returning.items()
                           if now < until and name in self.hosts and not self.hosts[name].reachable}
-        if self.leaves_children or self.returning:  # a manager decides, or too little is known
-            self.finish_step()
+        if self.leaves_children or self.returning or self.core.process.rests:
+            self.finish_step()  # a manager or a successor decides, or too little is known
             return
         seats, models = self.seats(now), self.models
         self.wishes -= {seat.alias for seat in seats if seat.phase is Phase.RUNNING}
@@ -20819,6 +20867,8 @@ class ModelPool(Holdings):
         try:
             self.define_servers()
             await self.drained(one["alias"])
+            if self.core.process.rests:
+                raise ValueError("a successor decides")
             level = 2 if verb == "deepen" or not self.levels_one(one["model_alias"]) else 1
             await host.do(name, "stop" if verb == "stop" else "sleep", level)
         finally:
@@ -20904,6 +20954,7 @@ class FollowedPool(ModelPool):
         while True:
             self._changed.clear()
             await self.look()
+            self.begun.set()
             for alias, waiting in self.uses.waiting.items():
                 if waiting and alias not in self.doing:
                     self.doing[alias] = tasks.create_task(self.have_woken(alias))
@@ -21388,7 +21439,9 @@ def aim_at_instance(core: Core, path: str) -> Destination:
     meant = inference_path(f"/{rest}")
     if core.process.agent is None or not (meant or f"/{rest}" in PROXIED_PATHS):
         raise BadMessage(f"{shown(path)} is not served", Fault.NOT_SERVED)
-    if alias not in agent_of(core).instances:
+    if (agent := pool_of(core).agent) is None:
+        raise BadMessage("the instances are not taken over yet", Fault.CONNECT_FAILED)
+    if alias not in agent.instances:
         raise BadMessage(f"{shown(alias)} is no instance here", Fault.NOT_SERVED)
     return Destination(meant or f"/{rest}", alias, infers=bool(meant))
 

@@ -14850,6 +14850,49 @@ async def test_a_successor_that_dies_soon_is_succeeded_by_its_predecessor(
         assert not balancer._stop.is_set() and not balancer.handover.under_way
 
 
+@pytest.mark.parametrize("comes", (True, False))
+@asynchronous
+async def test_operations_on_a_predecessor_are_its_successor_s(comes):
+    keys = (lite.KeySettings("root", "sk-r", admin=True),)
+    async with Server() as successor, balancing(Server(), keys=keys) as running:
+        process, path = running.core.process, "/admin/servers?url=127.0.0.1:9"
+        kept, keyed = await running.client(), ["Authorization: Bearer sk-r"]
+        process.handing_over, process.own_url = True, successor.url
+        asking = asyncio.ensure_future(kept.ask("DELETE", path, fields=keyed))
+        await eventually(lambda: running.core.clients.exchanges, "it has come")
+        process.handing_over, process.succeeded = False, comes
+        running.core.news.notify()
+        await asking
+        answer = await kept.answer()
+        if comes:
+            (asked,) = successor.asked
+            assert (asked.line, asked.get("authorization")) == (
+                f"DELETE {path} HTTP/1.1", ["Bearer sk-r"])
+            assert answer.status == 200
+        else:
+            assert answer.status == 404 and not successor.asked
+        process.succeeded = False
+
+
+@asynchronous
+async def test_clients_wait_until_all_that_a_predecessor_left_is_taken_over():
+    async with Server() as server:
+        balancer = lite.Balancer(Settings((lite.ServerSettings(server.url),), **QUICK))
+        ready, gate = asyncio.Event(), asyncio.Event()
+        balancer.core.beginnings.append(gate)
+        task = asyncio.create_task(balancer.run(ready.set))
+        await eventually(lambda: balancer.port, "it listens")
+        client = Client(*await asyncio.open_connection("127.0.0.1", balancer.port))
+        await client.ask("GET", "/liveness")
+        await asyncio.sleep(0)
+        assert not (ready.is_set() or balancer.core.clients.tasks)
+        gate.set()
+        assert (await client.answer()).status == 200 and ready.is_set()
+        client.close()
+        balancer.stop()
+        await task
+
+
 @asynchronous
 async def test_a_predecessor_leaves_once_its_successor_has_served_for_a_while(tmp_path, caplog):
     async with balancing(Server()) as running:
@@ -19087,6 +19130,7 @@ async def test_a_successor_takes_over_what_runs(tmp_path):
         before = await instance_of(running)
     assert not gone([before["pid"]])
     async with pooling(little(sleep_after_s=60.0), **{**state, "stop_models": True}) as running:
+        assert list(running.core.planners["models"].pool.agent.instances) == ["local-a"]
         after = await instance_of(running)
         assert (await ask_model(running)).status == 200
         assert [after[key] for key in ("pid", "ready_s")] == [before[key] for key in (
@@ -19210,9 +19254,24 @@ async def test_a_predecessor_starts_nothing_again_that_its_successor_tends():
         agent = running.core.planners["models"].pool.agent
         await eventually(lambda: agent.resting, "it has noticed")
         os.kill(one["pid"], signal.SIGKILL)
-        assert (await instance_of(running, status="failed"))["starts"] == 1
+        life = agent.instances["local-a"].life
+        await eventually(lambda: life.phase is lite.Phase.FAILED, "it is seen")
+        assert life.starts == 1
         running.core.process.succeeded = False  # the successor died
         assert (await instance_of(running))["starts"] == 2
+
+
+@asynchronous
+async def test_nothing_is_launched_while_a_successor_learns_what_runs():
+    async with pooling(little(wake_timeout_s=0.3)) as running:
+        running.core.process.handing_over = True
+        assert (await ask_model(running)).status == 503
+        assert not running.core.planners["models"].pool.agent.instances
+        running.core.process.handing_over = False  # none came to serve
+        running.core.planners["models"].pool.notify()
+        await running.client()
+        assert (await ask_model(running)).status in (200, 503)
+        assert (await instance_of(running))["starts"] == 1
 
 
 @asynchronous
