@@ -20118,8 +20118,13 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
     except OSError:
         return ""
     try:
+        said, stdout = bytearray(), process.stdout
         async with asyncio.timeout(timeout_s):
-            said, _ = await process.communicate()
+            while stdout and len(said) <= OUTPUT_BYTES and (piece := await stdout.read(65536)):
+                said += piece
+            if len(said) > OUTPUT_BYTES:
+                raise TimeoutError  # it would go on
+            await process.wait()
     except TimeoutError:
         process.kill()
         return ""

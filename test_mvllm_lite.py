@@ -18795,6 +18795,15 @@ async def test_a_model_whose_settings_change_is_replaced_and_a_removed_one_is_un
         assert (await asking).error["message"] == "The model `b` does not exist. Valid names: a."
 
 
+@pytest.mark.parametrize("words, said", table(
+    ("some", ["echo", "GPU"], "GPU\n"), ("none", ["true"], ""), ("a failure", ["false"], ""),
+    ("no program", ["no-such-program"], ""), ("without end", ["yes"], ""),
+    ("no end", ["sleep", "60"], "")))
+@asynchronous
+async def test_what_a_program_prints_is_read_as_long_as_it_is_little_and_quick(words, said):
+    assert await lite.output_of(words, 0.2 if words[0] == "sleep" else 20.0) == said
+
+
 @asynchronous
 async def test_gpus_that_are_told_of_no_more_are_remembered_and_not_used(
         tmp_path, monkeypatch, caplog):
