@@ -1889,11 +1889,16 @@ def model_troubles(model: ModelSettings) -> Iterator[tuple[str, str]]:
         yield "gpu_memory_utilization", "either this or gpu_memory_gb"
 
 
-def listens_openly(model: ModelSettings) -> bool:
-    """Whether its command may listen where others reach it without us."""
-    said = " ".join(model.command)
-    return model.takes_port and not any(
-        one in said for one in ("127.0.0.1", "localhost", "::1"))
+def command_warnings(entry: ModelSettings | ProfileSettings) -> Iterator[tuple[str, str]]:
+    """Keys of a model or a profile whose command is run as it stands, and what is amiss."""
+    said = " ".join(entry.command)
+    if "{port}" not in said:
+        return
+    if not any(one in said for one in ("127.0.0.1", "localhost", "::1")):
+        yield "command", LISTENS_OPENLY
+    for key in ("args", "sleep_after_s", "deep_sleep_after_s", "max_model_len"):
+        if getattr(entry, key, None):
+            yield key, "no effect: a command with {port} is run as it stands, and is none of vLLM's"
 
 
 # ══════════
@@ -2654,6 +2659,8 @@ class SettingsReader:
                 self.complain((*path, identity), entry[identity], "each of them once", origin)
             if len(self.errors) == before:
                 found[i] = kind(**values)
+                for key, text in command_warnings(found[i]) if "command" in fields else ():
+                    self.warnings.append(self.complaint_at((*path, key), text, origin))
                 known.add(values.get(identity, ""))
         return found
 
@@ -2663,9 +2670,6 @@ class SettingsReader:
         for i, model in models.items():
             for key, expected in model_troubles(model):
                 self.complain(("models", i, key), getattr(model, key), expected, origin)
-            if listens_openly(model):
-                self.warnings.append(self.complaint_at(
-                    ("models", i, "command"), LISTENS_OPENLY, origin))
         return models
 
     def aliases(self) -> dict[str, str]:
@@ -19074,8 +19078,7 @@ UP = (Phase.STARTING, Phase.RUNNING, Phase.WAKING)
 
 def lives(seat: Seat) -> bool:
     """Whether an instance is a replica, or about to be one."""
-    return not seat.leaving and (
-        seat.phase in UP or (seat.phase is Phase.FAILED and 0 < seat.retry_in_s < INFINITY))
+    return not seat.leaving and seat.phase in UP
 
 
 def booked_gb(seat: Seat, soon: bool) -> float:
@@ -19243,6 +19246,9 @@ def decide(
     """The next acts, and by alias why a model does not get what it needs.  The model whose requests
     have waited longest comes first, and keeps the room that others make for it."""
     acts, why_not, seats = list[Act](), dict[str, str](), list(seats)
+    falls = [seat for seat in seats if seat.phase is Phase.FALLING_ASLEEP]
+    memory_gb = {host.name: host.memory_gb - sum(
+        seat.weights_gb for seat in falls if seat.host == host.name) for host in hosts}
     known = {model.alias: model for model in models}
     for n, seat in enumerate(seats):
         if seat.alias not in known and not seat.leaving and seat.phase in LIVING:
@@ -19269,7 +19275,7 @@ def decide(
             acts += grow(model, hosts, seats, demands, why_not)
         else:
             acts += renew(model, hosts, seats, demands, why_not) or shrink(
-                model, mine, demand, count - wanted, {one.name: one.memory_gb for one in hosts})
+                model, mine, demand, count - wanted, memory_gb)
     return acts, why_not
 
 
@@ -19313,9 +19319,6 @@ def grow(
     """The acts for one more instance: wake or launch one, or first move what is in its way.
     `seats` holds its room from now on, or `why_not` gets the reason."""
     mine = [seat for seat in seats if seat.alias == model.alias]
-    if any(seat.phase is Phase.FAILED for seat in mine):
-        why_not[model.alias] = "it failed, and is given up"
-        return []
     if any(seat.phase in (Phase.FALLING_ASLEEP, Phase.STOPPING) or seat.leaving for seat in mine):
         return []  # wait until that has ended
     rivals = [seat for seat in seats if model.group and not model.together
@@ -19334,9 +19337,11 @@ def grow(
             if place.now:
                 return [Act("wake", model.alias, sleeper.name, why=reason_to_run(model, demands))]
             return moves_for(model, place.moves, seats)
-    place = find_place(model, hosts, seats, demands)
+    failed = {seat.host: seat.retry_in_s for seat in mine if seat.phase is Phase.FAILED}
+    place = find_place(model, [one for one in hosts if one.name not in failed], seats, demands)
     if isinstance(place, str):
-        why_not[model.alias] = place
+        what = "is given up" if INFINITY in failed.values() else "starts again"
+        why_not[model.alias] = f"it failed on {', '.join(failed)}, and {what}" if failed else place
         return []
     seats.append(promised(model, place, hosts))
     if place.now:
@@ -19374,7 +19379,7 @@ def moves_for(
 
 def shrink(
     model: ModelSettings, mine: Sequence[Seat], demand: Demand, surplus: int,
-    memory_gb: Mapping[str, float],
+    memory_gb: dict[str, float],
 ) -> list[Act]:
     """The acts on instances that are surplus, idle for long, or not as the settings are now."""
     acts, resting = list[Act](), [seat for seat in mine if not seat.leaving]
@@ -19395,6 +19400,8 @@ def shrink(
         left -= 1
         if how == "sleep":
             how = rest_of(seat, memory_gb.get(seat.host, INFINITY))
+        if how == "sleep" and seat.host in memory_gb:
+            memory_gb[seat.host] -= seat.weights_gb
         acts.append(Act(how, model.alias, seat.name, why=why))
     for seat in resting:
         if seat.phase is not Phase.SLEEPING:
@@ -19644,6 +19651,27 @@ def adopted_child(pid: int, started: int) -> Child:
     child = Child(pid, output)
     child.started = started
     return child
+
+
+def container_memory_gb(folder: str) -> float:
+    """What a container may still use, as files of cgroup v2 say; infinity if they do not.  Cached
+    files give way."""
+    with contextlib.suppress(SettingsError, ValueError):
+        limit, used, text = (str(read_regular_file(f"{folder}/memory.{name}"), "ascii")
+                             for name in ("max", "current", "stat"))
+        cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", text, re.MULTILINE)))
+        return (int(limit) - int(used) + cached) / 1024**3
+    return INFINITY
+
+
+def host_memory_gb() -> float:
+    """The memory available on the host, or in this container; infinity if unknown."""
+    free_gb = container_memory_gb("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/meminfo") as file:
+            line = next(line for line in file if line.startswith("MemAvailable"))
+        return min(free_gb, int(line.split()[1]) / 1024**2)
+    return free_gb
 
 
 def free_port(taken: Collection[int]) -> int:
@@ -20073,14 +20101,6 @@ class Agent:
                 for one in self.instances.values()]
         await asyncio.gather(*ends, return_exceptions=True)
 
-    def host_memory_gb(self) -> float:
-        """The host's available memory; infinity if unknown."""
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open("/proc/meminfo") as file:
-                line = next(line for line in file if line.startswith("MemAvailable"))
-            return int(line.split()[1]) / 1024**2
-        return INFINITY
-
     def document(self) -> dict[str, Any]:
         now = asyncio.get_running_loop().time()
         ours = [0.0] * len(self.devices)
@@ -20092,7 +20112,7 @@ class Agent:
             "worker_id": self.name, "gpu_info": gpu_report(self.devices),
             "total_gb": [device.total_gb for device in self.devices],
             "foreign_gb": [max(0.0, device.used_gb - gb) for device, gb in zip(self.devices, ours)],
-            "memory_gb": min(self.host_memory_gb(), 1e6), "profiles": {
+            "memory_gb": min(host_memory_gb(), 1e6), "profiles": {
                 one.name: {"models": one.models, "values": one.values}
                 for one in self.profiles.values()},
             "instances": {name: one.document(now) for name, one in self.instances.items()},
@@ -20600,15 +20620,16 @@ class Holdings:
 
     def impossible(self, model: ModelSettings) -> str:
         """Why no request for a model can be answered, however long it waits, or ''."""
-        found = [one for _, one in self.instances() if one["model_alias"] == model.alias]
-        if found and all(one["status"] == "failed" and one["retry_in_s"] is None for one in found):
-            return str(found[0]["reason"])
+        found = {host.name: one for host, one in self.instances()
+                 if one["model_alias"] == model.alias}
+        given_up = [one["reason"] for one in found.values()
+                    if one["status"] == "failed" and one["retry_in_s"] is None]
         hosts = self.host_views(asyncio.get_running_loop().time())
-        if found or not hosts or not all(host.reachable for host in hosts):
+        if len(given_up) < len(found) or not hosts or not all(host.reachable for host in hosts):
             return ""
-        only = self.only_host(model)
-        place = find_place(model, hosts, (), {model.alias: Demand(host=only)})
-        return place if isinstance(place, str) else ""
+        place = find_place(model, [host for host in hosts if host.name not in found], (),
+                           {model.alias: Demand(host=self.only_host(model))})
+        return str(given_up[0] if given_up else place) if isinstance(place, str) else ""
 
     def ready_in_s(self, model: ModelSettings) -> float:
         """The expected seconds until a model can answer."""
@@ -21146,7 +21167,8 @@ class PoolPlanner:
         for alias, model in self.pool.models.items():
             yield {"id": alias, "object": "model", "created": self.created,
                    "owned_by": "mvllm_lite", "root": model.model or alias, "parent": None,
-                   "status": self.pool.status_of(model)}
+                   "status": Phase.FAILED.value if self.pool.impossible(model) else (
+                       self.pool.status_of(model))}
 
     def families(self, now: float | None = None) -> list[Family]:
         """The families for /metrics; [] with `now`, when it is asked once more, as a service."""
@@ -21176,6 +21198,7 @@ class PoolPlanner:
         for alias, model in pool.models.items():
             common = {"model": alias, "waiting": len(pool.uses.waiting.get(alias, ()))}
             found = [seat for seat in seats if seat.alias == alias]
+            blocked = pool.why_not.get(alias, "") or pool.impossible(model)
             for seat in found:
                 one = reports.get(seat.name, {})
                 where = f"{seat.host}:{','.join(map(str, seat.devices))}".rstrip(":")
@@ -21188,8 +21211,9 @@ class PoolPlanner:
                     "why": one["reason"] if failed else pool.why(alias)})
             if not found:
                 rows.append({**common, "state": "absent", "where": "", "gb": 0.0, "since_s": None,
-                             "idle_s": None, "starts": 0, "reason": "", "why": pool.why(alias),
-                             "next": next_step(model, None, pool.why_not.get(alias, "")),
+                             "idle_s": None, "starts": 0, "reason": "",
+                             "why": blocked or pool.why(alias),
+                             "next": next_step(model, None, blocked),
                              "acts": acts_on(model, Phase.ABSENT)})
         return rows
 
@@ -21649,12 +21673,24 @@ def devices_here(s: Settings) -> list[Device]:
         asyncio.run(output_of(GPU_QUERY)), os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
+def port_in_use(s: Settings) -> bool:
+    """Whether the address of these settings is taken, maybe by a process that runs with them."""
+    try:
+        family = socket.AF_INET6 if ":" in s.host else socket.AF_INET
+        with socket.create_server((s.host, s.port), family=family):
+            return False
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+
+
 def check_worker(args: argparse.Namespace, s: Settings) -> int:
     """Print what an agent would find here.  Returns 2 if something is missing, else 0."""
     devices = devices_here(s)
     lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
     print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
-    wrong = 0
+    wrong = in_use = port_in_use(s)
+    if in_use:
+        print(f"port {s.port} of {s.host or 'any address'} is in use")
     for profile in s.profiles:
         program = (profile.command or DEFAULT_COMMAND)[0]
         found = shutil.which(program)
@@ -27115,6 +27151,8 @@ def check_models(s: Settings) -> int:
         fits = f"on devices of {memory} GB" if devices else "no GPU is known"
         print(printable(f"{model.alias}  {'CANNOT' if findings else 'can'} start here  {fits}"))
         print_findings(findings)
+    if port_in_use(s):
+        print(f"port {s.port} is in use, if not by a balancer with these settings")
     return startable
 
 

@@ -15009,10 +15009,10 @@ async def test_worker_check_says_whether_its_program_and_its_manager_are_there(t
     path, pipe = tmp_path / "agent.toml", asyncio.subprocess.PIPE
     text = '[[profiles]]\nname = "p"\ncommand = ["{}"]\n[devices]\nmemory_gb = [80, 40]\n'
 
-    async def check(program, manager):
+    async def check(program, manager, port=0):
         path.write_text(text.format(program))
         child = await asyncio.create_subprocess_exec(
-            *command("worker", str(path), "--check", "--manager", manager),
+            *command("worker", str(path), "--check", "--manager", manager, "--port", str(port)),
             env=CLEAN, cwd=tmp_path, stdout=pipe)
         return (await child.communicate())[0].decode(), child.returncode
 
@@ -15021,6 +15021,8 @@ async def test_worker_check_says_whether_its_program_and_its_manager_are_there(t
         out, code = await check("true", manager)
         assert code == 0 and f"manager {manager}: answers\n" in out, out
         assert "profile p: /" in out and "GPU 1: stated, 40.0 GB" in out
+        out, code = await check("true", manager, run.balancer.port)
+        assert code == 2 and f"port {run.balancer.port} of 127.0.0.1 is in use" in out
         out, code = await check("no-such-program", one.url)
         assert code == 2 and "no-such-program is not found: set its command" in out
         assert f"manager {one.url}: is no balancer: /liveness answered " in out, out
@@ -18338,6 +18340,22 @@ def test_where_host_memory_is_short_nothing_sleeps():
     for memory_gb, verb in ((50.0, "sleep"), (30.0, "stop")):
         acts, _ = lite.decide([SLEEPY], [HOST._replace(memory_gb=memory_gb)], [sleeper], {})
         assert [(act.verb, act.name) for act in acts] == [(verb, "h-b")]
+    pair = [sleeper._replace(name=name, alias=name, model=model_of(name, sleep_after_s=9.0))
+            for name in "bc"]
+    for seats, verbs in ((pair, ["sleep", "stop"]), (
+            [pair[0], pair[1]._replace(phase=lite.Phase.FALLING_ASLEEP)], ["stop"])):
+        acts, _ = lite.decide([one.model for one in pair], [HOST._replace(memory_gb=50.0)], seats,
+                              {})
+        assert [act.verb for act in acts] == verbs
+
+
+@pytest.mark.parametrize("limit, free_gb", (("4294967296", 3.0), ("max", math.inf), ("", math.inf)))
+def test_what_a_container_may_use_of_the_host_s_memory(tmp_path, limit, free_gb):
+    for name, text in (("max", limit), ("current", "2147483648"), (
+            "stat", f"anon 7\ninactive_file {2**29}\nactive_file {2**29}\nfile 9\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert lite.container_memory_gb(str(tmp_path)) == free_gb
+    assert lite.container_memory_gb(str(tmp_path / "none")) == math.inf
 
 
 @pytest.mark.parametrize("model, seats, demand, expected", table(
@@ -18366,6 +18384,12 @@ def test_where_host_memory_is_short_nothing_sleeps():
      [seat("a", phase=lite.Phase.FAILED, retry_in_s=3.0)], lite.Demand(1), []),
     ("one that was given up stays so", model_of(),
      [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)], lite.Demand(1), []),
+    ("given up elsewhere", model_of(),
+     [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)._replace(host="g")],
+     lite.Demand(1), ["launch"]),
+    ("given up beside one that sleeps", model_of(),
+     [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf),
+      seat("a", 1.0, phase=lite.Phase.SLEEPING, awake_gb=50.0)], lite.Demand(1), ["wake"]),
     ("other settings, when it is idle", model_of(), [seat("a", fresh=False)], lite.Demand(),
      ["stop"]),
     ("other settings, in use: a new one first", model_of(), [seat("a", fresh=False, in_flight=1)],
@@ -19319,6 +19343,27 @@ async def test_a_model_that_was_registered_is_known_to_the_successor(tmp_path, s
             return [one["config"].get("args") for one in found] == [said.get("args")]
 
         await eventually(known, "it is known")
+
+
+@asynchronous
+async def test_what_can_never_be_started_is_not_ready():
+    async with pooling(dataclasses.replace(little(), gpu_memory_gb=99.0)) as running:
+        client = await running.client()
+        await eventually(lambda: running.core.planners["models"].pool.hosts, "the pool has begun")
+        assert (await client.get("/readiness")).status == 503
+        (listed,) = (await client.get("/v1/models")).json["data"]
+        (said,) = (await client.get("/admin/models")).json["models"]
+        assert (listed["status"], said["next"]) == ("failed", "starts once it can")
+        assert "lacks 83.0 of 99.0 GB" in said["why"]
+
+
+def test_what_a_command_that_is_run_as_it_stands_leaves_out_is_warned_of():
+    _, warnings = lite.parse_settings("""
+models = [{ alias = "a", command = ["x", "{port}"], args = ["-v"], sleep_after_s = 9 }]
+profiles = [{ name = "p", command = ["x", "--host", "127.0.0.1", "{port}"], args = ["-v"] },
+            { name = "q", command = ["x"], args = ["-v"] }]""")
+    assert [one.key for one in warnings] == [
+        "models[1].command", "models[1].args", "models[1].sleep_after_s", "profiles[1].args"]
 
 
 @asynchronous
