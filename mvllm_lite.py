@@ -5685,8 +5685,11 @@ class ServerView(NamedTuple):
     @property
     def admission(self) -> tuple[Any, ...]:
         """Everything in it that may keep requests from the server."""
-        return (self.health, self.settings, self.models, self.share, self.draining, self.drained,
-                self.busy_until, self.report.load.asleep, self.report.load.adapters)
+        health = self.health  # checks that pass, and a failure or two, change nothing of that
+        well = health.state is State.HEALTHY and health.open_until is None
+        return (health.since if well else health, self.settings, self.models, self.share,
+                self.draining, self.drained, self.busy_until, self.report.load.asleep,
+                self.report.load.adapters)
 
     @property
     def by_name(self) -> ServerView:
@@ -7157,10 +7160,6 @@ class Ranking(NamedTuple):
     def call(self) -> Call:
         return self.eligible.call
 
-    @property
-    def moment(self) -> Moment:
-        return self.eligible.moment
-
     def server_of(self, id: str) -> str:
         """The id of an engine's server; a server's own id."""
         return next((view.server for view in self.views if view.id == id), id)
@@ -7173,16 +7172,15 @@ class Ranking(NamedTuple):
     @property
     def basis(self) -> str:
         """What decided, in one word: alone, cache or load."""
-        if len(self.costs) == 1:
-            return "alone"
-        return "cache" if self.expected and self.expected == max(self.cached) else "load"
+        cache = self.expected and self.expected == max(self.cached)
+        return "alone" if len(self.costs) == 1 else "cache" if cache else "load"
 
     @property
     def waits(self) -> bool:
         """Whether a server would take the call if it were not full, or others did not wait."""
-        if not self.moment.enforced:
+        if not self.eligible.moment.enforced:
             return False
-        anyhow = self.moment._replace(enforced=False)
+        anyhow = self.eligible.moment._replace(enforced=False)
         return self.behind or not all(
             exclusions(self.views, self.call.model, self.tried, anyhow, self.role))
 
@@ -7192,7 +7190,7 @@ class Ranking(NamedTuple):
         if self.best is None:
             return self.waits
         return any(view.healthy and not view.health.request_failures
-                   and view.has_room(self.moment.now) for view in self.eligible.views)
+                   and view.has_room(self.eligible.moment.now) for view in self.eligible.views)
 
     def as_short(self, id: str) -> frozenset[str]:
         """The ids of the servers whose context is no longer than that of the server `id`."""
@@ -7327,9 +7325,10 @@ def exclusion_reason(
         return f"gets none: its pool has 0 % ({view.settings.pool or 'of no pool'})"
     if moment.enforced and view.full(moment.now, moment.interval_s):
         return f"is full ({view.counts.in_flight} of {view.limit:.4g})"
-    return "was tried already" if tried and view.settings.id in tried else ""
+    return TRIED if tried and view.settings.id in tried else ""
 
 
+TRIED = "was tried already"
 Preference = tuple[str, Callable[[ServerView], bool]]  # why others are passed over, who is not
 
 
@@ -7398,8 +7397,8 @@ class Lasting(NamedTuple):
 
 def lasting_of(fleet: Fleet, model: str | None, moment: Moment) -> Lasting:
     """What lasts for a model; kept in `fleet.derived` if a server has the model."""
-    views, reasons = fleet.views(), None
-    lasts, steady_since, changed_at = True, INFINITY, -INFINITY
+    views, reasons, lasts = fleet.views(), None, True
+    steady_since, changed_at = INFINITY, -INFINITY
     for view in views:
         health = view.health
         if lasts and (health.open_until is not None or depends_on_the_moment(view, moment.now)):
@@ -7428,14 +7427,16 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
     call, pinned_to, tried, role = wanted.call, wanted.pinned_to, wanted.tried, wanted.role
     views, cached = fleet.views(moment.now), fleet.cached(call.prompt)
     lasting = fleet.derived.get(call.model) or lasting_of(fleet, call.model, moment)
-    reasons = lasting.reasons
+    varies = role or moment.enforced or call.prompt.tokens * ESTIMATE_ROOM > lasting.context
+    reasons = None if varies else lasting.reasons
     if pinned_to:
         kept = [n for n, view in enumerate(views) if pinned_to in (view.id, view.server)]
         views, cached, reasons = [views[n] for n in kept], [cached[n] for n in kept], None
         if wanted.by_name:  # it takes no seat there
             views, moment = [v.by_name for v in views], moment._replace(enforced=False)
-    if (reasons is None or tried or role or moment.enforced
-            or call.prompt.tokens * ESTIMATE_ROOM > lasting.context):
+    if tried and reasons:
+        reasons = [why or TRIED * (v.settings.id in tried) for v, why in zip(views, reasons)]
+    if reasons is None or (tried and all(reasons)):
         reasons = exclusions(views, call.model, tried, moment, role)
         apply_preferences(views, reasons, call, moment, draw)
     left, having = views, cached

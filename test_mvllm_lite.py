@@ -6340,6 +6340,11 @@ def test_reasons_that_are_kept_never_differ_from_fresh_ones():
                 fresh = [*reasons]
                 lite.apply_preferences(fleet.views(), fresh, call, moment, draw)
                 assert ranking_of(fleet, model=model, now=now, call=call).reasons == fresh
+                tried = frozenset(f"s{n}" for n in draw.sample(range(4), draw.choice((1, 1, 2, 4))))
+                fresh = lite.exclusions(fleet.views(), model, tried, moment)
+                lite.apply_preferences(fleet.views(), fresh, call, moment, draw)
+                again = ranking_of(fleet, model=model, now=now, call=call, tried=tried).reasons
+                assert [*map(bool, again)] == [*map(bool, fresh)]
                 kept += 1
     assert kept > 1000
 
