@@ -20621,6 +20621,8 @@ class Holdings:
 
     def impossible(self, model: ModelSettings) -> str:
         """Why no request for a model can be answered, however long it waits, or ''."""
+        if self.core.process.rests:
+            return ""
         found = {host.name: one for host, one in self.instances()
                  if one["model_alias"] == model.alias}
         given_up = [one["reason"] for one in found.values()
@@ -20696,6 +20698,9 @@ class ModelPool(Holdings):
         while True:
             agent.resting, process.parting = process.rests, process.succeeded
             try:
+                if agent.name in self.hosts and not self.leaves_children:
+                    self.hosts[agent.name] = LocalHost(agent) if not process.succeeded else (
+                        await self.successor_s(agent.name))
                 self.step()
             except Exception:  # a mistake of ours must not leave models without care
                 self.core.internal_error("deciding on models")
@@ -20743,6 +20748,26 @@ class ModelPool(Holdings):
                 log.error("an agent of the state file is not known: %s", error)
         self.agent = agent  # whoever asks it for its instances learns of all
         return agent
+
+    async def successor_s(self, name: str) -> ManagedHost:
+        """What a successor says of this machine's instances.  It is asked to start or wake what
+        requests wait for that have come here."""
+        url, secrets = self.core.process.own_url, self.core.pools.secrets
+        key = self.key or next((word for one, word in secrets.keys if one.admin), "")
+        server, host = ServerSettings(url, verify=False, api_key=key), ManagedHost(name, url, key)
+        asked = [alias for alias, waiting in self.uses.waiting.items() if waiting]
+        with contextlib.closing(HttpClient(server, Secrets(Settings((server,))))) as client:
+            for alias in set(asked) - self.wishes:
+                self.wishes.add(alias)
+                with contextlib.suppress(PeerGone):  # it need not wait for the end
+                    path = f"/admin/models/{urllib.parse.quote(alias)}/wake"
+                    await ask_host(client, url, path, b"", LOOK_AT_POOL_S)
+            with contextlib.suppress(PeerGone):
+                for model in (await ask_host(client, url, "/admin/models", None, 5.0))["models"]:
+                    host.instances |= {
+                        one["alias"]: {**one, "model_alias": model["alias"], "aliased": False}
+                        for one in model["instances"] if one["worker_id"] == name}
+        return host
 
     def meet(self, host: RemoteHost) -> None:
         self.hosts[host.name] = host

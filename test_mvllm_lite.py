@@ -19313,6 +19313,22 @@ async def test_nothing_is_launched_while_a_successor_learns_what_runs():
 
 
 @asynchronous
+async def test_requests_at_a_predecessor_get_what_its_successor_starts(tmp_path):
+    shared = {"state_file": str(tmp_path / "state"), "keys": (
+        lite.KeySettings("root", "sk-r", admin=True),)}
+    async with pooling(little(), **shared, stop_models=False) as old, pooling(
+            little(), **shared) as new:
+        kept, keyed = await old.client(), [*AS_JSON, "Authorization: Bearer sk-r"]
+        old.core.process.own_url, old.core.process.succeeded = new.core.process.own_url, True
+        body = b'{"model": "a", "prompt": "x", "max_tokens": 2}'
+        answer = await kept.post("/v1/completions", body, keyed)
+        assert answer.status == 200 and not old.core.planners["models"].pool.agent.instances
+        assert "local-a" in new.core.planners["models"].pool.agent.instances
+        answer = await kept.post("/v1/completions", body, keyed)
+        assert answer.get("connection") == "close"  # the next one goes to the successor
+
+
+@asynchronous
 async def test_a_stop_that_was_broken_off_is_made_good_at_the_end():
     async with pooling(little()) as running:
         assert (await ask_model(running)).status == 200
