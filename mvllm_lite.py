@@ -19635,9 +19635,12 @@ def launch_child(command: Sequence[str], environ: Mapping[str, str], name: str) 
     output = tempfile.TemporaryFile()  # a pipe would break when we end
     fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
     ours = {key: value for key, value in os.environ.items() if key not in OURS_ALONE}
-    popen = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        env={**ours, **environ, INSTANCE_ENV: name}, start_new_session=True)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(output.close)
+        popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**ours, **environ, INSTANCE_ENV: name}, start_new_session=True)
+        on_failure.pop_all()
     return Child(popen.pid, output, popen)
 
 
@@ -19933,8 +19936,9 @@ class Agent:
             try:
                 reason = await self.start(one, adopted)
                 reason = reason or await self.watch(one)
-            except OSError as error:
-                reason = f"{one.command[0] if one.command else ''}: {error_text(error)}"
+            except (OSError, ValueError) as error:  # ValueError: of words no process can have
+                text = error_text(error) if isinstance(error, OSError) else str(error)
+                reason = f"{one.command[0] if one.command else ''}: {text}"
             adopted = False
             if one.life.phase is Phase.STOPPING:
                 return

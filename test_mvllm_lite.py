@@ -18768,6 +18768,18 @@ async def test_a_process_that_is_never_ready_is_told_with_what_it_lacks():
             "local-a"].life.reason, "it is started again")
 
 
+@pytest.mark.parametrize("command, words", table(
+    ("no program", ("/no/such/program",), "no such file"), ("no word", ("x", "\0"), "null byte")))
+@asynchronous
+async def test_a_command_that_cannot_be_run_leaves_other_models_alone(command, words):
+    wrong = lite.ModelSettings("a", command=command, wake_timeout_s=0.5)
+    async with pooling(wrong, little("b"), devices=()) as running:
+        assert (await ask_model(running, "b")).status == 200
+        before = await instance_of(running, "b")
+        assert words in (await ask_model(running)).error["message"]
+        assert (await instance_of(running, "b"))["pid"] == before["pid"]
+
+
 @asynchronous
 async def test_of_a_process_that_floods_its_output_the_last_words_are_kept():
     async with pooling(kid("floods")) as running:
