@@ -82,110 +82,112 @@ lines.
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
     42  sockets        ~ what all sockets share: errors, deadlines; listening sockets
-    43  wire           ~ one connection: its buffer, its deadline, its end
-    44  secrets        ~ keys and certificates, and how to reach a server with them
-    45  client         ~ our own requests to servers, over asyncio's streams
-    46  pool           ~ the connections to one server for requests, kept and reused
-    47  pump           ~ bytes on their way through, with back-pressure
-    48  response       ~ the client's side of an exchange
-    49  logging        ~ lines for readers that may be slow: the log, the trace of requests
+    43  backlog        ~ what is held of clients' requests, and which clients leave unread
+    44  wire           ~ one connection: its buffer, its deadline, its end
+    45  secrets        ~ keys and certificates, and how to reach a server with them
+    46  client         ~ our own requests to servers, over asyncio's streams
+    47  pool           ~ the connections to one server for requests, kept and reused
+    48  pump           ~ bytes on their way through, with back-pressure
+    49  response       ~ the client's side of an exchange
+    50  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
   VIII  a request        1,540 lines, for each request
-    50  shared state   ~ what requests share: clients, pools, news, requests under way
-    51  core           ~ the running balancer's state: settings, fleet, metrics, pools
-    52  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    53  attempt        ~ a request sent to one server; its answer judged and passed on
-    54  case           ~ who is to blame for a failure: suspects, deaths, refused content
-    55  accounts       ~ a finished request: counted, remembered and reported
-    56  resuming       ~ a stream that lost its server, continued by another one
-    57  exchange       ~ one request, from its head to its last byte
+    51  shared state   ~ what requests share: clients, pools, news, requests under way
+    52  core           ~ the running balancer's state: settings, fleet, metrics, pools
+    53  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    54  attempt        ~ a request sent to one server; its answer judged and passed on
+    55  case           ~ who is to blame for a failure: suspects, deaths, refused content
+    56  accounts       ~ what outlives a request: counts, a record, whose response was stored
+    57  resuming       ~ a stream that lost its server, continued by another one
+    58  exchange       ~ one request, from its head to its last byte
+    59  other steps    ~ the steps that ask no server: waits, and the end if none answers
 
     IX  operating        1,910 lines, all the time
-    58  watch          ~ health checks, load reports
-    59  services       ~ background tasks that run if settings ask for them, as rows
-    60  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
-    61  endpoints      ~ the paths that the balancer answers itself, in one table
-    62  front          ~ where clients come in: connections accepted, requests let in
-    63  following      ~ the settings file, and the files that it names
-    64  commands       ~ subcommands as rows; settings from file, environment and flags
-    65  handover       ~ one process takes over from another, without a gap
-    66  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    60  watch          ~ health checks, load reports
+    61  services       ~ background tasks that run if settings ask for them, as rows
+    62  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
+    63  endpoints      ~ the paths that the balancer answers itself, in one table
+    64  front          ~ where clients come in: connections accepted, requests let in
+    65  following      ~ the settings file, and the files that it names
+    66  commands       ~ subcommands as rows; settings from file, environment and flags
+    67  handover       ~ one process takes over from another, without a gap
+    68  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    67  process        ~ signals, systemd, limits of the system
-    68  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    69  command line   ~ what all subcommands share; the one that serves; `help`
+    69  process        ~ signals, systemd, limits of the system
+    70  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    71  command line   ~ what all subcommands share; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    70  names          ~ servers by DNS: each address of a name is one; names that move
-    71  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
-    72  listing        · what to ask the Kubernetes API next, and what its answers mean
-    73  cluster        ~ connections to the Kubernetes API; lists and watches
-    74  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
-    75  registration   · servers and agents that register themselves
-    76  registering    ~ the paths at which they register, over HTTP
-    77  zmq listener   ~ where vLLM's connectors register, over ZMQ
+    72  names          ~ servers by DNS: each address of a name is one; names that move
+    73  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
+    74  listing        · what to ask the Kubernetes API next, and what its answers mean
+    75  cluster        ~ connections to the Kubernetes API; lists and watches
+    76  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
+    77  registration   · servers and agents that register themselves
+    78  registering    ~ the paths at which they register, over HTTP
+    79  zmq listener   ~ where vLLM's connectors register, over ZMQ
 
    XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
-    78  legs           · two requests made from one, and one answer made from two
-    79  connectors     · what the two legs say so that blocks get from one server to the other
-    80  splitting      · how a request is split between two servers, step by step
-    81  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
-    82  pairs          ~ a request's two legs, carried out and counted
+    80  legs           · two requests made from one, and one answer made from two
+    81  connectors     · what the two legs say so that blocks get from one server to the other
+    82  splitting      · how a request is split between two servers, step by step
+    83  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
+    84  pairs          ~ a request's two legs, carried out and counted
 
   XIII  models           3,000 lines, where the settings have models, or agents that run some
-    83  life           · the life of a model's process: one table of transitions
-    84  launching      · command lines from settings; what a registration over HTTP may say
-    85  placement      · where a model fits, and what has to make room for it
-    86  scaling        · how many instances of each model run, and which acts are next
-    87  children       ~ processes: launched, watched, ended with their whole group
-    88  instances      ~ one model's process: requests to it, and its description for others
-    89  agent          ~ the instances of one host: launched, tended, restarted, saved
-    90  hosts          ~ machines that run models; when each model was used
-    91  holdings       ~ what is known about the pool, and the views that placement gets
-    92  keeping        ~ acts are decided and carried out; requests wait for their models
-    93  manager        ~ a pool that another balancer keeps, used from here too
-    94  models         ~ plans of requests for the pool's models; lists, metrics, operations
-    95  pool paths     ~ the paths about the pool, for people and programs
-    96  worker         ~ an agent in a process of its own
+    85  life           · the life of a model's process: one table of transitions
+    86  launching      · command lines from settings; what a registration over HTTP may say
+    87  placement      · where a model fits, and what has to make room for it
+    88  scaling        · how many instances of each model run, and which acts are next
+    89  children       ~ processes: launched, watched, ended with their whole group
+    90  instances      ~ one model's process: requests to it, and its description for others
+    91  agent          ~ the instances of one host: launched, tended, restarted, saved
+    92  hosts          ~ machines that run models; when each model was used
+    93  holdings       ~ what is known about the pool, and the views that placement gets
+    94  keeping        ~ acts are decided and carried out; requests wait for their models
+    95  manager        ~ a pool that another balancer keeps, used from here too
+    96  models         ~ plans of requests for the pool's models; lists, metrics, operations
+    97  pool paths     ~ the paths about the pool, for people and programs
+    98  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
-    97  cells          · text in the cells of a terminal: its meaning, its width
-    98  table          · the servers in lines, with as many columns as fit
-    99  views          · graphs of the fleet; models, requests and keys as tables
-    100  screen         · all lines on a terminal, from a status document
-    101  keys           · what keys do to the screen, and ask of the balancer
-    102  terminal       ~ the screen on a terminal: an ordinary curses program
-    103  top            ~ the screen beside a balancer, in this process or elsewhere
-    104  page           ~ the status for a browser: one HTML string
-    105  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
-    106  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    99  cells          · text in the cells of a terminal: its meaning, its width
+    100  table          · the servers in lines, with as many columns as fit
+    101  views          · graphs of the fleet; models, requests and keys as tables
+    102  screen         · all lines on a terminal, from a status document
+    103  keys           · what keys do to the screen, and ask of the balancer
+    104  terminal       ~ the screen on a terminal: an ordinary curses program
+    105  top            ~ the screen beside a balancer, in this process or elsewhere
+    106  page           ~ the status for a browser: one HTML string
+    107  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
+    108  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    107  traces         · requests of the past, from files; or made-up ones
-    108  engine         · a model of a vLLM server, in simulated time
-    109  replay         · past requests sent to simulated engines by any policy
-    110  comparison     ~ policies compared on a trace: the program of `replay`
-    111  canned words   · what a vLLM server would say and refuse, without a model
-    112  canned forms   · the same in the forms of its APIs, plain and streamed
-    113  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    114  understudy     ~ a process that stands in for `vllm serve`; a pool of them
-    115  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    116  doctor         ~ what is wrong with servers and settings, and what to do about it
-    117  transfers      ~ whether prefill and decode servers work together
-    118  check config   ~ the program of `check-config`
+    109  traces         · requests of the past, from files; or made-up ones
+    110  engine         · a model of a vLLM server, in simulated time
+    111  replay         · past requests sent to simulated engines by any policy
+    112  comparison     ~ policies compared on a trace: the program of `replay`
+    113  canned words   · what a vLLM server would say and refuse, without a model
+    114  canned forms   · the same in the forms of its APIs, plain and streamed
+    115  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    116  understudy     ~ a process that stands in for `vllm serve`; a pool of them
+    117  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    118  doctor         ~ what is wrong with servers and settings, and what to do about it
+    119  transfers      ~ whether prefill and decode servers work together
+    120  check config   ~ the program of `check-config`
 
-A request walks through the rooms like this.  The `Front` (62) reads a head from the client's
-`Wire` (43), parses it (2), makes an `Exchange` (57) of it, and checks access (36).  A local path is
-answered in room 61.  For any other path, the `Exchange` runs: the content is gathered (52) and read
+A request walks through the rooms like this.  The `Front` (64) reads a head from the client's
+`Wire` (44), parses it (2), makes an `Exchange` (58) of it, and checks access (36).  A local path is
+answered in room 63.  For any other path, the `Exchange` runs: the content is gathered (53) and read
 as a `Call` (16) with its `Prompt` (15), the `Keys` (35) admit it, and `relay_plan` (34) says step
 by step what to do.  Each `Relay` step names the server that was ranked best (31) by a policy (30)
-among the views of the fleet (27).  An `Attempt` (53) at that server holds the answer back until it
-is judged good (18), and then has the `Exchange` commit: the `Response` (48) begins, and a `Pump`
-(47) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
-is asked next.  At the end, `account` (55) counts the request and writes its line.
+among the views of the fleet (27).  An `Attempt` (54) at that server holds the answer back until it
+is judged good (18), and then has the `Exchange` commit: the `Response` (49) begins, and a `Pump`
+(48) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
+is asked next.  At the end, `account` (56) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, the *fleet* is all of them, the
 *roster* lists them, a *client* talks to us.  A *wire* is one connection.  A *call* is a request's
@@ -3688,6 +3690,21 @@ def refuse_reserved(content: Content, spans: Spans | None, members: Mapping[str,
     if b"\0" in content[:4] or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         if content.lstrip(b"\0\xff\xfe \t\r\n")[:1] == b"{":
             raise BadMessage("the content is JSON in another encoding than UTF-8")
+
+
+class Destination(NamedTuple):
+    """Where in the fleet a request goes."""
+
+    path: str  # at servers
+    only: str = ""  # the only server that may be asked, if not all
+    infers: bool = True  # it needs an engine
+    searches: bool = False  # it looks for the server that has a stored response
+
+
+@remembered_text
+def destination_of(path: str) -> Destination:
+    """The default destination of requests for a path."""
+    return Destination(inference_path(path))
 
 
 # ══════════
@@ -9638,34 +9655,6 @@ def told_if_plain(sock: socket.socket) -> Iterator[None]:
             raise
 
 
-# ══════════
-#  43  wire
-# ══════════
-#
-# Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
-# server: bytes come into its buffer, and a reader waits for `news`.  While a Sink is set, bytes go
-# there at once without waking a task, as streamed pieces do.  Deadlines are moments on the loop's
-# clock; moving one sets an attribute, which the wire's only timer looks at when it fires.
-
-READ_BUFFER_BYTES = 256 * 1024  # held for a reader before a wire stops reading
-SPARE_PART = 4  # 1/4 of max_buffered_bytes may be content kept in case a stream breaks
-LEAVING_S = 0.25  # between two checks whether clients that we do not read from have left
-# All wires receive here: with a new buffer for each piece, as in asyncio.Protocol, a streamed token
-# costs 5 to 12 % more.  The content lasts until the next wire receives.
-RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
-
-
-class Sink:
-    """Takes a wire's bytes, lent for the call, and events; this one ignores them."""
-
-    def feed(self, wire: Wire, piece: Piece) -> None: ...
-    def lost(self, wire: Wire) -> None: ...
-    def expired(self, wire: Wire) -> None: ...
-
-
-Piece = memoryview | bytes
-
-
 def is_unheard(sock: socket.socket | None) -> bool:
     """Whether the peer's system has not acknowledged our last write, as if it had closed the
     connection before; True if our system cannot tell."""
@@ -9673,6 +9662,16 @@ def is_unheard(sock: socket.socket | None) -> bool:
         if sock is not None and sock.fileno() >= 0:  # else TLS has closed it
             return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
     return True
+
+
+# ══════════
+#  43  backlog
+# ══════════
+#
+# What is held of clients' requests: how much, what may be given up, and whose clients leave.
+
+SPARE_PART = 4  # 1/4 of max_buffered_bytes may be content kept in case a stream breaks
+LEAVING_S = 0.25  # between two checks whether clients that we do not read from have left
 
 
 class Backlog:
@@ -9683,7 +9682,7 @@ class Backlog:
         self.limit = limit  # max_buffered_bytes
         self.content_bytes = 0  # content, and long heads, that may have to be sent again
         self.unread_bytes = 0
-        self._poll, self._stopped = select.poll(), dict[int, Wire]()  # by descriptor
+        self._poll, self._stopped = select.poll(), dict[int, Callable[[], object]]()
         self._timer: asyncio.TimerHandle | None = None
         # Content kept in case its stream breaks, oldest first: (a function to give it up, bytes).
         self.spared: dict[int, tuple[Callable[[], object], int]] = {}
@@ -9714,24 +9713,51 @@ class Backlog:
         give_up, _ = self.spared[next(iter(self.spared))]
         give_up()
 
-    def watch(self, wire: Wire) -> None:
-        """Watch whether a wire's peer leaves, now that we have stopped reading."""
-        if (descriptor := wire.transport.get_extra_info("socket").fileno()) >= 0:
-            self._stopped[descriptor] = wire
+    def watch(
+        self, descriptor: int, loop: asyncio.AbstractEventLoop, leave: Callable[[], object]
+    ) -> None:
+        """Call `leave` when the peer leaves, until told to forget it: its socket is not read."""
+        if descriptor >= 0:
+            self._stopped[descriptor] = leave
             self._poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
-            self._timer = self._timer or wire.loop.call_later(LEAVING_S, self._look, wire.loop)
-            wire.descriptor = descriptor
+            self._timer = self._timer or loop.call_later(LEAVING_S, self._look, loop)
 
-    def forget(self, wire: Wire) -> None:
-        """Stop watching a wire that is read from again, or is lost."""
-        if self._stopped.get(wire.descriptor) is wire:
-            self._poll.unregister(wire.descriptor)
-            del self._stopped[wire.descriptor]
+    def forget(self, descriptor: int, leave: Callable[[], object]) -> None:
+        """Stop watching: the socket is read again, or is lost."""
+        if self._stopped.get(descriptor) == leave:
+            self._poll.unregister(descriptor)
+            del self._stopped[descriptor]
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         for descriptor, _ in self._poll.poll(0):
-            self._stopped[descriptor].leave()
+            self._stopped[descriptor]()
         self._timer = loop.call_later(LEAVING_S, self._look, loop) if self._stopped else None
+
+
+# ══════════
+#  44  wire
+# ══════════
+#
+# Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
+# server: bytes come into its buffer, and a reader waits for `news`.  While a Sink is set, bytes go
+# there at once without waking a task, as streamed pieces do.  Deadlines are moments on the loop's
+# clock; moving one sets an attribute, which the wire's only timer looks at when it fires.
+
+READ_BUFFER_BYTES = 256 * 1024  # held for a reader before a wire stops reading
+# All wires receive here: with a new buffer for each piece, as in asyncio.Protocol, a streamed token
+# costs 5 to 12 % more.  The content lasts until the next wire receives.
+RECEIVED = memoryview(bytearray(RECEIVED_BYTES))
+
+
+class Sink:
+    """Takes a wire's bytes, lent for the call, and events; this one ignores them."""
+
+    def feed(self, wire: Wire, piece: Piece) -> None: ...
+    def lost(self, wire: Wire) -> None: ...
+    def expired(self, wire: Wire) -> None: ...
+
+
+Piece = memoryview | bytes
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -9820,7 +9846,7 @@ class Wire(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
         if self.backlog is not None:
-            self.backlog.forget(self)
+            self.backlog.forget(self.descriptor, self.leave)
         if isinstance(error, ssl.SSLError):
             self.trouble = f": {error_text(error)}"
         if self._timer is not None:
@@ -10016,13 +10042,14 @@ class Wire(asyncio.BufferedProtocol):
         self.held = True
         self.transport.pause_reading()
         if self.backlog is not None:
-            self.backlog.watch(self)
+            self.descriptor = self.transport.get_extra_info("socket").fileno()
+            self.backlog.watch(self.descriptor, self.loop, self.leave)
 
     def release(self) -> None:
         self.held = False
         self.transport.resume_reading()
         if self.backlog is not None:
-            self.backlog.forget(self)
+            self.backlog.forget(self.descriptor, self.leave)
 
     def abort(self) -> None:
         """End the connection now, with whatever was still to be written."""
@@ -10058,7 +10085,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ══════════
-#  44  secrets
+#  45  secrets
 # ══════════
 #
 # Keys and certificates, from the settings and the files that they name, and how to reach a server
@@ -10259,7 +10286,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ══════════
-#  45  client
+#  46  client
 # ══════════
 #
 # The client for our own requests: checks, reports of load, those of the doctor and `top`.  It uses
@@ -10461,7 +10488,7 @@ async def is_dead(client: HttpClient) -> bool:
 
 
 # ══════════
-#  46  pool
+#  47  pool
 # ══════════
 #
 # The connections to one server for passing on requests.
@@ -10595,7 +10622,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ══════════
-#  47  pump
+#  48  pump
 # ══════════
 #
 # Bytes from one wire are written to another in the same turn of the event loop, without a task.
@@ -10825,7 +10852,7 @@ class Tunnel:
 
 
 # ══════════
-#  48  response
+#  49  response
 # ══════════
 #
 # The client's side of an exchange.  Every response, a server's answer or our own, is written here,
@@ -11090,7 +11117,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ══════════
-#  49  logging
+#  50  logging
 # ══════════
 #
 # Lines for people and programs, who may read slowly or not at all; clients must not wait for them.
@@ -11419,7 +11446,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ══════════
-#  50  shared state
+#  51  shared state
 # ══════════
 #
 # State that exchanges, watchers and local pages share; each piece has an owner: clients, pools,
@@ -11622,7 +11649,7 @@ class Requests:
 
 
 # ══════════
-#  51  core
+#  52  core
 # ══════════
 #
 # The state of the running balancer in one place, as exchanges, watchers and local pages get it.
@@ -11786,7 +11813,7 @@ class Core:
 
 
 # ══════════
-#  52  intake
+#  53  intake
 # ══════════
 #
 # A request's content: gathered from the client, decoded, scanned as it arrives, and held as long
@@ -11932,7 +11959,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ══════════
-#  53  attempt
+#  54  attempt
 # ══════════
 #
 # One attempt at an answer: a request is sent to one server over one connection, and its answer is
@@ -12170,7 +12197,7 @@ class Attempt:
 
 
 # ══════════
-#  54  case
+#  55  case
 # ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -12311,10 +12338,30 @@ class Case:
 
 
 # ══════════
-#  55  accounts
+#  56  accounts
 # ══════════
 #
-# A request has ended: it is counted, remembered for the recent past, and reported.
+# What outlives a request: its counts, its place in the recent past, its record, and which server
+# has the response that it stored.
+
+
+class Trail:
+    """What is noted about a request on its way, for metrics and logs.  Times are the loop's."""
+
+    __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "prefill", "attempts",
+                 "failures", "model")
+
+    def __init__(self, now: float) -> None:
+        self.began_at = self.asked_at = now  # when its head was complete; when it was understood
+        self.queued_s = 0.0
+        self.server = ""  # the id of the server or engine that was asked last,
+        self.name = ""  # and its name
+        self.prefill = ""  # the name of the server that has read the prompt for that one
+        self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
+        self.failures: list[str] = []  # labels of the failed attempts
+        self.model = ""  # as a label: only names that servers told us
+
+
 def account(x: Exchange) -> None:
     """Count the request, remember it, and tell the subscribers, which write its lines."""
     core, trail, response, first_s = x.core, x.trail, x.response, None
@@ -12365,8 +12412,35 @@ def facts_of(
         response.end)
 
 
+def aim_at_maker(x: Exchange, call: Call) -> None:
+    """Send a request about a stored response to the server that made it, the only one that
+    knows it; or to one server after the other, if the maker is unknown or has left."""
+    stored = x.core.requests.stored.find(call.stored)
+    only = stored.server if stored and x.core.fleet.engines(stored.server) else ""
+    x.destination = Destination(
+        x.destination.path, only, infers=call.makes_response, searches=not only)
+
+
+def note_stored(x: Exchange, head: ResponseHead, start: bytes) -> None:
+    """Remember which response a server has made or has, now that its answer is shown."""
+    call, stored = x.call, x.core.requests.stored
+    server = x.core.fleet.server_of(x.trail.server)
+    if call.makes_response and head.status < 300:
+        if id := response_id(start, head.is_event_stream):
+            # A client that chooses ids could choose another client's.
+            own, _ = own_id(x.head.fields, x.settings.request_id_headers)
+            chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
+            name = x.key.name if x.key and not chosen else ""
+            stored.made(id, Stored(server, name, (call.model or "")[:MODEL_NAME_LIMIT]))
+    if call.stored and head.status < 300:
+        if x.head.method == "DELETE":
+            stored.forget(call.stored)
+        elif x.destination.searches:
+            stored.made(call.stored, Stored(server, "", ""))
+
+
 # ══════════
-#  56  resuming
+#  57  resuming
 # ══════════
 #
 # A stream that another server may continue: what it has shown, from its first event on, and after
@@ -12459,49 +12533,45 @@ class Resuming:
         self.core.metrics.resumes.add(way.value, outcome.fault.label if outcome.fault else "ok")
 
 
+def keep_stream(x: Exchange, request: OutboundRequest, head: ResponseHead, first: bytes) -> bytes:
+    """Keep what a stream shows from now on, if another server could continue it.  Returns what
+    is to be shown of its first piece."""
+    x.prospect = first_prospect(x.call, x.head, request.path, x.settings)
+    if x.prospect.way is None or head.is_encoded or head.status != 200:
+        return first
+    x.stream = Resuming(x.core, x.settings, request, x.prospect, x.response.id)
+    x.response.keeper = x.stream.transcript
+    return x.stream.transcript.take(first)
+
+
+def commit_again(x: Exchange, step: Relay, lease: Lease, join: Join, answer: Answer) -> bool:
+    """Join another server's answer to the stream.  Returns whether its rest is wanted.
+    Raises BadMessage."""
+    head, response = answer.head, x.response
+    if head.status != 200 or not head.is_event_stream or head.is_encoded:
+        text = f"the server answered {head.status} in place of a stream"
+        raise BadMessage(text, Fault.RESUME_FAILED)
+    if x.case.test is not None:
+        x.case.end_test()
+    if x.call.makes_response:
+        note_stored(x, head, answer.first)
+    lease.answered(x.loop.time(), True)
+    assert (keeper := response.keeper) is not None
+    keeper.go_on(join)
+    shown = keeper.take(answer.first)
+    done = answer.done and keeper.fault is None
+    response.go_on(shown + keeper.rest() if done else shown, done)
+    return not done
+
+
 # ══════════
-#  57  exchange
+#  58  exchange
 # ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
 # carries out the steps of a plan; it decides nothing itself.  A server's failure becomes an
 # Outcome for the plan.  A client's leaving cancels the task wherever it stands, which closes the
 # server's connection on the way out, so that vLLM stops generating.
-
-LOOK_LIMIT_S = 2.0  # the longest that a request waits for a look at servers' models
-
-
-class Trail:
-    """What is noted about a request on its way, for metrics and logs.  Times are the loop's."""
-
-    __slots__ = ("began_at", "asked_at", "queued_s", "server", "name", "prefill", "attempts",
-                 "failures", "model")
-
-    def __init__(self, now: float) -> None:
-        self.began_at = self.asked_at = now  # when its head was complete; when it was understood
-        self.queued_s = 0.0
-        self.server = ""  # the id of the server or engine that was asked last,
-        self.name = ""  # and its name
-        self.prefill = ""  # the name of the server that has read the prompt for that one
-        self.attempts: list[tuple[str, str, str]] = []  # server, reason to ask it, result
-        self.failures: list[str] = []  # labels of the failed attempts
-        self.model = ""  # as a label: only names that servers told us
-
-
-class Destination(NamedTuple):
-    """Where in the fleet a request goes."""
-
-    path: str  # at servers
-    only: str = ""  # the only server that may be asked, if not all
-    infers: bool = True  # it needs an engine
-    searches: bool = False  # it looks for the server that has a stored response
-
-
-@remembered_text
-def destination_of(path: str) -> Destination:
-    """The default destination of requests for a path."""
-    return Destination(inference_path(path))
-
 
 class Exchange:
     """One request and its answer, on one client's wire.  Raises BadMessage when the request's
@@ -12583,7 +12653,7 @@ class Exchange:
         self.call, self.trail.asked_at = call, self.loop.time()
         self.trail.model = self.label()
         if call.stored and not self.destination.only:
-            self.aim_at_maker(call)
+            aim_at_maker(self, call)
         if (key := self.key) is None:
             return None
         core, model = self.core, call.model
@@ -12595,14 +12665,6 @@ class Exchange:
         refusal = core.keys.admit(key, model, self.trail.asked_at)
         self.admitted = refusal is None
         return refusal
-
-    def aim_at_maker(self, call: Call) -> None:
-        """Send a request about a stored response to the server that made it, the only one that
-        knows it; or to one server after the other, if the maker is unknown or has left."""
-        stored = self.core.requests.stored.find(call.stored)
-        only = stored.server if stored and self.core.fleet.engines(stored.server) else ""
-        self.destination = Destination(
-            self.destination.path, only, infers=call.makes_response, searches=not only)
 
     def prepare(self, content: Content) -> OutboundRequest:
         """Return the request as it is sent to servers; its content is held from now on."""
@@ -12755,7 +12817,7 @@ class Exchange:
             async with asyncio.timeout_at(stream.broken_at + self.settings.resume_within) as limit:
                 on_news = functools.partial(stream.went_on, limit, way, self.trail.name)
                 request, join = await stream.join(way, step, on_news)
-                commit = functools.partial(self.commit_again, step, lease, join)
+                commit = functools.partial(commit_again, self, step, lease, join)
                 attempt = self.attempt_at(step._replace(request=request), kind)
                 outcome = await attempt.outcome(commit)
         except TimeoutError:
@@ -12806,12 +12868,12 @@ class Exchange:
         if s.server_header and (s.why_header or asked):
             added.append(("X-MVLLM-Why", step.why()))
         if self.call.makes_response or self.call.stored:
-            self.note_stored(head, answer.first)
+            note_stored(self, head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
         first = answer.first
         open_ended = framing in (CHUNKED, UNTIL_CLOSE)  # a continuation has another length
         if self.call.stream and head.is_event_stream and open_ended and not answer.done:
-            first = self.keep_stream(step.request, head, first)
+            first = keep_stream(self, step.request, head, first)
         wanted = self.response.begin(head, framing, first, answer.done, added)
         self.release(answer.done and head.status < 500)
         lease.answered(self.loop.time(), self.response.streams)
@@ -12840,162 +12902,9 @@ class Exchange:
         self.case.digest()
         self.body.release()
 
-    def keep_stream(self, request: OutboundRequest, head: ResponseHead, first: bytes) -> bytes:
-        """Keep what a stream shows from now on, if another server could continue it.  Returns what
-        is to be shown of its first piece."""
-        self.prospect = first_prospect(self.call, self.head, request.path, self.settings)
-        if self.prospect.way is None or head.is_encoded or head.status != 200:
-            return first
-        self.stream = Resuming(self.core, self.settings, request, self.prospect, self.response.id)
-        self.response.keeper = self.stream.transcript
-        return self.stream.transcript.take(first)
-
-    def commit_again(self, step: Relay, lease: Lease, join: Join, answer: Answer) -> bool:
-        """Join another server's answer to the stream.  Returns whether its rest is wanted.
-        Raises BadMessage."""
-        head, response = answer.head, self.response
-        if head.status != 200 or not head.is_event_stream or head.is_encoded:
-            text = f"the server answered {head.status} in place of a stream"
-            raise BadMessage(text, Fault.RESUME_FAILED)
-        if self.case.test is not None:
-            self.case.end_test()
-        if self.call.makes_response:
-            self.note_stored(head, answer.first)
-        lease.answered(self.loop.time(), True)
-        assert (keeper := response.keeper) is not None
-        keeper.go_on(join)
-        shown = keeper.take(answer.first)
-        done = answer.done and keeper.fault is None
-        response.go_on(shown + keeper.rest() if done else shown, done)
-        return not done
-
-    def note_stored(self, head: ResponseHead, start: bytes) -> None:
-        """Remember which response a server has made or has, now that its answer is shown."""
-        call, stored = self.call, self.core.requests.stored
-        server = self.core.fleet.server_of(self.trail.server)
-        if call.makes_response and head.status < 300:
-            if id := response_id(start, head.is_event_stream):
-                # A client that chooses ids could choose another client's.
-                own, _ = own_id(self.head.fields, self.settings.request_id_headers)
-                chosen = call.names_response or (own and own in (id, id[5:]))  # after resp_
-                name = self.key.name if self.key and not chosen else ""
-                stored.made(id, Stored(server, name, (call.model or "")[:MODEL_NAME_LIMIT]))
-        if call.stored and head.status < 300:
-            if self.head.method == "DELETE":
-                stored.forget(call.stored)
-            elif self.destination.searches:
-                stored.made(call.stored, Stored(server, "", ""))
-
-    async def pause(self, step: Pause) -> Outcome:
-        await asyncio.sleep(step.seconds)
-        return WELL
-
-    async def queue(self, step: Queue) -> Outcome:
-        """Wait in the queue; a stream's client is sent comments meanwhile, if settings say so."""
-        core, s, queue, began = self.core, self.settings, self.core.requests.queue, self.loop.time()
-        beats = s.queue_heartbeat and self.call.stream and self.head.method == "POST"
-        beat_s = s.queue_heartbeat if beats else INFINITY
-        if len(queue) >= s.queue_size:
-            text = f"{len(queue)} requests wait already, as many as queue_size allows."
-            return Outcome(Fault.QUEUE_FULL, text)
-        turn = self.loop.create_future()
-
-        def take(ranking: Ranking) -> None:
-            lease = self.lease(ranking.best, step.role) if ranking.best else None
-            turn.set_result(Outcome(lease=lease, ranking=ranking) if lease else WELL)
-
-        wants = self.call.model, self.destination.only, step.tried, step.role
-        choose = functools.partial(self.choose, step.tried, waiting=True, role=step.role)
-        waiter, granted = Waiter(began, wants, choose, take, turn.set_exception), False
-        queue.join(waiter)
-        queue.hand_over(core.has_room)  # time may have made one eligible
-        try:
-            while not turn.done() and (left_s := began + s.queue_timeout - self.loop.time()) > 0:
-                await asyncio.wait((turn,), timeout=min(left_s, beat_s))
-                if beat_s < left_s and not turn.done():
-                    self.response.heartbeat()
-            granted = turn.done()
-        finally:
-            queue.leave(waiter)
-            if turn.done() and not granted and (lease := turn.result().lease):
-                self.end_lease(lease)  # the request left at the moment it was given one
-        queued_s = self.loop.time() - began
-        core.metrics.waits.note(queued_s, self.trail.model)
-        self.trail.queued_s += queued_s
-        if granted:
-            return turn.result()
-        text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
-        return Outcome(Fault.QUEUE_TIMEOUT, text)
-
-    async def await_health(self, step: AwaitHealth) -> Outcome:
-        left_s = self.trail.asked_at + step.seconds - self.loop.time()
-        try:
-            async with asyncio.timeout(max(0.0, left_s)):
-                await self.core.news.changed()
-        except TimeoutError:
-            return Outcome(Fault.NO_SERVER)
-        return WELL
-
-    async def refresh(self, step: Refresh) -> Outcome:
-        """Wait until all reachable servers were asked for their models; requests share a look."""
-        fleet, look = self.core.fleet, self.core.looks.want
-        servers = {view.server for view in fleet.views()
-                   if view.health.may_be_last_resort and view.open}
-        await self.await_looks([server for server in servers if look(server)], step.model)
-        self.trail.model = self.label()
-        return WELL
-
-    async def await_looks(self, servers: Sequence[str], model: str = "") -> None:
-        """Wait until these servers have been asked for their models or the wanted one is found,
-        but no longer than LOOK_LIMIT_S."""
-        core = self.core
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_LIMIT_S):
-                while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
-                    await core.news.changed()
-
-    async def give_up(self, step: GiveUp) -> Outcome:
-        """End a plan that found no server to answer, in a failed server's words or in ours."""
-        fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
-        if fault is Fault.KEY_REJECTED and held is not None:  # is it our key, or the request?
-            await self.await_looks([self.core.fleet.server_of(held.server)])
-            view = self.core.fleet.view(held.server)
-            held = held if view is not None and view.healthy else None
-            text = "The server rejected the key that is set for it."
-        if held is None:
-            queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
-            after_s = (self.core.requests.queue.clears_in_s(self.loop.time()) if queued
-                       else step.outcome.after_s)
-            self.refuse(Refusal(fault or Fault.INTERNAL, text, after_s))
-            return WELL
-        self.trail.server, self.trail.name = held.server, self.core.fleet.name_of(held.server)
-        if fault not in (None, Fault.NOT_THERE):  # those are answers like any other
-            self.response.failed(fault)
-        whole = Framing(len(held.content))
-        framing = returned_framing(held.head, held.length, self.head, whole)
-        added = named_server(self.trail.name, self.settings)
-        self.response.begin(held.head, framing, held.content, True, added)
-        return WELL
-
-    async def break_off(self, step: BreakOff) -> Outcome:
-        fault, text = step.outcome.fault or Fault.INTERNAL, step.outcome.text
-        if step.why:
-            self.core.metrics.not_resumed.add(step.why)
-            words = f"{step.why}{': ' * bool(self.prospect.text)}{self.prospect.text}"
-            log.info("id=%s: no other server goes on with its stream: %s", self.response.id, words)
-            text = f"{text.rstrip('.')} (no other server goes on: {words})"
-        if fault in SAID_BY_SERVER:
-            if self.response.keeper is not None:  # it was held back
-                self.response.write(self.response.keeper.withheld)
-            self.response.failed(fault)
-        else:
-            self.response.break_off(fault, text)
-        return WELL
-
     # A room that has its own kinds of steps adds a row for each.
     CARRY_OUT: ClassVar[dict[type, Callable[..., Awaitable[Outcome]]]] = {
-        Relay: relay, Recall: recall, Resume: resume, Pause: pause, Queue: queue,
-        AwaitHealth: await_health, Refresh: refresh, GiveUp: give_up, BreakOff: break_off,
+        Relay: relay, Recall: recall, Resume: resume,
     }
 
     def label(self) -> str:
@@ -13006,11 +12915,139 @@ class Exchange:
         return model if model in fleet.derived or fleet.knows(model) else "unknown"
 
 
+# ══════════
+#  59  other steps
+# ══════════
+#
+# The steps of a plan that ask no server: waits, and the end if no server answers.
+
+LOOK_LIMIT_S = 2.0  # the longest that a request waits for a look at servers' models
+
+
+async def pause(x: Exchange, step: Pause) -> Outcome:
+    await asyncio.sleep(step.seconds)
+    return WELL
+
+
+async def wait_in_queue(x: Exchange, step: Queue) -> Outcome:
+    """Wait in the queue; a stream's client is sent comments meanwhile, if settings say so."""
+    core, s, queue, began = x.core, x.settings, x.core.requests.queue, x.loop.time()
+    beats = s.queue_heartbeat and x.call.stream and x.head.method == "POST"
+    beat_s = s.queue_heartbeat if beats else INFINITY
+    if len(queue) >= s.queue_size:
+        text = f"{len(queue)} requests wait already, as many as queue_size allows."
+        return Outcome(Fault.QUEUE_FULL, text)
+    turn = x.loop.create_future()
+
+    def take(ranking: Ranking) -> None:
+        lease = x.lease(ranking.best, step.role) if ranking.best else None
+        turn.set_result(Outcome(lease=lease, ranking=ranking) if lease else WELL)
+
+    wants = x.call.model, x.destination.only, step.tried, step.role
+    choose = functools.partial(x.choose, step.tried, waiting=True, role=step.role)
+    waiter, granted = Waiter(began, wants, choose, take, turn.set_exception), False
+    queue.join(waiter)
+    queue.hand_over(core.has_room)  # time may have made one eligible
+    try:
+        while not turn.done() and (left_s := began + s.queue_timeout - x.loop.time()) > 0:
+            await asyncio.wait((turn,), timeout=min(left_s, beat_s))
+            if beat_s < left_s and not turn.done():
+                x.response.heartbeat()
+        granted = turn.done()
+    finally:
+        queue.leave(waiter)
+        if turn.done() and not granted and (lease := turn.result().lease):
+            x.end_lease(lease)  # the request left at the moment it was given one
+    queued_s = x.loop.time() - began
+    core.metrics.waits.note(queued_s, x.trail.model)
+    x.trail.queued_s += queued_s
+    if granted:
+        return turn.result()
+    text = f"No server had a place within {s.queue_timeout:g} s (queue_timeout)."
+    return Outcome(Fault.QUEUE_TIMEOUT, text)
+
+
+async def await_health(x: Exchange, step: AwaitHealth) -> Outcome:
+    left_s = x.trail.asked_at + step.seconds - x.loop.time()
+    try:
+        async with asyncio.timeout(max(0.0, left_s)):
+            await x.core.news.changed()
+    except TimeoutError:
+        return Outcome(Fault.NO_SERVER)
+    return WELL
+
+
+async def look_for_model(x: Exchange, step: Refresh) -> Outcome:
+    """Wait until all reachable servers were asked for their models; requests share a look."""
+    fleet, look = x.core.fleet, x.core.looks.want
+    servers = {view.server for view in fleet.views()
+               if view.health.may_be_last_resort and view.open}
+    await await_looks(x, [server for server in servers if look(server)], step.model)
+    x.trail.model = x.label()
+    return WELL
+
+
+async def await_looks(x: Exchange, servers: Sequence[str], model: str = "") -> None:
+    """Wait until these servers have been asked for their models or the wanted one is found,
+    but no longer than LOOK_LIMIT_S."""
+    core = x.core
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_LIMIT_S):
+            while not core.looks.wanted.isdisjoint(servers) and not core.fleet.knows(model):
+                await core.news.changed()
+
+
+async def give_up(x: Exchange, step: GiveUp) -> Outcome:
+    """End a plan that found no server to answer, in a failed server's words or in ours."""
+    fault, text, held = step.outcome.fault, step.outcome.text, step.outcome.held
+    if fault is Fault.KEY_REJECTED and held is not None:  # is it our key, or the request?
+        await await_looks(x, [x.core.fleet.server_of(held.server)])
+        view = x.core.fleet.view(held.server)
+        held = held if view is not None and view.healthy else None
+        text = "The server rejected the key that is set for it."
+    if held is None:
+        queued = fault in (Fault.QUEUE_FULL, Fault.QUEUE_TIMEOUT)
+        after_s = (x.core.requests.queue.clears_in_s(x.loop.time()) if queued
+                   else step.outcome.after_s)
+        x.refuse(Refusal(fault or Fault.INTERNAL, text, after_s))
+        return WELL
+    x.trail.server, x.trail.name = held.server, x.core.fleet.name_of(held.server)
+    if fault not in (None, Fault.NOT_THERE):  # those are answers like any other
+        x.response.failed(fault)
+    whole = Framing(len(held.content))
+    framing = returned_framing(held.head, held.length, x.head, whole)
+    added = named_server(x.trail.name, x.settings)
+    x.response.begin(held.head, framing, held.content, True, added)
+    return WELL
+
+
+async def break_off(x: Exchange, step: BreakOff) -> Outcome:
+    fault, text = step.outcome.fault or Fault.INTERNAL, step.outcome.text
+    if step.why:
+        x.core.metrics.not_resumed.add(step.why)
+        words = f"{step.why}{': ' * bool(x.prospect.text)}{x.prospect.text}"
+        log.info("id=%s: no other server goes on with its stream: %s", x.response.id, words)
+        text = f"{text.rstrip('.')} (no other server goes on: {words})"
+    if fault in SAID_BY_SERVER:
+        if x.response.keeper is not None:  # it was held back
+            x.response.write(x.response.keeper.withheld)
+        x.response.failed(fault)
+    else:
+        x.response.break_off(fault, text)
+    return WELL
+
+
+Exchange.CARRY_OUT |= {
+    Pause: pause, Queue: wait_in_queue, AwaitHealth: await_health, Refresh: look_for_model,
+    GiveUp: give_up, BreakOff: break_off,
+}
+
+
 # ━━━ part IX: operating ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 
 
 # ══════════
-#  58  watch
+#  60  watch
 # ══════════
 #
 # What goes on without a request.  Each server has loops of its own, for its health, its load and
@@ -13318,7 +13355,7 @@ class Watchers:
 
 
 # ══════════
-#  59  services
+#  61  services
 # ══════════
 #
 # What runs in the background only if the settings ask for it, like a source of servers.  The rooms
@@ -13398,7 +13435,7 @@ class Services:
 
 
 # ══════════
-#  60  operations
+#  62  operations
 # ══════════
 #
 # What people do to servers at run time: over HTTP, with the screen's keys, or with the page's
@@ -13526,7 +13563,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ══════════
-#  61  endpoints
+#  63  endpoints
 # ══════════
 #
 # The paths that the balancer answers from what it knows.  They ask no server, so they answer at
@@ -13866,7 +13903,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  62  front
+#  64  front
 # ══════════
 #
 # Where clients come in.  Connections are accepted while there is room, and each is served by a task
@@ -14217,7 +14254,7 @@ class Front:
 
 
 # ══════════
-#  63  following
+#  65  following
 # ══════════
 #
 # The settings file is read whole every few seconds.  It has a few kB; reading it is cheaper than
@@ -14361,7 +14398,7 @@ class Follower:
 
 
 # ══════════
-#  64  commands
+#  66  commands
 # ══════════
 #
 # Subcommands are rows, each registered by its own room; the command line knows none by name.  Here
@@ -14553,7 +14590,7 @@ def printable(text: str) -> str:
 
 
 # ══════════
-#  65  handover
+#  67  handover
 # ══════════
 #
 # One process takes over from another without a gap.  The old one starts the new one and passes it,
@@ -14740,7 +14777,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  66  balancer
+#  68  balancer
 # ══════════
 #
 # Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
@@ -14983,7 +15020,7 @@ class Balancer:
 
 
 # ══════════
-#  67  process
+#  69  process
 # ══════════
 #
 # A balancer as a process among others: its signals, its terminal, and what it tells systemd and the
@@ -15105,7 +15142,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ══════════
-#  68  router flags
+#  70  router flags
 # ══════════
 #
 # The flags of vllm-project/router are accepted, too, so that its command lines work as they are.
@@ -15284,7 +15321,7 @@ def router_overrides(
 
 
 # ══════════
-#  69  command line
+#  71  command line
 # ══════════
 #
 # Arguments, environment and exit codes: 0 is success; 1, the settings or the address cannot be
@@ -15489,7 +15526,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ══════════
-#  70  names
+#  72  names
 # ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -15658,7 +15695,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ══════════
-#  71  pods
+#  73  pods
 # ══════════
 #
 # Pods and EndpointSlices, and the servers they stand for.  Of an object only what makes servers is
@@ -15906,7 +15943,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ══════════
-#  72  listing
+#  74  listing
 # ══════════
 #
 # What to ask the Kubernetes API next, and what its answers mean.  A list is taken page by page,
@@ -16154,7 +16191,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ══════════
-#  73  cluster
+#  75  cluster
 # ══════════
 #
 # How the Kubernetes API is reached: where, and with which token and certificates.  They are read
@@ -16488,7 +16525,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ══════════
-#  74  zmtp
+#  76  zmtp
 # ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -16673,7 +16710,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ══════════
-#  75  registration
+#  77  registration
 # ══════════
 #
 # Servers, and agents that run servers, which announce themselves.  A registration ends when its
@@ -16976,7 +17013,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ══════════
-#  76  registering
+#  78  registering
 # ══════════
 #
 # The paths at which servers and agents register.  The roster follows the book of registrations.
@@ -17227,7 +17264,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  77  zmq listener
+#  79  zmq listener
 # ══════════
 #
 # Where vLLM's connectors register over ZMQ.  ZMTP's NULL mechanism has no keys, so
@@ -17379,7 +17416,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ══════════
-#  78  legs
+#  80  legs
 # ══════════
 #
 # One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
@@ -17655,7 +17692,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ══════════
-#  79  connectors
+#  81  connectors
 # ══════════
 #
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
@@ -17833,7 +17870,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ══════════
-#  80  splitting
+#  82  splitting
 # ══════════
 #
 # How a request is split between two servers, as a plan: which one reads the prompt, which one
@@ -18133,7 +18170,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ══════════
-#  81  leg attempts
+#  83  leg attempts
 # ══════════
 #
 # The two legs of a request, carried out.  A prefill leg is an attempt whose answer we keep; a
@@ -18376,7 +18413,7 @@ class DecodeAttempt(Attempt):
 
 
 # ══════════
-#  82  pairs
+#  84  pairs
 # ══════════
 #
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
@@ -18633,7 +18670,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  83  life
+#  85  life
 # ══════════
 #
 # The life of a model's instance: one table of transitions, and how often an instance that ends by
@@ -18755,7 +18792,7 @@ class Life:
 
 
 # ══════════
-#  84  launching
+#  86  launching
 # ══════════
 #
 # How a model is launched.  Command lines come only from settings files on the host that runs them;
@@ -18996,7 +19033,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 # ══════════
-#  85  placement
+#  87  placement
 # ══════════
 #
 # Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
@@ -19217,7 +19254,7 @@ def place_on(
 
 
 # ══════════
-#  86  scaling
+#  88  scaling
 # ══════════
 #
 # How many instances of each model run: what to launch, put to sleep, wake and stop next.  A pure
@@ -19456,7 +19493,7 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 
 
 # ══════════
-#  87  children
+#  89  children
 # ══════════
 #
 # Models' processes: each leads its own group, which outlives us, and writes its output to an
@@ -19688,7 +19725,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 # ══════════
-#  88  instances
+#  90  instances
 # ══════════
 #
 # One model's process: how to send it requests, and its description for others.
@@ -19808,7 +19845,7 @@ class Instance:
 
 
 # ══════════
-#  89  agent
+#  91  agent
 # ══════════
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  The agent does what it
@@ -20157,7 +20194,7 @@ async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
 
 
 # ══════════
-#  90  hosts
+#  92  hosts
 # ══════════
 #
 # Machines that run models: this one, and those with an agent of their own, behind the same methods.
@@ -20413,7 +20450,7 @@ class Uses:
 
 
 # ══════════
-#  91  holdings
+#  93  holdings
 # ══════════
 #
 # What is known about the pool, and the views of it that placement gets.
@@ -20651,7 +20688,7 @@ class Holdings:
 
 
 # ══════════
-#  92  keeping
+#  94  keeping
 # ══════════
 #
 # Keeping the pool: the dry rooms decide, this room carries out.  Requests for its models have a
@@ -20987,7 +21024,7 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ══════════
-#  93  manager
+#  95  manager
 # ══════════
 #
 # A pool that another balancer, the manager, keeps.  Requests go from here to its instances too, and
@@ -21098,7 +21135,7 @@ class FollowedPool(ModelPool):
 
 
 # ══════════
-#  94  models
+#  96  models
 # ══════════
 #
 # The pool as the balancer uses it: the plan of requests for its models, their lists, metrics and
@@ -21425,7 +21462,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 # ══════════
-#  95  pool paths
+#  97  pool paths
 # ══════════
 #
 # The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
@@ -21480,7 +21517,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ══════════
-#  96  worker
+#  98  worker
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -21737,7 +21774,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ══════════
-#  97  cells
+#  99  cells
 # ══════════
 #
 # Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
@@ -22016,7 +22053,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ══════════
-#  98  table
+#  100  table
 # ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -22252,7 +22289,7 @@ def marked(line: Line) -> Line:
 
 
 # ══════════
-#  99  views
+#  101  views
 # ══════════
 #
 # What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
@@ -22422,7 +22459,7 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 
 
 # ══════════
-#  100  screen
+#  102  screen
 # ══════════
 #
 # What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
@@ -22750,7 +22787,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ══════════
-#  101  keys
+#  103  keys
 # ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -22894,7 +22931,7 @@ def key_of(char: str) -> str:
 
 
 # ══════════
-#  102  terminal
+#  104  terminal
 # ══════════
 #
 # The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
@@ -23140,7 +23177,7 @@ class CursesScreen:
 
 
 # ══════════
-#  103  top
+#  105  top
 # ══════════
 #
 # The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
@@ -23369,7 +23406,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  104  page
+#  106  page
 # ══════════
 #
 # GET /status: what a browser shows of the document at /status.json.  The page itself holds no
@@ -23959,7 +23996,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ══════════
-#  105  reference
+#  107  reference
 # ══════════
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -24276,7 +24313,7 @@ def example_topic() -> str:
 
 
 # ══════════
-#  106  deployment
+#  108  deployment
 # ══════════
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -24624,7 +24661,7 @@ def grafana_topic() -> str:
 
 
 # ══════════
-#  107  traces
+#  109  traces
 # ══════════
 #
 # Requests of the past, from a file: our own, or what others have published; and made-up ones for
@@ -24813,7 +24850,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ══════════
-#  108  engine
+#  110  engine
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -25162,7 +25199,7 @@ class Engine:
 
 
 # ══════════
-#  109  replay
+#  111  replay
 # ══════════
 #
 # Requests of the past, sent once more to a fleet that is only modelled: what would another policy
@@ -25448,7 +25485,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 
 # ══════════
-#  110  comparison
+#  112  comparison
 # ══════════
 #
 # Policies compared on a trace: the program of `replay`.
@@ -25618,7 +25655,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ══════════
-#  111  canned words
+#  113  canned words
 # ══════════
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -25819,7 +25856,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ══════════
-#  112  canned forms
+#  114  canned forms
 # ══════════
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -26164,7 +26201,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ══════════
-#  113  simulation
+#  115  simulation
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -26515,7 +26552,7 @@ class Generation:
 
 
 # ══════════
-#  114  understudy
+#  116  understudy
 # ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
@@ -26706,7 +26743,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ══════════
-#  115  demo
+#  117  demo
 # ══════════
 #
 # The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
@@ -26897,7 +26934,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  116  doctor
+#  118  doctor
 # ══════════
 #
 # What is usually found out too late: each server is asked for all that the balancer will rely on,
@@ -27187,7 +27224,7 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  117  transfers
+#  119  transfers
 # ══════════
 #
 # Whether prefill and decode servers work together: what they say of themselves is compared, and a
@@ -27452,7 +27489,7 @@ async def try_pairs(
 
 
 # ══════════
-#  118  check config
+#  120  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could
