@@ -14599,7 +14599,7 @@ def printable(text: str) -> str:
 
 SOCKETS_ENV, OPERATOR_SOCKETS_ENV = "MVLLM_LITE_SOCKETS", "MVLLM_LITE_OPERATOR_SOCKETS"
 READY_ENV, BY_HAND_ENV = "MVLLM_LITE_READY", "MVLLM_LITE_LIVE"
-UPGRADE_TIMEOUT_S = 30.0  # for the new process to begin to serve
+UPGRADE_TIMEOUT_S = 60.0  # for the new process to begin to serve, also on a busy machine
 UPGRADE_TRIAL_S = 10.0  # for which it has to serve before the old one leaves
 UPGRADE_LOOK_S = 0.05  # between two looks at whether it does
 Sockets = Mapping[str, Sequence[socket.socket]]  # by the first two variables
@@ -14612,7 +14612,7 @@ class Handover:
         self.core = core
         self.before: Callable[[], Awaitable[object]] | None = None  # the screen has to end
         self.taken_back: Callable[[], object] = lambda: None
-        self.trial_s = UPGRADE_TRIAL_S
+        self.trial_s, self.start_s = UPGRADE_TRIAL_S, UPGRADE_TIMEOUT_S
         self.under_way = False
 
     async def run(self, command: Sequence[str], sockets: Sockets, front: Front) -> bool:
@@ -14647,9 +14647,7 @@ class Handover:
                     child = subprocess.Popen(
                         command, pass_fds=sum(passed.values(), []), stdin=subprocess.DEVNULL,
                         env=os.environ | environ)
-                ours.setblocking(False)
-                async with within(UPGRADE_TIMEOUT_S):
-                    word = await asyncio.get_running_loop().sock_recv(ours, 1)
+                word = await self.word_from(ours)
         except OSError as error:  # TimeoutError is one
             log.error("waiting for a successor: %s", error_text(error) or "it took too long")
         except Exception:
@@ -14663,6 +14661,22 @@ class Handover:
         code = child.returncode if child else "none"
         log.error("no successor came to serve (exit code %s); this process goes on", code)
         return None
+
+    async def word_from(self, ours: socket.socket) -> bytes:
+        """What a successor says once it serves; b"" if it ends without.  Raises TimeoutError.  A
+        word that comes at the last moment counts: it has accepted clients."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Event()
+        ours.setblocking(False)
+        loop.add_reader(ours, heard.set)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with within(self.start_s):
+                    await heard.wait()
+            return ours.recv(1)
+        except BlockingIOError:
+            raise TimeoutError from None
+        finally:
+            loop.remove_reader(ours)
 
     async def survives_trial(self, child: subprocess.Popen[bytes], front: Front) -> bool:
         """Whether a successor serves for `trial_s`.  Meanwhile this process accepts no clients; if

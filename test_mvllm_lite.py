@@ -14880,6 +14880,21 @@ async def test_operations_on_a_predecessor_are_its_successor_s(comes):
 
 
 @asynchronous
+async def test_a_successor_s_word_that_comes_at_the_last_moment_counts():
+    handover = lite.Handover(lite.Core(Settings(), random.Random(1)))
+    handover.start_s = 0.0
+    for said in (b"1", b""):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.send(said)
+            if said:
+                assert await handover.word_from(ours) == said
+            else:
+                with pytest.raises(TimeoutError):
+                    await handover.word_from(ours)
+
+
+@asynchronous
 async def test_clients_wait_until_all_that_a_predecessor_left_is_taken_over():
     async with Server() as server:
         balancer = lite.Balancer(Settings((lite.ServerSettings(server.url),), **QUICK))
