@@ -18995,21 +18995,15 @@ async def test_a_stop_waits_for_answers_up_to_a_limit_and_leaves_no_process():
 async def test_instances_never_share_a_name_nor_do_those_that_are_being_launched():
     models = [little(alias, "--start-s", "0.1") for alias in ("x/y", "x--y")]
     async with pooling(*models, devices=(16.0, 16.0)) as running:
-        pool, go = running.core.planners["models"].pool, asyncio.Event()
-        (host,) = pool.hosts.values()
-        launch = host.launch
-
-        async def slowly(*said):
-            await go.wait()
-            await launch(*said)
-
-        host.launch = slowly
-        asking = [asyncio.ensure_future(ask_model(running, model.alias)) for model in models]
-        await eventually(lambda: len(pool.launching) == 2, "both are launched")
+        pool = running.core.planners["models"].pool
+        pool.launching["x/y"] = seat("x/y", phase=lite.Phase.STARTING)._replace(
+            name=pool.free_name("local", "x/y"))
         listed = (await (await running.client()).get("/admin/models")).json["models"]
-        assert {(one["status"], one["next"]) for one in listed} == {
-            ("starting", "answers once it is ready")}
-        go.set()
+        assert [(one["status"], one["next"]) for one in listed] == [
+            ("starting", "answers once it is ready"), ("absent", "starts when it is asked for")]
+        assert pool.free_name("local", "x--y") == "local-x--y-r2"
+        del pool.launching["x/y"]
+        asking = [asyncio.ensure_future(ask_model(running, model.alias)) for model in models]
         assert [one.status for one in await asyncio.gather(*asking)] == [200, 200]
         assert set(pool.agent.instances) == {"local-x--y", "local-x--y-r2"}
 
