@@ -20235,14 +20235,20 @@ POOL_FAMILIES = (
 )
 
 
+# Settings of a model on which its launch does not depend.
+NOT_LAUNCHED = frozenset((
+    "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
+    "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
+    "max_concurrent_requests", "sleep_after_s", "deep_sleep_after_s", "warmup", "worker_id"))
+
+
 def launch_digest(model: ModelSettings) -> str:
-    """A digest of what a model's launch depends on."""
-    kept = dataclasses.asdict(model) | dict.fromkeys((
-        "min_replicas", "max_replicas", "preload", "unload_after_s", "wake_timeout_s", "priority",
-        "scale_up_at", "scale_down_at", "scale_hold_s", "start_timeout_s", "group", "together",
-        "max_concurrent_requests", "sleep_after_s", "deep_sleep_after_s", "warmup", "worker_id"))
-    kept["sleeps"] = sleeps(model)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    """A digest of what a launch depends on.  A setting that a later version adds does not change
+    it, or each upgrade would replace what runs."""
+    kept = {name: getattr(model, name) for name, field in MODEL_FIELDS.items()
+            if name not in NOT_LAUNCHED and getattr(model, name) != field.default}
+    text = json.dumps({**kept, "sleeps": sleeps(model)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class LocalHost:
@@ -20407,7 +20413,7 @@ class StateFile:
         """Raises OSError, ValueError."""
         try:
             with open(self.path) as file:
-                said = json.load(file)
+                said: dict[str, Any] = json.load(file)
             pid, started = map(int, said.get("keeper", (0, 0)))
         except FileNotFoundError:
             return {}
@@ -21045,6 +21051,7 @@ class ModelPool(Holdings):
 # the manager is asked to start, wake and stop them.  If the manager does not answer, running
 # instances still get requests.
 
+
 MANAGER_LOOK_S = 0.5  # between two looks at the manager's pool
 
 
@@ -21307,11 +21314,16 @@ PLANS[POOL] = Planning(operator.attrgetter("has_model_pool"), PoolPlanner)
 
 def pool_of(core: Core) -> ModelPool:
     """The balancer's pool.  Raises LookupError if there is none."""
+    return planner_of(core).pool
+
+
+def planner_of(core: Core) -> PoolPlanner:
+    """The pool's planner.  Raises LookupError if there is none."""
     planner = core.planners.get(POOL)
     if not isinstance(planner, PoolPlanner):
         raise LookupError("There is no pool here: the settings have no [[models]], [devices],"
                           " [[profiles]] or worker_key.")
-    return planner.pool
+    return planner
 
 
 @service(POOL, operator.attrgetter("has_model_pool"), Source.POOL)
@@ -21329,8 +21341,9 @@ async def keep_models(core: Core, wanted: bool) -> None:
 
 async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
     """GET /admin/models: all models, in a superset of serverless_vllm's form."""
-    pool, rows = pool_of(core), dict[tuple[str, str], dict[str, Any]]()
-    for row in core.planners[POOL].report(asyncio.get_running_loop().time()):
+    planner, rows = planner_of(core), dict[tuple[str, str], dict[str, Any]]()
+    pool = planner.pool
+    for row in planner.report(asyncio.get_running_loop().time()):
         rows.setdefault((row["model"], row["state"]), row)
     return {"models": [
         {"alias": alias, "status": (status := pool.status_of(model)),
@@ -21769,8 +21782,8 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
     devices = devices_here(s)
     lines = [f"GPU {d.number}: {d.name or 'stated'}, {d.total_gb:.1f} GB" for d in devices]
     print("\n".join(lines) or "no GPU is known: nvidia-smi tells of none, [devices] is empty")
-    wrong = in_use = port_in_use(s)
-    if in_use:
+    wrong = int(port_in_use(s))
+    if wrong:
         print(f"port {s.port} of {s.host or 'any address'} is in use")
     for profile in s.profiles:
         program = (profile.command or DEFAULT_COMMAND)[0]

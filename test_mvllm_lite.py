@@ -18463,6 +18463,16 @@ def test_what_becomes_of_a_model_is_told_and_what_one_can_do(said, seat_of, step
     assert lite.next_step(model, None, "no room") == "starts once it can"
 
 
+def test_an_upgrade_replaces_no_model_that_runs_and_a_change_of_its_launch_does():
+    model = model_of(args=("-x",), env=(("A", "1"),), sleep_after_s=9.0)
+    known = "86de821f488c733b"  # of all versions: what runs has it from the one before
+    assert lite.launch_digest(model) == known
+    for said, same in (({"worker_id": "g1"}, True), ({"max_replicas": 3}, True), (
+            {"sleep_after_s": 5.0}, True), ({"sleep_after_s": 0.0}, False), (
+            {"args": ("-y",)}, False), ({"env": ()}, False), ({"max_model_len": 9}, False)):
+        assert (lite.launch_digest(dataclasses.replace(model, **said)) == known) is same, said
+
+
 def test_who_makes_room_in_a_round_does_so_once():
     both = {alias: lite.Demand(1, waited_s) for alias, waited_s in (("a", 2.0), ("c", 1.0))}
     wide, small = lite.HostView("h", (80.0,)), [model_of("a", 40.0), model_of("c", 30.0)]
