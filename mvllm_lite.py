@@ -6599,7 +6599,7 @@ class Roster:
 #     answer   = tokens × s × slowdown × √slowdown
 #     others   = uncached tokens × r × (0.5 × m + n × 25 / tokens)
 #     late     = 15 × (late answers with the call − late answers without it)
-#     cost     = 4 × first + answer + others + late
+#     cost     = (3 + 4 × first, at most 4) × first + answer + others + late
 #
 # where m, the requests expected there soon, is the fleet's mean n, but at most 2n + 10.  √slowdown
 # stands for half of what one more request does to the answers beside it.  An answer is late if it
@@ -6608,7 +6608,8 @@ class Roster:
 # as must be.  All of these numbers have been varied on a simulated fleet, with workloads of all
 # kinds: half and twice change little.
 
-FIRST_WEIGHT = 4.0  # people mind waiting for the first token most
+FIRST_WEIGHT = 3.0  # people mind waiting for the first token most,
+FIRST_GROWTH, FIRST_LONG_S = 4.0, 0.25  # by so much more a second until this, if it takes long
 READING_SHARE = 0.8  # the largest W
 LEAST_NEW_TOKENS = 16  # the prompt's last tokens are always read
 OTHERS_MEAN = 0.5  # of m: requests that are there while the prompt is read
@@ -6639,7 +6640,8 @@ class Estimate(NamedTuple):
         waits = f", waits {self.wait_s:.2f} s" if self.wait_s else ""
         late = f" + late {self.late_s:.2g}" if self.late_s else ""
         tried = "a try, since nothing was seen of it for a while; else " * self.tried
-        return (f"{tried}{FIRST_WEIGHT:g} × first token {self.first_s:.3g}"
+        weight = FIRST_WEIGHT + FIRST_GROWTH * min(FIRST_LONG_S, self.first_s)
+        return (f"{tried}{weight:.3g} × first token {self.first_s:.3g}"
                 f" (pending {pending} + uncached {self.new} at {1 / self.token_s:,.0f}/s{waits})"
                 f" + answer {self.answer_s:.3g} ({length:.0f} tokens at"
                 f" {1e3 * self.step_s:.3g} ms × {self.slowdown:.2f})"
@@ -6775,7 +6777,9 @@ def estimates(eligible: Eligible, slo_s: float, conditions: Conditions) -> list[
         first_s = (pending + new) * token_s + FIRST_STEPS * paced_s + wait_s
         answer_s = length * answer_token_s
         others_s = (OTHERS_MEAN * soon + late * running) * new * token_s
-        cost_s = FIRST_WEIGHT * first_s + answer_s + others_s + late_s
+        soon_s = first_s if first_s < FIRST_LONG_S else FIRST_LONG_S
+        weight = FIRST_WEIGHT + FIRST_GROWTH * soon_s
+        cost_s = weight * first_s + answer_s + others_s + late_s
         if tried_at > retest_at:
             cost_s = 0.0  # otherwise it is more
         out.append((cost_s, first_s, answer_s, others_s, late_s, wait_s, new, condition))
