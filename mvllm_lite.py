@@ -20230,7 +20230,7 @@ WAKES_LIMIT = 3  # wakes for one request, as its model may end again and again
 WAKE_AFTER = frozenset((
     Fault.NO_SERVER, Fault.CONNECT_FAILED, Fault.CONNECT_TIMEOUT, Fault.SERVER_GONE,
     Fault.ENGINE_FAILED, Fault.ABORTED, Fault.STREAM_FAILED, Fault.UNKNOWN_MODEL,
-    Fault.SERVER_FAILED, Fault.SERVER_ERROR, Fault.NOT_THERE))
+    Fault.SERVER_FAILED, Fault.SERVER_ERROR, Fault.SERVER_FROZEN, Fault.NOT_THERE))
 POOL_FAMILIES = (
     ("mvllm_model_starts_total", "Starts of a model's processes.", "starts"),
     ("mvllm_model_failures_total", "Processes of a model that ended by themselves.", "failures"),
@@ -20882,6 +20882,9 @@ class ModelPool(Holdings):
             if not host.reachable and lost_s > self.core.settings.agent_lost_after:
                 log.error("agent %s is lost: silent for %.0f s", host.name, lost_s)
                 del self.hosts[host.name]
+                for name in host.report()["instances"]:  # its requests go elsewhere
+                    for attempt in list(self.core.requests.running.get(name, ())):
+                        attempt.give_up(attempt.movable())
 
     async def follow(self, host: RemoteHost) -> None:
         """Refresh an agent's report as long as the agent is known."""

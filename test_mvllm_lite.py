@@ -19599,6 +19599,39 @@ async def test_a_manager_that_was_restarted_hears_its_agents_before_it_places_an
 
 
 @asynchronous
+async def test_a_request_at_a_lost_agent_goes_elsewhere(tmp_path):
+    path, silent, came = tmp_path / "manager.state", asyncio.Event(), asyncio.Event()
+    one = {"alias": "g1-a", "model_alias": "a", "status": "running", "retry_in_s": 0.0,
+           "devices": [0], "gb": 6.0, "awake_gb": 6.0, "held_gb": 1.0, "weights_gb": 1.0,
+           "age_s": 9.0, "sleep_level": 1, "digest": "", "pid": 1, "reason": "", "failures": 0,
+           "wake_s": 0.0, "ready_s": 1.0}
+    info = {"instances": {"g1-a": one}, "profiles": {}, "total_gb": [16.0], "gpu_info": {}}
+
+    async def answer(asked, conn):
+        path = asked.line.split()[1]
+        if path == "/info":
+            await conn.json(info if not silent.is_set() else b"", "500 X" * silent.is_set()
+                            or "200 OK")
+        elif path.endswith("/v1/models"):
+            await conn.json({"data": [{"id": "a"}]})
+        elif path.endswith("/completions"):
+            came.set()
+            await asyncio.Event().wait()
+        else:
+            await conn.json(b"")
+
+    async with Server(answer) as agent:
+        path.write_text(json.dumps({"agents": [["g1", agent.url, agent.url]]}))
+        async with balancing(wait=False, registration_key="k", state_file=str(path),
+                             devices=(16.0,), models=(little(),), agent_lost_after=0.1) as manager:
+            asking = asyncio.ensure_future(ask_model(manager))
+            await came.wait()
+            silent.set()
+            assert (await asking).status == 200
+            assert (await instance_of(manager))["alias"] == "local-a"
+
+
+@asynchronous
 async def test_an_agent_without_a_manager_serves_and_stops(tmp_path):
     child = await asyncio.create_subprocess_exec(
         *command("worker", "--id", "g1", "--port", "0"), cwd=tmp_path, env=CLEAN,
