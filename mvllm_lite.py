@@ -19307,8 +19307,11 @@ def decide(
         seat.weights_gb for seat in falls if seat.host == host.name) for host in hosts}
     known = {model.alias: model for model in models}
     for n, seat in enumerate(seats):
-        if seat.alias not in known and not seat.leaving and seat.phase in LIVING:
-            acts.append(Act("stop", seat.alias, seat.name, why="its model was removed"))
+        failed, why = seat.phase is Phase.FAILED, "its model was removed"
+        if seat.alias in known:
+            why = OUTDATED if failed and not seat.fresh else ""
+        if why and not seat.leaving and (failed or seat.phase in LIVING):
+            acts.append(Act("stop", seat.alias, seat.name, why=why))
             seats[n] = seat._replace(leaving=True)
     grouped = {model.group: max((demands.get(one.alias, NO_DEMAND).waited_s for one in models
                                  if one.group == model.group and one.together
@@ -19733,6 +19736,27 @@ def host_memory_gb() -> float:
     return free_gb
 
 
+async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
+    """A program's output; '' if it cannot be run, fails, or takes too long."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return ""
+    try:
+        said, stdout = bytearray(), process.stdout
+        async with asyncio.timeout(timeout_s):
+            while stdout and len(said) <= OUTPUT_BYTES and (piece := await stdout.read(65536)):
+                said += piece
+            if len(said) > OUTPUT_BYTES:
+                raise TimeoutError  # it would go on
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        return ""
+    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
+
+
 def free_port(taken: Collection[int]) -> int:
     """A loopback port that is free at the moment."""
     while True:
@@ -20008,6 +20032,9 @@ class Agent:
                 await asyncio.sleep(TEND_S)
             if one.life.phase is not Phase.FAILED:
                 return
+            if any(n >= len(self.devices) for n in one.devices):  # it needs another place
+                await self.stop(one)
+                return
             self.tell(one, Turn.LAUNCH, f"it is started again; before: {reason}")
 
     async def start(self, one: Instance, adopted: bool) -> str:
@@ -20188,27 +20215,6 @@ class Agent:
                 sums[key] = sums.get(key, 0.0) + value
             sums["ready_s"] = counted["ready_s"]  # of the last start
         return found
-
-
-async def output_of(command: Sequence[str], timeout_s: float = 5.0) -> str:
-    """A program's output; '' if it cannot be run, fails, or takes too long."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except OSError:
-        return ""
-    try:
-        said, stdout = bytearray(), process.stdout
-        async with asyncio.timeout(timeout_s):
-            while stdout and len(said) <= OUTPUT_BYTES and (piece := await stdout.read(65536)):
-                said += piece
-            if len(said) > OUTPUT_BYTES:
-                raise TimeoutError  # it would go on
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        return ""
-    return said.decode("utf-8", "replace") if process.returncode == 0 else ""
 
 
 # ══════════
@@ -20691,7 +20697,8 @@ class Holdings:
         found = {host.name: one for host, one in self.instances()
                  if one["model_alias"] == model.alias}
         given_up = [one["reason"] for one in found.values()
-                    if one["status"] == "failed" and one["retry_in_s"] is None]
+                    if one["status"] == "failed" and one["retry_in_s"] is None
+                    and one["digest"] == launch_digest(model)]
         hosts = self.host_views(asyncio.get_running_loop().time())
         if len(given_up) < len(found) or not hosts or not all(host.reachable for host in hosts):
             return ""

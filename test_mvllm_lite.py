@@ -18406,6 +18406,11 @@ def test_what_a_container_may_use_of_the_host_s_memory(tmp_path, limit, free_gb)
      [seat("a", phase=lite.Phase.FAILED, retry_in_s=3.0)], lite.Demand(1), []),
     ("one that was given up stays so", model_of(),
      [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)], lite.Demand(1), []),
+    ("given up with other settings", model_of(),
+     [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf, fresh=False)], lite.Demand(1),
+     ["stop"]),
+    ("failed, and removed", model_of(), [seat("z", phase=lite.Phase.FAILED)], lite.Demand(),
+     ["stop"]),
     ("given up elsewhere", model_of(),
      [seat("a", 0.0, phase=lite.Phase.FAILED, retry_in_s=math.inf)._replace(host="g")],
      lite.Demand(1), ["launch"]),
@@ -18891,9 +18896,9 @@ async def test_gpus_that_are_told_of_no_more_are_remembered_and_not_used(
         assert "nvidia-smi tells of GPU 0, 1 no more" in caplog.text
         agent.devices = []  # the settings state none, by now
         os.kill(before["pid"], signal.SIGKILL)
-        await eventually(lambda: agent.instances["local-a"].life.failures > 1, "it fails")
-        assert "of its devices, [0] are here no more" in (
-            await instance_of(running, status=""))["reason"]
+        await eventually(lambda: "local-a" not in agent.instances, "it has no place any more")
+        await agent.look_at_devices(())
+        assert (await ask_model(running)).status == 200
 
 
 @asynchronous
