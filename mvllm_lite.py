@@ -35,7 +35,7 @@ lines.
      5  forwarding     · what an intermediary changes in messages; our own responses; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         1,230 lines, at the start, and at a reload
+    II  settings         1,340 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  pool settings  · models and how to launch them, as settings
      9  entries        · the keys of entries in [[servers]], [[keys]] and other tables
@@ -1673,8 +1673,20 @@ def capacity(value: Any) -> int:
 
 # What a score may use: numbers, arithmetic, comparisons, and these names and functions.  It is not
 # Python, because a settings file is not a program.
-SCORE_NAMES = ("running", "waiting", "in_flight", "foreign", "capacity", "kv_usage", "pending",
-               "prompt", "cached", "speed", "weight", "slow_start")
+SCORE_MEANINGS = {
+    "running": "requests that the server's engine runs, by its last report",
+    "waiting": "requests in its engine's queue, by that report",
+    "in_flight": "our requests there, at this moment",
+    "foreign": "requests there that are not ours, by its last report",
+    "capacity": "requests that it runs well at once, set or learned, times its weight",
+    "kv_usage": "share of its KV cache in use, 0 to 1",
+    "pending": "prompt tokens sent there whose answers have not begun",
+    "prompt": "tokens of this prompt, as estimated",
+    "cached": "those of them that it has probably cached",
+    "speed": "its speed of reading prompts; 1 is the fleet's mean",
+    "weight": "its weight; where a formula names it, it is not part of capacity",
+    "slow_start": "share of its capacity to use, below 1 after it came back"}
+SCORE_NAMES = tuple(SCORE_MEANINGS)
 SCORE_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "log": math.log}
 SCORE_ARGUMENTS = {"min": (2, 20), "max": (2, 20), "abs": (1, 1), "sqrt": (1, 1), "log": (1, 2)}
 SCORE_NODES = (
@@ -6881,8 +6893,9 @@ class Policies:
 
 @policy("unified")
 class Unified(Policy):
-    """The default: the server at which a call costs the fewest seconds, for itself and for others.
-    An idle server without recent samples is tried with a short prompt: it may be faster by now."""
+    """The default: the server at which a request costs the fewest seconds: its own until it is
+    answered, and those by which it delays the answers running there.  A server that was idle for
+    long is tried with a short prompt: it may be faster by now."""
 
     tie, in_seconds, uses = 1.005, True, ("slo_token",)
 
@@ -6951,7 +6964,8 @@ UNWEIGHED = {"capacity": Eligible.capacities}  # if the weight counts apart, or 
 
 @policy("least")
 class Least(Formula):
-    """The server that will be least full with this request."""
+    """The server that will be least full with this request, by its capacity: good where prompts
+    have nothing in common, and for embeddings."""
 
     score = "(in_flight + foreign + 1) / capacity / slow_start"
 
@@ -7074,8 +7088,8 @@ class Prefix(Hashed):
 
 @policy("cache_aware")
 class CacheAware(Policy):
-    """As vllm-project/router's policy of that name: the server with most of the prompt cached; if
-    that is too little, or if loads are too unequal, the least loaded one.  Without its traps: the
+    """As vllm-project/router's policy of that name: the server that has most of the prompt cached;
+    the least loaded one if that is too little, or if loads are too unequal.  Unlike there, the
     absolute threshold is at most a server's capacity, equals are drawn, chats count as prompts."""
 
     uses = ("balance_abs_threshold", "balance_rel_threshold", "cache_threshold")
@@ -7100,16 +7114,16 @@ class CacheAware(Policy):
 
 @policy("lmetric")
 class LMetric(Formula):
-    """The lowest product of prompt tokens to read and requests in the batch (arXiv 2603.15202);
-    capacities do not matter."""
+    """The server with the lowest product of prompt tokens to read and requests in its batch (arXiv
+    2603.15202), whatever its capacity."""
 
     score = "(pending + prompt - cached + 1) * (in_flight + foreign + 1) / weight"
 
 
 @policy("mvllm")
 class Mvllm(Formula):
-    """As mvllm, exactly: any server with a load below 0.5, else the lowest; by the last report
-    alone."""
+    """As mvllm does: any server that is less than half full, else the least full one, by the last
+    report alone."""
 
     weighs, tie = False, 1.0
     score = ("(running + 0.5 * waiting) / capacity"
@@ -7118,7 +7132,8 @@ class Mvllm(Formula):
 
 @policy("vllm_router")
 class VllmRouter(Formula):
-    """As mvllm's predecessor: the lowest load, where a running request counts three times."""
+    """As mvllm's predecessor does: the least full server, where a running request counts as three
+    waiting ones."""
 
     weighs, tie = False, 1.0
     score = "(3 * running + waiting) / capacity"
@@ -7126,7 +7141,7 @@ class VllmRouter(Formula):
 
 @policy("expression")
 class Expression(Formula):
-    """The lowest value of your own formula, the setting `score`."""
+    """The server with the lowest value of a formula of your own, the setting `score`."""
 
     uses = ("score",)
 
@@ -24202,11 +24217,12 @@ def pool_topic() -> str:
 def policies_topic() -> str:
     rows = [("  " + name, meaning) for name, meaning in policy_meanings()]
     return "\n".join([
-        "[config] policy = …, or for one model a line of [policies]; the lowest is asked:",
+        "A policy gives each server a cost for a request; the server with the lowest is asked.",
+        "Set it as `policy` in [config], or for one model in [policies].", "",
         *table_lines(rows), "",
-        *textwrap.wrap(
-            f"A score is a formula of {', '.join(SCORE_NAMES)}, with arithmetic, comparisons, `a if"
-            " b else c`, min, max, abs, sqrt and log.", 98)])
+        "The `score` of policy expression is a formula with arithmetic, comparisons,",
+        "`a if b else c`, min, max, abs, sqrt and log, of these numbers of each server:",
+        *table_lines([("  " + name, meaning) for name, meaning in SCORE_MEANINGS.items()])])
 
 
 @topic("paths", "what is answered, by whom, and who may ask")
