@@ -43,7 +43,7 @@ lines.
     11  complaints     · mistakes in settings, in words: where, found, expected
     12  settings file  · from TOML to settings; complaints with file, line and key
 
-   III  vLLM             2,210 lines, for each request, check and scrape
+   III  vLLM             2,380 lines, for each request, check and scrape
     13  content        · JSON: the places of the members that matter; compression undone
     14  forms          · forms: the model that a part names, found and replaced
     15  prompts        · a prompt's length, and how much of it each server has probably cached
@@ -4285,6 +4285,20 @@ def without_numbers(events: bytes) -> bytes:
         lambda found: found[3] + b"0" if found[3] else (found[1] or found[2]) + b"[]", events)
 
 
+# Events that may be a result of an abort: held back until the next event comes.
+MAY_END = re.compile(rb"event: (?:content_block_stop|message_delta|response\.[\w.]+\.done)\b")
+COMPLETED = b"event: response.completed"
+
+
+def common_start(one: bytes, other: bytes) -> int:
+    """The number of bytes that both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
+
+
 # ══════════
 #  19  transcripts
 # ══════════
@@ -4301,8 +4315,6 @@ READ_AT_ONCE = 200  # events parsed between two yields: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: these show whether an answer is complete
 BLOCK_BYTES = 120  # overhead of one packed block
-# Events of a message that an abort may have caused: held back until the next event comes.
-MAY_END = (b"event: content_block_stop", b"event: message_delta")
 NO_MATCH = b"\xff"  # no piece of a stream begins with this: UTF-8 has no such byte
 # Part of an event's usual end that no failure has; with it, a search for failures is skipped.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
@@ -4311,21 +4323,22 @@ HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
 class Memory:
     """The memory that all transcripts together take."""
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    bytes = 0
 
 
 class Transcript:
     """The events that a stream has shown, in order and, but for logprobs, byte for byte.  It passes
     only whole events, so that no break falls within one, and withholds one that reports a failure,
-    which `fault` then has.  It counts in `memory`; if that grows beyond `limit` bytes, the
-    transcript is `lost`."""
+    which `fault` then has; if it `doubts`, also response.completed, with which vLLM ends a response
+    that it aborts, too.  It counts in `memory`; beyond `limit` bytes in that, it is `lost`."""
 
-    __slots__ = ("fault", "lost", "join", "_memory", "_limit", "_begin", "_end", "_between",
-                 "_short", "_whole", "_blocks", "_last", "_torn", "_lessons", "_counted")
+    __slots__ = ("fault", "lost", "join", "doubts", "_memory", "_limit", "_begin", "_end",
+                 "_between", "_short", "_whole", "_blocks", "_last", "_torn", "_lessons",
+                 "_counted")
 
-    def __init__(self, memory: Memory, limit: int) -> None:
+    def __init__(self, memory: Memory, limit: int, doubts: bool = False) -> None:
         self.fault: Fault | None = None  # reported by the last event, which was not shown
+        self.doubts = doubts
         self.lost = False
         self.join: Any = None  # the `Join` of another server's stream, if one continues this
         self._memory, self._limit, self._counted = memory, limit, 0
@@ -4350,6 +4363,11 @@ class Transcript:
         """The bytes held back until the stream's end, to be shown now.  Raises BadMessage."""
         rest, self._torn = self._torn, b""
         return rest if self.join is None else rest + self.join.rest()
+
+    @property
+    def doubted(self) -> bool:
+        """Whether it ends with a response.completed that was not shown."""
+        return self.fault is Fault.ABORTED and COMPLETED in self._torn
 
     @property
     def withheld(self) -> bytes:
@@ -4406,9 +4424,11 @@ class Transcript:
                 self.fault = fault_admitted(name, document_at_end(data))
             elif event.startswith(MESSAGE_STOP):
                 self.fault = bad_end(self.tail() + piece[:begin], Notation.EVENTS)
+            elif self.doubts and event.startswith(COMPLETED):
+                self.fault = Fault.ABORTED
             if self.fault is not None:
                 break
-            if not event.startswith(MAY_END):
+            if not MAY_END.match(event):
                 cut = begin
         self._torn = piece[cut:]  # or a server's report of its failure
         if len(self._torn) > TORN_LIMIT_BYTES:  # no model sends such an event
@@ -4465,15 +4485,6 @@ class Transcript:
     def _lose(self) -> None:
         self.close()
         self.lost = True
-
-
-def common_start(one: bytes, other: bytes) -> int:
-    """The number of bytes that both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
 
 
 # The parts of an event: (kind, key, the object that holds it, its name there).  A key begins with
@@ -10506,6 +10517,23 @@ async def is_dead(client: HttpClient) -> bool:
     return False
 
 
+# One token, or one embedding.  vLLM needs no model name if it serves only one model.
+ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
+                 ("/v1/embeddings", b'{"input":"1"}'))
+
+
+async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
+    """Whether a server's engine answers the smallest possible request."""
+    try:
+        for path, content in ENGINE_PROBES:
+            status, said = await client.fetch(path, timeout_s, content)
+            if status < 400 or status >= 500:
+                return status < 400 and b'"abort"' not in said
+    except (PeerGone, BadMessage, TimeoutError):
+        return False
+    return True  # it has neither: nothing more can be asked
+
+
 # ══════════
 #  47  pool
 # ══════════
@@ -11996,6 +12024,8 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 }
 
 
+ABORT_LASTS_S = 0.25  # in which all streams of an engine end that aborts them
+
 Commit = Callable[["Answer"], bool]  # shows an answer, and returns whether its rest is wanted
 
 
@@ -12185,7 +12215,7 @@ class Attempt:
         """Show the client the rest of the answer as it comes."""
         response, s, gaps = self.response, self.settings, self.core.metrics.gaps
         if (keeper := response.keeper) is not None and keeper.fault is not None:
-            raise BadMessage(NOT_WHOLE, keeper.fault)
+            return await self.believe(wire, decoder, keeper)
         child = gaps.child(self.request.model_label) if response.streams else None
         self.pump = pump = Pump(
             response.client, wire, decoder, response.framing == CHUNKED, response.notation,
@@ -12193,13 +12223,42 @@ class Attempt:
         try:
             await pump.done
         except (PeerGone, BadMessage, TimeoutError):
-            if keeper is None or not keeper.is_whole:
+            if keeper is None or not (keeper.is_whole or keeper.doubted):
                 raise
-            response.go_on(b"", True)  # only the end of the framing was lost
+            if not keeper.doubted:
+                response.go_on(b"", True)  # only the end of the framing was lost
         finally:
             wire.sink = response.client.feeder = None
             tail = pump.ending() + (keeper.withheld if keeper and keeper.fault else b"")
             response.sent(pump.sent_bytes, tail[-TAIL_BYTES:], pump.first_at)
+        if keeper is not None and keeper.doubted:
+            await self.believe(wire, decoder, keeper)
+
+    async def believe(self, wire: Wire, decoder: Decoder, keeper: Transcript) -> None:
+        """Show an end that was doubted, if the engine is seen to go on: an abort stops all of its
+        requests.  Raises BadMessage."""
+        if not keeper.doubted or not await self.engine_goes_on():
+            raise BadMessage(NOT_WHOLE, keeper.fault or Fault.ABORTED)
+        keeper.fault, keeper.doubts = None, False
+        rest = keeper.rest()
+        with contextlib.suppress(PeerGone, BadMessage, TimeoutError):  # only framing may lack
+            while not decoder.done:
+                rest += await wire.read_content(decoder, wire.loop.time() + ABORT_LASTS_S)
+        self.response.go_on(rest, True)
+
+    async def engine_goes_on(self) -> bool:
+        """Whether the engine works from now on, by its other streams or by a request of ours."""
+        core, loop = self.core, self.response.client.loop
+        # Streams that end by the same abort may still bring pieces at first.
+        after = loop.time() + ABORT_LASTS_S
+        asked = asyncio.ensure_future(
+            engine_responds(self.pool.client, self.settings.health_check_timeout))
+        try:
+            while not asked.done() and core.streams_at(self.server) <= after:
+                await asyncio.wait((asked,), timeout=ABORT_LASTS_S)
+            return core.streams_at(self.server) > after or asked.result()
+        finally:
+            asked.cancel()
 
     async def tunnel(self, wire: Wire, head: ResponseHead) -> Outcome:
         """Pass bytes both ways, untouched, now that the server has agreed to another protocol."""
@@ -12473,7 +12532,8 @@ class Resuming:
         self, core: Core, s: Settings, request: OutboundRequest, prospect: Prospect, id: str
     ) -> None:
         self.core, self.settings, self.request, self.id = core, s, request, id
-        self.first, self.transcript = prospect, Transcript(core.requests.memory, s.resume_bytes)
+        self.first, memory = prospect, core.requests.memory
+        self.transcript = Transcript(memory, s.resume_bytes, request.path == RESPONSES_PATH)
         self.broken_at, self.broken = 0.0, ""  # the last break, and where and how
         self.document: dict[str, Any] = {}  # the request's, once read
         self.shown = Shown()
@@ -12552,15 +12612,19 @@ class Resuming:
         self.core.metrics.resumes.add(way.value, outcome.fault.label if outcome.fault else "ok")
 
 
-def keep_stream(x: Exchange, request: OutboundRequest, head: ResponseHead, first: bytes) -> bytes:
+def keep_stream(x: Exchange, request: OutboundRequest, answer: Answer) -> tuple[bytes, bool]:
     """Keep what a stream shows from now on, if another server could continue it.  Returns what
-    is to be shown of its first piece."""
+    is to be shown of its start, and whether that is all."""
+    head, first, done = answer.head, answer.first, answer.done
+    if done and request.path != RESPONSES_PATH:
+        return first, True
     x.prospect = first_prospect(x.call, x.head, request.path, x.settings)
     if x.prospect.way is None or head.is_encoded or head.status != 200:
-        return first
+        return first, done
     x.stream = Resuming(x.core, x.settings, request, x.prospect, x.response.id)
-    x.response.keeper = x.stream.transcript
-    return x.stream.transcript.take(first)
+    x.response.keeper = transcript = x.stream.transcript
+    shown = transcript.take(first)
+    return (first, True) if done and not transcript.doubted else (shown, False)
 
 
 def commit_again(x: Exchange, step: Relay, lease: Lease, join: Join, answer: Answer) -> bool:
@@ -12889,12 +12953,12 @@ class Exchange:
         if self.call.makes_response or self.call.stored:
             note_stored(self, head, answer.first)
         framing = returned_framing(head, answer.length, self.head, answer.framing)
-        first = answer.first
+        first, done = answer.first, answer.done
         open_ended = framing in (CHUNKED, UNTIL_CLOSE)  # a continuation has another length
-        if self.call.stream and head.is_event_stream and open_ended and not answer.done:
-            first = keep_stream(self, step.request, head, first)
-        wanted = self.response.begin(head, framing, first, answer.done, added)
-        self.release(answer.done and head.status < 500)
+        if self.call.stream and head.is_event_stream and open_ended:
+            first, done = keep_stream(self, step.request, answer)
+        wanted = self.response.begin(head, framing, first, done, added)
+        self.release(done and head.status < 500)
         lease.answered(self.loop.time(), self.response.streams)
         return wanted
 
@@ -13136,11 +13200,6 @@ def bad_check(client: HttpClient, path: str, status: int, seconds: float) -> Che
     return Check(False, seconds, why, reached=status >= 500, rejected=rejected)
 
 
-# One token, or one embedding.  vLLM needs no model name if it serves only one model.
-ENGINE_PROBES = (("/v1/completions", b'{"prompt":"1","max_tokens":1}'),
-                 ("/v1/embeddings", b'{"input":"1"}'))
-
-
 async def watch_health(core: Core, server: str) -> None:
     """Check one server for ever; with active checks off, only learn its models."""
     loop = asyncio.get_running_loop()
@@ -13283,18 +13342,6 @@ async def check_progress(core: Core, server: str) -> None:
                 core.judge(server, Health.stood_still, why, now, s)
             for attempt in waiting:
                 attempt.give_up(even_begun=not view.healthy or attempt.movable())
-
-
-async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
-    """Whether a server's engine answers the smallest possible request."""
-    try:
-        for path, content in ENGINE_PROBES:
-            status, _ = await client.fetch(path, timeout_s, content)
-            if status < 400 or status >= 500:
-                return status < 400
-    except (PeerGone, BadMessage, TimeoutError):
-        return False
-    return True  # it has neither: nothing more can be asked
 
 
 PAUSE_MAX_S = 60.0  # between two tries of background work that keeps failing
@@ -24241,9 +24288,9 @@ def paths_topic() -> str:
 def resume_topic() -> str:
     return f"""\
 A stream whose server dies, freezes, sleeps, stops or is drained (drain_resume) goes on at another
-one of the same version (/version) and model (the last names in its root and parent).  One case is
-not seen: vLLM ends a stream of /v1/responses as completed when /sleep or /pause aborts it, which
-mode=abort does, their default, and mode=wait does not.
+one of the same version (/version) and model (the last names in its root and parent).  vLLM ends a
+stream of /v1/responses as completed also when it aborts it (SIGTERM, /sleep and /pause): the end of
+one that could go on is shown once the engine answers a request of one token, or other streams move.
 
   "repeat"    the default.  A request with temperature 0, top_k 1 or a seed is sent again, and what
               was shown is left out of the new answer, which must be the same so far: texts, token

@@ -12149,6 +12149,101 @@ async def test_a_stream_goes_on_at_another_server_however_it_broke(how, fault):
         assert running.core.requests.memory.bytes == running.held_bytes == 0
 
 
+def whole_response(text, server=1):
+    """A whole stream of /v1/responses, a word in each event."""
+    place = {"item_id": f"item-{server}", "output_index": 0}
+    deltas = [{"type": "response.output_text.delta", **place, "delta": word}
+              for word in re.findall(r" ?\w+", text)]
+    said = [{"type": "response.created", "response": {"id": f"resp-{server}"}},
+            {"type": "response.output_item.added", "output_index": 0,
+             "item": {"id": place["item_id"]}}, *deltas,
+            {"type": "response.output_text.done", **place, "text": text},
+            {"type": "response.completed", "response": {
+                "id": f"resp-{server}", "usage": {"input_tokens": 1, "output_tokens": 2}}}]
+    return [as_event({**one, "sequence_number": n}) for n, one in enumerate(said)]
+
+
+def ending(events, probe=None, how="200 OK", at_once=True):
+    """A server that streams these events, and what it says to a request of one token then; None:
+    nothing."""
+    async def answer(asked, conn):
+        if "/v1/responses" in asked.line and at_once:
+            await conn.send(STREAM_HEAD + b"".join(map(chunk, events)) + b"0\r\n\r\n")
+        elif "/v1/responses" in asked.line:
+            await conn.events(*events[:3], end=False)
+            await conn.server.seen.wait()
+            await conn.send(*map(chunk, events[3:]), b"0\r\n\r\n")
+        elif probe is None:
+            await conn.left()
+        else:
+            await conn.json({"choices": [{"finish_reason": probe}]}, how)
+    return answer
+
+
+DOUBTED_ENDS = table(
+    ("the engine goes on", ("length",), "a b"),
+    ("it has none for completions", ("", "404 Not Found"), "a b"),
+    ("it has died", ("", "500 Internal Server Error"), "a b c"),
+    ("it aborts that, too", ("abort",), "a b c"),
+    ("it says nothing", (None,), "a b c"),
+)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "piece by piece"])
+@pytest.mark.parametrize("probe, text", DOUBTED_ENDS)
+@asynchronous
+async def test_a_response_is_complete_only_where_the_engine_goes_on_after_it(probe, text, at_once):
+    first, second = in_order(ending(whole_response("a b"), *probe, at_once=at_once),
+                             ending(whole_response("a b c", 2), "length"))
+    async with balancing(first, second, health_check_timeout=0.3, health_check_interval=3600,
+                         failure_threshold=99) as running:
+        client = await running.client()
+        await client.ask("POST", "/v1/responses", SEEDED)
+        if not at_once:
+            await eventually(lambda: running.core.requests.memory.bytes or any(
+                one.pump for some in running.core.requests.running.values() for one in some),
+                "it is shown")
+        first.seen.set()
+        got = await client.answer()
+        assert got.framing == "chunked" and b"error" not in got.body
+        said = [lite.parse_event(one) for one in got.body.strip().split(b"\n\n")]
+        said = [json.loads(data) for name, data in said if data]
+        assert [one["sequence_number"] for one in said] == list(range(len(said)))
+        assert "".join(one.get("delta", "") for one in said) == text
+        assert (said[-2]["text"], said[-1]["type"]) == (text, "response.completed")
+        await running.quiet()
+        [told] = running.requests()
+        assert (told["end"], told["completion_tokens"]) == ("complete", 2)
+        assert len(told["attempts"]) == (1 if text == "a b" else 2)
+        assert len(second.asked) == (0 if text == "a b" else 2)
+        assert running.core.requests.memory.bytes == running.held_bytes == 0
+
+
+@asynchronous
+async def test_or_where_other_streams_of_the_engine_move():
+    moving = asyncio.Event()
+
+    async def answer(asked, conn):
+        if "/v1/responses" in asked.line:
+            await conn.events(*whole_response("a b"))
+        elif "chat" in asked.line:
+            await conn.events(text_event("a"), end=False)
+            await moving.wait()
+            while not conn.writer.is_closing():
+                await conn.send(chunk(text_event("b")))
+                await asyncio.sleep(0.02)
+        else:
+            moving.set()
+            await conn.left()
+
+    async with balancing(Server(answer), health_check_timeout=20) as running:
+        other = await running.client()
+        await other.ask("POST", "/v1/chat/completions", SEEDED)
+        got = await (await running.client()).post("/v1/responses", SEEDED)
+        assert b"response.completed" in got.body and b"error" not in got.body
+        other.writer.transport.abort()
+
+
 NOT_RESUMED = table(
     ("sampled", SAMPLED, {}, "", "sampled"),
     ("off", SEEDED, {"resume": "off"}, "", "off"),
