@@ -11053,7 +11053,7 @@ class Response:
             return False
         if content:
             self.write(content)
-            self.sent(len(content), content, self.client.loop.time())
+            self.sent(len(content), content[-TAIL_BYTES:], self.client.loop.time())
         if done and self.framing == CHUNKED:
             self.client.transport.write(LAST_CHUNK)
         return not done
@@ -12531,7 +12531,7 @@ class Resuming:
     def __init__(
         self, core: Core, s: Settings, request: OutboundRequest, prospect: Prospect, id: str
     ) -> None:
-        self.core, self.settings, self.request, self.id = core, s, request, id
+        self.core, self.settings, self.id = core, s, id
         self.first, memory = prospect, core.requests.memory
         self.transcript = Transcript(memory, s.resume_bytes, request.path == RESPONSES_PATH)
         self.broken_at, self.broken = 0.0, ""  # the last break, and where and how
