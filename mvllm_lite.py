@@ -13268,7 +13268,8 @@ async def watch_load(core: Core, server: str) -> None:
                 loads = await in_turns(read_loads(page.decode("utf-8", "replace")))
                 take_loads(core, server, loads, own, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
-            result, trouble = "failed", f"/metrics does not answer: {error or 'it takes too long'}"
+            said = str(error) or "it takes too long"
+            result, trouble = "failed", f"/metrics does not answer: {said}"
         name = core.fleet.name_of(server)
         core.metrics.scrapes.add(name, result)
         if not trouble and lost >= KEPT_REPORTS:
@@ -13929,7 +13930,7 @@ async def ask_successor(core: Core, asked: Asked, row: Endpoint) -> Reply | None
         try:
             status, content = await client.fetch(path, SUCCESSOR_S, asked.content)
         except (PeerGone, BadMessage, TimeoutError) as error:
-            text = f"Process {os.getpid()} has a successor: {error or 'it does not answer'}."
+            text = f"Process {os.getpid()} has a successor: {str(error) or 'it does not answer'}."
             return Reply(503, error_body(Fault.NO_SERVER, text))
     return Reply(status, content)
 
@@ -18628,7 +18629,7 @@ async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:
     except PeerGone as gone:
         return Outcome(gone.fault, f"its bootstrap server {address}: {gone}")
     except (BadMessage, TimeoutError) as error:
-        text = f"its bootstrap server {address}: {error or 'no answer'}"
+        text = f"its bootstrap server {address}: {str(error) or 'no answer'}"
         return Outcome(Fault.CONNECT_TIMEOUT, text)
     finally:
         client.close()
@@ -19887,7 +19888,7 @@ class Instance:
             status, said = await self.client.fetch(path, timeout_s, content)
             document = read_members(said, None)
         except (BadMessage, TimeoutError) as error:
-            raise PeerGone(f"{path}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
+            raise PeerGone(f"{path}: {str(error) or 'no answer'}", Fault.BAD_ANSWER) from None
         if status != 200:
             text = said[:200].decode("utf-8", "replace")
             raise PeerGone(f"{path} answered {status}: {text}", Fault.BAD_ANSWER)
@@ -20369,7 +20370,7 @@ async def ask_host(
         status, said = await client.fetch(path, timeout_s, content)
         document = read_members(said, None)
     except (BadMessage, TimeoutError) as error:
-        raise PeerGone(f"{name}: {error or 'no answer'}", Fault.BAD_ANSWER) from None
+        raise PeerGone(f"{name}: {str(error) or 'no answer'}", Fault.BAD_ANSWER) from None
     if status >= 400:
         wrong, text = document.get("error"), said[:200].decode("latin-1")
         text = wrong.get("message", text) if isinstance(wrong, dict) else text
