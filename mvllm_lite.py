@@ -24241,7 +24241,8 @@ Three machines.  On the first worker_key = "…" and registration_networks in [c
 
 Several balancers.  One has all of that; the others say in [config] manager = "http://FIRST:8888"
 and manager_key = "…", an admin's key there, and the same worker_key.  They ask its models, too, and
-have it wake them.  While it is away, what runs is asked, and nothing is placed or stopped.
+have it wake them.  While it is away, what runs is asked, and nothing is placed or stopped.  Where
+it speaks https with an authority of its own: manager_ca_file, and worker --ca-file.
 
 From serverless_vllm: its paths, bodies and variables of the environment are taken (MANAGER_HOST,
 ROUTER_PORT … are HOST and PORT); model_path, llama_* and a second backend are refused.  Mixes of a
