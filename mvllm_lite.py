@@ -4287,7 +4287,8 @@ def without_numbers(events: bytes) -> bytes:
 
 # Events that may be a result of an abort: held back until the next event comes.
 MAY_END = re.compile(rb"event: (?:content_block_stop|message_delta|response\.[\w.]+\.done)\b")
-COMPLETED = b"event: response.completed"
+# The end of a response, unless it names a reason of its own, like max_output_tokens.
+COMPLETED = re.compile(rb'event: response\.completed\b(?!.*"incomplete_details": ?\{)', re.S)
 
 
 def common_start(one: bytes, other: bytes) -> int:
@@ -4367,7 +4368,7 @@ class Transcript:
     @property
     def doubted(self) -> bool:
         """Whether it ends with a response.completed that was not shown."""
-        return self.fault is Fault.ABORTED and COMPLETED in self._torn
+        return self.fault is Fault.ABORTED and bool(COMPLETED.search(self._torn))
 
     @property
     def withheld(self) -> bytes:
@@ -4424,7 +4425,7 @@ class Transcript:
                 self.fault = fault_admitted(name, document_at_end(data))
             elif event.startswith(MESSAGE_STOP):
                 self.fault = bad_end(self.tail() + piece[:begin], Notation.EVENTS)
-            elif self.doubts and event.startswith(COMPLETED):
+            elif self.doubts and COMPLETED.match(event):
                 self.fault = Fault.ABORTED
             if self.fault is not None:
                 break

@@ -12157,7 +12157,7 @@ async def test_a_stream_goes_on_at_another_server_however_it_broke(how, fault):
         assert running.core.requests.memory.bytes == running.held_bytes == 0
 
 
-def whole_response(text, server=1):
+def whole_response(text, server=1, **end):
     """A whole stream of /v1/responses, a word in each event."""
     place = {"item_id": f"item-{server}", "output_index": 0}
     deltas = [{"type": "response.output_text.delta", **place, "delta": word}
@@ -12167,7 +12167,7 @@ def whole_response(text, server=1):
              "item": {"id": place["item_id"]}}, *deltas,
             {"type": "response.output_text.done", **place, "text": text},
             {"type": "response.completed", "response": {
-                "id": f"resp-{server}", "usage": {"input_tokens": 1, "output_tokens": 2}}}]
+                "id": f"resp-{server}", "usage": {"input_tokens": 1, "output_tokens": 2}, **end}}]
     return [as_event({**one, "sequence_number": n}) for n, one in enumerate(said)]
 
 
@@ -12228,7 +12228,18 @@ async def test_a_response_is_complete_only_where_the_engine_goes_on_after_it(pro
 
 
 @asynchronous
-async def test_or_where_other_streams_of_the_engine_move():
+async def test_a_response_that_met_its_limit_is_complete():
+    limit = {"incomplete_details": {"reason": "max_output_tokens"}}
+    server = Server(ending(whole_response("a b", **limit), "abort", at_once=False))
+    server.seen = asyncio.Event()
+    server.seen.set()
+    async with balancing(server) as running:
+        got = await (await running.client()).post("/v1/responses", SEEDED)
+        assert b"response.completed" in got.body and len(server.asked) == 1
+
+
+@asynchronous
+async def test_a_response_is_complete_where_other_streams_of_its_engine_move():
     moving = asyncio.Event()
 
     async def answer(asked, conn):
