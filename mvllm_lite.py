@@ -21882,11 +21882,11 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 #  99  cells
 # ══════════
 #
-# Text in the cells of a terminal: what it means, how wide it is, how it is made to fit.
+# Text in the cells of a terminal: its meaning, its width, and how to make it fit.
 
 
 class Style(Enum):
-    """What a piece of text means; how that looks is the terminal's affair."""
+    """What a piece of text means; the terminal decides how that looks."""
 
     PLAIN = "plain"
     DIM = "dim"
@@ -21937,7 +21937,7 @@ class Look(NamedTuple):
 
 class Mode(Enum):
     LIST = "list"
-    VIEW = "view"  # another one than that of servers
+    VIEW = "view"  # any other table than that of the servers
     DETAIL = "detail"
     HELP = "help"
 
@@ -21950,23 +21950,23 @@ class Action(NamedTuple):
 
 
 class Ui(NamedTuple):
-    """What the reader of the screen has chosen.  `settle` makes it fit what there is."""
+    """What the reader of the screen has chosen.  `settle` makes it fit the status."""
 
     mode: Mode = Mode.LIST
     selected: str = ""  # the URL of a server, since rows move when they are sorted
     scroll: int = 0  # rows of the list that are above the screen
-    lines_up: int = 0  # the same of the detail, or the help
-    page: int = 10  # rows that are seen at once
+    lines_up: int = 0  # lines of a detail, a view or the help that are above the screen
+    page: int = 10  # rows that are shown at once
     sort: str = "trouble"
     view: str = ""  # one of VIEWS, in Mode.VIEW
-    model: str = ""  # the one selected there
+    model: str = ""  # the model selected in that view
     filter: str = ""
     typed: str | None = None  # a filter that is being typed
     asked: Action | None = None  # waits for y or n
     question: str = ""
     paused: bool = False
-    note: str = ""  # what the last key did, until the next
-    remote: bool = False  # the balancer is another process: to quit does not stop it
+    note: str = ""  # what the last key did; shown until the next key
+    remote: bool = False  # the balancer is another process, which does not stop on quit
 
 
 # Of text.  Terminals count cells: two for wide characters, none for combining ones.
@@ -21977,7 +21977,7 @@ SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # or no
 
 @functools.lru_cache(4096)
 def cell(char: str) -> int:
-    """How many cells a character takes."""
+    """The number of cells that a character takes."""
     if char.isascii():
         return 1
     if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff":
@@ -21990,8 +21990,8 @@ def cells(text: str) -> int:
 
 
 def clean(text: str, look: Look) -> str:
-    """Text from anywhere, fit to be shown: no control characters, nothing that changes the
-    direction or the width of its neighbours."""
+    """Text without control characters, and without what would change the direction or the width of
+    its neighbours."""
     if text.isascii() and text.isprintable():
         return text
     text = SELECTORS.sub("", unicodedata.normalize("NFC", text.expandtabs(4)))
@@ -22008,7 +22008,7 @@ UNCLEANED = ("history", "url", "settings_error", "fleet", "hint")
 
 
 def cleaned(value: Any, look: Look) -> Any:
-    """A status document whose texts are fit to be shown, in one line each."""
+    """A status document whose texts are cleaned, each in one line."""
     if isinstance(value, str):
         return clean(value, look)
     if isinstance(value, list):
@@ -22020,7 +22020,7 @@ def cleaned(value: Any, look: Look) -> Any:
 
 
 def cut(text: str, width: int) -> str:
-    """As much of its start as fits."""
+    """The start of a text, as far as it fits."""
     if cells(text) <= width:
         return text
     taken = 0
@@ -22032,14 +22032,14 @@ def cut(text: str, width: int) -> str:
 
 
 def fit(text: str, width: int, look: Look) -> str:
-    """Cut where it does not fit, and that is shown."""
+    """A text that fits; a mark shows that it was cut."""
     if cells(text) <= width:
         return text
     return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
 
 
 def fit_name(name: str, width: int, look: Look) -> str:
-    """A host:port that is wider than the whole screen loses some of its middle, never its port."""
+    """A host:port that fits: the end of the host is cut, never the port."""
     if cells(name) <= width:
         return name
     host, colon, port = name.rpartition(":")
@@ -22052,7 +22052,7 @@ def pad(text: str, width: int, right: bool = False) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Text in lines of that width, broken at spaces if there are any."""
+    """Text in lines of at most `width` cells, broken at spaces if there are any."""
     lines: list[str] = []
     for line in text.splitlines() or [""]:
         before = len(lines)
@@ -22068,7 +22068,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def clipped(line: Line, width: int) -> Line:
-    """The line as far as it fits; whatever made it, it never wraps."""
+    """A line as far as it fits, so that it never wraps."""
     out: Line = []
     for text, style in line:
         text = cut(text, width)
@@ -22078,7 +22078,7 @@ def clipped(line: Line, width: int) -> Line:
     return out
 
 
-# Numbers in few characters.  None is unknown; so is what is no number.
+# Numbers in few characters.  None, and what is not finite, is unknown.
 
 
 UNITS: tuple[tuple[float, float, str], ...] = (
@@ -22117,7 +22117,7 @@ def short_time(seconds: float | None) -> str:
 
 
 def time_pair(low: float | None, high: float | None) -> str:
-    """60/300ms: two times that mostly have one unit."""
+    """60/300ms: two times; the unit stands once if both have the same."""
     first, second = short_time(low), short_time(high)
     unit = second.lstrip("0123456789.-")
     if unit and first.lstrip("0123456789.-") == unit:
@@ -22147,7 +22147,7 @@ def bar_of(ratio: float | None, width: int, look: Look) -> str:
 
 
 def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
-    """The newest at the right; what is unknown is a gap."""
+    """Values as bars, the newest at the right; an unknown value is a gap."""
     marks, out = look.levels, ""
     for ratio in history[-width:] if width > 0 else ():
         if ratio is None or not math.isfinite(ratio):
@@ -22169,7 +22169,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 def load_ratio(server: Document) -> float | None:
-    """How full a server is: its requests, ours and those of others, by its capacity."""
+    """How full a server is: its requests, ours and others', divided by its capacity."""
     said = (server["running"] or 0) + (server["waiting"] or 0)
     capacity = server["capacity"]
     if not is_known(capacity) or capacity <= 0:
@@ -22188,7 +22188,7 @@ STATE_STYLES = {
 
 
 def state_text(server: Document, width: int = 1000) -> str:
-    """Its state in a word, a short one if need be."""
+    """A server's state in a word, a short one if `width` requires it."""
     state: str = server["state"]
     word = "half-open" if state == "circuit half-open" else state
     return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
@@ -22199,18 +22199,18 @@ def state_style(server: Document) -> Style:
 
 
 def load_style(server: Document) -> Style:
-    """mvllm's limits."""
+    """A load's colour, with mvllm's limits."""
     ratio = load_ratio(server) or 0.0
     return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
 
 
 def is_out(server: Document) -> bool:
-    """Whether the reason says more than its numbers."""
+    """Whether a server's reason says more than its numbers."""
     return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
 
 
 def model_names(server: Document) -> str:
-    """As mvllm: up to three names, or two and how many more."""
+    """A server's models as mvllm shows them: up to three names, or two and how many more."""
     names = server["models"] or []
     if len(names) > 3:
         return f"{', '.join(names[:2])} (+{len(names) - 2})"
@@ -22220,7 +22220,7 @@ def model_names(server: Document) -> str:
 def figure_text(
     server: Document, key: str, form: Callable[[float | None], str] = short_number
 ) -> str:
-    """A number that the server has reported; it is marked if that was some time ago."""
+    """A number that the server has reported, with a `?` if the report is stale."""
     value = server[key]
     return form(value) + "?" * bool(server["stale"] and is_known(value))
 
@@ -22229,7 +22229,7 @@ def unknown_last(value: float | None) -> float:
     return -math.inf if value is None or not math.isfinite(value) else value
 
 
-# How the list can be sorted: by name in words, and what is first has the lowest value.
+# How the list can be sorted: keys by their names on the screen; the lowest value comes first.
 SORTS: dict[str, Callable[[Document], Any]] = {
     "trouble": lambda server: (state_style(server) is not Style.BAD, not server["errors"]),
     "given": lambda server: 0,
@@ -22246,8 +22246,8 @@ SORTS: dict[str, Callable[[Document], Any]] = {
 
 
 def listed_servers(ui: Ui, status: Document) -> list[Document]:
-    """The servers that the filter leaves, sorted.  Each of its words is in a server's name, state
-    or models."""
+    """The servers that pass the filter, sorted.  Each word of the filter must be in a server's
+    name, state or models."""
     words = (ui.filter if ui.typed is None else ui.typed).lower().split()
 
     def wanted(server: Document) -> bool:
@@ -22261,7 +22261,7 @@ def listed_servers(ui: Ui, status: Document) -> list[Document]:
 
 
 def selected(ui: Ui, status: Document) -> Document | None:
-    """The selected server, or the first one of the list; a detail is of no other than it."""
+    """The selected server, or else the first one of the list, unless a detail is shown."""
     if ui.mode is Mode.DETAIL:
         return next((s for s in status["servers"] if s["url"] == ui.selected), None)
     servers = listed_servers(ui, status)
@@ -22277,17 +22277,17 @@ def plain_style(server: Document) -> Style:
 
 class Column(NamedTuple):
     head: str
-    rank: int  # the highest is left out first
+    rank: int  # the column with the highest is left out first
     least: int  # cells
     right: bool
     text: Callable[[Document, Look], str]
     style: Callable[[Document], Style] = plain_style
-    sort: str = ""  # the sort that it shows
-    most: int = 0  # cells, if there is room; 0: what its texts take
+    sort: str = ""  # the sort that goes by this column
+    most: int = 0  # cells, if there is room; 0: as many as its texts take
 
 
 def capacity_text(server: Document, look: Look) -> str:
-    """A bar of how full it is, and how many requests that would be."""
+    """A bar that shows how full a server is, and its capacity in requests."""
     learned = "~" if server["capacity_learned"] else ""
     number = learned + short_number(server["capacity"])
     return f"{bar_of(load_ratio(server), 6, look)} {number:>4}"
@@ -22317,7 +22317,7 @@ COLUMNS = (
     Column("LOAD", 10, 8, True, lambda s, look: sparkline(s["history"] or (), 60, look),
            lambda s: Style.BAR, most=60),
 )
-MARK_CELLS = 2  # cells before a name: whether it is selected, whether it is well
+MARK_CELLS = 2  # cells before a name, for the marks of the selection and of the state
 
 
 class Place(NamedTuple):
@@ -22328,7 +22328,7 @@ class Place(NamedTuple):
 
 
 def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
-    """The columns for which there is room; what is left over goes to those that can use it."""
+    """The columns for which there is room; columns that can use more cells share the rest."""
     if not servers or left < 5:
         return []
     wants = {column: max(cells(column.text(server, look)) for server in servers)
@@ -22361,7 +22361,8 @@ def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
 
 def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
                 reason_below: bool, width: int) -> Line:
-    """A server's row of the table; the reason why it is out has no need of its numbers."""
+    """A server's row of the table.  If the server is out and its reason has no line of its own, the
+    reason stands in place of its numbers."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
     name = fit_name(server["name"], name_width, look)
@@ -22388,7 +22389,7 @@ def reason_line(server: Document, look: Look, width: int) -> Line:
 
 
 def marked(line: Line) -> Line:
-    """A row as the selected one: by a mark and its name, so that its colours stay."""
+    """A row as the selected one; only its mark and name change, so that its colours stay."""
     (start, _), (name, _), *rest = line
     return [(">" + start[1:], Style.SELECTED), (name, Style.SELECTED), *rest]
 
@@ -22397,9 +22398,9 @@ def marked(line: Line) -> Line:
 #  101  views
 # ══════════
 #
-# What is seen besides the table of servers: graphs of the fleet, and the views that Tab shows.
+# What the screen shows besides the table of servers: graphs of the fleet, and views by Tab.
 
-# Graphs of the fleet, by what the document calls them: what is read beside each.
+# Graphs of the fleet, by their keys in the document: the label and the number's form.
 GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "requests_per_s": ("requests/s", short_number), "tokens_per_s": ("tokens/s", short_number),
     "ttft_p50_s": ("TTFT p50", short_time), "ttft_p95_s": ("TTFT p95", short_time),
@@ -22408,7 +22409,7 @@ GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]:
-    """Values, the newest at the right, as columns of that many rows; the highest fills them."""
+    """Values as columns, `rows` high, the newest at the right; the highest value fills them."""
     top = max((value for value in values if is_known(value)), default=0.0) or 1.0  # type: ignore
     steps, lines = len(look.levels), list[str]()
     heights = [None if not is_known(value) else math.ceil(value / top * steps * rows - 1e-9)
@@ -22421,7 +22422,7 @@ def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]
 
 
 def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """The last quarter of an hour, in that many rows."""
+    """Graphs of the fleet's last quarter of an hour, in at most `rows` lines."""
     if rows < 1:
         return []
     lines: list[Line] = [[(f"{look.rule * 2} the last 15 minutes ", Style.DIM),
@@ -22443,7 +22444,7 @@ def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line
 
 
 class ViewColumn(NamedTuple):
-    """A column of a view; `width` is the most that it takes when there is not room for all."""
+    """A column of a view; `width` limits it when there is not room for all."""
 
     head: str
     text: Callable[[Document], str]
@@ -22457,7 +22458,7 @@ class View(NamedTuple):
 
     rows: Callable[[Document], Sequence[Document]]
     columns: Sequence[ViewColumn]  # the last ones are left out first
-    empty: str  # what is said when there are no rows
+    empty: str  # the text when there are no rows
     acts: Mapping[str, str] = {}  # verbs by key, for the selected row's "model"
 
 
@@ -22466,7 +22467,7 @@ def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], 
 
 
 def request_rows(status: Document) -> list[Document]:
-    """Those that run, and below them the last that have ended."""
+    """The requests under way, and below them the last that have ended."""
     running = [{**one, "time_s": one["age_s"], "first_s": None, "bad": False,
                 "end": "runs" if one["tokens"] else "waits for its first token"}
                for one in status["requests"]["running"]]
@@ -22529,7 +22530,7 @@ VIEWS: dict[str, View] = {
 
 
 def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
-    """The selected row of a view, and which it is; None where nothing is selected."""
+    """The index of a view's selected row, and the row; None if nothing can be selected."""
     rows = VIEWS[ui.view].rows(status) if ui.view and VIEWS[ui.view].acts else ()
     named = (n for n, row in enumerate(rows) if row["model"] == ui.model)
     at = next(named, 0)
@@ -22537,7 +22538,7 @@ def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
 
 
 def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0) -> list[Line]:
-    """A view as a table: its head, and a line for each row, of which one may be selected."""
+    """A view as a table: its head, and a line for each row; `at` is the selected one."""
     rows = list(view.rows(status))
     if not rows:
         return [[(view.empty, Style.DIM)]]
@@ -22567,11 +22568,11 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 #  102  screen
 # ══════════
 #
-# What is seen on a terminal: a status document in, all lines out.  Nothing here knows a terminal.
+# The screen: a status document in, all lines out.  Nothing here knows a terminal.
 
 
 def packed(items: Sequence[Span], width: int) -> Line:
-    """The items that fit beside each other, the first ones first."""
+    """As many of the first items as fit beside each other."""
     line: Line = []
     for text, style in items:
         gap = "  " if line else ""
@@ -22582,7 +22583,7 @@ def packed(items: Sequence[Span], width: int) -> Line:
 
 
 def total_items(status: Document) -> list[Span]:
-    """The fleet in one line, what matters most first."""
+    """The fleet's totals for one line, the most important first."""
     t = status["totals"]
     healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
     drained = t["drained"] or 0
@@ -22603,7 +22604,7 @@ def total_items(status: Document) -> list[Span]:
 
 
 def title_line(status: Document, ui: Ui, width: int) -> Line:
-    """Who this is; the time stands at the right."""
+    """The balancer's name and address, with the time at the right."""
     flags: list[Span] = [("PAUSED", Style.ASK)] * ui.paused + (
         [("STOPPING", Style.ASK)] * bool(status["stopping"]))
     clock = status["time"]
@@ -22616,7 +22617,7 @@ def title_line(status: Document, ui: Ui, width: int) -> Line:
 
 
 def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """Where the settings are from, or the complaint about them as far as there is room."""
+    """The source of the settings, or the complaint about them as far as there is room."""
     if status["settings_error"] and rows > 0:
         lines = [clean(line, look) for line in status["settings_error"].splitlines()]
         complaint = wrapped("settings not used: " + "\n".join(lines), width)
@@ -22625,7 +22626,7 @@ def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[
 
 
 def top_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """Totals, and what else fits above the table."""
+    """The lines above the table: the totals, and what else fits."""
     width, rows = size
     lines = [packed(total_items(status), width)]
     if rows >= 8:
@@ -22658,7 +22659,7 @@ MODE_KEYS = {  # besides q
 
 
 def key_line(ui: Ui, place: str, width: int) -> Line:
-    """The last line: a question, what is typed, what a key did, or which keys there are."""
+    """The last line: a question, the typed filter, what a key did, or the available keys."""
     if ui.asked:
         return [(cut(f"y/n: {ui.question}", width), Style.ASK)]
     if ui.typed is not None:
@@ -22688,7 +22689,7 @@ def key_line(ui: Ui, place: str, width: int) -> Line:
 
 
 def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """The newest events, as many as fit below their title."""
+    """A title, and as many of the newest events as fit below it."""
     if rows < 2:
         return []
     lines: list[Line] = [[(f"{look.rule * 2} events ", Style.DIM),
@@ -22711,7 +22712,7 @@ class Frame(NamedTuple):
 
     top: list[Line]
     table: int  # rows for servers
-    reasons: bool  # whether reasons have lines of their own
+    reasons: bool  # reasons have lines of their own
     graphs: int  # rows for graphs
     events: int  # rows for events
 
@@ -22758,7 +22759,7 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
-    """All that is known of a server: what, in words, and what that means."""
+    """All that is known about a server, as triples of label, text and style."""
     state = f"{server['state']} for {long_time(server['since_s'])}"
     yield "state", state, state_style(server)
     if server["reason"]:
@@ -22797,7 +22798,7 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
 
 
 def detail_lines(server: Document, look: Look, width: int) -> list[Line]:
-    """The text of a server's own screen; as many lines as it takes."""
+    """The text of a server's own screen, in as many lines as it takes."""
     lines: list[Line] = []
     indent = 10 if width >= 40 else 2
     for what, words, style in facts(server, look):
@@ -22845,7 +22846,7 @@ def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, 
 
 
 def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
-    """The Ui as it fits what there is: a server is selected, and it is to be seen."""
+    """The Ui made to fit the status: the selected row exists, and the screen shows it."""
     if ui.mode is not Mode.LIST:
         if ui.mode is Mode.DETAIL and selected(ui, status) is None:
             return settle(ui._replace(mode=Mode.LIST), status, look, size)
@@ -22865,13 +22866,13 @@ def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
 
 
 def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """As many lines as there are rows, none wider than there are columns."""
+    """The screen's lines: one for each row of the terminal, none wider than its columns."""
     status = cleaned(status, look)
     return drawn(status, settle(ui, status, look, size), look, size)
 
 
 def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """The same, of a status that is clean and a Ui that is settled."""
+    """As `screen`, from a clean status and a settled Ui."""
     ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
                      filter=clean(ui.filter, look))
     if ui.typed is not None:
@@ -22901,7 +22902,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """What a key makes of the screen, and what it asks of the balancer."""
+    """The next Ui after a key, and what the key asks of the balancer, or None."""
     ui = ui._replace(note="")
     if ui.asked:
         return answer_dialog(key, ui)
@@ -22931,7 +22932,7 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
 
 
 def answer_dialog(key: str, ui: Ui) -> tuple[Ui, Action | None]:
-    """A question has been asked; only y is yes, and only a clear no ends it."""
+    """A key while a question waits: only y is yes, and only a clear no ends it."""
     if key in ("y", "Y"):
         note = f"{ui.question.partition('?')[0]}: yes"
         return ui._replace(asked=None, question="", note=note), ui.asked
@@ -22977,7 +22978,8 @@ def further(names: Sequence[str], name: str, by: int) -> str:
 
 
 def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """Back to where one came from; from the list, q leaves the program."""
+    """Go back to the list; from the list, q leaves the program, after a question if requests are in
+    flight here."""
     if ui.mode is not Mode.LIST:
         return ui._replace(mode=Mode.LIST, view="", lines_up=0), None
     if key == "esc":
@@ -22990,7 +22992,7 @@ def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]
 
 
 def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
-    """Keys about the selected server."""
+    """As `press`, for keys about the selected server."""
     if server is None or ui.mode in (Mode.HELP, Mode.VIEW):
         return ui, None
     url, name = server["url"], server["name"]
@@ -23009,7 +23011,7 @@ def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action 
 
 
 def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
-    """Keys about the selected model."""
+    """As `press`, for keys about the selected model."""
     name, act = row["model"], Action(verb, row["model"])
     if verb not in row["acts"]:
         can = " or ".join(row["acts"]) or "wait"
@@ -23031,7 +23033,7 @@ CONTROLS = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b"
 
 
 def key_of(char: str) -> str:
-    """The key by which a terminal sends a character; '' for none that means anything."""
+    """The name of the key that sends a character; '' if the key means nothing here."""
     return char if char.isprintable() else CONTROLS.get(char, "")
 
 
@@ -23039,10 +23041,10 @@ def key_of(char: str) -> str:
 #  104  terminal
 # ══════════
 #
-# The screen's lines onto a terminal, and its keys, by curses.  That is an ordinary program in a
-# process of its own, since curses waits, with Python locked, on a terminal that takes nothing (a
-# dead ssh, a stopped one), and has signal handlers of its own.  It is told over a socket what there
-# is to show, tells what keys ask for (a line of JSON each), and leaves when the socket is closed.
+# The screen on a terminal, by curses.  It runs as an ordinary program in a process of its own,
+# since curses has its own signal handlers, and blocks with Python locked while a terminal (a dead
+# ssh, a stopped one) takes nothing.  Over a socket it reads what to show and writes what keys ask
+# for, each as a line of JSON; it leaves when the socket is closed.
 
 TICK_S = 0.1  # between looks at the size and at who is in the foreground
 ESCAPE_MS = 50  # after which an Esc is the key and not the start of another
@@ -23062,7 +23064,7 @@ LOOKS = {
 
 
 def in_foreground(descriptor: int) -> bool:
-    """Whether the terminal is ours to use, not that of the shell that we were put behind."""
+    """Whether our process group may use a terminal: it is not in a shell's background."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
     except OSError:  # it is not our controlling terminal: nobody else's shell is there either
@@ -23071,7 +23073,7 @@ def in_foreground(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
-    """That terminal by a description of its own, for the shell's is shared.  Raises OSError."""
+    """A new open file description of a terminal, since the shell's is shared.  Raises OSError."""
     flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(os.ttyname(terminal), flags)
@@ -23088,7 +23090,8 @@ def json_line(document: Any) -> bytes:
 
 
 def known_terminal(curses: Any, name: str) -> str:
-    """The name by which terminfo knows it, or one like it; '': initscr would end the process."""
+    """A name, the terminal's own or a similar one's, that terminfo knows; '' if there is none:
+    initscr would end the process."""
     os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
     for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
         with contextlib.suppress(curses.error):
@@ -23098,7 +23101,8 @@ def known_terminal(curses: Any, name: str) -> str:
 
 
 def run_screen(sock: socket.socket, remote: bool) -> str:
-    """The screen on our terminal, until one leaves or the socket is closed; why it ended, or ''."""
+    """Show the screen on our terminal until the reader leaves or the socket is closed.  Returns
+    why it failed, or ''."""
     try:
         import curses
     except ImportError:
@@ -23118,7 +23122,7 @@ def run_screen(sock: socket.socket, remote: bool) -> str:
 
 
 class CursesScreen:
-    """A program that shows the newest status it was told."""
+    """The program that shows the newest status it has received."""
 
     def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
         """`curses` knows the terminal already, by `setupterm`."""
@@ -23127,12 +23131,13 @@ class CursesScreen:
         self.ui = Ui(remote=remote)
         self.received = b""
         self.latest: Document | None = None
-        self.status: Document | None = None  # what is looked at; an older one while paused
+        self.status: Document | None = None  # the one shown; an older one while paused
         self.over = self.changed = False
         self.in_front = True
 
     def run(self) -> str:
-        """Why it could not begin, or ''.  Raises OSError when the terminal has gone."""
+        """Show the screen until it is over.  Returns why it could not begin, or ''.  Raises OSError
+        when the terminal has gone."""
         known = [self.curses.tigetstr(name) or b"" for name in LEAVE]
         leave = b"".join(known[:-1] if known[-2] else known)
         self.say({"leave": re.sub(rb"\$<[^>]*>", b"", leave).decode("latin-1")})
@@ -23192,7 +23197,7 @@ class CursesScreen:
         return found
 
     def turn(self) -> None:
-        """Wait for something to do, for a tick at the most, and do it."""
+        """Wait for a key or a message, for TICK_S at most, and act on it.  Raises OSError."""
         in_front = in_foreground(0)
         if in_front and not self.in_front:
             self.curses.reset_prog_mode()
@@ -23214,7 +23219,7 @@ class CursesScreen:
             self.say({})
 
     def receive(self) -> bool:
-        """Take in what the other side has told.  Returns whether that was anything."""
+        """Take in messages from the balancer's side.  Returns whether there were any."""
         try:
             while data := self.sock.recv(1 << 18):
                 self.received += data
@@ -23248,7 +23253,7 @@ class CursesScreen:
                     self.say(action._asdict())
 
     def next_key(self) -> str:
-        """The next key that means something; '' if none was pressed."""
+        """The next key with a meaning; '' if none was pressed."""
         read = getattr(self.window, "get_wch", self.window.getch)
         with contextlib.suppress(self.curses.error):  # none
             while (code := read()) != -1:
@@ -23285,22 +23290,22 @@ class CursesScreen:
 #  105  top
 # ══════════
 #
-# The screen beside a balancer: beside the one of this process, in place of log lines, or beside one
-# that runs elsewhere (`top`).
+# The screen for a balancer: for this process's, in place of log lines, or for one that runs
+# elsewhere (`top`).
 
 SCREEN_S = 0.5  # between two statuses
-UNANSWERED_LIMIT = 20  # of them in a row: then the program hangs, as its terminal may
+UNANSWERED_LIMIT = 20  # statuses in a row, after which the program hangs, as its terminal may
 FAREWELL_S = 1.0  # for it to end by itself
 CANCEL = b"\x18"  # of a sequence that was begun
 
 
 class ScreenProcess:
-    """The screen on our terminal, in its own process, which is killed when it answers no more."""
+    """The screen on our terminal, in its own process, which is killed if it stops answering."""
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
-        """Start it, in a task.  `act` is told what keys ask for, and `hold` whether the terminal is
-        that process's alone."""
+        """Start the process, in a task.  `act` gets what keys ask for; `hold` gets whether the
+        process has the terminal to itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
         self.why = ""  # it has ended
         self.leave = b""  # for a terminal that it could not leave
@@ -23310,7 +23315,7 @@ class ScreenProcess:
         self.task = asyncio.ensure_future(self.run())
 
     async def close(self) -> None:
-        """The terminal is as it was when this returns, after a second or so at the most."""
+        """End the process and restore the terminal, within about a second."""
         self.closing = True
         if self.writer is not None:
             self.writer.transport.abort()
@@ -23331,7 +23336,7 @@ class ScreenProcess:
             log.warning("no screen: %s", self.why)
 
     async def converse(self) -> int:
-        """With the process, until it has ended; its exit code.  Raises OSError."""
+        """Run the process until it has ended.  Returns its exit code.  Raises OSError."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-S", __file__, "top", "--socket", str(theirs.fileno())]
         with theirs, opened_anew(self.terminal) as terminal:
@@ -23354,7 +23359,8 @@ class ScreenProcess:
         return await child.wait()
 
     async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
-        """Counted, not timed: when we were stopped, it was not at fault."""
+        """Send statuses, and kill the process when it has left too many unanswered.  They are
+        counted, not timed: if we were stopped meanwhile, it is not at fault."""
         while self.unanswered < UNANSWERED_LIMIT:
             self.unanswered += 1
             if self.leave and not writer.transport.get_write_buffer_size():
@@ -23375,7 +23381,7 @@ class ScreenProcess:
 
 
 def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
-    """A terminal as it was, after a process that could not do that itself."""
+    """Restore a terminal for a process that could not do that itself."""
     with contextlib.suppress(OSError, termios.error):
         if in_foreground(terminal):
             termios.tcflush(terminal, termios.TCIOFLUSH)
@@ -23388,7 +23394,8 @@ MODEL_TIMEOUT_S = 600.0  # and may have to start a model, or wait for its last a
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
-    """Tell a screen of a balancer elsewhere, which does what the keys ask, until it has closed."""
+    """Feed a screen from a balancer elsewhere, and pass on what its keys ask for, until it is
+    closed."""
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def tell() -> None:
@@ -23420,7 +23427,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
 async def answer_of(
     client: HttpClient, path: str, content: bytes | None = None, limit_s: float = TOP_TIMEOUT_S
 ) -> tuple[dict[str, Any], str]:
-    """What a balancer elsewhere answers; and why that is not what was asked for, or ''."""
+    """The JSON object that a balancer elsewhere answers, and what is wrong with it, or ''."""
     try:
         status, answer = await client.fetch(path, limit_s, content)
         found = read_members(answer, None)
@@ -23434,7 +23441,7 @@ async def answer_of(
 @SCREENS.append
 @contextlib.asynccontextmanager
 async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
-    """The screen, in place of log lines, for as long as the terminal takes part."""
+    """Show the screen in place of log lines, for as long as the terminal works."""
     if not in_foreground(1):
         yield
         return
@@ -23461,7 +23468,8 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
 
 
 async def act_by_key(core: Core, action: Action) -> None:
-    """What was confirmed on the screen; the log, whose last lines it shows, tells how it went."""
+    """Do what was confirmed on the screen; the log, whose last lines the screen shows, has the
+    outcome."""
     try:
         if action.verb in MODEL_OPERATIONS:
             pool = pool_of(core)
@@ -23489,9 +23497,10 @@ def add_top(parser: argparse.ArgumentParser) -> None:
 @command("top", "the screen, of a balancer that runs elsewhere", add_top,
          example="top http://10.0.0.9:8888")
 def run_top(args: argparse.Namespace) -> int:
-    """The screen: of the balancer that has started this process, or of one elsewhere."""
+    """Show the screen, for the balancer that started this process or for one elsewhere.  Returns
+    the exit code."""
     if args.socket is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, and that us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, which stops us
         with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
             sock.send(json_line({"why": run_screen(sock, remote=False)}))
         return 0
@@ -23514,9 +23523,9 @@ def run_top(args: argparse.Namespace) -> int:
 #  106  page
 # ══════════
 #
-# GET /status: what a browser shows of the document at /status.json.  The page itself holds no
-# fact of the fleet.  All that comes from outside is written as text, never as markup; a server's
-# row is found by its URL and changed in place, so that what is open, marked or in focus stays so.
+# GET /status: the document at /status.json, for a browser.  The page itself holds no fact about
+# the fleet.  Everything from outside is written as text, never as markup; a server's row is found
+# by its URL and changed in place, so that what is open, marked or in focus stays so.
 
 
 @functools.cache
@@ -24094,7 +24103,8 @@ start();
 
 @endpoint("/status", kind=Kind.PAGE)
 async def get_status_page(core: Core, asked: Asked) -> Reply:
-    """The page itself holds no fact of the fleet, and a browser shows no key when it opens it."""
+    """The status page, without a key: a browser sends none, and the page itself holds no fact about
+    the fleet."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
