@@ -12025,7 +12025,8 @@ WHAT_IT_DID: dict[Fault | None, str] = {
 }
 
 
-ABORT_LASTS_S = 0.25  # in which all streams of an engine end that aborts them
+ABORT_LASTS_S = 2.0  # in which all streams of an engine that aborts them end: 0.5 s was seen
+LAST_CHUNK_S = 0.25  # in which the end of the framing comes after the end of the content
 
 Commit = Callable[["Answer"], bool]  # shows an answer, and returns whether its rest is wanted
 
@@ -12244,19 +12245,19 @@ class Attempt:
         rest = keeper.rest()
         with contextlib.suppress(PeerGone, BadMessage, TimeoutError):  # only framing may lack
             while not decoder.done:
-                rest += await wire.read_content(decoder, wire.loop.time() + ABORT_LASTS_S)
+                rest += await wire.read_content(decoder, wire.loop.time() + LAST_CHUNK_S)
         self.response.go_on(rest, True)
 
     async def engine_goes_on(self) -> bool:
         """Whether the engine works from now on, by its other streams or by a request of ours."""
         core, loop = self.core, self.response.client.loop
+        limit_s = self.settings.health_check_timeout
         # Streams that end by the same abort may still bring pieces at first.
-        after = loop.time() + ABORT_LASTS_S
-        asked = asyncio.ensure_future(
-            engine_responds(self.pool.client, self.settings.health_check_timeout))
+        after = loop.time() + min(ABORT_LASTS_S, limit_s / 2)
+        asked = asyncio.ensure_future(engine_responds(self.pool.client, limit_s))
         try:
             while not asked.done() and core.streams_at(self.server) <= after:
-                await asyncio.wait((asked,), timeout=ABORT_LASTS_S)
+                await asyncio.wait((asked,), timeout=LAST_CHUNK_S)
             return core.streams_at(self.server) > after or asked.result()
         finally:
             asked.cancel()

@@ -12255,7 +12255,7 @@ async def test_a_response_is_complete_where_other_streams_of_its_engine_move():
             moving.set()
             await conn.left()
 
-    async with balancing(Server(answer), health_check_timeout=20) as running:
+    async with balancing(Server(answer), health_check_timeout=2) as running:
         other = await running.client()
         await other.ask("POST", "/v1/chat/completions", SEEDED)
         got = await (await running.client()).post("/v1/responses", SEEDED)
