@@ -24782,15 +24782,14 @@ def grafana_topic() -> str:
 #  109  traces
 # ══════════
 #
-# Requests of the past, from a file: our own, or what others have published; and made-up ones for
-# who has none.
+# Requests of the past, from a file that we have written or others have published; or made-up ones.
 
 AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
 MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
 
 
 class Arrival(NamedTuple):
-    """A request of a trace: when it came, and how much work it was."""
+    """A request of a trace: its time and its amount of work."""
 
     at_s: float  # since the first
     prompt_tokens: int
@@ -24830,7 +24829,7 @@ def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
 
 
 def reader_for(line: str) -> Callable[[str], list[Arrival]]:
-    """What reads a trace that begins with this line."""
+    """The reader for a trace that begins with a line.  Raises ValueError."""
     if line.startswith(AZURE_COLUMNS):
         return azure_arrivals
     said = json_object(line) if line.startswith("{") else {}
@@ -24843,7 +24842,7 @@ def reader_for(line: str) -> Callable[[str], list[Arrival]]:
 
 
 def trace_arrivals(line: str) -> list[Arrival]:
-    """What we write ourselves.  Requests that were refused made no work, and are left out."""
+    """The arrivals in a line of our own trace.  Refused requests made no work, and are left out."""
     said = json_object(line)
     model, output = said.get("model"), whole_number(said, "output_tokens")
     if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
@@ -24922,7 +24921,7 @@ def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> l
 
 
 class MadeUp(NamedTuple):
-    """Traffic for who has recorded none."""
+    """Made-up traffic, for those who have recorded none."""
 
     rate: float  # requests per second
     asked: tuple[float, float, float]  # tokens of a question: median, sigma of its logarithm, most
@@ -24941,7 +24940,7 @@ MADE_UP = {
 
 
 def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
-    """Arrivals by chance: conversations whose prompts repeat all that was said before."""
+    """Random arrivals: conversations whose prompts repeat everything said before."""
 
     def length(of: tuple[float, float, float]) -> int:
         return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
@@ -24972,13 +24971,13 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
-# cache, a queue.  Nothing here is drawn by lot.
+# cache, a queue.  Nothing here is random.
 
 EVEN_CONTEXT = 30_000  # tokens; attending to so many costs as much as the layers themselves do
 
 
 class EngineKind(NamedTuple):
-    """A GPU with its vLLM: what a step of the engine takes, and what fits into it."""
+    """A GPU with its vLLM: the time that a step takes, and what fits into it."""
 
     capacity: float  # what an operator would set as max_concurrent_requests
     step_s: float  # of every step, for scheduling and sampling
@@ -24991,7 +24990,7 @@ class EngineKind(NamedTuple):
     batched_tokens: int  # vLLM's max_num_batched_tokens: computed in one step
 
     def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
-        """Of a step: a smooth roofline of reading and computing, and what comes on top."""
+        """The seconds of a step: a smooth roofline of reading and computing, plus overheads."""
         roofline = math.hypot(self.weights_s, self.token_s * tokens)
         attention = self.token_s * attended / EVEN_CONTEXT
         return (self.step_s + roofline + attention + self.sequence_s * sequences
@@ -25015,7 +25014,7 @@ ENGINE_KINDS = {
 
 
 def kind_for(capacity: float) -> EngineKind:
-    """For a server of which only this is known: an a100, so much faster or slower."""
+    """The kind for a server with a known capacity only: an a100, that much faster or slower."""
     kind = ENGINE_KINDS["a100"]
     slow = kind.capacity / capacity
     return kind._replace(
@@ -25025,7 +25024,7 @@ def kind_for(capacity: float) -> EngineKind:
 
 
 class EngineReport(NamedTuple):
-    """What a server would say in /metrics."""
+    """What a server would report in /metrics."""
 
     running: int
     waiting: int
@@ -25033,8 +25032,8 @@ class EngineReport(NamedTuple):
     generation_tokens: int
     prompt_tokens: int
     prefix_queries: int  # prompt tokens looked for in the prefix cache
-    prefix_hits: int  # and found
-    kv_tokens: int  # that there is room for
+    prefix_hits: int  # those of them that were found
+    kv_tokens: int  # the tokens that the KV cache has room for
 
 
 Link = int | tuple[int]  # of a chain; or (number,), what else a request has computed
@@ -25047,11 +25046,11 @@ class KvCache:
     def __init__(self, room: int):
         self.room, self.used, self.spare = room, 0, 0
         self.sizes: dict[Link, int] = {}  # tokens of each link
-        self._users: dict[Link, int] = {}  # requests that need it
-        self._idle: OrderedDict[Link, None] = OrderedDict()  # nobody does; the oldest first
+        self._users: dict[Link, int] = {}  # requests that need each link
+        self._idle: OrderedDict[Link, None] = OrderedDict()  # those without users, oldest first
 
     def take(self, tokens: int) -> None:
-        """For a running request; what was not needed for the longest is forgotten for it."""
+        """Take room for a running request; the links that were idle longest make way for it."""
         self.used += tokens
         while (lack := self.used + self.spare - self.room) > 0:
             oldest = next(iter(self._idle))
@@ -25066,20 +25065,20 @@ class KvCache:
         self.spare -= self.sizes.pop(link)
 
     def name(self, link: Link, size: int) -> None:
-        """Tokens that a request has taken can be found from now on."""
+        """Make tokens that a request has taken available to others, as a link."""
         self.sizes[link], self._users[link] = size, 1
 
     def keep(self, link: Link, size: int) -> None:
-        """They are not needed any more, but may be."""
+        """Keep tokens that no request needs now, while there is room, as a link."""
         self.sizes[link], self._idle[link] = size, None
         self.used, self.spare = self.used - size, self.spare + size
 
     def idle_tokens(self, links: Iterable[Link]) -> int:
-        """What of these is not used yet."""
+        """The tokens of those links that nobody uses."""
         return sum(self.sizes[link] for link in links if link in self._idle)
 
     def hold(self, links: Iterable[Link]) -> None:
-        """A request needs these."""
+        """Count a request as a user of links."""
         for link in links:
             if link in self._idle:
                 del self._idle[link]
@@ -25087,7 +25086,8 @@ class KvCache:
             self._users[link] = self._users.get(link, 0) + 1
 
     def free(self, links: Sequence[Link]) -> None:
-        """Those at the end will be forgotten first: without a start they are of no use."""
+        """End a request's use of links.  The last ones will be evicted first, as they are of no use
+        without those before them."""
         for link in reversed(links):
             self._users[link] -= 1
             if not self._users[link]:
@@ -25104,8 +25104,8 @@ class Job:
     need: int = 0  # tokens to compute before the next one of the answer comes out
     done: int = 0  # of these; then, what is in the KV cache
     said: int = 0  # tokens of the answer
-    links: list[Link] = dataclasses.field(default_factory=list)  # that it holds
-    own: int = 0  # tokens that it holds besides
+    links: list[Link] = dataclasses.field(default_factory=list)  # the links that it holds
+    own: int = 0  # other tokens that it holds
     passed: int = 0  # links of its chain that are computed, by whomever
     reach: int = 0  # tokens up to the last of them
     since: int = 0  # the engine's clock when it began to decode
@@ -25130,7 +25130,7 @@ class Engine:
         self.waiting = deque[Job]()
         self.running: dict[int, Job] = {}  # by number, the oldest first
         self.reading: dict[int, Job] = {}  # of these, whose prompt is not computed yet
-        self.ends_s = INFINITY  # of the stretch; idle
+        self.ends_s = INFINITY  # the stretch's end; infinite while idle
         self.preemptions = 0
         self._clock = 0  # steps that have ended
         self._decoding = self._context = 0  # requests that decode, and their tokens
@@ -25182,7 +25182,7 @@ class Engine:
         return begun, complete
 
     def report(self, now: float) -> EngineReport:
-        """Its load, in the middle of a stretch."""
+        """The engine's load at a time, which may be in the middle of a stretch."""
         grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
         return EngineReport(
             len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
@@ -25224,16 +25224,16 @@ class Engine:
         self.ends_s = self._begun_s + steps * (self._step_s + self._growth_s * (steps - 1) / 2)
 
     def _steps_by(self, now: float) -> int:
-        """How many steps of the stretch have ended: the sum in `_plan`, solved for the steps."""
+        """The number of the stretch's steps that have ended: the sum in `_plan`, solved for it."""
         gone_s, half_s = now - self._begun_s, self._step_s - self._growth_s / 2
         return int(2 * gone_s / (half_s + math.sqrt(half_s**2 + 2 * self._growth_s * gone_s)))
 
     def _lacks(self, tokens: int) -> bool:
-        """Whether there is no room for these and one more of each request that decodes."""
+        """Whether these tokens, and one more for each request that decodes, do not fit."""
         return self.cache.used + self._decoding + tokens > self.cache.room
 
     def found(self, job: Job) -> tuple[list[Link], int]:
-        """What of its prompt is in the cache: the links, and their tokens."""
+        """The links of a job's prompt that are in the cache, and their tokens."""
         links, found, sizes = list[Link](), 0, self.cache.sizes
         for link in job.arrival.prefix_hashes:
             if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
@@ -25274,7 +25274,7 @@ class Engine:
         return tokens
 
     def _name_links(self, job: Job) -> None:
-        """What was computed of a prompt can be found from now on."""
+        """Make the computed part of a prompt available to others."""
         chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
         while job.passed < len(chain) and ends[job.passed] <= job.done:
             link, size = chain[job.passed], ends[job.passed] - job.reach
@@ -25296,7 +25296,7 @@ class Engine:
         self._context += job.done
 
     def _release(self, job: Job) -> None:
-        """It does not run any more; what it computed is kept as long as there is room."""
+        """End a job's run; what it has computed is kept while there is room."""
         del self.running[job.number]
         if self.reading.pop(job.number, None) is None:
             steps = self._clock - job.since
@@ -25308,7 +25308,7 @@ class Engine:
         self.cache.free(job.links)
 
     def _preempt(self) -> None:
-        """The youngest leaves its room to the others, and waits to be computed again."""
+        """Have the youngest job give up its room, and wait to be computed again."""
         job = next(reversed(self.running.values()))
         self._release(job)
         job.need, job.last = job.arrival.prompt_tokens + job.said, 0
@@ -25320,9 +25320,8 @@ class Engine:
 #  111  replay
 # ══════════
 #
-# Requests of the past, sent once more to a fleet that is only modelled: what would another policy
-# have done, or one more server?  Its times are those of a model: compare the rows of one table,
-# and nothing else.
+# Requests of the past, sent again to a modelled fleet: what would another policy have done, or one
+# more server?  The times are a model's: compare only the rows of one table.
 
 NETWORK_S = 0.002  # one way, with what the balancer takes
 TRANSFER_TOKEN_US = 13.0  # to get a token's blocks: 128 kB, as of Llama-3.1-8B, at 10 GB/s
@@ -25330,14 +25329,14 @@ PATIENCE_S = 60.0  # with a router that holds requests while nothing is in fligh
 
 
 class Router(Protocol):
-    """Who sends each request to a server; arrivals and servers are known by their numbers."""
+    """Chooses the server for each request; arrivals and servers are known by their numbers."""
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
-        """The server that it is sent to now, or the one that reads its prompt and the one that
-        answers; None holds it in the queue."""
+        """The server to send a request to now, or a pair: the one that reads its prompt and the one
+        that answers.  None holds the request in the queue."""
 
     def has_read(self, number: int, now: float) -> None:
-        """The first of two servers has done its part."""
+        """Note that the first of two servers has read the prompt."""
 
     def first_token(self, number: int, now: float) -> None: ...
 
@@ -25428,7 +25427,7 @@ class PolicyRouter:
 
 
 class Record(NamedTuple):
-    """What became of an arrival.  Without an answer its times are infinite."""
+    """The outcome of an arrival.  Without an answer, its times are infinite."""
 
     arrival: Arrival
     server: int = -1  # -1: it was never sent to one
@@ -25438,7 +25437,7 @@ class Record(NamedTuple):
 
     @property
     def token_s(self) -> float:
-        """Between two tokens of the answer."""
+        """The mean seconds between two tokens of the answer."""
         return (self.total_s - self.ttft_s) / max(1, self.arrival.output_tokens - 1)
 
 
@@ -25481,7 +25480,7 @@ class Replay:
         self._offer(now)
 
     def _offer(self, now: float) -> None:
-        """Send who can be sent, in order; nobody overtakes another who wants the same model."""
+        """Send the requests that can be sent, in order; none overtakes another for its model."""
         kept, blocked = list[int](), set[str | None]()
         while self._held and len(blocked) < self._models:
             number = self._held.popleft()
@@ -25521,7 +25520,7 @@ class Replay:
             self._at(engine.ends_s, self._end, server)
 
     def _hand_over(self, _: int, read: Job, now: float) -> None:
-        """A prompt was read; who answers gets what of it is not there yet."""
+        """Move a prompt that was read to the server that answers, as far as it is not there yet."""
         server = self._answer_at.pop(read.number)
         self.router.has_read(read.number, now)
         job = Job(read.number, self.arrivals[read.number], read.need, arrived=True,
@@ -25552,7 +25551,7 @@ class Replay:
 
 
 class Summary(NamedTuple):
-    """A replay in numbers; of times, those of answered requests."""
+    """A replay in numbers; times are those of answered requests."""
 
     requests: int
     failed: int
@@ -25566,7 +25565,7 @@ class Summary(NamedTuple):
 def summary(
     records: Sequence[Record], slo_ttft_s: float, slo_tpot_s: float, warm_up: float = 0.25
 ) -> Summary:
-    """Without the requests that came in the first part of the time."""
+    """A replay's summary, without the requests of the warm-up at its start."""
     begins_s = warm_up * max((record.arrival.at_s for record in records), default=0.0)
     counted = [record for record in records if record.arrival.at_s >= begins_s]
     answered = [record for record in counted if record.total_s < INFINITY]
@@ -25587,7 +25586,7 @@ def quantiles(values: Iterable[float], *shares: float) -> tuple[float, ...]:
 
 
 def comparison_table(rows: Mapping[str, Summary]) -> str:
-    """Summaries for a terminal, one a line."""
+    """Summaries as a table for a terminal, one per line."""
     lines: list[tuple[str, ...]] = [("", "failed", "good %", "TTFT p50", "p90", "p99 ms",
                                      "token p50", "p99 ms", "mean s", "hits %")]
     for name, row in rows.items():
@@ -25718,7 +25717,8 @@ def replayed_fleet(
 
 
 def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
-    """Settings to compare: as they are, or without roles and with some; {} if that cannot be."""
+    """The settings to compare, by name: as they are, or without roles and with some; {} if that is
+    impossible."""
     if wanted is None:
         return {"": s}
     count, variants = len(s.servers), dict[str, Settings]()
@@ -25750,7 +25750,7 @@ def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
 
 
 def read_trace(name: str, seconds: float) -> list[Arrival]:
-    """A file's requests, or made-up ones of that name.  Raises ValueError."""
+    """The requests in a file, or made-up ones of that name.  Raises ValueError."""
     if name in MADE_UP and not os.path.exists(name):
         return made_up(MADE_UP[name], seconds, random.Random(1))
     try:
@@ -25762,7 +25762,7 @@ def read_trace(name: str, seconds: float) -> list[Arrival]:
 
 
 def progress_bar(name: str) -> Callable[[float], None]:
-    """Draws on a terminal, and nowhere else."""
+    """A function that draws a share from 0 to 1 if stderr is a terminal."""
 
     def draw(share: float) -> None:
         bar = "#" * round(40 * share)
@@ -26426,7 +26426,7 @@ class SimulatedServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """As kill -9 would: nothing is finished."""
+        """Stop as kill -9 would: nothing is finished."""
         self._listener.close()
         for task in filter(None, self._tasks):
             task.cancel()
@@ -26493,7 +26493,7 @@ class SimulatedServer:
 
 
 def simulated_methods(path: str) -> Mapping[str, Any]:
-    """What is served at a path, by method."""
+    """The pages at a path, by method."""
     if path in FORMS or path in REPLIES:
         return {"POST": None}
     return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
@@ -26563,7 +26563,7 @@ def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[s
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
-    """Do this, or as much of it as is done when the client leaves.  Raises PeerGone."""
+    """Do work until it is done or the client leaves.  Raises PeerGone if the client leaves."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client.await_departure())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -26648,7 +26648,7 @@ class Generation:
         self.writer.write((encode_chunk(form.tail) if form.tail else b"") + LAST_CHUNK)
 
     async def got_blocks(self) -> bool:
-        """Whether the prompt was read by another server; its blocks come first."""
+        """Wait for the prompt's blocks if another server has read it.  Returns whether one has."""
         if (blocks := self.server.blocks) is None or self.only_reads:
             return False
         id = blocks.id_of(self.head, self.params, self.said)
@@ -26864,7 +26864,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 #  117  demo
 # ══════════
 #
-# The whole thing on a laptop: a balancer in front of simulated servers of unequal kinds.
+# A balancer on a laptop, in front of simulated servers of unequal kinds.
 
 DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
 
@@ -26917,7 +26917,7 @@ def demo_request(sessions: list[list[dict[str, str]]], draw: random.Random) -> d
 
 
 async def demo_traffic(balancer: Balancer, rate: float, draw: random.Random) -> None:
-    """So many requests per second, by chance, for ever."""
+    """Send `rate` requests per second on average, at random times, for ever."""
     sessions, running = list[list[dict[str, str]]](), set[asyncio.Task[None]]()
 
     async def ask(content: bytes) -> None:
@@ -26940,7 +26940,7 @@ async def demo_traffic(balancer: Balancer, rate: float, draw: random.Random) -> 
 
 
 async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) -> None:
-    """Now and then one of several servers fails or is slow, and comes back."""
+    """Have one of several servers fail or be slow now and then, and recover."""
     while len(servers) > 1:
         await asyncio.sleep(BETWEEN_MISHAPS_S)
         one, mode = draw.choice(servers), draw.choice(list(MISHAPS))
@@ -26986,7 +26986,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 def demo_parted(
     servers: Sequence[ServerSettings], settings: Settings, connector: str
 ) -> tuple[tuple[ServerSettings, ...], Settings]:
-    """These servers with roles, and settings that part all requests between them."""
+    """The servers with roles, and settings that split all requests between them."""
     found = []
     for i, one in enumerate(servers):
         port = urllib.parse.urlsplit(one.url).port or 0
@@ -27055,19 +27055,19 @@ def run_demo(args: argparse.Namespace) -> int:
 #  118  doctor
 # ══════════
 #
-# What is usually found out too late: each server is asked for all that the balancer will rely on,
-# and for each thing that is amiss there is something to do.
+# What is usually found out too late: each server is asked for everything that the balancer will
+# rely on, and each problem comes with a remedy.
 
 
 class Finding(NamedTuple):
-    """Something that is amiss, and what to do about it."""
+    """A problem, and what to do about it."""
 
     text: str
     advice: str
 
 
 class Examined(NamedTuple):
-    """What was found at a server; `models` is None where it did not say."""
+    """What was found at a server; `models` is None if it did not list them."""
 
     usable: bool
     summary: str
@@ -27134,7 +27134,7 @@ STREAM_TOKENS = 16
 
 
 async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
-    """Have some tokens streamed; None when there was no answer in time."""
+    """Have some tokens streamed; None if there was no answer in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}
     begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
@@ -27167,7 +27167,7 @@ TLS_ADVICE = {
 
 
 def unusable_finding(server: ServerSettings, why: str) -> Finding:
-    """About a server that did not answer as it should."""
+    """The finding about a server that did not answer as it should."""
     if re.search(r"answered 40[13]", why):
         has = "another" if server.api_key or server.api_key_file else "an"
         return Finding(f"its key: {why}", f"give the server {has} api_key or api_key_file")
@@ -27180,7 +27180,7 @@ def unusable_finding(server: ServerSettings, why: str) -> Finding:
 def load_findings(
     server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
 ) -> list[Finding]:
-    """About its page of metrics."""
+    """Findings about a server's page of metrics."""
     if status != 200:
         how = f"answered {status}" if status else "did not answer"
         return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
@@ -27201,7 +27201,7 @@ def load_findings(
 
 
 def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding]:
-    """About a streamed answer.  That a server does not generate text (404, 400) is no fault."""
+    """Findings about a streamed answer; that a server generates no text (404, 400) is none."""
     if streamed is None:
         return [Finding(f"a stream of {STREAM_TOKENS} tokens did not end within {timeout_s:g} s"
                         " (health_check_timeout)", "look at its load, or at its log")]
@@ -27212,19 +27212,19 @@ def stream_findings(streamed: Streamed | None, timeout_s: float) -> list[Finding
 
 
 def is_idle(loads: Mapping[str, EngineLoad]) -> bool:
-    """Whether it says that it has nothing to do; a busy vLLM joins tokens itself."""
+    """Whether a server reports no requests; a busy vLLM joins tokens itself."""
     load = loads.get("", EngineLoad())
     return load.running == 0 == (load.waiting or 0)
 
 
 def came_at_once(streamed: Streamed | None) -> bool:
-    """Whether tokens came all together, though that took a while: as if they were collected."""
+    """Whether all tokens came together after a while, as if something had collected them."""
     return (streamed is not None and streamed.events > 3 and streamed.pieces == 1
             and streamed.last_s > 0.05)
 
 
 def buffered_findings(streamed: Streamed | None) -> list[Finding]:
-    """About a second stream of an idle server, of which the first came at once."""
+    """Findings about an idle server's second stream, after its first came all at once."""
     if streamed is None or not came_at_once(streamed):
         return []
     return [Finding(f"{streamed.events} tokens came at once: streams are buffered on the way",
@@ -27233,7 +27233,7 @@ def buffered_findings(streamed: Streamed | None) -> list[Finding]:
 
 
 def secret_files(path: str, s: Settings) -> list[str]:
-    """Those that hold keys: of the settings file at `path` and the files that it names."""
+    """The files that hold keys, among the settings file at `path` and the files that it names."""
     servers = (*s.servers, *s.patterns)
     entries = (s, *servers, *s.keys)
     own = [path] if any(getattr(one, key, "") for one in entries for key in KEYS_THEMSELVES) else []
@@ -27245,7 +27245,7 @@ def secret_files(path: str, s: Settings) -> list[str]:
 
 
 def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
-    """About files that hold keys, by their modes."""
+    """Findings about files that hold keys, from their modes."""
     return [Finding(f"{path} holds a key and is open to others (mode {stat.S_IMODE(mode):04o})",
                     f"chmod o-rwx {path}")
             for path, mode in modes.items() if mode & stat.S_IRWXO]
@@ -27325,7 +27325,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def check_models(s: Settings) -> int:
-    """Say of each of [[models]] whether it could start; returns how many could."""
+    """Print for each of [[models]] whether it could start.  Returns how many could."""
     if s.registration is not None and not s.devices:  # then agents may have other devices
         return 0
     devices, startable = devices_here(s) if s.models else [], 0
@@ -27370,7 +27370,7 @@ class Side(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Servers that are to work together, for a model of both."""
+    """Two servers that should work together, for a model that both have."""
 
     terms: DisaggregationSettings
     model: str
@@ -27379,7 +27379,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Finding]]:
-    """Each server, for each of its models, with another one; what has none is a finding."""
+    """Pairs that cover each server for each of its models, and findings about those without one."""
     pairs, findings = list[Pair](), list[Finding]()
     roled = sorted({one.view.settings.role for one in sides} - {"both"})
     if roled and not s.disaggregation:
@@ -27408,7 +27408,7 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
 
 
 def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side, Side]]:
-    """Each of them once at least, and with no engine of its own server."""
+    """Pairs that have each side at least once, and no two engines of one server."""
     found = []
     for n in range(max(len(readers), len(writers)) if readers and writers else 0):
         reader = readers[n % len(readers)]
@@ -27421,7 +27421,7 @@ def paired(readers: Sequence[Side], writers: Sequence[Side]) -> list[tuple[Side,
 
 
 def pair_findings(pair: Pair) -> list[Finding]:
-    """What two servers say of themselves, and do not agree about."""
+    """Findings about what two servers report about themselves and disagree on."""
     sides = pair.prefill, pair.decode
     findings, (one, other) = list[Finding](), [side.view.name for side in sides]
     models = [(side.examined.models or {}).get(pair.model, {}) for side in sides]
@@ -27454,7 +27454,7 @@ class Trial:
         self.findings.append(Finding(text, advice or CONNECTOR_ADVICE[self.connector.name]))
 
     def prompt(self) -> bytes:
-        """A request, of whose prompt nothing is in a cache: its first number is new."""
+        """A request whose prompt is in no cache, since its first number is new."""
         words = [self.draw.getrandbits(30), *range(1, TRIAL_WORDS)]
         return json.dumps({
             "model": self.pair.model, "prompt": " ".join(map(str, words)), "temperature": 0,
@@ -27481,13 +27481,13 @@ class Trial:
         return await self.ask(view, TRIAL_PATH, content, fields)
 
     async def received(self) -> float | None:
-        """The tokens that the decode server has from others; None if it does not count them."""
+        """The tokens that the decode server has got from others; None if it does not count them."""
         page = (await self.ask(self.writer, "/metrics"))[1].decode("utf-8", "replace")
         counts = [one.value for one in parse_samples(page, RECEIVED_METRICS)]
         return sum(counts) if counts else None
 
     async def run(self) -> str:
-        """What came of it, in a few words."""
+        """Carry out the trial.  Returns its outcome in a few words."""
         identity, port = None, self.pair.terms.bootstrap_port
         if self.connector.asks:
             learned = await ask_bootstrap(self.reader.settings, port)
@@ -27503,7 +27503,7 @@ class Trial:
         return "FAILED" if self.findings else "works"
 
     async def attempt(self, identity: Mapping[str, Any] | None) -> bytes:
-        """Have both legs carried out; returns the answer to the first."""
+        """Have both legs carried out.  Returns the answer to the first."""
         content, before, said, answered = self.prompt(), await self.received(), b"", (0, b"")
         shared = self.connector.shared(self.reader, self.writer, identity, self.draw)
         first, rank = self.connector.prefill_leg(content, shape_of(TRIAL_PATH, content), shared)
@@ -27520,7 +27520,7 @@ class Trial:
         return said
 
     async def read_by(self, status: int, said: bytes) -> bytes:
-        """See whether a prompt's leg went well, and left what is of use; returns its answer."""
+        """Check that the prompt's leg went well and left what is of use.  Returns its answer."""
         name, handle = self.reader.name, handle_in(said)
         if status != 200:
             self.amiss(f"{name} did not read a prompt: {answer_words(status, said)}")
@@ -27532,7 +27532,7 @@ class Trial:
         return said
 
     async def reach(self, host: Any, port: Any) -> None:
-        """See whether a side channel, of which an answer tells, can be reached."""
+        """Check that the side channel named in an answer can be reached."""
         if not (isinstance(host, str) and type(port) is int):
             return
         own, why = urllib.parse.urlsplit(self.reader.settings.url).hostname or "", ""
@@ -27552,7 +27552,7 @@ class Trial:
                        " reach, and let VLLM_NIXL_SIDE_CHANNEL_PORT through")
 
     async def judge(self, status: int, said: bytes, content: bytes, before: float | None) -> None:
-        """See whether the answer is as it should be, and made of what the other has read."""
+        """Check that the answer is good, and was made from what the other server has read."""
         reader, writer = self.reader.name, self.writer.name
         if status != 200:
             return self.amiss(f"{writer} did not answer a prompt that {reader} has read:"
@@ -27577,7 +27577,7 @@ def text_in(said: bytes) -> str:
 
 
 def answer_words(status: int, said: bytes) -> str:
-    """An answer that is none, in a few words."""
+    """A failed answer in a few words."""
     if not status:
         return said.decode("utf-8", "replace")
     text = typed_member(document_of(said), "error", dict).get("message") or ""
@@ -27595,7 +27595,7 @@ async def try_pairs(
     pairs, findings = pairs_of(s, sides)
     rows, draw = list[tuple[str, list[Finding]]](), random.Random()
     for pair in pairs:
-        # Of what is not alike an engine might die.
+        # An engine might die of what is not alike.
         amiss, words = pair_findings(pair), "not tried, as long as this is so"
         if not amiss:
             timeout_s = max(s.health_check_timeout, pair.terms.decode_first_token_timeout)
@@ -27615,7 +27615,7 @@ async def try_pairs(
 
 
 def total_capacity(servers: Sequence[ServerSettings]) -> str:
-    """Of all engines together; what is to be learned of them is only said to be."""
+    """The capacity of all engines together, in words; some of it may still have to be learned."""
     known = sum(one.max_concurrent_requests * one.data_parallel_size for one in servers)
     learned = any(one.max_concurrent_requests == AUTO for one in servers)
     assumed = " (assumed, until there is traffic)" * learned
@@ -27643,7 +27643,7 @@ PATH_KEYS = {name for fields in (CONFIG_FIELDS, SERVER_FIELDS, KEY_FIELDS, KUBER
 
 
 def relative_paths(found: Any, folder: str) -> Iterator[str]:
-    """A line for each relative path in a settings document: what it is relative to."""
+    """A line for each relative path in a settings document, with the folder that it starts from."""
     for one in found if isinstance(found, list) else ():
         yield from relative_paths(one, folder)
     for key, value in found.items() if isinstance(found, dict) else ():
