@@ -26006,7 +26006,7 @@ class Form:
 
     @property
     def ending(self) -> str:
-        """Why it ends."""
+        """The reason for the end, in the form's words."""
         if self.script.tool:
             return self.tool_finish
         return self.cut_finish if self.script.cut else self.finish
@@ -26022,7 +26022,7 @@ class Form:
         return []
 
     def whole(self) -> Any:
-        """The answer that is not streamed."""
+        """The answer if it is not streamed."""
         raise NotImplementedError
 
 
@@ -26038,7 +26038,7 @@ class TextForm(Form):
         return {"text": echoed + "".join(pieces)}
 
     def chances(self, pieces: Sequence[str]) -> Any:
-        """Logprobs, of chances that are always the same."""
+        """Logprobs, always of the same probabilities."""
         if not isinstance(self.wanted.get("logprobs"), int):
             return None
         offsets = itertools.accumulate(map(len, pieces[:-1]), initial=0)
@@ -26242,7 +26242,7 @@ FORMS: dict[str, type[Form]] = {
 
 def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
                       prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
-    """(status, JSON) with which vLLM refuses such a request, or None."""
+    """The (status, JSON) with which vLLM refuses a request, or None."""
     form = FORMS.get(head.path)
     if (wrong := unreadable(head, content, form.needed if form else ())) is not None:
         return 400, vllm_error("Bad Request", 400, *wrong)
@@ -26269,7 +26269,7 @@ def embedded(text: str, dimensions: int) -> list[float]:
 
 
 def likeness(query: str, text: str) -> float:
-    """How many of the words two texts share."""
+    """The share of words that two texts have in common."""
     a, b = (set(re.findall(r"\w+", one.lower())) for one in (query, text))
     return round(len(a & b) / (len(a | b) or 1), 6)
 
@@ -26368,7 +26368,7 @@ class SimulatedBlocks:
         self._changed = asyncio.Event()
 
     def id_of(self, head: RequestHead, params: Mapping[str, Any], prompt: str) -> str:
-        """By what both legs of a request know each other."""
+        """The id that both legs of a request have in common."""
         if self.connector == "plain":
             return prompt
         if self.connector == "p2p_nccl":
@@ -26712,7 +26712,7 @@ class SimulatedVllm(SimulatedServer):
         await super()._answer(client, writer, head, content)
 
     async def turn(self, head: RequestHead) -> Any:
-        """Fall asleep, or wake up."""
+        """Answer a request about its sleep, and fall asleep or wake up for it."""
         query = dict(urllib.parse.parse_qsl(head.query or ""))
         if head.path == "/sleep":
             while self.running and query.get("mode") == "wait":
@@ -26803,7 +26803,7 @@ def run_simulate_vllm(args: argparse.Namespace) -> int:
 
 
 def own_command() -> tuple[str, ...]:
-    """What runs this very file, compiled once for all."""
+    """The command that runs this very file, compiled only once."""
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import mvllm_lite;"
             " sys.exit(mvllm_lite.main())")
     return sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))
@@ -26834,7 +26834,7 @@ def pool_demo_settings(settings: Settings) -> Settings:
 
 
 async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
-    """A balancer with such a pool, and clients that want one model and another."""
+    """Run a balancer with that pool, and clients that ask for random models of it."""
     balancer = Balancer(pool_demo_settings(settings))
     traffic = asyncio.ensure_future(pool_traffic(balancer))
     try:
@@ -26874,7 +26874,7 @@ REGISTRATION_S = 1.0  # between two registrations of a simulated server
 
 async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
                       pace_s: float = REGISTRATION_S) -> None:
-    """Have a simulated server register itself, leave after a while, and come again."""
+    """Have a simulated server register itself, leave after a while, and come back."""
     draw, s = random.Random(seed), balancer.core.settings
     said = {"url": server.url, "max_concurrent_requests": server.kind.capacity, "ttl_s": 3}
     while not balancer.port:
