@@ -51,143 +51,144 @@ lines.
     17  dialect        · vLLM's answers: events, ends, failures; our errors in its form
     18  judge          · an answer judged as it arrives; its tokens and its id
     19  transcripts    · the events that a stream has shown, kept in few bytes
-    20  resumption     · whether another server can continue a stream; the join of the two
-    21  engine load    · a server's reports about itself: its load, its models
+    20  shown parts    · the parts of a stream's events, for a comparison with another answer
+    21  resumption     · whether another server can continue a stream; the join of the two
+    22  engine load    · a server's reports about itself: its load, its models
 
     IV  fleet            2,320 lines, for each request, check and scrape
-    22  health         · whether a server can be asked, judged by checks and by how requests fared
-    23  pace           · our requests at a server; how fast it reads and answers, as learned
-    24  servers        · the view of each server: settings, health, report, what was learned, counts
-    25  learning       · what reports teach about a server: its capacity, what its cache really has
-    26  leases         · a request at a server: what it counts for, and what its answer teaches
-    27  fleet          · all servers, each with its newest view, and our requests at them
-    28  roster         · which servers there are: defined by several sources, merged by one rule
-    29  estimates      · what a call would cost at each server, itself and others, in seconds
-    30  policies       · what a call costs at each server, by a dozen rules
-    31  ranking        · which servers may be asked, which one is, and why
+    23  health         · whether a server can be asked, judged by checks and by how requests fared
+    24  pace           · our requests at a server; how fast it reads and answers, as learned
+    25  servers        · the view of each server: settings, health, report, what was learned, counts
+    26  learning       · what reports teach about a server: its capacity, what its cache really has
+    27  leases         · a request at a server: what it counts for, and what its answer teaches
+    28  fleet          · all servers, each with its newest view, and our requests at them
+    29  roster         · which servers there are: defined by several sources, merged by one rule
+    30  estimates      · what a call would cost at each server, itself and others, in seconds
+    31  policies       · what a call costs at each server, by a dozen rules
+    32  ranking        · which servers may be asked, which one is, and why
 
      V  answering        1,000 lines, for each request
-    32  queue          · requests that wait for room; how many retries the fleet can afford
-    33  poison         · content that servers died with; who is to blame for a failure
-    34  plans          · how a call is answered, step by step
-    35  client keys    · clients' keys and what each is using; who owns stored responses
-    36  access         · which clients may use which paths; trusted proxies
+    33  queue          · requests that wait for room; how many retries the fleet can afford
+    34  poison         · content that servers died with; who is to blame for a failure
+    35  plans          · how a call is answered, step by step
+    36  client keys    · clients' keys and what each is using; who owns stored responses
+    37  access         · which clients may use which paths; trusted proxies
 
     VI  what is counted  950 lines, for each request, and when asked for
-    37  documents      · the JSON documents for programs
-    38  metrics        · the metric families that /metrics shows
-    39  records        · requests and transitions as log lines, records and traces
-    40  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    41  status         · the document that screen, page and /status.json share
+    38  documents      · the JSON documents for programs
+    39  metrics        · the metric families that /metrics shows
+    40  records        · requests and transitions as log lines, records and traces
+    41  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    42  status         · the document that screen, page and /status.json share
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
-    42  sockets        ~ what all sockets share: errors, deadlines; listening sockets
-    43  backlog        ~ what is held of clients' requests, and which clients leave unread
-    44  wire           ~ one connection: its buffer, its deadline, its end
-    45  secrets        ~ keys and certificates, and how to reach a server with them
-    46  client         ~ our own requests to servers, over asyncio's streams
-    47  pool           ~ the connections to one server for requests, kept and reused
-    48  pump           ~ bytes on their way through, with back-pressure
-    49  response       ~ the client's side of an exchange
-    50  logging        ~ lines for readers that may be slow: the log, the trace of requests
+    43  sockets        ~ what all sockets share: errors, deadlines; listening sockets
+    44  backlog        ~ what is held of clients' requests, and which clients leave unread
+    45  wire           ~ one connection: its buffer, its deadline, its end
+    46  secrets        ~ keys and certificates, and how to reach a server with them
+    47  client         ~ our own requests to servers, over asyncio's streams
+    48  pool           ~ the connections to one server for requests, kept and reused
+    49  pump           ~ bytes on their way through, with back-pressure
+    50  response       ~ the client's side of an exchange
+    51  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
   VIII  a request        1,540 lines, for each request
-    51  shared state   ~ what requests share: clients, pools, news, requests under way
-    52  core           ~ the running balancer's state: settings, fleet, metrics, pools
-    53  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    54  attempt        ~ a request sent to one server; its answer judged and passed on
-    55  case           ~ who is to blame for a failure: suspects, deaths, refused content
-    56  accounts       ~ what outlives a request: counts, a record, whose response was stored
-    57  resuming       ~ a stream that lost its server, continued by another one
-    58  exchange       ~ one request, from its head to its last byte
-    59  other steps    ~ the steps that ask no server: waits, and the end if none answers
+    52  shared state   ~ what requests share: clients, pools, news, requests under way
+    53  core           ~ the running balancer's state: settings, fleet, metrics, pools
+    54  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    55  attempt        ~ a request sent to one server; its answer judged and passed on
+    56  case           ~ who is to blame for a failure: suspects, deaths, refused content
+    57  accounts       ~ what outlives a request: counts, a record, whose response was stored
+    58  resuming       ~ a stream that lost its server, continued by another one
+    59  exchange       ~ one request, from its head to its last byte
+    60  other steps    ~ the steps that ask no server: waits, and the end if none answers
 
     IX  operating        1,910 lines, all the time
-    60  watch          ~ health checks, load reports
-    61  services       ~ background tasks that run if settings ask for them, as rows
-    62  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
-    63  endpoints      ~ the paths that the balancer answers itself, in one table
-    64  front          ~ where clients come in: connections accepted, requests let in
-    65  following      ~ the settings file, and the files that it names
-    66  commands       ~ subcommands as rows; settings from file, environment and flags
-    67  handover       ~ one process takes over from another, without a gap
-    68  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    61  watch          ~ health checks, load reports
+    62  services       ~ background tasks that run if settings ask for them, as rows
+    63  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
+    64  endpoints      ~ the paths that the balancer answers itself, in one table
+    65  front          ~ where clients come in: connections accepted, requests let in
+    66  following      ~ the settings file, and the files that it names
+    67  commands       ~ subcommands as rows; settings from file, environment and flags
+    68  handover       ~ one process takes over from another, without a gap
+    69  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    69  process        ~ signals, systemd, limits of the system
-    70  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    71  command line   ~ what all subcommands share; the one that serves; `help`
+    70  process        ~ signals, systemd, limits of the system
+    71  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    72  command line   ~ what all subcommands share; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    72  names          ~ servers by DNS: each address of a name is one; names that move
-    73  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
-    74  listing        · what to ask the Kubernetes API next, and what its answers mean
-    75  cluster        ~ connections to the Kubernetes API; lists and watches
-    76  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
-    77  registration   · servers and agents that register themselves
-    78  registering    ~ the paths at which they register, over HTTP
-    79  zmq listener   ~ where vLLM's connectors register, over ZMQ
+    73  names          ~ servers by DNS: each address of a name is one; names that move
+    74  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
+    75  listing        · what to ask the Kubernetes API next, and what its answers mean
+    76  cluster        ~ connections to the Kubernetes API; lists and watches
+    77  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
+    78  registration   · servers and agents that register themselves
+    79  registering    ~ the paths at which they register, over HTTP
+    80  zmq listener   ~ where vLLM's connectors register, over ZMQ
 
    XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
-    80  legs           · two requests made from one, and one answer made from two
-    81  connectors     · what the two legs say so that blocks get from one server to the other
-    82  splitting      · how a request is split between two servers, step by step
-    83  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
-    84  pairs          ~ a request's two legs, carried out and counted
+    81  legs           · two requests made from one, and one answer made from two
+    82  connectors     · what the two legs say so that blocks get from one server to the other
+    83  splitting      · how a request is split between two servers, step by step
+    84  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
+    85  pairs          ~ a request's two legs, carried out and counted
 
   XIII  models           3,000 lines, where the settings have models, or agents that run some
-    85  life           · the life of a model's process: one table of transitions
-    86  launching      · command lines from settings; what a registration over HTTP may say
-    87  placement      · where a model fits, and what has to make room for it
-    88  scaling        · how many instances of each model run, and which acts are next
-    89  children       ~ processes: launched, watched, ended with their whole group
-    90  instances      ~ one model's process: requests to it, and its description for others
-    91  agent          ~ the instances of one host: launched, tended, restarted, saved
-    92  hosts          ~ machines that run models; when each model was used
-    93  holdings       ~ what is known about the pool, and the views that placement gets
-    94  keeping        ~ acts are decided and carried out; requests wait for their models
-    95  manager        ~ a pool that another balancer keeps, used from here too
-    96  models         ~ plans of requests for the pool's models; lists, metrics, operations
-    97  pool paths     ~ the paths about the pool, for people and programs
-    98  worker         ~ an agent in a process of its own
+    86  life           · the life of a model's process: one table of transitions
+    87  launching      · command lines from settings; what a registration over HTTP may say
+    88  placement      · where a model fits, and what has to make room for it
+    89  scaling        · how many instances of each model run, and which acts are next
+    90  children       ~ processes: launched, watched, ended with their whole group
+    91  instances      ~ one model's process: requests to it, and its description for others
+    92  agent          ~ the instances of one host: launched, tended, restarted, saved
+    93  hosts          ~ machines that run models; when each model was used
+    94  holdings       ~ what is known about the pool, and the views that placement gets
+    95  keeping        ~ acts are decided and carried out; requests wait for their models
+    96  manager        ~ a pool that another balancer keeps, used from here too
+    97  models         ~ plans of requests for the pool's models; lists, metrics, operations
+    98  pool paths     ~ the paths about the pool, for people and programs
+    99  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
-    99  cells          · text in the cells of a terminal: its meaning, its width
-    100  table          · the servers in lines, with as many columns as fit
-    101  views          · graphs of the fleet; models, requests and keys as tables
-    102  screen         · all lines on a terminal, from a status document
-    103  keys           · what keys do to the screen, and ask of the balancer
-    104  terminal       ~ the screen on a terminal: an ordinary curses program
-    105  top            ~ the screen beside a balancer, in this process or elsewhere
-    106  page           ~ the status for a browser: one HTML string
-    107  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
-    108  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    100  cells          · text in the cells of a terminal: its meaning, its width
+    101  table          · the servers in lines, with as many columns as fit
+    102  views          · graphs of the fleet; models, requests and keys as tables
+    103  screen         · all lines on a terminal, from a status document
+    104  keys           · what keys do to the screen, and ask of the balancer
+    105  terminal       ~ the screen on a terminal: an ordinary curses program
+    106  top            ~ the screen beside a balancer, in this process or elsewhere
+    107  page           ~ the status for a browser: one HTML string
+    108  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
+    109  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    109  traces         · requests of the past, from files; or made-up ones
-    110  engine         · a model of a vLLM server, in simulated time
-    111  replay         · past requests sent to simulated engines by any policy
-    112  comparison     ~ policies compared on a trace: the program of `replay`
-    113  canned words   · what a vLLM server would say and refuse, without a model
-    114  canned forms   · the same in the forms of its APIs, plain and streamed
-    115  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    116  understudy     ~ a process that stands in for `vllm serve`; a pool of them
-    117  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    118  doctor         ~ what is wrong with servers and settings, and what to do about it
-    119  transfers      ~ whether prefill and decode servers work together
-    120  check config   ~ the program of `check-config`
+    110  traces         · requests of the past, from files; or made-up ones
+    111  engine         · a model of a vLLM server, in simulated time
+    112  replay         · past requests sent to simulated engines by any policy
+    113  comparison     ~ policies compared on a trace: the program of `replay`
+    114  canned words   · what a vLLM server would say and refuse, without a model
+    115  canned forms   · the same in the forms of its APIs, plain and streamed
+    116  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    117  understudy     ~ a process that stands in for `vllm serve`; a pool of them
+    118  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    119  doctor         ~ what is wrong with servers and settings, and what to do about it
+    120  transfers      ~ whether prefill and decode servers work together
+    121  check config   ~ the program of `check-config`
 
-A request walks through the rooms like this.  The `Front` (64) reads a head from the client's
-`Wire` (44), parses it (2), makes an `Exchange` (58) of it, and checks access (36).  A local path is
-answered in room 63.  For any other path, the `Exchange` runs: the content is gathered (53) and read
-as a `Call` (16) with its `Prompt` (15), the `Keys` (35) admit it, and `relay_plan` (34) says step
-by step what to do.  Each `Relay` step names the server that was ranked best (31) by a policy (30)
-among the views of the fleet (27).  An `Attempt` (54) at that server holds the answer back until it
-is judged good (18), and then has the `Exchange` commit: the `Response` (49) begins, and a `Pump`
-(48) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
-is asked next.  At the end, `account` (56) counts the request and writes its line.
+A request walks through the rooms like this.  The `Front` (65) reads a head from the client's
+`Wire` (45), parses it (2), makes an `Exchange` (59) of it, and checks access (37).  A local path is
+answered in room 64.  For any other path, the `Exchange` runs: the content is gathered (54) and read
+as a `Call` (16) with its `Prompt` (15), the `Keys` (36) admit it, and `relay_plan` (35) says step
+by step what to do.  Each `Relay` step names the server that was ranked best (32) by a policy (31)
+among the views of the fleet (28).  An `Attempt` (55) at that server holds the answer back until it
+is judged good (18), and then has the `Exchange` commit: the `Response` (50) begins, and a `Pump`
+(49) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
+is asked next.  At the end, `account` (57) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, the *fleet* is all of them, the
 *roster* lists them, a *client* talks to us.  A *wire* is one connection.  A *call* is a request's
@@ -4316,6 +4317,7 @@ READ_AT_ONCE = 200  # events parsed between two yields: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: these show whether an answer is complete
 BLOCK_BYTES = 120  # overhead of one packed block
+LAST_EVENTS = (b"message_stop", b"response.completed", b"response.incomplete")
 NO_MATCH = b"\xff"  # no piece of a stream begins with this: UTF-8 has no such byte
 # Part of an event's usual end that no failure has; with it, a search for failures is skipped.
 HARMLESS_END = re.compile(rb'"finish_reason":null|\.delta"|"\},"index":\d+\}')
@@ -4488,23 +4490,32 @@ class Transcript:
         self.lost = True
 
 
+# ══════════
+#  20  shown parts
+# ══════════
+#
+# The parts of a stream's events, which tell whether another answer repeats what was shown.
+
 # The parts of an event: (kind, key, the object that holds it, its name there).  A key begins with
 # the part's owner: a choice, an item of the output, a block; None is the whole answer.
 GROWS, LISTED, ONCE = "grows", "listed", "once"  # a text; a list; a value that is sent once
 COUNTED, OWN = "counted", "own"  # a whole event; a value that differs by server, like an id
+SAME = "same"  # a value in such an event that must be the same
 PARALLEL = ("tokens", "token_logprobs", "top_logprobs", "text_offset")  # in completions
 Part = tuple[str, tuple[Any, ...], dict[str, Any], str]
 Shape = dict[str, Any]
-LAST_EVENTS = (b"message_stop", b"response.completed", b"response.incomplete")
 ANSWER_NAMES = ("id", "created", "created_at")  # of the whole answer
 ITEM_NAMES = ("id", "call_id")
+CALL_NAMES = {"type", "name"}
 
 
 def parts_of(said: Shape) -> Iterator[Part]:
     """All parts of an event that may have been shown before, or grow."""
     if isinstance(said.get("choices"), list):
         return choice_parts(said)
-    return typed_parts(said) if isinstance(said.get("type"), str) else iter(())
+    if isinstance(said.get("type"), str):
+        return typed_parts(said)
+    return iter(((COUNTED, (None, "event"), said, ""),))
 
 
 def own_parts(holder: Shape, names: Iterable[str], *key: Any) -> Iterator[Part]:
@@ -4570,7 +4581,10 @@ def typed_parts(said: Shape) -> Iterator[Part]:
     for name in ("response", "message"):
         yield from own_parts(typed_member(said, name, dict), ANSWER_NAMES, None)
     for name in ("item", "content_block"):
-        yield from own_parts(typed_member(said, name, dict), ITEM_NAMES, at)
+        holder = typed_member(said, name, dict)
+        yield from own_parts(holder, ITEM_NAMES, at)
+        for one in holder.keys() & CALL_NAMES:
+            yield SAME, (*key, one), holder, one
     if isinstance(delta, str):
         yield GROWS, key, said, "delta"
         if said.get("logprobs"):
@@ -4622,14 +4636,16 @@ class Shown:
 
     def text(self) -> str:
         """The text shown, '' if there is none yet.  Raises ValueError if anything but one choice's
-        text was shown."""
+        text was shown, or its end."""
         texts = {key: text for key, text in self.said.items() if key in self.grown and text}
-        if texts.keys() - PLAIN_TEXTS or any("tool" in key for key in self.said):
+        if texts.keys() - PLAIN_TEXTS or not END_NAMES.isdisjoint(
+                name for key in self.said for name in key):
             raise ValueError("more than text")
         return whole_characters("".join(texts.values()))
 
 
 PLAIN_TEXTS = {(0, "content"), (0, "text")}
+END_NAMES = {"tool", "finish_reason"}  # after these, a text cannot go on
 WIDE = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
 
 
@@ -4649,7 +4665,7 @@ def whole_characters(text: str) -> str:
 
 
 # ══════════
-#  20  resumption
+#  21  resumption
 # ══════════
 #
 # Whether another server can continue a stream, by what was asked for and shown; and a Join, which
@@ -4724,6 +4740,8 @@ class Join:
             return b""
         for one in new:
             self.check(one)
+            if (one, "finish_reason") in self.shown.said:  # it was longer
+                raise differs((one, "finish_reason"))
         if not self.went_on:
             self.went_on = True
             self.on_news()
@@ -4746,9 +4764,11 @@ class Join:
             self.counts[key] = self.counts.get(key, 0) + 1
             return self.counts[key] > (known or 0), False
         if key not in self.shown.said:
-            return True, False
+            return kind is not SAME, False
         if name in holder and holder[name] != known:
             raise differs(key)
+        if kind is SAME:
+            return False, False
         holder.pop(name, None)
         return False, True
 
@@ -4797,7 +4817,7 @@ class Join:
         if known != theirs != self.theirs.get(key):
             self.theirs[key] = theirs
             for space in ("", " "):
-                place = "" if isinstance(known, str) else f'"{name}":{space}'
+                place = f'{"id" if isinstance(known, str) else name}":{space}'  # or item_id
                 found, put = (place.encode() + compact(one) for one in (theirs, known))
                 self.names[found] = put
         if of_tool:
@@ -4995,7 +5015,7 @@ def with_seed(content: Content, seed: int) -> bytes:
 
 
 # ══════════
-#  21  engine load
+#  22  engine load
 # ══════════
 #
 # A server's reports about itself: its load, in its /metrics, and its models, in /v1/models.
@@ -5174,7 +5194,7 @@ def is_plain(value: Any, depth: int) -> bool:
 
 
 # ══════════
-#  22  health
+#  23  health
 # ══════════
 #
 # Whether a server can be asked, judged by checks and by how requests fared.  Each judgement makes a
@@ -5395,7 +5415,7 @@ class Health(NamedTuple):
 
 
 # ══════════
-#  23  pace
+#  24  pace
 # ══════════
 #
 # Our requests at a server, counted in place, and its speed, learned in place as two figures: the
@@ -5587,7 +5607,7 @@ class AnswerLengths:
 
 
 # ══════════
-#  24  servers
+#  25  servers
 # ══════════
 #
 # What is known about a server: settings, health, last report, what was learned.  One frozen view
@@ -5937,7 +5957,7 @@ def engine_ids(server: ServerSettings) -> list[tuple[str, int | None]]:
 
 
 # ══════════
-#  25  learning
+#  26  learning
 # ══════════
 #
 # What reports teach about a server, besides its pace: its present time per output token, its
@@ -6044,7 +6064,7 @@ def learned_after(
 
 
 # ══════════
-#  26  leases
+#  27  leases
 # ══════════
 #
 # What a request counts for while it is at a server, and what is learned from its answer.
@@ -6165,7 +6185,7 @@ class Lease:
 
 
 # ══════════
-#  27  fleet
+#  28  fleet
 # ══════════
 #
 # The servers, and our requests at them.  The fleet holds the newest view of each server and
@@ -6426,7 +6446,7 @@ def build_of(view: ServerView, model: str | None) -> tuple[str, ...]:
 
 
 # ══════════
-#  28  roster
+#  29  roster
 # ══════════
 #
 # Which servers there are.  Each source defines servers, and one pure rule merges them into one
@@ -6611,7 +6631,7 @@ class Roster:
 
 
 # ══════════
-#  29  estimates
+#  30  estimates
 # ══════════
 #
 # What a call would cost at a server, in seconds: until its first token, for its answer, and for the
@@ -6818,7 +6838,7 @@ def estimate_of(row: tuple[Any, ...]) -> Estimate:
 
 
 # ══════════
-#  30  policies
+#  31  policies
 # ══════════
 #
 # What a call costs at each server.  A policy sees the Eligible: the servers that may be asked, our
@@ -7162,7 +7182,7 @@ class Expression(Formula):
 
 
 # ══════════
-#  31  ranking
+#  32  ranking
 # ══════════
 #
 # Which servers may be asked, which one is, and why.  Some servers are excluded, each for a reason;
@@ -7511,7 +7531,7 @@ def rank(fleet: Fleet, wanted: Wanted, by: Policy, moment: Moment, draw: random.
 
 
 # ══════════
-#  32  queue
+#  33  queue
 # ══════════
 #
 # Requests that wait for a server with room, and how many retries the fleet can afford.
@@ -7633,7 +7653,7 @@ class WaitQueue:
 
 
 # ══════════
-#  33  poison
+#  34  poison
 # ══════════
 #
 # Content that servers died with, and whose failure it was when a request failed at several servers.
@@ -7711,7 +7731,7 @@ def to_blame(suspects: Sequence[Suspect], well_at: str) -> list[Suspect]:
 
 
 # ══════════
-#  34  plans
+#  35  plans
 # ══════════
 #
 # How a call is answered.  A plan is a generator: it yields one step, is told its outcome, and
@@ -8062,7 +8082,7 @@ def backoff_s(retry: int, s: Settings, draw: random.Random) -> float:
 
 
 # ══════════
-#  35  client keys
+#  36  client keys
 # ══════════
 #
 # Clients' keys, what each is using, and who owns which stored response.  Without keys the balancer
@@ -8192,7 +8212,7 @@ def key_in(fields: Fields) -> str:
 
 
 # ══════════
-#  36  access
+#  37  access
 # ══════════
 #
 # Who may come in, and to which path.  A browser on a machine that may come in also sends requests
@@ -8541,7 +8561,7 @@ def client_address(peer: str, fields: Fields, networks: Sequence[str]) -> str:
 
 
 # ══════════
-#  37  documents
+#  38  documents
 # ══════════
 #
 # What programs are shown: views in, JSON documents out.  The documents are supersets of mvllm's,
@@ -8704,7 +8724,7 @@ def readiness_report(
 
 
 # ══════════
-#  38  metrics
+#  39  metrics
 # ══════════
 #
 # The metric families that /metrics shows.
@@ -8903,7 +8923,7 @@ def gauges(
 
 
 # ══════════
-#  39  records
+#  40  records
 # ══════════
 #
 # What is written about each request, and each change of a server's state: for people, for programs,
@@ -9052,7 +9072,7 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ══════════
-#  40  recent past
+#  41  recent past
 # ══════════
 #
 # What people are shown of the recent past: the last minute of each server and model, the fleet's
@@ -9227,7 +9247,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 # ══════════
-#  41  status
+#  42  status
 # ══════════
 #
 # The document that people see of the fleet: the screen, the page and /status.json share it.
@@ -9507,7 +9527,7 @@ def status_report(
 
 
 # ══════════
-#  42  sockets
+#  43  sockets
 # ══════════
 #
 # What all sockets share: errors in words, deadlines, detection of dead peers.  And listening
@@ -9696,7 +9716,7 @@ def is_unheard(sock: socket.socket | None) -> bool:
 
 
 # ══════════
-#  43  backlog
+#  44  backlog
 # ══════════
 #
 # What is held of clients' requests: how much, what may be given up, and whose clients leave.
@@ -9766,7 +9786,7 @@ class Backlog:
 
 
 # ══════════
-#  44  wire
+#  45  wire
 # ══════════
 #
 # Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
@@ -10116,7 +10136,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ══════════
-#  45  secrets
+#  46  secrets
 # ══════════
 #
 # Keys and certificates, from the settings and the files that they name, and how to reach a server
@@ -10317,7 +10337,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ══════════
-#  46  client
+#  47  client
 # ══════════
 #
 # The client for our own requests: checks, reports of load, those of the doctor and `top`.  It uses
@@ -10536,7 +10556,7 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
 
 
 # ══════════
-#  47  pool
+#  48  pool
 # ══════════
 #
 # The connections to one server for passing on requests.
@@ -10670,7 +10690,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ══════════
-#  48  pump
+#  49  pump
 # ══════════
 #
 # Bytes from one wire are written to another in the same turn of the event loop, without a task.
@@ -10900,7 +10920,7 @@ class Tunnel:
 
 
 # ══════════
-#  49  response
+#  50  response
 # ══════════
 #
 # The client's side of an exchange.  Every response, a server's answer or our own, is written here,
@@ -11165,7 +11185,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ══════════
-#  50  logging
+#  51  logging
 # ══════════
 #
 # Lines for people and programs, who may read slowly or not at all; clients must not wait for them.
@@ -11494,7 +11514,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ══════════
-#  51  shared state
+#  52  shared state
 # ══════════
 #
 # State that exchanges, watchers and local pages share; each piece has an owner: clients, pools,
@@ -11697,7 +11717,7 @@ class Requests:
 
 
 # ══════════
-#  52  core
+#  53  core
 # ══════════
 #
 # The state of the running balancer in one place, as exchanges, watchers and local pages get it.
@@ -11861,7 +11881,7 @@ class Core:
 
 
 # ══════════
-#  53  intake
+#  54  intake
 # ══════════
 #
 # A request's content: gathered from the client, decoded, scanned as it arrives, and held as long
@@ -12007,7 +12027,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ══════════
-#  54  attempt
+#  55  attempt
 # ══════════
 #
 # One attempt at an answer: a request is sent to one server over one connection, and its answer is
@@ -12277,7 +12297,7 @@ class Attempt:
 
 
 # ══════════
-#  55  case
+#  56  case
 # ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -12418,7 +12438,7 @@ class Case:
 
 
 # ══════════
-#  56  accounts
+#  57  accounts
 # ══════════
 #
 # What outlives a request: its counts, its place in the recent past, its record, and which server
@@ -12520,7 +12540,7 @@ def note_stored(x: Exchange, head: ResponseHead, start: bytes) -> None:
 
 
 # ══════════
-#  57  resuming
+#  58  resuming
 # ══════════
 #
 # A stream that another server may continue: what it has shown, from its first event on, and after
@@ -12650,7 +12670,7 @@ def commit_again(x: Exchange, step: Relay, lease: Lease, join: Join, answer: Ans
 
 
 # ══════════
-#  58  exchange
+#  59  exchange
 # ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -13001,7 +13021,7 @@ class Exchange:
 
 
 # ══════════
-#  59  other steps
+#  60  other steps
 # ══════════
 #
 # The steps of a plan that ask no server: waits, and the end if no server answers.
@@ -13132,7 +13152,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  60  watch
+#  61  watch
 # ══════════
 #
 # What goes on without a request.  Each server has loops of its own, for its health, its load and
@@ -13424,7 +13444,7 @@ class Watchers:
 
 
 # ══════════
-#  61  services
+#  62  services
 # ══════════
 #
 # What runs in the background only if the settings ask for it, like a source of servers.  The rooms
@@ -13504,7 +13524,7 @@ class Services:
 
 
 # ══════════
-#  62  operations
+#  63  operations
 # ══════════
 #
 # What people do to servers at run time: over HTTP, with the screen's keys, or with the page's
@@ -13632,7 +13652,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ══════════
-#  63  endpoints
+#  64  endpoints
 # ══════════
 #
 # The paths that the balancer answers from what it knows.  They ask no server, so they answer at
@@ -13972,7 +13992,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  64  front
+#  65  front
 # ══════════
 #
 # Where clients come in.  Connections are accepted while there is room, and each is served by a task
@@ -14323,7 +14343,7 @@ class Front:
 
 
 # ══════════
-#  65  following
+#  66  following
 # ══════════
 #
 # The settings file is read whole every few seconds.  It has a few kB; reading it is cheaper than
@@ -14467,7 +14487,7 @@ class Follower:
 
 
 # ══════════
-#  66  commands
+#  67  commands
 # ══════════
 #
 # Subcommands are rows, each registered by its own room; the command line knows none by name.  Here
@@ -14659,7 +14679,7 @@ def printable(text: str) -> str:
 
 
 # ══════════
-#  67  handover
+#  68  handover
 # ══════════
 #
 # One process takes over from another without a gap.  The old one starts the new one and passes it,
@@ -14860,7 +14880,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  68  balancer
+#  69  balancer
 # ══════════
 #
 # Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
@@ -15103,7 +15123,7 @@ class Balancer:
 
 
 # ══════════
-#  69  process
+#  70  process
 # ══════════
 #
 # A balancer as a process among others: its signals, its terminal, and what it tells systemd and the
@@ -15225,7 +15245,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ══════════
-#  70  router flags
+#  71  router flags
 # ══════════
 #
 # The flags of vllm-project/router are accepted, too, so that its command lines work as they are.
@@ -15404,7 +15424,7 @@ def router_overrides(
 
 
 # ══════════
-#  71  command line
+#  72  command line
 # ══════════
 #
 # Arguments, environment and exit codes: 0 is success; 1, the settings or the address cannot be
@@ -15609,7 +15629,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ══════════
-#  72  names
+#  73  names
 # ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -15778,7 +15798,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ══════════
-#  73  pods
+#  74  pods
 # ══════════
 #
 # Pods and EndpointSlices, and the servers they stand for.  Of an object only what makes servers is
@@ -16026,7 +16046,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ══════════
-#  74  listing
+#  75  listing
 # ══════════
 #
 # What to ask the Kubernetes API next, and what its answers mean.  A list is taken page by page,
@@ -16274,7 +16294,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ══════════
-#  75  cluster
+#  76  cluster
 # ══════════
 #
 # How the Kubernetes API is reached: where, and with which token and certificates.  They are read
@@ -16608,7 +16628,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ══════════
-#  76  zmtp
+#  77  zmtp
 # ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -16793,7 +16813,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ══════════
-#  77  registration
+#  78  registration
 # ══════════
 #
 # Servers, and agents that run servers, which announce themselves.  A registration ends when its
@@ -17096,7 +17116,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ══════════
-#  78  registering
+#  79  registering
 # ══════════
 #
 # The paths at which servers and agents register.  The roster follows the book of registrations.
@@ -17347,7 +17367,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  79  zmq listener
+#  80  zmq listener
 # ══════════
 #
 # Where vLLM's connectors register over ZMQ.  ZMTP's NULL mechanism has no keys, so
@@ -17499,7 +17519,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ══════════
-#  80  legs
+#  81  legs
 # ══════════
 #
 # One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
@@ -17775,7 +17795,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ══════════
-#  81  connectors
+#  82  connectors
 # ══════════
 #
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
@@ -17953,7 +17973,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ══════════
-#  82  splitting
+#  83  splitting
 # ══════════
 #
 # How a request is split between two servers, as a plan: which one reads the prompt, which one
@@ -18253,7 +18273,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ══════════
-#  83  leg attempts
+#  84  leg attempts
 # ══════════
 #
 # The two legs of a request, carried out.  A prefill leg is an attempt whose answer we keep; a
@@ -18496,7 +18516,7 @@ class DecodeAttempt(Attempt):
 
 
 # ══════════
-#  84  pairs
+#  85  pairs
 # ══════════
 #
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
@@ -18753,7 +18773,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  85  life
+#  86  life
 # ══════════
 #
 # The life of a model's instance: one table of transitions, and how often an instance that ends by
@@ -18875,7 +18895,7 @@ class Life:
 
 
 # ══════════
-#  86  launching
+#  87  launching
 # ══════════
 #
 # How a model is launched.  Command lines come only from settings files on the host that runs them;
@@ -19116,7 +19136,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 # ══════════
-#  87  placement
+#  88  placement
 # ══════════
 #
 # Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
@@ -19337,7 +19357,7 @@ def place_on(
 
 
 # ══════════
-#  88  scaling
+#  89  scaling
 # ══════════
 #
 # How many instances of each model run: what to launch, put to sleep, wake and stop next.  A pure
@@ -19579,7 +19599,7 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 
 
 # ══════════
-#  89  children
+#  90  children
 # ══════════
 #
 # Models' processes: each leads its own group, which outlives us, and writes its output to an
@@ -19832,7 +19852,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 # ══════════
-#  90  instances
+#  91  instances
 # ══════════
 #
 # One model's process: how to send it requests, and its description for others.
@@ -19952,7 +19972,7 @@ class Instance:
 
 
 # ══════════
-#  91  agent
+#  92  agent
 # ══════════
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  The agent does what it
@@ -20283,7 +20303,7 @@ class Agent:
 
 
 # ══════════
-#  92  hosts
+#  93  hosts
 # ══════════
 #
 # Machines that run models: this one, and those with an agent of their own, behind the same methods.
@@ -20545,7 +20565,7 @@ class Uses:
 
 
 # ══════════
-#  93  holdings
+#  94  holdings
 # ══════════
 #
 # What is known about the pool, and the views of it that placement gets.
@@ -20784,7 +20804,7 @@ class Holdings:
 
 
 # ══════════
-#  94  keeping
+#  95  keeping
 # ══════════
 #
 # Keeping the pool: the dry rooms decide, this room carries out.  Requests for its models have a
@@ -21123,7 +21143,7 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ══════════
-#  95  manager
+#  96  manager
 # ══════════
 #
 # A pool that another balancer, the manager, keeps.  Requests go from here to its instances too, and
@@ -21235,7 +21255,7 @@ class FollowedPool(ModelPool):
 
 
 # ══════════
-#  96  models
+#  97  models
 # ══════════
 #
 # The pool as the balancer uses it: the plan of requests for its models, their lists, metrics and
@@ -21568,7 +21588,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 # ══════════
-#  97  pool paths
+#  98  pool paths
 # ══════════
 #
 # The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
@@ -21623,7 +21643,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ══════════
-#  98  worker
+#  99  worker
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -21880,7 +21900,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ══════════
-#  99  cells
+#  100  cells
 # ══════════
 #
 # Text in the cells of a terminal: its meaning, its width, and how to make it fit.
@@ -22159,7 +22179,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ══════════
-#  100  table
+#  101  table
 # ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  What a
@@ -22396,7 +22416,7 @@ def marked(line: Line) -> Line:
 
 
 # ══════════
-#  101  views
+#  102  views
 # ══════════
 #
 # What the screen shows besides the table of servers: graphs of the fleet, and views by Tab.
@@ -22566,7 +22586,7 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 
 
 # ══════════
-#  102  screen
+#  103  screen
 # ══════════
 #
 # The screen: a status document in, all lines out.  Nothing here knows a terminal.
@@ -22894,7 +22914,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ══════════
-#  103  keys
+#  104  keys
 # ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -23039,7 +23059,7 @@ def key_of(char: str) -> str:
 
 
 # ══════════
-#  104  terminal
+#  105  terminal
 # ══════════
 #
 # The screen on a terminal, by curses.  It runs as an ordinary program in a process of its own,
@@ -23288,7 +23308,7 @@ class CursesScreen:
 
 
 # ══════════
-#  105  top
+#  106  top
 # ══════════
 #
 # The screen for a balancer: for this process's, in place of log lines, or for one that runs
@@ -23521,7 +23541,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  106  page
+#  107  page
 # ══════════
 #
 # GET /status: the document at /status.json, for a browser.  The page itself holds no fact about
@@ -24112,7 +24132,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ══════════
-#  107  reference
+#  108  reference
 # ══════════
 #
 # What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
@@ -24431,7 +24451,7 @@ def example_topic() -> str:
 
 
 # ══════════
-#  108  deployment
+#  109  deployment
 # ══════════
 #
 # What other programs are told so that they run it and look at it: `help systemd`, `container`,
@@ -24779,7 +24799,7 @@ def grafana_topic() -> str:
 
 
 # ══════════
-#  109  traces
+#  110  traces
 # ══════════
 #
 # Requests of the past, from a file that we have written or others have published; or made-up ones.
@@ -24967,7 +24987,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ══════════
-#  110  engine
+#  111  engine
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -25317,7 +25337,7 @@ class Engine:
 
 
 # ══════════
-#  111  replay
+#  112  replay
 # ══════════
 #
 # Requests of the past, sent again to a modelled fleet: what would another policy have done, or one
@@ -25602,7 +25622,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 
 # ══════════
-#  112  comparison
+#  113  comparison
 # ══════════
 #
 # Policies compared on a trace: the program of `replay`.
@@ -25773,7 +25793,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ══════════
-#  113  canned words
+#  114  canned words
 # ══════════
 #
 # What a vLLM server would say, without a model: what it refuses, in its words (as captured of
@@ -25974,7 +25994,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ══════════
-#  114  canned forms
+#  115  canned forms
 # ══════════
 #
 # The same in the forms of vLLM's APIs, plain and streamed.
@@ -26319,7 +26339,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ══════════
-#  115  simulation
+#  116  simulation
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -26670,7 +26690,7 @@ class Generation:
 
 
 # ══════════
-#  116  understudy
+#  117  understudy
 # ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
@@ -26861,7 +26881,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ══════════
-#  117  demo
+#  118  demo
 # ══════════
 #
 # A balancer on a laptop, in front of simulated servers of unequal kinds.
@@ -27052,7 +27072,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  118  doctor
+#  119  doctor
 # ══════════
 #
 # What is usually found out too late: each server is asked for everything that the balancer will
@@ -27342,7 +27362,7 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  119  transfers
+#  120  transfers
 # ══════════
 #
 # Whether prefill and decode servers work together: what they say of themselves is compared, and a
@@ -27607,7 +27627,7 @@ async def try_pairs(
 
 
 # ══════════
-#  120  check config
+#  121  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could

@@ -4273,6 +4273,56 @@ def test_what_differs_is_never_shown(other):
     assert b"".join(transcript.pieces()) == before
 
 
+def calling(name, server, kind="responses"):
+    """The begin of a call of that tool, and of its arguments."""
+    if kind == "messages":
+        block = {"type": "tool_use", "id": f"call-{server}", "name": name, "input": {}}
+        return b"".join(map(as_event, (
+            {"type": "message_start", "message": {"id": f"id-{server}"}},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_delta", "index": 0,
+             "delta": {"type": "input_json_delta", "partial_json": "{}"}})))
+    item = {"id": f"item-{server}", "type": "function_call", "name": name, "arguments": ""}
+    return b"".join(map(as_event, (
+        {"type": "response.created", "response": {"id": f"resp-{server}"}},
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        {"type": "response.function_call_arguments.delta", "output_index": 0,
+         "item_id": item["id"], "delta": "{}"})))
+
+
+def begun(*texts, server=2, reason=None):
+    """A chat that has said these texts, and that it has ended for a reason."""
+    ends = [{"index": 0, "delta": {}, "finish_reason": reason}] if reason else []
+    said = [{"index": 0, "delta": {"content": text}, "finish_reason": None} for text in texts]
+    return b"".join(as_event({"id": f"id-{server}", "created": 10 + server, "choices": [one]})
+                    for one in [*said, *ends])
+
+
+USAGE_ALONE = as_event({"usage": {"total_tokens": 1}})
+SECOND_ANSWERS = table(
+    ("one longer than a finished one", begun("ab", server=1, reason="stop"),
+     begun("abc", reason="stop"), None),
+    ("another function", calling("a", 1).rpartition(b"event")[0], calling("b", 2), None),
+    ("another tool", calling("a", 1, "messages").rpartition(b"event")[0],
+     calling("b", 2, "messages"), None),
+    ("a text that is its id", begun("a", server=1), begun("a", "id-2"), begun("id-2", server=1)),
+    ("something that is no part of a text", begun("a", server=1), begun("a") + USAGE_ALONE,
+     USAGE_ALONE),
+    ("the same, said before", begun("a", server=1) + USAGE_ALONE, begun("a") + USAGE_ALONE, b""),
+)
+
+
+@pytest.mark.parametrize("stream, other, rest", SECOND_ANSWERS)
+def test_a_second_answer_that_says_more_or_else(stream, other, rest):
+    before, transcript = shown_by(stream)
+    assert before == stream
+    if rest is None:
+        with pytest.raises(lite.BadMessage):
+            joined(transcript, other)
+    else:
+        assert joined(transcript, other) == rest
+
+
 def lists(*entries, name="token_ids", end=False):
     """A stream with an event for each list of entries."""
     said = [{"index": 0, "text": "", "finish_reason": None, name: one} for one in entries]
@@ -4414,9 +4464,12 @@ def test_whether_a_stream_could_go_on_is_known_when_it_begins(asked, more, found
     assert prospect.way or prospect.text
 
 
-def plain_shown(*texts, tool=False):
+def plain_shown(*texts, tool=False, ended=False):
     shown = lite.Shown()
-    list(shown.read([differing(*texts) if texts else b"", whole_stream("tools", 1, 1) * tool]))
+    stream = differing(*texts) if texts else b""
+    if not ended:
+        stream = b"".join(stream.partition(b"data: [DONE]")[0].splitlines(True)[:-2])
+    list(shown.read([stream, whole_stream("tools", 1, 1) * tool]))
     return shown
 
 
@@ -4432,6 +4485,7 @@ WITH_ALL = table(
     ("a prompt, too", "continue", {"prompt": "x"}, plain_shown("a"), "continue"),
     ("no text yet: any will do", "continue", {"messages": [ASKER]}, plain_shown(""), "repeat"),
     ("a tool call", "continue", {"messages": [ASKER]}, plain_shown("a", tool=True), "not_plain"),
+    ("its end", "continue", {"messages": [ASKER]}, plain_shown("a", ended=True), "not_plain"),
     ("tokens for a prompt", "continue", {"prompt": [1, 2]}, plain_shown("a"), "not_plain"),
     ("an assistant's word last", "continue", {"messages": [{"role": "assistant"}]},
      plain_shown("a"), "not_plain"),
