@@ -35,7 +35,7 @@ lines.
      5  forwarding     · what an intermediary changes in messages; our own responses; CORS
      6  exposition     · the Prometheus text format, read and written
 
-    II  settings         1,340 lines, at the start, and at a reload
+    II  settings         1,350 lines, at the start, and at a reload
      7  checks         · what a value in the settings may be; formulas, compiled
      8  pool settings  · models and how to launch them, as settings
      9  entries        · the keys of entries in [[servers]], [[keys]] and other tables
@@ -1585,6 +1585,12 @@ def list_of(check_one: Clean) -> Clean:
     return check
 
 
+def allowed_origin(value: Any) -> str:
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", string(value)):
+        raise ValueError("origins like https://app.example.com, without a path, or *")
+    return string(value)
+
+
 URL_TEXT = re.compile(r"[!#-;=?-Z\[\]_a-z~]+")
 
 
@@ -2269,7 +2275,7 @@ class Settings:
     drain_timeout: float = setting(30.0, real(0), "when stopping: longest wait for running answers")
     server_header: bool = setting(True, boolean, "name the server in X-MVLLM-Server")
     cors_allowed_origins: tuple[str, ...] = setting(
-        (), list_of(string),
+        (), list_of(allowed_origin),
         "origins whose web pages may send requests; default with [[keys]]: all")
     cors_allow_credentials: bool = setting(
         False, boolean, "let these pages send cookies; not together with *")
@@ -2397,6 +2403,9 @@ NO_KEY = re.compile("Expected '='|Invalid statement|Invalid initial character")
 def toml_trouble(said: str, toml: str, line: int) -> str:
     """The TOML parser's message about that line, in terms of settings."""
     rows = toml.splitlines()
+    opened = [n for n, one in enumerate(rows, 1) if re.search("\"{3}|'{3}", one)]
+    if not line and opened and said.startswith("Unterminated"):
+        return f"the quotes that line {opened[-1]} opens are not closed"
     row = rows[line - 1].partition("#")[0].strip() if 0 < line <= len(rows) else ""
     key, equals, value = (part.strip() for part in row.partition("="))
     what, end = ("list", "]") if "array" in said else ("table", "}")
@@ -2458,6 +2467,7 @@ Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
           "resumes", "disaggregation", "models", "profiles", "devices")
 # Tables, and keys of [config], that a file may have in place of servers.
+ANYWHERE = ("", "0.0.0.0", "::")  # hosts that listen on every address
 STAND_ALONE = {"kubernetes", "models", "profiles", "devices", "manager", "registration_key",
                "registration_key_file", "registration_address"}
 
@@ -2551,7 +2561,7 @@ class SettingsReader:
         profiles = tuple(self.entries("profiles", self.document.get("profiles", [])).values())
         devices = self.values(self.table("devices"), DEVICE_FIELDS, ("devices",)).get("memory_gb")
         if self.errors:  # an unknown key may be a misspelling of a missing one: warn of it, too
-            raise SettingsError(self.errors + self.warnings)
+            raise SettingsError([*dict.fromkeys(self.errors + self.warnings)])
         urls = tuple(one for one in servers.values() if isinstance(one, ServerSettings))
         dns = tuple(one for one in servers.values() if isinstance(one, DnsSettings))
         origins = {SYNONYMS.get(key, key): self.line(("config", key)) for key in config}
@@ -2566,6 +2576,9 @@ class SettingsReader:
         """Complain about settings that make sense only together with others.  A value is None if
         there is a complaint about it already."""
         given, origins = values.get, values.get("cors_allowed_origins") or ()
+        host, port = given("host", ""), given("operator_port")
+        taken = port and port == given("port", 8888) and (
+            host in ANYWHERE or host == (given("operator_host") or "127.0.0.1"))
         by_score = "expression" in (given("policy"), *policies)
         for key, wrong, expected in (
             ("tls_key", bool(given("tls_cert")) is not bool(given("tls_key")),
@@ -2576,6 +2589,7 @@ class SettingsReader:
              "one of [[keys]] with admin = true"),
             ("cors_allow_credentials", given("cors_allow_credentials") and "*" in origins,
              "cors_allowed_origins without *, which would let in any page"),
+            ("operator_port", taken, "another one than port, for a listener of its own"),
             ("score", by_score and given("score", "") == "", "a formula, for policy expression"),
         ):
             if wrong:
@@ -2594,7 +2608,7 @@ class SettingsReader:
         if (total := round(sum(pools.values()), 6)) > 100:
             self.complain(("pools",), f"{total:g} in all", "100 at most")
         for i, server in servers.items():
-            if server.pool and server.pool not in pools:
+            if server.pool and server.pool not in given:
                 self.complain(("servers", i, "pool"), server.pool, "one of [pools]")
         return pools
 
@@ -2604,10 +2618,7 @@ class SettingsReader:
             entries = self.document.get("servers")
         if isinstance(entries, dict):
             self.warn_unknown(entries, ("servers",), ("servers",))
-            if "url" in entries:
-                self.complain(("servers",), "[servers]", "[[servers]], in two pairs of brackets")
-                return {}
-            entries = entries.get("servers")
+            entries = entries if "url" in entries else entries.get("servers")
         if entries is None and not self.sources.isdisjoint(STAND_ALONE):
             entries = []
         # None is an error: an empty file is a half-written one, not a wish for no servers.
@@ -2616,8 +2627,10 @@ class SettingsReader:
     def keys(self) -> dict[int, KeySettings]:
         keys = self.entries("keys", self.document.get("keys", []))
         for i, key in keys.items():
-            if bool(key.key) is bool(key.key_file):
-                self.complain(("keys", i, "name"), key.name, "either key or key_file with it")
+            if key.key and key.key_file:
+                self.complain(("keys", i, "key_file"), key.key_file, "no key_file beside key")
+            elif not (key.key or key.key_file):
+                self.complain(("keys", i, "name"), key.name, "key or key_file with it")
         return keys
 
     def kubernetes(
@@ -2657,6 +2670,10 @@ class SettingsReader:
     def entries(self, table: str, entries: Any, origin: str = "") -> dict[int, Any]:
         """The valid entries of a list of tables, by their index in it."""
         (expected, kinds), found, known = LISTS[table], dict[int, Any](), set[str]()
+        if isinstance(entries, dict) and not origin:
+            text = f"found [{table}], expected [[{table}]], in two pairs of brackets"
+            self.errors.append(self.complaint_at((table,), text))
+            return found
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             self.complain((table,), entries, expected)
             return found
@@ -2726,12 +2743,14 @@ class SettingsReader:
         return folder + found if is_path and not found.startswith("/") else found
 
     def complain(self, path: Path, found: Any, expected: str, origin: str = "") -> None:
-        if path[-1] in SECRET_FIELDS:
+        if path[-1] in SECRET_FIELDS and found != "":
             found = "something else"
         elif isinstance(found, str):
             found = shown(PASSWORD.sub("//...@", found))
         elif path[-1] not in CONFIG_FIELDS and isinstance(found, (list, dict)):
             found = "a table" if isinstance(found, dict) else "another list"  # with keys in it
+        elif isinstance(found, bool):
+            found = str(found).lower()
         what = "nothing" if found is None else str(found)[:80]
         self.errors.append(self.complaint_at(path, f"found {what}, expected {expected}", origin))
 
@@ -2770,7 +2789,7 @@ def line_of(toml: str, path: Path) -> int:
     """The line on which a key is, 1-based, or 0.  tomllib does not tell, so this searches as a
     person would, in a text without comments and values: for the table's header or the n-th entry,
     and then for the key."""
-    start, end = 0, len(toml)
+    start, end, entries = 0, len(toml), list[int]()
     if len(path) > 1 and isinstance(path[1], int):
         name = path[0]
         entry = re.compile(rf"^[ \t]*\[\[{name}(?:\.{name})?\]\]|\{{", re.MULTILINE)
@@ -2784,7 +2803,7 @@ def line_of(toml: str, path: Path) -> int:
     key = re.compile(rf"""(?<![\w-])["']?{re.escape(str(path[-1]))}["']?\s*[=\]]""")
     found = key.search(toml, start, end)
     at = found.start() if found else start
-    return toml.count("\n", 0, at) + 1 if at else int(found is not None)
+    return toml.count("\n", 0, at) + 1 if at or found or entries else 0
 
 
 # ━━━ part III: vLLM ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
@@ -14388,8 +14407,9 @@ class SettingsFile:
         try:
             return found.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
         except UnicodeDecodeError as error:
-            text = f"is not UTF-8: byte {found[error.start]:#04x} at position {error.start}"
-            raise SettingsError([Complaint(self.path, 0, "", text)]) from None
+            line = found.count(b"\n", 0, error.start) + 1
+            text = f"byte {found[error.start]:#04x} is not UTF-8, expected a file saved as UTF-8"
+            raise SettingsError([Complaint(self.path, line, "", text)]) from None
 
 
 def changes_line(old: Settings, new: Settings) -> str:
@@ -14665,6 +14685,8 @@ def load_settings(path: str, overrides: Overrides) -> tuple[Settings, list[Compl
     try:
         toml = SettingsFile(path).text()
     except SettingsError as error:
+        if os.path.isfile(path):
+            raise
         hint = "; name a file, give servers with --server, or try: mvllm_lite.py demo"
         raise SettingsError([c._replace(text=c.text + hint) for c in error.complaints]) from None
     return parse_settings(toml, path, overrides)
@@ -14815,7 +14837,6 @@ def tell_predecessor() -> None:
             sock.send(b"1")
 
 
-ANYWHERE = ("", "0.0.0.0", "::")
 
 
 def own_url(s: Settings, host: str, port: int) -> str:
@@ -15757,7 +15778,7 @@ class NameFollower:
         """An entry's name has these addresses now."""
         before, self._found[entry.dns] = self._found[entry.dns], now
         if before != now:
-            log.info("%s has %d addresses: %s", entry.dns, len(now), ", ".join(
+            log.info("%s has %d address%s: %s", entry.dns, len(now), "es"[: 2 * (len(now) != 1)], ", ".join(
                 [f"+{one}" for one in now if one not in before]
                 + [f"-{one}" for one in before if one not in now]))
         self.define()
@@ -27215,7 +27236,7 @@ def load_findings(
         (not load.caches, "it keeps no prefixes: each turn of a conversation is read anew",
          "start vLLM with --enable-prefix-caching"),
         (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
-        (uneven, f"it runs {engines} engine(s), its data_parallel_size here is"
+        (uneven, f"it runs {plural(engines, 'engine')}, its data_parallel_size here is"
          f" {server.data_parallel_size}", f"set data_parallel_size = {engines}"),
     ) if amiss]
 
@@ -27292,7 +27313,10 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
     ) if amiss]
     known = {name for one in examined for name in one.models or ()}
     known |= {name for one in s.models for name in (one.alias, one.served)}
-    drawn = {server.pool for server in (*s.servers, *s.patterns)}
+    drawn, roles = ({getattr(one, key) for one in (*s.servers, *s.patterns)}
+                    for key in ("pool", "role"))
+    joining = s.kubernetes or s.registration_key or s.registration_key_file or (
+        s.registration_address or {*s.registration_networks} - {*LOOPBACK})
     secrets = Secrets(s).keys
     same = [(one.name, other.name) for n, (one, a) in enumerate(secrets)
             for other, b in secrets[n + 1 :] if a == b]
@@ -27304,6 +27328,9 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
            "give each its own") for a, b in same),
         *((f"[pools] {name} has no server", f'give servers pool = "{name}"')
           for name in s.pools if name not in drawn),
+        *([("[[disaggregation]] has no server with a role",
+            'give servers role = "prefill" or "decode"')]
+          if s.disaggregation and not joining and roles <= {"both"} else ()),
         *((f"{what} is no model of any server", "name one that they list")
           for what, model in unknown if told is not None and model not in {*told, *s.aliases}))]
     if all(one.models is not None for one in examined):

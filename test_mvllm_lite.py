@@ -1926,7 +1926,7 @@ COMPLAINTS = table(
     ("beyond any number", f"request_timeout = {'9' * 400}",
      f"s.toml:3: config.request_timeout: found {'9' * 80}, expected a number, 0.001 or more"),
     ("truth is no number", "port = true",
-     "s.toml:3: config.port: found True, expected a whole number, 0 to 65535"),
+     "s.toml:3: config.port: found true, expected a whole number, 0 to 65535"),
 )
 
 
@@ -1973,7 +1973,7 @@ def test_all_complaints_come_at_once():
     ("an open header", "[config\nport = 1\n", "s.toml:1: [config: ] is missing"),
     ("JSON", '{"servers": []}', "s.toml:1: expected key = value or a [table], found '{\"servers"),
     ("a table that is a list", "[servers]\nurl = 'http://a'\n",
-     "s.toml:1: servers: found '[servers]', expected [[servers]], in two pairs of brackets"),
+     "s.toml:1: servers: found [servers], expected [[servers]], in two pairs of brackets"),
     ("an open quote", "servers = []\n[config]\npolicy = \"least\nport = 1\n",
      "s.toml:3: the quote of policy is not closed"),
     ("Python's truth", "[config]\nserver_header = True\n",
@@ -2013,10 +2013,24 @@ def test_all_complaints_come_at_once():
     ("a key that is none", "servers = []\n[[keys]]\nname = 'a'\nkey = 'with spaces'",
      "s.toml:4: keys[1].key: found something else, expected a key"),
     ("a key without a secret", "servers = []\n[[keys]]\nname = 'a'",
-     "s.toml:3: keys[1].name: found 'a', expected either key or key_file"),
+     "s.toml:3: keys[1].name: found 'a', expected key or key_file with it"),
+    ("an empty key", "servers = []\n[[keys]]\nname = 'a'\nkey = ''",
+     "s.toml:4: keys[1].key: found '', expected a key"),
+    ("a key and a file with one", "servers = []\n[[keys]]\nname = 'a'\nkey = 'k'\nkey_file = 'f'",
+     "s.toml:5: keys[1].key_file: found 'f', expected no key_file beside key"),
+    ("one key as a table", "servers = []\n[keys]\nname = 'a'\nkey = 'k'",
+     "s.toml:2: keys: found [keys], expected [[keys]], in two pairs of brackets"),
+    ("a list that lacks what its entries are known by, in the first line",
+     "[[models]]\nmodel = 'm'", "s.toml:1: models[1].alias: found nothing, expected the name"),
+    ("three quotes", "servers = []\n[config]\nhost = '''a\nport = 1\n",
+     "s.toml: the quotes that line 3 opens are not closed"),
+    ("an origin without a scheme", "servers = []\n[config]\ncors_allowed_origins = ['a.example']",
+     "s.toml:3: config.cors_allowed_origins: found ['a.example'], expected origins like https://"),
+    ("two listeners on one port", "servers = []\n[config]\noperator_port = 8888",
+     "s.toml:3: config.operator_port: found 8888, expected another one than port"),
     ("a key without a secret, behind another bad one",
      "servers = []\n[[keys]]\nname = ''\nkey = 'k'\n[[keys]]\nname = 'a'",
-     "s.toml:6: keys[2].name: found 'a', expected either key or key_file"),
+     "s.toml:6: keys[2].name: found 'a', expected key or key_file with it"),
     ("a server of an unknown pool, behind another bad one",
      "servers = [\n{url='x'},\n{url='http://b', pool='p'}]",
      "s.toml:3: servers[2].pool: found 'p', expected one of [pools]"),
@@ -2036,7 +2050,7 @@ def test_all_complaints_come_at_once():
      "config.tls_key: found nothing, expected both"),
     ("cookies for any page",
      "servers = []\n[config]\ncors_allowed_origins = ['*']\ncors_allow_credentials = true",
-     "s.toml:4: config.cors_allow_credentials: found True, expected cors_allowed_origins "
+     "s.toml:4: config.cors_allow_credentials: found true, expected cors_allowed_origins "
      "without *"),
     ("also by default",
      "servers = []\n[config]\ncors_allow_credentials = true\n[[keys]]\nname = 'a'\nkey = 'k'",
@@ -13817,7 +13831,7 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         (tmp_path / "new").replace(path)
         assert await complaint(found) == ""
         path.write_bytes(b"# caf\xe9\n" + good)
-        assert (await complaint("")).endswith("is not UTF-8: byte 0xe9 at position 5")
+        assert (await complaint("")).endswith(":1: byte 0xe9 is not UTF-8, expected a file saved as UTF-8")
         path.unlink()
         await eventually(
             lambda: running.core.process.settings_error.endswith("no such file or directory"),
@@ -22105,8 +22119,8 @@ KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
     ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
     ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
     ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1,
-     ["runs 2 engine(s)"]),
-    ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine(s)"]),
+     ["runs 2 engines"]),
+    ("fewer engines than told", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD}, 2, ["runs 1 engine,"]),
 ))
 def test_what_a_page_of_metrics_shows_to_be_amiss(status, loads, ranks, words):
     found = lite.load_findings(lite.ServerSettings("http://a", data_parallel_size=ranks), status,
@@ -22209,6 +22223,9 @@ def test_what_is_amiss_here():
         "file descriptors are enough for 480 clients", "the alias 'old' means 'gone'"]
     # who knows what it serves
     assert lite.own_findings(s, [seen[0]._replace(models=None)], 1000) == []
+    s = Settings(max_connections=1, disaggregation=(lite.DisaggregationSettings(),))
+    assert [one.text for one in lite.own_findings(s, [], 1)] == [
+        "[[disaggregation]] has no server with a role: no effect"]
     s = Settings(max_connections=1, registration_address="*:1", registration_networks=("::/0",))
     found = lite.own_findings(s, [], 1)
     assert ["ZMTP's NULL has no keys" in found[0].text, "without a key" in found[1].text,
