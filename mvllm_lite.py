@@ -2374,6 +2374,10 @@ SYNONYMS = {"capacity": "max_concurrent_requests", "ttl": "unload_after_s",
 #
 # What is wrong with settings, in words: where it is, what was found, and what was expected.
 
+ANYWHERE = ("", "0.0.0.0", "::")  # hosts that listen on every address
+COMPLAINTS_LIMIT = 100  # about one file; the lines of further ones are not looked for
+PASSWORD = re.compile(r"//.*@")
+
 
 class Complaint(NamedTuple):
     """One thing that is wrong in the settings; `line` is 0 if it is not known."""
@@ -2467,7 +2471,6 @@ Overrides = Mapping[str, tuple[Any, str]]  # key: (value, where it came from)
 TABLES = ("servers", "config", "aliases", "policies", "pools", "keys", "kubernetes",
           "resumes", "disaggregation", "models", "profiles", "devices")
 # Tables, and keys of [config], that a file may have in place of servers.
-ANYWHERE = ("", "0.0.0.0", "::")  # hosts that listen on every address
 STAND_ALONE = {"kubernetes", "models", "profiles", "devices", "manager", "registration_key",
                "registration_key_file", "registration_address"}
 
@@ -2494,10 +2497,8 @@ LISTS: dict[str, tuple[str, dict[str, tuple[Callable[..., Any], Mapping[str, Any
 }
 Path = tuple[Any, ...]  # where a key stands, like ("servers", 2, "url")
 TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|(end of document))\)")
-PASSWORD = re.compile(r"//.*@")
 OPAQUE = re.compile(
     r"""#[^\n]*|(?:\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')([ \t]*=)?""", re.DOTALL)
-COMPLAINTS_LIMIT = 100  # about one file; the lines of further ones are not looked for
 
 
 def parse_settings(
@@ -15778,7 +15779,7 @@ class NameFollower:
         """An entry's name has these addresses now."""
         before, self._found[entry.dns] = self._found[entry.dns], now
         if before != now:
-            log.info("%s has %d address%s: %s", entry.dns, len(now), "es"[: 2 * (len(now) != 1)], ", ".join(
+            log.info("%s is now at %s: %s", entry.dns, plural(len(now), "place"), ", ".join(
                 [f"+{one}" for one in now if one not in before]
                 + [f"-{one}" for one in before if one not in now]))
         self.define()

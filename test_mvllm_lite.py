@@ -13831,7 +13831,8 @@ async def test_a_file_that_is_none_is_told_apart(tmp_path):
         (tmp_path / "new").replace(path)
         assert await complaint(found) == ""
         path.write_bytes(b"# caf\xe9\n" + good)
-        assert (await complaint("")).endswith(":1: byte 0xe9 is not UTF-8, expected a file saved as UTF-8")
+        assert (await complaint("")).endswith(
+            ":1: byte 0xe9 is not UTF-8, expected a file saved as UTF-8")
         path.unlink()
         await eventually(
             lambda: running.core.process.settings_error.endswith("no such file or directory"),
