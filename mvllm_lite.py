@@ -15458,8 +15458,8 @@ examples:
   mvllm_lite.py run --config servers.toml --port 9000 --console
   mvllm_lite.py --server http://10.0.0.1:8000 http://10.0.0.2:8000 --max-load 16 8{examples}
 
-A flag wins over the environment, that over the file, and that over the default.  The environment
-is CONFIG_PATH, {env}.
+A flag wins over the environment, that over the file, and that over the default.
+{env}
 SIGHUP reads the file at once, so a balancer outlives its terminal, and `demo` does not; SIGTERM and
 Ctrl-C let running answers finish, a second one does not; SIGUSR2 has a new process take over.
 """
@@ -15467,7 +15467,8 @@ Ctrl-C let running answers finish, a second one does not; SIGUSR2 has a new proc
 
 def argument_parser(only: str = "") -> argparse.ArgumentParser:
     """A parser with the arguments of that command, or of all."""
-    env = ", ".join(f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"])
+    env = textwrap.fill("The environment is CONFIG_PATH, " + ", ".join(
+        f.metadata["env"] for f in CONFIG_FIELDS.values() if f.metadata["env"]) + ".", 100)
     rows = sorted(COMMANDS.items())
     examples = "".join(f"\n  mvllm_lite.py {row.example:35} {row.line}"
                        for _, row in rows if row.example)
