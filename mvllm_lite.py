@@ -2408,7 +2408,7 @@ def toml_trouble(said: str, toml: str, line: int) -> str:
     """The TOML parser's message about that line, in terms of settings."""
     rows = toml.splitlines()
     opened = [n for n, one in enumerate(rows, 1) if re.search("\"{3}|'{3}", one)]
-    if not line and opened and said.startswith("Unterminated"):
+    if not line and opened and said.startswith(("Unterminated", "Expected \"'''\"")):
         return f"the quotes that line {opened[-1]} opens are not closed"
     row = rows[line - 1].partition("#")[0].strip() if 0 < line <= len(rows) else ""
     key, equals, value = (part.strip() for part in row.partition("="))

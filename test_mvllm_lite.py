@@ -15978,7 +15978,7 @@ def test_a_kubeconfig_that_cannot_be_used_says_why(text, expected):
     ("no port", "selector = 'a=b'\nport = [8000, 70000]", "expected a port, its name, or a list"),
     ("no pool", "selector = 'a=b'\npool = 'x'", "pool: found 'x', expected one of [pools]"),
     ("a server's key", "selector = 'a=b'\nweight = -1", "weight: found -1, expected a number"),
-    ("no table", "x = 1\n[kubernetes]", "kubernetes: found a table, expected a list of tables"),
+    ("no table", "x = 1\n[kubernetes]", "kubernetes: found [kubernetes], expected [[kubernetes]]"),
 ))
 def test_a_table_of_kubernetes_that_cannot_be_used(toml, expected):
     head = "" if "[kubernetes]" in toml else "[[kubernetes]]\n"
