@@ -4332,7 +4332,7 @@ def common_start(one: bytes, other: bytes) -> int:
 SHORT_PIECES = 64  # packed together
 LESSONS_LIMIT = 12  # pieces from which a transcript learns what its events have in common
 WHOLE_BYTES = 8 * 1024  # of pieces that are unlike others, compressed together
-LOOSE_BYTES = 32  # kept for each piece on average; if more, they are compressed
+LOOSE_BYTES = 40  # kept for each piece on average; if more, compressing them is worth its time
 READ_AT_ONCE = 200  # events parsed between two yields: about 2 ms
 TORN_LIMIT_BYTES = 1024 * 1024  # of an event that has no end yet
 TAIL_PIECES = 4  # finish_reason, usage, [DONE]: these show whether an answer is complete
