@@ -21930,13 +21930,13 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 class Style(Enum):
-    """What a piece of text means; the terminal decides how that looks."""
+    """The meaning of a piece of text; the terminal decides how it looks."""
 
     PLAIN = "plain"
     DIM = "dim"
     TITLE = "title"
     HEAD = "head"  # of a column
-    SORTED = "sorted"  # head of the column that rows are sorted by
+    SORTED = "sorted"  # the head of the column that rows are sorted by
     GOOD = "good"
     WARN = "warn"
     BAD = "bad"
@@ -21981,7 +21981,7 @@ class Look(NamedTuple):
 
 class Mode(Enum):
     LIST = "list"
-    VIEW = "view"  # any other table than that of the servers
+    VIEW = "view"  # any table but that of the servers
     DETAIL = "detail"
     HELP = "help"
 
@@ -21990,33 +21990,33 @@ class Action(NamedTuple):
     """What a key asks of the balancer."""
 
     verb: str  # an operation on a server or a model, or quit
-    url: str = ""  # of the server; or the model's name
+    url: str = ""  # the server's, or the model's name
 
 
 class Ui(NamedTuple):
-    """What the reader of the screen has chosen.  `settle` makes it fit the status."""
+    """The reader's choices on the screen; `settle` makes them fit the status."""
 
     mode: Mode = Mode.LIST
     selected: str = ""  # the URL of a server, since rows move when they are sorted
     scroll: int = 0  # rows of the list that are above the screen
     lines_up: int = 0  # lines of a detail, a view or the help that are above the screen
-    page: int = 10  # rows that are shown at once
+    page: int = 10  # rows shown at once
     sort: str = "trouble"
     view: str = ""  # one of VIEWS, in Mode.VIEW
     model: str = ""  # the model selected in that view
     filter: str = ""
-    typed: str | None = None  # a filter that is being typed
-    asked: Action | None = None  # waits for y or n
+    typed: str | None = None  # the filter while it is being typed
+    asked: Action | None = None  # the action that waits for y or n
     question: str = ""
     paused: bool = False
     note: str = ""  # what the last key did; shown until the next key
     remote: bool = False  # the balancer is another process, which does not stop on quit
 
 
-# Of text.  Terminals count cells: two for wide characters, none for combining ones.
+# Text.  Terminals count cells: two for wide characters, none for combining ones.
 
 PLAINER = str.maketrans({"×": "x", "–": "-", "—": "-", "…": "~", "·": ".", "’": "'", "≥": ">="})
-SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # or nothing to be seen
+SELECTORS = re.compile("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]")  # and other invisible ones
 
 
 @functools.lru_cache(4096)
@@ -22044,10 +22044,10 @@ def clean(text: str, look: Look) -> str:
         text = "".join(c for c in text if not unicodedata.combining(c))
         text = "".join(c if c.isascii() else "?" * cell(c) for c in text)
     text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
-    return f" {text}" if text and not cell(text[0]) else text  # nothing to combine with
+    return f" {text}" if text and not cell(text[0]) else text  # a base to combine with
 
 
-# Numbers, what actions are about, and lines.
+# Numbers, the URLs of actions, and texts of several lines.
 UNCLEANED = ("history", "url", "settings_error", "fleet", "hint")
 
 
@@ -22064,7 +22064,7 @@ def cleaned(value: Any, look: Look) -> Any:
 
 
 def cut(text: str, width: int) -> str:
-    """The start of a text, as far as it fits."""
+    """As much of a text's start as fits."""
     if cells(text) <= width:
         return text
     taken = 0
@@ -22076,14 +22076,14 @@ def cut(text: str, width: int) -> str:
 
 
 def fit(text: str, width: int, look: Look) -> str:
-    """A text that fits; a mark shows that it was cut."""
+    """A text cut to fit, with a mark if anything was cut."""
     if cells(text) <= width:
         return text
     return cut(text, width - 1) + look.dots if width > 1 else cut(text, width)
 
 
 def fit_name(name: str, width: int, look: Look) -> str:
-    """A host:port that fits: the end of the host is cut, never the port."""
+    """A host:port cut to fit at the end of the host, never in the port."""
     if cells(name) <= width:
         return name
     host, colon, port = name.rpartition(":")
@@ -22096,7 +22096,7 @@ def pad(text: str, width: int, right: bool = False) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Text in lines of at most `width` cells, broken at spaces if there are any."""
+    """A text in lines of at most `width` cells, broken at spaces where possible."""
     lines: list[str] = []
     for line in text.splitlines() or [""]:
         before = len(lines)
@@ -22112,7 +22112,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def clipped(line: Line, width: int) -> Line:
-    """A line as far as it fits, so that it never wraps."""
+    """As much of a line as fits, so that it never wraps."""
     out: Line = []
     for text, style in line:
         text = cut(text, width)
@@ -22122,7 +22122,7 @@ def clipped(line: Line, width: int) -> Line:
     return out
 
 
-# Numbers in few characters.  None, and what is not finite, is unknown.
+# Numbers in few characters.  None and numbers that are not finite are unknown.
 
 
 UNITS: tuple[tuple[float, float, str], ...] = (
@@ -22161,7 +22161,7 @@ def short_time(seconds: float | None) -> str:
 
 
 def time_pair(low: float | None, high: float | None) -> str:
-    """60/300ms: two times; the unit stands once if both have the same."""
+    """Two times, as in 60/300ms: a unit that both have stands once."""
     first, second = short_time(low), short_time(high)
     unit = second.lstrip("0123456789.-")
     if unit and first.lstrip("0123456789.-") == unit:
@@ -22186,7 +22186,7 @@ def long_time(seconds: float | None) -> str:
 def bar_of(ratio: float | None, width: int, look: Look) -> str:
     full, empty = look.bar
     share = min(1.0, max(0.0, ratio)) if ratio is not None and math.isfinite(ratio) else 0.0
-    count = math.ceil(share * width - 1e-9)  # whatever is there is seen
+    count = math.ceil(share * width - 1e-9)  # the smallest share is visible
     return full * count + empty * (width - count)
 
 
@@ -22205,11 +22205,11 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 #  101  table
 # ══════════
 #
-# The servers as a table: a server of a status document in, a line of styled text out.  What a
-# colour says, a word says too.
+# The servers as a table: a server of a status document in, a line of styled text out.  Whatever a
+# colour says, a word or a number says too.
 #
-# To add a column: a row in COLUMNS, where the order is that on the screen and `rank` says which
-# goes first when there is no room.
+# To add a column: a row in COLUMNS, which has the order on the screen; `rank` decides which column
+# is left out first when room is short.
 
 
 def load_ratio(server: Document) -> float | None:
@@ -22232,7 +22232,7 @@ STATE_STYLES = {
 
 
 def state_text(server: Document, width: int = 1000) -> str:
-    """A server's state in a word, a short one if `width` requires it."""
+    """A server's state in a word, or in a shorter one if `width` requires it."""
     state: str = server["state"]
     word = "half-open" if state == "circuit half-open" else state
     return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
@@ -22243,13 +22243,13 @@ def state_style(server: Document) -> Style:
 
 
 def load_style(server: Document) -> Style:
-    """A load's colour, with mvllm's limits."""
+    """The style of a server's load; the limits are mvllm's."""
     ratio = load_ratio(server) or 0.0
     return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
 
 
 def is_out(server: Document) -> bool:
-    """Whether a server's reason says more than its numbers."""
+    """Whether a server is out, so that its reason says more than its numbers."""
     return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
 
 
@@ -22264,7 +22264,7 @@ def model_names(server: Document) -> str:
 def figure_text(
     server: Document, key: str, form: Callable[[float | None], str] = short_number
 ) -> str:
-    """A number that the server has reported, with a `?` if the report is stale."""
+    """A number that a server has reported, with a `?` if the report is stale."""
     value = server[key]
     return form(value) + "?" * bool(server["stale"] and is_known(value))
 
@@ -22273,7 +22273,7 @@ def unknown_last(value: float | None) -> float:
     return -math.inf if value is None or not math.isfinite(value) else value
 
 
-# How the list can be sorted: keys by their names on the screen; the lowest value comes first.
+# The sort keys of the list, by their names on the screen; the lowest value comes first.
 SORTS: dict[str, Callable[[Document], Any]] = {
     "trouble": lambda server: (state_style(server) is not Style.BAD, not server["errors"]),
     "given": lambda server: 0,
@@ -22305,29 +22305,27 @@ def listed_servers(ui: Ui, status: Document) -> list[Document]:
 
 
 def selected(ui: Ui, status: Document) -> Document | None:
-    """The selected server, or else the first one of the list, unless a detail is shown."""
+    """The selected server, or None.  Outside a detail, the first of the list stands in for it."""
     if ui.mode is Mode.DETAIL:
         return next((s for s in status["servers"] if s["url"] == ui.selected), None)
     servers = listed_servers(ui, status)
     return next((s for s in servers if s["url"] == ui.selected), servers[0] if servers else None)
 
 
-# Of the table.
-
-
+# The table.
 def plain_style(server: Document) -> Style:
     return Style.PLAIN
 
 
 class Column(NamedTuple):
     head: str
-    rank: int  # the column with the highest is left out first
-    least: int  # cells
+    rank: int  # the column with the highest rank is left out first
+    least: int  # width in cells
     right: bool
     text: Callable[[Document, Look], str]
     style: Callable[[Document], Style] = plain_style
-    sort: str = ""  # the sort that goes by this column
-    most: int = 0  # cells, if there is room; 0: as many as its texts take
+    sort: str = ""  # the key in SORTS that sorts by this column
+    most: int = 0  # width in cells if there is room; 0: that of its texts
 
 
 def capacity_text(server: Document, look: Look) -> str:
@@ -22365,14 +22363,14 @@ MARK_CELLS = 2  # cells before a name, for the marks of the selection and of the
 
 
 class Place(NamedTuple):
-    """A column on the screen."""
+    """A column with its width on the screen."""
 
     column: Column
     width: int
 
 
 def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
-    """The columns for which there is room; columns that can use more cells share the rest."""
+    """The columns that fit; those that can use more cells get the rest of the room."""
     if not servers or left < 5:
         return []
     wants = {column: max(cells(column.text(server, look)) for server in servers)
@@ -22381,7 +22379,7 @@ def places(servers: Sequence[Document], left: int, look: Look) -> list[Place]:
     for column in sorted(COLUMNS, key=lambda column: column.rank):
         width = column.least if column.most else max(column.least, wants[column])
         if column is COLUMNS[0] and width >= left:
-            width = column.least  # its short words
+            width = column.least  # for the short words
         if width + 1 <= left:
             widths[column], left = width, left - width - 1
     for column in widths:
@@ -22405,8 +22403,8 @@ def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
 
 def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
                 reason_below: bool, width: int) -> Line:
-    """A server's row of the table.  If the server is out and its reason has no line of its own, the
-    reason stands in place of its numbers."""
+    """A server's row of the table.  The reason of a server that is out replaces its numbers, unless
+    the reason has a line of its own."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
     name = fit_name(server["name"], name_width, look)
@@ -22433,7 +22431,7 @@ def reason_line(server: Document, look: Look, width: int) -> Line:
 
 
 def marked(line: Line) -> Line:
-    """A row as the selected one; only its mark and name change, so that its colours stay."""
+    """A row shown as selected: its mark and name change; the other cells keep their colours."""
     (start, _), (name, _), *rest = line
     return [(">" + start[1:], Style.SELECTED), (name, Style.SELECTED), *rest]
 
@@ -22442,9 +22440,10 @@ def marked(line: Line) -> Line:
 #  102  views
 # ══════════
 #
-# What the screen shows besides the table of servers: graphs of the fleet, and views by Tab.
+# The parts of the screen besides the table of servers: graphs of the fleet, and the views that Tab
+# shows.
 
-# Graphs of the fleet, by their keys in the document: the label and the number's form.
+# Graphs of the fleet, by their keys in the document: the label, and the form of the numbers.
 GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "requests_per_s": ("requests/s", short_number), "tokens_per_s": ("tokens/s", short_number),
     "ttft_p50_s": ("TTFT p50", short_time), "ttft_p95_s": ("TTFT p95", short_time),
@@ -22453,7 +22452,7 @@ GRAPHED: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]:
-    """Values as columns, `rows` high, the newest at the right; the highest value fills them."""
+    """Values as columns in `rows` lines, the newest at the right; the highest fills its column."""
     top = max((value for value in values if is_known(value)), default=0.0) or 1.0  # type: ignore
     steps, lines = len(look.levels), list[str]()
     heights = [None if not is_known(value) else math.ceil(value / top * steps * rows - 1e-9)
@@ -22466,7 +22465,7 @@ def graph_of(values: Sequence[float | None], rows: int, look: Look) -> list[str]
 
 
 def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """Graphs of the fleet's last quarter of an hour, in at most `rows` lines."""
+    """Graphs of the fleet's last 15 minutes, in at most `rows` lines."""
     if rows < 1:
         return []
     lines: list[Line] = [[(f"{look.rule * 2} the last 15 minutes ", Style.DIM),
@@ -22484,11 +22483,11 @@ def graph_lines(fleet: Document, rows: int, look: Look, width: int) -> list[Line
     return lines
 
 
-# The other views, by Tab.
+# The views that Tab shows.
 
 
 class ViewColumn(NamedTuple):
-    """A column of a view; `width` limits it when there is not room for all."""
+    """A column of a view, of at most `width` cells, or twice as many where there is ample room."""
 
     head: str
     text: Callable[[Document], str]
@@ -22498,7 +22497,7 @@ class ViewColumn(NamedTuple):
 
 
 class View(NamedTuple):
-    """Another table than that of the servers."""
+    """A table other than that of the servers."""
 
     rows: Callable[[Document], Sequence[Document]]
     columns: Sequence[ViewColumn]  # the last ones are left out first
@@ -22511,7 +22510,7 @@ def text_at(key: str, form: Callable[[Any], str] = str) -> Callable[[Document], 
 
 
 def request_rows(status: Document) -> list[Document]:
-    """The requests under way, and below them the last that have ended."""
+    """The requests in progress, followed by the last that have ended."""
     running = [{**one, "time_s": one["age_s"], "first_s": None, "bad": False,
                 "end": "runs" if one["tokens"] else "waits for its first token"}
                for one in status["requests"]["running"]]
@@ -22525,7 +22524,7 @@ def short_server(url: str) -> str:
     return url.partition("://")[2] or url
 
 
-# To add a view: its row; Tab comes to it.
+# To add a view: a row in VIEWS; Tab then reaches it.
 VIEWS: dict[str, View] = {
     "models": View(lambda status: status["models"], (
         ViewColumn("MODEL", text_at("model"), False, width=30),
@@ -22574,7 +22573,7 @@ VIEWS: dict[str, View] = {
 
 
 def row_at(ui: Ui, status: Document) -> tuple[int, Document | None]:
-    """The index of a view's selected row, and the row; None if nothing can be selected."""
+    """The index of a view's selected row, and the row; (0, None) if nothing can be selected."""
     rows = VIEWS[ui.view].rows(status) if ui.view and VIEWS[ui.view].acts else ()
     named = (n for n, row in enumerate(rows) if row["model"] == ui.model)
     at = next(named, 0)
