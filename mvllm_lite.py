@@ -22615,7 +22615,7 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 
 
 def packed(items: Sequence[Span], width: int) -> Line:
-    """As many of the first items as fit beside each other."""
+    """The items that fit on one line, in order; one that does not fit is left out."""
     line: Line = []
     for text, style in items:
         gap = "  " if line else ""
@@ -22660,7 +22660,7 @@ def title_line(status: Document, ui: Ui, width: int) -> Line:
 
 
 def settings_lines(status: Document, rows: int, look: Look, width: int) -> list[Line]:
-    """The source of the settings, or the complaint about them as far as there is room."""
+    """The source of the settings, or the complaint about them, in at most `rows` lines."""
     if status["settings_error"] and rows > 0:
         lines = [clean(line, look) for line in status["settings_error"].splitlines()]
         complaint = wrapped("settings not used: " + "\n".join(lines), width)
@@ -22694,7 +22694,7 @@ KEYS = (
 )
 
 
-MODE_KEYS = {  # besides q
+MODE_KEYS = {  # the keys besides q
     Mode.DETAIL: (("d", "drain"), ("r", "probe"), ("j k", "down, up"), ("p", "pause"),
                   ("?", "help")),
     Mode.VIEW: (("Tab", "next view"), ("j k", "down, up"), ("p", "pause"), ("?", "help")),
@@ -22751,7 +22751,7 @@ def event_lines(status: Document, rows: int, look: Look, width: int) -> list[Lin
 
 
 class Frame(NamedTuple):
-    """How the rows of the list screen are shared out."""
+    """The division of the list screen's rows among its parts."""
 
     top: list[Line]
     table: int  # rows for servers
@@ -22802,7 +22802,7 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
-    """All that is known about a server, as triples of label, text and style."""
+    """Everything known about a server, as triples of label, text and style."""
     state = f"{server['state']} for {long_time(server['since_s'])}"
     yield "state", state, state_style(server)
     if server["reason"]:
@@ -22889,14 +22889,14 @@ def page_lines(status: Document, ui: Ui, look: Look, size: Size) -> tuple[Line, 
 
 
 def settle(ui: Ui, status: Document, look: Look, size: Size) -> Ui:
-    """The Ui made to fit the status: the selected row exists, and the screen shows it."""
+    """The Ui adjusted to the status: the selected row exists and is on the screen."""
     if ui.mode is not Mode.LIST:
         if ui.mode is Mode.DETAIL and selected(ui, status) is None:
             return settle(ui._replace(mode=Mode.LIST), status, look, size)
         page = max(1, size.rows - 2)
         most = max(0, len(page_lines(status, ui, look, size)[1]) - page)
         at, row = row_at(ui, status)
-        if row is not None:  # below a line of heads
+        if row is not None:  # it is below a line of heads
             ui = ui._replace(model=row["model"], lines_up=max(
                 at + 2 - page, min(ui.lines_up, at)))
         return ui._replace(page=page, lines_up=max(0, min(ui.lines_up, most)))
@@ -22915,7 +22915,7 @@ def screen(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
-    """As `screen`, from a clean status and a settled Ui."""
+    """`screen` for a cleaned status and a settled Ui."""
     ui = ui._replace(note=clean(ui.note, look), question=clean(ui.question, look),
                      filter=clean(ui.filter, look))
     if ui.typed is not None:
@@ -22975,7 +22975,7 @@ def press(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
 
 
 def answer_dialog(key: str, ui: Ui) -> tuple[Ui, Action | None]:
-    """A key while a question waits: only y is yes, and only a clear no ends it."""
+    """`press` while a question waits: only y is yes, and only a clear no ends the question."""
     if key in ("y", "Y"):
         note = f"{ui.question.partition('?')[0]}: yes"
         return ui._replace(asked=None, question="", note=note), ui.asked
@@ -22997,7 +22997,7 @@ def type_filter(key: str, ui: Ui, status: Document) -> Ui:
     return ui._replace(typed=typed + key) if len(key) == 1 and key.isprintable() else ui
 
 
-# Rows and pages down; the ends are further than any list.
+# Moves down, in rows and pages; those to an end are longer than any list.
 MOVES = {"up": (-1, 0), "k": (-1, 0), "down": (1, 0), "j": (1, 0), "pgup": (0, -1),
          "pgdn": (0, 1), " ": (0, 1), "home": (-10**6, 0), "g": (-10**6, 0), "end": (10**6, 0),
          "G": (10**6, 0)}
@@ -23010,7 +23010,7 @@ def moved(move: tuple[int, int], ui: Ui, status: Document) -> Ui:
         models = list(dict.fromkeys(one["model"] for one in VIEWS[ui.view].rows(status)))
         return ui._replace(model=further(models, row["model"], by))
     if ui.mode is not Mode.LIST:
-        return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle knows where the end is
+        return ui._replace(lines_up=max(0, ui.lines_up + by))  # settle finds the end
     urls = [server["url"] for server in listed_servers(ui, status)]
     return ui._replace(selected=further(urls, ui.selected, by)) if urls else ui
 
@@ -23021,8 +23021,8 @@ def further(names: Sequence[str], name: str, by: int) -> str:
 
 
 def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]:
-    """Go back to the list; from the list, q leaves the program, after a question if requests are in
-    flight here."""
+    """`press` for q and Esc: back to the list.  There, Esc ends the filter, and q the program; q
+    asks first if requests are in flight here."""
     if ui.mode is not Mode.LIST:
         return ui._replace(mode=Mode.LIST, view="", lines_up=0), None
     if key == "esc":
@@ -23035,7 +23035,7 @@ def leave_dialog(key: str, ui: Ui, status: Document) -> tuple[Ui, Action | None]
 
 
 def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action | None]:
-    """As `press`, for keys about the selected server."""
+    """`press` for keys about the selected server."""
     if server is None or ui.mode in (Mode.HELP, Mode.VIEW):
         return ui, None
     url, name = server["url"], server["name"]
@@ -23054,7 +23054,7 @@ def about_server(key: str, ui: Ui, server: Document | None) -> tuple[Ui, Action 
 
 
 def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
-    """As `press`, for keys about the selected model."""
+    """`press` for keys about the selected model."""
     name, act = row["model"], Action(verb, row["model"])
     if verb not in row["acts"]:
         can = " or ".join(row["acts"]) or "wait"
@@ -23065,7 +23065,7 @@ def about_model(verb: str, ui: Ui, row: Document) -> tuple[Ui, Action | None]:
     return ui._replace(asked=act, question=question), None
 
 
-# By curses' names, and as characters.
+# The names of keys, by curses' names and by characters.
 FUNCTION_KEYS = {
     "KEY_UP": "up", "KEY_DOWN": "down", "KEY_PPAGE": "pgup", "KEY_NPAGE": "pgdn",
     "KEY_HOME": "home", "KEY_FIND": "home", "KEY_END": "end", "KEY_SELECT": "end",
@@ -23084,20 +23084,20 @@ def key_of(char: str) -> str:
 #  105  terminal
 # ══════════
 #
-# The screen on a terminal, by curses.  It runs as an ordinary program in a process of its own,
-# since curses has its own signal handlers, and blocks with Python locked while a terminal (a dead
-# ssh, a stopped one) takes nothing.  Over a socket it reads what to show and writes what keys ask
-# for, each as a line of JSON; it leaves when the socket is closed.
+# The screen on a terminal, by curses.  It is an ordinary program in its own process, since curses
+# has its own signal handlers, and holds Python's lock while a terminal (a dead ssh, a stopped one)
+# accepts no output.  The program reads statuses and notes from a socket, and writes what keys ask
+# for to it, each as a line of JSON; it ends when the socket is closed.
 
-TICK_S = 0.1  # between looks at the size and at who is in the foreground
-ESCAPE_MS = 50  # after which an Esc is the key and not the start of another
+TICK_S = 0.1  # between checks of the terminal's size and foreground
+ESCAPE_MS = 50  # after which an Esc is the key itself, not the start of a sequence
 NOT_TERMINALS = ("", "unknown", "network", "emacs")
-LIKELY = ("xterm-256color", "xterm", "vt100")  # what a terminal that terminfo does not know is like
-TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons look nowhere
-LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # by terminfo's names; the last for the other
+LIKELY = ("xterm-256color", "xterm", "vt100")  # tried for a terminal that terminfo does not know
+TERMINFO_DIRS = ":/etc/terminfo:/lib/terminfo:/usr/share/terminfo"  # some Pythons search nowhere
+LEAVE = ("sgr0", "rmkx", "cnorm", "rmcup", "clear")  # terminfo's names; clear if there is no rmcup
 
-# A colour of the terminal's own palette, on its own background, so that light and dark do; and what
-# tells it without colours.
+# A colour of the terminal's palette (-1: its default) on its own background, which may be light or
+# dark; and an attribute, which shows without colours, too.
 LOOKS = {
     Style.DIM: (-1, "A_DIM"), Style.TITLE: (-1, "A_BOLD"), Style.HEAD: (6, "A_BOLD"),
     Style.SORTED: (-1, "A_REVERSE"), Style.GOOD: (2, "A_NORMAL"), Style.WARN: (3, "A_BOLD"),
@@ -23107,20 +23107,20 @@ LOOKS = {
 
 
 def in_foreground(descriptor: int) -> bool:
-    """Whether our process group may use a terminal: it is not in a shell's background."""
+    """Whether our process group may use a terminal: no shell has put it in the background."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # it is not our controlling terminal: nobody else's shell is there either
+    except OSError:  # not our controlling terminal, so no shell shares it with us
         return True
 
 
 @contextlib.contextmanager
 def opened_anew(terminal: int, flags: int = 0) -> Iterator[int]:
-    """A new open file description of a terminal, since the shell's is shared.  Raises OSError."""
+    """A new open file description of a terminal, as the shell shares ours.  Raises OSError."""
     flags |= os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(os.ttyname(terminal), flags)
-    except OSError:  # after su it is another user's, in a container it may have no name
+    except OSError:  # after su the terminal is another user's; in a container it may have no name
         descriptor = os.open("/dev/tty", flags)
     try:
         yield descriptor
@@ -23133,8 +23133,8 @@ def json_line(document: Any) -> bytes:
 
 
 def known_terminal(curses: Any, name: str) -> str:
-    """A name, the terminal's own or a similar one's, that terminfo knows; '' if there is none:
-    initscr would end the process."""
+    """The name of the terminal, or of a similar one, that terminfo knows, or ''.  With an unknown
+    name, initscr would end the process."""
     os.environ.setdefault("TERMINFO_DIRS", TERMINFO_DIRS)
     for candidate in (name, *LIKELY) if name not in NOT_TERMINALS else ():
         with contextlib.suppress(curses.error):
@@ -23154,13 +23154,13 @@ def run_screen(sock: socket.socket, remote: bool) -> str:
     os.environ["TERM"] = known_terminal(curses, given)
     if not os.environ["TERM"]:
         return f"TERM is {given!r}, no terminal that can show one"
-    for name in ("LINES", "COLUMNS"):  # the size changes
+    for name in ("LINES", "COLUMNS"):  # they would fix the size
         os.environ.pop(name, None)
     try:
         return CursesScreen(curses, sock, remote).run()
     except OSError as error:
         return f"the terminal has gone: {error_text(error)}"
-    except Exception as error:  # a status of another version, maybe
+    except Exception as error:  # perhaps a status of another version
         return f"it failed: {type(error).__name__}: {error}"
 
 
@@ -23168,7 +23168,7 @@ class CursesScreen:
     """The program that shows the newest status it has received."""
 
     def __init__(self, curses: Any, sock: socket.socket, remote: bool) -> None:
-        """`curses` knows the terminal already, by `setupterm`."""
+        """`curses` is the module, after `setupterm`."""
         self.curses, self.sock = curses, sock
         sock.setblocking(False)
         self.ui = Ui(remote=remote)
@@ -23189,7 +23189,7 @@ class CursesScreen:
             self.receive()
             if self.over or self.ui.note:
                 return self.ui.note
-        time.sleep(2 * LOG_PAUSE_S)  # for log lines that are on their way to this terminal
+        time.sleep(2 * LOG_PAUSE_S)  # for log lines on their way to this terminal
         self.window = self.curses.initscr()
         try:
             self.enter()
@@ -23211,13 +23211,13 @@ class CursesScreen:
         with contextlib.suppress(curses.error):
             curses.curs_set(0)
         mode = termios.tcgetattr(0)
-        mode[0] &= ~termios.IXON  # Ctrl-S would stop the screen for nothing
+        mode[0] &= ~termios.IXON  # Ctrl-S would freeze the screen
         if not self.ui.remote:
             for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z would stop all streams
                 mode[6][key] = b"\x00"
         termios.tcsetattr(0, termios.TCSANOW, mode)
         curses.def_prog_mode()
-        for number in (signal.SIGTTOU, signal.SIGTTIN):  # put behind a shell, we wait
+        for number in (signal.SIGTTOU, signal.SIGTTIN):  # in the background, we wait
             signal.signal(number, signal.SIG_IGN)
         wide = window.encoding.lower().replace("-", "") == "utf8" and hasattr(window, "get_wch")
         colours = curses.has_colors() and not os.environ.get("NO_COLOR")
@@ -23229,7 +23229,7 @@ class CursesScreen:
         curses, found, background = self.curses, dict[Style, int](), 0
         if colours:
             curses.start_color()
-            with contextlib.suppress(curses.error):  # it has no default colours
+            with contextlib.suppress(curses.error):  # the terminal has no default colours
                 curses.use_default_colors()
                 background = -1
         for n, (style, (colour, mark)) in enumerate(LOOKS.items(), 1):
@@ -23262,7 +23262,7 @@ class CursesScreen:
             self.say({})
 
     def receive(self) -> bool:
-        """Take in messages from the balancer's side.  Returns whether there were any."""
+        """Receive messages from the balancer's side.  Returns whether there were any."""
         try:
             while data := self.sock.recv(1 << 18):
                 self.received += data
@@ -23280,7 +23280,7 @@ class CursesScreen:
         return bool(lines)
 
     def say(self, message: Mapping[str, str]) -> None:
-        with contextlib.suppress(OSError):  # reading will tell
+        with contextlib.suppress(OSError):  # `receive` will notice
             self.sock.send(json_line(message))
 
     def press_keys(self) -> None:
@@ -23298,7 +23298,7 @@ class CursesScreen:
     def next_key(self) -> str:
         """The next key with a meaning; '' if none was pressed."""
         read = getattr(self.window, "get_wch", self.window.getch)
-        with contextlib.suppress(self.curses.error):  # none
+        with contextlib.suppress(self.curses.error):  # no key was pressed
             while (code := read()) != -1:
                 if isinstance(code, int) and code > 255:
                     key = FUNCTION_KEYS.get(self.curses.keyname(code).decode(), "")
@@ -23323,7 +23323,7 @@ class CursesScreen:
         for row, line in enumerate(drawn(self.status, self.ui, self.look, size)):
             column = 0
             for text, style in line:
-                with contextlib.suppress(self.curses.error):  # beyond the last cell is no place
+                with contextlib.suppress(self.curses.error):  # no place after the last cell
                     self.window.addstr(row, column, text, self.attributes.get(style, 0))
                 column += cells(text)
         self.window.refresh()
