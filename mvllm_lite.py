@@ -23333,13 +23333,13 @@ class CursesScreen:
 #  106  top
 # ══════════
 #
-# The screen for a balancer: for this process's, in place of log lines, or for one that runs
-# elsewhere (`top`).
+# The screen of a balancer: of the one in this process, in place of log lines, or of a remote one
+# (`top`).
 
 SCREEN_S = 0.5  # between two statuses
-UNANSWERED_LIMIT = 20  # statuses in a row, after which the program hangs, as its terminal may
-FAREWELL_S = 1.0  # for it to end by itself
-CANCEL = b"\x18"  # of a sequence that was begun
+UNANSWERED_LIMIT = 20  # in a row; the program then counts as hung, perhaps with its terminal
+FAREWELL_S = 1.0  # for the program to end by itself
+CANCEL = b"\x18"  # ends an unfinished escape sequence
 
 
 class ScreenProcess:
@@ -23347,11 +23347,11 @@ class ScreenProcess:
 
     def __init__(self, status: Callable[[], Document], act: Callable[[Action], object],
                  hold: Callable[[bool], object], terminal: int = 1) -> None:
-        """Start the process, in a task.  `act` gets what keys ask for; `hold` gets whether the
-        process has the terminal to itself."""
+        """Start the process, in a task.  `act` gets the actions that keys ask for; `hold` gets
+        whether the process has the terminal to itself."""
         self.status, self.act, self.hold, self.terminal = status, act, hold, terminal
-        self.why = ""  # it has ended
-        self.leave = b""  # for a terminal that it could not leave
+        self.why = ""  # the reason for the process's end
+        self.leave = b""  # restores a terminal that the process could not
         self.unanswered = 0
         self.closing = False
         self.writer: asyncio.StreamWriter | None = None
@@ -23393,7 +23393,7 @@ class ScreenProcess:
                 self.hear(json.loads(line))
         telling.cancel()
         self.writer.transport.abort()
-        if self.leave:  # it has begun
+        if self.leave:  # the program has begun
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_S):
                     return await child.wait()
@@ -23403,7 +23403,7 @@ class ScreenProcess:
 
     async def tell(self, child: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
         """Send statuses, and kill the process when it has left too many unanswered.  They are
-        counted, not timed: if we were stopped meanwhile, it is not at fault."""
+        counted, not timed: the process is not at fault if we were stopped meanwhile."""
         while self.unanswered < UNANSWERED_LIMIT:
             self.unanswered += 1
             if self.leave and not writer.transport.get_write_buffer_size():
@@ -23432,13 +23432,12 @@ def restore(terminal: int, saved: list[Any], leave: bytes) -> None:
             os.write(terminal, leave)
 
 
-TOP_TIMEOUT_S = 10.0  # for a balancer elsewhere, which may have to probe a server
-MODEL_TIMEOUT_S = 600.0  # and may have to start a model, or wait for its last answers
+TOP_TIMEOUT_S = 10.0  # for a remote balancer, which may have to probe a server
+MODEL_TIMEOUT_S = 600.0  # for one that may have to start a model, or wait for its last answers
 
 
 async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
-    """Feed a screen from a balancer elsewhere, and pass on what its keys ask for, until it is
-    closed."""
+    """Feed a screen from a remote balancer and pass on what keys ask for, until the screen ends."""
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def tell() -> None:
@@ -23470,7 +23469,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
 async def answer_of(
     client: HttpClient, path: str, content: bytes | None = None, limit_s: float = TOP_TIMEOUT_S
 ) -> tuple[dict[str, Any], str]:
-    """The JSON object that a balancer elsewhere answers, and what is wrong with it, or ''."""
+    """The JSON object in a remote balancer's answer, and what is wrong with it, or ''."""
     try:
         status, answer = await client.fetch(path, limit_s, content)
         found = read_members(answer, None)
@@ -23511,8 +23510,7 @@ async def screen_shown(balancer: Balancer) -> AsyncIterator[None]:
 
 
 async def act_by_key(core: Core, action: Action) -> None:
-    """Do what was confirmed on the screen; the log, whose last lines the screen shows, has the
-    outcome."""
+    """Do what a key asked for.  The outcome goes to the log, whose last lines the screen shows."""
     try:
         if action.verb in MODEL_OPERATIONS:
             pool = pool_of(core)
@@ -23534,14 +23532,14 @@ def add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-file", default="", metavar="FILE",
                         help="https: certificates to trust")
     parser.add_argument("--insecure", action="store_true", help="https: trust any certificate")
-    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # of who has started it
+    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # from a balancer here
 
 
 @command("top", "the screen, of a balancer that runs elsewhere", add_top,
          example="top http://10.0.0.9:8888")
 def run_top(args: argparse.Namespace) -> int:
-    """Show the screen, for the balancer that started this process or for one elsewhere.  Returns
-    the exit code."""
+    """Show the screen of the balancer that started this process, or of a remote one.  Returns the
+    exit code."""
     if args.socket is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the balancer, which stops us
         with socket.socket(fileno=args.socket) as sock, contextlib.suppress(OSError):
@@ -23566,9 +23564,9 @@ def run_top(args: argparse.Namespace) -> int:
 #  107  page
 # ══════════
 #
-# GET /status: the document at /status.json, for a browser.  The page itself holds no fact about
-# the fleet.  Everything from outside is written as text, never as markup; a server's row is found
-# by its URL and changed in place, so that what is open, marked or in focus stays so.
+# GET /status: the document at /status.json, for a browser.  The page itself says nothing about the
+# fleet.  It writes everything from outside as text, never as markup; it finds a server's row by its
+# URL and changes it in place, so that whatever is open, marked or in focus stays so.
 
 
 @functools.cache
@@ -24146,7 +24144,7 @@ start();
 
 @endpoint("/status", kind=Kind.PAGE)
 async def get_status_page(core: Core, asked: Asked) -> Reply:
-    """The status page, without a key: a browser sends none, and the page itself holds no fact about
+    """The status page, without a key: a browser sends none, and the page itself says nothing about
     the fleet."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
@@ -24157,14 +24155,14 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 #  108  reference
 # ══════════
 #
-# What `help TOPIC` prints of settings, policies, paths, errors and metrics, and `example`: from the
-# declarations that serve, so that none of it can be out of date.
+# The text of `example`, and of `help TOPIC` for settings, policies, paths, errors and metrics.  It
+# comes from the declarations that the program uses, so that it cannot be out of date.
 #
 # To add a topic: a function with @topic in any room.
 
 
 def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
-    """The rows in columns; the last one is wrapped, so that no line is longer than `width`."""
+    """Rows as lines of columns; the last column is wrapped to keep to `width`."""
     rows = list(rows)
     widths = [max(map(len, column)) + 2 for column in list(zip(*rows))[:-1]]
     indent = min(sum(widths), width * 2 // 3)
@@ -24180,7 +24178,7 @@ def table_lines(rows: Iterable[Sequence[str]], width: int = 100) -> list[str]:
 
 
 def toml_word(value: Any) -> str:
-    """A default as TOML has it."""
+    """A default as TOML writes it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml_word, value))}]"
     if isinstance(value, (bool, str)):
@@ -24195,7 +24193,7 @@ def default_word(field: dataclasses.Field[Any]) -> str:
 
 
 def setting_meaning(field: dataclasses.Field[Any]) -> str:
-    """Its meaning; the environment variable that may give it, and when a change takes effect."""
+    """A setting's meaning, its environment variable, and whether a change takes a restart."""
     said = field.metadata
     return "; ".join(filter(None, (
         said["meaning"], f"environment {said['env']}" * bool(said["env"]),
@@ -24246,8 +24244,8 @@ SECRET_CHECKS = secret, optional_secret
 def effective_rows(
     s: Settings, hidden: Collection[Clean]
 ) -> Iterator[tuple[str, str, int | str]]:
-    """Each key of [config] with its value in force, and what `origins` says of it; those with
-    `hidden` checks only show that they are set."""
+    """Each key of [config], its value in force, and its origin.  A value with a check in `hidden`
+    only shows that it is set."""
     for key, field in CONFIG_FIELDS.items():
         value = getattr(s, key)
         shown_value = '"…"' if value and field.metadata["check"] in hidden else toml_word(value)
@@ -24256,7 +24254,7 @@ def effective_rows(
 
 @endpoint("/admin/settings", kind=Kind.ADMIN)
 async def get_settings(core: Core, asked: Asked) -> Reply:
-    """The settings in force and where each comes from; neither secrets nor names of files."""
+    """The settings in force and their sources, without secrets and names of files."""
     hidden = (*SECRET_CHECKS, file_path, file_name)
     return as_json({"settings": [
         {"key": key, "value": value, "source": f"line {origin} of the file" if isinstance(
@@ -24393,7 +24391,7 @@ def metrics_topic() -> str:
     return "\n".join([*table_lines(rows), "", "Until 1.0 these names are there, too:", *old])
 
 
-# Headings of the example, by the key that they stand before.
+# Headings of the example, by the key below each.
 EXAMPLE_HEADINGS = {
     "host": "Where it listens",
     "api_key": "Keys, certificates, and who may do what",
@@ -24476,8 +24474,8 @@ def example_topic() -> str:
 #  109  deployment
 # ══════════
 #
-# What other programs are told so that they run it and look at it: `help systemd`, `container`,
-# `kubernetes`, `prometheus`, `grafana`.
+# Files for the programs that run and watch the balancer: `help systemd`, `container`, `kubernetes`,
+# `prometheus`, `grafana`.
 
 COMPILE = "import py_compile; py_compile.compile('{0}.py', '{0}.pyc', doraise=True)"
 
@@ -24729,7 +24727,7 @@ scrape_configs:
 groups:
   - name: mvllm_lite
     rules:"""
-ALERTS = (  # name, expression, for how long, severity, what it says
+ALERTS = (  # name, expression, duration, severity, summary
     ("Down", 'up{job="mvllm_lite"} == 0', "1m", "critical",
      "The balancer {{ $labels.instance }} does not answer"),
     ("NoServer", "sum by (instance) (mvllm_server_healthy) == 0", "1m", "critical",
