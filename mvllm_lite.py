@@ -18554,7 +18554,7 @@ class PrefillDecode:
     def __init__(self, core: Core) -> None:
         self.core = core
         self.memory: dict[str, Mapping[str, Any] | None] = {}
-        self._asking: dict[str, asyncio.Lock] = {}  # by server: one question at a time
+        self._asking: dict[str, asyncio.Task[Outcome]] = {}  # bootstrap servers, by their server
         self.legs = Counter(
             "mvllm_disaggregation_legs_total", "Legs of requests that were parted between servers.",
             "role", "server", "result")
@@ -18639,9 +18639,6 @@ class PrefillDecode:
         servers = {view.id for view in self.core.fleet.views()}
         for id in self.memory.keys() - servers:
             del self.memory[id]
-        for id in self._asking.keys() - servers:
-            if not self._asking[id].locked():
-                del self._asking[id]
 
     def rankings(self, x: Exchange, otherwise: list[Ranking]) -> list[Ranking]:
         """Both choices, for a caller that sends nothing."""
@@ -18657,12 +18654,15 @@ class PrefillDecode:
 
     async def learn(self, server: ServerView, terms: DisaggregationSettings) -> Outcome:
         """A prefill server's identity as the outcome's `more`, from its bootstrap server.  Requests
-        that ask at the same time share one good answer."""
+        that need it at the same time share one answer, or wait in vain only once."""
         self.forget_gone()
-        async with self._asking.setdefault(server.id, asyncio.Lock()):
-            if (known := self.memory.get(server.id)) is not None:
-                return Outcome(more=known)
-            return await ask_bootstrap(server.settings, terms.bootstrap_port)
+        if (known := self.memory.get(server.id)) is not None:
+            return Outcome(more=known)
+        if (asking := self._asking.get(server.id)) is None:
+            asking = self._asking[server.id] = asyncio.create_task(
+                ask_bootstrap(server.settings, terms.bootstrap_port))
+            asking.add_done_callback(lambda _: self._asking.pop(server.id))
+        return await asyncio.shield(asking)  # one that leaves does not end it for the others
 
 
 async def ask_bootstrap(server: ServerSettings, port: int) -> Outcome:

@@ -18216,6 +18216,31 @@ async def test_mooncakes_legs_go_at_once_with_the_engine_that_its_bootstrap_serv
             assert boot.probes["/query"] == 2
 
 
+@asynchronous
+async def test_requests_that_ask_a_silent_bootstrap_server_wait_for_it_only_once():
+    go, blocks = asyncio.Event(), Blocks("mooncake")
+
+    async def query():
+        await go.wait()
+        return 503
+
+    p, d, boot = Server(blocks.prefill), Server(blocks.decode), Server(**{"/query": query})
+    async with boot, parted([p], [d], "mooncake", {p: {"bootstrap_port": boot.port}},
+                            max_retries=0) as running:
+        exchanges, clients = running.core.clients.exchanges, []
+        for _ in range(4):
+            clients.append(await running.client())
+        asking = [asyncio.create_task(one.post(body=chat(stream=False))) for one in clients]
+        await eventually(lambda: boot.probes["/query"] and len(exchanges) == 4, "all have come")
+        asking[0].cancel()  # whose question it was
+        clients[0].close()
+        await eventually(lambda: len(exchanges) == 3, "one has left")
+        go.set()
+        answers = await asyncio.gather(*asking[1:])
+        assert [(got.status, answer_text(got)) for got in answers] == [(200, "plain")] * 3
+        assert boot.probes["/query"] == 1 and not p.asked
+
+
 @pytest.mark.parametrize("versions, chosen", table(
     ("the decoder's own comes first", ("0.31", "0.32", "0.32"), 1),
     ("where there is none, any does", ("0.31", "0.31", "0.32"), 0),
