@@ -11385,7 +11385,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
         self.expire()
 
     def expire(self) -> None:
-        for name in glob.glob(f"{glob.escape(self.baseFilename)}.[12]*"):
+        dated = ".????-??-??T??-??-??.*"  # of ours; logrotate's own names stay
+        for name in glob.glob(glob.escape(self.baseFilename) + dated):
             with contextlib.suppress(OSError):  # another process does the same
                 if os.path.getmtime(name) < time.time() - self.days * 86400:
                     os.remove(name)
