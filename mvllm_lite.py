@@ -11141,7 +11141,8 @@ class Response:
         """Write a response of our own."""
         if self._body is not None and self._body.unread:
             self.persists = False
-        self.status, self.sent_bytes = reply.status, len(reply.content)
+        self.status = reply.status
+        self.sent_bytes = len(reply.content) if self.request.method != "HEAD" else 0
         fields = [date_field()]
         if reply.content:
             fields.append(("Content-Type", reply.content_type))

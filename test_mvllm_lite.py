@@ -9010,12 +9010,16 @@ async def test_204_and_head_have_no_content():
         else:
             await conn.send(b"HTTP/1.1 204 No Content\r\n\r\n")
 
-    async with balancing(Server(answer)) as running:
+    async with balancing(server := Server(answer)) as running:
         client = await running.client()
         assert (await client.post()).status == 204
         got = await client.get("/v1/chat/completions", method="HEAD")
         assert (got.status, got.get("content-length")) == (405, "31")
         assert (await client.post()).status == 204
+        await server.kill()  # and none of our own is counted
+        got = await client.get("/v1/chat/completions", method="HEAD")
+        assert got.status == 503 and int(got.get("content-length")) > 0
+        assert running.requests()[-1]["response_bytes"] == 0
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY"])
