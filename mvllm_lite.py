@@ -23631,7 +23631,7 @@ summary b:not(:empty) { margin-right: .6rem }
 button, input, select { font: inherit; color: inherit; background: var(--bg); padding: .3rem .7rem;
   border: 1px solid var(--muted); border-radius: .35rem; max-width: 100% }
 button { cursor: pointer } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-#graphs { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem;
+#graphs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem;
   margin: .7rem 0 } #graphs figure { border: 1px solid var(--line); border-radius: .4rem;
   padding: .3rem .6rem; display: flex; flex-direction: column; justify-content: space-between }
 #graphs svg { width: 100%; height: 2.6rem } #views { margin-bottom: .5rem }
@@ -23660,7 +23660,9 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
   .plain tbody { display: table-row-group; border: 0 } .many tbody:not(.open) .main > .n,
   .many tbody:not(.open) .main > :last-child { display: none }
   .many tbody { padding: .2rem; margin: 0 }
-  .many .main { grid-template-columns: 1fr auto auto } .many .main > * { grid-column: auto }
+  .many .main { grid-template-columns: 1fr auto auto; gap: 0 .4rem }
+  .many .main > * { grid-column: auto; min-width: 0 }
+  .many td small { display: block; margin: 0 }
   [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
     font-size: .78rem } summary, button, input { padding-top: .45rem; padding-bottom: .45rem } }
 @media screen and (max-width: 30rem) { body { padding: .7rem }
@@ -23855,11 +23857,11 @@ function modelButtons(item) {
 function showGraphs(fleet) {
   for (const [, name, form] of GRAPHS) {
     const values = list(fleet[name]), heights = values.map(v => known(v) ? v : 0);
-    const top = Math.max(...heights, 0) || 1, at = 90 - values.length;
+    const most = Math.max(...heights, 0), top = most || 1, at = 90 - values.length;
     $("graph-" + name).setAttribute("points",
       heights.map((v, i) => `${at + i},${(20 - 20 * v / top).toFixed(1)}`).join(" "));
     put($("now-" + name), form(values[values.length - 1]));
-    put($("top-" + name), ` of ${form(values.length ? top : null)}`);
+    put($("top-" + name), most ? `, max ${form(most)}` : "");
   }
 }
 
@@ -24117,7 +24119,8 @@ for (const [label, name] of GRAPHS) {
   const drawn = one("template").content.querySelector("svg").cloneNode(true);
   words.append(node("b", "–", { id: "now-" + name }), node("span", "", { id: "top-" + name }));
   drawn.setAttribute("viewBox", "0 0 90 20");
-  drawn.setAttribute("aria-label", label + ", the last 15 minutes");
+  figure.title = label + ", the last 15 minutes";
+  drawn.setAttribute("aria-label", figure.title);
   drawn.querySelector("path").setAttribute("d", "M0 20H90");
   drawn.querySelector("polyline").id = "graph-" + name;
   figure.append(words, drawn);
