@@ -344,74 +344,128 @@ class Retry(Enum):
 
 
 class Fault(Enum):
-    """A way to fail: (status of the answer, blame, retry, error type in vLLM's spelling).
+    """A way to fail: (status of the answer, blame, retry, error type in vLLM's spelling, meaning).
 
     To add a fault: add a row; its lower-case name is its label in metrics, logs and the
     `X-MVLLM-Error` field."""
 
     # The client's request is refused by us; for limits, LIMITS names the setting.
-    BAD_REQUEST = 400, Blame.CLIENT, Retry.NEVER, "BadRequestError"
-    UNAUTHORIZED = 401, Blame.CLIENT, Retry.NEVER, "AuthenticationError"
-    FORBIDDEN = 403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError"
-    NOT_SERVED = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
-    UNKNOWN_MODEL = 404, Blame.CLIENT, Retry.NEVER, "NotFoundError"
-    UNKNOWN_RESPONSE = 404, Blame.CLIENT, Retry.NEVER, "invalid_request_error"  # vLLM's type
-    INSTANCE_CONFLICT = 409, Blame.CLIENT, Retry.NEVER, "ConflictError"
-    BAD_METHOD = 405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError"
-    CLIENT_SLOW = 408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError"
-    CONTENT_TOO_LARGE = 413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError"
-    TARGET_TOO_LONG = 414, Blame.CLIENT, Retry.NEVER, "BadRequestError"
-    NOT_JSON = 415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError"
-    UNSUPPORTED_CODING = 415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError"
-    BAD_EXPECTATION = 417, Blame.CLIENT, Retry.NEVER, "BadRequestError"
-    RATE_LIMITED = 429, Blame.CLIENT, Retry.NEVER, "RateLimitError"
-    HEAD_TOO_LARGE = 431, Blame.CLIENT, Retry.NEVER, "BadRequestError"
-    CLIENT_GONE = 499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest"  # nginx's; only logged
-    NOT_IMPLEMENTED = 501, Blame.CLIENT, Retry.NEVER, "NotImplementedError"
-    BAD_VERSION = 505, Blame.CLIENT, Retry.NEVER, "BadRequestError"
+    BAD_REQUEST = (400, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+        "the request breaks a rule of HTTP or JSON, or two readers could take it differently")
+    UNAUTHORIZED = (401, Blame.CLIENT, Retry.NEVER, "AuthenticationError",
+        "the request has no key, or none that [[keys]] knows")
+    FORBIDDEN = (403, Blame.CLIENT, Retry.NEVER, "PermissionDeniedError",
+        "the key, the peer or the origin of a page may not do this")
+    NOT_SERVED = (404, Blame.CLIENT, Retry.NEVER, "NotFoundError",
+        "nothing is served at this path")
+    UNKNOWN_MODEL = (404, Blame.CLIENT, Retry.NEVER, "NotFoundError",
+        "no server lists this model, and no alias or pool has it")
+    UNKNOWN_RESPONSE = (404, Blame.CLIENT, Retry.NEVER, "invalid_request_error",
+        "no server is known to store a response with this id")
+    INSTANCE_CONFLICT = (409, Blame.CLIENT, Retry.NEVER, "ConflictError",
+        "a pool's instance cannot do this in its present state")
+    BAD_METHOD = (405, Blame.CLIENT, Retry.NEVER, "MethodNotAllowedError",
+        "the path takes other methods, which Allow names")
+    CLIENT_SLOW = (408, Blame.CLIENT, Retry.NEVER, "RequestTimeoutError",
+        "the client sent nothing for head_timeout or body_timeout")
+    CONTENT_TOO_LARGE = (413, Blame.CLIENT, Retry.NEVER, "ContentTooLargeError",
+        "the content is too long")
+    TARGET_TOO_LONG = (414, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+        "the path is too long")
+    NOT_JSON = (415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError",
+        "the content type of a change by hand is not application/json")
+    UNSUPPORTED_CODING = (415, Blame.CLIENT, Retry.NEVER, "UnsupportedMediaTypeError",
+        "the content is compressed in a way that cannot be read")
+    BAD_EXPECTATION = (417, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+        "Expect asks for more than 100-continue")
+    RATE_LIMITED = (429, Blame.CLIENT, Retry.NEVER, "RateLimitError",
+        "the key has met one of its limits")
+    HEAD_TOO_LARGE = (431, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+        "the fields of the request are too long")
+    CLIENT_GONE = (499, Blame.CLIENT, Retry.NEVER, "ClientClosedRequest",
+        "the client left before the end; only logged, as nginx's 499")
+    NOT_IMPLEMENTED = (501, Blame.CLIENT, Retry.NEVER, "NotImplementedError",
+        "the method or the transfer coding is not supported")
+    BAD_VERSION = (505, Blame.CLIENT, Retry.NEVER, "BadRequestError",
+        "the request is not HTTP/1.0 or HTTP/1.1")
     # No server to ask.
-    NO_SERVER = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    NO_RESOURCES = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"  # ours have run out
-    TOO_MANY_REQUESTS = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    TOO_MUCH_CONTENT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    QUEUE_FULL = 429, Blame.NOBODY, Retry.NEVER, "RateLimitError"
-    QUEUE_TIMEOUT = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    STOPPING = 503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError"
-    MODEL_NOT_READY = 503, Blame.NOBODY, Retry.NEVER, "model_loading"  # serverless_vllm's type
+    NO_SERVER = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "no server can be asked; the message has each one's reason")
+    NO_RESOURCES = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "the balancer has run out of file descriptors, or of places for registrations")
+    TOO_MANY_REQUESTS = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "too many requests are in progress")
+    TOO_MUCH_CONTENT = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "too much content is held in memory")
+    QUEUE_FULL = (429, Blame.NOBODY, Retry.NEVER, "RateLimitError",
+        "all servers are full, and so is the queue")
+    QUEUE_TIMEOUT = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "no place became free in time")
+    STOPPING = (503, Blame.NOBODY, Retry.NEVER, "ServiceUnavailableError",
+        "the balancer is stopping")
+    MODEL_NOT_READY = (503, Blame.NOBODY, Retry.NEVER, "model_loading",
+        "the pool is still starting or waking this model, or cannot")
     # A server was asked and did not answer.
-    CONNECT_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
-    CONNECT_TIMEOUT = 504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError"
-    SERVER_GONE = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
-    BAD_ANSWER = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"
-    SERVER_SILENT = 504, Blame.SERVER, Retry.IF_ALLOWED, "GatewayTimeoutError"
-    SERVER_SLOW = 504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError"  # busy with others
+    CONNECT_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the server refused the connection, or cannot be reached")
+    CONNECT_TIMEOUT = (504, Blame.SERVER, Retry.AT_ONCE, "GatewayTimeoutError",
+        "the server did not accept the connection within connect_timeout")
+    SERVER_GONE = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the server closed the connection before its answer was whole")
+    BAD_ANSWER = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the answer breaks a rule of HTTP, or is not what it should be")
+    SERVER_SILENT = (504, Blame.SERVER, Retry.IF_ALLOWED, "GatewayTimeoutError",
+        "the server sent nothing for request_timeout")
+    SERVER_SLOW = (504, Blame.NOBODY, Retry.IF_ALLOWED, "GatewayTimeoutError",
+        "the same, but tokens flow there: it is busy with other requests")
     # A server answered with a failure, which is passed on unchanged if no other server does better.
-    SERVER_ERROR = 502, Blame.SERVER, Retry.LATER, "BadGatewayError"
-    TRANSFER_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # from another server
-    SERVER_BUSY = 429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError"
-    DECLINED = 502, Blame.NOBODY, Retry.LATER, "BadGatewayError"  # 408 or 429, in retry_statuses
-    NOT_THERE = 404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError"  # others may have it
-    KEY_REJECTED = 502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError"  # presumably our key
-    CONTEXT_LENGTH_EXCEEDED = 400, Blame.CLIENT, Retry.LARGER, "BadRequestError"  # this server's
+    SERVER_ERROR = (502, Blame.SERVER, Retry.LATER, "BadGatewayError",
+        "the server answered with a status of retry_statuses, 500 or more")
+    TRANSFER_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+        "a decode server could not fetch the blocks that a prefill server had made")
+    SERVER_BUSY = (429, Blame.NOBODY, Retry.ELSEWHERE, "RateLimitError",
+        "the server said that it has too much to do")
+    DECLINED = (502, Blame.NOBODY, Retry.LATER, "BadGatewayError",
+        "the server answered with another status of retry_statuses, like 408 or 429")
+    NOT_THERE = (404, Blame.NOBODY, Retry.ELSEWHERE, "NotFoundError",
+        "the server has no such model or path; others may")
+    KEY_REJECTED = (502, Blame.NOBODY, Retry.ELSEWHERE, "BadGatewayError",
+        "the server rejected a key, presumably the one that is set for it")
+    CONTEXT_LENGTH_EXCEEDED = (400, Blame.CLIENT, Retry.LARGER, "BadRequestError",
+        "the prompt is too long for this server; it says so itself")
     # 500, or an error event instead of a stream: the request or the server is at fault; the next
     # server's answer tells which.
-    SERVER_FAILED = 502, Blame.SERVER, Retry.ELSEWHERE, "BadGatewayError"
-    STREAM_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # by an error event
-    ABORTED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # cut short, yet well-formed
-    ENGINE_FAILED = 502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError"  # 500: vLLM without engine
-    SERVER_DIED_TWICE = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"  # from the same content
-    SERVER_FROZEN = 504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError"  # its checks count it
-    MOVED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"  # its server is being drained
+    SERVER_FAILED = (502, Blame.SERVER, Retry.ELSEWHERE, "BadGatewayError",
+        "the server answered 500; another one's answer tells whether it or the request is to blame")
+    STREAM_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the stream ended with an error event, or began with one")
+    ABORTED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the answer was cut short, yet its framing is complete")
+    ENGINE_FAILED = (502, Blame.SERVER, Retry.AT_ONCE, "BadGatewayError",
+        "the server answered 500 because its engine is dead")
+    SERVER_DIED_TWICE = (502, Blame.NOBODY, Retry.NEVER, "BadGatewayError",
+        "two servers have died with this content")
+    SERVER_FROZEN = (504, Blame.NOBODY, Retry.AT_ONCE, "GatewayTimeoutError",
+        "the server's engine stands still, although its checks pass")
+    MOVED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+        "the server is being drained, and its streams move to others")
     # A broken stream was given to another server, which continued it differently, or not at all.
-    RESUME_DIFFERS = 502, Blame.NOBODY, Retry.NEVER, "BadGatewayError"
-    RESUME_FAILED = 502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError"
+    RESUME_DIFFERS = (502, Blame.NOBODY, Retry.NEVER, "BadGatewayError",
+        "the server that was to continue a broken stream says something else")
+    RESUME_FAILED = (502, Blame.NOBODY, Retry.AT_ONCE, "BadGatewayError",
+        "the server that was to continue a broken stream could not")
     # The request came back to where it had been: seen by us, or by a server that is a balancer too.
-    LOOP_DETECTED = 508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError"
+    LOOP_DETECTED = (508, Blame.NOBODY, Retry.ELSEWHERE, "LoopDetectedError",
+        "the request has been here before: balancers ask each other in a circle")
     # Our own mistake.
-    INTERNAL = 500, Blame.NOBODY, Retry.NEVER, "InternalServerError"
+    INTERNAL = (500, Blame.NOBODY, Retry.NEVER, "InternalServerError",
+        "a mistake in this program; the log has its traceback")
 
-    def __init__(self, status: int, blame: Blame, retry: Retry, type_name: str) -> None:
+    def __init__(
+        self, status: int, blame: Blame, retry: Retry, type_name: str, meaning: str
+    ) -> None:
         self.status, self.blame, self.retry, self.type_name = status, blame, retry, type_name
+        self.meaning = meaning
         self.label = self._name_.lower()
 
     def __new__(cls, *row: Any) -> Fault:
@@ -8514,20 +8568,22 @@ class Kind(Enum):
     """A kind of path: which of two listeners has it; the guards that may refuse it, in this order;
     and whether an Exchange answers it."""
 
-    INFERENCE = "passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
-    MODELS = "the list of models", Audience.CLIENTS, (lacks_key,)
-    PROBE = "liveness and readiness", Audience.EVERYBODY, (foreign_page,)
-    PAGE = "the status page, which holds no fact", Audience.OPERATORS, (foreign_page, may_not_open)
-    STATUS = "facts", Audience.OPERATORS, (foreign_page, may_not_see)
-    EXPLAIN = ("what would be done with a request", Audience.OPERATORS,
+    INFERENCE = "Passed on", Audience.CLIENTS, (foreign_websocket, lacks_key, escapes_key), True
+    MODELS = "Models, with any key where there are [[keys]]", Audience.CLIENTS, (lacks_key,)
+    PROBE = "Liveness and readiness, for everybody", Audience.EVERYBODY, (foreign_page,)
+    PAGE = "The status page, for everybody", Audience.OPERATORS, (foreign_page, may_not_open)
+    STATUS = "Facts, by status_access", Audience.OPERATORS, (foreign_page, may_not_see)
+    EXPLAIN = ("What would be done with a request", Audience.OPERATORS,
                (foreign_page, lacks_key, may_not_see, escapes_key), True)
-    ADMIN = "changes by hand", Audience.OPERATORS, (foreign_page, may_not_change, not_json)
-    REGISTRATION = ("servers that say that they are there", Audience.EVERYBODY,
+    ADMIN = ("Operating, with an admin's key; without [[keys]], from this machine",
+             Audience.OPERATORS, (foreign_page, may_not_change, not_json))
+    REGISTRATION = ("Registration, from registration_networks, with registration_key",
+                    Audience.EVERYBODY,
                     (foreign_page, may_not_register, not_json))
-    CONTROL = ("one of admin_paths, passed on to one server", Audience.OPERATORS,
+    CONTROL = ("One of admin_paths, passed on to one server", Audience.OPERATORS,
                (foreign_page, not_admin, escapes_key, not_json), True)
-    AMBIGUOUS = "taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
-    NOTHING = "not served", Audience.EVERYBODY, (unknown_path,)
+    AMBIGUOUS = "Taken differently by two readers", Audience.EVERYBODY, (ambiguous_path,)
+    NOTHING = "Not served", Audience.EVERYBODY, (unknown_path,)
 
     def __init__(
         self, meaning: str, audience: Audience, guards: tuple[Guard, ...], is_exchange: bool = False
@@ -13819,8 +13875,7 @@ async def get_readiness(core: Core, asked: Asked) -> Reply:
 
 @endpoint("/explain")
 async def get_explanation(core: Core, asked: Asked) -> Reply:
-    """How a server was chosen for a recent request, by its X-Request-Id.  (POST explains a request
-    without sending it: see `Exchange.run`.)"""
+    """how a server was chosen for a recent request, by ?id=, its X-Request-Id"""
     id, rankings = asked.query.get("id", ""), core.recent.rankings
     if id in rankings:
         return as_json({"id": id, **explain_report(rankings[id])})
@@ -13834,7 +13889,7 @@ def status_for(core: Core, asked: Asked) -> bytes:
     return json.dumps(core.status(may)).encode()
 
 
-@endpoint("/status.json", meaning="what screen and page show")
+@endpoint("/status.json", meaning="what screen and page show, as JSON")
 async def get_status(core: Core, asked: Asked) -> Reply:
     return Reply(200, status_for(core, asked))
 
@@ -13851,7 +13906,7 @@ STATUS_S = 1.0  # between two events of /status/events
 
 @endpoint("/status/events")
 async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
-    """The document of /status.json, once a second."""
+    """the document of /status.json, once a second, as events"""
 
     def event() -> bytes:
         return b"data: " + status_for(core, asked) + b"\n\n"
@@ -13866,8 +13921,8 @@ async def get_status_events(core: Core, asked: Asked) -> Reply | AsyncIterator[b
 
 @endpoint("/server-models")
 async def get_server_models(core: Core, asked: Asked) -> Reply:
-    """With ?refresh=1 all servers are asked first, at the same time, and once for everybody who
-    asks meanwhile."""
+    """the models of each server; with ?refresh=1 they are all asked first"""
+    # Once for everybody who asks meanwhile.
     if asked.query.get("refresh") in ("1", "true"):
         if core.looks.refreshing is None or core.looks.refreshing.done():
             core.looks.refreshing = asyncio.ensure_future(refresh_models(core))
@@ -14002,7 +14057,7 @@ ADMIN_MEANINGS = {
     ("/admin/servers", "DELETE"): "remove the server with ?url= after its last answer",
     ("/admin/servers/drain", "POST"):
         "no more requests for the server with ?url=; &wait= seconds for those that it has",
-    ("/admin/servers/undrain", "POST"): "undo that",
+    ("/admin/servers/undrain", "POST"): "take a drain back",
     ("/admin/servers/weight", "POST"): "give the server with ?url= that &weight=",
     ("/admin/servers/probe", "POST"): "check the server with ?url= now",
 }
@@ -21464,7 +21519,7 @@ async def keep_models(core: Core, wanted: bool) -> None:
 
 
 async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /admin/models: all models, in a superset of serverless_vllm's form."""
+    """the pool's models and instances, in a superset of serverless_vllm's form"""
     planner, rows = planner_of(core), dict[tuple[str, str], dict[str, Any]]()
     pool = planner.pool
     for row in planner.report(asyncio.get_running_loop().time()):
@@ -21505,7 +21560,7 @@ def alias_named(pool: ModelPool, name: str) -> str:
 
 
 async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """POST /admin/models/register.  Raises SettingsError, LookupError."""
+    """add a model to the pool by hand.  Raises SettingsError, LookupError."""
     pool, document = pool_of(core), read_members(asked.content, None)
     document, wished = unwrapped(document)
     model = model_by_request(document, pool.profiles())
@@ -21523,8 +21578,8 @@ async def register_model(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """DELETE /admin/models/{alias}: forget a registered model, which drains and stops.  Raises
-    LookupError, SettingsError."""
+    """forget a model that was added by hand: it drains and stops.  Raises LookupError,
+    SettingsError."""
     pool = pool_of(core)
     alias = alias_named(pool, asked.head.path.removeprefix("/admin/models/"))
     if alias not in pool.registered:
@@ -21535,7 +21590,7 @@ async def forget_model(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def operate_model(core: Core, asked: Asked) -> dict[str, Any]:
-    """POST /admin/models/{alias}/wake, or sleep, or stop.  Raises LookupError, PeerGone."""
+    """with /wake, /sleep or /stop: do that to the model.  Raises LookupError, PeerGone."""
     path, _, verb = asked.head.path.removeprefix("/admin/models/").rpartition("/")
     if verb not in MODEL_OPERATIONS:
         raise LookupError(f"No {shown(verb)} here, but {', '.join(MODEL_OPERATIONS)}.")
@@ -21577,7 +21632,7 @@ MODEL_OPERATIONS: dict[str, Callable[[ModelPool, str], Awaitable[dict[str, Any]]
 
 
 async def unload_models(core: Core, asked: Asked) -> dict[str, Any]:
-    """POST /unload: stop one ?model= or all, as in llama-swap.  Raises LookupError, PeerGone."""
+    """stop the model with ?model=, or all, as in llama-swap.  Raises LookupError, PeerGone."""
     pool = pool_of(core)
     name = asked.query.get("model", "")
     aliases = [alias_named(pool, name)] if name else list(pool.models)
@@ -21586,6 +21641,7 @@ async def unload_models(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
+    """the pool's machines, with their GPUs and instances"""
     pool, now = pool_of(core), asyncio.get_running_loop().time()
     return {"workers": [
         {"worker_id": host.name, "worker_url": getattr(host, "url", ""),
@@ -21596,7 +21652,7 @@ async def workers_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /admin/status: models and workers."""
+    """the pool's models and machines"""
     return {"health": {"status": "ok", "service": "mvllm_lite", "workers": len(pool_of(core).hosts),
                        "models": len(pool_of(core).models), "autoscaler_enabled": True},
             **await list_models(core, asked), **await workers_report(core, asked),
@@ -21604,7 +21660,7 @@ async def pool_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """GET /running: the running instances, in llama-swap's form."""
+    """the pool's running instances, in llama-swap's form"""
     words = {"running": "ready", "starting": "starting", "stopping": "stopping"}
     return {"running": [
         {"model": one["model_alias"], "state": words.get(one["status"], one["status"]),
@@ -21626,11 +21682,13 @@ POOL_PATHS: dict[str, dict[str, Operate]] = {
     "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
     "/unload": {"POST": unload_models},
 }
-ENDPOINTS |= {path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
-                                      "models of the pool")
-                     for method, operate in rows.items()} for path, rows in POOL_PATHS.items()}
+ENDPOINTS |= {
+    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
+                            " ".join((operate.__doc__ or "").partition(".  Raises")[0].split()))
+           for method, operate in rows.items()} for path, rows in POOL_PATHS.items()}
 ENDPOINTS["/running"] = {"GET": Endpoint(
-    Kind.STATUS, functools.partial(run_operation, running_report), False, "models that run")}
+    Kind.STATUS, functools.partial(run_operation, running_report), False,
+    running_report.__doc__ or "")}
 
 
 LOG_LOOK_S = 0.3  # between two looks at the output of a process
@@ -21638,7 +21696,7 @@ LOG_LOOK_S = 0.3  # between two looks at the output of a process
 
 @endpoint("/logs/{alias}", kind=Kind.ADMIN)
 async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
-    """The output of a model's process, as events; with ?follow=0, as plain text"""
+    """the output of a model's process, as events; with ?follow=0, as plain text"""
     name = urllib.parse.unquote(asked.head.path.removeprefix("/logs/"))
     found = next(((host, one["alias"]) for host, one in pool_of(core).instances()
                   if name in (one["alias"], one["model_alias"]) and one["pid"]),
@@ -21695,7 +21753,7 @@ def aim_at_instance(core: Core, path: str) -> Destination:
 
 AIMS["proxy"] = aim_at_instance
 ENDPOINTS["/proxy/{alias}"] = {
-    method: Endpoint(Kind.INFERENCE, None, False, "an agent's models")
+    method: Endpoint(Kind.INFERENCE, None, False, "passed on to an instance of this agent")
     for method in ("GET", "POST")}
 
 
@@ -21708,12 +21766,12 @@ def agent_of(core: Core) -> Agent:
 
 
 async def agent_report(core: Core, asked: Asked) -> dict[str, Any]:
-    """an agent's GPUs, profiles and instances"""
+    """this agent's GPUs, profiles and instances"""
     return agent_of(core).document()
 
 
 async def start_instance(core: Core, asked: Asked) -> dict[str, Any]:
-    """launch a model by a profile of this host"""
+    """launch a model by a profile of this machine"""
     agent, said = agent_of(core), read_members(asked.content, None)
     name, devices = said.pop("instance", said.get("alias")), said.pop("devices", [])
     digest, kind = str(said.pop("digest", "")), said.pop("backend_type", "vllm")
@@ -24147,10 +24205,9 @@ start();
 """
 
 
-@endpoint("/status", kind=Kind.PAGE)
+@endpoint("/status", kind=Kind.PAGE, meaning="the page, which asks for the facts itself")
 async def get_status_page(core: Core, asked: Asked) -> Reply:
-    """The status page, without a key: a browser sends none, and the page itself says nothing about
-    the fleet."""
+    """The page, without a key: a browser sends none, and the page itself has no facts."""
     fields = [("Content-Security-Policy", page_policy()), ("X-Content-Type-Options", "nosniff"),
               ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
     return Reply(200, STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
@@ -24259,7 +24316,7 @@ def effective_rows(
 
 @endpoint("/admin/settings", kind=Kind.ADMIN)
 async def get_settings(core: Core, asked: Asked) -> Reply:
-    """The settings in force and their sources, without secrets and names of files."""
+    """the settings in force and their sources, without secrets and names of files"""
     hidden = (*SECRET_CHECKS, file_path, file_name)
     return as_json({"settings": [
         {"key": key, "value": value, "source": f"line {origin} of the file" if isinstance(
@@ -24333,13 +24390,18 @@ def policies_topic() -> str:
 
 @topic("paths", "what is answered, by whom, and who may ask")
 def paths_topic() -> str:
-    rows = [("  " + method, path, f"{row.meaning} ({row.kind.meaning})")
-            for path, methods in sorted(ENDPOINTS.items()) for method, row in methods.items()]
+    """The endpoints by kind, and what is passed on."""
+    lines, width = list[str](), max(map(len, ENDPOINTS)) + 2
+    for kind in [kind for kind in Kind if kind is not Kind.INFERENCE]:
+        rows = [(f"  {method:6}", path.ljust(width), row.meaning[:1].upper() + row.meaning[1:])
+                for path, methods in sorted(ENDPOINTS.items()) for method, row in methods.items()
+                if row.kind is kind]
+        lines += [f"{kind.meaning}:", *table_lines(rows), ""] if rows else []
     return "\n".join([
-        "Answered by the balancer itself:", *table_lines(rows), "",
-        "Passed on to a server that has the model: everything under",
-        *textwrap.wrap(", ".join(INFERENCE_PREFIXES) + ", and " + ", ".join(INFERENCE_PATHS), 98,
+        *lines, "Passed on to a server that has the model: everything under",
+        *textwrap.wrap(", ".join([*INFERENCE_PREFIXES, *sorted(INFERENCE_PATHS)]), 98,
                        initial_indent="  ", subsequent_indent="  "),
+        "and, by an agent, /proxy/{alias}/v1/… to the instance of that name.",
         "Anything else is 404; [config] admin_paths names more, for keys with admin = true."])
 
 
@@ -24376,10 +24438,20 @@ on; mvllm_resumes_total and mvllm_resumes_refused_total count."""
 
 @topic("errors", "every error of the balancer's own: X-MVLLM-Error, status, blame, retries")
 def errors_topic() -> str:
-    rows = [("label", "status", "blamed", "another server", "type, and the setting behind it")]
+    rows = [("label", "status", "blamed", "another server", "meaning; type; setting")]
     rows += [(fault.label, str(fault.status), fault.blame.value, fault.retry.value,
-              ", ".join(filter(None, (fault.type_name, LIMITS.get(fault, ""))))) for fault in Fault]
-    return "\n".join(table_lines(rows))
+              "; ".join(filter(None, (fault.meaning, fault.type_name, LIMITS.get(fault, "")))))
+             for fault in Fault]
+    return "\n".join([
+        *textwrap.wrap(
+            "An error of the balancer's own has vLLM's form, and its label in the field"
+            " X-MVLLM-Error; the log and the metrics use the same labels.  A server's own error has"
+            " no such field and passes unchanged.  Only faults that a server is blamed for count"
+            " against its health.  Before a client sees a fault, another server may be asked: at"
+            " once; later, after a growing pause; elsewhere, if there is one that was not asked;"
+            " larger, if there is one that takes longer prompts; if allowed, by retry_timed_out.",
+            98),
+        "", *table_lines(rows)])
 
 
 def all_families() -> list[Family]:
