@@ -24899,7 +24899,7 @@ def grafana_topic() -> str:
 #  110  traces
 # ══════════
 #
-# Requests of the past, from a file that we have written or others have published; or made-up ones.
+# Requests recorded in trace files, ours or published ones; and made-up requests.
 
 AZURE_COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens"
 MOONCAKE_BLOCK = 512  # prompt tokens of a hash id
@@ -24912,18 +24912,18 @@ class Arrival(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     prefix_hashes: tuple[int, ...] = ()  # hashes of ever longer starts of the prompt
-    hash_ends: Sequence[int] = ()  # the tokens up to each link's end; may be longer than the chain
+    hash_ends: Sequence[int] = ()  # tokens up to each link's end; may be longer than the chain
     model: str | None = None
     session: str = ""
 
 
 class Torn(ValueError):
-    """A line that is not JSON, perhaps because it is still being written."""
+    """The line is not JSON.  A trace's last line may be half written."""
 
 
 def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
-    """A trace, by time: one of our own, of Mooncake's or of Azure's.  A ValueError names the line
-    that is wrong.  The last one of our own may be half written, and is then left out."""
+    """The arrivals in a trace of our own, Mooncake's or Azure's format, by time.  A half-written
+    last line of our own is left out.  Raises ValueError, which names the wrong line."""
     arrivals, read, torn = list[Arrival](), None, ""
     for number, line in enumerate(lines, 1):
         if torn:
@@ -24946,7 +24946,7 @@ def read_arrivals(lines: Iterable[str], source: str) -> list[Arrival]:
 
 
 def reader_for(line: str) -> Callable[[str], list[Arrival]]:
-    """The reader for a trace that begins with a line.  Raises ValueError."""
+    """The reader for a trace with this first line.  Raises ValueError."""
     if line.startswith(AZURE_COLUMNS):
         return azure_arrivals
     said = json_object(line) if line.startswith("{") else {}
@@ -24959,7 +24959,7 @@ def reader_for(line: str) -> Callable[[str], list[Arrival]]:
 
 
 def trace_arrivals(line: str) -> list[Arrival]:
-    """The arrivals in a line of our own trace.  Refused requests made no work, and are left out."""
+    """The arrival in a line of our own trace; none for a refused request, which made no work."""
     said = json_object(line)
     model, output = said.get("model"), whole_number(said, "output_tokens")
     if not isinstance(at := said.get("at"), int | float) or not math.isfinite(at):
@@ -25022,8 +25022,8 @@ def whole_numbers(said: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def spread(arrivals: list[Arrival]) -> list[Arrival]:
-    """Those of one stamp evenly over the time to the next, so that they do not come as a burst
-    that never was.  Mooncake stamps every 3 s, give or take a millisecond."""
+    """Spread arrivals with the same timestamp evenly over the time to the next: Mooncake rounds
+    timestamps to about 3 s, and a replay would make bursts of them."""
     arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
     groups = [list(group) for _, group in itertools.groupby(arrivals, lambda a: a.at_s)]
     gaps = sorted(b[0].at_s - a[0].at_s for a, b in itertools.pairwise(groups))
@@ -25033,19 +25033,19 @@ def spread(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 def adapted(arrivals: Sequence[Arrival], speedup: float, limit: int | None) -> list[Arrival]:
-    """The first ones, as many, coming so much faster."""
+    """The first `limit` arrivals (None: all), `speedup` times as fast."""
     return [arrival._replace(at_s=arrival.at_s / speedup) for arrival in arrivals[:limit]]
 
 
 class MadeUp(NamedTuple):
-    """Made-up traffic, for those who have recorded none."""
+    """A kind of made-up traffic, for those who have recorded none."""
 
     rate: float  # requests per second
-    asked: tuple[float, float, float]  # tokens of a question: median, sigma of its logarithm, most
+    asked: tuple[float, float, float]  # tokens of a question: median, sigma of log, maximum
     answered: tuple[float, float, float]
-    shared: tuple[int, ...] = ()  # tokens of beginnings that many prompts have, the commonest first
-    turns: float = 1.0  # of a conversation, on average
-    think_s: float = 12.0  # between two of them
+    shared: tuple[int, ...] = ()  # tokens of each common beginning of prompts, most common first
+    turns: float = 1.0  # mean number in a conversation
+    think_s: float = 12.0  # mean time between turns
 
 
 MADE_UP = {
@@ -25057,7 +25057,7 @@ MADE_UP = {
 
 
 def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
-    """Random arrivals: conversations whose prompts repeat everything said before."""
+    """Random arrivals, by time: conversations whose prompts repeat everything said before."""
 
     def length(of: tuple[float, float, float]) -> int:
         return int(min(of[2], max(4.0, of[0] * math.exp(draw.gauss(0, of[1])))))
@@ -25090,35 +25090,35 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
 # cache, a queue.  Nothing here is random.
 
-EVEN_CONTEXT = 30_000  # tokens; attending to so many costs as much as the layers themselves do
+EVEN_CONTEXT = 30_000  # tokens; attending to that many costs as much as the rest of the layers
 
 
 class EngineKind(NamedTuple):
-    """A GPU with its vLLM: the time that a step takes, and what fits into it."""
+    """A GPU that runs vLLM: how long a step takes, and what fits into it."""
 
     capacity: float  # what an operator would set as max_concurrent_requests
     step_s: float  # of every step, for scheduling and sampling
-    weights_s: float  # to read the weights; hidden as far as the step computes for longer
+    weights_s: float  # to read the weights, which overlaps with computing
     token_s: float  # to compute a token, of a prompt or of an answer
     sequence_s: float  # for each sequence in the step
-    context_s: float  # to read one token from the KV cache, for the sequences that decode
+    context_s: float  # to read one token from the KV cache, for sequences that decode
     kv_tokens: int
     max_num_seqs: int
-    batched_tokens: int  # vLLM's max_num_batched_tokens: computed in one step
+    batched_tokens: int  # at most in one step; vLLM's max_num_batched_tokens
 
     def duration_s(self, sequences: int, tokens: int, context: int, attended: float) -> float:
-        """The seconds of a step: a smooth roofline of reading and computing, plus overheads."""
+        """How long a step takes: a smooth roofline of reading and computing, plus overheads."""
         roofline = math.hypot(self.weights_s, self.token_s * tokens)
         attention = self.token_s * attended / EVEN_CONTEXT
         return (self.step_s + roofline + attention + self.sequence_s * sequences
                 + self.context_s * context)
 
 
-# Llama-3.1-8B on one GPU, in BF16 if not said otherwise.  The weights' and tokens' times are the
-# kernels that microsoft/vidur measured on A100, H100 and A40; those of steps and sequences were
-# set so that one stream and a full server run as fast as published runs of vLLM do.  Reading the
-# KV cache goes at 80 % of the memory's speed; its size is 90 % of the memory less weights and
-# 3 GB, on the 4090 as vLLM says it.  The l4 and h200-fp8 are scaled by data sheets only.
+# Llama-3.1-8B on one GPU, in BF16 unless the name says otherwise.  Times for weights and tokens
+# come from kernels that microsoft/vidur measured on A100, H100 and A40; times for steps and
+# sequences were fitted to published runs of vLLM with one stream and with a full server.  The KV
+# cache is read at 80 % of the memory's bandwidth; its size is 90 % of the memory less weights and
+# 3 GB (4090: as vLLM reports it).  l4 and h200-fp8 are scaled from data sheets only.
 ENGINE_KINDS = {
     "h100": EngineKind(192, 1.5e-3, 5.0e-3, 25e-6, 20e-6, 49e-9, 424_000, 1024, 8192),
     "a100": EngineKind(96, 2.5e-3, 9.7e-3, 70e-6, 30e-6, 80e-9, 424_000, 256, 2048),
@@ -25131,7 +25131,7 @@ ENGINE_KINDS = {
 
 
 def kind_for(capacity: float) -> EngineKind:
-    """The kind for a server with a known capacity only: an a100, that much faster or slower."""
+    """The kind of a server whose capacity alone is known: an a100, scaled in speed."""
     kind = ENGINE_KINDS["a100"]
     slow = kind.capacity / capacity
     return kind._replace(
@@ -25149,16 +25149,16 @@ class EngineReport(NamedTuple):
     generation_tokens: int
     prompt_tokens: int
     prefix_queries: int  # prompt tokens looked for in the prefix cache
-    prefix_hits: int  # those of them that were found
-    kv_tokens: int  # the tokens that the KV cache has room for
+    prefix_hits: int  # of these, how many were found
+    kv_tokens: int  # what the KV cache has room for
 
 
-Link = int | tuple[int]  # of a chain; or (number,), what else a request has computed
+Link = int | tuple[int]  # a hash of a chain; or (number,): the rest of what a request computed
 
 
 class KvCache:
-    """The tokens in a server's memory: of running requests, and, while there is room, of links
-    that may be asked for again."""
+    """The tokens in a server's KV cache: those of running requests, and, while there is room, idle
+    links that another request may need."""
 
     def __init__(self, room: int):
         self.room, self.used, self.spare = room, 0, 0
@@ -25167,12 +25167,12 @@ class KvCache:
         self._idle: OrderedDict[Link, None] = OrderedDict()  # those without users, oldest first
 
     def take(self, tokens: int) -> None:
-        """Take room for a running request; the links that were idle longest make way for it."""
+        """Take room for a running request, and evict the links that were idle longest for it."""
         self.used += tokens
         while (lack := self.used + self.spare - self.room) > 0:
             oldest = next(iter(self._idle))
             if isinstance(oldest, tuple) and self.sizes[oldest] > lack:
-                self.sizes[oldest] -= lack  # nobody looks for a part of a link, but of a rest
+                self.sizes[oldest] -= lack  # part of a rest is of use, part of a hash's link is not
                 self.spare -= lack
             else:
                 self.forget(oldest)
@@ -25182,16 +25182,16 @@ class KvCache:
         self.spare -= self.sizes.pop(link)
 
     def name(self, link: Link, size: int) -> None:
-        """Make tokens that a request has taken available to others, as a link."""
+        """Share tokens that a request has taken, as a link."""
         self.sizes[link], self._users[link] = size, 1
 
     def keep(self, link: Link, size: int) -> None:
-        """Keep tokens that no request needs now, while there is room, as a link."""
+        """Keep tokens that no request needs now as an idle link."""
         self.sizes[link], self._idle[link] = size, None
         self.used, self.spare = self.used - size, self.spare + size
 
     def idle_tokens(self, links: Iterable[Link]) -> int:
-        """The tokens of those links that nobody uses."""
+        """The number of tokens in those links that no request uses."""
         return sum(self.sizes[link] for link in links if link in self._idle)
 
     def hold(self, links: Iterable[Link]) -> None:
@@ -25203,8 +25203,8 @@ class KvCache:
             self._users[link] = self._users.get(link, 0) + 1
 
     def free(self, links: Sequence[Link]) -> None:
-        """End a request's use of links.  The last ones will be evicted first, as they are of no use
-        without those before them."""
+        """End a request's use of links.  Later ones are evicted first, as they are of no use
+        without the earlier ones."""
         for link in reversed(links):
             self._users[link] -= 1
             if not self._users[link]:
@@ -25218,60 +25218,60 @@ class Job:
 
     number: int  # of its arrival
     arrival: Arrival
-    need: int = 0  # tokens to compute before the next one of the answer comes out
-    done: int = 0  # of these; then, what is in the KV cache
-    said: int = 0  # tokens of the answer
-    links: list[Link] = dataclasses.field(default_factory=list)  # the links that it holds
-    own: int = 0  # other tokens that it holds
-    passed: int = 0  # links of its chain that are computed, by whomever
-    reach: int = 0  # tokens up to the last of them
+    need: int = 0  # tokens to compute before it can decode
+    done: int = 0  # tokens computed, up to `since` while it decodes
+    said: int = 0  # tokens of the answer, up to `since` while it decodes
+    links: list[Link] = dataclasses.field(default_factory=list)  # links that it uses
+    own: int = 0  # tokens that it has outside of them
+    passed: int = 0  # links of its chain computed so far, by any request
+    reach: int = 0  # tokens up to their end
     since: int = 0  # the engine's clock when it began to decode
-    last: int = 0  # and when it will be finished
+    last: int = 0  # the engine's clock when it will be finished
     cached: int | None = None  # tokens found when it was first admitted
-    arrived: bool = False  # its prompt as another engine has read it, which had
-    there: int | None = None  # so many tokens of it cached
+    arrived: bool = False  # whether its prompt comes from another engine
+    there: int | None = None  # tokens that were cached at that engine
     first_s: float = INFINITY
     last_s: float = INFINITY
 
 
 class Engine:
-    """A vLLM server: requests are admitted in their order, prompts computed in chunks, and the
-    youngest starts over when there is no more room.
+    """A vLLM server: it admits requests in order, computes prompts in chunks, and preempts the
+    youngest request when it runs out of room.
 
-    It goes in stretches: of one step, or of many through which nothing changes but that answers
-    grow.  `longest` limits them, to check that they make no difference.
+    Its time passes in stretches of one step, or of many in which only the answers grow.  `longest`
+    limits the steps of a stretch, to check that stretches change no result.
     """
 
     def __init__(self, kind: EngineKind, longest: float = INFINITY):
         self.kind, self.longest, self.cache = kind, longest, KvCache(kind.kv_tokens)
         self.waiting = deque[Job]()
         self.running: dict[int, Job] = {}  # by number, the oldest first
-        self.reading: dict[int, Job] = {}  # of these, whose prompt is not computed yet
+        self.reading: dict[int, Job] = {}  # of these, the ones that still compute their prompt
         self.ends_s = INFINITY  # the stretch's end; infinite while idle
         self.preemptions = 0
         self._clock = 0  # steps that have ended
         self._decoding = self._context = 0  # requests that decode, and their tokens
-        self._finishes: list[tuple[int, int]] = []  # heap of (clock, number); some were put off
-        self._chunks: list[tuple[Job, int]] = []  # computed in this stretch, in its only step
+        self._finishes: list[tuple[int, int]] = []  # heap of (clock, number), some out of date
+        self._chunks: list[tuple[Job, int]] = []  # tokens of prompts in a stretch of one step
         self._steps = 0  # of the stretch
-        self._begun_s = self._step_s = self._growth_s = 0.0  # each step takes that much longer
+        self._begun_s = self._step_s = self._growth_s = 0.0  # each step is longer by the last one
         self._generated = self._prompted = self._queries = self._hits = 0
 
     def add(self, job: Job, now: float) -> bool:
-        """Take a request, which is looked at when the step under way has ended.  What can never
-        be served is refused, as vLLM does."""
+        """Queue a request, for when the present step has ended.  Returns False if it can never
+        fit into the KV cache: vLLM refuses it."""
         job.need = max(1, job.arrival.prompt_tokens)
         if job.need + max(1, job.arrival.output_tokens) > self.cache.room:
             return False
         self.waiting.append(job)
         if self.ends_s == INFINITY:
             self._begin(now)
-        elif len(self.waiting) == 1:  # others wait for the end of the stretch in any case
+        elif len(self.waiting) == 1:  # it cannot overtake others
             self._plan(min(self._steps, self._steps_by(now) + 1))
         return True
 
     def end(self) -> tuple[list[Job], list[Job]]:
-        """End the stretch and begin the next: whose answer has begun, and whose is complete."""
+        """End the stretch and begin the next.  Returns the jobs that began to answer, and ended."""
         now, begun, complete = self.ends_s, list[Job](), list[Job]()
         self.cache.take(self._decoding * (self._steps - 1))
         self._context += self._decoding * self._steps
@@ -25299,7 +25299,7 @@ class Engine:
         return begun, complete
 
     def report(self, now: float) -> EngineReport:
-        """The engine's load at a time, which may be in the middle of a stretch."""
+        """The engine's load at `now`, which may be within a stretch."""
         grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
         return EngineReport(
             len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
@@ -25307,7 +25307,7 @@ class Engine:
             self.cache.room)
 
     def _begin(self, now: float) -> None:
-        """Schedule a step in vLLM's order, and with it as many as are like it."""
+        """Schedule a step as vLLM does, and in the same stretch the steps that are like it."""
         preemptions = self.preemptions
         while self._lacks(0):
             self._preempt()
@@ -25346,11 +25346,11 @@ class Engine:
         return int(2 * gone_s / (half_s + math.sqrt(half_s**2 + 2 * self._growth_s * gone_s)))
 
     def _lacks(self, tokens: int) -> bool:
-        """Whether these tokens, and one more for each request that decodes, do not fit."""
+        """Whether there is no room for these tokens and one for each request that decodes."""
         return self.cache.used + self._decoding + tokens > self.cache.room
 
     def found(self, job: Job) -> tuple[list[Link], int]:
-        """The links of a job's prompt that are in the cache, and their tokens."""
+        """The links at the start of a job's prompt that are in the cache, and their tokens."""
         links, found, sizes = list[Link](), 0, self.cache.sizes
         for link in job.arrival.prefix_hashes:
             if found + sizes.get(link, job.need) >= job.need:  # one token has to be computed
@@ -25360,10 +25360,10 @@ class Engine:
         return links, found
 
     def _admit(self, job: Job, left: int) -> int:
-        """Let the first one waiting run if there is room for all its prompt, as vLLM does by
-        default (scheduler_reserve_full_isl); how much of it is computed in this step."""
+        """Admit the first waiting job if its whole prompt has room, as vLLM does by default
+        (scheduler_reserve_full_isl).  Returns how many of its tokens this step computes."""
         (links, found), sizes = self.found(job), self.cache.sizes
-        rest, kept = (job.number,), 0  # from before it was preempted
+        rest, kept = (job.number,), 0  # what it computed before it was preempted
         if rest in sizes and found == job.reach:
             kept = min(sizes[rest], job.need - 1 - found)
         elif job.arrived:
@@ -25384,14 +25384,14 @@ class Engine:
         return self._read(job, min(job.need - job.done, left))
 
     def _read(self, job: Job, tokens: int) -> int:
-        """Compute a chunk of a prompt in this step."""
+        """Add a chunk of a prompt to this step.  Returns its tokens."""
         self.cache.take(tokens)
         job.own += tokens
         self._chunks.append((job, tokens))
         return tokens
 
     def _name_links(self, job: Job) -> None:
-        """Make the computed part of a prompt available to others."""
+        """Share the links of a prompt that are computed."""
         chain, ends = job.arrival.prefix_hashes, job.arrival.hash_ends
         while job.passed < len(chain) and ends[job.passed] <= job.done:
             link, size = chain[job.passed], ends[job.passed] - job.reach
@@ -25402,7 +25402,7 @@ class Engine:
             job.passed, job.reach = job.passed + 1, job.reach + max(0, size)
 
     def _decode(self, job: Job) -> None:
-        """Its prompt is computed, and with that a token of its answer."""
+        """Begin to decode.  The step that ended the prompt also made a token of the answer."""
         del self.reading[job.number]
         job.said, job.since = job.said + 1, self._clock
         job.last = self._clock + max(1, job.arrival.output_tokens) - job.said
@@ -25413,7 +25413,7 @@ class Engine:
         self._context += job.done
 
     def _release(self, job: Job) -> None:
-        """End a job's run; what it has computed is kept while there is room."""
+        """Stop a job; what it has computed is kept while there is room."""
         del self.running[job.number]
         if self.reading.pop(job.number, None) is None:
             steps = self._clock - job.since
@@ -25425,7 +25425,7 @@ class Engine:
         self.cache.free(job.links)
 
     def _preempt(self) -> None:
-        """Have the youngest job give up its room, and wait to be computed again."""
+        """Take the youngest job's room, and put it first in the queue, to be computed again."""
         job = next(reversed(self.running.values()))
         self._release(job)
         job.need, job.last = job.arrival.prompt_tokens + job.said, 0
@@ -25437,23 +25437,23 @@ class Engine:
 #  112  replay
 # ══════════
 #
-# Requests of the past, sent again to a modelled fleet: what would another policy have done, or one
-# more server?  The times are a model's: compare only the rows of one table.
+# Recorded requests, sent to simulated engines: what would another policy have done, or one more
+# server?  The times come from a model: compare only the rows of one table.
 
-NETWORK_S = 0.002  # one way, with what the balancer takes
-TRANSFER_TOKEN_US = 13.0  # to get a token's blocks: 128 kB, as of Llama-3.1-8B, at 10 GB/s
-PATIENCE_S = 60.0  # with a router that holds requests while nothing is in flight
+NETWORK_S = 0.002  # one way, including the balancer
+TRANSFER_TOKEN_US = 13.0  # to move a token's blocks: 128 kB (Llama-3.1-8B) at 10 GB/s
+PATIENCE_S = 60.0  # how long a router may hold requests while none is in flight
 
 
 class Router(Protocol):
-    """Chooses the server for each request; arrivals and servers are known by their numbers."""
+    """Chooses the server for each request; arrivals and servers are given by number."""
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
-        """The server to send a request to now, or a pair: the one that reads its prompt and the one
-        that answers.  None holds the request in the queue."""
+        """Returns the server for a request, or a pair: the one that reads its prompt and the one
+        that answers.  None leaves it in the queue."""
 
     def has_read(self, number: int, now: float) -> None:
-        """Note that the first of two servers has read the prompt."""
+        """The first of two servers has read the prompt."""
 
     def first_token(self, number: int, now: float) -> None: ...
 
@@ -25463,7 +25463,7 @@ class Router(Protocol):
 
 
 class PolicyRouter:
-    """The balancer's own choice in a replay: the same fleet, the same ranking, the same queue."""
+    """The balancer's own routing in a replay: the same fleet, the same ranking, the same queue."""
 
     def __init__(self, s: Settings, draw: random.Random) -> None:
         self.settings, self.draw, self.fleet = s, draw, Fleet()
@@ -25472,8 +25472,8 @@ class PolicyRouter:
             self.fleet.judge(server.id, Health.become, State.HEALTHY, "", 0.0)
         self.ids = [view.id for view in self.fleet.views()]
         self.policies, self.leases = Policies(s), dict[int, Lease]()
-        self.arrivals = dict[int, Arrival]()  # of those leases
-        self.reading = dict[int, Lease]()  # with who reads a prompt for another
+        self.arrivals = dict[int, Arrival]()  # by number, as the leases are
+        self.reading = dict[int, Lease]()  # at servers that read a prompt for another
 
     def choose(self, number: int, arrival: Arrival, now: float) -> int | tuple[int, int] | None:
         opening = repr(arrival.prefix_hashes[:1]).encode() if arrival.prefix_hashes else b""
@@ -25544,7 +25544,7 @@ class PolicyRouter:
 
 
 class Record(NamedTuple):
-    """The outcome of an arrival.  Without an answer, its times are infinite."""
+    """The outcome of an arrival; its times are infinite if it had no answer."""
 
     arrival: Arrival
     server: int = -1  # -1: it was never sent to one
@@ -25571,7 +25571,7 @@ class Replay:
         self.records = [Record(arrival) for arrival in arrivals]
         self._models = len({arrival.model for arrival in arrivals})
         self._held = deque[int]()  # in the queue
-        self._answer_at = dict[int, int]()  # the server, of those that another reads
+        self._answer_at = dict[int, int]()  # which server answers what another reads
         self._coming = self._left = len(arrivals)
         self._flying = 0
         self._moved_s = 0.0  # when a request last came, was sent or finished
@@ -25637,7 +25637,8 @@ class Replay:
             self._at(engine.ends_s, self._end, server)
 
     def _hand_over(self, _: int, read: Job, now: float) -> None:
-        """Move a prompt that was read to the server that answers, as far as it is not there yet."""
+        """Move a prompt's blocks from the server that read it to the one that answers, except those
+        that are there already."""
         server = self._answer_at.pop(read.number)
         self.router.has_read(read.number, now)
         job = Job(read.number, self.arrivals[read.number], read.need, arrived=True,
@@ -25647,7 +25648,7 @@ class Replay:
 
     def _finish(self, server: int, job: Job, now: float) -> None:
         self._answer_at.pop(job.number, None)
-        came_s = job.arrival.at_s - NETWORK_S  # the answer is as long on its way
+        came_s = job.arrival.at_s - NETWORK_S  # the way back takes as long
         times = job.first_s - came_s, job.last_s - came_s
         cached = job.cached if job.there is None else job.there
         self.records[job.number] = Record(
@@ -25668,13 +25669,13 @@ class Replay:
 
 
 class Summary(NamedTuple):
-    """A replay in numbers; times are those of answered requests."""
+    """A replay in numbers; times are of answered requests."""
 
     requests: int
     failed: int
-    good_ratio: float  # the share that was as fast as is wanted
+    good_ratio: float  # the share within both limits of time
     ttft_s: tuple[float, ...]  # p50, p90, p99
-    token_s: tuple[float, ...]  # p50, p99, of each answer's mean
+    token_s: tuple[float, ...]  # p50, p99 of each answer's mean
     total_s: float  # mean
     hit_ratio: float  # of prompt tokens
 
@@ -25726,7 +25727,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 
 def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
-    """For argparse: a number of a reasonable size."""
+    """A number of a reasonable size.  Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError, OverflowError):
         if 1e-3 <= (found := kind(word)) <= 1e7:
             return found
@@ -25734,7 +25735,8 @@ def positive(word: str, kind: Callable[[str], Any] = float) -> Any:
 
 
 def engine_kind(word: str) -> tuple[str, EngineKind]:
-    """For argparse: a kind of engine, or one of a capacity, behind the word for it."""
+    """The word, and the engine kind that it names or gives the capacity of.  Raises
+    ArgumentTypeError."""
     if word in ENGINE_KINDS:
         return word, ENGINE_KINDS[word]
     if word.isdecimal() and 0 < int(word) < 10000:
@@ -25819,7 +25821,7 @@ def run_replay(args: argparse.Namespace) -> int:
 def replayed_fleet(
     args: argparse.Namespace, s: Settings
 ) -> tuple[list[ServerSettings], list[EngineKind]]:
-    """The servers that a trace is replayed with, and their engines."""
+    """The servers to replay a trace with, and the kinds of their engines."""
     servers, kinds = [] if args.fleet else list(s.servers), list[EngineKind]()
     for server in servers:
         limit = server.max_concurrent_requests
@@ -25834,8 +25836,8 @@ def replayed_fleet(
 
 
 def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
-    """The settings to compare, by name: as they are, or without roles and with some; {} if that is
-    impossible."""
+    """The settings to compare, by name: as they are (None), or without roles and with some.
+    {} if there are too few servers."""
     if wanted is None:
         return {"": s}
     count, variants = len(s.servers), dict[str, Settings]()
@@ -25855,7 +25857,7 @@ def split_variants(s: Settings, wanted: int | None) -> dict[str, Settings]:
 
 
 def wanted_policies(words: Sequence[str], s: Settings) -> list[str]:
-    """Raises ValueError."""
+    """The names of policies to compare.  Raises ValueError."""
     if "all" in words:
         return [name for name in POLICY_NAMES if name != "expression" or s.score]
     for word in words:
@@ -25879,7 +25881,7 @@ def read_trace(name: str, seconds: float) -> list[Arrival]:
 
 
 def progress_bar(name: str) -> Callable[[float], None]:
-    """A function that draws a share from 0 to 1 if stderr is a terminal."""
+    """A function that draws a share from 0 to 1 on stderr, if that is a terminal."""
 
     def draw(share: float) -> None:
         bar = "#" * round(40 * share)
@@ -25893,8 +25895,8 @@ def progress_bar(name: str) -> Callable[[float], None]:
 #  114  canned words
 # ══════════
 #
-# What a vLLM server would say, without a model: what it refuses, in its words (as captured of
-# 0.32); and else some words, a tool's call, or JSON that fits a schema.
+# A vLLM server's answers, without a model: refusals in vLLM's words (captured from 0.32); otherwise
+# random words, a tool's call, or JSON that fits a schema.
 
 SIMULATED_LENGTH = 8192  # max_model_len
 WORDS = (
@@ -25904,7 +25906,7 @@ WORDS = (
     "waits runs fills drains grows learns keeps shares moves reads writes opens closes returns"
 ).split()
 Event = tuple[str, Any]  # its name, '' for none, and its document
-TOKEN_TEXT = re.compile(r"\s*\S{1,6}|\s+$")  # what counts as a token: its number is its bytes'
+TOKEN_TEXT = re.compile(r"\s*\S{1,6}|\s+$")  # a token; its bytes, read as a number, are its id
 
 
 def vllm_error(kind: str, code: int, text: str, param: str | None = None) -> dict[str, Any]:
@@ -25920,7 +25922,7 @@ def missing(names: Sequence[str], document: Mapping[str, Any]) -> tuple[str, str
 
 def unreadable(head: RequestHead, content: Content, needed: Sequence[str]
                ) -> tuple[str, str | None] | None:
-    """What is wrong with a request's content, in vLLM's words, and the part of it that is."""
+    """What is wrong with a request's content, in vLLM's words, and where; None if nothing is."""
     start = "1 validation error:\n  "
     media_type, _, _ = head.fields.get("content-type").partition(";")
     if media_type.strip().lower() != "application/json":
@@ -25955,7 +25957,7 @@ LIMIT_WORDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str | None] | None:
-    """Which value cannot be, in vLLM's words, and its parameter."""
+    """What vLLM says about a value out of range, and its parameter; None if all can be."""
 
     def at(text: str, name: str, value: Any) -> tuple[str, str]:
         return f"{text} (parameter={name}, value={value})", name
@@ -25992,7 +25994,7 @@ def out_of_range(wanted: Mapping[str, Any], prompt: Prompt) -> tuple[str, str | 
 
 
 def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
-    """A value that fits a JSON schema, as far as the usual ones go."""
+    """A value that fits a JSON schema; None where the schema is of an unusual kind."""
     if not isinstance(schema, dict) or depth > 20:
         return None
     known = known or {**schema.get("definitions", {}), **schema.get("$defs", {})}
@@ -26020,17 +26022,17 @@ def fitting(schema: Any, known: Mapping[str, Any] | None = None, depth: int = 0)
 
 
 class Script(NamedTuple):
-    """What is said: for each choice its tokens' texts; of the arguments of a call where `tool`
-    names one."""
+    """The tokens of an answer, as texts, for each choice; with a `tool`, they are the arguments of
+    its call."""
 
     choices: list[list[str]]
     tool: str = ""
-    cut: bool = False  # by the limit of tokens
+    cut: bool = False  # whether the limit of tokens ends it
 
 
 def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tool that is called: one that the request insists on, or the first, unless the request
-    tells what one has returned already.  In any of the APIs' forms."""
+    """The tool to call, in any API's form: the one in tool_choice, or the first.  None if there is
+    none, or if the last message already is a tool's result."""
     tools = [one.get("function", one) for one in wanted.get("tools") or () if isinstance(one, dict)]
     turns = wanted.get("messages") or wanted.get("input") or []
     last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
@@ -26045,7 +26047,7 @@ def wanted_tool(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def wanted_schema(wanted: Mapping[str, Any]) -> Any:
-    """The JSON schema that the answer is to fit, or None."""
+    """The JSON schema that the answer has to fit, or None."""
     form = wanted.get("response_format") or (wanted.get("text") or {}).get("format") or {}
     if form.get("type") == "json_object":
         return {"type": "object", "properties": {"answer": {}}}
@@ -26055,7 +26057,8 @@ def wanted_schema(wanted: Mapping[str, Any]) -> Any:
 
 
 def script_for(wanted: Mapping[str, Any], draw: random.Random) -> Script:
-    """As with vLLM, any server says the same with a seed, or at a temperature of 0."""
+    """The script of an answer.  As with vLLM, all servers answer alike to a request with a seed,
+    or at a temperature of 0."""
     asked = {name: wanted[name] for name in REPEAT_MEMBERS if name in wanted}
     if is_repeatable(asked, SEEDED_PATHS[0]):
         prompt = [wanted.get(name) for name in PROMPT_MEMBERS]
@@ -26094,14 +26097,14 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 #  115  canned forms
 # ══════════
 #
-# The same in the forms of vLLM's APIs, plain and streamed.
+# Canned answers in the forms of vLLM's APIs, whole and streamed.
 #
-# To add a form: a class that says what begins an answer, each piece and the end, and its row in
-# FORMS.  What generates nothing is a row of REPLIES.
+# To add a form: a class with the events for an answer's start, pieces and end, and its row in
+# FORMS.  A path that generates no text is a row of REPLIES.
 
 
 class Form:
-    """One answer in the words of one API."""
+    """One answer in the form of one API."""
 
     needed: ClassVar[tuple[str, ...]] = ("messages",)
     prefix, tail = "chatcmpl", b""
@@ -26123,7 +26126,7 @@ class Form:
 
     @property
     def ending(self) -> str:
-        """The reason for the end, in the form's words."""
+        """The finish reason, in the API's words."""
         if self.script.tool:
             return self.tool_finish
         return self.cut_finish if self.script.cut else self.finish
@@ -26139,7 +26142,7 @@ class Form:
         return []
 
     def whole(self) -> Any:
-        """The answer if it is not streamed."""
+        """The answer as one document."""
         raise NotImplementedError
 
 
@@ -26155,7 +26158,7 @@ class TextForm(Form):
         return {"text": echoed + "".join(pieces)}
 
     def chances(self, pieces: Sequence[str]) -> Any:
-        """Logprobs, always of the same probabilities."""
+        """Logprobs; all tokens have the same."""
         if not isinstance(self.wanted.get("logprobs"), int):
             return None
         offsets = itertools.accumulate(map(len, pieces[:-1]), initial=0)
@@ -26359,7 +26362,7 @@ FORMS: dict[str, type[Form]] = {
 
 def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, Any],
                       prompt: Prompt, models: Sequence[str]) -> tuple[int, Any] | None:
-    """The (status, JSON) with which vLLM refuses a request, or None."""
+    """The (status, JSON) with which vLLM would refuse a request; None if it would not."""
     form = FORMS.get(head.path)
     if (wrong := unreadable(head, content, form.needed if form else ())) is not None:
         return 400, vllm_error("Bad Request", 400, *wrong)
@@ -26378,7 +26381,7 @@ def simulated_refusal(head: RequestHead, content: Content, wanted: Mapping[str, 
 
 
 def embedded(text: str, dimensions: int) -> list[float]:
-    """A vector of length 1, the same for the same text."""
+    """A vector of length 1 that depends on the text alone."""
     draw = random.Random(text)
     vector = [draw.gauss(0, 1) for _ in range(dimensions)]
     length = math.hypot(*vector) or 1.0
@@ -26427,7 +26430,7 @@ def counted(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any]:
     return {"input_tokens": tokens, "context_management": {"original_input_tokens": tokens}}
 
 
-# What generates nothing and is asked with POST: from (content, id, model) to the answer.
+# Paths for POST that generate no text: functions of (content, id, model) that return the answer.
 REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
     "/v1/embeddings": embeddings, "/v1/rerank": reranked, "/rerank": reranked,
     "/v2/rerank": reranked, "/tokenize": tokenized, "/v1/messages/count_tokens": counted,
@@ -26440,9 +26443,9 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
-# believable pace, runs as many requests at once as it has capacity and lets the rest wait, slows
-# down as it fills up, and says so in /metrics.  POST /simulate {"mode": …} makes it fail, hang,
-# slow down or cut its answers off, for tests and for showing off.
+# realistic pace, queues requests beyond its capacity, slows down as it fills up, and reports its
+# load in /metrics.  POST /simulate {"mode": …} makes it fail, hang, slow down or break its answers
+# off.
 
 MODES = ("ok", "fail", "hang", "slow", "cut")
 STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chunked\r\n"
@@ -26450,7 +26453,7 @@ STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nserver: simulated\r\ntransfer-encoding: chun
 
 
 class Simulated(NamedTuple):
-    """What kind of server to simulate."""
+    """A kind of server to simulate."""
 
     capacity: int  # requests in the batch at once
     token_s: float  # between two tokens with an empty batch; doubles when the batch is full
@@ -26458,12 +26461,12 @@ class Simulated(NamedTuple):
 
 
 Page = Callable[["SimulatedServer", RequestHead, dict[str, Any]], tuple[int, Any]]
-# Everything else by path and method; a page returns a status, and text or JSON.
+# All other answers by path and method; a page returns a status, and text or JSON.
 PAGES: dict[str, dict[str, Page]] = {}
 
 
 def simulated_page(path: str, method: str = "GET") -> Callable[[Page], Page]:
-    """Registers the decorated function; a last part like {id} is variable."""
+    """A decorator that registers a page; a last part like {id} stands for any."""
 
     def register(page: Page) -> Page:
         PAGES.setdefault(path, {})[method] = page
@@ -26472,20 +26475,20 @@ def simulated_page(path: str, method: str = "GET") -> Callable[[Page], Page]:
     return register
 
 
-TRANSFER_TOKEN_S = 2e-6  # to get a token's blocks from another server
+TRANSFER_TOKEN_S = 2e-6  # to move a token's blocks between servers
 WRONG_WORDS = " blocks that were someone else's".split(" ")[1:]
 
 
 class SimulatedBlocks:
-    """What simulated servers with a connector of that name (of push: "nixl_push") have read for
-    each other: each handle is good once, as with vLLM, where a used one gives another text."""
+    """The prompts that simulated servers have read for each other, over the named connector (or
+    "nixl_push").  As with vLLM, a handle is good once; with a used one the text is wrong."""
 
     def __init__(self, connector: str) -> None:
         self.connector, self._kept, self._taken = connector, set[str](), set[str]()
         self._changed = asyncio.Event()
 
     def id_of(self, head: RequestHead, params: Mapping[str, Any], prompt: str) -> str:
-        """The id that both legs of a request have in common."""
+        """The id that a request's two legs share."""
         if self.connector == "plain":
             return prompt
         if self.connector == "p2p_nccl":
@@ -26495,7 +26498,7 @@ class SimulatedBlocks:
         return str(known or head.fields.get("x-request-id"))
 
     def keep(self, server: SimulatedServer, id: str) -> dict[str, Any] | None:
-        """The prompt was read.  Returns what the answer says of it."""
+        """Keep a prompt that was read.  Returns the answer's kv_transfer_params, or None."""
         self._kept.add(id)
         self._changed.set()
         self._changed = asyncio.Event()
@@ -26508,11 +26511,11 @@ class SimulatedBlocks:
                 "remote_port": urllib.parse.urlsplit(server.url).port}
 
     def shares(self, id: str) -> bool:
-        """Whether that is there for everybody."""
+        """Whether all servers have those blocks."""
         return self.connector == "plain" and id in self._kept
 
     async def take(self, id: str) -> bool:
-        """Wait for what that leg has read.  Returns whether it is there for the first time."""
+        """Wait until a prompt was read.  Returns whether its blocks are still good."""
         while id not in self._kept:
             await self._changed.wait()
         good = id not in self._taken or self.connector == "plain"
@@ -26521,8 +26524,8 @@ class SimulatedBlocks:
 
 
 class SimulatedServer:
-    """One simulated vLLM server; `async with` starts and stops it, `url` says where it is.  Those
-    that share `blocks` play prefill and decode for each other."""
+    """A simulated vLLM server at `url`; `async with` starts and stops it.  Servers that share
+    `blocks` can read prompts for each other."""
 
     def __init__(self, kind: Simulated, models: tuple[str, ...] = ("demo-model",), seed: int = 0,
                  blocks: SimulatedBlocks | None = None, host: str = "127.0.0.1"):
@@ -26543,7 +26546,7 @@ class SimulatedServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop as kill -9 would: nothing is finished."""
+        """Stop as kill -9 would: unfinished answers break off."""
         self._listener.close()
         for task in filter(None, self._tasks):
             task.cancel()
@@ -26580,7 +26583,7 @@ class SimulatedServer:
 
     def _reply(self, head: RequestHead, content: Content, wanted: dict[str, Any], prompt: Prompt
                ) -> tuple[int, Any] | None:
-        """(status, text or JSON), or None where an answer is generated."""
+        """(status, text or JSON), or None if an answer has to be generated."""
         if head.method != "POST" or not (head.path in FORMS or head.path in REPLIES):
             return self._page(head, wanted)
         if refusal := simulated_refusal(head, content, wanted, prompt, self.models):
@@ -26626,7 +26629,7 @@ def simulated_health(server: SimulatedServer, head: RequestHead, wanted: dict[st
 @simulated_page("/query")
 def simulated_bootstrap(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
                         ) -> tuple[int, Any]:
-    """As Mooncake's bootstrap server says it, which is on a port of its own."""
+    """The answer of Mooncake's bootstrap server, which really has a port of its own."""
     return 200, {"0": {"engine_id": server.engine_id, "worker_addr": {"0": {"0": "tcp://h:1"}}}}
 
 
@@ -26680,7 +26683,7 @@ def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[s
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
-    """Do work until it is done or the client leaves.  Raises PeerGone if the client leaves."""
+    """Await `work`.  Raises PeerGone if the client leaves before it is done."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client.await_departure())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -26702,7 +26705,7 @@ def simulated_response(head: RequestHead, status: int, document: Any) -> bytes:
 
 
 class Generation:
-    """One answer of a simulated server."""
+    """A simulated server's answer to one request."""
 
     def __init__(self, server: SimulatedServer, writer: asyncio.StreamWriter, head: RequestHead,
                  content: Content, prompt: Prompt) -> None:
@@ -26719,7 +26722,7 @@ class Generation:
 
     async def run(self) -> None:
         server = self.server
-        if self.streams:  # as vLLM does, before there is anything to say
+        if self.streams:  # as vLLM does, before the first token
             self.writer.write(STREAM_HEAD)
         server.waiting += 1
         try:
@@ -26765,7 +26768,7 @@ class Generation:
         self.writer.write((encode_chunk(form.tail) if form.tail else b"") + LAST_CHUNK)
 
     async def got_blocks(self) -> bool:
-        """Wait for the prompt's blocks if another server has read it.  Returns whether one has."""
+        """Wait for the prompt's blocks if another server reads it.  Returns whether one did."""
         if (blocks := self.server.blocks) is None or self.only_reads:
             return False
         id = blocks.id_of(self.head, self.params, self.said)
@@ -26790,20 +26793,20 @@ class Generation:
 #  117  understudy
 # ══════════
 #
-# `simulate-vllm` stands in for `vllm serve`: a process with its start time, its options, its sleep
-# and its ways to die, and no GPU.  `demo --pool` runs a pool of them.
+# `simulate-vllm` stands in for `vllm serve`: a process with its options, start time, sleep and ways
+# to die, but without a GPU.  `demo --pool` runs a pool of them.
 
 SIMULATED_KIND = Simulated(16, 0.01, 20000)
-# It outlives its server, as a real one does, but not for ever.
+# A server's engine outlives it, as vLLM's does, but only by a minute.
 ENGINE_CODE = """import os, time
 parent = os.getppid()
 while os.getppid() == parent: time.sleep(0.1)
 time.sleep(60)"""
-ENGINE_GONE_S = 0.3  # from an engine's death to its server's; of a real one some 3 s
+ENGINE_GONE_S = 0.3  # from an engine's death to its server's; with vLLM, about 3 s
 
 
 class SimulatedVllm(SimulatedServer):
-    """What one process serves; `dev` is vLLM's developer switch, without which nothing sleeps."""
+    """The server in such a process.  It cannot sleep without `dev`, vLLM's developer mode."""
 
     def __init__(self, args: argparse.Namespace, dev: bool) -> None:
         super().__init__(
@@ -26829,7 +26832,7 @@ class SimulatedVllm(SimulatedServer):
         await super()._answer(client, writer, head, content)
 
     async def turn(self, head: RequestHead) -> Any:
-        """Answer a request about its sleep, and fall asleep or wake up for it."""
+        """Carry out a request about sleep.  Returns the document to answer with."""
         query = dict(urllib.parse.parse_qsl(head.query or ""))
         if head.path == "/sleep":
             while self.running and query.get("mode") == "wait":
@@ -26920,7 +26923,7 @@ def run_simulate_vllm(args: argparse.Namespace) -> int:
 
 
 def own_command() -> tuple[str, ...]:
-    """The command that runs this very file, compiled only once."""
+    """The command that runs this file, which Python then compiles only once."""
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import mvllm_lite;"
             " sys.exit(mvllm_lite.main())")
     return sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))
@@ -26942,7 +26945,7 @@ Put one to sleep, wake it, stop it:      curl -X POST {url}/admin/models/llama-7
 
 
 def pool_demo_settings(settings: Settings) -> Settings:
-    """Two GPUs of 80 GB, and five models that need more."""
+    """Settings with two GPUs of 80 GB, and five models that do not all fit."""
     models = tuple(ModelSettings(
         alias, gpu_memory_gb=gb, command=(*own_command(), "simulate-vllm"), sleep_after_s=20.0,
         unload_after_s=90.0, args=("--start-s", f"{gb / 20:.1f}", "--wake-s", "0.3"))
@@ -26951,7 +26954,7 @@ def pool_demo_settings(settings: Settings) -> Settings:
 
 
 async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
-    """Run a balancer with that pool, and clients that ask for random models of it."""
+    """Run a balancer with such a pool, and clients that ask it for random models."""
     balancer = Balancer(pool_demo_settings(settings))
     traffic = asyncio.ensure_future(pool_traffic(balancer))
     try:
@@ -26981,7 +26984,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 #  118  demo
 # ══════════
 #
-# A balancer on a laptop, in front of simulated servers of unequal kinds.
+# A balancer on a laptop, in front of simulated servers of several kinds.
 
 DEMO_FLEET = (Simulated(16, 0.015, 20000), Simulated(8, 0.025, 8000), Simulated(4, 0.040, 3000))
 
@@ -27011,13 +27014,13 @@ async def come_and_go(server: SimulatedServer, balancer: Balancer, seed: int,
 
 
 MISHAPS = {"fail": "answers 500", "slow": "is five times as slow"}  # by the mode of a server
-MISHAP_S = 12.0  # for so long,
+MISHAP_S = 12.0  # how long each lasts
 BETWEEN_MISHAPS_S = 30.0
 SESSIONS_KEPT = 6
 
 
 def demo_request(sessions: list[list[dict[str, str]]], draw: random.Random) -> dict[str, Any]:
-    """A short question, a long text, or the next turn of one of the sessions, which it changes."""
+    """A short question, a long text, or the next turn of a session; updates the sessions."""
 
     def said(role: str, words: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(draw.choices(WORDS, k=words))}
@@ -27061,7 +27064,7 @@ async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) 
     while len(servers) > 1:
         await asyncio.sleep(BETWEEN_MISHAPS_S)
         one, mode = draw.choice(servers), draw.choice(list(MISHAPS))
-        if one.mode == "ok":  # or somebody plays with it
+        if one.mode == "ok":  # otherwise a user has set it
             log.info("demo: %s %s from now on, for %.0f s", one.url, MISHAPS[mode], MISHAP_S)
             one.mode = mode
             await asyncio.sleep(MISHAP_S)
@@ -27070,10 +27073,10 @@ async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
                discovery: bool = False, rate: float = 0.0, connector: str = "") -> None:
-    """A balancer in front of simulated servers of unequal kinds; `run` runs it.  With `discovery`
-    all but the first register themselves, and come and go; with a `rate`, requests per second,
-    there is traffic, and servers have their troubles; with a `connector`, each prompt is read by
-    one of the first half of them, and answered by one of the others."""
+    """Have `run` run a balancer in front of `count` simulated servers.  With `discovery`, all but
+    the first register themselves, and come and go.  A `rate` (requests per second) makes traffic,
+    and servers have mishaps.  With a `connector`, the first half reads prompts that the others
+    answer."""
     blocks = SimulatedBlocks(connector) if connector else None
     async with contextlib.AsyncExitStack() as stack:
         servers = []
@@ -27103,7 +27106,7 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
 def demo_parted(
     servers: Sequence[ServerSettings], settings: Settings, connector: str
 ) -> tuple[tuple[ServerSettings, ...], Settings]:
-    """The servers with roles, and settings that split all requests between them."""
+    """The servers with roles, and settings that split each request between two of them."""
     found = []
     for i, one in enumerate(servers):
         port = urllib.parse.urlsplit(one.url).port or 0
@@ -27172,8 +27175,8 @@ def run_demo(args: argparse.Namespace) -> int:
 #  119  doctor
 # ══════════
 #
-# What is usually found out too late: each server is asked for everything that the balancer will
-# rely on, and each problem comes with a remedy.
+# Each server is asked for everything that the balancer relies on; each problem found is shown with
+# a remedy.
 
 
 class Finding(NamedTuple):
@@ -27184,7 +27187,7 @@ class Finding(NamedTuple):
 
 
 class Examined(NamedTuple):
-    """What was found at a server; `models` is None if it did not list them."""
+    """What was learned about a server; `models` is None if it did not list them."""
 
     usable: bool
     summary: str
@@ -27192,11 +27195,11 @@ class Examined(NamedTuple):
     models: Models | None = None
     version: Any = None
     cache: Mapping[str, str] = {}  # how vLLM's KV cache is configured
-    generates: bool = True  # text, by its first model
+    generates: bool = True  # whether its first model generates text
 
 
 class Streamed(NamedTuple):
-    """How a streamed answer arrived.  Times in seconds since the request."""
+    """How a streamed answer arrived; times are in seconds since the request."""
 
     status: int
     pieces: int = 0
@@ -27206,7 +27209,7 @@ class Streamed(NamedTuple):
 
 
 async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) -> Examined:
-    """Ask one server for everything."""
+    """Ask a server for everything that the balancer relies on."""
     timeout_s, streamed = settings.health_check_timeout, None
     with contextlib.closing(HttpClient(server, secrets)) as client:
         check = await check_server(client, timeout_s, True, True)
@@ -27239,7 +27242,7 @@ async def examine(server: ServerSettings, settings: Settings, secrets: Secrets) 
 
 
 async def fetch_if_there(client: HttpClient, path: str, timeout_s: float) -> tuple[int, bytes]:
-    """The status, 0 for no answer, and the content of a good answer."""
+    """The status, or 0 without an answer; the content if the status is 200, or b""."""
     try:
         status, content = await client.fetch(path, timeout_s)
     except (PeerGone, BadMessage, TimeoutError):
@@ -27251,7 +27254,7 @@ STREAM_TOKENS = 16
 
 
 async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Streamed | None:
-    """Have some tokens streamed; None if there was no answer in time."""
+    """Time the tokens of a stream.  Returns None if it did not end in time."""
     wanted = {"model": model, "prompt": "1 2 3", "max_tokens": STREAM_TOKENS, "stream": True,
               "ignore_eos": True}
     begun, came = clock_now().monotonic, list[tuple[float, int]]()  # when, how many events
@@ -27271,7 +27274,7 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
     return Streamed(status, len(came), events, came[0][0], came[-1][0])
 
 
-# What to do about words that TLS says; the first that fits.
+# What to do about an error of TLS; the first row whose words are in it counts.
 TLS_ADVICE = {
     "alert certificate required": "it asks for ours: name a file with it in client_cert",
     "certificate is not valid for": "give it the URL of a name that is in its certificate",
@@ -27297,7 +27300,7 @@ def unusable_finding(server: ServerSettings, why: str) -> Finding:
 def load_findings(
     server: ServerSettings, status: int, loads: Mapping[str, EngineLoad]
 ) -> list[Finding]:
-    """Findings about a server's page of metrics."""
+    """Findings about a server's load, from /metrics: its status and what was read from it."""
     if status != 200:
         how = f"answered {status}" if status else "did not answer"
         return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
@@ -27369,7 +27372,8 @@ def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
 
 
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
-    """About this machine, where descriptors allow so many clients, and names no server knows."""
+    """Findings about the settings, and about this machine, whose file descriptors are enough for
+    `clients`."""
     findings, needed = list[Finding](), 2 * s.max_connections + SPARE_DESCRIPTORS
     if clients < 0.9 * s.max_connections:
         findings.append(Finding(
@@ -27421,7 +27425,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
 def model_findings(
     model: ModelSettings, s: Settings, devices: Sequence[Device]
 ) -> list[Finding]:
-    """About one of [[models]]: what would keep it from starting on this machine."""
+    """Findings about what would keep one of [[models]] from starting on this machine."""
     try:
         model = with_profile(model, {one.name: one for one in s.profiles})
     except LookupError as error:
@@ -27449,7 +27453,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 def check_models(s: Settings) -> int:
     """Print for each of [[models]] whether it could start.  Returns how many could."""
-    if s.registration is not None and not s.devices:  # then agents may have other devices
+    if s.registration is not None and not s.devices:  # agents may have other devices
         return 0
     devices, startable = devices_here(s) if s.models else [], 0
     memory = " + ".join(f"{one.total_gb:.1f}" for one in devices)
@@ -27468,13 +27472,13 @@ def check_models(s: Settings) -> int:
 #  120  transfers
 # ══════════
 #
-# Whether prefill and decode servers work together: what they say of themselves is compared, and a
-# prompt is read by one and answered by the other, through the legs that clients' requests get.
+# Whether prefill and decode servers work together: their reports about themselves are compared, and
+# one reads a prompt that the other answers, with the same legs as for clients' requests.
 
 TRIAL_PATH = "/v1/completions"
-TRIAL_WORDS = 150  # of the prompt: some blocks, which have up to 128 tokens
+TRIAL_WORDS = 150  # of the prompt, which makes several blocks; a block has up to 128 tokens
 TRIAL_TOKENS = 8  # of the answer
-RECEIVED_METRICS = ("vllm:external_prefix_cache_hits_total",)  # tokens by a connector
+RECEIVED_METRICS = ("vllm:external_prefix_cache_hits_total",)  # tokens through a connector
 CONNECTOR_ADVICE = {
     "nixl": """start both with --kv-transfer-config '{"kv_connector": "NixlConnector", """
             """"kv_role": "kv_both"}'""",
@@ -27486,7 +27490,7 @@ CONNECTOR_ADVICE = {
 
 
 class Side(NamedTuple):
-    """One server of a pair, or one engine of it."""
+    """A server of a pair, or one of its engines."""
 
     view: ServerView
     examined: Examined
@@ -27502,7 +27506,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Finding]]:
-    """Pairs that cover each server for each of its models, and findings about those without one."""
+    """Pairs that cover each server for each of its models, and findings where there is no pair."""
     pairs, findings = list[Pair](), list[Finding]()
     roled = sorted({one.view.settings.role for one in sides} - {"both"})
     if roled and not s.disaggregation:
@@ -27586,7 +27590,7 @@ class Trial:
     async def ask(
         self, view: ServerView, path: str, content: Content | None = None, fields: str = ""
     ) -> tuple[int, bytes]:
-        """The status and the answer; 0, and what was wrong, where there is none."""
+        """The status and the answer; without an answer, 0 and what was wrong."""
         with contextlib.closing(HttpClient(view.settings, self.secrets)) as client:
             client.fields = fields
             try:
@@ -27604,7 +27608,7 @@ class Trial:
         return await self.ask(view, TRIAL_PATH, content, fields)
 
     async def received(self) -> float | None:
-        """The tokens that the decode server has got from others; None if it does not count them."""
+        """How many tokens the decode server got from others; None if it does not count them."""
         page = (await self.ask(self.writer, "/metrics"))[1].decode("utf-8", "replace")
         counts = [one.value for one in parse_samples(page, RECEIVED_METRICS)]
         return sum(counts) if counts else None
@@ -27620,13 +27624,13 @@ class Trial:
                 return "not tried"
             identity = learned.more
         said = await self.attempt(identity)
-        # Who writes its blocks by itself is asked in another way from the second time on.
+        # A server that pushes its blocks gets other legs once its identity is known.
         if not self.findings and (identity := self.connector.identity_in(said)) is not None:
             await self.attempt(identity)
         return "FAILED" if self.findings else "works"
 
     async def attempt(self, identity: Mapping[str, Any] | None) -> bytes:
-        """Have both legs carried out.  Returns the answer to the first."""
+        """Send both legs.  Returns the answer to the first."""
         content, before, said, answered = self.prompt(), await self.received(), b"", (0, b"")
         shared = self.connector.shared(self.reader, self.writer, identity, self.draw)
         first, rank = self.connector.prefill_leg(content, shape_of(TRIAL_PATH, content), shared)
@@ -27643,7 +27647,7 @@ class Trial:
         return said
 
     async def read_by(self, status: int, said: bytes) -> bytes:
-        """Check that the prompt's leg went well and left what is of use.  Returns its answer."""
+        """Check that the first leg succeeded and kept blocks.  Returns its answer."""
         name, handle = self.reader.name, handle_in(said)
         if status != 200:
             self.amiss(f"{name} did not read a prompt: {answer_words(status, said)}")
@@ -27675,7 +27679,7 @@ class Trial:
                        " reach, and let VLLM_NIXL_SIDE_CHANNEL_PORT through")
 
     async def judge(self, status: int, said: bytes, content: bytes, before: float | None) -> None:
-        """Check that the answer is good, and was made from what the other server has read."""
+        """Check that the answer is good, and that the blocks of the other server were used."""
         reader, writer = self.reader.name, self.writer.name
         if status != 200:
             return self.amiss(f"{writer} did not answer a prompt that {reader} has read:"
@@ -27710,7 +27714,8 @@ def answer_words(status: int, said: bytes) -> str:
 async def try_pairs(
     s: Settings, servers: Sequence[ServerSettings], found: Sequence[Examined], secrets: Secrets
 ) -> tuple[list[tuple[str, list[Finding]]], list[Finding]]:
-    """Each pair in words, with what is amiss with it; and what is amiss with none."""
+    """Try each pair that should work.  Returns a line and findings for each pair, and findings
+    about servers without one."""
     fleet = Fleet()
     fleet.apply(servers, 0.0)
     known = {server.id: one for server, one in zip(servers, found) if one.usable}
@@ -27718,7 +27723,7 @@ async def try_pairs(
     pairs, findings = pairs_of(s, sides)
     rows, draw = list[tuple[str, list[Finding]]](), random.Random()
     for pair in pairs:
-        # An engine might die of what is not alike.
+        # Engines that differ might crash.
         amiss, words = pair_findings(pair), "not tried, as long as this is so"
         if not amiss:
             timeout_s = max(s.health_check_timeout, pair.terms.decode_first_token_timeout)
@@ -27746,7 +27751,7 @@ def total_capacity(servers: Sequence[ServerSettings]) -> str:
 
 
 async def preview_servers(s: Settings) -> tuple[list[ServerSettings], list[str]]:
-    """The servers that services would find now, and lines about how."""
+    """The servers that services would find now, and lines that tell how."""
     servers, lines = list[ServerSettings](), list[str]()
     for row in SERVICES.values():
         if row.preview is not None and (wanted := row.wanted(s)) not in NOT_WANTED:
@@ -27820,7 +27825,7 @@ def check_config(args: argparse.Namespace) -> int:
     for line in relative_paths(tomllib.loads(toml), os.path.dirname(path)):
         print(printable(f"{path}: {line}"))
     print(f"{path}: {plural(len(found), 'server')}, total capacity {capacity}, {usable} usable")
-    comes = not found and settings.registration is not None  # what is not there yet
+    comes = not found and settings.registration is not None  # servers will register themselves
     return 0 if usable or startable or comes else 2
 
 
