@@ -74,121 +74,122 @@ lines.
     36  client keys    · clients' keys and what each is using; who owns stored responses
     37  access         · which clients may use which paths; trusted proxies
 
-    VI  what is counted  950 lines, for each request, and when asked for
+    VI  what is counted  1,130 lines, for each request, and when asked for
     38  documents      · the JSON documents for programs
     39  metrics        · the metric families that /metrics shows
     40  records        · requests and transitions as log lines, records and traces
-    41  recent past    · the last minute of servers and models, the fleet's last quarter hour
-    42  status         · the document that screen, page and /status.json share
+    41  troubles       · what is wrong with a server, in words, and what to do about it
+    42  recent past    · the last minute of servers and models, the fleet's last quarter hour
+    43  status         · the document that screen, page and /status.json share
 
    VII  connections      1,960 lines, for each connection, and each piece of an answer
-    43  sockets        ~ what all sockets share: errors, deadlines; listening sockets
-    44  backlog        ~ what is held of clients' requests, and which clients leave unread
-    45  wire           ~ one connection: its buffer, its deadline, its end
-    46  secrets        ~ keys and certificates, and how to reach a server with them
-    47  client         ~ our own requests to servers, over asyncio's streams
-    48  pool           ~ the connections to one server for requests, kept and reused
-    49  pump           ~ bytes on their way through, with back-pressure
-    50  response       ~ the client's side of an exchange
-    51  logging        ~ lines for readers that may be slow: the log, the trace of requests
+    44  sockets        ~ what all sockets share: errors, deadlines; listening sockets
+    45  backlog        ~ what is held of clients' requests, and which clients leave unread
+    46  wire           ~ one connection: its buffer, its deadline, its end
+    47  secrets        ~ keys and certificates, and how to reach a server with them
+    48  client         ~ our own requests to servers, over asyncio's streams
+    49  pool           ~ the connections to one server for requests, kept and reused
+    50  pump           ~ bytes on their way through, with back-pressure
+    51  response       ~ the client's side of an exchange
+    52  logging        ~ lines for readers that may be slow: the log, the trace of requests
 
   VIII  a request        1,540 lines, for each request
-    52  shared state   ~ what requests share: clients, pools, news, requests under way
-    53  core           ~ the running balancer's state: settings, fleet, metrics, pools
-    54  intake         ~ a request's content: gathered, decoded, held as long as it is needed
-    55  attempt        ~ a request sent to one server; its answer judged and passed on
-    56  case           ~ who is to blame for a failure: suspects, deaths, refused content
-    57  accounts       ~ what outlives a request: counts, a record, whose response was stored
-    58  resuming       ~ a stream that lost its server, continued by another one
-    59  exchange       ~ one request, from its head to its last byte
-    60  other steps    ~ the steps that ask no server: waits, and the end if none answers
+    53  shared state   ~ what requests share: clients, pools, news, requests under way
+    54  core           ~ the running balancer's state: settings, fleet, metrics, pools
+    55  intake         ~ a request's content: gathered, decoded, held as long as it is needed
+    56  attempt        ~ a request sent to one server; its answer judged and passed on
+    57  case           ~ who is to blame for a failure: suspects, deaths, refused content
+    58  accounts       ~ what outlives a request: counts, a record, whose response was stored
+    59  resuming       ~ a stream that lost its server, continued by another one
+    60  exchange       ~ one request, from its head to its last byte
+    61  other steps    ~ the steps that ask no server: waits, and the end if none answers
 
     IX  operating        1,910 lines, all the time
-    61  watch          ~ health checks, load reports
-    62  services       ~ background tasks that run if settings ask for them, as rows
-    63  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
-    64  endpoints      ~ the paths that the balancer answers itself, in one table
-    65  front          ~ where clients come in: connections accepted, requests let in
-    66  following      ~ the settings file, and the files that it names
-    67  commands       ~ subcommands as rows; settings from file, environment and flags
-    68  handover       ~ one process takes over from another, without a gap
-    69  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
+    62  watch          ~ health checks, load reports
+    63  services       ~ background tasks that run if settings ask for them, as rows
+    64  operations     ~ changes to servers by hand: drain, weight, probe, add, remove
+    65  endpoints      ~ the paths that the balancer answers itself, in one table
+    66  front          ~ where clients come in: connections accepted, requests let in
+    67  following      ~ the settings file, and the files that it names
+    68  commands       ~ subcommands as rows; settings from file, environment and flags
+    69  handover       ~ one process takes over from another, without a gap
+    70  balancer       ~ assembly: settings and roster adopted, running, draining, stopping
 
      X  program          470 lines, at the start and at the end
-    70  process        ~ signals, systemd, limits of the system
-    71  router flags   ~ the command line of vllm-project/router, as keys of the settings
-    72  command line   ~ what all subcommands share; the one that serves; `help`
+    71  process        ~ signals, systemd, limits of the system
+    72  router flags   ~ the command line of vllm-project/router, as keys of the settings
+    73  command line   ~ what all subcommands share; the one that serves; `help`
 
         ── the ruler: above, all that runs for a servers.toml of five lines ──
 
     XI  discovery        1,890 lines, when servers come and go by themselves
-    73  names          ~ servers by DNS: each address of a name is one; names that move
-    74  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
-    75  listing        · what to ask the Kubernetes API next, and what its answers mean
-    76  cluster        ~ connections to the Kubernetes API; lists and watches
-    77  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
-    78  registration   · servers and agents that register themselves
-    79  registering    ~ the paths at which they register, over HTTP
-    80  zmq listener   ~ where vLLM's connectors register, over ZMQ
+    74  names          ~ servers by DNS: each address of a name is one; names that move
+    75  pods           · Kubernetes: the servers that pods and EndpointSlices stand for
+    76  listing        · what to ask the Kubernetes API next, and what its answers mean
+    77  cluster        ~ connections to the Kubernetes API; lists and watches
+    78  zmtp           · ZMTP, the protocol of ZeroMQ, and msgpack
+    79  registration   · servers and agents that register themselves
+    80  registering    ~ the paths at which they register, over HTTP
+    81  zmq listener   ~ where vLLM's connectors register, over ZMQ
 
    XII  prefill and decode 1,250 lines, where [[disaggregation]] is set
-    81  legs           · two requests made from one, and one answer made from two
-    82  connectors     · what the two legs say so that blocks get from one server to the other
-    83  splitting      · how a request is split between two servers, step by step
-    84  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
-    85  pairs          ~ a request's two legs, carried out and counted
+    82  legs           · two requests made from one, and one answer made from two
+    83  connectors     · what the two legs say so that blocks get from one server to the other
+    84  splitting      · how a request is split between two servers, step by step
+    85  leg attempts   ~ a leg at one server; its answer kept, or merged on its way
+    86  pairs          ~ a request's two legs, carried out and counted
 
   XIII  models           3,000 lines, where the settings have models, or agents that run some
-    86  life           · the life of a model's process: one table of transitions
-    87  launching      · command lines from settings; what a registration over HTTP may say
-    88  placement      · where a model fits, and what has to make room for it
-    89  scaling        · how many instances of each model run, and which acts are next
-    90  children       ~ processes: launched, watched, ended with their whole group
-    91  instances      ~ one model's process: requests to it, and its description for others
-    92  agent          ~ the instances of one host: launched, tended, restarted, saved
-    93  hosts          ~ machines that run models; when each model was used
-    94  holdings       ~ what is known about the pool, and the views that placement gets
-    95  keeping        ~ acts are decided and carried out; requests wait for their models
-    96  manager        ~ a pool that another balancer keeps, used from here too
-    97  models         ~ plans of requests for the pool's models; lists, metrics, operations
-    98  pool paths     ~ the paths about the pool, for people and programs
-    99  worker         ~ an agent in a process of its own
+    87  life           · the life of a model's process: one table of transitions
+    88  launching      · command lines from settings; what a registration over HTTP may say
+    89  placement      · where a model fits, and what has to make room for it
+    90  scaling        · how many instances of each model run, and which acts are next
+    91  children       ~ processes: launched, watched, ended with their whole group
+    92  instances      ~ one model's process: requests to it, and its description for others
+    93  agent          ~ the instances of one host: launched, tended, restarted, saved
+    94  hosts          ~ machines that run models; when each model was used
+    95  holdings       ~ what is known about the pool, and the views that placement gets
+    96  keeping        ~ acts are decided and carried out; requests wait for their models
+    97  manager        ~ a pool that another balancer keeps, used from here too
+    98  models         ~ plans of requests for the pool's models; lists, metrics, operations
+    99  pool paths     ~ the paths about the pool, for people and programs
+    100  worker         ~ an agent in a process of its own
 
    XIV  seen             2,820 lines, on a terminal, for `top`, `help`, a browser at /status
-    100  cells          · text in the cells of a terminal: its meaning, its width
-    101  table          · the servers in lines, with as many columns as fit
-    102  views          · graphs of the fleet; models, requests and keys as tables
-    103  screen         · all lines on a terminal, from a status document
-    104  keys           · what keys do to the screen, and ask of the balancer
-    105  terminal       ~ the screen on a terminal: an ordinary curses program
-    106  top            ~ the screen beside a balancer, in this process or elsewhere
-    107  page           ~ the status for a browser: one HTML string
-    108  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
-    109  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    101  cells          · text in the cells of a terminal: its meaning, its width
+    102  table          · the servers in lines, with as many columns as fit
+    103  views          · graphs of the fleet; models, requests and keys as tables
+    104  screen         · all lines on a terminal, from a status document
+    105  keys           · what keys do to the screen, and ask of the balancer
+    106  terminal       ~ the screen on a terminal: an ordinary curses program
+    107  top            ~ the screen beside a balancer, in this process or elsewhere
+    108  page           ~ the status for a browser: one HTML string
+    109  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
+    110  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    110  traces         · requests of the past, from files; or made-up ones
-    111  engine         · a model of a vLLM server, in simulated time
-    112  replay         · past requests sent to simulated engines by any policy
-    113  comparison     ~ policies compared on a trace: the program of `replay`
-    114  canned words   · what a vLLM server would say and refuse, without a model
-    115  canned forms   · the same in the forms of its APIs, plain and streamed
-    116  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    117  understudy     ~ a process that stands in for `vllm serve`; a pool of them
-    118  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
-    119  doctor         ~ what is wrong with servers and settings, and what to do about it
-    120  transfers      ~ whether prefill and decode servers work together
-    121  check config   ~ the program of `check-config`
+    111  traces         · requests of the past, from files; or made-up ones
+    112  engine         · a model of a vLLM server, in simulated time
+    113  replay         · past requests sent to simulated engines by any policy
+    114  comparison     ~ policies compared on a trace: the program of `replay`
+    115  canned words   · what a vLLM server would say and refuse, without a model
+    116  canned forms   · the same in the forms of its APIs, plain and streamed
+    117  simulation     ~ a vLLM server without a GPU, on a port of this machine
+    118  understudy     ~ a process that stands in for `vllm serve`; a pool of them
+    119  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
+    120  doctor         ~ what is wrong with servers and settings, and what to do about it
+    121  transfers      ~ whether prefill and decode servers work together
+    122  check config   ~ the program of `check-config`
 
-A request walks through the rooms like this.  The `Front` (65) reads a head from the client's
-`Wire` (45), parses it (2), makes an `Exchange` (59) of it, and checks access (37).  A local path is
-answered in room 64.  For any other path, the `Exchange` runs: the content is gathered (54) and read
+A request walks through the rooms like this.  The `Front` (66) reads a head from the client's
+`Wire` (46), parses it (2), makes an `Exchange` (60) of it, and checks access (37).  A local path is
+answered in room 65.  For any other path, the `Exchange` runs: the content is gathered (55) and read
 as a `Call` (16) with its `Prompt` (15), the `Keys` (36) admit it, and `relay_plan` (35) says step
 by step what to do.  Each `Relay` step names the server that was ranked best (32) by a policy (31)
-among the views of the fleet (28).  An `Attempt` (55) at that server holds the answer back until it
-is judged good (18), and then has the `Exchange` commit: the `Response` (50) begins, and a `Pump`
-(49) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
-is asked next.  At the end, `account` (57) counts the request and writes its line.
+among the views of the fleet (28).  An `Attempt` (56) at that server holds the answer back until it
+is judged good (18), and then has the `Exchange` commit: the `Response` (51) begins, and a `Pump`
+(50) moves the rest.  Whatever goes wrong on the way is a `Fault` (1); the plan decides which server
+is asked next.  At the end, `account` (58) counts the request and writes its line.
 
 Words, one for each thing: a *server* is a vLLM process behind us, the *fleet* is all of them, the
 *roster* lists them, a *client* talks to us.  A *wire* is one connection.  A *call* is a request's
@@ -5508,6 +5509,7 @@ ANSWER_WEIGHT = 0.05  # of one answer that has ended
 ANSWER_TRUSTED_TOKENS = 50  # the shortest answer with full weight
 PACE_MEMORY_S = 2.5  # of reports
 CHANGED = 1.6  # streams that are slower or faster by this factor twice in a row show a change,
+USUAL_COUNT = 20_000  # samples, of which each later one counts as so much of a server's usual step
 STREAMS_WEIGHT = 0.5  # which is adopted with this weight, twice a second
 PROMPT_SAMPLE_TOKENS = 600  # waits for fewer tell of the network and of steps, not of reading
 PROMPT_TRUSTED_TOKENS = 2000
@@ -5555,7 +5557,7 @@ class Pace:
     """A server's speed as it was learned; changed in place."""
 
     __slots__ = ("step_s", "prompt_steps", "samples", "retest_s", "retest_at",
-                 "tokens_per_event", "change")
+                 "tokens_per_event", "change", "usual_s", "usual_count")
 
     def __init__(self, step_s: float = STEP_S) -> None:
         self.step_s = step_s  # for one token of an answer, without other work
@@ -5564,6 +5566,7 @@ class Pace:
         self.retest_s = RETEST_S  # the pause without samples before it is tried,
         self.retest_at = INFINITY  # and its end
         self.tokens_per_event = 1.0  # of its streams
+        self.usual_s, self.usual_count = step_s, 0  # its mean, and of how many samples
         self.change = 0  # at the last look, its streams were slower (1) or faster (-1) than known
 
     @property
@@ -5604,6 +5607,8 @@ class Pace:
         if self.samples * weight < 1:
             weight = max(weight, 1 / (1 + self.samples))
         self.step_s = max(LEAST_STEP_S, known + weight * (found - known))
+        self.usual_count = min(USUAL_COUNT, self.usual_count + 1)
+        self.usual_s += (self.step_s - self.usual_s) / self.usual_count
         self.retest_at = now + self.retest_s
 
     def answered(
@@ -9148,7 +9153,163 @@ def transition_line(change: Transition, models: Models | None) -> str:
 
 
 # ══════════
-#  41  recent past
+#  41  troubles
+# ══════════
+#
+# What is wrong with a server, in words, and what to do about it, the worst first.  The screen, the
+# page, /status.json and the log share these words.
+
+SILENT_S = 3.0  # without any sign of life, although asked; reports are asked for each second
+SLOW_RATIO = 3.0  # times its peers' time of a token; prompts and load explain less
+SLOWED_RATIO = 4.0  # times its own usual time; other requests than usual explain a factor of 2
+SLOW_SAMPLES = 3  # of its pace, before it is compared with its peers
+USUAL_SAMPLES = 200  # before it is compared with itself
+SAME_KV_RATIO = 1.25  # by which the KV caches of one kind of server may differ
+FULL_KV_RATIO = 0.95  # of the KV cache in use, with requests that wait for room in it
+FAILING_COUNT = 3  # attempts that failed in the last minute,
+FAILING_RATIO = 0.1  # and their share
+TOLD_AFTER_S = 2.5  # of a trouble, it is logged,
+OVER_AFTER_S = 10.0  # and so long after its end, that it is over
+
+
+class Trouble(NamedTuple):
+    """Something about a server that people should know."""
+
+    level: str  # "bad": it is out; "warn": it is in use, but not well; "note": nothing is wrong
+    word: str  # for a table and for counts
+    text: str
+    advice: str = ""  # what to do
+    since_s: float | None = None  # how long it has lasted, if known
+
+
+# What to do about words in a server's reason; the first that fits.
+TLS_ADVICE = {
+    "alert certificate required": "it asks for ours: name a file with it in client_cert",
+    "certificate is not valid for": "give it the URL of a name that is in its certificate",
+    "certificate has expired": "have its certificate renewed",
+    "certificate": "name the authority that signed it in ca_file",
+    "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
+    "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+    "closed without an answer": "see whether it speaks https: then its URL begins with https://",
+}
+ADVICE = {
+    **TLS_ADVICE, "its key is rejected": "give it the api_key that the server has",
+    "refused": "is vLLM running there?", "no route": "is its host up?",
+    "unreachable": "is its host up?",
+    "cannot resolve": "does its name exist in DNS?", "frozen": "restart it",
+    "no connection within": "is its host up, and its port open?",
+    "no answer": "is it stopped, or its host overloaded?", "answered 5": "look at its log",
+    "died": "look at its log",
+}
+
+
+def advice_on(reason: str) -> str:
+    return next((advice for words, advice in ADVICE.items() if words in reason), "")
+
+
+def state_word(view: ServerView, now: float) -> str:
+    """A server's state in words for people."""
+    if view.draining or view.drained:
+        return "draining" if view.counts.in_flight else "drained"
+    if not view.healthy and view.health.open_until is not None:
+        return f"circuit {view.health.circuit(now)}"
+    return "asleep" if view.healthy and view.load.asleep else view.health.state.value
+
+
+def state_troubles(view: ServerView, now: float) -> Iterator[Trouble]:
+    """What its state says, if that is not simply healthy."""
+    word, since_s = state_word(view, now), now - view.health.since
+    if word == State.HEALTHY.value:
+        return
+    out = word in (State.UNHEALTHY.value, "circuit open")
+    level = "bad" if out else "warn" if word == "circuit half-open" else "note"
+    advice = advice_on(view.health.reason) if level != "note" else ""
+    yield Trouble(level, word, view.reason, advice, since_s)
+
+
+def silence(view: ServerView, asked_at: float | None, now: float) -> Iterator[Trouble]:
+    """Whether it gives no sign of life; `asked_at` is when it was asked for one in vain."""
+    if asked_at is not None and view.healthy and now - asked_at >= SILENT_S:
+        yield Trouble("warn", "silent", "not answering", ADVICE["no answer"], now - asked_at)
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """A quantile of these values; None without any."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+
+
+def are_peers(one: ServerView, other: ServerView) -> bool:
+    """Whether two servers should be equally fast: they serve the same models, in the same role,
+    and as their KV caches are of one size, on the same GPU."""
+    mine, theirs = one.load.kv_tokens or 1, other.load.kv_tokens or 1
+    return (one.models == other.models or bool(one.models and other.models)
+            and one.models.keys() == other.models.keys()) and (  # type: ignore[union-attr]
+        one.settings.role == other.settings.role
+        and max(mine, theirs) <= SAME_KV_RATIO * min(mine, theirs))
+
+
+def slowness(view: ServerView, views: Sequence[ServerView]) -> Iterator[Trouble]:
+    """Whether its tokens take several times as long as its peers', or as they usually do."""
+    step_s, pace = view.pace.step_s, view.pace
+    if not view.healthy or pace.samples < SLOW_SAMPLES:
+        return
+    peers = [one.pace.step_s for one in views
+             if one is not view and one.pace.samples and are_peers(view, one)
+             ] if any(SLOW_RATIO * one.pace.step_s <= step_s for one in views) else []
+    for whose, than_s, ratio in (
+            ("its peers'", quantile(peers, 0.4), SLOW_RATIO),
+            ("its usual", pace.usual_s if pace.usual_count >= USUAL_SAMPLES else None,
+             SLOWED_RATIO)):
+        if than_s and step_s >= ratio * than_s:
+            text = (f"{1e3 * step_s:.3g} ms a token, {step_s / than_s:.1f}x {whose}"
+                    f" {1e3 * than_s:.3g} ms")
+            yield Trouble("warn", "slow", text, "is its GPU hot, throttled or shared?")
+            return
+
+
+def fullness(view: ServerView, now: float, interval_s: float) -> Iterator[Trouble]:
+    """Whether requests wait there for room in its KV cache."""
+    load = view.load
+    if (view.reports(now, interval_s) and load.queued and not load.asleep
+            and (load.kv_usage_ratio or 0) >= FULL_KV_RATIO):
+        text = f"KV cache {load.kv_usage_ratio:.0%} full, {load.queued} wait for room"
+        yield Trouble("warn", "KV full", text, "lower max_concurrent_requests or add servers")
+
+
+def failures(view: ServerView, failed: int, answered: int, last: str) -> Iterator[Trouble]:
+    """Whether many attempts have failed there, of those in the last minute."""
+    if view.healthy and failed >= max(FAILING_COUNT, FAILING_RATIO * (failed + answered)):
+        text = f"{failed} of {failed + answered} attempts failed in a minute; the last at {last}"
+        yield Trouble("warn", "failing", text, advice_on(last) or "look at its log")
+
+
+class TroubleNews:
+    """Which troubles of servers in use are worth a line in the log: those that last, once each."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, str], tuple[float, float, bool]] = {}  # first, last, told
+
+    def lines(
+        self, name: str, troubles: Sequence[Trouble], now: float
+    ) -> Iterator[tuple[bool, str]]:
+        """The lines due about a server, each with whether something began."""
+        for trouble in troubles:
+            if trouble.level == "warn":
+                first, _, told = self.seen.get((name, trouble.word), (now, now, False))
+                if not told and now - first >= TOLD_AFTER_S:
+                    told = True
+                    yield True, f"{name} is {trouble.word}: {trouble.text}"
+                self.seen[name, trouble.word] = first, now, told
+        for (of, word), (_, last, told) in list(self.seen.items()):
+            if of == name and now - last > OVER_AFTER_S:
+                del self.seen[of, word]
+                if told:
+                    yield False, f"{name} is no longer {word}"
+
+
+# ══════════
+#  42  recent past
 # ══════════
 #
 # What people are shown of the recent past: the last minute of each server and model, the fleet's
@@ -9288,6 +9449,23 @@ class Recent:
         self.graphed_at = -INFINITY
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
+        self.unanswered: dict[str, float] = {}  # when each server was asked that says nothing
+        self.troubles: dict[str, list[Trouble]] = {}  # of each view, the worst first
+        self.trouble_news = TroubleNews()
+
+    def find_troubles(
+        self, views: Sequence[ServerView], moved: Callable[[str], float], now: float, s: Settings
+    ) -> None:
+        """Find what is wrong with each server now; `moved` says when its streams last did."""
+        for view in views:
+            history, asked_at = self.histories[view.id], self.unanswered.get(view.server)
+            before = history.since(max(now - MINUTE_S, view.health.since))
+            self.troubles[view.id] = [
+                *state_troubles(view, now),
+                *silence(view, asked_at and max(asked_at, moved(view.id)), now),
+                *fullness(view, now, s.metrics_interval), *slowness(view, views),
+                *failures(view, history.failed - before.failed, history.requests - before.requests,
+                          history.errors[-1] if history.errors else "")]
 
     def decisions(self) -> dict[str, list[str]]:
         """For each server, why it was chosen lately."""
@@ -9301,8 +9479,9 @@ class Recent:
 
     def keep(self, ids: Collection[str]) -> None:
         """Forget the history of all other servers."""
-        for id in self.histories.keys() - ids:
-            del self.histories[id]
+        for known in (self.histories, self.troubles):
+            for id in known.keys() - ids:
+                del known[id]
 
     def ranked(self, id: str, ranking: Ranking, attempt: int) -> None:
         earlier = self.rankings.pop(id, [])
@@ -9312,30 +9491,15 @@ class Recent:
             self.rankings.popitem(last=False)
 
 
-def quantile(values: Sequence[float], share: float) -> float | None:
-    """A quantile of these values; None without any."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
-
-
 def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
 
 
 # ══════════
-#  42  status
+#  43  status
 # ══════════
 #
 # The document that people see of the fleet: the screen, the page and /status.json share it.
-
-
-def state_word(view: ServerView, now: float) -> str:
-    """A server's state in words for people."""
-    if view.draining or view.drained:
-        return "draining" if view.counts.in_flight else "drained"
-    if not view.healthy and view.health.open_until is not None:
-        return f"circuit {view.health.circuit(now)}"
-    return "asleep" if view.healthy and view.load.asleep else view.health.state.value
 
 
 class ServerStatus(TypedDict):
@@ -9348,6 +9512,7 @@ class ServerStatus(TypedDict):
     state: str  # one of a State's words, "circuit open", "asleep", "drained", "draining" …
     reason: str  # for that state
     since_s: float  # how long it has been in it
+    troubles: list[dict[str, Any]]  # each a Trouble, the worst first
     models: list[str]
     running: float | None  # requests, as the server reports
     waiting: float | None
@@ -9387,6 +9552,7 @@ class Totals(TypedDict):
     ttft_p50_s: float | None  # of streams of the last minute
     ttft_p95_s: float | None
     error_ratio: float  # of the last minute's requests
+    troubles: list[dict[str, Any]]  # of servers in use: word, and how many have it as their worst
 
 
 class ModelStatus(TypedDict):
@@ -9484,6 +9650,7 @@ def status_of(
         "name": (view.name.partition("://")[2] or view.name) + f" {role}" * (role != "both"),
         "source": entry.source.value if entry else "", "state": state_word(view, now),
         "reason": view.reason, "since_s": round(now - view.health.since, 1),
+        "troubles": [one._asdict() for one in recent.troubles.get(view.id, ())],
         "models": list(view.models or ()), "running": load.running, "waiting": load.waiting,
         "in_flight": view.counts.in_flight, "capacity": round(view.capacity),
         "capacity_learned": not view.configured, "capacity_note": disagreement(view),
@@ -9511,6 +9678,8 @@ def totals_of(
     late = sum(h.requests - h.since(now - RATE_S).requests for h in histories)
     rates = [rate for h in histories if (rate := h.tokens_per_s(now)) is not None]
     ttfb = [first for h in histories for first in h.ttfb_since(now - MINUTE_S)]
+    words = [found[0].word for view in views if view.healthy and (
+        found := recent.troubles.get(view.id)) and found[0].level == "warn"]
     return {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
         "drained": sum(not view.open for view in views),
@@ -9519,6 +9688,7 @@ def totals_of(
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
         "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
         "error_ratio": round(lost / requests, 4) if requests else 0.0,
+        "troubles": [{"word": word, "servers": words.count(word)} for word in dict.fromkeys(words)],
     }
 
 
@@ -9603,7 +9773,7 @@ def status_report(
 
 
 # ══════════
-#  43  sockets
+#  44  sockets
 # ══════════
 #
 # What all sockets share: errors in words, deadlines, detection of dead peers.  And listening
@@ -9792,7 +9962,7 @@ def is_unheard(sock: socket.socket | None) -> bool:
 
 
 # ══════════
-#  44  backlog
+#  45  backlog
 # ══════════
 #
 # What is held of clients' requests: how much, what may be given up, and whose clients leave.
@@ -9862,7 +10032,7 @@ class Backlog:
 
 
 # ══════════
-#  45  wire
+#  46  wire
 # ══════════
 #
 # Connections.  Only this room knows transports.  A Wire is one connection, to a client or to a
@@ -10212,7 +10382,7 @@ class Wire(asyncio.BufferedProtocol):
 
 
 # ══════════
-#  46  secrets
+#  47  secrets
 # ══════════
 #
 # Keys and certificates, from the settings and the files that they name, and how to reach a server
@@ -10413,7 +10583,7 @@ def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
 
 
 # ══════════
-#  47  client
+#  48  client
 # ══════════
 #
 # The client for our own requests: checks, reports of load, those of the doctor and `top`.  It uses
@@ -10632,7 +10802,7 @@ async def engine_responds(client: HttpClient, timeout_s: float) -> bool:
 
 
 # ══════════
-#  48  pool
+#  49  pool
 # ══════════
 #
 # The connections to one server for passing on requests.
@@ -10766,7 +10936,7 @@ async def read_response_head(wire: Wire, deadline: float) -> tuple[ResponseHead,
 
 
 # ══════════
-#  49  pump
+#  50  pump
 # ══════════
 #
 # Bytes from one wire are written to another in the same turn of the event loop, without a task.
@@ -10996,7 +11166,7 @@ class Tunnel:
 
 
 # ══════════
-#  50  response
+#  51  response
 # ══════════
 #
 # The client's side of an exchange.  Every response, a server's answer or our own, is written here,
@@ -11262,7 +11432,7 @@ class abandoned_if_gone:  # it reads as a sentence
 
 
 # ══════════
-#  51  logging
+#  52  logging
 # ══════════
 #
 # Lines for people and programs, who may read slowly or not at all; clients must not wait for them.
@@ -11592,7 +11762,7 @@ def trace_writer(path: str) -> Writer | None:
 
 
 # ══════════
-#  52  shared state
+#  53  shared state
 # ══════════
 #
 # State that exchanges, watchers and local pages share; each piece has an owner: clients, pools,
@@ -11795,7 +11965,7 @@ class Requests:
 
 
 # ══════════
-#  53  core
+#  54  core
 # ══════════
 #
 # The state of the running balancer in one place, as exchanges, watchers and local pages get it.
@@ -11855,6 +12025,7 @@ class Core:
             "services": {name: one.report(now.monotonic) for name, one in self.services.items()},
         }
         views = self.fleet.views(now.monotonic)
+        self.recent.find_troubles(views, self.streams_at, now.monotonic, self.settings)
         return status_report(views, self.roster, self.recent, now, self.settings, process)
 
     def sample(self, now: float) -> None:
@@ -11862,6 +12033,10 @@ class Core:
         views, recent = self.fleet.views(), self.recent
         for view in views:
             recent.histories[view.id].sample(view, now, self.settings.metrics_interval)
+        recent.find_troubles(views, self.streams_at, now, self.settings)
+        for view in views:
+            for began, line in recent.trouble_news.lines(view.name, recent.troubles[view.id], now):
+                log.log(logging.WARNING if began else logging.INFO, "%s", line)
         recent.models.append((now, counts_by_model(self.metrics)))
         if now >= recent.graphed_at + GRAPH_S:
             recent.graphed_at = now
@@ -11959,7 +12134,7 @@ class Core:
 
 
 # ══════════
-#  54  intake
+#  55  intake
 # ══════════
 #
 # A request's content: gathered from the client, decoded, scanned as it arrives, and held as long
@@ -12105,7 +12280,7 @@ async def look_through(content: Content, scan: Scan | None) -> None:
 
 
 # ══════════
-#  55  attempt
+#  56  attempt
 # ══════════
 #
 # One attempt at an answer: a request is sent to one server over one connection, and its answer is
@@ -12375,7 +12550,7 @@ class Attempt:
 
 
 # ══════════
-#  56  case
+#  57  case
 # ══════════
 #
 # Whose failure it was.  Servers that failed with a request are suspects until it is known whether
@@ -12516,7 +12691,7 @@ class Case:
 
 
 # ══════════
-#  57  accounts
+#  58  accounts
 # ══════════
 #
 # What outlives a request: its counts, its place in the recent past, its record, and which server
@@ -12618,7 +12793,7 @@ def note_stored(x: Exchange, head: ResponseHead, start: bytes) -> None:
 
 
 # ══════════
-#  58  resuming
+#  59  resuming
 # ══════════
 #
 # A stream that another server may continue: what it has shown, from its first event on, and after
@@ -12748,7 +12923,7 @@ def commit_again(x: Exchange, step: Relay, lease: Lease, join: Join, answer: Ans
 
 
 # ══════════
-#  59  exchange
+#  60  exchange
 # ══════════
 #
 # One request, from its head to its last byte.  An Exchange has the content read as a Call, and
@@ -13099,7 +13274,7 @@ class Exchange:
 
 
 # ══════════
-#  60  other steps
+#  61  other steps
 # ══════════
 #
 # The steps of a plan that ask no server: waits, and the end if no server answers.
@@ -13230,7 +13405,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  61  watch
+#  62  watch
 # ══════════
 #
 # What goes on without a request.  Each server has loops of its own, for its health, its load and
@@ -13309,8 +13484,11 @@ async def watch_health(core: Core, server: str) -> None:
         want_models = core.fleet.models_due(server, loop.time(), s) or server in core.looks.wanted
         if active or want_models:
             begun = loop.time()
+            core.recent.unanswered.setdefault(server, begun)
             found = await check_server(
                 core.client(server), s.health_check_timeout, active, want_models)
+            if found is None or not found.hung:
+                core.recent.unanswered.pop(server, None)
             if core.process.stood_still_since(begun, loop.time()):
                 continue  # its duration, and perhaps its failure, was caused by us
             if found is not None and found.models is not None:
@@ -13359,9 +13537,11 @@ async def watch_load(core: Core, server: str) -> None:
         interval_s = core.settings.metrics_interval
         trouble, begun = "", loop.time()
         own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
+        core.recent.unanswered.setdefault(server, begun)
         try:
             status, page = await core.client(server).fetch(
                 "/metrics", max(1.0, 2 * interval_s))
+            core.recent.unanswered.pop(server, None)
             result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
                 result, trouble = "ok", ""
@@ -13369,6 +13549,8 @@ async def watch_load(core: Core, server: str) -> None:
                 take_loads(core, server, loads, own, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             said = str(error) or "it takes too long"
+            if getattr(error, "fault", Fault.CONNECT_TIMEOUT) is not Fault.CONNECT_TIMEOUT:
+                core.recent.unanswered.pop(server, None)
             result, trouble = "failed", f"/metrics does not answer: {said}"
         name = core.fleet.name_of(server)
         core.metrics.scrapes.add(name, result)
@@ -13522,7 +13704,7 @@ class Watchers:
 
 
 # ══════════
-#  62  services
+#  63  services
 # ══════════
 #
 # What runs in the background only if the settings ask for it, like a source of servers.  The rooms
@@ -13602,7 +13784,7 @@ class Services:
 
 
 # ══════════
-#  63  operations
+#  64  operations
 # ══════════
 #
 # What people do to servers at run time: over HTTP, with the screen's keys, or with the page's
@@ -13730,7 +13912,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 # ══════════
-#  64  endpoints
+#  65  endpoints
 # ══════════
 #
 # The paths that the balancer answers from what it knows.  They ask no server, so they answer at
@@ -14069,7 +14251,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  65  front
+#  66  front
 # ══════════
 #
 # Where clients come in.  Connections are accepted while there is room, and each is served by a task
@@ -14420,7 +14602,7 @@ class Front:
 
 
 # ══════════
-#  66  following
+#  67  following
 # ══════════
 #
 # The settings file is read whole every few seconds.  It has a few kB; reading it is cheaper than
@@ -14565,7 +14747,7 @@ class Follower:
 
 
 # ══════════
-#  67  commands
+#  68  commands
 # ══════════
 #
 # Subcommands are rows, each registered by its own room; the command line knows none by name.  Here
@@ -14759,7 +14941,7 @@ def printable(text: str) -> str:
 
 
 # ══════════
-#  68  handover
+#  69  handover
 # ══════════
 #
 # One process takes over from another without a gap.  The old one starts the new one and passes it,
@@ -14895,8 +15077,6 @@ def tell_predecessor() -> None:
             sock.send(b"1")
 
 
-
-
 def own_url(s: Settings, host: str, port: int) -> str:
     """The URL at which this machine reaches a balancer that listens there."""
     host = "127.0.0.1" if host in ANYWHERE else host
@@ -14959,7 +15139,7 @@ def run_upgrade(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  69  balancer
+#  70  balancer
 # ══════════
 #
 # Assembly.  The balancer opens the front, keeps every server's watchers running, gives each owner
@@ -15202,7 +15382,7 @@ class Balancer:
 
 
 # ══════════
-#  70  process
+#  71  process
 # ══════════
 #
 # A balancer as a process among others: its signals, its terminal, and what it tells systemd and the
@@ -15324,7 +15504,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ══════════
-#  71  router flags
+#  72  router flags
 # ══════════
 #
 # The flags of vllm-project/router are accepted, too, so that its command lines work as they are.
@@ -15503,7 +15683,7 @@ def router_overrides(
 
 
 # ══════════
-#  72  command line
+#  73  command line
 # ══════════
 #
 # Arguments, environment and exit codes: 0 is success; 1, the settings or the address cannot be
@@ -15709,7 +15889,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ══════════
-#  73  names
+#  74  names
 # ══════════
 #
 # Servers by DNS: each address of a name is a server, and a URL whose name moves is followed.
@@ -15878,7 +16058,7 @@ async def follow_names(core: Core, wanted: NamesWanted) -> None:
 
 
 # ══════════
-#  74  pods
+#  75  pods
 # ══════════
 #
 # Pods and EndpointSlices, and the servers they stand for.  Of an object only what makes servers is
@@ -16126,7 +16306,7 @@ def servers_of(offers: Iterable[Mapping[Pod, Offer]]) -> dict[str, ServerSetting
 
 
 # ══════════
-#  75  listing
+#  76  listing
 # ══════════
 #
 # What to ask the Kubernetes API next, and what its answers mean.  A list is taken page by page,
@@ -16374,7 +16554,7 @@ def pem_at(document: Any, key: str) -> str:
 
 
 # ══════════
-#  76  cluster
+#  77  cluster
 # ══════════
 #
 # How the Kubernetes API is reached: where, and with which token and certificates.  They are read
@@ -16708,7 +16888,7 @@ async def follow_pods(core: Core, wanted: ClustersWanted) -> None:
 
 
 # ══════════
-#  77  zmtp
+#  78  zmtp
 # ══════════
 #
 # ZMTP 3, the protocol of ZeroMQ (specifications 23 and 37 of rfc.zeromq.org), as far as a ROUTER
@@ -16893,7 +17073,7 @@ def parse_msgpack(data: bytes) -> Any:
 
 
 # ══════════
-#  78  registration
+#  79  registration
 # ══════════
 #
 # Servers, and agents that run servers, which announce themselves.  A registration ends when its
@@ -17196,7 +17376,7 @@ def zmq_registration(said: Any, place: Placing) -> Registration | str:
 
 
 # ══════════
-#  79  registering
+#  80  registering
 # ══════════
 #
 # The paths at which servers and agents register.  The roster follows the book of registrations.
@@ -17447,7 +17627,7 @@ ENDPOINTS |= {
 
 
 # ══════════
-#  80  zmq listener
+#  81  zmq listener
 # ══════════
 #
 # Where vLLM's connectors register over ZMQ.  ZMTP's NULL mechanism has no keys, so
@@ -17599,7 +17779,7 @@ def zmq_open_line(s: Settings) -> str:
 
 
 # ══════════
-#  81  legs
+#  82  legs
 # ══════════
 #
 # One vLLM reads the prompt, another writes the answer.  One request becomes two, called legs, and
@@ -17875,7 +18055,7 @@ def put_before(ours: Any, theirs: Any, count: int) -> None:
 
 
 # ══════════
-#  82  connectors
+#  83  connectors
 # ══════════
 #
 # What the two legs of a request say, and in which order they are sent, so that the blocks of one
@@ -18053,7 +18233,7 @@ def engines_in(content: bytes) -> dict[str, str]:
 
 
 # ══════════
-#  83  splitting
+#  84  splitting
 # ══════════
 #
 # How a request is split between two servers, as a plan: which one reads the prompt, which one
@@ -18353,7 +18533,7 @@ def plain_plan(split: Split) -> Plan:
 
 
 # ══════════
-#  84  leg attempts
+#  85  leg attempts
 # ══════════
 #
 # The two legs of a request, carried out.  A prefill leg is an attempt whose answer we keep; a
@@ -18596,7 +18776,7 @@ class DecodeAttempt(Attempt):
 
 
 # ══════════
-#  85  pairs
+#  86  pairs
 # ══════════
 #
 # Plans of requests whose model has a [[disaggregation]], and the steps that only these plans have.
@@ -18853,7 +19033,7 @@ Exchange.CARRY_OUT |= {
 
 
 # ══════════
-#  86  life
+#  87  life
 # ══════════
 #
 # The life of a model's instance: one table of transitions, and how often an instance that ends by
@@ -18975,7 +19155,7 @@ class Life:
 
 
 # ══════════
-#  87  launching
+#  88  launching
 # ══════════
 #
 # How a model is launched.  Command lines come only from settings files on the host that runs them;
@@ -19216,7 +19396,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 # ══════════
-#  88  placement
+#  89  placement
 # ══════════
 #
 # Where a model fits with the fewest moves of others.  Promised memory counts: an instance is booked
@@ -19437,7 +19617,7 @@ def place_on(
 
 
 # ══════════
-#  89  scaling
+#  90  scaling
 # ══════════
 #
 # How many instances of each model run: what to launch, put to sleep, wake and stop next.  A pure
@@ -19679,7 +19859,7 @@ def next_step(model: ModelSettings, seat: Seat | None, blocked: str = "") -> str
 
 
 # ══════════
-#  90  children
+#  91  children
 # ══════════
 #
 # Models' processes: each leads its own group, which outlives us, and writes its output to an
@@ -19932,7 +20112,7 @@ def free_port(taken: Collection[int]) -> int:
 
 
 # ══════════
-#  91  instances
+#  92  instances
 # ══════════
 #
 # One model's process: how to send it requests, and its description for others.
@@ -20052,7 +20232,7 @@ class Instance:
 
 
 # ══════════
-#  92  agent
+#  93  agent
 # ══════════
 #
 # The instances of one host: launched, tended, put to sleep, woken, stopped.  The agent does what it
@@ -20383,7 +20563,7 @@ class Agent:
 
 
 # ══════════
-#  93  hosts
+#  94  hosts
 # ══════════
 #
 # Machines that run models: this one, and those with an agent of their own, behind the same methods.
@@ -20645,7 +20825,7 @@ class Uses:
 
 
 # ══════════
-#  94  holdings
+#  95  holdings
 # ══════════
 #
 # What is known about the pool, and the views of it that placement gets.
@@ -20884,7 +21064,7 @@ class Holdings:
 
 
 # ══════════
-#  95  keeping
+#  96  keeping
 # ══════════
 #
 # Keeping the pool: the dry rooms decide, this room carries out.  Requests for its models have a
@@ -21223,7 +21403,7 @@ class ModelPool(Holdings):
         return Outcome(Fault.MODEL_NOT_READY, text, after_s=after_s)
 
 # ══════════
-#  96  manager
+#  97  manager
 # ══════════
 #
 # A pool that another balancer, the manager, keeps.  Requests go from here to its instances too, and
@@ -21335,7 +21515,7 @@ class FollowedPool(ModelPool):
 
 
 # ══════════
-#  97  models
+#  98  models
 # ══════════
 #
 # The pool as the balancer uses it: the plan of requests for its models, their lists, metrics and
@@ -21669,7 +21849,7 @@ async def running_report(core: Core, asked: Asked) -> dict[str, Any]:
 
 
 # ══════════
-#  98  pool paths
+#  99  pool paths
 # ══════════
 #
 # The paths about the pool, for people and programs, as in serverless_vllm and llama-swap.
@@ -21726,7 +21906,7 @@ async def get_logs(core: Core, asked: Asked) -> Reply | AsyncIterator[bytes]:
 
 
 # ══════════
-#  99  worker
+#  100  worker
 # ══════════
 #
 # `worker`: an agent in a process of its own.  It is a balancer whose only servers are its own
@@ -21983,7 +22163,7 @@ def check_worker(args: argparse.Namespace, s: Settings) -> int:
 
 
 # ══════════
-#  100  cells
+#  101  cells
 # ══════════
 #
 # Text in the cells of a terminal: its meaning, its width, and how to make it fit.
@@ -22262,7 +22442,7 @@ def sparkline(history: Sequence[float | None], width: int, look: Look) -> str:
 
 
 # ══════════
-#  101  table
+#  102  table
 # ══════════
 #
 # The servers as a table: a server of a status document in, a line of styled text out.  Whatever a
@@ -22285,21 +22465,24 @@ SHORT_STATES = {
     "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
     "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
 }
-STATE_STYLES = {
-    "healthy": Style.GOOD, "checking": Style.WARN, "draining": Style.WARN, "drained": Style.WARN,
-    "circuit half-open": Style.WARN, "asleep": Style.WARN,
-}
+LEVEL_STYLES = {"bad": Style.BAD, "warn": Style.WARN, "note": Style.WARN, "": Style.GOOD}
+
+
+def worst(server: Document) -> Document:
+    """The worst of a server's troubles, or one of level "" if it has none."""
+    none: list[Document] = [{"level": "", "word": server["state"]}]
+    return (server["troubles"] or none)[0]  # type: ignore[no-any-return]
 
 
 def state_text(server: Document, width: int = 1000) -> str:
     """A server's state in a word, or in a shorter one if `width` requires it."""
-    state: str = server["state"]
+    state: str = worst(server)["word"]
     word = "half-open" if state == "circuit half-open" else state
     return word if cells(word) <= width else cut(SHORT_STATES.get(state, word), width)
 
 
 def state_style(server: Document) -> Style:
-    return STATE_STYLES.get(server["state"], Style.BAD)
+    return LEVEL_STYLES[worst(server)["level"]]
 
 
 def load_style(server: Document) -> Style:
@@ -22308,9 +22491,16 @@ def load_style(server: Document) -> Style:
     return Style.BAD if ratio >= 0.9 else Style.WARN if ratio >= 0.7 else Style.BAR
 
 
-def is_out(server: Document) -> bool:
-    """Whether a server is out, so that its reason says more than its numbers."""
-    return bool(server["reason"]) and STATE_STYLES.get(server["state"]) is None
+def is_troubled(server: Document) -> bool:
+    """Whether something is wrong with a server, which says more than its numbers."""
+    return worst(server)["level"] in ("bad", "warn")
+
+
+def trouble_text(trouble: Document) -> str:
+    """What is wrong, for how long, and what to do."""
+    since = trouble["since_s"]
+    lasts = f", for {long_time(since)}" if is_known(since) else ""
+    return f"{trouble['text']}{lasts}" + f"; {trouble['advice']}" * bool(trouble["advice"])
 
 
 def model_names(server: Document) -> str:
@@ -22335,7 +22525,8 @@ def unknown_last(value: float | None) -> float:
 
 # The sort keys of the list, by their names on the screen; the lowest value comes first.
 SORTS: dict[str, Callable[[Document], Any]] = {
-    "trouble": lambda server: (state_style(server) is not Style.BAD, not server["errors"]),
+    "trouble": lambda server: (
+        {"bad": 0, "warn": 1}.get(worst(server)["level"], 2), not server["errors"]),
     "given": lambda server: 0,
     "name": lambda server: server["name"],
     "state": lambda server: (server["state"] == "healthy", server["state"]),
@@ -22463,17 +22654,16 @@ def table_head(name_width: int, shown: Sequence[Place], sort: str) -> Line:
 
 def server_line(server: Document, name_width: int, shown: Sequence[Place], look: Look,
                 reason_below: bool, width: int) -> Line:
-    """A server's row of the table.  The reason of a server that is out replaces its numbers, unless
-    the reason has a line of its own."""
+    """A server's row of the table.  Its trouble replaces its numbers, unless the trouble has a line
+    of its own."""
     style = state_style(server)
     mark = "" if style is Style.GOOD else "?" if style is Style.WARN else "!"
     name = fit_name(server["name"], name_width, look)
     line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
     for column, cells_wide in shown:
-        if column is not COLUMNS[0] and is_out(server) and not reason_below:
-            reason = f"{server['reason']}, for {long_time(server['since_s'])}"
-            left = width - sum(cells(text) for text, _ in line) - 1
-            return [*line, (" ", Style.PLAIN), (fit(reason, left, look), style)]
+        if column is not COLUMNS[0] and is_troubled(server) and not reason_below:
+            left, words = width - sum(cells(text) for text, _ in line) - 1, worst(server)
+            return [*line, (" ", Style.PLAIN), (fit(trouble_text(words), left, look), style)]
         word = (state_text(server, cells_wide) if column is COLUMNS[0] else
                 column.text(server, look)[-cells_wide:] if column.head == "LOAD" else
                 fit(column.text(server, look), cells_wide, look))
@@ -22486,7 +22676,7 @@ def server_line(server: Document, name_width: int, shown: Sequence[Place], look:
 
 def reason_line(server: Document, look: Look, width: int) -> Line:
     corner = "└" if look.unicode else "`"
-    text = f"{corner} {server['reason']}, for {long_time(server['since_s'])}"
+    text = f"{corner} {trouble_text(worst(server))}"
     return [("   ", Style.PLAIN), (fit(text, width - 3, look), state_style(server))]
 
 
@@ -22497,7 +22687,7 @@ def marked(line: Line) -> Line:
 
 
 # ══════════
-#  102  views
+#  103  views
 # ══════════
 #
 # The parts of the screen besides the table of servers: graphs of the fleet, and the views that Tab
@@ -22668,7 +22858,7 @@ def view_lines(view: View, status: Document, look: Look, width: int, at: int = 0
 
 
 # ══════════
-#  103  screen
+#  104  screen
 # ══════════
 #
 # The screen: a status document in, all lines out.  Nothing here knows a terminal.
@@ -22690,12 +22880,14 @@ def total_items(status: Document) -> list[Span]:
     t = status["totals"]
     healthy, servers, errors = t["healthy"] or 0, t["servers"] or 0, t["error_ratio"]
     drained = t["drained"] or 0
+    troubles = [(f"{short_number(one['servers'])} {one['word']}", Style.WARN)
+                for one in t["troubles"]]
     style = Style.BAD if not healthy else Style.WARN if healthy < servers - drained else Style.GOOD
     words = f"{healthy} of {servers - drained} healthy" if servers else "no servers"
     ttft = time_pair(t["ttft_p50_s"], t["ttft_p95_s"])
     wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
     return [
-        (words, style), *wrong, (f"{drained} drained" * bool(drained), Style.WARN),
+        (words, style), *troubles, *wrong, (f"{drained} drained" * bool(drained), Style.WARN),
         (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
         (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
         (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
@@ -22824,7 +23016,7 @@ def frame(status: Document, ui: Ui, look: Look, size: Size) -> Frame:
     top = top_lines(status, ui, look, size)
     free = max(0, size.rows - len(top) - 2)  # without the head of the table and the keys
     servers = listed_servers(ui, status)
-    with_reasons = len(servers) + sum(map(is_out, servers))
+    with_reasons = len(servers) + sum(map(is_troubled, servers))
     least = min(6, len(status["events"]) + 1) if free >= 12 else 0
     reasons = with_reasons <= free - least
     table = min(with_reasons if reasons else len(servers), free - least)
@@ -22846,7 +23038,7 @@ def list_lines(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
     for server in window:
         line = server_line(server, name_width, shown, look, parts.reasons, width)
         rows.append(marked(line) if server["url"] == ui.selected else line)
-        if parts.reasons and is_out(server):
+        if parts.reasons and is_troubled(server):
             rows.append(reason_line(server, look, width))
     if not servers:
         rows = [[("no server matches the filter" if status["servers"] else
@@ -22867,6 +23059,9 @@ def facts(server: Document, look: Look) -> Iterator[tuple[str, str, Style]]:
     yield "state", state, state_style(server)
     if server["reason"]:
         yield "reason", server["reason"], Style.PLAIN
+    for one in server["troubles"]:
+        if one["level"] != "note":
+            yield "trouble", trouble_text(one), LEVEL_STYLES[one["level"]]
     source = f", from {clean(server['source'], look)}" if server["source"] else ""
     yield "url", clean(server["url"], look) + source.replace("_", " "), Style.PLAIN
     yield "models", ", ".join(server["models"] or ()) or "none", Style.PLAIN
@@ -22927,7 +23122,8 @@ def help_lines(width: int, hint: str = "") -> list[Line]:
         " from here.  A ? marks a number that was reported some time ago, a ~ a capacity that was"
         " learned.  TTFT (time to first token, of streams), ERR (attempts that failed there) and"
         " RETRY (of these, those that another followed) are of the last minute.  LOAD is"
-        " the past, newest at the right.  Before a name, ! is out and ? is on its way in or out.")
+        " the past, newest at the right.  Before a name, ! is out and ? is in trouble, or"
+        " on its way in or out.")
     lines += [[], [("Numbers", Style.TITLE)]]
     lines += [[(text, Style.PLAIN)] for text in wrapped(meanings, max(1, width))]
     lines += [[], [("Short words for states", Style.TITLE)]]
@@ -22996,7 +23192,7 @@ def drawn(status: Document, ui: Ui, look: Look, size: Size) -> list[Line]:
 
 
 # ══════════
-#  104  keys
+#  105  keys
 # ══════════
 #
 # What keys do to the screen, and ask of the balancer: a key in, the next Ui out.
@@ -23141,7 +23337,7 @@ def key_of(char: str) -> str:
 
 
 # ══════════
-#  105  terminal
+#  106  terminal
 # ══════════
 #
 # The screen on a terminal, by curses.  It is an ordinary program in its own process, since curses
@@ -23390,7 +23586,7 @@ class CursesScreen:
 
 
 # ══════════
-#  106  top
+#  107  top
 # ══════════
 #
 # The screen of a balancer: of the one in this process, in place of log lines, or of a remote one
@@ -23621,7 +23817,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  107  page
+#  108  page
 # ══════════
 #
 # GET /status: the document at /status.json, for a browser.  The page itself says nothing about the
@@ -23803,7 +23999,8 @@ const long = v => !known(v) ? "" : v < 60 ? `${Math.floor(v)} s` : v < 3600
 const few = (items, n) => items.slice(0, n).join(", ")
   + (items.length > n ? ` and ${items.length - n} more` : "");
 const MARKS = { good: "✓", warn: "!", bad: "✕" };
-const kindOf = s => /^healthy/.test(s) ? "good" : /unhealthy|open/.test(s) ? "bad" : "warn";
+const KINDS = { "": "good", bad: "bad", warn: "warn", note: "warn" };
+const worst = s => list(s.troubles)[0] || { level: "", word: s.state };  // of a server
 const TOTALS = [["Healthy", "healthy", whole], ["Queue", "queue", whole],
   ["In flight", "in_flight", whole], ["Requests/s", "requests_per_s", rate],
   ["Tokens/s", "tokens_per_s", rate], ["TTFT p50", "ttft_p50_s", wait],
@@ -23925,7 +24122,7 @@ function showGraphs(fleet) {
 
 function ordered(servers) {  // trouble first, or as one likes
   const by = $("sort").value, words = $("find").value.toLowerCase().split(/\s+/);
-  const rank = s => kindOf(text(s.state)) === "bad" ? 0 : s.errors > 0 ? 1 : 2;
+  const rank = s => ({ bad: 0, warn: 1 })[worst(s).level] ?? (s.errors > 0 ? 2 : 3);
   const size = s => known(s[by]) ? -s[by] : 0;
   const order = by === "trouble" ? (a, b) => rank(a) - rank(b) : by === "given" ? () => 0
     : by === "name" ? (a, b) => text(a.name).localeCompare(text(b.name))
@@ -23955,7 +24152,8 @@ function make(url) {
 
 function showServer(url, server) {
   const row = rows.get(url) || make(url), part = row.part, since = long(server.since_s);
-  const state = text(server.state) || "unknown", kind = kindOf(state), reason = text(server.reason);
+  const state = text(server.state) || "unknown", reason = text(server.reason);
+  const { level, word } = worst(server), kind = KINDS[level] || "warn";
   const name = text(server.name) || url, models = list(server.models).map(text);
   const ours = server.in_flight, all = known(server.running) && !server.stale
     ? server.running + (known(server.waiting) ? server.waiting : 0) : null;
@@ -23964,10 +24162,10 @@ function showServer(url, server) {
   const history = list(server.history).filter(known).slice(-60), top = Math.max(1, ...history);
   const capacity = num(server.capacity);
   const learned = known(server.capacity) && server.capacity_learned;
-  Object.assign(row, { name, state, kind });
+  Object.assign(row, { name, state: text(word) || state, kind });
   row.body.className = kind + "-server" + (row.body.classList.contains("open") ? " open" : "");
   put(part.name, name);
-  put(part.state, MARKS[kind] + " " + state, kind);
+  put(part.state, MARKS[kind] + " " + row.state, kind);
   put(part.since, since && "for " + since);
   put(part.load, `${num(load)} of ${learned ? "~" : ""}${capacity}`);
   put(part.bar, "", full >= 0.9 ? "bad" : full >= 0.7 ? "warn" : "good");
@@ -23979,8 +24177,9 @@ function showServer(url, server) {
   part.spark.setAttribute("aria-label", history.length ? `now ${share(history[history.length - 1])}`
     + ` of capacity, at most ${share(Math.max(...history))}` : "not known");
   put(part.label, `Details of ${name}: `);
-  put(part.why, [kind !== "good" && reason, server.stale && "its own figures are old"]
-    .filter(Boolean).join("; "), kind === "good" ? "warn" : kind);
+  put(part.why, [...list(server.troubles).flatMap(t => [text(t.text), text(t.advice)]),
+    server.stale && "its own figures are old"].filter(Boolean).join("; "),
+    kind === "good" ? "warn" : kind);
   put(part.models, few(models, 3) || "no models known");
   put(part.url, url + (server.source ? ", from " + text(server.source).replace("_", " ") : "")
     + (server.role && server.role !== "both" ? ", for " + text(server.role) + " only" : ""));
@@ -24020,10 +24219,12 @@ function show(doc) {
   if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
   const drained = known(totals.drained) ? totals.drained : 0;
   const all = totals.servers - drained, well = totals.healthy, busy = totals.queue > 0;
+  const troubles = list(totals.troubles);
   const failing = totals.error_ratio >= 0.05, healthy = `${num(well)} of ${num(all)}`;
   const line = totals.servers ? healthy + " servers healthy"
+    + troubles.map(t => `, ${num(t.servers)} ${text(t.word)}`).join("")
     + (drained ? `, ${num(drained)} drained` : "") : "No server is configured";
-  const kind = !well ? "bad" : well < all || busy || failing ? "warn" : "good";
+  const kind = !well ? "bad" : well < all || busy || failing || troubles.length ? "warn" : "good";
   put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
     + (failing ? ", many requests fail" : ""), kind);
   put($("out"), few([...rows.values()].filter(r => r.kind !== "good")
@@ -24214,7 +24415,7 @@ async def get_status_page(core: Core, asked: Asked) -> Reply:
 
 
 # ══════════
-#  108  reference
+#  109  reference
 # ══════════
 #
 # The text of `example`, and of `help TOPIC` for settings, policies, paths, errors and metrics.  It
@@ -24548,7 +24749,7 @@ def example_topic() -> str:
 
 
 # ══════════
-#  109  deployment
+#  110  deployment
 # ══════════
 #
 # Files for the programs that run and watch the balancer: `help systemd`, `container`, `kubernetes`,
@@ -24896,7 +25097,7 @@ def grafana_topic() -> str:
 
 
 # ══════════
-#  110  traces
+#  111  traces
 # ══════════
 #
 # Requests recorded in trace files, ours or published ones; and made-up requests.
@@ -25084,7 +25285,7 @@ def made_up(kind: MadeUp, seconds: float, draw: random.Random) -> list[Arrival]:
 
 
 # ══════════
-#  111  engine
+#  112  engine
 # ══════════
 #
 # A model of a vLLM server, in simulated time: continuous batching, prompts in chunks, a prefix
@@ -25434,7 +25635,7 @@ class Engine:
 
 
 # ══════════
-#  112  replay
+#  113  replay
 # ══════════
 #
 # Recorded requests, sent to simulated engines: what would another policy have done, or one more
@@ -25720,7 +25921,7 @@ def comparison_table(rows: Mapping[str, Summary]) -> str:
 
 
 # ══════════
-#  113  comparison
+#  114  comparison
 # ══════════
 #
 # Policies compared on a trace: the program of `replay`.
@@ -25892,7 +26093,7 @@ def progress_bar(name: str) -> Callable[[float], None]:
 
 
 # ══════════
-#  114  canned words
+#  115  canned words
 # ══════════
 #
 # A vLLM server's answers, without a model: refusals in vLLM's words (captured from 0.32); otherwise
@@ -26094,7 +26295,7 @@ def detokenized(wanted: Mapping[str, Any], id: str, model: str) -> dict[str, Any
 
 
 # ══════════
-#  115  canned forms
+#  116  canned forms
 # ══════════
 #
 # Canned answers in the forms of vLLM's APIs, whole and streamed.
@@ -26439,7 +26640,7 @@ REPLIES: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
 
 
 # ══════════
-#  116  simulation
+#  117  simulation
 # ══════════
 #
 # A vLLM server without a GPU, on a loopback port that the system chose.  It streams words at a
@@ -26790,7 +26991,7 @@ class Generation:
 
 
 # ══════════
-#  117  understudy
+#  118  understudy
 # ══════════
 #
 # `simulate-vllm` stands in for `vllm serve`: a process with its options, start time, sleep and ways
@@ -26981,7 +27182,7 @@ async def ask_pool(balancer: Balancer, alias: str) -> None:
 
 
 # ══════════
-#  118  demo
+#  119  demo
 # ══════════
 #
 # A balancer on a laptop, in front of simulated servers of several kinds.
@@ -27172,7 +27373,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 # ══════════
-#  119  doctor
+#  120  doctor
 # ══════════
 #
 # Each server is asked for everything that the balancer relies on; each problem found is shown with
@@ -27272,18 +27473,6 @@ async def time_stream(client: HttpClient, model: str, timeout_s: float) -> Strea
         return Streamed(status)
     events = sum(count for _, count in came)
     return Streamed(status, len(came), events, came[0][0], came[-1][0])
-
-
-# What to do about an error of TLS; the first row whose words are in it counts.
-TLS_ADVICE = {
-    "alert certificate required": "it asks for ours: name a file with it in client_cert",
-    "certificate is not valid for": "give it the URL of a name that is in its certificate",
-    "certificate has expired": "have its certificate renewed",
-    "certificate": "name the authority that signed it in ca_file",
-    "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
-    "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
-    "closed without an answer": "see whether it speaks https: then its URL begins with https://",
-}
 
 
 def unusable_finding(server: ServerSettings, why: str) -> Finding:
@@ -27469,7 +27658,7 @@ def check_models(s: Settings) -> int:
 
 
 # ══════════
-#  120  transfers
+#  121  transfers
 # ══════════
 #
 # Whether prefill and decode servers work together: their reports about themselves are compared, and
@@ -27735,7 +27924,7 @@ async def try_pairs(
 
 
 # ══════════
-#  121  check config
+#  122  check config
 # ══════════
 #
 # The program of `check-config`: all servers that the settings name or find, the models that could

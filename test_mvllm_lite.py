@@ -13681,6 +13681,103 @@ async def test_tokens_are_counted_by_key_and_model():
                                                               ("team-b", "m"): 1}
 
 
+STEADY = {"samples": 50, "load": (2, 0, 0.5)}
+
+
+def troubles_found(views, recent=None, asked_at=None, streams_at=-lite.INFINITY, now=NOW):
+    """The words of the troubles of the first of these servers."""
+    recent = recent or lite.Recent()
+    if asked_at is not None:
+        recent.unanswered[views[0].server] = asked_at
+    recent.find_troubles(views, lambda id: streams_at, now, lite.Settings())
+    return [trouble.word for trouble in recent.troubles[views[0].id]]
+
+
+def failed_history(failed, answered, at=NOW - 30):
+    recent, (view,) = lite.Recent(), fleet_of(10).views()
+    recent.histories["s0"].sample(view, at, 1.0)
+    for _ in range(failed):
+        recent.histories["s0"].attempt_failed("14:02:01 server_gone: it closed the connection")
+    recent.histories["s0"].requests += answered
+    return recent
+
+
+@pytest.mark.parametrize("known, others, words", table(
+    ("as its peers", {"step_s": 0.03}, [0.011, 0.012, 0.013], []),
+    ("three times as slow", {"step_s": 0.0361}, [0.011, 0.012, 0.013], ["slow"]),
+    ("slower than one of many", {"step_s": 0.036}, [0.005, 0.03, 0.03, 0.03], []),
+    ("two of three are slow", {"step_s": 0.044}, [0.011, 0.044], ["slow"]),
+    ("another was not asked yet", {"step_s": 0.036}, [0.0], []),
+    ("it was hardly asked", {"step_s": 0.036, "samples": 1}, [0.011, 0.012], []),
+    ("others serve another model", {"step_s": 0.036, "models": {"big": {}}}, [0.011, 0.012], []),
+    ("others only read prompts", {"step_s": 0.036, "role": "decode"}, [0.011, 0.012], []),
+    ("its KV cache is full", {"load": (5, 3, 0.96)}, [], ["KV full"]),
+    ("full, but nobody waits", {"load": (5, 0, 1.0)}, [], []),
+    ("others wait, but not for room in it", {"load": (5, 9, 0.9)}, [], []),
+    ("it said so long ago", {"load": (5, 3, 0.99), "load_at": NOW - 60}, [], []),
+    ("it is out", {"state": State.UNHEALTHY, "reason": "connection refused"}, [], ["unhealthy"]),
+    ("out, and whatever else", {"state": State.UNHEALTHY, "step_s": 0.09}, [0.01], ["unhealthy"]),
+    ("full and slow", {"load": (5, 3, 0.99), "step_s": 0.09}, [0.01], ["KV full", "slow"]),
+    ("drained", {"drained": True}, [], ["drained"]),
+))
+def test_what_is_wrong_with_a_server_is_found_from_its_figures(known, others, words):
+    peers = [server(n, **STEADY | {"step_s": step_s or 0.01, "samples": 50 * bool(step_s)})
+             for n, step_s in enumerate(others, 1)]
+    assert troubles_found([server(0, **STEADY | known), *peers]) == words
+
+
+def test_servers_with_other_gpus_are_no_peers():
+    def of(n, step_s, kv_tokens):
+        view = server(n, **STEADY, step_s=step_s)
+        load = view.load._replace(kv_tokens=kv_tokens)
+        return view._replace(report=view.report._replace(load=load))
+
+    assert troubles_found([of(0, 0.04, 30_000), of(1, 0.01, 200_000)]) == []
+    assert troubles_found([of(0, 0.04, 190_000), of(1, 0.01, 200_000)]) == ["slow"]
+
+
+def test_a_server_without_peers_is_compared_with_what_is_usual_for_it():
+    view = server(0, step_s=0.01)
+    for n in range(lite.USUAL_SAMPLES):
+        view.pace.worked(1.0, 100, 0, 0, 0.05, NOW + n)
+    assert troubles_found([view]) == []
+    for _ in range(5):
+        view.pace.worked(0.48, 8, 0, 0, 0.5, NOW)
+    assert troubles_found([view]) == ["slow"]
+    (trouble,) = lite.slowness(view, [view])
+    assert re.fullmatch(r"5[0-9.]+ ms a token, 5\.\dx its usual 10(\.\d)? ms", trouble.text)
+
+
+@pytest.mark.parametrize("asked_at, streams_at, words", table(
+    ("it answers", None, 0.0, []),
+    ("for two seconds", NOW - 2, 0.0, []),
+    ("for three", NOW - 3, 0.0, ["silent"]),
+    ("though its streams flow", NOW - 9, NOW - 1, []),
+))
+def test_a_server_is_silent_before_checks_may_take_it_out(asked_at, streams_at, words):
+    assert troubles_found([server(0)], None, asked_at, streams_at) == words
+    assert troubles_found([server(0, state=State.UNHEALTHY)], None, asked_at) == ["unhealthy"]
+
+
+@pytest.mark.parametrize("failed, answered, words", table(
+    ("two", 2, 0, []), ("three of many", 3, 28, []), ("three of ten", 3, 7, ["failing"]),
+))
+def test_a_server_at_which_many_attempts_fail_is_named(failed, answered, words):
+    recent = failed_history(failed, answered)
+    assert troubles_found([server(0)], recent) == words
+    assert troubles_found([server(0, since=NOW - 1)], failed_history(failed, answered, NOW - 1)
+                          ) == words  # after it came back
+    recent.histories["s0"].sample(server(0), NOW - 5, 1.0)
+    assert troubles_found([server(0, since=NOW - 4)], recent) == []  # they were before that
+
+
+def test_a_trouble_that_lasts_is_logged_once_and_its_end():
+    news, slow = lite.TroubleNews(), [lite.Trouble("warn", "slow", "as a snail")]
+    said = [line for now in range(30) for line in news.lines("a", slow if now < 9 else [], now)]
+    assert said == [(True, "a is slow: as a snail"), (False, "a is no longer slow")]
+    assert not [*news.lines("b", slow, 0.0), *news.lines("b", [], 20.0)]  # it was short
+
+
 def test_the_last_minute_forgets_what_is_older():
     minute, (view,) = lite.History(), fleet_of(10).views()
     for second in range(200):
@@ -20013,7 +20110,35 @@ Ui, press = lite.Ui, lite.press
 # A status document
 
 
+@pytest.mark.parametrize("columns, rows", [(80, 24), (120, 40), (200, 50), (40, 10)])
+@pytest.mark.parametrize("word, text", table(
+    ("a slow one", "slow", "44 ms a token, 4.0x its peers' 11 ms"),
+    ("a full one", "KV full", "KV cache 99% full, 12 wait for room"),
+    ("a frozen one", "silent", "not answering"),
+))
+def test_a_server_in_trouble_stands_on_top_with_words_and_the_title_counts_it(
+        word, text, columns, rows):
+    trouble = lite.Trouble("warn", word, text, "look", None)._asdict()
+    status = document([shown_server(1), shown_server(2, errors=3),
+                       shown_server(3, troubles=[trouble])])
+    status["totals"]["troubles"] = [{"word": word, "servers": 1}]
+    lines = text_of(status, Ui(), Look(True), columns, rows)
+    title = lines[0 if rows < 8 else 1]
+    head = next(n for n, line in enumerate(lines) if line.startswith("  SERVER"))
+    assert title.startswith(f"3 of 3 healthy  1 {word}")
+    assert lines[head + 1].startswith(f">?10.0.0.3:8000 {word}")
+    assert text[:30] in lines[head + 2] or text[:12] in lines[head + 1]
+
+
+STATE_LEVELS = {"healthy": "", "unhealthy": "bad", "circuit open": "bad",
+                "circuit half-open": "warn"}
+
+
 def shown_server(n, **more):
+    state, reason = more.get("state", "healthy"), more.get("reason", "check passed")
+    level, since_s = STATE_LEVELS.get(state, "note"), more.get("since_s", 130.0)
+    told = lite.Trouble(level, state, reason, "", since_s)._asdict()
+    more = {"troubles": [told] * bool(level)} | more
     return {
         "url": f"http://10.0.0.{n}:8000", "name": f"10.0.0.{n}:8000", "state": "healthy",
         "reason": "check passed", "source": "by_hand", "since_s": 130.0,
@@ -20034,7 +20159,7 @@ def document(servers, **more):
     totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
               "connections": 40, "drained": drained, "requests_per_s": 3.2,
               "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
-              "ttft_p95_s": 0.4, "error_ratio": 0.01}
+              "ttft_p95_s": 0.4, "error_ratio": 0.01, "troubles": []}
     return {
         "version": "0.1.0", "time": "14:03:22", "uptime_s": 3900.0,
         "address": "http://0.0.0.0:8888", "stopping": False, "settings_error": "", "hint": "",
@@ -20423,6 +20548,9 @@ def shown_random_server(draw, n):
     some = lambda most: [draw.choice(ODD_TEXTS) for _ in range(draw.randrange(most))]  # noqa: E731
     made |= {
         "state": draw.choice(STATES), "reason": draw.choice(ODD_TEXTS), "models": some(8),
+        "troubles": [lite.Trouble(draw.choice(["bad", "warn", "note"]), *(
+            draw.choice(ODD_TEXTS) for _ in range(3)), draw.choice(ODD_NUMBERS))._asdict()
+            for _ in range(draw.randrange(3))],
         "capacity_learned": draw.random() < 0.5, "capacity_note": draw.choice(ODD_TEXTS),
         "stale": draw.random() < 0.5, "last_errors": some(4), "decisions": some(4),
         "history": [draw.choice(ODD_NUMBERS) for _ in range(draw.randrange(60))],
@@ -20435,6 +20563,8 @@ def shown_random_server(draw, n):
 def random_document(draw):
     made = document([shown_random_server(draw, n) for n in range(draw.choice((0, 1, 3, 8, 60)))])
     made["totals"] = {key: draw.choice(ODD_NUMBERS) for key in made["totals"]}
+    made["totals"]["troubles"] = [{"word": draw.choice(ODD_TEXTS), "servers": n}
+                                  for n in range(draw.randrange(3))]
     made["uptime_s"] = draw.choice(ODD_NUMBERS)
     made["stopping"] = draw.random() < 0.2
     made["settings_error"] = draw.choice(["", "", "one\ntwo " + "long " * 40 + "\x1b", "模" * 99])
