@@ -9190,6 +9190,7 @@ TLS_ADVICE = {
     "certificate": "name the authority that signed it in ca_file",
     "TLS: wrong version number": "it does not speak TLS: try http:// in its URL",
     "TLS: record layer failure": "it does not speak TLS: try http:// in its URL",
+    "TLS handshake was ended": "see whether it speaks plain http: then its URL begins with http://",
     "closed without an answer": "see whether it speaks https: then its URL begins with https://",
 }
 ADVICE = {
@@ -10573,13 +10574,16 @@ class Upstream:
 OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
-def connect_failure(error: OSError, timeout_s: float) -> PeerGone:
-    """The exception to raise if connecting to a server failed with `error`."""
+def connect_failure(error: OSError, timeout_s: float, tls: bool) -> PeerGone:
+    """The exception to raise if connecting to a server, over TLS or not, failed with `error`."""
     if isinstance(error, TimeoutError):
         return PeerGone(f"no connection within {timeout_s:g} s", Fault.CONNECT_TIMEOUT)
     ours = error.errno in OUT_OF_RESOURCES
     fault = Fault.NO_RESOURCES if ours else Fault.CONNECT_FAILED
-    return PeerGone(f"cannot connect: {error_text(error)}", fault)
+    text, ended = error_text(error), isinstance(error, (ConnectionResetError, ssl.SSLEOFError))
+    if tls and ended:  # a port that does not listen refuses; it does not reset
+        text = f"the TLS handshake was ended ({text}): perhaps it speaks plain http"
+    return PeerGone(f"cannot connect: {text}", fault)
 
 
 # ══════════
@@ -10702,7 +10706,7 @@ class HttpClient(Upstream):
                 reader, writer = await asyncio.open_connection(
                     self.host, self.port, ssl=self.tls(), server_hostname=self.tls_name)
         except OSError as error:
-            raise connect_failure(error, timeout_s) from None
+            raise connect_failure(error, timeout_s, self.tls() is not None) from None
         async with within(deadline - asyncio.get_running_loop().time()):
             return await self._exchange(
                 (MessageReader(reader, Blame.SERVER), writer), message, take)
@@ -10859,7 +10863,7 @@ class Pool(Upstream):
                     lambda: Wire(Blame.SERVER), self.host, self.port, ssl=tls,
                     server_hostname=self.tls_name))[1]
         except OSError as error:
-            raise connect_failure(error, timeout_s) from None
+            raise connect_failure(error, timeout_s, tls is not None) from None
 
     def keep(self, wire: Wire) -> None:
         """Keep a connection for another exchange if that is possible; otherwise close it at once,
@@ -27560,6 +27564,28 @@ def mode_findings(modes: Mapping[str, int]) -> list[Finding]:
             for path, mode in modes.items() if mode & stat.S_IRWXO]
 
 
+def folder_findings(s: Settings) -> list[Finding]:
+    """Findings about the folders that log_dir and state_file need: the first is made if missing."""
+    log_dir = os.path.abspath(s.log_dir) if s.log_dir else ""
+    above = log_dir
+    while above and not os.path.lexists(above):
+        above = os.path.dirname(above)
+    beside = os.path.dirname(os.path.abspath(s.state_file)) if s.state_file else ""
+    return [Finding(text, advice) for amiss, text, advice in (
+        (above and not os.path.isdir(above),
+         f"log_dir = {s.log_dir}: {above} is no directory: no log files are written",
+         'name another, or none: log_dir = ""'),
+        (os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK),
+         f"log_dir = {s.log_dir}: {above} is not writable: no log files are written",
+         'let us write there, or name another, or none: log_dir = ""'),
+        (beside and not os.path.isdir(beside),
+         f"state_file = {s.state_file}: there is no directory {beside}: a successor"
+         " will not know the models that run", "make that directory, or name another"),
+        (os.path.isdir(s.state_file), f"state_file = {s.state_file} is a"
+         " directory: a successor will not know the models that run", "name a file in it"),
+    ) if amiss]
+
+
 def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> list[Finding]:
     """Findings about the settings, and about this machine, whose file descriptors are enough for
     `clients`."""
@@ -28005,6 +28031,7 @@ def check_config(args: argparse.Namespace) -> int:
     print_findings(amiss)
     print(*map(printable, lines), sep="\n", end="\n" * bool(lines))
     print_findings(own_findings(settings, found, descriptors_allow()))
+    print_findings(folder_findings(settings))
     files = filter(os.path.exists, secret_files(path, settings))  # a kubeconfig may come later
     modes = {name: os.stat(name).st_mode for name in files}
     print_findings(mode_findings(modes))

@@ -10638,6 +10638,14 @@ async def test_https_servers(tmp_path, given, state, caplog):
     assert ("NOT verified" in caplog.text) is ("verify" in given)
 
 
+class Shut(Server):
+    """One that ends a connection that does not begin with HTTP, without a word."""
+
+    async def serve(self, reader, writer):
+        await reader.read(1)
+        writer.transport.abort()
+
+
 class Plain(Server):
     """One that says at once that it was not spoken to in HTTP."""
 
@@ -10652,8 +10660,10 @@ class Plain(Server):
      r"cannot connect: certificate verify failed: self-signed certificate"),
     ("another name", {"ca_file": "cert"}, False,
      r"certificate verify failed: hostname mismatch, certificate is not valid for '127\.1'"),
-    ("it speaks no TLS", {}, True,
+    ("it speaks no TLS", {}, Plain,
      r"cannot connect: TLS: (wrong version number|record layer failure)"),
+    ("it speaks none, and hangs up", {}, Shut,
+     r"cannot connect: the TLS handshake was ended \(.+\): perhaps it speaks plain http"),
 ))
 @asynchronous
 async def test_what_is_wrong_with_a_certificate_is_named_everywhere(
@@ -10661,7 +10671,7 @@ async def test_what_is_wrong_with_a_certificate_is_named_everywhere(
     (tmp_path / "cert").write_text(CERTIFICATE)
     given = {key: str(tmp_path / value) if isinstance(value, str) else value
              for key, value in given.items()}
-    server = Plain() if plain else Secure()
+    server = (plain or Secure)()
     if not plain:
         server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.context.load_cert_chain(tmp_path / "cert")
@@ -22378,6 +22388,26 @@ async def test_a_server_that_says_nonsense_does_not_end_the_report():
             s = Settings((lite.ServerSettings(server.url),))
             found = await lite.examine(s.servers[0], s, lite.Secrets(s))
         assert found.usable and lite.printable(found.summary).isprintable()
+
+
+@pytest.mark.parametrize("given, words", table(
+    ("they are there", {"log_dir": "here", "state_file": "here/models.state"}, []),
+    ("log_dir is made", {"log_dir": "here/logs/of/today"}, []),
+    ("it is a file", {"log_dir": "file"}, ["log_dir = {}file", "{}file is no directory"]),
+    ("above it is a file", {"log_dir": "file/logs"}, ["{}file/logs", "{}file is no directory"]),
+    ("none is wanted", {"log_dir": "", "state_file": ""}, []),
+    ("nothing is where the models' state goes", {"state_file": "no/models.state"},
+     ["state_file = {}no/models.state", "no directory {}no"]),
+    ("it is a directory", {"state_file": "here"}, ["state_file = {}here is a directory"]),
+))
+def test_check_config_says_which_folders_would_be_missed(tmp_path, given, words):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("")
+    given = {key: value and f"{tmp_path}/{value}" for key, value in given.items()}
+    found = lite.folder_findings(Settings(**{"log_dir": "", **given}))
+    assert len(found) == bool(words) and all(one.advice for one in found)
+    for word in words:
+        assert word.format(f"{tmp_path}/") in found[0].text
 
 
 def test_what_is_amiss_here():
