@@ -9204,6 +9204,11 @@ ADVICE = {
 }
 
 
+def in_short(reason: str) -> str:
+    """A reason without words that say nothing more, and would push the cause off a small screen."""
+    return re.sub(r"cannot connect: |certificate verify failed: ", "", reason)
+
+
 def advice_on(reason: str) -> str:
     return next((advice for words, advice in ADVICE.items() if words in reason), "")
 
@@ -9225,13 +9230,15 @@ def state_troubles(view: ServerView, now: float) -> Iterator[Trouble]:
     out = word in (State.UNHEALTHY.value, "circuit open")
     level = "bad" if out else "warn" if word == "circuit half-open" else "note"
     advice = advice_on(view.health.reason) if level != "note" else ""
-    yield Trouble(level, word, view.reason, advice, since_s)
+    yield Trouble(level, word, in_short(view.reason), advice, since_s)
 
 
-def silence(view: ServerView, asked_at: float | None, now: float) -> Iterator[Trouble]:
-    """Whether it gives no sign of life; `asked_at` is when it was asked for one in vain."""
+def silence(view: ServerView, asked_at: float | None, why: str, now: float) -> Iterator[Trouble]:
+    """Whether it gives no sign of life; `asked_at` is when it was asked for one in vain, `why` the
+    error, if there was one."""
     if asked_at is not None and view.healthy and now - asked_at >= SILENT_S:
-        yield Trouble("warn", "silent", "not answering", ADVICE["no answer"], now - asked_at)
+        text, advice = in_short(why) or "not answering", advice_on(why or "no answer")
+        yield Trouble("warn", "silent", text, advice, now - asked_at)
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -9450,7 +9457,7 @@ class Recent:
         self.graphed_at = -INFINITY
         self.events: deque[dict[str, str]] = deque(maxlen=EVENTS_KEPT)
         self.rankings: OrderedDict[str, list[Ranking]] = OrderedDict()
-        self.unanswered: dict[str, float] = {}  # when each server was asked that says nothing
+        self.unanswered: dict[str, tuple[float, str]] = {}  # of silent servers: asked at, error
         self.troubles: dict[str, list[Trouble]] = {}  # of each view, the worst first
         self.trouble_news = TroubleNews()
 
@@ -9459,11 +9466,12 @@ class Recent:
     ) -> None:
         """Find what is wrong with each server now; `moved` says when its streams last did."""
         for view in views:
-            history, asked_at = self.histories[view.id], self.unanswered.get(view.server)
+            history = self.histories[view.id]
+            asked_at, why = self.unanswered.get(view.server, (None, ""))
             before = history.since(max(now - MINUTE_S, view.health.since))
             self.troubles[view.id] = [
                 *state_troubles(view, now),
-                *silence(view, asked_at and max(asked_at, moved(view.id)), now),
+                *silence(view, asked_at and max(asked_at, moved(view.id)), why, now),
                 *fullness(view, now, s.metrics_interval), *slowness(view, views),
                 *failures(view, history.failed - before.failed, history.requests - before.requests,
                           history.errors[-1] if history.errors else "")]
@@ -9477,6 +9485,17 @@ class Recent:
                 if len(of_server) < DECISIONS_SHOWN:
                     of_server.append(ranking.why())
         return found
+
+    def asked(self, server: str, at: float) -> None:
+        """Note that a server is asked for a sign of life."""
+        self.unanswered.setdefault(server, (at, ""))
+
+    def answered(self, server: str, error: Exception | None = None) -> None:
+        """Note the answer, or the error; one of a connection that was made is a sign of life."""
+        if error is None or getattr(error, "fault", None) not in (None, *SERVERS_OWN):
+            self.unanswered.pop(server, None)
+        elif server in self.unanswered:
+            self.unanswered[server] = self.unanswered[server][0], str(error)
 
     def keep(self, ids: Collection[str]) -> None:
         """Forget the history of all other servers."""
@@ -9546,6 +9565,7 @@ class Totals(TypedDict):
     servers: int  # all servers
     drained: int  # servers that are to get none: drained, leaving, or of weight 0
     queue: int
+    queue_full: bool
     in_flight: int
     connections: int  # of clients
     requests_per_s: float  # over the last ten seconds
@@ -9629,6 +9649,7 @@ class StatusDocument(TypedDict):
     settings_error: str  # why the file could not be used when it was last read
     connections: int  # of clients
     queue: int
+    queue_full: bool  # further requests are refused
     totals: Totals
     servers: list[ServerStatus]
     models: list[ModelStatus]
@@ -9679,12 +9700,13 @@ def totals_of(
     late = sum(h.requests - h.since(now - RATE_S).requests for h in histories)
     rates = [rate for h in histories if (rate := h.tokens_per_s(now)) is not None]
     ttfb = [first for h in histories for first in h.ttfb_since(now - MINUTE_S)]
-    words = [found[0].word for view in views if view.healthy and (
-        found := recent.troubles.get(view.id)) and found[0].level == "warn"]
+    words = [found[0].word for view in views if view.healthy and view.open and (
+        found := recent.troubles.get(view.id))]
     return {
         "healthy": sum(view.healthy and view.open for view in views), "servers": len(views),
         "drained": sum(not view.open for view in views),
-        "queue": process["queue"], "in_flight": sum(view.counts.in_flight for view in views),
+        "queue": process["queue"], "queue_full": process["queue_full"],
+        "in_flight": sum(view.counts.in_flight for view in views),
         "connections": process["connections"], "requests_per_s": round(late / RATE_S, 2),
         "tokens_per_s": round(sum(rates), 1), "ttft_p50_s": rounded(quantile(ttfb, 0.5)),
         "ttft_p95_s": rounded(quantile(ttfb, 0.95)),
@@ -12022,7 +12044,7 @@ class Core:
             "uptime_s": round(now.wall - this.started_at, 1), "address": this.address,
             "stopping": this.stopping, "settings": settings, "settings_error": this.settings_error,
             "hint": this.hint, "may_operate": may_operate,
-            "connections": len(self.clients.tasks), "queue": len(self.requests.queue),
+            "connections": len(self.clients.tasks), **self.queued(),
             "requests": {"running": self.requests.report(now.monotonic),
                          "ended": ended_report(self.recent, now.monotonic)},
             "keys": keys_report(self.metrics),
@@ -12045,7 +12067,12 @@ class Core:
         if now >= recent.graphed_at + GRAPH_S:
             recent.graphed_at = now
             recent.graph.append(totals_of(views, recent, now, {
-                "queue": len(self.requests.queue), "connections": len(self.clients.tasks)}))
+                **self.queued(), "connections": len(self.clients.tasks)}))
+
+    def queued(self) -> dict[str, int | bool]:
+        """The members of the status document about the queue."""
+        waiting = len(self.requests.queue)
+        return {"queue": waiting, "queue_full": 0 < self.settings.queue_size <= waiting}
 
     def goes_well(self, id: str, s: Settings) -> bool:
         """Whether a request has gone well at a server within `breaker_window`."""
@@ -13488,11 +13515,11 @@ async def watch_health(core: Core, server: str) -> None:
         want_models = core.fleet.models_due(server, loop.time(), s) or server in core.looks.wanted
         if active or want_models:
             begun = loop.time()
-            core.recent.unanswered.setdefault(server, begun)
+            core.recent.asked(server, begun)
             found = await check_server(
                 core.client(server), s.health_check_timeout, active, want_models)
-            if found is None or not found.hung:
-                core.recent.unanswered.pop(server, None)
+            if found is not None and (found.passed or found.reached and not found.hung):
+                core.recent.answered(server)
             if core.process.stood_still_since(begun, loop.time()):
                 continue  # its duration, and perhaps its failure, was caused by us
             if found is not None and found.models is not None:
@@ -13541,11 +13568,11 @@ async def watch_load(core: Core, server: str) -> None:
         interval_s = core.settings.metrics_interval
         trouble, begun = "", loop.time()
         own = {v.id: v.counts.in_flight for v in core.fleet.engines(server)}
-        core.recent.unanswered.setdefault(server, begun)
+        core.recent.asked(server, begun)
         try:
             status, page = await core.client(server).fetch(
                 "/metrics", max(1.0, 2 * interval_s))
-            core.recent.unanswered.pop(server, None)
+            core.recent.answered(server)
             result, trouble = "refused", f"/metrics answered {status}"
             if status == 200:
                 result, trouble = "ok", ""
@@ -13553,8 +13580,7 @@ async def watch_load(core: Core, server: str) -> None:
                 take_loads(core, server, loads, own, agreed_at)
         except (PeerGone, BadMessage, TimeoutError) as error:
             said = str(error) or "it takes too long"
-            if getattr(error, "fault", Fault.CONNECT_TIMEOUT) is not Fault.CONNECT_TIMEOUT:
-                core.recent.unanswered.pop(server, None)
+            core.recent.answered(server, error)
             result, trouble = "failed", f"/metrics does not answer: {said}"
         name = core.fleet.name_of(server)
         core.metrics.scrapes.add(name, result)
@@ -22468,6 +22494,7 @@ def load_ratio(server: Document) -> float | None:
 SHORT_STATES = {
     "healthy": "ok", "unhealthy": "down", "checking": "new", "draining": "drn", "drained": "off",
     "circuit open": "trip", "circuit half-open": "try", "asleep": "zzz",
+    "silent": "mute", "KV full": "kv", "failing": "fail",
 }
 LEVEL_STYLES = {"bad": Style.BAD, "warn": Style.WARN, "note": Style.WARN, "": Style.GOOD}
 
@@ -22666,6 +22693,8 @@ def server_line(server: Document, name_width: int, shown: Sequence[Place], look:
     line: Line = [(f"{mark:>{MARK_CELLS}}", style), (pad(name, name_width), style)]
     for column, cells_wide in shown:
         if column is not COLUMNS[0] and is_troubled(server) and not reason_below:
+            if width < 60:
+                line[-1] = state_text(server, COLUMNS[0].least), style
             left, words = width - sum(cells(text) for text, _ in line) - 1, worst(server)
             return [*line, (" ", Style.PLAIN), (fit(trouble_text(words), left, look), style)]
         word = (state_text(server, cells_wide) if column is COLUMNS[0] else
@@ -22892,7 +22921,8 @@ def total_items(status: Document) -> list[Span]:
     wrong: list[Span] = [("SETTINGS WRONG", Style.BAD)] * bool(status["settings_error"])
     return [
         (words, style), *troubles, *wrong, (f"{drained} drained" * bool(drained), Style.WARN),
-        (f"queue {short_number(t['queue'])}", Style.WARN if t["queue"] else Style.PLAIN),
+        (f"queue {short_number(t['queue'])}" + " FULL" * t["queue_full"],
+         Style.BAD if t["queue_full"] else Style.WARN if t["queue"] else Style.PLAIN),
         (f"in flight {short_number(t['in_flight'])}", Style.PLAIN),
         (f"{short_number(t['requests_per_s'])} req/s", Style.PLAIN),
         (f"errors {short_number(None if errors is None else 100 * errors)}%",
@@ -24229,7 +24259,9 @@ function show(doc) {
     + troubles.map(t => `, ${num(t.servers)} ${text(t.word)}`).join("")
     + (drained ? `, ${num(drained)} drained` : "") : "No server is configured";
   const kind = !well ? "bad" : well < all || busy || failing || troubles.length ? "warn" : "good";
-  put($("headline"), `${MARKS[kind]} ${line}` + (busy ? ", requests are waiting" : "")
+  const waits = totals.queue_full ? ", the queue is full: requests are refused"
+    : busy ? ", requests are waiting" : "";
+  put($("headline"), `${MARKS[kind]} ${line}` + waits
     + (failing ? ", many requests fail" : ""), kind);
   put($("out"), few([...rows.values()].filter(r => r.kind !== "good")
     .map(r => `${r.name} (${r.state})`), 5));

@@ -13698,7 +13698,7 @@ def troubles_found(views, recent=None, asked_at=None, streams_at=-lite.INFINITY,
     """The words of the troubles of the first of these servers."""
     recent = recent or lite.Recent()
     if asked_at is not None:
-        recent.unanswered[views[0].server] = asked_at
+        recent.asked(views[0].server, asked_at)
     recent.find_troubles(views, lambda id: streams_at, now, lite.Settings())
     return [trouble.word for trouble in recent.troubles[views[0].id]]
 
@@ -13767,6 +13767,41 @@ def test_a_server_without_peers_is_compared_with_what_is_usual_for_it():
 def test_a_server_is_silent_before_checks_may_take_it_out(asked_at, streams_at, words):
     assert troubles_found([server(0)], None, asked_at, streams_at) == words
     assert troubles_found([server(0, state=State.UNHEALTHY)], None, asked_at) == ["unhealthy"]
+
+
+@pytest.mark.parametrize("error, text, advice", table(
+    ("it has not answered yet", None, "not answering", "is it stopped, or its host overloaded?"),
+    ("its port is closed", lite.connect_failure(ConnectionRefusedError(111, "x"), 1, False),
+     "connection refused", "is vLLM running there?"),
+    ("in time", TimeoutError(), "not answering", "is it stopped, or its host overloaded?"),
+    ("it closed the connection", lite.PeerGone("closed", lite.Fault.SERVER_GONE), None, None),
+    ("an answer that is not HTTP", lite.BadMessage("what?", lite.Fault.BAD_ANSWER), None, None),
+))
+def test_a_silent_server_s_words_say_why(error, text, advice):
+    recent, view = lite.Recent(), server(0)
+    for at in (NOW - 4, NOW - 2):
+        recent.asked("s0", at)
+        if error is not None:
+            recent.answered("s0", error)
+    recent.find_troubles([view], lambda id: 0.0, NOW, lite.Settings())
+    found = [(one.word, one.text, one.advice, one.since_s) for one in recent.troubles["s0"]]
+    assert found == [("silent", text, advice, 4.0)] * bool(text)
+    recent.answered("s0")
+    assert troubles_found([view], recent) == []
+
+
+def test_the_totals_count_servers_by_their_worst_trouble():
+    slow = {"step_s": 0.09, "samples": 9}
+    views = [server(0, load=(1, 1, 0.99), **slow), server(1, **slow),
+             server(4, drained=True, **slow),
+             server(5, state=State.UNHEALTHY), *(server(n, samples=9) for n in (2, 3, 6))]
+    recent, process = lite.Recent(), {"queue": 3, "queue_full": True, "connections": 0}
+    recent.find_troubles(views, lambda id: 0.0, NOW, lite.Settings())
+    totals = lite.totals_of(views, recent, NOW, process)
+    assert totals["troubles"] == [{"word": "KV full", "servers": 1}, {"word": "slow", "servers": 1}]
+    status = document([shown_server(1)])
+    status["totals"] |= {"queue": 3, "queue_full": True}
+    assert "queue 3 FULL" in text_of(status, Ui(), Look(True), 80, 24)[1]
 
 
 @pytest.mark.parametrize("failed, answered, words", table(
@@ -20166,7 +20201,8 @@ def shown_server(n, **more):
 def document(servers, **more):
     healthy = sum(shown_server["state"] == "healthy" for shown_server in servers)
     drained = sum(shown_server["state"] == "draining" for shown_server in servers)
-    totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "in_flight": 12,
+    totals = {"healthy": healthy, "servers": len(servers), "queue": 0, "queue_full": False,
+              "in_flight": 12,
               "connections": 40, "drained": drained, "requests_per_s": 3.2,
               "tokens_per_s": 410.0, "ttft_p50_s": 0.08,
               "ttft_p95_s": 0.4, "error_ratio": 0.01, "troubles": []}
@@ -20573,6 +20609,7 @@ def shown_random_server(draw, n):
 def random_document(draw):
     made = document([shown_random_server(draw, n) for n in range(draw.choice((0, 1, 3, 8, 60)))])
     made["totals"] = {key: draw.choice(ODD_NUMBERS) for key in made["totals"]}
+    made["totals"]["queue_full"] = draw.random() < 0.2
     made["totals"]["troubles"] = [{"word": draw.choice(ODD_TEXTS), "servers": n}
                                   for n in range(draw.randrange(3))]
     made["uptime_s"] = draw.choice(ODD_NUMBERS)
