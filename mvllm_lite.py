@@ -23753,6 +23753,7 @@ async def feed_screen(client: HttpClient, sock: socket.socket) -> None:
             tasks.add(asyncio.ensure_future(act(verb, said["url"])))
     for task in tasks:
         task.cancel()
+    await asyncio.wait(tasks)  # their connections are closed
     writer.close()
 
 

@@ -19294,6 +19294,7 @@ async def test_models_are_woken_and_rested_by_keys_by_top_and_over_http_by_who_m
         assert await by_top("stop") == "stop: model a: stop, 0 instances"
         writer.close()
         await feeding
+        elsewhere.close()
         for name, value in (("starts", 1), ("wakes", 1), ("failures", 0)):  # though it is absent
             page = (await client.get("/metrics", boss)).body.decode()
             assert f'mvllm_model_{name}_total{{model="a"}} {value}\n' in page
