@@ -163,17 +163,17 @@ lines.
     105  keys           · what keys do to the screen, and ask of the balancer
     106  terminal       ~ the screen on a terminal: an ordinary curses program
     107  top            ~ the screen beside a balancer, in this process or elsewhere
-    108  page           ~ the status for a browser: one HTML string
+    108  page           ~ the status page for a browser: one HTML string
     109  reference      ~ what `help` prints about settings, policies, paths, errors, metrics
-    110  deployment     ~ what it prints for systemd, containers, Kubernetes, Prometheus, Grafana
+    110  deployment     ~ files for systemd, containers, Kubernetes, Prometheus and Grafana
 
     XV  laboratory       2,810 lines, for `replay`, `demo` and `check-config`
-    111  traces         · requests of the past, from files; or made-up ones
+    111  traces         · recorded requests, read from files; made-up requests
     112  engine         · a model of a vLLM server, in simulated time
-    113  replay         · past requests sent to simulated engines by any policy
+    113  replay         · recorded requests, sent to simulated engines by any policy
     114  comparison     ~ policies compared on a trace: the program of `replay`
-    115  canned words   · what a vLLM server would say and refuse, without a model
-    116  canned forms   · the same in the forms of its APIs, plain and streamed
+    115  canned words   · a vLLM server's answers and refusals, without a model
+    116  canned forms   · these answers in the forms of its APIs, whole and streamed
     117  simulation     ~ a vLLM server without a GPU, on a port of this machine
     118  understudy     ~ a process that stands in for `vllm serve`; a pool of them
     119  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
@@ -18823,7 +18823,7 @@ class PrefillDecode:
         self.memory: dict[str, Mapping[str, Any] | None] = {}
         self._asking: dict[str, asyncio.Task[Outcome]] = {}  # bootstrap servers, by their server
         self.legs = Counter(
-            "mvllm_disaggregation_legs_total", "Legs of requests that were parted between servers.",
+            "mvllm_disaggregation_legs_total", "Legs of requests that were split between servers.",
             "role", "server", "result")
         self.seconds = Histogram(
             "mvllm_disaggregation_leg_seconds", "How long each leg took.", DURATION_BOUNDS_S,
@@ -18832,7 +18832,7 @@ class PrefillDecode:
             "mvllm_disaggregation_transfers_total", "Decode legs, by what became of the blocks.",
             "connector", "result")
         self.plain = Counter(
-            "mvllm_disaggregation_plain_total", "Requests that were not parted, and why.", "reason")
+            "mvllm_disaggregation_plain_total", "Requests that were not split, and why.", "reason")
 
     def models(self) -> Iterable[Mapping[str, Any]]:
         return ()
@@ -27529,16 +27529,16 @@ def load_findings(
     """Findings about a server's load, from /metrics: its status and what was read from it."""
     if status != 200:
         how = f"answered {status}" if status else "did not answer"
-        return [Finding(f"/metrics {how}: its load is not known, only our own requests are counted",
-                        "let the balancer reach /metrics, past whatever stands before the server")]
+        return [Finding(f"/metrics {how}: its load is unknown, only our own requests are counted",
+                        "let the balancer reach /metrics, also through proxies before the server")]
     load, engines = loads.get("", EngineLoad()), max(1, len(loads) - 1)
     missing = ", ".join(VLLM_METRICS[key][0] for key, value in (
         ("running", load.running), ("waiting", load.waiting), ("kv_usage", load.kv_usage_ratio),
         ("generation_tokens", load.generation_tokens)) if value is None)
     uneven = not missing and engines != server.data_parallel_size
     return [Finding(text, advice) for amiss, text, advice in (
-        (missing, f"/metrics does not say {missing}", "start vLLM without --disable-log-stats"),
-        (not load.caches, "it keeps no prefixes: each turn of a conversation is read anew",
+        (missing, f"/metrics lacks {missing}", "start vLLM without --disable-log-stats"),
+        (not load.caches, "it has no prefix cache: each turn of a conversation is computed anew",
          "start vLLM with --enable-prefix-caching"),
         (load.asleep, "it is asleep", f"wake it: curl -X POST {server.url}/wake_up"),
         (uneven, f"it runs {plural(engines, 'engine')}, its data_parallel_size here is"
@@ -27636,7 +27636,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
         (s.registration_address, zmq_open_line(s), "keep registration_networks narrow"),
         (not (s.registration_key or s.registration_key_file or s.keys)
          and {*s.registration_networks} - {*LOOPBACK},
-         "registration_networks has others, who cannot register over HTTP without a key",
+         "registration_networks names others, which cannot register over HTTP without a key",
          "set registration_key or registration_key_file"),
     ) if amiss]
     known = {name for one in examined for name in one.models or ()}
@@ -27652,7 +27652,7 @@ def own_findings(s: Settings, examined: Sequence[Examined], clients: int) -> lis
     unknown = [(f"[policies] {shown(model)}", model) for model in s.policies]
     unknown += [(f"models of key {key.name}: {shown(m)}", m) for key in s.keys for m in key.models]
     findings += [Finding(f"{what}: no effect", advice) for what, advice in (
-        *((f"keys {a} and {b} have one secret, and only the first is ever found",
+        *((f"keys {a} and {b} have the same secret, and only the first is found",
            "give each its own") for a, b in same),
         *((f"[pools] {name} has no server", f'give servers pool = "{name}"')
           for name in s.pools if name not in drawn),
@@ -27759,8 +27759,8 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
     roled = sorted({one.view.settings.role for one in sides} - {"both"})
     if roled and not s.disaggregation:
         findings.append(Finding(
-            f"servers are for {' and '.join(roled)}, and there is no [[disaggregation]]: those for"
-            " prefill get only what no other server can take",
+            f"servers are for {' and '.join(roled)}, but there is no [[disaggregation]]: prefill"
+            " servers get only requests that no other server can take",
             'set disaggregation = [{ kv_connector = "nixl" }], or another connector'))
     told = [one for one in sides if one.examined.models and one.examined.generates]
     for model in dict.fromkeys(name for one in told for name in one.examined.models or ()):
@@ -27773,7 +27773,7 @@ def pairs_of(s: Settings, sides: Sequence[Side]) -> tuple[list[Pair], list[Findi
         if not found:
             lacking = "prefill" if not readers else "decode" if not writers else "second"
             findings.append(Finding(
-                f"no {lacking} server has {shown(model)}: no request for it is parted",
+                f"no {lacking} server has {shown(model)}: no request for it is split",
                 f"have {shown(model)} served where another server can"
                 f" {'read' if lacking == 'prefill' else 'answer'} its prompts, or name the models"
                 " that [[disaggregation]] is for"))
@@ -27900,7 +27900,7 @@ class Trial:
         if status != 200:
             self.amiss(f"{name} did not read a prompt: {answer_words(status, said)}")
         elif self.connector.passes_handles and not handle:
-            self.amiss(f"{name} kept nothing for others: its answer has no kv_transfer_params")
+            self.amiss(f"{name} kept no blocks: its answer has no kv_transfer_params")
         elif handle:
             params = document_of(handle)
             await self.reach(params.get("remote_host"), params.get("remote_port"))
@@ -27912,7 +27912,7 @@ class Trial:
             return
         own, why = urllib.parse.urlsplit(self.reader.settings.url).hostname or "", ""
         if is_local_name(host) and not is_local_name(own):
-            why = "is an address that others do not reach"
+            why = "is an address that other machines cannot reach"
         else:
             try:
                 async with within(self.timeout_s):
@@ -27934,14 +27934,13 @@ class Trial:
                               f" {answer_words(status, said)}")
         cached, after = cached_tokens_of(document_of(said)), await self.received()
         if not cached and after == before and (cached, after) != (None, None):
-            return self.amiss(f"{writer} took nothing of what {reader} has read: it read the prompt"
-                              " itself")
-        if self.connector.paired_by_id:  # who reads by itself is told so by nothing
+            return self.amiss(f"{writer} used no blocks of {reader}: it read the prompt itself")
+        if self.connector.paired_by_id:  # nothing tells a server to read by itself
             return None
         plain = await self.ask(self.reader, TRIAL_PATH, content)
         texts = [text_in(one) for one in (plain[1], said)]
         if plain[0] == 200 and texts[0] != texts[1]:
-            self.amiss(f"{writer} goes on with {texts[1]!r}, {reader} by itself with {texts[0]!r}",
+            self.amiss(f"{writer} answers {texts[1]!r}, {reader} by itself {texts[0]!r}",
                        "give both the same weights, dtype and quantization")
 
 
@@ -27972,7 +27971,7 @@ async def try_pairs(
     rows, draw = list[tuple[str, list[Finding]]](), random.Random()
     for pair in pairs:
         # Engines that differ might crash.
-        amiss, words = pair_findings(pair), "not tried, as long as this is so"
+        amiss, words = pair_findings(pair), "not tried because of this"
         if not amiss:
             timeout_s = max(s.health_check_timeout, pair.terms.decode_first_token_timeout)
             words = await (trial := Trial(pair, secrets, draw, timeout_s)).run()

@@ -22329,7 +22329,7 @@ KNOWN_LOAD = lite.EngineLoad(0, 0, 0.0, tokens=1, generation_tokens=1)
     ("another program's page", 200, {"": lite.EngineLoad()}, 1,
      ["does not say vllm:num_requests_running, vllm:num_requests_waiting, "
       "vllm:kv_cache_usage_perc, vllm:generation_tokens_total"]),
-    ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["keeps no prefixes"]),
+    ("no prefix cache", 200, {"": KNOWN_LOAD._replace(caches=False)}, 1, ["has no prefix cache"]),
     ("asleep", 200, {"": KNOWN_LOAD._replace(asleep=True)}, 1, ["is asleep"]),
     ("engines nobody told of", 200, {"": KNOWN_LOAD, "0": KNOWN_LOAD, "1": KNOWN_LOAD}, 1,
      ["runs 2 engines"]),
@@ -22546,12 +22546,12 @@ async def test_a_prompt_is_tried_at_each_pair_through_the_legs_of_clients_reques
     assert decoder.received_tokens > 100 * (1 + connector.endswith("push"))  # that is tried twice
 
 
-NOT_TRIED = "not tried, as long as this is so"
+NOT_TRIED = "not tried because of this"
 AMISS = table(
     ("the decode server does not know what it is given", {"alone": "decode"}, ["FAILED"],
      "read the prompt itself", "--kv-transfer-config"),
     ("the prefill server keeps nothing", {"alone": "prefill"}, ["FAILED"],
-     "kept nothing for others", "--kv-transfer-config"),
+     "kept no blocks", "--kv-transfer-config"),
     ("over nccl, no prompt comes", {"connector": "p2p_nccl", "alone": "prefill"}, ["FAILED"],
      "no answer within 0.2 s", "P2pNcclConnector"),
     ("no address for nccl", {"connector": "p2p_nccl", "given": {"zmq_address": ""}}, [NOT_TRIED],
@@ -22580,7 +22580,7 @@ async def test_what_is_amiss_with_a_pair_is_said_with_what_to_do(given, words, t
 @pytest.mark.parametrize("host, port, why", table(
     ("it is there", "127.0.0.1", None, ""),
     ("nobody listens", "127.0.0.1", 9, "cannot be reached from here: connection refused"),
-    ("others would look at themselves", "localhost", 9, "is an address that others do not reach"),
+    ("others would look at themselves", "localhost", 9, "is an address that other machines"),
     ("nothing is said", None, None, ""), ("not a port", "127.0.0.1", 1 << 40, "cannot be reached"),
 ))
 @asynchronous
