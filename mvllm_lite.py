@@ -15549,15 +15549,16 @@ def thousandth(given: str) -> Any:
 
 
 class RouterFlag(NamedTuple):
-    """A flag of vllm-project/router: the key of [config] that it sets, and how its value is made;
-    or what is done `instead`, which is logged once; or why it is `refused`.  A row with none of
-    these is read by `router_servers`."""
+    """A flag of vllm-project/router: the key that it sets, in which table, and how its value is
+    made; or what is done `instead`, which is logged once; or why it is `refused`.  Rows of other
+    tables than [config] are read by `router_servers`."""
 
     key: str = ""
     value: Callable[[Any], Any] = str
     nargs: str | int | None = None  # as argparse has it; 0 for none
     instead: str = ""
     refused: str = ""
+    table: str = "[config]"
 
 
 # Its policies that have another name here, or no exact counterpart.
@@ -15565,10 +15566,11 @@ ROUTER_POLICIES = {"rendezvous_hash": "consistent_hash", "sticky_least_loaded": 
                    "kv_aware": "unified"}
 LOG_LEVELS = {"warn": "WARNING", "trace": "DEBUG"}
 NO_CIRCUIT = 10**9  # failed requests in a row, which nobody will see
-IN_A_MAP = "what each server has cached is bounded by its own KV cache"
+IN_A_MAP = "as much is remembered of a server as it can cache"
+SPLIT_TABLE, PODS_TABLE = "[[disaggregation]]", "[[kubernetes]]"
 ROUTER_FLAGS = {
-    "--worker-urls": RouterFlag(nargs="*"),
-    "--intra-node-data-parallel-size": RouterFlag(),
+    "--worker-urls": RouterFlag("url", nargs="*", table="[servers]"),
+    "--intra-node-data-parallel-size": RouterFlag("data_parallel_size", table="[servers]"),
     "--policy": RouterFlag("policy", lambda name: ROUTER_POLICIES.get(name, name)),
     "--cache-threshold": RouterFlag("cache_threshold"),
     "--balance-abs-threshold": RouterFlag("balance_abs_threshold"),
@@ -15612,20 +15614,18 @@ ROUTER_FLAGS = {
     "--enable-igw": RouterFlag(nargs=0, instead="requests go to servers that have their model"),
     # Ignoring this one would leave the door open.
     "--api-key-validation-urls": RouterFlag(nargs="+", refused="name clients' keys in [[keys]]"),
-    # Of prefill and decode servers: `router_servers` makes a [[disaggregation]] of them.
-    "--vllm-pd-disaggregation": RouterFlag(nargs=0),
-    "--prefill": RouterFlag(nargs="+"),
-    "--decode": RouterFlag(nargs="+"),
-    "--prefill-policy": RouterFlag(),
-    "--decode-policy": RouterFlag(),
-    "--kv-connector": RouterFlag(),
-    # Of Kubernetes: `router_servers` makes a [[kubernetes]] of them.
-    "--service-discovery": RouterFlag(nargs=0),
-    "--selector": RouterFlag(nargs="*"),
-    "--prefill-selector": RouterFlag(nargs="*"),
-    "--decode-selector": RouterFlag(nargs="*"),
-    "--service-discovery-namespace": RouterFlag(),
-    "--service-discovery-port": RouterFlag(),
+    "--prefill": RouterFlag('role = "prefill"', nargs="+", table="[servers]"),
+    "--decode": RouterFlag('role = "decode"', nargs="+", table="[servers]"),
+    "--vllm-pd-disaggregation": RouterFlag(nargs=0, table=SPLIT_TABLE),
+    "--prefill-policy": RouterFlag("prefill_policy", table=SPLIT_TABLE),
+    "--decode-policy": RouterFlag("decode_policy", table=SPLIT_TABLE),
+    "--kv-connector": RouterFlag("kv_connector", table=SPLIT_TABLE),
+    "--service-discovery": RouterFlag(nargs=0, table=PODS_TABLE),
+    "--selector": RouterFlag("selector", nargs="*", table=PODS_TABLE),
+    "--prefill-selector": RouterFlag("prefill_selector", nargs="*", table=PODS_TABLE),
+    "--decode-selector": RouterFlag("decode_selector", nargs="*", table=PODS_TABLE),
+    "--service-discovery-namespace": RouterFlag("namespace", table=PODS_TABLE),
+    "--service-discovery-port": RouterFlag("port", table=PODS_TABLE),
 }
 
 
@@ -15639,20 +15639,24 @@ def add_router_flags(parser: argparse.ArgumentParser) -> None:
 
 @topic("router", "the flags of vllm-project/router, which `run` takes, and their keys here")
 def router_topic() -> str:
-    rows = [(f"  {name}", f"[config] {flag.key}" if flag.key else
-             f"refused: {flag.refused}" if flag.refused else
-             f"has no effect: {flag.instead}" if flag.instead else "[servers]")
-            for name, flag in ROUTER_FLAGS.items()]
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(["--host, --port and --log-level are the same here; ms become seconds.",
-                      *(name.ljust(width) + meaning for name, meaning in rows)])
+    def meaning(flag: RouterFlag) -> str:
+        fixed = f" = {flag.value(None)}" if flag.nargs == 0 and flag.key else ""
+        return (f"refused: {flag.refused}" if flag.refused else
+                f"has no effect: {flag.instead}" if flag.instead else
+                f"{flag.table} {flag.key}{fixed}".rstrip())
+
+    width = max(map(len, ROUTER_FLAGS)) + 2
+    policies = ", ".join(f"{theirs} is {ours}" for theirs, ours in ROUTER_POLICIES.items())
+    return "\n".join([textwrap.fill(
+        "--host, --port and --log-level are the same here; ms become seconds.  Policies keep their"
+        f" names, except that {policies}.", 100), *(f"  {name:{width}}{meaning(flag)}"
+                                                   for name, flag in ROUTER_FLAGS.items())])
 
 
-SPLIT_FLAGS = {"--kv-connector": "kv_connector", "--prefill-policy": "prefill_policy",
-               "--decode-policy": "decode_policy"}
-POD_FLAGS = {"--selector": "selector", "--prefill-selector": "prefill_selector",
-             "--decode-selector": "decode_selector", "--service-discovery-namespace": "namespace",
-             "--service-discovery-port": "port"}
+def router_table(given: Mapping[str, Any], table: str) -> dict[str, Any]:
+    """The keys of that table that its flags set, with their values."""
+    return {flag.key: given[name] for name, flag in ROUTER_FLAGS.items()
+            if flag.table == table and flag.key and name in given}
 
 
 def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -15668,19 +15672,19 @@ def router_servers(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     if servers or "--worker-urls" in given:
         named = [name for name in ("--worker-urls", "--prefill", "--decode") if name in given]
         found["servers"] = servers, ", ".join(named)
-    split = {key: ROUTER_POLICIES.get(given[name], given[name])
-             for name, key in SPLIT_FLAGS.items() if name in given}
+    split = {key: ROUTER_POLICIES.get(value, value)
+             for key, value in router_table(given, SPLIT_TABLE).items()}
     if {"--vllm-pd-disaggregation", "--prefill", "--decode"} & given.keys():
         if "--vllm-discovery-address" in given:
             split.setdefault("kv_connector", "p2p_nccl")  # no other connector registers so
         split["prefill_from_tokens"] = 0  # there each request goes by two
         found["disaggregation"] = [split], "--vllm-pd-disaggregation"
-    pods = {key: ",".join(given[name]) if isinstance(given[name], list) else given[name]
-            for name, key in POD_FLAGS.items() if name in given}
+    pods = {key: ",".join(value) if isinstance(value, list) else value
+            for key, value in router_table(given, PODS_TABLE).items()}
     if "--service-discovery" in given:
         found["kubernetes"] = [{**pods, **more}], "--service-discovery"
     elif pods:
-        name = next(name for name in POD_FLAGS if name in given)
+        name = next(name for name in given if ROUTER_FLAGS[name].table == PODS_TABLE)
         raise SettingsError([Complaint("command line", 0, name, "expected --service-discovery")])
     return found
 
@@ -15697,8 +15701,9 @@ def router_overrides(
                              for name in refused])
     found = router_servers(given)
     for name, value in given.items():
-        if key := ROUTER_FLAGS[name].key:
-            found[key] = ROUTER_FLAGS[name].value(value), name
+        flag = ROUTER_FLAGS[name]
+        if flag.key and flag.table == "[config]":
+            found[flag.key] = flag.value(value), name
     if "--prometheus-host" in given:  # its port is usual
         found.setdefault("operator_port", (29000, "--prometheus-host"))
     if (level := LOG_LEVELS.get((args.log_level or "").lower())) is not None:

@@ -15520,6 +15520,18 @@ def test_what_a_command_line_of_vllm_project_s_router_is_refused_for(line, why):
         run_with(line)
 
 
+def test_help_router_names_the_table_and_the_key_that_each_flag_sets():
+    text, settings = lite.router_topic(), lite.TOPICS["settings"].text()
+    keys = {heading.split("]")[0].strip("["): section for heading, section in
+            (part.split("  ", 1) for part in re.split(r"\n(?=\[)", settings) if "]  " in part)}
+    for flag, where in re.findall(r"^  (--\S+) +(\[.*)$", text, re.M):
+        name, _, key = where.partition(" ")
+        assert not key or f"\n  {key.split()[0]} " in keys[name.strip("[]")], flag
+    assert re.search(r"--kv-connector +\[\[disaggregation\]\] kv_connector\n", text)
+    assert re.search(r"--disable-retries +\[config\] max_retries = 0\n", text)
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_a_flag_of_vllm_project_s_router_is_not_lost_over_a_settings_file(tmp_path):
     (tmp_path / "servers.toml").write_text(
         'servers = [{ url = "http://a" }]\n[config]\nmax_retries = 7\npolicy = "least"\n')
