@@ -175,7 +175,7 @@ lines.
     115  canned words   · a vLLM server's answers and refusals, without a model
     116  canned forms   · these answers in the forms of its APIs, whole and streamed
     117  simulation     ~ a vLLM server without a GPU, on a port of this machine
-    118  understudy     ~ a process that stands in for `vllm serve`; a pool of them
+    118  understudy     ~ a process that stands in for `vllm serve`
     119  demo           ~ the whole thing on a laptop: simulated servers, and traffic for them
     120  doctor         ~ what is wrong with servers and settings, and what to do about it
     121  transfers      ~ whether prefill and decode servers work together
@@ -25391,8 +25391,7 @@ class EngineReport(NamedTuple):
     kv_usage_ratio: float
     generation_tokens: int
     prompt_tokens: int
-    prefix_queries: int  # prompt tokens looked for in the prefix cache
-    prefix_hits: int  # of these, how many were found
+    prefix_hits: int  # prompt tokens found in the prefix cache
     kv_tokens: int  # what the KV cache has room for
 
 
@@ -25498,7 +25497,7 @@ class Engine:
         self._chunks: list[tuple[Job, int]] = []  # tokens of prompts in a stretch of one step
         self._steps = 0  # of the stretch
         self._begun_s = self._step_s = self._growth_s = 0.0  # each step is longer by the last one
-        self._generated = self._prompted = self._queries = self._hits = 0
+        self._generated = self._prompted = self._hits = 0
 
     def add(self, job: Job, now: float) -> bool:
         """Queue a request, for when the present step has ended.  Returns False if it can never
@@ -25546,8 +25545,7 @@ class Engine:
         grown = self._decoding * self._steps_by(now) if self._steps > 1 else 0
         return EngineReport(
             len(self.running), len(self.waiting), (self.cache.used + grown) / self.cache.room,
-            self._generated + grown, self._prompted, self._queries, self._hits,
-            self.cache.room)
+            self._generated + grown, self._prompted, self._hits, self.cache.room)
 
     def _begin(self, now: float) -> None:
         """Schedule a step as vLLM does, and in the same stretch the steps that are like it."""
@@ -25621,7 +25619,6 @@ class Engine:
         job.own, job.done = kept, found + kept
         if job.cached is None:
             job.cached = found
-            self._queries += job.arrival.prompt_tokens
             self._hits += found
         self.running[job.number] = self.reading[job.number] = self.waiting.popleft()
         return self._read(job, min(job.need - job.done, left))
@@ -26703,21 +26700,6 @@ class Simulated(NamedTuple):
     prefill_tokens_per_s: float
 
 
-Page = Callable[["SimulatedServer", RequestHead, dict[str, Any]], tuple[int, Any]]
-# All other answers by path and method; a page returns a status, and text or JSON.
-PAGES: dict[str, dict[str, Page]] = {}
-
-
-def simulated_page(path: str, method: str = "GET") -> Callable[[Page], Page]:
-    """A decorator that registers a page; a last part like {id} stands for any."""
-
-    def register(page: Page) -> Page:
-        PAGES.setdefault(path, {})[method] = page
-        return page
-
-    return register
-
-
 TRANSFER_TOKEN_S = 2e-6  # to move a token's blocks between servers
 WRONG_WORDS = " blocks that were someone else's".split(" ")[1:]
 
@@ -26862,27 +26844,6 @@ def simulated_methods(path: str) -> Mapping[str, Any]:
     return PAGES.get(path) or PAGES.get(path.rpartition("/")[0] + "/{id}") or {}
 
 
-@simulated_page("/health")
-@simulated_page("/ping")
-def simulated_health(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                     ) -> tuple[int, Any]:
-    return 200, ""
-
-
-@simulated_page("/query")
-def simulated_bootstrap(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                        ) -> tuple[int, Any]:
-    """The answer of Mooncake's bootstrap server, which really has a port of its own."""
-    return 200, {"0": {"engine_id": server.engine_id, "worker_addr": {"0": {"0": "tcp://h:1"}}}}
-
-
-@simulated_page("/version")
-def simulated_version(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                      ) -> tuple[int, Any]:
-    return 200, {"version": server.version}
-
-
-@simulated_page("/simulate", "POST")
 def simulated_mode(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
                    ) -> tuple[int, Any]:
     if wanted.get("mode") not in MODES:
@@ -26892,17 +26853,13 @@ def simulated_mode(server: SimulatedServer, head: RequestHead, wanted: dict[str,
     return 200, {"mode": server.mode}
 
 
-@simulated_page("/v1/models")
-def simulated_models(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                     ) -> tuple[int, Any]:
+def simulated_models(server: SimulatedServer, *_: Any) -> tuple[int, Any]:
     said = {"object": "model", "created": 0, "owned_by": "vllm", "max_model_len": SIMULATED_LENGTH}
     data = [{"id": name, **said, "root": name, "parent": None} for name in server.models]
     return 200, {"object": "list", "data": data}
 
 
-@simulated_page("/v1/responses/{id}")
-def simulated_stored(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                     ) -> tuple[int, Any]:
+def simulated_stored(server: SimulatedServer, head: RequestHead, _: Any) -> tuple[int, Any]:
     id = head.path.rpartition("/")[2]
     if id in server.stored:
         return 200, server.stored[id]
@@ -26910,9 +26867,7 @@ def simulated_stored(server: SimulatedServer, head: RequestHead, wanted: dict[st
     return 404, vllm_error("invalid_request_error", 404, text, "response_id")
 
 
-@simulated_page("/metrics")
-def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[str, Any]
-                      ) -> tuple[int, Any]:
+def simulated_metrics(server: SimulatedServer, *_: Any) -> tuple[int, Any]:
     labels = f'{{engine="0",model_name="{escape(server.models[0])}"}}'
     return 200, "".join(f"# TYPE vllm:{name} {kind}\nvllm:{name}{labels} {value}\n" for (
         kind, name, value) in (
@@ -26923,6 +26878,19 @@ def simulated_metrics(server: SimulatedServer, head: RequestHead, wanted: dict[s
         ("counter", "generation_tokens_total", server.generated_tokens),
         ("counter", "prefix_cache_hits_total", server.cached_tokens),
         ("counter", "external_prefix_cache_hits_total", server.received_tokens)))
+
+
+# All other answers by path and method: functions of (server, head, wanted) that return a status,
+# and text or JSON.  A last part {id} stands for any.  /query is what Mooncake's bootstrap server
+# answers, on a port of its own.
+PAGES: dict[str, dict[str, Callable[..., tuple[int, Any]]]] = {
+    "/health": {"GET": lambda *_: (200, "")}, "/ping": {"GET": lambda *_: (200, "")},
+    "/metrics": {"GET": simulated_metrics}, "/simulate": {"POST": simulated_mode},
+    "/v1/models": {"GET": simulated_models}, "/v1/responses/{id}": {"GET": simulated_stored},
+    "/version": {"GET": lambda server, *_: (200, {"version": server.version})},
+    "/query": {"GET": lambda server, *_: (200, {
+        "0": {"engine_id": server.engine_id, "worker_addr": {"0": {"0": "tcp://h:1"}}}})},
+}
 
 
 async def unless_gone(client: MessageReader, work: Coroutine[Any, Any, object]) -> None:
@@ -27172,57 +27140,6 @@ def own_command() -> tuple[str, ...]:
     return sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))
 
 
-POOL_DEMO = ("llama-70b", 70.0), ("qwen-32b", 40.0), ("gemma-27b", 35.0), ("mistral-7b", 16.0), (
-    "embed-small", 8.0)
-
-
-POOL_HINT = """
-Ask for a model: it starts, and another makes room for it.
-
-    curl {url}/v1/completions -H 'Content-Type: application/json' \\
-        -d '{{"model": "llama-70b", "prompt": "Hello", "max_tokens": 9}}'
-
-Look at it:      curl {url}/running          curl {url}/admin/models
-Put one to sleep, wake it, stop it:      curl -X POST {url}/admin/models/llama-70b/sleep
-"""
-
-
-def pool_demo_settings(settings: Settings) -> Settings:
-    """Settings with two GPUs of 80 GB, and five models that do not all fit."""
-    models = tuple(ModelSettings(
-        alias, gpu_memory_gb=gb, command=(*own_command(), "simulate-vllm"), sleep_after_s=20.0,
-        unload_after_s=90.0, args=("--start-s", f"{gb / 20:.1f}", "--wake-s", "0.3"))
-        for alias, gb in POOL_DEMO)
-    return dataclasses.replace(settings, models=models, devices=(80.0, 80.0), state_file="")
-
-
-async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
-    """Run a balancer with such a pool, and clients that ask it for random models."""
-    balancer = Balancer(pool_demo_settings(settings))
-    traffic = asyncio.ensure_future(pool_traffic(balancer))
-    try:
-        await run(balancer)
-    finally:
-        traffic.cancel()
-
-
-async def pool_traffic(balancer: Balancer, draw: random.Random = random.Random(1)) -> None:
-    asking = set[asyncio.Task[None]]()
-    while True:
-        await asyncio.sleep(draw.expovariate(0.5))
-        alias = draw.choices([alias for alias, _ in POOL_DEMO], (1, 2, 2, 8, 8))[0]
-        for task in [asyncio.ensure_future(ask_pool(balancer, alias)) for _ in range(3)]:
-            asking.add(task)
-            task.add_done_callback(asking.discard)
-
-
-async def ask_pool(balancer: Balancer, alias: str) -> None:
-    with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-        content = json.dumps({"model": alias, "prompt": "Hello", "max_tokens": 50}).encode()
-        client = HttpClient(ServerSettings(f"http://127.0.0.1:{balancer.port}"))
-        await client.ask("/v1/completions", 120.0, content, lambda piece: None)
-
-
 # ══════════
 #  119  demo
 # ══════════
@@ -27279,21 +27196,54 @@ def demo_request(sessions: list[list[dict[str, str]]], draw: random.Random) -> d
             "max_tokens": draw.randint(20, 150)}
 
 
-async def demo_traffic(balancer: Balancer, rate: float, draw: random.Random) -> None:
-    """Send `rate` requests per second on average, at random times, for ever."""
-    sessions, running = list[list[dict[str, str]]](), set[asyncio.Task[None]]()
+POOL_DEMO = ("llama-70b", 70.0), ("qwen-32b", 40.0), ("gemma-27b", 35.0), ("mistral-7b", 16.0), (
+    "embed-small", 8.0)
+
+
+POOL_HINT = """
+Ask for a model: it starts, and another makes room for it.
+
+    curl {url}/v1/completions -H 'Content-Type: application/json' \\
+        -d '{{"model": "llama-70b", "prompt": "Hello", "max_tokens": 9}}'
+
+Look at it:      curl {url}/running          curl {url}/admin/models
+Put one to sleep, wake it, stop it:      curl -X POST {url}/admin/models/llama-70b/sleep
+"""
+
+
+def pool_demo_settings(settings: Settings) -> Settings:
+    """Settings with two GPUs of 80 GB, and five models that do not all fit."""
+    models = tuple(ModelSettings(
+        alias, gpu_memory_gb=gb, command=(*own_command(), "simulate-vllm"), sleep_after_s=20.0,
+        unload_after_s=90.0, args=("--start-s", f"{gb / 20:.1f}", "--wake-s", "0.3"))
+        for alias, gb in POOL_DEMO)
+    return dataclasses.replace(settings, models=models, devices=(80.0, 80.0), state_file="")
+
+
+def pool_requests(draw: random.Random) -> list[dict[str, Any]]:
+    """Three requests for one model of the pool."""
+    alias = draw.choices([alias for alias, _ in POOL_DEMO], (1, 2, 2, 8, 8))[0]
+    return [{"model": alias, "prompt": "Hello", "max_tokens": 50}] * 3
+
+
+async def demo_traffic(
+    balancer: Balancer, rate: float, draw: random.Random, path: str,
+    requests: Callable[[], list[dict[str, Any]]],
+) -> None:
+    """Send what `requests` returns, `rate` times per second on average, for ever."""
+    running, s = set[asyncio.Task[None]](), balancer.core.settings
 
     async def ask(content: bytes) -> None:
-        url = own_url(balancer.core.settings, balancer.core.settings.host, balancer.port)
+        url = own_url(s, s.host, balancer.port)
         with contextlib.closing(HttpClient(ServerSettings(url))) as client:
             with contextlib.suppress(PeerGone, BadMessage, TimeoutError):
-                await client.fetch("/v1/chat/completions", 120.0, content)
+                await client.fetch(path, 120.0, content)
 
     try:
         while True:
             await asyncio.sleep(draw.expovariate(rate))
-            if balancer.port and len(running) < 200:
-                content = json.dumps(demo_request(sessions, draw)).encode()
+            for document in requests() if balancer.port and len(running) < 200 else ():
+                content = json.dumps(document).encode()
                 running.add(task := asyncio.ensure_future(ask(content)))
                 task.add_done_callback(running.discard)
     finally:
@@ -27312,6 +27262,24 @@ async def demo_mishaps(servers: Sequence[SimulatedServer], draw: random.Random) 
             one.mode = mode
             await asyncio.sleep(MISHAP_S)
             one.mode = "ok" if one.mode == mode else one.mode
+
+
+async def run_beside(works: Iterable[Coroutine[Any, Any, None]], running: Awaitable[None]) -> None:
+    """Await `running`, with `works` under way until it ends."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await running
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def pool_demo(settings: Settings, run: Callable[[Balancer], Awaitable[None]]) -> None:
+    """Run a balancer with such a pool, and clients that ask it for random models."""
+    balancer, draw = Balancer(pool_demo_settings(settings)), random.Random(1)
+    await run_beside([demo_traffic(balancer, 0.5, draw, "/v1/completions",
+                                   lambda: pool_requests(draw))], run(balancer))
 
 
 async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitable[None]],
@@ -27335,15 +27303,11 @@ async def demo(count: int, settings: Settings, run: Callable[[Balancer], Awaitab
         balancer = Balancer(dataclasses.replace(settings, servers=named))
         works = [come_and_go(one, balancer, i) for i, one in enumerate(servers) if i >= len(named)]
         if rate:
-            works += [demo_traffic(balancer, rate, random.Random(1)),
+            draw, sessions = random.Random(1), list[list[dict[str, str]]]()
+            works += [demo_traffic(balancer, rate, draw, "/v1/chat/completions",
+                                   lambda: [demo_request(sessions, draw)]),
                       demo_mishaps(servers, random.Random(2))]
-        tasks = [asyncio.ensure_future(work) for work in works]
-        try:
-            await run(balancer)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await run_beside(works, run(balancer))
 
 
 def demo_parted(
