@@ -9248,13 +9248,12 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 
 
 def are_peers(one: ServerView, other: ServerView) -> bool:
-    """Whether two servers should be equally fast: they serve the same models, in the same role,
-    and as their KV caches are of one size, on the same GPU."""
+    """Whether two servers should be equally fast: they serve the same models in the same role, are
+    set to run as many requests, and as their KV caches are of one size, on the same GPU."""
     mine, theirs = one.load.kv_tokens or 1, other.load.kv_tokens or 1
-    return (one.models == other.models or bool(one.models and other.models)
-            and one.models.keys() == other.models.keys()) and (  # type: ignore[union-attr]
-        one.settings.role == other.settings.role
-        and max(mine, theirs) <= SAME_KV_RATIO * min(mine, theirs))
+    return (set(one.models or ()) == set(other.models or ()) and one.configured == other.configured
+            and one.settings.role == other.settings.role
+            and max(mine, theirs) <= SAME_KV_RATIO * min(mine, theirs))
 
 
 def slowness(view: ServerView, views: Sequence[ServerView]) -> Iterator[Trouble]:
@@ -11602,9 +11601,14 @@ class LogFile(logging.handlers.RotatingFileHandler):
         self.expire()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Raises OSError."""
-        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
-        super().emit(record)
+        """Raises OSError, which the other logs are told."""
+        try:
+            os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            super().emit(record)
+        except OSError as error:
+            log.error("lines of a log file are lost: %s; see log_dir", error_text(error),
+                      extra={"kind": "lost lines"})
+            raise
         self.close()
 
     def handleError(self, record: logging.LogRecord) -> None:

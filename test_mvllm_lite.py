@@ -13720,6 +13720,7 @@ def failed_history(failed, answered, at=NOW - 30):
     ("another was not asked yet", {"step_s": 0.036}, [0.0], []),
     ("it was hardly asked", {"step_s": 0.036, "samples": 1}, [0.011, 0.012], []),
     ("others serve another model", {"step_s": 0.036, "models": {"big": {}}}, [0.011, 0.012], []),
+    ("it is set to be smaller", {"step_s": 0.036, "configured": 8}, [0.011, 0.012], []),
     ("others only read prompts", {"step_s": 0.036, "role": "decode"}, [0.011, 0.012], []),
     ("its KV cache is full", {"load": (5, 3, 0.96)}, [], ["KV full"]),
     ("full, but nobody waits", {"load": (5, 0, 1.0)}, [], []),
@@ -14772,12 +14773,13 @@ def test_lines_that_are_longer_than_a_log_may_be_are_written_whole(tmp_path, lin
     assert written(path) == ("\n".join(said) + "\n", lines)  # and there is no empty one among them
 
 
-def test_what_a_full_disk_did_not_take_is_an_error_and_later_lines_are_written(tmp_path):
+def test_what_a_full_disk_did_not_take_is_an_error_and_later_lines_are_written(tmp_path, caplog):
     path = tmp_path / "x.log"
     path.symlink_to("/dev/full")
     file = lite.LogFile(str(path))
     with pytest.raises(OSError, match="No space left"):
         write(file, "one")
+    assert "lines of a log file are lost: no space left on device; see log_dir" in caplog.text
     path.unlink()
     write(file, "two")
     assert path.read_text() == "two\n"
