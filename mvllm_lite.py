@@ -20092,8 +20092,7 @@ def adopted_child(pid: int, started: int) -> Child:
     with contextlib.suppress(OSError):
         if started < 0 or not os.readlink(path).endswith(" (deleted)"):
             raise FileNotFoundError  # it writes to a file of its own, which is not ours to cut
-        output = open(path, "rb+", buffering=0)
-        fcntl.fcntl(output, fcntl.F_SETFL, fcntl.fcntl(output, fcntl.F_GETFL) | os.O_APPEND)
+        output = open(path, "ab+", buffering=0)
     child = Child(pid, output)
     child.started = started
     return child
@@ -20169,6 +20168,23 @@ RELOADED = (  # after a sleep of level 2; then /wake_up?tags=kv_cache
     ("/wake_up?tags=kv_cache", b""), ("/reset_prefix_cache", b""))
 
 
+async def fetch_json(
+    client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
+) -> dict[str, Any]:
+    """An answer in JSON.  Raises PeerGone, which begins with `name`, and has the peer's words if it
+    refuses."""
+    try:
+        status, said = await client.fetch(path, timeout_s, content)
+        document = read_members(said, None)
+    except (BadMessage, TimeoutError) as error:
+        raise PeerGone(f"{name}: {str(error) or 'no answer'}", Fault.BAD_ANSWER) from None
+    if status >= 300:
+        wrong, text = document.get("error"), said[:200].decode("utf-8", "replace")
+        text = wrong.get("message", text) if isinstance(wrong, dict) else text
+        raise PeerGone(f"{name} answered {status}: {text}", Fault.BAD_ANSWER)
+    return document
+
+
 class Instance:
     """One model's process."""
 
@@ -20203,17 +20219,9 @@ class Instance:
         self.port = port
         self.client = HttpClient(ServerSettings(self.url))
 
-    async def post(self, path: str, content: bytes = b"", timeout_s: float = SLEEP_CALL_S) -> Any:
-        """POST, and return the answer's JSON.  Raises PeerGone, with its words if it refuses."""
-        try:
-            status, said = await self.client.fetch(path, timeout_s, content)
-            document = read_members(said, None)
-        except (BadMessage, TimeoutError) as error:
-            raise PeerGone(f"{path}: {str(error) or 'no answer'}", Fault.BAD_ANSWER) from None
-        if status != 200:
-            text = said[:200].decode("utf-8", "replace")
-            raise PeerGone(f"{path} answered {status}: {text}", Fault.BAD_ANSWER)
-        return document
+    async def post(self, path: str, content: bytes = b"") -> dict[str, Any]:
+        """The answer to POST, in JSON.  Raises PeerGone, with its words if it refuses."""
+        return await fetch_json(self.client, path, path, content, SLEEP_CALL_S)
 
     async def told(self, path: str) -> dict[str, Any]:
         """GET a path from it and return the answer's JSON object; {} without a good answer."""
@@ -20683,22 +20691,6 @@ class LocalHost:
             await {"wake": self.agent.wake, "stop": self.agent.stop}[verb](one)
 
 
-async def ask_host(
-    client: HttpClient, name: str, path: str, content: bytes | None, timeout_s: float
-) -> dict[str, Any]:
-    """An agent's or manager's answer in JSON.  Raises PeerGone, with its words if it refuses."""
-    try:
-        status, said = await client.fetch(path, timeout_s, content)
-        document = read_members(said, None)
-    except (BadMessage, TimeoutError) as error:
-        raise PeerGone(f"{name}: {str(error) or 'no answer'}", Fault.BAD_ANSWER) from None
-    if status >= 400:
-        wrong, text = document.get("error"), said[:200].decode("latin-1")
-        text = wrong.get("message", text) if isinstance(wrong, dict) else text
-        raise PeerGone(f"{name} answered {status}: {text}", Fault.BAD_ANSWER)
-    return document
-
-
 class RemoteHost:
     """A machine with an agent of its own."""
 
@@ -20748,7 +20740,7 @@ class RemoteHost:
 
     async def ask(self, path: str, content: bytes | None, timeout_s: float) -> dict[str, Any]:
         """The agent's answer.  Raises PeerGone, with its words if it refuses."""
-        return await ask_host(self.client, self.name, path, content, timeout_s)
+        return await fetch_json(self.client, self.name, path, content, timeout_s)
 
     async def launch(self, name: str, model: ModelSettings, devices: tuple[int, ...]) -> None:
         content = {**said_of(model), "instance": name, "devices": devices,
@@ -20915,10 +20907,12 @@ class Holdings:
         models = self.core.settings.models
         return next((one for one in models if one.served == name), self.registered.get(name))
 
-    def instances(self) -> Iterator[tuple[Host, dict[str, Any]]]:
+    def instances(self, alias: str = "") -> Iterator[tuple[Host, dict[str, Any]]]:
+        """All instances, or a model's, each with its host."""
         for host in self.hosts.values():
             for one in host.report()["instances"].values():
-                yield host, one
+                if alias in ("", one["model_alias"]):
+                    yield host, one
 
     def seats(self, now: float) -> list[Seat]:
         seats, models = list(self.launching.values()), self.models
@@ -21002,9 +20996,9 @@ class Holdings:
     def load_of(self, alias: str) -> float:
         """The requests at a model's running instances, divided by their capacity."""
         in_flight = capacity = 0.0
-        for host, one in self.instances():
+        for _, one in self.instances(alias):
             view = self.core.fleet.view(one["alias"])
-            if one["model_alias"] == alias and view is not None and view.open:
+            if view is not None and view.open:
                 in_flight += self.requests_at(view.id)
                 capacity += view.capacity
         return in_flight / capacity if capacity else 0.0
@@ -21043,7 +21037,7 @@ class Holdings:
         """The phase of a model's instance that is closest to running."""
         order = [Phase.RUNNING, Phase.WAKING, Phase.STARTING, Phase.FALLING_ASLEEP, Phase.SLEEPING,
                  Phase.STOPPING, Phase.FAILED]
-        found = {one["status"] for _, one in self.instances() if one["model_alias"] == model.alias}
+        found = {one["status"] for _, one in self.instances(model.alias)}
         found |= {Phase.STARTING.value} & {
             seat.phase.value for seat in self.launching.values() if seat.alias == model.alias}
         return next((phase.value for phase in order if phase.value in found), Phase.ABSENT.value)
@@ -21066,8 +21060,8 @@ class Holdings:
     def is_routable(self, model: ModelSettings) -> bool:
         """Whether a request for a model finds a server now."""
         now = asyncio.get_running_loop().time()
-        for host, one in self.instances():
-            if one["model_alias"] == model.alias and one["status"] == Phase.RUNNING.value:
+        for _, one in self.instances(model.alias):
+            if one["status"] == Phase.RUNNING.value:
                 view = self.core.fleet.view(one["alias"])
                 if (view is not None and view.health.may_be_tried(now) and view.available
                         and view.has(model.served)):
@@ -21078,8 +21072,7 @@ class Holdings:
         """Why no request for a model can be answered, however long it waits, or ''."""
         if self.core.process.rests:
             return ""
-        found = {host.name: one for host, one in self.instances()
-                 if one["model_alias"] == model.alias}
+        found = {host.name: one for host, one in self.instances(model.alias)}
         given_up = [one["reason"] for one in found.values()
                     if one["status"] == "failed" and one["retry_in_s"] is None
                     and one["digest"] == launch_digest(model)]
@@ -21092,10 +21085,8 @@ class Holdings:
 
     def ready_in_s(self, model: ModelSettings) -> float:
         """The expected seconds until a model can answer."""
-        ones = [one for _, one in self.instances() if one["model_alias"] == model.alias]
-        if not ones:
+        if (one := next((one for _, one in self.instances(model.alias)), None)) is None:
             return START_GUESS_S
-        one = ones[0]
         wakes = one["status"] in ("sleeping", "waking")
         takes_s = (one["wake_s"] or 1.0) if wakes else (one["ready_s"] or START_GUESS_S)
         under_way = one["age_s"] if one["status"] in ("starting", "waking") else 0.0
@@ -21124,8 +21115,8 @@ class ModelPool(Holdings):
     async def start_anew(self, alias: str) -> None:
         """Have an instance of a model run, even if all were given up.  Raises PeerGone."""
         self.held.discard(alias)
-        for _, one in list(self.instances()):
-            if one["model_alias"] == alias and one["status"] == "failed":
+        for _, one in list(self.instances(alias)):
+            if one["status"] == "failed":
                 await self.by_hand(one["alias"], "stop")
         self.wishes.add(alias)
         self.notify()
@@ -21217,9 +21208,9 @@ class ModelPool(Holdings):
                 self.wishes.add(alias)
                 with contextlib.suppress(PeerGone):  # it need not wait for the end
                     path = f"/admin/models/{urllib.parse.quote(alias)}/wake"
-                    await ask_host(client, url, path, b"", LOOK_AT_POOL_S)
+                    await fetch_json(client, url, path, b"", LOOK_AT_POOL_S)
             with contextlib.suppress(PeerGone):
-                for model in (await ask_host(client, url, "/admin/models", None, 5.0))["models"]:
+                for model in (await fetch_json(client, url, "/admin/models", None, 5.0))["models"]:
                     host.instances |= {
                         one["alias"]: {**one, "model_alias": model["alias"], "aliased": False}
                         for one in model["instances"] if one["worker_id"] == name}
@@ -21394,10 +21385,9 @@ class ModelPool(Holdings):
 
     async def look_again(self, alias: str) -> None:
         """Refresh the reports on a model's instances, whose processes may have ended since."""
-        for host, one in list(self.instances()):
-            if one["model_alias"] == alias:
-                with contextlib.suppress(PeerGone):
-                    await host.refresh()
+        for host, _ in list(self.instances(alias)):
+            with contextlib.suppress(PeerGone):
+                await host.refresh()
         self.define_servers()
 
     async def await_model(self, model: ModelSettings, beat: Callable[[], object]) -> Outcome:
@@ -21430,12 +21420,10 @@ class ModelPool(Holdings):
         finally:
             del uses.waiting[model.alias][waiter]
             uses.used_at[model.alias] = loop.time()
-        troubles = [one["reason"] for _, one in self.instances()
-                    if one["model_alias"] == model.alias and (
-                        one["status"] == "starting" or one["failures"]
-                        and one["status"] != "running")]
-        why = (troubles and troubles[0]) or self.why_not.get(model.alias) or self.acts.get(
-            model.alias, "it starts")
+        troubles = (one["reason"] for _, one in self.instances(model.alias)
+                    if one["status"] == "starting" or one["failures"]
+                    and one["status"] != "running")
+        why = next(troubles, "") or self.why(model.alias) or "it starts"
         text = (f"The model {model.alias} was not ready within {model.wake_timeout_s:g} s"
                 f" (wake_timeout_s): {why}.")
         after_s = math.ceil(self.ready_in_s(model))
@@ -21511,7 +21499,7 @@ class FollowedPool(ModelPool):
             await self.close()
             self._client = HttpClient(ServerSettings(self.manager, id=PATTERN + MANAGER))
         self._client.equip(self.core.pools.secrets)
-        return await ask_host(self._client, "it", path, content, timeout_s)
+        return await fetch_json(self._client, "it", path, content, timeout_s)
 
     async def have_woken(self, alias: str) -> None:
         """Ask the manager to start or wake a model for which requests wait here."""
@@ -21748,8 +21736,7 @@ async def list_models(core: Core, asked: Asked) -> dict[str, Any]:
          **{key: rows[alias, status][key] for key in ("next", "why", "waiting")},
          "registered": alias in pool.registered,
          "config": said_of(model) | routing_of(model),
-         "instances": [instance_report(pool, host, one) for host, one in pool.instances()
-                       if one["model_alias"] == alias]}
+         "instances": [instance_report(pool, host, one) for host, one in pool.instances(alias)]}
         for alias, model in pool.models.items()]}
 
 
@@ -21825,8 +21812,7 @@ async def wake_model(pool: ModelPool, alias: str) -> dict[str, Any]:
     outcome = await pool.await_model(model, lambda: None)
     if outcome.fault is not None:
         raise PeerGone(outcome.text, outcome.fault)
-    names = [one["alias"] for _, one in pool.instances()
-             if one["model_alias"] == alias and one["status"] == "running"]
+    names = [one["alias"] for _, one in pool.instances(alias) if one["status"] == "running"]
     return {"status": "success", "message": f"model {alias} runs", "woken": not was,
             "instance_alias": names[0] if names else ""}
 
@@ -21835,8 +21821,8 @@ async def stop_model(pool: ModelPool, alias: str, verb: str = "stop") -> dict[st
     """Have a model's instances stop or sleep until somebody asks for it.  Raises PeerGone."""
     pool.held.add(alias)
     pool.wishes.discard(alias)
-    names = [one["alias"] for _, one in pool.instances() if one["model_alias"] == alias and (
-        verb == "stop" or one["status"] == "running")]
+    names = [one["alias"] for _, one in pool.instances(alias)
+             if verb == "stop" or one["status"] == "running"]
     await asyncio.gather(*(pool.by_hand(name, verb) for name in names))
     return {"status": "success", "message": f"model {alias}: {verb}, {len(names)} instances"}
 
@@ -21901,10 +21887,17 @@ POOL_PATHS: dict[str, dict[str, Operate]] = {
     "/admin/workers": {"GET": workers_report}, "/admin/status": {"GET": pool_report},
     "/unload": {"POST": unload_models},
 }
-ENDPOINTS |= {
-    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
-                            " ".join((operate.__doc__ or "").partition(".  Raises")[0].split()))
-           for method, operate in rows.items()} for path, rows in POOL_PATHS.items()}
+
+
+def operated(paths: Mapping[str, Mapping[str, Operate]]) -> dict[str, dict[str, Endpoint]]:
+    """Endpoints that carry out operations for admins, by path and method."""
+    return {path: {method: Endpoint(
+        Kind.ADMIN, functools.partial(run_operation, operate), True,
+        " ".join((operate.__doc__ or "").partition(".  Raises")[0].split()))
+        for method, operate in rows.items()} for path, rows in paths.items()}
+
+
+ENDPOINTS |= operated(POOL_PATHS)
 ENDPOINTS["/running"] = {"GET": Endpoint(
     Kind.STATUS, functools.partial(run_operation, running_report), False,
     running_report.__doc__ or "")}
@@ -22051,15 +22044,11 @@ async def operate_instance(core: Core, asked: Asked) -> dict[str, Any]:
             "level_name": names[level]}
 
 
-WORKER_PATHS: dict[str, dict[str, Operate]] = {
+ENDPOINTS |= operated({
     "/info": {"GET": agent_report}, "/instances": {"GET": agent_report},
     "/instances/start": {"POST": start_instance},
     "/instances/{alias}": {"GET": show_instance, "POST": operate_instance},
-}
-ENDPOINTS |= {
-    path: {method: Endpoint(Kind.ADMIN, functools.partial(run_operation, operate), True,
-                            operate.__doc__ or "")
-           for method, operate in rows.items()} for path, rows in WORKER_PATHS.items()}
+})
 
 
 def manager_client(args: argparse.Namespace, key: str) -> HttpClient:
