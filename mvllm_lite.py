@@ -23933,7 +23933,8 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
 @media (prefers-reduced-motion: no-preference) { .bar div { transition: transform .4s } }
 @media screen and (max-width: 80rem) { table { font-size: .9rem } th, td { padding: .3rem }
   svg, .bar { width: 4.5rem } }
-@media screen and (max-width: 66rem) { #totals { grid-template-columns: repeat(5, 1fr) }
+@media screen and (max-width: 66rem) { #totals { grid-template-columns:
+    repeat(auto-fit, minmax(7.2rem, 1fr)) }
   table { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
     gap: 0 .6rem; align-items: start } caption { grid-column: 1 / -1 }
   caption, tbody, .more, .more > td, .main > * { display: block }
@@ -23947,7 +23948,7 @@ th button { font: inherit; border: 0; padding: 0; background: none; text-align: 
   .plain tbody { display: table-row-group; border: 0 } .many tbody:not(.open) .main > .n,
   .many tbody:not(.open) .main > :last-child { display: none }
   .many tbody { padding: .2rem; margin: 0 }
-  .many .main { grid-template-columns: 1fr auto auto; gap: 0 .4rem }
+  .many .main { grid-template-columns: 1fr 6.6rem 4.3rem; gap: 0 .4rem }
   .many .main > * { grid-column: auto; min-width: 0 }
   .many td small { display: block; margin: 0 }
   [data-label]::before { content: attr(data-label); display: block; color: var(--muted);
@@ -23982,10 +23983,10 @@ retries: of the last minute; ~ is learned, – not known</small></caption><thead
 <h2 id="eh">Events, newest first</h2><ol id="events" tabindex="0" aria-labelledby="eh"></ol></div>
 <div class="tools"><h2>Operate</h2><form id="unlock" class="row">
 <label>Key <input id="key" type="password" autocomplete="off"></label><button>Use</button>
-<button id="forget" type="button" hidden>Forget</button><small id="says" role="status">With an
-admin key, servers can be drained and probed, in their details, and models of the pool woken, put
-to sleep and stopped. (Without keys, from this machine.)
-It is kept until this page is left, and nowhere else.</small></form>
+<button id="forget" type="button" hidden>Forget</button><small id="says" role="status">An admin's
+key brings buttons that drain and probe servers (in their details), and wake, stop and put models
+to sleep. It is kept until this page is left, and nowhere else. Without keys, the buttons are there
+on the balancer's own machine.</small></form>
 <small><a id="raw" href="status.json">As JSON</a></small></div>
 </main><template><tbody role="rowgroup"><tr role="row" class="main">
 <th scope="row" role="rowheader" class="whole"><button type="button" data-part="name"
@@ -24149,7 +24150,7 @@ function showGraphs(fleet) {
     $("graph-" + name).setAttribute("points",
       heights.map((v, i) => `${at + i},${(20 - 20 * v / top).toFixed(1)}`).join(" "));
     put($("now-" + name), form(values[values.length - 1]));
-    put($("top-" + name), most ? `, max ${form(most)}` : "");
+    put($("top-" + name), most ? ", " + ("max " + form(most)).replace(/ /g, "\u00a0") : "");
   }
 }
 
@@ -25045,7 +25046,7 @@ ALERTS = (  # name, expression, duration, severity, summary
      "The balancer {{ $labels.instance }} does not answer"),
     ("NoServer", "sum by (instance) (mvllm_server_healthy) == 0", "1m", "critical",
      "No vLLM server can be asked"),
-    ("ServerOut", "mvllm_server_healthy == 0", "5m", "warning",
+    ("ServerOut", "mvllm_server_healthy == 0 unless mvllm_server_asleep == 1", "5m", "warning",
      "{{ $labels.server }} has been out for five minutes"),
     ("Errors", 'sum by (instance) (rate(mvllm_requests_total{status=~"5.."}[5m])) > 0.05 *'
      " sum by (instance) (rate(mvllm_requests_total[5m]))", "5m", "warning",
